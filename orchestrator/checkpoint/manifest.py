@@ -1,0 +1,214 @@
+"""What a checkpoint holds, as a value: which element range of which tensor lies where. Pure.
+
+A checkpoint is a directory of run storage, `step-00000120`, with one safetensors file per writer and `manifest.json`:
+
+    step-00000120/manifest.json          this value, with its own digest
+    step-00000120/shard-00000.safetensors
+    .incomplete-00000120-000003-000007/  the same before its commit: step, epoch, generation
+
+A manifest speaks of tensors and pieces, never of ranks or of a world size: any world may read what any other wrote.
+Tensors are named as in the layout: `master/NAME` (fp32 weights), `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME`.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from orchestrator.errors import CheckpointCorrupt, ProtocolError
+from orchestrator.protocol.messages import ShardWritten
+
+FORMAT = "orchestrator-checkpoint-v1"
+MANIFEST_FILE = "manifest.json"
+DTYPES = ("float32", "float64", "int32", "int64", "uint8", "bool")  # numpy's names; bf16 is never stored
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+_INCOMPLETE_NAME = re.compile(r"\.incomplete-(\d{8,})-(\d{6,})-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a flattened tensor lie in `file` under `key`, as a one-dimensional array."""
+
+    file: str
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor. `pieces` are in the order of their elements and cover each of them once."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole checkpoint.
+
+    `meta` is what is not a tensor: sampler position, optimizer step. (epoch, generation) fence out writers of the past.
+    """
+
+    run_id: str
+    step: int
+    epoch: int
+    generation: int
+    tensors: Mapping[str, TensorEntry]
+    files: Mapping[str, FileEntry]
+    meta: Mapping[str, object] = field(default_factory=dict)
+    format: str = FORMAT
+
+    def check(self) -> None:
+        """Raises CheckpointCorrupt unless the pieces cover every tensor exactly once and lie in listed files."""
+        if self.format != FORMAT:
+            raise self._corrupt(f"has format {self.format!r}, this version reads {FORMAT!r}")
+        for name in self.files:
+            if not name or "/" in name or name.startswith("."):
+                raise self._corrupt(f"names the file {name!r}; a file name has no folder and no leading dot")
+        for name, tensor in self.tensors.items():
+            if fault := _coverage_fault(tensor, self.files):
+                raise self._corrupt(f"has tensor {name!r} {fault}")
+
+    def to_json(self) -> str:
+        """JSON with the digest of its content, so that a changed manifest is noticed like a changed file."""
+        body = asdict(self)
+        return json.dumps({"sha256": _digest(body), "manifest": body}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """The manifest written by `to_json`. Raises CheckpointCorrupt for anything else."""
+        try:
+            outer = json.loads(text)
+            body, claimed = outer["manifest"], outer["sha256"]
+            if (found := _digest(body)) != claimed:
+                raise CheckpointCorrupt(f"{MANIFEST_FILE} has digest {found}, its content was written as {claimed}")
+            tensors = {name: _tensor_from(fields) for name, fields in body.pop("tensors").items()}
+            files = {name: FileEntry(**fields) for name, fields in body.pop("files").items()}
+            manifest = cls(tensors=tensors, files=files, **body)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointCorrupt(f"{MANIFEST_FILE} is not a checkpoint manifest: {error!r}") from error
+        manifest.check()
+        return manifest
+
+    def _corrupt(self, fault: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(f"the checkpoint of run {self.run_id!r} at step {self.step} {fault}")
+
+
+def manifest_of(
+    shards: Sequence[ShardWritten],
+    *,
+    run_id: str,
+    epoch: int,
+    shapes: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Join what the ranks of one generation wrote for one step.
+
+    Args:
+        shapes: the shape of every tensor that the checkpoint must hold.
+        dtypes: numpy's names; a tensor that isn't named is float32.
+
+    Raises:
+        ProtocolError: the shards are not of one step and generation, or disagree on `meta` or on the tensors.
+        CheckpointCorrupt: the pieces don't cover every tensor exactly once.
+    """
+    moments = {(shard.step, shard.generation, shard.meta) for shard in shards}
+    if len(moments) != 1:
+        raise ProtocolError(
+            f"{len(shards)} shards disagree on (step, generation, meta): {sorted(moments)}",
+            remedy="A checkpoint is made of the shards of one step and one generation.",
+            unchanged="No checkpoint was marked complete.",
+        )
+    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    for shard in shards:
+        for name, key, start, stop in shard.entries:
+            if name not in pieces:
+                raise ProtocolError(f"rank {shard.rank} wrote the tensor {name!r}, of which no shape is known")
+            pieces[name].append(Piece(shard.file, key, start, stop))
+    ((step, generation, meta),) = moments
+    manifest = Manifest(
+        run_id=run_id,
+        step=step,
+        epoch=epoch,
+        generation=generation,
+        tensors={name: _tensor_of(shapes[name], (dtypes or {}).get(name), found) for name, found in pieces.items()},
+        files={shard.file: FileEntry(shard.sha256, shard.num_bytes) for shard in shards},
+        meta=json.loads(meta),
+    )
+    if len(manifest.files) != len(shards):
+        raise ProtocolError(f"two of {len(shards)} shards name the same file: {sorted(s.file for s in shards)}")
+    manifest.check()
+    return manifest
+
+
+def step_name(step: int) -> str:
+    """The directory of a complete checkpoint."""
+    return f"step-{step:08d}"
+
+
+def incomplete_name(step: int, epoch: int, generation: int) -> str:
+    """The directory in which the ranks of a generation write their shards."""
+    return f".incomplete-{step:08d}-{epoch:06d}-{generation:06d}"
+
+
+def parse_step_name(name: str) -> int | None:
+    """The step of a complete checkpoint's directory; None for any other name."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def parse_incomplete_name(name: str) -> tuple[int, int, int] | None:
+    """(step, epoch, generation) of an unfinished checkpoint's directory; None for any other name."""
+    match = _INCOMPLETE_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def _tensor_of(shape: Sequence[int], dtype: str | None, pieces: list[Piece]) -> TensorEntry:
+    ordered = tuple(sorted(pieces, key=lambda piece: piece.start))
+    return TensorEntry(dtype=dtype or "float32", shape=tuple(shape), pieces=ordered)
+
+
+def _tensor_from(fields: dict[str, object]) -> TensorEntry:
+    shape, pieces = fields.pop("shape"), fields.pop("pieces")
+    if not isinstance(shape, list) or not isinstance(pieces, list):
+        raise TypeError("shape and pieces are lists")
+    return TensorEntry(shape=tuple(shape), pieces=tuple(Piece(**piece) for piece in pieces), **fields)  # type: ignore[arg-type]
+
+
+def _coverage_fault(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str:
+    """What is wrong with a tensor's pieces; empty if they cover its elements exactly once."""
+    if tensor.dtype not in DTYPES:
+        return f"of dtype {tensor.dtype!r}, stored are {', '.join(DTYPES)}"
+    covered = 0
+    for piece in tensor.pieces:
+        if piece.file not in files:
+            return f"in the file {piece.file!r}, which is not listed"
+        if not piece.start < piece.stop:
+            return f"with the empty piece [{piece.start}, {piece.stop})"
+        if piece.start != covered:
+            lack = "nowhere" if piece.start > covered else "twice"
+            low, high = sorted((covered, piece.start))
+            return f"whose elements [{low}, {high}) are stored {lack}"
+        covered = piece.stop
+    if covered != tensor.numel:
+        return f"covered up to element {covered} of {tensor.numel}"
+    return ""
+
+
+def _digest(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

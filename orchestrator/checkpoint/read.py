@@ -1,0 +1,194 @@
+"""Reading checkpoints: which there are, any element range of any tensor, whether one is whole, dropping old ones."""
+
+import hashlib
+import shutil
+from bisect import bisect_right
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, parse_incomplete_name, parse_step_name
+from orchestrator.errors import CheckpointCorrupt, NotFound
+
+DISCARDED_PREFIX = ".discarded-"  # on its way out: renamed first, so that what is half deleted is never listed
+
+
+def list_checkpoints(checkpoints: Path) -> tuple[Path, ...]:
+    """The complete checkpoints in a run's directory of checkpoints, the oldest step first. Files are not read."""
+    if not checkpoints.is_dir():
+        return ()
+    found = ((parse_step_name(path.name), path) for path in checkpoints.iterdir())
+    return tuple(path for _, path in sorted((step, path) for step, path in found if step is not None))
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    found = list_checkpoints(checkpoints)
+    return found[-1] if found else None
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a complete checkpoint. Raises CheckpointCorrupt if it is missing or not as it was written."""
+    path = checkpoint / MANIFEST_FILE
+    try:
+        manifest = Manifest.from_json(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointCorrupt(f"{path} is missing; a checkpoint has a manifest") from error
+    except (CheckpointCorrupt, UnicodeDecodeError) as error:
+        raise CheckpointCorrupt(f"{path} can't be trusted: {error}") from error
+    if manifest.step != parse_step_name(checkpoint.name):
+        raise CheckpointCorrupt(f"{path} is of step {manifest.step}, not of the step its directory names")
+    return manifest
+
+
+class CheckpointReader:
+    """Reads any element range of any tensor, whatever the world that wrote the checkpoint. A context manager.
+
+    Files are mapped into memory when they are first needed: only what is asked for is read.
+
+    Args:
+        checkpoint: the directory of a complete checkpoint.
+
+    Raises:
+        CheckpointCorrupt: the manifest can't be trusted.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.path = checkpoint
+        self.manifest = read_manifest(checkpoint)
+        self._starts = {
+            name: [piece.start for piece in tensor.pieces] for name, tensor in self.manifest.tensors.items()
+        }
+        self._files: dict[str, safe_open] = {}
+
+    def read(self, tensor: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements [start, stop) of the flattened tensor, as a new array of its dtype.
+
+        Raises:
+            NotFound: there is no such tensor.
+            ValueError: the range lies outside of the tensor.
+            CheckpointCorrupt: a file is missing, or isn't what the manifest says.
+        """
+        entry = self.manifest.tensors.get(tensor)
+        if entry is None:
+            raise NotFound(f"{self.path} holds no tensor {tensor!r}", remedy="It was written for another model.")
+        if not 0 <= start <= stop <= entry.numel:
+            raise ValueError(f"[{start}, {stop}) lies outside of {tensor!r}, which has {entry.numel} elements")
+        out = np.empty(stop - start, dtype=entry.dtype)
+        at = start
+        index = bisect_right(self._starts[tensor], start) - 1
+        while at < stop:
+            piece = entry.pieces[index]
+            until = min(stop, piece.stop)
+            out[at - start : until - start] = self._read_piece(piece, at, until, entry.dtype)
+            at, index = until, index + 1
+        return out
+
+    def verify(self) -> None:
+        """Digest every file. Raises CheckpointCorrupt that names the file, both digests and the previous good one."""
+        if fault := self._fault():
+            good = _previous_good(self.path)
+            remedy = (
+                f"The newest good checkpoint before it is {good}" if good else "There is no good checkpoint before it"
+            )
+            raise CheckpointCorrupt(f"{self.path}: {fault}", remedy=remedy, unchanged="Nothing was deleted.")
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._files.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read_piece(self, piece: Piece, start: int, stop: int, dtype: str) -> npt.NDArray[Any]:
+        try:
+            stored = self._open(piece.file).get_slice(piece.key)  # type: ignore[no-untyped-call]
+            if stored.get_shape() != [piece.stop - piece.start]:
+                raise CheckpointCorrupt(f"{self.path / piece.file}: {piece.key} has shape {stored.get_shape()}")
+            found: npt.NDArray[Any] = stored[start - piece.start : stop - piece.start]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointCorrupt(f"{self.path / piece.file} can't be read: {error}") from error
+        if found.dtype != dtype:
+            raise CheckpointCorrupt(f"{self.path / piece.file}: {piece.key} holds {found.dtype}, not {dtype}")
+        return found
+
+    def _open(self, file: str) -> safe_open:
+        if file not in self._files:
+            self._files[file] = safe_open(self.path / file, framework="numpy")
+        return self._files[file]
+
+    def _fault(self) -> str:
+        """What is wrong with the files; empty if nothing is. The manifest itself was checked when it was read."""
+        for name, entry in self.manifest.files.items():
+            path = self.path / name
+            if not path.is_file():
+                return f"{name} is missing; it had {entry.num_bytes} bytes and sha256 {entry.sha256}"
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry.sha256:
+                return f"{name} has sha256 {found}, it was written with {entry.sha256}"
+        return ""
+
+
+def prune(checkpoints: Path, keep_last: int) -> tuple[Path, ...]:
+    """Delete all but the `keep_last` newest checkpoints, and unfinished ones that can't be finished any more.
+
+    Only the run's controller calls this. An unfinished one is given up when a later one of the same or a later
+    (epoch, generation) is complete.
+
+    Returns:
+        the complete checkpoints that were deleted.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last is {keep_last}; at least the newest checkpoint is kept")
+    complete = list_checkpoints(checkpoints)
+    dropped, kept = complete[:-keep_last], complete[-keep_last:]
+    for path in dropped:
+        _discard(path)
+    newest = max((_age(path) for path in kept), default=(-1, -1, -1))
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        unfinished = parse_incomplete_name(path.name)
+        if unfinished and (unfinished[1], unfinished[2], unfinished[0]) < newest:
+            _discard(path)
+        elif path.name.startswith(DISCARDED_PREFIX):
+            shutil.rmtree(path)
+    return dropped
+
+
+def _age(checkpoint: Path) -> tuple[int, int, int]:
+    """(epoch, generation, step); lower than any other where the manifest can't be trusted."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except CheckpointCorrupt:
+        return (-1, -1, -1)
+    return (manifest.epoch, manifest.generation, manifest.step)
+
+
+def _discard(path: Path) -> None:
+    hidden = path.with_name(DISCARDED_PREFIX + path.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _previous_good(checkpoint: Path) -> Path | None:
+    complete = list_checkpoints(checkpoint.parent)
+    earlier = complete[: complete.index(checkpoint)]
+    return next((path for path in reversed(earlier) if _is_good(path)), None)
+
+
+def _is_good(checkpoint: Path) -> bool:
+    try:
+        with CheckpointReader(checkpoint) as reader:
+            return not reader._fault()
+    except CheckpointCorrupt:
+        return False

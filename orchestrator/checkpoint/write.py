@@ -1,0 +1,213 @@
+"""Writing a checkpoint: every rank its shard (`write_shard`), then the controller the marker (`commit`).
+
+The shards of a step lie in a hidden directory until the controller has heard of all of them; `commit` adds the
+manifest and renames the directory. So a checkpoint is complete, or does not exist.
+
+The safetensors format is eight bytes of header length, a JSON header and the raw little-endian arrays
+(https://github.com/huggingface/safetensors#format). It is written here, not by the library, because one pass then
+writes and digests, and no second copy of the shard is held in memory.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, incomplete_name, step_name
+from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
+from orchestrator.errors import CheckpointCorrupt, EpochSuperseded, ProtocolError
+from orchestrator.protocol.messages import ShardWritten
+
+_FENCE_FILE = ".epoch"  # the highest epoch that has committed here
+_SAFETENSORS_DTYPES = {
+    "float32": "F32",
+    "float64": "F64",
+    "int32": "I32",
+    "int64": "I64",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class ShardPiece:
+    """Elements [start, stop) of a flattened tensor, to be stored by this rank. `array` has stop - start elements."""
+
+    tensor: str
+    start: int
+    stop: int
+    array: npt.NDArray[Any]
+
+    @property
+    def key(self) -> str:
+        return f"{self.tensor}[{self.start}:{self.stop}]"
+
+
+def write_shard(
+    checkpoints: Path,
+    pieces: Sequence[ShardPiece],
+    *,
+    step: int,
+    epoch: int,
+    generation: int,
+    rank: int,
+    meta: str = "{}",
+) -> ShardWritten:
+    """Write one rank's part of a checkpoint and flush it to the device.
+
+    Arrays are read in place, so they must not change until this returns. Empty pieces are left out. A repeat
+    replaces the file.
+
+    Args:
+        checkpoints: the run's directory of checkpoints.
+        meta: JSON of what is not a tensor; equal on all ranks.
+
+    Raises:
+        ValueError: an array's length or dtype doesn't fit.
+        OSError: run storage can't be written; no complete checkpoint is touched.
+    """
+    directory = checkpoints / incomplete_name(step, epoch, generation)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"shard-{rank:05d}.safetensors"
+    filled = [piece for piece in pieces if piece.stop > piece.start]
+    sha256, num_bytes = _write_file(path, _safetensors_chunks(filled))
+    return ShardWritten(
+        step=step,
+        generation=generation,
+        rank=rank,
+        file=path.name,
+        sha256=sha256,
+        entries=tuple((piece.tensor, piece.key, piece.start, piece.stop) for piece in filled),
+        num_bytes=num_bytes,
+        meta=meta,
+    )
+
+
+def commit(checkpoints: Path, manifest: Manifest) -> Path:
+    """Make the shards of `manifest` a checkpoint. Only the run's controller calls this; a repeat is harmless.
+
+    A checkpoint of the same step is replaced if its (epoch, generation) is lower: a replay did that step anew.
+
+    Raises:
+        EpochSuperseded: a controller with a higher epoch has committed a checkpoint of this run.
+        ProtocolError: a later generation has committed this step.
+        CheckpointCorrupt: a shard is missing or has another size than it was written with.
+    """
+    final = checkpoints / step_name(manifest.step)
+    existing = _manifest_or_none(final)
+    _refuse_the_past(checkpoints, manifest, existing)
+    if existing == manifest:
+        return final
+    source = checkpoints / incomplete_name(manifest.step, manifest.epoch, manifest.generation)
+    for name, entry in manifest.files.items():
+        _check_size(source / name, entry.num_bytes)
+    _write_file(source / MANIFEST_FILE, iter([manifest.to_json().encode()]))
+    _flush_directory(source)
+    if final.exists():  # a crash between the two renames leaves all shards; the controller's repeat ends it
+        replaced = checkpoints / f"{DISCARDED_PREFIX}{final.name}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+        source.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        source.rename(final)
+    _flush_directory(checkpoints)
+    return final
+
+
+def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest | None) -> None:
+    """Raise if a later writer was here; else note this one's epoch, so that an earlier one is refused."""
+    fence = checkpoints / _FENCE_FILE
+    highest = int(fence.read_text()) if fence.exists() else -1
+    if highest > manifest.epoch:
+        raise EpochSuperseded(
+            f"epoch {manifest.epoch} may not commit step {manifest.step}: epoch {highest} commits to {checkpoints}",
+            unchanged="No checkpoint was changed.",
+        )
+    if existing and (existing.epoch, existing.generation) > (manifest.epoch, manifest.generation):
+        raise ProtocolError(
+            f"generation {manifest.generation} may not commit step {manifest.step}: "
+            f"generation {existing.generation} has done so",
+            unchanged="No checkpoint was changed.",
+        )
+    if highest < manifest.epoch:
+        _write_file(fence, iter([str(manifest.epoch).encode()]))
+
+
+def _manifest_or_none(path: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None if there is none or it is corrupt, which makes it worth replacing."""
+    try:
+        return read_manifest(path)
+    except CheckpointCorrupt:
+        return None
+
+
+def _check_size(path: Path, num_bytes: int) -> None:
+    found = path.stat().st_size if path.exists() else None
+    if found != num_bytes:
+        raise CheckpointCorrupt(
+            f"{path} has {'no file' if found is None else f'{found} bytes'}, its rank wrote {num_bytes} bytes",
+            unchanged="No checkpoint was marked complete; the earlier ones stay.",
+        )
+
+
+def _safetensors_chunks(pieces: Sequence[ShardPiece]) -> Iterator[bytes | memoryview]:
+    header: dict[str, object] = {}
+    arrays = []
+    offset = 0
+    for piece in pieces:
+        array = np.ascontiguousarray(piece.array).reshape(-1)
+        if array.size != piece.stop - piece.start or array.dtype.name not in _SAFETENSORS_DTYPES:
+            raise ValueError(
+                f"{piece.key} got {array.size} elements of {array.dtype}; "
+                f"it needs {piece.stop - piece.start} of one of {', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        header[piece.key] = {
+            "dtype": _SAFETENSORS_DTYPES[array.dtype.name],
+            "shape": [array.size],
+            "data_offsets": [offset, offset + array.nbytes],
+        }
+        offset += array.nbytes
+        arrays.append(array)
+    if len(header) != len(pieces):
+        raise ValueError(f"a range is named twice among {[piece.key for piece in pieces]}")
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the arrays start at a multiple of 8, for whoever maps the file
+    yield len(encoded).to_bytes(8, "little") + encoded
+    for array in arrays:
+        yield array.view(np.uint8).data
+
+
+def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[str, int]:
+    """Write, flush and rename into place; returns (sha256, size in bytes)."""
+    digest = hashlib.sha256()
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        num_bytes = file.tell()
+    partial.replace(path)
+    return digest.hexdigest(), num_bytes
+
+
+def _flush_directory(path: Path) -> None:
+    """Make renames within `path` durable, where the file system knows how to."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems refuse it for directories
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,82 @@
+"""A group of peers for moving state: point-to-point sends, small sums, a broadcast of bytes.
+
+Apart from the world that trains, since its members differ: a transfer joins the members of two generations. Built
+straight on gloo, so that it can be connected from a background thread while the old world trains. Tensors on a GPU go
+through host memory in chunks.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class PeerGroup:
+    """Members of a transfer. Collective: every member constructs it.
+
+    Args:
+        store: the run's rendezvous store.
+        prefix: unique to this transfer.
+        members: worker ids in an order that all members share.
+        me: this worker's id.
+        timeout_s: how long an operation may wait for a peer.
+    """
+
+    def __init__(
+        self, store: dist.Store, prefix: str, members: tuple[str, ...], me: str, timeout_s: float = 60.0
+    ) -> None:
+        self.members = members
+        self.me = me
+        self._index = {worker: index for index, worker in enumerate(members)}
+        self._group: dist.ProcessGroupGloo | None = None
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        if len(members) > 1:
+            self._group = dist.ProcessGroupGloo(
+                dist.PrefixStore(prefix, store), self._index[me], len(members), timedelta(seconds=timeout_s)
+            )
+
+    def send(self, data: Tensor, to: str) -> None:
+        """Send a contiguous tensor in host memory; returns when it has left. Order per pair is kept."""
+        self._pg.send([data], self._index[to], 0).wait()
+        self.sent_bytes += data.numel() * data.element_size()
+
+    def receive(self, data: Tensor, source: str) -> None:
+        """Fill a contiguous tensor in host memory from `source`."""
+        self._pg.recv([data], self._index[source], 0).wait()
+        self.received_bytes += data.numel() * data.element_size()
+
+    def reduce(self, data: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """All-reduce in place. int64 sums wrap modulo 2^64."""
+        if self._group is not None:
+            options = dist.AllreduceOptions()
+            options.reduceOp = op
+            self._group.allreduce([data], options).wait()
+
+    def broadcast(self, payload: bytes | None, source: str) -> bytes:
+        """`payload` of `source`, on every member."""
+        if self._group is None:
+            assert payload is not None
+            return payload
+        options = dist.BroadcastOptions()
+        options.rootRank = self._index[source]
+        size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64)
+        self._group.broadcast([size], options).wait()
+        data = torch.empty(int(size), dtype=torch.uint8)
+        if payload is not None and self.me == source:
+            data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
+        self._group.broadcast([data], options).wait()
+        return bytes(data.numpy().tobytes())
+
+    def close(self) -> None:
+        """Close the connections: peers blocked on this member fail at once instead of waiting for the timeout."""
+        if self._group is not None:
+            self._group.shutdown()
+            self._group = None
+
+    @property
+    def _pg(self) -> dist.ProcessGroupGloo:
+        if self._group is None:
+            raise RuntimeError(f"{self.me} has no peers in {self.members}, or the group is closed")
+        return self._group

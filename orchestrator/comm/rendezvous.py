@@ -1,0 +1,28 @@
+"""The run's rendezvous store: one TCP store that is up before the first generation and outlives every worker.
+
+Hosted in a process of its own. Generations meet in it under a prefix each (`orchestrator.engine.groups`).
+"""
+
+from datetime import timedelta
+
+import torch.distributed as dist
+
+CONNECT_TIMEOUT_S = 60.0
+
+
+class RendezvousServer:
+    """Holds the store. `host` is the address that workers reach; the port is free and chosen by the system."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+        self._store = dist.TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+
+    def address(self) -> tuple[str, int]:
+        return self._host, int(self._store.port)
+
+
+def connect_store(host: str, port: int) -> dist.Store:
+    """A client of the run's store. Raises `DistNetworkError` where nothing answers."""
+    return dist.TCPStore(
+        host, port, None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_TIMEOUT_S)
+    )

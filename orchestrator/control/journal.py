@@ -1,0 +1,133 @@
+"""The journal of a run: what was decided and done, as small append-only objects in run storage.
+
+    RUN/epochs/000002                     made by the controller that took epoch 2; never removed
+    RUN/journal/000002-00000042.json      events 42 and following, written by epoch 2: {"events": [...]}
+
+Nothing is ever overwritten. An event's `seq` counts through all epochs. A controller of the past that still manages
+to write an object after its successor has begun is ignored by readers: its events have numbers that the successor's
+first event claims already.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import EpochSuperseded
+
+Event = dict[str, Any]
+
+
+def acquire_epoch(run_dir: Path) -> int:
+    """Take the next epoch of the run. Two callers never get the same."""
+    epochs = run_dir / "epochs"
+    epochs.mkdir(parents=True, exist_ok=True)
+    while True:
+        epoch = newest_epoch(run_dir) + 1
+        try:
+            os.close(os.open(epochs / f"{epoch:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue
+        _flush_directory(epochs)
+        return epoch
+
+
+def newest_epoch(run_dir: Path) -> int:
+    """The highest epoch that was taken; 0 if none was."""
+    epochs = run_dir / "epochs"
+    return max((int(entry.name) for entry in epochs.iterdir()), default=0) if epochs.is_dir() else 0
+
+
+class Journal:
+    """Appends in the name of one epoch.
+
+    Args:
+        run_dir: the run's directory in run storage.
+        epoch: taken by `acquire_epoch`.
+    """
+
+    def __init__(self, run_dir: Path, epoch: int) -> None:
+        self._run_dir = run_dir
+        self._epoch = epoch
+        (run_dir / "journal").mkdir(parents=True, exist_ok=True)
+        past = read_events(run_dir)
+        self._next_seq = past[-1]["seq"] + 1 if past else 0
+
+    def append(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
+        """Write these events as one object: all of them are read again, or none.
+
+        Returns:
+            the events with their `seq`, `epoch` and `time` (`time.time()` seconds).
+
+        Raises:
+            EpochSuperseded: a newer controller has taken over; nothing was written.
+        """
+        newest = newest_epoch(self._run_dir)
+        if newest > self._epoch:
+            raise EpochSuperseded(
+                f"epoch {self._epoch} may not write to the journal in {self._run_dir}: epoch {newest} does",
+                unchanged="Nothing was written.",
+            )
+        stamp = {"epoch": self._epoch, "time": time.time()}
+        numbered = [{"seq": seq, **stamp, **event} for seq, event in enumerate(events, start=self._next_seq)]
+        if numbered:
+            name = f"{self._epoch:06d}-{self._next_seq:08d}.json"
+            _create(self._run_dir / "journal" / name, json.dumps({"events": numbered}, separators=(",", ":")))
+            self._next_seq += len(numbered)
+        return numbered
+
+
+def read_events(run_dir: Path, after: int = -1) -> list[Event]:
+    """Every event with a `seq` above `after`, in order. Needs no cluster."""
+    events: list[Event] = []
+    for _, _, path in sorted(_objects(run_dir), reverse=True):
+        batch = json.loads(path.read_text())["events"]
+        claimed = events[-1]["seq"] if events else None
+        events += [event for event in reversed(batch) if claimed is None or event["seq"] < claimed]
+        if events and events[-1]["seq"] <= after + 1:
+            break
+    return [event for event in reversed(events) if event["seq"] > after]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file: a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _write(temporary, text)
+    temporary.replace(path)
+    _flush_directory(path.parent)
+
+
+def _objects(run_dir: Path) -> Iterator[tuple[int, int, Path]]:
+    journal = run_dir / "journal"
+    if journal.is_dir():
+        for path in journal.glob("*-*.json"):
+            epoch, first_seq = path.stem.split("-")
+            yield int(epoch), int(first_seq), path
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a new file at once or not at all. Raises FileExistsError rather than overwrite."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    _write(temporary, text)
+    try:
+        os.link(temporary, path)
+    finally:
+        temporary.unlink()
+    _flush_directory(path.parent)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""Where text comes from: a named source becomes documents in a fixed order, with a digest over all of them.
+
+Sources: `builtin:stdlib` (the running Python's own library, without its tests: English and code, on every
+machine), a directory of `.txt` files (searched recursively), or one `.txt` file. Each file is a document; a corpus of
+one file is cut at blank lines into documents, so that whole documents can still be held out.
+"""
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from orchestrator.errors import DataError
+
+BUILTIN_STDLIB = "builtin:stdlib"
+_NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_CUT_CHARS = 16_384  # the shortest document that a lone file is cut into; the last one may be shorter
+
+
+class Document(NamedTuple):
+    """One text and its id: the path below the source's root, with `#n` where a lone file was cut."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order; iterate to read them. Documents of white space only are left out.
+
+    Iterating raises DataError at the end if the files changed since `open_corpus`.
+    """
+
+    name: str
+    digest: str  # sha256 over the ids and texts of all documents, in order
+    ids: tuple[str, ...]
+    num_bytes: int  # of text, in UTF-8
+    root: Path
+    files: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[Document]:
+        digest = hashlib.sha256()
+        for document in _read_documents(self.root, self.files):
+            _update(digest, document)
+            yield document
+        if digest.hexdigest() != self.digest:
+            raise DataError(
+                f"the corpus {self.name} changed while it was read: its sha256 was {self.digest} and is now "
+                f"{digest.hexdigest()}",
+                remedy="Leave its files alone and start again.",
+                unchanged="Nothing was written.",
+            )
+
+
+def open_corpus(source: str) -> Corpus:
+    """Reads a source through once, to check it and to take its digest.
+
+    Args:
+        source: `builtin:stdlib`, a directory, or a `.txt` file.
+
+    Raises:
+        DataError: no such source, a file that can't be read or isn't UTF-8, or no text in it.
+    """
+    root, files = _find_files(source)
+    digest, ids, num_bytes = hashlib.sha256(), [], 0
+    for document in _read_documents(root, files):
+        num_bytes += _update(digest, document)
+        ids.append(document.id)
+    if not ids:
+        raise DataError(
+            f"the corpus {source} is empty: {len(files)} files, none with text",
+            remedy="Point data.source at a directory with .txt files that hold text, or use builtin:stdlib.",
+            unchanged="Nothing was written.",
+        )
+    return Corpus(source, digest.hexdigest(), tuple(ids), num_bytes, root, files)
+
+
+def _find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
+    """The root of a source and its files, sorted by their path below the root."""
+    if source == BUILTIN_STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        found = [path for path in root.rglob("*.py") if not _NOT_STDLIB.intersection(path.relative_to(root).parts)]
+    else:
+        root = Path(source)
+        if root.is_dir():
+            found = [path for path in root.rglob("*.txt") if path.is_file()]
+        elif root.is_file() and root.suffix == ".txt":
+            root, found = root.parent, [root]
+        else:
+            what = "is no .txt file" if root.exists() else "doesn't exist"
+            raise DataError(
+                f"data.source {source} {what}; a source is builtin:stdlib, a directory of .txt files, or a .txt file",
+                remedy="Correct data.source; a relative path starts at the current directory.",
+                unchanged="Nothing was written.",
+            )
+    return root, tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
+
+
+def _read_documents(root: Path, files: tuple[Path, ...]) -> Iterator[Document]:
+    for path in files:
+        name, text = path.relative_to(root).as_posix(), _read(path)
+        parts = [Document(name, text)] if len(files) > 1 else _cut(name, text)
+        yield from (document for document in parts if document.text.strip())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})",
+            remedy="Convert the file (`iconv -t UTF-8`), or move it out of the corpus.",
+            unchanged="Nothing was written.",
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read: {error.strerror}",
+            remedy="Make it readable, or move it out of the corpus.",
+            unchanged="Nothing was written.",
+        ) from error
+
+
+def _cut(name: str, text: str) -> list[Document]:
+    """Cuts a text at blank lines into documents of at least `_CUT_CHARS`; nothing of it is lost."""
+    documents: list[Document] = []
+    start = 0
+    while start < len(text):
+        blank = text.find("\n\n", start + _CUT_CHARS)
+        end = len(text) if blank < 0 else blank + 2
+        documents.append(Document(f"{name}#{len(documents)}", text[start:end]))
+        start = end
+    return documents
+
+
+def _update(digest: "hashlib._Hash", document: Document) -> int:
+    """Adds a document to a digest, lengths first so that no two corpora collide; returns the bytes of its text."""
+    document_id, text = os.fsencode(document.id), document.text.encode("utf-8")
+    digest.update(f"{len(document_id)} {len(text)}\n".encode("ascii"))
+    digest.update(document_id)
+    digest.update(text)
+    return len(text)

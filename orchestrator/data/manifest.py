@@ -1,0 +1,99 @@
+"""What a packed store says of itself: `manifest.json`, the last file that is written.
+
+    STORE/manifest.json           this
+    STORE/documents.jsonl         ids of the corpus's documents, one JSON string a line, in the corpus's order
+    STORE/tokenizer.json          the tokenizer that made the tokens
+    STORE/SPLIT.tokens            the tokens of a split's documents, back to back: little-endian integers, nothing else
+    STORE/SPLIT.index.npy         one INDEX_DTYPE record per document of the split, in the order of the tokens
+
+Row length is no part of a store: the same store serves every sequence length.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+FORMAT_VERSION: Literal[1] = 1
+MANIFEST = "manifest.json"
+DOCUMENTS = "documents.jsonl"
+TOKENIZER = "tokenizer.json"
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("document", "<i8"),  # line of documents.jsonl, from 0
+        ("offset", "<i8"),  # of its first token, in tokens
+        ("length", "<i8"),  # in tokens, its document token included: at least 1
+        ("score", "<f4"),  # difficulty, for the curriculum; NaN until something scores it
+    ]
+)
+
+
+def tokens_file(split: Split) -> str:
+    return f"{split}.tokens"
+
+
+def index_file(split: Split) -> str:
+    return f"{split}.index.npy"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PrepareOptions(_Record):
+    """All that decides a store's content besides the corpus."""
+
+    vocab_size: int  # asked for
+    holdout: float  # fraction of documents in `validation`
+    tokenizer_train_bytes: int  # the tokenizer learns from at most about this much text
+
+
+class Source(_Record):
+    """A corpus that went into the store."""
+
+    name: str
+    digest: str
+    num_documents: int
+    num_bytes: int
+
+
+class FileDigest(_Record):
+    num_bytes: int
+    sha256: str
+
+
+class SplitCounts(_Record):
+    num_documents: int
+    num_tokens: int
+
+
+class Manifest(_Record):
+    """The content of `manifest.json`. `files` names every other file of the store."""
+
+    format_version: Literal[1]
+    sources: tuple[Source, ...]
+    options: PrepareOptions
+    vocab_size: int  # the tokenizer's: may be less than asked for
+    tokenizer_digest: str
+    token_dtype: Literal["<u2", "<u4"]
+    splits: dict[Split, SplitCounts]
+    files: dict[str, FileDigest]
+
+
+def store_key(source_digest: str, options: PrepareOptions) -> str:
+    """The directory name of the store that these make: another corpus or option, another name."""
+    made_of = f"{FORMAT_VERSION}\n{source_digest}\n{options.model_dump_json()}"
+    return "store-" + hashlib.sha256(made_of.encode("utf-8")).hexdigest()[:16]
+
+
+def digest_file(path: Path) -> FileDigest:
+    """Size and sha256 of a file, read in pieces. Raises OSError if it can't be read."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileDigest(num_bytes=file.tell(), sha256=sha256)

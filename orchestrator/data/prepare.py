@@ -1,0 +1,163 @@
+"""From a corpus to a packed token store: hold documents out, train a tokenizer, encode, publish.
+
+The store's directory is named by what it is made of, so asking again for the same corpus and options finds it:
+
+    store = prepare("builtin:stdlib", vocab_size=2048, holdout=0.05, directory=Path("runs/data"))
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from orchestrator.data.corpus import Corpus, Document, open_corpus
+from orchestrator.data.manifest import PrepareOptions, Source, Split, store_key
+from orchestrator.data.store import TokenStore
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.data.writer import StoreWriter, published
+from orchestrator.errors import DataError
+
+Progress = Callable[[str, float], None]
+
+TOKENIZER_TRAIN_BYTES = 8_000_000
+_BATCH_CHARS = 1_000_000  # text encoded at once: enough to keep all cores busy
+
+
+def prepare(
+    source: str, vocab_size: int, holdout: float, directory: Path | str, progress: Progress | None = None
+) -> TokenStore:
+    """The store of `source` below `directory`: found, or made now.
+
+    Args:
+        source: see `open_corpus`.
+        vocab_size: tokens to learn; little text may give fewer.
+        holdout: fraction of documents in `validation`, in [0, 1); either split gets at least one.
+        directory: holds stores, each in a directory named by its content. Made if missing.
+        progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
+
+    Raises:
+        DataError: a corpus that can't be read or split, an option out of range, or a directory that can't be written.
+        StoreCorrupt: the store exists and doesn't match its digests.
+    """
+    tell = progress or (lambda stage, fraction: None)
+    if not 0 <= holdout < 1:
+        raise DataError(
+            f"data.holdout is {holdout}; it must be at least 0 and less than 1",
+            remedy="Set it to the fraction of documents to validate on, such as 0.05.",
+            unchanged="Nothing was written.",
+        )
+    tell("reading", 0.0)
+    corpus = open_corpus(source)
+    options = PrepareOptions(vocab_size=vocab_size, holdout=float(holdout), tokenizer_train_bytes=TOKENIZER_TRAIN_BYTES)
+    splits = split_documents(corpus.ids, holdout)
+    final = Path(directory) / store_key(corpus.digest, options)
+    if not final.exists():
+        tokenizer = TextTokenizer.train(_training_texts(corpus, splits, options, tell), vocab_size)
+        try:
+            with published(final) as partial:
+                _write(corpus, splits, options, tokenizer, partial, tell)
+        except OSError as error:
+            raise DataError(
+                f"the token store can't be written to {directory}: {error}",
+                remedy="Make room and the directory writable, or choose another storage.",
+                unchanged="No store was written.",
+            ) from error
+    store = TokenStore.open(final, verify=True)
+    tell("done", 1.0)
+    return store
+
+
+def split_documents(document_ids: Sequence[str], holdout: float) -> tuple[Split, ...]:
+    """The split of each document: a function of its id, so that a growing corpus keeps its held-out documents.
+
+    Documents are ranked by a hash of their id in [0, 1); those below `holdout` are held out. Where that leaves a split
+    empty, the lowest (or the highest) goes there. Raises DataError for fewer than two documents.
+    """
+    if len(document_ids) < 2:
+        raise DataError(
+            f"the corpus has {len(document_ids)} document; it needs at least 2, one to train and one to validate on",
+            remedy="Add a file, or separate the parts of the only one by blank lines.",
+            unchanged="Nothing was written.",
+        )
+    ranks = [_fraction_of(document_id) for document_id in document_ids]
+    held_out = [rank < holdout for rank in ranks]
+    held_out[ranks.index(min(ranks))] = True
+    held_out[ranks.index(max(ranks))] = False
+    return tuple("validation" if held else "train" for held in held_out)
+
+
+def check_enough(store: TokenStore, sequence_length: int, global_batch_size: int, min_validation_rows: int = 0) -> None:
+    """Refuses a store too small for a job: less than one global batch, or fewer validation rows than it needs.
+
+    Raises:
+        DataError: says the rows found, the rows needed, and what to change.
+    """
+    wanted: tuple[tuple[Split, int, str], ...] = (
+        ("train", global_batch_size, "one global batch"),
+        ("validation", min_validation_rows, "validation"),
+    )
+    for split, needed, purpose in wanted:
+        found = store.num_rows(split, sequence_length)
+        if found < needed:
+            smaller = "train.global_batch_size" if split == "train" else "eval.rows"
+            raise DataError(
+                f"the {split} split has {store.num_tokens(split)} tokens: {found} rows of {sequence_length} tokens, "
+                f"and {purpose} needs {needed}",
+                remedy=f"Add text to data.source, or make train.sequence_length or {smaller} smaller"
+                + (", or data.holdout larger" if split == "validation" else ""),
+                unchanged="Nothing was started.",
+            )
+
+
+def _fraction_of(document_id: str) -> float:
+    """A number in [0, 1) that depends on the id alone."""
+    digest = hashlib.sha256(b"holdout\n" + os.fsencode(document_id)).digest()
+    return int.from_bytes(digest[:6], "big") / (1 << 48)
+
+
+def _training_texts(corpus: Corpus, splits: Sequence[Split], options: PrepareOptions, tell: Progress) -> Iterator[str]:
+    """What the tokenizer learns from: the same share of every training document, from a place that its id names."""
+    share = min(1.0, options.tokenizer_train_bytes / corpus.num_bytes)
+    for number, (document, split) in enumerate(zip(corpus, splits, strict=True)):
+        if split == "train":
+            length = math.ceil(len(document.text) * share)
+            start = int(_fraction_of(document.id) * (len(document.text) - length + 1))
+            yield document.text[start : start + length]
+        tell("tokenizer", number / len(splits))
+
+
+def _write(
+    corpus: Corpus,
+    splits: Sequence[Split],
+    options: PrepareOptions,
+    tokenizer: TextTokenizer,
+    directory: Path,
+    tell: Progress,
+) -> None:
+    source = Source(name=corpus.name, digest=corpus.digest, num_documents=len(corpus.ids), num_bytes=corpus.num_bytes)
+    writer = StoreWriter(directory, tokenizer)
+    try:
+        number = 0
+        for batch in _batches(corpus):
+            for tokens in tokenizer.encode([document.text for document in batch]):
+                writer.add(splits[number], number, tokens)
+                number += 1
+            tell("encoding", number / len(splits))
+        writer.finish(source, corpus.ids, options)
+    finally:
+        writer.close()
+
+
+def _batches(documents: Corpus) -> Iterator[list[Document]]:
+    """Consecutive documents, together at least `_BATCH_CHARS` long but for the last batch."""
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        batch.append(document)
+        num_chars += len(document.text)
+        if num_chars >= _BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch

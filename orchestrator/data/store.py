@@ -1,0 +1,185 @@
+"""The packed token store, read side: a split's documents back to back, cut into rows of any length when asked.
+
+Row r of a split at sequence length T covers its tokens [r * T, r * T + T]: T inputs, and as targets the same shifted by
+one. Rows cross document borders; the loss doesn't: a document's first token is never a target.
+
+Shape suffixes: R rows asked for, T tokens of a row, U = T + 1, D documents of the split.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from orchestrator.data.manifest import (
+    DOCUMENTS,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    FileDigest,
+    Manifest,
+    Split,
+    digest_file,
+    index_file,
+    tokens_file,
+)
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.errors import DataError, StoreCorrupt
+
+IGNORED_TARGET = -100  # what torch's cross_entropy ignores
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows, ready for a model."""
+
+    inputs_RT: NDArray[np.int64]
+    targets_RT: NDArray[np.int64]  # IGNORED_TARGET where the target is the first token of a document
+    documents_RT: NDArray[np.int32]  # which document of its row an input belongs to, from 0
+
+
+@dataclass(frozen=True, eq=False)
+class _SplitArrays:
+    tokens: NDArray[np.unsignedinteger]  # memory-mapped
+    index_D: NDArray[np.void]  # memory-mapped, INDEX_DTYPE
+    starts_D: NDArray[np.int64]  # the index's offsets, contiguous: searched every step
+
+
+class TokenStore:
+    """A prepared corpus on disk, memory-mapped. Make one with `prepare`, open it with `TokenStore.open`.
+
+    Attributes:
+        directory: where it lies.
+        manifest: what it says of itself.
+        digest: sha256 of the manifest, and so of everything in the store.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, digest: str) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.digest = digest
+        self._splits = {split: _map_split(directory, manifest, split) for split in SPLITS}
+
+    @classmethod
+    def open(cls, directory: Path | str, verify: bool = False) -> "TokenStore":
+        """Opens a store after checking that its files are there in full size; with `verify`, every byte of them.
+
+        Raises:
+            DataError: there is no store.
+            StoreCorrupt: a file isn't what the manifest says.
+        """
+        directory = Path(directory)
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise DataError(
+                f"{directory} is no token store: it holds no {MANIFEST}",
+                remedy="Prepare the data first, or correct the path.",
+                unchanged="Nothing was written.",
+            )
+        try:
+            manifest = Manifest.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise _corrupt(path, f"{path} is damaged or of another version: {error}") from error
+        for name, recorded in manifest.files.items():
+            _check_file(directory / name, recorded, verify)
+        return cls(directory, manifest, digest_file(path).sha256)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest.vocab_size
+
+    def tokenizer(self) -> TextTokenizer:
+        return TextTokenizer.load(self.directory / TOKENIZER)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.directory / TOKENIZER
+
+    @property
+    def documents_path(self) -> Path:
+        return self.directory / DOCUMENTS
+
+    def num_tokens(self, split: Split) -> int:
+        return len(self._splits[split].tokens)
+
+    def index(self, split: Split) -> NDArray[np.void]:
+        """The split's documents in the order of its tokens: (document, offset, length, score), read-only."""
+        return self._splits[split].index_D
+
+    def num_rows(self, split: Split, sequence_length: int) -> int:
+        """Whole rows in a split; the tokens after the last one are never used at this length."""
+        return (self.num_tokens(split) - 1) // _checked_length(sequence_length)
+
+    def rows(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> Rows:
+        """Reads rows, in the order asked for; none is fine. Raises ValueError for a row that doesn't exist."""
+        arrays = self._splits[split]
+        starts_R = self._row_starts(split, row_numbers, sequence_length)
+        positions_RU = starts_R[:, np.newaxis] + np.arange(sequence_length + 1)
+        tokens_RU = arrays.tokens[positions_RU].astype(np.int64)
+        documents_RU = np.searchsorted(arrays.starts_D, positions_RU, side="right")
+        crosses_RT = documents_RU[:, 1:] != documents_RU[:, :-1]
+        return Rows(
+            inputs_RT=tokens_RU[:, :-1],
+            targets_RT=np.where(crosses_RT, IGNORED_TARGET, tokens_RU[:, 1:]),
+            documents_RT=(documents_RU[:, :-1] - documents_RU[:, :1]).astype(np.int32),
+        )
+
+    def target_count(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> int:
+        """Targets in these rows that aren't ignored, without reading a token. Raises ValueError as `rows` does."""
+        starts_D = self._splits[split].starts_D
+        first_target_R = self._row_starts(split, row_numbers, sequence_length) + 1
+        ends = np.searchsorted(starts_D, first_target_R + sequence_length)
+        borders = int((ends - np.searchsorted(starts_D, first_target_R)).sum())
+        return len(first_target_R) * sequence_length - borders
+
+    def _row_starts(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
+        num_rows = self.num_rows(split, sequence_length)
+        rows_R = np.asarray(row_numbers, np.int64)
+        if rows_R.size and not 0 <= rows_R.min() <= rows_R.max() < num_rows:
+            raise ValueError(
+                f"rows {rows_R.min()} to {rows_R.max()} were asked for; {split} has {num_rows} rows of "
+                f"{sequence_length} tokens"
+            )
+        return rows_R * sequence_length
+
+
+def _checked_length(sequence_length: int) -> int:
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length is {sequence_length}; a row has at least 1 token")
+    return sequence_length
+
+
+def _map_split(directory: Path, manifest: Manifest, split: Split) -> _SplitArrays:
+    path = directory / index_file(split)
+    tokens = np.memmap(directory / tokens_file(split), dtype=manifest.token_dtype, mode="r")
+    try:
+        index_D = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:  # a header that was changed and kept its size
+        raise _corrupt(path, f"{path} is no array: {error}") from error
+    return _SplitArrays(tokens, index_D, np.ascontiguousarray(index_D["offset"]))
+
+
+def _check_file(path: Path, recorded: FileDigest, verify: bool) -> None:
+    """Compares sizes, and with `verify` digests; hashes a file of wrong size too, for the message."""
+    try:
+        if not verify and path.stat().st_size == recorded.num_bytes:
+            return
+        found = digest_file(path)
+    except OSError as error:
+        raise _corrupt(path, f"{path} can't be read: {error.strerror}; its sha256 was {recorded.sha256}") from error
+    if found != recorded:
+        raise _corrupt(
+            path,
+            f"{path} has sha256 {found.sha256} and {found.num_bytes} bytes; {MANIFEST} says {recorded.sha256} and "
+            f"{recorded.num_bytes} bytes",
+        )
+
+
+def _corrupt(path: Path, message: str) -> StoreCorrupt:
+    return StoreCorrupt(
+        message,
+        remedy=f"Remove {path.parent} and start again: it is prepared anew from the corpus.",
+        unchanged="Nothing was written.",
+    )

@@ -1,0 +1,112 @@
+"""The packed token store, write side: built in a hidden sibling directory, published by one rename.
+
+A store under its final name is whole: every file was flushed to disk before the rename. What a killed process
+leaves behind has a name that nobody opens.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+
+from orchestrator.data.manifest import (
+    DOCUMENTS,
+    FORMAT_VERSION,
+    INDEX_DTYPE,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    PrepareOptions,
+    Source,
+    Split,
+    SplitCounts,
+    digest_file,
+    index_file,
+    tokens_file,
+)
+from orchestrator.data.tokenizer import TextTokenizer
+
+
+class StoreWriter:
+    """Writes the files of one store into an empty directory: `add` every document, then `finish`."""
+
+    def __init__(self, directory: Path, tokenizer: TextTokenizer) -> None:
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        self._tokens: dict[Split, BinaryIO] = {split: (directory / tokens_file(split)).open("xb") for split in SPLITS}
+        self._num_tokens: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        self._index: dict[Split, list[tuple[int, int, int, float]]] = {split: [] for split in SPLITS}
+
+    def add(self, split: Split, document: int, tokens: Sequence[int]) -> None:
+        """Appends a document to a split. `document` is its number in the corpus; `tokens` has at least one."""
+        self._tokens[split].write(np.asarray(tokens, self._dtype).tobytes())
+        self._index[split].append((document, self._num_tokens[split], len(tokens), float("nan")))
+        self._num_tokens[split] += len(tokens)
+
+    def close(self) -> None:
+        for file in self._tokens.values():
+            file.close()
+
+    def finish(self, source: Source, document_ids: Sequence[str], options: PrepareOptions) -> None:
+        """Writes all but the tokens, the manifest last, and flushes everything to disk."""
+        self.close()
+        for split in SPLITS:
+            index_D = np.array(self._index[split], INDEX_DTYPE)
+            np.save(self._directory / index_file(split), index_D, allow_pickle=False)
+        lines = "".join(json.dumps(document_id) + "\n" for document_id in document_ids)
+        (self._directory / DOCUMENTS).write_text(lines, encoding="ascii")
+        self._tokenizer.save(self._directory / TOKENIZER)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            sources=(source,),
+            options=options,
+            vocab_size=self._tokenizer.vocab_size,
+            tokenizer_digest=self._tokenizer.digest,
+            token_dtype=self._dtype,
+            splits={
+                split: SplitCounts(num_documents=len(self._index[split]), num_tokens=self._num_tokens[split])
+                for split in SPLITS
+            },
+            files={path.name: digest_file(path) for path in sorted(self._directory.iterdir())},
+        )
+        (self._directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        for path in self._directory.iterdir():
+            _flush(path)
+
+
+@contextmanager
+def published(final: Path) -> Iterator[Path]:
+    """A directory to fill; it becomes `final` when the block ends well, and vanishes when it doesn't.
+
+    If another process published `final` meanwhile, that one stays: both were made from the same key.
+    """
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _flush(partial)
+        try:
+            partial.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+        _flush(final.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
+
+
+def _flush(path: Path) -> None:
+    """Forces a file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

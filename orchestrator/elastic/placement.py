@@ -1,0 +1,197 @@
+"""Which ranks hold which expert.
+
+Two rules make a placement *balanced*. With at least as many experts as ranks, every expert lies on one rank and
+the ranks' expert counts differ by at most one. With more ranks than experts, every rank holds one expert and the
+sizes of the experts' replica sets differ by at most one. Both are one problem: deal the items of the longer side
+(experts or ranks) into the bins of the shorter side so that the bins' sizes differ by at most one.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from orchestrator.elastic.world import World
+
+ReplicaSet = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The holders of every expert in a world of `world_size` ranks. A rank may hold none.
+
+    Args:
+        num_experts: routed experts per layer; every layer is placed alike.
+        world_size: number of ranks.
+        holders: per expert, the ranks that hold it: at least one, ascending.
+
+    Raises:
+        ValueError: holders that don't fit the two numbers, or an expert that nobody holds.
+    """
+
+    num_experts: int
+    world_size: int
+    holders: tuple[ReplicaSet, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1 or self.world_size < 1:
+            raise ValueError(f"{self.num_experts} experts on {self.world_size} ranks; a placement needs one of each")
+        if len(self.holders) != self.num_experts:
+            raise ValueError(f"holders of {len(self.holders)} experts given; there are {self.num_experts}")
+        for expert, ranks in enumerate(self.holders):
+            if not ranks:
+                raise ValueError(f"expert {expert} has no holder; every expert needs at least one rank")
+            if list(ranks) != sorted(set(ranks)) or ranks[0] < 0 or ranks[-1] >= self.world_size:
+                raise ValueError(
+                    f"expert {expert} is held by {ranks}; holders are distinct ascending ranks below {self.world_size}"
+                )
+
+    @classmethod
+    def balanced(cls, num_experts: int, world_size: int) -> Self:
+        """Contiguous blocks: of experts per rank, or of ranks per expert where ranks outnumber experts."""
+        if num_experts < 1 or world_size < 1:
+            raise ValueError(f"{num_experts} experts on {world_size} ranks; a placement needs one of each")
+        num_items, num_bins = max(num_experts, world_size), min(num_experts, world_size)
+        size, larger = divmod(num_items, num_bins)
+        bins = [b for b in range(num_bins) for _ in range(size + (b < larger))]
+        return cls._from_bins(num_experts, world_size, bins)
+
+    @classmethod
+    def rebalanced(cls, previous: "Placement", old: World, new: World) -> Self:
+        """The balanced placement on `new` that gives the fewest experts to workers that lacked them in `old`.
+
+        Deterministic. A worker is known by its id, so a survivor keeps its experts whatever its new rank is.
+
+        Raises:
+            ValueError: `previous` is not a placement on `old`.
+        """
+        if previous.world_size != old.size:
+            raise ValueError(f"the previous placement is for {previous.world_size} ranks; its world has {old.size}")
+        num_experts = previous.num_experts
+        new_rank = {worker: rank for rank, worker in enumerate(new.members)}
+        survivors = [
+            tuple(new_rank[w] for w in (old.members[r] for r in ranks) if w in new_rank) for ranks in previous.holders
+        ]
+        if num_experts >= new.size:
+            bins = _deal(survivors, new.size)
+        else:
+            held: list[list[int]] = [[] for _ in range(new.size)]
+            for expert, ranks in enumerate(survivors):
+                for rank in ranks:
+                    held[rank].append(expert)
+            bins = _deal(held, num_experts)
+        return cls._from_bins(num_experts, new.size, bins)
+
+    @classmethod
+    def _from_bins(cls, num_experts: int, world_size: int, bins: Sequence[int]) -> Self:
+        """`bins[i]`: the rank of expert i, or the expert of rank i where ranks outnumber experts."""
+        if num_experts >= world_size:
+            return cls(num_experts, world_size, tuple((rank,) for rank in bins))
+        holders: list[list[int]] = [[] for _ in range(num_experts)]
+        for rank, expert in enumerate(bins):
+            holders[expert].append(rank)
+        return cls(num_experts, world_size, tuple(tuple(ranks) for ranks in holders))
+
+    def experts_of(self, rank: int) -> tuple[int, ...]:
+        """The experts that `rank` holds, ascending; may be empty."""
+        return tuple(e for e, ranks in enumerate(self.holders) if rank in ranks)
+
+    def replica_set(self, expert: int) -> ReplicaSet:
+        """The ranks that hold `expert`, ascending."""
+        return self.holders[expert]
+
+    def groups(self) -> tuple[tuple[ReplicaSet, ...], ...]:
+        """The distinct replica sets by colour: sets of one colour share no rank, sorted within a colour.
+
+        The engine makes one optimizer group per colour, so every rank has equally many groups whatever it holds.
+        A balanced placement has one colour.
+        """
+        colours: list[list[ReplicaSet]] = []
+        taken: list[set[int]] = []
+        for replicas in sorted(set(self.holders)):
+            free = (c for c, ranks in enumerate(taken) if ranks.isdisjoint(replicas))
+            colour = next(free, len(colours))
+            if colour == len(colours):
+                colours.append([])
+                taken.append(set())
+            colours[colour].append(replicas)
+            taken[colour].update(replicas)
+        return tuple(tuple(sets) for sets in colours)
+
+    def colour_of(self, expert: int) -> int:
+        """The index in `groups()` of the colour that holds the replica set of `expert`."""
+        replicas = self.holders[expert]
+        return next(c for c, sets in enumerate(self.groups()) if replicas in sets)
+
+
+def _deal(wanted: Sequence[Sequence[int]], num_bins: int) -> list[int]:
+    """Deal items into bins whose sizes differ by at most one, as many items as possible into a bin they want.
+
+    Args:
+        wanted: per item, the bins it wants; at least `num_bins` items.
+
+    Returns:
+        The bin of every item.
+    """
+    size, larger = divmod(len(wanted), num_bins)
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    unplaced = [item for item in range(len(wanted)) if not _place(item, wanted, bins, size, larger)]
+    emptiest = [(len(items), b) for b, items in enumerate(bins)]
+    heapq.heapify(emptiest)
+    for item in unplaced:
+        load, b = emptiest[0]
+        bins[b].append(item)
+        heapq.heapreplace(emptiest, (load + 1, b))
+    bin_of = [0] * len(wanted)
+    for b, items in enumerate(bins):
+        for item in items:
+            bin_of[item] = b
+    return bin_of
+
+
+def _place(item: int, wanted: Sequence[Sequence[int]], bins: list[list[int]], size: int, larger: int) -> bool:
+    """Put `item` into a bin that it wants, moving placed items between bins they want if that makes room.
+
+    One augmenting path of a maximum flow, by breadth-first search. `larger` bins may take `size + 1` items: a bin at
+    `size` may also take that right from a bin that uses it, which then has to give an item away.
+
+    Returns:
+        Whether there was a way; if not, `bins` is unchanged.
+    """
+    spare = larger - sum(len(items) > size for items in bins)
+    came_from: dict[int, tuple[int, int]] = {}  # bin -> (bin before it or -1, item that moves here or -1)
+    queue: deque[int] = deque()
+
+    def reach(b: int, before: int, moved: int) -> None:
+        if b not in came_from:
+            came_from[b] = (before, moved)
+            queue.append(b)
+
+    for b in wanted[item]:
+        reach(b, -1, item)
+    while queue:
+        b = queue.popleft()
+        if len(bins[b]) < size or (len(bins[b]) == size and spare > 0):
+            _shift(b, came_from, bins)
+            return True
+        for placed in bins[b]:
+            for other in wanted[placed]:
+                reach(other, b, placed)
+        if len(bins[b]) == size:
+            for other, items in enumerate(bins):
+                if len(items) > size:
+                    reach(other, b, -1)
+    return False
+
+
+def _shift(end: int, came_from: dict[int, tuple[int, int]], bins: list[list[int]]) -> None:
+    """Move every item on the path to `end` one bin on."""
+    b = end
+    while b >= 0:
+        before, moved = came_from[b]
+        if moved >= 0:
+            bins[b].append(moved)
+            if before >= 0:
+                bins[before].remove(moved)
+        b = before

@@ -1,0 +1,57 @@
+"""What the training loop asks of an engine. Two exist: DeepSpeed's, and a plain-torch reference, the oracle."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from orchestrator.model.batch import MicroBatch
+from orchestrator.state.ranges import NamedRanges
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did.
+
+    Args:
+        applied: False when the gradients were not finite; then no rank changed anything.
+        grad_norm: global norm before clipping; inf when not applied.
+    """
+
+    applied: bool
+    grad_norm: float
+
+
+class Engine(Protocol):
+    """Trains one rank's shard within one generation."""
+
+    def accumulate(self, slot: MicroBatch, global_tokens: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one slot: its loss sum divided by `global_tokens` is backpropagated and added up.
+
+        Every rank calls it equally often per step; a rank without a slot passes one with no rows.
+
+        Returns:
+            the slot's loss sum (scalar, fp32, detached) and expert counts (L, E), int64.
+        """
+        ...
+
+    def step(self, lr: float) -> StepOutcome:
+        """Sum gradients over the ranks, clip, update."""
+        ...
+
+    def evaluate(self, slot: MicroBatch) -> Tensor:
+        """Loss sum of a slot, no gradient. Every rank calls it equally often."""
+        ...
+
+    def ranges(self) -> NamedRanges:
+        """All state of this rank, as views."""
+        ...
+
+    def loaded(self, num_updates: int) -> None:
+        """Called after somebody wrote into `ranges()`: derived copies are made anew; `num_updates` optimizer steps
+        have been applied so far."""
+        ...
+
+    def close(self) -> None:
+        """Give up hooks and groups. Ranges handed out before stay readable."""
+        ...

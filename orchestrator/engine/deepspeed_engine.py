@@ -1,0 +1,252 @@
+"""The engine that trains: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
+
+What is ours and why:
+- Parameter groups: dense, then one per colour of the placement, the same list on every rank. A rank that holds
+  nothing of a colour has a one-element dummy there, since DeepSpeed wants every rank to have every group.
+- Gradients are summed, not averaged: a slot's loss is already divided by the global batch's token count.
+- Gradients accumulate in fp32 with bf16 weights too, at both stages, in the same optimizer class.
+- All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is switched off, and so is the
+  shared-memory op that it would compile at first use.
+
+Read with deepspeed 0.19.8; `tests/integration/test_engine.py` compares with stock DeepSpeed and with plain torch.
+"""
+
+import logging
+import os
+from typing import Any
+
+import deepspeed
+import deepspeed.comm.comm
+import deepspeed.ops
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups as registry
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from orchestrator.engine.base import StepOutcome
+from orchestrator.engine.groups import Groups
+from orchestrator.model.batch import MicroBatch
+from orchestrator.model.transformer import MoELanguageModel, expert_of
+from orchestrator.spec.job import TrainSpec
+from orchestrator.state.ranges import NamedRanges
+
+# Compiling this op takes 46 s at the first init, it assumes one host, and gloo serves us better.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed_logger.setLevel(logging.WARNING)
+
+MAX_BUCKET_ELEMENTS = 50_000_000
+
+
+class _ExpertMarker(MoE):  # type: ignore[misc]
+    """A parameter-free child that tells DeepSpeed there are experts: it only asks isinstance(module, MoE)."""
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """The groups are ours and already registered."""
+
+
+class _Core(DeepSpeedEngine):  # type: ignore[misc]
+    """DeepSpeed's engine without what costs and isn't used."""
+
+    def _broadcast_model(self) -> None:
+        """Weights come from the seed or a transfer, equal on all ranks by construction and checked by digest."""
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
+        """ZeRO at both stages: bf16 with fp32 accumulation at stage 1 would become another optimizer class."""
+        return "zero_optimization"
+
+
+class DeepSpeedEngineAdapter:
+    """Implements `orchestrator.engine.base.Engine`.
+
+    Args:
+        model: with this rank's experts; weights may still be unset.
+        train: optimizer, precision, stage, clipping.
+        groups: the generation's process groups.
+    """
+
+    def __init__(self, model: MoELanguageModel, train: TrainSpec, groups: Groups, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._mixed = train.precision == "bf16"
+        has_experts = bool(model.moe_layers)
+        _register(groups)
+        if has_experts:
+            model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
+        param_groups = _param_groups(model, groups)
+        optimizer = torch.optim.AdamW(
+            param_groups,
+            lr=train.lr,
+            betas=train.optimizer.betas,
+            eps=train.optimizer.eps,
+            weight_decay=train.optimizer.weight_decay,
+            fused=True,
+        )
+        config = _config(model, train)
+        os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker its own devices, so the first is ours
+        deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
+        self._core = _Core(
+            args=None,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for group in param_groups for p in group["params"]],
+            config=config,
+            config_class=DeepSpeedConfig(config),
+        )
+        self._zero = self._core.optimizer
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._make_optimizer_state()
+        self._ranges = self._collect_ranges()
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def accumulate(self, slot: MicroBatch, global_tokens: int) -> tuple[Tensor, Tensor]:
+        loss = self._core(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        counts_LE = self._model.expert_counts()
+        self._core.backward(loss / global_tokens, scale_wrt_gas=False)
+        return loss.detach(), counts_LE
+
+    def step(self, lr: float) -> StepOutcome:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._core.step()
+        norm = self._zero._global_grad_norm
+        return StepOutcome(applied=not self._zero.overflow, grad_norm=float(norm))
+
+    @torch.no_grad()
+    def evaluate(self, slot: MicroBatch) -> Tensor:
+        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        return loss
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def ranges(self) -> NamedRanges:
+        return self._ranges
+
+    def loaded(self, num_updates: int) -> None:
+        with torch.no_grad():
+            for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+                if not self._mixed:  # the fp32 weights are the masters; DeepSpeed keeps its partition as a copy
+                    partitions = self._zero.parallel_partitioned_bit16_groups[index]
+                    master.copy_(partitions[self._partition_rank(index)])
+                self._zero.optimizer.state[master]["step"].fill_(float(num_updates))
+
+    def close(self) -> None:
+        self._core.destroy()
+        self._core.optimizer = None
+        _unregister()
+
+    def _partition_rank(self, group: int) -> int:
+        return int(torch.distributed.get_rank(self._zero.real_dp_process_group[group]))
+
+    def _make_optimizer_state(self) -> None:
+        """Moments exist before the first step, so that a transfer finds memory to write to."""
+        for master in self._zero.single_partition_of_fp32_groups:
+            self._zero.optimizer.state[master] = {
+                "step": torch.tensor(0.0, dtype=torch.float32),
+                "exp_avg": torch.zeros_like(master),
+                "exp_avg_sq": torch.zeros_like(master),
+            }
+
+    def _collect_ranges(self) -> NamedRanges:
+        ranges = NamedRanges()
+        zero = self._zero
+        for index, params in enumerate(zero.round_robin_bit16_groups):
+            size = zero.partition_size[index]
+            low = self._partition_rank(index) * size
+            master = zero.single_partition_of_fp32_groups[index]
+            moments = zero.optimizer.state[master]
+            for param, offset in zip(params, zero.round_robin_bit16_offsets[index], strict=True):
+                name = self._names.get(id(param))
+                if name is None or _is_dummy(name):
+                    continue
+                ranges.add(f"param/{name}", 0, param.data.view(-1))
+                start, stop = max(offset, low), min(offset + param.numel(), low + size)
+                if start < stop:
+                    here = slice(start - low, stop - low)
+                    if self._mixed:
+                        ranges.add(f"master/{name}", start - offset, master.detach()[here])
+                    ranges.add(f"exp_avg/{name}", start - offset, moments["exp_avg"][here])
+                    ranges.add(f"exp_avg_sq/{name}", start - offset, moments["exp_avg_sq"][here])
+        for name, buffer in self._model.named_buffers():
+            ranges.add(f"buffer/{name}", 0, buffer.view(-1))
+        return ranges
+
+
+def _is_dummy(name: str) -> bool:
+    return name.startswith("_placeholder_")
+
+
+def _param_groups(model: MoELanguageModel, groups: Groups) -> list[dict[str, Any]]:
+    """Dense parameters, then one group per colour of the placement; the order of a group is the model's."""
+    named = list(model.named_parameters())
+    result: list[dict[str, Any]] = [{"name": "dense", "params": [p for n, p in named if expert_of(n) is None]}]
+    if not model.moe_layers:
+        return result
+    colours = {e: groups.placement.colour_of(e) for e in groups.placement.experts_of(groups.rank)}
+    for colour in range(len(groups.replicas)):
+        name = _group_name(colour)
+        params = [p for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
+        if not params:
+            placeholder = nn.Parameter(torch.zeros(1, device=model.head.device, dtype=model.head.dtype))
+            model.register_parameter(f"_placeholder_{colour}", placeholder)
+            params = [placeholder]
+        for param in params:
+            param.allreduce = False  # type: ignore[attr-defined]
+            param.group_name = name  # type: ignore[attr-defined]
+        result.append({"name": name, "params": params, "moe": True})
+    return result
+
+
+def _group_name(colour: int) -> str:
+    return f"experts_{colour}"
+
+
+def _config(model: MoELanguageModel, train: TrainSpec) -> dict[str, Any]:
+    largest = sum(p.numel() for p in model.parameters())
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_allreduce_op": "sum",
+        "gradient_clipping": train.gradient_clipping or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": min(largest + 1, MAX_BUCKET_ELEMENTS),
+        },
+    }
+    if train.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+def _register(groups: Groups) -> None:
+    """Put our groups where DeepSpeed looks for them; it would make its own by new rendezvous otherwise."""
+    _unregister()
+    registry._WORLD_GROUP = groups.world
+    for colour, replicas in enumerate(groups.replicas):
+        name = _group_name(colour)
+        registry._EXPERT_PARALLEL_GROUP[name] = groups.world
+        registry._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
+
+
+def _unregister() -> None:
+    for name in dir(registry):
+        value = getattr(registry, name)
+        if name.startswith("_") and name.isupper() and isinstance(value, dict):
+            value.clear()
+    registry._WORLD_GROUP = None
+    deepspeed.comm.comm.cdb = None

@@ -1,0 +1,138 @@
+"""Every error that a user may meet, in one tree; each class carries the exit code of the command that ends with it.
+
+A message says the value and the rule it broke; `remedy` says what to do, `unchanged` what stayed as it was. All three
+are kept apart so that a terminal can set them apart, and all survive pickling, because errors cross processes.
+
+    raise DataError("corpus /data/books holds no .txt file", remedy="Point data.source at a folder with text files.",
+                    unchanged="Nothing was written.")
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class OrchestratorError(Exception):
+    """The root: everything raised on purpose. A bug is any other exception (exit code 70).
+
+    Args:
+        message: the value and the rule that it broke.
+        remedy: what the user can do about it.
+        unchanged: what stayed as it was.
+    """
+
+    exit_code: ClassVar[int] = 100
+
+    def __init__(self, message: str, *, remedy: str = "", unchanged: str = "") -> None:
+        super().__init__(message)  # args holds what a copy is made of; the fields below travel in __dict__
+        self.message = message
+        self.remedy = remedy
+        self.unchanged = unchanged
+
+    def __str__(self) -> str:
+        return " ".join(_sentence(part) for part in (self.message, self.remedy, self.unchanged) if part)
+
+
+class UsageError(OrchestratorError):
+    """What was asked for makes no sense, or is not allowed by the job: the asker must change it."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a job file. `line` and `column` count from 1; `path` is dotted, empty for the whole file."""
+
+    file: str
+    line: int
+    column: int
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}:{self.column}: "
+        return f"{where}{self.path}: {self.message}" if self.path else where + self.message
+
+
+class SpecError(UsageError):
+    """A job file with mistakes: all of them at once, one a line, in the order of the file."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(
+            "\n".join(str(problem) for problem in problems),
+            remedy=f"{count}; `orchestrator schema` lists every key",
+            unchanged="Nothing was started.",
+        )
+        self.args = (problems,)
+        self.problems = problems
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{_sentence(self.remedy)} {self.unchanged}"
+
+
+class NameTaken(UsageError):
+    """A run of this name exists already."""
+
+
+class DataError(UsageError):
+    """A corpus that can't be read, or is too small for the job."""
+
+
+class StoreCorrupt(DataError):
+    """A prepared data store whose files don't match their digests."""
+
+
+class ClusterUnreachable(OrchestratorError):
+    """There is no cluster at the address, or it doesn't answer."""
+
+    exit_code = 69
+
+
+class NotAllowed(OrchestratorError):
+    """The cluster refused: a wrong or missing token, or a run of somebody else."""
+
+    exit_code = 77
+
+
+class RunFailed(OrchestratorError):
+    """The run ended as failed, with a named reason."""
+
+    exit_code = 100
+
+
+class JobDoesNotFit(RunFailed):
+    """The cluster can't hold the workers that the job asks for."""
+
+
+class CheckpointCorrupt(OrchestratorError):
+    """A checkpoint whose files are missing, changed, or don't cover every tensor."""
+
+
+class EpochSuperseded(OrchestratorError):
+    """A newer controller of this run exists; this one belongs to the past and must not write."""
+
+
+class ProtocolError(OrchestratorError):
+    """A message that doesn't fit the receiver's state: a bug, or a process of another version."""
+
+
+class NotFinished(OrchestratorError):
+    """The answer needs a run that has ended, and this one goes on."""
+
+    exit_code = 101
+
+
+class NotFound(OrchestratorError):
+    """No such run, checkpoint or metric."""
+
+    exit_code = 102
+
+
+class RunCancelled(OrchestratorError):
+    """The run was cancelled."""
+
+    exit_code = 103
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else text + "."

@@ -1,0 +1,198 @@
+"""The language model: a decoder-only transformer with dense first layers and mixture-of-experts layers after them.
+
+RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245). Plain
+torch: it knows no engine. Weights are made by `init_weights`, keyed by (seed, name), so that a rank can make its own
+experts without making the others'.
+
+Shape legend: B = rows, T = tokens in a row, D = hidden size, V = vocabulary, A = attention heads, G = key/value heads,
+S = head size, L = MoE layers, E = experts.
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.elastic.layout import ParamSpec
+from orchestrator.elastic.placement import Placement
+from orchestrator.model.moe import ExpertHome, GatedMLP, MoELayer
+from orchestrator.spec.job import ModelSpec
+
+IGNORED = -100  # target of a position that has no loss
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        size = spec.head_size
+        self.num_heads, self.num_kv_heads, self.head_size = spec.num_heads, spec.num_kv_heads, size
+        self.rotary_size = spec.rotary_size
+        self.rope_theta = spec.rope_theta
+        self.query = nn.Parameter(torch.empty(spec.num_heads * size, spec.hidden_size))
+        self.key = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
+        self.value = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
+        self.output = nn.Parameter(torch.empty(spec.hidden_size, spec.num_heads * size))
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        # Sizes are written out (no -1): a forward pass with no rows must work too.
+        q_BATS = F.linear(x_BTD, self.query).view(B, T, self.num_heads, self.head_size).transpose(1, 2)
+        k_BGTS = F.linear(x_BTD, self.key).view(B, T, self.num_kv_heads, self.head_size).transpose(1, 2)
+        v_BGTS = F.linear(x_BTD, self.value).view(B, T, self.num_kv_heads, self.head_size).transpose(1, 2)
+        q_BATS, k_BGTS = rotate(q_BATS, *rotary), rotate(k_BGTS, *rotary)
+        y_BATS = F.scaled_dot_product_attention(
+            q_BATS,
+            k_BGTS,
+            v_BGTS,
+            attn_mask=mask_B1TT,
+            is_causal=mask_B1TT is None,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return F.linear(y_BATS.transpose(1, 2).reshape(B, T, self.num_heads * self.head_size), self.output)
+
+
+def rotary_tables(length: int, rotary_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, rotary_size) in fp32, the halves of a head rotated against each other."""
+    inverse = theta ** -(torch.arange(0, rotary_size, 2, dtype=torch.float32, device=device) / rotary_size)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inverse).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BATS: Tensor, cos_TS: Tensor, sin_TS: Tensor) -> Tensor:
+    """Rotary position embedding over the first part of each head; the rest passes."""
+    size = cos_TS.shape[-1]
+    turned, rest = x_BATS[..., :size], x_BATS[..., size:]
+    half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), dim=-1)
+    turned = (turned * cos_TS + half * sin_TS).to(x_BATS.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class Block(nn.Module):
+    """Attention and then an MLP or experts, each behind a norm and around a residual."""
+
+    def __init__(self, spec: ModelSpec, index: int, home: ExpertHome) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.attention = Attention(spec)
+        self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.mlp: GatedMLP | MoELayer
+        if index < spec.num_dense_layers:
+            self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
+        else:
+            self.mlp = MoELayer(
+                hidden_size=spec.hidden_size,
+                intermediate_size=spec.expert_intermediate_size,
+                num_experts=spec.num_experts,
+                top_k=spec.top_k,
+                num_shared_experts=spec.num_shared_experts,
+                scaling_factor=spec.routed_scaling_factor,
+                home=home,
+            )
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT)
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD
+
+
+class MoELanguageModel(nn.Module):
+    """The whole model as one rank holds it: all dense weights and this rank's experts.
+
+    Args:
+        spec: the model part of a job.
+        vocab_size: V, from the tokenizer.
+        home: which experts are here.
+
+    Weights are uninitialised until `init_weights` or a transfer fills them.
+    """
+
+    def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertHome) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embedding = nn.Embedding(vocab_size, spec.hidden_size, _weight=torch.empty(vocab_size, spec.hidden_size))
+        self.layers = nn.ModuleList(Block(spec, index, home) for index in range(spec.num_layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.head = nn.Parameter(torch.empty(vocab_size, spec.hidden_size))
+        attention = self.layers[0].attention
+        self._rotary = (attention.rotary_size, attention.rope_theta)
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [m for m in self.modules() if isinstance(m, MoELayer)]
+
+    def forward(
+        self, inputs_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V); or, given targets, the sum of the cross-entropy over those that are not `IGNORED`, in
+        nats, fp32.
+
+        Args:
+            inputs_BT: token ids.
+            targets_BT: the next token of each, or `IGNORED`.
+            documents_BT: a document number per token; given, attention stays within a document.
+        """
+        x_BTD = self.embedding(inputs_BT)
+        rotary = rotary_tables(inputs_BT.shape[1], *self._rotary, inputs_BT.device)
+        mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rotary, mask_B1TT)
+        logits_BTV = F.linear(self.norm(x_BTD), self.head)
+        if targets_BT is None:
+            return logits_BTV
+        logits_NV = logits_BTV.float().reshape(-1, logits_BTV.shape[-1])
+        return F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction="sum")
+
+    def expert_counts(self) -> Tensor:
+        """Copies that this rank routed to each expert in its last forward pass (L, E)."""
+        layers = self.moe_layers
+        return torch.stack([m.last_counts_E for m in layers]) if layers else torch.zeros(0, 0, dtype=torch.int64)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal weights with std `init_std`, scaled down by depth for what writes into the residual stream
+        (GPT-2), ones for norms. A tensor's values depend on (seed, name) alone."""
+        residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
+        for name, param in self.named_parameters():
+            if "norm" in name:
+                param.fill_(1.0)
+                continue
+            generator = torch.Generator().manual_seed(_key(seed, name))
+            std = residual_std if name.endswith((".output", ".down")) else self.spec.init_std
+            param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
+        for layer in self.moe_layers:
+            layer.router.correction_bias_E.zero_()
+
+
+def within_documents(documents_BT: Tensor) -> Tensor:
+    """Mask (B, 1, T, T), true where a token may look: not ahead, not into another document."""
+    T = documents_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
+    return ((documents_BT[:, :, None] == documents_BT[:, None, :]) & causal_TT)[:, None]
+
+
+def expert_of(name: str) -> int | None:
+    """The global id of the expert that a parameter belongs to; None for dense parameters."""
+    head, found, tail = name.partition(".experts.")
+    return int(tail.split(".", 1)[0]) if found and head else None
+
+
+def catalogue(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tuple[str, int]], dict[str, tuple[int, ...]]]:
+    """Every parameter of the whole model in order, its buffers, and all shapes, without allocating memory.
+
+    Returns:
+        parameters (all experts included), buffers as (name, elements), and shape by name.
+    """
+    home = ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None)
+    with torch.device("meta"):
+        model = MoELanguageModel(spec, vocab_size, home)
+    params = [ParamSpec(name, p.numel(), expert_of(name)) for name, p in model.named_parameters()]
+    buffers = [(name, b.numel()) for name, b in model.named_buffers()]
+    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    return params, buffers, shapes
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

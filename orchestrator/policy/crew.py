@@ -1,0 +1,89 @@
+"""Who is there: wishes heard, the dead buried, standbys held ready and let go. Rules of `lifecycle`."""
+
+from dataclasses import replace
+
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.run_state import Action, Decision, Note, Observation, RunState
+from orchestrator.policy.schedule import Wish
+from orchestrator.policy.standby import workers_to_hold
+from orchestrator.protocol.messages import Finish, Phase
+
+
+def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Take in the newest target. What it wants is acted on when the present move has ended."""
+    target = seen.target
+    if target.seq <= state.target.seq:
+        return Decision(state)
+    fields = {"seq": target.seq, "workers": target.workers, "cancel": target.cancel, "why": target.reason}
+    wish = state.wish if target.cancel else Wish(target.workers, seen.step + 1)
+    return Decision(replace(state, target=target, wish=wish, failed_moves=0), (Note("target", fields),))
+
+
+def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Drop from the crew who is gone or has failed, members of the current world apart: `endings` sees to those."""
+    gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
+    if not gone:
+        return Decision(state)
+    never_warm = [w for w in gone if state.next is None or w not in state.next.world]
+    notes: tuple[Action, ...] = tuple(
+        Note("worker_lost", {"worker": worker, "why": why, "member": False}) for worker, why in gone.items()
+    )
+    crew = tuple(w for w in state.crew if w not in gone)
+    counted = state.failed_spawns + len(never_warm)
+    return Decision(replace(state, crew=crew, failed_spawns=counted, why=next(iter(gone.values()))), notes)
+
+
+def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Spawn the workers that will be needed, and let go of standbys that won't."""
+    if state.finish is not Finish.NO or state.target.cancel:
+        return Decision(state)
+    wanted = workers_to_hold(limits, state.wish, seen.step + 1)
+    missing = wanted - len(state.crew)
+    if missing > 0:
+        first = state.num_spawned
+        spawned = tuple(f"w{number}" for number in range(first, first + missing))
+        note = Note("workers_spawned", {"workers": list(spawned)})
+        grown = replace(state, crew=state.crew + spawned, num_spawned=first + missing)
+        return Decision(grown, (note,))
+    if missing < 0 and state.next is None:
+        return _release(state, seen, -missing)
+    return Decision(_forget_failed_spawns(state, seen))
+
+
+def why_gone(seen: Observation, worker: str) -> str:
+    """Why this worker is of no use any more; empty if it is."""
+    if worker in seen.lost:
+        return f"{worker} died: {seen.lost[worker]}"
+    report = seen.reports.get(worker)
+    if report is not None and report.phase is Phase.FAILED:
+        error = report.error
+        return f"{worker} failed: {error.kind}: {error.message}" if error else f"{worker} failed without a reason"
+    return ""
+
+
+def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:
+    """Let go of the youngest standbys, but of none that holds a part of a checkpoint not yet marked."""
+    idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
+    free = [
+        worker
+        for worker in state.crew
+        if worker not in state.involved and seen.phase(worker) in idle and not _owes_shard(state, seen, worker)
+    ]
+    released = free[-num_surplus:]
+    if not released:
+        return Decision(state)
+    crew = tuple(w for w in state.crew if w not in released)
+    return Decision(replace(state, crew=crew), (Note("workers_released", {"workers": released}),))
+
+
+def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
+    report = seen.reports.get(worker)
+    return report is not None and any(shard.step > state.checkpoint_done for shard in report.shards)
+
+
+def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:
+    """The whole crew got warm: earlier failures were no rule."""
+    cold = (Phase.COLD, Phase.WARMING)
+    if state.failed_spawns and all(seen.phase(worker) not in cold for worker in state.crew):
+        return replace(state, failed_spawns=0)
+    return state

@@ -1,0 +1,107 @@
+"""How a run ends, and the checkpoints it leaves. Rules of `lifecycle`."""
+
+from dataclasses import replace
+
+from orchestrator.policy.crew import why_gone
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.run_state import Action, Commit, Decision, Note, Observation, RunState, ended
+from orchestrator.protocol.messages import Finish, Phase, Report, ShardWritten
+from orchestrator.protocol.status import RunPhase
+
+BLAME_S = 1.0  # the death of a process is known this soon after its peers complain
+BLAME_PEERS_S = 3.0  # how long "my peers are gone" may stand without anybody found dead
+MAX_FAILED_SPAWNS = 3  # in a row
+
+
+def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """End the run when it can't go on, with the cause by name.
+
+    Peers of a dead worker complain before its death is known, so a complaint alone is given time to find its cause.
+    """
+    if seen.faults:
+        return ended(state, RunPhase.FAILED, seen.faults[0])
+    if state.failed_spawns >= MAX_FAILED_SPAWNS:
+        return ended(state, RunPhase.FAILED, f"{state.failed_spawns} workers in a row ended early; {state.why}")
+    needed = state.members or (state.next.world.members if state.next else ())
+    dead = [worker for worker in needed if worker in seen.lost]
+    if dead:
+        why = f"{_whereabouts(state, seen, dead[0])}: {why_gone(seen, dead[0])}"
+        notes = tuple(Note("worker_lost", {"worker": w, "why": why_gone(seen, w), "member": True}) for w in dead)
+        over = ended(state, RunPhase.FAILED, why)
+        return Decision(over.state, notes + over.actions)
+    return _fail_on_complaints(state, seen, needed)
+
+
+def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Turn a cancellation into a fence, a checkpoint and the end; at once if nothing was trained yet.
+
+    Behind a raised fence the move is finished first: it can't be called back.
+    """
+    if not state.target.cancel or state.finish is not Finish.NO or state.fence is not None:
+        return Decision(state)
+    if state.current is None:
+        return ended(state, RunPhase.CANCELLED, state.target.reason or "cancelled before the first step")
+    return Decision(replace(state, finish=Finish.CANCEL, next=None, next_first_step=None, next_why=""))
+
+
+def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Have the oldest complete checkpoint marked whose shards have all been written."""
+    if seen.committed > state.checkpoint_done:
+        return Decision(replace(state, checkpoint_done=seen.committed))
+    complete = _complete_checkpoints(state, seen)
+    return Decision(state, tuple(complete[:1]))
+
+
+def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Everybody has finished, the last checkpoint is marked and the last record received: the run is over."""
+    reports = [seen.reports[w] for w in state.members if w in seen.reports]
+    if not reports or len(reports) < len(state.members) or any(r.phase is not Phase.FINISHED for r in reports):
+        return Decision(state)
+    last_step = max(report.step for report in reports)
+    if state.checkpoint_done < last_step or seen.progress.watermark < last_step:
+        return Decision(state)
+    if last_step + 1 >= limits.steps:
+        return ended(state, RunPhase.SUCCEEDED, f"all {limits.steps} steps are done")
+    if state.finish is Finish.CANCEL:
+        why = state.target.reason or "cancelled"
+        return ended(state, RunPhase.CANCELLED, f"{why}, after {last_step + 1} of {limits.steps} steps")
+    return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps}, unasked")
+
+
+def _fail_on_complaints(state: RunState, seen: Observation, needed: tuple[str, ...]) -> Decision:
+    complaints = [r for w in needed if (r := seen.reports.get(w)) is not None and r.phase is Phase.FAILED]
+    if not complaints:
+        return Decision(replace(state, symptom_s=None))
+    if state.symptom_s is None:
+        return Decision(replace(state, symptom_s=seen.now_s))
+    causes = [r for r in complaints if not _is_symptom(r)]
+    patience_s = BLAME_S if causes else BLAME_PEERS_S
+    if seen.now_s - state.symptom_s < patience_s:
+        return Decision(state)
+    worker = (causes or complaints)[0].worker
+    return ended(state, RunPhase.FAILED, f"{_whereabouts(state, seen, worker)}: {why_gone(seen, worker)}")
+
+
+def _is_symptom(report: Report) -> bool:
+    return report.error is not None and report.error.kind == "peer_lost"
+
+
+def _whereabouts(state: RunState, seen: Observation, worker: str) -> str:
+    if state.current is None:
+        return "before the first step"
+    return f"rank {state.current.world.rank_of(worker)} of generation {state.current.generation} after step {seen.step}"
+
+
+def _complete_checkpoints(state: RunState, seen: Observation) -> list[Action]:
+    """Checkpoints of the current and the previous generation whose every rank has written its shard, oldest first."""
+    plans = {plan.generation: plan for plan in (state.previous, state.current) if plan}
+    shards: dict[tuple[int, int], dict[int, ShardWritten]] = {}
+    for report in seen.reports.values():
+        for shard in report.shards:
+            if shard.step > state.checkpoint_done and shard.generation in plans:
+                shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
+    return [
+        Commit(step, plans[generation].epoch, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))
+        for (step, generation), by_rank in sorted(shards.items())
+        if sorted(by_rank) == list(range(plans[generation].world.size))
+    ]

@@ -1,0 +1,102 @@
+"""The life of a run, as a pure function: what it is, what is seen, what it is to be next.
+
+    start    spawn workers -> all warm -> plan generation 0 -> all READY -> activate
+    rescale  warm standbys -> plan g+1 -> all connected -> fence -> all READY -> activate
+    mend     a newcomer is lost on the way -> the old world goes on, or is rebuilt from its own shards
+    end      all FINISHED, last checkpoint marked -> succeeded or cancelled; a member lost -> failed, with its name
+
+The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.crew` exists
+and that every worker knows `directive_of(state)`. A call that finds nothing to do returns the same state, so it may
+be called at any time, also by a successor that has only the journalled state.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from orchestrator.policy.crew import bury_lost, heed_target, hold_crew
+from orchestrator.policy.endings import ask_finish, commit_checkpoint, end_run, fail_run
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.moves import activate, measure_stalls, mend_move, plan_next, raise_fence, warm_standbys
+from orchestrator.policy.run_state import Decision, Observation, RunState
+from orchestrator.policy.schedule import wanted_size
+from orchestrator.protocol.messages import Directive, Finish, Phase, Target
+from orchestrator.protocol.status import RunPhase
+
+Rule = Callable[[RunLimits, RunState, Observation], Decision]
+
+RULES: tuple[Rule, ...] = (
+    heed_target,
+    fail_run,
+    measure_stalls,
+    commit_checkpoint,
+    end_run,
+    bury_lost,
+    mend_move,
+    activate,
+    ask_finish,
+    plan_next,
+    raise_fence,
+    hold_crew,
+)
+
+
+def first_state(limits: RunLimits) -> RunState:
+    """A run that was just submitted."""
+    return RunState(target=Target(seq=0, workers=limits.initial_workers))
+
+
+def decide(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Apply every rule once, in order. Rules see what the ones before them decided."""
+    decision = Decision(state)
+    for rule in RULES:
+        if decision.state.outcome is not None:
+            break
+        step = rule(limits, decision.state, seen)
+        decision = Decision(step.state, decision.actions + step.actions)
+    if directive_of(decision.state, 0, 0) != directive_of(state, 0, 0):
+        return Decision(replace(decision.state, seq=state.seq + 1), decision.actions)
+    return decision
+
+
+def directive_of(state: RunState, epoch: int, seq: int | None = None) -> Directive:
+    """What every worker of the run is told; `seq` is the state's unless given."""
+    return Directive(
+        epoch=epoch,
+        seq=state.seq if seq is None else seq,
+        current=state.current,
+        next=state.next,
+        fence=state.fence,
+        activated=state.activated,
+        finish=state.finish,
+        checkpoint_done=state.checkpoint_done,
+    )
+
+
+def phase_of(state: RunState, seen: Observation) -> RunPhase:
+    """The word for where the run is. RESCALING only while training waits for it."""
+    if state.outcome is not None:
+        return state.outcome
+    if state.current is None:
+        return RunPhase.STARTING
+    if state.finish is not Finish.NO or all(seen.phase(w) is Phase.FINISHED for w in state.members):
+        return RunPhase.FINISHING
+    stopped = (Phase.MOVING, Phase.READY, Phase.STRANDED)
+    if state.next is not None and any(seen.phase(w) in stopped for w in state.members):
+        return RunPhase.RESCALING
+    return RunPhase.TRAINING
+
+
+def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
+    """One sentence: what the run waits for, or how it ended."""
+    if state.outcome is not None:
+        return state.why
+    if state.finish is not Finish.NO or state.target.cancel:
+        return "ends at the next fence with a checkpoint"
+    if state.next is not None:
+        return f"generation {state.next.generation} with {state.next.world.size} workers: {state.next_why}"
+    wanted = wanted_size(limits, state.wish, seen.step + 1)
+    missing = wanted - len(state.members) - len(warm_standbys(state, seen))
+    if missing <= 0:
+        return ""
+    unplaced = sum(worker not in seen.reports for worker in state.crew)
+    return f"waits for {missing} of {wanted} workers to get warm" + (f"; {unplaced} have no place yet" * bool(unplaced))

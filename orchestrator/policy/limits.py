@@ -1,0 +1,51 @@
+"""What decisions need to know of a job: the sizes it may have, when, and how long it runs."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from orchestrator.errors import UsageError
+from orchestrator.spec.job import JobSpec
+
+
+@dataclass(frozen=True)
+class ScheduledSize:
+    """From step `at_step` on the run has `workers` members: step `at_step` is the first that the new world does."""
+
+    at_step: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """The part of a job that its life depends on. `steps` are numbered from 0."""
+
+    run_id: str
+    steps: int
+    min_workers: int
+    max_workers: int
+    initial_workers: int
+    standby: int
+    num_experts: int
+    schedule: tuple[ScheduledSize, ...] = ()
+
+    @classmethod
+    def of(cls, run_id: str, job: JobSpec) -> Self:
+        return cls(
+            run_id=run_id,
+            steps=job.train.steps,
+            min_workers=job.workers.min,
+            max_workers=job.workers.max,
+            initial_workers=job.workers.initial,
+            standby=job.workers.standby,
+            num_experts=job.model.num_experts,
+            schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
+        )
+
+    def check_size(self, workers: int) -> None:
+        """Raises UsageError if the job doesn't allow this many workers."""
+        if not self.min_workers <= workers <= self.max_workers:
+            raise UsageError(
+                f"{workers} workers asked for; {self.run_id} allows {self.min_workers} to {self.max_workers}",
+                remedy="Ask for a number in between, or submit a job with other workers.min and workers.max.",
+                unchanged=f"{self.run_id} goes on as it was.",
+            )

@@ -1,0 +1,77 @@
+"""How far a run is, in the steps whose records were received: the watermark, and figures over the newest steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from orchestrator.errors import ProtocolError
+from orchestrator.protocol.messages import StepRecord
+
+RECENT_STEPS = 512
+STALL_STEPS = 5  # steps of a new generation that tell how long its step takes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`watermark` is the newest committed step, -1 before the first. With protection off, a finished step whose
+    record was journalled is committed. `recent` holds the newest records."""
+
+    watermark: int = -1
+    recent: tuple[StepRecord, ...] = ()
+    first_loss: float | None = None
+    loss: float | None = None
+    first_validation_loss: float | None = None
+    validation_loss: float | None = None
+
+
+def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
+    """Progress with these records, which may repeat what is known.
+
+    Raises:
+        ProtocolError: a step is missing between the watermark and the records.
+    """
+    fresh = sorted((r for r in records if r.step > progress.watermark), key=lambda r: r.step)
+    expected = range(progress.watermark + 1, progress.watermark + 1 + len(fresh))
+    if [r.step for r in fresh] != list(expected):
+        raise ProtocolError(f"records of steps {[r.step for r in fresh]} came after step {progress.watermark}")
+    if not fresh:
+        return progress
+    validation = [r.validation_loss for r in fresh if r.validation_loss is not None]
+    return Progress(
+        watermark=fresh[-1].step,
+        recent=(progress.recent + tuple(fresh))[-RECENT_STEPS:],
+        first_loss=fresh[0].loss if progress.first_loss is None else progress.first_loss,
+        loss=fresh[-1].loss,
+        first_validation_loss=(
+            progress.first_validation_loss
+            if progress.first_validation_loss is not None
+            else next(iter(validation), None)
+        ),
+        validation_loss=validation[-1] if validation else progress.validation_loss,
+    )
+
+
+def typical_step_s(progress: Progress, num_steps: int = 10) -> float | None:
+    """The median duration of the newest steps."""
+    newest = progress.recent[-num_steps:]
+    return median(r.step_s for r in newest) if newest else None
+
+
+def tokens_per_second(progress: Progress, num_steps: int = 20) -> float | None:
+    """Target tokens over the time between votes, rescales included."""
+    newest = progress.recent[-num_steps - 1 :]
+    if len(newest) < 2 or newest[-1].vote_time <= newest[0].vote_time:
+        return None
+    return sum(r.tokens for r in newest[1:]) / (newest[-1].vote_time - newest[0].vote_time)
+
+
+def stall_s(progress: Progress, generation: int, last_word: bool) -> float | None:
+    """How much longer than a step the first step of `generation` took to come, counted between votes.
+
+    None while too few of its steps are known to say how long a step takes; `last_word` says that no more will come.
+    """
+    before = [r for r in progress.recent if r.generation < generation]
+    after = [r for r in progress.recent if r.generation == generation][:STALL_STEPS]
+    if not before or not after or (len(after) < STALL_STEPS and not last_word):
+        return None
+    return max(0.0, after[0].vote_time - before[-1].vote_time - median(r.step_s for r in after))

@@ -1,0 +1,127 @@
+"""The values that a run's decisions are made from and lead to.
+
+`RunState` is what a controller must remember: it is journalled at every change and is all that its successor needs.
+`Observation` is what the controller sees at one moment. Which workers exist and what they are told follows from the
+state alone (`RunState.crew`, `lifecycle.directive_of`), so the controller brings it about however often it is asked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from orchestrator.elastic.world import union
+from orchestrator.policy.progress import Progress
+from orchestrator.policy.schedule import Wish
+from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Phase, Report, ShardWritten, Target
+from orchestrator.protocol.status import Rescale, RunPhase
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run is to be and has come to.
+
+    `crew` names the workers that should exist, oldest first. `next` is the generation being prepared or moved to,
+    `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
+    `current`, whose shards of a checkpoint may still come in. `failed_spawns` and `failed_moves` count failures in a
+    row; `symptom_s` is when a member first complained without a culprit being known. `outcome` is None while the run
+    goes on.
+    """
+
+    target: Target
+    seq: int = 0
+    wish: Wish | None = None
+    crew: tuple[str, ...] = ()
+    num_spawned: int = 0
+    num_generations: int = 0
+    previous: GenerationPlan | None = None
+    current: GenerationPlan | None = None
+    next: GenerationPlan | None = None
+    next_first_step: int | None = None
+    next_why: str = ""
+    fence: Fence | None = None
+    activated: int = -1
+    finish: Finish = Finish.NO
+    checkpoint_done: int = -1
+    failed_spawns: int = 0
+    failed_moves: int = 0
+    symptom_s: float | None = None
+    rescales: tuple[Rescale, ...] = ()
+    outcome: RunPhase | None = None
+    why: str = ""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self.current.world.members if self.current else ()
+
+    @property
+    def involved(self) -> tuple[str, ...]:
+        """Members of the current world and of the one to come."""
+        current = self.current.world if self.current else None
+        return union(current, self.next.world) if self.next else self.members
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
+
+    `lost` holds workers of the crew whose process has ended. `committed` is the newest step with a checkpoint marker.
+    `faults` are things outside the workers without which the run can't go on.
+    """
+
+    epoch: int
+    now_s: float
+    target: Target
+    progress: Progress
+    reports: Mapping[str, Report] = field(default_factory=dict)
+    lost: Mapping[str, str] = field(default_factory=dict)
+    committed: int = -1
+    faults: tuple[str, ...] = ()
+
+    def phase(self, worker: str) -> Phase:
+        """COLD too if the worker never answered."""
+        report = self.reports.get(worker)
+        return report.phase if report else Phase.COLD
+
+    @property
+    def step(self) -> int:
+        """The newest finished step that anybody knows of; -1 before the first."""
+        return max([self.progress.watermark, *(report.step for report in self.reports.values())])
+
+
+@dataclass(frozen=True)
+class Note:
+    """An event for the journal, the log and the tracker."""
+
+    kind: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """All shards of a checkpoint are in run storage: write its marker. `epoch` is that of the generation's plan."""
+
+    step: int
+    epoch: int
+    generation: int
+    shards: tuple[ShardWritten, ...]
+
+
+Action = Note | Commit
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A new state, and what to do besides."""
+
+    state: RunState
+    actions: tuple[Action, ...] = ()
+
+    def then(self, *actions: Action, **changes: Any) -> "Decision":
+        """This decision with `changes` to the state's fields, and more actions."""
+        return Decision(replace(self.state, **changes), self.actions + actions)
+
+
+def ended(state: RunState, outcome: RunPhase, why: str) -> Decision:
+    """The run is over: nobody of the crew is needed any more."""
+    over = replace(state, outcome=outcome, why=why, crew=(), next=None, fence=None)
+    return Decision(over, (Note("ended", {"outcome": outcome.value, "why": why}),))

@@ -1,0 +1,52 @@
+"""Which world size is wanted at which step: the job's schedule, and wishes that came meanwhile.
+
+The newest of the two wins: a wish holds until the next scheduled change.
+"""
+
+from dataclasses import dataclass
+
+from orchestrator.policy.limits import RunLimits
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A size asked for from outside. `since_step` is the first step that was still to come when it was heard."""
+
+    workers: int
+    since_step: int
+
+
+@dataclass(frozen=True)
+class SizeChange:
+    """The world size to prepare. `first_step` is the first step of the new size; None: the earliest possible."""
+
+    workers: int
+    first_step: int | None
+
+
+def wanted_size(limits: RunLimits, wish: Wish | None, step: int) -> int:
+    """How many workers should do step `step`."""
+    since_step, size = -1, limits.initial_workers
+    for entry in limits.schedule:
+        if entry.at_step <= step:
+            since_step, size = entry.at_step, entry.workers
+    if wish is not None and wish.since_step >= since_step:
+        return wish.workers
+    return size
+
+
+def next_change(limits: RunLimits, wish: Wish | None, size: int, step: int, horizon_steps: int) -> SizeChange | None:
+    """The change to prepare now, given a world of `size` that has finished `step`; None if there is none.
+
+    A scheduled change is prepared when it is at most `horizon_steps` away: earlier, its half-made generation would
+    only be in the way of a wish. One whose step has passed (its workers weren't warm in time) is due at once.
+    """
+    if step + 1 >= limits.steps:
+        return None
+    wanted = wanted_size(limits, wish, step + 1)
+    if wanted != size:
+        return SizeChange(wanted, None)
+    for entry in limits.schedule:
+        if step + 1 < entry.at_step <= step + 1 + horizon_steps and entry.workers != size:
+            return SizeChange(entry.workers, entry.at_step)
+    return None

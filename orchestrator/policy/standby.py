@@ -1,0 +1,15 @@
+"""How many workers a run holds, members and standbys together."""
+
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.schedule import Wish, wanted_size
+
+
+def workers_to_hold(limits: RunLimits, wish: Wish | None, step: int) -> int:
+    """Workers that should exist, warm or getting warm, while `step` is being done.
+
+    The wanted size and the job's standbys; or the largest size still to come by schedule, if that is more, since
+    workers must be warm when its step comes.
+    """
+    coming = max((entry.workers for entry in limits.schedule if entry.at_step > step), default=0)
+    wanted = wanted_size(limits, wish, step) + limits.standby
+    return min(max(wanted, coming), limits.max_workers + limits.standby)

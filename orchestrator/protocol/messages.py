@@ -1,0 +1,194 @@
+"""What crosses a process: frozen values, never changes to apply.
+
+`Target` (Scheduler to RunController) and `Directive` (RunController to Worker) each carry the whole desired
+state, so the newest wins and a repeat is harmless. `Report` is what a worker answers. Everything carries
+(epoch, generation); a receiver refuses a lower epoch.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the Scheduler wants a run to be."""
+
+    seq: int
+    workers: int
+    cancel: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """A generation to come: who is in it, which rank holds which experts, and where its state comes from.
+
+    `source` is the generation whose members hold the state now, with their placement; None for the first
+    generation, whose state is made from the seed. `members` of the source that are not in `world` hand their
+    shard over and become standbys. `store_prefix` names the generation's keys in the rendezvous store: it
+    holds epoch and generation, so nobody of the past can meet this world.
+    """
+
+    epoch: int
+    world: World
+    placement: Placement
+    source: World | None
+    source_placement: Placement | None
+    store_prefix: str
+    verify_digests: bool = True
+
+    @property
+    def generation(self) -> int:
+        return self.world.generation
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Where the current generation ends: after the step `at_step` has finished, or, if None, after the first
+    step whose vote shows that every member has seen this fence."""
+
+    to_generation: int
+    at_step: int | None = None
+
+
+class Finish(StrEnum):
+    """How a run is asked to end before its last step."""
+
+    NO = "no"
+    CANCEL = "cancel"
+
+
+@dataclass(frozen=True)
+class Directive:
+    """The whole desired state of a worker.
+
+    `current` is the generation being trained (None before the first), `next` the one to be prepared in the
+    background, `fence` where current hands over to next. `activated` is the newest generation that may train: a
+    worker that is ready for a generation waits until it is activated. `finish` asks for a fence, a checkpoint
+    and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
+    """
+
+    epoch: int
+    seq: int
+    current: GenerationPlan | None = None
+    next: GenerationPlan | None = None
+    fence: Fence | None = None
+    activated: int = -1
+    finish: Finish = Finish.NO
+    checkpoint_done: int = -1
+
+
+class Phase(StrEnum):
+    """What a worker is doing."""
+
+    COLD = "cold"
+    WARMING = "warming"
+    STANDBY = "standby"  # warm, holds no shard
+    TRAINING = "training"
+    MOVING = "moving"  # past a fence: transfer and rebuild
+    READY = "ready"  # holds its shard of the next generation, waits for activation
+    STRANDED = "stranded"  # the next generation failed; holds the old shard, waits for another plan
+    FINISHED = "finished"  # the last step is done; the final checkpoint is written
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step as every member knows it. Times are `time.time()` seconds."""
+
+    step: int
+    generation: int
+    world_size: int
+    loss: float  # mean over the step's target tokens, nats
+    tokens: int  # target tokens in the global batch
+    lr: float
+    grad_norm: float  # before clipping; inf where the update was skipped
+    applied: bool  # False: the update was not finite and was skipped on all ranks
+    max_violation: float  # MaxVio: largest over layers of max expert load / mean load - 1
+    first_position: int  # sample positions [first_position, first_position + num_positions)
+    num_positions: int
+    step_s: float
+    vote_time: float
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What a worker saw of one rescale, after it became ready for `generation`."""
+
+    generation: int
+    step: int  # last finished step of the old generation
+    connect_s: float
+    build_s: float
+    transfer_s: float
+    digest_s: float
+    sent_bytes: int
+    received_bytes: int
+    state_identical: bool | None  # None: digests were not taken
+
+
+@dataclass(frozen=True)
+class ShardWritten:
+    """A rank's part of a checkpoint lies in run storage; the controller writes the marker when all ranks' do."""
+
+    step: int
+    generation: int
+    rank: int
+    file: str  # name within the checkpoint directory
+    sha256: str
+    entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
+    num_bytes: int
+    meta: str  # JSON: what is not a tensor (sampler position, optimizer step); equal on all ranks
+
+
+@dataclass(frozen=True)
+class WorkerError:
+    """Why a worker failed. `kind` is a stable word: peer_lost, user_error, numeric, out_of_memory, internal."""
+
+    kind: str
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a worker answers when asked: its whole visible state.
+
+    `records` are the finished steps newer than the asker named; `prepared` is the newest generation whose
+    groups this worker has connected.
+    """
+
+    worker: str
+    epoch: int
+    version: int  # grows with every change of this worker's state
+    phase: Phase
+    generation: int
+    step: int  # last finished step; -1 before the first
+    seen: int  # seq of the newest directive
+    prepared: int = -1
+    pid: int = 0
+    records: tuple[StepRecord, ...] = ()
+    handovers: tuple[Handover, ...] = ()
+    shards: tuple[ShardWritten, ...] = ()
+    error: WorkerError | None = None
+    failed_generation: int = -1  # a generation that could not be reached, while STRANDED
+    rss_bytes: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What a worker needs to know of its run, once."""
+
+    run_id: str
+    job_json: str  # the JobSpec, as JSON
+    store_dir: str  # the packed token store
+    storage_dir: str  # the run's directory in run storage
+    rendezvous_host: str
+    rendezvous_port: int
+    threads: int  # torch threads
+    orphan_s: float = 60.0  # a worker that hears from no controller for this long exits
+    vocab_size: int = 0  # the trained tokenizer's

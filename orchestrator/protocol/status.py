@@ -1,0 +1,75 @@
+"""What a user sees of a run: the answer to `status`, and what `status.json` in run storage keeps after the end."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class RunPhase(StrEnum):
+    """Where a run is in its life. The last three are final."""
+
+    STARTING = "starting"
+    TRAINING = "training"
+    RESCALING = "rescaling"
+    FINISHING = "finishing"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in (RunPhase.SUCCEEDED, RunPhase.FAILED, RunPhase.CANCELLED)
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """One change of the world size, as the journal and the summary of a run show it.
+
+    `step` is the last one that the old world finished; the new world does `step + 1`. `stall_s` is the time between
+    the two steps' votes that is more than a step takes; None until the new world has done a few steps.
+    """
+
+    generation: int
+    from_size: int
+    to_size: int
+    step: int
+    why: str
+    moved_bytes: int = 0
+    state_identical: bool | None = None
+    stall_s: float | None = None
+    steps_lost: int = 0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment. Steps and losses are those of the watermark: nothing beyond it is shown.
+
+    `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds.
+    """
+
+    run_id: str
+    run_dir: str
+    phase: RunPhase
+    why: str  # one sentence: what the run waits for, or how it ended
+    step: int
+    steps: int
+    workers_wanted: int
+    workers_now: int  # the world size; 0 before the first generation and after the end
+    standbys: int
+    generation: int
+    loss: float | None
+    first_loss: float | None
+    validation_loss: float | None
+    first_validation_loss: float | None
+    tokens_per_second: float | None
+    rescales: tuple[Rescale, ...]
+    checkpoint: str | None  # directory of the newest complete one
+    checkpoint_step: int | None
+    tracking_url: str | None
+    error: str | None
+    submitted_time: float | None
+    started_time: float | None  # the first generation was activated
+    ended_time: float | None
+
+    @property
+    def last_rescale(self) -> Rescale | None:
+        return self.rescales[-1] if self.rescales else None

@@ -1,0 +1,65 @@
+"""A pseudo-random order of rows that needs no memory: any position can be looked up alone, on any rank.
+
+A balanced Feistel network (Luby and Rackoff, 1988) permutes the numbers of 2n bits, whatever its round function
+is; walking its cycles until the value falls below `num_rows` restricts it to a permutation of that many numbers
+(Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, section 3). The round function is the
+finalizer of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 6
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_WORD_MASK = 0xFFFF_FFFF_FFFF_FFFF
+
+_Words = NDArray[np.uint64]
+
+
+def row_at(seed: int, epoch: int, position_in_epoch: int, num_rows: int) -> int:
+    """The row at one position of an epoch: `rows_at` for a single number."""
+    return int(rows_at(seed, np.array([epoch]), np.array([position_in_epoch]), num_rows)[0])
+
+
+def rows_at(
+    seed: int, epochs: NDArray[np.int64], positions_in_epoch: NDArray[np.int64], num_rows: int
+) -> NDArray[np.int64]:
+    """The rows at some positions: for a fixed (seed, epoch) a bijection of [0, num_rows).
+
+    Args:
+        seed: any integer; only its lowest 64 bits count.
+        epochs: one epoch per position, one-dimensional.
+        positions_in_epoch: each in [0, num_rows), one-dimensional.
+        num_rows: rows in an epoch, at least 1.
+
+    Raises:
+        ValueError: no rows, or a position outside the epoch.
+    """
+    if num_rows < 1:
+        raise ValueError(f"{num_rows} rows can't be permuted; an epoch needs at least 1")
+    if positions_in_epoch.size and not 0 <= positions_in_epoch.min() <= positions_in_epoch.max() < num_rows:
+        raise ValueError(f"a position of {positions_in_epoch} is outside an epoch of {num_rows} rows")
+    half_bits = max(1, -(-(num_rows - 1).bit_length() // 2))
+    keys = _mix(_mix(np.array([seed & _WORD_MASK], np.uint64)) + epochs.astype(np.uint64))
+    rows = _feistel(positions_in_epoch.astype(np.uint64), keys, half_bits)
+    # The domain is less than 4 (in the smallest case 4) times num_rows, so a walk takes few turns on average.
+    while (outside := np.flatnonzero(rows >= num_rows)).size:
+        rows[outside] = _feistel(rows[outside], keys[outside], half_bits)
+    return rows.astype(np.int64)
+
+
+def _feistel(values: _Words, keys: _Words, half_bits: int) -> _Words:
+    """One pass of the network over numbers of 2 * half_bits bits; each value under its own key."""
+    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> half, values & mask
+    for turn in range(1, _ROUNDS + 1):
+        left, right = right, left ^ (_mix(right + keys * np.uint64(2 * turn + 1)) & mask)
+    return (left << half) | right
+
+
+def _mix(words: _Words) -> _Words:
+    """SplitMix64's finalizer; arrays wrap around silently, which is what it wants."""
+    words = words + _GOLDEN
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))

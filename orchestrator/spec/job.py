@@ -1,0 +1,227 @@
+"""What a user may ask for: the job file as frozen, validated values.
+
+`orchestrator.spec.loading` reads them from YAML with errors that name file, line and column. Made directly, as in
+`JobSpec(name="try", workers="2..4")`, a bad value raises pydantic's `ValidationError`. Only `name` has no default.
+"""
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.section import Broken, Path, Section, refuse
+from orchestrator.spec.train import TrainSpec
+
+BUILTIN_CORPORA = ("stdlib",)
+REFUSED_ENVS = ("LD_", "PYTHON", "RAY_")
+BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+        raise refuse("must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -")
+    return name
+
+
+class ScheduledScale(Section):
+    """A change of the number of workers at a known step."""
+
+    at_step: int = Field(ge=1, description="The first step (counted from 0) that the new number of workers does.")
+    workers: int = Field(ge=1, description="The number of workers from then on, within min..max.")
+
+
+class WorkersSpec(Section):
+    """How many workers the run has, may have, and keeps warm."""
+
+    min: int = Field(default=1, ge=1, description="Fewest workers that the run may have.")
+    max: int = Field(
+        default_factory=lambda known: known["min"], ge=1, description="Most workers. Default: the same as min."
+    )
+    initial: int = Field(
+        default_factory=lambda known: known["min"], ge=1, description="Workers at the start. Default: min."
+    )
+    standby: int = Field(
+        default=0, ge=0, description="Workers kept warm, with resources reserved, so that a rescale is fast."
+    )
+    schedule: tuple[ScheduledScale, ...] = Field(
+        default=(),
+        description="Changes of the number of workers at known steps, in ascending order.",
+    )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        bounds: tuple[Path, ...] = (("min",), ("max",))
+        if self.min > self.max:
+            yield Broken(bounds, f"min must be at most max; got {self.min} and {self.max}")
+            return
+        within = f"must be within min..max ({self.min}..{self.max})"
+        if not self.min <= self.initial <= self.max:
+            yield Broken((("initial",), *bounds), f"initial {within}; got {self.initial}")
+        for i, change in enumerate(self.schedule):
+            if not self.min <= change.workers <= self.max:
+                yield Broken((("schedule", i, "workers"), *bounds), f"workers {within}; got {change.workers}")
+        for i, (earlier, later) in enumerate(pairwise(self.schedule), start=1):
+            if later.at_step <= earlier.at_step:
+                rule = f"at_step must be greater than in the entry before; got {later.at_step} after {earlier.at_step}"
+                yield Broken((("schedule", i, "at_step"), ("schedule", i - 1, "at_step")), rule)
+
+
+def _workers(value: Any) -> Any:
+    """Reads the short forms: 2, "2" and "2..4"."""
+    if isinstance(value, dict) and isinstance(value.get("schedule"), list):
+        return {
+            **value,
+            "schedule": tuple(value["schedule"]),
+        }  # what passed through here is no JSON to pydantic any more
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    match = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", str(value).replace(" ", ""))
+    if match is None:
+        raise refuse('must be a number of workers (2), a range ("2..4") or a mapping {min, max, ...}')
+    low, high = match[1], match[2] or match[1]
+    return {"min": int(low), "max": int(high)}
+
+
+def _memory(size: str) -> str:
+    if not re.fullmatch(rf"\d{{1,9}}(\.\d{{1,9}})? ?({'|'.join(BYTES)})", size):
+        raise refuse(f'must be a number and a unit ({", ".join(BYTES)}), as in "2GiB"')
+    return size
+
+
+class ResourcesSpec(Section):
+    """What Ray reserves for each worker, standbys included. Logical: nothing is enforced by the operating system."""
+
+    cpus: float = Field(default=1, gt=0, description="CPUs of each worker; fractions are allowed.")
+    gpus: float = Field(default=0, ge=0, description="GPUs of each worker; fractions are allowed.")
+    memory: Annotated[str, AfterValidator(_memory)] | None = Field(
+        default=None, description='Memory of each worker, as in "2GiB". null: nothing is reserved.'
+    )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        if self.memory is None:
+            return None
+        unit = self.memory.lstrip("0123456789. ")
+        return int(float(self.memory.removesuffix(unit)) * BYTES[unit])
+
+
+class EvalSpec(Section):
+    """Validation on the held-out documents."""
+
+    every: int | None = Field(default=None, ge=1, description="Steps between two validations. null: no validation.")
+    rows: int = Field(default=64, ge=1, description="Rows of the held-out split that each validation reads, at most.")
+
+
+def _directory(path: str) -> str:
+    if not path.strip() or "\0" in path or "://" in path:
+        raise refuse("must be a path of the file system")
+    return path
+
+
+def _source(source: str) -> str:
+    kind, colon, name = source.partition(":")
+    if kind == "builtin" and colon:
+        if name not in BUILTIN_CORPORA:
+            nearest = get_close_matches(name, BUILTIN_CORPORA, n=1) or BUILTIN_CORPORA
+            raise refuse(f"must be a built-in corpus that exists (nearest: builtin:{nearest[0]}) or a path")
+        return source
+    return _directory(source)
+
+
+class DataSpec(Section):
+    """The text to train on, and how it becomes tokens."""
+
+    source: Annotated[str, AfterValidator(_source)] = Field(
+        default="builtin:stdlib",
+        description="`builtin:stdlib` (the running Python's own library), a folder of .txt files, or one such file.",
+    )
+    vocab_size: int = Field(
+        default=2048,
+        ge=257,
+        description="Tokens of the byte-level BPE tokenizer, at most; 256 bytes and one border included.",
+    )
+    holdout: float = Field(
+        default=0.05, gt=0, lt=1, description="Fraction of the documents that is kept for validation."
+    )
+    isolate_documents: bool = Field(
+        default=False, description="true: attention stops at the borders of documents. The loss never crosses them."
+    )
+
+
+class CheckpointSpec(Section):
+    """Durable copies of the training state. One after the last step is always written."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="Steps between two checkpoints. null: only the final one."
+    )
+
+
+class TrackingSpec(Section):
+    """Where metrics go."""
+
+    uri: str | None = Field(
+        default=None, min_length=1, description="MLflow tracking URI. null: an SQLite database in the run storage."
+    )
+    experiment: str = Field(
+        default="orchestrator", min_length=1, max_length=200, description="Name of the MLflow experiment."
+    )
+
+
+Workers = Annotated[WorkersSpec, BeforeValidator(_workers, json_schema_input_type=WorkersSpec | int | str)]
+Storage = Annotated[
+    str,
+    AfterValidator(_directory),
+    BeforeValidator(lambda path: "./runs" if path is None else path, json_schema_input_type=str | None),
+]
+
+
+class JobSpec(Section):
+    """A training job."""
+
+    model_config = ConfigDict(title="Job file", json_schema_extra={"required": ["schema", "name"]})
+
+    version: Literal["v1"] = Field(default="v1", alias="schema", description="Version of this format.")
+    name: Annotated[str, AfterValidator(_name)] = Field(
+        description="Name of the run, unique in its cluster and storage: up to 40 of a-z, 0-9 and -."
+    )
+    workers: Workers = Field(
+        default=WorkersSpec(), description='Number of workers: 2, a range "2..4", or a mapping. Default: 1.'
+    )
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What each worker reserves.")
+    model: ModelSpec = Field(default=ModelSpec(), description="The language model.")
+    train: TrainSpec = Field(default=TrainSpec(), description="How it is trained.")
+    eval: EvalSpec = Field(default=EvalSpec(), description="Validation.")
+    data: DataSpec = Field(default=DataSpec(), description="The text.")
+    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="Durable copies.")
+    tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
+    storage: Storage = Field(
+        default="./runs", description="Directory of the run storage, relative to the current one. null: ./runs."
+    )
+    envs: dict[str, str] = Field(
+        default={},
+        description="Environment variables of the workers. Visible to everyone who sees the cluster: put no secret "
+        "here. LD_*, PYTHON* and RAY_* are refused.",
+    )
+
+    @property
+    def storage_path(self) -> FilePath:
+        """The run storage as an absolute path, seen from the current directory."""
+        return FilePath(self.storage).expanduser().absolute()
+
+    def broken_rules(self) -> Iterator[Broken]:
+        for i, change in enumerate(self.workers.schedule):
+            if change.at_step >= self.train.steps:
+                rule = f"at_step must be less than train.steps; got {change.at_step} and {self.train.steps}"
+                yield Broken((("workers", "schedule", i, "at_step"), ("train", "steps")), rule)
+        for name, value in self.envs.items():
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                yield Broken((("envs", name),), "a name must be of letters, digits and _, and not begin with a digit")
+            elif name.upper().startswith(REFUSED_ENVS):
+                refused = ", ".join(f"{prefix}*" for prefix in REFUSED_ENVS)
+                yield Broken((("envs", name),), f"{refused} must not be set: the runtime sets these itself")
+            elif "\0" in value:
+                yield Broken((("envs", name),), "a value must not hold a NUL character")

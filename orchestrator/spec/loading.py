@@ -1,0 +1,209 @@
+"""Job files: YAML in, a `JobSpec` out, or every mistake at once with file, line, column and the nearest known key."""
+
+import copy
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from orchestrator.errors import Problem, SpecError, UsageError
+from orchestrator.spec.document import Document, dotted, read_document
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.section import Broken, Path, Section
+
+MAX_BYTES = 2**20
+
+
+def load_job(path: str | os.PathLike[str]) -> JobSpec:
+    """Reads a job file.
+
+    Raises:
+        UsageError: the file can't be read, or is larger than 1 MiB.
+        SpecError: it has mistakes; all of them are listed.
+    """
+    file = os.fspath(path)
+    try:
+        with open(file, "rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(
+            f"job file {file} can't be read: {error.strerror}",
+            remedy="Name an existing YAML file.",
+            unchanged="Nothing was started.",
+        ) from None
+    if len(raw) > MAX_BYTES:
+        raise SpecError((Problem(file, 1, 1, "", "must be at most 1 MiB; this file is larger"),))
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode("utf-8")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        message = f"must be UTF-8; found the byte 0x{raw[error.start]:02x} at offset {error.start}"
+        raise SpecError((Problem(file, line, column, "", message),)) from None
+    return parse_job(text, file)
+
+
+def parse_job(text: str, file: str = "<string>") -> JobSpec:
+    """Reads a job from YAML text; `file` is only named in errors.
+
+    Raises:
+        SpecError: the text has mistakes; all of them are listed.
+    """
+    document = read_document(text, file)
+    if not isinstance(document.value, dict):
+        rule = f"must be a mapping of keys, beginning with `schema: v1`; got {_shown(document.value)}"
+        raise SpecError((*document.problems, document.problem((), rule)))
+    job, problems = _validated(document)
+    if job is None or problems:
+        raise SpecError(tuple(sorted(set(problems), key=lambda p: (p.line, p.column, p.path, p.message))))
+    return job
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """A mistake, and all keys that it may be due to."""
+
+    problem: Problem
+    keys: tuple[Path, ...]
+
+
+def _validated(document: Document) -> tuple[JobSpec | None, list[Problem]]:
+    """The job if it could be made, and what is wrong.
+
+    A mistake keeps pydantic from checking the rules of the section above it. So what is wrong is taken out and the
+    rest is validated again, until nothing more is found. A rule that reads a key which was taken out says nothing.
+    """
+    problems = list(document.problems)
+    problems += [document.problem((key,), f"required; write `{key}: {example}`") for key, example in _missing(document)]
+    values = copy.deepcopy(document.value)
+    removed: set[Path] = set()
+    to_remove = {_removable(key) for key in document.refused}
+    while True:
+        removed |= to_remove
+        progress = [_take_out(values, document.written(key)) for key in to_remove]
+        if to_remove and not any(progress):
+            return None, problems
+        values.setdefault("name", "stand-in")  # a name that is missing or wrong is no reason to say less of the rest
+        try:
+            return JobSpec.model_validate_json(json.dumps(values), strict=True), problems
+        except ValidationError as error:
+            findings = [f for details in error.errors(include_url=False) for f in _findings(document, details)]
+        problems += [f.problem for f in findings if not any(_touches(key, removed) for key in f.keys)]
+        to_remove = {_removable(key) for finding in findings for key in finding.keys}
+
+
+def _missing(document: Document) -> Iterator[tuple[str, str]]:
+    for key, example in (("schema", "v1"), ("name", "my-run")):
+        if key not in document.value:
+            yield key, example
+
+
+def _removable(key: Path) -> Path:
+    """The list that holds `key`, if one does: without one item, the places of the others would be wrong."""
+    ends = [i for i, part in enumerate(key) if isinstance(part, int)]
+    return key[: ends[0]] if ends else key
+
+
+def _take_out(values: dict[str, Any], key: Path) -> bool:
+    """Takes `key` out of `values`; False if it isn't there."""
+    for part in key[:-1]:
+        values = values.get(str(part), {})
+    if not key or key[-1] not in values:
+        return False
+    del values[str(key[-1])]
+    return True
+
+
+def _touches(key: Path, removed: set[Path]) -> bool:
+    """Whether a removed path is `key`, lies above or below it."""
+    return any(key[: len(path)] == path[: len(key)] for path in removed)
+
+
+def _findings(document: Document, details: ErrorDetails) -> Iterator[_Finding]:
+    """What one of pydantic's errors means to the writer of the file."""
+    path, kind = details["loc"], details["type"]
+    if kind == "default_factory_not_called":  # only follows from another error of the same section
+        return
+    if kind != "broken_rules":
+        yield _Finding(document.problem(path, _rule(details)), (path,))
+        return
+    broken_rules: tuple[Broken, ...] = details["ctx"]["broken"]
+    for broken in broken_rules:
+        keys = tuple((*path, *key) for key in broken.keys)
+        culprit = next((key for key in keys if key in document.places), document.written(keys[0]))
+        yield _Finding(document.problem(culprit, broken.rule), keys)
+
+
+def _rule(details: ErrorDetails) -> str:
+    """The rule that a value breaks, and the value."""
+    path, kind = details["loc"], details["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key; {_nearest_keys(path)}"
+    if kind == "missing":
+        return "required"
+    rule = re.sub(r"^(Input|String|Tuple) should ", "must ", details["msg"])
+    for theirs, ours in _WORDING.items():
+        rule = rule.replace(theirs, ours)
+    if kind == "string_type" and isinstance(details["input"], int | float):
+        rule += ", in quotes if it looks like something else"
+    return f"{rule}; got {_shown(details['input'])}"
+
+
+_WORDING = {
+    "an object": "a mapping",
+    "a valid array": "a list",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    " after validation": "",
+}
+
+
+def _nearest_keys(path: Path) -> str:
+    """Where a key that is unknown at `path` may belong."""
+    known = list(_keys_of(path[:-1]))
+    elsewhere = [dotted(other) for other in _all_keys(JobSpec, ()) if other[-1] == path[-1]]
+    if len(elsewhere) == 1:
+        return f"nearest known key: {elsewhere[0]}"
+    nearest = get_close_matches(str(path[-1]), known, n=1)
+    if nearest:
+        return f"nearest known key: {dotted((*path[:-1], nearest[0]))}"
+    return f"known here: {', '.join(known)}"
+
+
+def _keys_of(path: Path) -> Iterator[str]:
+    section: type[Section] = JobSpec
+    for part in path:
+        if isinstance(part, str):
+            section = next(s for name, s in _fields(section) if name == part and s is not None)
+    return (name for name, _ in _fields(section))
+
+
+def _all_keys(section: type[Section], path: Path) -> Iterator[Path]:
+    for name, inner in _fields(section):
+        yield (*path, name)
+        if inner is not None:
+            yield from _all_keys(inner, (*path, name))
+
+
+def _fields(section: type[Section]) -> Iterator[tuple[str, type[Section] | None]]:
+    """Keys of a section; those that hold a section, or a list of them, with it."""
+    for name, info in section.model_fields.items():
+        candidates = (info.annotation, *get_args(info.annotation))
+        inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        yield info.alias or name, inner
+
+
+def _shown(value: Any) -> str:
+    """A value as the file could have it, cut to a line."""
+    if value is None:
+        return "nothing"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,69 @@
+"""The `model` section: a decoder-only mixture-of-experts language model."""
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from orchestrator.spec.section import Broken, Section
+
+
+class ModelSpec(Section):
+    """Sizes of the model. The first `num_dense_layers` layers have one dense MLP, the others routed experts."""
+
+    hidden_size: int = Field(default=128, ge=1, description="Width of the residual stream.")
+    num_layers: int = Field(default=4, ge=1, description="Layers, dense ones included.")
+    num_heads: int = Field(default=4, ge=1, description="Attention heads for queries.")
+    num_kv_heads: int = Field(default=2, ge=1, description="Attention heads for keys and values; divides num_heads.")
+    head_size: int = Field(
+        default_factory=lambda known: known["hidden_size"] // known["num_heads"],
+        ge=2,
+        description="Width of an attention head, even. Default: hidden_size / num_heads.",
+    )
+    intermediate_size: int = Field(default=384, ge=1, description="Inner width of the MLP in dense layers.")
+    num_dense_layers: int = Field(default=1, ge=0, description="Leading layers with a dense MLP instead of experts.")
+    num_experts: int = Field(default=8, ge=1, description="Routed experts of each MoE layer.")
+    top_k: int = Field(default=2, ge=1, description="Experts that each token visits.")
+    expert_intermediate_size: int = Field(default=192, ge=1, description="Inner width of an expert.")
+    num_shared_experts: int = Field(default=1, ge=0, description="Experts that every token visits, without routing.")
+    routed_scaling_factor: float = Field(
+        default=1.0, gt=0, description="Factor on the sum of the routed experts' outputs."
+    )
+    rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary embedding's wavelengths.")
+    rope_fraction: float = Field(
+        default=1.0, ge=0, le=1, description="Part of each head that is rotated; an even width."
+    )
+    norm_eps: float = Field(default=1e-6, gt=0, description="Added to the mean square in RMSNorm.")
+    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+    bias_update_speed: float = Field(
+        default=1e-3, ge=0, description="Step of the router's load-balancing bias after each update. 0: no balancing."
+    )
+
+    @property
+    def rotary_size(self) -> int:
+        """Width of the rotated part of a head."""
+        return round(self.head_size * self.rope_fraction)
+
+    def broken_rules(self) -> Iterator[Broken]:
+        yield from self._broken_head_rules()
+        if self.num_heads % self.num_kv_heads:
+            rule = f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
+            yield Broken((("num_kv_heads",), ("num_heads",)), rule)
+        if self.top_k > self.num_experts:
+            rule = f"top_k must be at most num_experts; got {self.top_k} and {self.num_experts}"
+            yield Broken((("top_k",), ("num_experts",)), rule)
+        if self.num_dense_layers > self.num_layers:
+            rule = f"num_dense_layers must be at most num_layers; got {self.num_dense_layers} and {self.num_layers}"
+            yield Broken((("num_dense_layers",), ("num_layers",)), rule)
+
+    def _broken_head_rules(self) -> Iterator[Broken]:
+        keys = (("head_size",), ("num_heads",), ("hidden_size",))
+        if "head_size" not in self.model_fields_set and self.hidden_size % self.num_heads:
+            sizes = f"{self.num_heads} and {self.hidden_size}"
+            yield Broken(keys, f"num_heads must divide hidden_size unless head_size is given; got {sizes}")
+        elif self.head_size % 2:
+            yield Broken(keys, f"head_size must be even, because rotary embedding turns pairs; got {self.head_size}")
+        elif abs(self.rotary_size - self.head_size * self.rope_fraction) > 1e-6 or self.rotary_size % 2:
+            product = f"{self.rope_fraction} * {self.head_size}"
+            yield Broken(
+                (("rope_fraction",), *keys), f"rope_fraction * head_size must be an even number; got {product}"
+            )

@@ -1,0 +1,22 @@
+"""The learning rate: a pure function of the step, so that every rank of every world has the same one."""
+
+import math
+
+from orchestrator.spec.train import TrainSpec
+
+
+def learning_rate(train: TrainSpec, step: int) -> float:
+    """The learning rate of `step` (counted from 0).
+
+    It rises linearly from lr / warmup_steps at step 0 to lr at the last step of the warm-up, then follows the kind's
+    curve from lr down to final_fraction * lr at the last step of the run, where it stays.
+    """
+    schedule = train.schedule
+    if step < schedule.warmup_steps:
+        return train.lr * (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return train.lr
+    peak_step = max(schedule.warmup_steps - 1, 0)
+    progress = min((step - peak_step) / max(train.steps - 1 - peak_step, 1), 1.0)
+    remaining = 1.0 - progress if schedule.kind == "linear" else (1.0 + math.cos(math.pi * progress)) / 2.0
+    return train.lr * (schedule.final_fraction + (1.0 - schedule.final_fraction) * remaining)

@@ -1,0 +1,55 @@
+"""The base of every section of a job file, and how a section says which of its rules are broken.
+
+A rule between keys names all keys that it reads. So a file with several mistakes gets them all reported at once, each
+at the line of a key that the user wrote, and no rule is reported that only breaks because of another mistake.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A rule between keys that doesn't hold.
+
+    Args:
+        keys: paths of all keys that the rule reads, relative to the section; the most likely culprit first.
+        rule: the rule, with the values that break it.
+    """
+
+    keys: tuple[Path, ...]
+    rule: str
+
+
+class Section(BaseModel):
+    """A frozen mapping with fixed keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+    )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        """The rules between keys that don't hold. Sections with such rules override this."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _refuse_broken_rules(self) -> Self:
+        broken = tuple(self.broken_rules())
+        if broken:
+            text = "; ".join(b.rule for b in broken)
+            raise PydanticCustomError("broken_rules", "{text}", {"text": text, "broken": broken})
+        return self
+
+
+def refuse(rule: str) -> PydanticCustomError:
+    """The error that a validator of a single value raises. `rule` begins with "must"."""
+    return PydanticCustomError("broken_rule", "{rule}", {"rule": rule})

@@ -1,0 +1,69 @@
+"""The `train` section: what an update is, and how many there are."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.spec.section import Broken, Section
+
+
+class OptimizerSpec(Section):
+    """AdamW (Loshchilov and Hutter, 2019)."""
+
+    name: Literal["adamw"] = Field(default="adamw", description="The optimizer.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="Decay of the first and of the second moment."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay, times the learning rate.")
+
+
+class ScheduleSpec(Section):
+    """The learning rate over the steps; `orchestrator.spec.schedule` computes it."""
+
+    kind: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Its shape after the warm-up.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps in which it rises linearly to lr.")
+    final_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="The last step's learning rate over lr; without meaning for kind constant."
+    )
+
+
+class TrainSpec(Section):
+    """The training. Nothing here depends on the number of workers."""
+
+    steps: int = Field(default=1000, ge=1, description="Updates in the whole run.")
+    global_batch_size: int = Field(default=16, ge=1, description="Rows of an update, over all workers.")
+    micro_batch_size: int = Field(
+        default=4,
+        ge=1,
+        description="Rows of a slot: one forward and backward of one worker. Divides global_batch_size.",
+    )
+    sequence_length: int = Field(default=128, ge=1, description="Tokens of a row.")
+    optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
+    lr: float = Field(default=3e-3, gt=0, description="Learning rate at its highest.")
+    schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="The learning rate over the steps.")
+    gradient_clipping: float = Field(
+        default=1.0, ge=0, description="Largest global norm of the gradients. 0: no clipping."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of initial weights and of the order of rows.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Number format of forward and backward. Weights are kept in fp32 with either."
+    )
+    zero_stage: Literal[1, 2] = Field(
+        default=1, description="What the workers share out: 1 optimizer state, 2 gradients as well."
+    )
+
+    @property
+    def num_slots(self) -> int:
+        """Slots (micro-batches) of the global batch; the same at every world size."""
+        return self.global_batch_size // self.micro_batch_size
+
+    def broken_rules(self) -> Iterator[Broken]:
+        if self.global_batch_size % self.micro_batch_size:
+            sizes = f"{self.global_batch_size} and {self.micro_batch_size}"
+            rule = f"global_batch_size must be a multiple of micro_batch_size; got {sizes}"
+            yield Broken((("global_batch_size",), ("micro_batch_size",)), rule)
+        if self.schedule.warmup_steps > self.steps:
+            rule = f"warmup_steps must be at most train.steps; got {self.schedule.warmup_steps} and {self.steps}"
+            yield Broken((("schedule", "warmup_steps"), ("steps",)), rule)

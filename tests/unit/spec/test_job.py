@@ -1,0 +1,151 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.loading import parse_job
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.section import Section
+
+
+def job(**keys: Any) -> JobSpec:
+    return JobSpec.model_validate({"name": "try", **keys})
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        (2, (2, 2, 2)),
+        ("2", (2, 2, 2)),
+        ("2..4", (2, 4, 2)),
+        ("2 .. 4", (2, 4, 2)),
+        ({"min": 2}, (2, 2, 2)),
+        ({"max": 3}, (1, 3, 1)),
+        ({"min": 1, "max": 3, "initial": 2}, (1, 3, 2)),
+    ],
+)
+def test_forms_of_workers(workers: Any, expected: tuple[int, int, int]) -> None:
+    spec = job(workers=workers).workers
+    assert (spec.min, spec.max, spec.initial) == expected
+
+
+@pytest.mark.parametrize("workers", [0, "0..2", "4..2", "a", "2...4", -1, True, None, 2.0])
+def test_workers_that_make_no_sense(workers: Any) -> None:
+    with pytest.raises(ValidationError):
+        job(workers=workers)
+
+
+@pytest.mark.parametrize("name", ["a", "a1", "quick-start", "a" * 40])
+def test_names(name: str) -> None:
+    assert job(name=name).name == name
+
+
+@pytest.mark.parametrize("name", ["", "A", "1a", "-a", "a-", "a_b", "a.b", "a/b", "a" * 41, "ä", "a\n"])
+def test_names_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="1 to 40 of"):
+        job(name=name)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(None, None), ("2GiB", 2**31), ("1.5 KiB", 1536), ("7B", 7), ("3GB", 3 * 10**9)]
+)
+def test_memory(memory: str | None, expected: int | None) -> None:
+    assert job(resources={"memory": memory}).resources.memory_bytes == expected
+
+
+@pytest.mark.parametrize("memory", ["2", "GiB", "2gib", "-2GiB", "2GiB ", "1.GiB"])
+def test_memory_refused(memory: str) -> None:
+    with pytest.raises(ValidationError, match="must be a number and a unit"):
+        job(resources={"memory": memory})
+
+
+@pytest.mark.parametrize("source", ["builtin:stdlib", "books", "./a:b", "/data/x.txt"])
+def test_sources(source: str) -> None:
+    assert job(data={"source": source}).data.source == source
+
+
+@pytest.mark.parametrize("source", ["", " ", "builtin:", "builtin:wiki", "https://x/y", "s3://b", "a\0b"])
+def test_sources_refused(source: str) -> None:
+    with pytest.raises(ValidationError, match="source"):
+        job(data={"source": source})
+
+
+def test_storage_is_seen_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert job(storage=None).storage_path == tmp_path / "runs"
+    assert job(storage="/x").storage_path == Path("/x")
+
+
+@pytest.mark.parametrize(
+    ("model", "head_size", "rotary_size"),
+    [({}, 32, 32), ({"rope_fraction": 0.5}, 32, 16), ({"head_size": 64}, 64, 64), ({"rope_fraction": 0.0}, 32, 0)],
+)
+def test_head_sizes(model: dict[str, Any], head_size: int, rotary_size: int) -> None:
+    spec = ModelSpec.model_validate(model)
+    assert (spec.head_size, spec.rotary_size) == (head_size, rotary_size)
+
+
+def test_head_size_frees_hidden_size_from_num_heads() -> None:
+    assert ModelSpec(hidden_size=100, num_heads=6, head_size=32).head_size == 32
+
+
+def test_num_slots() -> None:
+    assert job(train={"global_batch_size": 12, "micro_batch_size": 4}).train.num_slots == 3
+
+
+def test_a_job_comes_back_from_its_json() -> None:
+    text = """
+schema: v1
+name: try
+workers: {min: 1, max: 3, initial: 2, standby: 1, schedule: [{at_step: 4, workers: 3}, {at_step: 9, workers: 1}]}
+model: {hidden_size: 100, num_heads: 6, head_size: 32}
+train: {steps: 10, optimizer: {betas: [0.8, 0.9]}}
+resources: {memory: 1GiB}
+envs: {A: b}
+"""
+    spec = parse_job(text)
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert JobSpec.model_validate_json(JobSpec(name="try").model_dump_json()) == JobSpec(name="try")
+
+
+def test_jobs_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        job().workers.min = 3  # type: ignore[misc]
+
+
+def test_only_name_has_no_default() -> None:
+    assert [name for name, field in JobSpec.model_fields.items() if field.is_required()] == ["name"]
+
+
+def sections(section: type[Section] = JobSpec) -> list[type[Section]]:
+    return [section, *(c for c in Section.__subclasses__() if c is not section)]
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda s: s.__name__)
+def test_every_section_and_key_is_described(section: type[Section]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+def test_json_schema_knows_the_short_forms_and_what_is_required() -> None:
+    schema = JobSpec.model_json_schema()
+    assert schema["required"] == ["schema", "name"]
+    assert schema["additionalProperties"] is False
+    kinds = {option.get("type", "mapping") for option in schema["properties"]["workers"]["anyOf"]}
+    assert kinds == {"mapping", "integer", "string"}
+
+
+def test_several_broken_rules_of_one_section_are_named_together() -> None:
+    with pytest.raises(ValidationError, match=r"top_k must.*num_dense_layers must"):
+        ModelSpec(top_k=9, num_dense_layers=9)
+
+
+def test_schedule_at_the_bounds() -> None:
+    spec = WorkersSpec.model_validate({"max": 2, "schedule": [{"at_step": 1, "workers": 2}]})
+    assert job(workers=spec, train={"steps": 2}).workers.schedule[0].at_step == 1
+    with pytest.raises(ValidationError, match="less than train.steps"):
+        job(workers=spec, train={"steps": 1})

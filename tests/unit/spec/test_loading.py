@@ -1,0 +1,225 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import Problem, SpecError, UsageError
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.loading import load_job, parse_job
+
+HEAD = "schema: v1\nname: try\n"
+
+
+def problems_of(text: str) -> list[Problem]:
+    with pytest.raises(SpecError) as caught:
+        parse_job(text, "job.yaml")
+    return list(caught.value.problems)
+
+
+def the_problem_of(text: str) -> Problem:
+    (problem,) = problems_of(text)
+    return problem
+
+
+def test_shortest_job() -> None:
+    assert parse_job(HEAD) == JobSpec(name="try")
+
+
+def test_quickstart_job(request: pytest.FixtureRequest) -> None:
+    job = load_job(request.config.rootpath / "jobs" / "quickstart.yaml")
+    assert job.name == "quickstart"
+    assert job.workers.schedule
+
+
+@pytest.mark.parametrize("lr", ["3.0e-3", "3e-3", "0.003", ".003", "3E-3"])
+def test_floats_of_all_writings(lr: str) -> None:
+    assert parse_job(f"{HEAD}train: {{lr: {lr}}}\n").train.lr == 3e-3
+
+
+def test_a_float_may_be_written_as_a_whole_number() -> None:
+    assert parse_job(f"{HEAD}resources: {{cpus: 2}}\n").resources.cpus == 2.0
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        pytest.param("wokers: 2", "3:1: wokers: unknown key; nearest known key: workers", id="unknown"),
+        pytest.param("lr: 1", "3:1: lr: unknown key; nearest known key: train.lr", id="elsewhere"),
+        pytest.param("version: v1", "3:1: version: unknown key; known here: schema, name, work", id="far"),
+        pytest.param("train: {stepps: 9}", "3:9: train.stepps: unknown key; nearest known key: train.steps", id="deep"),
+        pytest.param(
+            "workers: {max: 2, schedule: [{at_step: 1, worker: 2, workers: 2}]}",
+            "3:43: workers.schedule.0.worker: unknown key; nearest known key: workers.schedule.0.workers",
+            id="list",
+        ),
+        pytest.param("train: {steps: 1.5}", "3:9: train.steps: must be a whole number; got 1.5", id="float-for-int"),
+        pytest.param('train: {steps: "5"}', '3:9: train.steps: must be a whole number; got "5"', id="text-for-int"),
+        pytest.param("train: {steps: true}", "3:9: train.steps: must be a whole number; got true", id="bool-for-int"),
+        pytest.param("train: {lr: fast}", '3:9: train.lr: must be a number; got "fast"', id="text-for-float"),
+        pytest.param("train: {lr: 1e999}", "3:9: train.lr: must be a finite number; got Infinity", id="infinite"),
+        pytest.param("train:", "3:1: train: must be a mapping; got nothing", id="empty-section"),
+        pytest.param("eval: 5", "3:1: eval: must be a mapping; got 5", id="number-for-section"),
+        pytest.param("train: {optimizer: {betas: [0.9]}}", "3:21: train.optimizer.betas.1: required", id="short-list"),
+        pytest.param(
+            "data: {isolate_documents: 1}",
+            "3:8: data.isolate_documents: must be true or false; got 1",
+            id="int-for-bool",
+        ),
+        pytest.param(
+            "data: {isolate_documents: yes}", "3:27: data.isolate_documents: some YAML readers take", id="yes-for-bool"
+        ),
+        pytest.param("tracking: {experiment: no}", "3:24: tracking.experiment: some YAML readers", id="no-for-text"),
+        pytest.param("envs: {A: 1}", "3:8: envs.A: must be text, in quotes if it looks like", id="number-for-text"),
+        pytest.param(
+            "train: {precision: fp16}",
+            "3:9: train.precision: must be 'fp32' or 'bf16'; got \"fp16\"",
+            id="choice",
+        ),
+    ],
+)
+def test_problem_of_one_key(body: str, expected: str) -> None:
+    assert str(the_problem_of(f"{HEAD}{body}\n")).startswith(f"job.yaml:{expected}")
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "words"),
+    [
+        ("model: {top_k: 9}", "model.top_k", "got 9 and 8"),
+        ("model: {num_experts: 1}", "model.num_experts", "top_k must be at most num_experts; got 2 and 1"),
+        ("model: {num_kv_heads: 3}", "model.num_kv_heads", "got 3 and 4"),
+        ("model: {num_dense_layers: 5}", "model.num_dense_layers", "got 5 and 4"),
+        ("model: {num_heads: 3, num_kv_heads: 1}", "model.num_heads", "got 3 and 128"),
+        ("model: {hidden_size: 130}", "model.hidden_size", "num_heads must divide hidden_size"),
+        ("model: {head_size: 7}", "model.head_size", "must be even"),
+        ("model: {hidden_size: 12}", "model.hidden_size", "head_size must be even"),
+        ("model: {rope_fraction: 0.3}", "model.rope_fraction", "got 0.3 * 32"),
+        ("train: {micro_batch_size: 3}", "train.micro_batch_size", "got 16 and 3"),
+        ("train: {steps: 5, schedule: {warmup_steps: 6}}", "train.schedule.warmup_steps", "got 6 and 5"),
+        ("workers: 3..2", "workers", "min must be at most max; got 3 and 2"),
+        ("workers: {min: 2, max: 1}", "workers.min", "got 2 and 1"),
+        ("workers: {max: 2, initial: 3}", "workers.initial", "within min..max (1..2); got 3"),
+        ("workers: {schedule: [{at_step: 5, workers: 2}]}", "workers.schedule.0.workers", "(1..1); got 2"),
+        (
+            "workers: {max: 2, schedule: [{at_step: 5, workers: 2}, {at_step: 5, workers: 1}]}",
+            "workers.schedule.1.at_step",
+            "got 5 after 5",
+        ),
+        (
+            "train: {steps: 5}\nworkers: {schedule: [{at_step: 5, workers: 1}]}",
+            "workers.schedule.0.at_step",
+            "less than train.steps; got 5 and 5",
+        ),
+        ("envs: {LD_PRELOAD: x}", "envs.LD_PRELOAD", "must not be set"),
+        ("envs: {RAY_AUTH_MODE: x}", "envs.RAY_AUTH_MODE", "must not be set"),
+        ("envs: {a-b: x}", "envs.a-b", "letters, digits and _"),
+        ('envs: {A: "x\\0"}', "envs.A", "NUL"),
+    ],
+)
+def test_rules_between_keys_are_placed_at_a_key_of_the_file(body: str, path: str, words: str) -> None:
+    text = f"{HEAD}{body}\n"
+    problem = the_problem_of(text)
+    assert problem.path == path
+    assert words in problem.message
+    last_key = [part for part in path.split(".") if not part.isdigit()][-1]
+    assert text.splitlines()[problem.line - 1][problem.column - 1 :].startswith(last_key)
+
+
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file() -> None:
+    text = """\
+schema: v1
+name: Try
+wokers: 2
+model: {top_k: 9, num_heads: "4"}
+train:
+  steps: 50
+  steps: 60
+  micro_batch_size: 3
+  lr: -1
+  schedule: {warmup_steps: 90}
+workers: {max: 3, schedule: [{at_step: 60, workers: 3}]}
+"""
+    found = [(problem.line, problem.path) for problem in problems_of(text)]
+    assert found == [
+        (2, "name"),
+        (3, "wokers"),
+        (4, "model.top_k"),
+        (4, "model.num_heads"),
+        (7, "train.steps"),
+        (8, "train.micro_batch_size"),
+        (9, "train.lr"),
+        (10, "train.schedule.warmup_steps"),
+        (11, "workers.schedule.0.at_step"),
+    ]
+
+
+def test_a_rule_that_reads_a_wrong_value_says_nothing() -> None:
+    problem = the_problem_of(f"{HEAD}train: {{steps: none, schedule: {{warmup_steps: 5000}}}}\n")
+    assert problem.path == "train.steps"
+
+
+def test_a_null_section_hides_no_other_mistake() -> None:
+    found = problems_of(f"{HEAD}eval:\ntrain: {{steps: 5}}\nworkers: {{schedule: [{{at_step: 5, workers: 1}}]}}\n")
+    assert [problem.path for problem in found] == ["eval", "workers.schedule.0.at_step"]
+
+
+def test_error_ends_by_saying_that_nothing_was_started() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_job("schema: v1\n")
+    assert str(caught.value).endswith("Nothing was started.")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: try\n", "job.yaml:1:1: schema: required; write `schema: v1`"),
+        ("schema: v1\n", "job.yaml:1:1: name: required; write `name: my-run`"),
+        ("schema: v2\nname: try\n", "job.yaml:1:1: schema: must be 'v1'; got \"v2\""),
+        ("schema: 1\nname: try\n", "job.yaml:1:1: schema: must be 'v1'; got 1"),
+        ("", "job.yaml:1:1: must be a mapping of keys, beginning with `schema: v1`; got nothing"),
+        ("# only a comment\n", "job.yaml:1:1: must be a mapping of keys, beginning with `schema: v1`; got nothing"),
+        ("- a\n", 'job.yaml:1:1: must be a mapping of keys, beginning with `schema: v1`; got ["a"]'),
+    ],
+    ids=["no-schema", "no-name", "other-schema", "number-schema", "empty", "comment", "list"],
+)
+def test_what_every_file_must_have(text: str, expected: str) -> None:
+    assert str(the_problem_of(text)) == expected
+
+
+def test_an_alias_in_a_list_is_one_problem() -> None:
+    problem = the_problem_of(f"{HEAD}workers: {{schedule: [*x]}}\n")
+    assert problem.path == "workers.schedule.0"
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"can't be read: No such file.*Nothing was started"):
+        load_job(tmp_path / "none.yaml")
+
+
+def test_file_over_one_mebibyte(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(HEAD + "#" * (2**20 - len(HEAD)))
+    assert load_job(file).name == "try"
+    file.write_text(HEAD + "#" * (2**20 - len(HEAD) + 1))
+    with pytest.raises(SpecError, match="must be at most 1 MiB"):
+        load_job(file)
+
+
+def test_file_that_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_bytes(b"schema: v1\nname: caf\xe9\n")
+    with pytest.raises(SpecError) as caught:
+        load_job(file)
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.column) == (2, 10)
+    assert "0xe9 at offset 20" in problem.message
+
+
+@given(st.text(max_size=200))
+def test_any_text_gives_a_job_or_a_spec_error(text: str) -> None:
+    for candidate in (text, f"{HEAD}{text}", f"{HEAD}workers: {text}"):
+        try:
+            parse_job(candidate)
+        except SpecError as error:
+            assert error.problems
