@@ -61,7 +61,8 @@ class FileEntry:
 class Manifest:
     """A whole checkpoint.
 
-    `meta` is what is not a tensor: sampler position, optimizer step. (epoch, generation) fence out writers of the past.
+    `meta` is what is not a tensor: sampler position, optimizer step. (epoch, generation) name the generation that wrote
+    it: the epoch is that of its plan. They fence out the past.
     """
 
     run_id: str
@@ -120,6 +121,7 @@ def manifest_of(
     """Join what the ranks of one generation wrote for one step.
 
     Args:
+        epoch: of the generation's plan, as the shards were written with.
         shapes: the shape of every tensor that the checkpoint must hold.
         dtypes: numpy's names; a tensor that isn't named is float32.
 

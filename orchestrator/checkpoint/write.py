@@ -68,6 +68,7 @@ def write_shard(
 
     Args:
         checkpoints: the run's directory of checkpoints.
+        epoch: of the generation's plan, so that all its ranks name the same directory, whichever controller they hear.
         meta: JSON of what is not a tensor; equal on all ranks.
 
     Raises:
@@ -91,19 +92,23 @@ def write_shard(
     )
 
 
-def commit(checkpoints: Path, manifest: Manifest) -> Path:
+def commit(checkpoints: Path, manifest: Manifest, *, epoch: int) -> Path:
     """Make the shards of `manifest` a checkpoint. Only the run's controller calls this; a repeat is harmless.
 
     A checkpoint of the same step is replaced if its (epoch, generation) is lower: a replay did that step anew.
 
+    Args:
+        epoch: the controller's own. It may be higher than the manifest's: a controller that was started anew commits
+            what the generation of the one before it wrote.
+
     Raises:
-        EpochSuperseded: a controller with a higher epoch has committed a checkpoint of this run.
+        EpochSuperseded: a controller with a higher epoch has committed here.
         ProtocolError: a later generation has committed this step.
         CheckpointCorrupt: a shard is missing or has another size than it was written with.
     """
     final = checkpoints / step_name(manifest.step)
     existing = _manifest_or_none(final)
-    _refuse_the_past(checkpoints, manifest, existing)
+    _refuse_the_past(checkpoints, manifest, existing, epoch)
     if existing == manifest:
         return final
     source = checkpoints / incomplete_name(manifest.step, manifest.epoch, manifest.generation)
@@ -123,13 +128,13 @@ def commit(checkpoints: Path, manifest: Manifest) -> Path:
     return final
 
 
-def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest | None) -> None:
+def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest | None, epoch: int) -> None:
     """Raise if a later writer was here; else note this one's epoch, so that an earlier one is refused."""
     fence = checkpoints / _FENCE_FILE
     highest = int(fence.read_text()) if fence.exists() else -1
-    if highest > manifest.epoch:
+    if highest > epoch:
         raise EpochSuperseded(
-            f"epoch {manifest.epoch} may not commit step {manifest.step}: epoch {highest} commits to {checkpoints}",
+            f"epoch {epoch} may not commit step {manifest.step}: epoch {highest} commits to {checkpoints}",
             unchanged="No checkpoint was changed.",
         )
     if existing and (existing.epoch, existing.generation) > (manifest.epoch, manifest.generation):
@@ -138,8 +143,8 @@ def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest |
             f"generation {existing.generation} has done so",
             unchanged="No checkpoint was changed.",
         )
-    if highest < manifest.epoch:
-        _write_file(fence, iter([str(manifest.epoch).encode()]))
+    if highest < epoch:
+        _write_file(fence, iter([str(epoch).encode()]))
 
 
 def _manifest_or_none(path: Path) -> Manifest | None:

@@ -31,7 +31,7 @@ class Document(NamedTuple):
 class Corpus:
     """Documents in a fixed order; iterate to read them. Documents of white space only are left out.
 
-    Iterating raises DataError at the end if the files changed since `open_corpus`.
+    Iterating raises DataError at the end if the files changed since `open_corpus`, and never yields more than `ids`.
     """
 
     name: str
@@ -43,8 +43,10 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Document]:
         digest = hashlib.sha256()
-        for document in _read_documents(self.root, self.files):
+        for number, document in enumerate(_read_documents(self.root, self.files)):
             _update(digest, document)
+            if number == len(self.ids):  # more than there were: whoever counts on `ids` must not see it
+                break
             yield document
         if digest.hexdigest() != self.digest:
             raise DataError(

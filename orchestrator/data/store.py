@@ -118,10 +118,10 @@ class TokenStore:
         starts_R = self._row_starts(split, row_numbers, sequence_length)
         positions_RU = starts_R[:, np.newaxis] + np.arange(sequence_length + 1)
         tokens_RU = arrays.tokens[positions_RU].astype(np.int64)
-        documents_RU = np.searchsorted(arrays.starts_D, positions_RU, side="right")
+        documents_RU = np.searchsorted(arrays.starts_D, positions_RU, side="right")  # one too high: all alike
         crosses_RT = documents_RU[:, 1:] != documents_RU[:, :-1]
         return Rows(
-            inputs_RT=tokens_RU[:, :-1],
+            inputs_RT=np.ascontiguousarray(tokens_RU[:, :-1]),
             targets_RT=np.where(crosses_RT, IGNORED_TARGET, tokens_RU[:, 1:]),
             documents_RT=(documents_RU[:, :-1] - documents_RU[:, :1]).astype(np.int32),
         )
@@ -153,7 +153,7 @@ def _checked_length(sequence_length: int) -> int:
 
 def _map_split(directory: Path, manifest: Manifest, split: Split) -> _SplitArrays:
     path = directory / index_file(split)
-    tokens = np.memmap(directory / tokens_file(split), dtype=manifest.token_dtype, mode="r")
+    tokens = np.asarray(np.memmap(directory / tokens_file(split), dtype=manifest.token_dtype, mode="r"))
     try:
         index_D = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:  # a header that was changed and kept its size

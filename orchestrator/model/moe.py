@@ -57,7 +57,7 @@ class ExpertHome:
         ranks = []
         for holders in self.placement.holders:
             ranks.append(self.rank if self.rank in holders else holders[self.rank % len(holders)])
-        return torch.tensor(ranks, dtype=torch.int64)
+        return torch.tensor(ranks, dtype=torch.int64, device="cpu")
 
 
 class MoELayer(nn.Module):
@@ -93,9 +93,10 @@ class MoELayer(nn.Module):
         # Order in which copies leave: by destination rank, then by expert. Fixed for the life of a generation.
         destination_E = home.destinations()
         expert_order = sorted(range(num_experts), key=lambda e: (int(destination_E[e]), e))
-        self._send_order_E = torch.empty(num_experts, dtype=torch.int64)
-        self._send_order_E[torch.tensor(expert_order)] = torch.arange(num_experts)
-        self._experts_in_send_order = torch.tensor(expert_order)
+        place_E = [0] * num_experts
+        for place, expert in enumerate(expert_order):
+            place_E[expert] = place
+        self._send_order_E = torch.tensor(place_E)
         self._destination_E = destination_E
         self._expects_WE = _expected(home, num_experts)
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
@@ -107,7 +108,7 @@ class MoELayer(nn.Module):
         counts_E = torch.bincount(flat_ids_R, minlength=self.num_experts)
         self.last_counts_E = counts_E
 
-        order_R = self._send_order_E.to(flat_ids_R.device)[flat_ids_R].argsort(stable=True)
+        order_R = self._send_order_E[flat_ids_R].argsort(stable=True)
         token_R = order_R.div(self.top_k, rounding_mode="floor")
         returned_RD = self._visit_experts(x_ND[token_R], counts_E)
         gates_R1 = routing.gates_NK.reshape(-1)[order_R, None].to(x_ND.dtype)
@@ -148,7 +149,7 @@ class MoELayer(nn.Module):
 def _expected(home: ExpertHome, num_experts: int) -> Tensor:
     """1 where rank w's tokens for expert e come to this rank (W, E)."""
     placement = home.placement
-    expects_WE = torch.zeros(placement.world_size, num_experts, dtype=torch.int64)
+    expects_WE = torch.zeros(placement.world_size, num_experts, dtype=torch.int64, device="cpu")
     for source in range(placement.world_size):
         destination_E = ExpertHome(placement, source, None).destinations()
         expects_WE[source] = (destination_E == home.rank).to(torch.int64)

@@ -42,7 +42,7 @@ def rows_at(
     half_bits = max(1, -(-(num_rows - 1).bit_length() // 2))
     keys = _mix(_mix(np.array([seed & _WORD_MASK], np.uint64)) + epochs.astype(np.uint64))
     rows = _feistel(positions_in_epoch.astype(np.uint64), keys, half_bits)
-    # The domain is less than 4 (in the smallest case 4) times num_rows, so a walk takes few turns on average.
+    # The network's domain is at most 4 times num_rows, so few turns bring every value inside.
     while (outside := np.flatnonzero(rows >= num_rows)).size:
         rows[outside] = _feistel(rows[outside], keys[outside], half_bits)
     return rows.astype(np.int64)

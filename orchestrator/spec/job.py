@@ -1,7 +1,8 @@
 """What a user may ask for: the job file as frozen, validated values.
 
 `orchestrator.spec.loading` reads them from YAML with errors that name file, line and column. Made directly, as in
-`JobSpec(name="try", workers="2..4")`, a bad value raises pydantic's `ValidationError`. Only `name` has no default.
+`JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value raises pydantic's `ValidationError`. Only `name` has no
+default.
 """
 
 import re
@@ -16,6 +17,19 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Broken, Path, Section, refuse
 from orchestrator.spec.train import TrainSpec
+
+__all__ = [
+    "CheckpointSpec",
+    "DataSpec",
+    "EvalSpec",
+    "JobSpec",
+    "ModelSpec",
+    "ResourcesSpec",
+    "ScheduledScale",
+    "TrackingSpec",
+    "TrainSpec",
+    "WorkersSpec",
+]
 
 BUILTIN_CORPORA = ("stdlib",)
 REFUSED_ENVS = ("LD_", "PYTHON", "RAY_")

@@ -18,6 +18,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.section import Broken, Path, Section
 
 MAX_BYTES = 2**20
+MAX_PROBLEMS = 100  # a file with more is something else than a job file; the first ones say so
 
 
 def load_job(path: str | os.PathLike[str]) -> JobSpec:
@@ -25,7 +26,7 @@ def load_job(path: str | os.PathLike[str]) -> JobSpec:
 
     Raises:
         UsageError: the file can't be read, or is larger than 1 MiB.
-        SpecError: it has mistakes; all of them are listed.
+        SpecError: it has mistakes; all of them are listed, up to MAX_PROBLEMS.
     """
     file = os.fspath(path)
     try:
@@ -53,7 +54,7 @@ def parse_job(text: str, file: str = "<string>") -> JobSpec:
     """Reads a job from YAML text; `file` is only named in errors.
 
     Raises:
-        SpecError: the text has mistakes; all of them are listed.
+        SpecError: the text has mistakes; all of them are listed, up to MAX_PROBLEMS.
     """
     document = read_document(text, file)
     if not isinstance(document.value, dict):
@@ -61,7 +62,8 @@ def parse_job(text: str, file: str = "<string>") -> JobSpec:
         raise SpecError((*document.problems, document.problem((), rule)))
     job, problems = _validated(document)
     if job is None or problems:
-        raise SpecError(tuple(sorted(set(problems), key=lambda p: (p.line, p.column, p.path, p.message))))
+        in_order = sorted(set(problems), key=lambda p: (p.line, p.column, p.path, p.message))
+        raise SpecError(tuple(in_order[:MAX_PROBLEMS]))
     return job
 
 
@@ -84,18 +86,20 @@ def _validated(document: Document) -> tuple[JobSpec | None, list[Problem]]:
     values = copy.deepcopy(document.value)
     removed: set[Path] = set()
     to_remove = {_removable(key) for key in document.refused}
-    while True:
+    while len(problems) < MAX_PROBLEMS:
         removed |= to_remove
         progress = [_take_out(values, document.written(key)) for key in to_remove]
         if to_remove and not any(progress):
-            return None, problems
+            break
         values.setdefault("name", "stand-in")  # a name that is missing or wrong is no reason to say less of the rest
         try:
             return JobSpec.model_validate_json(json.dumps(values), strict=True), problems
         except ValidationError as error:
-            findings = [f for details in error.errors(include_url=False) for f in _findings(document, details)]
+            errors = error.errors(include_url=False)[:MAX_PROBLEMS]
+            findings = [finding for details in errors for finding in _findings(document, details)]
         problems += [f.problem for f in findings if not any(_touches(key, removed) for key in f.keys)]
         to_remove = {_removable(key) for finding in findings for key in finding.keys}
+    return None, problems
 
 
 def _missing(document: Document) -> Iterator[tuple[str, str]]:

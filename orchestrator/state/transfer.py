@@ -81,20 +81,21 @@ def _send(plan: TransferPlan, rows: IntArray, old: NamedRanges, peers: PeerGroup
 def _receive(plan: TransferPlan, rows: IntArray, new: NamedRanges, peers: PeerGroup, source: str) -> None:
     for chunk in chunks(rows, plan.itemsize):
         views = [new.view(plan.names[tensor], start, stop) for tensor, start, stop in chunk]
-        adds = plan.accumulates[chunk[0][0]]
-        if len(views) == 1 and views[0].device.type == "cpu" and not adds:
+        adds = [plan.accumulates[tensor] for tensor, _, _ in chunk]
+        if len(views) == 1 and views[0].device.type == "cpu" and not adds[0]:
             peers.receive(views[0].view(torch.uint8), source)
             continue
         sizes = [v.numel() * v.element_size() for v in views]
         staging = torch.empty(sum(sizes), dtype=torch.uint8)
         peers.receive(staging, source)
-        for view, part in zip(views, staging.split(sizes), strict=True):
-            _deliver(view, part, adds)
+        for view, part, add in zip(views, staging.split(sizes), adds, strict=True):
+            _deliver(view, part, add)
 
 
 def _deliver(view: Tensor, part: Tensor, adds: bool) -> None:
-    # A part may start anywhere in the staging buffer; a copy of its own is aligned for its type.
-    values = part.clone().view(view.dtype)
+    # A part may start anywhere in the staging buffer, but a view of wider elements must start at a multiple of them.
+    aligned = part.storage_offset() % view.element_size() == 0
+    values = (part if aligned else part.clone()).view(view.dtype)
     if adds:
         view.add_(values.to(view.device))
     else:
@@ -102,8 +103,7 @@ def _deliver(view: Tensor, part: Tensor, adds: bool) -> None:
 
 
 def chunks(rows: IntArray, itemsize: IntArray, chunk_bytes: int = CHUNK_BYTES) -> Iterator[list[Piece]]:
-    """Cut moves into messages of at most `chunk_bytes`; a message holds pieces that are all added or all copied, since
-    a tensor's kind follows from its index and messages never mix tensors of different kinds' rows out of order.
+    """Cut moves into messages of at most `chunk_bytes`, in order. A move that fills a message goes alone.
 
     Args:
         rows: [n, 3] (tensor, start, stop).

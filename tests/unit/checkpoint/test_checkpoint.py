@@ -41,7 +41,7 @@ def write(
 
 
 def save(checkpoints: Path, state: State, step: int, world_size: int = 2, epoch: int = 1, generation: int = 0) -> Path:
-    return commit(checkpoints, write(checkpoints, state, step, world_size, epoch, generation))
+    return commit(checkpoints, write(checkpoints, state, step, world_size, epoch, generation), epoch=epoch)
 
 
 def read_all(checkpoint: Path) -> State:
@@ -132,9 +132,9 @@ def test_a_commit_interrupted_at_the_rename_is_not_listed_and_can_be_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", power_cut)
         with pytest.raises(OSError, match="power cut"):
-            commit(tmp_path, manifest)
+            commit(tmp_path, manifest, epoch=1)
     assert list_checkpoints(tmp_path) == ()
-    assert_same(read_all(commit(tmp_path, manifest)), state_of(0))
+    assert_same(read_all(commit(tmp_path, manifest, epoch=1)), state_of(0))
 
 
 def test_commit_refuses_a_shard_that_is_not_all_there(tmp_path: Path) -> None:
@@ -143,17 +143,17 @@ def test_commit_refuses_a_shard_that_is_not_all_there(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     with pytest.raises(CheckpointCorrupt, match=f"{len(content) - 1} bytes, its rank wrote {len(content)}"):
-        commit(tmp_path, manifest)
+        commit(tmp_path, manifest, epoch=1)
     shard.unlink()
     with pytest.raises(CheckpointCorrupt, match="no file"):
-        commit(tmp_path, manifest)
+        commit(tmp_path, manifest, epoch=1)
     assert list_checkpoints(tmp_path) == ()
 
 
 def test_a_repeated_commit_changes_nothing(tmp_path: Path) -> None:
     manifest = write(tmp_path, state_of(0), 40)
-    first = commit(tmp_path, manifest)
-    assert commit(tmp_path, manifest) == first
+    first = commit(tmp_path, manifest, epoch=1)
+    assert commit(tmp_path, manifest, epoch=1) == first
     assert_same(read_all(first), state_of(0))
 
 
@@ -173,6 +173,16 @@ def test_the_past_can_not_commit(tmp_path: Path) -> None:
         save(tmp_path, state_of(1), 40, epoch=2, generation=4)
     assert list_checkpoints(tmp_path) == (path,)
     assert_same(read_all(path), state_of(0))
+
+
+def test_a_new_controller_commits_what_the_generation_before_it_wrote(tmp_path: Path) -> None:
+    manifest = write(tmp_path, state_of(0), 40, epoch=1)
+    path = commit(tmp_path, manifest, epoch=2)
+    assert_same(read_all(path), state_of(0))
+    with pytest.raises(EpochSuperseded, match="epoch 2 commits"):
+        commit(tmp_path, write(tmp_path, state_of(0), 60, epoch=1), epoch=1)
+    with pytest.raises(EpochSuperseded):
+        commit(tmp_path, manifest, epoch=1)
 
 
 def test_an_unreadable_checkpoint_can_be_replaced_by_a_replay(tmp_path: Path) -> None:

@@ -1,0 +1,49 @@
+# A virtual environment of its own in .venv, installed once and again when the dependencies change.
+#   make demo      install, then train, scale and summarise one small run
+#   make test      install what tests need, then run them
+#   make test-all  all tests, slow ones, several hosts and injected faults included
+#   make check     format, lint, types and architecture: what CI runs first
+#   make bench     every benchmark
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/__init__.py,$(wildcard benchmarks/*.py)))
+
+.PHONY: demo test test-all check bench install clean
+
+demo: $(VENV)/run.stamp
+	$(BIN)/orchestrator run jobs/quickstart.yaml --local
+
+test: $(VENV)/dev.stamp
+	$(BIN)/pytest tests/unit tests/architecture tests/integration -m "not slow"
+
+test-all: $(VENV)/dev.stamp
+	$(BIN)/pytest
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q tests/architecture
+
+bench: $(VENV)/dev.stamp
+	@set -e; for module in $(BENCHMARKS); do echo "== $$module"; $(BIN)/python -m $$module; done
+
+install: $(VENV)/run.stamp
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,90 @@
+"""The worker: what a Ray actor process hosts (see `orchestrator.control.host`), and the control thread's face.
+
+Every method returns at once or within the caller's timeout; training runs in a thread of its own.
+"""
+
+import logging
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from orchestrator.data.store import TokenStore
+from orchestrator.protocol.messages import Directive, Phase, Report, WorkerJob
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.desk import Desk
+from orchestrator.worker.feed import Feed
+from orchestrator.worker.shard import Workshop
+from orchestrator.worker.trainer import Trainer
+from orchestrator.worker.warming import warm_up
+
+log = logging.getLogger("orchestrator.worker")
+
+
+class Worker:
+    """One worker of one run.
+
+    Args:
+        worker_id: its id for life.
+    """
+
+    def __init__(self, worker_id: str) -> None:
+        self._id = worker_id
+        self._process = psutil.Process()
+        self._desk = Desk(worker_id, os.getpid())
+        self._last_heard = time.monotonic()
+        self._warming = threading.Lock()
+
+    def warm(self, job: WorkerJob) -> Report:
+        """Become a standby: import, build and drop a small engine, start the training thread. A repeat is harmless."""
+        self._heard()
+        with self._warming:
+            if self._desk.state.phase is Phase.COLD:
+                self._desk.publish(phase=Phase.WARMING)
+                self._start(job)
+        return self.report(None, -1, 0.0)
+
+    def direct(self, directive: Directive) -> Report:
+        """Take a directive; the newest wins. Raises EpochSuperseded for one from a replaced controller."""
+        self._heard()
+        self._desk.put(directive)
+        return self.report(None, -1, 0.0)
+
+    def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
+        """This worker's visible state, as soon as it is newer than `known_version` or `timeout_s` have passed."""
+        self._heard()
+        report = self._desk.report(after_step, known_version, timeout_s)
+        self._heard()
+        return replace(report, rss_bytes=self._process.memory_info().rss)
+
+    def shutdown(self) -> None:
+        """End this process. State that nobody else holds is gone."""
+        log.info("%s shuts down", self._id)
+        os._exit(0)
+
+    def _start(self, job: WorkerJob) -> None:
+        torch.set_num_threads(job.threads)
+        spec = JobSpec.model_validate_json(job.job_json)
+        device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
+        store = TokenStore.open(Path(job.store_dir))
+        workshop = Workshop(self._id, job, spec, store.vocab_size, device)
+        feed = Feed(spec, store, device)
+        warm_up(spec, store.vocab_size, device)
+        trainer = Trainer(self._desk, workshop, feed)
+        self._desk.publish(phase=Phase.STANDBY)
+        threading.Thread(target=trainer.run, name="training", daemon=True).start()
+        threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
+
+    def _heard(self) -> None:
+        self._last_heard = time.monotonic()
+
+    def _watch_controller(self, orphan_s: float) -> None:
+        """A worker that no controller asks for any more has been forgotten; it must not stay."""
+        while (quiet_s := time.monotonic() - self._last_heard) < orphan_s:
+            time.sleep(max(orphan_s - quiet_s, 0.1))
+        log.error("%s heard from no controller for %.0f s and exits", self._id, quiet_s)
+        os._exit(1)

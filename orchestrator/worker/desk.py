@@ -1,0 +1,91 @@
+"""The desk between a worker's two threads: directives come in, reports go out.
+
+The control thread never waits for a tensor: it puts the newest directive down and copies what the training thread has
+published. The training thread never waits for the controller, except where it has nothing to do.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from orchestrator.errors import EpochSuperseded
+from orchestrator.protocol.messages import Directive, Phase, Report, StepRecord
+
+MAX_RECORDS = 10_000  # finished steps kept for a controller that is away
+
+
+class Desk:
+    """Thread-safe state of one worker, seen from both sides."""
+
+    def __init__(self, worker: str, pid: int) -> None:
+        self._changed = threading.Condition()
+        self._directive = Directive(epoch=-1, seq=-1)
+        self._records: list[StepRecord] = []
+        self._report = Report(
+            worker=worker, epoch=-1, version=0, phase=Phase.COLD, generation=-1, step=-1, seen=-1, pid=pid
+        )
+
+    # -- the control thread's side -----------------------------------------------------------------------------
+
+    def put(self, directive: Directive) -> None:
+        """Take a directive. The newest wins; a repeat or an older one of the same controller changes nothing.
+
+        Raises:
+            EpochSuperseded: it comes from a controller that has been replaced.
+        """
+        with self._changed:
+            if directive.epoch < self._directive.epoch:
+                raise EpochSuperseded(
+                    f"directive of epoch {directive.epoch}; this worker obeys epoch {self._directive.epoch}",
+                    remedy="A newer controller of this run exists; this one should stop.",
+                    unchanged="The worker goes on as before.",
+                )
+            if (directive.epoch, directive.seq) > (self._directive.epoch, self._directive.seq):
+                self._directive = directive
+                self._publish(epoch=directive.epoch, seen=directive.seq)
+
+    def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
+        """The worker's visible state, as soon as its version is above `known_version` or `timeout_s` have passed.
+
+        Args:
+            after_step: given, the records of finished steps after this one are added.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._report.version > known_version, timeout_s)
+            records = () if after_step is None else tuple(r for r in self._records if r.step > after_step)
+            return replace(self._report, records=records)
+
+    # -- the training thread's side ----------------------------------------------------------------------------
+
+    @property
+    def directive(self) -> Directive:
+        with self._changed:
+            return self._directive
+
+    @property
+    def state(self) -> Report:
+        with self._changed:
+            return self._report
+
+    def wait(self, ready: Callable[[Directive], bool], timeout_s: float | None = None) -> Directive:
+        """The newest directive, once it satisfies `ready` (or `timeout_s` have passed)."""
+        with self._changed:
+            self._changed.wait_for(lambda: ready(self._directive), timeout_s)
+            return self._directive
+
+    def publish(self, **changes: Any) -> None:
+        """Change fields of the report and wake whoever waits for it."""
+        with self._changed:
+            self._publish(**changes)
+
+    def record(self, record: StepRecord) -> None:
+        """Enter a finished step."""
+        with self._changed:
+            self._records.append(record)
+            del self._records[:-MAX_RECORDS]
+            self._publish(step=record.step)
+
+    def _publish(self, **changes: Any) -> None:
+        self._report = replace(self._report, version=self._report.version + 1, **changes)
+        self._changed.notify_all()

@@ -1,0 +1,164 @@
+"""From one generation to the next, in two parts.
+
+`prepare` runs in the background while the old world trains: it connects the peers and makes the plan. `move` runs
+between the fence and activation: it builds the new shard in this same process and fills it from the old shards, no disk
+and no restart. The old shard stays readable until the controller has activated the new generation, so a move that
+fails costs nothing: the old world is rebuilt from what it still holds.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from orchestrator.comm.peers import PeerGroup
+from orchestrator.elastic.layout import Kind
+from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.elastic.world import union
+from orchestrator.protocol.messages import GenerationPlan, Handover
+from orchestrator.state.digest import StateDigests, differing
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.transfer import carry_out
+from orchestrator.worker.shard import Progress, Shard, Workshop
+
+
+@dataclass(frozen=True)
+class Held:
+    """State of a generation that lies in this process's memory without an engine around it."""
+
+    generation: int
+    progress: Progress
+    ranges: NamedRanges
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything for a move that doesn't depend on the state.
+
+    Args:
+        peers, transfer: None for the first generation, whose state is made from the seed.
+        replicated: names of the tensors of which each holder has all.
+    """
+
+    plan: GenerationPlan
+    peers: PeerGroup | None = None
+    transfer: TransferPlan | None = None
+    replicated: frozenset[str] = frozenset()
+
+    def close(self) -> None:
+        if self.peers is not None:
+            self.peers.close()
+
+
+def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
+    """Connect the peers of a move and plan it. Collective over the old and the new members.
+
+    Raises:
+        RuntimeError: a peer did not come.
+    """
+    if plan.source is None or plan.source_placement is None:
+        return Prepared(plan)
+    old = workshop.layout(plan.source, plan.source_placement)
+    new = workshop.layout(plan.world, plan.placement)
+    transfer = TransferPlan.between(old, new)
+    replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
+    peers = PeerGroup(workshop.store, plan.store_prefix + "/peers", union(plan.source, plan.world), workshop.me)
+    return Prepared(plan, peers, transfer, replicated)
+
+
+def announce(store: dist.Store, plan: GenerationPlan, progress: Progress) -> None:
+    """Tell the newcomers that the fence is reached, and where training stands."""
+    store.set(plan.store_prefix + "/fence", progress.to_json())
+
+
+def announced(store: dist.Store, plan: GenerationPlan, timeout_s: float) -> Progress | None:
+    """Where training stood at the fence; None if it isn't reached within `timeout_s`."""
+    key = plan.store_prefix + "/fence"
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+    except dist.DistStoreError:
+        return None
+    return Progress(**json.loads(store.get(key)))
+
+
+def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:
+    """The first generation's shard, made from the seed. Collective over its members."""
+    started = time.perf_counter()
+    shard = workshop.build(prepared.plan)
+    built = time.perf_counter()
+    shard.model.init_weights(workshop.spec.train.seed)
+    shard.engine.loaded(0)
+    handover = Handover(
+        generation=prepared.plan.generation,
+        step=-1,
+        connect_s=0.0,
+        build_s=built - started,
+        transfer_s=time.perf_counter() - built,
+        digest_s=0.0,
+        sent_bytes=0,
+        received_bytes=0,
+        state_identical=None,
+    )
+    return shard, Progress(-1, 0, sampler), handover
+
+
+def move(
+    workshop: Workshop, prepared: Prepared, held: Held | None, progress: Progress
+) -> tuple[Shard | None, Handover]:
+    """Build the new shard and fill it. Collective over the old and the new members.
+
+    Args:
+        held: this worker's old shard; None for a newcomer. Only read.
+        progress: where training stood at the fence.
+
+    Returns:
+        the new shard (None for a worker that leaves), not yet activated, and what the move took.
+
+    Raises:
+        RuntimeError: a peer was lost. `held` is untouched.
+    """
+    plan, peers, transfer = prepared.plan, prepared.peers, prepared.transfer
+    assert peers is not None and transfer is not None
+    old = held.ranges if held is not None else None
+    clock = _Clock()
+    before = StateDigests(transfer.names, prepared.replicated, old) if plan.verify_digests else None
+    clock.lap("digest")
+    shard = workshop.build(plan) if workshop.me in plan.world else None
+    new = shard.engine.ranges() if shard is not None else None
+    clock.lap("build")
+    carry_out(transfer, workshop.me, old, new, peers)
+    if shard is not None:
+        shard.engine.loaded(progress.num_updates)
+    clock.lap("transfer")
+    identical = None
+    if before is not None:
+        after = StateDigests(transfer.names, prepared.replicated, new)
+        identical = not differing(transfer.names, before, after, peers)
+    clock.lap("digest")
+    handover = Handover(
+        generation=plan.generation,
+        step=progress.step,
+        connect_s=0.0,
+        build_s=clock.spent["build"],
+        transfer_s=clock.spent["transfer"],
+        digest_s=clock.spent["digest"],
+        sent_bytes=peers.sent_bytes,
+        received_bytes=peers.received_bytes,
+        state_identical=identical,
+    )
+    return shard, handover
+
+
+class _Clock:
+    """Where the time went, in seconds by name."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.spent[name] = self.spent.get(name, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,86 @@
+"""A rank's part of a checkpoint: copied at once, written in the background.
+
+What is saved is the sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
+0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from orchestrator.checkpoint.write import ShardPiece, write_shard
+from orchestrator.protocol.messages import ShardWritten
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.worker.shard import Progress, Shard
+
+MOMENT = "exp_avg/"
+
+
+class Saver:
+    """Writes one shard at a time.
+
+    Args:
+        checkpoints: the run's directory of checkpoints.
+        done: called from the writing thread with what was written.
+        failed: called from it with what went wrong.
+    """
+
+    def __init__(
+        self, checkpoints: Path, done: Callable[[ShardWritten], None], failed: Callable[[Exception], None]
+    ) -> None:
+        self._checkpoints, self._done, self._failed = checkpoints, done, failed
+        self._thread: threading.Thread | None = None
+
+    def save(self, shard: Shard, progress: Progress, epoch: int) -> None:
+        """Copy the shard now and write it in the background. Waits for a write that is still under way."""
+        self.wait()
+        pieces = pieces_of(shard.engine.ranges(), with_buffers=shard.rank == 0)
+        self._thread = threading.Thread(
+            target=self._write, args=(pieces, shard, progress, epoch), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, pieces: list[ShardPiece], shard: Shard, progress: Progress, epoch: int) -> None:
+        try:
+            written = write_shard(
+                self._checkpoints,
+                pieces,
+                step=progress.step,
+                epoch=epoch,
+                generation=shard.world.generation,
+                rank=shard.rank,
+                meta=progress.to_json(),
+            )
+        except OSError as error:
+            self._failed(error)
+        else:
+            self._done(written)
+
+
+def pieces_of(ranges: NamedRanges, with_buffers: bool) -> list[ShardPiece]:
+    """Copies of everything that this rank saves."""
+    pieces = []
+    for name, held in ranges:
+        if name.startswith(("master/", "exp_avg/", "exp_avg_sq/")) or (with_buffers and name.startswith("buffer/")):
+            pieces.append(_piece(name, held.start, held.data))
+    if any(name.startswith("master/") for name in ranges.names()):
+        return pieces
+    # In fp32 the weights are their own masters; a rank saves those elements whose moments it owns.
+    for name in ranges.names():
+        if name.startswith(MOMENT):
+            param = name.removeprefix(MOMENT)
+            for start, stop in ranges.spans(name):
+                pieces.append(_piece(f"master/{param}", start, ranges.view(f"param/{param}", start, stop)))
+    return pieces
+
+
+def _piece(name: str, start: int, data: Tensor) -> ShardPiece:
+    copy = data.detach().cpu().numpy().copy()
+    return ShardPiece(tensor=name, start=start, stop=start + len(copy), array=copy)

@@ -1,0 +1,89 @@
+"""A rank's shard: the model with its experts, the engine around it, and how far training has come."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from orchestrator.comm.rendezvous import connect_store
+from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.engine.base import Engine
+from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
+from orchestrator.engine.groups import Groups, connect
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel, catalogue
+from orchestrator.protocol.messages import GenerationPlan, WorkerJob
+from orchestrator.spec.job import JobSpec
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come: what is not a tensor, equal on all ranks.
+
+    Args:
+        step: last finished step; -1 before the first.
+        num_updates: optimizer updates applied (skipped ones don't count).
+        sampler: the sampler's state, as JSON.
+    """
+
+    step: int
+    num_updates: int
+    sampler: str
+
+    def to_json(self) -> str:
+        return json.dumps({"step": self.step, "num_updates": self.num_updates, "sampler": self.sampler})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Progress":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's training state within a generation."""
+
+    world: World
+    placement: Placement
+    groups: Groups
+    model: MoELanguageModel
+    engine: Engine
+
+    @property
+    def rank(self) -> int:
+        return self.groups.rank
+
+
+class Workshop:
+    """Builds shards for a run, and knows what its state consists of.
+
+    Args:
+        me: this worker's id.
+        job: from the controller.
+        spec: the job file.
+        vocab_size: of the tokenizer.
+    """
+
+    def __init__(self, me: str, job: WorkerJob, spec: JobSpec, vocab_size: int, device: torch.device) -> None:
+        self.me, self.job, self.spec = me, job, spec
+        self.vocab_size, self.device = vocab_size, device
+        self.store = connect_store(job.rendezvous_host, job.rendezvous_port)
+        self.params: Sequence[ParamSpec]
+        self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
+
+    def layout(self, world: World, placement: Placement) -> Layout:
+        """Which rank holds what in a world; every worker computes the same."""
+        mixed = self.spec.train.precision == "bf16"
+        return training_layout(self.params, placement, world, mixed, self.buffers)
+
+    def build(self, plan: GenerationPlan) -> Shard:
+        """Meet the other members and build an engine around a model whose weights are still unset. Collective."""
+        rank = plan.world.rank_of(self.me)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        groups = connect(self.store, plan.store_prefix + "/world", rank, plan.placement, backend)
+        with self.device:
+            model = MoELanguageModel(self.spec.model, self.vocab_size, ExpertHome(plan.placement, rank, groups.exchange))
+        engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device)
+        return Shard(plan.world, plan.placement, groups, model, engine)

@@ -1,0 +1,88 @@
+"""The vote: one small all-reduce that ends a step, from which every member draws the same conclusions.
+
+Every rank fills its own places in a vector of zeros, so the sum holds what each said, and adds no rounding of its own:
+losses per slot stay apart until they are summed in slot order, whatever the world size.
+
+Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
+slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to finish.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+NO_FENCE = -1
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one rank says at the end of a step.
+
+    Args:
+        slot_losses: [S], loss sums of this rank's slots, 0 elsewhere.
+        validation_losses: [S'], likewise; empty in a step without validation.
+        counts_LE: this rank's expert counts.
+        applied: whether its optimizer updated.
+        fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
+        finish: it has seen the wish to end the run.
+    """
+
+    slot_losses: NDArray[np.float64]
+    validation_losses: NDArray[np.float64]
+    counts_LE: Tensor
+    applied: bool
+    fence: int = NO_FENCE
+    finish: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What all ranks said together; equal on every rank.
+
+    Args:
+        loss_sum: over all slots in slot order, nats.
+        validation_loss_sum: None in a step without validation.
+        counts_LE: tokens routed to each expert over the whole global batch, int64.
+        applied: every rank updated.
+        fence: the generation to hand over to now: every rank named the same one. Else `NO_FENCE`.
+        finish: every rank has seen the wish to end.
+    """
+
+    loss_sum: float
+    validation_loss_sum: float | None
+    counts_LE: Tensor
+    applied: bool
+    fence: int
+    finish: bool
+
+
+def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
+    """Collective over the world. `group` is None in a world of one."""
+    num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
+    counts_shape, num_counts = ballot.counts_LE.shape, ballot.counts_LE.numel()
+    voices = np.zeros((world_size, 3))
+    voices[rank] = (float(ballot.applied), float(ballot.fence), float(ballot.finish))
+    vector = torch.cat(
+        [
+            torch.from_numpy(ballot.slot_losses),
+            torch.from_numpy(ballot.validation_losses),
+            ballot.counts_LE.reshape(-1).to(torch.float64).cpu(),
+            torch.from_numpy(voices).reshape(-1),
+        ]
+    ).to(device)
+    if group is not None:
+        dist.all_reduce(vector, group=group)
+    parts = vector.cpu().split([num_slots, num_validation, num_counts, 3 * world_size])
+    applied, fences, finish = parts[3].reshape(world_size, 3).T.tolist()
+    return Outcome(
+        loss_sum=sum(parts[0].tolist()),
+        validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
+        counts_LE=parts[2].to(torch.int64).reshape(counts_shape),
+        applied=all(applied),
+        fence=int(fences[0]) if min(fences) == max(fences) else NO_FENCE,
+        finish=all(finish),
+    )

@@ -1,0 +1,106 @@
+"""The rooms of the package and the order of their imports, as facts."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.imports import Module, chain, cycle, read_package, upward_imports
+
+PACKAGE = Path(__file__).parents[2] / "orchestrator"
+
+# From the lowest to the highest. A room imports only rooms of lower lines; rooms of one line do not import each other.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors"}),
+    frozenset({"spec", "metrics"}),
+    frozenset({"elastic", "sampling"}),
+    frozenset({"protocol"}),
+    frozenset({"policy"}),
+    frozenset({"comm", "data", "checkpoint", "tracking"}),
+    frozenset({"model", "state"}),
+    frozenset({"engine"}),
+    frozenset({"control", "worker"}),
+    frozenset({"client"}),
+    frozenset({"cli"}),
+)
+PURE = ("errors", "metrics", "spec", "elastic", "sampling", "protocol", "policy")
+NO_TORCH = (*PURE, "data", "checkpoint", "tracking", "control", "client", "cli")
+VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
+LONG_FILE, LONGEST_FILE = 300, 400  # lines
+
+MODULES = read_package(PACKAGE)
+
+
+def level(room: str) -> int:
+    """The line of LAYERS that a room stands in. The package's own `__init__` is empty, below everything."""
+    return -1 if room == "" else next(i for i, rooms in enumerate(LAYERS) if room in rooms)
+
+
+def modules_of(*rooms: str) -> list[Module]:
+    return [module for module in MODULES.values() if module.room in rooms]
+
+
+def test_every_room_has_its_layer() -> None:
+    known = frozenset().union(*LAYERS)
+    assert {module.room for module in MODULES.values()} - {""} <= known
+
+
+def test_imports_only_go_down() -> None:
+    assert list(upward_imports(MODULES, level)) == []
+
+
+def test_no_cycles() -> None:
+    assert cycle(MODULES) is None
+
+
+@pytest.mark.parametrize("module", modules_of(*NO_TORCH), ids=lambda module: module.name)
+def test_no_torch_reachable(module: Module) -> None:
+    assert chain(MODULES, module.name, ["torch", "deepspeed", "safetensors.torch", "transformers"]) is None
+
+
+@pytest.mark.parametrize("module", modules_of(*PURE), ids=lambda module: module.name)
+def test_pure_rooms_reach_no_runtime(module: Module) -> None:
+    assert chain(MODULES, module.name, ["ray", "mlflow", "torch", "deepspeed", "socket", "subprocess"]) is None
+
+
+def test_only_the_engine_imports_deepspeed() -> None:
+    importers = {m.room for m in MODULES.values() if any(name.split(".")[0] == "deepspeed" for name, _ in m.imports)}
+    assert importers <= {"engine"}
+
+
+def test_what_starts_first_loads_no_torch() -> None:
+    """What third parties import is not seen in our syntax trees: import everything for real."""
+    names = [module.name for module in modules_of(*NO_TORCH)]
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'deepspeed'} & sys.modules.keys()\n"
+        "    if heavy: sys.exit(f'{name} loads {heavy}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *names], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_init_files_are_empty(file: Path) -> None:
+    assert file.read_bytes() == b""
+
+
+def test_names_say_what_is_inside() -> None:
+    assert [module.name for module in MODULES.values() if VAGUE_NAMES & set(module.name.split("."))] == []
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=lambda module: module.name)
+def test_files_are_one_sitting_long(module: Module) -> None:
+    lines = len(module.file.read_text(encoding="utf-8").splitlines())
+    if lines > LONG_FILE:
+        warnings.warn(f"{module.name} has {lines} lines; {LONG_FILE} is one sitting", stacklevel=1)
+    assert lines <= LONGEST_FILE
+
+
+@pytest.mark.parametrize("module", MODULES.values(), ids=lambda module: module.name)
+def test_no_imports_for_types_only(module: Module) -> None:
+    assert "TYPE_CHECKING" not in module.file.read_text(encoding="utf-8")

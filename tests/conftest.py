@@ -1,0 +1,14 @@
+"""What all tests share."""
+
+import os
+
+from hypothesis import settings
+
+# Unset, it would make a local Ray write ~/.ray/auth_token and change how later clusters of this machine start. Tests of
+# authentication set their own value in the environment of the processes that they start.
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+# A busy machine makes single examples slow; pytest-timeout still ends a test that hangs.
+settings.register_profile("orchestrator", deadline=None)
+settings.load_profile("orchestrator")

@@ -1,0 +1,197 @@
+"""Real workers in real processes, driven without Ray: each behind a pipe, and a rendezvous store in the test.
+
+    with Crew(job, store_dir, run_dir, size=3) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        crew.rescale(crew.ids[:3])
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+from orchestrator.comm.rendezvous import RendezvousServer
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World, union
+from orchestrator.protocol.messages import (
+    Directive,
+    Fence,
+    Finish,
+    GenerationPlan,
+    Phase,
+    Report,
+    StepRecord,
+    WorkerJob,
+)
+from orchestrator.spec.job import JobSpec
+
+PATIENCE_S = 60.0
+
+
+def _serve(worker_id: str, pipe: Connection) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from orchestrator.worker.actor import Worker
+
+    worker = Worker(worker_id)
+    while True:
+        method, args = pipe.recv()
+        try:
+            pipe.send((True, getattr(worker, method)(*args)))
+        except Exception as error:
+            pipe.send((False, error))
+
+
+class Member:
+    """A worker process."""
+
+    def __init__(self, worker_id: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.id = worker_id
+        self._pipe, theirs = context.Pipe()
+        self._lock = threading.Lock()
+        self.process = context.Process(target=_serve, args=(worker_id, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def call(self, method: str, *args: Any) -> Any:
+        with self._lock:
+            self._pipe.send((method, args))
+            ok, value = self._pipe.recv()
+        if not ok:
+            raise value
+        return value
+
+    def report(self) -> Report:
+        report: Report = self.call("report", None, -1, 0.0)
+        return report
+
+    def kill(self) -> None:
+        os.kill(self.process.pid or 0, signal.SIGKILL)
+        self.process.join()
+
+
+class Crew:
+    """Workers of one run, and the simplest controller that can lead them."""
+
+    def __init__(self, job: JobSpec, store_dir: Path, run_dir: Path, size: int, threads: int = 1) -> None:
+        self._rendezvous = RendezvousServer("127.0.0.1")
+        host, port = self._rendezvous.address()
+        self.job = WorkerJob(
+            run_id="test",
+            job_json=job.model_dump_json(by_alias=True),
+            store_dir=str(store_dir),
+            storage_dir=str(run_dir),
+            rendezvous_host=host,
+            rendezvous_port=port,
+            threads=threads,
+        )
+        self.num_experts = job.model.num_experts
+        self.members: dict[str, Member] = {}
+        self.directive = Directive(epoch=1, seq=0)
+        self.records: dict[int, StepRecord] = {}
+        self.add(size)
+
+    def add(self, count: int) -> list[str]:
+        """More workers, warmed in parallel."""
+        new = [f"w{len(self.members) + i}" for i in range(count)]
+        for worker in new:
+            self.members[worker] = Member(worker)
+        with ThreadPoolExecutor(len(new)) as pool:
+            list(pool.map(lambda w: self.members[w].call("warm", self.job), new))
+        return new
+
+    @property
+    def ids(self) -> list[str]:
+        return list(self.members)
+
+    def plan(self, members: list[str], source: GenerationPlan | None = None, generation: int = 0) -> GenerationPlan:
+        world = World(generation, tuple(members))
+        if source is None:
+            placement = Placement.balanced(self.num_experts, world.size)
+        else:
+            placement = Placement.rebalanced(source.placement, source.world, world)
+        return GenerationPlan(
+            epoch=1,
+            world=world,
+            placement=placement,
+            source=source.world if source else None,
+            source_placement=source.placement if source else None,
+            store_prefix=f"1/{generation}",
+        )
+
+    def send(self, to: list[str] | None = None, **changes: Any) -> None:
+        fields = {**vars(self.directive), **changes, "seq": self.directive.seq + 1}
+        self.directive = Directive(**fields)
+        for worker in to if to is not None else self.ids:
+            if self.members[worker].process.is_alive():
+                self.members[worker].call("direct", self.directive)
+
+    def await_all(self, workers: list[str], ready: Callable[[Report], bool], patience_s: float = PATIENCE_S) -> None:
+        deadline = time.monotonic() + patience_s
+        for worker in workers:
+            version = -1
+            while True:
+                report: Report = self.members[worker].call("report", self.newest_step, version, 0.5)
+                self.records.update({r.step: r for r in report.records})
+                if ready(report):
+                    break
+                if report.phase is Phase.FAILED:
+                    raise AssertionError(f"{worker} failed: {report.error}")
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{worker} is {report.phase} at step {report.step} after {patience_s} s")
+                version = report.version
+
+    @property
+    def newest_step(self) -> int:
+        return max(self.records, default=-1)
+
+    def start(self, plan: GenerationPlan) -> None:
+        self.send(next=plan)
+        members = list(plan.world.members)
+        self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
+        self.send(current=plan, next=None, activated=plan.generation)
+
+    def prepare(self, members: list[str]) -> GenerationPlan:
+        """Plan the next generation and have it prepared while training goes on."""
+        current = self.directive.current
+        assert current is not None
+        previous = self.directive.next.generation if self.directive.next else current.generation
+        plan = self.plan(members, current, max(previous, current.generation) + 1)
+        self.send(next=plan)
+        self.await_all(list(union(plan.source, plan.world)), lambda r: r.prepared >= plan.generation)
+        return plan
+
+    def rescale(self, members: list[str], at_step: int | None = None) -> GenerationPlan:
+        """A whole rescale: prepare, fence, move, activate."""
+        plan = self.prepare(members)
+        self.send(fence=Fence(plan.generation, at_step))
+        self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
+        self.send(current=plan, next=None, fence=None, activated=plan.generation)
+        return plan
+
+    def finish(self) -> None:
+        assert self.directive.current is not None
+        self.send(finish=Finish.CANCEL)
+        self.await_finished()
+
+    def await_finished(self) -> None:
+        assert self.directive.current is not None
+        self.await_all(list(self.directive.current.world.members), lambda r: r.phase is Phase.FINISHED)
+
+    def await_step(self, step: int) -> None:
+        assert self.directive.current is not None
+        self.await_all([self.directive.current.world.members[0]], lambda r: r.step >= step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for member in self.members.values():
+            if member.process.is_alive():
+                member.kill()

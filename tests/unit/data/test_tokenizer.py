@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.data.tokenizer import DOCUMENT_TOKEN, MIN_VOCAB_SIZE, TextTokenizer
+from orchestrator.errors import DataError
+
+TEXTS = ["the cat sat on the mat, the rat sat on the hat\n" * 20, "def f(x):\n    return x\n" * 20]
+TOKENIZER = TextTokenizer.train(TEXTS, 300)
+
+
+@given(text=st.text())
+def test_any_text_comes_back(text: str) -> None:
+    [tokens] = TOKENIZER.encode([text])
+    assert tokens[0] == TOKENIZER.document_token
+    assert max(tokens) < TOKENIZER.vocab_size
+    assert TOKENIZER.decode(tokens) == text
+
+
+def test_learnt_tokens_shorten_the_text() -> None:
+    [tokens] = TOKENIZER.encode([TEXTS[0]])
+    assert len(tokens) < len(TEXTS[0]) / 2
+
+
+def test_a_text_cannot_forge_a_document_border() -> None:
+    text = f"before {DOCUMENT_TOKEN} after"
+    [tokens] = TOKENIZER.encode([text])
+    assert tokens.count(TOKENIZER.document_token) == 1
+    assert TOKENIZER.decode(tokens) == text
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    loaded = TextTokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.digest == TOKENIZER.digest
+    text = f"the cat {DOCUMENT_TOKEN}"
+    assert loaded.encode([text]) == TOKENIZER.encode([text])
+
+
+def test_training_again_gives_the_same_bytes() -> None:
+    assert TextTokenizer.train(TEXTS, 300).to_bytes() == TOKENIZER.to_bytes()
+    assert TextTokenizer.train(TEXTS, 265).digest != TOKENIZER.digest
+
+
+def test_little_text_gives_fewer_tokens_than_asked_for() -> None:
+    assert TextTokenizer.train(["ab"], 1000).vocab_size == MIN_VOCAB_SIZE + 1
+
+
+def test_too_small_a_vocabulary_is_refused() -> None:
+    with pytest.raises(DataError, match="vocab_size is 256"):
+        TextTokenizer.train(TEXTS, MIN_VOCAB_SIZE - 1)
+
+
+@pytest.mark.parametrize("saved", [b"", b"{}", b"\xff", b'{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_damaged_file_is_refused(saved: bytes) -> None:
+    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+        TextTokenizer(saved)
+
+
+def test_a_tokenizer_without_document_token_is_refused() -> None:
+    foreign = TOKENIZER.to_bytes().replace(DOCUMENT_TOKEN.encode(), b"<|other|>")
+    with pytest.raises(DataError, match="has no token"):
+        TextTokenizer(foreign)

@@ -1,0 +1,234 @@
+"""Workers and a controller as a pure simulation, to live whole runs through `policy.lifecycle` without a process.
+
+`Life.tick` lets every worker do one thing and the controller decide once. Time is counted in ticks of a second.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from orchestrator.policy.lifecycle import decide, directive_of, first_state
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.progress import Progress, absorb
+from orchestrator.policy.run_state import Commit, Note, Observation, RunState
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.messages import (
+    Directive,
+    Finish,
+    Handover,
+    Phase,
+    Report,
+    ShardWritten,
+    StepRecord,
+    Target,
+    WorkerError,
+)
+
+
+def limits_of(**changes: object) -> RunLimits:
+    """Twelve steps on two workers, one to four allowed."""
+    defaults: dict[str, object] = {
+        "run_id": "run",
+        "steps": 12,
+        "min_workers": 1,
+        "max_workers": 4,
+        "initial_workers": 2,
+        "standby": 0,
+        "num_experts": 8,
+    }
+    return RunLimits(**(defaults | changes))  # type: ignore[arg-type]
+
+
+def record(step: int, generation: int = 0, vote_time: float = 0.0, step_s: float = 1.0, **changes: object) -> StepRecord:
+    plain = StepRecord(
+        step=step,
+        generation=generation,
+        world_size=2,
+        loss=4.0 - 0.01 * step,
+        tokens=100,
+        lr=0.1,
+        grad_norm=1.0,
+        applied=True,
+        max_violation=0.0,
+        first_position=step * 16,
+        num_positions=16,
+        step_s=step_s,
+        vote_time=vote_time,
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+@dataclass
+class Life:
+    """A run and its imagined workers. `checkpoint_every` steps the members write shards."""
+
+    limits: RunLimits
+    checkpoint_every: int | None = None
+    target: Target = field(init=False)
+    state: RunState = field(init=False)
+    progress: Progress = field(default_factory=Progress)
+    reports: dict[str, Report] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    committed: int = -1
+    now_s: float = 0.0
+    done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it
+    frozen: set[str] = field(default_factory=set)  # workers that do nothing
+    directive: Directive = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = first_state(self.limits)
+        self.target = self.state.target
+        self.directive = directive_of(self.state, 1)
+
+    def seen(self, **changes: object) -> Observation:
+        plain = Observation(
+            epoch=1,
+            now_s=self.now_s,
+            target=self.target,
+            progress=self.progress,
+            reports={w: r for w, r in self.reports.items() if w not in self.lost},
+            lost={w: why for w, why in self.lost.items() if w in self.state.crew},
+            committed=self.committed,
+        )
+        return replace(plain, **changes)  # type: ignore[arg-type]
+
+    def tick(self) -> None:
+        """The controller decides, then every worker does one thing."""
+        before = self.state
+        decision = decide(self.limits, self.state, self.seen())
+        # Whatever a successor would have to continue from is what we continue from.
+        self.state = from_plain(RunState, json.loads(json.dumps(to_plain(decision.state))))
+        assert self.state == decision.state
+        assert self.state.num_generations >= before.num_generations
+        for action in decision.actions:
+            if isinstance(action, Commit):
+                self.committed = action.step
+            else:
+                self.notes.append(action)
+        self.directive = directive_of(self.state, 1)
+        self.now_s += 1
+        for worker in list(self.reports):
+            if worker not in self.state.crew:
+                del self.reports[worker]  # dismissed
+        for worker in self.state.crew:
+            if worker not in self.lost and worker not in self.frozen:
+                self._obey(worker)
+        self._train()
+
+    def run_until(self, condition: Callable[[], bool], max_ticks: int = 200) -> None:
+        for _ in range(max_ticks):
+            if condition():
+                return
+            self.tick()
+        raise AssertionError(f"not reached in {max_ticks} ticks; {self.state}\n{self.reports}")
+
+    def run_to_the_end(self) -> None:
+        self.run_until(lambda: self.state.outcome is not None)
+
+    def scale(self, workers: int) -> None:
+        self.target = Target(seq=self.target.seq + 1, workers=workers)
+
+    def cancel(self) -> None:
+        self.target = Target(seq=self.target.seq + 1, workers=self.target.workers, cancel=True)
+
+    def kill(self, worker: str) -> None:
+        self.lost[worker] = "killed by signal 9"
+        peers = self.state.involved
+        for peer in peers:
+            report = self.reports.get(peer)
+            if report is None or peer == worker or peer in self.lost:
+                continue
+            if worker in self.state.members and report.phase in (Phase.TRAINING, Phase.MOVING):
+                self.say(peer, phase=Phase.FAILED, error=WorkerError("peer_lost", f"{worker} closed its connection"))
+
+    def say(self, worker: str, **changes: object) -> None:
+        old = self.reports.get(worker) or Report(worker, 1, 0, Phase.COLD, -1, -1, -1)
+        self.reports[worker] = replace(old, version=old.version + 1, **changes)  # type: ignore[arg-type]
+
+    def of_kind(self, kind: str) -> list[Note]:
+        return [note for note in self.notes if note.kind == kind]
+
+    @property
+    def sizes(self) -> list[int]:
+        """World size of each step done."""
+        return [len(members) for members in self.done_by]
+
+    @property
+    def step(self) -> int:
+        return len(self.done_by) - 1
+
+    def _obey(self, worker: str) -> None:
+        report = self.reports.get(worker)
+        if report is None:
+            return self.say(worker)
+        if report.phase is Phase.COLD:
+            return self.say(worker, phase=Phase.WARMING)
+        if report.phase is Phase.WARMING:
+            return self.say(worker, phase=Phase.STANDBY)
+        order = self.directive
+        self.say(worker, seen=order.seq)
+        if order.next is not None and worker in self.state.involved and report.prepared < order.next.generation:
+            if all(w not in self.lost for w in self.state.involved):
+                self.say(worker, prepared=order.next.generation)
+            return None
+        self._move(worker)
+        self._settle(worker)
+        return None
+
+    def _move(self, worker: str) -> None:
+        """What a worker does behind a fence, or for the first generation."""
+        order, report = self.directive, self.reports[worker]
+        if order.next is None or worker not in order.next.world and order.current is None:
+            return
+        generation = order.next.generation
+        joins = worker in order.next.world and (order.current is None or self._fenced())
+        moves = (
+            report.phase in (Phase.MOVING, Phase.STRANDED)
+            or (report.phase is Phase.READY and report.generation < generation)  # of a move that failed others
+            or (report.phase is Phase.STANDBY and joins)
+        )
+        if not moves or report.prepared < generation:
+            return
+        if any(peer in self.lost for peer in self.state.involved):
+            if worker in self.state.members and report.failed_generation < generation:
+                error = WorkerError("peer_lost", "a newcomer is gone")
+                self.say(worker, phase=Phase.STRANDED, failed_generation=generation, error=error)
+        elif worker in order.next.world:
+            handover = Handover(generation, self.step, 0.0, 0.0, 0.0, 0.0, 10, 20, True)
+            self.say(worker, phase=Phase.READY, generation=generation, handovers=(handover,), error=None)
+
+    def _settle(self, worker: str) -> None:
+        """After an activation members train and leavers stand by."""
+        order, report = self.directive, self.reports[worker]
+        if order.current is None or order.next is not None:
+            return
+        if worker in order.current.world and order.activated == order.current.generation:
+            if report.phase is Phase.READY and report.generation == order.activated:
+                self.say(worker, phase=Phase.TRAINING, step=self.step)
+        elif report.phase in (Phase.MOVING, Phase.READY):
+            self.say(worker, phase=Phase.STANDBY)
+
+    def _fenced(self) -> bool:
+        fence = self.directive.fence
+        return fence is not None and (fence.at_step is None or self.step >= fence.at_step)
+
+    def _train(self) -> None:
+        """One step, if all members train; the vote is taken at its end."""
+        current = self.state.current
+        if current is None or any(w in self.lost for w in current.world.members):
+            return
+        members = current.world.members
+        if any(w not in self.reports or self.reports[w].phase is not Phase.TRAINING for w in members):
+            return
+        self.done_by.append(members)
+        self.progress = absorb(self.progress, [record(self.step, current.generation, vote_time=self.now_s)])
+        last = self.step + 1 == self.limits.steps or self.directive.finish is Finish.CANCEL
+        write = last or (self.checkpoint_every and (self.step + 1) % self.checkpoint_every == 0)
+        for rank, worker in enumerate(members):
+            shards = self.reports[worker].shards
+            if write:
+                name = f"rank-{rank}"
+                shards += (ShardWritten(self.step, current.generation, rank, name, "", (), 0, "{}"),)
+            phase = Phase.FINISHED if last else Phase.MOVING if self._fenced() else Phase.TRAINING
+            self.say(worker, step=self.step, phase=phase, shards=shards)

@@ -1,0 +1,410 @@
+"""Whole lives of runs, as pure decisions. The JSON round trip of the state is part of every tick (`imagined.Life`)."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.policy.lifecycle import decide, directive_of, explain, phase_of
+from orchestrator.policy.limits import ScheduledSize
+from orchestrator.protocol.messages import Fence, Finish, Phase, WorkerError
+from orchestrator.protocol.status import RunPhase
+from tests.unit.policy.imagined import Life, limits_of
+
+
+def test_a_run_starts_trains_and_succeeds() -> None:
+    life = Life(limits_of())
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert life.sizes == [2] * 12
+    assert life.committed == 11
+    assert life.state.crew == ()
+    assert [note.kind for note in life.notes][-1] == "ended"
+
+
+def test_the_first_generation_comes_from_the_seed_and_needs_no_fence() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.state.next is not None)
+    plan = life.state.next
+    assert plan is not None and plan.source is None and plan.generation == 0
+    life.run_until(lambda: life.state.current is not None)
+    assert life.state.activated == 0 and life.state.fence is None
+    assert life.state.rescales == ()
+
+
+def test_activation_waits_for_the_last_member() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.state.next is not None)
+    life.frozen = {"w1"}
+    for _ in range(5):
+        life.tick()
+    assert life.reports["w0"].phase is Phase.READY
+    assert life.state.activated == -1
+
+
+def test_a_wish_grows_the_world_without_a_lost_step() -> None:
+    life = Life(limits_of(steps=30))
+    life.run_until(lambda: life.step == 3)
+    life.scale(4)
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert life.sizes == sorted(life.sizes) and set(life.sizes) == {2, 4}
+    (rescale,) = life.state.rescales
+    assert (rescale.from_size, rescale.to_size, rescale.state_identical) == (2, 4, True)
+    assert rescale.step + 1 == life.sizes.index(4)
+    assert rescale.moved_bytes == 4 * 20
+
+
+def test_training_goes_on_while_newcomers_get_warm() -> None:
+    life = Life(limits_of(steps=30))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.tick()
+    spawned_at = life.step
+    life.run_until(lambda: life.state.fence is not None)
+    assert life.step >= spawned_at + 3
+
+
+def test_survivors_keep_their_order_and_newcomers_are_appended() -> None:
+    life = Life(limits_of(steps=40, standby=1))
+    life.run_until(lambda: life.step == 2)
+    life.scale(4)
+    life.run_until(lambda: 4 in life.sizes)
+    assert life.done_by[-1] == ("w0", "w1", "w2", "w3")
+    life.scale(1)
+    life.run_until(lambda: 1 in life.sizes)
+    assert life.done_by[-1] == ("w0",)
+
+
+def test_leavers_become_standbys_and_the_surplus_is_let_go() -> None:
+    life = Life(limits_of(steps=60, standby=1))
+    life.run_until(lambda: life.step == 2)
+    life.scale(4)
+    life.run_until(lambda: 4 in life.sizes)
+    life.scale(1)
+    life.run_until(lambda: 1 in life.sizes)
+    life.run_until(lambda: len(life.state.crew) == 2)
+    assert all(life.reports[w].phase is Phase.STANDBY for w in life.state.crew[1:])
+
+
+def test_scheduled_sizes_come_exactly_at_their_steps() -> None:
+    schedule = (ScheduledSize(20, 3), ScheduledSize(35, 1))
+    life = Life(limits_of(steps=50, schedule=schedule))
+    life.run_to_the_end()
+    assert life.sizes == [2] * 20 + [3] * 15 + [1] * 15
+    assert [r.why for r in life.state.rescales] == ["scheduled for step 20", "scheduled for step 35"]
+
+
+def test_workers_of_the_schedule_are_warm_from_the_start() -> None:
+    life = Life(limits_of(steps=50, schedule=(ScheduledSize(20, 4),)))
+    life.tick()
+    assert len(life.state.crew) == 4
+
+
+def test_a_scheduled_fence_ends_with_the_step_before() -> None:
+    life = Life(limits_of(steps=50, schedule=(ScheduledSize(20, 3),)))
+    life.run_until(lambda: life.state.fence is not None)
+    assert life.state.fence == Fence(to_generation=1, at_step=19)
+
+
+def test_a_scheduled_size_whose_workers_come_late_is_taken_at_the_next_fence() -> None:
+    life = Life(limits_of(steps=50, schedule=(ScheduledSize(5, 3),)))
+    life.frozen = {"w2"}
+    life.run_until(lambda: life.step == 10)
+    life.frozen = set()
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert life.sizes[10] == 2 and life.sizes[-1] == 3
+
+
+def test_a_wish_holds_until_the_next_scheduled_size() -> None:
+    life = Life(limits_of(steps=60, schedule=(ScheduledSize(40, 1),)))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.run_to_the_end()
+    assert life.sizes[:40].count(3) > 25
+    assert life.sizes[40:] == [1] * 20
+
+
+def test_of_two_wishes_in_a_move_the_newest_counts_after_it() -> None:
+    life = Life(limits_of(steps=60))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.run_until(lambda: life.state.fence is not None)
+    life.scale(4)
+    life.scale(1)
+    life.run_to_the_end()
+    assert [(r.from_size, r.to_size) for r in life.state.rescales] == [(2, 3), (3, 1)]
+
+
+def test_a_newcomer_lost_before_the_fence_costs_nothing() -> None:
+    life = Life(limits_of(steps=60))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.frozen = {"w1"}
+    life.run_until(lambda: life.state.next is not None)
+    life.kill("w2")
+    life.tick()
+    assert life.state.next is None and life.state.fence is None
+    life.frozen = set()
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert life.done_by[-1] == ("w0", "w1", "w3")
+    assert len(life.of_kind("move_abandoned")) == 1
+    assert all(life.reports.get(w) is None or life.reports[w].phase is not Phase.STRANDED for w in ("w0", "w1"))
+
+
+def test_a_newcomer_lost_behind_the_fence_brings_the_old_world_back() -> None:
+    life = Life(limits_of(steps=60))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.run_until(lambda: life.reports["w0"].phase is Phase.MOVING)
+    step = life.step
+    life.kill("w2")
+    life.run_until(lambda: life.state.next is not None and life.state.next.generation == 2)
+    assert life.step == step
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert life.done_by[step + 1] == ("w0", "w1")  # nothing lost, nothing done twice
+    assert life.done_by[-1] == ("w0", "w1", "w3")
+    (abandoned,) = life.of_kind("move_abandoned")
+    assert "w2 was lost" in abandoned.fields["why"]
+
+
+def test_the_mended_generation_takes_another_warm_standby() -> None:
+    life = Life(limits_of(steps=60, standby=1))
+    life.run_until(lambda: life.step == 8)
+    life.scale(3)
+    life.frozen = {"w0"}
+    life.run_until(lambda: life.seen().phase("w3") is Phase.STANDBY)
+    life.frozen = set()
+    life.run_until(lambda: life.reports["w0"].phase is Phase.MOVING)
+    newcomer = life.state.next.world.members[-1] if life.state.next else ""
+    life.kill(newcomer)
+    life.run_until(lambda: life.state.activated == 2)
+    assert len(life.state.members) == 3 and newcomer not in life.state.members
+
+
+def test_after_three_failed_moves_the_run_keeps_its_size() -> None:
+    life = Life(limits_of(steps=90))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    for generation in (1, 3, 5):
+        life.run_until(
+            lambda g=generation: (
+                life.state.next is not None
+                and life.state.next.generation == g
+                and life.reports["w0"].phase is Phase.MOVING
+            )
+        )
+        assert life.state.next is not None
+        life.kill(life.state.next.world.members[-1])
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert set(life.sizes) == {2}
+    assert [note.fields["gave_up"] for note in life.of_kind("move_abandoned")] == [False, False, True]
+
+
+def test_a_leaver_that_waits_does_not_keep_a_failed_move_from_being_mended() -> None:
+    life = Life(limits_of(steps=60))
+    life.run_until(lambda: life.step == 3)
+    life.scale(1)
+    life.run_until(lambda: life.reports["w0"].phase is Phase.MOVING)
+    life.frozen = {"w0", "w1"}
+    life.say("w0", phase=Phase.STRANDED, failed_generation=1, error=WorkerError("peer_lost", "reset"))
+    life.tick()
+    assert life.state.next is not None and life.state.next.generation == 2
+    assert life.state.next.source is not None and life.state.next.source.generation == 0
+
+
+def test_a_lost_member_fails_the_run_with_its_name() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.step == 4)
+    life.kill("w1")
+    life.tick()
+    assert life.state.outcome is RunPhase.FAILED
+    assert "w1 died: killed by signal 9" in life.state.why and "rank 1" in life.state.why
+    assert life.state.crew == ()
+
+
+def test_peers_complaints_wait_for_the_death_that_caused_them() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.step == 4)
+    life.frozen = {"w0", "w1"}
+    life.say("w0", phase=Phase.FAILED, error=WorkerError("peer_lost", "connection closed"))
+    life.tick()
+    life.tick()
+    assert life.state.outcome is None
+    life.lost["w1"] = "killed by signal 9"
+    life.tick()
+    assert life.state.outcome is RunPhase.FAILED and "w1 died" in life.state.why
+
+
+def test_complaints_without_a_culprit_end_the_run_too() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.step == 4)
+    life.frozen = {"w0", "w1"}
+    life.say("w0", phase=Phase.FAILED, error=WorkerError("peer_lost", "connection closed"))
+    life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=5)
+    assert "w0 failed: peer_lost: connection closed" in life.state.why
+
+
+def test_a_members_own_error_is_named_before_its_peers_complaints() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.step == 4)
+    life.frozen = {"w0", "w1"}
+    life.say("w0", phase=Phase.FAILED, error=WorkerError("peer_lost", "connection closed"))
+    life.say("w1", phase=Phase.FAILED, error=WorkerError("out_of_memory", "no 3 GiB left"))
+    life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=5)
+    assert "w1 failed: out_of_memory: no 3 GiB left" in life.state.why
+
+
+def test_a_lost_standby_is_replaced() -> None:
+    life = Life(limits_of(steps=30, standby=1))
+    life.run_until(lambda: life.step == 4)
+    life.kill("w2")
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+    assert life.of_kind("workers_spawned")[-1].fields == {"workers": ["w3"]}
+
+
+def test_workers_that_never_get_warm_end_the_run() -> None:
+    life = Life(limits_of())
+    for number in range(3):
+        life.run_until(lambda n=number: f"w{n}" in life.reports)
+        life.frozen.add(f"w{number}")
+        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("user_error", "no such module"))
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
+    assert life.state.outcome is RunPhase.FAILED and "no such module" in life.state.why
+
+
+def test_a_fault_outside_the_workers_ends_the_run() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.step == 4)
+    over = decide(life.limits, life.state, life.seen(faults=("the rendezvous store is gone",)))
+    assert over.state.outcome is RunPhase.FAILED and over.state.why == "the rendezvous store is gone"
+
+
+def test_cancel_ends_with_a_checkpoint() -> None:
+    life = Life(limits_of(steps=30))
+    life.run_until(lambda: life.step == 4)
+    life.cancel()
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.CANCELLED
+    assert life.committed == life.step < 29
+
+
+def test_cancel_before_the_first_step_ends_at_once() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.state.next is not None)
+    life.cancel()
+    life.tick()
+    assert life.state.outcome is RunPhase.CANCELLED
+
+
+@pytest.mark.parametrize("behind_fence", [False, True], ids=["before the fence", "behind the fence"])
+def test_cancel_in_a_move(behind_fence: bool) -> None:
+    life = Life(limits_of(steps=60))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.run_until(lambda: (life.state.fence if behind_fence else life.state.next) is not None)
+    life.cancel()
+    life.tick()
+    assert life.state.finish is (Finish.NO if behind_fence else Finish.CANCEL)
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.CANCELLED
+    assert set(life.sizes) == ({2, 3} if behind_fence else {2})
+
+
+def test_periodic_checkpoints_are_marked_when_every_rank_has_written() -> None:
+    life = Life(limits_of(), checkpoint_every=4)
+    life.run_until(lambda: life.step == 3)
+    shards, life.reports = life.reports, dict(life.reports)
+    life.say("w1", shards=())
+    life.frozen = {"w0", "w1"}
+    assert not [a for a in decide(life.limits, life.state, life.seen()).actions if hasattr(a, "shards")]
+    life.reports = shards
+    (commit,) = [a for a in decide(life.limits, life.state, life.seen()).actions if hasattr(a, "shards")]
+    assert [shard.rank for shard in commit.shards] == [0, 1]
+
+
+def test_a_leaver_is_kept_until_its_shard_is_marked() -> None:
+    life = Life(limits_of(steps=60), checkpoint_every=5)
+    life.run_until(lambda: life.step == 3)
+    life.scale(1)
+    life.run_until(lambda: 1 in life.sizes)
+    life.say("w1", shards=(*life.reports["w1"].shards, *life.reports["w0"].shards[:0]))
+    life.run_until(lambda: life.state.crew == ("w0",))
+    assert life.committed >= max((r.step for r in life.state.rescales), default=0) // 5 * 5 - 1
+
+
+def test_the_end_waits_for_the_last_record() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.step == 11 and life.committed == 11)
+    held_back = life.progress.__class__(watermark=10, recent=life.progress.recent[:-1])
+    assert decide(life.limits, life.state, life.seen(progress=held_back)).state.outcome is None
+    life.run_to_the_end()
+
+
+def test_a_decision_on_nothing_new_changes_nothing() -> None:
+    life = Life(limits_of(steps=40))
+    life.run_until(lambda: life.step == 6)
+    first = decide(life.limits, life.state, life.seen())
+    assert decide(life.limits, first.state, life.seen()) == first
+
+
+def test_seq_grows_exactly_when_the_directive_changes() -> None:
+    life = Life(limits_of(steps=60))
+    seqs: dict[int, object] = {}
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    while life.state.outcome is None:
+        life.tick()
+        told = directive_of(life.state, 1)
+        assert seqs.setdefault(told.seq, told) == told
+    assert len(set(map(repr, seqs.values()))) == len(seqs)
+
+
+def test_phase_and_explanation() -> None:
+    life = Life(limits_of(steps=60))
+    life.tick()
+    assert phase_of(life.state, life.seen()) is RunPhase.STARTING
+    assert "waits for 2 of 2 workers" in explain(life.limits, life.state, life.seen())
+    life.run_until(lambda: life.step == 3)
+    assert phase_of(life.state, life.seen()) is RunPhase.TRAINING
+    life.scale(3)
+    life.run_until(lambda: life.reports["w0"].phase is Phase.MOVING)
+    assert phase_of(life.state, life.seen()) is RunPhase.RESCALING
+    life.run_to_the_end()
+    assert phase_of(life.state, life.seen()) is RunPhase.SUCCEEDED
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    wishes=st.lists(st.tuples(st.integers(0, 25), st.integers(1, 4)), max_size=5),
+    deaths=st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=4),
+    standby=st.integers(0, 2),
+)
+def test_no_step_is_lost_or_done_twice_whatever_happens(
+    wishes: list[tuple[int, int]], deaths: list[tuple[int, bool]], standby: int
+) -> None:
+    """Wishes at any time, and deaths of workers that hold no shard: the run ends with every step done once."""
+    life = Life(limits_of(steps=40, standby=standby), checkpoint_every=7)
+    for tick in range(300):
+        if life.state.outcome is not None:
+            break
+        for at_tick, workers in wishes:
+            if at_tick == tick:
+                life.scale(workers)
+        for at_tick, prefer_newcomer in deaths:
+            others = [w for w in life.state.crew if w not in life.state.members and w not in life.lost]
+            newcomers = [w for w in others if life.state.next is not None and w in life.state.next.world]
+            if at_tick == tick and life.state.current is not None and (newcomers if prefer_newcomer else others):
+                life.kill((newcomers if prefer_newcomer else others)[0])
+        life.tick()
+    if life.state.outcome is RunPhase.FAILED:  # three standbys in a row killed before they were of use
+        assert "in a row" in life.state.why and len(deaths) >= 3
+    else:
+        assert life.state.outcome is RunPhase.SUCCEEDED
+        assert len(life.done_by) == 40
+    generations = [record.generation for record in life.progress.recent]
+    assert generations == sorted(generations)
