@@ -56,5 +56,5 @@ def gather_counts(counts_E: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return counts_E[None]
     world_size = dist.get_world_size(group)
     counts_WE = counts_E.new_empty(world_size, counts_E.numel())
-    dist.all_gather_into_tensor(counts_WE, counts_E[None], group=group)
+    dist.all_gather_single(counts_WE, counts_E[None], group=group)
     return counts_WE

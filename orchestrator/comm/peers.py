@@ -6,10 +6,12 @@ through host memory in chunks.
 """
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 
 class PeerGroup:
@@ -23,18 +25,16 @@ class PeerGroup:
         timeout_s: how long an operation may wait for a peer.
     """
 
-    def __init__(
-        self, store: dist.Store, prefix: str, members: tuple[str, ...], me: str, timeout_s: float = 60.0
-    ) -> None:
+    def __init__(self, store: Store, prefix: str, members: tuple[str, ...], me: str, timeout_s: float = 60.0) -> None:
         self.members = members
         self.me = me
         self._index = {worker: index for index, worker in enumerate(members)}
-        self._group: dist.ProcessGroupGloo | None = None
+        self._group: Any = None  # a ProcessGroupGloo; torch's stubs don't know its operations
         self.sent_bytes = 0
         self.received_bytes = 0
         if len(members) > 1:
             self._group = dist.ProcessGroupGloo(
-                dist.PrefixStore(prefix, store), self._index[me], len(members), timedelta(seconds=timeout_s)
+                PrefixStore(prefix, store), self._index[me], len(members), timedelta(seconds=timeout_s)
             )
 
     def send(self, data: Tensor, to: str) -> None:
@@ -50,7 +50,7 @@ class PeerGroup:
     def reduce(self, data: Tensor, op: dist.ReduceOp.RedOpType) -> None:
         """All-reduce in place. int64 sums wrap modulo 2^64."""
         if self._group is not None:
-            options = dist.AllreduceOptions()
+            options: Any = dist.AllreduceOptions()
             options.reduceOp = op
             self._group.allreduce([data], options).wait()
 
@@ -76,7 +76,7 @@ class PeerGroup:
             self._group = None
 
     @property
-    def _pg(self) -> dist.ProcessGroupGloo:
+    def _pg(self) -> Any:
         if self._group is None:
             raise RuntimeError(f"{self.me} has no peers in {self.members}, or the group is closed")
         return self._group

@@ -5,7 +5,7 @@ Hosted in a process of its own. Generations meet in it under a prefix each (`orc
 
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 CONNECT_TIMEOUT_S = 60.0
 
@@ -15,14 +15,14 @@ class RendezvousServer:
 
     def __init__(self, host: str) -> None:
         self._host = host
-        self._store = dist.TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(host, 0, None, is_master=True, wait_for_workers=False)
 
     def address(self) -> tuple[str, int]:
         return self._host, int(self._store.port)
 
 
-def connect_store(host: str, port: int) -> dist.Store:
+def connect_store(host: str, port: int) -> Store:
     """A client of the run's store. Raises `DistNetworkError` where nothing answers."""
-    return dist.TCPStore(
+    return TCPStore(
         host, port, None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_TIMEOUT_S)
     )

@@ -84,7 +84,7 @@ class Layout:
             if not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 0 or ranks[-1] >= self.world.size:
                 raise ValueError(f"holder set {ranks}; one or more distinct ascending ranks below {self.world.size}")
         sharded = self.kind == Kind.SHARDED
-        in_range = np.where(sharded, self.holder_set == -1, (0 <= self.holder_set))
+        in_range = np.where(sharded, self.holder_set == -1, (self.holder_set >= 0))
         if not in_range.all() or (self.holder_set >= len(self.holder_sets)).any():
             raise ValueError(f"holder_set is -1 for sharded tensors, else below {len(self.holder_sets)}")
         self._check_shards(sharded)
@@ -143,8 +143,9 @@ def training_layout(
 
     Dense parameters form one group over all ranks; the parameters of the experts that share a replica set form one
     over that set. A group is laid end to end in the order of `params`, padded, and cut into equal partitions, one per
-    rank of its set in order. Tensors, for a parameter NAME: `param/NAME` replicated over its group's ranks; `exp_avg/NAME`,
-    `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a buffer, `buffer/NAME` on all ranks.
+    rank of its set in order. Tensors, for a parameter NAME: `param/NAME` replicated over its group's ranks;
+    `exp_avg/NAME`, `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a buffer,
+    `buffer/NAME` on all ranks.
 
     Args:
         params: every parameter of the whole model, in the engine's order, the same in every world.
@@ -186,10 +187,8 @@ def training_layout(
         kind=np.repeat([Kind.REPLICATED, Kind.SHARDED, Kind.REPLICATED], [num_params, num_sharded, num_buffers]),
         holder_sets=holder_sets,
         holder_set=np.concatenate([group, np.repeat([-1, 0], [num_sharded, num_buffers])]),
-        shards=np.concatenate(
-            [
-                shards + [(1 + nth) * num_params, 0, 0, 0] for nth in range(len(sharded_prefixes))
-            ]  # other tensor, same cuts
+        shards=np.concatenate(  # other tensors, same cuts
+            [shards + np.array([(1 + nth) * num_params, 0, 0, 0]) for nth in range(len(sharded_prefixes))]
         ),
     )
 

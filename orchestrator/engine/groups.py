@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from orchestrator.elastic.placement import Placement
 
@@ -37,7 +38,7 @@ class Groups:
 
 
 def connect(
-    store: dist.Store, prefix: str, rank: int, placement: Placement, backend: str, timeout_s: float = 60.0
+    store: Store, prefix: str, rank: int, placement: Placement, backend: str, timeout_s: float = 60.0
 ) -> Groups:
     """Meet the other ranks and make the generation's groups. Collective over the world.
 
@@ -48,19 +49,21 @@ def connect(
     """
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(prefix, store),
+        store=PrefixStore(prefix, store),
         rank=rank,
         world_size=placement.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
-    replicas = []
+    replicas: list[dist.ProcessGroup] = []
+    world = dist.group.WORLD
+    assert world is not None
     for sets in placement.groups():
         mine = next((replica_set for replica_set in sets if rank in replica_set), (rank,))
         if len(mine) == placement.world_size:
-            replicas.append(dist.group.WORLD)
+            replicas.append(world)
         else:
             replicas.append(dist.new_group(list(mine), use_local_synchronization=True))
-    return Groups(rank, placement.world_size, placement, dist.group.WORLD, tuple(replicas))
+    return Groups(rank, placement.world_size, placement, world, tuple(replicas))
 
 
 def disconnect() -> None:

@@ -121,7 +121,9 @@ class MoELayer(nn.Module):
         """Send the copies to their experts and bring the results back in the same order."""
         counts_WE = gather_counts(counts_E, self.home.group).cpu()
         world_size = counts_WE.shape[0]
-        sent_W = torch.zeros(world_size, dtype=torch.int64).index_add_(0, self._destination_E, counts_WE[self.home.rank])
+        sent_W = torch.zeros(world_size, dtype=torch.int64).index_add_(
+            0, self._destination_E, counts_WE[self.home.rank]
+        )
         arriving_WE = counts_WE * self._expects_WE
         local = list(self.home.local_experts)
         arriving_WL = arriving_WE[:, local] if local else arriving_WE[:, :0]
@@ -136,7 +138,7 @@ class MoELayer(nn.Module):
         num_sources, num_local = arriving_WL.shape
         if num_local == 0:
             return received_MD
-        runs = received_MD.split(arriving_WL.reshape(-1).tolist())
+        runs = torch.split(received_MD, arriving_WL.reshape(-1).tolist())
         results: list[list[Tensor]] = []
         for column, expert in enumerate(self.experts.values()):
             mine = [runs[source * num_local + column] for source in range(num_sources)]

@@ -29,8 +29,6 @@ class Attention(nn.Module):
         super().__init__()
         size = spec.head_size
         self.num_heads, self.num_kv_heads, self.head_size = spec.num_heads, spec.num_kv_heads, size
-        self.rotary_size = spec.rotary_size
-        self.rope_theta = spec.rope_theta
         self.query = nn.Parameter(torch.empty(spec.num_heads * size, spec.hidden_size))
         self.key = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
         self.value = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
@@ -94,8 +92,7 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT)
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
 class MoELanguageModel(nn.Module):
@@ -116,8 +113,6 @@ class MoELanguageModel(nn.Module):
         self.layers = nn.ModuleList(Block(spec, index, home) for index in range(spec.num_layers))
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.head = nn.Parameter(torch.empty(vocab_size, spec.hidden_size))
-        attention = self.layers[0].attention
-        self._rotary = (attention.rotary_size, attention.rope_theta)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
@@ -135,7 +130,7 @@ class MoELanguageModel(nn.Module):
             documents_BT: a document number per token; given, attention stays within a document.
         """
         x_BTD = self.embedding(inputs_BT)
-        rotary = rotary_tables(inputs_BT.shape[1], *self._rotary, inputs_BT.device)
+        rotary = rotary_tables(inputs_BT.shape[1], self.spec.rotary_size, self.spec.rope_theta, inputs_BT.device)
         mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rotary, mask_B1TT)
@@ -179,7 +174,9 @@ def expert_of(name: str) -> int | None:
     return int(tail.split(".", 1)[0]) if found and head else None
 
 
-def catalogue(spec: ModelSpec, vocab_size: int) -> tuple[list[ParamSpec], list[tuple[str, int]], dict[str, tuple[int, ...]]]:
+def catalogue(
+    spec: ModelSpec, vocab_size: int
+) -> tuple[list[ParamSpec], list[tuple[str, int]], dict[str, tuple[int, ...]]]:
     """Every parameter of the whole model in order, its buffers, and all shapes, without allocating memory.
 
     Returns:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from orchestrator.policy.crew import why_gone
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.moves import MAX_FAILED_MOVES
 from orchestrator.policy.run_state import Action, Commit, Decision, Note, Observation, RunState, ended
 from orchestrator.protocol.messages import Finish, Phase, Report, ShardWritten
 from orchestrator.protocol.status import RunPhase
@@ -22,6 +23,8 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return ended(state, RunPhase.FAILED, seen.faults[0])
     if state.failed_spawns >= MAX_FAILED_SPAWNS:
         return ended(state, RunPhase.FAILED, f"{state.failed_spawns} workers in a row ended early; {state.why}")
+    if state.failed_moves >= 2 * MAX_FAILED_MOVES:
+        return ended(state, RunPhase.FAILED, f"{state.failed_moves} moves in a row failed; {state.why}")
     needed = state.members or (state.next.world.members if state.next else ())
     dead = [worker for worker in needed if worker in seen.lost]
     if dead:

@@ -19,7 +19,7 @@ from orchestrator.protocol.status import Rescale
 
 HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and no less than HORIZON_STEPS
 HORIZON_STEPS = 8
-MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on
+MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
 
 
 def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -50,11 +50,12 @@ def mend_move(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if not broken:
         return Decision(state)
     failed_moves = state.failed_moves + 1
-    wish = Wish(len(state.members), seen.step + 1) if failed_moves >= MAX_FAILED_MOVES else state.wish
-    fields = {"generation": state.next.generation, "why": broken, "gave_up": failed_moves >= MAX_FAILED_MOVES}
-    counted = replace(state, failed_moves=failed_moves % MAX_FAILED_MOVES, wish=wish)
-    abandoned = Decision(counted, (Note("move_abandoned", fields),))
-    if state.fence is None and not _stranded(state, seen):
+    gives_up = failed_moves >= MAX_FAILED_MOVES
+    wish = Wish(len(state.members), seen.step + 1) if gives_up else state.wish
+    note = Note("move_abandoned", {"generation": state.next.generation, "why": broken, "gave_up": gives_up})
+    counted = replace(state, failed_moves=failed_moves, wish=wish, why=broken)
+    abandoned = Decision(counted, (note,))
+    if state.fence is None and all(seen.phase(member) is Phase.TRAINING for member in state.members):
         return abandoned.then(next=None, next_first_step=None, next_why="")
     if not all(_has_stopped(state, seen, member) for member in state.members):
         return Decision(state)
@@ -200,18 +201,12 @@ def _why_broken(state: RunState, seen: Observation) -> str:
     gone = [w for w in state.next.world.members if w not in state.crew]
     if gone:
         return f"{', '.join(gone)} was lost"
-    return "; ".join(_stranded(state, seen))
-
-
-def _stranded(state: RunState, seen: Observation) -> list[str]:
-    """What members of the old world say of the move that failed them."""
-    assert state.next is not None
-    words = []
-    for worker in state.involved:
-        report = seen.reports.get(worker)
-        if report and report.phase is Phase.STRANDED and report.failed_generation == state.next.generation:
-            words.append(f"{worker}: {report.error.message if report.error else 'stranded'}")
-    return words
+    failed = [
+        worker
+        for worker in state.involved
+        if (report := seen.reports.get(worker)) and report.failed_generation == state.next.generation
+    ]
+    return f"{', '.join(failed)} could not reach generation {state.next.generation}" if failed else ""
 
 
 def _has_stopped(state: RunState, seen: Observation, member: str) -> bool:

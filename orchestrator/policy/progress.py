@@ -22,6 +22,8 @@ class Progress:
     loss: float | None = None
     first_validation_loss: float | None = None
     validation_loss: float | None = None
+    tokens: int = 0  # target tokens of all steps
+    skipped: int = 0  # updates that were not finite
 
 
 def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
@@ -48,6 +50,8 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
             else next(iter(validation), None)
         ),
         validation_loss=validation[-1] if validation else progress.validation_loss,
+        tokens=progress.tokens + sum(r.tokens for r in fresh),
+        skipped=progress.skipped + sum(not r.applied for r in fresh),
     )
 
 

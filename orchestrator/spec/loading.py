@@ -116,11 +116,12 @@ def _removable(key: Path) -> Path:
 
 def _take_out(values: dict[str, Any], key: Path) -> bool:
     """Takes `key` out of `values`; False if it isn't there."""
+    section: Any = values
     for part in key[:-1]:
-        values = values.get(str(part), {})
-    if not key or key[-1] not in values:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not key or not isinstance(section, dict) or key[-1] not in section:
         return False
-    del values[str(key[-1])]
+    del section[key[-1]]
     return True
 
 

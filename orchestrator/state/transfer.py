@@ -88,7 +88,7 @@ def _receive(plan: TransferPlan, rows: IntArray, new: NamedRanges, peers: PeerGr
         sizes = [v.numel() * v.element_size() for v in views]
         staging = torch.empty(sum(sizes), dtype=torch.uint8)
         peers.receive(staging, source)
-        for view, part, add in zip(views, staging.split(sizes), adds, strict=True):
+        for view, part, add in zip(views, torch.split(staging, sizes), adds, strict=True):
             _deliver(view, part, add)
 
 

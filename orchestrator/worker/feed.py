@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orchestrator.data.store import Split, TokenStore
+from orchestrator.data.manifest import Split
+from orchestrator.data.store import TokenStore
 from orchestrator.model.batch import MicroBatch
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.sampling.slots import max_slots, slots_of

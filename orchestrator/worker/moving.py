@@ -6,12 +6,10 @@ and no restart. The old shard stays readable until the controller has activated 
 fails costs nothing: the old world is rebuilt from what it still holds.
 """
 
-import json
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.peers import PeerGroup
 from orchestrator.elastic.layout import Kind
@@ -22,6 +20,8 @@ from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
 from orchestrator.worker.shard import Progress, Shard, Workshop
+
+ASK_AGAIN_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -68,40 +68,32 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
     return Prepared(plan, peers, transfer, replicated)
 
 
-def announce(store: dist.Store, plan: GenerationPlan, progress: Progress) -> None:
+def announce(store: Store, plan: GenerationPlan, progress: Progress) -> None:
     """Tell the newcomers that the fence is reached, and where training stands."""
     store.set(plan.store_prefix + "/fence", progress.to_json())
 
 
-def announced(store: dist.Store, plan: GenerationPlan, timeout_s: float) -> Progress | None:
+def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Progress | None:
     """Where training stood at the fence; None if it isn't reached within `timeout_s`."""
-    key = plan.store_prefix + "/fence"
-    try:
-        store.wait([key], timedelta(seconds=timeout_s))
-    except dist.DistStoreError:
-        return None
-    return Progress(**json.loads(store.get(key)))
+    key, deadline = plan.store_prefix + "/fence", time.monotonic() + timeout_s
+    while not store.check([key]):  # asked again and again, since a wait that times out logs an error each time
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(ASK_AGAIN_S)
+    return Progress.from_json(store.get(key).decode())
 
 
 def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:
     """The first generation's shard, made from the seed. Collective over its members."""
-    started = time.perf_counter()
-    shard = workshop.build(prepared.plan)
-    built = time.perf_counter()
+    clock = _Clock()
+    groups = workshop.connect(prepared.plan)
+    clock.lap("connect")
+    shard = workshop.build(prepared.plan, groups)
     shard.model.init_weights(workshop.spec.train.seed)
     shard.engine.loaded(0)
-    handover = Handover(
-        generation=prepared.plan.generation,
-        step=-1,
-        connect_s=0.0,
-        build_s=built - started,
-        transfer_s=time.perf_counter() - built,
-        digest_s=0.0,
-        sent_bytes=0,
-        received_bytes=0,
-        state_identical=None,
-    )
-    return shard, Progress(-1, 0, sampler), handover
+    clock.lap("build")
+    progress = Progress(-1, 0, sampler)
+    return shard, progress, _handover(prepared, progress, clock, identical=None)
 
 
 def move(
@@ -125,7 +117,9 @@ def move(
     clock = _Clock()
     before = StateDigests(transfer.names, prepared.replicated, old) if plan.verify_digests else None
     clock.lap("digest")
-    shard = workshop.build(plan) if workshop.me in plan.world else None
+    groups = workshop.connect(plan) if workshop.me in plan.world else None
+    clock.lap("connect")
+    shard = workshop.build(plan, groups) if groups is not None else None
     new = shard.engine.ranges() if shard is not None else None
     clock.lap("build")
     carry_out(transfer, workshop.me, old, new, peers)
@@ -137,18 +131,7 @@ def move(
         after = StateDigests(transfer.names, prepared.replicated, new)
         identical = not differing(transfer.names, before, after, peers)
     clock.lap("digest")
-    handover = Handover(
-        generation=plan.generation,
-        step=progress.step,
-        connect_s=0.0,
-        build_s=clock.spent["build"],
-        transfer_s=clock.spent["transfer"],
-        digest_s=clock.spent["digest"],
-        sent_bytes=peers.sent_bytes,
-        received_bytes=peers.received_bytes,
-        state_identical=identical,
-    )
-    return shard, handover
+    return shard, _handover(prepared, progress, clock, identical)
 
 
 class _Clock:
@@ -162,3 +145,18 @@ class _Clock:
         now = time.perf_counter()
         self.spent[name] = self.spent.get(name, 0.0) + now - self._last
         self._last = now
+
+
+def _handover(prepared: Prepared, progress: Progress, clock: _Clock, identical: bool | None) -> Handover:
+    peers = prepared.peers
+    return Handover(
+        generation=prepared.plan.generation,
+        step=progress.step,
+        connect_s=clock.spent.get("connect", 0.0),
+        build_s=clock.spent.get("build", 0.0),
+        transfer_s=clock.spent.get("transfer", 0.0),
+        digest_s=clock.spent.get("digest", 0.0),
+        sent_bytes=peers.sent_bytes if peers is not None else 0,
+        received_bytes=peers.received_bytes if peers is not None else 0,
+        state_identical=identical,
+    )

@@ -33,12 +33,12 @@ class Saver:
         self._checkpoints, self._done, self._failed = checkpoints, done, failed
         self._thread: threading.Thread | None = None
 
-    def save(self, shard: Shard, progress: Progress, epoch: int) -> None:
+    def save(self, shard: Shard, progress: Progress) -> None:
         """Copy the shard now and write it in the background. Waits for a write that is still under way."""
         self.wait()
         pieces = pieces_of(shard.engine.ranges(), with_buffers=shard.rank == 0)
         self._thread = threading.Thread(
-            target=self._write, args=(pieces, shard, progress, epoch), name="checkpoint", daemon=True
+            target=self._write, args=(pieces, shard, progress), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -47,13 +47,13 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, pieces: list[ShardPiece], shard: Shard, progress: Progress, epoch: int) -> None:
+    def _write(self, pieces: list[ShardPiece], shard: Shard, progress: Progress) -> None:
         try:
             written = write_shard(
                 self._checkpoints,
                 pieces,
                 step=progress.step,
-                epoch=epoch,
+                epoch=shard.epoch,  # of the plan: ranks may hear of a newer controller at different moments
                 generation=shard.world.generation,
                 rank=shard.rank,
                 meta=progress.to_json(),

@@ -45,8 +45,8 @@ class Progress:
 class Shard:
     """One rank's training state within a generation."""
 
+    epoch: int  # of the controller that planned it
     world: World
-    placement: Placement
     groups: Groups
     model: MoELanguageModel
     engine: Engine
@@ -78,12 +78,16 @@ class Workshop:
         mixed = self.spec.train.precision == "bf16"
         return training_layout(self.params, placement, world, mixed, self.buffers)
 
-    def build(self, plan: GenerationPlan) -> Shard:
-        """Meet the other members and build an engine around a model whose weights are still unset. Collective."""
+    def connect(self, plan: GenerationPlan) -> Groups:
+        """Meet the other members of a generation. Collective over them."""
         rank = plan.world.rank_of(self.me)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        groups = connect(self.store, plan.store_prefix + "/world", rank, plan.placement, backend)
+        return connect(self.store, plan.store_prefix + "/world", rank, plan.placement, backend)
+
+    def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
+        """Build an engine around a model whose weights are still unset. Collective over the generation's members."""
         with self.device:
-            model = MoELanguageModel(self.spec.model, self.vocab_size, ExpertHome(plan.placement, rank, groups.exchange))
+            home = ExpertHome(plan.placement, groups.rank, groups.exchange)
+            model = MoELanguageModel(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device)
-        return Shard(plan.world, plan.placement, groups, model, engine)
+        return Shard(plan.epoch, plan.world, groups, model, engine)

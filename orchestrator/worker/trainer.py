@@ -3,6 +3,7 @@
 `Trainer.run` is a worker's life, `Trainer.train` its generation, `Trainer.step` a step.
 """
 
+import gc
 import logging
 import time
 import traceback
@@ -102,7 +103,7 @@ class Trainer:
             if outcome.fence != NO_FENCE:
                 return self._preparations.take(outcome.fence)
             if self._checkpoint_due():
-                self._saver.save(shard, self._progress, self._desk.directive.epoch)
+                self._saver.save(shard, self._progress)
         return None
 
     def step(self, shard: Shard, step: int) -> Outcome:
@@ -246,6 +247,7 @@ class Trainer:
         activated = self._preparations.await_activation(plan)
         if activated:
             self._held = None
+            gc.collect()  # DeepSpeed's engine is full of cycles: without this the old shard stays in memory
         else:
             self._drop()
         return activated
@@ -258,7 +260,7 @@ class Trainer:
         return every is not None and done % every == 0 and done < self._spec.train.steps
 
     def _finish(self, shard: Shard) -> None:
-        self._saver.save(shard, self._progress, self._desk.directive.epoch)
+        self._saver.save(shard, self._progress)
         self._saver.wait()
         self._desk.publish(phase=Phase.FINISHED)
         log.info("finished after step %d", self._progress.step)

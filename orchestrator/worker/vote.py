@@ -4,7 +4,8 @@ Every rank fills its own places in a vector of zeros, so the sum holds what each
 losses per slot stay apart until they are summed in slot order, whatever the world size.
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
-slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to finish.
+slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
+finish.
 """
 
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     ).to(device)
     if group is not None:
         dist.all_reduce(vector, group=group)
-    parts = vector.cpu().split([num_slots, num_validation, num_counts, 3 * world_size])
+    parts = torch.split(vector.cpu(), [num_slots, num_validation, num_counts, 3 * world_size])
     applied, fences, finish = parts[3].reshape(world_size, 3).T.tolist()
     return Outcome(
         loss_sum=sum(parts[0].tolist()),

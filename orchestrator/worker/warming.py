@@ -8,7 +8,7 @@ import gc
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
@@ -22,7 +22,7 @@ from orchestrator.spec.job import JobSpec
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device) -> None:
     """Build a small engine of the job's kind in a world of one, do one step, throw it away."""
     small = spec.model.model_copy(update={"num_layers": 2, "num_dense_layers": 1, "num_experts": spec.model.top_k})
-    store = dist.HashStore()
+    store = HashStore()
     store.set_timeout(timedelta(seconds=30))
     placement = Placement.balanced(small.num_experts, 1)
     groups = connect(store, "warm-up", 0, placement, "nccl" if device.type == "cuda" else "gloo")

@@ -4,10 +4,9 @@ import json
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from orchestrator.errors import EpochSuperseded, NotFound, UsageError
 from orchestrator.tracking.sink import MetricPoint
@@ -25,10 +24,14 @@ def points(name: str, steps: range, value: float) -> list[MetricPoint]:
     return [MetricPoint(name, value + step, step, time.time()) for step in steps]
 
 
-def runs_of(client: MlflowClient) -> list[Run]:
-    experiment = client.get_experiment_by_name("tests")
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id]))
+def client_of(tracked: Tracker) -> Any:
+    from mlflow import MlflowClient  # imported after the tracker has switched MLflow's telemetry off
+
+    return MlflowClient(tracked.describe()["uri"])
+
+
+def runs_of(client: Any) -> list[Any]:
+    return list(client.search_runs([client.get_experiment_by_name("tests").experiment_id]))
 
 
 def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,10 +48,10 @@ def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch:
     first.artifact(1, str(tmp_path / "job.yaml"))
     first.artifact(1, str(tmp_path / "tokenizer"))
     first.event(1, {"event": "activated", "stall_s": 0.25})
-    assert first.finish(1, "failed", reason="peer_lost: worker 3")
+    assert first.finish(1, "failed", reason="peer_lost: worker 3", timeout_s=90.0)
     described = first.describe()
     assert (described["published"], described["queued"], described["error"]) == (1201, 0, "")
-    client = MlflowClient(described["uri"])
+    client = client_of(first)
     (run,) = runs_of(client)
     assert (run.info.status, run.data.tags["orchestrator.reason"]) == ("FAILED", "peer_lost: worker 3")
 
@@ -56,7 +59,7 @@ def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch:
     second = tracker(tmp_path)
     second.publish(2, points("train/loss", range(1100, 1500), 9.0))
     second.event(2, {"event": "ended"})
-    assert second.finish(2, "succeeded")
+    assert second.finish(2, "succeeded", timeout_s=90.0)
     (run,) = runs_of(client)
     assert run.info.run_id == described["mlflow_run_id"] == second.describe()["mlflow_run_id"]
     assert (run.info.run_name, run.info.status, run.data.params["train.lr"]) == ("demo", "FINISHED", "0.001")
@@ -87,7 +90,7 @@ def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch:
 
 def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     broken = tracker(tmp_path, "demo-2")
-    assert broken.finish(1, "succeeded")  # the store is there, the run is in it
+    assert broken.finish(1, "succeeded", timeout_s=90.0)  # the store is there, the run is in it
     store = sqlite3.connect(tmp_path / "store" / "mlflow.db", isolation_level=None)
     store.execute("ALTER TABLE metrics RENAME TO metrics_away")
     began_s = time.monotonic()
@@ -98,9 +101,9 @@ def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     assert broken.describe()["queued"] == 601
     store.execute("ALTER TABLE metrics_away RENAME TO metrics")
     store.close()
-    assert broken.finish(1, "cancelled")
+    assert broken.finish(1, "cancelled", timeout_s=90.0)
     assert (broken.describe()["published"], broken.describe()["queued"]) == (600, 0)
-    client = MlflowClient(broken.describe()["uri"])
+    client = client_of(broken)
     (run,) = runs_of(client)
     assert run.info.status == "KILLED"
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 600

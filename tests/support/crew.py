@@ -1,8 +1,8 @@
 """Real workers in real processes, driven without Ray: each behind a pipe, and a rendezvous store in the test.
 
-    with Crew(job, store_dir, run_dir, size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
-        crew.rescale(crew.ids[:3])
+with Crew(job, store_dir, run_dir, size=3) as crew:
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.rescale(crew.ids[:3])
 """
 
 import multiprocessing

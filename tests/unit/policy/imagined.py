@@ -39,7 +39,9 @@ def limits_of(**changes: object) -> RunLimits:
     return RunLimits(**(defaults | changes))  # type: ignore[arg-type]
 
 
-def record(step: int, generation: int = 0, vote_time: float = 0.0, step_s: float = 1.0, **changes: object) -> StepRecord:
+def record(
+    step: int, generation: int = 0, vote_time: float = 0.0, step_s: float = 1.0, **changes: object
+) -> StepRecord:
     plain = StepRecord(
         step=step,
         generation=generation,
@@ -179,7 +181,7 @@ class Life:
     def _move(self, worker: str) -> None:
         """What a worker does behind a fence, or for the first generation."""
         order, report = self.directive, self.reports[worker]
-        if order.next is None or worker not in order.next.world and order.current is None:
+        if order.next is None or (worker not in order.next.world and order.current is None):
             return
         generation = order.next.generation
         joins = worker in order.next.world and (order.current is None or self._fenced())

@@ -216,6 +216,37 @@ def test_a_leaver_that_waits_does_not_keep_a_failed_move_from_being_mended() -> 
     assert life.state.next.source is not None and life.state.next.source.generation == 0
 
 
+def test_a_newcomer_of_the_mended_generation_may_be_lost_too() -> None:
+    life = Life(limits_of(steps=60, standby=1))
+    life.run_until(lambda: life.step == 8)
+    life.scale(3)
+    life.frozen = {"w0"}
+    life.run_until(lambda: life.seen().phase("w3") is Phase.STANDBY)
+    life.frozen = set()
+    for generation in (1, 2):
+        life.run_until(lambda g=generation: life.state.next is not None and life.state.next.generation == g)
+        life.run_until(lambda: life.reports["w0"].phase is not Phase.TRAINING)
+        assert life.state.next is not None and life.state.next.world.size == 3
+        life.kill(life.state.next.world.members[-1])
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED and len(life.done_by) == 60
+
+
+def test_a_world_that_can_not_be_rebuilt_fails_the_run() -> None:
+    life = Life(limits_of(steps=60))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.run_until(lambda: life.reports["w0"].phase is Phase.MOVING)
+    life.frozen = {"w0", "w1", "w2"}
+    for _ in range(6):
+        assert life.state.next is not None
+        for worker in ("w0", "w1"):
+            life.say(worker, phase=Phase.STRANDED, failed_generation=life.state.next.generation)
+        life.tick()
+    life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=2)
+    assert "6 moves in a row failed; w0, w1 could not reach generation 6" in life.state.why
+
+
 def test_a_lost_member_fails_the_run_with_its_name() -> None:
     life = Life(limits_of())
     life.run_until(lambda: life.step == 4)

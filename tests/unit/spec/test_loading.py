@@ -199,6 +199,11 @@ def test_an_alias_in_a_list_is_one_problem() -> None:
     assert problem.path == "workers.schedule.0"
 
 
+def test_a_section_that_stands_twice_in_two_shapes() -> None:
+    found = problems_of(f"{HEAD}train: {{steps: yes}}\ntrain: 5\n")
+    assert [(problem.line, problem.path) for problem in found] == [(3, "train.steps"), (4, "train")]
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"can't be read: No such file.*Nothing was started"):
         load_job(tmp_path / "none.yaml")

@@ -1,0 +1,30 @@
+"""`validate` and `schema`: job files without a cluster."""
+
+import typer
+
+from orchestrator.cli.options import JobFile
+from orchestrator.cli.output import say, show_json
+
+
+def validate(job: JobFile) -> None:
+    """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing."""
+    from orchestrator.spec.loading import load_job
+
+    spec = load_job(job)
+    workers = spec.workers
+    say(
+        f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {workers.initial} workers at first "
+        f"({workers.min} to {workers.max}), {spec.model.num_experts} experts"
+    )
+
+
+def schema() -> None:
+    """Print the JSON Schema of job files, with every key, its default and its meaning."""
+    from orchestrator.spec.job import JobSpec
+
+    show_json(JobSpec.model_json_schema(by_alias=True))
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Job files")(validate)
+    app.command(rich_help_panel="Job files")(schema)

@@ -1,0 +1,61 @@
+"""The live progress of a run on stderr: one line that is rewritten on a terminal, a line every few seconds elsewhere.
+
+What is worth keeping (a rescale and its stall, a new phase without a terminal) gets a line of its own.
+"""
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+from orchestrator.cli.wording import progress, rescale
+from orchestrator.protocol.status import RunPhase, RunStatus
+
+LINE_EVERY_S = 5.0
+ERASE_LINE = "\r\x1b[2K"
+
+
+class LiveProgress:
+    """Give it every status of the run, in order, and `close` it at the end.
+
+    Args:
+        stream: where to write; a terminal is told by `isatty`.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._refreshes = self._stream.isatty()
+        self._told_rescales = 0
+        self._phase: RunPhase | None = None
+        self._line = ""
+        self._written_s = 0.0
+
+    def show(self, status: RunStatus) -> None:
+        for change in status.rescales[self._told_rescales :]:
+            if change.stall_s is None and not status.phase.ended:
+                break  # told when it has been measured
+            self._told_rescales += 1
+            self._keep(f"{status.run_id} rescaled {rescale(change)}")
+        line = progress(status)
+        if self._refreshes:
+            width = shutil.get_terminal_size().columns - 1
+            self._write(f"{ERASE_LINE}{line[:width]}")
+        elif line != self._line and (status.phase != self._phase or self._is_due()):
+            self._write(line + "\n")
+            self._written_s = time.monotonic()
+        self._line, self._phase = line, status.phase
+
+    def close(self) -> None:
+        """Leave the terminal's line to others."""
+        if self._refreshes and self._line:
+            self._write(ERASE_LINE)
+
+    def _keep(self, line: str) -> None:
+        self._write(f"{ERASE_LINE if self._refreshes else ''}{line}\n")
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written_s >= LINE_EVERY_S
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()

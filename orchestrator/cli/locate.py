@@ -1,0 +1,47 @@
+"""Where a run can be read: in the cluster while that is up, in run storage at any time."""
+
+from pathlib import Path
+
+from orchestrator.client import OrchestratorClient
+from orchestrator.control.run_files import RunFiles
+from orchestrator.errors import ClusterUnreachable, NotFound
+from orchestrator.protocol.status import RunStatus
+
+DEFAULT_STORAGE = Path("runs")
+
+
+class FoundRun:
+    """A run's files, and its cluster if there is one."""
+
+    def __init__(self, run_id: str, files: RunFiles, client: OrchestratorClient | None) -> None:
+        self.run_id, self.files, self._client = run_id, files, client
+
+    def status(self) -> RunStatus:
+        """Raises NotFound if there is no cluster and the run hasn't ended."""
+        return self._client.status(self.run_id) if self._client else self.files.status()
+
+    def is_over(self) -> bool:
+        """Whether nothing more will be written, as far as is known: without a cluster nobody writes."""
+        return self._client is None or self._client.status(self.run_id).phase.ended
+
+
+def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun:
+    """The run in the named storage; else in the cluster; else, if there is no cluster, in ./runs.
+
+    Raises:
+        NotFound: there is no such run.
+        ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
+    """
+    if storage is not None:
+        return FoundRun(run_id, RunFiles(storage / run_id), None)
+    try:
+        client = OrchestratorClient(address)
+    except ClusterUnreachable:
+        if address is not None:
+            raise
+        try:
+            return FoundRun(run_id, RunFiles(DEFAULT_STORAGE.absolute() / run_id), None)
+        except NotFound:
+            pass
+        raise
+    return FoundRun(run_id, RunFiles(Path(client.status(run_id).run_dir)), client)

@@ -1,0 +1,49 @@
+"""The command `orchestrator`: every verb, and how errors become exit codes.
+
+0 ok; 2 bad usage or job file; 69 no cluster; 70 a bug; 77 not allowed; 100 the run failed; 101 it hasn't finished;
+102 no such run; 103 it was cancelled. Ray and all that is slow is imported by the commands that need it.
+"""
+
+import os
+import sys
+import traceback
+
+import typer
+
+from orchestrator.cli import cluster, job_files, records, run, runs
+from orchestrator.cli.output import show_error
+from orchestrator.errors import OrchestratorError
+
+INTERNAL_ERROR = 70
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Elastic training of mixture-of-experts language models on Ray: change the number of workers at any step.",
+    epilog="A first run on this machine: orchestrator run jobs/quickstart.yaml",
+)
+run.register(app)
+runs.register(app)
+records.register(app)
+job_files.register(app)
+app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
+
+
+def main() -> None:
+    """Run the command line; ends the process with the exit code."""
+    try:
+        app()
+    except OrchestratorError as error:
+        show_error(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(INTERNAL_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.output import Format
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.", show_default=False)]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="HOST:PORT",
+        envvar="RAY_ADDRESS",
+        help="Head of the Ray cluster. Default: the local one of `orchestrator cluster up`.",
+    ),
+]
+Storage = Annotated[
+    Path | None,
+    typer.Option(
+        "--storage",
+        metavar="DIR",
+        help="Read the run from this run storage; needs no cluster. Default: ask the cluster, or without one, ./runs.",
+    ),
+]
+Output = Annotated[Format, typer.Option("-o", "--output", help="How to write it.")]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout", min=0, metavar="SECONDS", help="How long to wait for room in the cluster before giving up."
+    ),
+]

@@ -1,0 +1,56 @@
+"""How commands speak: data on stdout, plain and greppable, or as JSON; narration and errors on stderr."""
+
+import json
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from orchestrator.errors import OrchestratorError
+
+
+class Format(StrEnum):
+    """How data is written to stdout."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+@cache
+def stderr() -> Console:
+    """The console for narration. Rich leaves colours out where NO_COLOR is set or nobody looks."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """Tell the user what happens."""
+    stderr().print(escape(text))
+
+
+def show(text: str) -> None:
+    """Write data."""
+    sys.stdout.write(text + "\n")
+
+
+def show_json(value: Any) -> None:
+    show(json.dumps(value, indent=2))
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Left-aligned columns, as wide as they need to be, whatever the terminal's width."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_error(error: OrchestratorError) -> None:
+    """The message, then what to do, then what stayed as it was."""
+    console = stderr()
+    console.print(f"[bold red]error:[/] {escape(error.message)}")
+    for line in (error.remedy, error.unchanged):
+        if line:
+            console.print(escape(line))

@@ -1,0 +1,60 @@
+"""`logs`, `events`, `audit`: what a run has written down."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import Address, Output, RunId, Storage
+from orchestrator.cli.output import Format, show, show_json
+from orchestrator.cli.wording import event as event_line
+
+
+def logs(
+    run: RunId,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+    storage: Storage = None,
+    address: Address = None,
+) -> None:
+    """Print the log lines of a run's controller and workers, merged by time."""
+    from orchestrator.cli.locate import find_run
+
+    found = find_run(run, storage, address)
+    try:
+        for line in found.files.logs(found.is_over if follow else None):
+            show(f"{line.stamp}  {line.source:<12}  {line.text}")
+    except KeyboardInterrupt:
+        raise typer.Exit from None  # how one stops following
+
+
+def events(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
+    """Print what happened to a run: generations, rescales, checkpoints, losses of workers, its end."""
+    from orchestrator.cli.locate import find_run
+
+    found = find_run(run, storage, address).files.events()
+    if output is Format.JSON:
+        show_json(found)
+        return
+    for event in found:
+        show(event_line(event))
+
+
+def audit(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
+    """Prove from a run's ledger that each sample was used exactly once, in order. Exits 100 if not."""
+    from orchestrator.cli.locate import find_run
+
+    result = find_run(run, storage, address).files.audit()
+    if output is Format.JSON:
+        show_json(asdict(result))
+    else:
+        for problem in result.problems:
+            show(problem)
+        verdict = "each exactly once, in order" if result.ok else f"{len(result.problems)} problems"
+        show(f"{result.steps} committed steps consumed {result.positions} sample positions: {verdict}")
+    if not result.ok:
+        raise typer.Exit(100)
+
+
+def register(app: typer.Typer) -> None:
+    for command in (logs, events, audit):
+        app.command(rich_help_panel="Records")(command)

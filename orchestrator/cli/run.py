@@ -1,0 +1,97 @@
+"""`run`: a job in the foreground, with a cluster of its own if there is none."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import Address, JobFile, Timeout
+from orchestrator.cli.output import say, show
+from orchestrator.spec.job import JobSpec
+
+
+def run(
+    job: JobFile,
+    timeout: Timeout = 0.0,
+    local: Annotated[bool, typer.Option("--local", help="On this machine, whatever RAY_ADDRESS says.")] = False,
+    keep_cluster: Annotated[
+        bool, typer.Option("--keep-cluster", help="Leave the local cluster up that this command started.")
+    ] = False,
+    address: Address = None,
+) -> None:
+    """Run a job and watch it to its end.
+
+    Without a cluster, one is started on this machine, and ended afterwards. Ctrl-C detaches: the run goes on.
+    """
+    from orchestrator.cli.live import LiveProgress
+    from orchestrator.cli.summary import aligned, summary
+    from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
+
+    spec = check_job(job)  # before any cluster is looked for, or started
+    with _cluster(spec, None if local else address, keep_cluster) as place:
+        client = OrchestratorClient(place.address)
+        run_id = client.submit(job, timeout_s=timeout)
+        say(f"Run {run_id} is submitted, its files are in {client.status(run_id).run_dir}. Ctrl-C detaches.")
+        live = LiveProgress()
+        try:
+            status = client.wait(run_id, on_status=live.show)
+        except KeyboardInterrupt:
+            live.close()
+            place.keep = True
+            say(_detached(run_id))
+            raise typer.Exit(101) from None
+        live.close()
+    show(aligned(summary(status)))
+    raise_unless_succeeded(status)
+
+
+class _Place:
+    """Where the run is. `keep` leaves a cluster up that was started for it."""
+
+    def __init__(self, address: str, keep: bool) -> None:
+        self.address, self.keep = address, keep
+
+
+@contextmanager
+def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]:
+    """The cluster that is named, or the local one, started if need be and then ended again."""
+    if address is not None:
+        yield _Place(address, keep=True)
+        return
+    from orchestrator.cli.cluster import active_runs, default_cpus
+    from orchestrator.control import local_cluster
+    from orchestrator.control.connection import disconnect
+
+    started = local_cluster.up(max(default_cpus(), logical_cpus(spec)))
+    place = _Place(started.record.address, keep or not started.fresh)
+    if started.fresh:
+        say(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
+    try:
+        yield place
+    finally:
+        others = [] if place.keep else active_runs(place.address)
+        disconnect()
+        if others:
+            say(f"The local cluster stays up for {', '.join(others)}.")
+        elif not place.keep:
+            local_cluster.down()
+            say("Stopped the Ray that was started.")
+
+
+def logical_cpus(spec: JobSpec) -> int:
+    """What all workers that the job may have at once reserve, standbys included, and what a rescale needs beyond."""
+    return math.ceil(spec.resources.cpus * (spec.workers.max + max(1, spec.workers.standby)))
+
+
+def _detached(run_id: str) -> str:
+    return (
+        f"Detached; run {run_id} goes on. `orchestrator status {run_id}` shows where it is, "
+        f"`orchestrator logs {run_id} -f` follows it, `orchestrator cancel {run_id}` ends it; "
+        "`orchestrator cluster down` stops Ray afterwards."
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Runs")(run)

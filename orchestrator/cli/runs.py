@@ -1,0 +1,75 @@
+"""`submit`, `list`, `status`, `scale`, `cancel`: steering runs."""
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import Address, JobFile, Output, RunId, Storage, Timeout
+from orchestrator.cli.output import Format, say, show, show_json, show_table
+from orchestrator.cli.wording import NONE, moment, number
+
+
+def submit(job: JobFile, timeout: Timeout = 0.0, address: Address = None) -> None:
+    """Start a run and return; prints its name."""
+    from orchestrator.client import OrchestratorClient, check_job
+
+    check_job(job)  # before any cluster is looked for
+    run_id = OrchestratorClient(address).submit(job, timeout_s=timeout)
+    say(f"Run {run_id} is submitted. Follow it with `orchestrator logs {run_id} -f`.")
+    show(run_id)
+
+
+def list_runs(address: Address = None, output: Output = Format.TEXT) -> None:
+    """List the cluster's runs, the newest last."""
+    from orchestrator.client import OrchestratorClient
+    from orchestrator.protocol.codec import to_plain
+
+    found = OrchestratorClient(address).list()
+    if output is Format.JSON:
+        show_json([to_plain(status) for status in found])
+        return
+    header = ("RUN", "PHASE", "STEP", "LOSS", "WORKERS", "SUBMITTED")
+    rows = [
+        (s.run_id, s.phase, f"{s.step}/{s.steps}", number(s.loss), str(s.workers_now or NONE), moment(s.submitted_time))
+        for s in found
+    ]
+    show_table(header, rows)
+
+
+def status(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
+    """Show where a run is, or how it ended."""
+    from orchestrator.cli.locate import find_run
+    from orchestrator.cli.summary import aligned, details
+    from orchestrator.protocol.codec import to_plain
+
+    found = find_run(run, storage, address).status()
+    if output is Format.JSON:
+        show_json(to_plain(found))
+    else:
+        show(aligned(details(found)))
+
+
+def scale(
+    run: RunId,
+    workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="How many workers the run shall have.")],
+    address: Address = None,
+) -> None:
+    """Change the number of a run's workers, within its job's min..max. No step is lost."""
+    from orchestrator.client import OrchestratorClient
+
+    OrchestratorClient(address).scale(run, workers)
+    say(f"Run {run} will go on with {workers} workers as soon as they are ready.")
+
+
+def cancel(run: RunId, address: Address = None) -> None:
+    """End a run early. It writes a checkpoint first."""
+    from orchestrator.client import OrchestratorClient
+
+    OrchestratorClient(address).cancel(run)
+    say(f"Run {run} ends after its current step, with a checkpoint.")
+
+
+def register(app: typer.Typer) -> None:
+    for name, command in (("submit", submit), ("list", list_runs), ("status", status), ("scale", scale)):
+        app.command(name, rich_help_panel="Runs")(command)
+    app.command("cancel", rich_help_panel="Runs")(cancel)

@@ -1,0 +1,87 @@
+"""Runs and rescales in words: the texts that several commands share. Pure."""
+
+from datetime import datetime
+from typing import Any
+
+from orchestrator.protocol.status import Rescale, RunStatus
+
+NONE = "-"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def rate(tokens_per_second: float | None) -> str:
+    if tokens_per_second is None:
+        return NONE
+    return f"{tokens_per_second:,.0f} tokens/s"
+
+
+def size(num_bytes: int) -> str:
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    scaled, units = num_bytes / 1000, iter(("kB", "MB", "GB"))
+    unit = next(units)
+    for larger in units:
+        if scaled >= 1000:
+            scaled, unit = scaled / 1000, larger
+    return f"{scaled:.1f} {unit}"
+
+
+def moment(time_s: float | None) -> str:
+    return NONE if time_s is None else datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def progress(status: RunStatus) -> str:
+    """One line that says where the run is."""
+    parts = [f"{status.run_id} {status.phase}", f"step {status.step}/{status.steps}"]
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.validation_loss is not None:
+        parts.append(f"val {status.validation_loss:.3f}")
+    if status.tokens_per_second is not None:
+        parts.append(rate(status.tokens_per_second))
+    if status.workers_now:
+        parts.append(workers(status))
+    elif not status.phase.ended and status.why:
+        parts.append(status.why)
+    return "  ".join(parts)
+
+
+def workers(status: RunStatus) -> str:
+    text = f"{status.workers_now} worker{'' if status.workers_now == 1 else 's'}"
+    if status.workers_wanted not in (0, status.workers_now):
+        text += f" (wanted {status.workers_wanted})"
+    return text + (f" + {status.standbys} standby" if status.standbys else "")
+
+
+def rescale(change: Rescale) -> str:
+    """One line that says what a rescale cost. Its first step is the first of the new world."""
+    stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
+    identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
+    return (
+        f"{change.from_size} -> {change.to_size} workers at step {change.step + 1}: {stall}, "
+        f"{change.steps_lost} steps lost, {size(change.moved_bytes)} moved{identical} ({change.why})"
+    )
+
+
+def event(fields: dict[str, Any]) -> str:
+    """An event of the journal as one line: time, kind, and its other fields."""
+    rest = {key: value for key, value in fields.items() if key not in ("seq", "epoch", "time", "kind")}
+    told = "  ".join(f"{key}={_short(value)}" for key, value in rest.items())
+    return f"{moment(fields['time'])}  {fields['kind']:<18}  {told}".rstrip()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ",".join(map(_short, value)) if isinstance(value, list) else str(value)

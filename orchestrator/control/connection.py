@@ -1,0 +1,90 @@
+"""Connecting this process to a cluster: quickly, or with an error that says what to do."""
+
+import logging
+import os
+import socket
+import sys
+
+from orchestrator.control import local_cluster
+from orchestrator.errors import ClusterUnreachable, NotAllowed, UsageError
+
+NAMESPACE = "orchestrator"
+PROBE_TIMEOUT_S = 2.0
+START_ONE = "Start one with `orchestrator cluster up`, or name yours: --address HOST:PORT, or RAY_ADDRESS."
+
+
+def connect(address: str | None = None) -> str:
+    """Connect Ray to the cluster at `address`, else at RAY_ADDRESS, else to the local one. Returns its address.
+
+    A process that is connected already stays connected where it is.
+
+    Raises:
+        UsageError: the address is none.
+        ClusterUnreachable: nobody answers there, or there is no cluster.
+        NotAllowed: the cluster refused our token.
+    """
+    if "ray" in sys.modules and _connected_to() is not None:
+        return str(_connected_to())
+    record = local_cluster.status()
+    wanted = address or os.environ.get("RAY_ADDRESS") or (record.address if record is not None else None)
+    if wanted is None:
+        raise ClusterUnreachable("there is no cluster on this machine, and none was named", remedy=START_ONE)
+    _probe(wanted)
+    if record is not None and wanted == record.address:
+        os.environ.update(local_cluster.environment(record))
+    _join(wanted)
+    return wanted
+
+
+def disconnect() -> None:
+    """Leave the cluster; whatever is detached there goes on."""
+    if "ray" in sys.modules:
+        import ray
+
+        ray.shutdown()
+
+
+def _connected_to() -> str | None:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
+
+
+def _probe(address: str) -> None:
+    """Ray itself would try for minutes; a listener that isn't there is known at once."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise UsageError(
+            f"cluster address {address} is not HOST:PORT of a Ray head", remedy="Name it like 10.0.0.5:6379."
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise ClusterUnreachable(
+            f"no cluster answers at {address}: {error.strerror or error}", remedy=START_ONE
+        ) from None
+
+
+def _join(address: str) -> None:
+    import ray
+    from ray._private import ray_constants
+    from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    # Whoever imported Ray before us made it read the environment of then.
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1") not in (
+        "0",
+        "false",
+    )
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        GcsClient(address=address)  # says at once what ray.init says after 20 tries
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError:
+        raise NotAllowed(
+            f"the cluster at {address} refused this process: its token is missing or another one",
+            remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
+        ) from None
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterUnreachable(f"no cluster answers at {address}: {error}", remedy=START_ONE) from error

@@ -1,0 +1,180 @@
+"""A run's workers as its controller handles them: started, asked, told and let go, all without waiting.
+
+Every call's answer comes into the controller's inbox as an `Answer`. A worker is asked by a long poll that is always
+under way, so its death is known as soon as Ray knows it: the poll ends with an error.
+"""
+
+import logging
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import ray
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+
+from orchestrator.control.calls import end_of, own_error
+from orchestrator.control.host import Handle, Seat, find, names_of, start_host
+from orchestrator.errors import OrchestratorError
+from orchestrator.protocol.messages import Directive, Report, WorkerJob
+from orchestrator.spec.job import JobSpec
+
+log = logging.getLogger("orchestrator.control")
+
+POLL_S = 2.0  # how long a worker may wait for news before it answers
+POLL_PAUSE_S = 0.1  # between an answer and the next question, unless a rescale waits for it
+SILENCE_S = 60.0  # a worker that answered before and lets a poll hang this long is as good as dead
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The end of a call: `of` is a worker id or another name, `method` what was called."""
+
+    of: str
+    method: str
+    future: "Future[Any]"
+
+
+Inbox = SimpleQueue[Answer | None]  # None: look again, something else has changed
+
+
+def post(inbox: Inbox, of: str, method: str, ref: Any) -> None:
+    """Have the result of a Ray call put into the inbox."""
+    ref.future().add_done_callback(lambda future: inbox.put(Answer(of, method, future)))
+
+
+class Crew:
+    """The workers of one run.
+
+    Args:
+        target: dotted name of the worker class.
+        threads: torch threads per worker.
+    """
+
+    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, threads: int, inbox: Inbox) -> None:
+        self._run_id, self._run_dir, self._job = run_id, run_dir, job
+        self._target, self._threads, self._inbox = target, threads, inbox
+        self._handles: dict[str, Handle] = {}
+        self._known: set[str] = set()  # whoever was started, by us or by an earlier controller
+        self._told: dict[str, int] = {}
+        self._warmed: set[str] = set()
+        self._polled_s: dict[str, float] = {}  # polls under way, since when
+        self._rested_s: dict[str, float] = {}  # when the last answer came
+        self.reports: dict[str, Report] = {}
+        self.lost: dict[str, str] = {}
+
+    def adopt(self, crew: tuple[str, ...]) -> None:
+        """Find the workers that an earlier controller started; end those that it did not write down."""
+        for name in names_of(self._run_id):
+            if name.startswith(f"{self._run_id}/worker/"):
+                self._handles[name.rpartition("/")[2]] = find(name)
+        for worker in crew:
+            self._known.add(worker)
+            if self._handles.get(worker) is None:
+                self.lost[worker] = "it was gone when the run's controller came back"
+        self.reconcile(crew)
+
+    def reconcile(self, crew: tuple[str, ...]) -> None:
+        """Start who is missing, end who is not wanted."""
+        for worker in [w for w in self._handles if w not in crew]:
+            self._dismiss(worker)
+        for worker in crew:
+            if worker not in self._known:
+                self._start(worker)
+
+    def warm(self, job: WorkerJob) -> None:
+        """Have every worker that hasn't begun become a standby."""
+        for worker in self._handles.keys() - self._warmed:
+            self._warmed.add(worker)
+            self._call(worker, "warm", job)
+
+    def tell(self, directive: Directive) -> None:
+        """Send the directive to whoever hasn't got it yet."""
+        for worker in self._handles:
+            if self._told.get(worker, -1) < directive.seq:
+                self._told[worker] = directive.seq
+                self._call(worker, "direct", directive)
+
+    def poll(self, now_s: float, eager: bool) -> None:
+        """Ask everybody for news who isn't being asked; give up who has been silent for too long."""
+        for worker in list(self._handles):
+            if worker not in self._polled_s:
+                if eager or now_s - self._rested_s.get(worker, 0.0) >= POLL_PAUSE_S:
+                    version = self.reports[worker].version if worker in self.reports else -1
+                    self._polled_s[worker] = now_s
+                    self._call(worker, "report", None, version, POLL_S)
+            elif worker in self.reports and now_s - self._polled_s[worker] > POLL_S + SILENCE_S:
+                self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")
+
+    def ask_records(self, worker: str, after_step: int) -> bool:
+        """Ask for the finished steps after this one; they come as an answer of `Crew.RECORDS`."""
+        if worker not in self._handles:
+            return False
+        ref = self._handles[worker].call.remote("report", after_step, -1, 0.0)
+        post(self._inbox, worker, Crew.RECORDS, ref)
+        return True
+
+    RECORDS = "records"
+
+    def take(self, answer: Answer) -> Report | None:
+        """Note what a worker said, or that it can't say anything any more."""
+        worker = answer.of
+        if answer.method == "report":
+            self._polled_s.pop(worker, None)
+            self._rested_s[worker] = time.monotonic()
+        if worker not in self._handles:
+            return None  # let go meanwhile
+        error = answer.future.exception()
+        if error is not None:
+            ours = own_error(error, "")
+            self._lose(worker, str(ours) if isinstance(ours, OrchestratorError) else end_of(error))
+            return None
+        report: Report = answer.future.result()
+        known = self.reports.get(worker)
+        if known is None or report.version > known.version:
+            self.reports[worker] = report
+        return report
+
+    def _start(self, worker: str) -> None:
+        resources = self._job.resources
+        bundle = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
+        name = f"{self._run_id}/worker/{worker}"
+        group = placement_group([{k: v for k, v in bundle.items() if v}], name=name, lifetime="detached")
+        env = dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
+        if not resources.gpus:
+            env["DS_ACCELERATOR"] = "cpu"
+        seat = Seat(
+            cpus=resources.cpus,
+            gpus=resources.gpus,
+            memory_bytes=resources.memory_bytes or 0,
+            group=group,
+            env=env,
+            log_file=self._run_dir / "logs" / f"{worker}.log",
+        )
+        self._known.add(worker)
+        self._handles[worker] = start_host(name, self._target, (worker,), seat)
+
+    def _call(self, worker: str, method: str, *args: Any) -> None:
+        post(self._inbox, worker, method, self._handles[worker].call.remote(method, *args))
+
+    def _lose(self, worker: str, why: str) -> None:
+        self.lost[worker] = why
+        self._dismiss(worker)
+
+    def _dismiss(self, worker: str) -> None:
+        """End a worker's process, whatever it is doing, and free what it had reserved."""
+        handle = self._handles.pop(worker)
+        self.reports.pop(worker, None)
+        ray.kill(handle, no_restart=True)
+        remove_group(f"{self._run_id}/worker/{worker}")
+
+
+def remove_group(name: str) -> None:
+    """Remove the placement group of this name, if there is one."""
+    try:
+        group = get_placement_group(name)
+    except ValueError:
+        return
+    remove_placement_group(group)

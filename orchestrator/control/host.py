@@ -1,0 +1,110 @@
+"""A torch-free Ray actor that holds an object of any class in a process of its own.
+
+Who starts it names the class by a dotted string, so control never imports torch: the host imports it where it runs.
+Calls run in threads, so one that waits never blocks another.
+"""
+
+import importlib
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+NAMESPACE = "orchestrator"
+MAX_CALLS_AT_ONCE = 16
+
+Handle = Any  # a Ray actor handle; Ray's own types don't say what an actor answers
+
+
+class Host:
+    """Makes `target` ("package.module:Class") from `args` and forwards calls to it.
+
+    Args:
+        log_file: where the log lines of `orchestrator` in this process go; None leaves logging alone.
+    """
+
+    def __init__(self, target: str, args: tuple[Any, ...], log_file: str | None) -> None:
+        if log_file is not None:
+            log_to(Path(log_file))
+        module, _, name = target.partition(":")
+        self._object = getattr(importlib.import_module(module), name)(*args)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._object, method)(*args, **kwargs)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def hold(self) -> None:
+        """Never returns: the call's error is how the caller hears of this process's end, within milliseconds."""
+        threading.Event().wait()
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where and how a hosted process runs. `group` reserves its resources; without one it needs none."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    group: PlacementGroup | None = None
+    node_id: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)
+    log_file: Path | None = None
+    max_restarts: int = 0
+
+
+def start_host(name: str, target: str, args: tuple[Any, ...], seat: Seat) -> Handle:
+    """Start a detached host called `name`, or find the one that is there. Returns at once; calls wait for its start."""
+    placed: Any = "DEFAULT"
+    if seat.group is not None:
+        placed = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=0)
+    elif seat.node_id is not None:
+        placed = NodeAffinitySchedulingStrategy(seat.node_id, soft=True)
+    options = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": seat.cpus,
+        "num_gpus": seat.gpus,
+        "memory": seat.memory_bytes,
+        "max_concurrency": MAX_CALLS_AT_ONCE,
+        "max_restarts": seat.max_restarts,
+        "scheduling_strategy": placed,
+        "runtime_env": {"env_vars": dict(seat.env)} if seat.env else None,
+    }
+    log_file = None if seat.log_file is None else str(seat.log_file)
+    return ray.remote(Host).options(**options).remote(target, args, log_file)
+
+
+def find(name: str) -> Handle | None:
+    """The living actor of this name; None if there is none."""
+    try:
+        return ray.get_actor(name, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def names_of(run_id: str) -> list[str]:
+    """Names of all living actors of a run."""
+    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return sorted(name for name in names if name.startswith(f"{run_id}/"))
+
+
+def log_to(path: Path) -> None:
+    """Send the package's log lines to a file, one line per change of state."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logger = logging.getLogger("orchestrator")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,251 @@
+"""A Ray cluster on this machine, for `orchestrator cluster up | status | down` and for `orchestrator run`.
+
+The head is `ray start --head --block` in a session of its own, so it outlives the terminal; it listens on loopback
+only, asks for a token, and keeps its files in a temporary directory of its own. What was started is recorded in
+
+    $ORCHESTRATOR_HOME/clusters/local/    (default ~/.orchestrator)
+      cluster.json   the `ClusterRecord`: address, processes with their start times
+      token          the secret, readable by its owner only
+      head.log       what Ray's processes said while they started
+
+`down` ends the processes of that record and everything in their session, and nothing else: a pid that was given to
+another process since is told by its start time.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from orchestrator.control.processes import Process, describe, end_session, is_running, living_of
+from orchestrator.errors import ClusterUnreachable, OrchestratorError
+from orchestrator.protocol.codec import from_plain, to_plain
+
+START_TIMEOUT_S = 60.0
+TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
+STARTED = "Ray runtime started"
+
+
+@dataclass(frozen=True)
+class ClusterRecord:
+    """The local cluster, as cluster.json keeps it. Times are `time.time()` seconds."""
+
+    address: str
+    num_cpus: int  # logical: may exceed the machine's
+    temp_dir: str
+    token_path: str
+    log_path: str
+    started_time: float
+    head: Process
+    processes: tuple[Process, ...]  # what came up with the head; workers come and go
+
+
+@dataclass(frozen=True)
+class Up:
+    """The cluster that is up now; `fresh` if this call started it."""
+
+    record: ClusterRecord
+    fresh: bool
+
+
+def state_dir() -> Path:
+    """Where the local cluster is recorded; ORCHESTRATOR_HOME moves it."""
+    home = os.environ.get("ORCHESTRATOR_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".orchestrator").absolute() / "clusters" / "local"
+
+
+def up(num_cpus: int) -> Up:
+    """Start a cluster with `num_cpus` logical CPUs, unless one is up already: then that one is left as it is.
+
+    Raises:
+        ClusterUnreachable: Ray did not start; what was begun has been removed again.
+    """
+    directory = state_dir()
+    with _locked(directory):
+        present = _present(directory)
+        if present is not None:
+            return Up(present, fresh=False)
+        return Up(_start(directory, num_cpus), fresh=True)
+
+
+def status() -> ClusterRecord | None:
+    """The cluster that is up; None if there is none. What a crashed one left behind is removed."""
+    directory = state_dir()
+    if not (directory / "cluster.json").exists():
+        return None
+    with _locked(directory):
+        return _present(directory)
+
+
+def down() -> ClusterRecord | None:
+    """End the local cluster with all its processes, workers included; None if none was up.
+
+    Raises:
+        OrchestratorError: a process would not end; the record stays, so that `down` can be tried again.
+    """
+    directory = state_dir()
+    if not (directory / "cluster.json").exists():
+        return None
+    with _locked(directory):
+        record = _present(directory)
+        if record is not None:
+            _end(record)
+            _forget(directory, record)
+        return record
+
+
+def environment(record: ClusterRecord) -> dict[str, str]:
+    """What a process needs in its environment to connect, before it imports Ray."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": record.token_path,
+        "RAY_ADDRESS": record.address,
+        # Else Ray 2.60 takes 127.0.0.1 for this machine's outer address, where the cluster does not listen.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+def _present(directory: Path) -> ClusterRecord | None:
+    """The recorded cluster if its head lives. The lock is held by the caller."""
+    try:
+        record = from_plain(ClusterRecord, json.loads((directory / "cluster.json").read_text()))
+    except FileNotFoundError:
+        return None
+    if is_running(record.head):
+        return record
+    _end(record)  # the head is gone: what still runs of its session serves nobody
+    _forget(directory, record)
+    return None
+
+
+def _start(directory: Path, num_cpus: int) -> ClusterRecord:
+    token_path, log_path = directory / "token", directory / "head.log"
+    _write_secret(token_path)
+    temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))
+    with log_path.open("wb") as log:
+        head = subprocess.Popen(
+            _head_command(temp_dir, num_cpus),
+            env=_head_environment(token_path),
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    started_time = psutil.Process(head.pid).create_time()
+    leader = Process(head.pid, started_time, "ray start")
+    record = ClusterRecord("", num_cpus, str(temp_dir), str(token_path), str(log_path), started_time, leader, (leader,))
+    try:
+        _save(directory, record)  # before it is ready: whatever happens to us, `down` finds it
+        address = _await_address(head, temp_dir, log_path)
+    except BaseException:
+        end_session(record.head, record.processes)
+        _forget(directory, record)
+        raise
+    processes = tuple(describe(process) for process in living_of(leader, (leader,)))
+    record = ClusterRecord(
+        address, num_cpus, str(temp_dir), str(token_path), str(log_path), started_time, leader, processes
+    )
+    _save(directory, record)
+    return record
+
+
+def _head_command(temp_dir: Path, num_cpus: int) -> list[str]:
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": 0,
+        "ray-client-server-port": _free_port(),
+        "dashboard-agent-listen-port": 0,
+        "include-dashboard": "false",
+        "num-cpus": num_cpus,
+        "temp-dir": temp_dir,
+    }
+    ray_cli = [sys.executable, "-m", "ray.scripts.scripts"]
+    return [*ray_cli, "start", "--head", "--block", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def _head_environment(token_path: Path) -> dict[str, str]:
+    """Ours, less what would change how Ray starts; workers inherit it and must import this very package."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    root = str(Path(__file__).parents[2])
+    path = [root, *(entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != root)]
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(path),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback, see `environment`
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "NO_COLOR": "1",
+    }
+
+
+def _await_address(head: "subprocess.Popen[bytes]", temp_dir: Path, log_path: Path) -> str:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and head.poll() is None:
+        if STARTED in log_path.read_text(errors="replace"):
+            return (temp_dir / "ray_current_cluster").read_text().strip()
+        time.sleep(0.05)
+    what = f"ended with code {head.returncode}" if head.returncode is not None else f"took over {START_TIMEOUT_S:.0f} s"
+    said = "\n".join(log_path.read_text(errors="replace").strip().splitlines()[-5:])
+    raise ClusterUnreachable(
+        f"Ray did not start on this machine: it {what}. It said last:\n{said}",
+        remedy="Free memory or disk, or look for the cause in that text, and try again.",
+        unchanged="What was begun has been removed.",
+    )
+
+
+def _end(record: ClusterRecord) -> None:
+    left = end_session(record.head, record.processes)
+    if left:
+        names = ", ".join(f"{process.pid} ({process.name})" for process in left)
+        raise OrchestratorError(
+            f"processes of the local cluster would not end: {names}",
+            remedy="End them yourself, then run `orchestrator cluster down` again.",
+            unchanged="The cluster's record was kept.",
+        )
+
+
+def _save(directory: Path, record: ClusterRecord) -> None:
+    temporary = directory / ".cluster.json"
+    temporary.write_text(json.dumps(to_plain(record), indent=2) + "\n")
+    temporary.replace(directory / "cluster.json")
+
+
+def _forget(directory: Path, record: ClusterRecord) -> None:
+    shutil.rmtree(record.temp_dir, ignore_errors=True)
+    (directory / "token").unlink(missing_ok=True)
+    (directory / "cluster.json").unlink(missing_ok=True)
+
+
+def _write_secret(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(os.urandom(32).hex())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One starts or stops at a time: two `up` at once must not start two clusters."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,108 @@
+"""Processes that we started, told apart from strangers with a reused pid by their start time."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+
+KILL_TIMEOUT_S = 5.0
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of this machine. `created_time` is psutil's, in seconds; with the pid it names one process for good."""
+
+    pid: int
+    created_time: float
+    name: str
+
+
+def describe(process: psutil.Process) -> Process:
+    return Process(process.pid, process.create_time(), process.name())
+
+
+def is_running(recorded: Process) -> bool:
+    """Whether that very process runs; a zombie does not."""
+    return _find(recorded) is not None
+
+
+def living_of(leader: Process, recorded: Iterable[Process]) -> list[psutil.Process]:
+    """What lives of a session that `leader` began: the recorded processes, their descendants, the session's members.
+
+    A leader's pid that was given to another process since names a session of strangers, which is left alone.
+    """
+    roots = [process for process in map(_find, recorded) if process is not None]
+    found = {process.pid: process for process in roots}
+    for root in roots:
+        found |= {child.pid: child for child in _descendants(root)}
+    if not _is_stranger(leader):
+        found |= {process.pid: process for process in _session(leader)}
+    return list(found.values())
+
+
+def end_session(leader: Process, recorded: Iterable[Process]) -> tuple[Process, ...]:
+    """Kill all of it, the leader first, until nothing is left. Returns what would not end.
+
+    Not asked politely: Ray's head answers SIGTERM by draining for 30 s while its actors go on, and restarts actors that
+    end before it does.
+    """
+    known = tuple(recorded)
+    for _ in range(ROUNDS):
+        alive = living_of(leader, known)
+        if not alive:
+            return ()
+        for process in sorted(alive, key=lambda process: process.pid != leader.pid):
+            try:
+                process.kill()  # psutil checks the start time once more
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(alive, timeout=KILL_TIMEOUT_S)
+    return tuple(describe(process) for process in living_of(leader, known))
+
+
+def _find(recorded: Process) -> psutil.Process | None:
+    try:
+        process = psutil.Process(recorded.pid)
+        return process if _same(process, recorded) and _alive(process) else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _is_stranger(recorded: Process) -> bool:
+    """Whether the pid is another process's now. A zombie still is the recorded one."""
+    try:
+        return not _same(psutil.Process(recorded.pid), recorded)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _same(process: psutil.Process, recorded: Process) -> bool:
+    return bool(abs(process.create_time() - recorded.created_time) < 0.05)  # what psutil reads back may be rounded
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [child for child in process.children(recursive=True) if _alive(child)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _session(leader: Process) -> list[psutil.Process]:
+    """Members of the leader's session, also those whose parents are gone."""
+    return [process for process in psutil.process_iter() if _session_id(process.pid) == leader.pid and _alive(process)]
+
+
+def _session_id(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:  # gone meanwhile, or not ours to ask
+        return None
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

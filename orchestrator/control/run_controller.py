@@ -1,0 +1,270 @@
+"""The controller of one run: it observes, asks `policy.lifecycle`, writes the decision down, and carries it out.
+
+    RunController._live     the whole life, in a thread of its own
+    RunController._turn     one decision
+
+A detached actor that Ray restarts for ever. Whatever it knows is in the journal; whoever it works with has a name.
+So an incarnation that comes after a crash takes a new epoch and goes on, while the workers have gone on training.
+"""
+
+import logging
+import os
+import threading
+import time
+import traceback
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import ray
+
+from orchestrator.control.checkpoints import DIRECTORY, commit_checkpoint
+from orchestrator.control.crew import Answer, Crew, Inbox, remove_group
+from orchestrator.control.facilities import Facilities
+from orchestrator.control.host import find, log_to, names_of
+from orchestrator.control.journal import acquire_epoch, write_atomically
+from orchestrator.control.memory import STATUS_FILE, RunMemory
+from orchestrator.control.parts import Parts
+from orchestrator.control.points import points_of_rescale, points_of_steps
+from orchestrator.control.status import status_of, to_json
+from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, UsageError
+from orchestrator.policy.lifecycle import decide, directive_of
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.run_state import Commit, Note, Observation, ended
+from orchestrator.protocol.messages import Phase, Target, WorkerJob
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.job import JobSpec
+
+log = logging.getLogger("orchestrator.control")
+
+BEAT_S = 0.05  # how often questions that are due get asked
+RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
+GONE_WITHIN_S = 10.0  # the end of a run waits this long for its processes to be gone
+
+
+class RunController:
+    """One run, by name in run storage: `run_dir` holds `job.json`. Methods may be called from any thread."""
+
+    def __init__(self, run_id: str, run_dir: str, parts: Parts) -> None:
+        self._run_id, self._run_dir = run_id, Path(run_dir)
+        log_to(self._run_dir / "logs" / "controller.log")
+        self._job = JobSpec.model_validate_json((self._run_dir / "job.json").read_text())
+        self._limits = RunLimits.of(run_id, self._job)
+        self._inbox = Inbox()
+        self._epoch = acquire_epoch(self._run_dir)
+        self._memory = RunMemory(self._run_dir, self._epoch, self._limits)
+        self._threads = max(1, (os.cpu_count() or 1) // self._limits.initial_workers)
+        self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
+        self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
+        self._committed = self._memory.state.checkpoint_done
+        self._records_s = 0.0  # when records were last asked for; inf while they are
+        self._faults: list[str] = []
+        self._target = self._memory.state.target
+        self._heard = threading.Condition()  # notified after every turn
+        self._status = self._describe()
+        log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
+        threading.Thread(target=self._live, name="run", daemon=True).start()
+
+    # -- what others ask ---------------------------------------------------------------------------------------
+
+    def status(self) -> RunStatus:
+        return self._status
+
+    def limits(self) -> RunLimits:
+        return self._limits
+
+    def scale(self, workers: int, reason: str) -> Target:
+        """Want another size. Returns when the wish is written down, not when it has come true.
+
+        Raises:
+            UsageError: the job doesn't allow this size, or the run is ending.
+        """
+        self._limits.check_size(workers)
+        return self._aim(workers, False, reason)
+
+    def cancel(self, reason: str) -> Target:
+        """Want the run to end, with a checkpoint. Raises UsageError if it is ending already."""
+        return self._aim(self._target.workers, True, reason)
+
+    def _aim(self, workers: int, cancel: bool, reason: str) -> Target:
+        with self._heard:
+            if self._memory.state.outcome is not None or (self._target.cancel and not cancel):
+                raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
+            target = Target(self._target.seq + 1, workers, cancel, reason)
+            self._target = target
+            self._inbox.put(None)
+            if not self._heard.wait_for(lambda: self._memory.state.target.seq >= target.seq, timeout=10.0):
+                raise NotFinished(f"run {self._run_id} has not written the wish down yet", remedy="Look at its status.")
+            return target
+
+    # -- the run's life ----------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        try:
+            self._begin()
+            while self._memory.state.outcome is None:
+                self._listen()
+                self._turn()
+        except EpochSuperseded as error:
+            log.error("run %s: %s", self._run_id, error)
+            return self._exit()
+        except Exception as error:  # whatever it is, the run ends with a name for it and leaves nothing behind
+            self._fail(error)
+        self._close()
+        return self._exit()
+
+    def _begin(self) -> None:
+        state = self._memory.state
+        if "submitted" not in self._memory.times:
+            self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers)
+        if state.outcome is None:
+            self._facilities.start(self._memory.data, has_workers=bool(state.crew))
+        self._crew.adopt(state.crew)
+
+    def _listen(self) -> None:
+        """Ask what is due, then take every answer that has come, waiting for the first one a little."""
+        now_s = time.monotonic()
+        self._crew.poll(now_s, eager=self._memory.state.next is not None)
+        self._ask_records(now_s)
+        try:
+            answers = [self._inbox.get(timeout=BEAT_S)]
+        except Empty:
+            return
+        while not self._inbox.empty():
+            answers.append(self._inbox.get())
+        for answer in answers:
+            if answer is not None:
+                self._take(answer)
+
+    def _take(self, answer: Answer) -> None:
+        if answer.of in ("preparation", "rendezvous", "tracker"):
+            return self._facilities.take(answer)
+        if answer.method == Crew.RECORDS:
+            self._records_s = time.monotonic()
+        report = self._crew.take(answer)
+        if report is not None and report.records:
+            before = self._memory.progress
+            fresh = self._memory.absorb(report.records)
+            self._facilities.publish(points_of_steps(before, fresh))
+            self._facilities.look_for_url()
+        return None
+
+    def _ask_records(self, now_s: float) -> None:
+        """Once in a while, and at once when there won't be more steps."""
+        state, watermark = self._memory.state, self._memory.progress.watermark
+        if not state.members or self._records_s == float("inf"):
+            return
+        newest = self._crew.reports.get(state.members[0])
+        is_over = newest is not None and newest.phase is Phase.FINISHED and newest.step > watermark
+        if (is_over or now_s - self._records_s >= RECORDS_EVERY_S) and (newest is None or newest.step > watermark):
+            self._records_s = float("inf") if self._crew.ask_records(state.members[0], watermark) else now_s
+
+    def _turn(self) -> None:
+        """One decision: written down first, then carried out."""
+        if self._facilities.data is not None and self._memory.data is None:
+            self._memory.prepared(self._facilities.data)
+        decision = decide(self._limits, self._memory.state, self._observe())
+        notes = [action for action in decision.actions if isinstance(action, Note)]
+        for event in self._memory.decided(decision.state, notes):
+            self._tell_users(event)
+        for action in decision.actions:
+            if isinstance(action, Commit):
+                self._commit(action)
+        self._crew.reconcile(decision.state.crew)
+        self._warm()
+        self._crew.tell(directive_of(decision.state, self._epoch))
+        with self._heard:
+            self._status = self._describe()
+            self._heard.notify_all()
+
+    def _observe(self) -> Observation:
+        return Observation(
+            epoch=self._epoch,
+            now_s=time.time(),
+            target=self._target,
+            progress=self._memory.progress,
+            reports=dict(self._crew.reports),
+            lost=dict(self._crew.lost),
+            committed=self._committed,
+            faults=(*self._faults, *self._facilities.faults),
+        )
+
+    def _warm(self) -> None:
+        """Workers need to know where the data and the rendezvous store are before they can warm up."""
+        data, address = self._memory.data, self._facilities.address
+        if data is None or address is None:
+            return
+        self._crew.warm(
+            WorkerJob(
+                run_id=self._run_id,
+                job_json=self._job.model_dump_json(by_alias=True),
+                store_dir=data.store_dir,
+                storage_dir=str(self._run_dir),
+                rendezvous_host=address[0],
+                rendezvous_port=address[1],
+                threads=self._threads,
+                vocab_size=data.vocab_size,
+            )
+        )
+
+    def _commit(self, action: Commit) -> None:
+        try:
+            path = commit_checkpoint(self._run_id, self._run_dir, self._epoch, action)
+        except (OrchestratorError, OSError) as error:
+            if isinstance(error, EpochSuperseded):
+                raise
+            self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
+            return
+        self._committed = action.step
+        self._memory.note("checkpoint", step=action.step, path=str(path))
+        log.info("run %s: checkpoint of step %d", self._run_id, action.step)
+        self._inbox.put(None)
+
+    def _tell_users(self, event: dict[str, Any]) -> None:
+        log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in ("seq", "epoch", "time")})
+        self._facilities.publish_event(event)
+        if event["kind"] == "rescaled":
+            rescale = next(r for r in self._memory.state.rescales if r.generation == event["generation"])
+            self._facilities.publish(points_of_rescale(rescale, event["time"]))
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _fail(self, error: Exception) -> None:
+        log.exception("run %s: its controller failed", self._run_id)
+        self._memory.note("error", traceback="".join(traceback.format_exception(error)))
+        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}")
+        self._memory.decided(over.state, [note for note in over.actions if isinstance(note, Note)])
+
+    def _close(self) -> None:
+        """End and remove everything of the run, then leave its last status in run storage."""
+        state = self._memory.state
+        self._crew.reconcile(())
+        for number in range(state.num_spawned):  # also those of an earlier controller
+            remove_group(f"{self._run_id}/worker/w{number}")
+        self._facilities.close(str(state.outcome), state.why)
+        deadline_s = time.monotonic() + GONE_WITHIN_S
+        mine = f"{self._run_id}/controller"
+        while (rest := [n for n in names_of(self._run_id) if n != mine]) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        if rest:
+            log.error("run %s: %s are still there", self._run_id, rest)
+        write_atomically(self._run_dir / STATUS_FILE, to_json(self._describe(closed=True)))
+        self._status = self._describe(closed=True)
+        log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
+
+    def _exit(self) -> None:
+        """Leave for good: Ray restarts an actor that just exits."""
+        me = find(f"{self._run_id}/controller")
+        if me is not None:
+            ray.kill(me, no_restart=True)
+
+    def _describe(self, closed: bool = False) -> RunStatus:
+        return status_of(
+            self._limits,
+            self._memory,
+            self._observe(),
+            run_dir=self._run_dir,
+            checkpoints=self._run_dir / DIRECTORY,
+            tracking_url=self._facilities.tracking_url,
+            closed=closed,
+        )

@@ -1,0 +1,86 @@
+"""What a run has left in run storage, read without any cluster: status, events, ledger, log lines."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.control.journal import newest_epoch
+from orchestrator.control.memory import read_status, read_steps, user_events
+from orchestrator.errors import NotFound
+from orchestrator.protocol.status import RunStatus
+from orchestrator.sampling.ledger import AuditResult, audit
+
+LOOK_EVERY_S = 0.3
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3}")  # how a log line begins; others continue the one before
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A log line, with those that continue it. `source` is who wrote it: controller, tracker, a worker's id."""
+
+    stamp: str
+    source: str
+    text: str
+
+
+class RunFiles:
+    """A run by its directory in run storage.
+
+    Raises:
+        NotFound: the directory holds no run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        if newest_epoch(run_dir) == 0 and not (run_dir / "job.json").exists():
+            raise NotFound(
+                f"{run_dir} holds no run", remedy="Name the run storage that the job file names: --storage DIR."
+            )
+        self.run_dir = run_dir
+
+    def status(self) -> RunStatus:
+        """How the run ended. Raises NotFound if it hasn't."""
+        return read_status(self.run_dir)
+
+    def events(self, after: int = -1) -> list[dict[str, Any]]:
+        """What happened after the event whose `seq` is `after`."""
+        return user_events(self.run_dir, after)
+
+    def audit(self) -> AuditResult:
+        """Whether every sample position of the committed steps was consumed exactly once, in order."""
+        steps = read_steps(self.run_dir)
+        return audit((record.step, record.first_position, record.num_positions) for record in steps)
+
+    def logs(self, is_over: Callable[[], bool] | None = None) -> Iterator[LogLine]:
+        """The log lines of all processes, merged by time; with `is_over` also those to come, until it says yes.
+
+        Lines that are written while we look are in order within one look.
+        """
+        offsets: dict[Path, int] = {}
+        while True:
+            last_look = is_over is None or is_over()  # asked before reading: what is written before the end is read
+            fresh = [line for path in sorted(self.run_dir.glob("logs/*.log")) for line in _read_on(path, offsets)]
+            yield from sorted(fresh, key=lambda line: line.stamp)
+            if last_look:
+                return
+            time.sleep(LOOK_EVERY_S)
+
+
+def _read_on(path: Path, offsets: dict[Path, int]) -> list[LogLine]:
+    """Whole lines that were added to the file since the last call."""
+    with path.open("rb") as file:
+        file.seek(offsets.get(path, 0))
+        added = file.read()
+    whole = added[: added.rfind(b"\n") + 1]
+    offsets[path] = offsets.get(path, 0) + len(whole)
+    lines: list[LogLine] = []
+    for text in whole.decode(errors="replace").splitlines():
+        stamp = STAMP.match(text)
+        if stamp is None and lines:
+            lines[-1] = LogLine(lines[-1].stamp, path.stem, f"{lines[-1].text}\n{text}")
+        else:
+            body = text[stamp.end() :].lstrip() if stamp else text
+            lines.append(LogLine(stamp.group() if stamp else "", path.stem, body))
+    return lines

@@ -1,0 +1,197 @@
+"""The scheduler: what runs the cluster holds, and the one that users talk to.
+
+It starts a controller per run and hands wishes on to it. It keeps nothing of its own but the place of each run's
+storage, which Ray's store of the cluster holds too; after a restart it finds everybody by name.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+from orchestrator.control.calls import ask
+from orchestrator.control.host import NAMESPACE, Handle, find
+from orchestrator.control.journal import newest_epoch, write_atomically
+from orchestrator.control.memory import read_status, read_steps, user_events
+from orchestrator.control.parts import Parts
+from orchestrator.control.run_controller import RunController
+from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError
+from orchestrator.policy.capacity import places
+from orchestrator.protocol.messages import Target
+from orchestrator.protocol.status import RunStatus
+from orchestrator.spec.job import JobSpec
+
+log = logging.getLogger("orchestrator.control")
+
+NAME = "scheduler"
+KV_NAMESPACE = b"orchestrator-runs"
+SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
+PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time
+MAX_CALLS_AT_ONCE = 32
+
+
+class Scheduler:
+    """One per cluster, named `scheduler`. Every method may be called at any time, from anywhere in the cluster."""
+
+    def __init__(self) -> None:
+        self._submitting = threading.Lock()
+
+    def submit(
+        self, job_json: str, run_id: str, run_dir: str, job_text: str, wait: bool = False, parts: Parts | None = None
+    ) -> str:
+        """Start a run: write its job into run storage and give it a controller.
+
+        Args:
+            job_json: the resolved `JobSpec`.
+            run_dir: the run's directory in run storage, absolute; made here.
+            job_text: the job file as the user wrote it.
+            wait: submit even if the cluster has no room now; the run starts when it has.
+            parts: other classes than the product's, for tests.
+
+        Raises:
+            NameTaken: the cluster or the storage has a run of this name.
+            JobDoesNotFit: the cluster has no room for the first workers.
+        """
+        job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
+        with self._submitting:
+            self._refuse_taken(run_id, directory)
+            if not wait:
+                self._refuse_unfit(job)
+            directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(directory / "job.yaml", job_text)
+            write_atomically(directory / "job.json", job_json)
+            internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
+            _start_controller(run_id, run_dir, parts or Parts())
+        log.info("run %s: submitted, stored in %s", run_id, run_dir)
+        return run_id
+
+    def list(self) -> tuple[RunStatus, ...]:
+        """Every run that the cluster has seen, the newest last. A run whose storage is gone is left out."""
+        found: list[RunStatus] = []
+        for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE):
+            try:
+                found.append(self.status(key.decode()))
+            except (NotFound, ClusterUnreachable) as error:
+                log.warning("run %s: %s", key.decode(), error)
+        return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
+
+    def status(self, run_id: str) -> RunStatus:
+        """The run's status: from its controller, or from run storage if it has ended. Raises NotFound."""
+        directory = self._directory_of(run_id)
+        deadline_s = time.monotonic() + PATIENCE_S
+        while True:
+            handle = find(f"{run_id}/controller")
+            try:
+                return self._answer(handle, "status") if handle else read_status(directory)
+            except (ClusterUnreachable, NotFound):  # it is just ending, or just coming back
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.1)
+
+    def scale(self, run_id: str, workers: int, reason: str = "asked for") -> Target:
+        """Want another number of workers. Raises UsageError out of min..max, or if the run has ended; NotFound."""
+        return self._wish(run_id, "scale", workers, reason)
+
+    def cancel(self, run_id: str, reason: str = "cancelled") -> Target:
+        """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
+        return self._wish(run_id, "cancel", reason)
+
+    def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
+        """What happened to the run after the event with `seq` `after`. Raises NotFound."""
+        return tuple(user_events(self._directory_of(run_id), after))
+
+    def ledger(self, run_id: str) -> tuple[tuple[int, int, int], ...]:
+        """(step, first position, number of positions) of every committed step, in order. Raises NotFound."""
+        steps = read_steps(self._directory_of(run_id))
+        return tuple((record.step, record.first_position, record.num_positions) for record in steps)
+
+    def _wish(self, run_id: str, method: str, *args: Any) -> Target:
+        handle = find(f"{run_id}/controller")
+        if handle is not None:
+            try:
+                target: Target = self._answer(handle, method, *args)
+                return target
+            except ClusterUnreachable:  # it has ended, or it hasn't answered: its status tells
+                pass
+        status = self.status(run_id)
+        if status.phase.ended:
+            raise UsageError(f"run {run_id} has {status.phase}", unchanged="Nothing was changed.")
+        raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
+
+    def _answer(self, handle: Handle, method: str, *args: Any) -> Any:
+        return ask(handle, method, *args, timeout_s=PATIENCE_S)
+
+    def _directory_of(self, run_id: str) -> Path:
+        place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
+        if place is None:
+            raise NotFound(f"this cluster has no run {run_id!r}", remedy="`orchestrator list` shows its runs.")
+        return Path(place.decode())
+
+    def _refuse_taken(self, run_id: str, directory: Path) -> None:
+        remedy = "Choose another name, or move that run's directory away."
+        if find(f"{run_id}/controller") is not None:
+            raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
+        if newest_epoch(directory) > 0 or (directory / "job.json").exists():
+            raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
+
+    def _refuse_unfit(self, job: JobSpec) -> None:
+        request = _request_of(job)
+        deadline_s = time.monotonic() + SETTLE_S
+        while places(free := _free(), request) < job.workers.initial:
+            if time.monotonic() > deadline_s:
+                raise JobDoesNotFit(
+                    f"{job.workers.initial} workers of {_amounts(request)} asked for; the cluster has room for "
+                    f"{places(free, request)}: free are " + "; ".join(_amounts(node) for node in free),
+                    remedy="End a run, ask for less, or wait for room with --timeout.",
+                    unchanged="Nothing was started.",
+                )
+            time.sleep(0.2)
+
+
+def get_or_create_scheduler() -> Handle:
+    """The cluster's scheduler. Ray must be connected."""
+    options = {
+        "name": NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "max_concurrency": MAX_CALLS_AT_ONCE,
+    }
+    return ray.remote(Scheduler).options(**options).remote()
+
+
+def _start_controller(run_id: str, run_dir: str, parts: Parts) -> None:
+    options = {
+        "name": f"{run_id}/controller",
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "max_concurrency": 16,
+    }
+    ray.remote(RunController).options(**options).remote(run_id, run_dir, parts)
+
+
+def _request_of(job: JobSpec) -> Mapping[str, float]:
+    resources = job.resources
+    return {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
+
+
+def _free() -> tuple[Mapping[str, float], ...]:
+    """What is free on each node."""
+    return tuple(ray._private.state.available_resources_per_node().values())  # type: ignore[no-untyped-call]
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    shown = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    if resources.get("memory"):
+        shown.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
+    return ", ".join(shown) or "nothing"

@@ -1,0 +1,60 @@
+"""A run's status, made from what its controller remembers and sees."""
+
+import json
+from pathlib import Path
+
+from orchestrator.checkpoint.read import latest
+from orchestrator.control.memory import RunMemory
+from orchestrator.policy.lifecycle import explain, phase_of
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.moves import warm_standbys
+from orchestrator.policy.progress import tokens_per_second
+from orchestrator.policy.run_state import Observation
+from orchestrator.policy.schedule import wanted_size
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.status import RunPhase, RunStatus
+
+
+def status_of(
+    limits: RunLimits,
+    memory: RunMemory,
+    seen: Observation,
+    *,
+    run_dir: Path,
+    checkpoints: Path,
+    tracking_url: str | None,
+    closed: bool,
+) -> RunStatus:
+    """The status now. Until everything of the run is `closed`, one that has ended is still finishing."""
+    state, progress = memory.state, memory.progress
+    over = state.outcome is not None
+    checkpoint = latest(checkpoints) if state.checkpoint_done >= 0 else None
+    return RunStatus(
+        run_id=limits.run_id,
+        run_dir=str(run_dir),
+        phase=RunPhase.FINISHING if over and not closed else phase_of(state, seen),
+        why=explain(limits, state, seen),
+        step=progress.watermark + 1,
+        steps=limits.steps,
+        workers_wanted=0 if over else wanted_size(limits, state.wish, seen.step + 1),
+        workers_now=0 if over else len(state.members),
+        standbys=0 if over else len(warm_standbys(state, seen)),
+        generation=state.activated,
+        loss=progress.loss,
+        first_loss=progress.first_loss,
+        validation_loss=progress.validation_loss,
+        first_validation_loss=progress.first_validation_loss,
+        tokens_per_second=tokens_per_second(progress),
+        rescales=state.rescales,
+        checkpoint=str(checkpoint) if checkpoint else None,
+        checkpoint_step=state.checkpoint_done if checkpoint else None,
+        tracking_url=tracking_url,
+        error=state.why if state.outcome is RunPhase.FAILED else None,
+        submitted_time=memory.times.get("submitted"),
+        started_time=memory.times.get("activated"),
+        ended_time=memory.times.get("ended"),
+    )
+
+
+def to_json(status: RunStatus) -> str:
+    return json.dumps(to_plain(status), indent=2) + "\n"

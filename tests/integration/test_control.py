@@ -1,0 +1,272 @@
+"""Runs on real Ray with simulated workers: real actors, placement groups, journal and checkpoints, no torch."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.control.calls import ask
+from orchestrator.control.host import find, names_of
+from orchestrator.control.memory import read_status, read_steps
+from orchestrator.control.scheduler import get_or_create_scheduler
+from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, UsageError
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.sampling.ledger import audit
+from orchestrator.spec.job import JobSpec
+from tests.support.simulated_worker import simulated_parts
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 60.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    directory = Path("/tmp") / f"oc{os.getpid()}"  # sockets need a short path
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        _temp_dir=str(directory),
+        namespace="orchestrator",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    yield
+    ray.shutdown()
+
+
+class Cluster:
+    """The scheduler, and runs in one storage."""
+
+    def __init__(self, storage: Path) -> None:
+        self.storage = storage
+        self.scheduler = get_or_create_scheduler()
+
+    def ask(self, method: str, *args: Any) -> Any:
+        return ask(self.scheduler, method, *args, timeout_s=PATIENCE_S)
+
+    def submit(self, name: str, wait: bool = False, **changes: Any) -> str:
+        spec: dict[str, Any] = {
+            "schema": "v1",
+            "name": name,
+            "workers": {"min": 1, "max": 4, "initial": 2, "standby": 0},
+            "resources": {"cpus": 0.5},
+            "model": {"num_experts": 8, "top_k": 2},
+            "train": {"steps": 60, "global_batch_size": 16, "micro_batch_size": 4},
+            "envs": {"SIM_STEP_S": "0.02"},
+        }
+        job = JobSpec.model_validate_json(json.dumps(spec | changes))
+        text = f"name: {name}\n"
+        return str(
+            self.ask(
+                "submit", job.model_dump_json(by_alias=True), name, str(self.storage / name), text, wait, simulated_parts()
+            )
+        )
+
+    def status(self, name: str) -> RunStatus:
+        status: RunStatus = self.ask("status", name)
+        return status
+
+    def until(self, name: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not condition(status := self.status(name)):
+            if status.phase.ended or time.monotonic() > deadline_s:
+                log = (self.storage / name / "logs" / "controller.log").read_text()
+                raise AssertionError(f"never came true: {status}\n{log}")
+            time.sleep(0.05)
+        return status
+
+    def end_of(self, name: str) -> RunStatus:
+        return self.until(name, lambda status: status.phase.ended)
+
+    def kinds(self, name: str) -> list[str]:
+        return [event["kind"] for event in self.ask("events", name)]
+
+    def sizes(self, name: str) -> list[int]:
+        return [record.world_size for record in read_steps(self.storage / name)]
+
+    def pid_of(self, actor: str) -> int:
+        return int(ask(find(actor), "pid"))
+
+    def assert_nothing_left(self, name: str, pids: list[int]) -> None:
+        deadline_s = time.monotonic() + 10.0
+        while names_of(name) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert names_of(name) == []
+        groups = ray.util.placement_group_table().values()
+        assert [g for g in groups if g["name"].startswith(f"{name}/") and g["state"] != "REMOVED"] == []
+        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10.0)
+        assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+
+    def assert_every_step_once(self, name: str, steps: int) -> None:
+        result = audit(self.ask("ledger", name))
+        assert result.ok, result.problems
+        assert result.steps == steps
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
+    on.submit("whole", checkpoint={"every": 20})
+    on.until("whole", lambda s: s.step > 0)
+    pids = [on.pid_of(name) for name in names_of("whole") if not name.endswith("controller")]
+    assert len(pids) == 4  # two workers, rendezvous, tracker
+    status = on.end_of("whole")
+    assert status.phase is RunPhase.SUCCEEDED, status
+    assert (status.step, status.checkpoint_step, status.workers_now) == (60, 59, 0)
+    assert status.loss is not None and status.first_loss is not None and status.loss < status.first_loss
+    assert status.submitted_time < status.started_time < status.ended_time  # type: ignore[operator]
+    on.assert_nothing_left("whole", pids)
+    on.assert_every_step_once("whole", 60)
+    assert read_status(on.storage / "whole") == status
+    with CheckpointReader(Path(str(status.checkpoint))) as checkpoint:
+        checkpoint.verify()
+        assert [float(checkpoint.read(f"master/expert.{e}", 0, 1)[0]) for e in range(8)] == [60.0] * 8
+    published = [json.loads(line) for line in (on.storage / "whole/tracking/published.jsonl").read_text().splitlines()]
+    losses = [line["step"] for line in published if line.get("name") == "train/loss"]
+    assert losses == list(range(60))
+    assert published[-1] == {"epoch": 1, "outcome": "succeeded"}
+    assert {line["artifact"] for line in published if "artifact" in line} == {"job.yaml", "tokenizer.json"}
+    assert "whole" in [s.run_id for s in on.ask("list")]
+
+
+def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
+    schedule = [{"at_step": 40, "workers": 3}, {"at_step": 70, "workers": 1}]
+    on.submit("planned", workers={"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}, train=_steps(100))
+    status = on.end_of("planned")
+    assert status.phase is RunPhase.SUCCEEDED, status
+    sizes = on.sizes("planned")
+    # Never before its step; later only if a busy machine did not get a worker warm in time.
+    assert sizes == sorted(sizes[:70]) + [1] * 30 or sizes.index(3) >= 40
+    assert sizes.index(3) >= 40 and sizes[-1] == 1
+    assert [(r.from_size, r.to_size) for r in status.rescales] == [(2, 3), (3, 1)]
+    assert all(r.state_identical and r.stall_s is not None and r.stall_s < 2.0 for r in status.rescales)
+    on.assert_every_step_once("planned", 100)
+
+
+def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
+    on.submit("wish", train=_steps(400))
+    on.until("wish", lambda s: s.step > 0)
+    with pytest.raises(UsageError, match="9 workers asked for; wish allows 1 to 4"):
+        on.ask("scale", "wish", 9)
+    on.ask("scale", "wish", 4)
+    on.until("wish", lambda s: s.workers_now == 4)
+    on.ask("scale", "wish", 1)
+    on.until("wish", lambda s: s.workers_now == 1)
+    status = on.end_of("wish")
+    assert status.phase is RunPhase.SUCCEEDED, status
+    on.assert_every_step_once("wish", 400)
+    with pytest.raises(UsageError, match="has succeeded"):
+        on.ask("scale", "wish", 2)
+    assert on.kinds("wish").count("rescaled") == 2
+
+
+@pytest.mark.parametrize("moment", ["prepared", "moving"])
+def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> None:
+    name = f"newcomer-{moment}"
+    on.submit(name, train=_steps(300), envs={"SIM_STEP_S": "0.02", "SIM_DIE": f"w2:{moment}"})
+    on.until(name, lambda s: s.step > 0)
+    on.ask("scale", name, 3)
+    on.until(name, lambda s: s.workers_now == 3)
+    status = on.end_of(name)
+    assert status.phase is RunPhase.SUCCEEDED, status
+    assert "move_abandoned" in on.kinds(name)
+    on.assert_every_step_once(name, 300)
+    assert on.sizes(name)[-1] == 3
+
+
+def test_a_killed_member_fails_the_run_by_name(on: Cluster) -> None:
+    on.submit("killed", train=_steps(5000))
+    on.until("killed", lambda s: s.step > 5)
+    pids = [on.pid_of(f"killed/worker/{w}") for w in ("w0", "w1")]
+    os.kill(pids[1], signal.SIGKILL)
+    killed_s = time.monotonic()
+    status = on.end_of("killed")
+    assert time.monotonic() - killed_s < 10.0
+    assert status.phase is RunPhase.FAILED
+    assert status.error is not None and "w1 died" in status.error and "rank 1" in status.error
+    on.assert_nothing_left("killed", pids)
+
+
+def test_cancel_leaves_a_checkpoint(on: Cluster) -> None:
+    on.submit("stopped", train=_steps(5000))
+    on.until("stopped", lambda s: s.step > 5)
+    on.ask("cancel", "stopped")
+    status = on.end_of("stopped")
+    assert status.phase is RunPhase.CANCELLED
+    assert status.checkpoint_step == status.step - 1 and Path(str(status.checkpoint)).is_dir()
+    on.assert_nothing_left("stopped", [])
+    on.assert_every_step_once("stopped", status.step)
+
+
+def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
+    on.submit("phoenix", train=_steps(500))
+    on.until("phoenix", lambda s: s.step > 5)
+    workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
+    (controller,) = _pids_of("RunController")
+    os.kill(controller, signal.SIGKILL)
+    killed_at = on.status("phoenix").step
+    on.until("phoenix", lambda s: s.step > killed_at)
+    assert [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")] == workers
+    on.ask("scale", "phoenix", 3)
+    status = on.end_of("phoenix")
+    assert status.phase is RunPhase.SUCCEEDED, status
+    assert (on.storage / "phoenix/epochs/000002").exists()
+    on.assert_every_step_once("phoenix", 500)
+    on.assert_nothing_left("phoenix", workers)
+
+
+def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
+    on.submit("kept", train=_steps(300))
+    on.until("kept", lambda s: s.step > 0)
+    ray.kill(on.scheduler, no_restart=False)
+    on.scheduler = get_or_create_scheduler()
+    status = on.end_of("kept")
+    assert status.phase is RunPhase.SUCCEEDED, status
+    on.scheduler = get_or_create_scheduler()
+    assert on.status("kept").step == 300
+
+
+def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
+    with pytest.raises(NotFound, match="no run 'nobody'"):
+        on.ask("status", "nobody")
+    with pytest.raises(JobDoesNotFit, match=r"4 workers of 3 CPU asked for; the cluster has room for 2: free are 8 CPU"):
+        on.submit("greedy", workers=4, resources={"cpus": 3})
+    assert not (on.storage / "greedy").exists()
+    on.submit("taken", train=_steps(5000))
+    with pytest.raises(NameTaken, match="taken"):
+        on.submit("taken")
+    on.ask("cancel", "taken")
+    on.end_of("taken")
+    with pytest.raises(NameTaken, match="holds a run taken"):
+        on.submit("taken")
+
+
+def test_an_unplaced_run_waits_and_can_be_cancelled(on: Cluster) -> None:
+    on.submit("waiting", wait=True, workers=4, resources={"cpus": 3})
+    status = on.until("waiting", lambda s: "have no place yet" in s.why)
+    assert status.phase is RunPhase.STARTING
+    on.ask("cancel", "waiting")
+    assert on.end_of("waiting").phase is RunPhase.CANCELLED
+    on.assert_nothing_left("waiting", [])
+
+
+def _steps(steps: int) -> dict[str, Any]:
+    return {"steps": steps, "global_batch_size": 16, "micro_batch_size": 4}
+
+
+def _pids_of(actor_class: str) -> list[int]:
+    return [p.pid for p in psutil.process_iter() if p.cmdline()[:1] == [f"ray::{actor_class}"]]

@@ -1,0 +1,358 @@
+"""A worker without torch that speaks the whole protocol, to run controllers on real Ray in seconds.
+
+Its training state is one counter per expert that grows by one a step. Peers meet through files in run storage, and
+notice each other's death by process id, as gloo does by its sockets. It is told what to do by the job's `envs`:
+
+    SIM_STEP_S   how long a step takes
+    SIM_DIE      WORKER:MOMENT, such as w2:prepared or w2:moving; that worker kills itself there
+"""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from orchestrator.checkpoint.write import ShardPiece, write_shard
+from orchestrator.control.parts import Parts
+from orchestrator.control.preparation import PreparedData
+from orchestrator.elastic.world import union
+from orchestrator.protocol.messages import (
+    Directive,
+    Finish,
+    GenerationPlan,
+    Handover,
+    Phase,
+    Report,
+    StepRecord,
+    WorkerError,
+    WorkerJob,
+)
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.desk import Desk
+
+POLL_S = 0.002
+
+
+class PeerLost(RuntimeError):
+    """A peer's process is gone while we wait for it."""
+
+
+class Withdrawn(RuntimeError):
+    """The plan that we wait for is not wanted any more."""
+
+
+class SimulatedWorker:
+    """Hosted in place of `orchestrator.worker.actor:Worker`."""
+
+    def __init__(self, worker_id: str) -> None:
+        self._me = worker_id
+        self._desk = Desk(worker_id, os.getpid())
+        self._counters: dict[int, int] = {}  # the experts that this worker holds
+        self._holds = False  # a state to hand over
+        self._step = -1
+        self._begun = -1
+
+    # -- the face of a worker ----------------------------------------------------------------------------------
+
+    def warm(self, job: WorkerJob) -> Report:
+        if self._desk.state.phase is Phase.COLD:
+            self._job, self._spec = job, JobSpec.model_validate_json(job.job_json)
+            self._files = Path(job.storage_dir) / "sim"
+            self._say("pids", str(os.getpid()))
+            self._desk.publish(phase=Phase.STANDBY)
+            threading.Thread(target=self._run, daemon=True).start()
+        return self.report(None, -1, 0.0)
+
+    def direct(self, directive: Directive) -> Report:
+        self._desk.put(directive)
+        return self.report(None, -1, 0.0)
+
+    def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
+        return self._desk.report(after_step, known_version, timeout_s)
+
+    def shutdown(self) -> None:
+        os._exit(0)
+
+    # -- its life ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._live()
+        except PeerLost as error:
+            self._desk.publish(phase=Phase.FAILED, error=WorkerError("peer_lost", str(error)))
+        except Exception as error:
+            self._desk.publish(phase=Phase.FAILED, error=WorkerError("internal", repr(error)))
+
+    def _live(self) -> None:
+        while True:
+            plan = self._untried(self._desk.wait(lambda d: self._untried(d) is not None))
+            assert plan is not None
+            self._begun = plan.generation
+            try:
+                self._meet(plan, "prepared", {}, union(plan.source, plan.world))
+                self._desk.publish(prepared=plan.generation)
+                self._die_at("prepared")
+                if self._enter(plan) and not self._train(plan):
+                    return
+            except (PeerLost, Withdrawn):
+                if plan.source is None:
+                    raise
+                phase = Phase.STRANDED if self._holds else Phase.STANDBY
+                self._desk.publish(phase=phase, failed_generation=plan.generation)
+
+    def _train(self, plan: GenerationPlan) -> bool:
+        """Step after step, through all generations that this worker is a member of. False at the end of the run."""
+        while True:
+            self._desk.publish(phase=Phase.TRAINING, generation=plan.generation)
+            following = self._train_to_fence(plan)
+            if following is None:
+                self._save(plan)
+                self._desk.publish(phase=Phase.FINISHED)
+                return False
+            self._begun = following.generation
+            try:
+                if not self._enter(following):
+                    return True
+            except (PeerLost, Withdrawn):
+                self._desk.publish(phase=Phase.STRANDED, failed_generation=following.generation)
+                return True
+            plan = following
+
+    def _train_to_fence(self, plan: GenerationPlan) -> GenerationPlan | None:
+        every = self._spec.checkpoint.every
+        while self._step + 1 < self._spec.train.steps:
+            started = time.time()
+            time.sleep(float(os.environ.get("SIM_STEP_S", "0.02")))
+            order = self._desk.directive
+            following = self._look_ahead(order)
+            ballot = {
+                "fence": -1 if following is None else following.generation,
+                "finish": order.finish is not Finish.NO,
+            }
+            votes = self._meet(plan, f"step-{self._step + 1}", ballot, plan.world.members)
+            self._finish_step(plan, started)
+            if all(vote["finish"] for vote in votes.values()):
+                return None
+            if following is not None and all(vote["fence"] == following.generation for vote in votes.values()):
+                return following
+            if every and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.steps:
+                self._save(plan)
+        return None
+
+    def _look_ahead(self, order: Directive) -> GenerationPlan | None:
+        """Prepare the next generation without waiting; give it if its fence is due after this step."""
+        plan = order.next
+        if plan is None:
+            return None
+        self._say(self._place(plan, "prepared"), "{}")
+        everybody = union(plan.source, plan.world)
+        if any(self._read(self._place(plan, "prepared"), peer) is None for peer in everybody):
+            return None
+        if self._desk.state.prepared < plan.generation:
+            self._desk.publish(prepared=plan.generation)
+        due = order.fence is not None and order.fence.to_generation == plan.generation
+        if not due or (order.fence.at_step is not None and self._step + 1 < order.fence.at_step):
+            return None
+        return plan
+
+    def _finish_step(self, plan: GenerationPlan, started: float) -> None:
+        self._step += 1
+        self._counters = {expert: count + 1 for expert, count in self._counters.items()}
+        rows = self._spec.train.global_batch_size
+        self._desk.record(
+            StepRecord(
+                step=self._step,
+                generation=plan.generation,
+                world_size=plan.world.size,
+                loss=5.0 / (1.0 + 0.05 * self._step),
+                tokens=rows * 100,
+                lr=self._spec.train.lr,
+                grad_norm=1.0,
+                applied=True,
+                max_violation=0.0,
+                first_position=self._step * rows,
+                num_positions=rows,
+                step_s=time.time() - started,
+                vote_time=time.time(),
+                validation_loss=3.0 if (self._step + 1) % 10 == 0 else None,
+            )
+        )
+
+    # -- moves -------------------------------------------------------------------------------------------------
+
+    def _enter(self, plan: GenerationPlan) -> bool:
+        """Move into the generation. True if this worker is a member and the generation was activated."""
+        if plan.source is not None and not self._holds:
+            self._wait(plan, lambda: self._read(self._place(plan, "fence"), plan.source.members[0]) is not None)
+        self._desk.publish(phase=Phase.MOVING)
+        self._die_at("moving")
+        if plan.source is None:
+            self._counters = {e: 0 for e in plan.placement.experts_of(plan.world.rank_of(self._me))}
+        else:
+            self._hand_over(plan)
+        generation = plan.generation
+        handover = Handover(generation, self._step, 0.0, 0.0, 0.0, 0.0, 8, 8, True)
+        self._desk.publish(phase=Phase.READY, generation=generation, handovers=(handover,))
+        order = self._desk.wait(lambda d: d.activated >= generation or self._untried(d) is not None)
+        if order.activated < generation:
+            self._counters = self._old_counters
+            return False
+        self._holds = self._me in plan.world
+        if not self._holds:
+            self._desk.publish(phase=Phase.STANDBY, generation=-1)
+        return self._holds
+
+    def _hand_over(self, plan: GenerationPlan) -> None:
+        assert plan.source is not None
+        self._old_counters = dict(self._counters)
+        mine = {"step": self._step, "counters": self._counters} if self._holds else {}
+        self._say(self._place(plan, "fence"), "{}")
+        told = self._meet(plan, "moved", mine, union(plan.source, plan.world))
+        states = [told[worker] for worker in plan.source.members]
+        assert len({state["step"] for state in states}) == 1, f"members stopped at different steps: {states}"
+        self._step = states[0]["step"]
+        counters = {int(e): count for state in states for e, count in state["counters"].items()}
+        assert set(counters.values()) == {self._step + 1}, f"a counter was lost or counted twice: {counters}"
+        if self._me in plan.world:
+            self._counters = {e: counters[e] for e in plan.placement.experts_of(plan.world.rank_of(self._me))}
+
+    def _untried(self, order: Directive) -> GenerationPlan | None:
+        for plan in (order.next, order.current):
+            if plan and plan.generation > self._begun and self._me in union(plan.source, plan.world):
+                return plan
+        return None
+
+    # -- checkpoints and meetings ------------------------------------------------------------------------------
+
+    def _save(self, plan: GenerationPlan) -> None:
+        """Each expert's counter is a tensor of one element, written by the first of its holders."""
+        rank = plan.world.rank_of(self._me)
+        pieces = [
+            ShardPiece(f"master/expert.{expert}", 0, 1, np.array([count], dtype=np.float32))
+            for expert, count in self._counters.items()
+            if plan.placement.replica_set(expert)[0] == rank
+        ]
+        written = write_shard(
+            Path(self._job.storage_dir) / "checkpoints",
+            pieces,
+            step=self._step,
+            epoch=plan.epoch,
+            generation=plan.generation,
+            rank=rank,
+            meta=json.dumps({"step": self._step}),
+        )
+        self._desk.publish(shards=(*self._desk.state.shards[-3:], written))
+
+    def _meet(
+        self, plan: GenerationPlan, name: str, word: dict[str, Any], members: tuple[str, ...]
+    ) -> dict[str, dict[str, Any]]:
+        """Say `word` and hear everybody's."""
+        place = self._place(plan, name)
+        self._say(place, json.dumps(word))
+        for peer in members:
+            self._wait(plan, lambda peer=peer: self._read(place, peer) is not None, peer)
+        return {peer: json.loads(self._read(place, peer) or "{}") for peer in members}
+
+    def _wait(self, plan: GenerationPlan, done: Callable[[], bool], peer: str | None = None) -> None:
+        while not done():
+            order = self._desk.directive
+            if all(p is None or p.generation != plan.generation for p in (order.next, order.current)):
+                raise Withdrawn(f"generation {plan.generation} is not wanted any more")
+            if peer is not None and not self._lives(peer):
+                raise PeerLost(f"{peer} is gone")
+            time.sleep(POLL_S)
+
+    def _place(self, plan: GenerationPlan, name: str) -> str:
+        return f"{plan.store_prefix.replace('/', '-')}/{name}"
+
+    def _say(self, place: str, word: str) -> None:
+        path = self._files / place / self._me
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{self._me}")
+        temporary.write_text(word)
+        temporary.replace(path)
+
+    def _read(self, place: str, worker: str) -> str | None:
+        try:
+            return (self._files / place / worker).read_text()
+        except FileNotFoundError:
+            return None
+
+    def _lives(self, peer: str) -> bool:
+        pid = self._read("pids", peer)
+        if pid is None:
+            return True  # not warm yet
+        try:
+            return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def _die_at(self, moment: str) -> None:
+        if os.environ.get("SIM_DIE") == f"{self._me}:{moment}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class SimulatedRendezvous:
+    """Simulated workers meet through files; the address is of no use."""
+
+    def __init__(self, host: str) -> None:
+        self._host = host
+
+    def address(self) -> tuple[str, int]:
+        return self._host, 1
+
+
+class SimulatedPreparation:
+    """No corpus is read."""
+
+    def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
+        tokenizer = Path(run_dir) / "tokenizer.json"
+        tokenizer.write_text("{}")
+        return PreparedData(store_dir=data_dir, vocab_size=300, tokenizer=str(tokenizer))
+
+
+class FileTracker:
+    """Takes what `orchestrator.tracking.tracker:Tracker` takes, into `published.jsonl` in its directory."""
+
+    def __init__(self, uri: str, experiment: str, run_id: str, run_name: str, params_json: str, directory: str) -> None:
+        self._path = Path(directory) / "published.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+
+    def publish(self, epoch: int, points: list[Any]) -> None:
+        self._write([{"epoch": epoch, "name": p.name, "value": p.value, "step": p.step} for p in points])
+
+    def event(self, epoch: int, fields: dict[str, Any]) -> None:
+        self._write([{"epoch": epoch, "event": fields["kind"]}])
+
+    def artifact(self, epoch: int, path: str) -> None:
+        self._write([{"epoch": epoch, "artifact": Path(path).name}])
+
+    def finish(self, epoch: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
+        self._write([{"epoch": epoch, "outcome": outcome}])
+        return True
+
+    def describe(self) -> dict[str, Any]:
+        return {"url": f"file://{self._path}"}
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        with self._lock, self._path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def simulated_parts() -> Parts:
+    """What to give `Scheduler.submit` as `parts`."""
+    here = "tests.support.simulated_worker"
+    return Parts(
+        worker=f"{here}:SimulatedWorker",
+        rendezvous=f"{here}:SimulatedRendezvous",
+        tracker=f"{here}:FileTracker",
+        preparation=f"{here}:SimulatedPreparation",
+    )
