@@ -33,7 +33,7 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
         ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
-        return FoundRun(run_id, RunFiles(storage / run_id), None)
+        return FoundRun(run_id, RunFiles(storage.absolute() / run_id), None)
     try:
         client = OrchestratorClient(address)
     except ClusterUnreachable:

@@ -32,7 +32,7 @@ def details(status: RunStatus) -> list[tuple[str, str]]:
     return [
         *summary(status),
         ("state", status.why or NONE),
-        ("workers", workers(status)),
+        ("workers", workers(status) if status.workers_now else NONE),
         ("generation", str(status.generation)),
         ("submitted", moment(status.submitted_time)),
         ("started", moment(status.started_time)),

@@ -1,4 +1,4 @@
-"""A group of peers for moving state: point-to-point sends, small sums, a broadcast of bytes.
+"""A group of peers for moving state: point-to-point sends and small sums.
 
 Apart from the world that trains, since its members differ: a transfer joins the members of two generations. Built
 straight on gloo, so that it can be connected from a background thread while the old world trains. Tensors on a GPU go
@@ -54,20 +54,9 @@ class PeerGroup:
             options.reduceOp = op
             self._group.allreduce([data], options).wait()
 
-    def broadcast(self, payload: bytes | None, source: str) -> bytes:
-        """`payload` of `source`, on every member."""
-        if self._group is None:
-            assert payload is not None
-            return payload
-        options = dist.BroadcastOptions()
-        options.rootRank = self._index[source]
-        size = torch.tensor([len(payload) if payload is not None else 0], dtype=torch.int64)
-        self._group.broadcast([size], options).wait()
-        data = torch.empty(int(size), dtype=torch.uint8)
-        if payload is not None and self.me == source:
-            data.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
-        self._group.broadcast([data], options).wait()
-        return bytes(data.numpy().tobytes())
+    def barrier(self) -> None:
+        """Return once every member has called it. A member that is gone makes it fail at once for all."""
+        self.reduce(torch.zeros(1), dist.ReduceOp.SUM)
 
     def close(self) -> None:
         """Close the connections: peers blocked on this member fail at once instead of waiting for the timeout."""

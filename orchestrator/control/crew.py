@@ -1,7 +1,7 @@
 """A run's workers as its controller handles them: started, asked, told and let go, all without waiting.
 
-Every call's answer comes into the controller's inbox as an `Answer`. A worker is asked by a long poll that is always
-under way, so its death is known as soon as Ray knows it: the poll ends with an error.
+Every call's answer comes into the controller's inbox as an `Answer`. News are asked for by long polls. One call per
+worker never returns, so a death is known as soon as Ray knows it: the call ends with an error.
 """
 
 import logging
@@ -15,16 +15,15 @@ from typing import Any
 import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
-from orchestrator.control.calls import end_of, own_error
+from orchestrator.control.calls import reason_of
 from orchestrator.control.host import Handle, Seat, find, names_of, start_host
-from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.messages import Directive, Report, WorkerJob
 from orchestrator.spec.job import JobSpec
 
 log = logging.getLogger("orchestrator.control")
 
 POLL_S = 2.0  # how long a worker may wait for news before it answers
-POLL_PAUSE_S = 0.1  # between an answer and the next question, unless a rescale waits for it
+POLL_PAUSE_S = 0.25  # between an answer and the next question, unless a rescale waits for it
 SILENCE_S = 60.0  # a worker that answered before and lets a poll hang this long is as good as dead
 
 
@@ -69,7 +68,9 @@ class Crew:
         """Find the workers that an earlier controller started; end those that it did not write down."""
         for name in names_of(self._run_id):
             if name.startswith(f"{self._run_id}/worker/"):
-                self._handles[name.rpartition("/")[2]] = find(name)
+                worker = name.rpartition("/")[2]
+                self._handles[worker] = find(name)
+                self._watch(worker)
         for worker in crew:
             self._known.add(worker)
             if self._handles.get(worker) is None:
@@ -128,8 +129,7 @@ class Crew:
             return None  # let go meanwhile
         error = answer.future.exception()
         if error is not None:
-            ours = own_error(error, "")
-            self._lose(worker, str(ours) if isinstance(ours, OrchestratorError) else end_of(error))
+            self._lose(worker, reason_of(error))
             return None
         report: Report = answer.future.result()
         known = self.reports.get(worker)
@@ -155,6 +155,10 @@ class Crew:
         )
         self._known.add(worker)
         self._handles[worker] = start_host(name, self._target, (worker,), seat)
+        self._watch(worker)
+
+    def _watch(self, worker: str) -> None:
+        post(self._inbox, worker, "hold", self._handles[worker].hold.remote())
 
     def _call(self, worker: str, method: str, *args: Any) -> None:
         post(self._inbox, worker, method, self._handles[worker].call.remote(method, *args))

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.control.calls import ask, end_of, own_error
+from orchestrator.control.calls import ask, reason_of
 from orchestrator.control.crew import Answer, Inbox, post
 from orchestrator.control.host import Handle, Seat, find, start_host
 from orchestrator.control.parts import Parts
@@ -56,7 +56,8 @@ class Facilities:
         uri = self._job.tracking.uri or f"sqlite:///{storage / 'mlflow.db'}"
         params = self._job.model_dump_json(by_alias=True)
         args = (uri, self._job.tracking.experiment, self._run_id, self._run_id, params, str(self._run_dir / "tracking"))
-        self._begin("tracker", self._parts.tracker, args, max_restarts=-1)
+        # One call at once: what was published before `finish` is published. And it may come back as often as it dies.
+        self._begin("tracker", self._parts.tracker, args, max_restarts=-1, calls_at_once=1)
         self._call("tracker", "artifact", self._epoch, str(self._run_dir / "job.yaml"))
 
     def take(self, answer: Answer) -> None:
@@ -65,10 +66,9 @@ class Facilities:
         if error is None:
             self._note(answer)
         elif answer.of == "tracker":
-            log.warning("tracker: %s failed: %s", answer.method, own_error(error, answer.method))
+            log.warning("tracker: %s failed: %s", answer.method, reason_of(error))
         else:
-            ours = own_error(error, answer.method)
-            why = str(ours) if isinstance(ours, OrchestratorError) else end_of(error)
+            why = reason_of(error)
             self.faults.append(why if answer.of == "preparation" else f"the {answer.of} store failed: {why}")
 
     def publish(self, points: Sequence[MetricPoint]) -> None:
@@ -85,7 +85,7 @@ class Facilities:
 
     def close(self, outcome: str, why: str) -> None:
         """Let the tracker finish, then end all of them."""
-        tracker = self._handles.get("tracker")
+        tracker = find(self._name("tracker"))
         if tracker is not None:
             try:
                 ask(tracker, "call", "finish", self._epoch, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
@@ -108,11 +108,11 @@ class Facilities:
         elif answer.method == "describe":
             self.tracking_url = result["url"] or None
 
-    def _begin(self, name: str, target: str, args: tuple[Any, ...], max_restarts: int = 0) -> None:
+    def _begin(self, name: str, target: str, args: tuple[Any, ...], **seat_fields: Any) -> None:
         seat = Seat(
             node_id=ray.get_runtime_context().get_node_id(),
             log_file=self._run_dir / "logs" / f"{name}.log",
-            max_restarts=max_restarts,
+            **seat_fields,
         )
         self._handles[name] = start_host(self._name(name), target, args, seat)
 

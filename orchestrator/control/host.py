@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 NAMESPACE = "orchestrator"
-MAX_CALLS_AT_ONCE = 16
+CALLS_AT_ONCE = 16
 
 Handle = Any  # a Ray actor handle; Ray's own types don't say what an actor answers
 
@@ -49,7 +49,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where and how a hosted process runs. `group` reserves its resources; without one it needs none."""
+    """Where and how a hosted process runs. `group` reserves its resources; without one it needs none.
+
+    With one call at once, calls of one caller are done in the order in which they were made.
+    """
 
     cpus: float = 0.0
     gpus: float = 0.0
@@ -59,6 +62,7 @@ class Seat:
     env: Mapping[str, str] = field(default_factory=dict)
     log_file: Path | None = None
     max_restarts: int = 0
+    calls_at_once: int = CALLS_AT_ONCE
 
 
 def start_host(name: str, target: str, args: tuple[Any, ...], seat: Seat) -> Handle:
@@ -76,7 +80,7 @@ def start_host(name: str, target: str, args: tuple[Any, ...], seat: Seat) -> Han
         "num_cpus": seat.cpus,
         "num_gpus": seat.gpus,
         "memory": seat.memory_bytes,
-        "max_concurrency": MAX_CALLS_AT_ONCE,
+        "max_concurrency": seat.calls_at_once,
         "max_restarts": seat.max_restarts,
         "scheduling_strategy": placed,
         "runtime_env": {"env_vars": dict(seat.env)} if seat.env else None,

@@ -70,8 +70,10 @@ class Journal:
                 f"epoch {self._epoch} may not write to the journal in {self._run_dir}: epoch {newest} does",
                 unchanged="Nothing was written.",
             )
-        stamp = {"epoch": self._epoch, "time": time.time()}
-        numbered = [{"seq": seq, **stamp, **event} for seq, event in enumerate(events, start=self._next_seq)]
+        stamps = ({"seq": self._next_seq + i, "epoch": self._epoch, "time": time.time()} for i in range(len(events)))
+        numbered = [
+            {**stamp, **event, **stamp} for stamp, event in zip(stamps, events, strict=True)
+        ]  # no event forges one
         if numbered:
             name = f"{self._epoch:06d}-{self._next_seq:08d}.json"
             _create(self._run_dir / "journal" / name, json.dumps({"events": numbered}, separators=(",", ":")))

@@ -65,9 +65,10 @@ class RunMemory:
         self._append([{"kind": "prepared", "data": to_plain(data)}])
         self.data = data
 
-    def note(self, kind: str, **fields: Any) -> None:
-        """Write down something that no decision made."""
-        self._append([{"kind": kind, **fields}])
+    def note(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """Write down something that no decision made. Returns it as an event."""
+        (event,) = self._append([{"kind": kind, **fields}])
+        return event
 
     def _append(self, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         written = self._journal.append(events)

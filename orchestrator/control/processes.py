@@ -8,6 +8,7 @@ import psutil
 
 KILL_TIMEOUT_S = 5.0
 ROUNDS = 5
+CLOCK_DRIFT_S = 2.0  # start times are counted from the boot's, which moves when the clock is set
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _is_stranger(recorded: Process) -> bool:
 
 
 def _same(process: psutil.Process, recorded: Process) -> bool:
-    return bool(abs(process.create_time() - recorded.created_time) < 0.05)  # what psutil reads back may be rounded
+    return bool(abs(process.create_time() - recorded.created_time) < CLOCK_DRIFT_S)
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -61,14 +62,22 @@ class RunController:
         self._faults: list[str] = []
         self._target = self._memory.state.target
         self._heard = threading.Condition()  # notified after every turn
-        self._status = self._describe()
+        self._closed = False
         log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
         threading.Thread(target=self._live, name="run", daemon=True).start()
 
     # -- what others ask ---------------------------------------------------------------------------------------
 
     def status(self) -> RunStatus:
-        return self._status
+        return status_of(
+            self._limits,
+            self._memory,
+            self._observe(),
+            run_dir=self._run_dir,
+            checkpoints=self._run_dir / DIRECTORY,
+            tracking_url=self._facilities.tracking_url,
+            closed=self._closed,
+        )
 
     def limits(self) -> RunLimits:
         return self._limits
@@ -101,17 +110,27 @@ class RunController:
 
     def _live(self) -> None:
         try:
-            self._begin()
-            while self._memory.state.outcome is None:
-                self._listen()
-                self._turn()
+            try:
+                self._train()
+            except EpochSuperseded:
+                raise
+            except Exception as error:  # whatever it is, the run ends with a name for it and leaves nothing behind
+                self._fail(error)
+            self._close()
         except EpochSuperseded as error:
             log.error("run %s: %s", self._run_id, error)
-            return self._exit()
-        except Exception as error:  # whatever it is, the run ends with a name for it and leaves nothing behind
-            self._fail(error)
-        self._close()
-        return self._exit()
+        except Exception:
+            log.exception("run %s: its end could not be written down; the next incarnation tries again", self._run_id)
+            os._exit(1)
+        self._exit()
+
+    def _train(self) -> None:
+        self._begin()
+        while self._memory.state.outcome is None:
+            state = self._memory.state
+            waits_for_time = state.symptom_s is not None or state.broken_s is not None
+            if self._listen() or waits_for_time:
+                self._turn()
 
     def _begin(self) -> None:
         state = self._memory.state
@@ -120,21 +139,26 @@ class RunController:
         if state.outcome is None:
             self._facilities.start(self._memory.data, has_workers=bool(state.crew))
         self._crew.adopt(state.crew)
+        self._inbox.put(None)  # the first turn
 
-    def _listen(self) -> None:
-        """Ask what is due, then take every answer that has come, waiting for the first one a little."""
-        now_s = time.monotonic()
-        self._crew.poll(now_s, eager=self._memory.state.next is not None)
-        self._ask_records(now_s)
-        try:
-            answers = [self._inbox.get(timeout=BEAT_S)]
-        except Empty:
-            return
-        while not self._inbox.empty():
-            answers.append(self._inbox.get())
+    def _listen(self) -> bool:
+        """Take every answer that has come, waiting a little for the first, then ask what is due.
+
+        Returns:
+            whether there was anything new.
+        """
+        answers: list[Answer | None] = []
+        with suppress(Empty):
+            answers.append(self._inbox.get(timeout=BEAT_S))
+            while not self._inbox.empty():
+                answers.append(self._inbox.get())
         for answer in answers:
             if answer is not None:
                 self._take(answer)
+        now_s = time.monotonic()
+        self._crew.poll(now_s, eager=self._memory.state.next is not None)
+        self._ask_records(now_s)
+        return bool(answers)
 
     def _take(self, answer: Answer) -> None:
         if answer.of in ("preparation", "rendezvous", "tracker"):
@@ -174,7 +198,6 @@ class RunController:
         self._warm()
         self._crew.tell(directive_of(decision.state, self._epoch))
         with self._heard:
-            self._status = self._describe()
             self._heard.notify_all()
 
     def _observe(self) -> Observation:
@@ -216,8 +239,7 @@ class RunController:
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return
         self._committed = action.step
-        self._memory.note("checkpoint", step=action.step, path=str(path))
-        log.info("run %s: checkpoint of step %d", self._run_id, action.step)
+        self._tell_users(self._memory.note("checkpoint", step=action.step, path=str(path)))
         self._inbox.put(None)
 
     def _tell_users(self, event: dict[str, Any]) -> None:
@@ -248,8 +270,8 @@ class RunController:
             time.sleep(0.02)
         if rest:
             log.error("run %s: %s are still there", self._run_id, rest)
-        write_atomically(self._run_dir / STATUS_FILE, to_json(self._describe(closed=True)))
-        self._status = self._describe(closed=True)
+        self._closed = True
+        write_atomically(self._run_dir / STATUS_FILE, to_json(self.status()))
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 
     def _exit(self) -> None:
@@ -257,14 +279,3 @@ class RunController:
         me = find(f"{self._run_id}/controller")
         if me is not None:
             ray.kill(me, no_restart=True)
-
-    def _describe(self, closed: bool = False) -> RunStatus:
-        return status_of(
-            self._limits,
-            self._memory,
-            self._observe(),
-            run_dir=self._run_dir,
-            checkpoints=self._run_dir / DIRECTORY,
-            tracking_url=self._facilities.tracking_url,
-            closed=closed,
-        )

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from orchestrator.checkpoint.read import latest
+from orchestrator.checkpoint.manifest import step_name
 from orchestrator.control.memory import RunMemory
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.limits import RunLimits
@@ -28,7 +28,7 @@ def status_of(
     """The status now. Until everything of the run is `closed`, one that has ended is still finishing."""
     state, progress = memory.state, memory.progress
     over = state.outcome is not None
-    checkpoint = latest(checkpoints) if state.checkpoint_done >= 0 else None
+    checkpoint = checkpoints / step_name(state.checkpoint_done) if state.checkpoint_done >= 0 else None
     return RunStatus(
         run_id=limits.run_id,
         run_dir=str(run_dir),

@@ -47,6 +47,10 @@ class Engine(Protocol):
         """All state of this rank, as views."""
         ...
 
+    def seeded(self) -> None:
+        """Called after the model's weights were made from the seed: masters become copies of them, moments zero."""
+        ...
+
     def loaded(self, num_updates: int) -> None:
         """Called after somebody wrote into `ranges()`: derived copies are made anew; `num_updates` optimizer steps
         have been applied so far."""

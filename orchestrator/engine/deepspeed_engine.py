@@ -129,13 +129,23 @@ class DeepSpeedEngineAdapter:
     def ranges(self) -> NamedRanges:
         return self._ranges
 
+    @torch.no_grad()
+    def seeded(self) -> None:
+        self._copy_weights_to_masters()
+        for moments in self._zero.optimizer.state.values():
+            moments["exp_avg"].zero_()
+            moments["exp_avg_sq"].zero_()
+
+    @torch.no_grad()
     def loaded(self, num_updates: int) -> None:
-        with torch.no_grad():
-            for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
-                if not self._mixed:  # the fp32 weights are the masters; DeepSpeed keeps its partition as a copy
-                    partitions = self._zero.parallel_partitioned_bit16_groups[index]
-                    master.copy_(partitions[self._partition_rank(index)])
-                self._zero.optimizer.state[master]["step"].fill_(float(num_updates))
+        if not self._mixed:  # the fp32 weights are the masters; DeepSpeed keeps its partition as a copy
+            self._copy_weights_to_masters()
+        for moments in self._zero.optimizer.state.values():
+            moments["step"].fill_(float(num_updates))
+
+    def _copy_weights_to_masters(self) -> None:
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            master.copy_(self._zero.parallel_partitioned_bit16_groups[index][self._partition_rank(index)])
 
     def close(self) -> None:
         self._core.destroy()
@@ -146,12 +156,12 @@ class DeepSpeedEngineAdapter:
         return int(torch.distributed.get_rank(self._zero.real_dp_process_group[group]))
 
     def _make_optimizer_state(self) -> None:
-        """Moments exist before the first step, so that a transfer finds memory to write to."""
+        """Moments exist before the first step, so that a transfer finds memory to write to; it needn't be zeroed."""
         for master in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[master] = {
                 "step": torch.tensor(0.0, dtype=torch.float32),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
+                "exp_avg": torch.empty_like(master),
+                "exp_avg_sq": torch.empty_like(master),
             }
 
     def _collect_ranges(self) -> NamedRanges:

@@ -14,7 +14,7 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     target = seen.target
     if target.seq <= state.target.seq:
         return Decision(state)
-    fields = {"seq": target.seq, "workers": target.workers, "cancel": target.cancel, "why": target.reason}
+    fields = {"workers": target.workers, "cancel": target.cancel, "why": target.reason}
     wish = state.wish if target.cancel else Wish(target.workers, seen.step + 1)
     return Decision(replace(state, target=target, wish=wish, failed_moves=0), (Note("target", fields),))
 

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 from orchestrator.policy.crew import why_gone
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.moves import MAX_FAILED_MOVES
+from orchestrator.policy.moves import BLAME_S, MAX_FAILED_MOVES
 from orchestrator.policy.run_state import Action, Commit, Decision, Note, Observation, RunState, ended
 from orchestrator.protocol.messages import Finish, Phase, Report, ShardWritten
 from orchestrator.protocol.status import RunPhase
 
-BLAME_S = 1.0  # the death of a process is known this soon after its peers complain
 BLAME_PEERS_S = 3.0  # how long "my peers are gone" may stand without anybody found dead
 MAX_FAILED_SPAWNS = 3  # in a row
 

@@ -19,6 +19,7 @@ from orchestrator.protocol.status import Rescale
 
 HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and no less than HORIZON_STEPS
 HORIZON_STEPS = 8
+BLAME_S = 1.0  # the death of a process is known this soon after its peers notice
 MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
 
 
@@ -46,14 +47,20 @@ def mend_move(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     """
     if state.next is None or state.current is None:
         return Decision(state)
-    broken = _why_broken(state, seen)
+    broken = _lost_newcomers(state)
     if not broken:
-        return Decision(state)
+        broken = _failed_movers(state, seen)
+        if not broken:
+            return Decision(state)
+        if state.broken_s is None:
+            return Decision(replace(state, broken_s=seen.now_s))
+        if seen.now_s - state.broken_s < BLAME_S:
+            return Decision(state)
     failed_moves = state.failed_moves + 1
     gives_up = failed_moves >= MAX_FAILED_MOVES
     wish = Wish(len(state.members), seen.step + 1) if gives_up else state.wish
     note = Note("move_abandoned", {"generation": state.next.generation, "why": broken, "gave_up": gives_up})
-    counted = replace(state, failed_moves=failed_moves, wish=wish, why=broken)
+    counted = replace(state, failed_moves=failed_moves, wish=wish, why=broken, broken_s=None)
     abandoned = Decision(counted, (note,))
     if state.fence is None and all(seen.phase(member) is Phase.TRAINING for member in state.members):
         return abandoned.then(next=None, next_first_step=None, next_why="")
@@ -108,6 +115,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         next_first_step=None,
         next_why="",
         fence=None,
+        broken_s=None,
         failed_moves=0 if moved else state.failed_moves,
         failed_spawns=0,
         rescales=(*state.rescales, rescale) if moved else state.rescales,
@@ -195,12 +203,16 @@ def _horizon_steps(seen: Observation) -> int:
     return max(HORIZON_STEPS, math.ceil(HORIZON_S / step_s)) if step_s else HORIZON_STEPS
 
 
-def _why_broken(state: RunState, seen: Observation) -> str:
-    """Why the move to `next` can't succeed; empty if it still can."""
+def _lost_newcomers(state: RunState) -> str:
+    """Who of the world to come is gone, in words; empty if nobody is."""
     assert state.next is not None
     gone = [w for w in state.next.world.members if w not in state.crew]
-    if gone:
-        return f"{', '.join(gone)} was lost"
+    return f"{', '.join(gone)} was lost" if gone else ""
+
+
+def _failed_movers(state: RunState, seen: Observation) -> str:
+    """Who could not reach the next generation, in words. They notice before it is known who is to blame."""
+    assert state.next is not None
     failed = [
         worker
         for worker in state.involved

@@ -23,8 +23,8 @@ class RunState:
     `crew` names the workers that should exist, oldest first. `next` is the generation being prepared or moved to,
     `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
     `current`, whose shards of a checkpoint may still come in. `failed_spawns` and `failed_moves` count failures in a
-    row; `symptom_s` is when a member first complained without a culprit being known. `outcome` is None while the run
-    goes on.
+    row; `symptom_s` is when a member first complained, `broken_s` when a move was first seen to fail, with no culprit
+    known. `outcome` is None while the run goes on.
     """
 
     target: Target
@@ -45,6 +45,7 @@ class RunState:
     failed_spawns: int = 0
     failed_moves: int = 0
     symptom_s: float | None = None
+    broken_s: float | None = None
     rescales: tuple[Rescale, ...] = ()
     outcome: RunPhase | None = None
     why: str = ""

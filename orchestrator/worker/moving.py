@@ -90,7 +90,7 @@ def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[S
     clock.lap("connect")
     shard = workshop.build(prepared.plan, groups)
     shard.model.init_weights(workshop.spec.train.seed)
-    shard.engine.loaded(0)
+    shard.engine.seeded()
     clock.lap("build")
     progress = Progress(-1, 0, sampler)
     return shard, progress, _handover(prepared, progress, clock, identical=None)
@@ -117,6 +117,7 @@ def move(
     clock = _Clock()
     before = StateDigests(transfer.names, prepared.replicated, old) if plan.verify_digests else None
     clock.lap("digest")
+    peers.barrier()  # a meeting through the store would wait long for a newcomer that died; this fails at once
     groups = workshop.connect(plan) if workshop.me in plan.world else None
     clock.lap("connect")
     shard = workshop.build(plan, groups) if groups is not None else None

@@ -75,6 +75,7 @@ class Trainer:
             except RuntimeError as error:
                 if self._held is None and prepared.plan.source is None:
                     raise
+                prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
                 self._strand(prepared.plan, error)
                 prepared = self._await_plan()
                 continue

@@ -32,7 +32,7 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device) -> None:
             tokens_BU = torch.zeros(1, spec.train.sequence_length + 1, dtype=torch.int64)
         model.init_weights(0)
         engine = DeepSpeedEngineAdapter(model, spec.train, groups, device)
-        engine.loaded(0)
+        engine.seeded()
         engine.accumulate(MicroBatch(tokens_BU[:, :-1], tokens_BU[:, 1:]), spec.train.sequence_length)
         engine.step(0.0)
         engine.close()

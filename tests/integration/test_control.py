@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster() -> Iterator[None]:
     directory = Path("/tmp") / f"oc{os.getpid()}"  # sockets need a short path
     ray.init(
         address="local",
@@ -43,6 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 class Cluster:
@@ -69,7 +71,13 @@ class Cluster:
         text = f"name: {name}\n"
         return str(
             self.ask(
-                "submit", job.model_dump_json(by_alias=True), name, str(self.storage / name), text, wait, simulated_parts()
+                "submit",
+                job.model_dump_json(by_alias=True),
+                name,
+                str(self.storage / name),
+                text,
+                wait,
+                simulated_parts(),
             )
         )
 
@@ -138,19 +146,20 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
     published = [json.loads(line) for line in (on.storage / "whole/tracking/published.jsonl").read_text().splitlines()]
     losses = [line["step"] for line in published if line.get("name") == "train/loss"]
     assert losses == list(range(60))
-    assert published[-1] == {"epoch": 1, "outcome": "succeeded"}
+    assert published[-2:] == [{"epoch": 1, "event": "ended"}, {"epoch": 1, "outcome": "succeeded"}]
     assert {line["artifact"] for line in published if "artifact" in line} == {"job.yaml", "tokenizer.json"}
     assert "whole" in [s.run_id for s in on.ask("list")]
 
 
 def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
     schedule = [{"at_step": 40, "workers": 3}, {"at_step": 70, "workers": 1}]
-    on.submit("planned", workers={"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}, train=_steps(100))
+    on.submit(
+        "planned", workers={"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}, train=_steps(100)
+    )
     status = on.end_of("planned")
     assert status.phase is RunPhase.SUCCEEDED, status
     sizes = on.sizes("planned")
     # Never before its step; later only if a busy machine did not get a worker warm in time.
-    assert sizes == sorted(sizes[:70]) + [1] * 30 or sizes.index(3) >= 40
     assert sizes.index(3) >= 40 and sizes[-1] == 1
     assert [(r.from_size, r.to_size) for r in status.rescales] == [(2, 3), (3, 1)]
     assert all(r.state_identical and r.stall_s is not None and r.stall_s < 2.0 for r in status.rescales)
@@ -158,7 +167,7 @@ def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
 
 
 def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
-    on.submit("wish", train=_steps(400))
+    on.submit("wish", train=_steps(250))
     on.until("wish", lambda s: s.step > 0)
     with pytest.raises(UsageError, match="9 workers asked for; wish allows 1 to 4"):
         on.ask("scale", "wish", 9)
@@ -168,7 +177,7 @@ def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
     on.until("wish", lambda s: s.workers_now == 1)
     status = on.end_of("wish")
     assert status.phase is RunPhase.SUCCEEDED, status
-    on.assert_every_step_once("wish", 400)
+    on.assert_every_step_once("wish", 250)
     with pytest.raises(UsageError, match="has succeeded"):
         on.ask("scale", "wish", 2)
     assert on.kinds("wish").count("rescaled") == 2
@@ -177,14 +186,14 @@ def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
 @pytest.mark.parametrize("moment", ["prepared", "moving"])
 def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> None:
     name = f"newcomer-{moment}"
-    on.submit(name, train=_steps(300), envs={"SIM_STEP_S": "0.02", "SIM_DIE": f"w2:{moment}"})
+    on.submit(name, train=_steps(200), envs={"SIM_STEP_S": "0.02", "SIM_DIE": f"w2:{moment}"})
     on.until(name, lambda s: s.step > 0)
     on.ask("scale", name, 3)
     on.until(name, lambda s: s.workers_now == 3)
     status = on.end_of(name)
     assert status.phase is RunPhase.SUCCEEDED, status
     assert "move_abandoned" in on.kinds(name)
-    on.assert_every_step_once(name, 300)
+    on.assert_every_step_once(name, 200)
     assert on.sizes(name)[-1] == 3
 
 
@@ -213,7 +222,7 @@ def test_cancel_leaves_a_checkpoint(on: Cluster) -> None:
 
 
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
-    on.submit("phoenix", train=_steps(500))
+    on.submit("phoenix", train=_steps(300))
     on.until("phoenix", lambda s: s.step > 5)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
     (controller,) = _pids_of("RunController")
@@ -225,7 +234,7 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     status = on.end_of("phoenix")
     assert status.phase is RunPhase.SUCCEEDED, status
     assert (on.storage / "phoenix/epochs/000002").exists()
-    on.assert_every_step_once("phoenix", 500)
+    on.assert_every_step_once("phoenix", 300)
     on.assert_nothing_left("phoenix", workers)
 
 
@@ -243,7 +252,7 @@ def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
 def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
     with pytest.raises(NotFound, match="no run 'nobody'"):
         on.ask("status", "nobody")
-    with pytest.raises(JobDoesNotFit, match=r"4 workers of 3 CPU asked for; the cluster has room for 2: free are 8 CPU"):
+    with pytest.raises(JobDoesNotFit, match=r"4 workers of 3 CPU asked for; the cluster has room for 2: free are "):
         on.submit("greedy", workers=4, resources={"cpus": 3})
     assert not (on.storage / "greedy").exists()
     on.submit("taken", train=_steps(5000))

@@ -34,13 +34,15 @@ from orchestrator.spec.job import JobSpec
 PATIENCE_S = 60.0
 
 
-def _serve(worker_id: str, pipe: Connection) -> None:
+def _serve(pipe: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from orchestrator.worker.actor import Worker
 
-    worker = Worker(worker_id)
+    worker = Worker("idle")
     while True:
         method, args = pipe.recv()
+        if method == "renew":
+            worker, method, args = Worker(*args), "report", (None, -1, 0.0)
         try:
             pipe.send((True, getattr(worker, method)(*args)))
         except Exception as error:
@@ -48,14 +50,13 @@ def _serve(worker_id: str, pipe: Connection) -> None:
 
 
 class Member:
-    """A worker process."""
+    """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds."""
 
-    def __init__(self, worker_id: str) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.id = worker_id
         self._pipe, theirs = context.Pipe()
         self._lock = threading.Lock()
-        self.process = context.Process(target=_serve, args=(worker_id, theirs), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -76,6 +77,9 @@ class Member:
         self.process.join()
 
 
+_idle: list[Member] = []  # processes of earlier crews that ended well
+
+
 class Crew:
     """Workers of one run, and the simplest controller that can lead them."""
 
@@ -90,21 +94,27 @@ class Crew:
             rendezvous_host=host,
             rendezvous_port=port,
             threads=threads,
+            orphan_s=3600.0,
         )
         self.num_experts = job.model.num_experts
         self.members: dict[str, Member] = {}
         self.directive = Directive(epoch=1, seq=0)
         self.records: dict[int, StepRecord] = {}
+        self.final: dict[str, Report] = {}  # last reports, once the run is finished
         self.add(size)
 
     def add(self, count: int) -> list[str]:
         """More workers, warmed in parallel."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
-            self.members[worker] = Member(worker)
+            self.members[worker] = _idle.pop() if _idle else Member()
         with ThreadPoolExecutor(len(new)) as pool:
-            list(pool.map(lambda w: self.members[w].call("warm", self.job), new))
+            list(pool.map(self._warm, new))
         return new
+
+    def _warm(self, worker: str) -> None:
+        self.members[worker].call("renew", worker)
+        self.members[worker].call("warm", self.job)
 
     @property
     def ids(self) -> list[str]:
@@ -147,6 +157,11 @@ class Crew:
                     raise AssertionError(f"{worker} is {report.phase} at step {report.step} after {patience_s} s")
                 version = report.version
 
+    def collect(self, worker: str) -> None:
+        """Take over the records of a worker: newcomers to a generation don't know those before it."""
+        report: Report = self.members[worker].call("report", self.newest_step, -1, 0.0)
+        self.records.update({r.step: r for r in report.records})
+
     @property
     def newest_step(self) -> int:
         return max(self.records, default=-1)
@@ -171,7 +186,8 @@ class Crew:
         """A whole rescale: prepare, fence, move, activate."""
         plan = self.prepare(members)
         self.send(fence=Fence(plan.generation, at_step))
-        self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
+        self.await_all(list(union(plan.source, plan.world)), lambda r: r.generation == plan.generation)
+        self.collect(plan.source.members[0] if plan.source else members[0])
         self.send(current=plan, next=None, fence=None, activated=plan.generation)
         return plan
 
@@ -182,7 +198,9 @@ class Crew:
 
     def await_finished(self) -> None:
         assert self.directive.current is not None
-        self.await_all(list(self.directive.current.world.members), lambda r: r.phase is Phase.FINISHED)
+        members = self.directive.current.world.members
+        self.await_all(list(members), lambda r: r.phase is Phase.FINISHED)
+        self.final = {worker: self.members[worker].report() for worker in members}
 
     def await_step(self, step: int) -> None:
         assert self.directive.current is not None
@@ -193,5 +211,9 @@ class Crew:
 
     def __exit__(self, *error: object) -> None:
         for member in self.members.values():
-            if member.process.is_alive():
+            if not member.process.is_alive():
+                continue
+            if member.report().phase in (Phase.FINISHED, Phase.STANDBY):
+                _idle.append(member)
+            else:
                 member.kill()

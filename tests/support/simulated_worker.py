@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class SimulatedWorker:
         self._desk.publish(phase=Phase.MOVING)
         self._die_at("moving")
         if plan.source is None:
-            self._counters = {e: 0 for e in plan.placement.experts_of(plan.world.rank_of(self._me))}
+            self._counters = dict.fromkeys(plan.placement.experts_of(plan.world.rank_of(self._me)), 0)
         else:
             self._hand_over(plan)
         generation = plan.generation
@@ -257,7 +258,7 @@ class SimulatedWorker:
         place = self._place(plan, name)
         self._say(place, json.dumps(word))
         for peer in members:
-            self._wait(plan, lambda peer=peer: self._read(place, peer) is not None, peer)
+            self._wait(plan, partial(self._has_said, place, peer), peer)
         return {peer: json.loads(self._read(place, peer) or "{}") for peer in members}
 
     def _wait(self, plan: GenerationPlan, done: Callable[[], bool], peer: str | None = None) -> None:
@@ -285,12 +286,15 @@ class SimulatedWorker:
         except FileNotFoundError:
             return None
 
+    def _has_said(self, place: str, worker: str) -> bool:
+        return self._read(place, worker) is not None
+
     def _lives(self, peer: str) -> bool:
         pid = self._read("pids", peer)
         if pid is None:
             return True  # not warm yet
         try:
-            return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
+            return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
         except psutil.NoSuchProcess:
             return False
 

@@ -211,8 +211,8 @@ def test_a_leaver_that_waits_does_not_keep_a_failed_move_from_being_mended() -> 
     life.run_until(lambda: life.reports["w0"].phase is Phase.MOVING)
     life.frozen = {"w0", "w1"}
     life.say("w0", phase=Phase.STRANDED, failed_generation=1, error=WorkerError("peer_lost", "reset"))
-    life.tick()
-    assert life.state.next is not None and life.state.next.generation == 2
+    life.run_until(lambda: life.state.next is not None and life.state.next.generation == 2, max_ticks=3)
+    assert life.state.next is not None
     assert life.state.next.source is not None and life.state.next.source.generation == 0
 
 
@@ -242,6 +242,8 @@ def test_a_world_that_can_not_be_rebuilt_fails_the_run() -> None:
         assert life.state.next is not None
         for worker in ("w0", "w1"):
             life.say(worker, phase=Phase.STRANDED, failed_generation=life.state.next.generation)
+        life.tick()
+        assert life.state.broken_s is not None  # who is to blame may still become known
         life.tick()
     life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=2)
     assert "6 moves in a row failed; w0, w1 could not reach generation 6" in life.state.why

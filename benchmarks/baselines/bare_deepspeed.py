@@ -1,0 +1,139 @@
+"""The loop that somebody would write with DeepSpeed alone: the same model, rows and slots, nothing elastic.
+
+    RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 python -m benchmarks.baselines.bare_deepspeed JOB.json STORE_DIR MEETING_FILE
+
+Stock `deepspeed.initialize` with ZeRO at the job's stage, its own gradient accumulation and its own groups for
+expert parallelism. Its best settings: fused AdamW, buckets as large as the model, no overlap (which does nothing on a
+CPU), no shared-memory op (which would be compiled for 46 s), a frozen garbage collector. Per step it makes one
+all-reduce of what any loop of this model needs: the loss for its log and the expert counts, which move the routers'
+biases. Rank 0 prints a line of JSON per step. It trains until it is killed.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from torch import nn
+
+from orchestrator.data.store import TokenStore
+from orchestrator.elastic.placement import Placement
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.router import corrected_bias
+from orchestrator.model.transformer import MoELanguageModel, expert_of
+from orchestrator.sampling.sampler import SamplerState, sample
+from orchestrator.sampling.slots import slots_of
+from orchestrator.spec.job import JobSpec
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class ExpertMarker(MoE):  # type: ignore[misc]
+    """A child without parameters by which DeepSpeed knows that there are experts, spread over the whole world."""
+
+    def __init__(self, num_experts: int, world_size: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts, self.ep_size = num_experts, world_size
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        groups._create_expert_and_data_parallel(self.ep_size, use_data_before_expert_parallel_)
+
+
+def build(job: JobSpec, vocab_size: int, rank: int, world_size: int) -> tuple[MoELanguageModel, Any]:
+    """The model and DeepSpeed's engine around it, with the weights that the job's seed gives."""
+    train = job.train
+    placement = Placement.balanced(job.model.num_experts, world_size)
+    model = MoELanguageModel(job.model, vocab_size, ExpertHome(placement, rank, dist.group.WORLD))
+    model.init_weights(train.seed)
+    model.add_module("marker", ExpertMarker(job.model.num_experts, world_size))
+    for name, param in model.named_parameters():
+        if expert_of(name) is not None:
+            param.allreduce = False  # type: ignore[attr-defined]
+            param.group_name = f"ep_size_{world_size}"  # type: ignore[attr-defined]
+    param_groups = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "all"}
+    )
+    optimizer = torch.optim.AdamW(
+        param_groups,
+        lr=train.lr,
+        betas=train.optimizer.betas,
+        eps=train.optimizer.eps,
+        weight_decay=train.optimizer.weight_decay,
+        fused=True,
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.num_slots // world_size,
+        "gradient_clipping": train.gradient_clipping,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": sum(p.numel() for p in model.parameters()) + 1,
+        },
+    }
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return model, engine
+
+
+def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engine: Any, rank: int, size: int) -> None:
+    train, length = job.train, job.train.sequence_length
+    sampler = SamplerState.of_one_stage(
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        sequence_length=length,
+        num_rows=store.num_rows("train", length),
+    )
+    mine = slots_of(rank, size, train.num_slots)
+    step = 0
+    while True:
+        rows = sample(sampler, step).rows
+        tokens = store.target_count("train", rows, length)
+        loss_sum, counts_LE = 0.0, torch.zeros(0)
+        for number in mine:
+            slot = store.rows("train", rows[number * train.micro_batch_size :][: train.micro_batch_size], length)
+            loss = engine(torch.from_numpy(slot.inputs_RT), torch.from_numpy(slot.targets_RT))
+            # DeepSpeed takes the mean over ranks and slots; what is wanted is the mean over the batch's tokens.
+            engine.backward(loss * (size * len(mine) / tokens))
+            engine.step()
+            loss_sum += float(loss.detach())
+            counts_LE = counts_LE + model.expert_counts() if counts_LE.numel() else model.expert_counts()
+        told = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), counts_LE.reshape(-1).double()])
+        dist.all_reduce(told)
+        for layer, counts_E in zip(model.moe_layers, told[1:].view(counts_LE.shape), strict=True):
+            bias_E = layer.router.correction_bias_E
+            bias_E.copy_(corrected_bias(bias_E, counts_E, job.model.bias_update_speed))
+        if rank == 0:
+            print(json.dumps({"step": step, "end_time": time.time(), "loss": float(told[0]) / tokens}), flush=True)
+        step += 1
+
+
+def main() -> None:
+    job_file, store_dir, meeting_file = (Path(arg) for arg in sys.argv[1:4])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job = JobSpec.model_validate_json(job_file.read_text())
+    if job.train.num_slots % size:
+        sys.exit(f"{job.train.num_slots} slots on {size} ranks: stock accumulation needs as many on each")
+    store = TokenStore.open(store_dir)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=size)
+    model, engine = build(job, store.vocab_size, rank, size)
+    gc.collect()
+    gc.freeze()
+    train_forever(job, store, model, engine, rank, size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Training loops side by side: each trains without end in processes of its own, and only one runs at a time.
+
+Whoever is not measured is stopped by SIGSTOP, so it costs nothing and keeps its memory, and no loop needs to know of
+the other. A block counts from the end of the first step after the resumption, since that one was begun before it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Self
+
+from benchmarks.harness import ROOT
+from benchmarks.support.environment import environment, worker_environment
+from orchestrator.control.crew import POLL_PAUSE_S, POLL_S
+from orchestrator.control.run_controller import RECORDS_EVERY_S
+from orchestrator.spec.job import JobSpec
+from tests.support.crew import Crew
+
+START_TIMEOUT_S = 120.0
+BLOCK_TIMEOUT_S = 50.0  # below the minute after which gloo, or a worker without a controller, would give up
+
+
+class Arm(ABC):
+    """A loop that can be held still. `finished` grows with every step that it tells of."""
+
+    def __init__(self) -> None:
+        self._told = threading.Condition()
+        self._finished: dict[int, tuple[float, float]] = {}  # step -> (time.time() of its end, loss)
+        self._over = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    @abstractmethod
+    def pids(self) -> list[int]: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @property
+    def losses(self) -> dict[int, float]:
+        with self._told:
+            return {step: loss for step, (_, loss) in self._finished.items()}
+
+    def tell(self, step: int, end_time: float, loss: float) -> None:
+        """Enter a finished step."""
+        with self._told:
+            self._finished[step] = (end_time, loss)
+            self._told.notify_all()
+
+    def end(self) -> None:
+        """Enter that there will be no more steps."""
+        with self._told:
+            self._over = True
+            self._told.notify_all()
+
+    def pause(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGCONT)
+
+    def run_block(self, steps: int, timeout_s: float = BLOCK_TIMEOUT_S) -> float:
+        """Run for `steps` whole steps, or some more, and pause. Returns steps per second.
+
+        Raises:
+            RuntimeError: they did not end in time, or a process ended.
+        """
+        resumed_time = time.time()
+
+        def whole() -> list[float]:
+            return sorted(end for end, _ in self._finished.values() if end > resumed_time)
+
+        self.resume()
+        with self._told:
+            self._told.wait_for(lambda: self._over or len(whole()) > steps, timeout_s)
+            ends = whole()
+        if len(ends) <= steps:
+            raise RuntimeError(f"{type(self).__name__} did {len(ends)} of {steps + 1} steps within {timeout_s:.0f} s")
+        self.pause()
+        return (len(ends) - 1) / (ends[-1] - ends[0])
+
+
+class OurLoop(Arm):
+    """The product's loop: real workers, asked for reports and records as often as a run's controller asks."""
+
+    def __init__(self, job: JobSpec, store_dir: Path, run_dir: Path, world_size: int, threads: int) -> None:
+        super().__init__()
+        with environment(worker_environment(threads, keep_memory=True)):
+            self._crew = Crew(job, store_dir, run_dir, size=world_size, threads=threads)
+        try:
+            self._crew.start(self._crew.plan(self._crew.ids))
+        except BaseException:
+            self.close()
+            raise
+        for number, worker in enumerate(self._crew.ids):
+            threading.Thread(target=self._follow, args=(worker, number == 0), daemon=True).start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [member.process.pid or 0 for member in self._crew.members.values()]
+
+    def close(self) -> None:
+        self._crew.__exit__()
+
+    def _follow(self, worker: str, with_records: bool) -> None:
+        """What a controller does all the time: a long poll, a short rest; now and then the newest records."""
+        member, version, newest, asked_s = self._crew.members[worker], -1, -1, 0.0
+        while True:
+            try:
+                version = member.call("report", None, version, POLL_S).version
+                if with_records and time.monotonic() - asked_s >= RECORDS_EVERY_S:
+                    asked_s = time.monotonic()
+                    for record in member.call("report", newest, -1, 0.0).records:
+                        newest = record.step
+                        self.tell(record.step, record.vote_time, record.loss)
+            except (EOFError, OSError):
+                return self.end()
+            time.sleep(POLL_PAUSE_S)
+
+
+class BareLoop(Arm):
+    """`benchmarks.baselines.bare_deepspeed`, one process per rank."""
+
+    def __init__(self, job: JobSpec, store_dir: Path, world_size: int, threads: int, keep_memory: bool) -> None:
+        super().__init__()
+        self._meeting = tempfile.TemporaryDirectory(prefix="meet-")
+        meeting = Path(self._meeting.name)
+        (meeting / "job.json").write_text(job.model_dump_json(by_alias=True))
+        command = [sys.executable, "-m", "benchmarks.baselines.bare_deepspeed"]
+        command += [str(meeting / "job.json"), str(store_dir), str(meeting / "store")]
+        variables = os.environ | worker_environment(threads, keep_memory) | {"WORLD_SIZE": str(world_size)}
+        self._ranks = [
+            subprocess.Popen(
+                command,
+                env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            )
+            for rank in range(world_size)
+        ]
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [rank.pid for rank in self._ranks]
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+            rank.wait()
+        self._meeting.cleanup()
+
+    def _follow(self) -> None:
+        output = self._ranks[0].stdout
+        assert output is not None
+        for line in output:
+            if line.startswith("{"):
+                told = json.loads(line)
+                self.tell(told["step"], told["end_time"], told["loss"])
+        self.end()

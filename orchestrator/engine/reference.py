@@ -1,0 +1,100 @@
+"""The plain-torch engine: no partitions, nothing clever. The oracle that the DeepSpeed engine is compared with.
+
+Every rank holds the full moments of its parameters; dense gradients are summed over the world, an expert's over its
+replica set. fp32 only.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orchestrator.engine.base import StepOutcome
+from orchestrator.engine.groups import Groups
+from orchestrator.model.batch import MicroBatch
+from orchestrator.model.transformer import MoELanguageModel, expert_of
+from orchestrator.spec.job import TrainSpec
+from orchestrator.state.ranges import NamedRanges
+
+
+class ReferenceEngine:
+    """Implements `orchestrator.engine.base.Engine`. Raises ValueError for a precision other than fp32."""
+
+    def __init__(self, model: MoELanguageModel, train: TrainSpec, groups: Groups) -> None:
+        if train.precision != "fp32":
+            raise ValueError(f"precision {train.precision}; the reference engine has fp32 only")
+        self._model, self._groups, self._max_norm = model, groups, train.gradient_clipping
+        self._named = dict(model.named_parameters())
+        self._optimizer = torch.optim.AdamW(
+            self._named.values(),
+            lr=train.lr,
+            betas=train.optimizer.betas,
+            eps=train.optimizer.eps,
+            weight_decay=train.optimizer.weight_decay,
+        )
+        for param in self._named.values():
+            self._optimizer.state[param] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
+
+    def accumulate(self, slot: MicroBatch, global_tokens: int) -> tuple[Tensor, Tensor]:
+        loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        counts_LE = self._model.expert_counts()
+        (loss / global_tokens).backward()
+        return loss.detach(), counts_LE
+
+    def step(self, lr: float) -> StepOutcome:
+        square = torch.zeros((), dtype=torch.float64)
+        for name, param in self._named.items():
+            grad = param.grad if param.grad is not None else torch.zeros_like(param)
+            dist.all_reduce(grad, group=self._holders(name))
+            param.grad = grad
+            square += grad.double().square().sum() / dist.get_world_size(self._holders(name))
+        dist.all_reduce(square, group=self._groups.world)
+        norm = float(square.sqrt())
+        applied = norm < float("inf")
+        if applied:
+            scale = min(1.0, self._max_norm / (norm + 1e-6)) if self._max_norm else 1.0
+            for param in self._named.values():
+                assert param.grad is not None
+                param.grad.mul_(scale)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepOutcome(applied, norm if applied else float("inf"))
+
+    @torch.no_grad()
+    def evaluate(self, slot: MicroBatch) -> Tensor:
+        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        return loss
+
+    def ranges(self) -> NamedRanges:
+        ranges = NamedRanges()
+        for name, param in self._named.items():
+            state = self._optimizer.state[param]
+            ranges.add(f"param/{name}", 0, param.data.view(-1))
+            ranges.add(f"exp_avg/{name}", 0, state["exp_avg"].view(-1))
+            ranges.add(f"exp_avg_sq/{name}", 0, state["exp_avg_sq"].view(-1))
+        for name, buffer in self._model.named_buffers():
+            ranges.add(f"buffer/{name}", 0, buffer.view(-1))
+        return ranges
+
+    def seeded(self) -> None:
+        for param in self._named.values():
+            self._optimizer.state[param]["exp_avg"].zero_()
+            self._optimizer.state[param]["exp_avg_sq"].zero_()
+
+    def loaded(self, num_updates: int) -> None:
+        for param in self._named.values():
+            self._optimizer.state[param]["step"].fill_(float(num_updates))
+
+    def close(self) -> None:
+        self._optimizer.zero_grad()
+
+    def _holders(self, name: str) -> dist.ProcessGroup:
+        expert = expert_of(name)
+        if expert is None:
+            return self._groups.world
+        return self._groups.replicas[self._groups.placement.colour_of(expert)]

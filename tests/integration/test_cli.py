@@ -1,0 +1,174 @@
+"""The command against a real local cluster and Scheduler, with simulated workers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.control import local_cluster
+from orchestrator.control.memory import STATUS_FILE, read_status, user_events
+from orchestrator.protocol.status import RunStatus
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]  # many processes that import Ray, on a busy machine
+
+ROOT = Path(__file__).parents[2]
+# The product's command, with workers that need no torch.
+COMMAND = """
+import functools
+from orchestrator.client import OrchestratorClient
+from orchestrator.cli.main import main
+from tests.support.simulated_worker import simulated_parts
+OrchestratorClient.submit = functools.partialmethod(OrchestratorClient.submit, parts=simulated_parts())
+main()
+"""
+JOB: dict[str, Any] = {
+    "schema": "v1",
+    "workers": {"min": 1, "max": 3, "initial": 2},
+    "resources": {"cpus": 0.5},
+    "model": {"num_experts": 8, "top_k": 2},
+    "train": {"steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
+    "envs": {"SIM_STEP_S": "0.02"},
+}
+
+
+class Here:
+    """A user in a directory, with a home of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self.env = {**kept, "PYTHONPATH": str(ROOT), "ORCHESTRATOR_HOME": str(directory / "home")}
+
+    def job(self, name: str, **changes: Any) -> str:
+        (self.directory / f"{name}.yaml").write_text(json.dumps(JOB | {"name": name} | changes))
+        return f"{name}.yaml"
+
+    def start(self, *args: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", COMMAND, *args]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.directory, env=self.env, **pipes)
+
+    def __call__(self, *args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*args)
+        stdout, stderr = process.communicate(timeout=100)
+        assert process.returncode == expect, f"{args} ended with {process.returncode}:\n{stdout}\n{stderr}"
+        return subprocess.CompletedProcess(args, process.returncode, stdout, stderr)
+
+    def until_event(self, run: str, kind: str, count: int = 1) -> None:
+        """Wait until the run's journal has `count` events of this kind."""
+        self._until(lambda: [event["kind"] for event in user_events(self.run_dir(run))].count(kind) >= count)
+
+    def until_ended(self, run: str) -> RunStatus:
+        self._until((self.run_dir(run) / STATUS_FILE).exists)
+        return read_status(self.run_dir(run))
+
+    def run_dir(self, run: str) -> Path:
+        return self.directory / "runs" / run
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + 100.0
+        while not condition():
+            assert time.monotonic() < deadline_s, "it never came true"
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
+    user = Here(tmp_path_factory.mktemp("user"))
+    user("cluster", "up", "--cpus", "8")
+    yield user
+    user("cluster", "down", "--force")
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
+    """A user without any cluster; whatever they leave is ended."""
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    yield Here(tmp_path)
+    local_cluster.down()
+
+
+def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
+    job = here.job("steered", train=JOB["train"] | {"steps": 2000})
+    assert here("submit", job).stdout == "steered\n"
+    assert "steered exists already" in here("submit", job, expect=2).stderr
+    here.until_event("steered", "activated")
+    assert "allows 1 to 3" in here("scale", "steered", "--workers", "9", expect=2).stderr
+    here("scale", "steered", "-n", "3")
+    here.until_event("steered", "rescaled")
+    assert "steered" in here("cluster", "down", expect=2).stderr
+    here("cancel", "steered")
+    assert here.until_ended("steered").phase == "cancelled"
+
+    listed = {status["run_id"]: status for status in json.loads(here("list", "-o", "json").stdout)}
+    assert listed["steered"]["phase"] == "cancelled"
+    assert "steered  cancelled" in here("list").stdout
+    assert "2 -> 3 workers" in here("status", "steered").stdout
+    kinds = [event["kind"] for event in json.loads(here("events", "steered", "-o", "json").stdout)]
+    assert kinds[0] == "submitted" and kinds[-1] == "ended" and kinds.count("activated") == 2
+    assert "each exactly once, in order" in here("audit", "steered", "--storage", "runs").stdout
+    assert json.loads(here("audit", "steered", "-o", "json").stdout)["ok"]
+    assert "controller" in here("logs", "steered").stdout
+    assert "has cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
+    assert "nobody" in here("status", "nobody", expect=102).stderr
+
+
+def test_logs_are_followed_to_the_end(here: Here) -> None:
+    here("submit", here.job("followed"))
+    lines = here("logs", "followed", "-f").stdout.splitlines()
+    assert "succeeded" in lines[-1]
+    assert lines == sorted(lines, key=lambda line: line[:23])
+
+
+def test_a_job_without_room_says_what_is_free(here: Here) -> None:
+    started_s = time.monotonic()
+    refused = here("submit", here.job("large", resources={"cpus": 50}), "--timeout", "5", expect=100)
+    assert "room for 0" in refused.stderr and " CPU" in refused.stderr and "Nothing was started." in refused.stderr
+    assert time.monotonic() - started_s >= 4.0
+    assert not here.run_dir("large").exists()
+
+
+def test_run_in_the_foreground_uses_the_cluster_that_is_up(here: Here) -> None:
+    done = here("run", here.job("seen", workers=JOB["workers"] | {"schedule": [{"at_step": 20, "workers": 3}]}))
+    assert done.stdout.startswith("run              seen: succeeded, 40 of 40 steps in ")
+    assert "2 -> 3 workers at step 20" in done.stdout and "0 steps lost" in done.stdout
+    assert "step-00000039" in done.stdout
+    assert "seen training" in done.stderr and "Stopped" not in done.stderr
+    here("cluster", "status")
+
+
+def test_a_failed_run_exits_100_and_names_the_reason(here: Here) -> None:
+    job = here.job("broken", envs={"SIM_STEP_S": "0.02", "SIM_DIE": "w0:moving"})
+    failed = here("run", job, expect=100)
+    assert "broken failed" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
+    done = alone("run", alone.job("whole"), "--local")
+    assert "whole: succeeded" in done.stdout
+    assert "Started Ray" in done.stderr and "Stopped the Ray" in done.stderr
+    assert local_cluster.status() is None
+    alone("list", expect=69)
+    assert "succeeded" in alone("status", "whole").stdout  # from run storage
+    assert "each exactly once" in alone("audit", "whole").stdout
+
+
+def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
+    process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"steps": 300}))
+    assert process.stderr is not None
+    while "lasting training" not in (line := process.stderr.readline()):
+        assert line, "the run never trained"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 101
+    assert "Detached" in stderr and "logs lasting -f" in stderr
+    assert alone.until_ended("lasting").step == 300
+    alone("cluster", "down")
+    assert local_cluster.status() is None

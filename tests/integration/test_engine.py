@@ -1,0 +1,210 @@
+"""The DeepSpeed engine on real gloo ranks: against plain torch, against stock DeepSpeed, against itself elsewhere."""
+
+import gc
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch._C._distributed_c10d import Store
+
+from orchestrator.elastic.placement import Placement
+from orchestrator.engine.groups import connect, disconnect
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel, expert_of
+from tests.support import small
+from tests.support.ranks import Ranks
+
+STEPS = 6
+UNEVEN = Placement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none
+OVERLAPPING = Placement(3, 3, ((0, 1), (1, 2), (0,)))  # two colours: rank 1 is in two replica sets
+
+
+def _losses(
+    rank: int, world_size: int, store: Store, prefix: str, kind: str, placement: Placement, precision: str, stage: int
+) -> list[float]:
+    train = small.train_spec(precision, stage)
+    groups, _, engine = small.build(kind, store, prefix, rank, placement, train)
+    losses = small.train_steps(engine, groups, range(STEPS))
+    engine.close()
+    return losses
+
+
+@pytest.fixture(scope="module")
+def oracle(ranks: Ranks) -> list[float]:
+    """Losses of plain torch in a world of one."""
+    losses: list[float] = ranks.run(_losses, 1, "reference", Placement.balanced(4, 1), "fp32", 1)[0]
+    return losses
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        pytest.param(Placement.balanced(4, 1), id="one"),
+        pytest.param(Placement.balanced(4, 3), id="uneven"),
+        pytest.param(UNEVEN, id="a rank without experts"),
+        pytest.param(Placement.balanced(4, 6), id="more ranks than experts"),
+    ],
+)
+def test_losses_equal_plain_torch_at_any_world_size(
+    ranks: Ranks, oracle: list[float], placement: Placement, stage: int
+) -> None:
+    for losses in ranks.run(_losses, placement.world_size, "deepspeed", placement, "fp32", stage):
+        assert losses == pytest.approx(oracle, rel=1e-5)
+    assert oracle[-1] < oracle[0] - 0.2
+
+
+def test_an_expert_may_have_holders_that_overlap_with_anothers(ranks: Ranks) -> None:
+    plain = ranks.run(_losses, 1, "reference", Placement.balanced(3, 1), "fp32", 1)[0]
+    for losses in ranks.run(_losses, 3, "deepspeed", OVERLAPPING, "fp32", 1):
+        assert losses == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_trains_with_fp32_masters_alike_at_every_world_size(ranks: Ranks, oracle: list[float], stage: int) -> None:
+    alone = ranks.run(_losses, 1, "deepspeed", Placement.balanced(4, 1), "bf16", stage)[0]
+    together = ranks.run(_losses, 3, "deepspeed", Placement.balanced(4, 3), "bf16", stage)[0]
+    assert together == pytest.approx(alone, rel=1e-3)
+    assert alone == pytest.approx(oracle, rel=1e-2)
+
+
+def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int) -> list[float]:
+    """deepspeed.initialize as its documentation has it, around the same model: even expert parallelism, mean of
+    micro-batches' mean losses, which equals ours because all slots have equally many tokens."""
+    import deepspeed
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+    from deepspeed.utils import groups as registry
+
+    from orchestrator.engine.deepspeed_engine import _ExpertMarker, _unregister
+
+    os.environ.setdefault("LOCAL_RANK", "0")
+    placement = Placement.balanced(4, world_size)
+    groups = connect(store, prefix, rank, placement, "gloo")
+    model = MoELanguageModel(small.model_spec(), small.VOCAB, ExpertHome(placement, rank, groups.exchange))
+    model.init_weights(0)
+
+    class Stock(_ExpertMarker):
+        def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+            registry._create_expert_and_data_parallel(world_size)
+
+    model.add_module("marker", Stock(4))
+    for name, param in model.named_parameters():
+        if expert_of(name) is not None:
+            param.allreduce = False  # type: ignore[attr-defined]
+            param.group_name = f"ep_size_{world_size}"  # type: ignore[attr-defined]
+    per_rank = small.NUM_SLOTS // world_size
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": small.ROWS,
+        "gradient_accumulation_steps": per_rank,
+        "gradient_clipping": 1.0,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "torch_adam": True},
+        },
+        "zero_optimization": {"stage": stage},
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    params = split({"params": list(model.parameters()), "name": "all"})
+    engine, _, _, _ = deepspeed.initialize(model=model, model_parameters=params, config=config)
+    losses = []
+    for step in range(STEPS):
+        total = torch.zeros((), dtype=torch.float64)
+        for number in range(rank * per_rank, (rank + 1) * per_rank):
+            batch = small.slot(step, number)
+            loss = engine(batch.inputs_BT, batch.targets_BT) / (small.ROWS * small.LENGTH)
+            engine.backward(loss)
+            engine.step()
+            total += float(loss)
+        torch.distributed.all_reduce(total)
+        losses.append(float(total) / small.NUM_SLOTS)
+    engine.destroy()
+    _unregister()
+    return losses
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_losses_equal_stock_deepspeed(ranks: Ranks, precision: str, stage: int) -> None:
+    stock = ranks.run(_stock_losses, 2, precision, stage)[0]
+    ours = ranks.run(_losses, 2, "deepspeed", Placement.balanced(4, 2), precision, stage)[0]
+    assert ours == pytest.approx(stock, rel=1e-5 if precision == "fp32" else 2e-3)
+
+
+def _spans(
+    rank: int, world_size: int, store: Store, prefix: str, placement: Placement, precision: str, stage: int
+) -> list[tuple[str, int, int, int]]:
+    _, _, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec(precision, stage))
+    found = [(name, r.start, r.stop, r.data.element_size()) for name, r in engine.ranges()]
+    engine.close()
+    return sorted(found)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        pytest.param(Placement.balanced(4, 3), id="uneven"),
+        pytest.param(UNEVEN, id="a rank without experts"),
+        pytest.param(OVERLAPPING, id="overlapping replica sets"),
+        pytest.param(Placement.balanced(2, 5), id="more ranks than experts"),
+    ],
+)
+def test_the_engine_holds_what_the_layout_says(ranks: Ranks, placement: Placement, precision: str) -> None:
+    if placement.num_experts == 2:
+        placement = Placement.balanced(4, 5)
+    layout = small.layout_of(placement, precision)
+    held = ranks.run(_spans, placement.world_size, placement, precision, 1)
+    for rank, spans in enumerate(held):
+        wanted = [
+            (layout.names[tensor], start, stop, int(layout.itemsize[tensor]))
+            for tensor, start, stop in layout.ranges_of(f"w{rank}").tolist()
+        ]
+        assert spans == sorted(wanted)
+
+
+def _non_finite(rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int) -> tuple[bool, bool]:
+    """One rank's slot overflows: nobody may change anything, and the next step must be sound."""
+    placement = Placement.balanced(4, world_size)
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec(precision, stage))
+    small.train_steps(engine, groups, range(1))
+    before = [(name, r.data.clone()) for name, r in engine.ranges()]
+    if rank == 1:
+        model.head.register_hook(lambda grad: grad * float("inf"))
+    engine.accumulate(small.slot(1, rank), 100)
+    outcome = engine.step(3e-3)
+    same = all(torch.equal(old, held.data) for (_, old), (_, held) in zip(before, engine.ranges(), strict=True))
+    engine.close()
+    return outcome.applied, same
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_non_finite_update_is_skipped_on_all_ranks_alike(ranks: Ranks, precision: str, stage: int) -> None:
+    assert ranks.run(_non_finite, 2, precision, stage) == [(False, True), (False, True)]
+
+
+def _growth_mb(rank: int, world_size: int, store: Store, prefix: str, rebuilds: int) -> float:
+    """Resident memory per rebuild, over the second half of the rebuilds, in MB."""
+    import psutil
+
+    placement = Placement.balanced(4, world_size)
+    marks = []
+    for number in range(rebuilds):
+        groups, model, engine = small.build(
+            "deepspeed", store, f"{prefix}/{number}", rank, placement, small.train_spec()
+        )
+        small.train_steps(engine, groups, range(1))
+        engine.close()
+        del groups, model, engine
+        disconnect()
+        gc.collect()
+        marks.append(psutil.Process().memory_info().rss / 2**20)
+    half = len(marks) // 2
+    return (marks[-1] - marks[half]) / (len(marks) - 1 - half)
+
+
+def test_rebuilding_does_not_grow_the_process(ranks: Ranks) -> None:
+    assert max(ranks.run(_growth_mb, 2, 30)) < 1.0

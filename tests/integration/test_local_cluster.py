@@ -1,0 +1,149 @@
+"""A real cluster on this machine, started and ended as users do, in a home of its own."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.control import local_cluster
+from orchestrator.control.local_cluster import ClusterRecord, environment
+from orchestrator.control.processes import Process, is_running, living_of
+from orchestrator.protocol.codec import to_plain
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+CONNECT = "from orchestrator.control.connection import connect; connect({address!r}); "
+START_ACTOR = (
+    "import ray\n"
+    "@ray.remote\n"
+    "class Stayer:\n"
+    "    def pid(self):\n"
+    "        import os, orchestrator\n"
+    "        return os.getpid(), orchestrator.__path__[0]\n"
+    "stayer = Stayer.options(name='stayer', lifetime='detached').remote()\n"
+    "print(*ray.get(stayer.pid.remote()))"
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    yield tmp_path / "home"
+    local_cluster.down()
+
+
+def python(script: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own that knows nothing of Ray but what `env` says."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**kept, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def members(record: ClusterRecord) -> list[int]:
+    return [process.pid for process in living_of(record.head, record.processes)]
+
+
+def test_up_and_down_leave_nothing(home: Path) -> None:
+    record = local_cluster.up(6).record
+    assert local_cluster.status() == record
+    assert record.num_cpus == 6 and all(is_running(process) for process in record.processes)
+    assert stat.S_IMODE(os.stat(record.token_path).st_mode) == 0o600
+    assert only_loopback(record)
+
+    done = python(CONNECT.format(address=None) + START_ACTOR, ORCHESTRATOR_HOME=str(home))
+    assert done.returncode == 0, done.stderr
+    worker, package = done.stdout.split()
+    assert package == str(ROOT / "orchestrator")
+    assert int(worker) in members(record)  # its driver has ended; it has not
+
+    pids = members(record)
+    assert local_cluster.down() == record
+    assert members(record) == [] and [pid for pid in pids if psutil.pid_exists(pid)] == []
+    assert not Path(record.temp_dir).exists() and not Path(record.token_path).exists()
+    assert local_cluster.status() is None and local_cluster.down() is None
+
+
+def test_two_ups_at_once_start_one_cluster(home: Path) -> None:
+    started: list[local_cluster.Up] = []
+    threads = [threading.Thread(target=lambda: started.append(local_cluster.up(2))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(up.fresh for up in started) == [False, True]
+    assert started[0].record == started[1].record
+
+
+def test_only_who_has_the_token_gets_in(home: Path, tmp_path: Path) -> None:
+    record = local_cluster.up(2).record
+    whoever = {"ORCHESTRATOR_HOME": str(tmp_path / "elsewhere"), **environment(record)}
+    script = CONNECT.format(address=record.address) + "print('in')"
+    (tmp_path / "wrong").write_text("0" * 64)
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
+    for env in ({"RAY_AUTH_MODE": "disabled"}, wrong):
+        refused = python(script, **whoever | env)
+        assert "NotAllowed" in refused.stderr and "in" not in refused.stdout
+    assert python(script, **whoever).stdout == "in\n"
+    # one who imported Ray before with another idea of authentication gets in too
+    early = python("import ray; " + script, ORCHESTRATOR_HOME=str(home), RAY_AUTH_MODE="disabled")
+    assert early.stdout == "in\n", early.stderr
+
+
+def test_a_cluster_that_was_killed_is_noticed_and_cleared_away(home: Path) -> None:
+    record = local_cluster.up(2).record
+    psutil.Process(record.head.pid).kill()
+    psutil.wait_procs([psutil.Process(record.head.pid)], timeout=10)
+    assert local_cluster.status() is None
+    assert members(record) == [] and not Path(record.temp_dir).exists()
+    assert local_cluster.up(2).fresh
+
+
+def test_a_record_of_a_process_that_is_another_now_harms_nobody(home: Path, tmp_path: Path) -> None:
+    stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        reused = Process(stranger.pid, psutil.Process(stranger.pid).create_time() - 60.0, "ray start")
+        temp_dir, token, log = (str(tmp_path / name) for name in ("temp", "token", "log"))
+        record = ClusterRecord("127.0.0.1:1", 2, temp_dir, token, log, reused.created_time, reused, (reused,))
+        path = home / "clusters" / "local" / "cluster.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(to_plain(record)))
+        assert local_cluster.status() is None and not path.exists()
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(temp_dir: Path, num_cpus: int) -> list[str]:
+        return [sys.executable, "-c", "raise SystemExit('no room')"]
+
+    monkeypatch.setattr(local_cluster, "_head_command", broken)
+    with pytest.raises(local_cluster.ClusterUnreachable, match="no room"):
+        local_cluster.up(2)
+    assert local_cluster.status() is None
+    assert not (home / "clusters" / "local" / "token").exists()
+
+
+def only_loopback(record: ClusterRecord) -> bool:
+    """Whether no process of the cluster listens to the outside."""
+    hosts = {
+        connection.laddr.ip
+        for process in living_of(record.head, record.processes)
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    return bool(hosts) and all(host in ("127.0.0.1", "::ffff:127.0.0.1", "::1") for host in hosts)

@@ -1,0 +1,175 @@
+"""Real workers in real processes through rescales and a lost newcomer, compared with a run that nothing happened to."""
+
+import os
+import signal
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.checkpoint.manifest import manifest_of
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.write import commit
+from orchestrator.data.prepare import prepare
+from orchestrator.model.transformer import catalogue
+from orchestrator.protocol.messages import Fence, Phase, Report
+from orchestrator.sampling.ledger import audit
+from orchestrator.spec.job import JobSpec
+from tests.support.crew import Crew
+
+STEPS = 30
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("text")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.glob("*.py"))[:30]:
+        (directory / f"{path.stem}.txt").write_text(path.read_text())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def store_dir(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(str(text), VOCAB, 0.1, tmp_path_factory.mktemp("store")).directory
+
+
+def _job(text: Path, **train: Any) -> JobSpec:
+    return JobSpec.model_validate(
+        {
+            "schema": "v1",
+            "name": "moves",
+            "model": {
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "intermediate_size": 64,
+                "num_experts": 6,
+                "top_k": 2,
+                "expert_intermediate_size": 32,
+            },
+            "train": {
+                "steps": STEPS,
+                "global_batch_size": 10,
+                "micro_batch_size": 2,
+                "sequence_length": 32,
+                **train,
+            },
+            "eval": {"every": 10, "rows": 6},
+            "data": {"source": str(text), "vocab_size": VOCAB},
+        }
+    )
+
+
+@pytest.fixture
+def crew(text: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    with Crew(_job(text), store_dir, tmp_path, size=4) as crew:
+        yield crew
+
+
+@pytest.fixture(scope="module")
+def undisturbed(text: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
+    """A run in a world of one from beginning to end."""
+    with Crew(_job(text), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_finished()
+    return crew
+
+
+def _same_training(crew: Crew, undisturbed: Crew) -> None:
+    """Every step once, the same samples in the same order, the same losses up to rounding."""
+    assert sorted(crew.records) == list(range(STEPS))
+    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]
+    assert order == [(r.step, r.first_position, r.num_positions) for _, r in sorted(undisturbed.records.items())]
+    assert audit(order).ok
+    for step, record in crew.records.items():
+        assert record.loss == pytest.approx(undisturbed.records[step].loss, rel=1e-5)
+        assert record.tokens == undisturbed.records[step].tokens
+        wanted = undisturbed.records[step].validation_loss
+        assert record.validation_loss == (None if wanted is None else pytest.approx(wanted, rel=1e-5))
+
+
+def _handovers(crew: Crew, generation: int) -> list[Any]:
+    reports = [crew.members[w].report() for w in crew.ids if crew.members[w].process.is_alive()]
+    return [h for r in reports for h in r.handovers if h.generation == generation]
+
+
+def test_a_run_through_rescales_equals_one_that_never_rescaled(crew: Crew, undisturbed: Crew) -> None:
+    crew.start(crew.plan(crew.ids))
+    for members in (crew.ids[:2], crew.ids[1:4], [crew.ids[3]], crew.ids[:2]):
+        crew.await_step(crew.newest_step + 3)
+        plan = crew.rescale(members)
+        handovers = _handovers(crew, plan.generation)
+        assert len(handovers) == len(set(plan.world.members) | set(plan.source.members if plan.source else ()))
+        assert all(h.state_identical for h in handovers)
+    crew.await_finished()
+    _same_training(crew, undisturbed)
+    assert {r.world_size for r in crew.records.values()} == {4, 2, 3, 1}
+
+
+def test_a_scheduled_fence_is_reached_at_its_very_step(crew: Crew) -> None:
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.rescale(crew.ids[:3], at_step=19)
+    crew.await_finished()
+    assert {step for step, r in crew.records.items() if r.world_size == 2} == set(range(20))
+
+
+@pytest.mark.parametrize("when", ["waiting for the fence", "moving"])
+def test_a_newcomer_lost_costs_no_step(crew: Crew, undisturbed: Crew, when: str) -> None:
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.await_step(2)
+    old = crew.directive.current
+    newcomer = crew.members[crew.ids[2]]
+    plan = crew.prepare(crew.ids[:3])
+    survivors = crew.ids[:2]
+    if when == "waiting for the fence":
+        os.kill(newcomer.process.pid or 0, signal.SIGSTOP)  # so that the old members are past the fence when it dies
+        crew.send(to=survivors, fence=Fence(plan.generation))
+        crew.await_all(survivors, lambda r: r.phase is Phase.MOVING)
+        newcomer.kill()
+    else:
+        crew.send(fence=Fence(plan.generation))
+        version = -1
+        while (report := newcomer.call("report", None, version, 1.0)).phase is not Phase.MOVING:
+            version = report.version
+        newcomer.kill()
+
+    def settled(report: Report) -> bool:
+        return report.phase in (Phase.STRANDED, Phase.READY)
+
+    crew.await_all(survivors, settled)
+    again = crew.plan(survivors, old, plan.generation + 1)
+    crew.send(next=again, fence=None)
+    crew.await_all(survivors, lambda r: r.phase is Phase.READY and r.generation == again.generation)
+    assert all(h.state_identical for h in _handovers(crew, again.generation))
+    crew.send(current=again, next=None, activated=again.generation)
+    crew.await_finished()
+    _same_training(crew, undisturbed)
+
+
+def test_checkpoints_hold_the_same_state_whatever_world_wrote_them(
+    text: Path, crew: Crew, undisturbed: Crew, tmp_path: Path
+) -> None:
+    crew.start(crew.plan(crew.ids[:3]))
+    crew.await_finished()
+    readers = []
+    for written_by in (crew, undisturbed):
+        directory = Path(written_by.job.storage_dir) / "checkpoints"
+        members = written_by.directive.current.world.members if written_by.directive.current else ()
+        reports = [written_by.final[w] for w in members]
+        shards = [report.shards[-1] for report in reports]
+        params, buffers, shapes = catalogue(_job(text).model, VOCAB)
+        wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
+        wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
+        path = commit(directory, manifest_of(shards, run_id="test", epoch=1, shapes=wanted), epoch=1)
+        readers.append(CheckpointReader(path))
+    ours, alone = readers
+    ours.verify()
+    assert ours.manifest.step == alone.manifest.step == STEPS - 1
+    assert set(ours.manifest.tensors) == set(alone.manifest.tensors)
+    for name, entry in ours.manifest.tensors.items():
+        assert ours.read(name, 0, entry.numel) == pytest.approx(alone.read(name, 0, entry.numel), rel=1e-2, abs=1e-5)

@@ -1,0 +1,78 @@
+"""Real gloo ranks: processes that stay up over many tests, since torch and deepspeed take seconds to import.
+
+results = ranks.run(function, world_size, *args)   # function(rank, world_size, store, prefix, *args) on each rank
+"""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+PATIENCE_S = 120.0
+
+
+def _serve(pipe: Connection) -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError):
+        while True:
+            function, rank, world_size, port, prefix, args = pipe.recv()
+            try:
+                from orchestrator.comm.rendezvous import connect_store
+                from orchestrator.engine.groups import disconnect
+
+                store = connect_store("127.0.0.1", port)
+                try:
+                    pipe.send((True, function(rank, world_size, store, prefix, *args)))
+                finally:
+                    disconnect()
+            except Exception:
+                pipe.send((False, traceback.format_exc()))
+
+
+class Ranks:
+    """A pool of rank processes, grown as needed."""
+
+    def __init__(self) -> None:
+        from orchestrator.comm.rendezvous import RendezvousServer
+
+        self._server = RendezvousServer("127.0.0.1")
+        self._context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+        self._numbers = itertools.count()
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any."""
+        while len(self._pipes) < world_size:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        _, port = self._server.address()
+        prefix = f"test/{next(self._numbers)}"
+        for rank in range(world_size):
+            self._pipes[rank].send((function, rank, world_size, port, prefix, args))
+        answers = []
+        for rank in range(world_size):
+            if not self._pipes[rank].poll(PATIENCE_S):
+                self.close()
+                raise AssertionError(f"rank {rank} of {world_size} gave no answer within {PATIENCE_S} s")
+            answers.append(self._pipes[rank].recv())
+        failures = [text for ok, text in answers if not ok]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._pipes.clear()
+        self._processes.clear()

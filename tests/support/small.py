@@ -1,0 +1,97 @@
+"""A small model, its data, and engines around it, for tests that need real ranks."""
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from orchestrator.elastic.layout import Layout, training_layout
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.engine.base import Engine
+from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
+from orchestrator.engine.groups import Groups, connect
+from orchestrator.engine.reference import ReferenceEngine
+from orchestrator.model.batch import MicroBatch
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel, catalogue
+from orchestrator.sampling.slots import max_slots, slots_of
+from orchestrator.spec.job import ModelSpec, TrainSpec
+
+VOCAB, LENGTH, NUM_SLOTS, ROWS = 128, 32, 6, 2
+
+
+def model_spec(num_experts: int = 4) -> ModelSpec:
+    return ModelSpec(
+        hidden_size=32,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=64,
+        num_experts=num_experts,
+        top_k=2,
+        expert_intermediate_size=32,
+    )
+
+
+def train_spec(precision: str = "fp32", zero_stage: int = 1) -> TrainSpec:
+    return TrainSpec(
+        steps=100,
+        global_batch_size=NUM_SLOTS * ROWS,
+        micro_batch_size=ROWS,
+        sequence_length=LENGTH,
+        precision=precision,
+        zero_stage=zero_stage,
+    )
+
+
+def build(
+    kind: str, store: Store, prefix: str, rank: int, placement: Placement, train: TrainSpec, seed: int = 0
+) -> tuple[Groups, MoELanguageModel, Engine]:
+    """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed."""
+    groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
+    model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, ExpertHome(placement, rank, groups.exchange))
+    engine: Engine
+    if kind == "reference":
+        model.init_weights(seed)
+        engine = ReferenceEngine(model, train, groups)
+    else:
+        engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"))
+        model.init_weights(seed)
+    engine.seeded()
+    return groups, model, engine
+
+
+def slot(step: int, number: int) -> MicroBatch:
+    """Rows of a slot: a learnable pattern that depends on (step, number) alone."""
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator) // 8 * 8
+    return MicroBatch(tokens[:, :-1], tokens[:, 1:])
+
+
+def empty() -> MicroBatch:
+    nothing = torch.zeros(0, LENGTH, dtype=torch.int64)
+    return MicroBatch(nothing, nothing)
+
+
+def train_steps(engine: Engine, groups: Groups, steps: range, lr: float = 3e-3) -> list[float]:
+    """Losses (mean per token) of some steps, summed over ranks in slot order."""
+    losses = []
+    tokens = NUM_SLOTS * ROWS * LENGTH
+    for step in steps:
+        sums = torch.zeros(NUM_SLOTS, dtype=torch.float64)
+        mine = list(slots_of(groups.rank, groups.world_size, NUM_SLOTS))
+        for index in range(max_slots(groups.world_size, NUM_SLOTS)):
+            batch = slot(step, mine[index]) if index < len(mine) else empty()
+            loss, _ = engine.accumulate(batch, tokens)
+            if index < len(mine):
+                sums[mine[index]] = float(loss)
+        outcome = engine.step(lr)
+        assert outcome.applied
+        torch.distributed.all_reduce(sums)
+        losses.append(float(sums.sum()) / tokens)
+    return losses
+
+
+def layout_of(placement: Placement, precision: str) -> Layout:
+    world = World(0, tuple(f"w{r}" for r in range(placement.world_size)))
+    params, buffers, _ = catalogue(model_spec(placement.num_experts), VOCAB)
+    return training_layout(params, placement, world, precision == "bf16", buffers)

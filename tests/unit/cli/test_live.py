@@ -1,0 +1,47 @@
+import io
+
+from orchestrator.cli.live import ERASE_LINE, LiveProgress
+from orchestrator.protocol.status import RunPhase
+from tests.unit.cli.statuses import MEASURED, UNMEASURED, status
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_has_one_line_that_is_rewritten() -> None:
+    terminal = Terminal()
+    live = LiveProgress(terminal)
+    live.show(status(step=1))
+    live.show(status(step=2))
+    live.close()
+    assert terminal.getvalue().count(ERASE_LINE) == 3 and "\n" not in terminal.getvalue()
+    assert terminal.getvalue().endswith(ERASE_LINE)
+
+
+def test_elsewhere_a_line_is_written_for_a_phase_and_then_only_now_and_then() -> None:
+    file = io.StringIO()
+    live = LiveProgress(file)
+    for step in range(5):
+        live.show(status(step=step))
+    live.show(status(step=5, phase=RunPhase.RESCALING))
+    lines = file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["training", "rescaling"]
+    assert "\x1b" not in file.getvalue()
+
+
+def test_a_rescale_is_told_once_when_it_has_been_measured() -> None:
+    file = io.StringIO()
+    live = LiveProgress(file)
+    live.show(status(rescales=(UNMEASURED,)))
+    assert "rescaled" not in file.getvalue()
+    live.show(status(rescales=(MEASURED,)))
+    live.show(status(rescales=(MEASURED,)))
+    assert file.getvalue().count("rescaled 2 -> 3") == 1
+
+
+def test_at_the_end_a_rescale_is_told_even_unmeasured() -> None:
+    file = io.StringIO()
+    LiveProgress(file).show(status(phase=RunPhase.FAILED, rescales=(UNMEASURED,)))
+    assert "rescaled 3 -> 2" in file.getvalue()

@@ -1,0 +1,149 @@
+"""The command: what it prints where, and its exit codes. No cluster."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.main import main
+
+ROOT = Path(__file__).parents[3]
+VALID = "schema: v1\nname: try\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "job.yaml").write_text(VALID)
+    return tmp_path
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def orchestrator(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """The command in this process: Ray is imported once for all tests."""
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(here / "home"))
+
+    def run(*args: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["orchestrator", *args])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Done(int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def python(here: Path, script: str, *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", script, *args],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("args", [["--help"], ["validate", "job.yaml"], ["schema"]], ids=lambda args: args[0])
+def test_what_needs_no_cluster_starts_without_ray(here: Path, args: list[str]) -> None:
+    script = (
+        "import sys; from orchestrator.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'ray', 'torch', 'mlflow', 'deepspeed'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(code)\n"
+    )
+    done = python(here, script, *args)
+    assert done.returncode == 0, done.stderr
+
+
+def test_validate_tells_every_problem_and_its_place(here: Path, orchestrator: Callable[..., Done]) -> None:
+    (here / "bad.yaml").write_text(f"{VALID}workrs: 2\ntrain: {{steps: 0}}\n")
+    done = orchestrator("validate", "bad.yaml")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "bad.yaml:3:1: workrs" in done.stderr and "bad.yaml:4:9: train.steps" in done.stderr
+    assert "Nothing was started." in done.stderr and "Traceback" not in done.stderr
+
+
+def test_schema_is_json_on_stdout(orchestrator: Callable[..., Done]) -> None:
+    done = orchestrator("schema")
+    assert json.loads(done.stdout)["required"] == ["schema", "name"] and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["list"], ["status", "try"], ["scale", "try", "--workers", "2"], ["cancel", "try"], ["submit", "job.yaml"]],
+    ids=lambda args: args[0],
+)
+def test_without_a_cluster_the_exit_code_is_69_and_the_remedy_is_told(
+    orchestrator: Callable[..., Done], args: list[str]
+) -> None:
+    done = orchestrator(*args)
+    assert done.returncode == 69, done.stderr
+    assert "orchestrator cluster up" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dead_address_is_told_at_once(orchestrator: Callable[..., Done]) -> None:
+    done = orchestrator("list", "--address", "127.0.0.1:1")
+    assert done.returncode == 69 and "127.0.0.1:1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "cause"),
+    [
+        ("data: {source: ./nowhere}\n", 2, "does not exist"),
+        ("tracking: {uri: 'sqlite:///x.db'}\n", 2, "tracking URI"),
+        ("storage: ./taken\n", 2, "exists already"),
+        ("workers: {min: 3, max: 2}\n", 2, "min must be at most max"),
+    ],
+    ids=["corpus", "tracking", "name", "spec"],
+)
+def test_run_refuses_before_it_starts_anything(
+    here: Path, orchestrator: Callable[..., Done], job: str, code: int, cause: str
+) -> None:
+    (here / "job.yaml").write_text(VALID + job)
+    (here / "taken" / "try").mkdir(parents=True)
+    (here / "taken" / "try" / "precious").touch()
+    done = orchestrator("run", "job.yaml")
+    assert done.returncode == code, done.stderr
+    assert cause in done.stderr and "Started Ray" not in done.stderr
+    assert not (here / "home").exists()
+
+
+def test_records_of_a_run_that_is_not_there(orchestrator: Callable[..., Done]) -> None:
+    for verb in ("status", "audit", "events", "logs"):
+        done = orchestrator(verb, "try", "--storage", ".")
+        assert done.returncode == 102 and "holds no run" in done.stderr
+
+
+def test_a_bug_keeps_its_traceback(here: Path) -> None:
+    script = (
+        "from orchestrator.cli import main\n"
+        "def broken(): raise ZeroDivisionError('a bug')\n"
+        "main.app = broken\n"
+        "main.main()\n"
+    )
+    done = python(here, script)
+    assert done.returncode == 70 and "ZeroDivisionError: a bug" in done.stderr
+
+
+def test_colour_only_where_it_is_wanted(here: Path) -> None:
+    script = "from orchestrator.cli.main import main; main()"
+    assert "31m" in python(here, script, "validate", "none.yaml", FORCE_COLOR="1").stderr
+    assert "31m" not in python(here, script, "validate", "none.yaml", FORCE_COLOR="1", NO_COLOR="1").stderr
+    assert "\x1b" not in python(here, script, "validate", "none.yaml").stderr

@@ -1,0 +1,15 @@
+from ray.exceptions import RayTaskError
+
+from orchestrator.control.calls import reason_of
+from orchestrator.errors import DataError
+
+
+def test_the_reason_is_what_the_callee_raised() -> None:
+    ours = RayTaskError("f", "traceback", DataError("no text", remedy="Add some"))
+    assert reason_of(ours) == "no text. Add some."
+    assert reason_of(RayTaskError("f", "traceback", KeyError("x"))) == "KeyError: 'x'"
+
+
+def test_the_reason_of_a_death_is_one_line_without_ids() -> None:
+    text = "The actor died.\n\tclass_name: Host\n\tpid: 12\nIts process ended. Some common causes include: (1) much"
+    assert reason_of(RuntimeError(text)) == "The actor died. Its process ended."

@@ -1,0 +1,102 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.control.journal import acquire_epoch, write_atomically
+from orchestrator.control.memory import STATUS_FILE, RunMemory, read_status, read_steps, user_events
+from orchestrator.control.points import points_of_rescale, points_of_steps
+from orchestrator.control.preparation import PreparedData
+from orchestrator.control.status import status_of, to_json
+from orchestrator.errors import NotFound
+from orchestrator.policy.progress import Progress
+from orchestrator.policy.run_state import Note, Observation, RunState, ended
+from orchestrator.protocol.status import Rescale, RunPhase, RunStatus
+from tests.unit.policy.imagined import Life, limits_of, record
+
+LIMITS = limits_of(steps=30)
+
+
+def remembered(run_dir: Path) -> RunMemory:
+    return RunMemory(run_dir, acquire_epoch(run_dir), LIMITS)
+
+
+def test_a_successor_remembers_everything(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.note("submitted")
+    memory.prepared(PreparedData("/store", 300, "/tokenizer.json"))
+    life = Life(LIMITS)
+    life.run_until(lambda: life.step == 6)
+    memory.decided(life.state, [Note("activated", {"generation": 0})])
+    memory.absorb(life.progress.recent)
+    memory.absorb([record(6), record(7, generation=0)])
+    successor = remembered(tmp_path)
+    assert successor.state == life.state
+    assert successor.progress == memory.progress and successor.progress.watermark == 7
+    assert successor.data == memory.data
+    assert successor.times == memory.times and set(memory.times) >= {"submitted", "activated"}
+
+
+def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    events = memory.decided(replace(memory.state, seq=3), [Note("target", {"workers": 2})])
+    memory.absorb([record(0)])
+    assert [event["kind"] for event in events] == ["target"]
+    assert user_events(tmp_path) == events
+    assert [step.step for step in read_steps(tmp_path)] == [0]
+
+
+def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.decided(memory.state, [])
+    assert memory.absorb([]) == []
+    assert list((tmp_path / "journal").iterdir()) == []
+
+
+def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.absorb([record(0), record(1)])
+    assert [step.step for step in memory.absorb([record(1), record(2)])] == [2]
+    assert [step.step for step in read_steps(tmp_path)] == [0, 1, 2]
+
+
+def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
+    memory = remembered(tmp_path)
+    memory.absorb([record(0), record(1)])
+    memory.decided(state, [])
+    seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
+    return status_of(
+        LIMITS, memory, seen, run_dir=tmp_path, checkpoints=tmp_path / "none", tracking_url=None, closed=closed
+    )
+
+
+def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
+    over = ended(RunState(target=Life(LIMITS).target), RunPhase.FAILED, "w1 died").state
+    assert status_after(tmp_path, over, closed=False).phase is RunPhase.FINISHING
+    status = status_after(tmp_path / "closed", over, closed=True)
+    assert (status.phase, status.error, status.step) == (RunPhase.FAILED, "w1 died", 2)
+    write_atomically(tmp_path / STATUS_FILE, to_json(status))
+    assert read_status(tmp_path) == status
+
+
+def test_no_status_before_the_end(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no run has ended there"):
+        read_status(tmp_path)
+
+
+def test_points_of_steps_count_on() -> None:
+    before = Progress(watermark=4, tokens=500, skipped=1)
+    skipped = record(6, applied=False, grad_norm=float("inf"), validation_loss=2.5)
+    points = {(p.name, p.step): p.value for p in points_of_steps(before, [record(5), skipped])}
+    assert points["train/tokens", 5] == 600 and points["train/tokens", 6] == 700
+    assert points["train/skipped", 5] == 1 and points["train/skipped", 6] == 2
+    assert ("train/grad_norm", 5) in points and ("train/grad_norm", 6) not in points
+    assert points["eval/loss", 6] == 2.5 and ("eval/loss", 5) not in points
+
+
+def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:
+    rescale = Rescale(1, 2, 3, step=59, why="", moved_bytes=7, stall_s=0.5)
+    assert {(p.name, p.value, p.step) for p in points_of_rescale(rescale, 0.0)} == {
+        ("elastic/rescale_stall_s", 0.5, 60),
+        ("elastic/moved_bytes", 7.0, 60),
+    }

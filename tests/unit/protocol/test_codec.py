@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.errors import ProtocolError
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.messages import Directive, Fence, Finish, GenerationPlan, Report, Target
+
+PLAN = GenerationPlan(
+    epoch=2,
+    world=World(3, ("a", "b")),
+    placement=Placement.balanced(5, 2),
+    source=None,
+    source_placement=None,
+    store_prefix="2/3",
+)
+DIRECTIVE = Directive(epoch=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=Finish.CANCEL)
+
+
+def test_values_survive_json() -> None:
+    assert from_plain(Directive, json.loads(json.dumps(to_plain(DIRECTIVE)))) == DIRECTIVE
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"seq": 1, "workers": 2, "speed": 3}, "Target has no field speed"),
+        ({"seq": 1}, "Target can't be read"),
+        ({"seq": "1", "workers": 2}, "Target.seq is '1'; it must be int"),
+        ({"seq": True, "workers": 2}, "Target.seq is True"),
+        ([], "Target is"),
+    ],
+    ids=["unknown", "missing", "type", "bool for int", "no object"],
+)
+def test_what_does_not_fit_is_refused(plain: object, message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        from_plain(Target, plain)
+
+
+def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
+    plain = to_plain(Report("w", 1, 1, "training", 0, 1, 1, extra={"x": 1.5})) | {"extra": {"x": 2}}  # type: ignore[arg-type]
+    report = from_plain(Report, plain)
+    assert report.extra == {"x": 2.0} and isinstance(report.extra["x"], float)

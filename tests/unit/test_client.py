@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.client import check_job, raise_unless_succeeded
+from orchestrator.errors import (
+    DataError,
+    NameTaken,
+    NotFinished,
+    OrchestratorError,
+    RunCancelled,
+    RunFailed,
+    UsageError,
+)
+from orchestrator.protocol.status import RunPhase
+from orchestrator.spec.job import JobSpec
+from tests.unit.cli.statuses import status
+
+
+def test_paths_of_a_job_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "job.yaml").write_text("{schema: v1, name: try, storage: ./store, data: {source: books}}")
+    job = check_job("job.yaml")
+    assert (job.storage, job.data.source) == (str(tmp_path / "store"), str(tmp_path / "books"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_what_passes_to_the_cluster_reads_as_the_same_job(tmp_path: Path) -> None:
+    job = check_job(JobSpec.model_validate({"schema": "v1", "name": "try", "storage": str(tmp_path)}))
+    assert JobSpec.model_validate(json.loads(job.model_dump_json(by_alias=True))) == job
+    assert job.data.source == "builtin:stdlib"
+
+
+def test_a_directory_with_something_in_it_is_not_taken_over(tmp_path: Path) -> None:
+    job = JobSpec.model_validate({"schema": "v1", "name": "try", "storage": str(tmp_path)})
+    (tmp_path / "try").mkdir()
+    assert check_job(job).name == "try"  # an empty one holds no run
+    (tmp_path / "try" / "precious").touch()
+    with pytest.raises(NameTaken, match="exists already"):
+        check_job(job)
+
+
+@pytest.mark.parametrize(
+    ("section", "error"),
+    [({"data": {"source": "/nowhere/at/all"}}, DataError), ({"tracking": {"uri": "mlruns"}}, UsageError)],
+    ids=["corpus", "tracking"],
+)
+def test_what_can_be_known_early_is_told_early(
+    tmp_path: Path, section: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        check_job(JobSpec.model_validate({"schema": "v1", "name": "try", "storage": str(tmp_path), **section}))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "error", "exit_code"),
+    [
+        (RunPhase.FAILED, RunFailed, 100),
+        (RunPhase.CANCELLED, RunCancelled, 103),
+        (RunPhase.TRAINING, NotFinished, 101),
+    ],
+)
+def test_ends_that_are_no_success_are_errors(phase: RunPhase, error: type[OrchestratorError], exit_code: int) -> None:
+    with pytest.raises(error) as caught:
+        raise_unless_succeeded(status(phase=phase, error="rank 1 died" if phase is RunPhase.FAILED else None))
+    assert caught.value.exit_code == exit_code
+
+
+def test_success_is_none() -> None:
+    raise_unless_succeeded(status(phase=RunPhase.SUCCEEDED))
