@@ -92,7 +92,8 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        mixed_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + mixed_BTD
 
 
 class MoELanguageModel(nn.Module):

@@ -4,8 +4,10 @@ What is saved is the sharded state, each element by the one rank that owns it: f
 0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved.
 """
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -23,13 +25,19 @@ class Saver:
 
     Args:
         checkpoints: the run's directory of checkpoints.
+        shapes: of every tensor in a checkpoint, for its readers.
         done: called from the writing thread with what was written.
         failed: called from it with what went wrong.
     """
 
     def __init__(
-        self, checkpoints: Path, done: Callable[[ShardWritten], None], failed: Callable[[Exception], None]
+        self,
+        checkpoints: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        done: Callable[[ShardWritten], None],
+        failed: Callable[[Exception], None],
     ) -> None:
+        self._shapes = shapes
         self._checkpoints, self._done, self._failed = checkpoints, done, failed
         self._thread: threading.Thread | None = None
 
@@ -56,7 +64,7 @@ class Saver:
                 epoch=shard.epoch,  # of the plan: ranks may hear of a newer controller at different moments
                 generation=shard.world.generation,
                 rank=shard.rank,
-                meta=progress.to_json(),
+                meta=json.dumps({**asdict(progress), "shapes": self._shapes}, sort_keys=True),
             )
         except OSError as error:
             self._failed(error)

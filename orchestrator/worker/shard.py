@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -34,7 +34,7 @@ class Progress:
     sampler: str
 
     def to_json(self) -> str:
-        return json.dumps({"step": self.step, "num_updates": self.num_updates, "sampler": self.sampler})
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "Progress":
@@ -72,6 +72,15 @@ class Workshop:
         self.store = connect_store(job.rendezvous_host, job.rendezvous_port)
         self.params: Sequence[ParamSpec]
         self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor in a checkpoint, by name."""
+        of_params = {
+            f"{kind}/{spec.name}": self.shapes[spec.name]
+            for kind in ("master", "exp_avg", "exp_avg_sq")
+            for spec in self.params
+        }
+        return of_params | {f"buffer/{name}": self.shapes[name] for name, _ in self.buffers}
 
     def layout(self, world: World, placement: Placement) -> Layout:
         """Which rank holds what in a world; every worker computes the same."""

@@ -50,7 +50,8 @@ class Trainer:
         self._desk, self._workshop, self._feed = desk, workshop, feed
         self._spec = workshop.spec
         self._preparations = Preparations(workshop, desk)
-        self._saver = Saver(Path(workshop.job.storage_dir) / "checkpoints", self._saved, self._not_saved)
+        checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
+        self._saver = Saver(checkpoints, workshop.saved_shapes(), self._saved, self._not_saved)
         self._shard: Shard | None = None
         self._held: Held | None = None  # the last activated state, while a move is under way
         self._progress = Progress(-1, 0, feed.sampler.to_json())
