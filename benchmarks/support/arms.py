@@ -114,7 +114,8 @@ class OurLoop(Arm):
         return [member.process.pid or 0 for member in self._crew.members.values()]
 
     def close(self) -> None:
-        self._crew.__exit__()
+        for member in self._crew.members.values():
+            member.kill()
 
     def _follow(self, worker: str, with_records: bool) -> None:
         """What a controller does all the time: a long poll, a short rest; now and then the newest records."""

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.progress import STALL_STEPS
 from orchestrator.policy.run_state import Action, Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import Wish
 from orchestrator.policy.standby import workers_to_hold
@@ -39,6 +40,8 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         return Decision(state)
     wanted = workers_to_hold(limits, state.wish, seen.step + 1)
     missing = wanted - len(state.crew)
+    if missing > 0 and _is_moving(state, seen):
+        return Decision(state)
     if missing > 0:
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
@@ -48,6 +51,14 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if missing < 0 and state.next is None:
         return _release(state, seen, -missing)
     return Decision(_forget_failed_spawns(state, seen))
+
+
+def _is_moving(state: RunState, seen: Observation) -> bool:
+    """A move is under way, or the new world has done its first few steps at most: a starting worker would take the
+    processors from those who are in it, for a standby that isn't needed before it is over."""
+    is_planned = state.next is not None and state.current is not None
+    is_new = bool(state.rescales) and seen.step <= state.rescales[-1].step + STALL_STEPS
+    return is_planned or is_new
 
 
 def why_gone(seen: Observation, worker: str) -> str:

@@ -142,4 +142,4 @@ def test_messages_are_bounded_and_complete() -> None:
     sizes = [sum((stop - start) * int(itemsize[t]) for t, start, stop in message) for message in messages]
     assert max(sizes) <= CHUNK_BYTES
     assert sum(sizes) == 40 + 2 * (3 * CHUNK_BYTES - 5) + 28
-    assert [piece for message in messages for piece in message][0] == (0, 0, 10)
+    assert messages[0][0] == (0, 0, 10)

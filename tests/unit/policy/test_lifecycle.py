@@ -171,12 +171,10 @@ def test_a_newcomer_lost_behind_the_fence_brings_the_old_world_back() -> None:
 
 
 def test_the_mended_generation_takes_another_warm_standby() -> None:
-    life = Life(limits_of(steps=60, standby=1))
+    life = Life(limits_of(steps=60, standby=2))
     life.run_until(lambda: life.step == 8)
-    life.scale(3)
-    life.frozen = {"w0"}
     life.run_until(lambda: life.seen().phase("w3") is Phase.STANDBY)
-    life.frozen = set()
+    life.scale(3)
     life.run_until(lambda: life.reports["w0"].phase is Phase.MOVING)
     newcomer = life.state.next.world.members[-1] if life.state.next else ""
     life.kill(newcomer)
@@ -217,12 +215,10 @@ def test_a_leaver_that_waits_does_not_keep_a_failed_move_from_being_mended() -> 
 
 
 def test_a_newcomer_of_the_mended_generation_may_be_lost_too() -> None:
-    life = Life(limits_of(steps=60, standby=1))
+    life = Life(limits_of(steps=60, standby=2))
     life.run_until(lambda: life.step == 8)
-    life.scale(3)
-    life.frozen = {"w0"}
     life.run_until(lambda: life.seen().phase("w3") is Phase.STANDBY)
-    life.frozen = set()
+    life.scale(3)
     for generation in (1, 2):
         life.run_until(lambda g=generation: life.state.next is not None and life.state.next.generation == g)
         life.run_until(lambda: life.reports["w0"].phase is not Phase.TRAINING)
@@ -441,3 +437,13 @@ def test_no_step_is_lost_or_done_twice_whatever_happens(
         assert len(life.done_by) == 40
     generations = [record.generation for record in life.progress.recent]
     assert generations == sorted(generations)
+
+
+def test_no_worker_is_started_while_a_move_is_under_way_nor_right_after_it() -> None:
+    life = Life(limits_of(steps=60, standby=1))
+    life.run_until(lambda: life.step == 8)
+    life.scale(3)
+    life.run_until(lambda: life.state.activated == 1)
+    assert life.state.num_spawned == 3
+    life.run_until(lambda: life.state.num_spawned == 4)
+    assert life.step > life.state.rescales[-1].step + 5
