@@ -20,7 +20,7 @@ from orchestrator.worker.desk import Desk
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.shard import Workshop
 from orchestrator.worker.trainer import Trainer
-from orchestrator.worker.warming import warm_up
+from orchestrator.worker.warming import reserve_memory, warm_up
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -74,6 +74,8 @@ class Worker:
         workshop = Workshop(self._id, job, spec, store.vocab_size, device)
         feed = Feed(spec, store, device)
         warm_up(spec, store.vocab_size, device)
+        if device.type == "cpu":
+            reserve_memory(spec, store.vocab_size)
         trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
         threading.Thread(target=trainer.run, name="training", daemon=True).start()

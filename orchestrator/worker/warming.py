@@ -15,8 +15,27 @@ from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect, disconnect
 from orchestrator.model.batch import MicroBatch
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.model.transformer import MoELanguageModel, catalogue
 from orchestrator.spec.job import JobSpec
+
+
+def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
+    """Touch as much memory as a fence needs, an old and a new shard, and give it back to the allocator.
+
+    Workers keep what they have freed (`orchestrator.control.crew`), so no fence waits for the kernel to find and clear
+    pages. Sized for worlds of at least `workers.initial`; a move to a smaller one may still have to ask for more.
+
+    Returns:
+        bytes touched.
+    """
+    params, _, _ = catalogue(spec.model, vocab_size)
+    world_size = spec.workers.initial
+    dense = sum(p.numel for p in params if p.expert is None)
+    experts = sum(p.numel for p in params if p.expert is not None) / min(world_size, spec.model.num_experts)
+    weight_bytes = 2 if spec.train.precision == "bf16" else 4
+    num_bytes = int(2 * (dense + experts) * weight_bytes + 3 * 4 * (dense / world_size + experts)) * 2
+    torch.zeros(num_bytes, dtype=torch.uint8).fill_(1)
+    return num_bytes
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device) -> None:
