@@ -43,7 +43,7 @@ def measure(quick: bool) -> Result:
         for name in ["short"] if quick else STEPS:
             job = job_of(name, data, quick)
             block_steps = 3 if quick else BLOCK_STEPS[name]
-            metrics[name], bar = compare(name, job, store_dir, workspace / name, rounds, block_steps)
+            metrics[name], bar = compare(name, job, store_dir, workspace / name, rounds, block_steps, not quick)
             bars.append(bar)
     settings = {"quick": quick, "workers": WORLD_SIZE, "threads": THREADS, "model": QUICK_MODEL if quick else MODEL}
     return Result(
@@ -74,7 +74,7 @@ def job_of(step: str, data: DataSpec, quick: bool) -> JobSpec:
 
 
 def compare(
-    name: str, job: JobSpec, store_dir: Path, run_dir: Path, rounds: int, block_steps: int
+    name: str, job: JobSpec, store_dir: Path, run_dir: Path, rounds: int, block_steps: int, with_default_malloc: bool
 ) -> tuple[dict[str, Any], Bar]:
     """Metrics of one length of step, and its bar."""
     tokens_per_step = job.train.global_batch_size * job.train.sequence_length
@@ -88,7 +88,8 @@ def compare(
 
         add("ours", OurLoop(job, store_dir, run_dir, WORLD_SIZE, THREADS))
         add("bare", BareLoop(job, store_dir, WORLD_SIZE, THREADS, keep_memory=True))
-        add("bare_default_malloc", BareLoop(job, store_dir, WORLD_SIZE, THREADS, keep_memory=False))
+        if with_default_malloc:
+            add("bare_default_malloc", BareLoop(job, store_dir, WORLD_SIZE, THREADS, keep_memory=False))
         speeds = alternate({key: lambda arm=arm: arm.run_block(block_steps) for key, arm in arms.items()}, rounds)  # type: ignore[misc]
         same = {key: arm.losses for key, arm in arms.items()}
     ratio = median_interval(ratios(speeds["ours"], speeds["bare"]))
@@ -97,10 +98,11 @@ def compare(
         "tokens_per_step": tokens_per_step,
         "step_s": Spread.of([1 / speed for speed in speeds["ours"]]),
         "ratio": ratio,
-        "ratio_to_default_malloc": median_interval(ratios(speeds["ours"], speeds["bare_default_malloc"])),
         # Both train the same thing, or the comparison would mean nothing.
         "max_rel_loss_gap": max(abs(same["ours"][n] / same["bare"][n] - 1) for n in range(COMPARED_STEPS)),
     }
+    if with_default_malloc:
+        metrics["ratio_to_default_malloc"] = median_interval(ratios(speeds["ours"], speeds["bare_default_malloc"]))
     for key, values in speeds.items():
         metrics[f"{key}_tokens_per_s"] = Spread.of([value * tokens_per_step for value in values])
     return metrics, at_least(f"ratio_{name}", WANTED_RATIO, ratio)

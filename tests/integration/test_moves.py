@@ -111,6 +111,22 @@ def test_a_run_through_rescales_equals_one_that_never_rescaled(crew: Crew, undis
     assert {r.world_size for r in crew.records.values()} == {4, 2, 3, 1}
 
 
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 2), ("bf16", 1), ("bf16", 2)])
+def test_every_precision_and_stage_moves_bit_by_bit(
+    text: Path, store_dir: Path, tmp_path: Path, precision: str, zero_stage: int
+) -> None:
+    with Crew(_job(text, precision=precision, zero_stage=zero_stage), store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        for members in (crew.ids[:3], crew.ids[1:2], crew.ids[:2]):
+            crew.await_step(crew.newest_step + 2)
+            plan = crew.rescale(members)
+            assert all(h.state_identical for h in _handovers(crew, plan.generation))
+        crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+    assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5
+    assert all(r.applied for r in crew.records.values())
+
+
 def test_a_scheduled_fence_is_reached_at_its_very_step(crew: Crew) -> None:
     crew.start(crew.plan(crew.ids[:2]))
     crew.rescale(crew.ids[:3], at_step=19)

@@ -1,6 +1,7 @@
 """Transfer plans carried out between real gloo processes, compared element by element."""
 
 import hashlib
+import resource
 
 import numpy as np
 import pytest
@@ -101,6 +102,36 @@ def test_every_tensor_arrives_whole(ranks: Ranks, before: str, after: str) -> No
 def test_one_flipped_bit_is_named(ranks: Ranks) -> None:
     results = ranks.run(_move, 3, ("a", "b"), ("a", "b", "c"), True)
     assert all(wrong == ["buffer/bias"] for *_, wrong in results)
+
+
+def _peak_bytes(rank: int, world_size: int, store: Store, prefix: str, numel: int) -> tuple[int, int]:
+    """What a transfer needs beside the two shards, and the size of the shards."""
+    params = [ParamSpec("w", numel, None)]
+    worlds = (World(0, ("a", "b")), World(1, ("b", "c")))
+    old, new = (training_layout(params, Placement.balanced(1, 2), world, False, []) for world in worlds)
+    me = union(*worlds)[rank]
+
+    def memory(layout: Layout) -> NamedRanges | None:
+        ranges = NamedRanges()
+        for tensor, start, stop in layout.ranges_of(me).tolist() if me in layout.world else ():
+            ranges.add(layout.names[tensor], start, torch.ones(stop - start))
+        return ranges
+
+    held, wanted = memory(old), memory(new)
+    peers = PeerGroup(store, prefix, union(*worlds), me)
+    plan = TransferPlan.between(old, new)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    carry_out(plan, me, held, wanted, peers)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peers.close()
+    return (after - before) * 1024, sum(r.num_bytes() for r in (held, wanted) if r is not None)
+
+
+def test_a_transfer_needs_no_more_memory_than_a_message_per_pair(ranks: Ranks) -> None:
+    slack = 16 << 20  # threads, buffers of gloo
+    for peak_bytes, shard_bytes in ranks.run(_peak_bytes, 3, 12_000_000):
+        assert shard_bytes >= 96_000_000
+        assert peak_bytes <= 4 * CHUNK_BYTES + slack
 
 
 def _adds_up(rank: int, world_size: int, store: Store, prefix: str) -> list[float]:

@@ -1,0 +1,78 @@
+"""Ray nodes on this machine for a baseline: own head, own temporary directory, nodes added when asked.
+
+`ray start --block` per node, each in a session of its own, so that ending them ends all that they started and nothing
+else. Loopback only, and without authentication, which is said explicitly: unset, Ray would write a token for good.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from orchestrator.control.processes import Process, describe, end_session
+
+START_TIMEOUT_S = 90.0
+VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+class RayNodes:
+    """A cluster whose head has `num_cpus`. Its processes inherit `variables`.
+
+    Raises:
+        RuntimeError: a node did not start.
+    """
+
+    def __init__(self, num_cpus: int, variables: dict[str, str]) -> None:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        self._variables = kept | VARIABLES | variables
+        self._temp_dir = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))  # Ray's socket paths must stay short
+        self._nodes: list[Process] = []
+        try:
+            self._start("head", num_cpus, "--head", "--port=0", "--include-dashboard=false")
+            self.address = (self._temp_dir / "ray_current_cluster").read_text().strip()
+        except BaseException:
+            self.close()
+            raise
+
+    def add_node(self, num_cpus: int) -> None:
+        """One more node; returns when it has joined."""
+        self._start(f"node{len(self._nodes)}", num_cpus, f"--address={self.address}")
+
+    def close(self) -> None:
+        for leader in reversed(self._nodes):
+            left = end_session(leader, (leader,))
+            if left:
+                raise RuntimeError(f"processes of the baseline's Ray would not end: {left}")
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _start(self, name: str, num_cpus: int, *options: str) -> None:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += [f"--num-cpus={num_cpus}", f"--temp-dir={self._temp_dir}", *options]
+        log_path = self._temp_dir / f"{name}.log"
+        with log_path.open("wb") as log:
+            node = subprocess.Popen(
+                command,
+                env=self._variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._nodes.append(describe(psutil.Process(node.pid)))
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while "Ray runtime started" not in log_path.read_text(errors="replace"):
+            if node.poll() is not None or time.monotonic() > deadline_s:
+                raise RuntimeError(f"Ray's {name} did not start: {log_path.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
