@@ -26,8 +26,8 @@ COMPARED_STEPS = 5
 MODEL = {"hidden_size": 128, "num_layers": 4, "num_experts": 8, "top_k": 2, "expert_intermediate_size": 192}
 QUICK_MODEL = {"hidden_size": 32, "num_layers": 2, "num_experts": 4, "top_k": 2, "expert_intermediate_size": 32}
 STEPS: dict[str, dict[str, int]] = {
-    "short": {"global_batch_size": 8, "micro_batch_size": 4, "sequence_length": 128},
-    "long": {"global_batch_size": 48, "micro_batch_size": 4, "sequence_length": 128},
+    "short": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 128},
+    "long": {"global_batch_size": 80, "micro_batch_size": 4, "sequence_length": 128},
 }
 BLOCK_STEPS = {"short": 12, "long": 4}
 

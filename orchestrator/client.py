@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from orchestrator.control.calls import ask
-from orchestrator.control.connection import connect
+from orchestrator.control.connection import connect, probe
 from orchestrator.control.run_files import LogLine, RunFiles
 from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.errors import DataError, JobDoesNotFit, NameTaken, NotFinished, RunCancelled, RunFailed
@@ -30,12 +30,12 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
-from orchestrator.tracking.sink import artifact_root
 
 __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]
 
 LOOK_EVERY_S = 0.5
 RETRY_EVERY_S = 1.0
+HEAD_PATIENCE_S = 5.0  # a head that is gone for longer is not waited for
 ANSWER_TIMEOUT_S = 60.0  # the first call may wait for the Scheduler's process to start
 
 
@@ -139,6 +139,7 @@ class OrchestratorClient:
         return files.logs((lambda: self.status(run_id).phase.ended) if follow else None)
 
     def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        probe(self.address, patience_s=HEAD_PATIENCE_S)
         return ask(self._scheduler, method, *args, timeout_s=ANSWER_TIMEOUT_S, **kwargs)
 
 
@@ -195,8 +196,6 @@ def _order(job: JobSpec | str | os.PathLike[str]) -> _Order:
             remedy="Choose another name or storage in the job file, or move that directory away.",
             unchanged="Nothing was started.",
         )
-    if spec.tracking.uri is not None:
-        artifact_root(spec.tracking.uri)  # a wrong URI is told now, not when the run begins
     source = _absolute_source(spec.data.source)
     data = spec.data.model_copy(update={"source": source})
     resolved = spec.model_copy(update={"storage": str(spec.storage_path), "data": data})
@@ -208,8 +207,14 @@ def _absolute_source(source: str) -> str:
         return source
     path = Path(source).expanduser().absolute()
     if not path.exists():
+        wrong = "does not exist"
+    elif path.is_dir():
+        wrong = "" if any(path.rglob("*.txt")) else "holds no .txt file"
+    else:
+        wrong = "" if path.suffix == ".txt" else "is no .txt file"
+    if wrong:
         raise DataError(
-            f"data.source {path} does not exist",
+            f"data.source {path} {wrong}",
             remedy="Name a folder of .txt files, one such file, or builtin:stdlib.",
             unchanged="Nothing was started.",
         )

@@ -13,12 +13,13 @@ of the new world that had never been done before, less the median step of the ne
 """
 
 import json
+import logging
 import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,7 @@ from benchmarks.support.ray_nodes import VARIABLES, RayNodes
 CHECKPOINT_EVERY = 5
 STEPS_BEFORE = 12  # in the old world, before there is room for a second worker
 STEPS_AFTER = 10  # never done before, in the new world
-TIMEOUT_S = 240.0
+TIMEOUT_S = 240.0  # a run that hasn't grown by then ends
 FASTEST = {"RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
 
 
@@ -68,7 +69,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
     parallel = torch.nn.parallel.DistributedDataParallel(model) if size > 1 else model
     num_rows, length = job.train.global_batch_size // size, job.train.sequence_length
     until = step + CHECKPOINT_EVERY + STEPS_AFTER if size > 1 else sys.maxsize
-    while step < until:
+    while step < until and time.time() < config["deadline_time"]:
         first = (step * job.train.global_batch_size + rank * num_rows) % (store.num_rows("train", length) - num_rows)
         for offset in range(0, num_rows, job.train.micro_batch_size):
             rows = store.rows("train", first + offset + np.arange(job.train.micro_batch_size), length)
@@ -90,7 +91,7 @@ def train_on_worker(config: dict[str, Any]) -> None:
         if (step + 1) % CHECKPOINT_EVERY == 0:
             checkpoint = None
             if rank == 0:
-                directory = Path(config["storage"]) / "state" / f"{step}-{size}"
+                directory = Path(config["run_dir"]) / f"state-{step}-{size}"
                 directory.mkdir(parents=True)
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                 torch.save(state, directory / "state.pt")
@@ -103,16 +104,21 @@ def train_on_worker(config: dict[str, Any]) -> None:
 def grow_once(job_json: str, store_dir: str) -> dict[str, Any]:
     """One run that grows when a node joins: its stall and what it did again."""
     import ray
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import CheckpointConfig, RunConfig, ScalingConfig
 
     storage = Path(tempfile.mkdtemp(prefix="rt-storage-"))
     log = storage / "steps.jsonl"
     log.touch()
     variables = FASTEST | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run_config: Any = RunConfig(  # Ray's annotations still name the class of its first version
+        name="elastic", storage_path=str(storage), checkpoint_config=CheckpointConfig(num_to_keep=2)
+    )
     try:
         with RayNodes(num_cpus=1, variables=variables) as nodes:
-            ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address=nodes.address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR
+            )
             try:
                 trainer = TorchTrainer(
                     train_on_worker,
@@ -120,13 +126,12 @@ def grow_once(job_json: str, store_dir: str) -> dict[str, Any]:
                         "job": job_json,
                         "store_dir": store_dir,
                         "log": str(log),
-                        "storage": str(storage),
+                        "run_dir": str(storage / "elastic"),
                         "threads": 1,
+                        "deadline_time": time.time() + TIMEOUT_S,
                     },
                     scaling_config=ScalingConfig(num_workers=(1, 2), elastic_resize_monitor_interval_s=1.0),
-                    run_config=RunConfig(
-                        name="elastic", storage_path=str(storage), checkpoint_config=CheckpointConfig(num_to_keep=2)
-                    ),
+                    run_config=run_config,
                 )
                 _fit_while_growing(trainer, nodes, log)
             finally:
@@ -137,7 +142,7 @@ def grow_once(job_json: str, store_dir: str) -> dict[str, Any]:
 
 
 def _fit_while_growing(trainer: Any, nodes: RayNodes, log: Path) -> None:
-    """Fit, and let a node join after `STEPS_BEFORE` steps."""
+    """Fit, and let a node join after `STEPS_BEFORE` steps. Raises what keeps the node from joining."""
 
     def grow() -> None:
         deadline_s = time.monotonic() + TIMEOUT_S
@@ -146,10 +151,10 @@ def _fit_while_growing(trainer: Any, nodes: RayNodes, log: Path) -> None:
         say("Ray Train: a node joins")
         nodes.add_node(num_cpus=1)
 
-    growing = threading.Thread(target=grow, daemon=True)
-    growing.start()
-    trainer.fit()
-    growing.join()
+    with ThreadPoolExecutor(1) as pool:
+        growing = pool.submit(grow)
+        trainer.fit()
+        growing.result()
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import psutil
 from orchestrator.control.processes import Process, describe, end_session
 
 START_TIMEOUT_S = 90.0
-VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class RayNodes:

@@ -7,7 +7,7 @@ import typer
 
 from orchestrator.cli.options import Output
 from orchestrator.cli.output import Format, say, show, show_json
-from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
+from orchestrator.errors import ClusterUnreachable, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="A Ray cluster on this machine: loopback only, with a token.")
 
@@ -70,7 +70,14 @@ def down(
     if record is None:
         say("No local cluster is up. Nothing was changed.")
         return
-    active = [] if force else active_runs(record.address)
+    try:
+        active = [] if force else active_runs(record.address)
+    except ClusterUnreachable as error:
+        raise ClusterUnreachable(
+            f"the local cluster can't tell its runs: {error.message}",
+            remedy="Try again in a moment, or pass --force to end it whatever it does.",
+            unchanged="Nothing was changed.",
+        ) from error
     if active:
         raise UsageError(
             f"runs are going on in the local cluster: {', '.join(active)}",
@@ -86,11 +93,7 @@ def default_cpus() -> int:
 
 
 def active_runs(address: str) -> list[str]:
-    """Names of runs that have not ended; none if the cluster doesn't answer any more."""
+    """Names of runs that have not ended. Raises ClusterUnreachable if the cluster can't tell."""
     from orchestrator.client import OrchestratorClient
 
-    try:
-        return [status.run_id for status in OrchestratorClient(address).list() if not status.phase.ended]
-    except OrchestratorError as error:
-        say(f"The cluster could not be asked for its runs: {error}")
-        return []
+    return [status.run_id for status in OrchestratorClient(address).list() if not status.phase.ended]

@@ -1,5 +1,6 @@
 """Where a run can be read: in the cluster while that is up, in run storage at any time."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.client import OrchestratorClient
@@ -17,7 +18,6 @@ class FoundRun:
         self.run_id, self.files, self._client = run_id, files, client
 
     def status(self) -> RunStatus:
-        """Raises NotFound if there is no cluster and the run hasn't ended."""
         return self._client.status(self.run_id) if self._client else self.files.status()
 
     def is_over(self) -> bool:
@@ -26,7 +26,7 @@ class FoundRun:
 
 
 def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun:
-    """The run in the named storage; else in the cluster; else, if there is no cluster, in ./runs.
+    """The run in the named storage; else in the cluster; else, if no cluster knows it, in ./runs.
 
     Raises:
         NotFound: there is no such run.
@@ -36,12 +36,11 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
         return FoundRun(run_id, RunFiles(storage.absolute() / run_id), None)
     try:
         client = OrchestratorClient(address)
-    except ClusterUnreachable:
+        return FoundRun(run_id, RunFiles(Path(client.status(run_id).run_dir)), client)
+    except (ClusterUnreachable, NotFound) as error:
         if address is not None:
             raise
-        try:
+        with suppress(NotFound):
             return FoundRun(run_id, RunFiles(DEFAULT_STORAGE.absolute() / run_id), None)
-        except NotFound:
-            pass
+        error.remedy += " A run that has left its cluster is read from run storage: --storage DIR."
         raise
-    return FoundRun(run_id, RunFiles(Path(client.status(run_id).run_dir)), client)

@@ -1,6 +1,7 @@
 """`run`: a job in the foreground, with a cluster of its own if there is none."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -9,6 +10,7 @@ import typer
 
 from orchestrator.cli.options import Address, JobFile, Timeout
 from orchestrator.cli.output import say, show
+from orchestrator.errors import ClusterUnreachable, OrchestratorError
 from orchestrator.spec.job import JobSpec
 
 
@@ -42,6 +44,11 @@ def run(
             place.keep = True
             say(_detached(run_id))
             raise typer.Exit(101) from None
+        except ClusterUnreachable as error:
+            live.close()
+            storage = shlex.quote(spec.storage)
+            error.remedy = f"`orchestrator status {run_id} --storage {storage}` shows how far the run has come."
+            raise
         live.close()
     show(aligned(summary(status)))
     raise_unless_succeeded(status)
@@ -60,9 +67,8 @@ def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]
     if address is not None:
         yield _Place(address, keep=True)
         return
-    from orchestrator.cli.cluster import active_runs, default_cpus
+    from orchestrator.cli.cluster import default_cpus
     from orchestrator.control import local_cluster
-    from orchestrator.control.connection import disconnect
 
     started = local_cluster.up(max(default_cpus(), logical_cpus(spec)))
     place = _Place(started.record.address, keep or not started.fresh)
@@ -71,13 +77,33 @@ def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]
     try:
         yield place
     finally:
-        others = [] if place.keep else active_runs(place.address)
+        if not place.keep:
+            _end_cluster(place.address)
+
+
+def _end_cluster(address: str) -> None:
+    """End the cluster that was started, unless a run goes on there, or might."""
+    from orchestrator.cli.cluster import active_runs
+    from orchestrator.control import local_cluster
+    from orchestrator.control.connection import disconnect
+
+    if local_cluster.status() is None:
+        say("The Ray that was started has ended.")
+        return
+    try:
+        active = active_runs(address)
+    except OrchestratorError as error:
+        say(
+            f"The local cluster stays up, since it can't tell its runs: {error} End it with `orchestrator cluster down`."
+        )
+        return
+    finally:
         disconnect()
-        if others:
-            say(f"The local cluster stays up for {', '.join(others)}.")
-        elif not place.keep:
-            local_cluster.down()
-            say("Stopped the Ray that was started.")
+    if active:
+        say(f"The local cluster stays up for {', '.join(active)}.")
+    else:
+        local_cluster.down()
+        say("Stopped the Ray that was started.")
 
 
 def logical_cpus(spec: JobSpec) -> int:

@@ -4,12 +4,14 @@ import logging
 import os
 import socket
 import sys
+import time
 
 from orchestrator.control import local_cluster
 from orchestrator.errors import ClusterUnreachable, NotAllowed, UsageError
 
 NAMESPACE = "orchestrator"
 PROBE_TIMEOUT_S = 2.0
+PROBE_AGAIN_S = 0.2
 START_ONE = "Start one with `orchestrator cluster up`, or name yours: --address HOST:PORT, or RAY_ADDRESS."
 
 
@@ -29,7 +31,7 @@ def connect(address: str | None = None) -> str:
     wanted = address or os.environ.get("RAY_ADDRESS") or (record.address if record is not None else None)
     if wanted is None:
         raise ClusterUnreachable("there is no cluster on this machine, and none was named", remedy=START_ONE)
-    _probe(wanted)
+    probe(wanted)
     if record is not None and wanted == record.address:
         os.environ.update(local_cluster.environment(record))
     _join(wanted)
@@ -50,19 +52,31 @@ def _connected_to() -> str | None:
     return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else None
 
 
-def _probe(address: str) -> None:
-    """Ray itself would try for minutes; a listener that isn't there is known at once."""
+def probe(address: str, patience_s: float = 0.0) -> None:
+    """See that somebody listens there: Ray itself would try for minutes where that is known at once.
+
+    Args:
+        patience_s: how long to wait for a head that is just being restarted.
+
+    Raises:
+        UsageError: the address is none.
+        ClusterUnreachable: nobody listens.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdigit():
         raise UsageError(
             f"cluster address {address} is not HOST:PORT of a Ray head", remedy="Name it like 10.0.0.5:6379."
         )
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
-    except OSError as error:
-        raise ClusterUnreachable(
-            f"no cluster answers at {address}: {error.strerror or error}", remedy=START_ONE
-        ) from None
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline_s:
+                reason = error.strerror or error
+                raise ClusterUnreachable(f"no cluster answers at {address}: {reason}", remedy=START_ONE) from None
+        time.sleep(PROBE_AGAIN_S)
 
 
 def _join(address: str) -> None:
@@ -71,6 +85,8 @@ def _join(address: str) -> None:
     from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
+    # Else Ray ends this whole process, and its last words, a minute after the cluster went away.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
     # Whoever imported Ray before us made it read the environment of then.
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1") not in (
         "0",

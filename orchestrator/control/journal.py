@@ -96,8 +96,11 @@ def read_events(run_dir: Path, after: int = -1) -> list[Event]:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file: a reader sees the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    _write(temporary, text)
-    temporary.replace(path)
+    try:
+        _write(temporary, text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _flush_directory(path.parent)
 
 
@@ -112,11 +115,11 @@ def _objects(run_dir: Path) -> Iterator[tuple[int, int, Path]]:
 def _create(path: Path, text: str) -> None:
     """Write a new file at once or not at all. Raises FileExistsError rather than overwrite."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    _write(temporary, text)
     try:
+        _write(temporary, text)
         os.link(temporary, path)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     _flush_directory(path.parent)
 
 

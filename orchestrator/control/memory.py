@@ -1,6 +1,7 @@
 """What a run remembers: all that a controller needs to go on from run storage, whoever it was before.
 
-`RunMemory` is the journal with the values that follow from it. Besides what users see (`Note`s of `policy`), it holds
+`Recollection` is what follows from the journal, `RunMemory` that and the right to write on. Besides what users see
+(`Note`s of `policy`), the journal holds
 
     steps     {"records": [...]}      finished steps, once each: the account that `audit` balances
     state     {"state": {...}}        the decisions so far; the newest counts
@@ -27,7 +28,29 @@ INTERNAL = ("state", "steps", "prepared")  # events that users don't read as eve
 STATUS_FILE = "status.json"
 
 
-class RunMemory:
+class Recollection:
+    """The run's state and progress as its journal tells them. Needs no cluster, writes nothing."""
+
+    def __init__(self, run_dir: Path, limits: RunLimits) -> None:
+        self.state = first_state(limits)
+        self.progress = Progress()
+        self.data: PreparedData | None = None
+        self.times: dict[str, float] = {}  # of the first event of each kind
+        for event in read_events(run_dir):
+            self._recall(event)
+
+    def _recall(self, event: Mapping[str, Any]) -> None:
+        kind = event["kind"]
+        self.times.setdefault(kind, event["time"])
+        if kind == "state":
+            self.state = from_plain(RunState, event["state"])
+        elif kind == "prepared":
+            self.data = from_plain(PreparedData, event["data"])
+        elif kind == "steps":
+            self.progress = absorb(self.progress, [from_plain(StepRecord, plain) for plain in event["records"]])
+
+
+class RunMemory(Recollection):
     """The run's state and progress, each change written down before anybody acts on it.
 
     Args:
@@ -37,12 +60,7 @@ class RunMemory:
 
     def __init__(self, run_dir: Path, epoch: int, limits: RunLimits) -> None:
         self._journal = Journal(run_dir, epoch)
-        self.state = first_state(limits)
-        self.progress = Progress()
-        self.data: PreparedData | None = None
-        self.times: dict[str, float] = {}  # of the first event of each kind
-        for event in read_events(run_dir):
-            self._recall(event)
+        super().__init__(run_dir, limits)
 
     def decided(self, state: RunState, notes: Sequence[Note]) -> list[dict[str, Any]]:
         """Write down a decision with what it means for users. Returns the notes as events."""
@@ -75,16 +93,6 @@ class RunMemory:
         for event in written:
             self.times.setdefault(event["kind"], event["time"])
         return written
-
-    def _recall(self, event: Mapping[str, Any]) -> None:
-        kind = event["kind"]
-        self.times.setdefault(kind, event["time"])
-        if kind == "state":
-            self.state = from_plain(RunState, event["state"])
-        elif kind == "prepared":
-            self.data = from_plain(PreparedData, event["data"])
-        elif kind == "steps":
-            self.progress = absorb(self.progress, [from_plain(StepRecord, plain) for plain in event["records"]])
 
 
 def read_steps(run_dir: Path) -> Iterator[StepRecord]:

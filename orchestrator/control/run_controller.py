@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.control.checkpoints import DIRECTORY, commit_checkpoint
+from orchestrator.control.checkpoints import commit_checkpoint
 from orchestrator.control.crew import Answer, Crew, Inbox, remove_group
 from orchestrator.control.facilities import Facilities
 from orchestrator.control.host import find, log_to, names_of
@@ -74,7 +74,6 @@ class RunController:
             self._memory,
             self._observe(),
             run_dir=self._run_dir,
-            checkpoints=self._run_dir / DIRECTORY,
             tracking_url=self._facilities.tracking_url,
             closed=self._closed,
         )

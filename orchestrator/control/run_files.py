@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.control.journal import newest_epoch
 from orchestrator.control.memory import read_status, read_steps, user_events
+from orchestrator.control.status import status_from_journal
 from orchestrator.errors import NotFound
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
@@ -41,8 +42,11 @@ class RunFiles:
         self.run_dir = run_dir
 
     def status(self) -> RunStatus:
-        """How the run ended. Raises NotFound if it hasn't."""
-        return read_status(self.run_dir)
+        """How the run ended; of one that hasn't, what its journal tells."""
+        try:
+            return read_status(self.run_dir)
+        except NotFound:
+            return status_from_journal(self.run_dir)
 
     def events(self, after: int = -1) -> list[dict[str, Any]]:
         """What happened after the event whose `seq` is `after`."""

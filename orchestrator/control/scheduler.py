@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,14 @@ class Scheduler:
         Raises:
             NameTaken: the cluster or the storage has a run of this name.
             JobDoesNotFit: the cluster has no room for the first workers.
+            UsageError: the run's directory can't be written.
         """
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
             self._refuse_taken(run_id, directory)
             if not wait:
                 self._refuse_unfit(job)
-            directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(directory / "job.yaml", job_text)
-            write_atomically(directory / "job.json", job_json)
+            _write_job(directory, job_json, job_text)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts())
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
@@ -120,7 +120,11 @@ class Scheduler:
                 pass
         status = self.status(run_id)
         if status.phase.ended:
-            raise UsageError(f"run {run_id} has {status.phase}", unchanged="Nothing was changed.")
+            raise UsageError(
+                f"run {run_id} has ended: it is {status.phase}",
+                remedy="Only a run that goes on can be changed; submit a new one.",
+                unchanged="Nothing was changed.",
+            )
         raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
 
     def _answer(self, handle: Handle, method: str, *args: Any) -> Any:
@@ -166,6 +170,24 @@ def get_or_create_scheduler() -> Handle:
         "max_concurrency": MAX_CALLS_AT_ONCE,
     }
     return ray.remote(Scheduler).options(**options).remote()
+
+
+def _write_job(directory: Path, job_json: str, job_text: str) -> None:
+    files = {directory / "job.yaml": job_text, directory / "job.json": job_json}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            write_atomically(path, text)
+    except OSError as error:
+        with suppress(OSError):  # the name must not be taken by a run that never began
+            for path in files:
+                path.unlink(missing_ok=True)
+            directory.rmdir()
+        raise UsageError(
+            f"run storage can't be written: {error.strerror or error}: {error.filename or directory}",
+            remedy="Make it writable and make room, or name another storage in the job file.",
+            unchanged="Nothing was started.",
+        ) from error
 
 
 def _start_controller(run_id: str, run_dir: str, parts: Parts) -> None:

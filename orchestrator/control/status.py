@@ -1,10 +1,12 @@
 """A run's status, made from what its controller remembers and sees."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.checkpoint.manifest import step_name
-from orchestrator.control.memory import RunMemory
+from orchestrator.control.checkpoints import DIRECTORY
+from orchestrator.control.memory import Recollection
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.moves import warm_standbys
@@ -13,22 +15,22 @@ from orchestrator.policy.run_state import Observation
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.job import JobSpec
 
 
 def status_of(
     limits: RunLimits,
-    memory: RunMemory,
+    memory: Recollection,
     seen: Observation,
     *,
     run_dir: Path,
-    checkpoints: Path,
     tracking_url: str | None,
     closed: bool,
 ) -> RunStatus:
     """The status now. Until everything of the run is `closed`, one that has ended is still finishing."""
     state, progress = memory.state, memory.progress
     over = state.outcome is not None
-    checkpoint = checkpoints / step_name(state.checkpoint_done) if state.checkpoint_done >= 0 else None
+    checkpoint = run_dir / DIRECTORY / step_name(state.checkpoint_done) if state.checkpoint_done >= 0 else None
     return RunStatus(
         run_id=limits.run_id,
         run_dir=str(run_dir),
@@ -54,6 +56,16 @@ def status_of(
         started_time=memory.times.get("activated"),
         ended_time=memory.times.get("ended"),
     )
+
+
+def status_from_journal(run_dir: Path) -> RunStatus:
+    """Where the run was when its journal was written last, for a run that has not ended. Needs no cluster."""
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    limits = RunLimits.of(run_dir.name, job)
+    memory = Recollection(run_dir, limits)
+    seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
+    status = status_of(limits, memory, seen, run_dir=run_dir, tracking_url=None, closed=False)
+    return replace(status, why="it has not ended, says its journal; only the run's cluster knows more")
 
 
 def to_json(status: RunStatus) -> str:

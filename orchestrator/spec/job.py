@@ -174,11 +174,17 @@ class CheckpointSpec(Section):
     )
 
 
+def _tracking_uri(uri: str) -> str:
+    if not re.fullmatch(r"sqlite:////.+|https?://.+", uri):
+        raise refuse("must be sqlite:////ABSOLUTE/PATH.db or the http(s):// address of an MLflow server")
+    return uri
+
+
 class TrackingSpec(Section):
     """Where metrics go."""
 
-    uri: str | None = Field(
-        default=None, min_length=1, description="MLflow tracking URI. null: an SQLite database in the run storage."
+    uri: Annotated[str, AfterValidator(_tracking_uri)] | None = Field(
+        default=None, description="MLflow tracking URI. null: an SQLite database in the run storage."
     )
     experiment: str = Field(
         default="orchestrator", min_length=1, max_length=200, description="Name of the MLflow experiment."

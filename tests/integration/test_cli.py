@@ -116,7 +116,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "each exactly once, in order" in here("audit", "steered", "--storage", "runs").stdout
     assert json.loads(here("audit", "steered", "-o", "json").stdout)["ok"]
     assert "controller" in here("logs", "steered").stdout
-    assert "has cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
+    assert "has ended: it is cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
     assert "nobody" in here("status", "nobody", expect=102).stderr
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -178,7 +179,7 @@ def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
     status = on.end_of("wish")
     assert status.phase is RunPhase.SUCCEEDED, status
     on.assert_every_step_once("wish", 250)
-    with pytest.raises(UsageError, match="has succeeded"):
+    with pytest.raises(UsageError, match="it is succeeded"):
         on.ask("scale", "wish", 2)
     assert on.kinds("wish").count("rescaled") == 2
 
@@ -225,8 +226,8 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     on.submit("phoenix", train=_steps(300))
     on.until("phoenix", lambda s: s.step > 5)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
-    (controller,) = _pids_of("RunController")
-    os.kill(controller, signal.SIGKILL)
+    log = (on.storage / "phoenix/logs/controller.log").read_text()
+    os.kill(int(re.findall(r"controller of epoch 1, pid (\d+)", log)[0]), signal.SIGKILL)
     killed_at = on.status("phoenix").step
     on.until("phoenix", lambda s: s.step > killed_at)
     assert [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")] == workers
@@ -255,6 +256,9 @@ def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
     with pytest.raises(JobDoesNotFit, match=r"4 workers of 3 CPU asked for; the cluster has room for 2: free are "):
         on.submit("greedy", workers=4, resources={"cpus": 3})
     assert not (on.storage / "greedy").exists()
+    (on.storage / "file").touch()
+    with pytest.raises(UsageError, match="run storage can't be written: Not a directory"):
+        Cluster(on.storage / "file").submit("nowhere")
     on.submit("taken", train=_steps(5000))
     with pytest.raises(NameTaken, match="taken"):
         on.submit("taken")
@@ -275,7 +279,3 @@ def test_an_unplaced_run_waits_and_can_be_cancelled(on: Cluster) -> None:
 
 def _steps(steps: int) -> dict[str, Any]:
     return {"steps": steps, "global_batch_size": 16, "micro_batch_size": 4}
-
-
-def _pids_of(actor_class: str) -> list[int]:
-    return [p.pid for p in psutil.process_iter() if p.cmdline()[:1] == [f"ray::{actor_class}"]]

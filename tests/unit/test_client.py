@@ -11,7 +11,6 @@ from orchestrator.errors import (
     OrchestratorError,
     RunCancelled,
     RunFailed,
-    UsageError,
 )
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.job import JobSpec
@@ -21,6 +20,7 @@ from tests.unit.cli.statuses import status
 def test_paths_of_a_job_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "one.txt").touch()
     (tmp_path / "job.yaml").write_text("{schema: v1, name: try, storage: ./store, data: {source: books}}")
     job = check_job("job.yaml")
     assert (job.storage, job.data.source) == (str(tmp_path / "store"), str(tmp_path / "books"))
@@ -43,16 +43,19 @@ def test_a_directory_with_something_in_it_is_not_taken_over(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("section", "error"),
-    [({"data": {"source": "/nowhere/at/all"}}, DataError), ({"tracking": {"uri": "mlruns"}}, UsageError)],
-    ids=["corpus", "tracking"],
+    ("source", "cause"),
+    [("/nowhere/at/all", "does not exist"), ("empty", "holds no .txt file"), ("book.pdf", "is no .txt file")],
 )
-def test_what_can_be_known_early_is_told_early(
-    tmp_path: Path, section: dict[str, object], error: type[Exception]
+def test_a_corpus_that_is_none_is_told_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, cause: str
 ) -> None:
-    with pytest.raises(error):
-        check_job(JobSpec.model_validate({"schema": "v1", "name": "try", "storage": str(tmp_path), **section}))
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.md").touch()
+    (tmp_path / "book.pdf").touch()
+    with pytest.raises(DataError, match=cause):
+        check_job(JobSpec.model_validate({"schema": "v1", "name": "try", "data": {"source": source}}))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

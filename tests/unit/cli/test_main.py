@@ -107,7 +107,7 @@ def test_a_dead_address_is_told_at_once(orchestrator: Callable[..., Done]) -> No
     ("job", "code", "cause"),
     [
         ("data: {source: ./nowhere}\n", 2, "does not exist"),
-        ("tracking: {uri: 'sqlite:///x.db'}\n", 2, "tracking URI"),
+        ("tracking: {uri: 'sqlite:///x.db'}\n", 2, "tracking.uri"),
         ("storage: ./taken\n", 2, "exists already"),
         ("workers: {min: 3, max: 2}\n", 2, "min must be at most max"),
     ],

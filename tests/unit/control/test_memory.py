@@ -65,9 +65,7 @@ def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
     memory.absorb([record(0), record(1)])
     memory.decided(state, [])
     seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
-    return status_of(
-        LIMITS, memory, seen, run_dir=tmp_path, checkpoints=tmp_path / "none", tracking_url=None, closed=closed
-    )
+    return status_of(LIMITS, memory, seen, run_dir=tmp_path, tracking_url=None, closed=closed)
 
 
 def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:

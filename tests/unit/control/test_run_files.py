@@ -3,8 +3,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.control.journal import Journal, acquire_epoch
+from orchestrator.control.memory import RunMemory
 from orchestrator.control.run_files import RunFiles
 from orchestrator.errors import NotFound
+from orchestrator.policy.limits import RunLimits
+from orchestrator.protocol.status import RunPhase
+from orchestrator.spec.job import JobSpec
+from tests.unit.policy.imagined import record
 
 
 @pytest.fixture
@@ -43,6 +48,16 @@ def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
     files = RunFiles(run_dir)
     assert [event["kind"] for event in files.events()] == ["submitted", "ended"]
     assert [event["kind"] for event in files.events(after=0)] == ["ended"]
+
+
+def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir: Path) -> None:
+    job = JobSpec.model_validate({"name": "lost", "train": {"steps": 30}})
+    (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
+    memory = RunMemory(run_dir, acquire_epoch(run_dir), RunLimits.of("lost", job))
+    memory.absorb([record(0), record(1)])
+    status = RunFiles(run_dir).status()
+    assert (status.phase, status.step, status.steps) == (RunPhase.STARTING, 2, 30)
+    assert "has not ended" in status.why
 
 
 def test_a_directory_without_a_run(tmp_path: Path) -> None:

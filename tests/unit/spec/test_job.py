@@ -72,6 +72,19 @@ def test_sources_refused(source: str) -> None:
         job(data={"source": source})
 
 
+@pytest.mark.parametrize("uri", [None, "sqlite:////runs/x.db", "http://127.0.0.1:5000", "https://mlflow.example/base"])
+def test_tracking_uris(uri: str | None) -> None:
+    assert job(tracking={"uri": uri}).tracking.uri == uri
+
+
+@pytest.mark.parametrize(
+    "uri", ["", "mlruns", "sqlite:///x.db", "sqlite:////", "file:///mlruns", "postgres://x", "http://"]
+)
+def test_tracking_uris_refused(uri: str) -> None:
+    with pytest.raises(ValidationError, match="ABSOLUTE"):
+        job(tracking={"uri": uri})
+
+
 def test_storage_is_seen_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert job(storage=None).storage_path == tmp_path / "runs"

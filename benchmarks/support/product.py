@@ -1,0 +1,98 @@
+"""The product on this machine as a user runs it: a local cluster, the client, a run that is scaled.
+
+The cluster is one of `orchestrator cluster up`, recorded in a home of its own, so that it meets no other.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from orchestrator.client import OrchestratorClient
+from orchestrator.control import local_cluster
+from orchestrator.control.calls import ask
+from orchestrator.control.connection import disconnect
+from orchestrator.control.host import find
+from orchestrator.control.journal import read_events
+from orchestrator.policy.run_state import RunState
+from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.messages import GenerationPlan, Report
+from orchestrator.protocol.status import Rescale, RunStatus
+from orchestrator.spec.job import JobSpec
+
+LOOK_EVERY_S = 0.2
+PATIENCE_S = 300.0
+
+
+class Product:
+    """A fresh local cluster with a client; ended on leaving."""
+
+    def __init__(self, home: Path, num_cpus: int) -> None:
+        os.environ["ORCHESTRATOR_HOME"] = str(home)
+        up = local_cluster.up(num_cpus)
+        try:
+            self.client = OrchestratorClient(up.record.address)
+        except BaseException:
+            local_cluster.down()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        disconnect()
+        local_cluster.down()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A wish for another size, and the rescale that it led to. `asked_time` is `time.time()` before the wish."""
+
+    asked_time: float
+    rescale: Rescale
+
+
+class LiveRun:
+    """A run that was submitted, until it is cancelled."""
+
+    def __init__(self, client: OrchestratorClient, job: JobSpec) -> None:
+        self._client, self._id = client, client.submit(job)
+        self.run_dir = Path(client.status(self._id).run_dir)
+
+    def until(self, condition: Callable[[RunStatus], bool], what: str) -> RunStatus:
+        """Wait for a status. Raises RuntimeError if the run ends before, or it takes more than `PATIENCE_S`."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not condition(status := self._client.status(self._id)):
+            if status.phase.ended or time.monotonic() > deadline_s:
+                raise RuntimeError(f"waiting until {what}, but the run is {status.phase}: {status.error or status.why}")
+            time.sleep(LOOK_EVERY_S)
+        return status
+
+    def scale(self, workers: int, measured: bool = True) -> Request:
+        """Ask for another size and wait until the run has it; `measured`: and until its stall is known."""
+        known = len(self._client.status(self._id).rescales)
+        asked_time = time.time()
+        self._client.scale(self._id, workers)
+
+        def has_it(status: RunStatus) -> bool:
+            new = status.rescales[known:]
+            return bool(new) and new[-1].to_size == workers and (new[-1].stall_s is not None or not measured)
+
+        status = self.until(has_it, f"it has {workers} workers")
+        return Request(asked_time, status.rescales[-1])
+
+    def report_of(self, worker: str, after_step: int | None = None) -> Report:
+        """What the worker itself says; with `after_step` the steps that it voted on, those done twice included."""
+        report: Report = ask(find(f"{self._id}/worker/{worker}"), "call", "report", after_step, -1, 0.0)
+        return report
+
+    def plans(self) -> dict[int, GenerationPlan]:
+        """Every generation that was activated, from the journal."""
+        states = (from_plain(RunState, e["state"]) for e in read_events(self.run_dir) if e["kind"] == "state")
+        return {state.current.generation: state.current for state in states if state.current is not None}
+
+    def cancel(self) -> RunStatus:
+        self._client.cancel(self._id)
+        return self._client.wait(self._id, timeout_s=PATIENCE_S)

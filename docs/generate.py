@@ -1,0 +1,130 @@
+"""Writes the pages that follow from the code: job-file.md from the JSON Schema, metrics.md from the registry.
+
+    python docs/generate.py      # after a change of orchestrator/spec/ or orchestrator/metrics.py
+
+`tests/unit/docs/test_generated.py` fails while a page is older than the code.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from orchestrator.metrics import DECLARED
+from orchestrator.spec.job import JobSpec
+
+DIRECTORY = Path(__file__).parent
+Schema = Mapping[str, Any]
+
+JOB_FILE_HEAD = """\
+# The job file
+
+*Written by `python docs/generate.py` from `orchestrator schema`; change the code, not this page.*
+
+A job file is strict YAML. Only `schema` and `name` are required:
+
+```yaml
+schema: v1
+name: my-run
+```
+
+`orchestrator validate JOB.yaml` reports every mistake at once, with line, column, key and rule, and exits with 2.
+Refused are unknown keys, duplicate keys, anchors, aliases, tags, a second document, the words yes, no, on and off
+without quotes, and files over 1 MiB. `orchestrator schema` prints the JSON Schema, which editors can check against while you type.
+"""
+
+METRICS_HEAD = """\
+# Metrics
+
+*Written by `python docs/generate.py` from `orchestrator/metrics.py`; change the code, not this page.*
+
+A run has one MLflow run for its whole life, and one process that writes to it. Each metric has one value per step;
+nothing is published before its step is committed. A gauge's values stand alone, a counter only grows within a run.
+"""
+
+
+def job_file() -> str:
+    """Every key of a job file: a table of the top level, then one per section in the order of the file."""
+    schema = JobSpec.model_json_schema(by_alias=True)
+    parts = [JOB_FILE_HEAD, _key_table(schema)]
+    for path, section in _sections(schema, schema["$defs"], ""):
+        parts += [f"## {path}\n", f"{section['description']}\n", _key_table(section)]
+    return "\n".join(parts)
+
+
+def metrics() -> str:
+    """Every declared metric."""
+    rows = [(f"`{m.name}`", m.unit, m.kind.value, m.meaning) for m in DECLARED]
+    return "\n".join([METRICS_HEAD, _table(("metric", "unit", "kind", "meaning"), rows)])
+
+
+PAGES: Mapping[str, Callable[[], str]] = {"job-file.md": job_file, "metrics.md": metrics}
+
+
+def _sections(schema: Schema, defs: Mapping[str, Schema], path: str) -> Iterator[tuple[str, Schema]]:
+    """The sections below `schema` with their dotted paths; a list's path ends in []."""
+    for key, field in schema["properties"].items():
+        is_list = "$ref" in field.get("items", {})
+        ref = next((form["$ref"] for form in (*_forms(field), field.get("items", {})) if "$ref" in form), None)
+        if ref is not None:
+            inner = defs[ref.rpartition("/")[2]]
+            here = (f"{path}.{key}" if path else key) + ("[]" if is_list else "")
+            yield here, inner
+            yield from _sections(inner, defs, here)
+
+
+def _key_table(section: Schema) -> str:
+    required = section.get("required", ())
+    rows = []
+    for key, field in section["properties"].items():
+        default = "required" if key in required else _default(field)
+        rows.append((f"`{key}`", " or ".join(_values(form) for form in _forms(field)), default, field["description"]))
+    return _table(("key", "values", "default", "meaning"), rows)
+
+
+def _forms(field: Schema) -> Sequence[Schema]:
+    forms: Sequence[Schema] = field.get("anyOf", (field,))
+    return forms
+
+
+def _default(field: Schema) -> str:
+    """Empty where the default follows from other keys, as the meaning then says; sections have their own tables."""
+    is_section = any("$ref" in form for form in _forms(field))
+    return "" if is_section or "default" not in field else f"`{json.dumps(field['default'])}`"
+
+
+def _values(form: Schema) -> str:
+    """What a key may hold, in a few words."""
+    if "$ref" in form:
+        return "mapping"
+    if "const" in form:
+        return f"`{form['const']}`"
+    if "enum" in form:
+        return ", ".join(f"`{value}`" for value in form["enum"])
+    if form["type"] == "array":
+        inner = form["prefixItems"][0] if "prefixItems" in form else form["items"]
+        count = f"{form['minItems']} of " if "minItems" in form else "list of "
+        return count + _values(inner)
+    names = {"integer": "whole number", "string": "text", "boolean": "true, false", "object": "mapping of texts"}
+    return " ".join([names.get(form["type"], form["type"]), *_bounds(form)])
+
+
+def _bounds(form: Schema) -> Iterator[str]:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    found = [f"{sign} {_short(form[name])}" for name, sign in signs.items() if name in form]
+    if found:
+        yield ", ".join(found)
+
+
+def _short(number: float) -> str:
+    return "2^63" if number == 2**63 else f"{number:g}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DIRECTORY / name).write_text(page(), encoding="utf-8")

@@ -1,0 +1,51 @@
+"""Every benchmark runs, by its command line. Their figures mean nothing here, what they count does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def quick(name: str) -> dict[str, Any]:
+    """The line that a smoke run prints last."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert line["name"] == name
+    assert line["settings"]["quick"] is True
+    return line
+
+
+def test_planning() -> None:
+    line = quick("planning")
+    assert [bar["name"] for bar in line["bars"]] == ["plan_s"]
+    assert line["metrics"]["grow"]["moved_bytes"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_overhead_compares_loops_that_train_the_same() -> None:
+    line = quick("overhead")
+    assert [bar["name"] for bar in line["bars"]] == ["ratio_short"]
+    assert line["metrics"]["short"]["max_rel_loss_gap"] < 1e-5
+    assert line["metrics"]["short"]["ratio"]["median"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_rescale_loses_nothing() -> None:
+    line = quick("rescale")
+    metrics = line["metrics"]
+    assert [(t["from"], t["to"]) for t in metrics["transitions"]] == [(2, 4), (4, 3), (3, 1), (1, 2)]
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met["steps_lost"] and met["state_identical"] and met["bytes_moved"]
+    assert metrics["rescales_in_compared_steps"] > 0
+    assert metrics["max_rel_loss_gap"] < 1e-5
+    assert met["ratio"] is False  # Ray Train isn't run

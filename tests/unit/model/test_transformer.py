@@ -1,0 +1,192 @@
+"""The language model against formulas written in another way, and what its parts promise to those around it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from orchestrator.elastic.placement import Placement
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import (
+    IGNORED,
+    Attention,
+    MoELanguageModel,
+    catalogue,
+    expert_of,
+    rotary_tables,
+    rotate,
+    within_documents,
+)
+from orchestrator.spec.model import ModelSpec
+
+VOCAB = 50
+CPU = torch.device("cpu")
+
+
+def _spec(num_dense_layers: int = 1, num_kv_heads: int = 2, rope_fraction: float = 1.0) -> ModelSpec:
+    return ModelSpec(
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=num_kv_heads,
+        intermediate_size=24,
+        num_dense_layers=num_dense_layers,
+        num_experts=4,
+        top_k=2,
+        expert_intermediate_size=8,
+        rope_fraction=rope_fraction,
+    )
+
+
+def _model(spec: ModelSpec, placement: Placement | None = None, rank: int = 0, seed: int = 0) -> MoELanguageModel:
+    model = MoELanguageModel(spec, VOCAB, ExpertHome(placement or Placement.balanced(4, 1), rank, None))
+    model.init_weights(seed)
+    return model
+
+
+def _tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("rotary_size", [8, 4, 0])
+def test_rotation_is_a_product_of_complex_numbers(rotary_size: int) -> None:
+    x_BATS = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(6))
+    half = rotary_size // 2
+    angle_TH = torch.arange(5.0)[:, None] * 100.0 ** -(torch.arange(half) / max(half, 1))
+    turned = torch.complex(x_BATS[..., :half], x_BATS[..., half:rotary_size])
+    turned = turned * torch.polar(torch.ones_like(angle_TH), angle_TH)
+    wanted = torch.cat([turned.real, turned.imag, x_BATS[..., rotary_size:]], dim=-1)
+    torch.testing.assert_close(rotate(x_BATS, *rotary_tables(5, rotary_size, 100.0, CPU)), wanted)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_attention_equals_softmax_written_out(num_kv_heads: int) -> None:
+    spec = _spec(num_kv_heads=num_kv_heads)
+    attention, size = Attention(spec), spec.head_size
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for param in attention.parameters():
+            param.normal_(0.0, 0.5, generator=generator)
+    x_TD = torch.randn(6, 16, generator=generator)
+    rotary = rotary_tables(6, spec.rotary_size, spec.rope_theta, CPU)
+    heads = []
+    for head in range(spec.num_heads):
+        group = head * num_kv_heads // spec.num_heads
+        rows, kv_rows = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
+        q_TS = rotate(x_TD @ attention.query[rows].T, *rotary)
+        k_TS = rotate(x_TD @ attention.key[kv_rows].T, *rotary)
+        scores_TT = (q_TS @ k_TS.T / size**0.5).masked_fill(~torch.ones(6, 6).tril().bool(), float("-inf"))
+        heads.append(scores_TT.softmax(-1) @ (x_TD @ attention.value[kv_rows].T))
+    wanted_TD = torch.cat(heads, dim=-1) @ attention.output.T
+    torch.testing.assert_close(attention(x_TD[None], rotary, None)[0], wanted_TD, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_sees_nothing_that_comes_after_it() -> None:
+    model, tokens_BT = _model(_spec()), _tokens()
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, 7:] = (changed_BT[:, 7:] + 1) % VOCAB
+    before, after = model(tokens_BT), model(changed_BT)
+    torch.testing.assert_close(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_another_document_changes_nothing_only_where_documents_are_isolated(isolated: bool) -> None:
+    model, tokens_BT = _model(_spec()), _tokens()
+    documents_BT = torch.tensor([0] * 5 + [1] * 7).expand(2, 12) if isolated else None
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, :5] = (changed_BT[:, :5] + 1) % VOCAB
+    before, after = (model(t, documents_BT=documents_BT)[:, 5:] for t in (tokens_BT, changed_BT))
+    assert torch.allclose(before, after, atol=1e-6) == isolated
+
+
+def test_one_document_in_a_row_is_the_same_with_and_without_isolation() -> None:
+    model, tokens_BT = _model(_spec()), _tokens()
+    torch.testing.assert_close(model(tokens_BT, documents_BT=torch.zeros_like(tokens_BT)), model(tokens_BT))
+
+
+def test_the_mask_by_hand() -> None:
+    mask = within_documents(torch.tensor([[0, 0, 1]]))
+    assert mask.shape == (1, 1, 3, 3)
+    assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+
+
+def test_the_loss_is_the_sum_over_targets_that_count() -> None:
+    model, tokens_BT = _model(_spec()), _tokens()
+    targets_BT = tokens_BT.roll(-1, 1)
+    targets_BT[:, ::3] = IGNORED
+    logits_BTV = model(tokens_BT)
+    counted_BT = targets_BT != IGNORED
+    wanted = F.cross_entropy(logits_BTV[counted_BT], targets_BT[counted_BT], reduction="sum")
+    torch.testing.assert_close(model(tokens_BT, targets_BT), wanted)
+    assert model(tokens_BT, torch.full_like(targets_BT, IGNORED)).item() == 0.0
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_slot_without_rows_costs_nothing_and_has_all_gradients(isolated: bool) -> None:
+    model, nothing = _model(_spec()), torch.zeros(0, 12, dtype=torch.int64)
+    loss = model(nothing, nothing, nothing if isolated else None)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is not None and bool((p.grad == 0).all()) for p in model.parameters())
+    assert model.expert_counts().tolist() == [[0, 0, 0, 0]]
+
+
+def test_counts_are_per_layer_of_experts() -> None:
+    model = _model(_spec(num_dense_layers=0))
+    model(_tokens())
+    assert model.expert_counts().sum(-1).tolist() == [2 * 12 * 2] * 2
+
+
+@pytest.mark.parametrize("num_dense_layers", [0, 1, 2])
+def test_the_catalogue_is_what_the_model_consists_of(num_dense_layers: int) -> None:
+    spec = _spec(num_dense_layers)
+    params, buffers, shapes = catalogue(spec, VOCAB)
+    model = _model(spec)
+    assert [(p.name, p.numel) for p in params] == [(n, p.numel()) for n, p in model.named_parameters()]
+    assert buffers == [(n, b.numel()) for n, b in model.named_buffers()]
+    assert shapes == {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    assert {p.expert for p in params} == ({None} if num_dense_layers == 2 else {None, 0, 1, 2, 3})
+
+
+def test_a_rank_has_its_own_experts_of_the_catalogue_in_its_order() -> None:
+    placement = Placement(4, 2, ((1,), (0,), (0, 1), (1,)))
+    params, _, _ = catalogue(_spec(), VOCAB)
+    for rank in range(2):
+        mine = {None, *placement.experts_of(rank)}
+        names = [n for n, _ in _model(_spec(), placement, rank).named_parameters()]
+        assert names == [p.name for p in params if p.expert in mine]
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    whole = dict(_model(_spec()).named_parameters())
+    placement = Placement.balanced(4, 3)
+    for rank in range(3):
+        for name, param in _model(_spec(), placement, rank).named_parameters():
+            assert torch.equal(param, whole[name]), name
+    other = dict(_model(_spec(), seed=1).named_parameters())
+    assert all(torch.equal(other[name], whole[name]) == ("norm" in name) for name in whole)
+
+
+def test_initial_weights_have_the_wanted_spread() -> None:
+    spec = ModelSpec(hidden_size=256, num_layers=2, num_heads=4, init_std=0.02)
+    model = MoELanguageModel(spec, 512, ExpertHome(Placement.balanced(8, 1), 0, None))
+    model.init_weights(0)
+    found = {name: float(param.std()) for name, param in model.named_parameters() if "norm" not in name}
+    for name, std in found.items():
+        writes = name.endswith((".output", ".down"))
+        assert std == pytest.approx(0.02 / 2 if writes else 0.02, rel=0.05), name
+    assert all(bool((p == 1).all()) for n, p in model.named_parameters() if "norm" in n)
+
+
+@pytest.mark.parametrize(
+    ("name", "expert"),
+    [
+        ("layers.1.mlp.experts.12.gate_up", 12),
+        ("layers.1.mlp.experts.0.down", 0),
+        ("layers.1.mlp.shared.down", None),
+        ("layers.0.mlp.down", None),
+        ("embedding.weight", None),
+    ],
+)
+def test_a_parameters_name_says_which_expert_it_is(name: str, expert: int | None) -> None:
+    assert expert_of(name) == expert
