@@ -14,7 +14,7 @@ BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/__i
 .PHONY: demo test test-all check bench install clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/orchestrator run jobs/quickstart.yaml --local
+	$(BIN)/orchestrator run jobs/quickstart.yaml --local --name quickstart-$$(date +%m%d-%H%M%S)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/unit tests/architecture tests/integration -m "not slow"

@@ -30,7 +30,7 @@ name: my-run
 
 `orchestrator validate JOB.yaml` reports every mistake at once, with line, column, key and rule, and exits with 2.
 Refused are unknown keys, duplicate keys, anchors, aliases, tags, a second document, the words yes, no, on and off
-without quotes, and files over 1 MiB. `orchestrator schema` prints the JSON Schema, which editors can check against while you type.
+without quotes, and files over 1 MiB. `orchestrator schema` prints the JSON Schema, which editors can check against.
 """
 
 METRICS_HEAD = """\

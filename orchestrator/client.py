@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import connect, probe
 from orchestrator.control.run_files import LogLine, RunFiles
 from orchestrator.control.scheduler import get_or_create_scheduler
-from orchestrator.errors import DataError, JobDoesNotFit, NameTaken, NotFinished, RunCancelled, RunFailed
+from orchestrator.errors import DataError, JobDoesNotFit, NameTaken, NotFinished, RunCancelled, RunFailed, UsageError
 from orchestrator.protocol.messages import Target
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
@@ -54,15 +55,23 @@ class OrchestratorClient:
         self.address = connect(address)
         self._scheduler = get_or_create_scheduler()
 
-    def submit(self, job: JobSpec | str | os.PathLike[str], *, timeout_s: float = 0.0, **options: Any) -> str:
+    def submit(
+        self,
+        job: JobSpec | str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        timeout_s: float = 0.0,
+        **options: Any,
+    ) -> str:
         """Start a run of a job, or of a job file. Paths in it are taken from the current directory.
 
         Args:
+            name: the run's name, in place of the job's.
             timeout_s: how long to wait for room in the cluster, if it has none now.
             options: passed on to `Scheduler.submit`.
 
         Returns:
-            the run's id: the job's name.
+            the run's id: its name.
 
         Raises:
             SpecError: the file has mistakes.
@@ -70,7 +79,7 @@ class OrchestratorClient:
             NameTaken: the storage or the cluster has a run of this name.
             JobDoesNotFit: the cluster has no room for the first workers, for `timeout_s`.
         """
-        order = _order(job)
+        order = _order(job, name)
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
@@ -143,9 +152,9 @@ class OrchestratorClient:
         return ask(self._scheduler, method, *args, timeout_s=ANSWER_TIMEOUT_S, **kwargs)
 
 
-def check_job(job: JobSpec | str | os.PathLike[str]) -> JobSpec:
+def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None) -> JobSpec:
     """The job, if it could be submitted as far as is known without a cluster. Raises what `submit` raises."""
-    return _order(job).spec
+    return _order(job, name).spec
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:
@@ -183,23 +192,34 @@ class _Order:
         return self.spec.model_dump_json(by_alias=True)
 
 
-def _order(job: JobSpec | str | os.PathLike[str]) -> _Order:
+def _order(job: JobSpec | str | os.PathLike[str], name: str | None) -> _Order:
     """Read and resolve a job; checked as far as is possible from here."""
     if isinstance(job, JobSpec):
         spec, text = job, yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False)
     else:
         spec, text = load_job(job), Path(job).read_text(encoding="utf-8")
+    if name is not None:
+        spec = _renamed(spec, name)
     run_dir = spec.storage_path / spec.name
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise NameTaken(
             f"{run_dir} exists already; a run's name must be new in its storage",
-            remedy="Choose another name or storage in the job file, or move that directory away.",
+            remedy="Choose another name (--name) or storage, or move that directory away.",
             unchanged="Nothing was started.",
         )
     source = _absolute_source(spec.data.source)
     data = spec.data.model_copy(update={"source": source})
     resolved = spec.model_copy(update={"storage": str(spec.storage_path), "data": data})
     return _Order(resolved, text)
+
+
+def _renamed(spec: JobSpec, name: str) -> JobSpec:
+    try:
+        return JobSpec.model_validate(spec.model_dump(by_alias=True) | {"name": name})
+    except ValidationError as error:
+        raise UsageError(
+            f"{name!r} can't be a run's name: {error.errors()[0]['msg']}", unchanged="Nothing was started."
+        ) from error
 
 
 def _absolute_source(source: str) -> str:

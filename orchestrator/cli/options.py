@@ -8,6 +8,10 @@ import typer
 from orchestrator.cli.output import Format
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="The run's name, in place of the job's.", show_default=False),
+]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.", show_default=False)]
 Address = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, JobFile, Timeout
+from orchestrator.cli.options import Address, JobFile, Name, Timeout
 from orchestrator.cli.output import say, show
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 from orchestrator.spec.job import JobSpec
@@ -16,6 +16,7 @@ from orchestrator.spec.job import JobSpec
 
 def run(
     job: JobFile,
+    name: Name = None,
     timeout: Timeout = 0.0,
     local: Annotated[bool, typer.Option("--local", help="On this machine, whatever RAY_ADDRESS says.")] = False,
     keep_cluster: Annotated[
@@ -31,10 +32,10 @@ def run(
     from orchestrator.cli.summary import aligned, summary
     from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
 
-    spec = check_job(job)  # before any cluster is looked for, or started
+    spec = check_job(job, name)  # before any cluster is looked for, or started
     with _cluster(spec, None if local else address, keep_cluster) as place:
         client = OrchestratorClient(place.address)
-        run_id = client.submit(job, timeout_s=timeout)
+        run_id = client.submit(job, name=name, timeout_s=timeout)
         say(f"Run {run_id} is submitted, its files are in {client.status(run_id).run_dir}. Ctrl-C detaches.")
         live = LiveProgress()
         try:

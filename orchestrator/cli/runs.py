@@ -4,17 +4,17 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, JobFile, Output, RunId, Storage, Timeout
+from orchestrator.cli.options import Address, JobFile, Name, Output, RunId, Storage, Timeout
 from orchestrator.cli.output import Format, say, show, show_json, show_table
 from orchestrator.cli.wording import NONE, moment, number
 
 
-def submit(job: JobFile, timeout: Timeout = 0.0, address: Address = None) -> None:
+def submit(job: JobFile, name: Name = None, timeout: Timeout = 0.0, address: Address = None) -> None:
     """Start a run and return; prints its name."""
     from orchestrator.client import OrchestratorClient, check_job
 
-    check_job(job)  # before any cluster is looked for
-    run_id = OrchestratorClient(address).submit(job, timeout_s=timeout)
+    check_job(job, name)  # before any cluster is looked for
+    run_id = OrchestratorClient(address).submit(job, name=name, timeout_s=timeout)
     say(f"Run {run_id} is submitted. Follow it with `orchestrator logs {run_id} -f`.")
     show(run_id)
 

@@ -11,6 +11,7 @@ from orchestrator.errors import (
     OrchestratorError,
     RunCancelled,
     RunFailed,
+    UsageError,
 )
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.job import JobSpec
@@ -74,3 +75,20 @@ def test_ends_that_are_no_success_are_errors(phase: RunPhase, error: type[Orches
 
 def test_success_is_none() -> None:
     raise_unless_succeeded(status(phase=RunPhase.SUCCEEDED))
+
+
+def test_another_name_takes_the_jobs_place(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"schema: v1\nname: first\nstorage: {tmp_path}\n")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "status.json").write_text("{}")
+    with pytest.raises(NameTaken):
+        check_job(job)
+    assert check_job(job, "second").name == "second"
+
+
+def test_another_name_is_checked_like_the_jobs(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"schema: v1\nname: first\nstorage: {tmp_path}\n")
+    with pytest.raises(UsageError, match="Not A Name"):
+        check_job(job, "Not A Name")
