@@ -106,7 +106,7 @@ def _values(form: Schema) -> str:
         count = f"{form['minItems']} of " if "minItems" in form else "list of "
         return count + _values(inner)
     names = {"integer": "whole number", "string": "text", "boolean": "true, false", "object": "mapping of texts"}
-    return " ".join([names.get(form["type"], form["type"]), *_bounds(form)])
+    return " ".join([names.get(str(form["type"]), str(form["type"])), *_bounds(form)])
 
 
 def _bounds(form: Schema) -> Iterator[str]:

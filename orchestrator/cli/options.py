@@ -27,7 +27,7 @@ Storage = Annotated[
     typer.Option(
         "--storage",
         metavar="DIR",
-        help="Read the run from this run storage; needs no cluster. Default: ask the cluster; if none knows it, ./runs.",
+        help="Read the run from here; needs no cluster. Default: ask the cluster; if none knows it, ./runs.",
     ),
 ]
 Output = Annotated[Format, typer.Option("-o", "--output", help="How to write it.")]

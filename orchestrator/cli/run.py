@@ -94,9 +94,7 @@ def _end_cluster(address: str) -> None:
     try:
         active = active_runs(address)
     except OrchestratorError as error:
-        say(
-            f"The local cluster stays up, since it can't tell its runs: {error} End it with `orchestrator cluster down`."
-        )
+        say(f"The local cluster stays up: it can't tell its runs: {error} End it with `orchestrator cluster down`.")
         return
     finally:
         disconnect()

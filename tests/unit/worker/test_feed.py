@@ -1,0 +1,78 @@
+"""Sample order and slots of real rows, whatever the world."""
+
+import pytest
+import torch
+
+from orchestrator.data.prepare import prepare
+from orchestrator.data.store import TokenStore
+from orchestrator.sampling.sampler import sample
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.feed import Feed
+
+JOB = {
+    "schema": "v1",
+    "name": "feed",
+    "train": {"steps": 50, "global_batch_size": 10, "micro_batch_size": 2, "sequence_length": 16},
+    "eval": {"every": 5, "rows": 7},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    directory = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (directory / f"{number}.txt").write_text(" ".join(f"word{number * i % 97}" for i in range(200)))
+    return prepare(str(directory), 300, 0.2, tmp_path_factory.mktemp("store"))
+
+
+def _feed(store: TokenStore, isolate: bool = False) -> Feed:
+    job = JobSpec.model_validate({**JOB, "data": {"isolate_documents": isolate}})
+    return Feed(job, store, torch.device("cpu"))
+
+
+def _rows(feed: Feed, step: int, world_size: int) -> torch.Tensor:
+    """The global batch as the ranks see it: their slots by number."""
+    slots = {}
+    for rank in range(world_size):
+        part = feed.step(step, rank, world_size)
+        for slot in part.slots:
+            if slot.number is not None:
+                assert slot.number not in slots
+                slots[slot.number] = slot.batch.inputs_BT
+    return torch.cat([slots[number] for number in range(len(slots))])
+
+
+def test_the_order_through_4_2_3_workers_is_that_of_one(store: TokenStore) -> None:
+    feed = _feed(store)
+    for step, world_size in enumerate([4] * 12 + [2] * 12 + [3] * 12):
+        wanted = store.rows("train", sample(feed.sampler, step).rows, 16).inputs_RT
+        assert torch.equal(_rows(feed, step, world_size), torch.from_numpy(wanted))
+        assert torch.equal(_rows(feed, step, world_size), _rows(feed, step, 1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_every_rank_runs_as_many_passes_and_counts_the_same_tokens(store: TokenStore, world_size: int) -> None:
+    feed = _feed(store)
+    parts = [feed.step(3, rank, world_size) for rank in range(world_size)]
+    assert len({len(part.slots) for part in parts}) == 1
+    assert len({(part.global_tokens, part.first_position, part.num_positions) for part in parts}) == 1
+    batches = [slot.batch for part in parts for slot in part.slots]
+    assert sum(int((batch.targets_BT != -100).sum()) for batch in batches) == parts[0].global_tokens
+    for part in parts:
+        for slot in part.slots:
+            assert (slot.number is None) == (len(slot.batch.inputs_BT) == 0)
+            assert slot.batch.inputs_BT.shape[1] == 16
+
+
+def test_validation_reads_the_same_rows_every_time(store: TokenStore) -> None:
+    feed = _feed(store)
+    one, again = feed.validation(0, 1), feed.validation(0, 1)
+    rows = torch.cat([slot.batch.inputs_BT for slot in one.slots])
+    assert len(rows) == 7
+    assert torch.equal(rows, torch.cat([slot.batch.inputs_BT for slot in again.slots]))
+
+
+def test_documents_are_named_only_where_they_are_isolated(store: TokenStore) -> None:
+    assert all(slot.batch.documents_BT is None for slot in _feed(store).step(0, 0, 1).slots)
+    batch = _feed(store, isolate=True).step(0, 0, 1).slots[0].batch
+    assert batch.documents_BT is not None and batch.documents_BT.shape == batch.inputs_BT.shape
