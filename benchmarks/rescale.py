@@ -14,6 +14,7 @@ in the journal by `benchmarks.support.minimum`.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -181,8 +182,9 @@ def run_ray_train(job: JobSpec, store: TokenStore, workspace: Path, size: Size) 
     job_file = workspace / "ray-train.json"
     job_file.write_text(job.model_dump_json(by_alias=True))
     command = [sys.executable, "-m", "benchmarks.baselines.ray_train_elastic", str(job_file), str(store.directory)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}  # not those of our cluster
     done = subprocess.run(
-        [*command, str(size.ray_train_rounds)], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
+        [*command, str(size.ray_train_rounds)], cwd=ROOT, env=clean, check=True, text=True, stdout=subprocess.PIPE
     )
     rounds: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])["rounds"]
     say("Ray Train: stalls " + ", ".join(f"{r['stall_s']:.1f} s" for r in rounds))

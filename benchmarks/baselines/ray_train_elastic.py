@@ -116,9 +116,7 @@ def grow_once(job_json: str, store_dir: str) -> dict[str, Any]:
     )
     try:
         with RayNodes(num_cpus=1, variables=variables) as nodes:
-            ray.init(
-                address=nodes.address, _node_ip_address="127.0.0.1", log_to_driver=False, logging_level=logging.ERROR
-            )
+            ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
             try:
                 trainer = TorchTrainer(
                     train_on_worker,

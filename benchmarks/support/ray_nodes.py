@@ -1,7 +1,8 @@
 """Ray nodes on this machine for a baseline: own head, own temporary directory, nodes added when asked.
 
 `ray start --block` per node, each in a session of its own, so that ending them ends all that they started and nothing
-else. Loopback only, and without authentication, which is said explicitly: unset, Ray would write a token for good.
+else. Several nodes on one machine need its own address (Ray keeps a cluster on loopback to one node). Without
+authentication, which is said explicitly: unset, Ray would write a token for good.
 """
 
 import os
@@ -58,7 +59,7 @@ class RayNodes:
         self.close()
 
     def _start(self, name: str, num_cpus: int, *options: str) -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         command += [f"--num-cpus={num_cpus}", f"--temp-dir={self._temp_dir}", *options]
         log_path = self._temp_dir / f"{name}.log"
         with log_path.open("wb") as log:

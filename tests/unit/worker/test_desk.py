@@ -1,3 +1,5 @@
+"""The desk from both sides: directives in, reports out."""
+
 import threading
 import time
 
@@ -67,3 +69,48 @@ def test_waiting_for_a_directive_ends_when_it_comes() -> None:
     desk.put(Directive(1, 2, activated=3))
     waiter.join(10.0)
     assert got[0].activated == 3
+
+
+def test_a_newer_controller_counts_its_directives_anew() -> None:
+    desk = Desk("w0", 1)
+    desk.put(Directive(1, 9, activated=4))
+    desk.put(Directive(2, 0, activated=5))
+    assert desk.wait(lambda d: d.epoch == 2, 0.0).activated == 5
+
+
+def test_a_repeat_is_no_news() -> None:
+    desk = Desk("w0", 1)
+    desk.put(Directive(1, 1))
+    version = desk.state.version
+    desk.put(Directive(1, 1))
+    desk.put(Directive(1, 0))
+    assert desk.state.version == version
+
+
+def test_waiting_in_vain_ends_after_the_timeout_with_what_there_is() -> None:
+    desk = Desk("w0", 1)
+    assert desk.wait(lambda d: d.activated >= 0, 0.01) == Directive(-1, -1)
+
+
+def test_nothing_is_lost_between_threads() -> None:
+    """Two publish, one records, one directs, two read: every change counts once, and no report goes back in time."""
+    desk, rounds = Desk("w0", 1), 300
+    seen: list[list[int]] = [[], []]
+
+    def read(mine: list[int]) -> None:
+        version = -1
+        while version < 4 * rounds:
+            version = desk.report(None, version, 10.0).version
+            mine.append(version)
+
+    jobs = [threading.Thread(target=read, args=(mine,)) for mine in seen]
+    jobs += [threading.Thread(target=lambda: [desk.publish(prepared=n) for n in range(rounds)]) for _ in range(2)]
+    jobs.append(threading.Thread(target=lambda: [desk.record(_record(n)) for n in range(rounds)]))
+    jobs.append(threading.Thread(target=lambda: [desk.put(Directive(1, n)) for n in range(rounds)]))
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(30.0)
+    assert desk.state.version == 4 * rounds
+    assert [r.step for r in desk.report(-1, -1, 0.0).records] == list(range(rounds))
+    assert all(mine == sorted(set(mine)) and mine[-1] == 4 * rounds for mine in seen)

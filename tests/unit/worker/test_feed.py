@@ -1,5 +1,6 @@
 """Sample order and slots of real rows, whatever the world."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,3 +77,22 @@ def test_documents_are_named_only_where_they_are_isolated(store: TokenStore) -> 
     assert all(slot.batch.documents_BT is None for slot in _feed(store).step(0, 0, 1).slots)
     batch = _feed(store, isolate=True).step(0, 0, 1).slots[0].batch
     assert batch.documents_BT is not None and batch.documents_BT.shape == batch.inputs_BT.shape
+
+
+def test_validation_is_the_same_rows_over_all_ranks_of_any_world(store: TokenStore) -> None:
+    feed = _feed(store)
+    wanted = store.rows("validation", np.arange(7), 16).inputs_RT
+    for world_size in (1, 3, 6):
+        parts = [feed.validation(rank, world_size) for rank in range(world_size)]
+        slots = {s.number: s.batch for part in parts for s in part.slots if s.number is not None}
+        assert sorted(slots) == list(range(parts[0].num_slots)) == [0, 1, 2, 3]
+        assert torch.equal(torch.cat([slots[n].inputs_BT for n in range(4)]), torch.from_numpy(wanted))
+        counted = sum(int((batch.targets_BT != -100).sum()) for batch in slots.values())
+        assert counted == parts[-1].global_tokens
+
+
+def test_steps_consume_positions_without_gap_through_many_epochs(store: TokenStore) -> None:
+    feed = _feed(store)
+    num_steps = 3 * store.num_rows("train", 16) // 10
+    parts = [feed.step(step, 0, 1) for step in range(0, num_steps, 7)]
+    assert [(p.first_position, p.num_positions) for p in parts] == [(10 * s, 10) for s in range(0, num_steps, 7)]

@@ -1,13 +1,13 @@
-import threading
+"""What members conclude from their ballots."""
+
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from orchestrator.worker import vote as module
 from orchestrator.worker.vote import NO_FENCE, Ballot, Outcome, vote
+from tests.unit.comm.threads import on_ranks
 
 CPU = torch.device("cpu")
 
@@ -22,31 +22,9 @@ def _ballot(losses: list[float], **changes: Any) -> Ballot:
     return Ballot(**{**fields, **changes})
 
 
-def _together(ballots: list[Ballot], monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
-    """What each rank concludes; ranks are threads, the all-reduce is the sum of their vectors."""
-    barrier = threading.Barrier(len(ballots))
-    vectors: list[torch.Tensor] = []
-    lock = threading.Lock()
-
-    def all_reduce(vector: torch.Tensor, group: object) -> None:
-        with lock:
-            vectors.append(vector.clone())
-        barrier.wait()
-        vector.copy_(torch.stack(vectors).sum(0))
-
-    monkeypatch.setattr(module.dist, "all_reduce", all_reduce)
-    outcomes: dict[int, Outcome] = {}
-
-    def run(rank: int) -> None:
-        group: Any = dist  # not None: a world of more than one
-        outcomes[rank] = vote(ballots[rank], rank, len(ballots), group, CPU)
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(ballots))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [outcomes[rank] for rank in range(len(ballots))]
+def _together(ballots: list[Ballot]) -> list[Outcome]:
+    """What each rank concludes."""
+    return on_ranks(len(ballots), lambda rank, group: vote(ballots[rank], rank, len(ballots), group, CPU))
 
 
 def test_a_world_of_one_hears_itself() -> None:
@@ -57,17 +35,17 @@ def test_a_world_of_one_hears_itself() -> None:
     assert vote(_ballot([1.0]), 0, 1, None, CPU).validation_loss_sum is None
 
 
-def test_all_ranks_conclude_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_conclude_the_same() -> None:
     ballots = [_ballot([1.0, 0.0, 0.0]), _ballot([0.0, 2.0, 4.0])]
-    one, other = _together(ballots, monkeypatch)
+    one, other = _together(ballots)
     assert one.loss_sum == other.loss_sum == 7.0
     assert one.counts_LE.tolist() == other.counts_LE.tolist() == [[2, 4], [6, 8]]
 
 
-def test_the_sum_is_in_slot_order_whoever_had_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sum_is_in_slot_order_whoever_had_the_slots() -> None:
     losses = [1e16, 1.0, -1e16, 1.0]
     alone = vote(_ballot(losses), 0, 1, None, CPU).loss_sum
-    split = _together([_ballot([losses[0], 0, 0, losses[3]]), _ballot([0, losses[1], losses[2], 0])], monkeypatch)
+    split = _together([_ballot([losses[0], 0, 0, losses[3]]), _ballot([0, losses[1], losses[2], 0])])
     assert split[0].loss_sum == split[1].loss_sum == alone
 
 
@@ -75,11 +53,40 @@ def test_the_sum_is_in_slot_order_whoever_had_the_slots(monkeypatch: pytest.Monk
     ("fences", "agreed"),
     [((3, 3), 3), ((3, NO_FENCE), NO_FENCE), ((3, 4), NO_FENCE), ((NO_FENCE, NO_FENCE), NO_FENCE)],
 )
-def test_a_fence_needs_everyone(fences: tuple[int, int], agreed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes = _together([_ballot([0.0], fence=fence) for fence in fences], monkeypatch)
+def test_a_fence_needs_everyone(fences: tuple[int, int], agreed: int) -> None:
+    outcomes = _together([_ballot([0.0], fence=fence) for fence in fences])
     assert [o.fence for o in outcomes] == [agreed, agreed]
 
 
-def test_an_end_needs_everyone_and_one_skipped_update_counts_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    outcomes = _together([_ballot([0.0], finish=True, applied=False), _ballot([0.0])], monkeypatch)
+def test_an_end_needs_everyone_and_one_skipped_update_counts_for_all() -> None:
+    outcomes = _together([_ballot([0.0], finish=True, applied=False), _ballot([0.0])])
     assert [(o.finish, o.applied) for o in outcomes] == [(False, False)] * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> None:
+    ballots = [
+        _ballot(
+            [10.0 + rank if slot == rank else 0.0 for slot in range(4)],
+            validation_losses=np.array([100.0 if slot == rank else 0.0 for slot in range(2)]),
+            counts_LE=torch.tensor([[2**40 + rank, 0, 5]]),
+            fence=6,
+            finish=True,
+        )
+        for rank in range(world_size)
+    ]
+    for outcome in _together(ballots):
+        assert outcome.loss_sum == sum(10.0 + rank for rank in range(world_size))
+        assert outcome.validation_loss_sum == 100.0 * min(world_size, 2)
+        assert outcome.counts_LE.tolist() == [[2**40 * world_size + sum(range(world_size)), 0, 5 * world_size]]
+        assert outcome.counts_LE.dtype == torch.int64
+        assert (outcome.applied, outcome.fence, outcome.finish) == (True, 6, True)
+
+
+def test_a_loss_that_is_not_finite_is_not_hidden() -> None:
+    assert all(np.isnan(outcome.loss_sum) for outcome in _together([_ballot([np.nan, 0.0]), _ballot([0.0, 1.0])]))
+
+
+def test_a_model_without_experts_votes_too() -> None:
+    outcomes = _together([_ballot([1.0], counts_LE=torch.zeros(0, 8, dtype=torch.int64))] * 2)
+    assert [tuple(outcome.counts_LE.shape) for outcome in outcomes] == [(0, 8), (0, 8)]

@@ -1,0 +1,100 @@
+"""The oracle itself, in a world of one, against torch's own optimizer driven by hand."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._C._distributed_c10d import HashStore
+
+from orchestrator.elastic.placement import Placement
+from orchestrator.engine.groups import Groups, connect, disconnect
+from orchestrator.engine.reference import ReferenceEngine
+from orchestrator.model.batch import MicroBatch
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.spec.job import TrainSpec
+from orchestrator.spec.model import ModelSpec
+from tests.support.small import empty, slot
+
+SPEC = ModelSpec(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=3, expert_intermediate_size=8)
+TOKENS = 128  # targets of two slots
+
+
+@pytest.fixture
+def alone() -> Iterator[Groups]:
+    yield connect(HashStore(), "test", 0, Placement.balanced(3, 1), "gloo")
+    disconnect()
+
+
+def _model() -> MoELanguageModel:
+    model = MoELanguageModel(SPEC, 128, ExpertHome(Placement.balanced(3, 1), 0, None))
+    model.init_weights(0)
+    return model
+
+
+def _engine(groups: Groups, clipping: float = 1.0) -> tuple[MoELanguageModel, ReferenceEngine]:
+    model = _model()
+    engine = ReferenceEngine(model, TrainSpec(gradient_clipping=clipping), groups)
+    engine.seeded()
+    return model, engine
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.05, 1000.0])
+def test_steps_equal_those_of_torch_on_the_mean_loss(alone: Groups, clipping: float) -> None:
+    model, engine = _engine(alone, clipping)
+    plain = _model()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(3):
+        batches: list[MicroBatch] = [slot(step, 0), slot(step, 1), empty()]
+        for batch in batches:
+            engine.accumulate(batch, TOKENS)
+        outcome = engine.step(1e-2)
+        optimizer.zero_grad()
+        sum((plain(b.inputs_BT, b.targets_BT) for b in batches[:2]), torch.zeros(())).div(TOKENS).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clipping or float("inf"))
+        optimizer.step()
+        assert outcome.applied and outcome.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_a_non_finite_update_changes_nothing_and_is_forgotten(alone: Groups) -> None:
+    model, engine = _engine(alone)
+    before = [p.clone() for p in model.parameters()]
+    hook = model.head.register_hook(lambda grad: grad * float("nan"))
+    engine.accumulate(slot(0, 0), TOKENS)
+    hook.remove()
+    assert not engine.step(1e-2).applied
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    engine.accumulate(slot(0, 0), TOKENS)
+    assert engine.step(1e-2).applied
+
+
+def test_evaluation_leaves_no_trace(alone: Groups) -> None:
+    model, engine = _engine(alone)
+    loss, counts_LE = engine.accumulate(slot(0, 0), TOKENS)
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert engine.evaluate(slot(0, 0)).item() == pytest.approx(loss.item())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
+    assert counts_LE.sum().item() == 64 * SPEC.top_k
+
+
+def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: Groups) -> None:
+    """Two steps here, then the state into another engine: the third step is the same in both."""
+    model, engine = _engine(alone)
+    other_model, other = _engine(alone)
+    for step in range(2):
+        engine.accumulate(slot(step, 0), TOKENS)
+        engine.step(1e-2)
+    for name, held in engine.ranges():
+        other.ranges().view(name, held.start, held.stop).copy_(held.data)
+    other.loaded(2)
+    for each in (engine, other):
+        each.accumulate(slot(2, 0), TOKENS)
+        each.step(1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
+
+
+def test_other_precisions_are_refused(alone: Groups) -> None:
+    with pytest.raises(ValueError, match="bf16"):
+        ReferenceEngine(_model(), TrainSpec(precision="bf16"), alone)
