@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.harness import ROOT, say
-from benchmarks.support.ray_nodes import VARIABLES, RayNodes
+from benchmarks.support.ray_nodes import RayNodes, variables
 
 CHECKPOINT_EVERY = 5
 STEPS_BEFORE = 12  # in the old world, before there is room for a second worker
@@ -110,12 +110,13 @@ def grow_once(job_json: str, store_dir: str) -> dict[str, Any]:
     storage = Path(tempfile.mkdtemp(prefix="rt-storage-"))
     log = storage / "steps.jsonl"
     log.touch()
-    variables = FASTEST | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ours = {key: value for key, value in os.environ.items() if key.startswith("RAY_")}  # as set by `main`
+    environment = ours | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run_config: Any = RunConfig(  # Ray's annotations still name the class of its first version
         name="elastic", storage_path=str(storage), checkpoint_config=CheckpointConfig(num_to_keep=2)
     )
     try:
-        with RayNodes(num_cpus=1, variables=variables) as nodes:
+        with RayNodes(num_cpus=1, variables=environment) as nodes:
             ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
             try:
                 trainer = TorchTrainer(
@@ -182,9 +183,10 @@ def growth(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    os.environ.update(VARIABLES | FASTEST)  # before Ray is imported
     job_json, store_dir, rounds = Path(sys.argv[1]).read_text(), sys.argv[2], int(sys.argv[3])
-    print(json.dumps({"rounds": [grow_once(job_json, store_dir) for _ in range(rounds)]}), flush=True)
+    with tempfile.TemporaryDirectory(prefix="rt-token-") as folder:
+        os.environ.update(variables(Path(folder)) | FASTEST)  # before Ray is imported
+        print(json.dumps({"rounds": [grow_once(job_json, store_dir) for _ in range(rounds)]}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Ray nodes on this machine for a baseline: own head, own temporary directory, nodes added when asked.
 
 `ray start --block` per node, each in a session of its own, so that ending them ends all that they started and nothing
-else. Several nodes on one machine need its own address (Ray keeps a cluster on loopback to one node). Without
-authentication, which is said explicitly: unset, Ray would write a token for good.
+else. Several nodes on one machine need its own address (Ray keeps a cluster on loopback to one node), so the cluster
+asks for a token.
 """
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,14 @@ import psutil
 from orchestrator.control.processes import Process, describe, end_session
 
 START_TIMEOUT_S = 90.0
-VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """What the nodes and the driver need in their environment before Ray is imported: a token that only they know."""
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class RayNodes:
@@ -31,7 +39,7 @@ class RayNodes:
 
     def __init__(self, num_cpus: int, variables: dict[str, str]) -> None:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        self._variables = kept | VARIABLES | variables
+        self._variables = kept | variables
         self._temp_dir = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))  # Ray's socket paths must stay short
         self._nodes: list[Process] = []
         try:

@@ -58,7 +58,7 @@ def scale(
     from orchestrator.client import OrchestratorClient
 
     OrchestratorClient(address).scale(run, workers)
-    say(f"Run {run} will go on with {workers} workers as soon as they are ready.")
+    say(f"Run {run} will go on with {workers} worker{'' if workers == 1 else 's'} as soon as they are ready.")
 
 
 def cancel(run: RunId, address: Address = None) -> None:
