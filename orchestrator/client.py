@@ -61,6 +61,7 @@ class OrchestratorClient:
         *,
         name: str | None = None,
         timeout_s: float = 0.0,
+        on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
     ) -> str:
         """Start a run of a job, or of a job file. Paths in it are taken from the current directory.
@@ -68,6 +69,7 @@ class OrchestratorClient:
         Args:
             name: the run's name, in place of the job's.
             timeout_s: how long to wait for room in the cluster, if it has none now.
+            on_wait: called once with what is missing, if it has none now and is waited for.
             options: passed on to `Scheduler.submit`.
 
         Returns:
@@ -84,9 +86,12 @@ class OrchestratorClient:
         while True:
             try:
                 return str(self._ask("submit", order.job_json, order.spec.name, order.run_dir, order.text, **options))
-            except JobDoesNotFit:
+            except JobDoesNotFit as error:
                 if time.monotonic() + RETRY_EVERY_S > deadline_s:
                     raise
+                if on_wait is not None:
+                    on_wait(error)
+                    on_wait = None
             time.sleep(RETRY_EVERY_S)
 
     def list(self) -> tuple[RunStatus, ...]:

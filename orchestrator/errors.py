@@ -82,6 +82,10 @@ class StoreCorrupt(DataError):
     """A prepared data store whose files don't match their digests."""
 
 
+class StorageError(UsageError):
+    """Run storage that can't be written: full, read-only or away."""
+
+
 class ClusterUnreachable(OrchestratorError):
     """There is no cluster at the address, or it doesn't answer."""
 

@@ -4,6 +4,7 @@ import typer
 
 from orchestrator.cli.options import JobFile
 from orchestrator.cli.output import say, show_json
+from orchestrator.cli.wording import counted
 
 
 def validate(job: JobFile) -> None:
@@ -13,7 +14,7 @@ def validate(job: JobFile) -> None:
     spec = load_job(job)
     workers = spec.workers
     say(
-        f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {workers.initial} workers at first "
+        f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {counted(workers.initial, 'worker')} at first "
         f"({workers.min} to {workers.max}), {spec.model.num_experts} experts"
     )
 

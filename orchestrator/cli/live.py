@@ -26,6 +26,7 @@ class LiveProgress:
         self._stream = stream if stream is not None else sys.stderr
         self._refreshes = self._stream.isatty()
         self._told_rescales = 0
+        self._warned = False
         self._phase: RunPhase | None = None
         self._line = ""
         self._written_s = 0.0
@@ -36,6 +37,9 @@ class LiveProgress:
                 break  # told when it has been measured
             self._told_rescales += 1
             self._keep(f"{status.run_id} rescaled {rescale(change)}")
+        if status.warning and not self._warned:
+            self._keep(f"{status.run_id} goes on, but {status.warning}")
+        self._warned = bool(status.warning)
         line = progress(status)
         if self._refreshes:
             width = shutil.get_terminal_size().columns - 1

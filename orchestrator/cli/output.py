@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import JobDoesNotFit, OrchestratorError
 
 
 class Format(StrEnum):
@@ -29,6 +29,11 @@ def stderr() -> Console:
 def say(text: str) -> None:
     """Tell the user what happens."""
     stderr().print(escape(text))
+
+
+def tell_wait(error: JobDoesNotFit) -> None:
+    """Say what a submission waits for."""
+    say(f"Waiting for room: {error.message}.")
 
 
 def show(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.options import Address, JobFile, Name, Timeout
-from orchestrator.cli.output import say, show
+from orchestrator.cli.output import say, show, tell_wait
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 from orchestrator.spec.job import JobSpec
 
@@ -35,12 +36,13 @@ def run(
     spec = check_job(job, name)  # before any cluster is looked for, or started
     with _cluster(spec, None if local else address, keep_cluster) as place:
         client = OrchestratorClient(place.address)
-        run_id = client.submit(job, name=name, timeout_s=timeout)
+        run_id = client.submit(job, name=name, timeout_s=timeout, on_wait=tell_wait)
         say(f"Run {run_id} is submitted, its files are in {client.status(run_id).run_dir}. Ctrl-C detaches.")
         live = LiveProgress()
         try:
             status = client.wait(run_id, on_status=live.show)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only cut off the last words
             live.close()
             place.keep = True
             say(_detached(run_id))

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.options import Address, JobFile, Name, Output, RunId, Storage, Timeout
-from orchestrator.cli.output import Format, say, show, show_json, show_table
-from orchestrator.cli.wording import NONE, moment, number
+from orchestrator.cli.output import Format, say, show, show_json, show_table, tell_wait
+from orchestrator.cli.wording import NONE, counted, moment, number
 
 
 def submit(job: JobFile, name: Name = None, timeout: Timeout = 0.0, address: Address = None) -> None:
@@ -14,7 +14,7 @@ def submit(job: JobFile, name: Name = None, timeout: Timeout = 0.0, address: Add
     from orchestrator.client import OrchestratorClient, check_job
 
     check_job(job, name)  # before any cluster is looked for
-    run_id = OrchestratorClient(address).submit(job, name=name, timeout_s=timeout)
+    run_id = OrchestratorClient(address).submit(job, name=name, timeout_s=timeout, on_wait=tell_wait)
     say(f"Run {run_id} is submitted. Follow it with `orchestrator logs {run_id} -f`.")
     show(run_id)
 
@@ -57,16 +57,21 @@ def scale(
     """Change the number of a run's workers, within its job's min..max. No step is lost."""
     from orchestrator.client import OrchestratorClient
 
-    OrchestratorClient(address).scale(run, workers)
-    say(f"Run {run} will go on with {workers} worker{'' if workers == 1 else 's'} as soon as they are ready.")
+    client = OrchestratorClient(address)
+    client.scale(run, workers)
+    asked = counted(workers, "worker")
+    if client.status(run).workers_now == workers:
+        say(f"Run {run} has {asked} and goes on with them.")
+    else:
+        say(f"Run {run} will go on with {asked} as soon as they are ready.")
 
 
 def cancel(run: RunId, address: Address = None) -> None:
-    """End a run early. It writes a checkpoint first."""
+    """End a run early. If it has trained, it writes a checkpoint first."""
     from orchestrator.client import OrchestratorClient
 
     OrchestratorClient(address).cancel(run)
-    say(f"Run {run} ends after its current step, with a checkpoint.")
+    say(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
 
 
 def register(app: typer.Typer) -> None:

@@ -22,6 +22,8 @@ def summary(status: RunStatus) -> list[tuple[str, str]]:
     lines.append(("checkpoint", status.checkpoint or NONE))
     if status.tracking_url:
         lines.append(("mlflow", tracking_command(status.tracking_url)))
+    if status.warning:
+        lines.append(("warning", status.warning))
     if status.error:
         lines.append(("error", status.error))
     return lines
@@ -33,7 +35,7 @@ def details(status: RunStatus) -> list[tuple[str, str]]:
         *summary(status),
         ("state", status.why or NONE),
         ("workers", workers(status) if status.workers_now else NONE),
-        ("generation", str(status.generation)),
+        ("generation", str(status.generation) if status.generation >= 0 else NONE),
         ("submitted", moment(status.submitted_time)),
         ("started", moment(status.started_time)),
         ("ended", moment(status.ended_time)),

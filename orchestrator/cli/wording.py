@@ -3,13 +3,18 @@
 from datetime import datetime
 from typing import Any
 
-from orchestrator.protocol.status import Rescale, RunStatus
+from orchestrator.protocol.status import Rescale, RunPhase, RunStatus
 
 NONE = "-"
+STAMPS = ("seq", "epoch", "time", "kind")  # of an event
 
 
 def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def rate(tokens_per_second: float | None) -> str:
@@ -52,13 +57,13 @@ def progress(status: RunStatus) -> str:
         parts.append(rate(status.tokens_per_second))
     if status.workers_now:
         parts.append(workers(status))
-    elif not status.phase.ended and status.why:
+    elif status.phase is RunPhase.STARTING and status.why:
         parts.append(status.why)
     return "  ".join(parts)
 
 
 def workers(status: RunStatus) -> str:
-    text = f"{status.workers_now} worker{'' if status.workers_now == 1 else 's'}"
+    text = counted(status.workers_now, "worker")
     if status.workers_wanted not in (0, status.workers_now):
         text += f" (wanted {status.workers_wanted})"
     return text + (f" + {status.standbys} standby" if status.standbys else "")
@@ -76,8 +81,8 @@ def rescale(change: Rescale) -> str:
 
 def event(fields: dict[str, Any]) -> str:
     """An event of the journal as one line: time, kind, and its other fields."""
-    rest = {key: value for key, value in fields.items() if key not in ("seq", "epoch", "time", "kind")}
-    told = "  ".join(f"{key}={_short(value)}" for key, value in rest.items())
+    shown = {key: value for key, value in fields.items() if key not in STAMPS and value is not None}
+    told = "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
     return f"{moment(fields['time'])}  {fields['kind']:<18}  {told}".rstrip()
 
 

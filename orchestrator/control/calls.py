@@ -12,6 +12,8 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from orchestrator.control.host import Handle
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 
+KILLED = "connection error code 2"  # Ray's words for a process whose socket was closed without a good-bye
+
 
 def ask(handle: Handle, method: str, *args: Any, timeout_s: float = 30.0, repeat: bool = True, **kwargs: Any) -> Any:
     """What the actor's method returns.
@@ -44,7 +46,10 @@ def reason_of(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     table = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
     told = " ".join(line for line in lines if not line.startswith(table))
-    return told.partition(" Some common causes")[0] or type(error).__name__
+    told = told.partition(" Some common causes")[0].rpartition("Worker exit detail: ")[2]
+    if KILLED in told:
+        return "its process ended suddenly: killed from outside, out of memory, or crashed"
+    return told or type(error).__name__
 
 
 def _own_error(error: Exception, what: str, timeout_s: float) -> Exception:

@@ -5,7 +5,7 @@ two the run can't go on, which shows as a fault.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Facilities:
         self.address: tuple[str, int] | None = None
         self.data: PreparedData | None = None
         self.tracking_url: str | None = None
+        self.warning: str | None = None  # metrics that don't arrive
         self.faults: list[str] = []
 
     def start(self, data: PreparedData | None, has_workers: bool) -> None:
@@ -79,8 +80,8 @@ class Facilities:
         if "tracker" in self._handles:
             self._call("tracker", "event", self._epoch, event)
 
-    def look_for_url(self) -> None:
-        if self.tracking_url is None and "tracker" in self._handles:
+    def look_at_tracker(self) -> None:
+        if "tracker" in self._handles:
             self._call("tracker", "describe")
 
     def close(self, outcome: str, why: str) -> None:
@@ -89,9 +90,11 @@ class Facilities:
         if tracker is not None:
             try:
                 ask(tracker, "call", "finish", self._epoch, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
-                self.tracking_url = ask(tracker, "call", "describe", timeout_s=5.0)["url"] or self.tracking_url
+                self._described(ask(tracker, "call", "describe", timeout_s=5.0))
             except OrchestratorError as error:
-                log.warning("tracker: not everything may have been published: %s", error)
+                self.warning = f"not all metrics were published: {error}"
+            if self.warning:
+                log.warning(self.warning)
         for name in NAMES:
             handle = find(self._name(name))
             if handle is not None:
@@ -106,7 +109,12 @@ class Facilities:
             ray.kill(self._handles.pop("preparation"), no_restart=True)
             self._call("tracker", "artifact", self._epoch, result.tokenizer)
         elif answer.method == "describe":
-            self.tracking_url = result["url"] or None
+            self._described(result)
+
+    def _described(self, tracker: Mapping[str, Any]) -> None:
+        self.tracking_url = tracker["url"] or self.tracking_url
+        lines = tracker["error"].splitlines()
+        self.warning = f"metrics can't be published: {lines[0]}" if lines else None
 
     def _begin(self, name: str, target: str, args: tuple[Any, ...], **seat_fields: Any) -> None:
         seat = Seat(

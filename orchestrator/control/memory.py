@@ -9,13 +9,16 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from orchestrator.control.journal import Journal, read_events
+from orchestrator.control.journal import Journal, read_events, write_atomically
 from orchestrator.control.preparation import PreparedData
-from orchestrator.errors import NotFound
+from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, absorb
@@ -24,8 +27,13 @@ from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
 
+log = logging.getLogger("orchestrator.control")
+
 INTERNAL = ("state", "steps", "prepared")  # events that users don't read as events
 STATUS_FILE = "status.json"
+WRITE_AGAIN_S = 1.0
+
+T = TypeVar("T")
 
 
 class Recollection:
@@ -53,12 +61,17 @@ class Recollection:
 class RunMemory(Recollection):
     """The run's state and progress, each change written down before anybody acts on it.
 
+    What can't be written raises StorageError and changes nothing, so it can be tried again; `trouble` says so until
+    something is written.
+
     Args:
         run_dir: the run's directory in run storage.
         epoch: the controller's.
     """
 
     def __init__(self, run_dir: Path, epoch: int, limits: RunLimits) -> None:
+        self.trouble: str | None = None
+        self._run_dir = run_dir
         self._journal = Journal(run_dir, epoch)
         super().__init__(run_dir, limits)
 
@@ -88,11 +101,50 @@ class RunMemory(Recollection):
         (event,) = self._append([{"kind": kind, **fields}])
         return event
 
+    def conclude(self, status_text: str) -> None:
+        """Leave the status with which the run has ended."""
+        with self._writing():
+            write_atomically(self._run_dir / STATUS_FILE, status_text)
+
     def _append(self, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        written = self._journal.append(events)
+        if not events:
+            return []
+        with self._writing():
+            written = self._journal.append(events)
         for event in written:
             self.times.setdefault(event["kind"], event["time"])
         return written
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self.trouble is None:
+                log.error("run storage %s can't be written: %s", self._run_dir, error)
+            self.trouble = f"run storage can't be written: {error.strerror or error}"
+            raise storage_error(error, self._run_dir) from error
+        if self.trouble is not None:
+            log.info("run storage %s can be written again", self._run_dir)
+        self.trouble = None
+
+
+def insist(write: Callable[[], T]) -> T:
+    """What `write` returns, tried again until run storage can be written: for what nothing can go on without."""
+    while True:
+        try:
+            return write()
+        except (StorageError, OSError):
+            time.sleep(WRITE_AGAIN_S)
+
+
+def storage_error(error: OSError, directory: Path) -> StorageError:
+    """What a failed write to run storage means to a user."""
+    return StorageError(
+        f"run storage can't be written: {error.strerror or error}: {error.filename or directory}",
+        remedy="Make it writable and make room, or name another storage in the job file.",
+        unchanged="Nothing was written.",
+    )
 
 
 def read_steps(run_dir: Path) -> Iterator[StepRecord]:

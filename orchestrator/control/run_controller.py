@@ -23,12 +23,12 @@ from orchestrator.control.checkpoints import commit_checkpoint
 from orchestrator.control.crew import Answer, Crew, Inbox, remove_group
 from orchestrator.control.facilities import Facilities
 from orchestrator.control.host import find, log_to, names_of
-from orchestrator.control.journal import acquire_epoch, write_atomically
-from orchestrator.control.memory import STATUS_FILE, RunMemory
+from orchestrator.control.journal import acquire_epoch
+from orchestrator.control.memory import RunMemory, insist
 from orchestrator.control.parts import Parts
 from orchestrator.control.points import points_of_rescale, points_of_steps
 from orchestrator.control.status import status_of, to_json
-from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, UsageError
+from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, StorageError, UsageError
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Commit, Note, Observation, ended
@@ -40,6 +40,7 @@ log = logging.getLogger("orchestrator.control")
 
 BEAT_S = 0.05  # how often questions that are due get asked
 RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
+LATER = "Look at its status, and try again in a moment."
 GONE_WITHIN_S = 10.0  # the end of a run waits this long for its processes to be gone
 
 
@@ -52,8 +53,8 @@ class RunController:
         self._job = JobSpec.model_validate_json((self._run_dir / "job.json").read_text())
         self._limits = RunLimits.of(run_id, self._job)
         self._inbox = Inbox()
-        self._epoch = acquire_epoch(self._run_dir)
-        self._memory = RunMemory(self._run_dir, self._epoch, self._limits)
+        self._epoch = insist(lambda: acquire_epoch(self._run_dir))
+        self._memory = insist(lambda: RunMemory(self._run_dir, self._epoch, self._limits))
         self._threads = max(1, (os.cpu_count() or 1) // self._limits.initial_workers)
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
@@ -75,6 +76,7 @@ class RunController:
             self._observe(),
             run_dir=self._run_dir,
             tracking_url=self._facilities.tracking_url,
+            warning=self._memory.trouble or self._facilities.warning,
             closed=self._closed,
         )
 
@@ -102,7 +104,8 @@ class RunController:
             self._target = target
             self._inbox.put(None)
             if not self._heard.wait_for(lambda: self._memory.state.target.seq >= target.seq, timeout=10.0):
-                raise NotFinished(f"run {self._run_id} has not written the wish down yet", remedy="Look at its status.")
+                why = self._memory.trouble or "it is busy"
+                raise NotFinished(f"run {self._run_id} has not written the wish down yet: {why}", remedy=LATER)
             return target
 
     # -- the run's life ----------------------------------------------------------------------------------------
@@ -128,13 +131,14 @@ class RunController:
         while self._memory.state.outcome is None:
             state = self._memory.state
             waits_for_time = state.symptom_s is not None or state.broken_s is not None
-            if self._listen() or waits_for_time:
-                self._turn()
+            if self._listen() or waits_for_time or self._memory.trouble is not None:
+                with suppress(StorageError):  # nothing was decided then, and the next turn decides it
+                    self._turn()
 
     def _begin(self) -> None:
         state = self._memory.state
         if "submitted" not in self._memory.times:
-            self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers)
+            insist(lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers))
         if state.outcome is None:
             self._facilities.start(self._memory.data, has_workers=bool(state.crew))
         self._crew.adopt(state.crew)
@@ -166,10 +170,11 @@ class RunController:
             self._records_s = time.monotonic()
         report = self._crew.take(answer)
         if report is not None and report.records:
-            before = self._memory.progress
-            fresh = self._memory.absorb(report.records)
-            self._facilities.publish(points_of_steps(before, fresh))
-            self._facilities.look_for_url()
+            with suppress(StorageError):  # they are asked for again
+                before = self._memory.progress
+                fresh = self._memory.absorb(report.records)
+                self._facilities.publish(points_of_steps(before, fresh))
+            self._facilities.look_at_tracker()
         return None
 
     def _ask_records(self, now_s: float) -> None:
@@ -237,8 +242,8 @@ class RunController:
                 raise
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return
-        self._committed = action.step
         self._tell_users(self._memory.note("checkpoint", step=action.step, path=str(path)))
+        self._committed = action.step
         self._inbox.put(None)
 
     def _tell_users(self, event: dict[str, Any]) -> None:
@@ -252,9 +257,10 @@ class RunController:
 
     def _fail(self, error: Exception) -> None:
         log.exception("run %s: its controller failed", self._run_id)
-        self._memory.note("error", traceback="".join(traceback.format_exception(error)))
         over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}")
-        self._memory.decided(over.state, [note for note in over.actions if isinstance(note, Note)])
+        notes = [Note("error", {"traceback": "".join(traceback.format_exception(error))})]
+        notes += [action for action in over.actions if isinstance(action, Note)]
+        insist(lambda: self._memory.decided(over.state, notes))
 
     def _close(self) -> None:
         """End and remove everything of the run, then leave its last status in run storage."""
@@ -270,7 +276,7 @@ class RunController:
         if rest:
             log.error("run %s: %s are still there", self._run_id, rest)
         self._closed = True
-        write_atomically(self._run_dir / STATUS_FILE, to_json(self.status()))
+        insist(lambda: self._memory.conclude(to_json(self.status())))
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 
     def _exit(self) -> None:

@@ -18,7 +18,7 @@ from ray.experimental import internal_kv
 from orchestrator.control.calls import ask
 from orchestrator.control.host import NAMESPACE, Handle, find
 from orchestrator.control.journal import newest_epoch, write_atomically
-from orchestrator.control.memory import read_status, read_steps, user_events
+from orchestrator.control.memory import read_status, read_steps, storage_error, user_events
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
 from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError
@@ -57,7 +57,7 @@ class Scheduler:
         Raises:
             NameTaken: the cluster or the storage has a run of this name.
             JobDoesNotFit: the cluster has no room for the first workers.
-            UsageError: the run's directory can't be written.
+            StorageError: the run's directory can't be written.
         """
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
@@ -183,11 +183,7 @@ def _write_job(directory: Path, job_json: str, job_text: str) -> None:
             for path in files:
                 path.unlink(missing_ok=True)
             directory.rmdir()
-        raise UsageError(
-            f"run storage can't be written: {error.strerror or error}: {error.filename or directory}",
-            remedy="Make it writable and make room, or name another storage in the job file.",
-            unchanged="Nothing was started.",
-        ) from error
+        raise storage_error(error, directory) from error
 
 
 def _start_controller(run_id: str, run_dir: str, parts: Parts) -> None:

@@ -24,7 +24,8 @@ def status_of(
     seen: Observation,
     *,
     run_dir: Path,
-    tracking_url: str | None,
+    tracking_url: str | None = None,
+    warning: str | None = None,
     closed: bool,
 ) -> RunStatus:
     """The status now. Until everything of the run is `closed`, one that has ended is still finishing."""
@@ -51,6 +52,7 @@ def status_of(
         checkpoint=str(checkpoint) if checkpoint else None,
         checkpoint_step=state.checkpoint_done if checkpoint else None,
         tracking_url=tracking_url,
+        warning=warning,
         error=state.why if state.outcome is RunPhase.FAILED else None,
         submitted_time=memory.times.get("submitted"),
         started_time=memory.times.get("activated"),
@@ -64,7 +66,7 @@ def status_from_journal(run_dir: Path) -> RunStatus:
     limits = RunLimits.of(run_dir.name, job)
     memory = Recollection(run_dir, limits)
     seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
-    status = status_of(limits, memory, seen, run_dir=run_dir, tracking_url=None, closed=False)
+    status = status_of(limits, memory, seen, run_dir=run_dir, closed=False)
     return replace(status, why="it has not ended, says its journal; only the run's cluster knows more")
 
 

@@ -13,7 +13,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import stall_s, typical_step_s
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
-from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size
+from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size, wish_holds
 from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Handover, Phase
 from orchestrator.protocol.status import Rescale
 
@@ -193,7 +193,7 @@ def _members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ..
 
 
 def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:
-    if state.wish is not None and wanted_size(limits, None, seen.step + 1) != state.wish.workers:
+    if wish_holds(limits, state.wish, seen.step + 1):
         return state.target.reason or "asked for"
     return "scheduled"
 

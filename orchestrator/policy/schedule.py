@@ -26,13 +26,15 @@ class SizeChange:
 
 def wanted_size(limits: RunLimits, wish: Wish | None, step: int) -> int:
     """How many workers should do step `step`."""
-    since_step, size = -1, limits.initial_workers
-    for entry in limits.schedule:
-        if entry.at_step <= step:
-            since_step, size = entry.at_step, entry.workers
-    if wish is not None and wish.since_step >= since_step:
+    if wish is not None and wish_holds(limits, wish, step):
         return wish.workers
-    return size
+    due = [entry.workers for entry in limits.schedule if entry.at_step <= step]
+    return due[-1] if due else limits.initial_workers
+
+
+def wish_holds(limits: RunLimits, wish: Wish | None, step: int) -> bool:
+    """Whether the size for step `step` is a wish's, because no scheduled change came after it."""
+    return wish is not None and not any(wish.since_step < entry.at_step <= step for entry in limits.schedule)
 
 
 def next_change(limits: RunLimits, wish: Wish | None, size: int, step: int, horizon_steps: int) -> SizeChange | None:

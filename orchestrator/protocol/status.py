@@ -69,6 +69,7 @@ class RunStatus:
     submitted_time: float | None
     started_time: float | None  # the first generation was activated
     ended_time: float | None
+    warning: str | None = None  # what does not work although the run goes on, or did not until its end
 
     @property
     def last_rescale(self) -> Rescale | None:

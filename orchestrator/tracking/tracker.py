@@ -57,6 +57,9 @@ class Tracker:
         def connect() -> Sink:
             # MLflow is imported by the publishing thread: it takes 2 s, and who makes a tracker doesn't wait for it.
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            # The publisher repeats what failed. MLflow's own repeats would hide for minutes that nobody answers.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
             from orchestrator.tracking.mlflow_sink import MlflowSink
 
             return MlflowSink(uri, experiment, Path(directory))

@@ -116,6 +116,9 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "each exactly once, in order" in here("audit", "steered", "--storage", "runs").stdout
     assert json.loads(here("audit", "steered", "-o", "json").stdout)["ok"]
     assert "controller" in here("logs", "steered").stdout
+    here.run_dir("steered").rename(here.run_dir("moved"))  # no cluster knows this one
+    assert "each exactly once" in here("audit", "moved").stdout
+    here.run_dir("moved").rename(here.run_dir("steered"))
     assert "has ended: it is cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
     assert "nobody" in here("status", "nobody", expect=102).stderr
 
@@ -130,6 +133,7 @@ def test_logs_are_followed_to_the_end(here: Here) -> None:
 def test_a_job_without_room_says_what_is_free(here: Here) -> None:
     started_s = time.monotonic()
     refused = here("submit", here.job("large", resources={"cpus": 50}), "--timeout", "5", expect=100)
+    assert refused.stderr.count("Waiting for room: 2 workers of 50 CPU asked for") == 1
     assert "room for 0" in refused.stderr and " CPU" in refused.stderr and "Nothing was started." in refused.stderr
     assert time.monotonic() - started_s >= 4.0
     assert not here.run_dir("large").exists()
@@ -166,9 +170,26 @@ def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
     while "lasting training" not in (line := process.stderr.readline()):
         assert line, "the run never trained"
     process.send_signal(signal.SIGINT)
+    told = process.stderr.readline()
+    process.send_signal(signal.SIGINT)  # an impatient one changes nothing
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 101
-    assert "Detached" in stderr and "logs lasting -f" in stderr
+    assert process.returncode == 101 and stderr == ""
+    assert "Detached" in told and "logs lasting -f" in told
     assert alone.until_ended("lasting").step == 300
     alone("cluster", "down")
     assert local_cluster.status() is None
+
+
+def test_a_cluster_that_dies_ends_the_command_and_leaves_what_is_known(alone: Here) -> None:
+    process = alone.start("run", alone.job("orphaned", train=JOB["train"] | {"steps": 5000}))
+    assert process.stderr is not None
+    while "orphaned training" not in (line := process.stderr.readline()):
+        assert line, "the run never trained"
+    record = local_cluster.status()
+    assert record is not None
+    os.kill(record.head.pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=45)  # Ray itself would end the command after a minute, without a word
+    assert process.returncode == 69
+    assert "no cluster answers" in stderr and "status orphaned --storage" in stderr
+    told = alone("status", "orphaned").stdout
+    assert "orphaned: training" in told and "has not ended, says its journal" in told

@@ -239,6 +239,21 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     on.assert_nothing_left("phoenix", workers)
 
 
+def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -> None:
+    on.submit("patient", train=_steps(200))
+    on.until("patient", lambda s: s.step > 5)
+    journal = on.storage / "patient" / "journal"
+    away = journal.rename(journal.with_name("away"))
+    journal.touch()  # no directory: even root can't write into it
+    stuck = on.until("patient", lambda s: s.warning is not None)
+    assert "run storage can't be written" in str(stuck.warning) and stuck.phase is RunPhase.TRAINING
+    journal.unlink()
+    away.rename(journal)
+    status = on.end_of("patient")
+    assert (status.phase, status.warning) == (RunPhase.SUCCEEDED, None), status
+    on.assert_every_step_once("patient", 200)
+
+
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
     on.submit("kept", train=_steps(300))
     on.until("kept", lambda s: s.step > 0)

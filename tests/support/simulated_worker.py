@@ -344,7 +344,7 @@ class FileTracker:
         return True
 
     def describe(self) -> dict[str, Any]:
-        return {"url": f"file://{self._path}"}
+        return {"url": f"file://{self._path}", "error": ""}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with self._lock, self._path.open("a") as file:

@@ -19,6 +19,7 @@ def classes() -> list[type[OrchestratorError]]:
         ("DataError", 2),
         ("StoreCorrupt", 2),
         ("NameTaken", 2),
+        ("StorageError", 2),
         ("ClusterUnreachable", 69),
         ("NotAllowed", 77),
         ("RunFailed", 100),

@@ -41,6 +41,14 @@ def test_a_rescale_is_told_once_when_it_has_been_measured() -> None:
     assert file.getvalue().count("rescaled 2 -> 3") == 1
 
 
+def test_a_warning_is_told_once() -> None:
+    file = io.StringIO()
+    live = LiveProgress(file)
+    for error in (None, "nobody answers", "nobody answers"):
+        live.show(status(warning=error))
+    assert file.getvalue().count("try goes on, but nobody answers") == 1
+
+
 def test_at_the_end_a_rescale_is_told_even_unmeasured() -> None:
     file = io.StringIO()
     LiveProgress(file).show(status(phase=RunPhase.FAILED, rescales=(UNMEASURED,)))

@@ -35,6 +35,10 @@ def test_a_failure_shows_its_cause() -> None:
     assert ("error", "rank 1 died") in summary.summary(status(phase=RunPhase.FAILED, error="rank 1 died"))
 
 
+def test_a_warning_is_shown() -> None:
+    assert ("warning", "metrics can't be published") in summary.summary(status(warning="metrics can't be published"))
+
+
 def test_metrics_are_opened_by_a_command_or_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert summary.tracking_command("http://host/#/runs/1") == "http://host/#/runs/1"
     (tmp_path / ".venv" / "bin").mkdir(parents=True)

@@ -47,8 +47,12 @@ def test_duration(seconds: float, text: str) -> None:
             },
             "try starting  step 0/180  waits for data",
         ),
+        (  # why it ended is told once, at the end
+            {"phase": RunPhase.FINISHING, "validation_loss": None, "workers_now": 0, "why": "rank 1 died"},
+            "try finishing  step 61/180  loss 5.312  12,346 tokens/s",
+        ),
     ],
-    ids=["training", "rescaling", "starting"],
+    ids=["training", "rescaling", "starting", "finishing"],
 )
 def test_progress(changes: dict[str, Any], text: str) -> None:
     assert wording.progress(status(**changes)) == text
@@ -67,3 +71,4 @@ def test_event_shows_what_it_says_and_not_its_bookkeeping() -> None:
     line = wording.event({"seq": 3, "epoch": 1, "time": 0.0, "kind": "workers_spawned", "workers": ["w0", "w1"]})
     assert line.endswith("workers_spawned     workers=w0,w1")
     assert "epoch" not in line
+    assert "why" not in wording.event({"seq": 3, "epoch": 1, "time": 0.0, "kind": "activated", "why": None})

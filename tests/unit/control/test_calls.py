@@ -13,3 +13,11 @@ def test_the_reason_is_what_the_callee_raised() -> None:
 def test_the_reason_of_a_death_is_one_line_without_ids() -> None:
     text = "The actor died.\n\tclass_name: Host\n\tpid: 12\nIts process ended. Some common causes include: (1) much"
     assert reason_of(RuntimeError(text)) == "The actor died. Its process ended."
+
+
+def test_a_killed_process_is_told_in_words() -> None:
+    text = (
+        "The actor died unexpectedly.\n\tpid: 12\nThe actor is dead because its worker process has died. Worker exit "
+        "type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file."
+    )
+    assert reason_of(RuntimeError(text)).startswith("its process ended suddenly: killed from outside")

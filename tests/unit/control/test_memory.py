@@ -8,7 +8,7 @@ from orchestrator.control.memory import STATUS_FILE, RunMemory, read_status, rea
 from orchestrator.control.points import points_of_rescale, points_of_steps
 from orchestrator.control.preparation import PreparedData
 from orchestrator.control.status import status_of, to_json
-from orchestrator.errors import NotFound
+from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.progress import Progress
 from orchestrator.policy.run_state import Note, Observation, RunState, ended
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus
@@ -60,12 +60,25 @@ def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:
     assert [step.step for step in read_steps(tmp_path)] == [0, 1, 2]
 
 
+def test_what_cannot_be_written_changes_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    (tmp_path / "journal").rename(tmp_path / "away")
+    (tmp_path / "journal").touch()  # no directory: even root can't write into it
+    with pytest.raises(StorageError, match="can't be written"):
+        memory.absorb([record(0)])
+    assert memory.progress.watermark == -1 and "can't be written" in str(memory.trouble)
+    (tmp_path / "journal").unlink()
+    (tmp_path / "away").rename(tmp_path / "journal")
+    memory.absorb([record(0)])
+    assert memory.trouble is None and [step.step for step in read_steps(tmp_path)] == [0]
+
+
 def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
     memory = remembered(tmp_path)
     memory.absorb([record(0), record(1)])
     memory.decided(state, [])
     seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
-    return status_of(LIMITS, memory, seen, run_dir=tmp_path, tracking_url=None, closed=closed)
+    return status_of(LIMITS, memory, seen, run_dir=tmp_path, closed=closed)
 
 
 def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:

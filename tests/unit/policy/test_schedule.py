@@ -3,7 +3,7 @@ import pytest
 from orchestrator.errors import UsageError
 from orchestrator.policy.capacity import places
 from orchestrator.policy.limits import RunLimits, ScheduledSize
-from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size
+from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size, wish_holds
 from orchestrator.policy.standby import workers_to_hold
 from orchestrator.spec.job import JobSpec
 from tests.unit.policy.imagined import limits_of
@@ -27,6 +27,15 @@ PLANNED = limits_of(steps=100, schedule=(ScheduledSize(20, 3), ScheduledSize(60,
 )
 def test_the_newest_of_schedule_and_wish_counts(wish: Wish | None, step: int, size: int) -> None:
     assert wanted_size(PLANNED, wish, step) == size
+
+
+@pytest.mark.parametrize(
+    ("wish", "holds"),
+    [(Wish(3, 25), True), (Wish(3, 20), True), (Wish(3, 10), False), (None, False)],
+    ids=["as scheduled, and asked for", "at the same step", "overtaken", "none"],
+)
+def test_what_a_size_is_due_to(wish: Wish | None, holds: bool) -> None:
+    assert wish_holds(PLANNED, wish, 30) is holds
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """How moves become messages, and plans carried out between workers that are threads of this process."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -40,9 +42,9 @@ def test_a_message_is_sent_only_when_the_next_piece_would_not_fit_or_fills_one(
     rows: np.ndarray, chunk_bytes: int
 ) -> None:
     messages = list(chunks(rows, ITEMSIZE, chunk_bytes))
-    for message, following in zip(messages, messages[1:], strict=False):
+    for message, following in pairwise(messages):
         room = chunk_bytes - _bytes(message)
-        assert room < ITEMSIZE[following[0][0]] or len(following) == 1 and _bytes(following) > chunk_bytes - 8
+        assert room < ITEMSIZE[following[0][0]] or (len(following) == 1 and _bytes(following) > chunk_bytes - 8)
 
 
 def test_no_moves_are_no_messages() -> None:

@@ -1,0 +1,145 @@
+"""When a worker is ready to hand over, and what it does with plans that come, go or name others."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from orchestrator.comm.rendezvous import RendezvousServer
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, WorkerJob
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.desk import Desk
+from orchestrator.worker.preparing import Preparations
+from orchestrator.worker.shard import Workshop
+from orchestrator.worker.vote import NO_FENCE
+
+JOB = JobSpec.model_validate(
+    {"schema": "v1", "name": "try", "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "num_experts": 2}}
+)
+
+
+@pytest.fixture(scope="module")
+def workshop() -> Iterator[Workshop]:
+    server = RendezvousServer("127.0.0.1")
+    host, port = server.address()
+    job = WorkerJob("try", JOB.model_dump_json(), "", "", host, port, threads=1)
+    yield Workshop("w0", job, JOB, 300, torch.device("cpu"))
+    del server  # the store is up until here
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk("w0", 1)
+
+
+def _plan(generation: int, *members: str, source: World | None = None) -> GenerationPlan:
+    world = World(generation, members)
+    return GenerationPlan(
+        epoch=1,
+        world=world,
+        placement=Placement.balanced(2, world.size),
+        source=source,
+        source_placement=None if source is None else Placement.balanced(2, source.size),
+        store_prefix=f"1/{generation}",
+    )
+
+
+def _await_prepared(desk: Desk, generation: int) -> None:
+    version = -1
+    while (report := desk.report(None, version, 20.0)).prepared < generation:
+        assert report.version > version, f"generation {generation} was not prepared within 20 s"
+        version = report.version
+
+
+def _prepare(preparations: Preparations, desk: Desk, generation: int) -> None:
+    """Have a move of this worker alone prepared in the background."""
+    desk.put(Directive(1, generation, next=_plan(generation, "w0", source=World(generation - 1, ("w0",)))))
+    preparations.look()
+    _await_prepared(desk, generation)
+
+
+def test_a_worker_is_ready_for_a_fence_once_it_is_prepared_and_the_step_is_reached(
+    workshop: Workshop, desk: Desk
+) -> None:
+    preparations = Preparations(workshop, desk)
+    desk.put(Directive(1, 0, fence=Fence(1)))
+    assert preparations.fence_after(9) == NO_FENCE  # not prepared yet
+    _prepare(preparations, desk, 1)
+    assert preparations.fence_after(9) == NO_FENCE  # no fence asked for
+    desk.put(Directive(1, 2, fence=Fence(1)))
+    assert preparations.fence_after(0) == 1
+    desk.put(Directive(1, 3, fence=Fence(1, at_step=7)))
+    assert [preparations.fence_after(step) for step in (6, 7, 8)] == [NO_FENCE, 1, 1]
+    desk.put(Directive(1, 4, fence=Fence(2)))
+    assert preparations.fence_after(9) == NO_FENCE
+
+
+def test_taking_what_was_prepared_closes_the_rest(workshop: Workshop, desk: Desk) -> None:
+    preparations = Preparations(workshop, desk)
+    for generation in (1, 2, 3):
+        _prepare(preparations, desk, generation)
+    assert preparations.take(2).plan.generation == 2
+    desk.put(Directive(1, 9, fence=Fence(3)))
+    assert preparations.fence_after(0) == NO_FENCE
+    with pytest.raises(KeyError):
+        preparations.take(1)
+
+
+def test_a_plan_is_begun_once_and_only_where_it_concerns_this_worker(workshop: Workshop, desk: Desk) -> None:
+    preparations = Preparations(workshop, desk)
+    desk.put(Directive(1, 0, next=_plan(1, "w1", "w2")))
+    preparations.look()
+    _prepare(preparations, desk, 2)
+    version = desk.state.version
+    preparations.look()
+    assert desk.state.version == version
+    assert not [t for t in threading.enumerate() if t.name == "prepare" and t.is_alive()]
+
+
+def test_a_standby_waits_for_a_plan_that_names_it_and_tries_it_once(workshop: Workshop, desk: Desk) -> None:
+    preparations = Preparations(workshop, desk)
+    desk.put(Directive(1, 0, next=_plan(1, "w1")))
+    found: list[GenerationPlan] = []
+    waiter = threading.Thread(target=lambda: found.append(preparations.await_plan()), daemon=True)
+    waiter.start()
+    plan = _plan(2, "w1", "w0")
+    desk.put(Directive(1, 1, next=plan))
+    waiter.join(20.0)
+    assert found == [plan]
+    first = _plan(3, "w0")
+    assert preparations.prepare(first).plan == first
+    assert desk.state.prepared == 3
+    later = _plan(4, "w0")
+    desk.put(Directive(1, 2, next=later, current=first))
+    assert preparations.await_plan() == later
+
+
+def test_a_plan_stands_while_the_newest_directive_names_it(workshop: Workshop, desk: Desk) -> None:
+    preparations, plan = Preparations(workshop, desk), _plan(5, "w0")
+    desk.put(Directive(1, 0, next=plan))
+    assert preparations.stands(plan)
+    desk.put(Directive(1, 1, current=plan))
+    assert preparations.stands(plan)
+    desk.put(Directive(1, 2, next=replace(plan, world=World(6, ("w0",)))))
+    assert not preparations.stands(plan)
+
+
+@pytest.mark.parametrize("activated", [True, False])
+def test_waiting_for_activation_ends_with_it_or_with_another_plan(
+    workshop: Workshop, desk: Desk, activated: bool
+) -> None:
+    preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
+    preparations.prepare(plan)
+    desk.put(Directive(1, 0, next=plan, activated=0))
+    found: list[bool] = []
+    waiter = threading.Thread(target=lambda: found.append(preparations.await_activation(plan)), daemon=True)
+    waiter.start()
+    desk.put(
+        Directive(1, 1, current=plan, activated=1) if activated else Directive(1, 1, next=_plan(2, "w0"), activated=0)
+    )
+    waiter.join(20.0)
+    assert found == [activated]
