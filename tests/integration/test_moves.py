@@ -138,7 +138,7 @@ def test_a_scheduled_fence_is_reached_at_its_very_step(crew: Crew) -> None:
     "when",
     [
         "waiting for the fence",
-        # Between the barrier and the meeting of the new world a death is noticed only after a minute: then this one fails.
+        # A death between the barrier and the meeting of the new world is noticed after a minute: then this fails.
         pytest.param("moving", marks=pytest.mark.slow),
     ],
 )
