@@ -159,7 +159,7 @@ class DeepSpeedEngineAdapter:
         """Moments exist before the first step, so that a transfer finds memory to write to; it needn't be zeroed."""
         for master in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[master] = {
-                "step": torch.tensor(0.0, dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),  # where the fused kernel reads it
                 "exp_avg": torch.empty_like(master),
                 "exp_avg_sq": torch.empty_like(master),
             }
@@ -219,7 +219,10 @@ def _group_name(colour: int) -> str:
 
 
 def _config(model: MoELanguageModel, train: TrainSpec) -> dict[str, Any]:
-    largest = sum(p.numel() for p in model.parameters())
+    everything = sum(p.numel() for p in model.parameters()) + 1
+    # Stage 2 empties its bucket in the middle of backward, whenever it is full, and experts fill it too: a rank with
+    # more of them would empty it elsewhere than the others, and they would add up what doesn't belong together.
+    bucket = everything if train.zero_stage == 2 else min(everything, MAX_BUCKET_ELEMENTS)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -233,7 +236,7 @@ def _config(model: MoELanguageModel, train: TrainSpec) -> dict[str, Any]:
             "reduce_scatter": True,
             "contiguous_gradients": True,
             "overlap_comm": False,
-            "reduce_bucket_size": min(largest + 1, MAX_BUCKET_ELEMENTS),
+            "reduce_bucket_size": bucket,
         },
     }
     if train.precision == "bf16":

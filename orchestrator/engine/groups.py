@@ -2,15 +2,37 @@
 
 The store is up before any generation and outlives them all; every generation meets under a prefix of its own, so
 nobody of the past can join. A rendezvous costs milliseconds that way instead of half a second.
+
+`meet` connects the ranks and may run in the background while an older generation trains; `adopt` makes what was
+connected this process's torch world, and waits for nobody. So no rank has to be waited for once a fence is reached, and
+one that dies is noticed at once: its connections are up already. nccl meets in `adopt`, since its communicators belong
+to the device that still trains.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from orchestrator.elastic.placement import Placement
+
+TIMEOUT_S = 60.0
+CONNECTED = "connected"  # in torch's registry: gloo groups that were connected beforehand
+
+
+def _connected(made_by_torch: Any, connected: dist.ProcessGroupGloo | None) -> dist.ProcessGroupGloo:
+    """What torch calls for a group: hand out the connected one; a group that others ask for is connected now."""
+    if connected is not None:
+        return connected
+    rank, size = made_by_torch.group_rank, made_by_torch.group_size
+    return dist.ProcessGroupGloo(made_by_torch.store, rank, size, made_by_torch.timeout)
+
+
+dist.Backend.register_backend(CONNECTED, _connected, extended_api=True, devices=["cpu"])
 
 
 @dataclass(frozen=True)
@@ -37,36 +59,77 @@ class Groups:
         return self.world if self.world_size > 1 else None
 
 
-def connect(
-    store: Store, prefix: str, rank: int, placement: Placement, backend: str, timeout_s: float = 60.0
-) -> Groups:
-    """Meet the other ranks and make the generation's groups. Collective over the world.
+class Meeting:
+    """The ranks of a generation to come, connected. Collective: every rank constructs it.
 
     Args:
         store: the run's rendezvous store.
         prefix: unique to the generation and the controller's epoch.
         backend: gloo, or nccl for ranks with a GPU each.
+        timeout_s: how long a rank is waited for, now and in every operation later.
+
+    Raises:
+        RuntimeError: a rank did not come.
     """
-    dist.init_process_group(
-        backend,
-        store=PrefixStore(prefix, store),
-        rank=rank,
-        world_size=placement.world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
-    replicas: list[dist.ProcessGroup] = []
-    world = dist.group.WORLD
-    assert world is not None
-    for sets in placement.groups():
-        mine = next((replica_set for replica_set in sets if rank in replica_set), (rank,))
-        if len(mine) == placement.world_size:
-            replicas.append(world)
-        else:
-            replicas.append(dist.new_group(list(mine), use_local_synchronization=True))
-    return Groups(rank, placement.world_size, placement, world, tuple(replicas))
+
+    def __init__(
+        self, store: Store, prefix: str, rank: int, placement: Placement, backend: str, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        self.rank, self.placement, self.backend = rank, placement, backend
+        self._store, self._timeout = PrefixStore(prefix, store), timedelta(seconds=timeout_s)
+        self._everyone = tuple(range(placement.world_size))
+        self.replica_sets = [
+            next((replicas for replicas in sets if rank in replicas), (rank,)) for sets in placement.groups()
+        ]
+        self._connected: dict[str, dist.ProcessGroupGloo] = {}
+        if backend == "gloo":
+            self._connect("world", self._everyone)
+            for colour, ranks in enumerate(self.replica_sets):
+                if ranks != self._everyone:
+                    self._connect(f"{colour}/{ranks[0]}", ranks)
+
+    def adopt(self) -> Groups:
+        """Make this generation the process's torch world. `disconnect` ends it; the meeting is used up."""
+        hook = sys.excepthook  # torch wraps it anew for every world
+        backend = CONNECTED if self.backend == "gloo" else self.backend
+        dist.init_process_group(
+            backend,
+            store=self._store,
+            rank=self.rank,
+            world_size=len(self._everyone),
+            timeout=self._timeout,
+            pg_options=self._connected.get("world"),
+        )
+        sys.excepthook = hook
+        world = dist.group.WORLD
+        assert world is not None
+        replicas: list[dist.ProcessGroup] = []
+        for colour, ranks in enumerate(self.replica_sets):
+            if ranks == self._everyone:
+                replicas.append(world)
+                continue
+            options = self._connected.get(f"{colour}/{ranks[0]}")
+            replicas.append(dist.new_group(list(ranks), use_local_synchronization=True, pg_options=options))
+        self.close()
+        return Groups(self.rank, len(self._everyone), self.placement, world, tuple(replicas))
+
+    def close(self) -> None:
+        """Close connections that were not adopted."""
+        self._connected.clear()
+
+    def _connect(self, name: str, ranks: Sequence[int]) -> None:
+        store = PrefixStore(name, self._store)
+        self._connected[name] = dist.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), self._timeout)
+
+
+def connect(
+    store: Store, prefix: str, rank: int, placement: Placement, backend: str, timeout_s: float = TIMEOUT_S
+) -> Groups:
+    """Meet and adopt at once, where no older generation is in the way. Collective over the world."""
+    return Meeting(store, prefix, rank, placement, backend, timeout_s).adopt()
 
 
 def disconnect() -> None:
-    """Close the generation's groups. Peers blocked on this rank fail at once."""
+    """Close the generation's groups. Peers blocked on this rank fail once nothing here refers to the groups."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -68,5 +68,6 @@ def corrected_bias(bias_LE: Tensor, counts_LE: Tensor, speed: float) -> Tensor:
 def max_violation(counts_LE: Tensor) -> float:
     """MaxVio (arXiv:2408.15664, section 2.1): the largest over layers of max load / mean load - 1."""
     counts_LE = counts_LE.to(torch.float64)
-    mean_L = counts_LE.mean(-1).clamp_min(1.0)
-    return float((counts_LE.amax(-1) / mean_L - 1.0).max()) if counts_LE.numel() else 0.0
+    if not counts_LE.any():  # no experts, or nothing routed
+        return 0.0
+    return float((counts_LE.amax(-1) / counts_LE.mean(-1) - 1.0).max())

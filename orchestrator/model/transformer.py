@@ -144,7 +144,9 @@ class MoELanguageModel(nn.Module):
     def expert_counts(self) -> Tensor:
         """Copies that this rank routed to each expert in its last forward pass (L, E)."""
         layers = self.moe_layers
-        return torch.stack([m.last_counts_E for m in layers]) if layers else torch.zeros(0, 0, dtype=torch.int64)
+        if not layers:
+            return torch.zeros(0, self.spec.num_experts, dtype=torch.int64)
+        return torch.stack([m.last_counts_E for m in layers])
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -87,5 +87,9 @@ class Desk:
             self._publish(step=record.step)
 
     def _publish(self, **changes: Any) -> None:
+        if self._report.phase is Phase.FAILED:  # final: what still ends well elsewhere must not hide it
+            changes.pop("phase", None)
+        for name in ("prepared", "failed_generation"):  # threads of older plans may end after those of newer ones
+            changes[name] = max(changes.get(name, -1), getattr(self._report, name))
         self._report = replace(self._report, version=self._report.version + 1, **changes)
         self._changed.notify_all()

@@ -1,9 +1,9 @@
 """From one generation to the next, in two parts.
 
-`prepare` runs in the background while the old world trains: it connects the peers and makes the plan. `move` runs
-between the fence and activation: it builds the new shard in this same process and fills it from the old shards, no disk
-and no restart. The old shard stays readable until the controller has activated the new generation, so a move that
-fails costs nothing: the old world is rebuilt from what it still holds.
+`prepare` runs in the background while the old world trains: it connects the peers and the world to come, and makes the
+plan. `move` runs between the fence and activation: it builds the new shard in this same process and fills it from the
+old shards, no disk and no restart. The old shard stays readable until the controller has activated the new generation,
+so a move that fails costs nothing: the old world is rebuilt from what it still holds.
 """
 
 import time
@@ -15,6 +15,7 @@ from orchestrator.comm.peers import PeerGroup
 from orchestrator.elastic.layout import Kind
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import union
+from orchestrator.engine.groups import Meeting
 from orchestrator.protocol.messages import GenerationPlan, Handover
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
@@ -38,34 +39,43 @@ class Prepared:
     """Everything for a move that doesn't depend on the state.
 
     Args:
+        meeting: the new world's connections; None for a worker that leaves.
         peers, transfer: None for the first generation, whose state is made from the seed.
         replicated: names of the tensors of which each holder has all.
     """
 
     plan: GenerationPlan
+    meeting: Meeting | None = None
     peers: PeerGroup | None = None
     transfer: TransferPlan | None = None
     replicated: frozenset[str] = frozenset()
 
     def close(self) -> None:
+        """Close the connections, those of an adopted world apart: peers blocked on this worker fail at once."""
+        if self.meeting is not None:
+            self.meeting.close()
         if self.peers is not None:
             self.peers.close()
 
 
 def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
-    """Connect the peers of a move and plan it. Collective over the old and the new members.
+    """Connect the peers of a move and the world after it, and plan the move. Collective over old and new members.
 
     Raises:
         RuntimeError: a peer did not come.
     """
+    # By a connection of its own: while one waits for a key all other calls on it wait too, so a newcomer that died
+    # would hold up the next plan until the timeout.
+    store = workshop.connect_store()
     if plan.source is None or plan.source_placement is None:
-        return Prepared(plan)
+        return Prepared(plan, workshop.meet(store, plan))
+    peers = PeerGroup(store, plan.store_prefix + "/peers", union(plan.source, plan.world), workshop.me)
+    meeting = workshop.meet(store, plan) if workshop.me in plan.world else None
     old = workshop.layout(plan.source, plan.source_placement)
     new = workshop.layout(plan.world, plan.placement)
     transfer = TransferPlan.between(old, new)
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
-    peers = PeerGroup(workshop.store, plan.store_prefix + "/peers", union(plan.source, plan.world), workshop.me)
-    return Prepared(plan, peers, transfer, replicated)
+    return Prepared(plan, meeting, peers, transfer, replicated)
 
 
 def announce(store: Store, plan: GenerationPlan, progress: Progress) -> None:
@@ -86,7 +96,8 @@ def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Progress 
 def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:
     """The first generation's shard, made from the seed. Collective over its members."""
     clock = _Clock()
-    groups = workshop.connect(prepared.plan)
+    assert prepared.meeting is not None
+    groups = prepared.meeting.adopt()
     clock.lap("connect")
     shard = workshop.build(prepared.plan, groups)
     shard.model.init_weights(workshop.spec.train.seed)
@@ -117,8 +128,8 @@ def move(
     clock = _Clock()
     before = StateDigests(transfer.names, prepared.replicated, old) if plan.verify_digests else None
     clock.lap("digest")
-    peers.barrier()  # a meeting through the store would wait long for a newcomer that died; this fails at once
-    groups = workshop.connect(plan) if workshop.me in plan.world else None
+    peers.barrier()  # nobody builds before all are past the fence; a newcomer that died makes it fail at once
+    groups = prepared.meeting.adopt() if prepared.meeting is not None else None
     clock.lap("connect")
     shard = workshop.build(plan, groups) if groups is not None else None
     new = shard.engine.ranges() if shard is not None else None

@@ -1,10 +1,10 @@
-"""Plans that this worker has a place in, prepared in the background while it trains."""
+"""Plans that this worker has a place in, prepared in the background while it trains or stands by."""
 
 import logging
 import threading
 
 from orchestrator.elastic.world import union
-from orchestrator.protocol.messages import Directive, GenerationPlan
+from orchestrator.protocol.messages import Directive, GenerationPlan, Phase, WorkerError
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.moving import Prepared, prepare
 from orchestrator.worker.shard import Workshop
@@ -14,20 +14,19 @@ log = logging.getLogger("orchestrator.worker")
 
 
 class Preparations:
-    """Used by the training thread; connects in threads of its own."""
+    """Asked by the training thread; works in threads of its own.
+
+    A plan is begun as soon as a directive names it, however long the present step takes, and in a thread of its own:
+    where a peer never comes, the next plan doesn't wait for that.
+    """
 
     def __init__(self, workshop: Workshop, desk: Desk) -> None:
         self._workshop, self._desk = workshop, desk
         self._lock = threading.Lock()
         self._ready: dict[int, Prepared] = {}
         self._begun = -1  # newest generation whose preparation has begun here
-
-    def look(self) -> None:
-        """Begin to prepare the next generation if the newest directive names one. Doesn't wait."""
-        plan = self._desk.directive.next
-        if plan is not None and plan.generation > self._begun and self._concerns_me(plan):
-            self._begun = plan.generation
-            threading.Thread(target=self._prepare_aside, args=(plan,), name="prepare", daemon=True).start()
+        self._closed = False
+        threading.Thread(target=self._watch, name="preparations", daemon=True).start()
 
     def fence_after(self, step: int) -> int:
         """The generation to which this worker is ready to hand over once `step` is finished, or `NO_FENCE`."""
@@ -38,44 +37,70 @@ class Preparations:
             return fence.to_generation if fence.to_generation in self._ready else NO_FENCE
 
     def take(self, generation: int) -> Prepared:
-        """What was prepared for `generation`; whatever else was prepared is closed."""
+        """What was prepared for `generation`. Raises KeyError if nothing was."""
         with self._lock:
-            prepared = self._ready.pop(generation)
-            rest, self._ready = list(self._ready.values()), {}
-        for other in rest:
-            other.close()
-        return prepared
+            return self._ready.pop(generation)
 
-    def prepare(self, plan: GenerationPlan) -> Prepared:
-        """Prepare now, in the calling thread. Raises RuntimeError if a peer doesn't come."""
-        self._begun = plan.generation
-        prepared = prepare(self._workshop, plan)
-        self._desk.publish(prepared=plan.generation)
-        return prepared
-
-    def await_plan(self) -> GenerationPlan:
-        """The next plan with a place for this worker that hasn't been tried yet."""
-        directive = self._desk.wait(lambda d: self._untried(d) is not None)
-        plan = self._untried(directive)
-        assert plan is not None
-        return plan
+    def await_next(self) -> Prepared:
+        """The next plan with a place for this worker, once it is prepared; plans given up before are passed over."""
+        while True:
+            directive = self._desk.wait(lambda d: self._is_ready(d.next) or self._is_ready(d.current))
+            for plan in (directive.next, directive.current):
+                if plan is not None and self._is_ready(plan):
+                    return self.take(plan.generation)
 
     def stands(self, plan: GenerationPlan) -> bool:
         """Whether the newest directive still wants `plan`."""
-        directive = self._desk.directive
-        wanted = (directive.next, directive.current)
-        return any(p is not None and p.generation == plan.generation for p in wanted)
+        return plan.generation in _wanted(self._desk.directive)
 
-    def await_activation(self, plan: GenerationPlan) -> bool:
-        """True once `plan` is activated, False once another plan has come in its place."""
-        directive = self._desk.wait(lambda d: d.activated >= plan.generation or self._untried(d) is not None)
-        return directive.activated >= plan.generation
+    def await_activation(self, plan: GenerationPlan) -> int:
+        """The newest activated generation, as soon as it is that of `plan` or a later one, or another plan has come."""
+
+        def settled(directive: Directive) -> bool:
+            newer = (p for p in (directive.next, directive.current) if p is not None and p.generation > plan.generation)
+            return directive.activated >= plan.generation or any(self._concerns_me(p) for p in newer)
+
+        return self._desk.wait(settled).activated
 
     def close(self) -> None:
+        """Begin nothing more and close what is ready."""
         with self._lock:
-            for prepared in self._ready.values():
+            self._closed = True
+            rest, self._ready = list(self._ready.values()), {}
+        for prepared in rest:
+            prepared.close()
+        self._desk.publish()  # wakes the watcher
+
+    def _watch(self) -> None:
+        while not self._closed:
+            directive = self._desk.wait(lambda d: self._closed or bool(self._untried(d)) or bool(self._given_up(d)))
+            with self._lock:
+                given_up = [self._ready.pop(generation) for generation in self._given_up(directive)]
+            for prepared in given_up:
                 prepared.close()
-            self._ready.clear()
+            if not self._closed and (plan := self._untried(directive)) is not None:
+                self._begun = plan.generation
+                threading.Thread(target=self._prepare, args=(plan,), name="prepare", daemon=True).start()
+
+    def _prepare(self, plan: GenerationPlan) -> None:
+        try:
+            prepared = prepare(self._workshop, plan)
+        except Exception as error:  # whatever it is: the controller waits for an answer
+            log.warning("generation %d could not be prepared: %s", plan.generation, error)
+            if plan.source is None:  # there is no older generation to go on with
+                why = WorkerError("peer_lost", f"generation {plan.generation} could not be prepared: {error}")
+                self._desk.publish(phase=Phase.FAILED, error=why)
+            else:
+                self._desk.publish(failed_generation=plan.generation)
+            return
+        with self._lock:
+            is_late = self._closed
+            if not is_late:
+                self._ready[plan.generation] = prepared
+        if is_late:
+            prepared.close()
+        else:
+            self._desk.publish(prepared=plan.generation)
 
     def _untried(self, directive: Directive) -> GenerationPlan | None:
         for plan in (directive.next, directive.current):
@@ -83,15 +108,18 @@ class Preparations:
                 return plan
         return None
 
+    def _given_up(self, directive: Directive) -> list[int]:
+        """Generations that are ready here and that nobody wants any more."""
+        return [generation for generation in list(self._ready) if generation not in _wanted(directive)]
+
+    def _is_ready(self, plan: GenerationPlan | None) -> bool:
+        return plan is not None and plan.generation in self._ready
+
     def _concerns_me(self, plan: GenerationPlan) -> bool:
         return self._workshop.me in union(plan.source, plan.world)
 
-    def _prepare_aside(self, plan: GenerationPlan) -> None:
-        try:
-            prepared = prepare(self._workshop, plan)
-        except RuntimeError as error:
-            log.warning("generation %d could not be prepared: %s", plan.generation, error)
-            return
-        with self._lock:
-            self._ready[plan.generation] = prepared
-        self._desk.publish(prepared=plan.generation)
+
+def _wanted(directive: Directive) -> set[int]:
+    """Generations that a worker may still have to go to, or is in."""
+    wanted = {plan.generation for plan in (directive.next, directive.current) if plan is not None}
+    return wanted | ({directive.fence.to_generation} if directive.fence is not None else set())

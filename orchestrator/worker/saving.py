@@ -66,7 +66,7 @@ class Saver:
                 rank=shard.rank,
                 meta=json.dumps({**asdict(progress), "shapes": self._shapes}, sort_keys=True),
             )
-        except OSError as error:
+        except Exception as error:  # whatever it is: the end of the run waits for every shard
             self._failed(error)
         else:
             self._done(written)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.rendezvous import connect_store
 from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
@@ -12,7 +13,7 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
-from orchestrator.engine.groups import Groups, connect
+from orchestrator.engine.groups import Groups, Meeting
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel, catalogue
 from orchestrator.protocol.messages import GenerationPlan, WorkerJob
@@ -69,7 +70,7 @@ class Workshop:
     def __init__(self, me: str, job: WorkerJob, spec: JobSpec, vocab_size: int, device: torch.device) -> None:
         self.me, self.job, self.spec = me, job, spec
         self.vocab_size, self.device = vocab_size, device
-        self.store = connect_store(job.rendezvous_host, job.rendezvous_port)
+        self.store = self.connect_store()
         self.params: Sequence[ParamSpec]
         self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
 
@@ -87,11 +88,14 @@ class Workshop:
         mixed = self.spec.train.precision == "bf16"
         return training_layout(self.params, placement, world, mixed, self.buffers)
 
-    def connect(self, plan: GenerationPlan) -> Groups:
-        """Meet the other members of a generation. Collective over them."""
-        rank = plan.world.rank_of(self.me)
+    def meet(self, store: Store, plan: GenerationPlan) -> Meeting:
+        """Connect to the other members of a generation. Collective over them."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return connect(self.store, plan.store_prefix + "/world", rank, plan.placement, backend)
+        return Meeting(store, plan.store_prefix + "/world", plan.world.rank_of(self.me), plan.placement, backend)
+
+    def connect_store(self) -> Store:
+        """A connection of its own to the run's rendezvous store."""
+        return connect_store(self.job.rendezvous_host, self.job.rendezvous_port)
 
     def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""

@@ -69,29 +69,31 @@ class Trainer:
             disconnect()
 
     def _live(self) -> None:
-        prepared = self._await_plan()
+        prepared = self._await_move()
         while True:
-            try:
-                self._move(prepared)
-            except RuntimeError as error:
-                if self._held is None and prepared.plan.source is None:
-                    raise
-                prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
-                self._strand(prepared.plan, error)
-                prepared = self._await_plan()
+            shard = self._shard if self._arrive(prepared) else None
+            if shard is None:
+                prepared = self._await_move()
                 continue
-            if not self._await_activation(prepared.plan):
-                prepared = self._await_plan()
-                continue
-            if self._shard is None:
-                self._desk.publish(phase=Phase.STANDBY, generation=-1)
-                prepared = self._await_plan()
-                continue
-            fence = self.train(self._shard)
+            fence = self.train(shard)
             if fence is None:
-                self._finish(self._shard)
-                return
+                return self._finish(shard)
             prepared = fence
+
+    def _arrive(self, prepared: Prepared) -> bool:
+        """Move, and wait until the new generation is activated. False if it isn't reached; then all is as before."""
+        try:
+            self._move(prepared)
+        except RuntimeError as error:
+            if self._held is None and prepared.plan.source is None:
+                raise
+            prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
+            self._strand(prepared.plan, error)
+            return False
+        arrived = self._await_activation(prepared.plan)
+        if arrived and self._shard is None:
+            self._desk.publish(phase=Phase.STANDBY, generation=-1)
+        return arrived
 
     # -- a generation ------------------------------------------------------------------------------------------
 
@@ -102,10 +104,10 @@ class Trainer:
             outcome = self.step(shard, self._progress.step + 1)
             if outcome.finish:
                 return None
-            if outcome.fence != NO_FENCE:
-                return self._preparations.take(outcome.fence)
             if self._checkpoint_due():
                 self._saver.save(shard, self._progress)
+            if outcome.fence != NO_FENCE:
+                return self._preparations.take(outcome.fence)
         return None
 
     def step(self, shard: Shard, step: int) -> Outcome:
@@ -123,7 +125,6 @@ class Trainer:
         update = shard.engine.step(lr)
         validation = self._validate(shard, step)
 
-        self._preparations.look()
         ballot = Ballot(
             slot_losses=losses,
             validation_losses=validation[0],
@@ -182,16 +183,11 @@ class Trainer:
 
     # -- between generations -----------------------------------------------------------------------------------
 
-    def _await_plan(self) -> Prepared:
+    def _await_move(self) -> Prepared:
         """Stand by, or stranded, until a plan has a place for this worker and its move can begin."""
         while True:
-            plan = self._preparations.await_plan()
-            try:
-                prepared = self._preparations.prepare(plan)
-            except RuntimeError as error:
-                log.warning("generation %d could not be prepared: %s", plan.generation, error)
-                self._desk.publish(failed_generation=plan.generation)
-                continue
+            prepared = self._preparations.await_next()
+            plan = prepared.plan
             if self._held is not None and (plan.source is None or plan.source.generation != self._held.generation):
                 self._held = None  # the run went on without this worker; what it holds is of the past
             if self._held is not None or plan.source is None or self._await_fence(plan):
@@ -239,20 +235,21 @@ class Trainer:
     def _strand(self, plan: GenerationPlan, error: Exception) -> None:
         """A move failed: give up the half-built shard, keep the old one, and say so."""
         log.warning("the move to generation %d failed: %s", plan.generation, error)
-        self._drop()
+        self._free_peers(error)
         self._desk.publish(
             phase=Phase.STANDBY if self._held is None else Phase.STRANDED, failed_generation=plan.generation
         )
 
     def _await_activation(self, plan: GenerationPlan) -> bool:
-        """True once `plan` is activated; then the old shard is let go. False if another plan came in its place."""
+        """True once the run has moved on, by `plan` or past it; then the old shard is let go. False if another plan
+        came in its place. A newcomer that was ready for a plan that failed may have no part in the next one."""
         activated = self._preparations.await_activation(plan)
-        if activated:
+        if activated != plan.generation:
+            self._drop()
+        if activated >= plan.generation:
             self._held = None
             gc.collect()  # DeepSpeed's engine is full of cycles: without this the old shard stays in memory
-        else:
-            self._drop()
-        return activated
+        return activated >= plan.generation
 
     # -- checkpoints and the end -------------------------------------------------------------------------------
 
@@ -281,9 +278,19 @@ class Trainer:
         kind = "peer_lost" if _is_peer_loss(error) else "internal"
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             kind = "out_of_memory"
+        self._free_peers(error)
         log.error("%s after step %d: %s", kind, self._progress.step, text)
-        disconnect()  # first of all: peers blocked on this worker are freed
         self._desk.publish(phase=Phase.FAILED, error=WorkerError(kind, str(error), text))
+
+    def _free_peers(self, error: BaseException) -> None:
+        """Close the connections that peers may be blocked on. gloo does so only once nothing refers to its groups, not
+        even the frames of an error."""
+        cause: BaseException | None = error
+        while cause is not None:
+            cause.__traceback__ = None
+            cause = cause.__context__
+        self._drop()
+        gc.collect()
 
 
 def _is_peer_loss(error: Exception) -> bool:

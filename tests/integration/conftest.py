@@ -1,10 +1,12 @@
 """Ranks and data shared by the integration tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.ranks import Ranks
+from tests.support.texts import prepare_texts, write_texts
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +14,13 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def store_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_texts(texts, tmp_path_factory.mktemp("store"))

@@ -151,7 +151,7 @@ class Crew:
                 self.records.update({r.step: r for r in report.records})
                 if ready(report):
                     break
-                if report.phase is Phase.FAILED:
+                if report.phase is Phase.FAILED:  # and that isn't what is waited for
                     raise AssertionError(f"{worker} failed: {report.error}")
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{worker} is {report.phase} at step {report.step} after {patience_s} s")
@@ -185,11 +185,15 @@ class Crew:
     def rescale(self, members: list[str], at_step: int | None = None) -> GenerationPlan:
         """A whole rescale: prepare, fence, move, activate."""
         plan = self.prepare(members)
-        self.send(fence=Fence(plan.generation, at_step))
+        self.rescale_to(plan, at_step)
         self.await_all(list(union(plan.source, plan.world)), lambda r: r.generation == plan.generation)
         self.collect(plan.source.members[0] if plan.source else members[0])
         self.send(current=plan, next=None, fence=None, activated=plan.generation)
         return plan
+
+    def rescale_to(self, plan: GenerationPlan, at_step: int | None = None) -> None:
+        """Let the current generation end for `plan`, and wait for nobody."""
+        self.send(fence=Fence(plan.generation, at_step))
 
     def finish(self) -> None:
         assert self.directive.current is not None

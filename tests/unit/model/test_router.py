@@ -98,3 +98,8 @@ def test_max_violation_by_hand(counts_LE: list[list[int]], wanted: float) -> Non
 
 def test_a_model_without_experts_violates_nothing() -> None:
     assert max_violation(torch.zeros(0, 8, dtype=torch.int64)) == 0.0
+
+
+def test_few_tokens_violate_as_much_as_many() -> None:
+    assert max_violation(torch.tensor([[1, 0, 0, 0]])) == 3.0
+    assert max_violation(torch.tensor([[0, 0, 0, 0]])) == 0.0

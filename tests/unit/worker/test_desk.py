@@ -114,3 +114,10 @@ def test_nothing_is_lost_between_threads() -> None:
     assert desk.state.version == 4 * rounds
     assert [r.step for r in desk.report(-1, -1, 0.0).records] == list(range(rounds))
     assert all(mine == sorted(set(mine)) and mine[-1] == 4 * rounds for mine in seen)
+
+
+def test_a_failure_is_final() -> None:
+    desk = Desk("w0", 1)
+    desk.publish(phase=Phase.FAILED)
+    desk.publish(phase=Phase.FINISHED, generation=3)
+    assert (desk.state.phase, desk.state.generation) == (Phase.FAILED, 3)

@@ -10,7 +10,7 @@ import torch
 from orchestrator.comm.rendezvous import RendezvousServer
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, WorkerJob
+from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.preparing import Preparations
@@ -58,7 +58,6 @@ def _await_prepared(desk: Desk, generation: int) -> None:
 def _prepare(preparations: Preparations, desk: Desk, generation: int) -> None:
     """Have a move of this worker alone prepared in the background."""
     desk.put(Directive(1, generation, next=_plan(generation, "w0", source=World(generation - 1, ("w0",)))))
-    preparations.look()
     _await_prepared(desk, generation)
 
 
@@ -78,44 +77,64 @@ def test_a_worker_is_ready_for_a_fence_once_it_is_prepared_and_the_step_is_reach
     assert preparations.fence_after(9) == NO_FENCE
 
 
-def test_taking_what_was_prepared_closes_the_rest(workshop: Workshop, desk: Desk) -> None:
+def test_what_is_given_up_is_closed(workshop: Workshop, desk: Desk) -> None:
     preparations = Preparations(workshop, desk)
-    for generation in (1, 2, 3):
+    for generation in (1, 2):
         _prepare(preparations, desk, generation)
+    desk.put(Directive(1, 3, next=_plan(3, "w1", "w2"), fence=Fence(2)))  # behind a fence there is no way back
+    assert preparations.fence_after(0) == 2
     assert preparations.take(2).plan.generation == 2
-    desk.put(Directive(1, 9, fence=Fence(3)))
-    assert preparations.fence_after(0) == NO_FENCE
     with pytest.raises(KeyError):
         preparations.take(1)
+    preparations.close()
 
 
 def test_a_plan_is_begun_once_and_only_where_it_concerns_this_worker(workshop: Workshop, desk: Desk) -> None:
     preparations = Preparations(workshop, desk)
     desk.put(Directive(1, 0, next=_plan(1, "w1", "w2")))
-    preparations.look()
     _prepare(preparations, desk, 2)
     version = desk.state.version
-    preparations.look()
-    assert desk.state.version == version
+    desk.put(replace(desk.directive, seq=3))
+    assert preparations.take(2).plan.generation == 2
+    assert desk.state.version == version + 1  # of the directive itself
     assert not [t for t in threading.enumerate() if t.name == "prepare" and t.is_alive()]
 
 
-def test_a_standby_waits_for_a_plan_that_names_it_and_tries_it_once(workshop: Workshop, desk: Desk) -> None:
+def test_a_standby_waits_for_a_plan_that_names_it(workshop: Workshop, desk: Desk) -> None:
     preparations = Preparations(workshop, desk)
     desk.put(Directive(1, 0, next=_plan(1, "w1")))
     found: list[GenerationPlan] = []
-    waiter = threading.Thread(target=lambda: found.append(preparations.await_plan()), daemon=True)
+    waiter = threading.Thread(target=lambda: found.append(preparations.await_next().plan), daemon=True)
     waiter.start()
-    plan = _plan(2, "w1", "w0")
+    plan = _plan(2, "w0")
     desk.put(Directive(1, 1, next=plan))
     waiter.join(20.0)
     assert found == [plan]
-    first = _plan(3, "w0")
-    assert preparations.prepare(first).plan == first
-    assert desk.state.prepared == 3
-    later = _plan(4, "w0")
-    desk.put(Directive(1, 2, next=later, current=first))
-    assert preparations.await_plan() == later
+    assert desk.state.prepared == 2
+
+
+def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(workshop: Workshop, desk: Desk) -> None:
+    preparations = Preparations(workshop, desk)
+    alone = World(0, ("w0",))
+    desk.put(Directive(1, 0, next=_plan(1, "w0", "w1", source=alone)))
+    desk.put(Directive(1, 1, next=_plan(2, "w0", source=alone)))
+    assert preparations.await_next().plan.generation == 2
+    preparations.close()
+
+
+def test_a_plan_that_can_not_be_prepared_is_told(desk: Desk) -> None:
+    server = RendezvousServer("127.0.0.1")
+    host, port = server.address()
+    workshop = Workshop("w0", WorkerJob("try", "", "", "", host, port, threads=1), JOB, 300, torch.device("cpu"))
+    preparations = Preparations(workshop, desk)
+    broken = replace(_plan(1, "w0", source=World(0, ("w0",))), source_placement=Placement.balanced(2, 2))
+    desk.put(Directive(1, 0, next=broken))
+    version = -1
+    while (report := desk.report(None, version, 20.0)).failed_generation < 1:
+        assert report.version > version, "nothing was told within 20 s"
+        version = report.version
+    assert report.phase is Phase.COLD
+    preparations.close()
 
 
 def test_a_plan_stands_while_the_newest_directive_names_it(workshop: Workshop, desk: Desk) -> None:
@@ -133,13 +152,21 @@ def test_waiting_for_activation_ends_with_it_or_with_another_plan(
     workshop: Workshop, desk: Desk, activated: bool
 ) -> None:
     preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
-    preparations.prepare(plan)
     desk.put(Directive(1, 0, next=plan, activated=0))
-    found: list[bool] = []
+    assert preparations.await_next().plan == plan
+    found: list[int] = []
     waiter = threading.Thread(target=lambda: found.append(preparations.await_activation(plan)), daemon=True)
     waiter.start()
     desk.put(
         Directive(1, 1, current=plan, activated=1) if activated else Directive(1, 1, next=_plan(2, "w0"), activated=0)
     )
     waiter.join(20.0)
-    assert found == [activated]
+    assert found == [int(activated)]
+
+
+def test_a_newcomer_hears_that_the_run_went_on_without_it(workshop: Workshop, desk: Desk) -> None:
+    preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
+    desk.put(Directive(1, 0, next=plan))
+    assert preparations.await_next().plan == plan
+    desk.put(Directive(1, 1, current=_plan(2, "w1"), activated=2))
+    assert preparations.await_activation(plan) == 2

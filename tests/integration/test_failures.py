@@ -1,0 +1,118 @@
+"""Real workers in real processes that die, stand alone or can't write: who notices, how soon, and what goes on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.protocol.messages import Phase, Report
+from tests.support.crew import Crew
+from tests.support.texts import STEPS, small_job
+
+SOON_S = 10.0  # a death is told this soon; a gloo operation without a closed connection would wait for a minute
+
+
+@pytest.fixture
+def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    with Crew(small_job(texts, steps=100_000), store_dir, tmp_path, size=4) as crew:
+        yield crew
+
+
+def _report_of(crew: Crew, worker: str) -> Report:
+    return crew.members[worker].report()
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_every_survivor_of_a_loss_is_freed_at_once(crew: Crew, victim: int) -> None:
+    """Also those that were waiting for another survivor, not for the dead one."""
+    crew.start(crew.plan(crew.ids))
+    crew.await_step(2)
+    crew.members[crew.ids[victim]].kill()
+    survivors = [worker for worker in crew.ids if worker != crew.ids[victim]]
+    crew.await_all(survivors, lambda r: r.phase is Phase.FAILED, SOON_S)
+    for worker in survivors:
+        error = _report_of(crew, worker).error
+        assert error is not None and error.kind == "peer_lost"
+
+
+def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(crew: Crew) -> None:
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.await_step(2)
+    plan = crew.prepare(crew.ids)
+    crew.members[crew.ids[3]].kill()
+    crew.rescale_to(plan)
+    crew.await_all(crew.ids[:2], lambda r: r.phase is Phase.STRANDED, SOON_S)
+    crew.await_all(crew.ids[2:3], lambda r: r.phase is Phase.STANDBY, SOON_S)
+
+
+def test_a_newcomer_that_was_ready_and_is_not_wanted_any_more_stands_by(crew: Crew) -> None:
+    crew.start(crew.plan(crew.ids[:2]))
+    old = crew.directive.current
+    crew.await_step(2)
+    plan = crew.prepare(crew.ids[:3])
+    crew.rescale_to(plan)
+    crew.await_all(crew.ids[:3], lambda r: r.phase is Phase.READY)
+    again = crew.plan(crew.ids[:2], old, plan.generation + 1)
+    crew.send(next=again, fence=None)
+    crew.await_all(crew.ids[:2], lambda r: r.phase is Phase.READY and r.generation == again.generation)
+    crew.send(current=again, next=None, activated=again.generation)
+    crew.await_all(crew.ids[2:3], lambda r: r.phase is Phase.STANDBY)
+    crew.await_step(crew.newest_step + 3)
+    crew.rescale(crew.ids[1:3])  # it can still join
+    crew.finish()
+    assert {r.generation for r in crew.records.values()} == {0, again.generation, again.generation + 1}
+
+
+def test_a_newcomer_that_dies_while_it_connects_does_not_hold_up_the_next_plan(crew: Crew) -> None:
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.await_step(2)
+    crew.members[crew.ids[3]].kill()
+    current = crew.directive.current
+    assert current is not None
+    crew.send(next=crew.plan(crew.ids, current, 1))  # the dead one never comes
+    plan = crew.plan(crew.ids[:3], current, 2)
+    crew.send(next=plan)
+    crew.await_all(crew.ids[:3], lambda r: r.prepared == plan.generation, SOON_S)
+    crew.rescale_to(plan)
+    crew.await_all(crew.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
+
+
+def test_a_last_checkpoint_that_can_not_be_written_is_told(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a directory is needed")
+    with Crew(small_job(texts), store_dir, tmp_path, size=2) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_all(crew.ids, lambda r: r.phase is Phase.FAILED)
+        for worker in crew.ids:  # the training thread has ended, and nothing made good of it
+            report = _report_of(crew, worker)
+            assert report.step == STEPS - 1
+            assert report.error is not None and report.error.kind == "storage"
+
+
+def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    plain = small_job(texts)
+    job = plain.model_copy(update={"checkpoint": plain.checkpoint.model_copy(update={"every": 10})})
+    with Crew(job, store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        crew.rescale(crew.ids[1:3], at_step=9)
+        crew.await_finished()
+        leaver = _report_of(crew, crew.ids[0])
+        assert [(s.step, s.generation, s.rank) for s in leaver.shards] == [(9, 0, 0)]
+        assert [(s.step, s.generation, s.rank) for s in crew.final[crew.ids[1]].shards] == [
+            (9, 0, 1),
+            (19, 1, 0),
+            (29, 1, 0),
+        ]
+
+
+def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    with Crew(small_job(texts, {"num_dense_layers": 2}), store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        for members in (crew.ids, crew.ids[:1]):
+            crew.await_step(crew.newest_step + 2)
+            crew.rescale(members)
+        crew.await_finished()
+        assert sorted(crew.records) == list(range(STEPS))
+        assert crew.records[STEPS - 1].loss < crew.records[0].loss
+        assert {r.max_violation for r in crew.records.values()} == {0.0}

@@ -1,0 +1,54 @@
+"""A little real text for tests that train: modules of the standard library, prepared as a token store."""
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.prepare import prepare
+from orchestrator.spec.job import JobSpec
+
+VOCAB = 300
+STEPS = 30
+
+
+def write_texts(directory: Path) -> Path:
+    """Thirty text files in `directory`."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.glob("*.py"))[:30]:
+        (directory / f"{path.stem}.txt").write_text(path.read_text())
+    return directory
+
+
+def prepare_texts(texts: Path, directory: Path) -> Path:
+    """The token store of `texts`, in `directory`."""
+    return prepare(str(texts), VOCAB, 0.1, directory).directory
+
+
+def small_job(texts: Path, model: dict[str, Any] | None = None, **train: Any) -> JobSpec:
+    """A job of 30 steps over `texts`; a step takes some hundredths of a second."""
+    return JobSpec.model_validate(
+        {
+            "schema": "v1",
+            "name": "moves",
+            "model": {
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "intermediate_size": 64,
+                "num_experts": 6,
+                "top_k": 2,
+                "expert_intermediate_size": 32,
+                **(model or {}),
+            },
+            "train": {
+                "steps": STEPS,
+                "global_batch_size": 10,
+                "micro_batch_size": 2,
+                "sequence_length": 32,
+                **train,
+            },
+            "eval": {"every": 10, "rows": 6},
+            "data": {"source": str(texts), "vocab_size": VOCAB},
+        }
+    )
