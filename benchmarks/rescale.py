@@ -47,7 +47,6 @@ from orchestrator.model.transformer import catalogue
 from orchestrator.protocol.messages import GenerationPlan, StepRecord
 from orchestrator.spec.job import DataSpec, JobSpec
 
-FIRST = "w0"  # members keep their order and the last leave, so it is in every generation
 CYCLE = (4, 3, 1, 2)
 INITIAL, LARGEST = 2, 4
 NEVER = 1_000_000  # a step that no run here comes to
@@ -143,18 +142,19 @@ def job_of(name: str, held: int, data: DataSpec, storage: Path, quick: bool) -> 
 def run_elastic(live: LiveRun, size: Size) -> Elastic:
     """Scale through all rounds, then rebuild, then end."""
     live.until(lambda s: s.workers_now + s.standbys == LARGEST and s.step > 1, "all workers are warm")
+    first = live.first_member()
     requests = []
     for number in range(size.rounds):
         requests += [live.scale(workers) for workers in CYCLE]
         say(f"round {number + 1}: stalls " + ", ".join(f"{r.rescale.stall_s:.2f} s" for r in requests[-len(CYCLE) :]))
     live.until(lambda s: s.step >= size.compared_steps, f"step {size.compared_steps} is done")
-    rss_bytes = [(0.0, float(live.report_of(FIRST).rss_bytes))]
+    rss_bytes = [(0.0, float(live.report_of(first).rss_bytes))]
     for number in range(size.rebuilds // 2):  # memory is compared at the same world size
         for workers in (INITIAL + 1, INITIAL):
             live.scale(workers, measured=False)
-        rss_bytes.append((2.0 * (number + 1), float(live.report_of(FIRST).rss_bytes)))
+        rss_bytes.append((2.0 * (number + 1), float(live.report_of(first).rss_bytes)))
     say(f"{size.rebuilds} rebuilds more")
-    votes = live.report_of(FIRST, after_step=-1).records
+    votes = live.report_of(first, after_step=-1).records
     live.cancel()
     losses = {record.step: record.loss for record in read_steps(live.run_dir)}
     return Elastic(tuple(requests), votes, live.plans(), losses, tuple(rss_bytes))
@@ -163,10 +163,11 @@ def run_elastic(live: LiveRun, size: Size) -> Elastic:
 def run_fixed(live: LiveRun, size: Size) -> Fixed:
     """Stay at 2 workers for the steps that are compared; then grow without a standby, as often as asked."""
     live.until(lambda s: s.step >= size.compared_steps, f"step {size.compared_steps} is done")
+    first = live.first_member()
     cold_s = []
     for _ in range(size.cold_starts):
         request = live.scale(INITIAL + 1)
-        cold_s.append(effect_time(live.report_of(FIRST, after_step=-1).records, request) - request.asked_time)
+        cold_s.append(effect_time(live.report_of(first, after_step=-1).records, request) - request.asked_time)
         live.scale(INITIAL)
         live.until(lambda s: s.standbys == 0, "the third worker is let go")
     say("cold growths: " + ", ".join(f"{seconds:.1f} s" for seconds in cold_s))

@@ -93,6 +93,11 @@ class LiveRun:
         states = (from_plain(RunState, e["state"]) for e in read_events(self.run_dir) if e["kind"] == "state")
         return {state.current.generation: state.current for state in states if state.current is not None}
 
+    def first_member(self) -> str:
+        """The worker that is in every generation: members keep their order, and the last ones leave. Which it is shows
+        at the start: the first generation is made of those who were warm first."""
+        return self.plans()[0].world.members[0]
+
     def cancel(self) -> RunStatus:
         self._client.cancel(self._id)
         return self._client.wait(self._id, timeout_s=PATIENCE_S)
