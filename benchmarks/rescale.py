@@ -129,7 +129,7 @@ def job_of(name: str, held: int, data: DataSpec, storage: Path, quick: bool) -> 
             "name": name,
             "workers": {"min": 1, "max": LARGEST, "initial": INITIAL, "schedule": schedule},
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**BATCH, "steps": NEVER, "lr": 1e-3, "schedule": {"kind": "constant"}},
+            "train": {**BATCH, "steps": NEVER, "lr": 3e-4, "schedule": {"kind": "constant"}},
             "data": data,
             "storage": str(storage),
         }

@@ -28,7 +28,7 @@ from orchestrator.control.memory import RunMemory, insist
 from orchestrator.control.parts import Parts
 from orchestrator.control.points import points_of_rescale, points_of_steps
 from orchestrator.control.status import status_of, to_json
-from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, StorageError, UsageError
+from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, ProtocolError, StorageError, UsageError
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Commit, Note, Observation, ended
@@ -41,6 +41,7 @@ log = logging.getLogger("orchestrator.control")
 BEAT_S = 0.05  # how often questions that are due get asked
 RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
 LATER = "Look at its status, and try again in a moment."
+LAST_WORDS_S = 2.0  # how long a run that has ended waits for what its members still know
 GONE_WITHIN_S = 10.0  # the end of a run waits this long for its processes to be gone
 
 
@@ -264,6 +265,7 @@ class RunController:
 
     def _close(self) -> None:
         """End and remove everything of the run, then leave its last status in run storage."""
+        self._hear_last_words()
         state = self._memory.state
         self._crew.reconcile(())
         for number in range(state.num_spawned):  # also those of an earlier controller
@@ -278,6 +280,19 @@ class RunController:
         self._closed = True
         insist(lambda: self._memory.conclude(to_json(self.status())))
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
+
+    def _hear_last_words(self) -> None:
+        """Steps that members finished since they were last asked: they count, whatever has ended the run."""
+        members = self._memory.state.members
+        asked = {w for w in members if self._crew.ask_records(w, self._memory.progress.watermark)}
+        deadline_s = time.monotonic() + LAST_WORDS_S
+        while asked and time.monotonic() < deadline_s:
+            with suppress(Empty):
+                answer = self._inbox.get(timeout=BEAT_S)
+                if answer is not None and answer.method == Crew.RECORDS:
+                    asked.discard(answer.of)
+                    with suppress(ProtocolError):  # a newcomer may lack the steps before it came; another has them
+                        self._take(answer)
 
     def _exit(self) -> None:
         """Leave for good: Ray restarts an actor that just exits."""

@@ -1,0 +1,66 @@
+"""A run as users have it, with nothing simulated: a local cluster, Ray actors, DeepSpeed, real text, MLflow."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from orchestrator.client import OrchestratorClient
+from orchestrator.control import local_cluster
+from orchestrator.control.calls import ask
+from orchestrator.control.connection import disconnect
+from orchestrator.control.host import find
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.job import JobSpec, WorkersSpec
+from tests.support.texts import small_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OrchestratorClient]:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    up = local_cluster.up(4)
+    try:
+        yield OrchestratorClient(up.record.address)
+    finally:
+        disconnect()
+        local_cluster.down()
+
+
+def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
+    deadline_s = time.monotonic() + 120.0
+    while not condition(status := client.status(run)):
+        assert time.monotonic() < deadline_s and not status.phase.ended, status
+        time.sleep(0.1)
+    return status
+
+
+def test_a_run_is_scaled_and_ends_by_name_when_a_member_dies(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    plain = small_job(texts, steps=100_000)
+    workers = WorkersSpec(min=1, max=3, initial=3)
+    job: JobSpec = plain.model_copy(update={"name": "mortal", "workers": workers, "storage": str(tmp_path / "runs")})
+    run = client.submit(job)
+    _until(client, run, lambda s: s.step > 5)
+    pids = {w: ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0).pid for w in ("w0", "w1", "w2")}
+    client.scale(run, 2)
+    scaled = _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
+    assert scaled.rescales[-1].to_size == 2 and scaled.rescales[-1].state_identical
+
+    os.kill(pids["w1"], signal.SIGKILL)
+    killed_s = time.monotonic()
+    ended = client.wait(run, timeout_s=60.0)
+    assert time.monotonic() - killed_s < 10.0
+    assert ended.phase is RunPhase.FAILED
+    assert ended.error is not None and "w1 died" in ended.error and "rank 1 of generation 1" in ended.error
+    assert not any(psutil.pid_exists(pid) for pid in pids.values())
+    known = int(re.findall(r"after step (\d+)", ended.error)[0])
+    account = client.audit(run)
+    assert account.ok and account.steps > known  # also what was finished since records were last fetched
