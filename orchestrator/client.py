@@ -13,24 +13,28 @@ calls go through `OrchestratorClient._ask`: a client that reaches the cluster an
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
+from orchestrator.checkpoint.read import choose, read_manifest
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import connect, probe
+from orchestrator.control.orders import order_of
 from orchestrator.control.run_files import LogLine, RunFiles
 from orchestrator.control.scheduler import get_or_create_scheduler
-from orchestrator.errors import DataError, JobDoesNotFit, NameTaken, NotFinished, RunCancelled, RunFailed, UsageError
-from orchestrator.protocol.messages import Target
+from orchestrator.errors import (
+    JobDoesNotFit,
+    NotFinished,
+    NotFound,
+    RunCancelled,
+    RunFailed,
+)
+from orchestrator.protocol.messages import Restore, ResumeOrder, Target
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import load_job
 
 __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]
 
@@ -81,18 +85,9 @@ class OrchestratorClient:
             NameTaken: the storage or the cluster has a run of this name.
             JobDoesNotFit: the cluster has no room for the first workers, for `timeout_s`.
         """
-        order = _order(job, name)
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            try:
-                return str(self._ask("submit", order.job_json, order.spec.name, order.run_dir, order.text, **options))
-            except JobDoesNotFit as error:
-                if time.monotonic() + RETRY_EVERY_S > deadline_s:
-                    raise
-                if on_wait is not None:
-                    on_wait(error)
-                    on_wait = None
-            time.sleep(RETRY_EVERY_S)
+        order = order_of(job, name)
+        args = (order.job_json, order.spec.name, order.run_dir, order.text)
+        return self._when_there_is_room(timeout_s, on_wait, lambda: str(self._ask("submit", *args, **options)))
 
     def list(self) -> tuple[RunStatus, ...]:
         """Every run that the cluster has seen, the newest last."""
@@ -118,6 +113,46 @@ class OrchestratorClient:
         """Ask the run to end early, with a checkpoint. Raises UsageError if it has ended, NotFound."""
         target: Target = self._ask("cancel", run_id)
         return target
+
+    def pause(self, run_id: str) -> Target:
+        """Ask the run to write a checkpoint and free its resources; `resume` lets it go on. Raises as `cancel`."""
+        target: Target = self._ask("pause", run_id)
+        return target
+
+    def resume(
+        self,
+        run_id: str,
+        *,
+        storage: str | os.PathLike[str] | None = None,
+        from_step: int | None = None,
+        workers: int | None = None,
+        timeout_s: float = 0.0,
+        on_wait: Callable[[JobDoesNotFit], None] | None = None,
+        **options: Any,
+    ) -> str:
+        """Let a run go on from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run.
+
+        Steps after the checkpoint are done again; checkpoints after it are set aside, not deleted.
+
+        Args:
+            storage: run storage with the run; None for where this cluster knows it to be, else ./runs.
+            from_step: of the checkpoint; None for the newest. Without any checkpoint the run begins again.
+            workers: how many; None for as many as were wanted last.
+            timeout_s: how long to wait for room in the cluster, if it has none now.
+
+        Raises:
+            NotFound: there is no such run, or no checkpoint of this step.
+            CheckpointCorrupt: the checkpoint isn't as it was written; the message names the one before.
+            UsageError: the run goes on, has done all its steps, or may not have so many workers.
+            JobDoesNotFit: the cluster has no room, for `timeout_s`.
+        """
+        run_dir = self._run_dir(run_id, storage)
+        path = choose(run_dir / "checkpoints", from_step)
+        restore = Restore(read_manifest(path).step, str(path)) if path is not None else None
+        order = ResumeOrder(uuid.uuid4().hex, restore, workers)
+        return self._when_there_is_room(
+            timeout_s, on_wait, lambda: str(self._ask("resume", run_id, str(run_dir), order, **options))
+        )
 
     def wait(
         self, run_id: str, *, timeout_s: float | None = None, on_status: Callable[[RunStatus], None] | None = None
@@ -152,6 +187,33 @@ class OrchestratorClient:
         files = RunFiles(Path(self.status(run_id).run_dir))
         return files.logs((lambda: self.status(run_id).phase.ended) if follow else None)
 
+    def _run_dir(self, run_id: str, storage: str | os.PathLike[str] | None) -> Path:
+        if storage is not None:
+            return RunFiles(Path(storage).absolute() / run_id).run_dir
+        try:
+            return Path(self.status(run_id).run_dir)
+        except NotFound as error:
+            try:
+                return RunFiles(Path("runs").absolute() / run_id).run_dir
+            except NotFound:
+                error.remedy += " A run of another cluster is found by its run storage: --storage DIR."
+                raise error from None
+
+    def _when_there_is_room(
+        self, timeout_s: float, on_wait: Callable[[JobDoesNotFit], None] | None, start: Callable[[], str]
+    ) -> str:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                return start()
+            except JobDoesNotFit as error:
+                if time.monotonic() + RETRY_EVERY_S > deadline_s:
+                    raise
+                if on_wait is not None:
+                    on_wait(error)
+                    on_wait = None
+            time.sleep(RETRY_EVERY_S)
+
     def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         probe(self.address, patience_s=HEAD_PATIENCE_S)
         return ask(self._scheduler, method, *args, timeout_s=ANSWER_TIMEOUT_S, **kwargs)
@@ -159,7 +221,7 @@ class OrchestratorClient:
 
 def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None) -> JobSpec:
     """The job, if it could be submitted as far as is known without a cluster. Raises what `submit` raises."""
-    return _order(job, name).spec
+    return order_of(job, name).spec
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:
@@ -177,70 +239,10 @@ def raise_unless_succeeded(status: RunStatus) -> None:
         )
     if status.phase is RunPhase.CANCELLED:
         raise RunCancelled(f"run {status.run_id} was cancelled: {status.why}")
+    if status.phase is RunPhase.PAUSED:
+        raise NotFinished(
+            f"run {status.run_id} is paused: {status.why}",
+            remedy=f"`orchestrator resume {status.run_id}` lets it go on.",
+        )
     if status.phase is not RunPhase.SUCCEEDED:
         raise NotFinished(f"run {status.run_id} is {status.phase}: {status.why}")
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What the Scheduler needs: the job with every path absolute, and the text that the user wrote."""
-
-    spec: JobSpec
-    text: str
-
-    @property
-    def run_dir(self) -> str:
-        return str(Path(self.spec.storage) / self.spec.name)
-
-    @property
-    def job_json(self) -> str:
-        return self.spec.model_dump_json(by_alias=True)
-
-
-def _order(job: JobSpec | str | os.PathLike[str], name: str | None) -> _Order:
-    """Read and resolve a job; checked as far as is possible from here."""
-    if isinstance(job, JobSpec):
-        spec, text = job, yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False)
-    else:
-        spec, text = load_job(job), Path(job).read_text(encoding="utf-8")
-    if name is not None:
-        spec = _renamed(spec, name)
-    run_dir = spec.storage_path / spec.name
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise NameTaken(
-            f"{run_dir} exists already; a run's name must be new in its storage",
-            remedy="Choose another name (--name) or storage, or move that directory away.",
-            unchanged="Nothing was started.",
-        )
-    source = _absolute_source(spec.data.source)
-    data = spec.data.model_copy(update={"source": source})
-    resolved = spec.model_copy(update={"storage": str(spec.storage_path), "data": data})
-    return _Order(resolved, text)
-
-
-def _renamed(spec: JobSpec, name: str) -> JobSpec:
-    try:
-        return JobSpec.model_validate(spec.model_dump(by_alias=True) | {"name": name})
-    except ValidationError as error:
-        raise UsageError(
-            f"{name!r} can't be a run's name: {error.errors()[0]['msg']}", unchanged="Nothing was started."
-        ) from error
-
-
-def _absolute_source(source: str) -> str:
-    if source.startswith("builtin:"):
-        return source
-    path = Path(source).expanduser().absolute()
-    if not path.exists():
-        wrong = "does not exist"
-    elif path.is_dir():
-        wrong = "" if any(path.rglob("*.txt")) else "holds no .txt file"
-    else:
-        wrong = "" if path.suffix == ".txt" else "is no .txt file"
-    if wrong:
-        raise DataError(
-            f"data.source {path} {wrong}",
-            remedy="Name a folder of .txt files, one such file, or builtin:stdlib.",
-            unchanged="Nothing was started.",
-        )
-    return str(path)

@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 from bisect import bisect_right
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,11 @@ def list_checkpoints(checkpoints: Path) -> tuple[Path, ...]:
         return ()
     found = ((parse_step_name(path.name), path) for path in checkpoints.iterdir())
     return tuple(path for _, path in sorted((step, path) for step, path in found if step is not None))
+
+
+def list_steps(checkpoints: Path) -> tuple[int, ...]:
+    """The last finished steps of the complete checkpoints, ascending."""
+    return tuple(step for path in list_checkpoints(checkpoints) if (step := parse_step_name(path.name)) is not None)
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -139,8 +145,48 @@ class CheckpointReader:
         return ""
 
 
-def prune(checkpoints: Path, keep_last: int) -> tuple[Path, ...]:
-    """Delete all but the `keep_last` newest checkpoints, and unfinished ones that can't be finished any more.
+def choose(checkpoints: Path, step: int | None = None) -> Path | None:
+    """The checkpoint to go on from, digests checked: that of `step`, or the newest. None if there is none at all.
+
+    Raises:
+        NotFound: there is none of `step`; the message names those that there are.
+        CheckpointCorrupt: it isn't as it was written; the message names the previous good one.
+    """
+    found = list_checkpoints(checkpoints)
+    if step is not None:
+        wanted = [path for path in found if parse_step_name(path.name) == step]
+        if not wanted:
+            steps = ", ".join(str(parse_step_name(path.name)) for path in found) or "none"
+            raise NotFound(
+                f"{checkpoints} holds no checkpoint of step {step}; it holds {steps}",
+                remedy="Name one of these steps, or none for the newest.",
+                unchanged="Nothing was started.",
+            )
+        found = tuple(wanted)
+    if not found:
+        return None
+    with CheckpointReader(found[-1]) as reader:
+        reader.verify()
+    return found[-1]
+
+
+def set_aside(checkpoints: Path, after_step: int, mark: str) -> tuple[Path, ...]:
+    """Hide the complete checkpoints after `after_step`, under names with `mark`: the run goes on from before them.
+
+    Returns:
+        where they lie now; nothing is deleted.
+    """
+    hidden = []
+    for path in list_checkpoints(checkpoints):
+        step = parse_step_name(path.name)
+        if step is not None and step > after_step:
+            hidden.append(path.rename(path.with_name(f".superseded-{mark}-{path.name}")))
+    return tuple(hidden)
+
+
+def prune(checkpoints: Path, keep_last: int, keep_steps: Collection[int] = ()) -> tuple[Path, ...]:
+    """Delete all but the `keep_last` newest checkpoints and those of `keep_steps`, and unfinished ones that can't be
+    finished any more.
 
     Only the run's controller calls this. An unfinished one is given up when a later one of the same or a later
     (epoch, generation) is complete.
@@ -151,7 +197,8 @@ def prune(checkpoints: Path, keep_last: int) -> tuple[Path, ...]:
     if keep_last < 1:
         raise ValueError(f"keep_last is {keep_last}; at least the newest checkpoint is kept")
     complete = list_checkpoints(checkpoints)
-    dropped, kept = complete[:-keep_last], complete[-keep_last:]
+    kept = complete[-keep_last:]
+    dropped = tuple(p for p in complete[:-keep_last] if parse_step_name(p.name) not in keep_steps)
     for path in dropped:
         _discard(path)
     newest = max((_age(path) for path in kept), default=(-1, -1, -1))

@@ -1,5 +1,6 @@
 """`submit`, `list`, `status`, `scale`, `cancel`: steering runs."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -74,7 +75,43 @@ def cancel(run: RunId, address: Address = None) -> None:
     say(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
 
 
+def pause(run: RunId, address: Address = None) -> None:
+    """Write a checkpoint and free a run's resources; `resume` lets it go on."""
+    from orchestrator.client import OrchestratorClient
+
+    OrchestratorClient(address).pause(run)
+    say(f"Run {run} pauses after its current step. `orchestrator resume {run}` lets it go on.")
+
+
+def resume(
+    run: RunId,
+    from_step: Annotated[
+        int | None,
+        typer.Option("--from", min=0, metavar="STEP", help="Go on from the checkpoint of this step. Default: newest."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-n", min=1, help="How many workers. Default: as many as were wanted last."),
+    ] = None,
+    storage: Annotated[
+        Path | None,
+        typer.Option("--storage", metavar="DIR", help="Run storage with the run, if this cluster has never seen it."),
+    ] = None,
+    timeout: Timeout = 0.0,
+    address: Address = None,
+) -> None:
+    """Let a run go on from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run."""
+    from orchestrator.client import OrchestratorClient
+
+    client = OrchestratorClient(address)
+    client.resume(run, storage=storage, from_step=from_step, workers=workers, timeout_s=timeout, on_wait=tell_wait)
+    say(f"Run {run} goes on. Follow it with `orchestrator logs {run} -f`.")
+    show(run)
+
+
 def register(app: typer.Typer) -> None:
     for name, command in (("submit", submit), ("list", list_runs), ("status", status), ("scale", scale)):
         app.command(name, rich_help_panel="Runs")(command)
     app.command("cancel", rich_help_panel="Runs")(cancel)
+    app.command("pause", rich_help_panel="Runs")(pause)
+    app.command("resume", rich_help_panel="Runs")(resume)

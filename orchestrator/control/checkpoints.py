@@ -1,11 +1,18 @@
-"""The controller's part of a checkpoint: the marker that makes the ranks' shards one."""
+"""The controller's part of checkpoints: the marker that makes the ranks' shards one, and which of them are kept."""
 
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.checkpoint.manifest import manifest_of
+from orchestrator.checkpoint.read import list_steps, prune, set_aside
 from orchestrator.checkpoint.write import commit
+from orchestrator.policy.retention import best_checkpoints
 from orchestrator.policy.run_state import Commit
+from orchestrator.spec.job import CheckpointSpec
+
+log = logging.getLogger("orchestrator.control")
 
 DIRECTORY = "checkpoints"  # in the run's directory
 
@@ -26,3 +33,24 @@ def commit_checkpoint(run_id: str, run_dir: Path, epoch: int, action: Commit) ->
     shapes |= {name: tuple(shape) for name, shape in told.items() if name in shapes}
     manifest = manifest_of(action.shards, run_id=run_id, epoch=action.epoch, shapes=shapes)
     return commit(run_dir / DIRECTORY, manifest, epoch=epoch)
+
+
+def drop_old_checkpoints(run_dir: Path, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]) -> None:
+    """Delete what the job doesn't keep. What can't be deleted is tried again after the next checkpoint."""
+    if keep.keep_last is None:
+        return
+    checkpoints = run_dir / DIRECTORY
+    best = best_checkpoints(list_steps(checkpoints), validations, keep.keep_best)
+    try:
+        dropped = prune(checkpoints, keep.keep_last, best)
+    except OSError as error:
+        log.warning("an old checkpoint could not be deleted: %s", error)
+        return
+    if dropped:
+        log.info("deleted %s", ", ".join(path.name for path in dropped))
+
+
+def leave_behind(run_dir: Path, after_step: int, epoch: int) -> None:
+    """The run goes on after `after_step`: later checkpoints belong to a future that didn't come. They are hidden."""
+    for path in set_aside(run_dir / DIRECTORY, after_step, f"{epoch:06d}"):
+        log.info("a checkpoint that the run went back from is kept as %s", path)

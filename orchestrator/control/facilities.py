@@ -42,9 +42,9 @@ class Facilities:
     def start(self, data: PreparedData | None, has_workers: bool) -> None:
         """Start what isn't there. `data` is what an earlier controller has prepared already; workers that it left
         behind know its rendezvous store, so another one would be of no use to them."""
-        self.data = data
+        self.data = data if data is not None and Path(data.store_dir).is_dir() else None
         storage = self._run_dir.parent
-        if data is None:
+        if self.data is None:
             self._begin("preparation", self._parts.preparation, ())
             data_dir = str(storage / ".data")
             self._call("preparation", "prepare", self._job.model_dump_json(by_alias=True), str(self._run_dir), data_dir)

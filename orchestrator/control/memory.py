@@ -11,8 +11,9 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,10 +41,12 @@ class Recollection:
     """The run's state and progress as its journal tells them. Needs no cluster, writes nothing."""
 
     def __init__(self, run_dir: Path, limits: RunLimits) -> None:
+        self._run_dir = run_dir
         self.state = first_state(limits)
         self.progress = Progress()
         self.data: PreparedData | None = None
         self.times: dict[str, float] = {}  # of the first event of each kind
+        self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):
             self._recall(event)
 
@@ -55,7 +58,16 @@ class Recollection:
         elif kind == "prepared":
             self.data = from_plain(PreparedData, event["data"])
         elif kind == "steps":
-            self.progress = absorb(self.progress, [from_plain(StepRecord, plain) for plain in event["records"]])
+            self.progress = absorb(self.progress, _records_of(event))
+        elif kind == "resumed":
+            self._go_back(event)
+
+    def _go_back(self, event: Mapping[str, Any]) -> None:
+        """The run went on from a checkpoint: what came after it is done again."""
+        self.resumed_by = event["token"]
+        self.times.pop("ended", None)
+        before = takewhile(lambda e: e["seq"] <= event["seq"], read_events(self._run_dir))
+        self.progress = absorb(Progress(), committed_steps(before))
 
 
 class RunMemory(Recollection):
@@ -71,7 +83,6 @@ class RunMemory(Recollection):
 
     def __init__(self, run_dir: Path, epoch: int, limits: RunLimits) -> None:
         self.trouble: str | None = None
-        self._run_dir = run_dir
         self._journal = Journal(run_dir, epoch)
         super().__init__(run_dir, limits)
 
@@ -81,6 +92,9 @@ class RunMemory(Recollection):
         changed = [{"kind": "state", "state": to_plain(state)}] if state != self.state else []
         written = self._append(events + changed)
         self.state = state
+        for event in written:
+            if event["kind"] == "resumed":
+                self._go_back(event)
         return written[: len(events)]
 
     def absorb(self, records: Sequence[StepRecord]) -> list[StepRecord]:
@@ -147,11 +161,24 @@ def storage_error(error: OSError, directory: Path) -> StorageError:
     )
 
 
-def read_steps(run_dir: Path) -> Iterator[StepRecord]:
+def read_steps(run_dir: Path) -> list[StepRecord]:
     """Every step that the run has committed, in order. Needs no cluster."""
-    for event in read_events(run_dir):
+    return committed_steps(read_events(run_dir))
+
+
+def committed_steps(events: Iterable[Mapping[str, Any]]) -> list[StepRecord]:
+    """The steps of a journal, once each: those after a checkpoint from which the run went on don't count."""
+    steps: list[StepRecord] = []
+    for event in events:
         if event["kind"] == "steps":
-            yield from (from_plain(StepRecord, plain) for plain in event["records"])
+            steps += _records_of(event)
+        elif event["kind"] == "resumed":
+            steps = [record for record in steps if record.step <= event["step"]]
+    return steps
+
+
+def _records_of(event: Mapping[str, Any]) -> list[StepRecord]:
+    return [from_plain(StepRecord, plain) for plain in event["records"]]
 
 
 def user_events(run_dir: Path, after: int = -1) -> list[dict[str, Any]]:

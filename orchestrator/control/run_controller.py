@@ -19,20 +19,21 @@ from typing import Any
 
 import ray
 
-from orchestrator.control.checkpoints import commit_checkpoint
+from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind
 from orchestrator.control.crew import Answer, Crew, Inbox, remove_group
 from orchestrator.control.facilities import Facilities
 from orchestrator.control.host import find, log_to, names_of
 from orchestrator.control.journal import acquire_epoch
-from orchestrator.control.memory import RunMemory, insist
+from orchestrator.control.memory import STATUS_FILE, RunMemory, insist
 from orchestrator.control.parts import Parts
 from orchestrator.control.points import points_of_rescale, points_of_steps
 from orchestrator.control.status import status_of, to_json
 from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, ProtocolError, StorageError, UsageError
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Commit, Note, Observation, ended
-from orchestrator.protocol.messages import Phase, Target, WorkerJob
+from orchestrator.protocol.messages import Finish, Phase, ResumeOrder, Target, WorkerJob
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
 
@@ -46,9 +47,13 @@ GONE_WITHIN_S = 10.0  # the end of a run waits this long for its processes to be
 
 
 class RunController:
-    """One run, by name in run storage: `run_dir` holds `job.json`. Methods may be called from any thread."""
+    """One run, by name in run storage: `run_dir` holds `job.json`. Methods may be called from any thread.
 
-    def __init__(self, run_id: str, run_dir: str, parts: Parts) -> None:
+    Args:
+        order: to go on from a checkpoint; obeyed once, whatever incarnation reads it.
+    """
+
+    def __init__(self, run_id: str, run_dir: str, parts: Parts, order: ResumeOrder | None = None) -> None:
         self._run_id, self._run_dir = run_id, Path(run_dir)
         log_to(self._run_dir / "logs" / "controller.log")
         self._job = JobSpec.model_validate_json((self._run_dir / "job.json").read_text())
@@ -56,6 +61,8 @@ class RunController:
         self._inbox = Inbox()
         self._epoch = insist(lambda: acquire_epoch(self._run_dir))
         self._memory = insist(lambda: RunMemory(self._run_dir, self._epoch, self._limits))
+        if order is not None and order.token != self._memory.resumed_by:
+            insist(lambda: self._resume(order))
         self._threads = max(1, (os.cpu_count() or 1) // self._limits.initial_workers)
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
@@ -67,6 +74,12 @@ class RunController:
         self._closed = False
         log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
         threading.Thread(target=self._live, name="run", daemon=True).start()
+
+    def _resume(self, order: ResumeOrder) -> None:
+        decision = resumed(self._limits, self._memory.state, order)
+        self._memory.decided(decision.state, [a for a in decision.actions if isinstance(a, Note)])
+        leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch)
+        (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its former end
 
     # -- what others ask ---------------------------------------------------------------------------------------
 
@@ -91,17 +104,17 @@ class RunController:
             UsageError: the job doesn't allow this size, or the run is ending.
         """
         self._limits.check_size(workers)
-        return self._aim(workers, False, reason)
+        return self._aim(workers, Finish.NO, reason)
 
-    def cancel(self, reason: str) -> Target:
-        """Want the run to end, with a checkpoint. Raises UsageError if it is ending already."""
-        return self._aim(self._target.workers, True, reason)
+    def finish(self, how: Finish, reason: str) -> Target:
+        """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
+        return self._aim(self._target.workers, how, reason)
 
-    def _aim(self, workers: int, cancel: bool, reason: str) -> Target:
+    def _aim(self, workers: int, finish: Finish, reason: str) -> Target:
         with self._heard:
-            if self._memory.state.outcome is not None or (self._target.cancel and not cancel):
+            if self._memory.state.outcome is not None or self._target.finish not in (Finish.NO, finish):
                 raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
-            target = Target(self._target.seq + 1, workers, cancel, reason)
+            target = Target(self._target.seq + 1, workers, finish, reason)
             self._target = target
             self._inbox.put(None)
             if not self._heard.wait_for(lambda: self._memory.state.target.seq >= target.seq, timeout=10.0):
@@ -190,8 +203,7 @@ class RunController:
 
     def _turn(self) -> None:
         """One decision: written down first, then carried out."""
-        if self._facilities.data is not None and self._memory.data is None:
-            self._memory.prepared(self._facilities.data)
+        self._note_data()
         decision = decide(self._limits, self._memory.state, self._observe())
         notes = [action for action in decision.actions if isinstance(action, Note)]
         for event in self._memory.decided(decision.state, notes):
@@ -204,6 +216,18 @@ class RunController:
         self._crew.tell(directive_of(decision.state, self._epoch))
         with self._heard:
             self._heard.notify_all()
+
+    def _note_data(self) -> None:
+        fresh, known = self._facilities.data, self._memory.data
+        if fresh is None or fresh == known:
+            return
+        if known is not None and Path(fresh.store_dir).name != Path(known.store_dir).name:  # named by their digest
+            self._faults.append(
+                "the corpus is not what the run has trained on so far, and the store that was made of it is gone: "
+                f"{known.store_dir}"
+            )
+            return
+        self._memory.prepared(fresh)
 
     def _observe(self) -> Observation:
         return Observation(
@@ -246,6 +270,7 @@ class RunController:
         self._tell_users(self._memory.note("checkpoint", step=action.step, path=str(path)))
         self._committed = action.step
         self._inbox.put(None)
+        drop_old_checkpoints(self._run_dir, self._job.checkpoint, self._memory.progress.validations)
 
     def _tell_users(self, event: dict[str, Any]) -> None:
         log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in ("seq", "epoch", "time")})

@@ -11,6 +11,7 @@ from orchestrator.control.journal import newest_epoch
 from orchestrator.control.memory import read_status, read_steps, user_events
 from orchestrator.control.status import status_from_journal
 from orchestrator.errors import NotFound
+from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
 
@@ -51,6 +52,10 @@ class RunFiles:
     def events(self, after: int = -1) -> list[dict[str, Any]]:
         """What happened after the event whose `seq` is `after`."""
         return user_events(self.run_dir, after)
+
+    def steps(self) -> list[StepRecord]:
+        """Every committed step, in order."""
+        return read_steps(self.run_dir)
 
     def audit(self) -> AuditResult:
         """Whether every sample position of the committed steps was consumed exactly once, in order."""

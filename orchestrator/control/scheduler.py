@@ -18,12 +18,14 @@ from ray.experimental import internal_kv
 from orchestrator.control.calls import ask
 from orchestrator.control.host import NAMESPACE, Handle, find
 from orchestrator.control.journal import newest_epoch, write_atomically
-from orchestrator.control.memory import read_status, read_steps, storage_error, user_events
+from orchestrator.control.memory import Recollection, read_status, read_steps, storage_error, user_events
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
 from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError
 from orchestrator.policy.capacity import places
-from orchestrator.protocol.messages import Target
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.schedule import wanted_size
+from orchestrator.protocol.messages import Finish, ResumeOrder, Target
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.job import JobSpec
 
@@ -63,11 +65,49 @@ class Scheduler:
         with self._submitting:
             self._refuse_taken(run_id, directory)
             if not wait:
-                self._refuse_unfit(job)
+                self._refuse_unfit(job, job.workers.initial)
             _write_job(directory, job_json, job_text)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts())
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
+        return run_id
+
+    def resume(
+        self, run_id: str, run_dir: str, order: ResumeOrder, wait: bool = False, parts: Parts | None = None
+    ) -> str:
+        """Give a run that has ended, or has lost its cluster, a controller again.
+
+        Args:
+            run_dir: the run's directory in run storage, absolute.
+            wait: resume even if the cluster has no room now.
+
+        Raises:
+            NotFound: the directory holds no run.
+            UsageError: the run goes on, or has done all its steps, or may not have so many workers.
+            JobDoesNotFit: the cluster has no room for its workers.
+        """
+        directory = Path(run_dir)
+        with self._submitting:
+            if find(f"{run_id}/controller") is not None:
+                raise UsageError(f"run {run_id} is going on", unchanged="Nothing was changed.")
+            job = _read_job(directory)
+            limits = RunLimits.of(run_id, job)
+            done = order.restore.step + 1 if order.restore else 0
+            if done >= limits.steps:
+                raise UsageError(
+                    f"run {run_id} has done all its {limits.steps} steps",
+                    remedy="Go on from an earlier checkpoint with --from, or submit a new run.",
+                    unchanged="Nothing was started.",
+                )
+            if order.workers is not None:
+                limits.check_size(order.workers)
+            memory = Recollection(directory, limits)
+            workers = order.workers or wanted_size(limits, memory.state.wish, done)
+            if not wait:
+                self._refuse_unfit(job, workers)
+            internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
+            _start_controller(run_id, run_dir, parts or Parts(), order)
+        log.info("run %s: resumed after step %d", run_id, done - 1)
         return run_id
 
     def list(self) -> tuple[RunStatus, ...]:
@@ -99,7 +139,11 @@ class Scheduler:
 
     def cancel(self, run_id: str, reason: str = "cancelled") -> Target:
         """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        return self._wish(run_id, "cancel", reason)
+        return self._wish(run_id, "finish", Finish.CANCEL, reason)
+
+    def pause(self, run_id: str, reason: str = "paused") -> Target:
+        """Want the run to end with a checkpoint, to be resumed later. Raises as `cancel` does."""
+        return self._wish(run_id, "finish", Finish.PAUSE, reason)
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
         """What happened to the run after the event with `seq` `after`. Raises NotFound."""
@@ -122,7 +166,7 @@ class Scheduler:
         if status.phase.ended:
             raise UsageError(
                 f"run {run_id} has ended: it is {status.phase}",
-                remedy="Only a run that goes on can be changed; submit a new one.",
+                remedy="Only a run that goes on can be changed; `orchestrator resume` lets one go on that isn't done.",
                 unchanged="Nothing was changed.",
             )
         raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
@@ -143,13 +187,13 @@ class Scheduler:
         if newest_epoch(directory) > 0 or (directory / "job.json").exists():
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
-    def _refuse_unfit(self, job: JobSpec) -> None:
+    def _refuse_unfit(self, job: JobSpec, workers: int) -> None:
         request = _request_of(job)
         deadline_s = time.monotonic() + SETTLE_S
-        while places(free := _free(), request) < job.workers.initial:
+        while places(free := _free(), request) < workers:
             if time.monotonic() > deadline_s:
                 raise JobDoesNotFit(
-                    f"{job.workers.initial} workers of {_amounts(request)} asked for; the cluster has room for "
+                    f"{workers} workers of {_amounts(request)} asked for; the cluster has room for "
                     f"{places(free, request)}: free are " + "; ".join(_amounts(node) for node in free),
                     remedy="End a run, ask for less, or wait for room with --timeout.",
                     unchanged="Nothing was started.",
@@ -186,7 +230,20 @@ def _write_job(directory: Path, job_json: str, job_text: str) -> None:
         raise storage_error(error, directory) from error
 
 
-def _start_controller(run_id: str, run_dir: str, parts: Parts) -> None:
+def _read_job(directory: Path) -> JobSpec:
+    try:
+        return JobSpec.model_validate_json((directory / "job.json").read_text())
+    except FileNotFoundError:
+        raise NotFound(f"{directory} holds no run", unchanged="Nothing was started.") from None
+    except ValueError as error:
+        raise UsageError(
+            f"{directory / 'job.json'} can't be read: {error}",
+            remedy="It is written once, at submission; put the original back.",
+            unchanged="Nothing was started.",
+        ) from error
+
+
+def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrder | None = None) -> None:
     options = {
         "name": f"{run_id}/controller",
         "namespace": NAMESPACE,
@@ -195,7 +252,7 @@ def _start_controller(run_id: str, run_dir: str, parts: Parts) -> None:
         "max_restarts": -1,
         "max_concurrency": 16,
     }
-    ray.remote(RunController).options(**options).remote(run_id, run_dir, parts)
+    ray.remote(RunController).options(**options).remote(run_id, run_dir, parts, order)
 
 
 def _request_of(job: JobSpec) -> Mapping[str, float]:

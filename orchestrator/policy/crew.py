@@ -15,8 +15,8 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     target = seen.target
     if target.seq <= state.target.seq:
         return Decision(state)
-    fields = {"workers": target.workers, "cancel": target.cancel, "why": target.reason}
-    wish = state.wish if target.cancel else Wish(target.workers, seen.step + 1)
+    fields = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
+    wish = state.wish if target.finish is not Finish.NO else Wish(target.workers, seen.step + 1)
     return Decision(replace(state, target=target, wish=wish, failed_moves=0), (Note("target", fields),))
 
 
@@ -36,7 +36,7 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Spawn the workers that will be needed, and let go of standbys that won't."""
-    if state.finish is not Finish.NO or state.target.cancel:
+    if state.is_ending:
         return Decision(state)
     wanted = workers_to_hold(limits, state.wish, seen.step + 1)
     missing = wanted - len(state.crew)
@@ -56,7 +56,9 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 def _is_moving(state: RunState, seen: Observation) -> bool:
     """A move is under way, or the new world has done its first few steps at most: a starting worker would take the
     processors from those who are in it, for a standby that isn't needed before it is over."""
-    is_planned = state.next is not None and state.current is not None
+    if state.current is None:
+        return False
+    is_planned = state.next is not None
     is_new = bool(state.rescales) and seen.step <= state.rescales[-1].step + STALL_STEPS
     return is_planned or is_new
 

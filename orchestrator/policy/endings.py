@@ -11,6 +11,7 @@ from orchestrator.protocol.status import RunPhase
 
 BLAME_PEERS_S = 3.0  # how long "my peers are gone" may stand without anybody found dead
 MAX_FAILED_SPAWNS = 3  # in a row
+OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
 
 
 def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -35,15 +36,16 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Turn a cancellation into a fence, a checkpoint and the end; at once if nothing was trained yet.
+    """Turn a wish to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
 
     Behind a raised fence the move is finished first: it can't be called back.
     """
-    if not state.target.cancel or state.finish is not Finish.NO or state.fence is not None:
+    if state.target.finish is Finish.NO or state.finish is not Finish.NO or state.fence is not None:
         return Decision(state)
     if state.current is None:
-        return ended(state, RunPhase.CANCELLED, state.target.reason or "cancelled before the first step")
-    return Decision(replace(state, finish=Finish.CANCEL, next=None, next_first_step=None, next_why=""))
+        outcome = OUTCOMES[state.target.finish]
+        return ended(state, outcome, state.target.reason or f"{outcome} before the first step")
+    return Decision(replace(state, finish=state.target.finish, next=None, next_first_step=None, next_why=""))
 
 
 def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -64,9 +66,10 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     if last_step + 1 >= limits.steps:
         return ended(state, RunPhase.SUCCEEDED, f"all {limits.steps} steps are done")
-    if state.finish is Finish.CANCEL:
-        why = state.target.reason or "cancelled"
-        return ended(state, RunPhase.CANCELLED, f"{why}, after {last_step + 1} of {limits.steps} steps")
+    if state.finish is not Finish.NO:
+        outcome = OUTCOMES[state.finish]
+        why = state.target.reason or str(outcome)
+        return ended(state, outcome, f"{why}, after {last_step + 1} of {limits.steps} steps")
     return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps}, unasked")
 
 

@@ -90,7 +90,7 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     """One sentence: what the run waits for, or how it ended."""
     if state.outcome is not None:
         return state.why
-    if state.finish is not Finish.NO or state.target.cancel:
+    if state.is_ending:
         return "ends at the next fence with a checkpoint"
     if state.next is not None:
         return f"generation {state.next.generation} with {state.next.world.size} workers: {state.next_why}"

@@ -14,7 +14,7 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import stall_s, typical_step_s
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size, wish_holds
-from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Handover, Phase
+from orchestrator.protocol.messages import Fence, GenerationPlan, Handover, Phase
 from orchestrator.protocol.status import Rescale
 
 HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and no less than HORIZON_STEPS
@@ -25,7 +25,7 @@ MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after
 
 def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Plan the generation that is due, as soon as enough standbys are warm for it."""
-    if state.next is not None or state.target.cancel or state.finish is not Finish.NO:
+    if state.next is not None or state.is_ending:
         return Decision(state)
     if state.current is None:
         return _plan_first(limits, state, seen)
@@ -144,13 +144,14 @@ def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
 
 
 def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    size = wanted_size(limits, state.wish, 0)
+    size = wanted_size(limits, state.wish, seen.step + 1)
     members = warm_standbys(state, seen)[:size]
     if len(members) < size:
         return Decision(state)
     world = World(state.num_generations, members)
     placement = Placement.balanced(limits.num_experts, size)
-    return _with_plan(state, seen, world, placement, SizeChange(size, None), "the run starts")
+    why = f"goes on after step {state.restore.step}" if state.restore else "the run starts"
+    return _with_plan(state, seen, world, placement, SizeChange(size, None), why)
 
 
 def _planned(state: RunState, seen: Observation, members: tuple[str, ...], change: SizeChange, why: str) -> Decision:
@@ -171,6 +172,7 @@ def _with_plan(
         source=state.current.world if state.current else None,
         source_placement=state.current.placement if state.current else None,
         store_prefix=f"{seen.epoch}/{world.generation}",
+        restore=None if state.current else state.restore,
     )
     fields = {"generation": world.generation, "members": list(world.members), "first_step": change.first_step}
     planned = replace(

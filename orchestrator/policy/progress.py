@@ -24,6 +24,7 @@ class Progress:
     validation_loss: float | None = None
     tokens: int = 0  # target tokens of all steps
     skipped: int = 0  # updates that were not finite
+    validations: tuple[tuple[int, float], ...] = ()  # (step, validation loss) of all
 
 
 def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
@@ -38,7 +39,8 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
         raise ProtocolError(f"records of steps {[r.step for r in fresh]} came after step {progress.watermark}")
     if not fresh:
         return progress
-    validation = [r.validation_loss for r in fresh if r.validation_loss is not None]
+    validations = [(r.step, r.validation_loss) for r in fresh if r.validation_loss is not None]
+    validation = [loss for _, loss in validations]
     return Progress(
         watermark=fresh[-1].step,
         recent=(progress.recent + tuple(fresh))[-RECENT_STEPS:],
@@ -52,6 +54,7 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
         validation_loss=validation[-1] if validation else progress.validation_loss,
         tokens=progress.tokens + sum(r.tokens for r in fresh),
         skipped=progress.skipped + sum(not r.applied for r in fresh),
+        validations=(*progress.validations, *validations),
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.elastic.world import union
 from orchestrator.policy.progress import Progress
 from orchestrator.policy.schedule import Wish
-from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Phase, Report, ShardWritten, Target
+from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Phase, Report, Restore, ShardWritten, Target
 from orchestrator.protocol.status import Rescale, RunPhase
 
 
@@ -24,7 +24,8 @@ class RunState:
     `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
     `current`, whose shards of a checkpoint may still come in. `failed_spawns` and `failed_moves` count failures in a
     row; `symptom_s` is when a member first complained, `broken_s` when a move was first seen to fail, with no culprit
-    known. `outcome` is None while the run goes on.
+    known. `restore` is the checkpoint that the first generation since the run was resumed begins from. `outcome` is
+    None while the run goes on.
     """
 
     target: Target
@@ -47,8 +48,14 @@ class RunState:
     symptom_s: float | None = None
     broken_s: float | None = None
     rescales: tuple[Rescale, ...] = ()
+    restore: Restore | None = None
     outcome: RunPhase | None = None
     why: str = ""
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was asked to end, or is about to."""
+        return any(finish is not Finish.NO for finish in (self.target.finish, self.finish))
 
     @property
     def members(self) -> tuple[str, ...]:

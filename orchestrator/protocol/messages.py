@@ -12,24 +12,53 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 
 
+class Finish(StrEnum):
+    """How a run is asked to end before its last step."""
+
+    NO = "no"
+    CANCEL = "cancel"
+    PAUSE = "pause"
+
+
 @dataclass(frozen=True)
 class Target:
     """What the Scheduler wants a run to be."""
 
     seq: int
     workers: int
-    cancel: bool = False
+    finish: Finish = Finish.NO
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Restore:
+    """A complete checkpoint that state is read from: its last finished step, and its directory."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class ResumeOrder:
+    """The wish that a run which has ended, or lost its cluster, goes on. `token` tells repeats from new wishes.
+
+    `restore` is None for a run without any checkpoint: it begins again at step 0. `workers` is None for as many as
+    were wanted last.
+    """
+
+    token: str
+    restore: Restore | None
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
 class GenerationPlan:
     """A generation to come: who is in it, which rank holds which experts, and where its state comes from.
 
-    `source` is the generation whose members hold the state now, with their placement; None for the first
-    generation, whose state is made from the seed. `members` of the source that are not in `world` hand their
-    shard over and become standbys. `store_prefix` names the generation's keys in the rendezvous store: it
-    holds epoch and generation, so nobody of the past can meet this world.
+    `source` is the generation whose members hold the state now, with their placement; None for the first generation,
+    whose state is made from the seed, or read from the checkpoint `restore`. `members` of the source that are not in
+    `world` hand their shard over and become standbys. `store_prefix` names the generation's keys in the rendezvous
+    store: it holds epoch and generation, so nobody of the past can meet this world.
     """
 
     epoch: int
@@ -39,6 +68,7 @@ class GenerationPlan:
     source_placement: Placement | None
     store_prefix: str
     verify_digests: bool = True
+    restore: Restore | None = None
 
     @property
     def generation(self) -> int:
@@ -52,13 +82,6 @@ class Fence:
 
     to_generation: int
     at_step: int | None = None
-
-
-class Finish(StrEnum):
-    """How a run is asked to end before its last step."""
-
-    NO = "no"
-    CANCEL = "cancel"
 
 
 @dataclass(frozen=True)

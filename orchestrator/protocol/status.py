@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class RunPhase(StrEnum):
-    """Where a run is in its life. The last three are final."""
+    """Where a run is in its life. The last four hold nothing of a cluster any more; `resume` leads out of three."""
 
     STARTING = "starting"
     TRAINING = "training"
@@ -14,10 +14,11 @@ class RunPhase(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
+    PAUSED = "paused"
 
     @property
     def ended(self) -> bool:
-        return self in (RunPhase.SUCCEEDED, RunPhase.FAILED, RunPhase.CANCELLED)
+        return self in (RunPhase.SUCCEEDED, RunPhase.FAILED, RunPhase.CANCELLED, RunPhase.PAUSED)
 
 
 @dataclass(frozen=True)

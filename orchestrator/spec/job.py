@@ -172,6 +172,14 @@ class CheckpointSpec(Section):
     every: int | None = Field(
         default=None, ge=1, description="Steps between two checkpoints. null: only the final one."
     )
+    keep_last: int | None = Field(
+        default=None, ge=1, description="How many of the newest checkpoints are kept. null: all."
+    )
+    keep_best: int = Field(
+        default=0,
+        ge=0,
+        description="How many more are kept for their validation loss, the lowest ones. Needs eval.every.",
+    )
 
 
 def _tracking_uri(uri: str) -> str:
@@ -237,6 +245,9 @@ class JobSpec(Section):
             if change.at_step >= self.train.steps:
                 rule = f"at_step must be less than train.steps; got {change.at_step} and {self.train.steps}"
                 yield Broken((("workers", "schedule", i, "at_step"), ("train", "steps")), rule)
+        if self.checkpoint.keep_best and self.eval.every is None:
+            rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
+            yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
         for name, value in self.envs.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 yield Broken((("envs", name),), "a name must be of letters, digits and _, and not begin with a digit")

@@ -105,7 +105,10 @@ class MlflowSink:
         self._upload_events()
         if reason:
             self._client.set_tag(self.tracked_id, REASON_TAG, reason)
-        self._client.set_terminated(self.tracked_id, status=_STATUS[outcome])
+        if outcome is Outcome.PAUSED:  # not the end: what MLflow calls waiting for its turn
+            self._client.update_run(self.tracked_id, status="SCHEDULED")
+        else:
+            self._client.set_terminated(self.tracked_id, status=_STATUS[outcome])
 
     @property
     def url(self) -> str:

@@ -8,6 +8,7 @@ so a move that fails costs nothing: the old world is rebuilt from what it still 
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch._C._distributed_c10d import Store
 
@@ -20,6 +21,7 @@ from orchestrator.protocol.messages import GenerationPlan, Handover
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
+from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
 
 ASK_AGAIN_S = 0.01
@@ -94,16 +96,25 @@ def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Progress 
 
 
 def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:
-    """The first generation's shard, made from the seed. Collective over its members."""
+    """The first generation's shard, made from the seed or read from a checkpoint. Collective over its members.
+
+    Raises:
+        CheckpointCorrupt, DataError: the checkpoint can't be read, or belongs to another model or corpus.
+    """
     clock = _Clock()
     assert prepared.meeting is not None
     groups = prepared.meeting.adopt()
     clock.lap("connect")
     shard = workshop.build(prepared.plan, groups)
-    shard.model.init_weights(workshop.spec.train.seed)
-    shard.engine.seeded()
+    restore = prepared.plan.restore
+    if restore is None:
+        shard.model.init_weights(workshop.spec.train.seed)
+        shard.engine.seeded()
+        progress = Progress(-1, 0, sampler)
+    else:
+        progress = read_state(Path(restore.path), shard.engine.ranges(), sampler)
+        shard.engine.loaded(progress.num_updates)
     clock.lap("build")
-    progress = Progress(-1, 0, sampler)
     return shard, progress, _handover(prepared, progress, clock, identical=None)
 
 

@@ -26,6 +26,7 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.cli.main import main
 from tests.support.simulated_worker import simulated_parts
 OrchestratorClient.submit = functools.partialmethod(OrchestratorClient.submit, parts=simulated_parts())
+OrchestratorClient.resume = functools.partialmethod(OrchestratorClient.resume, parts=simulated_parts())
 main()
 """
 JOB: dict[str, Any] = {
@@ -121,6 +122,30 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     here.run_dir("moved").rename(here.run_dir("steered"))
     assert "has ended: it is cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
     assert "nobody" in here("status", "nobody", expect=102).stderr
+
+
+def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
+    slow = {"train": JOB["train"] | {"steps": 300}, "envs": {"SIM_STEP_S": "0.05"}, "checkpoint": {"every": 10}}
+    here("submit", here.job("sleeper", **slow))
+    here.until_event("sleeper", "checkpoint")
+    assert "is going on" in here("resume", "sleeper", expect=2).stderr
+    here("pause", "sleeper")
+    paused = here.until_ended("sleeper")
+    assert paused.phase == "paused" and paused.checkpoint_step == paused.step - 1
+    listed = json.loads(here("checkpoints", "sleeper", "-o", "json").stdout)
+    assert listed[-1]["step"] == paused.checkpoint_step
+    assert "is whole" in here("checkpoint", "verify", listed[-1]["path"]).stderr
+    assert "no checkpoint of step 5; it holds 9" in here("resume", "sleeper", "--from", "5", expect=102).stderr
+    assert here("resume", "sleeper", "--from", "9", "-n", "3").stdout == "sleeper\n"
+    here.until_event("sleeper", "activated", 2)
+    done = here.until_ended("sleeper")
+    assert done.phase == "succeeded" and done.step == 300
+    assert "each exactly once" in here("audit", "sleeper").stdout
+    assert "has done all its 300 steps" in here("resume", "sleeper", expect=2).stderr
+    shard = next(Path(str(done.checkpoint)).glob("shard-*"))
+    shard.write_bytes(b"x" + shard.read_bytes()[1:])
+    told = here("resume", "sleeper", expect=100).stderr
+    assert shard.name in told and "The newest good checkpoint before it is" in told
 
 
 def test_logs_are_followed_to_the_end(here: Here) -> None:

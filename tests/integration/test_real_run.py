@@ -9,14 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.client import OrchestratorClient
 from orchestrator.control import local_cluster
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import disconnect
 from orchestrator.control.host import find
+from orchestrator.errors import NotFound, UsageError
 from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -41,14 +43,16 @@ def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus]
     return status
 
 
-def test_a_run_is_scaled_and_ends_by_name_when_a_member_dies(
+def test_a_run_is_scaled_ends_by_name_when_a_member_dies_and_is_resumed(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     plain = small_job(texts, steps=100_000)
     workers = WorkersSpec(min=1, max=3, initial=3)
-    job: JobSpec = plain.model_copy(update={"name": "mortal", "workers": workers, "storage": str(tmp_path / "runs")})
+    checkpoint = CheckpointSpec(every=8, keep_last=2)
+    changes = {"name": "mortal", "workers": workers, "storage": str(tmp_path / "runs"), "checkpoint": checkpoint}
+    job: JobSpec = plain.model_copy(update=changes)
     run = client.submit(job)
-    _until(client, run, lambda s: s.step > 5)
+    _until(client, run, lambda s: s.step > 9)
     pids = {w: ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0).pid for w in ("w0", "w1", "w2")}
     client.scale(run, 2)
     scaled = _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
@@ -63,4 +67,30 @@ def test_a_run_is_scaled_and_ends_by_name_when_a_member_dies(
     assert not any(psutil.pid_exists(pid) for pid in pids.values())
     known = int(re.findall(r"after step (\d+)", ended.error)[0])
     account = client.audit(run)
-    assert account.ok and account.steps > known  # also what was finished since records were last fetched
+    # Also what was finished since records were last fetched; the newest step may have been known to the dead one alone.
+    assert account.ok and account.steps >= known
+
+    # It goes on from its newest checkpoint, in another world, in the same MLflow run.
+    assert ended.checkpoint_step is not None and ended.checkpoint_step < account.steps
+    client.resume(run, workers=3)
+    resumed = _until(client, run, lambda s: s.step > account.steps + 20)
+    assert resumed.workers_now == 3
+    client.pause(run)
+    paused = client.wait(run, timeout_s=60.0)
+    assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
+    assert client.audit(run).ok and client.audit(run).steps == paused.step
+    steps = [int(path.name.removeprefix("step-")) for path in (Path(paused.run_dir) / "checkpoints").glob("step-*")]
+    assert len(steps) == 2  # keep_last
+    with pytest.raises(UsageError, match="allows 1 to 3"):
+        client.resume(run, workers=4)
+    with pytest.raises(NotFound, match="no checkpoint of step 7"):
+        client.resume(run, from_step=7)
+    _one_value_per_step(paused, tmp_path)
+
+
+def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
+    tracker = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (tracked,) = tracker.search_runs([e.experiment_id for e in tracker.search_experiments()])
+    assert tracked.info.status == "SCHEDULED"  # paused
+    history = [metric.step for metric in tracker.get_metric_history(tracked.info.run_id, "train/loss")]
+    assert sorted(history) == list(range(status.step))

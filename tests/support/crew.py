@@ -26,6 +26,7 @@ from orchestrator.protocol.messages import (
     GenerationPlan,
     Phase,
     Report,
+    Restore,
     StepRecord,
     WorkerJob,
 )
@@ -120,7 +121,13 @@ class Crew:
     def ids(self) -> list[str]:
         return list(self.members)
 
-    def plan(self, members: list[str], source: GenerationPlan | None = None, generation: int = 0) -> GenerationPlan:
+    def plan(
+        self,
+        members: list[str],
+        source: GenerationPlan | None = None,
+        generation: int = 0,
+        restore: Restore | None = None,
+    ) -> GenerationPlan:
         world = World(generation, tuple(members))
         if source is None:
             placement = Placement.balanced(self.num_experts, world.size)
@@ -133,6 +140,7 @@ class Crew:
             source=source.world if source else None,
             source_placement=source.placement if source else None,
             store_prefix=f"1/{generation}",
+            restore=restore,
         )
 
     def send(self, to: list[str] | None = None, **changes: Any) -> None:

@@ -195,7 +195,8 @@ class SimulatedWorker:
         self._desk.publish(phase=Phase.MOVING)
         self._die_at("moving")
         if plan.source is None:
-            self._counters = dict.fromkeys(plan.placement.experts_of(plan.world.rank_of(self._me)), 0)
+            self._step = plan.restore.step if plan.restore else -1
+            self._counters = dict.fromkeys(plan.placement.experts_of(plan.world.rank_of(self._me)), self._step + 1)
         else:
             self._hand_over(plan)
         generation = plan.generation

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, incomplete_name, manifest_of
-from orchestrator.checkpoint.read import CheckpointReader, latest, list_checkpoints, prune
+from orchestrator.checkpoint.read import CheckpointReader, choose, latest, list_checkpoints, prune, set_aside
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
 from orchestrator.errors import CheckpointCorrupt, EpochSuperseded, NotFound, ProtocolError
 
@@ -279,3 +279,40 @@ def test_prune_keeps_the_newest_and_what_may_still_be_finished(tmp_path: Path) -
     assert unfinished == {incomplete_name(20, 3, 0), incomplete_name(40, 2, 0)}
     with pytest.raises(ValueError, match="keep_last is 0"):
         prune(tmp_path, keep_last=0)
+
+
+def test_the_best_are_kept_besides_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, state_of(step), step)
+    prune(tmp_path, keep_last=1, keep_steps=[2])
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+
+
+def test_the_newest_is_chosen_unless_a_step_is_named(tmp_path: Path) -> None:
+    assert choose(tmp_path) is None
+    first, second = save(tmp_path, state_of(1), 1), save(tmp_path, state_of(2), 2)
+    assert choose(tmp_path) == second
+    assert choose(tmp_path, 1) == first
+    with pytest.raises(NotFound, match="no checkpoint of step 5; it holds 1, 2"):
+        choose(tmp_path, 5)
+
+
+def test_a_damaged_checkpoint_is_not_chosen_and_the_one_before_is_offered(tmp_path: Path) -> None:
+    first, second = save(tmp_path, state_of(1), 1), save(tmp_path, state_of(2), 2)
+    shard = next(second.glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointCorrupt) as caught:
+        choose(tmp_path)
+    assert str(first) in caught.value.remedy
+    assert choose(tmp_path, 1) == first
+
+
+def test_checkpoints_of_an_abandoned_future_are_hidden_but_not_lost(tmp_path: Path) -> None:
+    states = {step: state_of(step) for step in (1, 2, 3)}
+    for step, state in states.items():
+        save(tmp_path, state, step)
+    hidden = set_aside(tmp_path, after_step=1, mark="000002")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
+    assert [path.is_dir() for path in hidden] == [True, True]
+    again = save(tmp_path, state_of(9), 2, epoch=2)
+    assert_same(read_all(again), state_of(9))

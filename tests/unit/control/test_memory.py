@@ -10,7 +10,9 @@ from orchestrator.control.preparation import PreparedData
 from orchestrator.control.status import status_of, to_json
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.progress import Progress
+from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Note, Observation, RunState, ended
+from orchestrator.protocol.messages import Restore, ResumeOrder
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -111,3 +113,25 @@ def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:
         ("elastic/rescale_stall_s", 0.5, 60),
         ("elastic/moved_bytes", 7.0, 60),
     }
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.absorb([record(step) for step in range(6)])
+    memory.decided(*_over(memory.state, "failed"))
+    order = ResumeOrder("token", Restore(3, "/x"))
+    decision = resumed(LIMITS, memory.state, order)
+    memory.decided(decision.state, [note for note in decision.actions if isinstance(note, Note)])
+    assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).tokens for s in range(4))
+    assert "ended" not in memory.times and memory.resumed_by == "token"
+    memory.absorb([record(4, generation=1)])
+    successor = remembered(tmp_path)
+    for one in (memory, successor):
+        assert one.state.outcome is None and one.state.restore == Restore(3, "/x")
+        assert one.progress.watermark == 4
+    assert [(r.step, r.generation) for r in read_steps(tmp_path)] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1)]
+
+
+def _over(state: RunState, why: str) -> tuple[RunState, list[Note]]:
+    decision = ended(state, RunPhase.FAILED, why)
+    return decision.state, [note for note in decision.actions if isinstance(note, Note)]

@@ -132,7 +132,7 @@ class Life:
         self.target = Target(seq=self.target.seq + 1, workers=workers)
 
     def cancel(self) -> None:
-        self.target = Target(seq=self.target.seq + 1, workers=self.target.workers, cancel=True)
+        self.target = Target(seq=self.target.seq + 1, workers=self.target.workers, finish=Finish.CANCEL)
 
     def kill(self, worker: str) -> None:
         self.lost[worker] = "killed by signal 9"

@@ -1,12 +1,17 @@
 """Whole lives of runs, as pure decisions. The JSON round trip of the state is part of every tick (`imagined.Life`)."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.lifecycle import decide, directive_of, explain, phase_of
 from orchestrator.policy.limits import ScheduledSize
-from orchestrator.protocol.messages import Fence, Finish, Phase, WorkerError
+from orchestrator.policy.progress import Progress
+from orchestrator.policy.resuming import resumed
+from orchestrator.policy.run_state import Note, Observation
+from orchestrator.protocol.messages import Fence, Finish, Phase, Report, Restore, ResumeOrder, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -447,3 +452,27 @@ def test_no_worker_is_started_while_a_move_is_under_way_nor_right_after_it() -> 
     assert life.state.num_spawned == 3
     life.run_until(lambda: life.state.num_spawned == 4)
     assert life.step > life.state.rescales[-1].step + 5
+
+
+def test_a_resumed_run_begins_from_its_checkpoint_with_new_workers_and_numbers() -> None:
+    limits = limits_of(steps=30)
+    life = Life(limits)
+    life.run_until(lambda: life.step == 3)
+    life.scale(1)
+    life.run_until(lambda: bool(life.state.rescales))
+    before = life.state
+    done = before.rescales[0].step + 1  # so shortly before the checkpoint that a run in training would start nobody
+    order = ResumeOrder("token", Restore(done, "/checkpoint"), workers=3)
+    decision = resumed(limits, before, order)
+    state = decision.state
+    assert [(n.kind, n.fields["step"]) for n in decision.actions if isinstance(n, Note)] == [("resumed", done)]
+    assert (state.crew, state.current, state.outcome) == ((), None, None)
+    assert state.seq > before.seq and state.target.seq > before.target.seq and state.checkpoint_done == done
+    seen = Observation(1, 0.0, state.target, Progress(watermark=done))
+    state = decide(limits, state, seen).state
+    assert state.crew == ("w2", "w3", "w4")  # no name is used twice
+    assert state.rescales == before.rescales
+    warm = {w: Report(w, 1, 0, Phase.STANDBY, -1, -1, 0) for w in state.crew}
+    plan = decide(limits, state, replace(seen, reports=warm)).state.next
+    assert plan is not None and plan.generation == before.num_generations
+    assert plan.source is None and plan.restore == order.restore and plan.world.size == 3

@@ -1,0 +1,31 @@
+"""A run that goes on from a checkpoint after it has ended or has lost its cluster."""
+
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.run_state import Decision, Note, RunState
+from orchestrator.policy.schedule import Wish, wanted_size
+from orchestrator.protocol.messages import ResumeOrder, Target
+
+
+def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
+    """The state to begin again from. Nobody of the old crew is counted on; numbers that name things go on growing."""
+    done = order.restore.step if order.restore else -1
+    wish = state.wish if order.workers is None else Wish(order.workers, done + 1)
+    workers = wanted_size(limits, wish, done + 1)
+    fields = {
+        "token": order.token,
+        "step": done,
+        "checkpoint": order.restore.path if order.restore else None,
+        "workers": workers,
+    }
+    begun = RunState(
+        target=Target(state.target.seq + 1, workers, reason="resumed"),
+        seq=state.seq + 1,
+        wish=wish,
+        num_spawned=state.num_spawned,
+        num_generations=state.num_generations,
+        activated=state.activated,
+        checkpoint_done=done,
+        rescales=tuple(r for r in state.rescales if r.step < done),
+        restore=order.restore,
+    )
+    return Decision(begun, (Note("resumed", fields),))

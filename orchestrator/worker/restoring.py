@@ -1,0 +1,58 @@
+"""A checkpoint read back into a rank's shard, whatever world wrote it.
+
+Checkpoints hold the fp32 masters; weights in lower precision are made from them, by the same rounding as after a step.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.worker.shard import Progress
+
+CHUNK = 1 << 22  # elements read at once, so that memory for a copy stays small
+PARAM, MASTER = "param/", "master/"
+
+
+@torch.no_grad()
+def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
+    """Fill this rank's ranges.
+
+    Args:
+        sampler: the sampler's state that follows from the job and its data; the checkpoint must have the same.
+
+    Returns:
+        where training stood.
+
+    Raises:
+        CheckpointCorrupt: files are missing or changed, or of another model.
+        DataError: it was trained on another corpus, or in another order.
+    """
+    with CheckpointReader(checkpoint) as reader:
+        meta = reader.manifest.meta
+        try:
+            progress = Progress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
+        except (KeyError, ValueError) as error:
+            raise CheckpointCorrupt(f"{checkpoint} does not say where training stood: {error!r}") from error
+        if json.loads(progress.sampler) != json.loads(sampler):
+            raise DataError(
+                f"{checkpoint} was trained with the sample order {progress.sampler}; job and data give {sampler}",
+                remedy="Resume with the corpus, the batch size, the sequence length and the seed that it began with.",
+                unchanged="The checkpoint is as it was.",
+            )
+        for name, held in ranges:
+            stored = MASTER + name.removeprefix(PARAM) if name.startswith(PARAM) else name
+            for start in range(held.start, held.stop, CHUNK):
+                stop = min(start + CHUNK, held.stop)
+                try:
+                    values = reader.read(stored, start, stop)
+                except (NotFound, ValueError) as error:
+                    raise CheckpointCorrupt(
+                        f"{checkpoint} is of another model: {error}",
+                        remedy="Resume the run that wrote it, with its own job file.",
+                    ) from error
+                held.data[start - held.start : stop - held.start].copy_(torch.from_numpy(values))
+    return progress

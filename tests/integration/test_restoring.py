@@ -1,0 +1,87 @@
+"""Real workers that begin from a checkpoint of another world: the same bits, the same steps after it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from orchestrator.checkpoint.manifest import manifest_of
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.write import commit
+from orchestrator.protocol.messages import Phase, Restore, StepRecord
+from tests.support.crew import Crew
+from tests.support.texts import STEPS, small_job
+
+Records = dict[int, StepRecord]
+SAVED = 14  # the step after which training stops
+
+
+def _train(crew: Crew, restore: Restore | None = None) -> None:
+    """All workers, from the beginning or a checkpoint, to the end of the job."""
+    crew.start(crew.plan(crew.ids, restore=restore))
+    crew.await_finished()
+
+
+def _commit(crew: Crew, step: int) -> Path:
+    """Mark the checkpoint of `step` complete, as a controller does."""
+    shards = [shard for report in crew.final.values() for shard in report.shards if shard.step == step]
+    shapes = {name: tuple(shape) for name, shape in json.loads(shards[0].meta)["shapes"].items()}
+    manifest = manifest_of(shards, run_id="test", epoch=1, shapes=shapes)
+    return commit(Path(crew.job.storage_dir) / "checkpoints", manifest, epoch=1)
+
+
+def _saved(texts: Path, store_dir: Path, directory: Path, size: int, **train: Any) -> tuple[Restore, Records]:
+    """A run of `size` workers that was never broken: a checkpoint from its middle, and all of its steps."""
+    job = small_job(texts, **train)
+    job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": SAVED + 1})})
+    with Crew(job, store_dir, directory, size=size) as crew:
+        _train(crew)
+        return Restore(SAVED, str(_commit(crew, SAVED))), dict(crew.records)
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2)])
+def test_state_is_read_bit_by_bit_at_any_world_size(
+    texts: Path, store_dir: Path, tmp_path: Path, precision: str, zero_stage: int
+) -> None:
+    train = {"precision": precision, "zero_stage": zero_stage}
+    restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, **train)
+    with Crew(small_job(texts, steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2) as crew:
+        _train(crew, restore)  # nothing is left to do: it writes what it has read
+        assert crew.records == {}
+        again = _commit(crew, SAVED)
+    with CheckpointReader(Path(restore.path)) as old, CheckpointReader(again) as new:
+        assert old.manifest.tensors.keys() == new.manifest.tensors.keys()
+        for name, entry in old.manifest.tensors.items():
+            np.testing.assert_array_equal(old.read(name, 0, entry.numel), new.read(name, 0, entry.numel))
+
+
+def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3)
+    with Crew(small_job(texts), store_dir, tmp_path / "second", size=2) as crew:
+        _train(crew, restore)
+        records = dict(crew.records)
+    assert sorted(records) == list(range(SAVED + 1, STEPS))
+    for step, record in records.items():
+        assert record.loss == pytest.approx(unbroken[step].loss, rel=1e-5)
+        assert record.lr == unbroken[step].lr
+        assert record.first_position == unbroken[step].first_position
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        pytest.param({"seed": 7}, "sample order", id="another order of samples"),
+        pytest.param({"model": {"num_layers": 3}}, "of another model", id="another model"),
+    ],
+)
+def test_what_does_not_belong_to_the_job_is_refused(
+    texts: Path, store_dir: Path, tmp_path: Path, changes: dict[str, Any], rule: str
+) -> None:
+    restore, _ = _saved(texts, store_dir, tmp_path / "first", 1)
+    with Crew(small_job(texts, **changes), store_dir, tmp_path / "second", size=1) as crew:
+        crew.send(next=crew.plan(crew.ids, restore=restore))
+        crew.await_all(crew.ids, lambda r: r.phase is Phase.FAILED)
+        error = crew.members["w0"].report().error
+        assert error is not None and rule in error.message
