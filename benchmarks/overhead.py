@@ -30,10 +30,10 @@ STEPS: dict[str, dict[str, int]] = {
     "long": {"global_batch_size": 80, "micro_batch_size": 4, "sequence_length": 128},
 }
 BLOCK_STEPS = {"short": 12, "long": 4}
+ROUNDS = {"short": 36, "long": 16}  # a block of short steps is over in 3 s, and varies more
 
 
 def measure(quick: bool) -> Result:
-    rounds = 2 if quick else 12
     metrics: dict[str, Any] = {}
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
@@ -42,15 +42,15 @@ def measure(quick: bool) -> Result:
         store_dir = prepared(data, stores_dir(quick, workspace)).directory
         for name in ["short"] if quick else STEPS:
             job = job_of(name, data, quick)
-            block_steps = 3 if quick else BLOCK_STEPS[name]
+            rounds, block_steps = (2, 3) if quick else (ROUNDS[name], BLOCK_STEPS[name])
             metrics[name], bar = compare(name, job, store_dir, workspace / name, rounds, block_steps, not quick)
             bars.append(bar)
     settings = {"quick": quick, "workers": WORLD_SIZE, "threads": THREADS, "model": QUICK_MODEL if quick else MODEL}
     return Result(
         name="overhead",
         seed=0,
-        settings=settings | {"steps": STEPS, "block_steps": BLOCK_STEPS},
-        rounds=rounds,
+        settings=settings | {"steps": STEPS, "block_steps": BLOCK_STEPS, "rounds": ROUNDS},
+        rounds=2 if quick else sum(ROUNDS.values()),
         metrics=metrics,
         baselines={
             "bare": "benchmarks.baselines.bare_deepspeed",

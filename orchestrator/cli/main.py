@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from orchestrator.cli import checkpoints, cluster, job_files, records, run, runs
+from orchestrator.cli import checkpoints, cluster, job_files, models, records, run, runs
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
@@ -27,6 +27,7 @@ run.register(app)
 runs.register(app)
 records.register(app)
 checkpoints.register(app)
+models.register(app)
 job_files.register(app)
 app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
 

@@ -211,9 +211,10 @@ class RunController:
         for action in decision.actions:
             if isinstance(action, Commit):
                 self._commit(action)
-        self._crew.reconcile(decision.state.crew)
-        self._warm()
-        self._crew.tell(directive_of(decision.state, self._epoch))
+        if decision.state.outcome is None:  # else `_close` sees to the crew, who may still know something
+            self._crew.reconcile(decision.state.crew)
+            self._warm()
+            self._crew.tell(directive_of(decision.state, self._epoch))
         with self._heard:
             self._heard.notify_all()
 

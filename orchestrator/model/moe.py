@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from orchestrator.comm.exchange import exchange_rows, gather_counts
 from orchestrator.elastic.placement import Placement
 from orchestrator.model.router import Router
+from orchestrator.spec.model import ModelSpec
 
 
 class GatedMLP(nn.Module):
@@ -64,31 +65,18 @@ class MoELayer(nn.Module):
     """Routed experts plus shared ones.
 
     Args:
-        hidden_size, intermediate_size: D and H of one expert.
-        num_experts, top_k: E and K.
-        num_shared_experts: experts that every token visits, fused into one MLP.
-        scaling_factor: what a token's gates sum to.
+        spec: sizes and routing. The shared experts, which every token visits, are fused into one MLP.
         home: which experts this rank holds.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        num_experts: int,
-        top_k: int,
-        num_shared_experts: int,
-        scaling_factor: float,
-        home: ExpertHome,
-    ) -> None:
+    def __init__(self, spec: ModelSpec, home: ExpertHome) -> None:
         super().__init__()
+        num_experts, size, inner = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
         self.num_experts = num_experts
-        self.top_k = top_k
-        self.router = Router(hidden_size, num_experts, top_k, scaling_factor)
-        self.experts = nn.ModuleDict(
-            {str(expert): GatedMLP(hidden_size, intermediate_size) for expert in home.local_experts}
-        )
-        self.shared = GatedMLP(hidden_size, num_shared_experts * intermediate_size) if num_shared_experts else None
+        self.top_k = spec.top_k
+        self.router = Router(spec)
+        self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
+        self.shared = GatedMLP(size, spec.num_shared_experts * inner) if spec.num_shared_experts else None
         self.home = home
         # Order in which copies leave: by destination rank, then by expert. Fixed for the life of a generation.
         destination_E = home.destinations()
@@ -100,13 +88,14 @@ class MoELayer(nn.Module):
         self._destination_E = destination_E
         self._expects_WE = _expected(home, num_experts)
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
+        self.last_balance_loss: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = self.router(x_ND)
         flat_ids_R = routing.expert_ids_NK.reshape(-1)
         counts_E = torch.bincount(flat_ids_R, minlength=self.num_experts)
-        self.last_counts_E = counts_E
+        self.last_counts_E, self.last_balance_loss = counts_E, routing.balance_loss
 
         order_R = self._send_order_E[flat_ids_R].argsort(stable=True)
         token_R = order_R.div(self.top_k, rounding_mode="floor")

@@ -9,6 +9,7 @@ S = head size, L = MoE layers, E = experts.
 """
 
 import hashlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,14 +34,21 @@ class Attention(nn.Module):
         self.key = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
         self.value = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
         self.output = nn.Parameter(torch.empty(spec.hidden_size, spec.num_heads * size))
+        self.query_bias = nn.Parameter(torch.empty(spec.num_heads * size)) if spec.attention_bias else None
+        self.key_bias = nn.Parameter(torch.empty(spec.num_kv_heads * size)) if spec.attention_bias else None
+        self.value_bias = nn.Parameter(torch.empty(spec.num_kv_heads * size)) if spec.attention_bias else None
+        self.query_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
         B, T, _ = x_BTD.shape
         # Sizes are written out (no -1): a forward pass with no rows must work too.
-        q_BATS = F.linear(x_BTD, self.query).view(B, T, self.num_heads, self.head_size).transpose(1, 2)
-        k_BGTS = F.linear(x_BTD, self.key).view(B, T, self.num_kv_heads, self.head_size).transpose(1, 2)
-        v_BGTS = F.linear(x_BTD, self.value).view(B, T, self.num_kv_heads, self.head_size).transpose(1, 2)
-        q_BATS, k_BGTS = rotate(q_BATS, *rotary), rotate(k_BGTS, *rotary)
+        q_BTAS = F.linear(x_BTD, self.query, self.query_bias).view(B, T, self.num_heads, self.head_size)
+        k_BTGS = F.linear(x_BTD, self.key, self.key_bias).view(B, T, self.num_kv_heads, self.head_size)
+        v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_kv_heads, self.head_size)
+        q_BATS = rotate(self.query_norm(q_BTAS).transpose(1, 2), *rotary)
+        k_BGTS = rotate(self.key_norm(k_BTGS).transpose(1, 2), *rotary)
+        v_BGTS = v_BTGS.transpose(1, 2)
         y_BATS = F.scaled_dot_product_attention(
             q_BATS,
             k_BGTS,
@@ -80,15 +88,7 @@ class Block(nn.Module):
         if index < spec.num_dense_layers:
             self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
         else:
-            self.mlp = MoELayer(
-                hidden_size=spec.hidden_size,
-                intermediate_size=spec.expert_intermediate_size,
-                num_experts=spec.num_experts,
-                top_k=spec.top_k,
-                num_shared_experts=spec.num_shared_experts,
-                scaling_factor=spec.routed_scaling_factor,
-                home=home,
-            )
+            self.mlp = MoELayer(spec, home)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT)
@@ -139,7 +139,11 @@ class MoELanguageModel(nn.Module):
         if targets_BT is None:
             return logits_BTV
         logits_NV = logits_BTV.float().reshape(-1, logits_BTV.shape[-1])
-        return F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction="sum")
+        loss = F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction="sum")
+        for moe in self.moe_layers:
+            if moe.last_balance_loss is not None:
+                loss = _Besides.apply(loss, moe.last_balance_loss)  # type: ignore[no-untyped-call]
+        return loss
 
     def expert_counts(self) -> Tensor:
         """Copies that this rank routed to each expert in its last forward pass (L, E)."""
@@ -151,17 +155,29 @@ class MoELanguageModel(nn.Module):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal weights with std `init_std`, scaled down by depth for what writes into the residual stream
-        (GPT-2), ones for norms. A tensor's values depend on (seed, name) alone."""
+        (GPT-2), ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
         residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
         for name, param in self.named_parameters():
-            if "norm" in name:
-                param.fill_(1.0)
+            if "norm" in name or name.endswith("_bias"):
+                param.fill_(1.0 if "norm" in name else 0.0)
                 continue
             generator = torch.Generator().manual_seed(_key(seed, name))
             std = residual_std if name.endswith((".output", ".down")) else self.spec.init_std
             param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
         for layer in self.moe_layers:
             layer.router.correction_bias_E.zero_()
+
+
+class _Besides(torch.autograd.Function):
+    """The loss as it is, with the gradient of another one added: what is reported stays the cross-entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
 
 
 def within_documents(documents_BT: Tensor) -> Tensor:

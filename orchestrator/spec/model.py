@@ -1,6 +1,7 @@
 """The `model` section: a decoder-only mixture-of-experts language model."""
 
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field
 
@@ -25,9 +26,23 @@ class ModelSpec(Section):
     top_k: int = Field(default=2, ge=1, description="Experts that each token visits.")
     expert_intermediate_size: int = Field(default=192, ge=1, description="Inner width of an expert.")
     num_shared_experts: int = Field(default=1, ge=0, description="Experts that every token visits, without routing.")
+    router: Literal["sigmoid", "softmax"] = Field(
+        default="sigmoid",
+        description="Scores of the router: sigmoid, balanced by a bias (bias_update_speed), or softmax, balanced by an "
+        "auxiliary loss (balance_loss_weight).",
+    )
+    num_expert_groups: int = Field(
+        default=1, ge=1, description="Groups of equally many experts; a token visits experts of its best groups only."
+    )
+    top_k_groups: int = Field(default=1, ge=1, description="Groups whose experts a token may visit.")
+    balance_loss_weight: float = Field(
+        default=0.01, ge=0, description="Weight of the softmax router's auxiliary loss. Without meaning for sigmoid."
+    )
     routed_scaling_factor: float = Field(
         default=1.0, gt=0, description="Factor on the sum of the routed experts' outputs."
     )
+    attention_bias: bool = Field(default=False, description="true: biases on queries, keys and values.")
+    qk_norm: bool = Field(default=False, description="true: RMSNorm on each head's queries and keys.")
     rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary embedding's wavelengths.")
     rope_fraction: float = Field(
         default=1.0, ge=0, le=1, description="Part of each head that is rotated; an even width."
@@ -35,7 +50,10 @@ class ModelSpec(Section):
     norm_eps: float = Field(default=1e-6, gt=0, description="Added to the mean square in RMSNorm.")
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
     bias_update_speed: float = Field(
-        default=1e-3, ge=0, description="Step of the router's load-balancing bias after each update. 0: no balancing."
+        default_factory=lambda known: 1e-3 if known["router"] == "sigmoid" else 0.0,
+        ge=0,
+        description="Step of the router's load-balancing bias after each update. 0: no bias. Default: 0.001, with a "
+        "softmax router 0.",
     )
 
     @property
@@ -51,6 +69,18 @@ class ModelSpec(Section):
         if self.top_k > self.num_experts:
             rule = f"top_k must be at most num_experts; got {self.top_k} and {self.num_experts}"
             yield Broken((("top_k",), ("num_experts",)), rule)
+        groups = (("num_expert_groups",), ("num_experts",))
+        if self.num_experts % self.num_expert_groups:
+            sizes = f"{self.num_expert_groups} and {self.num_experts}"
+            yield Broken(groups, f"num_expert_groups must divide num_experts; got {sizes}")
+        elif self.top_k_groups > self.num_expert_groups:
+            sizes = f"{self.top_k_groups} and {self.num_expert_groups}"
+            yield Broken((("top_k_groups",), *groups), f"top_k_groups must be at most num_expert_groups; got {sizes}")
+        elif self.num_expert_groups > 1 and self.top_k > (
+            open_to_all := self.num_experts // self.num_expert_groups * self.top_k_groups
+        ):
+            rule = f"top_k must be at most the {open_to_all} experts of top_k_groups groups; got {self.top_k}"
+            yield Broken((("top_k",), ("top_k_groups",), *groups), rule)
         if self.num_dense_layers > self.num_layers:
             rule = f"num_dense_layers must be at most num_layers; got {self.num_dense_layers} and {self.num_layers}"
             yield Broken((("num_dense_layers",), ("num_layers",)), rule)

@@ -40,7 +40,8 @@ def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device) -> None:
     """Build a small engine of the job's kind in a world of one, do one step, throw it away."""
-    small = spec.model.model_copy(update={"num_layers": 2, "num_dense_layers": 1, "num_experts": spec.model.top_k})
+    sizes = {"num_layers": 2, "num_dense_layers": 1, "num_experts": spec.model.top_k}
+    small = spec.model.model_copy(update=sizes | {"num_expert_groups": 1, "top_k_groups": 1})
     store = HashStore()
     store.set_timeout(timedelta(seconds=30))
     placement = Placement.balanced(small.num_experts, 1)

@@ -190,7 +190,7 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
 
 
 def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
-    process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"steps": 300}))
+    process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"steps": 900}))
     assert process.stderr is not None
     while "lasting training" not in (line := process.stderr.readline()):
         assert line, "the run never trained"
@@ -200,7 +200,7 @@ def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 101 and stderr == ""
     assert "Detached" in told and "logs lasting -f" in told
-    assert alone.until_ended("lasting").step == 300
+    assert alone.until_ended("lasting").step == 900
     alone("cluster", "down")
     assert local_cluster.status() is None
 

@@ -1,5 +1,6 @@
 """A run as users have it, with nothing simulated: a local cluster, Ray actors, DeepSpeed, real text, MLflow."""
 
+import math
 import os
 import re
 import signal
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchestrator.checkpoint.exporting import export_hf
 from orchestrator.client import OrchestratorClient
 from orchestrator.control import local_cluster
 from orchestrator.control.calls import ask
@@ -19,7 +23,7 @@ from orchestrator.control.host import find
 from orchestrator.errors import NotFound, UsageError
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
-from tests.support.texts import small_job
+from tests.support.texts import VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -86,6 +90,16 @@ def test_a_run_is_scaled_ends_by_name_when_a_member_dies_and_is_resumed(
     with pytest.raises(NotFound, match="no checkpoint of step 7"):
         client.resume(run, from_step=7)
     _one_value_per_step(paused, tmp_path)
+
+    paused_job = JobSpec.model_validate_json((Path(paused.run_dir) / "job.json").read_text())
+    tokenizer = Path(paused.run_dir) / "tokenizer.json"
+    export_hf(Path(str(paused.checkpoint)), paused_job, tokenizer, tmp_path / "hf", "fp32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    text = "def __init__(self, name):\n        self."
+    encoded = AutoTokenizer.from_pretrained(tmp_path / "hf")(text, return_tensors="pt")["input_ids"][:, :32]
+    with torch.no_grad():
+        loss = model(input_ids=encoded, labels=encoded).loss.item()
+    assert loss < math.log(VOCAB) - 1.0  # it has learned, for others too
 
 
 def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:

@@ -11,13 +11,24 @@ from torch import Tensor
 
 from orchestrator.elastic.placement import Placement
 from orchestrator.model.moe import ExpertHome, GatedMLP, MoELayer, _expected
+from orchestrator.spec.model import ModelSpec
 
 HIDDEN, INNER = 6, 10
 
 
 def _layer(num_experts: int = 5, top_k: int = 2, num_shared_experts: int = 1) -> MoELayer:
     home = ExpertHome(Placement.balanced(num_experts, 1), 0, None)
-    layer = MoELayer(HIDDEN, INNER, num_experts, top_k, num_shared_experts, 1.5, home)
+    spec = ModelSpec(
+        hidden_size=HIDDEN,
+        num_heads=1,
+        num_kv_heads=1,
+        expert_intermediate_size=INNER,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared_experts=num_shared_experts,
+        routed_scaling_factor=1.5,
+    )
+    layer = MoELayer(spec, home)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for param in layer.parameters():

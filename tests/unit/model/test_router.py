@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from orchestrator.model.router import Router, corrected_bias, max_violation
+from orchestrator.model.router import Router, balance_loss, corrected_bias, max_violation
+from orchestrator.spec.model import ModelSpec
 
 
 def _router(num_experts: int = 5, top_k: int = 2, scaling_factor: float = 1.0) -> Router:
-    router = Router(8, num_experts, top_k, scaling_factor)
+    router = Router(
+        ModelSpec(
+            hidden_size=8, num_heads=2, num_experts=num_experts, top_k=top_k, routed_scaling_factor=scaling_factor
+        )
+    )
     with torch.no_grad():
         router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
     return router
@@ -103,3 +108,33 @@ def test_a_model_without_experts_violates_nothing() -> None:
 def test_few_tokens_violate_as_much_as_many() -> None:
     assert max_violation(torch.tensor([[1, 0, 0, 0]])) == 3.0
     assert max_violation(torch.tensor([[0, 0, 0, 0]])) == 0.0
+
+
+def test_only_experts_of_the_best_groups_are_chosen() -> None:
+    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=6, top_k=2, num_expert_groups=3, top_k_groups=1)
+    router = Router(spec)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, 8))
+    x_ND = torch.ones(4, 8) / 8
+    # The best expert, 0, is alone in its group: 2 and 3 together are better.
+    assert router(x_ND).expert_ids_NK.sort().values.tolist() == [[2, 3]] * 4
+
+
+def test_softmax_scores_sum_to_one_before_they_are_chosen() -> None:
+    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=5, top_k=5, router="softmax")
+    router, x_ND = Router(spec), _tokens()
+    with torch.no_grad():
+        router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+    routing = router(x_ND)
+    probabilities_NE = torch.zeros(64, 5).scatter(1, routing.expert_ids_NK, routing.gates_NK)
+    torch.testing.assert_close(probabilities_NE, (x_ND @ router.weight.T).softmax(-1))
+    assert router.spec.bias_update_speed == 0.0
+    assert routing.balance_loss is not None
+
+
+def test_the_balance_loss_by_hand() -> None:
+    even_NE = torch.full((4, 2), 0.5)
+    assert balance_loss(even_NE, torch.tensor([[0], [1], [0], [1]])).item() == pytest.approx(4.0)
+    skewed_NE = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    assert balance_loss(skewed_NE, torch.tensor([[0]] * 4)).item() == pytest.approx(8.0)
+    assert balance_loss(even_NE[:0], torch.zeros(0, 1, dtype=torch.int64)).item() == 0.0

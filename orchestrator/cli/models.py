@@ -1,0 +1,54 @@
+"""`export`: a run's model for others."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import Address, RunId, Storage
+from orchestrator.cli.output import say, show
+from orchestrator.cli.wording import size
+
+
+class ModelFormat(StrEnum):
+    HF = "hf"
+
+
+class Dtype(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+def export(
+    run: RunId,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new directory.", show_default=False)],
+    model_format: Annotated[
+        ModelFormat, typer.Option("--format", help="hf: what transformers loads.")
+    ] = ModelFormat.HF,
+    from_step: Annotated[
+        int | None, typer.Option("--from", min=0, metavar="STEP", help="The checkpoint. Default: the newest.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights; routers stay fp32.")] = Dtype.BF16,
+    storage: Storage = None,
+    address: Address = None,
+) -> None:
+    """Write a run's model as a directory that others load. Prints the directory."""
+    from orchestrator.checkpoint.exporting import export_hf
+    from orchestrator.checkpoint.read import choose
+    from orchestrator.cli.locate import find_run
+    from orchestrator.errors import NotFound
+    from orchestrator.spec.job import JobSpec
+
+    run_dir = find_run(run, storage, address).files.run_dir
+    checkpoint = choose(run_dir / "checkpoints", from_step)
+    if checkpoint is None:
+        raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    num_bytes = export_hf(checkpoint, job, run_dir / "tokenizer.json", to.absolute(), dtype.value)
+    say(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
+    show(str(to))
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Models")(export)
