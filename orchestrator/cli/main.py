@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from orchestrator.cli import checkpoints, cluster, job_files, models, records, run, runs
+from orchestrator.cli import checkpoints, cluster, doctor, job_files, models, records, run, runs
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
@@ -18,7 +18,6 @@ INTERNAL_ERROR = 70
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Elastic training of mixture-of-experts language models on Ray: change the number of workers at any step.",
     epilog="A first run on this machine: orchestrator run jobs/quickstart.yaml",
@@ -28,6 +27,7 @@ runs.register(app)
 records.register(app)
 checkpoints.register(app)
 models.register(app)
+doctor.register(app)
 job_files.register(app)
 app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
 

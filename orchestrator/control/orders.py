@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.data.files import KINDS, suffix_of
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
@@ -65,13 +66,13 @@ def _absolute_source(source: str) -> str:
     if not path.exists():
         wrong = "does not exist"
     elif path.is_dir():
-        wrong = "" if any(path.rglob("*.txt")) else "holds no .txt file"
+        wrong = "" if any(suffix_of(file) for file in path.rglob("*")) else f"holds no file of {KINDS}"
     else:
-        wrong = "" if path.suffix == ".txt" else "is no .txt file"
+        wrong = "" if suffix_of(path) else f"is none of {KINDS}"
     if wrong:
         raise DataError(
             f"data.source {path} {wrong}",
-            remedy="Name a folder of .txt files, one such file, or builtin:stdlib.",
+            remedy="Name a folder of such files, one of them, or builtin:stdlib.",
             unchanged="Nothing was started.",
         )
     return str(path)

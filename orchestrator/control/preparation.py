@@ -28,7 +28,8 @@ class Preparation:
             StoreCorrupt: a store that doesn't match its digests.
         """
         job = JobSpec.model_validate_json(job_json)
-        store = prepare(job.data.source, job.data.vocab_size, job.data.holdout, Path(data_dir))
+        data = job.data
+        store = prepare(data.source, data.vocab_size, data.holdout, Path(data_dir), text_key=data.text_key)
         check_enough(store, job.train.sequence_length, job.train.global_batch_size, int(job.eval.every is not None))
         tokenizer = Path(run_dir) / "tokenizer.json"
         shutil.copyfile(store.tokenizer_path, tokenizer)

@@ -1,18 +1,20 @@
 """Where text comes from: a named source becomes documents in a fixed order, with a digest over all of them.
 
 Sources: `builtin:stdlib` (the running Python's own library, without its tests: English and code, on every
-machine), a directory of `.txt` files (searched recursively), or one `.txt` file. Each file is a document; a corpus of
-one file is cut at blank lines into documents, so that whole documents can still be held out.
+machine), a directory of text files (searched recursively), or one such file; `orchestrator.data.files` says which
+kinds there are. A plain file is a document, and so is each row of the others; a corpus of one plain file is cut at
+blank lines into documents, so that whole documents can still be held out.
 """
 
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from orchestrator.data.files import KINDS, is_plain, suffix_of, texts_in
 from orchestrator.errors import DataError
 
 BUILTIN_STDLIB = "builtin:stdlib"
@@ -21,7 +23,7 @@ _CUT_CHARS = 16_384  # the shortest document that a lone file is cut into; the l
 
 
 class Document(NamedTuple):
-    """One text and its id: the path below the source's root, with `#n` where a lone file was cut."""
+    """One text and its id: the path below the source's root, with `#n` for a row, or where a lone file was cut."""
 
     id: str
     text: str
@@ -40,10 +42,11 @@ class Corpus:
     num_bytes: int  # of text, in UTF-8
     root: Path
     files: tuple[Path, ...]
+    text_key: str = "text"
 
     def __iter__(self) -> Iterator[Document]:
         digest = hashlib.sha256()
-        for number, document in enumerate(_read_documents(self.root, self.files)):
+        for number, document in enumerate(_read_documents(self.root, self.files, self.text_key)):
             _update(digest, document)
             if number == len(self.ids):  # more than there were: whoever counts on `ids` must not see it
                 break
@@ -57,27 +60,28 @@ class Corpus:
             )
 
 
-def open_corpus(source: str) -> Corpus:
+def open_corpus(source: str, text_key: str = "text") -> Corpus:
     """Reads a source through once, to check it and to take its digest.
 
     Args:
-        source: `builtin:stdlib`, a directory, or a `.txt` file.
+        source: `builtin:stdlib`, a directory, or a file.
+        text_key: key or column of the text in files that have rows.
 
     Raises:
-        DataError: no such source, a file that can't be read or isn't UTF-8, or no text in it.
+        DataError: no such source, a file that can't be read, isn't UTF-8 or isn't what its name says, or no text in it.
     """
     root, files = _find_files(source)
     digest, ids, num_bytes = hashlib.sha256(), [], 0
-    for document in _read_documents(root, files):
+    for document in _read_documents(root, files, text_key):
         num_bytes += _update(digest, document)
         ids.append(document.id)
     if not ids:
         raise DataError(
             f"the corpus {source} is empty: {len(files)} files, none with text",
-            remedy="Point data.source at a directory with .txt files that hold text, or use builtin:stdlib.",
+            remedy=f"Point data.source at a directory with files that hold text ({KINDS}), or use builtin:stdlib.",
             unchanged="Nothing was written.",
         )
-    return Corpus(source, digest.hexdigest(), tuple(ids), num_bytes, root, files)
+    return Corpus(source, digest.hexdigest(), tuple(ids), num_bytes, root, files, text_key)
 
 
 def _find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
@@ -88,41 +92,29 @@ def _find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
     else:
         root = Path(source)
         if root.is_dir():
-            found = [path for path in root.rglob("*.txt") if path.is_file()]
-        elif root.is_file() and root.suffix == ".txt":
+            found = [path for path in root.rglob("*") if path.is_file() and suffix_of(path)]
+        elif root.is_file() and suffix_of(root):
             root, found = root.parent, [root]
         else:
-            what = "is no .txt file" if root.exists() else "doesn't exist"
+            what = f"is none of {KINDS}" if root.exists() else "doesn't exist"
             raise DataError(
-                f"data.source {source} {what}; a source is builtin:stdlib, a directory of .txt files, or a .txt file",
+                f"data.source {source} {what}; a source is builtin:stdlib, a directory of such files, or one of them",
                 remedy="Correct data.source; a relative path starts at the current directory.",
                 unchanged="Nothing was written.",
             )
     return root, tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
 
 
-def _read_documents(root: Path, files: tuple[Path, ...]) -> Iterator[Document]:
+def _read_documents(root: Path, files: tuple[Path, ...], text_key: str) -> Iterator[Document]:
     for path in files:
-        name, text = path.relative_to(root).as_posix(), _read(path)
-        parts = [Document(name, text)] if len(files) > 1 else _cut(name, text)
-        yield from (document for document in parts if document.text.strip())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})",
-            remedy="Convert the file (`iconv -t UTF-8`), or move it out of the corpus.",
-            unchanged="Nothing was written.",
-        ) from error
-    except OSError as error:
-        raise DataError(
-            f"{path} can't be read: {error.strerror}",
-            remedy="Make it readable, or move it out of the corpus.",
-            unchanged="Nothing was written.",
-        ) from error
+        name = path.relative_to(root).as_posix()
+        if path.suffix == ".py" or (is_plain(path) and len(files) > 1):
+            documents: Iterable[Document] = (Document(name, text) for text in texts_in(path, text_key))
+        elif is_plain(path):
+            documents = (document for text in texts_in(path, text_key) for document in _cut(name, text))
+        else:
+            documents = (Document(f"{name}#{row}", text) for row, text in enumerate(texts_in(path, text_key)))
+        yield from (document for document in documents if document.text.strip())
 
 
 def _cut(name: str, text: str) -> list[Document]:

@@ -25,7 +25,12 @@ _BATCH_CHARS = 1_000_000  # text encoded at once: enough to keep all cores busy
 
 
 def prepare(
-    source: str, vocab_size: int, holdout: float, directory: Path | str, progress: Progress | None = None
+    source: str,
+    vocab_size: int,
+    holdout: float,
+    directory: Path | str,
+    progress: Progress | None = None,
+    text_key: str = "text",
 ) -> TokenStore:
     """The store of `source` below `directory`: found, or made now.
 
@@ -34,6 +39,7 @@ def prepare(
         vocab_size: tokens to learn; little text may give fewer.
         holdout: fraction of documents in `validation`, in [0, 1); either split gets at least one.
         directory: holds stores, each in a directory named by its content. Made if missing.
+        text_key: key or column of the text in files that have rows.
         progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
 
     Raises:
@@ -48,7 +54,7 @@ def prepare(
             unchanged="Nothing was written.",
         )
     tell("reading", 0.0)
-    corpus = open_corpus(source)
+    corpus = open_corpus(source, text_key)
     options = PrepareOptions(vocab_size=vocab_size, holdout=float(holdout), tokenizer_train_bytes=TOKENIZER_TRAIN_BYTES)
     splits = split_documents(corpus.ids, holdout)
     final = Path(directory) / store_key(corpus.digest, options)

@@ -9,18 +9,19 @@ S = head size, L = MoE layers, E = experts.
 """
 
 import hashlib
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from orchestrator.elastic.layout import ParamSpec
 from orchestrator.elastic.placement import Placement
+from orchestrator.model.loss import cross_entropy_sum
 from orchestrator.model.moe import ExpertHome, GatedMLP, MoELayer
 from orchestrator.spec.job import ModelSpec
-
-IGNORED = -100  # target of a position that has no loss
 
 
 class Attention(nn.Module):
@@ -84,6 +85,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.attention = Attention(spec)
         self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self._recomputes_mlp = spec.recompute == "selective"
         self.mlp: GatedMLP | MoELayer
         if index < spec.num_dense_layers:
             self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
@@ -92,8 +94,16 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT)
-        mixed_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD))
+        mixed_BTD: Tensor
+        if self._recomputes_mlp and torch.is_grad_enabled():
+            mixed_BTD = checkpoint(self._mix, x_BTD, use_reentrant=False, preserve_rng_state=False)
+        else:
+            mixed_BTD = self._mix(x_BTD)
         return x_BTD + mixed_BTD
+
+    def _mix(self, x_BTD: Tensor) -> Tensor:
+        mixed_BTD: Tensor = self.mlp(self.mlp_norm(x_BTD))
+        return mixed_BTD
 
 
 class MoELanguageModel(nn.Module):
@@ -133,17 +143,33 @@ class MoELanguageModel(nn.Module):
         x_BTD = self.embedding(inputs_BT)
         rotary = rotary_tables(inputs_BT.shape[1], self.spec.rotary_size, self.spec.rope_theta, inputs_BT.device)
         mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
-        for layer in self.layers:
-            x_BTD = layer(x_BTD, rotary, mask_B1TT)
-        logits_BTV = F.linear(self.norm(x_BTD), self.head)
+        x_BTD = self._run_layers(x_BTD, rotary, mask_B1TT)
+        x_BTD = self.norm(x_BTD)
         if targets_BT is None:
-            return logits_BTV
-        logits_NV = logits_BTV.float().reshape(-1, logits_BTV.shape[-1])
-        loss = F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction="sum")
+            return F.linear(x_BTD, self.head)
+        loss = cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_BT.reshape(-1))
         for moe in self.moe_layers:
             if moe.last_balance_loss is not None:
                 loss = _Besides.apply(loss, moe.last_balance_loss)  # type: ignore[no-untyped-call]
         return loss
+
+    def _run_layers(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
+        """All blocks, with as many of their activations kept for the backward pass as `recompute` says."""
+        if self.spec.recompute == "none" or not torch.is_grad_enabled():
+            for layer in self.layers:
+                x_BTD = layer(x_BTD, rotary, mask_B1TT)
+            return x_BTD
+        for segment in segments(len(self.layers), self.spec.recompute):
+            blocks = [self.layers[index] for index in segment]
+
+            def run(x_BTD: Tensor, blocks: list[nn.Module] = blocks) -> Tensor:
+                for block in blocks:
+                    x_BTD = block(x_BTD, rotary, mask_B1TT)
+                return x_BTD
+
+            kept: Tensor = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=False)
+            x_BTD = kept
+        return x_BTD
 
     def expert_counts(self) -> Tensor:
         """Copies that this rank routed to each expert in its last forward pass (L, E)."""
@@ -166,6 +192,13 @@ class MoELanguageModel(nn.Module):
             param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
         for layer in self.moe_layers:
             layer.router.correction_bias_E.zero_()
+
+
+def segments(num_layers: int, recompute: str) -> list[range]:
+    """Runs of layers of which only the input is kept: single ones, or about sqrt(L) of about sqrt(L) layers, which
+    makes the activations held at once grow with the root of the depth (Chen et al., arXiv:1604.06174, section 4.1)."""
+    size = 1 if recompute == "full" else math.isqrt(num_layers - 1) + 1
+    return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
 
 class _Besides(torch.autograd.Function):

@@ -151,7 +151,11 @@ class DataSpec(Section):
 
     source: Annotated[str, AfterValidator(_source)] = Field(
         default="builtin:stdlib",
-        description="`builtin:stdlib` (the running Python's own library), a folder of .txt files, or one such file.",
+        description="`builtin:stdlib` (the running Python's own library), one file, or a folder of files: .txt or "
+        ".jsonl, both also as .gz, .parquet, or .arrow as the datasets library saves it.",
+    )
+    text_key: str = Field(
+        default="text", min_length=1, description="Key or column that holds the text, in files that have rows."
     )
     vocab_size: int = Field(
         default=2048,
@@ -232,7 +236,7 @@ class JobSpec(Section):
     envs: dict[str, str] = Field(
         default={},
         description="Environment variables of the workers. Visible to everyone who sees the cluster: put no secret "
-        "here. LD_*, PYTHON* and RAY_* are refused.",
+        "here. LD_*, PYTHON* and RAY_* are refused, and OMP_NUM_THREADS, which follows from cores and workers.",
     )
 
     @property
@@ -254,5 +258,9 @@ class JobSpec(Section):
             elif name.upper().startswith(REFUSED_ENVS):
                 refused = ", ".join(f"{prefix}*" for prefix in REFUSED_ENVS)
                 yield Broken((("envs", name),), f"{refused} must not be set: the runtime sets these itself")
+            elif name == "OMP_NUM_THREADS":
+                yield Broken(
+                    (("envs", name),), "must not be set: each worker gets the machine's cores / workers.initial"
+                )
             elif "\0" in value:
                 yield Broken((("envs", name),), "a value must not hold a NUL character")

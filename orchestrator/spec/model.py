@@ -48,6 +48,12 @@ class ModelSpec(Section):
         default=1.0, ge=0, le=1, description="Part of each head that is rotated; an even width."
     )
     norm_eps: float = Field(default=1e-6, gt=0, description="Added to the mean square in RMSNorm.")
+    recompute: Literal["none", "selective", "sqrt", "full"] = Field(
+        default="none",
+        description="Activations that are computed again in the backward pass instead of kept: none, those of MLPs "
+        "and experts (selective), all within about sqrt(num_layers) runs of layers (sqrt), or within each layer "
+        "(full). The last three send tokens to experts once more.",
+    )
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
     bias_update_speed: float = Field(
         default_factory=lambda known: 1e-3 if known["router"] == "sigmoid" else 0.0,

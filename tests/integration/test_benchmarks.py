@@ -49,3 +49,9 @@ def test_rescale_loses_nothing() -> None:
     assert metrics["rescales_in_compared_steps"] > 0
     assert metrics["max_rel_loss_gap"] < 1e-5
     assert met["ratio"] is False  # Ray Train isn't run
+
+
+def test_loss_gives_equal_gradients() -> None:
+    line = quick("loss")
+    assert [bar["name"] for bar in line["bars"]] == ["memory_share", "speed", "sqrt_slope", "gradients_equal"]
+    assert line["bars"][3]["met"]

@@ -15,8 +15,9 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
 from orchestrator.elastic.placement import Placement
 from orchestrator.errors import CheckpointCorrupt, UsageError
+from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import IGNORED, MoELanguageModel
+from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 

@@ -45,7 +45,7 @@ def test_a_directory_with_something_in_it_is_not_taken_over(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("source", "cause"),
-    [("/nowhere/at/all", "does not exist"), ("empty", "holds no .txt file"), ("book.pdf", "is no .txt file")],
+    [("/nowhere/at/all", "does not exist"), ("empty", "holds no file of .txt"), ("book.pdf", "is none of .txt")],
 )
 def test_a_corpus_that_is_none_is_told_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, cause: str

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.baselines.ray_train_elastic import growth
 from benchmarks.harness import Interval
-from benchmarks.rescale import effect_time, max_rel_gap, ratio_of, transition_of
+from benchmarks.rescale import effect_time, ratio_of, rel_gaps, transition_of
 from benchmarks.support.product import Request
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
@@ -68,9 +68,9 @@ def test_the_effect_of_a_request_is_the_first_vote_of_its_world() -> None:
 
 
 def test_loss_gaps_are_relative_and_need_every_step() -> None:
-    assert max_rel_gap({0: 2.0, 1: 4.0}, {0: 2.0, 1: 5.0}, 2) == pytest.approx(0.2)
+    assert rel_gaps({0: 2.0, 1: 4.0}, {0: 2.0, 1: 5.0}, 2) == pytest.approx([0.0, 0.2])
     with pytest.raises(KeyError):
-        max_rel_gap({0: 2.0}, {0: 2.0, 1: 5.0}, 2)
+        rel_gaps({0: 2.0}, {0: 2.0, 1: 5.0}, 2)
 
 
 def test_the_ratio_is_as_uncertain_as_both_sides() -> None:

@@ -76,7 +76,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ("name", "message"),
     [
         pytest.param("missing", "doesn't exist", id="missing"),
-        pytest.param("page.html", "is no .txt file", id="not text"),
+        pytest.param("page.html", "is none of .txt", id="not text"),
         pytest.param("empty", "is empty: 0 files", id="no file"),
         pytest.param("blank", "is empty: 2 files", id="only white space"),
     ],

@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.elastic.placement import Placement
+from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import (
-    IGNORED,
     Attention,
     MoELanguageModel,
     catalogue,
     expert_of,
     rotary_tables,
     rotate,
+    segments,
     within_documents,
 )
 from orchestrator.spec.model import ModelSpec
@@ -190,3 +191,39 @@ def test_initial_weights_have_the_wanted_spread() -> None:
 )
 def test_a_parameters_name_says_which_expert_it_is(name: str, expert: int | None) -> None:
     assert expert_of(name) == expert
+
+
+def _gradients(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    model = _model(spec)
+    tokens_BU = _tokens(2, 13)
+    model(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()).backward()
+    return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}
+
+
+@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("recompute", ["selective", "sqrt", "full"])
+def test_recomputed_activations_give_the_same_gradients(recompute: str, router: str) -> None:
+    spec = _spec().model_copy(update={"num_layers": 5, "router": router, "balance_loss_weight": 0.1})
+    kept = _gradients(spec)
+    again = _gradients(spec.model_copy(update={"recompute": recompute}))
+    assert kept.keys() == again.keys()
+    for name, grad in kept.items():
+        assert torch.equal(grad, again[name]), name
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 4, 5, 9, 10, 17])
+def test_segments_cover_every_layer_once(num_layers: int) -> None:
+    for recompute in ("sqrt", "full"):
+        found = segments(num_layers, recompute)
+        assert [layer for segment in found for layer in segment] == list(range(num_layers))
+    assert max(len(segments(num_layers, "sqrt")), len(segments(num_layers, "sqrt")[0])) <= num_layers**0.5 + 1
+
+
+def test_the_balance_loss_has_a_gradient_and_is_not_reported() -> None:
+    spec = _spec().model_copy(update={"router": "softmax", "balance_loss_weight": 0.0})
+    heavy = spec.model_copy(update={"balance_loss_weight": 1.0})
+    tokens_BU = _tokens(2, 13)
+    losses = [_model(s)(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()).item() for s in (spec, heavy)]
+    assert losses[0] == losses[1]
+    name = "layers.1.mlp.router.weight"
+    assert not torch.equal(_gradients(spec)[name], _gradients(heavy)[name])

@@ -1,0 +1,126 @@
+"""Files that hold text: plain, JSON lines, Parquet, and what the `datasets` library saves.
+
+Plain ones and JSON lines may be gzipped. A plain file is one document, a row of the others is one each. What isn't as
+it should be is named with file and row.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import DataError
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+KINDS = ", ".join(SUFFIXES)
+ROWS_AT_ONCE = 1024
+
+
+def suffix_of(path: Path) -> str | None:
+    """Which of `SUFFIXES` a file has; None for any other."""
+    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
+
+
+def is_plain(path: Path) -> bool:
+    return suffix_of(path) in (".txt", ".txt.gz")
+
+
+def texts_in(path: Path, text_key: str) -> Iterator[str]:
+    """The texts of a file, in its order: one of a plain file, else one per row, empty ones included.
+
+    Args:
+        text_key: the key or column that holds the text.
+
+    Raises:
+        DataError: the file can't be read, isn't what its name says, or has no such key or column.
+    """
+    try:
+        match suffix_of(path):
+            case ".txt" | ".txt.gz" | None:  # no other suffix than these: somebody knows that it is plain
+                yield _decoded(path, _bytes_of(path))
+            case ".jsonl" | ".jsonl.gz":
+                yield from _json_lines(path, text_key)
+            case _:
+                yield from _columns(path, text_key)
+    except OSError as error:
+        raise _broken(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def _bytes_of(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start} ({error.reason})",
+            remedy="Convert the file (`iconv -t UTF-8`), or move it out of the corpus.",
+            unchanged="Nothing was written.",
+        ) from error
+
+
+def _json_lines(path: Path, text_key: str) -> Iterator[str]:
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, UnicodeDecodeError) as error:
+                raise _broken(f"{where} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise _broken(f"{where} is a JSON {type(row).__name__}; each line must be an object")
+            yield _text_of(row.get(text_key), where, text_key, list(row))
+
+
+def _columns(path: Path, text_key: str) -> Iterator[str]:
+    import pyarrow
+
+    try:
+        number = 0
+        for batch in _batches(path):
+            if text_key not in batch.schema.names:
+                raise _without(str(path), text_key, batch.schema.names)
+            for value in batch.column(text_key).to_pylist():
+                number += 1
+                yield _text_of(value, f"{path}, row {number}", text_key, batch.schema.names)
+    except pyarrow.ArrowInvalid as error:
+        raise _broken(f"{path} is no {path.suffix.removeprefix('.')} file: {error}") from error
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    import pyarrow
+    from pyarrow import parquet
+
+    if path.suffix == ".parquet":
+        with parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
+    else:  # `datasets` writes a stream of batches
+        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+            yield from stream
+
+
+def _text_of(value: object, where: str, text_key: str, keys: list[str]) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None and text_key in keys:
+        return ""
+    if value is None:
+        raise _without(where, text_key, keys)
+    raise _broken(f"{where}: {text_key} is a {type(value).__name__}; it must be text")
+
+
+def _without(where: str, text_key: str, keys: list[str]) -> DataError:
+    return DataError(
+        f"{where} has no {text_key!r}; it has {', '.join(map(repr, keys)) or 'nothing'}",
+        remedy="Name the one that holds the text: data.text_key.",
+        unchanged="Nothing was written.",
+    )
+
+
+def _broken(message: str) -> DataError:
+    return DataError(message, remedy="Mend it, or move it out of the corpus.", unchanged="Nothing was written.")

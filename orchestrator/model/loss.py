@@ -1,0 +1,70 @@
+"""Cross-entropy over a large vocabulary that never holds all logits.
+
+The logits of a chunk of tokens are made, turned into their loss and its gradients, and dropped, all in the forward
+pass: the same three matrix products as in the plain form, and memory for a chunk instead of for all tokens (the idea of
+Liger Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.2, with plain products). Backward only scales
+what forward has found.
+
+Shape legend: N = tokens, C = tokens of a chunk, D = hidden size, V = vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # target of a position that has no loss
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits held at once: 16 MB in fp32 suit a CPU's caches
+MIN_CHUNK = 64  # fewer tokens make poor matrix products
+
+
+def cross_entropy_sum(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:
+    """Sum over the tokens whose target isn't `IGNORED` of their cross-entropy, in nats, fp32.
+
+    Args:
+        x_ND: final hidden states.
+        head_VD: the output matrix, in the same precision. Logits are computed in it and then taken as fp32.
+        targets_N: token numbers, or `IGNORED`.
+        chunk: C; None for a size that suits vocabulary and device.
+    """
+    if chunk is None:
+        elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
+        chunk = max(MIN_CHUNK, elements // head_VD.shape[0])
+    loss: Tensor = _ChunkedCrossEntropy.apply(x_ND, head_VD, targets_N, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int) -> Tensor:
+        wants_gradients = any(ctx.needs_input_grad[:2])
+        loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        grad_ND = torch.empty_like(x_ND) if wants_gradients else None
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if wants_gradients else None
+        for start in range(0, len(x_ND), chunk):
+            x_CD, targets_C = x_ND[start : start + chunk], targets_N[start : start + chunk]
+            logits_CV = F.linear(x_CD, head_VD).float()
+            counted_C1 = (targets_C != IGNORED)[:, None]
+            index_C1 = targets_C.clamp_min(0)[:, None]
+            normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            loss += ((normaliser_C1 - logits_CV.gather(1, index_C1)) * counted_C1).sum()
+            if grad_ND is not None and grad_VD is not None:
+                # The gradient of the loss by the logits: softmax minus one at the target. In the logits' own memory.
+                d_CV = logits_CV.sub_(normaliser_C1).exp_()
+                d_CV.scatter_add_(1, index_C1, torch.full_like(normaliser_C1, -1.0))
+                d_CV = d_CV.mul_(counted_C1).to(x_ND.dtype)
+                torch.mm(d_CV, head_VD, out=grad_ND[start : start + chunk])
+                if grad_VD.dtype == d_CV.dtype:
+                    grad_VD.addmm_(d_CV.T, x_CD)
+                else:
+                    grad_VD += torch.mm(d_CV.T, x_CD)
+        ctx.save_for_backward(grad_ND, grad_VD)
+        ctx.head_dtype = head_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grads
+        grad_ND, grad_VD = ctx.saved_tensors
+        return grad_ND * grad.to(grad_ND.dtype), (grad_VD * grad).to(ctx.head_dtype), None, None
