@@ -94,7 +94,11 @@ def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: 
             n: TensorSpec(dtype=kept, shape=shape, data_ptr=data.ctypes.data, data_len=data.nbytes)
             for n, (kept, shape, data) in held.items()
         }
-        serialize_file(specs, directory / f"part-{len(files)}", {"format": "pt"})
+        path = directory / f"part-{len(files)}"
+        path.touch()  # with the permissions of any other file; the library would make one for its owner alone
+        mode = path.stat().st_mode
+        serialize_file(specs, path, {"format": "pt"})
+        path.chmod(mode)
         files.append(list(held))
         held.clear()
 

@@ -151,6 +151,7 @@ def test_transformers_loads_what_is_exported(
     assert encoded[0].tolist() == Tokenizer.from_file(str(tokenizer)).encode(text).ids
     with torch.no_grad():
         torch.testing.assert_close(theirs(input_ids=encoded).logits.float(), ours(encoded), rtol=0.0, atol=tolerance)
+    assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
     with pytest.raises(UsageError, match="not empty"):
         export_hf(checkpoint, job, tokenizer, tmp_path / "hf", dtype)
 
