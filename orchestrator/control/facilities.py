@@ -35,13 +35,15 @@ class Facilities:
         self._handles: dict[str, Handle] = {}
         self.address: tuple[str, int] | None = None
         self.data: PreparedData | None = None
+        self._known_data: PreparedData | None = None
         self.tracking_url: str | None = None
         self.warning: str | None = None  # metrics that don't arrive
         self.faults: list[str] = []
 
     def start(self, data: PreparedData | None, has_workers: bool) -> None:
-        """Start what isn't there. `data` is what an earlier controller has prepared already; workers that it left
-        behind know its rendezvous store, so another one would be of no use to them."""
+        """Start what isn't there. `data` is what an earlier controller has prepared already, made anew if it is gone;
+        workers that it left behind know its rendezvous store, so another one would be of no use to them."""
+        self._known_data = data
         self.data = data if data is not None and Path(data.store_dir).is_dir() else None
         storage = self._run_dir.parent
         if self.data is None:
@@ -105,11 +107,21 @@ class Facilities:
         if answer.method == "address":
             self.address = (result[0], int(result[1]))
         elif answer.method == "prepare":
-            self.data = result
+            self._prepared(result)
             ray.kill(self._handles.pop("preparation"), no_restart=True)
             self._call("tracker", "artifact", self._epoch, result.tokenizer)
         elif answer.method == "describe":
             self._described(result)
+
+    def _prepared(self, data: PreparedData) -> None:
+        known = self._known_data
+        if known is None or Path(known.store_dir).name == Path(data.store_dir).name:  # named by content
+            self.data = data
+        else:
+            self.faults.append(
+                "the corpus is not what the run has trained on so far, and the store that was made of it is gone: "
+                f"{known.store_dir}"
+            )
 
     def _described(self, tracker: Mapping[str, Any]) -> None:
         self.tracking_url = tracker["url"] or self.tracking_url

@@ -20,15 +20,16 @@ from typing import Any
 import ray
 
 from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind
-from orchestrator.control.crew import Answer, Crew, Inbox, remove_group
+from orchestrator.control.closing import await_gone, hear_last_words, remove_groups
+from orchestrator.control.crew import Answer, Crew, Inbox
 from orchestrator.control.facilities import Facilities
-from orchestrator.control.host import find, log_to, names_of
+from orchestrator.control.host import find, log_to
 from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import STATUS_FILE, RunMemory, insist
 from orchestrator.control.parts import Parts
 from orchestrator.control.points import points_of_rescale, points_of_steps
 from orchestrator.control.status import status_of, to_json
-from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, ProtocolError, StorageError, UsageError
+from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, StorageError, UsageError
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import resumed
@@ -42,8 +43,6 @@ log = logging.getLogger("orchestrator.control")
 BEAT_S = 0.05  # how often questions that are due get asked
 RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
 LATER = "Look at its status, and try again in a moment."
-LAST_WORDS_S = 2.0  # how long a run that has ended waits for what its members still know
-GONE_WITHIN_S = 10.0  # the end of a run waits this long for its processes to be gone
 
 
 class RunController:
@@ -203,7 +202,8 @@ class RunController:
 
     def _turn(self) -> None:
         """One decision: written down first, then carried out."""
-        self._note_data()
+        if self._facilities.data not in (None, self._memory.data):
+            self._memory.prepared(self._facilities.data)
         decision = decide(self._limits, self._memory.state, self._observe())
         notes = [action for action in decision.actions if isinstance(action, Note)]
         for event in self._memory.decided(decision.state, notes):
@@ -217,18 +217,6 @@ class RunController:
             self._crew.tell(directive_of(decision.state, self._epoch))
         with self._heard:
             self._heard.notify_all()
-
-    def _note_data(self) -> None:
-        fresh, known = self._facilities.data, self._memory.data
-        if fresh is None or fresh == known:
-            return
-        if known is not None and Path(fresh.store_dir).name != Path(known.store_dir).name:  # named by their digest
-            self._faults.append(
-                "the corpus is not what the run has trained on so far, and the store that was made of it is gone: "
-                f"{known.store_dir}"
-            )
-            return
-        self._memory.prepared(fresh)
 
     def _observe(self) -> Observation:
         return Observation(
@@ -291,34 +279,15 @@ class RunController:
 
     def _close(self) -> None:
         """End and remove everything of the run, then leave its last status in run storage."""
-        self._hear_last_words()
         state = self._memory.state
+        hear_last_words(self._crew, self._inbox, state.members, self._memory.progress.watermark, self._take)
         self._crew.reconcile(())
-        for number in range(state.num_spawned):  # also those of an earlier controller
-            remove_group(f"{self._run_id}/worker/w{number}")
+        remove_groups(self._run_id, state.num_spawned)
         self._facilities.close(str(state.outcome), state.why)
-        deadline_s = time.monotonic() + GONE_WITHIN_S
-        mine = f"{self._run_id}/controller"
-        while (rest := [n for n in names_of(self._run_id) if n != mine]) and time.monotonic() < deadline_s:
-            time.sleep(0.02)
-        if rest:
-            log.error("run %s: %s are still there", self._run_id, rest)
+        await_gone(self._run_id)
         self._closed = True
         insist(lambda: self._memory.conclude(to_json(self.status())))
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
-
-    def _hear_last_words(self) -> None:
-        """Steps that members finished since they were last asked: they count, whatever has ended the run."""
-        members = self._memory.state.members
-        asked = {w for w in members if self._crew.ask_records(w, self._memory.progress.watermark)}
-        deadline_s = time.monotonic() + LAST_WORDS_S
-        while asked and time.monotonic() < deadline_s:
-            with suppress(Empty):
-                answer = self._inbox.get(timeout=BEAT_S)
-                if answer is not None and answer.method == Crew.RECORDS:
-                    asked.discard(answer.of)
-                    with suppress(ProtocolError):  # a newcomer may lack the steps before it came; another has them
-                        self._take(answer)
 
     def _exit(self) -> None:
         """Leave for good: Ray restarts an actor that just exits."""
