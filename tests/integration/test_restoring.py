@@ -12,7 +12,7 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
 from orchestrator.protocol.messages import Phase, Restore, StepRecord
 from tests.support.crew import Crew
-from tests.support.texts import STEPS, small_job
+from tests.support.texts import small_job
 
 Records = dict[int, StepRecord]
 SAVED = 14  # the step after which training stops
@@ -32,13 +32,15 @@ def _commit(crew: Crew, step: int) -> Path:
     return commit(Path(crew.job.storage_dir) / "checkpoints", manifest, epoch=1)
 
 
-def _saved(texts: Path, store_dir: Path, directory: Path, size: int, **train: Any) -> tuple[Restore, Records]:
+def _saved(
+    texts: Path, store_dir: Path, directory: Path, size: int, at: int = SAVED, **train: Any
+) -> tuple[Restore, Records]:
     """A run of `size` workers that was never broken: a checkpoint from its middle, and all of its steps."""
     job = small_job(texts, **train)
-    job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": SAVED + 1})})
+    job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": at + 1})})
     with Crew(job, store_dir, directory, size=size) as crew:
         _train(crew)
-        return Restore(SAVED, str(_commit(crew, SAVED))), dict(crew.records)
+        return Restore(at, str(_commit(crew, at))), dict(crew.records)
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2)])
@@ -58,11 +60,12 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
 
 
 def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3)
-    with Crew(small_job(texts), store_dir, tmp_path / "second", size=2) as crew:
+    at, train = 57, {"steps": 158, "lr": 3e-4}  # 100 steps after the break
+    restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3, at, **train)
+    with Crew(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as crew:
         _train(crew, restore)
         records = dict(crew.records)
-    assert sorted(records) == list(range(SAVED + 1, STEPS))
+    assert sorted(records) == list(range(at + 1, at + 101))
     for step, record in records.items():
         assert record.loss == pytest.approx(unbroken[step].loss, rel=1e-5)
         assert record.lr == unbroken[step].lr
