@@ -13,6 +13,12 @@ from orchestrator.cli.wording import event as event_line
 def logs(
     run: RunId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+    worker: Annotated[
+        str | None, typer.Option("--worker", metavar="ID", help="Only this one's: w0, controller, tracker, …")
+    ] = None,
+    tail: Annotated[
+        int | None, typer.Option("--tail", min=0, metavar="N", help="Only the newest lines so far.")
+    ] = None,
     storage: Storage = None,
     address: Address = None,
 ) -> None:
@@ -21,7 +27,7 @@ def logs(
 
     found = find_run(run, storage, address)
     try:
-        for line in found.files.logs(found.is_over if follow else None):
+        for line in found.files.logs(found.is_over if follow else None, worker, tail):
             show(f"{line.stamp}  {line.source:<12}  {line.text}")
     except KeyboardInterrupt:
         raise typer.Exit from None  # how one stops following

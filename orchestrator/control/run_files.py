@@ -62,16 +62,30 @@ class RunFiles:
         steps = read_steps(self.run_dir)
         return audit((record.step, record.first_position, record.num_positions) for record in steps)
 
-    def logs(self, is_over: Callable[[], bool] | None = None) -> Iterator[LogLine]:
+    def logs(
+        self, is_over: Callable[[], bool] | None = None, source: str | None = None, tail: int | None = None
+    ) -> Iterator[LogLine]:
         """The log lines of all processes, merged by time; with `is_over` also those to come, until it says yes.
 
         Lines that are written while we look are in order within one look.
+
+        Args:
+            source: only lines of this one: controller, tracker, a worker's id.
+            tail: of those that there are already, only so many of the newest.
+
+        Raises:
+            NotFound: nobody of that name has written a log.
         """
+        if source is not None and not (self.run_dir / "logs" / f"{source}.log").exists():
+            known = ", ".join(sorted(path.stem for path in self.run_dir.glob("logs/*.log"))) or "nobody yet"
+            raise NotFound(f"run {self.run_dir.name} has no log of {source!r}", remedy=f"It has logs of {known}.")
         offsets: dict[Path, int] = {}
         while True:
             last_look = is_over is None or is_over()  # asked before reading: what is written before the end is read
-            fresh = [line for path in sorted(self.run_dir.glob("logs/*.log")) for line in _read_on(path, offsets)]
-            yield from sorted(fresh, key=lambda line: line.stamp)
+            paths = sorted(self.run_dir.glob(f"logs/{source or '*'}.log"))
+            fresh = sorted((line for path in paths for line in _read_on(path, offsets)), key=lambda line: line.stamp)
+            yield from fresh if tail is None else fresh[len(fresh) - min(tail, len(fresh)) :]
+            tail = None
             if last_look:
                 return
             time.sleep(LOOK_EVERY_S)

@@ -43,6 +43,18 @@ def test_following_reads_on_until_the_run_is_over_and_shows_whole_lines_once(run
     assert [line.text for line in RunFiles(run_dir).logs(is_over)] == ["INFO one", "INFO two", "INFO late"]
 
 
+def test_logs_of_one_process_and_the_newest_lines_only(run_dir: Path) -> None:
+    (run_dir / "logs" / "w0.log").write_text("2026-01-01 10:00:00,100 INFO one\n2026-01-01 10:00:00,300 INFO three\n")
+    (run_dir / "logs" / "w1.log").write_text("2026-01-01 10:00:00,200 INFO two\n")
+    files = RunFiles(run_dir)
+    assert [line.text for line in files.logs(source="w0")] == ["INFO one", "INFO three"]
+    assert [line.text for line in files.logs(tail=2)] == ["INFO two", "INFO three"]
+    assert [line.text for line in files.logs(tail=9)] == ["INFO one", "INFO two", "INFO three"]
+    assert list(files.logs(tail=0)) == []
+    with pytest.raises(NotFound, match=r"no log of 'w7'.*logs of w0, w1"):
+        list(files.logs(source="w7"))
+
+
 def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
     Journal(run_dir, 1).append([{"kind": "submitted"}, {"kind": "state", "state": {}}, {"kind": "ended"}])
     files = RunFiles(run_dir)
