@@ -39,6 +39,10 @@ JOB: dict[str, Any] = {
 }
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Here:
     """A user in a directory, with a home of their own."""
 
@@ -54,7 +58,8 @@ class Here:
     def start(self, *args: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", COMMAND, *args]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=self.directory, env=self.env, **pipes)
+        # Whoever runs the tests in the background of a shell has SIGINT ignored, and so would all below.
+        return subprocess.Popen(command, cwd=self.directory, env=self.env, preexec_fn=_heed_interrupts, **pipes)
 
     def __call__(self, *args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
         process = self.start(*args)
