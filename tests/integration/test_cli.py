@@ -39,10 +39,6 @@ JOB: dict[str, Any] = {
 }
 
 
-def _heed_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 class Here:
     """A user in a directory, with a home of their own."""
 
@@ -58,8 +54,7 @@ class Here:
     def start(self, *args: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", COMMAND, *args]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        # Whoever runs the tests in the background of a shell has SIGINT ignored, and so would all below.
-        return subprocess.Popen(command, cwd=self.directory, env=self.env, preexec_fn=_heed_interrupts, **pipes)
+        return subprocess.Popen(command, cwd=self.directory, env=self.env, **pipes)
 
     def __call__(self, *args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
         process = self.start(*args)
@@ -85,12 +80,31 @@ class Here:
             time.sleep(0.05)
 
 
+def _await_line(process: "subprocess.Popen[str]", text: str) -> str:
+    """The first line on stderr that holds `text`."""
+    assert process.stderr is not None
+    seen = ""
+    while text not in (line := process.stderr.readline()):
+        assert line, f"it ended without {text!r}, with {process.wait()}:\n{seen}"
+        seen += line
+    return line
+
+
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     user = Here(tmp_path_factory.mktemp("user"))
     user("cluster", "up", "--cpus", "8")
     yield user
     user("cluster", "down", "--force")
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Whoever runs the tests in the background of a shell has SIGINT ignored, and so would every command here."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -196,11 +210,9 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
 
 def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
     process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"steps": 900}))
-    assert process.stderr is not None
-    while "lasting training" not in (line := process.stderr.readline()):
-        assert line, "the run never trained"
+    _await_line(process, "lasting training")
     process.send_signal(signal.SIGINT)
-    told = process.stderr.readline()
+    told = _await_line(process, "Detached")
     process.send_signal(signal.SIGINT)  # an impatient one changes nothing
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 101 and stderr == ""
@@ -212,9 +224,7 @@ def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
 
 def test_a_cluster_that_dies_ends_the_command_and_leaves_what_is_known(alone: Here) -> None:
     process = alone.start("run", alone.job("orphaned", train=JOB["train"] | {"steps": 5000}))
-    assert process.stderr is not None
-    while "orphaned training" not in (line := process.stderr.readline()):
-        assert line, "the run never trained"
+    _await_line(process, "orphaned training")
     record = local_cluster.status()
     assert record is not None
     os.kill(record.head.pid, signal.SIGKILL)
