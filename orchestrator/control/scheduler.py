@@ -89,7 +89,11 @@ class Scheduler:
         directory = Path(run_dir)
         with self._submitting:
             if find(f"{run_id}/controller") is not None:
-                raise UsageError(f"run {run_id} is going on", unchanged="Nothing was changed.")
+                raise UsageError(
+                    f"run {run_id} is going on",
+                    remedy="To go back to a checkpoint, pause or cancel it first.",
+                    unchanged="Nothing was changed.",
+                )
             job = _read_job(directory)
             limits = RunLimits.of(run_id, job)
             done = order.restore.step + 1 if order.restore else 0

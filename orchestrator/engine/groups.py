@@ -3,10 +3,10 @@
 The store is up before any generation and outlives them all; every generation meets under a prefix of its own, so
 nobody of the past can join. A rendezvous costs milliseconds that way instead of half a second.
 
-`meet` connects the ranks and may run in the background while an older generation trains; `adopt` makes what was
-connected this process's torch world, and waits for nobody. So no rank has to be waited for once a fence is reached, and
-one that dies is noticed at once: its connections are up already. nccl meets in `adopt`, since its communicators belong
-to the device that still trains.
+A `Meeting` connects the ranks and may be made in the background while an older generation trains; `Meeting.adopt` makes
+what was connected this process's torch world, and waits for nobody. So no rank has to be waited for once a fence is
+reached, and one that dies is noticed at once: its connections are up already. nccl meets in `adopt`, since its
+communicators belong to the device that still trains.
 """
 
 import sys
