@@ -21,6 +21,7 @@ from orchestrator.protocol.messages import GenerationPlan, Handover
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
+from orchestrator.worker.beginning import read_pretrained
 from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
 
@@ -96,10 +97,12 @@ def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Progress 
 
 
 def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:
-    """The first generation's shard, made from the seed or read from a checkpoint. Collective over its members.
+    """The first generation's shard: made from the seed, read from another's model, or from a checkpoint. Collective
+    over its members.
 
     Raises:
-        CheckpointCorrupt, DataError: the checkpoint can't be read, or belongs to another model or corpus.
+        UsageError: the directory of another's model isn't there.
+        CheckpointCorrupt, DataError: what is to be read can't be read, or belongs to another model or corpus.
     """
     clock = _Clock()
     assert prepared.meeting is not None
@@ -108,9 +111,13 @@ def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[S
     shard = workshop.build(prepared.plan, groups)
     restore = prepared.plan.restore
     if restore is None:
-        shard.model.init_weights(workshop.spec.train.seed)
-        shard.engine.seeded()
         progress = Progress(-1, 0, sampler)
+        if workshop.spec.model.init_from is None:
+            shard.model.init_weights(workshop.spec.train.seed)
+            shard.engine.seeded()
+        else:
+            read_pretrained(workshop.spec.model, shard.engine.ranges())
+            shard.engine.loaded(progress.num_updates)
     else:
         progress = read_state(Path(restore.path), shard.engine.ranges(), sampler)
         shard.engine.loaded(progress.num_updates)
