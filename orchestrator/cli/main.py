@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from orchestrator.cli import checkpoints, cluster, doctor, job_files, models, records, run, runs
+from orchestrator.cli import checkpoints, cluster, doctor, inference, job_files, models, records, run, runs
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
@@ -27,6 +27,7 @@ runs.register(app)
 records.register(app)
 checkpoints.register(app)
 models.register(app)
+inference.register(app)
 doctor.register(app)
 job_files.register(app)
 app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
