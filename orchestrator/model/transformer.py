@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from orchestrator.elastic.layout import ParamSpec
 from orchestrator.elastic.placement import Placement
+from orchestrator.model.experts import GatedMLP
 from orchestrator.model.loss import cross_entropy_sum
-from orchestrator.model.moe import ExpertHome, GatedMLP, MoELayer
+from orchestrator.model.moe import ExpertHome, MoELayer
 from orchestrator.spec.job import ModelSpec
 
 
