@@ -9,8 +9,7 @@ Shape legend: N = tokens, R = copies of tokens, C = copies for one expert, D = h
 L = experts.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,15 +64,15 @@ class _Experts(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, gates_R: Tensor | None, token_R: Tensor, counts: list[int], *weights: Tensor
     ) -> Tensor:
         gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
-        inner_size = downs[0].shape[1] if downs else 0
-        before_RH = x_ND.new_empty(len(token_R), 2 * inner_size)  # gate and up, before the activation
+        # Gate and up, before the activation: all that is kept. Without experts there are no copies, and no size.
+        before_RH = x_ND.new_empty(len(token_R), len(gate_ups[0]) if gate_ups else 0)
         y_ND = torch.zeros_like(x_ND)
-        for copies, gate_up, down in zip(_runs(counts), gate_ups, downs, strict=True):
-            token_C, before_CH = token_R[copies], before_RH[copies]
+        parts = _by_expert(counts, token_R, before_RH, gates_R)
+        for (token_C, before_CH, gate_CH, up_CH, gates_C1), gate_up, down in zip(parts, gate_ups, downs, strict=True):
             torch.mm(x_ND.index_select(0, token_C), gate_up.t(), out=before_CH)
-            inner_CH = F.silu(before_CH[:, :inner_size]).mul_(before_CH[:, inner_size:])
-            if gates_R is not None:  # before the product, so that its output needn't be kept for the gates' gradient
-                inner_CH.mul_(gates_R[copies, None])
+            inner_CH = F.silu(gate_CH).mul_(up_CH)
+            if gates_C1 is not None:  # before the product, so that its output needn't be kept for the gates' gradient
+                inner_CH.mul_(gates_C1)
             y_ND.index_add_(0, token_C, torch.mm(inner_CH, down.t()))
         ctx.save_for_backward(x_ND, gates_R, token_R, before_RH, *weights)
         ctx.counts = counts
@@ -85,35 +84,40 @@ class _Experts(torch.autograd.Function):
         x_ND, gates_R, token_R, before_RH, *weights = ctx.saved_tensors
         counts: list[int] = ctx.counts
         gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
-        inner_size = before_RH.shape[1] // 2
         dx_ND = torch.zeros_like(x_ND)
-        dgates_R = None if gates_R is None else torch.empty_like(gates_R)
-        dgate_ups, ddowns = [], []
-        for copies, gate_up, down in zip(_runs(counts), gate_ups, downs, strict=True):
-            token_C, before_CH = token_R[copies], before_RH[copies]
-            gate_CH, up_CH = before_CH[:, :inner_size], before_CH[:, inner_size:]
+        dgates, dgate_ups, ddowns = [], [], []
+        parts = _by_expert(counts, token_R, before_RH, gates_R)
+        for (token_C, before_CH, gate_CH, up_CH, gates_C1), gate_up, down in zip(parts, gate_ups, downs, strict=True):
             silu_CH = F.silu(gate_CH)
             inner_CH = silu_CH * up_CH
             dy_CD = dy_ND.index_select(0, token_C)
             dinner_CH = torch.mm(dy_CD, down)
-            if gates_R is not None and dgates_R is not None:
-                torch.sum(inner_CH * dinner_CH, 1, out=dgates_R[copies])
-                inner_CH.mul_(gates_R[copies, None])
-                dinner_CH.mul_(gates_R[copies, None])
+            if gates_C1 is not None:
+                dgates.append((inner_CH * dinner_CH).sum(1))
+                inner_CH.mul_(gates_C1)
+                dinner_CH.mul_(gates_C1)
             ddowns.append(torch.mm(dy_CD.t(), inner_CH))
             dbefore_CH = torch.empty_like(before_CH)
-            torch.mul(dinner_CH, silu_CH, out=dbefore_CH[:, inner_size:])
-            torch.ops.aten.silu_backward.grad_input(
-                dinner_CH.mul_(up_CH), gate_CH, grad_input=dbefore_CH[:, :inner_size]
-            )
+            dgate_CH, dup_CH = dbefore_CH.chunk(2, 1)
+            torch.mul(dinner_CH, silu_CH, out=dup_CH)
+            torch.ops.aten.silu_backward.grad_input(dinner_CH.mul_(up_CH), gate_CH, grad_input=dgate_CH)
             dgate_ups.append(torch.mm(dbefore_CH.t(), x_ND.index_select(0, token_C)))
             dx_ND.index_add_(0, token_C, torch.mm(dbefore_CH, gate_up))
+        dgates_R = torch.cat(dgates) if dgates else None
         return dx_ND, dgates_R, None, None, *dgate_ups, *ddowns
 
 
-def _runs(counts: Sequence[int]) -> list[slice]:
-    """Where each expert's copies lie."""
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + count)
-    return [slice(start, end) for start, end in pairwise(ends)]
+def _by_expert(
+    counts: list[int], token_R: Tensor, before_RH: Tensor, gates_R: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
+    """Each expert's part, as views: tokens, gate and up together, gate, up, and gates of the copies."""
+    gate_RH, up_RH = before_RH.chunk(2, 1)
+    gates = [None] * len(counts) if gates_R is None else torch.split(gates_R[:, None], counts)
+    return zip(
+        torch.split(token_R, counts),
+        torch.split(before_RH, counts),
+        torch.split(gate_RH, counts),
+        torch.split(up_RH, counts),
+        gates,
+        strict=True,
+    )
