@@ -85,9 +85,9 @@ class Routed:
 
 def measure(quick: bool) -> Result:
     """In a process with the product's malloc settings, which serve all arms."""
-    with environment(worker_environment(THREADS, keep_memory=True)):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(_measure, (quick,))
+    variables = worker_environment(THREADS, keep_memory=True)
+    with environment(variables), multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure, (quick,))
 
 
 def _measure(quick: bool) -> Result:
