@@ -11,7 +11,7 @@ import pytest
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
-from orchestrator.model.transformer import catalogue
+from orchestrator.model.building import catalogue
 from orchestrator.protocol.messages import Fence, Phase, Report
 from orchestrator.sampling.ledger import audit
 from tests.support.crew import Crew
