@@ -121,7 +121,9 @@ class DeepSpeedEngineAdapter:
 
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:
+        self._model.eval()
         loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        self._model.train()
         return loss
 
     # -- state -------------------------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:
+        self._model.eval()
         loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        self._model.train()
         return loss
 
     def ranges(self) -> NamedRanges:

@@ -65,8 +65,7 @@ def _loaded(spec: ModelSpec) -> Build:
         raise EntrypointError(
             f"model.entrypoint {spec.entrypoint} can't be imported: {type(error).__name__}: {error}",
             traceback=_traceback_of(error),
-            remedy=f'It must be a module that `python -c "import {module_name}"` finds in {directory}; '
-            "model.code_dir names another directory.",
+            remedy=f'`python -c "import {module_name}"` must work in {directory}; model.code_dir names another one.',
         ) from error
     build = getattr(module, name, None)
     if not callable(build):
@@ -86,7 +85,7 @@ def _nearest(name: str, module: ModuleType) -> str:
 def _traceback_of(error: BaseException) -> str:
     """The error's traceback without the frames above the user's code, which are ours and importlib's."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_next is not None and _is_ours(frames):
+    while frames is not None and _is_ours(frames):
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames))
 
