@@ -43,8 +43,9 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(size)
         self.head = nn.Linear(size, vocab_size, bias=False)
         self.head.weight = self.tokens.weight  # tied
-        nn.init.normal_(self.tokens.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                nn.init.normal_(weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (rows, tokens, vocab_size) for tokens (rows, tokens): all that training asks for."""
