@@ -29,8 +29,6 @@ from tests.support.texts import VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-SIZES = {"dense": 1, "moe": 2}  # first workers of the examples of own models
-
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
@@ -115,38 +113,33 @@ def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
     assert sorted(history) == list(range(status.step))
 
 
-def _quick(name: str, texts: Path, tmp_path: Path, workers: int) -> Path:
+def test_a_users_own_model_trains_and_goes_on_in_another_world(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    run = client.submit(_quick_example("dense", texts, tmp_path))
+    _until(client, run, lambda s: s.step > 20)
+    client.pause(run)
+    paused = client.wait(run, timeout_s=60.0)
+    assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
+    client.resume(run, workers=2)
+    resumed = _until(client, run, lambda s: s.step > paused.step + 50)
+    assert resumed.workers_now == 2
+    assert resumed.loss is not None and resumed.loss < math.log(VOCAB) - 1.0
+    client.cancel(run)
+    ended = client.wait(run, timeout_s=60.0)
+    assert ended.phase is RunPhase.CANCELLED and client.audit(run).ok and client.audit(run).steps == ended.step
+    job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
+    with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
+        export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
+
+
+def _quick_example(name: str, texts: Path, tmp_path: Path) -> Path:
     """jobs/own-NAME.yaml with a smaller model on little text, as a file elsewhere."""
     job = yaml.safe_load((ROOT / "jobs" / f"own-{name}.yaml").read_text())
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "expert_intermediate_size": 32}
-    job["model"] |= {"code_dir": str(ROOT), **sizes}
+    job["model"] |= {"code_dir": str(ROOT), "hidden_size": 32, "intermediate_size": 64}
     job["train"] |= {"sequence_length": 32, "steps": 100_000}
-    job |= {"workers": {"max": 2, "initial": workers}, "storage": str(tmp_path / "runs"), "eval": {}}
+    job |= {"workers": {"max": 2, "initial": 1}, "storage": str(tmp_path / "runs"), "eval": {}}
     job["data"] = {"source": str(texts), "vocab_size": VOCAB}
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(job))
     return path
-
-
-def test_models_of_users_train_and_go_on_in_another_world(
-    client: OrchestratorClient, texts: Path, tmp_path: Path
-) -> None:
-    runs = {client.submit(_quick(name, texts, tmp_path, workers)): workers for name, workers in SIZES.items()}
-    for run in runs:
-        _until(client, run, lambda s: s.step > 20)
-        client.pause(run)
-    paused = {run: client.wait(run, timeout_s=60.0) for run in runs}
-    for run, workers in runs.items():
-        assert paused[run].phase is RunPhase.PAUSED and paused[run].checkpoint_step == paused[run].step - 1
-        client.resume(run, workers=3 - workers)
-    for run, before in paused.items():
-        resumed = _until(client, run, lambda s, after=before.step + 50: s.step > after)
-        assert resumed.workers_now == 3 - runs[run]
-        assert resumed.loss is not None and resumed.loss < math.log(VOCAB) - 1.0
-        client.cancel(run)
-    for run in runs:
-        ended = client.wait(run, timeout_s=60.0)
-        assert ended.phase is RunPhase.CANCELLED and client.audit(run).ok and client.audit(run).steps == ended.step
-        job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
-        with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models"):
-            export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / run)
