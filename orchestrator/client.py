@@ -82,6 +82,7 @@ class OrchestratorClient:
         Raises:
             SpecError: the file has mistakes.
             DataError: there is no such corpus.
+            EntrypointError: the job's own model can't be trained.
             NameTaken: the storage or the cluster has a run of this name.
             JobDoesNotFit: the cluster has no room for the first workers, for `timeout_s`.
         """

@@ -78,6 +78,18 @@ class DataError(UsageError):
     """A corpus that can't be read, or is too small for the job."""
 
 
+class EntrypointError(UsageError):
+    """A user's own model that can't be imported or built, or isn't what training needs.
+
+    Args:
+        traceback: of the user's code, where that raised.
+    """
+
+    def __init__(self, message: str, *, traceback: str = "", remedy: str = "", unchanged: str = "") -> None:
+        super().__init__(message, remedy=remedy, unchanged=unchanged)
+        self.traceback = traceback
+
+
 class StoreCorrupt(DataError):
     """A prepared data store whose files don't match their digests."""
 

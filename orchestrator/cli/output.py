@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator.errors import JobDoesNotFit, OrchestratorError
+from orchestrator.errors import EntrypointError, JobDoesNotFit, OrchestratorError
 
 
 class Format(StrEnum):
@@ -53,8 +53,10 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def show_error(error: OrchestratorError) -> None:
-    """The message, then what to do, then what stayed as it was."""
+    """The message, then what to do, then what stayed as it was; before it the traceback of a user's own code."""
     console = stderr()
+    if isinstance(error, EntrypointError) and error.traceback:
+        console.print(escape(error.traceback.rstrip()))
     console.print(f"[bold red]error:[/] {escape(error.message)}")
     for line in (error.remedy, error.unchanged):
         if line:

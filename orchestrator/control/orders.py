@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.control.entrypoint import check_entrypoint
 from orchestrator.data.files import KINDS, suffix_of
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.spec.job import JobSpec
@@ -46,7 +47,12 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None) -> Order:
         )
     source = _absolute_source(spec.data.source)
     data = spec.data.model_copy(update={"source": source})
-    resolved = spec.model_copy(update={"storage": str(spec.storage_path), "data": data})
+    model = spec.model
+    if model.entrypoint is not None:
+        code_dir = Path(model.code_dir).expanduser().absolute()
+        model = model.model_copy(update={"code_dir": str(code_dir)})
+    resolved = spec.model_copy(update={"storage": str(spec.storage_path), "data": data, "model": model})
+    check_entrypoint(resolved)
     return Order(resolved, text)
 
 

@@ -11,6 +11,7 @@ from orchestrator.protocol.status import RunPhase
 
 BLAME_PEERS_S = 3.0  # how long "my peers are gone" may stand without anybody found dead
 MAX_FAILED_SPAWNS = 3  # in a row
+USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
 
 
@@ -21,6 +22,9 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """
     if seen.faults:
         return ended(state, RunPhase.FAILED, seen.faults[0])
+    mistaken = [r.worker for r in seen.reports.values() if r.error is not None and r.error.kind == USER_ERROR]
+    if mistaken and state.current is None:  # later it is a standby's that can't be taken in; training goes on
+        return ended(state, RunPhase.FAILED, why_gone(seen, mistaken[0]))
     if state.failed_spawns >= MAX_FAILED_SPAWNS:
         return ended(state, RunPhase.FAILED, f"{state.failed_spawns} workers in a row ended early; {state.why}")
     if state.failed_moves >= 2 * MAX_FAILED_MOVES:

@@ -1,11 +1,20 @@
 """The `model` section: a decoder-only mixture-of-experts language model."""
 
+import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section
+from orchestrator.spec.section import Broken, Section, refuse
+
+HERE = "."
+
+
+def _entrypoint(entrypoint: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", entrypoint):
+        raise refuse('must be "package.module:function"')
+    return entrypoint
 
 
 class ModelSpec(Section):
@@ -62,6 +71,18 @@ class ModelSpec(Section):
         "softmax router 0.",
     )
 
+    entrypoint: Annotated[str, AfterValidator(_entrypoint)] | None = Field(
+        default=None,
+        description='A function "package.module:build" that makes the model instead of ours; it gets these keys '
+        "(docs/own-model.md).",
+    )
+    options: dict[str, JsonValue] = Field(default={}, description="More keys for `entrypoint`, of your own choice.")
+    code_dir: str = Field(
+        default=HERE,
+        min_length=1,
+        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
+    )
+
     @property
     def rotary_size(self) -> int:
         """Width of the rotated part of a head."""
@@ -69,6 +90,7 @@ class ModelSpec(Section):
 
     def broken_rules(self) -> Iterator[Broken]:
         yield from self._broken_head_rules()
+        yield from self._broken_entrypoint_rules()
         if self.num_heads % self.num_kv_heads:
             rule = f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
             yield Broken((("num_kv_heads",), ("num_heads",)), rule)
@@ -103,3 +125,13 @@ class ModelSpec(Section):
             yield Broken(
                 (("rope_fraction",), *keys), f"rope_fraction * head_size must be an even number; got {product}"
             )
+
+    def _broken_entrypoint_rules(self) -> Iterator[Broken]:
+        if self.entrypoint is not None:
+            if self.recompute != "none":
+                rule = f"recompute must be none with entrypoint: your own model recomputes itself; got {self.recompute}"
+                yield Broken((("recompute",), ("entrypoint",)), rule)
+            return
+        for key, is_default in (("options", not self.options), ("code_dir", self.code_dir == HERE)):
+            if not is_default:
+                yield Broken(((key,), ("entrypoint",)), f"{key} has a meaning with entrypoint only; remove it")

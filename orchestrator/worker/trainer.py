@@ -25,6 +25,7 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.worker.desk import Desk
+from orchestrator.worker.faults import kind_of
 from orchestrator.worker.feed import Feed, StepFeed
 from orchestrator.worker.moving import Held, Prepared, announce, announced, first_shard, move
 from orchestrator.worker.preparing import Preparations
@@ -275,11 +276,9 @@ class Trainer:
 
     def _fail(self, error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
-        kind = "peer_lost" if _is_peer_loss(error) else "internal"
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            kind = "out_of_memory"
+        kind = kind_of(error)
         self._free_peers(error)
-        log.error("%s after step %d: %s", kind, self._progress.step, text)
+        log.error("%s\n%s after step %d: %s", text.rstrip(), kind, self._progress.step, error)
         self._desk.publish(phase=Phase.FAILED, error=WorkerError(kind, str(error), text))
 
     def _free_peers(self, error: BaseException) -> None:
@@ -291,9 +290,3 @@ class Trainer:
             cause = cause.__context__
         self._drop()
         gc.collect()
-
-
-def _is_peer_loss(error: Exception) -> bool:
-    """gloo and nccl report a lost peer as a RuntimeError that names their transport."""
-    words = ("connection closed by peer", "connection reset", "gloo", "timed out", "nccl", "broken pipe")
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)

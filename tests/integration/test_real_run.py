@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,20 +24,22 @@ from orchestrator.control.host import find
 from orchestrator.errors import NotFound, UsageError
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from tests.support.own_models import ROOT
 from tests.support.texts import VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OrchestratorClient]:
-    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
-    up = local_cluster.up(4)
-    try:
-        yield OrchestratorClient(up.record.address)
-    finally:
-        disconnect()
-        local_cluster.down()
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path_factory.mktemp("home")))
+        up = local_cluster.up(4)
+        try:
+            yield OrchestratorClient(up.record.address)
+        finally:
+            disconnect()
+            local_cluster.down()
 
 
 def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
@@ -108,3 +111,35 @@ def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
     assert tracked.info.status == "SCHEDULED"  # paused
     history = [metric.step for metric in tracker.get_metric_history(tracked.info.run_id, "train/loss")]
     assert sorted(history) == list(range(status.step))
+
+
+def test_a_users_own_model_trains_and_goes_on_in_another_world(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    run = client.submit(_quick_example("dense", texts, tmp_path))
+    _until(client, run, lambda s: s.step > 20)
+    client.pause(run)
+    paused = client.wait(run, timeout_s=60.0)
+    assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
+    client.resume(run, workers=2)
+    resumed = _until(client, run, lambda s: s.step > paused.step + 50)
+    assert resumed.workers_now == 2
+    assert resumed.loss is not None and resumed.loss < math.log(VOCAB) - 1.0
+    client.cancel(run)
+    ended = client.wait(run, timeout_s=60.0)
+    assert ended.phase is RunPhase.CANCELLED and client.audit(run).ok and client.audit(run).steps == ended.step
+    job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
+    with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
+        export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
+
+
+def _quick_example(name: str, texts: Path, tmp_path: Path) -> Path:
+    """jobs/own-NAME.yaml with a smaller model on little text, as a file elsewhere."""
+    job = yaml.safe_load((ROOT / "jobs" / f"own-{name}.yaml").read_text())
+    job["model"] |= {"code_dir": str(ROOT), "hidden_size": 32, "intermediate_size": 64}
+    job["train"] |= {"sequence_length": 32, "steps": 100_000}
+    job |= {"workers": {"max": 2, "initial": 1}, "storage": str(tmp_path / "runs"), "eval": {}}
+    job["data"] = {"source": str(texts), "vocab_size": VOCAB}
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path

@@ -147,3 +147,15 @@ def test_colour_only_where_it_is_wanted(here: Path) -> None:
     assert "31m" in python(here, script, "validate", "none.yaml", FORCE_COLOR="1").stderr
     assert "31m" not in python(here, script, "validate", "none.yaml", FORCE_COLOR="1", NO_COLOR="1").stderr
     assert "\x1b" not in python(here, script, "validate", "none.yaml").stderr
+
+
+def test_a_traceback_of_the_users_model_comes_first(orchestrator: Callable[..., Done], here: Path) -> None:
+    (here / "broken.py").write_text("import nowhere\n")
+    (here / "job.yaml").write_text(VALID + 'model: {entrypoint: "broken:build"}\n')
+    done = orchestrator("run", "job.yaml", "--local")
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == "Nothing was started."
+    why = "ModuleNotFoundError: No module named 'nowhere'"
+    error = lines.index(f"error: model.entrypoint broken:build can't be imported: {why}")
+    assert lines[error - 1] == why

@@ -306,9 +306,27 @@ def test_workers_that_never_get_warm_end_the_run() -> None:
     for number in range(3):
         life.run_until(lambda n=number: f"w{n}" in life.reports)
         life.frozen.add(f"w{number}")
-        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("user_error", "no such module"))
+        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("internal", "no such device"))
     life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
-    assert life.state.outcome is RunPhase.FAILED and "no such module" in life.state.why
+    assert life.state.outcome is RunPhase.FAILED and "no such device" in life.state.why
+
+
+def test_a_mistake_in_the_users_code_ends_a_run_that_has_not_begun_at_once() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: "w0" in life.reports)
+    life.frozen.add("w0")
+    life.say("w0", phase=Phase.FAILED, error=WorkerError("user_error", "no such module"))
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=2)
+    assert life.state.outcome is RunPhase.FAILED and life.state.why == "w0 failed: user_error: no such module"
+
+
+def test_a_mistake_in_the_users_code_that_only_a_standby_meets_ends_nothing() -> None:
+    life = Life(limits_of(standby=1))
+    life.run_until(lambda: life.step == 3 and "w2" in life.reports)
+    life.frozen.add("w2")
+    life.say("w2", phase=Phase.FAILED, error=WorkerError("user_error", "the file is gone"))
+    life.run_until(lambda: life.step == 6)
+    assert life.state.outcome is None
 
 
 def test_a_fault_outside_the_workers_ends_the_run() -> None:

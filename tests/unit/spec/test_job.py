@@ -104,6 +104,32 @@ def test_head_size_frees_hidden_size_from_num_heads() -> None:
     assert ModelSpec(hidden_size=100, num_heads=6, head_size=32).head_size == 32
 
 
+@pytest.mark.parametrize("entrypoint", ["m:f", "a.b_2.c:build"])
+def test_entrypoints(entrypoint: str) -> None:
+    options = {"width": 2, "names": ["a", None], "deep": {"x": True}}
+    spec = job(model={"entrypoint": entrypoint, "options": options, "code_dir": "src"}).model
+    assert (spec.entrypoint, spec.options, spec.code_dir) == (entrypoint, options, "src")
+
+
+@pytest.mark.parametrize("entrypoint", ["", "m", "m:", ":f", "a/b.py:f", "a..b:f", "a:f()", "a:b.c", "2a:f"])
+def test_entrypoints_refused(entrypoint: str) -> None:
+    with pytest.raises(ValidationError, match='must be "package.module:function"'):
+        job(model={"entrypoint": entrypoint})
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        ({"options": {"a": 1}}, "options has a meaning with entrypoint only"),
+        ({"code_dir": "src"}, "code_dir has a meaning with entrypoint only"),
+        ({"entrypoint": "m:f", "recompute": "full"}, "recompute must be none with entrypoint"),
+    ],
+)
+def test_keys_that_depend_on_the_entrypoint(model: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        job(model=model)
+
+
 def test_num_slots() -> None:
     assert job(train={"global_batch_size": 12, "micro_batch_size": 4}).train.num_slots == 3
 
