@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import TensorSpec, serialize_file
+from tokenizers import Tokenizer
 
 from orchestrator.checkpoint.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.read import CheckpointReader
@@ -21,6 +22,7 @@ from orchestrator.spec.job import JobSpec
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 FILE_BYTES = 4 * 2**30  # a weights file is closed once it holds this much
 FP32_ALWAYS = ("mlp.gate.weight", "e_score_correction_bias")  # as the architecture keeps them
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS = "model-{number:05d}-of-{count:05d}.safetensors"
 
 Array = npt.NDArray[Any]
@@ -52,8 +54,8 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
             remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
             unchanged="Nothing was written.",
         )
-    vocab = json.loads(tokenizer.read_text())
-    vocab_size = max([*vocab["model"]["vocab"].values(), *(token["id"] for token in vocab["added_tokens"])]) + 1
+    library = Tokenizer.from_file(str(tokenizer))
+    vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
     config = configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
     partial = to.with_name(f".{to.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,7 +66,7 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
             _check_sizes(reader, {"master/head": (vocab_size, job.model.hidden_size)})
             num_bytes = _write_weights(_tensors(reader), DTYPES[dtype], partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_tokenizer(tokenizer, vocab["added_tokens"][0], job.train.sequence_length, partial)
+        _write_tokenizer(tokenizer, library, job.train.sequence_length, partial)
         if to.exists():
             to.rmdir()
         partial.rename(to)
@@ -136,16 +138,21 @@ def rounded_to_bf16(values: Array) -> npt.NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _write_tokenizer(tokenizer: Path, border: dict[str, object], sequence_length: int, directory: Path) -> None:
+def _write_tokenizer(tokenizer: Path, library: Tokenizer, sequence_length: int, directory: Path) -> None:
     """The library's own file, and what transformers wants to know. What begins a document ends the one before it."""
-    shutil.copyfile(tokenizer, directory / "tokenizer.json")
+    shutil.copyfile(tokenizer, directory / TOKENIZER)
+    named = tokenizer.with_name(TOKENIZER_CONFIG)  # another's tokenizer says here what begins a document
+    border = (
+        json.loads(named.read_text())["bos_token"] if named.exists() else library.get_added_tokens_decoder()[0].content
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": border["content"],
-        "eos_token": border["content"],
+        "bos_token": border,
+        "eos_token": border,
         "model_max_length": sequence_length,
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"bos_token_id": border["id"], "eos_token_id": border["id"]}
+    (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    number = library.token_to_id(border)
+    generation = {"bos_token_id": number, "eos_token_id": number}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

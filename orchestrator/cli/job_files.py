@@ -9,9 +9,10 @@ from orchestrator.cli.wording import counted
 
 def validate(job: JobFile) -> None:
     """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing."""
+    from orchestrator.control.orders import with_pretrained
     from orchestrator.spec.loading import load_job
 
-    spec = load_job(job)
+    spec = with_pretrained(load_job(job))
     workers = spec.workers
     say(
         f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {counted(workers.initial, 'worker')} at first "

@@ -7,11 +7,14 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from orchestrator.checkpoint.pretrained import open_pretrained, resolved
 from orchestrator.control.entrypoint import check_entrypoint
 from orchestrator.data.files import KINDS, suffix_of
+from orchestrator.data.prepare import check_vocabulary, load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
+from orchestrator.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,45 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None) -> Order:
             remedy="Choose another name (--name) or storage, or move that directory away.",
             unchanged="Nothing was started.",
         )
-    source = _absolute_source(spec.data.source)
-    data = spec.data.model_copy(update={"source": source})
-    model = spec.model
-    if model.entrypoint is not None:
-        code_dir = Path(model.code_dir).expanduser().absolute()
-        model = model.model_copy(update={"code_dir": str(code_dir)})
-    resolved = spec.model_copy(update={"storage": str(spec.storage_path), "data": data, "model": model})
-    check_entrypoint(resolved)
-    return Order(resolved, text)
+    spec = with_pretrained(spec)
+    data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
+    changes = {"storage": str(spec.storage_path), "data": data, "model": _absolute_code(spec.model)}
+    spec = spec.model_copy(update=changes)
+    check_entrypoint(spec)
+    return Order(spec, text)
+
+
+def with_pretrained(spec: JobSpec) -> JobSpec:
+    """The job with what `model.init_from` says of the model, so that it stands for itself: sizes and tokenizer.
+
+    Raises:
+        UsageError: the directory is of another architecture, or of other sizes than the job says.
+        CheckpointCorrupt: its weights are not whole.
+        DataError: the tokenizer can't be used, or has more tokens than the model.
+    """
+    model, tokenizer = spec.model, spec.data.tokenizer
+    if model.init_from is not None:
+        directory = Path(model.init_from).expanduser().absolute()
+        model = resolved(model, directory)
+        open_pretrained(directory).check(model)
+        tokenizer = tokenizer or str(directory / "tokenizer.json")
+    if tokenizer is None:
+        return spec
+    path = Path(tokenizer).expanduser().absolute()
+    check_vocabulary(model.vocab_size, load_tokenizer(path).vocab_size)
+    data = spec.data.model_copy(update={"tokenizer": str(path)})
+    return spec.model_copy(update={"model": model, "data": data})
+
+
+def _absolute_code(model: ModelSpec) -> ModelSpec:
+    if model.entrypoint is None:
+        return model
+    return model.model_copy(update={"code_dir": str(Path(model.code_dir).expanduser().absolute())})
 
 
 def _renamed(spec: JobSpec, name: str) -> JobSpec:
     try:
-        return JobSpec.model_validate(spec.model_dump(by_alias=True) | {"name": name})
+        return JobSpec.model_validate(spec.model_dump(by_alias=True, exclude_unset=True) | {"name": name})
     except ValidationError as error:
         raise UsageError(
             f"{name!r} can't be a run's name: {error.errors()[0]['msg']}", unchanged="Nothing was started."

@@ -1,10 +1,9 @@
 """Data preparation in a process of its own: a store made or found, and the tokenizer saved with the run."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.prepare import check_enough, prepare
+from orchestrator.data.prepare import check_enough, check_vocabulary, prepare
 from orchestrator.spec.job import JobSpec
 
 
@@ -29,8 +28,16 @@ class Preparation:
         """
         job = JobSpec.model_validate_json(job_json)
         data = job.data
-        store = prepare(data.source, data.vocab_size, data.holdout, Path(data_dir), text_key=data.text_key)
+        store = prepare(
+            data.source,
+            data.vocab_size,
+            data.holdout,
+            Path(data_dir),
+            text_key=data.text_key,
+            tokenizer=None if data.tokenizer is None else Path(data.tokenizer),
+        )
+        check_vocabulary(job.model.vocab_size, store.vocab_size)
         check_enough(store, job.train.sequence_length, job.train.global_batch_size, int(job.eval.every is not None))
         tokenizer = Path(run_dir) / "tokenizer.json"
-        shutil.copyfile(store.tokenizer_path, tokenizer)
+        store.tokenizer().save(tokenizer)
         return PreparedData(str(store.directory), store.vocab_size, str(tokenizer))

@@ -2,7 +2,7 @@
 
     STORE/manifest.json           this
     STORE/documents.jsonl         ids of the corpus's documents, one JSON string a line, in the corpus's order
-    STORE/tokenizer.json          the tokenizer that made the tokens
+    STORE/tokenizer.json          the tokenizer that made the tokens; if it is another's, tokenizer_config.json too
     STORE/SPLIT.tokens            the tokens of a split's documents, back to back: little-endian integers, nothing else
     STORE/SPLIT.index.npy         one INDEX_DTYPE record per document of the split, in the order of the tokens
 
@@ -52,6 +52,7 @@ class PrepareOptions(_Record):
     vocab_size: int  # asked for
     holdout: float  # fraction of documents in `validation`
     tokenizer_train_bytes: int  # the tokenizer learns from at most about this much text
+    tokenizer: str | None = None  # digest of one that was given instead
 
 
 class Source(_Record):
@@ -88,7 +89,7 @@ class Manifest(_Record):
 
 def store_key(source_digest: str, options: PrepareOptions) -> str:
     """The directory name of the store that these make: another corpus or option, another name."""
-    made_of = f"{FORMAT_VERSION}\n{source_digest}\n{options.model_dump_json()}"
+    made_of = f"{FORMAT_VERSION}\n{source_digest}\n{options.model_dump_json(exclude_none=True)}"
     return "store-" + hashlib.sha256(made_of.encode("utf-8")).hexdigest()[:16]
 
 

@@ -31,6 +31,7 @@ def prepare(
     directory: Path | str,
     progress: Progress | None = None,
     text_key: str = "text",
+    tokenizer: Path | None = None,
 ) -> TokenStore:
     """The store of `source` below `directory`: found, or made now.
 
@@ -40,6 +41,7 @@ def prepare(
         holdout: fraction of documents in `validation`, in [0, 1); either split gets at least one.
         directory: holds stores, each in a directory named by its content. Made if missing.
         text_key: key or column of the text in files that have rows.
+        tokenizer: a `tokenizer.json` to use instead of learning one; `vocab_size` has no meaning then.
         progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
 
     Raises:
@@ -53,16 +55,22 @@ def prepare(
             remedy="Set it to the fraction of documents to validate on, such as 0.05.",
             unchanged="Nothing was written.",
         )
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
     tell("reading", 0.0)
     corpus = open_corpus(source, text_key)
-    options = PrepareOptions(vocab_size=vocab_size, holdout=float(holdout), tokenizer_train_bytes=TOKENIZER_TRAIN_BYTES)
+    options = PrepareOptions(
+        vocab_size=vocab_size if given is None else given.vocab_size,
+        holdout=float(holdout),
+        tokenizer_train_bytes=TOKENIZER_TRAIN_BYTES if given is None else 0,
+        tokenizer=None if given is None else given.digest,
+    )
     splits = split_documents(corpus.ids, holdout)
     final = Path(directory) / store_key(corpus.digest, options)
     if not final.exists():
-        tokenizer = TextTokenizer.train(_training_texts(corpus, splits, options, tell), vocab_size)
+        used = given or TextTokenizer.train(_training_texts(corpus, splits, options, tell), vocab_size)
         try:
             with published(final) as partial:
-                _write(corpus, splits, options, tokenizer, partial, tell)
+                _write(corpus, splits, options, used, partial, tell)
         except OSError as error:
             raise DataError(
                 f"the token store can't be written to {directory}: {error}",
@@ -72,6 +80,24 @@ def prepare(
     store = TokenStore.open(final, verify=True)
     tell("done", 1.0)
     return store
+
+
+def load_tokenizer(path: Path) -> TextTokenizer:
+    """The tokenizer that a job names. Raises DataError if it can't be read or used."""
+    try:
+        return TextTokenizer.load(path)
+    except DataError as error:
+        if str(path) in error.message:
+            raise
+        raise DataError(
+            f"data.tokenizer {path}: {error.message}", remedy=error.remedy, unchanged=error.unchanged
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"data.tokenizer {path} can't be read: {error.strerror}",
+            remedy="Name a tokenizer.json as the tokenizers library writes it.",
+            unchanged="Nothing was started.",
+        ) from error
 
 
 def split_documents(document_ids: Sequence[str], holdout: float) -> tuple[Split, ...]:
@@ -114,6 +140,17 @@ def check_enough(store: TokenStore, sequence_length: int, global_batch_size: int
                 + (", or data.holdout larger" if split == "validation" else ""),
                 unchanged="Nothing was started.",
             )
+
+
+def check_vocabulary(model_vocab_size: int | None, tokenizer_vocab_size: int) -> None:
+    """Raises DataError if the tokenizer has tokens that the model has no rows for. None: as many as the tokenizer."""
+    if model_vocab_size is not None and model_vocab_size < tokenizer_vocab_size:
+        raise DataError(
+            f"the tokenizer has {tokenizer_vocab_size} tokens, the model has rows for {model_vocab_size} only "
+            "(model.vocab_size)",
+            remedy="Name the model's own tokenizer (data.tokenizer), or make model.vocab_size larger.",
+            unchanged="Nothing was started.",
+        )
 
 
 def _fraction_of(document_id: str) -> float:

@@ -77,7 +77,7 @@ class Fault:
 
 def fault_of(job: JobSpec) -> Fault | None:
     """What would keep the job's model from being trained, as far as it can be seen here; None if nothing would."""
-    vocab_size = job.data.vocab_size
+    vocab_size = job.model.vocab_size or job.data.vocab_size
     try:
         params, _, _ = catalogue(job.model, vocab_size)
         if sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:

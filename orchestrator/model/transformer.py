@@ -5,7 +5,7 @@ torch: it knows no engine. Weights are made by `init_weights`, keyed by (seed, n
 experts without making the others'.
 
 Shape legend: B = rows, T = tokens in a row, D = hidden size, V = vocabulary, A = attention heads, G = key/value heads,
-S = head size.
+S = head size, C = tokens in a cache.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.model.base import TrainableModel, draw_normal
+from orchestrator.model.cache import KVCache, LayerCache
 from orchestrator.model.experts import GatedMLP
 from orchestrator.model.loss import cross_entropy_sum
 from orchestrator.model.moe import ExpertHome, MoELayer
@@ -39,7 +40,13 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1TT: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         B, T, _ = x_BTD.shape
         # Sizes are written out (no -1): a forward pass with no rows must work too.
         q_BTAS = F.linear(x_BTD, self.query, self.query_bias).view(B, T, self.num_heads, self.head_size)
@@ -48,21 +55,27 @@ class Attention(nn.Module):
         q_BATS = rotate(self.query_norm(q_BTAS).transpose(1, 2), *rotary)
         k_BGTS = rotate(self.key_norm(k_BTGS).transpose(1, 2), *rotary)
         v_BGTS = v_BTGS.transpose(1, 2)
+        if cache is not None:
+            k_BGTS, v_BGTS = cache.append(k_BGTS, v_BGTS)  # those before as well
         y_BATS = F.scaled_dot_product_attention(
             q_BATS,
             k_BGTS,
             v_BGTS,
             attn_mask=mask_B1TT,
-            is_causal=mask_B1TT is None,
+            is_causal=mask_B1TT is None and k_BGTS.shape[2] == T,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return F.linear(y_BATS.transpose(1, 2).reshape(B, T, self.num_heads * self.head_size), self.output)
 
 
-def rotary_tables(length: int, rotary_size: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, rotary_size) in fp32, the halves of a head rotated against each other."""
+def rotary_tables(
+    length: int, rotary_size: int, theta: float, device: torch.device, start: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, rotary_size) in fp32 of the positions from `start` on, the halves of a head rotated against
+    each other."""
     inverse = theta ** -(torch.arange(0, rotary_size, 2, dtype=torch.float32, device=device) / rotary_size)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), inverse).repeat(1, 2)
+    positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, inverse).repeat(1, 2)
     return angles.cos(), angles.sin()
 
 
@@ -90,8 +103,14 @@ class Block(nn.Module):
         else:
             self.mlp = MoELayer(spec, home)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT)
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask_B1TT: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache)
         mixed_BTD: Tensor
         if self._recomputes_mlp and torch.is_grad_enabled():
             mixed_BTD = checkpoint(self._mix, x_BTD, use_reentrant=False, preserve_rng_state=False)
@@ -133,6 +152,21 @@ class MoELanguageModel(TrainableModel):
             return F.linear(x_BTD, self.head)
         loss = cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_BT.reshape(-1))
         return self.with_balance_losses(loss)
+
+    @torch.no_grad()
+    def extend(self, inputs_BT: Tensor, cache: KVCache) -> Tensor:
+        """Logits (B, V) after the last of some tokens that follow those in the cache, which takes them in."""
+        length, before = inputs_BT.shape[1], cache.length
+        sizes = (self.spec.rotary_size, self.spec.rope_theta)
+        rotary = rotary_tables(length, *sizes, inputs_BT.device, start=before)
+        mask_11TC = None
+        if before and length > 1:  # each sees all that came before it; one token alone sees everything anyway
+            seen_TC = torch.ones(length, before + length, dtype=torch.bool, device=inputs_BT.device)
+            mask_11TC = seen_TC.tril(before)[None, None]
+        x_BTD = self.embedding(inputs_BT)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_BTD = layer(x_BTD, rotary, mask_11TC, layer_cache)
+        return F.linear(self.norm(x_BTD[:, -1]), self.head)
 
     def _run_layers(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
         """All blocks, with as many of their activations kept for the backward pass as `recompute` says."""

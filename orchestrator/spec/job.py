@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.section import Broken, Path, Section, refuse
+from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.train import TrainSpec
 
 __all__ = [
@@ -130,12 +130,6 @@ class EvalSpec(Section):
     rows: int = Field(default=64, ge=1, description="Rows of the held-out split that each validation reads, at most.")
 
 
-def _directory(path: str) -> str:
-    if not path.strip() or "\0" in path or "://" in path:
-        raise refuse("must be a path of the file system")
-    return path
-
-
 def _source(source: str) -> str:
     kind, colon, name = source.partition(":")
     if kind == "builtin" and colon:
@@ -143,7 +137,7 @@ def _source(source: str) -> str:
             nearest = get_close_matches(name, BUILTIN_CORPORA, n=1) or BUILTIN_CORPORA
             raise refuse(f"must be a built-in corpus that exists (nearest: builtin:{nearest[0]}) or a path")
         return source
-    return _directory(source)
+    return directory(source)
 
 
 class DataSpec(Section):
@@ -160,7 +154,13 @@ class DataSpec(Section):
     vocab_size: int = Field(
         default=2048,
         ge=257,
-        description="Tokens of the byte-level BPE tokenizer, at most; 256 bytes and one border included.",
+        description="Tokens of the byte-level BPE tokenizer, at most; 256 bytes and one border included. Without "
+        "meaning with a tokenizer that is given.",
+    )
+    tokenizer: Annotated[str, AfterValidator(directory)] | None = Field(
+        default=None,
+        description="A tokenizer.json to use instead of training one; the files beside it name the token that begins a "
+        "document. null: that of model.init_from, else a trained one.",
     )
     holdout: float = Field(
         default=0.05, gt=0, lt=1, description="Fraction of the documents that is kept for validation."
@@ -206,7 +206,7 @@ class TrackingSpec(Section):
 Workers = Annotated[WorkersSpec, BeforeValidator(_workers, json_schema_input_type=WorkersSpec | int | str)]
 Storage = Annotated[
     str,
-    AfterValidator(_directory),
+    AfterValidator(directory),
     BeforeValidator(lambda path: "./runs" if path is None else path, json_schema_input_type=str | None),
 ]
 

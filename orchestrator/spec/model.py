@@ -6,9 +6,35 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section, refuse
+from orchestrator.spec.section import Broken, Section, directory, refuse
 
 HERE = "."
+# What a directory's config.json says as well.
+IN_CONFIG = frozenset(
+    {
+        "vocab_size",
+        "hidden_size",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_size",
+        "intermediate_size",
+        "num_dense_layers",
+        "num_experts",
+        "top_k",
+        "expert_intermediate_size",
+        "num_shared_experts",
+        "router",
+        "num_expert_groups",
+        "top_k_groups",
+        "routed_scaling_factor",
+        "attention_bias",
+        "qk_norm",
+        "rope_theta",
+        "rope_fraction",
+        "norm_eps",
+    }
+)
 
 
 def _entrypoint(entrypoint: str) -> str:
@@ -20,6 +46,17 @@ def _entrypoint(entrypoint: str) -> str:
 class ModelSpec(Section):
     """Sizes of the model. The first `num_dense_layers` layers have one dense MLP, the others routed experts."""
 
+    init_from: Annotated[str, AfterValidator(directory)] | None = Field(
+        default=None,
+        description="Directory of a Glm4MoeForCausalLM as transformers saves it: its weights instead of random ones. "
+        "Sizes that are left out are those of its config.json, others must agree. Every worker reads it.",
+    )
+    vocab_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Rows of the embedding and of the head; those beyond the tokenizer's tokens are never used. null: "
+        "as many as the tokenizer has, or as init_from has.",
+    )
     hidden_size: int = Field(default=128, ge=1, description="Width of the residual stream.")
     num_layers: int = Field(default=4, ge=1, description="Layers, dense ones included.")
     num_heads: int = Field(default=4, ge=1, description="Attention heads for queries.")
@@ -89,8 +126,10 @@ class ModelSpec(Section):
         return round(self.head_size * self.rope_fraction)
 
     def broken_rules(self) -> Iterator[Broken]:
-        yield from self._broken_head_rules()
         yield from self._broken_entrypoint_rules()
+        if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
+            return  # the other sizes are in the directory; all are checked once it is read
+        yield from self._broken_head_rules()
         if self.num_heads % self.num_kv_heads:
             rule = f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
             yield Broken((("num_kv_heads",), ("num_heads",)), rule)
@@ -131,6 +170,9 @@ class ModelSpec(Section):
             if self.recompute != "none":
                 rule = f"recompute must be none with entrypoint: your own model recomputes itself; got {self.recompute}"
                 yield Broken((("recompute",), ("entrypoint",)), rule)
+            if self.init_from is not None:
+                rule = "init_from is for our own model; with entrypoint, let your init_weights(seed) read the weights"
+                yield Broken((("init_from",), ("entrypoint",)), rule)
             return
         for key, is_default in (("options", not self.options), ("code_dir", self.code_dir == HERE)):
             if not is_default:

@@ -53,3 +53,10 @@ class Section(BaseModel):
 def refuse(rule: str) -> PydanticCustomError:
     """The error that a validator of a single value raises. `rule` begins with "must"."""
     return PydanticCustomError("broken_rule", "{rule}", {"rule": rule})
+
+
+def directory(path: str) -> str:
+    """A validator: a path of the file system, whether or not there is anything."""
+    if not path.strip() or "\0" in path or "://" in path:
+        raise refuse("must be a path of the file system")
+    return path

@@ -77,13 +77,14 @@ class Worker:
         spec = JobSpec.model_validate_json(job.job_json)
         device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
         store = TokenStore.open(Path(job.store_dir))
-        workshop = Workshop(self._id, job, spec, store.vocab_size, device)
+        vocab_size = spec.model.vocab_size or store.vocab_size
+        workshop = Workshop(self._id, job, spec, vocab_size, device)
         feed = Feed(spec, store, device)
         if spec.model.entrypoint is not None:
-            rehearse(spec, store.vocab_size, device)
-        warm_up(spec, store.vocab_size, device)
+            rehearse(spec, vocab_size, device)
+        warm_up(spec, vocab_size, device)
         if device.type == "cpu":
-            reserve_memory(spec, store.vocab_size)
+            reserve_memory(spec, vocab_size)
         trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
         threading.Thread(target=trainer.run, name="training", daemon=True).start()

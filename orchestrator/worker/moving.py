@@ -22,6 +22,7 @@ from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
 from orchestrator.worker.agreement import check_agreement
+from orchestrator.worker.beginning import read_pretrained
 from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
 
@@ -97,10 +98,12 @@ def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Progress 
 
 
 def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:
-    """The first generation's shard, made from the seed or read from a checkpoint. Collective over its members.
+    """The first generation's shard: made from the seed, read from another's model, or from a checkpoint. Collective
+    over its members.
 
     Raises:
-        CheckpointCorrupt, DataError: the checkpoint can't be read, or belongs to another model or corpus.
+        UsageError: the directory of another's model isn't there.
+        CheckpointCorrupt, DataError: what is to be read can't be read, or belongs to another model or corpus.
         EntrypointError: the members made different weights.
     """
     clock = _Clock()
@@ -110,11 +113,15 @@ def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[S
     shard = workshop.build(prepared.plan, groups)
     restore = prepared.plan.restore
     if restore is None:
-        shard.model.init_weights(workshop.spec.train.seed)
-        if workshop.spec.model.entrypoint is not None:
-            check_agreement(shard.model, groups.exchange)
-        shard.engine.seeded()
         progress = Progress(-1, 0, sampler)
+        if workshop.spec.model.init_from is None:
+            shard.model.init_weights(workshop.spec.train.seed)
+            if workshop.spec.model.entrypoint is not None:
+                check_agreement(shard.model, groups.exchange)
+            shard.engine.seeded()
+        else:
+            read_pretrained(workshop.spec.model, shard.engine.ranges())
+            shard.engine.loaded(progress.num_updates)
     else:
         progress = read_state(Path(restore.path), shard.engine.ranges(), sampler)
         shard.engine.loaded(progress.num_updates)

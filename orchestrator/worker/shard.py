@@ -65,7 +65,7 @@ class Workshop:
         me: this worker's id.
         job: from the controller.
         spec: the job file.
-        vocab_size: of the tokenizer.
+        vocab_size: of the model; at least the tokenizer's.
     """
 
     def __init__(self, me: str, job: WorkerJob, spec: JobSpec, vocab_size: int, device: torch.device) -> None:

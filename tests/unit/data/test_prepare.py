@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data import prepare as prepare_module
 from orchestrator.data.manifest import PrepareOptions, store_key
-from orchestrator.data.prepare import check_enough, prepare, split_documents
+from orchestrator.data.prepare import check_enough, check_vocabulary, prepare, split_documents
 from orchestrator.data.preparer import Preparer
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
@@ -237,3 +238,33 @@ def test_the_preparer_answers_in_plain_values(texts: Path, tmp_path: Path) -> No
     assert preparer.progress() == ("done", 1.0)
     with pytest.raises(DataError, match="one global batch needs"):
         preparer.prepare(str(texts), 300, 0.3, str(tmp_path / "stores"), 16, 4000)
+
+
+def test_a_given_tokenizer_is_used_and_names_the_store(texts: Path, tmp_path: Path) -> None:
+    learned = prepare(str(texts), 300, 0.3, tmp_path / "stores")
+    saved = learned.tokenizer().to_bytes().replace(b"<|document|>", b"<|endoftext|>")
+    (tmp_path / "tokenizer.json").write_bytes(saved)
+    directories = set()
+    for border in ("<|endoftext|>", "e"):
+        (tmp_path / "config.json").write_text(json.dumps({"bos_token": border}))
+        store = prepare(str(texts), 2048, 0.3, tmp_path / "stores", tokenizer=tmp_path / "tokenizer.json")
+        assert store.tokenizer().to_bytes() == saved and store.vocab_size == learned.vocab_size
+        starts = store.rows("train", np.array([0]), 8).inputs_RT[0, 0]
+        assert starts == store.tokenizer().document_token == store.tokenizer()._tokenizer.token_to_id(border)
+        directories.add(store.directory)
+    assert len(directories | {learned.directory}) == 3
+
+
+def test_a_tokenizer_that_is_none_is_named(texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can't be read: No such file"):
+        prepare(str(texts), 300, 0.3, tmp_path, tokenizer=tmp_path / "none.json")
+    (tmp_path / "some.json").write_text("{}")
+    with pytest.raises(DataError, match=r"some\.json: this is no tokenizer\.json"):
+        prepare(str(texts), 300, 0.3, tmp_path, tokenizer=tmp_path / "some.json")
+
+
+def test_a_model_has_a_row_for_each_token() -> None:
+    check_vocabulary(None, 300)
+    check_vocabulary(320, 300)
+    with pytest.raises(DataError, match="has 300 tokens, the model has rows for 299"):
+        check_vocabulary(299, 300)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,61 @@ def test_a_tokenizer_without_document_token_is_refused() -> None:
     foreign = TOKENIZER.to_bytes().replace(DOCUMENT_TOKEN.encode(), b"<|other|>")
     with pytest.raises(DataError, match="has no token"):
         TextTokenizer(foreign)
+
+
+def _foreign(directory: Path, beside: dict[str, object]) -> Path:
+    """A tokenizer of somebody else, and what the files beside it say."""
+    directory.mkdir()
+    saved = TOKENIZER.to_bytes().replace(DOCUMENT_TOKEN.encode(), b"<|endoftext|>")
+    (directory / "tokenizer.json").write_bytes(saved)
+    for name, content in beside.items():
+        (directory / name).write_text(json.dumps(content))
+    return directory / "tokenizer.json"
+
+
+END, SPACE = 0, TOKENIZER.encode([" "])[0][1]
+
+
+@pytest.mark.parametrize(
+    ("beside", "border"),
+    [
+        ({"tokenizer_config.json": {"bos_token": "Ġ", "eos_token": "<|endoftext|>"}}, SPACE),
+        ({"tokenizer_config.json": {"bos_token": None, "eos_token": {"content": "<|endoftext|>"}}}, END),
+        ({"config.json": {"bos_token_id": None, "eos_token_id": [SPACE, END]}}, SPACE),
+        ({"config.json": {"eos_token_id": SPACE}, "generation_config.json": {"bos_token_id": END}}, END),
+        ({"tokenizer_config.json": {"bos_token": "[absent]"}, "config.json": {"eos_token_id": END}}, END),
+    ],
+    ids=["bos first", "as older versions write it", "one of several numbers", "generation before model", "not known"],
+)
+def test_the_border_of_another_tokenizer_is_what_stands_beside_it(
+    tmp_path: Path, beside: dict[str, object], border: int
+) -> None:
+    tokenizer = TextTokenizer.load(_foreign(tmp_path / "foreign", beside))
+    [tokens] = tokenizer.encode(["the cat"])
+    assert tokens[0] == tokenizer.document_token == border
+    assert tokenizer.decode(tokens[1:]) == "the cat"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = TextTokenizer.load(tmp_path / "tokenizer.json")
+    assert (again.document_token, again.digest) == (tokenizer.document_token, tokenizer.digest)
+
+
+def test_the_digest_of_another_tokenizer_depends_on_its_border(tmp_path: Path) -> None:
+    digests = {
+        TextTokenizer.load(_foreign(tmp_path / str(number), {"config.json": {"eos_token_id": number}})).digest
+        for number in (END, SPACE)
+    }
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("beside", [{}, {"config.json": {"bos_token_id": None, "eos_token_id": 99_999}}])
+def test_a_tokenizer_without_any_border_is_refused(tmp_path: Path, beside: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="names one of its tokens as bos_token or eos_token") as caught:
+        TextTokenizer.load(_foreign(tmp_path / "foreign", beside))
+    assert "tokenizer_config.json" in caught.value.remedy
+
+
+@given(text=st.text())
+def test_a_stream_gives_the_same_text(text: str) -> None:
+    tokens = TOKENIZER.encode_prompt(text)
+    stream = TOKENIZER.stream()
+    assert "".join(map(stream, tokens)) == text

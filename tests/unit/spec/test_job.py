@@ -123,6 +123,7 @@ def test_entrypoints_refused(entrypoint: str) -> None:
         ({"options": {"a": 1}}, "options has a meaning with entrypoint only"),
         ({"code_dir": "src"}, "code_dir has a meaning with entrypoint only"),
         ({"entrypoint": "m:f", "recompute": "full"}, "recompute must be none with entrypoint"),
+        ({"entrypoint": "m:f", "init_from": "there"}, "init_from is for our own model"),
     ],
 )
 def test_keys_that_depend_on_the_entrypoint(model: dict[str, Any], rule: str) -> None:

@@ -1,0 +1,52 @@
+"""Keys and values of tokens that were seen, so that each further token costs the work of one.
+
+Shape legend: B = rows, T = tokens added, C = tokens held, G = key/value heads, S = head size.
+"""
+
+import torch
+from torch import Tensor
+
+from orchestrator.spec.model import ModelSpec
+
+
+class LayerCache:
+    """Of one layer. `length` tokens are held."""
+
+    def __init__(self, room_BGCS: tuple[int, int, int, int], like: Tensor) -> None:
+        self._keys_BGCS, self._values_BGCS = (like.new_empty(room_BGCS) for _ in range(2))
+        self.length = 0
+
+    def append(self, k_BGTS: Tensor, v_BGTS: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in keys, already rotated, and values; returns all that are held now (B, G, C, S), as views.
+
+        Raises:
+            ValueError: there is no room for them.
+        """
+        start, stop = self.length, self.length + k_BGTS.shape[2]
+        if stop > self._keys_BGCS.shape[2]:
+            raise ValueError(f"{stop} tokens in a cache for {self._keys_BGCS.shape[2]}")
+        self._keys_BGCS[:, :, start:stop] = k_BGTS
+        self._values_BGCS[:, :, start:stop] = v_BGTS
+        self.length = stop
+        return self._keys_BGCS[:, :, :stop], self._values_BGCS[:, :, :stop]
+
+
+class KVCache:
+    """Of all layers.
+
+    Args:
+        spec: the model's.
+        batch_size: rows, all of the same length.
+        capacity: tokens of a row at most.
+        like: any weight of the model: number format and device.
+    """
+
+    def __init__(self, spec: ModelSpec, batch_size: int, capacity: int, like: Tensor) -> None:
+        room = (batch_size, spec.num_kv_heads, capacity, spec.head_size)
+        self.layers = [
+            LayerCache(room, torch.empty(0, dtype=like.dtype, device=like.device)) for _ in range(spec.num_layers)
+        ]
+
+    @property
+    def length(self) -> int:
+        return self.layers[0].length

@@ -1,0 +1,153 @@
+"""Runs that begin with another's weights: real ranks read what transformers has saved, and give the same logits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch._C._distributed_c10d import Store
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+from orchestrator.checkpoint.glm4_moe import configuration, shapes
+from orchestrator.checkpoint.pretrained import open_pretrained, resolved
+from orchestrator.elastic.placement import Placement
+from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
+from orchestrator.engine.groups import connect
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel, catalogue
+from orchestrator.spec.model import ModelSpec
+from orchestrator.worker.beginning import read_pretrained
+from tests.support.ranks import Ranks
+from tests.support.small import train_spec
+
+VOCAB, LENGTH = 97, 24
+SPEC = ModelSpec(
+    hidden_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=80,
+    num_experts=5,
+    top_k=3,
+    expert_intermediate_size=24,
+    attention_bias=True,
+    qk_norm=True,
+    rope_fraction=0.5,
+)
+
+
+def _saved(directory: Path, dtype: torch.dtype, **changes: Any) -> Glm4MoeForCausalLM:
+    """A random model, written by transformers."""
+    config = Glm4MoeConfig(**(configuration(SPEC, VOCAB, LENGTH, "float32") | changes))
+    config._attn_implementation = "eager"
+    model = Glm4MoeForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() and tensor.dim() > 0 and tensor.numel() != SPEC.rotary_size // 2:
+                tensor.normal_(0.0, 0.2, generator=generator)
+    model.to(dtype).save_pretrained(directory, max_shard_size="100KB")
+    return Glm4MoeForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+
+def _stacked(directory: Path) -> None:
+    """The same file with experts as they are stacked in memory."""
+    (index,) = directory.glob("*.index.json")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+        file.unlink()
+    index.unlink()
+    for layer in range(SPEC.num_dense_layers, SPEC.num_layers):
+        one = f"model.layers.{layer}.mlp.experts."
+        matrices = [[tensors.pop(f"{one}{e}.{kind}_proj.weight") for kind in ("gate", "up", "down")] for e in range(5)]
+        tensors[f"{one}gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in matrices])
+        tensors[f"{one}down_proj"] = torch.stack([down for _, _, down in matrices])
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _as_it_is(directory: Path) -> None:
+    assert len(list(directory.glob("*.safetensors"))) > 1
+
+
+def _begin(
+    rank: int, world_size: int, store: Store, prefix: str, spec: ModelSpec, precision: str, inputs_BT: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, tuple[int, torch.Tensor]]]:
+    """On a rank: logits after reading, and the ranges that it holds."""
+    placement = Placement.balanced(spec.num_experts, world_size)
+    groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
+    model = MoELanguageModel(spec, VOCAB, ExpertHome(placement, rank, groups.exchange))
+    engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, torch.device("cpu"))
+    read_pretrained(spec, engine.ranges())
+    engine.loaded(0)
+    held = {name: (part.start, part.data.detach().clone()) for name, part in engine.ranges()}
+    with torch.no_grad():
+        return model(inputs_BT), held
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "changes", "rewrite"),
+    [
+        pytest.param(torch.float32, {}, _as_it_is, id="fp32"),
+        pytest.param(torch.bfloat16, {}, _as_it_is, id="bf16"),
+        pytest.param(torch.float16, {}, _stacked, id="fp16, experts stacked"),
+        pytest.param(torch.float32, {"tie_word_embeddings": True}, _as_it_is, id="head tied to the embedding"),
+    ],
+)
+def test_logits_equal_those_of_who_saved_it(
+    ranks: Ranks,
+    tmp_path: Path,
+    world_size: int,
+    dtype: torch.dtype,
+    changes: dict[str, Any],
+    rewrite: Callable[[Path], None],
+) -> None:
+    theirs = _saved(tmp_path / "hf", dtype, **changes)
+    rewrite(tmp_path / "hf")
+    spec = resolved(ModelSpec(init_from=str(tmp_path / "hf")), tmp_path / "hf")
+    open_pretrained(tmp_path / "hf").check(spec)
+    inputs_BT = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = theirs(input_ids=inputs_BT).logits
+    for logits, _ in ranks.run(_begin, world_size, spec, "fp32", inputs_BT):
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_masters_keep_what_weights_in_bf16_round(ranks: Ranks, tmp_path: Path) -> None:
+    theirs = _saved(tmp_path / "hf", torch.float32).state_dict()
+    spec = resolved(ModelSpec(init_from=str(tmp_path / "hf")), tmp_path / "hf")
+    answers = ranks.run(_begin, 2, spec, "bf16", torch.zeros(1, LENGTH, dtype=torch.int64))
+    covered = 0
+    for _, held in answers:
+        for name, (start, data) in held.items():
+            if "/head" in name:
+                whole = theirs["lm_head.weight"].flatten()[start : start + len(data)]
+            elif "/layers.2.mlp.experts." in name and name.endswith("gate_up"):
+                expert = theirs["model.layers.2.mlp.experts.gate_up_proj"][int(name.split(".")[4])].flatten()
+                whole = expert[start : start + len(data)]
+            else:
+                continue
+            kind = name.partition("/")[0]
+            wanted = {"param": whole.bfloat16(), "master": whole}.get(kind, torch.zeros_like(whole))
+            assert torch.equal(data, wanted), name
+            covered += len(data) if kind == "master" else 0
+    assert covered == VOCAB * SPEC.hidden_size + SPEC.num_experts * 2 * 24 * SPEC.hidden_size
+
+
+def test_shapes_are_those_of_the_model() -> None:
+    for changes in ({}, {"num_shared_experts": 2, "attention_bias": False, "qk_norm": False, "num_dense_layers": 0}):
+        spec = SPEC.model_copy(update=changes)
+        _, _, ours = catalogue(spec, VOCAB)
+        assert dict(shapes(spec, VOCAB)) == ours
+
+
+def test_transformers_writes_experts_one_by_one(tmp_path: Path) -> None:
+    """If this changes, the stacked form is what new directories have; both are read."""
+    _saved(tmp_path / "hf", torch.float32)
+    (index,) = (tmp_path / "hf").glob("*.index.json")
+    names = json.loads(index.read_text())["weight_map"]
+    assert "model.layers.1.mlp.experts.4.gate_proj.weight" in names

@@ -1,0 +1,42 @@
+"""A small directory as transformers saves a `Glm4MoeForCausalLM`, made without torch for tests that look at it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from orchestrator.checkpoint.glm4_moe import configuration, shapes, their_names
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.spec.model import ModelSpec
+
+VOCAB = 300
+SPEC = ModelSpec(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    intermediate_size=24,
+    num_experts=4,
+    top_k=2,
+    expert_intermediate_size=8,
+    rope_fraction=0.5,
+)
+
+
+def write_directory(directory: Path, **changes: Any) -> Path:
+    """The directory, with keys of its config.json changed; None takes one out."""
+    directory.mkdir(parents=True)
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for name, shape in shapes(SPEC, VOCAB):
+        names = their_names(name)
+        for theirs in names:
+            tensors[theirs] = np.ones((shape[0] // len(names), *shape[1:]), dtype=np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    config = configuration(SPEC, VOCAB, 32, "float32") | changes
+    left = {key: value for key, value in config.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(left))
+    TextTokenizer.train(["some text to learn from, and some more text"], 280).save(directory / "tokenizer.json")
+    return directory
