@@ -174,6 +174,7 @@ def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 600
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back_has_every_value_once(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/server.db"
     server = MlflowServer(uri, log=tmp_path / "server.log")
