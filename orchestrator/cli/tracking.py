@@ -75,11 +75,7 @@ def sync(
 
     run_dir = find_run(run, storage, address).files.run_dir
     waiting = waits_for_delivery(run_dir)
-    say(
-        f"{counted(waiting, 'value')} and other things of run {run} wait."
-        if waiting
-        else f"Nothing of run {run} waits."
-    )
+    say(f"{counted(waiting, 'thing')} of run {run} waiting for MLflow; looking for what else it lacks.")
     state = deliver(run_dir, timeout)
     if state["waiting"]:
         raise NotFinished(

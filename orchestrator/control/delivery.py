@@ -44,7 +44,7 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
     except NotFound as error:
         raise NotFinished(
             f"run {run_dir.name} has not ended, as far as its storage knows",
-            remedy="While it goes on its tracker delivers; after the loss of its cluster `orchestrator resume` goes on.",
+            remedy="Its tracker delivers while it goes on; if it lost its cluster, `orchestrator resume` goes on.",
             unchanged="Nothing was changed.",
         ) from error
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
