@@ -55,3 +55,14 @@ def test_loss_gives_equal_gradients() -> None:
     line = quick("loss")
     assert [bar["name"] for bar in line["bars"]] == ["memory_share", "speed", "sqrt_slope", "gradients_equal"]
     assert line["bars"][3]["met"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_tracking_has_every_value_once() -> None:
+    line = quick("tracking")
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met["missing"] and met["duplicates"]
+    assert line["metrics"]["values"] >= 3000 and line["metrics"]["outage_s"] >= 3.0
+    assert line["metrics"]["ratio_with_server"]["median"] > 0
