@@ -42,6 +42,11 @@ DECLARED = (
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),
     Metric("elastic/rescale_stall_s", "s", Kind.GAUGE, "training time lost to a rescale, at its first step"),
     Metric("elastic/moved_bytes", "bytes", Kind.GAUGE, "state sent between workers in a rescale, at its first step"),
+    Metric("system/cpu_percent", "%", Kind.GAUGE, "processor time in use on a node, of all its cores; one per node"),
+    Metric("system/memory_bytes", "bytes", Kind.GAUGE, "memory in use on a node; one per node"),
+    Metric("system/disk_percent", "%", Kind.GAUGE, "how full the file system of the run storage is; one per node"),
+    Metric("system/sent_bytes_per_second", "bytes/s", Kind.GAUGE, "network traffic sent by a node; one per node"),
+    Metric("system/received_bytes_per_second", "bytes/s", Kind.GAUGE, "network traffic received; one per node"),
     Metric("moe/max_violation", "1", Kind.GAUGE, "MaxVio: max over layers of (largest expert load / mean load - 1)"),
 )
 

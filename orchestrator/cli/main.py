@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from orchestrator.cli import checkpoints, cluster, doctor, job_files, models, records, run, runs
+from orchestrator.cli import checkpoints, cluster, doctor, job_files, models, records, run, runs, tracking
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
@@ -26,6 +26,7 @@ run.register(app)
 runs.register(app)
 records.register(app)
 checkpoints.register(app)
+tracking.register(app)
 models.register(app)
 doctor.register(app)
 job_files.register(app)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from orchestrator.data.prepare import check_enough, check_vocabulary, prepare
 from orchestrator.spec.job import JobSpec
+from orchestrator.tracking.sink import Dataset
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class PreparedData:
     store_dir: str
     vocab_size: int
     tokenizer: str  # file in the run's directory
+    datasets: tuple[Dataset, ...] = ()  # what a tracker shows of it
 
 
 class Preparation:
@@ -40,4 +42,11 @@ class Preparation:
         check_enough(store, job.train.sequence_length, job.train.global_batch_size, int(job.eval.every is not None))
         tokenizer = Path(run_dir) / "tokenizer.json"
         store.tokenizer().save(tokenizer)
-        return PreparedData(str(store.directory), store.vocab_size, str(tokenizer))
+        datasets = tuple(
+            Dataset(
+                f"{source.name}/{split}", split, source.digest, data.source, counts.num_documents, counts.num_tokens
+            )
+            for source in store.manifest.sources
+            for split, counts in store.manifest.splits.items()
+        )
+        return PreparedData(str(store.directory), store.vocab_size, str(tokenizer), datasets)

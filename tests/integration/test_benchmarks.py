@@ -66,3 +66,14 @@ def test_moe_layer_compares_the_same_routes() -> None:
         (dtype, routing) for dtype in ("fp32", "bf16") for routing in ("balanced", "skewed")
     }
     assert all(set(case["ms"]) == {"ours", "deepspeed", "grouped_mm", "bmm"} for case in cases)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_tracking_has_every_value_once() -> None:
+    line = quick("tracking")
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met["missing"] and met["duplicates"]
+    assert line["metrics"]["values"] >= 3000 and line["metrics"]["outage_s"] >= 3.0
+    assert line["metrics"]["ratio_with_server"]["median"] > 0

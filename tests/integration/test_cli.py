@@ -3,13 +3,17 @@
 import json
 import os
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.control import local_cluster
@@ -160,11 +164,37 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     done = here.until_ended("sleeper")
     assert done.phase == "succeeded" and done.step == 300
     assert "each exactly once" in here("audit", "sleeper").stdout
+    # The simulated run's tracker has told MLflow nothing: all of it comes from the journal.
+    assert "MLflow has everything" in here("sync", "sleeper").stderr
+    store = sqlite3.connect(here.directory / "runs" / "mlflow.db")
+    assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+    losses = store.execute("SELECT step FROM metrics WHERE key = 'train/loss'").fetchall()
+    store.close()
+    assert sorted(step for (step,) in losses) == list(range(300))
     assert "has done all its 300 steps" in here("resume", "sleeper", expect=2).stderr
     shard = next(Path(str(done.checkpoint)).glob("shard-*"))
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     told = here("resume", "sleeper", expect=100).stderr
     assert shard.name in told and "The newest good checkpoint before it is" in told
+
+
+def test_mlflow_is_served_until_an_interrupt_and_leaves_nothing(alone: Here) -> None:
+    assert "holds no mlflow.db" in alone("ui", expect=2).stderr
+    process = alone.start("ui", "--uri", f"sqlite:///{alone.directory}/other.db", "--port", str(_free_port()))
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    with urllib.request.urlopen(f"{address}/health") as answer:
+        assert answer.read() == b"OK"
+    served = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert psutil.wait_procs(served, timeout=10)[1] == []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_logs_are_followed_to_the_end(here: Here) -> None:

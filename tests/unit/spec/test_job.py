@@ -72,7 +72,10 @@ def test_sources_refused(source: str) -> None:
         job(data={"source": source})
 
 
-@pytest.mark.parametrize("uri", [None, "sqlite:////runs/x.db", "http://127.0.0.1:5000", "https://mlflow.example/base"])
+@pytest.mark.parametrize(
+    "uri",
+    [None, "postgresql://me@host/db", "sqlite:////runs/x.db", "http://127.0.0.1:5000", "https://mlflow.example/base"],
+)
 def test_tracking_uris(uri: str | None) -> None:
     assert job(tracking={"uri": uri}).tracking.uri == uri
 
@@ -189,3 +192,23 @@ def test_schedule_at_the_bounds() -> None:
     assert job(workers=spec, train={"steps": 2}).workers.schedule[0].at_step == 1
     with pytest.raises(ValidationError, match="less than train.steps"):
         job(workers=spec, train={"steps": 1})
+
+
+def test_a_registered_model_may_have_an_alias() -> None:
+    named = job(tracking={"register_as": "books moe-1.0", "alias": "champion"}).tracking
+    assert (named.register_as, named.alias) == ("books moe-1.0", "champion")
+
+
+@pytest.mark.parametrize(
+    ("tracking", "rule"),
+    [
+        pytest.param({"alias": "champion"}, "alias needs register_as", id="alias-alone"),
+        pytest.param({"register_as": "a", "alias": "v2"}, "MLflow's own", id="version"),
+        pytest.param({"register_as": "a", "alias": "Latest"}, "MLflow's own", id="latest"),
+        pytest.param({"register_as": "a/b"}, "must begin with a letter", id="slash"),
+        pytest.param({"register_as": ""}, "must begin with a letter", id="empty"),
+    ],
+)
+def test_names_that_mlflow_would_refuse_are_refused_here(tracking: dict[str, str], rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        job(tracking=tracking)
