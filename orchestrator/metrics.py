@@ -38,6 +38,7 @@ DECLARED = (
     Metric("eval/loss", "nats", Kind.GAUGE, "mean cross-entropy over the target tokens of the validation rows"),
     Metric("perf/tokens_per_second", "tokens/s", Kind.GAUGE, "target tokens of the step over its duration, all ranks"),
     Metric("perf/step_s", "s", Kind.GAUGE, "duration of the step, vote to vote, without the stall of a rescale"),
+    Metric("perf/data_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),
     Metric("elastic/rescale_stall_s", "s", Kind.GAUGE, "training time lost to a rescale, at its first step"),

@@ -10,7 +10,7 @@ import traceback
 
 import typer
 
-from orchestrator.cli import checkpoints, cluster, doctor, job_files, models, records, run, runs, tracking
+from orchestrator.cli import checkpoints, cluster, doctor, job_files, models, plan, records, run, runs, tracking
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
@@ -30,6 +30,7 @@ tracking.register(app)
 models.register(app)
 doctor.register(app)
 job_files.register(app)
+plan.register(app)
 app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
 
 

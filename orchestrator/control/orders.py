@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from orchestrator.checkpoint.pretrained import open_pretrained, resolved
 from orchestrator.control.entrypoint import check_entrypoint
 from orchestrator.data.files import KINDS, suffix_of
+from orchestrator.data.folders import text_files
 from orchestrator.data.prepare import check_vocabulary, load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.spec.job import JobSpec
@@ -100,7 +101,7 @@ def _absolute_source(source: str) -> str:
     if not path.exists():
         wrong = "does not exist"
     elif path.is_dir():
-        wrong = "" if any(suffix_of(file) for file in path.rglob("*")) else f"holds no file of {KINDS}"
+        wrong = "" if text_files(path) else f"holds no file of {KINDS}"
     else:
         wrong = "" if suffix_of(path) else f"is none of {KINDS}"
     if wrong:

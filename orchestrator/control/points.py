@@ -21,6 +21,7 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "train/tokens": tokens,
             "train/skipped": skipped,
             "perf/step_s": record.step_s,
+            "perf/data_wait_s": record.data_wait_s,
             "perf/tokens_per_second": record.tokens / record.step_s,
             "elastic/world_size": record.world_size,
             "elastic/generation": record.generation,

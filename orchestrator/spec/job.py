@@ -146,7 +146,8 @@ class DataSpec(Section):
     source: Annotated[str, AfterValidator(_source)] = Field(
         default="builtin:stdlib",
         description="`builtin:stdlib` (the running Python's own library), one file, or a folder of files: .txt or "
-        ".jsonl, both also as .gz, .parquet, or .arrow as the datasets library saves it.",
+        ".jsonl, both also as .gz, .parquet or .arrow. Of a folder that the datasets library saved, the files that it "
+        "names are read in its order; of one with several splits, `train`.",
     )
     text_key: str = Field(
         default="text", min_length=1, description="Key or column that holds the text, in files that have rows."

@@ -28,6 +28,7 @@ from orchestrator.worker.desk import Desk
 from orchestrator.worker.faults import kind_of
 from orchestrator.worker.feed import Feed, StepFeed
 from orchestrator.worker.moving import Held, Prepared, announce, announced, first_shard, move
+from orchestrator.worker.prefetch import Prefetch
 from orchestrator.worker.preparing import Preparations
 from orchestrator.worker.saving import Saver
 from orchestrator.worker.shard import Progress, Shard, Workshop
@@ -50,6 +51,7 @@ class Trainer:
     def __init__(self, desk: Desk, workshop: Workshop, feed: Feed) -> None:
         self._desk, self._workshop, self._feed = desk, workshop, feed
         self._spec = workshop.spec
+        self._prefetch = Prefetch(feed, workshop.spec.train.steps)
         self._preparations = Preparations(workshop, desk)
         checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
         self._saver = Saver(checkpoints, workshop.saved_shapes(), self._saved, self._not_saved)
@@ -67,6 +69,7 @@ class Trainer:
             self._fail(error)
         finally:
             self._preparations.close()
+            self._prefetch.close()
             disconnect()
 
     def _live(self) -> None:
@@ -114,7 +117,8 @@ class Trainer:
     def step(self, shard: Shard, step: int) -> Outcome:
         """Slots, update, vote: after it every member knows that all have finished the step."""
         started = time.perf_counter()
-        feed = self._feed.step(step, shard.rank, shard.world.size)
+        feed = self._prefetch.step(step, shard.rank, shard.world.size)
+        data_wait_s = time.perf_counter() - started
         losses = np.zeros(feed.num_slots)
         counts_LE = torch.zeros(len(shard.model.moe_layers), self._spec.model.num_experts, dtype=torch.int64)
         for slot in feed.slots:
@@ -153,6 +157,7 @@ class Trainer:
             num_positions=feed.num_positions,
             step_s=time.perf_counter() - started,
             vote_time=time.time(),
+            data_wait_s=data_wait_s,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),
