@@ -1,10 +1,9 @@
 """Where a run can be read: in the cluster while that is up, in run storage at any time."""
 
-from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.run_files import RunFiles
+from orchestrator.control.run_files import RunFiles, runs_in
 from orchestrator.errors import ClusterUnreachable, NotFound
 from orchestrator.protocol.status import RunStatus
 
@@ -29,8 +28,8 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
     """The run in the named storage; else in the cluster; else, if no cluster knows it, in ./runs.
 
     Raises:
-        NotFound: there is no such run.
-        ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
+        NotFound: there is no such run; names like it are named.
+        ClusterUnreachable: neither storage nor address named one, and ./runs holds no run at all.
     """
     if storage is not None:
         return FoundRun(run_id, RunFiles(storage.absolute() / run_id), None)
@@ -40,7 +39,11 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
     except (ClusterUnreachable, NotFound) as error:
         if address is not None:
             raise
-        with suppress(NotFound):
-            return FoundRun(run_id, RunFiles(DEFAULT_STORAGE.absolute() / run_id), None)
+        here = DEFAULT_STORAGE.absolute()
+        try:
+            return FoundRun(run_id, RunFiles(here / run_id), None)
+        except NotFound as unknown:
+            if isinstance(error, ClusterUnreachable) and runs_in(here):  # its name may be misspelt
+                raise unknown from None
         error.remedy += " A run that has left its cluster is read from run storage: --storage DIR."
         raise

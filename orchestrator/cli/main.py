@@ -10,7 +10,19 @@ import traceback
 
 import typer
 
-from orchestrator.cli import checkpoints, cluster, doctor, job_files, models, plan, records, run, runs, tracking
+from orchestrator.cli import (
+    checkpoints,
+    cluster,
+    doctor,
+    inference,
+    job_files,
+    models,
+    plan,
+    records,
+    run,
+    runs,
+    tracking,
+)
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
@@ -28,6 +40,7 @@ records.register(app)
 checkpoints.register(app)
 tracking.register(app)
 models.register(app)
+inference.register(app)
 doctor.register(app)
 job_files.register(app)
 plan.register(app)

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from orchestrator.errors import NotFound
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
+from orchestrator.spec.job import JobSpec
 
 LOOK_EVERY_S = 0.3
+NAMED_AT_MOST = 5  # runs in a message
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3}")  # how a log line begins; others continue the one before
 
 
@@ -36,11 +39,20 @@ class RunFiles:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        if newest_epoch(run_dir) == 0 and not (run_dir / "job.json").exists():
-            raise NotFound(
-                f"{run_dir} holds no run", remedy="Name the run storage that the job file names: --storage DIR."
-            )
+        if not _holds_run(run_dir):
+            known = runs_in(run_dir.parent)
+            near = get_close_matches(run_dir.name, known, n=3)
+            remedy = "Name the run storage that the job file names: --storage DIR."
+            if near:
+                remedy = f"Did you mean {' or '.join(near)}? Else name the run's storage: --storage DIR."
+            elif known:
+                remedy = f"Runs there: {', '.join(known[:NAMED_AT_MOST])}. Else name the run's storage: --storage DIR."
+            raise NotFound(f"{run_dir} holds no run", remedy=remedy)
         self.run_dir = run_dir
+
+    def job(self) -> JobSpec:
+        """The job that it is a run of, with every path absolute."""
+        return JobSpec.model_validate_json((self.run_dir / "job.json").read_text())
 
     def status(self) -> RunStatus:
         """How the run ended; of one that hasn't, what its journal tells."""
@@ -89,6 +101,15 @@ class RunFiles:
             if last_look:
                 return
             time.sleep(LOOK_EVERY_S)
+
+
+def runs_in(storage: Path) -> list[str]:
+    """Names of the runs that lie in a run storage."""
+    return sorted(path.name for path in storage.iterdir() if _holds_run(path)) if storage.is_dir() else []
+
+
+def _holds_run(run_dir: Path) -> bool:
+    return newest_epoch(run_dir) > 0 or (run_dir / "job.json").exists()
 
 
 def _read_on(path: Path, offsets: dict[Path, int]) -> list[LogLine]:

@@ -73,5 +73,14 @@ def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir:
 
 
 def test_a_directory_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="holds no run"):
+    with pytest.raises(NotFound, match="holds no run.*Name the run storage"):
         RunFiles(tmp_path / "nothing")
+
+
+def test_runs_of_like_names_are_named(tmp_path: Path) -> None:
+    for name in ("books", "books-2", "other"):
+        acquire_epoch(tmp_path / name)
+    with pytest.raises(NotFound, match="Did you mean books or books-2?"):
+        RunFiles(tmp_path / "bookz")
+    with pytest.raises(NotFound, match="Runs there: books, books-2, other"):
+        RunFiles(tmp_path / "x")

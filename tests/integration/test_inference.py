@@ -1,0 +1,238 @@
+"""`eval` and `generate` on a run in storage: a process with torch, and Hugging Face's own answers to compare with."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator.checkpoint.exporting import export_hf
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.cli.main import main
+from orchestrator.control.inference import ask_model, store_of
+from orchestrator.control.journal import Journal, acquire_epoch
+from orchestrator.control.preparation import PreparedData
+from orchestrator.data.store import TokenStore
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.elastic.placement import Placement
+from orchestrator.errors import CheckpointCorrupt, DataError, OrchestratorError
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.generating import generate
+from tests.integration.test_glm4_moe import _checkpoint_of
+from tests.support.texts import small_job
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "def __init__(self, name):"
+PADDING = 20  # rows of the vocabulary beyond the tokenizer's
+
+
+@pytest.fixture(scope="module")
+def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of a random model with a padded vocabulary leaves: job, tokenizer, journal, checkpoint."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tried"
+    store = TokenStore.open(store_dir)
+    sizes = {"vocab_size": store.vocab_size + PADDING, "init_std": 0.2, "qk_norm": True}
+    job = small_job(texts, model=sizes, sequence_length=32)
+    model = _random(job)
+    _checkpoint_of(model, run_dir / "checkpoints")
+    (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
+    store.tokenizer().save(run_dir / "tokenizer.json")
+    data = PreparedData(str(store_dir), store.vocab_size, str(run_dir / "tokenizer.json"))
+    Journal(run_dir, acquire_epoch(run_dir)).append([{"kind": "prepared", "data": to_plain(data)}])
+    return run_dir
+
+
+@torch.no_grad()
+def _random(job: JobSpec, document_logit: float = -9.0) -> MoELanguageModel:
+    """Its first channel is constant: by it padding would win each choice if it could, and documents go on."""
+    assert job.model.vocab_size is not None
+    home = ExpertHome(Placement.balanced(job.model.num_experts, 1), 0, None)
+    model = MoELanguageModel(job.model, job.model.vocab_size, home)
+    model.init_weights(5)
+    for name, param in model.named_parameters():
+        if name.endswith((".output", ".down")):
+            param[0] = 0.0
+    model.embedding.weight[:, 0] = 1.0
+    model.head[:, 0] = 0.0
+    model.head[-PADDING:, 0] = 9.0
+    model.head[0, 0] = document_logit
+    return model
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def orchestrator(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+    def run(*args: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["orchestrator", *args, "--storage", str(run_dir.parent)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Done(int(end.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_greedy_text_is_that_of_transformers(orchestrator: Callable[..., Done], run_dir: Path, tmp_path: Path) -> None:
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    export_hf(run_dir / "checkpoints" / "step-00000007", job, run_dir / "tokenizer.json", tmp_path / "hf", "fp32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    encoded = AutoTokenizer.from_pretrained(tmp_path / "hf")(PROMPT, return_tensors="pt")["input_ids"]
+    known = TextTokenizer.load(run_dir / "tokenizer.json")
+    padding = list(range(known.vocab_size, known.vocab_size + PADDING))
+    settings = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": padding}
+    wanted = theirs.generate(encoded, **settings)[0, encoded.shape[1] :].tolist()
+
+    done = orchestrator(
+        "generate", "tried", "--prompt", PROMPT, "--max-tokens", "40", "--temperature", "0", "-o", "json"
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tokens"] == wanted and len(wanted) == 40
+    assert found["text"] == known.decode(found["tokens"])
+    assert found["prompt_tokens"] == encoded.shape[1]
+    assert f"pass the {job.train.sequence_length} that a row had in training" in done.stderr
+
+
+def test_a_text_ends_with_its_document(run_dir: Path) -> None:
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
+    request = Generation(str(run_dir), "", PROMPT, 5, 0.0, None, 1.0, 0)
+    (result,) = generate(request, job, tokenizer, _random(job, document_logit=9.0))
+    assert isinstance(result, GenerationResult)
+    assert (result.ended, result.tokens, result.text) == (True, (), "")
+
+
+def test_a_seed_gives_the_same_text_again(orchestrator: Callable[..., Done]) -> None:
+    once, again, other = (
+        orchestrator("generate", "tried", "--prompt", "import", "--max-tokens", "20", "--seed", seed).stdout
+        for seed in ("1", "1", "2")
+    )
+    assert once == again != other
+
+
+def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
+    orchestrator: Callable[..., Done], run_dir: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    model, store = _random(job), TokenStore.open(store_dir)
+    rows = store.rows("validation", np.arange(5), 32)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(rows.inputs_RT))
+    targets = torch.from_numpy(rows.targets_RT).flatten()
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100).item()
+    found = json.loads(orchestrator("eval", "tried", "--max-rows", "5", "-o", "json").stdout)
+    assert (found["rows"], found["tokens"]) == (5, int((targets != -100).sum()))
+    assert found["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
+
+    text = "a text of its own: größer als zuvor\n" * 9
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"body": text}) + "\n")
+    [tokens] = store.tokenizer().encode([text])
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 32):
+        row = torch.tensor(tokens[start : start + 33])
+        with torch.no_grad():
+            nats += F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum").item()
+    options = ("--corpus", str(tmp_path / "mine.jsonl"), "--text-key", "body", "-o", "json")
+    found = json.loads(orchestrator("eval", "tried", *options).stdout)
+    assert (found["tokens"], found["num_bytes"]) == (len(tokens) - 1, len(text.encode()))
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "rule"),
+    [
+        (("eval", "tired"), 102, "Did you mean tried?"),
+        (("eval", "tried", "--step", "3"), 102, "it holds 7"),
+        (("eval", "tried", "--corpus", "/nowhere"), 2, "--corpus /nowhere doesn't exist"),
+        (("eval", "tried", "--corpus", "x.txt", "--split", "train"), 2, "--split is of the run's own text"),
+        (("eval", "tried", "--text-key", "body"), 2, "--text-key is of a text that --corpus names"),
+        (("generate", "tried", "--prompt", ""), 2, "the prompt is empty"),
+        (("generate", "tried", "--prompt", "a", "--top-p", "0"), 2, "--top-p is 0.0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_is_named(orchestrator: Callable[..., Done], args: tuple[str, ...], code: int, rule: str) -> None:
+    done = orchestrator(*args)
+    assert (done.returncode, done.stdout) == (code, "") and rule in done.stderr
+
+
+def test_a_table_without_the_text_is_named_by_the_option(orchestrator: Callable[..., Done], tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "some.parquet")
+    done = orchestrator("eval", "tried", "--corpus", str(tmp_path / "some.parquet"))
+    assert done.returncode == 2
+    assert "has no 'text'; it has 'body'" in done.stderr and "--text-key" in done.stderr
+
+
+def _ask(run_dir: Path, checkpoint: Path) -> EvaluationResult:
+    (result,) = ask_model(Evaluation(str(run_dir), str(checkpoint), store_of("tried", run_dir), max_rows=1))
+    assert isinstance(result, EvaluationResult)
+    return result
+
+
+def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    checkpoint = run_dir / "checkpoints" / "step-00000007"
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("journal", "epochs"):
+        (other / name).symlink_to(run_dir / name)
+    narrow = job.model.model_copy(update={"expert_intermediate_size": 8})
+    (other / "job.json").write_text(job.model_copy(update={"model": narrow}).model_dump_json(by_alias=True))
+    (other / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
+    with pytest.raises(CheckpointCorrupt, match="of another model or tokenizer.*it has"):
+        _ask(other, checkpoint)
+    (other / "job.json").write_text(job.model_dump_json(by_alias=True))
+    TextTokenizer.train(["some other text"], 270).save(other / "tokenizer.json")
+    with pytest.raises(DataError, match="are those of another tokenizer"):
+        _ask(other, checkpoint)
+
+
+def test_a_process_that_dies_says_what_it_said(run_dir: Path, tmp_path: Path) -> None:
+    with CheckpointReader(run_dir / "checkpoints" / "step-00000007") as reader:
+        reader.verify()
+    with pytest.raises(OrchestratorError, match=r"(?s)ended by itself \(1\).*FileNotFoundError"):
+        list(ask_model(Evaluation(str(tmp_path), "no checkpoint", "no store")))
+
+
+def test_ctrl_c_ends_the_text_and_the_process(run_dir: Path) -> None:
+    command = [sys.executable, "-m", "orchestrator.cli.main", "generate", "tried", "--storage", str(run_dir.parent)]
+    process = subprocess.Popen(
+        [*command, "--prompt", PROMPT, "--max-tokens", "100000"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # as from a terminal
+    )
+    assert process.stdout is not None and process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)  # ends with the pipe's last writer
+    assert process.returncode == 130
