@@ -23,6 +23,7 @@ from orchestrator.tracking.sink import MetricPoint
 log = logging.getLogger("orchestrator.control")
 
 NAMES = ("preparation", "rendezvous", "tracker")
+LOOK_EVERY_S = 1.0
 FINISH_S = 30.0  # how long the end of a run waits for its tracker
 
 
@@ -35,6 +36,8 @@ class Facilities:
         self._handles: dict[str, Handle] = {}
         self.address: tuple[str, int] | None = None
         self.data: PreparedData | None = None
+        self.preparing = ""  # how far the data is, in words; empty once it is there
+        self._asked_s = 0.0  # when its progress was last asked for
         self._known_data: PreparedData | None = None
         self.tracking_url: str | None = None
         self.warning: str | None = None  # metrics that don't arrive
@@ -63,11 +66,19 @@ class Facilities:
         self._begin("tracker", self._parts.tracker, args, max_restarts=-1, calls_at_once=1)
         self._call("tracker", "artifact", self._epoch, str(self._run_dir / "job.yaml"))
 
+    def look_at_preparation(self, now_s: float) -> None:
+        """Ask how far the data is, once in a while."""
+        if "preparation" in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
+            self._asked_s = now_s
+            self._call("preparation", "progress")
+
     def take(self, answer: Answer) -> None:
         """Note an answer, or the fault that it is."""
         error = answer.future.exception()
         if error is None:
             self._note(answer)
+        elif answer.method == "progress":  # it has ended meanwhile
+            return
         elif answer.of == "tracker":
             log.warning("tracker: %s failed: %s", answer.method, reason_of(error))
         else:
@@ -106,7 +117,10 @@ class Facilities:
         result = answer.future.result()
         if answer.method == "address":
             self.address = (result[0], int(result[1]))
+        elif answer.method == "progress" and self.data is None:
+            self.preparing = f"prepares the data: {result[0]}, {result[1]:.0%}"
         elif answer.method == "prepare":
+            self.preparing = ""
             self._prepared(result)
             ray.kill(self._handles.pop("preparation"), no_restart=True)
             self._call("tracker", "artifact", self._epoch, result.tokenizer)

@@ -18,7 +18,14 @@ class PreparedData:
 
 
 class Preparation:
-    """Hosted by `control.host`, so that control itself loads no tokenizer."""
+    """Hosted by `control.host`, so that control itself loads no tokenizer. Its methods may run at once."""
+
+    def __init__(self) -> None:
+        self._progress = ("reading", 0.0)
+
+    def progress(self) -> tuple[str, float]:
+        """The stage, and the fraction of it that is done."""
+        return self._progress
 
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
         """Make or find the job's token store below `data_dir`.
@@ -29,8 +36,11 @@ class Preparation:
         """
         job = JobSpec.model_validate_json(job_json)
         data = job.data
-        store = prepare(data.source, data.vocab_size, data.holdout, Path(data_dir), text_key=data.text_key)
+        store = prepare(data.source, data.vocab_size, data.holdout, Path(data_dir), self._tell, data.text_key)
         check_enough(store, job.train.sequence_length, job.train.global_batch_size, int(job.eval.every is not None))
         tokenizer = Path(run_dir) / "tokenizer.json"
         shutil.copyfile(store.tokenizer_path, tokenizer)
         return PreparedData(str(store.directory), store.vocab_size, str(tokenizer))
+
+    def _tell(self, stage: str, fraction: float) -> None:
+        self._progress = (stage, fraction)

@@ -45,7 +45,11 @@ class Worker:
         with self._warming:
             if self._desk.state.phase is Phase.COLD:
                 self._desk.publish(phase=Phase.WARMING)
-                self._start(job)
+                try:
+                    self._start(job)
+                except Exception:
+                    log.exception("%s could not warm up", self._id)  # the caller gets the error, the log its traceback
+                    raise
         return self.report(None, -1, 0.0)
 
     def direct(self, directive: Directive) -> Report:

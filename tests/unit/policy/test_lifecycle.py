@@ -287,9 +287,10 @@ def test_a_members_own_error_is_named_before_its_peers_complaints() -> None:
     life.run_until(lambda: life.step == 4)
     life.frozen = {"w0", "w1"}
     life.say("w0", phase=Phase.FAILED, error=WorkerError("peer_lost", "connection closed"))
-    life.say("w1", phase=Phase.FAILED, error=WorkerError("out_of_memory", "no 3 GiB left"))
+    life.say("w1", phase=Phase.FAILED, error=WorkerError("out_of_memory", "no 3 GiB left", "Traceback: line 3"))
     life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=5)
     assert "w1 failed: out_of_memory: no 3 GiB left" in life.state.why
+    assert life.state.traceback == "Traceback: line 3"
 
 
 def test_a_lost_standby_is_replaced() -> None:
@@ -306,9 +307,12 @@ def test_workers_that_never_get_warm_end_the_run() -> None:
     for number in range(3):
         life.run_until(lambda n=number: f"w{n}" in life.reports)
         life.frozen.add(f"w{number}")
-        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("user_error", "no such module"))
+        life.say(
+            f"w{number}", phase=Phase.FAILED, error=WorkerError("user_error", "no such module", "Traceback: line 1")
+        )
     life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
     assert life.state.outcome is RunPhase.FAILED and "no such module" in life.state.why
+    assert life.state.traceback == "Traceback: line 1"
 
 
 def test_a_fault_outside_the_workers_ends_the_run() -> None:
