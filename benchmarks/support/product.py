@@ -60,12 +60,12 @@ class LiveRun:
 
     def __init__(self, client: OrchestratorClient, job: JobSpec, **options: Any) -> None:
         self._client, self._id = client, client.submit(job, **options)
-        self.run_dir = Path(client.status(self._id).run_dir)
+        self.run_dir = Path(client.get(self._id).run_dir)
 
     def until(self, condition: Callable[[RunStatus], bool], what: str) -> RunStatus:
         """Wait for a status. Raises RuntimeError if the run ends before, or it takes more than `PATIENCE_S`."""
         deadline_s = time.monotonic() + PATIENCE_S
-        while not condition(status := self._client.status(self._id)):
+        while not condition(status := self._client.get(self._id)):
             if status.phase.ended or time.monotonic() > deadline_s:
                 raise RuntimeError(f"waiting until {what}, but the run is {status.phase}: {status.error or status.why}")
             time.sleep(LOOK_EVERY_S)
@@ -73,7 +73,7 @@ class LiveRun:
 
     def scale(self, workers: int, measured: bool = True) -> Request:
         """Ask for another size and wait until the run has it; `measured`: and until its stall is known."""
-        known = len(self._client.status(self._id).rescales)
+        known = len(self._client.get(self._id).rescales)
         asked_time = time.time()
         self._client.scale(self._id, workers)
 

@@ -22,6 +22,7 @@ from orchestrator.spec.job import JobSpec
 log = logging.getLogger("orchestrator.control")
 
 NAMES = ("preparation", "rendezvous", TRACKER)
+LOOK_EVERY_S = 1.0
 
 
 class Facilities:
@@ -33,6 +34,8 @@ class Facilities:
         self._handles: dict[str, Handle] = {}
         self.address: tuple[str, int] | None = None
         self.data: PreparedData | None = None
+        self.preparing = ""  # how far the data is, in words; empty once it is there
+        self._asked_s = 0.0  # when its progress was last asked for
         self._known_data: PreparedData | None = None
         self.tracker = TrackerLink(run_id, run_dir, job, parts.tracker, epoch, inbox)
         self.faults: list[str] = []
@@ -57,12 +60,20 @@ class Facilities:
         self._call("rendezvous", "address")
         post(self._inbox, "rendezvous", "hold", self._handles["rendezvous"].hold.remote())
 
+    def look_at_preparation(self, now_s: float) -> None:
+        """Ask how far the data is, once in a while."""
+        if "preparation" in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
+            self._asked_s = now_s
+            self._call("preparation", "progress")
+
     def take(self, answer: Answer) -> None:
         """Note an answer, or the fault that it is."""
         if answer.of == TRACKER:
             self.tracker.take(answer)
         elif (error := answer.future.exception()) is None:
             self._note(answer)
+        elif answer.method == "progress":  # it has ended meanwhile
+            return
         else:
             why = reason_of(error)
             self.faults.append(why if answer.of == "preparation" else f"the {answer.of} store failed: {why}")
@@ -79,7 +90,10 @@ class Facilities:
         result = answer.future.result()
         if answer.method == "address":
             self.address = (result[0], int(result[1]))
+        elif answer.method == "progress" and self.data is None:
+            self.preparing = f"prepares the data: {result[0]}, {result[1]:.0%}"
         elif answer.method == "prepare":
+            self.preparing = ""
             self._prepared(result)
             ray.kill(self._handles.pop("preparation"), no_restart=True)
 

@@ -19,7 +19,14 @@ class PreparedData:
 
 
 class Preparation:
-    """Hosted by `control.host`, so that control itself loads no tokenizer."""
+    """Hosted by `control.host`, so that control itself loads no tokenizer. Its methods may run at once."""
+
+    def __init__(self) -> None:
+        self._progress = ("reading", 0.0)
+
+    def progress(self) -> tuple[str, float]:
+        """The stage, and the fraction of it that is done."""
+        return self._progress
 
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
         """Make or find the job's token store below `data_dir`.
@@ -35,6 +42,7 @@ class Preparation:
             data.vocab_size,
             data.holdout,
             Path(data_dir),
+            self._tell,
             text_key=data.text_key,
             tokenizer=None if data.tokenizer is None else Path(data.tokenizer),
         )
@@ -50,3 +58,6 @@ class Preparation:
             for split, counts in store.manifest.splits.items()
         )
         return PreparedData(str(store.directory), store.vocab_size, str(tokenizer), datasets)
+
+    def _tell(self, stage: str, fraction: float) -> None:
+        self._progress = (stage, fraction)

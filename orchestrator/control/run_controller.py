@@ -92,6 +92,7 @@ class RunController:
             run_dir=self._run_dir,
             tracking_url=self._facilities.tracker.url,
             warning=self._memory.trouble or self._facilities.tracker.warning,
+            preparing=self._facilities.preparing,
             closed=self._closed,
         )
 
@@ -176,6 +177,7 @@ class RunController:
         now_s = time.monotonic()
         self._crew.poll(now_s, eager=self._memory.state.next is not None)
         self._ask_records(now_s)
+        self._facilities.look_at_preparation(now_s)
         self._facilities.tracker.tend(now_s)
         self._nodes.poll(now_s, self._crew.handles)
         self._tell_of_tracking()
@@ -290,8 +292,9 @@ class RunController:
 
     def _fail(self, error: Exception) -> None:
         log.exception("run %s: its controller failed", self._run_id)
-        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}")
-        notes = [Note("error", {"traceback": "".join(traceback.format_exception(error))})]
+        told = "".join(traceback.format_exception(error))
+        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", told)
+        notes = [Note("error", {"traceback": told})]
         notes += [action for action in over.actions if isinstance(action, Note)]
         insist(lambda: self._memory.decided(over.state, notes))
 

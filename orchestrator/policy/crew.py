@@ -31,7 +31,9 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     )
     crew = tuple(w for w in state.crew if w not in gone)
     counted = state.failed_spawns + len(never_warm)
-    return Decision(replace(state, crew=crew, failed_spawns=counted, why=next(iter(gone.values()))), notes)
+    worker, why = next(iter(gone.items()))
+    buried = replace(state, crew=crew, failed_spawns=counted, why=why, traceback=traceback_of(seen, worker))
+    return Decision(buried, notes)
 
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -72,6 +74,13 @@ def why_gone(seen: Observation, worker: str) -> str:
         error = report.error
         return f"{worker} failed: {error.kind}: {error.message}" if error else f"{worker} failed without a reason"
     return ""
+
+
+def traceback_of(seen: Observation, worker: str) -> str:
+    """Of the error with which this worker failed; empty if there is none, or it says only that a peer is gone."""
+    report = seen.reports.get(worker)
+    error = report.error if report is not None else None
+    return error.traceback if error is not None and error.kind != "peer_lost" else ""
 
 
 def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:

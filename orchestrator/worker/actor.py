@@ -52,6 +52,9 @@ class Worker:
                 except EntrypointError as error:
                     log.error("%s\n%s", error.traceback, error)
                     self._desk.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), error.traceback))
+                except Exception:
+                    log.exception("%s could not warm up", self._id)  # the caller gets the error, the log its traceback
+                    raise
         return self.report(None, -1, 0.0)
 
     def direct(self, directive: Directive) -> Report:

@@ -125,7 +125,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "steered exists already" in here("submit", job, expect=2).stderr
     here.until_event("steered", "activated")
     assert "allows 1 to 3" in here("scale", "steered", "--workers", "9", expect=2).stderr
-    here("scale", "steered", "-n", "3")
+    assert json.loads(here("scale", "steered", "-n", "3", "-o", "json").stdout)["workers"] == 3
     here.until_event("steered", "rescaled")
     assert "steered" in here("cluster", "down", expect=2).stderr
     here("cancel", "steered")
@@ -144,7 +144,8 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "each exactly once" in here("audit", "moved").stdout
     here.run_dir("moved").rename(here.run_dir("steered"))
     assert "has ended: it is cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
-    assert "nobody" in here("status", "nobody", expect=102).stderr
+    for verb in (["status"], ["logs"], ["events"], ["cancel"], ["pause"], ["resume"], ["scale", "-n", "2"]):
+        assert "Did you mean `steered`?" in here(*verb, "steerd", expect=102).stderr
 
 
 def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
@@ -198,7 +199,12 @@ def _free_port() -> int:
 
 
 def test_logs_are_followed_to_the_end(here: Here) -> None:
-    here("submit", here.job("followed"))
+    assert json.loads(here("submit", here.job("followed"), "-o", "json").stdout) == {"run_id": "followed"}
+    watching = here.start("status", "followed", "--watch", "-o", "json")
+    told = here("events", "followed", "-f", "-o", "json").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in told][:: len(told) - 1] == ["submitted", "ended"]
+    watched = [json.loads(line) for line in watching.communicate(timeout=60)[0].splitlines()]
+    assert watched[-1]["phase"] == "succeeded" and len({status["step"] for status in watched}) > 1
     lines = here("logs", "followed", "-f").stdout.splitlines()
     assert "succeeded" in lines[-1]
     assert lines == sorted(lines, key=lambda line: line[:23])

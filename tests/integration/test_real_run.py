@@ -44,7 +44,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorCli
 
 def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
     deadline_s = time.monotonic() + 120.0
-    while not condition(status := client.status(run)):
+    while not condition(status := client.get(run)):
         assert time.monotonic() < deadline_s and not status.phase.ended, status
         time.sleep(0.1)
     return status

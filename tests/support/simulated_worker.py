@@ -318,6 +318,9 @@ class SimulatedRendezvous:
 class SimulatedPreparation:
     """No corpus is read."""
 
+    def progress(self) -> tuple[str, float]:
+        return "reading", 0.0
+
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
         tokenizer = Path(run_dir) / "tokenizer.json"
         tokenizer.write_text("{}")

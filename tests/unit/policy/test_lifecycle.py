@@ -287,9 +287,10 @@ def test_a_members_own_error_is_named_before_its_peers_complaints() -> None:
     life.run_until(lambda: life.step == 4)
     life.frozen = {"w0", "w1"}
     life.say("w0", phase=Phase.FAILED, error=WorkerError("peer_lost", "connection closed"))
-    life.say("w1", phase=Phase.FAILED, error=WorkerError("out_of_memory", "no 3 GiB left"))
+    life.say("w1", phase=Phase.FAILED, error=WorkerError("out_of_memory", "no 3 GiB left", "Traceback: line 3"))
     life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=5)
     assert "w1 failed: out_of_memory: no 3 GiB left" in life.state.why
+    assert life.state.traceback == "Traceback: line 3"
 
 
 def test_a_lost_standby_is_replaced() -> None:
@@ -306,18 +307,21 @@ def test_workers_that_never_get_warm_end_the_run() -> None:
     for number in range(3):
         life.run_until(lambda n=number: f"w{n}" in life.reports)
         life.frozen.add(f"w{number}")
-        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("internal", "no such device"))
+        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("internal", "no such device", "Traceback: line 1"))
     life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
     assert life.state.outcome is RunPhase.FAILED and "no such device" in life.state.why
+    assert life.state.traceback == "Traceback: line 1"
 
 
 def test_a_mistake_in_the_users_code_ends_a_run_that_has_not_begun_at_once() -> None:
     life = Life(limits_of())
     life.run_until(lambda: "w0" in life.reports)
     life.frozen.add("w0")
-    life.say("w0", phase=Phase.FAILED, error=WorkerError("user_error", "no such module"))
+    error = WorkerError("user_error", "no such module", "Traceback: line 1")
+    life.say("w0", phase=Phase.FAILED, error=error)
     life.run_until(lambda: life.state.outcome is not None, max_ticks=2)
     assert life.state.outcome is RunPhase.FAILED and life.state.why == "w0 failed: user_error: no such module"
+    assert life.state.traceback == "Traceback: line 1"
 
 
 def test_a_mistake_in_the_users_code_that_only_a_standby_meets_ends_nothing() -> None:
