@@ -10,7 +10,8 @@
    and the server runs beside it; in the other something that does nothing takes the tracker's place. Whoever is not
    measured is stopped by SIGSTOP, tracker and server included. Then the same with the server killed.
 
-`ratio_…` is the tracked run's step time over the other's.
+`ratio_…` is the tracked run's step time over the other's. `cpu_share_…` is the processor time of tracker and server
+over that of all cores: what a step can lose to them where all cores are busy, free of the noise between blocks.
 """
 
 import math
@@ -146,7 +147,9 @@ class RunArm(Arm):
     def __init__(self, live: LiveRun, server: MlflowServer | None) -> None:
         super().__init__()
         self._live, self._server = live, server
-        self._own = list(live.pids().values())
+        processes = live.pids()
+        self._own, self._tracker = list(processes.values()), processes["tracker"]
+        self.cpu_shares: list[float] = []
         self._first = live.first_member()
         self._newest = -1
 
@@ -157,13 +160,18 @@ class RunArm(Arm):
         server = psutil.Process(self._server.process.pid)
         return [*self._own, server.pid, *(child.pid for child in server.children(recursive=True))]
 
+    def tracking_cpu_s(self) -> float:
+        """Processor time that tracker and server have used so far."""
+        spent = [psutil.Process(pid).cpu_times() for pid in [self._tracker, *self.pids[len(self._own) :]]]
+        return float(sum(times.user + times.system for times in spent))
+
     def close(self) -> None:
         self.resume()
         self._live.cancel()
 
     def step_s(self, steps: int) -> float:
         """Run for so many steps, or some more, and pause. Returns the mean time between their votes."""
-        began_time = time.time()
+        began_time, began_cpu_s = time.time(), self.tracking_cpu_s()
         self.resume()
         votes: list[float] = []
         while len(votes) <= steps:
@@ -173,6 +181,8 @@ class RunArm(Arm):
                 if record.vote_time - record.step_s > began_time:  # it was begun after the resumption
                     votes.append(record.vote_time)
         self.pause()
+        wall_s = time.time() - began_time
+        self.cpu_shares.append((self.tracking_cpu_s() - began_cpu_s) / wall_s / (os.cpu_count() or 1))
         return (votes[-1] - votes[0]) / (len(votes) - 1)
 
 
@@ -200,11 +210,14 @@ def run_cost(
 
 
 def turns(arms: dict[str, RunArm], size: Size, when: str) -> dict[str, Any]:
-    blocks = {name: lambda arm=arm: arm.step_s(size.block_steps) for name, arm in arms.items()}  # type: ignore[misc]
-    measured = alternate(blocks, size.rounds)
+    arms["on"].cpu_shares.clear()
+    measured = alternate(
+        {name: lambda arm=arm: arm.step_s(size.block_steps) for name, arm in arms.items()}, size.rounds
+    )
     ratio: Interval = median_interval(ratios(measured["on"], measured["off"]))
     say(f"{when}: ratio {ratio.median:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")
-    return {f"ratio_{when}": ratio} | {f"step_s_{name}_{when}": Spread.of(times) for name, times in measured.items()}
+    times = {f"step_s_{name}_{when}": Spread.of(blocks) for name, blocks in measured.items()}
+    return {f"ratio_{when}": ratio, f"cpu_share_{when}": Spread.of(arms["on"].cpu_shares)} | times
 
 
 def job_of(name: str, data: DataSpec, storage: Path, uri: str, quick: bool) -> JobSpec:

@@ -53,6 +53,7 @@ def draw(history: History, title: str, directory: Path) -> tuple[Path, Path]:
     png, page = directory / PNG_FILE, directory / HTML_FILE
     figure = figure_of(history, title)
     figure.savefig(png, dpi=140)
+    figure.axes[0].set_title("", loc="left")  # the page has it as its heading
     svg = io.StringIO()
     figure.savefig(svg, format="svg")
     page.write_text(page_of(history, title, svg.getvalue()), encoding="utf-8")
@@ -169,9 +170,7 @@ def _told(history: History) -> str:
     if not loss:
         return "no steps yet"
     kinds = [event.kind for event in history.events]
-    counted = [
-        f"{kinds.count(kind)} {word}" for kind, word in (("rescaled", "rescales"), ("worker_lost", "workers lost"))
-    ]
+    counted = [f"rescaled {kinds.count('rescaled')} times", f"workers lost {kinds.count('worker_lost')}"]
     return ", ".join([f"{loss[-1][0] + 1:,} steps", f"train loss {loss[0][1]:.3f} → {loss[-1][1]:.3f}", *counted])
 
 
