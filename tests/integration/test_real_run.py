@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -21,7 +22,9 @@ from orchestrator.control import local_cluster
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import disconnect
 from orchestrator.control.host import find
-from orchestrator.errors import NotFound, UsageError
+from orchestrator.control.inference import ask_model
+from orchestrator.errors import EntrypointError, NotFound, UsageError
+from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
 from tests.support.own_models import ROOT
@@ -131,6 +134,18 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
     job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
     with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
         export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
+    _answers_outside_of_training(Path(ended.run_dir), str(ended.checkpoint), texts)
+
+
+def _answers_outside_of_training(run_dir: Path, checkpoint: str, texts: Path) -> None:
+    *_, measured = ask_model(Evaluation(str(run_dir), checkpoint, corpus=str(texts), max_rows=8))
+    assert isinstance(measured, EvaluationResult) and measured.loss < math.log(VOCAB) - 1.0
+    asked = Generation(str(run_dir), checkpoint, "def ", 4, temperature=0.0, top_k=None, top_p=1.0, seed=0)
+    *_, written = ask_model(asked)
+    assert isinstance(written, GenerationResult) and (len(written.tokens) == 4 or written.ended)
+    too_long = replace(asked, prompt="x " * 400)  # the module has 128 positions
+    with pytest.raises(EntrypointError, match=r"jobs\.models\.dense:build on \d+ tokens raised IndexError"):
+        list(ask_model(too_long))
 
 
 def _quick_example(name: str, texts: Path, tmp_path: Path) -> Path:
