@@ -98,7 +98,7 @@ class Remark:
 
 @dataclass(frozen=True)
 class Fault:
-    """How it ended instead: an error of `orchestrator.errors`, by the name of its class; the traceback of a user's code."""
+    """How it ended instead: an error of `orchestrator.errors`, by its class, with the traceback of a user's code."""
 
     kind: str
     message: str
