@@ -21,8 +21,10 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
 
 
 def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop from the crew who is gone or has failed, members of the current world apart: `endings` sees to those."""
-    gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
+    """Drop from the crew who is gone or has failed, apart from those without whom the run can't go on: members of the
+    current world, or of the first one while it is made. `endings` sees to those."""
+    needed = state.needed
+    gone = {w: why for w in state.crew if w not in needed and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
     never_warm = [w for w in gone if state.next is None or w not in state.next.world]

@@ -31,7 +31,7 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return ended(state, RunPhase.FAILED, why, state.traceback)
     if state.failed_moves >= 2 * MAX_FAILED_MOVES:
         return ended(state, RunPhase.FAILED, f"{state.failed_moves} moves in a row failed; {state.why}")
-    needed = state.members or (state.next.world.members if state.next else ())
+    needed = state.needed
     dead = [worker for worker in needed if worker in seen.lost]
     if dead:
         why = f"{_whereabouts(state, seen, dead[0])}: {why_gone(seen, dead[0])}"

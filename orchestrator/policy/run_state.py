@@ -63,6 +63,11 @@ class RunState:
         return self.current.world.members if self.current else ()
 
     @property
+    def needed(self) -> tuple[str, ...]:
+        """Without whom the run can't go on: members of the current world; before the first, of the one planned."""
+        return self.members or (self.next.world.members if self.next else ())
+
+    @property
     def involved(self) -> tuple[str, ...]:
         """Members of the current world and of the one to come."""
         current = self.current.world if self.current else None

@@ -293,6 +293,17 @@ def test_a_members_own_error_is_named_before_its_peers_complaints() -> None:
     assert life.state.traceback == "Traceback: line 3"
 
 
+def test_a_worker_that_fails_while_the_first_world_is_made_ends_the_run() -> None:
+    """As one that reads a checkpoint of another model: another would fail in the same way."""
+    life = Life(limits_of())
+    life.run_until(lambda: life.state.next is not None)
+    life.frozen = {"w0", "w1"}
+    life.say("w1", phase=Phase.FAILED, error=WorkerError("internal", "of another model", "Traceback: line 4"))
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
+    assert life.state.outcome is RunPhase.FAILED and "of another model" in life.state.why
+    assert life.state.traceback == "Traceback: line 4"
+
+
 def test_a_lost_standby_is_replaced() -> None:
     life = Life(limits_of(steps=30, standby=1))
     life.run_until(lambda: life.step == 4)
