@@ -6,12 +6,13 @@
    Its workers are simulated, so that there are so many steps; Scheduler, controller, journal and tracker are the
    product's. When the run has ended, the rows of MLflow's own table are counted by SQL and compared with what the
    journal says has happened.
-2. Two real runs of the same job with 2 workers, which are all cores of a small machine, take turns: one is tracked,
-   and the server runs beside it; in the other something that does nothing takes the tracker's place. Whoever is not
-   measured is stopped by SIGSTOP, tracker and server included. Then the same with the server killed.
+2. A real run with 2 workers, which are all cores of a small machine, goes on in blocks: with its tracker and the server
+   at work, and with both held still by SIGSTOP, in turns. What waited is delivered before the next block, while nobody
+   trains. Then the same with the server killed. It is one run, because two of the same job were seen to differ by some
+   percent whatever they did. In both arms the controller hands values on, which is part of every run.
 
-`ratio_…` is the tracked run's step time over the other's. `cpu_share_…` is the processor time of tracker and server
-over that of all cores: what a step can lose to them where all cores are busy, free of the noise between blocks.
+`ratio_…` is the step time with tracking over that without. `cpu_share_…` is the processor time of tracker and server
+over that of all cores, the idle work of a Ray process included: free of the noise between blocks.
 """
 
 import math
@@ -20,6 +21,7 @@ import signal
 import sqlite3
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import Interval, Result, Spread, alternate, at_most, equals, median_interval, ratios, run, say
-from benchmarks.support.arms import Arm
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.control.memory import read_steps
@@ -85,7 +86,7 @@ def measure(quick: bool) -> Result:
         settings={"quick": quick, "workers": WORKERS, "model": QUICK_MODEL if quick else MODEL} | vars(size),
         rounds=2 * size.rounds,
         metrics=account | cost,
-        baselines={"off": "the same run with a tracker that does nothing"},
+        baselines={"off": "the same run while tracker and server are held still"},
         bars=bars,
     )
 
@@ -141,38 +142,48 @@ def compare(run_dir: Path, database: Path) -> dict[str, int]:
 # -- the cost of a step ----------------------------------------------------------------------------------------------
 
 
-class RunArm(Arm):
-    """A whole run of the product, all of its processes held still while it isn't measured, and `beside` with it."""
+class TrackedRun:
+    """A run whose processes can be held still; its tracker, and the server, also by themselves."""
 
-    def __init__(self, live: LiveRun, server: MlflowServer | None) -> None:
-        super().__init__()
+    def __init__(self, live: LiveRun, server: MlflowServer) -> None:
         self._live, self._server = live, server
         processes = live.pids()
-        self._own, self._tracker = list(processes.values()), processes["tracker"]
-        self.cpu_shares: list[float] = []
+        self._tracker = processes.pop("tracker")
+        self._training = list(processes.values())
         self._first = live.first_member()
         self._newest = -1
+        self.cpu_shares: list[float] = []
 
-    @property
-    def pids(self) -> list[int]:
-        if self._server is None or self._server.process.poll() is not None:
-            return self._own
-        server = psutil.Process(self._server.process.pid)
-        return [*self._own, server.pid, *(child.pid for child in server.children(recursive=True))]
+    def on(self, steps: int) -> float:
+        """Seconds per step while metrics are delivered."""
+        self._signal(signal.SIGCONT, self._tracking)
+        began_s, began_cpu_s = time.monotonic(), self._tracking_cpu_s()
+        step_s = self._train(steps)
+        cpu_s = self._tracking_cpu_s() - began_cpu_s
+        self.cpu_shares.append(cpu_s / (time.monotonic() - began_s) / (os.cpu_count() or 1))
+        self._signal(signal.SIGSTOP, self._tracking)
+        return step_s
 
-    def tracking_cpu_s(self) -> float:
-        """Processor time that tracker and server have used so far."""
-        spent = [psutil.Process(pid).cpu_times() for pid in [self._tracker, *self.pids[len(self._own) :]]]
-        return float(sum(times.user + times.system for times in spent))
+    def off(self, steps: int) -> float:
+        """Seconds per step while nobody delivers. What has waited is delivered afterwards, when nobody trains."""
+        step_s = self._train(steps)
+        self._signal(signal.SIGCONT, self._tracking)
+        while self._live.ask_tracker("describe")["waiting"] and self._is_served:
+            time.sleep(ASK_EVERY_S)
+        self._signal(signal.SIGSTOP, self._tracking)
+        return step_s
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP, [*self._training, *self._tracking])
 
     def close(self) -> None:
-        self.resume()
+        self._signal(signal.SIGCONT, [*self._training, *self._tracking])
         self._live.cancel()
 
-    def step_s(self, steps: int) -> float:
-        """Run for so many steps, or some more, and pause. Returns the mean time between their votes."""
-        began_time, began_cpu_s = time.time(), self.tracking_cpu_s()
-        self.resume()
+    def _train(self, steps: int) -> float:
+        """For so many steps, or some more. Returns the mean time between their votes."""
+        began_time = time.time()
+        self._signal(signal.SIGCONT, self._training)
         votes: list[float] = []
         while len(votes) <= steps:
             time.sleep(ASK_EVERY_S)
@@ -180,44 +191,58 @@ class RunArm(Arm):
                 self._newest = record.step
                 if record.vote_time - record.step_s > began_time:  # it was begun after the resumption
                     votes.append(record.vote_time)
-        self.pause()
-        wall_s = time.time() - began_time
-        self.cpu_shares.append((self.tracking_cpu_s() - began_cpu_s) / wall_s / (os.cpu_count() or 1))
+        self._signal(signal.SIGSTOP, self._training)
         return (votes[-1] - votes[0]) / (len(votes) - 1)
+
+    @property
+    def _is_served(self) -> bool:
+        return self._server.process.poll() is None
+
+    @property
+    def _tracking(self) -> list[int]:
+        """Tracker and server."""
+        if not self._is_served:
+            return [self._tracker]
+        server = psutil.Process(self._server.process.pid)
+        return [self._tracker, server.pid, *(child.pid for child in server.children(recursive=True))]
+
+    def _tracking_cpu_s(self) -> float:
+        spent = [psutil.Process(pid).cpu_times() for pid in self._tracking]
+        return float(sum(times.user + times.system for times in spent))
+
+    def _signal(self, number: signal.Signals, pids: Sequence[int]) -> None:
+        for pid in pids:
+            os.kill(pid, number)
 
 
 def run_cost(
     product: Product, workspace: Path, storage: Path, data: DataSpec, quick: bool, size: Size
 ) -> dict[str, Any]:
     server = MlflowServer(f"sqlite:///{workspace / 'cost.db'}", log=workspace / "server.log")
-    arms: dict[str, RunArm] = {}
     try:
-        for name, parts in (("on", Parts()), ("off", Parts(tracker="benchmarks.support.no_tracker:NoTracker"))):
-            job = job_of(name, data, storage, server.url, quick)
-            live = LiveRun(product.client, job, parts=parts)
-            live.until(lambda s: s.step > 3 and (bool(s.tracking_url) or s.run_id == "off"), f"run {name} trains")
-            arms[name] = RunArm(live, server if name == "on" else None)
-            arms[name].pause()
-        metrics = turns(arms, size, "with_server")
-        server.kill()
-        say("the server is killed")
-        metrics |= turns(arms, size, "in_outage")
-        return metrics
+        live = LiveRun(product.client, job_of("cost", data, storage, server.url, quick))
+        live.until(lambda s: s.step > 10 and bool(s.tracking_url), "it trains and is tracked")
+        tracked = TrackedRun(live, server)
+        tracked.pause()
+        try:
+            metrics = turns(tracked, size, "with_server")
+            server.kill()
+            say("the server is killed")
+            return metrics | turns(tracked, size, "in_outage")
+        finally:
+            tracked.close()
     finally:
         server.kill()
-        for arm in arms.values():
-            arm.close()
 
 
-def turns(arms: dict[str, RunArm], size: Size, when: str) -> dict[str, Any]:
-    arms["on"].cpu_shares.clear()
-    measured = alternate(
-        {name: lambda arm=arm: arm.step_s(size.block_steps) for name, arm in arms.items()}, size.rounds
-    )
+def turns(tracked: TrackedRun, size: Size, when: str) -> dict[str, Any]:
+    tracked.cpu_shares.clear()
+    steps = size.block_steps
+    measured = alternate({"on": lambda: tracked.on(steps), "off": lambda: tracked.off(steps)}, size.rounds)
     ratio: Interval = median_interval(ratios(measured["on"], measured["off"]))
     say(f"{when}: ratio {ratio.median:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]")
     times = {f"step_s_{name}_{when}": Spread.of(blocks) for name, blocks in measured.items()}
-    return {f"ratio_{when}": ratio, f"cpu_share_{when}": Spread.of(arms["on"].cpu_shares)} | times
+    return {f"ratio_{when}": ratio, f"cpu_share_{when}": Spread.of(tracked.cpu_shares)} | times
 
 
 def job_of(name: str, data: DataSpec, storage: Path, uri: str, quick: bool) -> JobSpec:

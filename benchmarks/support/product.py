@@ -89,6 +89,9 @@ class LiveRun:
         report: Report = ask(find(f"{self._id}/worker/{worker}"), "call", "report", after_step, -1, 0.0)
         return report
 
+    def ask_tracker(self, method: str) -> Any:
+        return ask(find(f"{self._id}/tracker"), "call", method)
+
     def plans(self) -> dict[int, GenerationPlan]:
         """Every generation that was activated, from the journal."""
         states = (from_plain(RunState, e["state"]) for e in read_events(self.run_dir) if e["kind"] == "state")

@@ -95,10 +95,11 @@ class TrackerLink:
         self._num_open -= 1
         error = answer.future.exception()
         if error is not None:
-            log.warning("tracker: %s failed: %s", answer.method, reason_of(error))
             self._is_current = False
+            self._failed(answer.method, reason_of(error))
         elif answer.method == "position":
             self._is_current = True
+            self.warning = None
             self._send(missing_calls(self._run_dir, answer.future.result(), self._data))
         elif answer.method == "describe":
             self._described(answer.future.result())
@@ -126,6 +127,16 @@ class TrackerLink:
             self.warning = f"{self.warning or 'MLflow has not taken everything in time'}; {deliver}"
         if self.warning:
             log.warning(self.warning)
+
+    def _failed(self, method: str, why: str) -> None:
+        """Users hear of a tracker that can't even say what it has: it is gone, and may be on its way back."""
+        if method != "position":
+            log.warning("tracker: %s failed: %s", method, why)
+            return
+        warning = f"metrics wait in the journal, the tracker doesn't answer: {why}"
+        if warning != self.warning:
+            log.warning(warning)
+        self.warning = warning
 
     def _described(self, state: Mapping[str, Any]) -> None:
         self.url = state["url"] or self.url

@@ -147,7 +147,7 @@ class Outbox:
         is_points = [kind == MetricPoint.__name__ for _, kind, _ in rows]
         count = is_points.index(False) if False in is_points else len(rows)
         chosen = rows[: max(count, 1)]
-        items = [from_plain(_KINDS[kind], json.loads(body)) for _, kind, body in chosen]
+        items = [_read(kind, body) for _, kind, body in chosen]
         return (chosen[-1][0] if chosen else -1), items
 
     def remove(self, number: int) -> None:
@@ -260,6 +260,14 @@ class Outbox:
 
     def _one(self, query: str, *values: Any) -> Any:
         return self._db.execute(query, values).fetchone()[0]
+
+
+def _read(kind: str, body: str) -> Item:
+    fields = json.loads(body)
+    if kind == MetricPoint.__name__:  # flat, and most of what there is
+        return MetricPoint(**fields)
+    item: Item = from_plain(_KINDS[kind], fields)
+    return item
 
 
 def num_waiting(directory: Path) -> int:

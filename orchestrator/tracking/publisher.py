@@ -180,9 +180,17 @@ class Publisher:
             self._num_told = len(history.events)
             self._table_s = now_s
         if charts_due and history.curves["train/loss"]:
-            for path in self._reporting.charts(history):
+            for path in self._drawn(history):
                 sink.log_artifact(path)
             self._charts_s = now_s
+
+    def _drawn(self, history: History) -> Sequence[Path]:
+        """The charts; none if they can't be drawn: that must not hold up what waits behind them."""
+        try:
+            return self._reporting.charts(history)
+        except Exception:
+            logger.exception("the charts of run %s can't be drawn", self._run.run_id)
+            return ()
 
     def _note(self, error: str) -> None:
         """One line per change between failing and working."""

@@ -122,6 +122,21 @@ def test_everything_arrives_once_and_in_order(failures: int, tmp_path: Path) -> 
     assert (state.waiting, state.published, state.error) == (0, 2, "")
 
 
+def test_charts_that_can_not_be_drawn_hold_nothing_up(tmp_path: Path) -> None:
+    def charts(history: History) -> list[Path]:
+        raise RuntimeError("no fonts")
+
+    sink, outbox = MemorySink(), Outbox(tmp_path)
+    publisher = Publisher(
+        outbox, lambda: sink, RunInfo("r", "r"), Reporting(lambda history: Path("table"), charts), str, FAST
+    )
+    outbox.put_points(points("train/loss", [0]), after=-1)
+    outbox.put_finish(END)
+    publisher.wake(hurry=True)
+    assert publisher.wait(DEADLINE_S)
+    assert sink.log == [("train/loss", 0, 1.0), END]
+
+
 def test_what_was_sent_before_a_crash_is_sent_again_to_the_last_bit(tmp_path: Path) -> None:
     """Between the tracker's yes and our note of it: MLflow takes two values that are equal in everything as one."""
     first, second = MemorySink(), MemorySink()
