@@ -43,7 +43,7 @@ from benchmarks.support.minimum import minimum_bytes
 from benchmarks.support.product import LiveRun, Product, Request
 from orchestrator.control.memory import read_steps
 from orchestrator.data.store import TokenStore
-from orchestrator.model.transformer import catalogue
+from orchestrator.model.building import catalogue
 from orchestrator.protocol.messages import GenerationPlan, StepRecord
 from orchestrator.spec.job import DataSpec, JobSpec
 

@@ -105,7 +105,9 @@ def _values(form: Schema) -> str:
         inner = form["prefixItems"][0] if "prefixItems" in form else form["items"]
         count = f"{form['minItems']} of " if "minItems" in form else "list of "
         return count + _values(inner)
-    names = {"integer": "whole number", "string": "text", "boolean": "true, false", "object": "mapping of texts"}
+    if form["type"] == "object":
+        return "mapping of texts" if form["additionalProperties"] == {"type": "string"} else "mapping"
+    names = {"integer": "whole number", "string": "text", "boolean": "true, false"}
     return " ".join([names.get(str(form["type"]), str(form["type"])), *_bounds(form)])
 
 

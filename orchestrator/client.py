@@ -82,6 +82,7 @@ class OrchestratorClient:
         Raises:
             SpecError: the file has mistakes.
             DataError: there is no such corpus.
+            EntrypointError: the job's own model can't be trained.
             NameTaken: the storage or the cluster has a run of this name.
             JobDoesNotFit: the cluster has no room for the first workers, for `timeout_s`.
         """
@@ -94,8 +95,8 @@ class OrchestratorClient:
         found: tuple[RunStatus, ...] = self._ask("list")
         return found
 
-    def status(self, run_id: str) -> RunStatus:
-        """The run as it is now. Raises NotFound."""
+    def get(self, run_id: str) -> RunStatus:
+        """The run as it is now. Raises NotFound, with the nearest names."""
         found: RunStatus = self._ask("status", run_id)
         return found
 
@@ -164,7 +165,7 @@ class OrchestratorClient:
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            status = self.status(run_id)
+            status = self.get(run_id)
             if on_status is not None:
                 on_status(status)
             if status.phase.ended:
@@ -173,10 +174,19 @@ class OrchestratorClient:
                 raise NotFinished(f"run {run_id} is {status.phase} after {timeout_s:g} s of waiting: {status.why}")
             time.sleep(LOOK_EVERY_S)
 
-    def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
-        """What happened to the run after the event whose `seq` is `after`. Raises NotFound."""
-        events: tuple[dict[str, Any], ...] = self._ask("events", run_id, after)
-        return events
+    def events(self, run_id: str, *, after: int = -1, follow: bool = False) -> Iterator[dict[str, Any]]:
+        """What happened to the run, after the event whose `seq` is `after`; with `follow` until the run has ended.
+
+        Each has `seq`, `time` (`time.time()` seconds), `kind`, and fields of its kind. Raises NotFound at the first.
+        """
+        while True:
+            last_look = not follow or self.get(run_id).phase.ended  # asked first: what precedes the end is told
+            for event in self._ask("events", run_id, after):
+                after = event["seq"]
+                yield event
+            if last_look:
+                return
+            time.sleep(LOOK_EVERY_S)
 
     def audit(self, run_id: str) -> AuditResult:
         """Whether every sample position was consumed exactly once, in order, from the run's ledger."""
@@ -184,14 +194,14 @@ class OrchestratorClient:
 
     def logs(self, run_id: str, *, follow: bool = False) -> Iterator[LogLine]:
         """Log lines of all the run's processes, merged by time; with `follow` until the run has ended."""
-        files = RunFiles(Path(self.status(run_id).run_dir))
-        return files.logs((lambda: self.status(run_id).phase.ended) if follow else None)
+        files = RunFiles(Path(self.get(run_id).run_dir))
+        return files.logs((lambda: self.get(run_id).phase.ended) if follow else None)
 
     def _run_dir(self, run_id: str, storage: str | os.PathLike[str] | None) -> Path:
         if storage is not None:
             return RunFiles(Path(storage).absolute() / run_id).run_dir
         try:
-            return Path(self.status(run_id).run_dir)
+            return Path(self.get(run_id).run_dir)
         except NotFound as error:
             try:
                 return RunFiles(Path("runs").absolute() / run_id).run_dir
@@ -234,6 +244,7 @@ def raise_unless_succeeded(status: RunStatus) -> None:
     if status.phase is RunPhase.FAILED:
         raise RunFailed(
             f"run {status.run_id} failed: {status.error or status.why}",
+            traceback=status.traceback or "",
             remedy=f"`orchestrator logs {status.run_id}` shows what its processes said.",
             unchanged=f"Its newest checkpoint is {status.checkpoint}." if status.checkpoint else "",
         )

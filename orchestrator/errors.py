@@ -7,7 +7,9 @@ are kept apart so that a terminal can set them apart, and all survive pickling, 
                     unchanged="Nothing was written.")
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import ClassVar
 
 
@@ -78,6 +80,18 @@ class DataError(UsageError):
     """A corpus that can't be read, or is too small for the job."""
 
 
+class EntrypointError(UsageError):
+    """A user's own model that can't be imported or built, or isn't what training needs.
+
+    Args:
+        traceback: of the user's code, where that raised.
+    """
+
+    def __init__(self, message: str, *, traceback: str = "", remedy: str = "", unchanged: str = "") -> None:
+        super().__init__(message, remedy=remedy, unchanged=unchanged)
+        self.traceback = traceback
+
+
 class StoreCorrupt(DataError):
     """A prepared data store whose files don't match their digests."""
 
@@ -99,9 +113,17 @@ class NotAllowed(OrchestratorError):
 
 
 class RunFailed(OrchestratorError):
-    """The run ended as failed, with a named reason."""
+    """The run ended as failed, with a named reason.
+
+    Args:
+        traceback: of the worker's error that ended it, where there was one.
+    """
 
     exit_code = 100
+
+    def __init__(self, message: str, *, traceback: str = "", remedy: str = "", unchanged: str = "") -> None:
+        super().__init__(message, remedy=remedy, unchanged=unchanged)
+        self.traceback = traceback
 
 
 class JobDoesNotFit(RunFailed):
@@ -136,6 +158,12 @@ class RunCancelled(OrchestratorError):
     """The run was cancelled."""
 
     exit_code = 103
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers the known names that are like this one; empty if none is."""
+    found = [f"`{near}`" for near in get_close_matches(name, sorted(known), n=3, cutoff=0.5)]
+    return f"Did you mean {' or '.join(found)}? " if found else ""
 
 
 def _sentence(text: str) -> str:

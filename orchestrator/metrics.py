@@ -38,10 +38,16 @@ DECLARED = (
     Metric("eval/loss", "nats", Kind.GAUGE, "mean cross-entropy over the target tokens of the validation rows"),
     Metric("perf/tokens_per_second", "tokens/s", Kind.GAUGE, "target tokens of the step over its duration, all ranks"),
     Metric("perf/step_s", "s", Kind.GAUGE, "duration of the step, vote to vote, without the stall of a rescale"),
+    Metric("perf/data_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),
     Metric("elastic/rescale_stall_s", "s", Kind.GAUGE, "training time lost to a rescale, at its first step"),
     Metric("elastic/moved_bytes", "bytes", Kind.GAUGE, "state sent between workers in a rescale, at its first step"),
+    Metric("system/cpu_percent", "%", Kind.GAUGE, "processor time in use on a node, of all its cores; one per node"),
+    Metric("system/memory_bytes", "bytes", Kind.GAUGE, "memory in use on a node; one per node"),
+    Metric("system/disk_percent", "%", Kind.GAUGE, "how full the file system of the run storage is; one per node"),
+    Metric("system/sent_bytes_per_second", "bytes/s", Kind.GAUGE, "network traffic sent by a node; one per node"),
+    Metric("system/received_bytes_per_second", "bytes/s", Kind.GAUGE, "network traffic received; one per node"),
     Metric("moe/max_violation", "1", Kind.GAUGE, "MaxVio: max over layers of (largest expert load / mean load - 1)"),
 )
 

@@ -4,17 +4,18 @@ The cluster is one of `orchestrator cluster up`, recorded in a home of its own, 
 """
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from orchestrator.client import OrchestratorClient
 from orchestrator.control import local_cluster
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import disconnect
-from orchestrator.control.host import find
+from orchestrator.control.host import find, names_of
 from orchestrator.control.journal import read_events
 from orchestrator.policy.run_state import RunState
 from orchestrator.protocol.codec import from_plain
@@ -57,14 +58,14 @@ class Request:
 class LiveRun:
     """A run that was submitted, until it is cancelled."""
 
-    def __init__(self, client: OrchestratorClient, job: JobSpec) -> None:
-        self._client, self._id = client, client.submit(job)
-        self.run_dir = Path(client.status(self._id).run_dir)
+    def __init__(self, client: OrchestratorClient, job: JobSpec, **options: Any) -> None:
+        self._client, self._id = client, client.submit(job, **options)
+        self.run_dir = Path(client.get(self._id).run_dir)
 
     def until(self, condition: Callable[[RunStatus], bool], what: str) -> RunStatus:
         """Wait for a status. Raises RuntimeError if the run ends before, or it takes more than `PATIENCE_S`."""
         deadline_s = time.monotonic() + PATIENCE_S
-        while not condition(status := self._client.status(self._id)):
+        while not condition(status := self._client.get(self._id)):
             if status.phase.ended or time.monotonic() > deadline_s:
                 raise RuntimeError(f"waiting until {what}, but the run is {status.phase}: {status.error or status.why}")
             time.sleep(LOOK_EVERY_S)
@@ -72,7 +73,7 @@ class LiveRun:
 
     def scale(self, workers: int, measured: bool = True) -> Request:
         """Ask for another size and wait until the run has it; `measured`: and until its stall is known."""
-        known = len(self._client.status(self._id).rescales)
+        known = len(self._client.get(self._id).rescales)
         asked_time = time.time()
         self._client.scale(self._id, workers)
 
@@ -88,6 +89,9 @@ class LiveRun:
         report: Report = ask(find(f"{self._id}/worker/{worker}"), "call", "report", after_step, -1, 0.0)
         return report
 
+    def ask_tracker(self, method: str) -> Any:
+        return ask(find(f"{self._id}/tracker"), "call", method)
+
     def plans(self) -> dict[int, GenerationPlan]:
         """Every generation that was activated, from the journal."""
         states = (from_plain(RunState, e["state"]) for e in read_events(self.run_dir) if e["kind"] == "state")
@@ -98,6 +102,16 @@ class LiveRun:
         at the start: the first generation is made of those who were warm first."""
         return self.plans()[0].world.members[0]
 
+    def pids(self) -> dict[str, int]:
+        """The run's processes by name: `controller`, `tracker`, `worker/w0` and so on."""
+        hosts = [name for name in names_of(self._id) if not name.endswith("/controller")]
+        found = {name.removeprefix(f"{self._id}/"): int(ask(find(name), "pid")) for name in hosts}
+        log = (self.run_dir / "logs" / "controller.log").read_text()
+        return found | {"controller": int(re.findall(r"controller of epoch \d+, pid (\d+)", log)[-1])}
+
     def cancel(self) -> RunStatus:
         self._client.cancel(self._id)
+        return self.wait()
+
+    def wait(self) -> RunStatus:
         return self._client.wait(self._id, timeout_s=PATIENCE_S)

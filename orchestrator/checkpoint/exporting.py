@@ -48,6 +48,12 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
         raise UsageError(
             f"{to} exists and is not empty", remedy="Name a new directory with --to.", unchanged="Nothing was written."
         )
+    if job.model.entrypoint is not None:
+        raise UsageError(
+            f"run {job.name} trains a model of its own, {job.model.entrypoint}; this format has Glm4Moe models only",
+            remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
+            unchanged="Nothing was written.",
+        )
     library = Tokenizer.from_file(str(tokenizer))
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
     config = configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])

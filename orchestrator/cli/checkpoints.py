@@ -46,7 +46,10 @@ def checkpoints(run: RunId, storage: Storage = None, address: Address = None, ou
 
 
 @app.command()
-def verify(path: Annotated[Path, typer.Argument(help="Directory of a checkpoint.", show_default=False)]) -> None:
+def verify(
+    path: Annotated[Path, typer.Argument(help="Directory of a checkpoint.", show_default=False)],
+    output: Output = Format.TEXT,
+) -> None:
     """Digest every file of a checkpoint and compare. Exits 100 if one is missing or changed."""
     from orchestrator.checkpoint.read import CheckpointReader
     from orchestrator.errors import NotFound
@@ -58,6 +61,8 @@ def verify(path: Annotated[Path, typer.Argument(help="Directory of a checkpoint.
         manifest = reader.manifest
     num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
     tensors = f"{len(manifest.tensors)} tensors in {len(manifest.files)} files, {size(num_bytes)}"
+    if output is Format.JSON:
+        show_json({"path": str(path), "run_id": manifest.run_id, "step": manifest.step, "bytes": num_bytes})
     say(f"{path} is whole: step {manifest.step} of run {manifest.run_id}, {tensors}.")
 
 

@@ -8,6 +8,7 @@ import typer
 from orchestrator.cli.options import Output
 from orchestrator.cli.output import Format, say, show, show_json
 from orchestrator.errors import ClusterUnreachable, UsageError
+from orchestrator.protocol.codec import to_plain
 
 app = typer.Typer(no_args_is_help=True, help="A Ray cluster on this machine: loopback only, with a token.")
 
@@ -23,6 +24,7 @@ def up(
             "Default: 8, or the machine's if it has more.",
         ),
     ] = None,
+    output: Output = Format.TEXT,
 ) -> None:
     """Start it, unless it is up. It outlives this terminal."""
     from orchestrator.control import local_cluster
@@ -33,7 +35,10 @@ def up(
         say(f"The local cluster is up: {record.num_cpus} logical CPUs. End it with `orchestrator cluster down`.")
     else:
         say(f"The local cluster is already up, with {record.num_cpus} logical CPUs. Nothing was changed.")
-    show(record.address)
+    if output is Format.JSON:
+        show_json(to_plain(record))
+    else:
+        show(record.address)
 
 
 @app.command()
@@ -42,7 +47,6 @@ def status(output: Output = Format.TEXT) -> None:
     from orchestrator.cli.wording import moment
     from orchestrator.control import local_cluster
     from orchestrator.control.processes import is_running
-    from orchestrator.protocol.codec import to_plain
 
     record = local_cluster.status()
     if record is None:

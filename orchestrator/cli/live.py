@@ -6,13 +6,51 @@ What is worth keeping (a rescale and its stall, a new phase without a terminal) 
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from orchestrator.cli.wording import progress, rescale
 from orchestrator.protocol.status import RunPhase, RunStatus
 
 LINE_EVERY_S = 5.0
+LOOK_EVERY_S = 0.5
+BAR_WIDTH = 20
 ERASE_LINE = "\r\x1b[2K"
+
+
+def watch_runs(
+    look: Callable[[], Sequence[RunStatus]],
+    on_change: Callable[[RunStatus], None] | None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Look again and again until all runs that are seen have ended; Ctrl-C ends it too.
+
+    Args:
+        on_change: called with each status that is new or has changed; None for live lines on stderr.
+        is_over: asked before each look: whether nothing will change after it.
+    """
+    seen: dict[str, RunStatus] = {}
+    lines: dict[str, LiveProgress] = {}
+    try:
+        while True:
+            last_look = is_over()
+            found = look()
+            for status in found:
+                if seen.get(status.run_id) == status:
+                    continue
+                seen[status.run_id] = status
+                if on_change is not None:
+                    on_change(status)
+                else:
+                    lines.setdefault(status.run_id, LiveProgress()).show(status)
+            if last_look or all(status.phase.ended for status in found):
+                return
+            time.sleep(LOOK_EVERY_S)
+    except KeyboardInterrupt:
+        raise SystemExit(0) from None  # how one stops watching
+    finally:
+        for line in lines.values():
+            line.close()
 
 
 class LiveProgress:
@@ -43,7 +81,7 @@ class LiveProgress:
         line = progress(status)
         if self._refreshes:
             width = shutil.get_terminal_size().columns - 1
-            self._write(f"{ERASE_LINE}{line[:width]}")
+            self._write(f"{ERASE_LINE}{f'{bar(status.step, status.steps)} {line}'[:width]}")
         elif line != self._line and (status.phase != self._phase or self._is_due()):
             self._write(line + "\n")
             self._written_s = time.monotonic()
@@ -63,3 +101,9 @@ class LiveProgress:
     def _write(self, text: str) -> None:
         self._stream.write(text)
         self._stream.flush()
+
+
+def bar(done: int, whole: int) -> str:
+    """A bar of fixed width, for a terminal."""
+    filled = BAR_WIDTH * done // max(whole, 1)
+    return f"[{'#' * filled}{'-' * (BAR_WIDTH - filled)}]"

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.run_files import RunFiles, runs_in
-from orchestrator.errors import ClusterUnreachable, NotFound
+from orchestrator.control.run_files import RunFiles, holds_run, runs_in
+from orchestrator.errors import ClusterUnreachable, NotFound, nearest
 from orchestrator.protocol.status import RunStatus
 
 DEFAULT_STORAGE = Path("runs")
@@ -17,33 +17,35 @@ class FoundRun:
         self.run_id, self.files, self._client = run_id, files, client
 
     def status(self) -> RunStatus:
-        return self._client.status(self.run_id) if self._client else self.files.status()
+        return self._client.get(self.run_id) if self._client else self.files.status()
 
     def is_over(self) -> bool:
         """Whether nothing more will be written, as far as is known: without a cluster nobody writes."""
-        return self._client is None or self._client.status(self.run_id).phase.ended
+        return self._client is None or self._client.get(self.run_id).phase.ended
 
 
 def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun:
     """The run in the named storage; else in the cluster; else, if no cluster knows it, in ./runs.
 
     Raises:
-        NotFound: there is no such run; names like it are named.
-        ClusterUnreachable: neither storage nor address named one, and ./runs holds no run at all.
+        NotFound: there is no such run; the message gives the nearest names.
+        ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
         return FoundRun(run_id, RunFiles(storage.absolute() / run_id), None)
     try:
         client = OrchestratorClient(address)
-        return FoundRun(run_id, RunFiles(Path(client.status(run_id).run_dir)), client)
+        return FoundRun(run_id, RunFiles(Path(client.get(run_id).run_dir)), client)
     except (ClusterUnreachable, NotFound) as error:
         if address is not None:
             raise
         here = DEFAULT_STORAGE.absolute()
-        try:
+        if holds_run(here / run_id):
             return FoundRun(run_id, RunFiles(here / run_id), None)
-        except NotFound as unknown:
-            if isinstance(error, ClusterUnreachable) and runs_in(here):  # its name may be misspelt
-                raise unknown from None
+        if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
+            raise NotFound(
+                f"there is no cluster, and {here} holds no run {run_id!r}",
+                remedy=f"{nearest(run_id, known)}Other storage is named by --storage DIR, a cluster by --address.",
+            ) from error
         error.remedy += " A run that has left its cluster is read from run storage: --storage DIR."
         raise

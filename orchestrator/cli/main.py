@@ -10,7 +10,19 @@ import traceback
 
 import typer
 
-from orchestrator.cli import checkpoints, cluster, doctor, inference, job_files, models, records, run, runs
+from orchestrator.cli import (
+    checkpoints,
+    cluster,
+    doctor,
+    inference,
+    job_files,
+    models,
+    plan,
+    records,
+    run,
+    runs,
+    tracking,
+)
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
@@ -26,10 +38,12 @@ run.register(app)
 runs.register(app)
 records.register(app)
 checkpoints.register(app)
+tracking.register(app)
 models.register(app)
 inference.register(app)
 doctor.register(app)
 job_files.register(app)
+plan.register(app)
 app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
 
 

@@ -12,7 +12,18 @@ Name = Annotated[
     str | None,
     typer.Option("--name", metavar="NAME", help="The run's name, in place of the job's.", show_default=False),
 ]
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's name.", show_default=False)]
+
+
+def _known_runs(incomplete: str) -> list[str]:
+    """What a shell offers for RUN: runs in ./runs."""
+    from orchestrator.control.run_files import runs_in
+
+    return [run for run in runs_in(Path("runs")) if run.startswith(incomplete)]
+
+
+RunId = Annotated[
+    str, typer.Argument(metavar="RUN", help="The run's name.", show_default=False, autocompletion=_known_runs)
+]
 Address = Annotated[
     str | None,
     typer.Option(
@@ -31,6 +42,9 @@ Storage = Annotated[
     ),
 ]
 Output = Annotated[Format, typer.Option("-o", "--output", help="How to write it.")]
+Watch = Annotated[
+    bool, typer.Option("-w", "--watch", help="Go on showing it until the end; with -o json a line per change.")
+]
 Timeout = Annotated[
     float,
     typer.Option(

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from orchestrator.errors import JobDoesNotFit, OrchestratorError
+from orchestrator.errors import EntrypointError, JobDoesNotFit, OrchestratorError, RunFailed
 
 
 class Format(StrEnum):
@@ -45,6 +45,12 @@ def show_json(value: Any) -> None:
     show(json.dumps(value, indent=2))
 
 
+def show_line(value: Any) -> None:
+    """A value of a stream, as one line of JSON; seen at once by who reads a pipe."""
+    show(json.dumps(value, separators=(",", ":")))
+    sys.stdout.flush()
+
+
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Left-aligned columns, as wide as they need to be, whatever the terminal's width."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -53,8 +59,11 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def show_error(error: OrchestratorError) -> None:
-    """The message, then what to do, then what stayed as it was."""
+    """The message, then what to do, then what stayed as it was; before it the traceback of what a worker or a user's
+    own code raised."""
     console = stderr()
+    if isinstance(error, EntrypointError | RunFailed) and error.traceback:
+        console.print(escape(error.traceback.rstrip()))
     console.print(f"[bold red]error:[/] {escape(error.message)}")
     for line in (error.remedy, error.unchanged):
         if line:

@@ -1,12 +1,13 @@
 """`logs`, `events`, `audit`: what a run has written down."""
 
+import sys
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.options import Address, Output, RunId, Storage
-from orchestrator.cli.output import Format, show, show_json
+from orchestrator.cli.output import Format, show, show_json, show_line
 from orchestrator.cli.wording import event as event_line
 
 
@@ -21,28 +22,49 @@ def logs(
     ] = None,
     storage: Storage = None,
     address: Address = None,
+    output: Output = Format.TEXT,
 ) -> None:
-    """Print the log lines of a run's controller and workers, merged by time."""
+    """Print the log lines of a run's processes, merged by time; first of all the traceback of what ended the run."""
     from orchestrator.cli.locate import find_run
 
     found = find_run(run, storage, address)
+    if output is Format.TEXT and worker is None and (told := found.status().traceback):
+        show(told.rstrip() + "\n")
     try:
         for line in found.files.logs(found.is_over if follow else None, worker, tail):
-            show(f"{line.stamp}  {line.source:<12}  {line.text}")
+            if output is Format.JSON:
+                show_line(asdict(line))
+            else:
+                show(f"{line.stamp}  {line.source:<12}  {line.text}")
     except KeyboardInterrupt:
         raise typer.Exit from None  # how one stops following
 
 
-def events(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
+def events(
+    run: RunId,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Go on until the run has ended; with -o json a line each.")
+    ] = False,
+    storage: Storage = None,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
     """Print what happened to a run: generations, rescales, checkpoints, losses of workers, its end."""
     from orchestrator.cli.locate import find_run
 
-    found = find_run(run, storage, address).files.events()
-    if output is Format.JSON:
-        show_json(found)
+    found = find_run(run, storage, address)
+    if output is Format.JSON and not follow:
+        show_json(found.files.events())
         return
-    for event in found:
-        show(event_line(event))
+    try:
+        for event in found.files.events_to_come(found.is_over if follow else lambda: True):
+            if output is Format.JSON:
+                show_line(event)
+            else:
+                show(event_line(event))
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise typer.Exit from None  # how one stops following
 
 
 def audit(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, JobFile, Name, Timeout
-from orchestrator.cli.output import say, show, tell_wait
+from orchestrator.cli.options import Address, JobFile, Name, Output, Timeout
+from orchestrator.cli.output import Format, say, show, show_json, tell_wait
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
+from orchestrator.protocol.codec import to_plain
 from orchestrator.spec.job import JobSpec
 
 
@@ -24,6 +25,7 @@ def run(
         bool, typer.Option("--keep-cluster", help="Leave the local cluster up that this command started.")
     ] = False,
     address: Address = None,
+    output: Output = Format.TEXT,
 ) -> None:
     """Run a job and watch it to its end.
 
@@ -37,7 +39,7 @@ def run(
     with _cluster(spec, None if local else address, keep_cluster) as place:
         client = OrchestratorClient(place.address)
         run_id = client.submit(job, name=name, timeout_s=timeout, on_wait=tell_wait)
-        say(f"Run {run_id} is submitted, its files are in {client.status(run_id).run_dir}. Ctrl-C detaches.")
+        say(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
         live = LiveProgress()
         try:
             status = client.wait(run_id, on_status=live.show)
@@ -53,7 +55,10 @@ def run(
             error.remedy = f"`orchestrator status {run_id} --storage {storage}` shows how far the run has come."
             raise
         live.close()
-    show(aligned(summary(status)))
+    if output is Format.JSON:
+        show_json(to_plain(status))
+    else:
+        show(aligned(summary(status)))
     raise_unless_succeeded(status)
 
 

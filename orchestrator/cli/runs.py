@@ -5,27 +5,36 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, JobFile, Name, Output, RunId, Storage, Timeout
-from orchestrator.cli.output import Format, say, show, show_json, show_table, tell_wait
+from orchestrator.cli.options import Address, JobFile, Name, Output, RunId, Storage, Timeout, Watch
+from orchestrator.cli.output import Format, say, show, show_json, show_line, show_table, tell_wait
 from orchestrator.cli.wording import NONE, counted, moment, number
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.messages import Target
 
 
-def submit(job: JobFile, name: Name = None, timeout: Timeout = 0.0, address: Address = None) -> None:
+def submit(
+    job: JobFile, name: Name = None, timeout: Timeout = 0.0, address: Address = None, output: Output = Format.TEXT
+) -> None:
     """Start a run and return; prints its name."""
     from orchestrator.client import OrchestratorClient, check_job
 
     check_job(job, name)  # before any cluster is looked for
     run_id = OrchestratorClient(address).submit(job, name=name, timeout_s=timeout, on_wait=tell_wait)
     say(f"Run {run_id} is submitted. Follow it with `orchestrator logs {run_id} -f`.")
-    show(run_id)
+    _show_name(run_id, output)
 
 
-def list_runs(address: Address = None, output: Output = Format.TEXT) -> None:
-    """List the cluster's runs, the newest last."""
+def list_runs(watch: Watch = False, address: Address = None, output: Output = Format.TEXT) -> None:
+    """List the cluster's runs, the newest last. Watching ends when all have ended."""
+    from orchestrator.cli.live import watch_runs
     from orchestrator.client import OrchestratorClient
-    from orchestrator.protocol.codec import to_plain
 
-    found = OrchestratorClient(address).list()
+    client = OrchestratorClient(address)
+    if watch:
+        watch_runs(client.list, (lambda s: show_line(to_plain(s))) if output is Format.JSON else None)
+        if output is Format.JSON:
+            return
+    found = client.list()
     if output is Format.JSON:
         show_json([to_plain(status) for status in found])
         return
@@ -37,50 +46,64 @@ def list_runs(address: Address = None, output: Output = Format.TEXT) -> None:
     show_table(header, rows)
 
 
-def status(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
-    """Show where a run is, or how it ended."""
+def status(
+    run: RunId, watch: Watch = False, storage: Storage = None, address: Address = None, output: Output = Format.TEXT
+) -> None:
+    """Show where a run is and why, or how it ended. Watching ends with the run."""
+    from orchestrator.cli.live import watch_runs
     from orchestrator.cli.locate import find_run
     from orchestrator.cli.summary import aligned, details
-    from orchestrator.protocol.codec import to_plain
 
-    found = find_run(run, storage, address).status()
+    place = find_run(run, storage, address)
+    if watch:
+        on_change = (lambda s: show_line(to_plain(s))) if output is Format.JSON else None
+        watch_runs(lambda: (place.status(),), on_change, place.is_over)
+        if output is Format.JSON:
+            return
+    found = place.status()
     if output is Format.JSON:
         show_json(to_plain(found))
-    else:
-        show(aligned(details(found)))
+        return
+    if found.traceback:
+        show(found.traceback.rstrip())
+    show(aligned(details(found)))
 
 
 def scale(
     run: RunId,
     workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="How many workers the run shall have.")],
     address: Address = None,
+    output: Output = Format.TEXT,
 ) -> None:
     """Change the number of a run's workers, within its job's min..max. No step is lost."""
     from orchestrator.client import OrchestratorClient
 
     client = OrchestratorClient(address)
-    client.scale(run, workers)
+    target = client.scale(run, workers)
     asked = counted(workers, "worker")
-    if client.status(run).workers_now == workers:
+    if client.get(run).workers_now == workers:
         say(f"Run {run} has {asked} and goes on with them.")
     else:
         say(f"Run {run} will go on with {asked} as soon as they are ready.")
+    _show_target(run, target, output)
 
 
-def cancel(run: RunId, address: Address = None) -> None:
+def cancel(run: RunId, address: Address = None, output: Output = Format.TEXT) -> None:
     """End a run early. If it has trained, it writes a checkpoint first."""
     from orchestrator.client import OrchestratorClient
 
-    OrchestratorClient(address).cancel(run)
+    target = OrchestratorClient(address).cancel(run)
     say(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
+    _show_target(run, target, output)
 
 
-def pause(run: RunId, address: Address = None) -> None:
+def pause(run: RunId, address: Address = None, output: Output = Format.TEXT) -> None:
     """Write a checkpoint and free a run's resources; `resume` lets it go on."""
     from orchestrator.client import OrchestratorClient
 
-    OrchestratorClient(address).pause(run)
+    target = OrchestratorClient(address).pause(run)
     say(f"Run {run} pauses after its current step. `orchestrator resume {run}` lets it go on.")
+    _show_target(run, target, output)
 
 
 def resume(
@@ -99,6 +122,7 @@ def resume(
     ] = None,
     timeout: Timeout = 0.0,
     address: Address = None,
+    output: Output = Format.TEXT,
 ) -> None:
     """Let a run go on from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run."""
     from orchestrator.client import OrchestratorClient
@@ -106,7 +130,20 @@ def resume(
     client = OrchestratorClient(address)
     client.resume(run, storage=storage, from_step=from_step, workers=workers, timeout_s=timeout, on_wait=tell_wait)
     say(f"Run {run} goes on. Follow it with `orchestrator logs {run} -f`.")
-    show(run)
+    _show_name(run, output)
+
+
+def _show_name(run_id: str, output: Format) -> None:
+    if output is Format.JSON:
+        show_json({"run_id": run_id})
+    else:
+        show(run_id)
+
+
+def _show_target(run_id: str, target: Target, output: Format) -> None:
+    """What the run is to be, for programs; people are told in words."""
+    if output is Format.JSON:
+        show_json({"run_id": run_id, **to_plain(target)})
 
 
 def register(app: typer.Typer) -> None:

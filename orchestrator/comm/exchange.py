@@ -1,9 +1,10 @@
-"""Token exchange between ranks: an uneven all-to-all that autograd can run backwards.
+"""Token exchange between ranks: an uneven all-to-all that autograd can run backwards, and that computation overlaps.
 
 Shape legend: N = rows sent by this rank, M = rows received, D = hidden size, W = world size.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,43 +12,93 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class _AllToAll(torch.autograd.Function):
-    """Rows out, rows in; the gradient travels the same way back."""
+class Journey:
+    """Rows on their way to other ranks: what is computed between `begin` and `end` overlaps with the transfer.
 
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, sent_W: list[int], received_W: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.route = (sent_W, received_W, group)
-        y_MD = x_ND.new_empty(sum(received_W), *x_ND.shape[1:])
-        dist.all_to_all_single(y_MD, x_ND.contiguous(), received_W, sent_W, group=group)
-        return y_MD
+        journey = Journey(sent_W, received_W, group)
+        on_the_way_MD = journey.begin(x_ND)
+        ...                                   # reads neither of them
+        received_MD = journey.end(on_the_way_MD)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_MD,) = grads
-        sent_W, received_W, group = ctx.route
-        grad_ND = grad_MD.new_empty(sum(sent_W), *grad_MD.shape[1:])
-        dist.all_to_all_single(grad_ND, grad_MD.contiguous(), sent_W, received_W, group=group)
-        return grad_ND, None, None, None
-
-
-def exchange_rows(
-    x_ND: Tensor, sent_W: Sequence[int], received_W: Sequence[int], group: dist.ProcessGroup | None
-) -> Tensor:
-    """Send the first `sent_W[0]` rows to rank 0, the next to rank 1, and so on.
+    The gradient travels the same way back, begun by `end` and ended by `begin`, so that the gradients of what was
+    computed between the two overlap with it as well: autograd runs later calls first. For one journey each.
 
     Args:
-        x_ND: rows, ordered by destination rank.
-        sent_W: rows for each rank.
-        received_W: rows from each rank.
+        sent_W: rows for each rank; the first are for rank 0, the next for rank 1, and so on.
+        received_W: rows from each rank, ordered likewise.
         group: the world; None means a world of one, where nothing moves.
-
-    Returns:
-        The received rows (M, D), ordered by source rank. Differentiable.
     """
-    if group is None:
-        return x_ND
-    result: Tensor = _AllToAll.apply(x_ND, list(sent_W), list(received_W), group)  # type: ignore[no-untyped-call]
-    return result
+
+    def __init__(self, sent_W: Sequence[int], received_W: Sequence[int], group: dist.ProcessGroup | None) -> None:
+        self._sent_W, self._received_W, self._group = list(sent_W), list(received_W), group
+        self._transfer: _Transfer | None = None
+
+    def begin(self, x_ND: Tensor) -> Tensor:
+        """Send rows. Returns the memory (M, D) that they will be received in."""
+        if self._group is None:
+            return x_ND
+        on_the_way_MD: Tensor = _Begin.apply(x_ND, self)  # type: ignore[no-untyped-call]
+        return on_the_way_MD
+
+    def end(self, on_the_way_MD: Tensor) -> Tensor:
+        """Wait until all rows are there."""
+        if self._group is None:
+            return on_the_way_MD
+        received_MD: Tensor = _End.apply(on_the_way_MD, self)  # type: ignore[no-untyped-call]
+        return received_MD
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._transfer is not None
+
+    def depart(self, x_ND: Tensor, *, home: bool = False) -> Tensor:
+        """Start a transfer, or one of gradients `home`, and return what receives it."""
+        sent_W, received_W = (self._received_W, self._sent_W) if home else (self._sent_W, self._received_W)
+        x_ND = x_ND.contiguous()
+        received_MD = x_ND.new_empty(sum(received_W), *x_ND.shape[1:])
+        work = dist.all_to_all_single(received_MD, x_ND, received_W, sent_W, group=self._group, async_op=True)
+        self._transfer = _Transfer(work, x_ND, received_MD)
+        return received_MD
+
+    def arrive(self) -> Tensor:
+        """Wait for the transfer that was started. Raises RuntimeError if a peer is lost."""
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            raise ValueError("a journey was ended that had not begun; begin() and end() go in pairs, once")
+        transfer.work.wait()
+        return transfer.received_MD
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """An all-to-all under way, with the memory that it reads and writes."""
+
+    work: dist.Work
+    sent_ND: Tensor
+    received_MD: Tensor
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.depart(x_ND)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.journey.arrive(), None  # what was passed here is what `_End` was given: the same before its journey
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, on_the_way_MD: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.arrive()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.depart(grads[0], home=True)
+        return grads[0], None
 
 
 def gather_counts(counts_E: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.checkpoint.manifest import manifest_of
+from orchestrator.checkpoint.manifest import manifest_of, parse_step_name
 from orchestrator.checkpoint.read import list_steps, prune, set_aside
 from orchestrator.checkpoint.write import commit
 from orchestrator.policy.retention import best_checkpoints
@@ -35,19 +35,26 @@ def commit_checkpoint(run_id: str, run_dir: Path, epoch: int, action: Commit) ->
     return commit(run_dir / DIRECTORY, manifest, epoch=epoch)
 
 
-def drop_old_checkpoints(run_dir: Path, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]) -> None:
-    """Delete what the job doesn't keep. What can't be deleted is tried again after the next checkpoint."""
+def drop_old_checkpoints(
+    run_dir: Path, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
+) -> tuple[int, ...]:
+    """Delete what the job doesn't keep. What can't be deleted is tried again after the next checkpoint.
+
+    Returns:
+        the steps of those that were deleted.
+    """
     if keep.keep_last is None:
-        return
+        return ()
     checkpoints = run_dir / DIRECTORY
     best = best_checkpoints(list_steps(checkpoints), validations, keep.keep_best)
     try:
         dropped = prune(checkpoints, keep.keep_last, best)
     except OSError as error:
         log.warning("an old checkpoint could not be deleted: %s", error)
-        return
+        return ()
     if dropped:
         log.info("deleted %s", ", ".join(path.name for path in dropped))
+    return tuple(step for path in dropped if (step := parse_step_name(path.name)) is not None)
 
 
 def leave_behind(run_dir: Path, after_step: int, epoch: int) -> None:

@@ -6,6 +6,7 @@ worker never returns, so a death is known as soon as Ray knows it: the call ends
 
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,11 @@ class Crew:
         self._rested_s: dict[str, float] = {}  # when the last answer came
         self.reports: dict[str, Report] = {}
         self.lost: dict[str, str] = {}
+
+    @property
+    def handles(self) -> Mapping[str, Handle]:
+        """The workers that are there, by id."""
+        return self._handles
 
     def adopt(self, crew: tuple[str, ...]) -> None:
         """Find the workers that an earlier controller started; end those that it did not write down."""

@@ -17,6 +17,8 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from orchestrator.control.system import Reading, read_system
+
 NAMESPACE = "orchestrator"
 CALLS_AT_ONCE = 16
 
@@ -41,6 +43,10 @@ class Host:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def read_system(self, directory: str) -> Reading:
+        """How busy this node is; `directory` lies in the file system whose room counts."""
+        return read_system(str(ray.util.get_node_ip_address()), directory)  # type: ignore[no-untyped-call]
 
     def hold(self) -> None:
         """Never returns: the call's error is how the caller hears of this process's end, within milliseconds."""

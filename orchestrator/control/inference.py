@@ -83,4 +83,6 @@ def store_of(run_id: str, run_dir: Path) -> str:
 def _error_of(fault: Fault) -> OrchestratorError:
     cls = getattr(errors, fault.kind, OrchestratorError)
     error: OrchestratorError = cls(fault.message, remedy=fault.remedy, unchanged=fault.unchanged)
+    if isinstance(error, errors.EntrypointError):
+        error.traceback = fault.traceback
     return error

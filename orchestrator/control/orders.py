@@ -8,11 +8,14 @@ import yaml
 from pydantic import ValidationError
 
 from orchestrator.checkpoint.pretrained import open_pretrained, resolved
+from orchestrator.control.entrypoint import check_entrypoint
 from orchestrator.data.files import KINDS, suffix_of
+from orchestrator.data.folders import text_files
 from orchestrator.data.prepare import check_vocabulary, load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
+from orchestrator.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None) -> Order:
         )
     spec = with_pretrained(spec)
     data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
-    return Order(spec.model_copy(update={"storage": str(spec.storage_path), "data": data}), text)
+    changes = {"storage": str(spec.storage_path), "data": data, "model": _absolute_code(spec.model)}
+    spec = spec.model_copy(update=changes)
+    check_entrypoint(spec)
+    return Order(spec, text)
 
 
 def with_pretrained(spec: JobSpec) -> JobSpec:
@@ -73,6 +79,12 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"model": model, "data": data})
 
 
+def _absolute_code(model: ModelSpec) -> ModelSpec:
+    if model.entrypoint is None:
+        return model
+    return model.model_copy(update={"code_dir": str(Path(model.code_dir).expanduser().absolute())})
+
+
 def _renamed(spec: JobSpec, name: str) -> JobSpec:
     try:
         return JobSpec.model_validate(spec.model_dump(by_alias=True, exclude_unset=True) | {"name": name})
@@ -89,7 +101,7 @@ def _absolute_source(source: str) -> str:
     if not path.exists():
         wrong = "does not exist"
     elif path.is_dir():
-        wrong = "" if any(suffix_of(file) for file in path.rglob("*")) else f"holds no file of {KINDS}"
+        wrong = "" if text_files(path) else f"holds no file of {KINDS}"
     else:
         wrong = "" if suffix_of(path) else f"is none of {KINDS}"
     if wrong:

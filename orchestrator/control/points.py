@@ -1,8 +1,10 @@
 """Step records and rescales as metric values."""
 
-from orchestrator.policy.progress import Progress
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.policy.progress import Progress, absorb
 from orchestrator.protocol.messages import StepRecord
-from orchestrator.protocol.status import Rescale
 from orchestrator.tracking.sink import MetricPoint
 
 
@@ -19,6 +21,7 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "train/tokens": tokens,
             "train/skipped": skipped,
             "perf/step_s": record.step_s,
+            "perf/data_wait_s": record.data_wait_s,
             "perf/tokens_per_second": record.tokens / record.step_s,
             "elastic/world_size": record.world_size,
             "elastic/generation": record.generation,
@@ -32,10 +35,18 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
     return points
 
 
-def points_of_rescale(rescale: Rescale, now_s: float) -> list[MetricPoint]:
-    """A measured rescale, at the first step of the new world."""
-    step = rescale.step + 1
+def points_after(records: list[StepRecord], step: int) -> list[MetricPoint]:
+    """What a chart shows of the steps after this one, from all records of the run."""
+    known = absorb(Progress(), [record for record in records if record.step <= step])
+    return points_of_steps(known, [record for record in records if record.step > step])
+
+
+def points_of_event(event: Mapping[str, Any]) -> list[MetricPoint]:
+    """What a chart shows of an event: the cost of a measured rescale, at the first step of the new world."""
+    if event["kind"] != "rescaled":
+        return []
+    step, at = event["step"] + 1, event["time"]
     return [
-        MetricPoint("elastic/rescale_stall_s", rescale.stall_s or 0.0, step, now_s),
-        MetricPoint("elastic/moved_bytes", float(rescale.moved_bytes), step, now_s),
+        MetricPoint("elastic/rescale_stall_s", event["stall_s"] or 0.0, step, at),
+        MetricPoint("elastic/moved_bytes", float(event["moved_bytes"]), step, at),
     ]

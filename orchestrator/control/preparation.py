@@ -5,6 +5,7 @@ from pathlib import Path
 
 from orchestrator.data.prepare import check_enough, check_vocabulary, prepare
 from orchestrator.spec.job import JobSpec
+from orchestrator.tracking.sink import Dataset
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,18 @@ class PreparedData:
     store_dir: str
     vocab_size: int
     tokenizer: str  # file in the run's directory
+    datasets: tuple[Dataset, ...] = ()  # what a tracker shows of it
 
 
 class Preparation:
-    """Hosted by `control.host`, so that control itself loads no tokenizer."""
+    """Hosted by `control.host`, so that control itself loads no tokenizer. Its methods may run at once."""
+
+    def __init__(self) -> None:
+        self._progress = ("reading", 0.0)
+
+    def progress(self) -> tuple[str, float]:
+        """The stage, and the fraction of it that is done."""
+        return self._progress
 
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
         """Make or find the job's token store below `data_dir`.
@@ -33,6 +42,7 @@ class Preparation:
             data.vocab_size,
             data.holdout,
             Path(data_dir),
+            self._tell,
             text_key=data.text_key,
             tokenizer=None if data.tokenizer is None else Path(data.tokenizer),
         )
@@ -40,4 +50,14 @@ class Preparation:
         check_enough(store, job.train.sequence_length, job.train.global_batch_size, int(job.eval.every is not None))
         tokenizer = Path(run_dir) / "tokenizer.json"
         store.tokenizer().save(tokenizer)
-        return PreparedData(str(store.directory), store.vocab_size, str(tokenizer))
+        datasets = tuple(
+            Dataset(
+                f"{source.name}/{split}", split, source.digest, data.source, counts.num_documents, counts.num_tokens
+            )
+            for source in store.manifest.sources
+            for split, counts in store.manifest.splits.items()
+        )
+        return PreparedData(str(store.directory), store.vocab_size, str(tokenizer), datasets)
+
+    def _tell(self, stage: str, fraction: float) -> None:
+        self._progress = (stage, fraction)

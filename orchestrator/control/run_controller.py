@@ -26,8 +26,8 @@ from orchestrator.control.facilities import Facilities
 from orchestrator.control.host import find, log_to
 from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import STATUS_FILE, RunMemory, insist
+from orchestrator.control.node_watch import NodeWatch
 from orchestrator.control.parts import Parts
-from orchestrator.control.points import points_of_rescale, points_of_steps
 from orchestrator.control.status import status_of, to_json
 from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, StorageError, UsageError
 from orchestrator.policy.lifecycle import decide, directive_of
@@ -65,9 +65,11 @@ class RunController:
         self._threads = max(1, (os.cpu_count() or 1) // self._limits.initial_workers)
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
+        self._nodes = NodeWatch(self._run_dir, self._inbox)
         self._committed = self._memory.state.checkpoint_done
         self._records_s = 0.0  # when records were last asked for; inf while they are
         self._faults: list[str] = []
+        self._tracking_fails = False  # and users were told
         self._target = self._memory.state.target
         self._heard = threading.Condition()  # notified after every turn
         self._closed = False
@@ -88,8 +90,9 @@ class RunController:
             self._memory,
             self._observe(),
             run_dir=self._run_dir,
-            tracking_url=self._facilities.tracking_url,
-            warning=self._memory.trouble or self._facilities.warning,
+            tracking_url=self._facilities.tracker.url,
+            warning=self._memory.trouble or self._facilities.tracker.warning,
+            preparing=self._facilities.preparing,
             closed=self._closed,
         )
 
@@ -174,11 +177,17 @@ class RunController:
         now_s = time.monotonic()
         self._crew.poll(now_s, eager=self._memory.state.next is not None)
         self._ask_records(now_s)
+        self._facilities.look_at_preparation(now_s)
+        self._facilities.tracker.tend(now_s)
+        self._nodes.poll(now_s, self._crew.handles)
+        self._tell_of_tracking()
         return bool(answers)
 
     def _take(self, answer: Answer) -> None:
         if answer.of in ("preparation", "rendezvous", "tracker"):
             return self._facilities.take(answer)
+        if answer.method == NodeWatch.READ:
+            return self._facilities.tracker.publish(self._nodes.take(answer, self._memory.progress.watermark))
         if answer.method == Crew.RECORDS:
             self._records_s = time.monotonic()
         report = self._crew.take(answer)
@@ -186,8 +195,8 @@ class RunController:
             with suppress(StorageError):  # they are asked for again
                 before = self._memory.progress
                 fresh = self._memory.absorb(report.records)
-                self._facilities.publish(points_of_steps(before, fresh))
-            self._facilities.look_at_tracker()
+                self._facilities.tracker.publish_steps(before, fresh)
+            self._facilities.tracker.look()
         return None
 
     def _ask_records(self, now_s: float) -> None:
@@ -259,21 +268,33 @@ class RunController:
         self._tell_users(self._memory.note("checkpoint", step=action.step, path=str(path)))
         self._committed = action.step
         self._inbox.put(None)
-        drop_old_checkpoints(self._run_dir, self._job.checkpoint, self._memory.progress.validations)
+        deleted = drop_old_checkpoints(self._run_dir, self._job.checkpoint, self._memory.progress.validations)
+        if deleted:
+            with suppress(StorageError):
+                self._tell_users(self._memory.note("checkpoints_deleted", steps=list(deleted)))
 
     def _tell_users(self, event: dict[str, Any]) -> None:
         log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in ("seq", "epoch", "time")})
-        self._facilities.publish_event(event)
-        if event["kind"] == "rescaled":
-            rescale = next(r for r in self._memory.state.rescales if r.generation == event["generation"])
-            self._facilities.publish(points_of_rescale(rescale, event["time"]))
+        self._facilities.tracker.publish_event(event)
+
+    def _tell_of_tracking(self) -> None:
+        """Write down when metrics begin to wait, and when they arrive again."""
+        warning = self._facilities.tracker.warning
+        if (warning is not None) != self._tracking_fails:
+            with suppress(StorageError):  # said at the next look
+                event = (
+                    self._memory.note("tracking_fails", why=warning) if warning else self._memory.note("tracking_works")
+                )
+                self._tracking_fails = warning is not None
+                self._tell_users(event)
 
     # -- the end -----------------------------------------------------------------------------------------------
 
     def _fail(self, error: Exception) -> None:
         log.exception("run %s: its controller failed", self._run_id)
-        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}")
-        notes = [Note("error", {"traceback": "".join(traceback.format_exception(error))})]
+        told = "".join(traceback.format_exception(error))
+        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", told)
+        notes = [Note("error", {"traceback": told})]
         notes += [action for action in over.actions if isinstance(action, Note)]
         insist(lambda: self._memory.decided(over.state, notes))
 
@@ -283,7 +304,7 @@ class RunController:
         hear_last_words(self._crew, self._inbox, state.members, self._memory.progress.watermark, self._take)
         self._crew.reconcile(())
         remove_groups(self._run_id, state.num_spawned)
-        self._facilities.close(str(state.outcome), state.why)
+        self._facilities.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
         self._closed = True
         insist(lambda: self._memory.conclude(to_json(self.status())))

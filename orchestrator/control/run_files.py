@@ -4,14 +4,13 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from orchestrator.control.journal import newest_epoch
 from orchestrator.control.memory import read_status, read_steps, user_events
 from orchestrator.control.status import status_from_journal
-from orchestrator.errors import NotFound
+from orchestrator.errors import NotFound, nearest
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
@@ -39,14 +38,9 @@ class RunFiles:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        if not _holds_run(run_dir):
-            known = runs_in(run_dir.parent)
-            near = get_close_matches(run_dir.name, known, n=3)
-            remedy = "Name the run storage that the job file names: --storage DIR."
-            if near:
-                remedy = f"Did you mean {' or '.join(near)}? Else name the run's storage: --storage DIR."
-            elif known:
-                remedy = f"Runs there: {', '.join(known[:NAMED_AT_MOST])}. Else name the run's storage: --storage DIR."
+        if not holds_run(run_dir):
+            offer = nearest(run_dir.name, runs_in(run_dir.parent))
+            remedy = f"{offer}Name the run storage that the job file names: --storage DIR."
             raise NotFound(f"{run_dir} holds no run", remedy=remedy)
         self.run_dir = run_dir
 
@@ -64,6 +58,17 @@ class RunFiles:
     def events(self, after: int = -1) -> list[dict[str, Any]]:
         """What happened after the event whose `seq` is `after`."""
         return user_events(self.run_dir, after)
+
+    def events_to_come(self, is_over: Callable[[], bool], after: int = -1) -> Iterator[dict[str, Any]]:
+        """What happened and what will, until `is_over` says yes."""
+        while True:
+            last_look = is_over()  # asked before reading: what is written before the end is read
+            for event in self.events(after):
+                after = event["seq"]
+                yield event
+            if last_look:
+                return
+            time.sleep(LOOK_EVERY_S)
 
     def steps(self) -> list[StepRecord]:
         """Every committed step, in order."""
@@ -103,13 +108,14 @@ class RunFiles:
             time.sleep(LOOK_EVERY_S)
 
 
-def runs_in(storage: Path) -> list[str]:
-    """Names of the runs that lie in a run storage."""
-    return sorted(path.name for path in storage.iterdir() if _holds_run(path)) if storage.is_dir() else []
-
-
-def _holds_run(run_dir: Path) -> bool:
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run has been submitted to this directory."""
     return newest_epoch(run_dir) > 0 or (run_dir / "job.json").exists()
+
+
+def runs_in(storage: Path) -> list[str]:
+    """Names of the runs in run storage; none if there is no such directory."""
+    return sorted(path.name for path in storage.iterdir() if holds_run(path)) if storage.is_dir() else []
 
 
 def _read_on(path: Path, offsets: dict[Path, int]) -> list[LogLine]:

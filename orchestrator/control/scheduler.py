@@ -21,7 +21,7 @@ from orchestrator.control.journal import newest_epoch, write_atomically
 from orchestrator.control.memory import Recollection, read_status, read_steps, storage_error, user_events
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
-from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError
+from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.capacity import places
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.schedule import wanted_size
@@ -181,7 +181,9 @@ class Scheduler:
     def _directory_of(self, run_id: str) -> Path:
         place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
         if place is None:
-            raise NotFound(f"this cluster has no run {run_id!r}", remedy="`orchestrator list` shows its runs.")
+            known = [key.decode() for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE)]
+            remedy = f"{nearest(run_id, known)}`orchestrator list` shows its runs."
+            raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
         return Path(place.decode())
 
     def _refuse_taken(self, run_id: str, directory: Path) -> None:

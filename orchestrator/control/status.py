@@ -26,9 +26,14 @@ def status_of(
     run_dir: Path,
     tracking_url: str | None = None,
     warning: str | None = None,
+    preparing: str = "",
     closed: bool,
 ) -> RunStatus:
-    """The status now. Until everything of the run is `closed`, one that has ended is still finishing."""
+    """The status now. Until everything of the run is `closed`, one that has ended is still finishing.
+
+    Args:
+        preparing: how far the data is that the first step waits for; empty once it is there.
+    """
     state, progress = memory.state, memory.progress
     over = state.outcome is not None
     checkpoint = run_dir / DIRECTORY / step_name(state.checkpoint_done) if state.checkpoint_done >= 0 else None
@@ -36,7 +41,7 @@ def status_of(
         run_id=limits.run_id,
         run_dir=str(run_dir),
         phase=RunPhase.FINISHING if over and not closed else phase_of(state, seen),
-        why=explain(limits, state, seen),
+        why=preparing if preparing and not over else explain(limits, state, seen),
         step=progress.watermark + 1,
         steps=limits.steps,
         workers_wanted=0 if over else wanted_size(limits, state.wish, seen.step + 1),
@@ -54,6 +59,7 @@ def status_of(
         tracking_url=tracking_url,
         warning=warning,
         error=state.why if state.outcome is RunPhase.FAILED else None,
+        traceback=(state.traceback or None) if state.outcome is RunPhase.FAILED else None,
         submitted_time=memory.times.get("submitted"),
         started_time=memory.times.get("activated"),
         ended_time=memory.times.get("ended"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from orchestrator.data.files import KINDS, is_plain, suffix_of, texts_in
+from orchestrator.data.folders import text_files
 from orchestrator.errors import DataError
 
 BUILTIN_STDLIB = "builtin:stdlib"
@@ -85,24 +86,22 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
 
 
 def _find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
-    """The root of a source and its files, sorted by their path below the root."""
+    """The root of a source and its files in order."""
     if source == BUILTIN_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         found = [path for path in root.rglob("*.py") if not _NOT_STDLIB.intersection(path.relative_to(root).parts)]
-    else:
-        root = Path(source)
-        if root.is_dir():
-            found = [path for path in root.rglob("*") if path.is_file() and suffix_of(path)]
-        elif root.is_file() and suffix_of(root):
-            root, found = root.parent, [root]
-        else:
-            what = f"is none of {KINDS}" if root.exists() else "doesn't exist"
-            raise DataError(
-                f"data.source {source} {what}; a source is builtin:stdlib, a directory of such files, or one of them",
-                remedy="Correct data.source; a relative path starts at the current directory.",
-                unchanged="Nothing was written.",
-            )
-    return root, tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
+        return root, tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
+    root = Path(source)
+    if root.is_dir():
+        return root, text_files(root)
+    if root.is_file() and suffix_of(root):
+        return root.parent, (root,)
+    what = f"is none of {KINDS}" if root.exists() else "doesn't exist"
+    raise DataError(
+        f"data.source {source} {what}; a source is builtin:stdlib, a directory of such files, or one of them",
+        remedy="Correct data.source; a relative path starts at the current directory.",
+        unchanged="Nothing was written.",
+    )
 
 
 def _read_documents(root: Path, files: tuple[Path, ...], text_key: str) -> Iterator[Document]:

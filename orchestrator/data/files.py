@@ -14,7 +14,7 @@ from orchestrator.errors import DataError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 KINDS = ", ".join(SUFFIXES)
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256  # decoded rows of a Parquet file in memory
 
 
 def suffix_of(path: Path) -> str | None:
@@ -82,26 +82,35 @@ def _columns(path: Path, text_key: str) -> Iterator[str]:
 
     try:
         number = 0
-        for batch in _batches(path):
-            if text_key not in batch.schema.names:
-                raise _without(str(path), text_key, batch.schema.names)
-            for value in batch.column(text_key).to_pylist():
+        for column in _column(path, text_key):
+            for value in column:
                 number += 1
-                yield _text_of(value, f"{path}, row {number}", text_key, batch.schema.names)
+                yield _text_of(value.as_py(), f"{path}, row {number}", text_key, [text_key])
     except pyarrow.ArrowInvalid as error:
         raise _broken(f"{path} is no {path.suffix.removeprefix('.')} file: {error}") from error
 
 
-def _batches(path: Path) -> Iterator[Any]:
+def _column(path: Path, text_key: str) -> Iterator[Any]:
+    """A column in pieces, mapped into memory: no more of the file than a piece is held at once."""
     import pyarrow
     from pyarrow import parquet
 
-    if path.suffix == ".parquet":
-        with parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=ROWS_AT_ONCE)
-    else:  # `datasets` writes a stream of batches
-        with pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
-            yield from stream
+    with pyarrow.memory_map(str(path)) as source:
+        if path.suffix == ".parquet":
+            with parquet.ParquetFile(source, pre_buffer=False) as file:
+                _check_column(path, text_key, file.schema_arrow.names)
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_key]):
+                    yield batch.column(0)
+        else:  # `datasets` writes a stream of batches
+            with pyarrow.ipc.open_stream(source) as stream:
+                _check_column(path, text_key, stream.schema.names)
+                for batch in stream:
+                    yield batch.column(text_key)
+
+
+def _check_column(path: Path, text_key: str, names: list[str]) -> None:
+    if text_key not in names:
+        raise _without(str(path), text_key, names)
 
 
 def _text_of(value: object, where: str, text_key: str, keys: list[str]) -> str:

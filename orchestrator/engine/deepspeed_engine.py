@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from orchestrator.engine.base import StepOutcome
 from orchestrator.engine.groups import Groups
+from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.transformer import MoELanguageModel, expert_of
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
@@ -71,7 +71,7 @@ class DeepSpeedEngineAdapter:
         groups: the generation's process groups.
     """
 
-    def __init__(self, model: MoELanguageModel, train: TrainSpec, groups: Groups, device: torch.device) -> None:
+    def __init__(self, model: TrainableModel, train: TrainSpec, groups: Groups, device: torch.device) -> None:
         self._model = model
         self._device = device
         self._mixed = train.precision == "bf16"
@@ -121,7 +121,9 @@ class DeepSpeedEngineAdapter:
 
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:
+        self._model.eval()
         loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        self._model.train()
         return loss
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class DeepSpeedEngineAdapter:
                         ranges.add(f"master/{name}", start - offset, master.detach()[here])
                     ranges.add(f"exp_avg/{name}", start - offset, moments["exp_avg"][here])
                     ranges.add(f"exp_avg_sq/{name}", start - offset, moments["exp_avg_sq"][here])
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self._model.state_buffers():
             ranges.add(f"buffer/{name}", 0, buffer.view(-1))
         return ranges
 
@@ -193,7 +195,7 @@ def _is_dummy(name: str) -> bool:
     return name.startswith("_placeholder_")
 
 
-def _param_groups(model: MoELanguageModel, groups: Groups) -> list[dict[str, Any]]:
+def _param_groups(model: TrainableModel, groups: Groups) -> list[dict[str, Any]]:
     """Dense parameters, then one group per colour of the placement; the order of a group is the model's."""
     named = list(model.named_parameters())
     result: list[dict[str, Any]] = [{"name": "dense", "params": [p for n, p in named if expert_of(n) is None]}]
@@ -204,7 +206,7 @@ def _param_groups(model: MoELanguageModel, groups: Groups) -> list[dict[str, Any
         name = _group_name(colour)
         params = [p for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
         if not params:
-            placeholder = nn.Parameter(torch.zeros(1, device=model.head.device, dtype=model.head.dtype))
+            placeholder = nn.Parameter(torch.zeros(1, device=named[0][1].device, dtype=named[0][1].dtype))
             model.register_parameter(f"_placeholder_{colour}", placeholder)
             params = [placeholder]
         for param in params:
@@ -218,7 +220,7 @@ def _group_name(colour: int) -> str:
     return f"experts_{colour}"
 
 
-def _config(model: MoELanguageModel, train: TrainSpec) -> dict[str, Any]:
+def _config(model: TrainableModel, train: TrainSpec) -> dict[str, Any]:
     everything = sum(p.numel() for p in model.parameters()) + 1
     # Stage 2 empties its bucket in the middle of backward, whenever it is full, and experts fill it too: a rank with
     # more of them would empty it elsewhere than the others, and they would add up what doesn't belong together.

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from orchestrator.engine.base import StepOutcome
 from orchestrator.engine.groups import Groups
+from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.transformer import MoELanguageModel, expert_of
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
@@ -19,7 +19,7 @@ from orchestrator.state.ranges import NamedRanges
 class ReferenceEngine:
     """Implements `orchestrator.engine.base.Engine`. Raises ValueError for a precision other than fp32."""
 
-    def __init__(self, model: MoELanguageModel, train: TrainSpec, groups: Groups) -> None:
+    def __init__(self, model: TrainableModel, train: TrainSpec, groups: Groups) -> None:
         if train.precision != "fp32":
             raise ValueError(f"precision {train.precision}; the reference engine has fp32 only")
         self._model, self._groups, self._max_norm = model, groups, train.gradient_clipping
@@ -67,7 +67,9 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:
+        self._model.eval()
         loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        self._model.train()
         return loss
 
     def ranges(self) -> NamedRanges:
@@ -77,7 +79,7 @@ class ReferenceEngine:
             ranges.add(f"param/{name}", 0, param.data.view(-1))
             ranges.add(f"exp_avg/{name}", 0, state["exp_avg"].view(-1))
             ranges.add(f"exp_avg_sq/{name}", 0, state["exp_avg_sq"].view(-1))
-        for name, buffer in self._model.named_buffers():
+        for name, buffer in self._model.state_buffers():
             ranges.add(f"buffer/{name}", 0, buffer.view(-1))
         return ranges
 

@@ -12,26 +12,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.comm.exchange import exchange_rows, gather_counts
+from orchestrator.comm.exchange import Journey, gather_counts
 from orchestrator.elastic.placement import Placement
+from orchestrator.model.experts import GatedMLP, run_experts
 from orchestrator.model.router import Router
 from orchestrator.spec.model import ModelSpec
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), gate and up in one matrix."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(hidden_size, intermediate_size))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        gate_NH, up_NH = F.linear(x_ND, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_NH) * up_NH, self.down)
 
 
 @dataclass(frozen=True)
@@ -99,42 +86,51 @@ class MoELayer(nn.Module):
 
         order_R = self._send_order_E[flat_ids_R].argsort(stable=True)
         token_R = order_R.div(self.top_k, rounding_mode="floor")
-        returned_RD = self._visit_experts(x_ND[token_R], counts_E)
-        gates_R1 = routing.gates_NK.reshape(-1)[order_R, None].to(x_ND.dtype)
-        y_ND = torch.zeros_like(x_ND).index_add(0, token_R, returned_RD * gates_R1)
-        if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD)
+        gates_R = routing.gates_NK.reshape(-1)[order_R].to(x_ND.dtype)
+        run = self._run_here if self.home.group is None else self._run_everywhere
+        return run(x_ND, token_R, gates_R, counts_E).view_as(x_BTD)
 
-    def _visit_experts(self, sent_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """Send the copies to their experts and bring the results back in the same order."""
+    def _run_here(self, x_ND: Tensor, token_R: Tensor, gates_R: Tensor, counts_E: Tensor) -> Tensor:
+        """A world of one: nothing travels, and experts read the tokens where they are."""
+        y_ND = run_experts(x_ND, token_R, counts_E.tolist(), self._local_experts, gates_R)
+        return y_ND if self.shared is None else y_ND + self.shared(x_ND)
+
+    def _run_everywhere(self, x_ND: Tensor, token_R: Tensor, gates_R: Tensor, counts_E: Tensor) -> Tensor:
+        """Send the copies to their experts and bring the results back in the same order. While they travel, either
+        way and in the backward pass too, the shared experts are computed, half each."""
         counts_WE = gather_counts(counts_E, self.home.group).cpu()
-        world_size = counts_WE.shape[0]
-        sent_W = torch.zeros(world_size, dtype=torch.int64).index_add_(
+        sent_W = torch.zeros(len(counts_WE), dtype=torch.int64).index_add_(
             0, self._destination_E, counts_WE[self.home.rank]
         )
-        arriving_WE = counts_WE * self._expects_WE
-        local = list(self.home.local_experts)
-        arriving_WL = arriving_WE[:, local] if local else arriving_WE[:, :0]
+        arriving_WL = (counts_WE * self._expects_WE)[:, list(self.home.local_experts)]
         received_W = arriving_WL.sum(-1)
 
-        received_MD = exchange_rows(sent_RD, sent_W.tolist(), received_W.tolist(), self.home.group)
-        results_MD = self._run_experts(received_MD, arriving_WL)
-        return exchange_rows(results_MD, received_W.tolist(), sent_W.tolist(), self.home.group)
+        there = Journey(sent_W.tolist(), received_W.tolist(), self.home.group)
+        on_the_way_MD = there.begin(x_ND[token_R])
+        inner_NH = None if self.shared is None else self.shared.inner(x_ND)
+        received_MD = there.end(on_the_way_MD)
 
-    def _run_experts(self, received_MD: Tensor, arriving_WL: Tensor) -> Tensor:
-        """Copies arrive by source rank, then expert; each expert wants its own from all ranks side by side."""
-        num_sources, num_local = arriving_WL.shape
-        if num_local == 0:
-            return received_MD
-        runs = torch.split(received_MD, arriving_WL.reshape(-1).tolist())
-        results: list[list[Tensor]] = []
-        for column, expert in enumerate(self.experts.values()):
-            mine = [runs[source * num_local + column] for source in range(num_sources)]
-            # An expert that no token chose still runs, on no rows: its gradients must exist on every rank.
-            y_ND = expert(torch.cat(mine) if num_sources > 1 else mine[0])
-            results.append(list(y_ND.split([len(run) for run in mine])))
-        return torch.cat([results[column][source] for source in range(num_sources) for column in range(num_local)])
+        by_expert_M = expert_major(arriving_WL).to(x_ND.device)
+        results_MD = run_experts(received_MD, by_expert_M, arriving_WL.sum(0).tolist(), self._local_experts)
+
+        back = Journey(received_W.tolist(), sent_W.tolist(), self.home.group)
+        on_the_way_RD = back.begin(results_MD)
+        y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
+        returned_RD = back.end(on_the_way_RD)
+        return y_ND.index_add(0, token_R, returned_RD * gates_R[:, None])
+
+    @property
+    def _local_experts(self) -> list[GatedMLP]:
+        return list(self.experts.values())  # type: ignore[arg-type]
+
+
+def expert_major(arriving_WL: Tensor) -> Tensor:
+    """Rows arrive by source rank, then expert: their numbers (M) by expert, then source rank."""
+    arriving_LW = arriving_WL.T
+    begin_LW = (arriving_WL.reshape(-1).cumsum(0) - arriving_WL.reshape(-1)).view_as(arriving_WL).T
+    place_LW = (arriving_LW.reshape(-1).cumsum(0) - arriving_LW.reshape(-1)).view_as(arriving_LW)
+    shift_M = (begin_LW - place_LW).reshape(-1).repeat_interleave(arriving_LW.reshape(-1))
+    return torch.arange(len(shift_M)) + shift_M
 
 
 def _expected(home: ExpertHome, num_experts: int) -> Tensor:

@@ -5,23 +5,21 @@ torch: it knows no engine. Weights are made by `init_weights`, keyed by (seed, n
 experts without making the others'.
 
 Shape legend: B = rows, T = tokens in a row, D = hidden size, V = vocabulary, A = attention heads, G = key/value heads,
-S = head size, L = MoE layers, E = experts, C = tokens in a cache.
+S = head size, C = tokens in a cache.
 """
 
-import hashlib
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orchestrator.elastic.layout import ParamSpec
-from orchestrator.elastic.placement import Placement
+from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.cache import KVCache, LayerCache
+from orchestrator.model.experts import GatedMLP
 from orchestrator.model.loss import cross_entropy_sum
-from orchestrator.model.moe import ExpertHome, GatedMLP, MoELayer
+from orchestrator.model.moe import ExpertHome, MoELayer
 from orchestrator.spec.job import ModelSpec
 
 
@@ -125,15 +123,13 @@ class Block(nn.Module):
         return mixed_BTD
 
 
-class MoELanguageModel(nn.Module):
-    """The whole model as one rank holds it: all dense weights and this rank's experts.
+class MoELanguageModel(TrainableModel):
+    """Our model.
 
     Args:
         spec: the model part of a job.
         vocab_size: V, from the tokenizer.
         home: which experts are here.
-
-    Weights are uninitialised until `init_weights` or a transfer fills them.
     """
 
     def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertHome) -> None:
@@ -144,21 +140,9 @@ class MoELanguageModel(nn.Module):
         self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.head = nn.Parameter(torch.empty(vocab_size, spec.hidden_size))
 
-    @property
-    def moe_layers(self) -> list[MoELayer]:
-        return [m for m in self.modules() if isinstance(m, MoELayer)]
-
     def forward(
         self, inputs_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits (B, T, V); or, given targets, the sum of the cross-entropy over those that are not `IGNORED`, in
-        nats, fp32.
-
-        Args:
-            inputs_BT: token ids.
-            targets_BT: the next token of each, or `IGNORED`.
-            documents_BT: a document number per token; given, attention stays within a document.
-        """
         x_BTD = self.embedding(inputs_BT)
         rotary = rotary_tables(inputs_BT.shape[1], self.spec.rotary_size, self.spec.rope_theta, inputs_BT.device)
         mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
@@ -167,10 +151,7 @@ class MoELanguageModel(nn.Module):
         if targets_BT is None:
             return F.linear(x_BTD, self.head)
         loss = cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_BT.reshape(-1))
-        for moe in self.moe_layers:
-            if moe.last_balance_loss is not None:
-                loss = _Besides.apply(loss, moe.last_balance_loss)  # type: ignore[no-untyped-call]
-        return loss
+        return self.with_balance_losses(loss)
 
     @torch.no_grad()
     def extend(self, inputs_BT: Tensor, cache: KVCache) -> Tensor:
@@ -205,13 +186,6 @@ class MoELanguageModel(nn.Module):
             x_BTD = kept
         return x_BTD
 
-    def expert_counts(self) -> Tensor:
-        """Copies that this rank routed to each expert in its last forward pass (L, E)."""
-        layers = self.moe_layers
-        if not layers:
-            return torch.zeros(0, self.spec.num_experts, dtype=torch.int64)
-        return torch.stack([m.last_counts_E for m in layers])
-
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal weights with std `init_std`, scaled down by depth for what writes into the residual stream
@@ -221,9 +195,8 @@ class MoELanguageModel(nn.Module):
             if "norm" in name or name.endswith("_bias"):
                 param.fill_(1.0 if "norm" in name else 0.0)
                 continue
-            generator = torch.Generator().manual_seed(_key(seed, name))
             std = residual_std if name.endswith((".output", ".down")) else self.spec.init_std
-            param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
+            draw_normal(param, name, seed, std)
         for layer in self.moe_layers:
             layer.router.correction_bias_E.zero_()
 
@@ -235,47 +208,8 @@ def segments(num_layers: int, recompute: str) -> list[range]:
     return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
 
-class _Besides(torch.autograd.Function):
-    """The loss as it is, with the gradient of another one added: what is reported stays the cross-entropy."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        return grads[0], grads[0]
-
-
 def within_documents(documents_BT: Tensor) -> Tensor:
     """Mask (B, 1, T, T), true where a token may look: not ahead, not into another document."""
     T = documents_BT.shape[1]
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
     return ((documents_BT[:, :, None] == documents_BT[:, None, :]) & causal_TT)[:, None]
-
-
-def expert_of(name: str) -> int | None:
-    """The global id of the expert that a parameter belongs to; None for dense parameters."""
-    head, found, tail = name.partition(".experts.")
-    return int(tail.split(".", 1)[0]) if found and head else None
-
-
-def catalogue(
-    spec: ModelSpec, vocab_size: int
-) -> tuple[list[ParamSpec], list[tuple[str, int]], dict[str, tuple[int, ...]]]:
-    """Every parameter of the whole model in order, its buffers, and all shapes, without allocating memory.
-
-    Returns:
-        parameters (all experts included), buffers as (name, elements), and shape by name.
-    """
-    home = ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None)
-    with torch.device("meta"):
-        model = MoELanguageModel(spec, vocab_size, home)
-    params = [ParamSpec(name, p.numel(), expert_of(name)) for name, p in model.named_parameters()]
-    buffers = [(name, b.numel()) for name, b in model.named_buffers()]
-    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    return params, buffers, shapes
-
-
-def _key(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

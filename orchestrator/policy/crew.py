@@ -21,8 +21,10 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
 
 
 def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop from the crew who is gone or has failed, members of the current world apart: `endings` sees to those."""
-    gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
+    """Drop from the crew who is gone or has failed, apart from those without whom the run can't go on: members of the
+    current world, or of the first one while it is made. `endings` sees to those."""
+    needed = state.needed
+    gone = {w: why for w in state.crew if w not in needed and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
     never_warm = [w for w in gone if state.next is None or w not in state.next.world]
@@ -31,7 +33,9 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     )
     crew = tuple(w for w in state.crew if w not in gone)
     counted = state.failed_spawns + len(never_warm)
-    return Decision(replace(state, crew=crew, failed_spawns=counted, why=next(iter(gone.values()))), notes)
+    worker, why = next(iter(gone.items()))
+    buried = replace(state, crew=crew, failed_spawns=counted, why=why, traceback=traceback_of(seen, worker))
+    return Decision(buried, notes)
 
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -72,6 +76,13 @@ def why_gone(seen: Observation, worker: str) -> str:
         error = report.error
         return f"{worker} failed: {error.kind}: {error.message}" if error else f"{worker} failed without a reason"
     return ""
+
+
+def traceback_of(seen: Observation, worker: str) -> str:
+    """Of the error with which this worker failed; empty if there is none, or it says only that a peer is gone."""
+    report = seen.reports.get(worker)
+    error = report.error if report is not None else None
+    return error.traceback if error is not None and error.kind != "peer_lost" else ""
 
 
 def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:

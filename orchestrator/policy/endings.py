@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from orchestrator.policy.crew import why_gone
+from orchestrator.policy.crew import traceback_of, why_gone
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.moves import BLAME_S, MAX_FAILED_MOVES
 from orchestrator.policy.run_state import Action, Commit, Decision, Note, Observation, RunState, ended
@@ -11,6 +11,7 @@ from orchestrator.protocol.status import RunPhase
 
 BLAME_PEERS_S = 3.0  # how long "my peers are gone" may stand without anybody found dead
 MAX_FAILED_SPAWNS = 3  # in a row
+USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
 
 
@@ -21,11 +22,16 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """
     if seen.faults:
         return ended(state, RunPhase.FAILED, seen.faults[0])
+    mistaken = [r.worker for r in seen.reports.values() if r.error is not None and r.error.kind == USER_ERROR]
+    if mistaken and state.current is None:  # later it is a standby's that can't be taken in; training goes on
+        worker = mistaken[0]
+        return ended(state, RunPhase.FAILED, why_gone(seen, worker), traceback_of(seen, worker))
     if state.failed_spawns >= MAX_FAILED_SPAWNS:
-        return ended(state, RunPhase.FAILED, f"{state.failed_spawns} workers in a row ended early; {state.why}")
+        why = f"{state.failed_spawns} workers in a row ended early; {state.why}"
+        return ended(state, RunPhase.FAILED, why, state.traceback)
     if state.failed_moves >= 2 * MAX_FAILED_MOVES:
         return ended(state, RunPhase.FAILED, f"{state.failed_moves} moves in a row failed; {state.why}")
-    needed = state.members or (state.next.world.members if state.next else ())
+    needed = state.needed
     dead = [worker for worker in needed if worker in seen.lost]
     if dead:
         why = f"{_whereabouts(state, seen, dead[0])}: {why_gone(seen, dead[0])}"
@@ -84,7 +90,8 @@ def _fail_on_complaints(state: RunState, seen: Observation, needed: tuple[str, .
     if seen.now_s - state.symptom_s < patience_s:
         return Decision(state)
     worker = (causes or complaints)[0].worker
-    return ended(state, RunPhase.FAILED, f"{_whereabouts(state, seen, worker)}: {why_gone(seen, worker)}")
+    why = f"{_whereabouts(state, seen, worker)}: {why_gone(seen, worker)}"
+    return ended(state, RunPhase.FAILED, why, traceback_of(seen, worker))
 
 
 def _is_symptom(report: Report) -> bool:

@@ -97,6 +97,6 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     missing = wanted - len(state.members) - len(warm_standbys(state, seen))
     if missing <= 0:
-        return ""
+        return f"as many workers train as are wanted: {wanted}" if state.current else "all workers are warm"
     unplaced = sum(worker not in seen.reports for worker in state.crew)
     return f"waits for {missing} of {wanted} workers to get warm" + (f"; {unplaced} have no place yet" * bool(unplaced))

@@ -25,7 +25,7 @@ class RunState:
     `current`, whose shards of a checkpoint may still come in. `failed_spawns` and `failed_moves` count failures in a
     row; `symptom_s` is when a member first complained, `broken_s` when a move was first seen to fail, with no culprit
     known. `restore` is the checkpoint that the first generation since the run was resumed begins from. `outcome` is
-    None while the run goes on.
+    None while the run goes on. `traceback` is that of the worker's error that `why` tells of.
     """
 
     target: Target
@@ -51,6 +51,7 @@ class RunState:
     restore: Restore | None = None
     outcome: RunPhase | None = None
     why: str = ""
+    traceback: str = ""
 
     @property
     def is_ending(self) -> bool:
@@ -60,6 +61,11 @@ class RunState:
     @property
     def members(self) -> tuple[str, ...]:
         return self.current.world.members if self.current else ()
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Without whom the run can't go on: members of the current world; before the first, of the one planned."""
+        return self.members or (self.next.world.members if self.next else ())
 
     @property
     def involved(self) -> tuple[str, ...]:
@@ -129,7 +135,7 @@ class Decision:
         return Decision(replace(self.state, **changes), self.actions + actions)
 
 
-def ended(state: RunState, outcome: RunPhase, why: str) -> Decision:
+def ended(state: RunState, outcome: RunPhase, why: str, traceback: str = "") -> Decision:
     """The run is over: nobody of the crew is needed any more."""
-    over = replace(state, outcome=outcome, why=why, crew=(), next=None, fence=None)
+    over = replace(state, outcome=outcome, why=why, traceback=traceback, crew=(), next=None, fence=None)
     return Decision(over, (Note("ended", {"outcome": outcome.value, "why": why}),))

@@ -98,12 +98,13 @@ class Remark:
 
 @dataclass(frozen=True)
 class Fault:
-    """How it ended instead: an error of `orchestrator.errors`, by the name of its class."""
+    """How it ended instead: an error of `orchestrator.errors`, by its class, with the traceback of a user's code."""
 
     kind: str
     message: str
     remedy: str
     unchanged: str
+    traceback: str = ""
 
 
 Request = Evaluation | Generation

@@ -136,6 +136,7 @@ class StepRecord:
     step_s: float
     vote_time: float
     validation_loss: float | None = None
+    data_wait_s: float = 0.0  # of step_s, how long the training thread of whoever reports waited for its rows
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class RunStatus:
     started_time: float | None  # the first generation was activated
     ended_time: float | None
     warning: str | None = None  # what does not work although the run goes on, or did not until its end
+    traceback: str | None = None  # of the worker's error that ended the run
 
     @property
     def last_rescale(self) -> Rescale | None:

@@ -1,12 +1,14 @@
 """The `model` section: a decoder-only mixture-of-experts language model."""
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section, directory
+from orchestrator.spec.section import Broken, Section, directory, refuse
 
+HERE = "."
 # What a directory's config.json says as well.
 IN_CONFIG = frozenset(
     {
@@ -33,6 +35,12 @@ IN_CONFIG = frozenset(
         "norm_eps",
     }
 )
+
+
+def _entrypoint(entrypoint: str) -> str:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", entrypoint):
+        raise refuse('must be "package.module:function"')
+    return entrypoint
 
 
 class ModelSpec(Section):
@@ -100,12 +108,25 @@ class ModelSpec(Section):
         "softmax router 0.",
     )
 
+    entrypoint: Annotated[str, AfterValidator(_entrypoint)] | None = Field(
+        default=None,
+        description='A function "package.module:build" that makes the model instead of ours; it gets these keys '
+        "(docs/own-model.md).",
+    )
+    options: dict[str, JsonValue] = Field(default={}, description="More keys for `entrypoint`, of your own choice.")
+    code_dir: str = Field(
+        default=HERE,
+        min_length=1,
+        description="Directory from which `entrypoint` is imported, on every node; relative to the current one.",
+    )
+
     @property
     def rotary_size(self) -> int:
         """Width of the rotated part of a head."""
         return round(self.head_size * self.rope_fraction)
 
     def broken_rules(self) -> Iterator[Broken]:
+        yield from self._broken_entrypoint_rules()
         if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()
@@ -143,3 +164,16 @@ class ModelSpec(Section):
             yield Broken(
                 (("rope_fraction",), *keys), f"rope_fraction * head_size must be an even number; got {product}"
             )
+
+    def _broken_entrypoint_rules(self) -> Iterator[Broken]:
+        if self.entrypoint is not None:
+            if self.recompute != "none":
+                rule = f"recompute must be none with entrypoint: your own model recomputes itself; got {self.recompute}"
+                yield Broken((("recompute",), ("entrypoint",)), rule)
+            if self.init_from is not None:
+                rule = "init_from is for our own model; with entrypoint, let your init_weights(seed) read the weights"
+                yield Broken((("init_from",), ("entrypoint",)), rule)
+            return
+        for key, is_default in (("options", not self.options), ("code_dir", self.code_dir == HERE)):
+            if not is_default:
+                yield Broken(((key,), ("entrypoint",)), f"{key} has a meaning with entrypoint only; remove it")

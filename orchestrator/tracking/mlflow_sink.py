@@ -1,29 +1,42 @@
 """MLflow as a sink: one MLflow run for a run's whole life, found again by its tag after any restart.
 
 Uses `MlflowClient` with an explicit URI only: no active run, no environment, no `./mlruns`. Importing this module
-imports MLflow (2 s), and the first use of a new sqlite file makes its tables (2 s): do both where nobody waits.
+imports MLflow (2 s), and the first use of a new database makes its tables (2 s): do both where nobody waits.
 """
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run
+from mlflow.entities import Dataset as MlflowDataset
+from mlflow.entities import DatasetInput, Experiment, InputTag, Metric, Param, Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy import NullPool, create_engine
 
 from orchestrator.errors import UsageError
-from orchestrator.tracking.sink import MetricPoint, Outcome, RunInfo, artifact_root
+from orchestrator.tracking.mlflow_models import RunModels
+from orchestrator.tracking.sink import (
+    Checkpoint,
+    CheckpointMark,
+    Dataset,
+    Finish,
+    MetricPoint,
+    Outcome,
+    RunInfo,
+    artifact_root,
+    redacted,
+    sqlite_path,
+    with_driver,
+)
 
 RUN_TAG = "orchestrator.run_id"
 REASON_TAG = "orchestrator.reason"
-EVENTS_FILE = "events.jsonl"
 
 _METRICS_PER_CALL = 1000  # MLflow's limits for one log_batch
 _PARAMS_PER_CALL = 100
 _PARAM_CHARS = 6000
-_UPLOAD_S = 10.0  # the events file is sent whole, so not for every event
+_DIGEST_CHARS = 36
 _STATUS = {Outcome.SUCCEEDED: "FINISHED", Outcome.FAILED: "FAILED", Outcome.CANCELLED: "KILLED"}
 
 
@@ -31,27 +44,27 @@ class MlflowSink:
     """A `Sink` that writes to one run of one MLflow experiment.
 
     Args:
-        uri: `sqlite:////absolute/path.db` (artifacts then lie beside it) or the address of an MLflow server.
+        uri: of an sqlite file by its absolute path, a PostgreSQL database, or an MLflow server.
         experiment: made if it doesn't exist.
-        directory: holds the events until they are uploaded; should outlive this process.
+        artifacts: where files of a run lie that MLflow keeps in a PostgreSQL database.
 
     Raises:
-        UsageError: the URI is neither of both.
+        UsageError: the URI is none of these.
         MlflowException: the tracker can't be reached.
     """
 
-    def __init__(self, uri: str, experiment: str, directory: Path) -> None:
+    def __init__(self, uri: str, experiment: str, artifacts: str) -> None:
         self._uri = uri
         self._experiment = experiment
-        self._events = directory / EVENTS_FILE
-        self._artifact_root = artifact_root(uri)
-        if self._artifact_root is not None:
-            Path(uri.removeprefix("sqlite:///").partition("?")[0]).parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._artifact_root = artifact_root(uri, artifacts)
+        if uri.startswith("sqlite:"):
+            sqlite_path(uri).parent.mkdir(parents=True, exist_ok=True)
+        elif self._artifact_root is not None:  # MLflow itself would try for an hour before it says why not
+            engine = create_engine(with_driver(uri), poolclass=NullPool)
+            engine.connect().close()
+        self._client = MlflowClient(tracking_uri=with_driver(uri), registry_uri=with_driver(uri))
         self._run: Run | None = None
-        self._events_unsent = self._events.exists()
-        self._uploaded_at_s = float("-inf")  # on the monotonic clock
+        self._info = RunInfo("", "")
 
     def start(self, run: RunInfo) -> None:
         experiment_id = self._experiment_id()
@@ -70,18 +83,14 @@ class MlflowSink:
         ]
         for first in range(0, len(missing), _PARAMS_PER_CALL):
             self._client.log_batch(started.info.run_id, params=missing[first : first + _PARAMS_PER_CALL])
-        self._run = started
+        self._run, self._info = started, run
 
     def newest_steps(self) -> Mapping[str, int]:
-        run = self._client.get_run(self.tracked_id)
-        return {
-            name: max(point.step for point in self._client.get_metric_history(self.tracked_id, name))
-            for name in run.data.metrics
-        }
+        return {metric.key: metric.step for metric in self._client.get_run(self.tracked_id).to_proto().data.metrics}
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
-        """A repeat of the very same points changes nothing in MLflow, so a call that failed may be repeated."""
-        metrics = [Metric(point.name, point.value, int(point.time * 1000), point.step) for point in points]
+        """A value's identity in MLflow is all of it, so a call that failed may be repeated, whatever it had done."""
+        metrics = [Metric(point.key, point.value, int(point.time * 1000), point.step) for point in points]
         for first in range(0, len(metrics), _METRICS_PER_CALL):
             self._client.log_batch(self.tracked_id, metrics=metrics[first : first + _METRICS_PER_CALL])
 
@@ -92,35 +101,66 @@ class MlflowSink:
         else:
             self._client.log_artifact(self.tracked_id, str(path))
 
-    def log_event(self, event: Mapping[str, object]) -> None:
-        with self._events.open("a") as file:
-            file.write(json.dumps(event, sort_keys=True) + "\n")
-        self._events_unsent = True
+    def log_table(self, path: Path) -> None:
+        """MLflow's own `log_table` appends; this replaces, so a repeat is harmless. The tag makes its UI show it."""
+        self._client.log_artifact(self.tracked_id, str(path))
+        self._client.set_tag(
+            self.tracked_id, "mlflow.loggedArtifacts", json.dumps([{"path": path.name, "type": "table"}])
+        )
 
-    def flush(self) -> None:
-        if time.monotonic() - self._uploaded_at_s >= _UPLOAD_S:
-            self._upload_events()
+    def log_inputs(self, datasets: Sequence[Dataset]) -> None:
+        inputs = [
+            DatasetInput(
+                MlflowDataset(
+                    name=dataset.name,
+                    digest=dataset.digest[:_DIGEST_CHARS],
+                    source_type="local",
+                    source=json.dumps({"uri": dataset.source}),
+                    profile=json.dumps(
+                        {
+                            "digest": dataset.digest,
+                            "num_documents": dataset.num_documents,
+                            "num_tokens": dataset.num_tokens,
+                        }
+                    ),
+                ),
+                [InputTag("mlflow.data.context", dataset.context)],
+            )
+            for dataset in datasets
+        ]
+        self._client.log_inputs(self.tracked_id, inputs)
 
-    def finish(self, outcome: Outcome, reason: str) -> None:
-        self._upload_events()
-        if reason:
-            self._client.set_tag(self.tracked_id, REASON_TAG, reason)
-        if outcome is Outcome.PAUSED:  # not the end: what MLflow calls waiting for its turn
+    def log_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._models().log(checkpoint)
+
+    def mark_checkpoints(self, mark: CheckpointMark) -> None:
+        self._models().mark(mark)
+
+    def finish(self, end: Finish) -> None:
+        if end.reason:
+            self._client.set_tag(self.tracked_id, REASON_TAG, end.reason)
+        if end.outcome is Outcome.SUCCEEDED and self._info.register_as is not None:
+            self._models().register(self._info.register_as, self._info.alias)
+        if end.outcome is Outcome.PAUSED:  # not the end: what MLflow calls waiting for its turn
             self._client.update_run(self.tracked_id, status="SCHEDULED")
         else:
-            self._client.set_terminated(self.tracked_id, status=_STATUS[outcome])
+            self._client.set_terminated(self.tracked_id, status=_STATUS[end.outcome])
 
     @property
     def url(self) -> str:
-        """A server's page of the run; for an sqlite file its URI, which `mlflow ui --backend-store-uri` takes."""
+        """A server's page of the run; for a database its URI, which `orchestrator ui --uri` takes."""
         if self._run is None or self._artifact_root is not None:
-            return self._uri
+            return redacted(self._uri)
         info = self._run.info
-        return f"{self._uri.rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
+        return f"{redacted(self._uri).rstrip('/')}/#/experiments/{info.experiment_id}/runs/{info.run_id}"
 
     @property
     def tracked_id(self) -> str:
         return str(self._run.info.run_id) if self._run else ""
+
+    def _models(self) -> RunModels:
+        assert self._run is not None, "start was not called"
+        return RunModels(self._client, self._run, self._info.run_id)
 
     def _experiment_id(self) -> str:
         found: Experiment | None = self._client.get_experiment_by_name(self._experiment)
@@ -137,9 +177,3 @@ class MlflowSink:
                 remedy=f"`mlflow experiments restore -x {found.experiment_id}`, or name another tracking.experiment",
             )
         return str(found.experiment_id)
-
-    def _upload_events(self) -> None:
-        if self._events_unsent:
-            self._client.log_artifact(self.tracked_id, str(self._events))
-            self._uploaded_at_s = time.monotonic()
-            self._events_unsent = False

@@ -1,54 +1,50 @@
-"""The queue between a run and its tracker: callers never wait and never see the tracker fail.
+"""From the outbox to the tracker: one thread connects, sends in order, and after a failure tries the same again.
 
-One thread connects, sends in order, and after a failure tries the same again with growing pauses. Of every metric
-only steps newer than the newest published one are sent, so a metric has one value per step, whatever is replayed.
+Callers never wait and never see the tracker fail: what they put is on disk, and memory holds one batch of it.
 """
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.tracking.sink import MetricPoint, Outcome, RunInfo, Sink
+from orchestrator.tracking.history import History
+from orchestrator.tracking.outbox import Outbox
+from orchestrator.tracking.sink import (
+    Artifact,
+    Checkpoint,
+    CheckpointMark,
+    Finish,
+    Inputs,
+    Item,
+    MetricPoint,
+    RunInfo,
+    Sink,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How the thread works. The defaults are for a training run."""
+    """How the thread works. The defaults are for a training run: a call costs some 30 ms of a core, so few of them."""
 
-    flush_s: float = 1.0  # a point waits at most this long
-    flush_points: int = 500  # or until so many wait
-    capacity: int = 100_000  # more points than this are dropped, the newest first: some 20 MB
-    idle_s: float = 5.0  # how often the sink is asked to flush while nothing comes
+    flush_s: float = 5.0  # a value waits at most this long
+    batch: int = 1000  # values in one call: MLflow takes no more
     retry_s: float = 0.5  # pause after the first failure; doubles
     retry_max_s: float = 30.0
+    table_s: float = 30.0  # how often new events are sent
+    charts_s: float = 600.0  # and charts, which take a second to draw
 
 
 @dataclass(frozen=True)
-class Event:
-    fields: Mapping[str, object]
+class Reporting:
+    """Makes files that tell the run's story. Each returns what it wrote."""
 
-
-@dataclass(frozen=True)
-class Artifact:
-    path: Path
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The end of the run. `delivered` is set when it, and all before it, has arrived."""
-
-    outcome: Outcome
-    reason: str
-    delivered: threading.Event = field(default_factory=threading.Event)
-
-
-Item = MetricPoint | Event | Artifact | Finish
+    table: Callable[[History], Path]
+    charts: Callable[[History], Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -57,53 +53,60 @@ class Delivery:
 
     url: str
     tracked_id: str
-    queued: int
+    waiting: int
     published: int
-    dropped: int
     error: str
 
 
 class Publisher:
-    """Sends what a run publishes to the sink that `connect` makes, from a thread that ends with the process.
+    """Sends what is in the outbox to the sink that `connect` makes, from a thread that ends with the process.
 
     Args:
         connect: makes the sink; called again until it succeeds.
         run: what the sink is told of the run.
+        explain: what a failure means to a user, in one line.
     """
 
-    def __init__(self, connect: Callable[[], Sink], run: RunInfo, pace: Pace = Pace()) -> None:
-        self._connect = connect
-        self._run = run
-        self._pace = pace
-        self._changed = threading.Condition()  # guards the queue and `_hurry`
-        self._queue: deque[Item] = deque()
+    def __init__(
+        self,
+        outbox: Outbox,
+        connect: Callable[[], Sink],
+        run: RunInfo,
+        reporting: Reporting,
+        explain: Callable[[Exception], str],
+        pace: Pace = Pace(),
+    ) -> None:
+        self._outbox, self._connect, self._run = outbox, connect, run
+        self._reporting, self._explain, self._pace = reporting, explain, pace
+        self._changed = threading.Condition()  # guards `_hurry` and `_idle`
         self._hurry = False
+        self._idle = False  # nothing waits, nothing is under way
         self._sink: Sink | None = None
-        self._newest: dict[str, int] = {}
         self._published = 0
-        self._dropped = 0
         self._error = ""
+        self._num_told = 0  # events that the table has
+        self._table_s = self._charts_s = time.monotonic()
         threading.Thread(target=self._work, name="tracking", daemon=True).start()
 
-    def put(self, items: Sequence[Item]) -> None:
-        """Queue items for delivery, in order. Returns at once. Points beyond the capacity are dropped and counted."""
+    def wake(self, hurry: bool = False) -> None:
+        """Something was put into the outbox; with `hurry`, try at once."""
         with self._changed:
-            for item in items:
-                if isinstance(item, MetricPoint) and len(self._queue) >= self._pace.capacity:
-                    self._dropped += 1
-                else:
-                    self._queue.append(item)
-                    self._hurry |= isinstance(item, Finish)
-            self._changed.notify()
+            self._hurry |= hurry
+            self._idle = False
+            self._changed.notify_all()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until the tracker has everything. Returns whether it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._idle, timeout_s)
 
     def state(self) -> Delivery:
         sink = self._sink
         return Delivery(
             url=sink.url if sink else "",
             tracked_id=sink.tracked_id if sink else "",
-            queued=len(self._queue),
+            waiting=self._outbox.num_waiting,
             published=self._published,
-            dropped=self._dropped,
             error=self._error,
         )
 
@@ -113,67 +116,81 @@ class Publisher:
             try:
                 self._deliver()
             except Exception as error:  # whatever the tracker throws: the run goes on, and `state` says so
-                self._note(f"{type(error).__name__}: {error}")
-                self._wait(pause_s, until=lambda: self._hurry)
+                self._note(self._explain(error))
+                self._rest(pause_s)
                 pause_s = min(2 * pause_s, self._pace.retry_max_s)
             else:
                 self._note("")
                 pause_s = self._pace.retry_s
-                self._wait(self._pace.idle_s, until=lambda: bool(self._queue))
-                self._wait(self._pace.flush_s, until=self._is_due)
+                self._rest(self._pace.flush_s)
 
-    def _is_due(self) -> bool:
-        return self._hurry or len(self._queue) >= self._pace.flush_points
-
-    def _wait(self, timeout_s: float, until: Callable[[], bool]) -> None:
+    def _rest(self, pause_s: float) -> None:
         with self._changed:
-            self._changed.wait_for(until, timeout=timeout_s)
+            self._idle = not self._error and self._outbox.num_waiting == 0
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._hurry, timeout=pause_s)
 
     def _deliver(self) -> None:
-        """Send all that is queued. What was sent leaves the queue, so a failure repeats only what it broke off."""
-        self._hurry = False
+        """Send all that waits. What was sent leaves the outbox, so a failure repeats only what it broke off."""
+        with self._changed:
+            self._hurry = False
         if self._sink is None:
             sink = self._connect()
             sink.start(self._run)
-            self._newest = dict(sink.newest_steps())
+            self._outbox.join(sink.newest_steps())
             self._sink = sink
-        while self._queue:
-            count = self._send_first(self._sink)
-            with self._changed:
-                for _ in range(count):
-                    self._queue.popleft()
-        self._sink.flush()
+        while True:
+            number, items = self._outbox.head(self._pace.batch)
+            if not items:
+                break
+            self._send(self._sink, items)
+            self._outbox.remove(number)
+        self._report(self._sink, is_last=False)
 
-    def _send_first(self, sink: Sink) -> int:
-        """Send the first item, or the points up to the next other item; returns how many items that were."""
-        match self._queue[0]:
+    def _send(self, sink: Sink, items: Sequence[Item]) -> None:
+        match items[0]:
             case MetricPoint():
-                return self._send_points(sink)
-            case Event(fields):
-                sink.log_event(fields)
-            case Artifact(path) if path.exists():
-                sink.log_artifact(path)
+                points = [item for item in items if isinstance(item, MetricPoint)]
+                sink.log_metrics(points)
+                self._published += len(points)
+            case Artifact(path) if Path(path).exists():
+                sink.log_artifact(Path(path))
             case Artifact(path):
                 logger.warning("artifact %s is gone and was not published", path)
-            case Finish(outcome, reason, delivered):
-                sink.finish(outcome, reason)
-                delivered.set()
-        return 1
+            case Inputs(datasets):
+                sink.log_inputs(datasets)
+            case Checkpoint():
+                sink.log_checkpoint(items[0])
+            case CheckpointMark():
+                sink.mark_checkpoints(items[0])
+            case Finish():
+                self._report(sink, is_last=True)
+                sink.finish(items[0])
 
-    def _send_points(self, sink: Sink) -> int:
-        with self._changed:
-            points = _leading_points(islice(self._queue, self._pace.flush_points))
-        newest = dict(self._newest)
-        fresh = []
-        for point in points:
-            if point.step > newest.get(point.name, -1):
-                newest[point.name] = point.step
-                fresh.append(point)
-        if fresh:
-            sink.log_metrics(fresh)
-        self._newest = newest
-        self._published += len(fresh)
-        return len(points)
+    def _report(self, sink: Sink, is_last: bool) -> None:
+        """The table and the charts, each when it is due."""
+        now_s = time.monotonic()
+        table_due = is_last or now_s - self._table_s >= self._pace.table_s
+        charts_due = is_last or now_s - self._charts_s >= self._pace.charts_s
+        if not (table_due or charts_due):
+            return
+        history = self._outbox.history()
+        if table_due and history.events and (is_last or len(history.events) > self._num_told):
+            sink.log_table(self._reporting.table(history))
+            self._num_told = len(history.events)
+            self._table_s = now_s
+        if charts_due and history.curves["train/loss"]:
+            for path in self._drawn(history):
+                sink.log_artifact(path)
+            self._charts_s = now_s
+
+    def _drawn(self, history: History) -> Sequence[Path]:
+        """The charts; none if they can't be drawn: that must not hold up what waits behind them."""
+        try:
+            return self._reporting.charts(history)
+        except Exception:
+            logger.exception("the charts of run %s can't be drawn", self._run.run_id)
+            return ()
 
     def _note(self, error: str) -> None:
         """One line per change between failing and working."""
@@ -182,12 +199,3 @@ class Publisher:
         if self._error and not error:
             logger.info("tracking of run %s works again", self._run.run_id)
         self._error = error
-
-
-def _leading_points(items: Iterable[Item]) -> list[MetricPoint]:
-    points = []
-    for item in items:
-        if not isinstance(item, MetricPoint):
-            break
-        points.append(item)
-    return points

@@ -1,6 +1,7 @@
 """Where metrics, events and artifacts of a run go: the face that the rest of the package sees. Imports no tracker."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +14,7 @@ from orchestrator.metrics import metric
 
 @dataclass(frozen=True)
 class MetricPoint:
-    """One value of one metric at one step. `time` is `time.time()` seconds.
+    """One value of one metric at one step. `time` is `time.time()` seconds; `node` is set where each has its own.
 
     Raises:
         NotFound: the name is not declared in `orchestrator.metrics`.
@@ -23,19 +24,67 @@ class MetricPoint:
     value: float
     step: int
     time: float
+    node: str = ""
 
     def __post_init__(self) -> None:
         metric(self.name)
 
+    @property
+    def key(self) -> str:
+        """What the tracker calls it: `train/loss`, `system/cpu_percent/10.0.0.7`."""
+        return f"{self.name}/{self.node}" if self.node else self.name
+
 
 @dataclass(frozen=True)
-class RunInfo:
-    """What a sink is told of a run, once. `params` are set for good; `run_id` finds the run again after a restart."""
+class Dataset:
+    """One split of a corpus. `digest` is that of the text it was made of, `source` where that lies."""
 
-    run_id: str
     name: str
-    params: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
+    context: str  # train or validation
+    digest: str
+    source: str
+    num_documents: int
+    num_tokens: int
+
+
+class Fate(StrEnum):
+    """What has become of a checkpoint."""
+
+    STORED = "stored"
+    DELETED = "deleted"  # by retention
+    SUPERSEDED = "superseded"  # the run went on from an earlier one
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint. `seq` is that of its event: a step may have another one after the run went back.
+
+    `points` are the newest values up to its step of what describes a model.
+    """
+
+    seq: int
+    step: int
+    path: str
+    points: tuple[MetricPoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointMark:
+    """Checkpoints that met a fate: those of `steps`, and all after the step `after`."""
+
+    fate: Fate
+    steps: tuple[int, ...] = ()
+    after: int | None = None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    path: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    datasets: tuple[Dataset, ...]
 
 
 class Outcome(StrEnum):
@@ -47,6 +96,46 @@ class Outcome(StrEnum):
     PAUSED = "paused"
 
 
+@dataclass(frozen=True)
+class Finish:
+    """The end of the run, after all else."""
+
+    outcome: Outcome
+    reason: str
+
+
+Item = MetricPoint | Artifact | Inputs | Checkpoint | CheckpointMark | Finish
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a sink is told of a run, once. `params` are set for good; `run_id` finds the run again after a restart.
+
+    A run that succeeds has the model of its newest checkpoint registered as `register_as`, under `alias`.
+    """
+
+    run_id: str
+    name: str
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    register_as: str | None = None
+    alias: str | None = None
+
+
+@dataclass(frozen=True)
+class TrackerSetup:
+    """All that a tracker's process needs.
+
+    `directory` keeps what waits and must outlive the process; `artifacts` is where files go if no server keeps them.
+    """
+
+    uri: str
+    experiment: str
+    run: RunInfo
+    directory: str
+    artifacts: str
+
+
 class Sink(Protocol):
     """Takes what a run publishes. Every method may block and may raise, and may then be called again."""
 
@@ -54,21 +143,25 @@ class Sink(Protocol):
         """Find the run, or make it."""
 
     def newest_steps(self) -> Mapping[str, int]:
-        """The newest step that each metric has a value for."""
+        """The newest step that each metric, by its key, has a value for."""
 
-    def log_metrics(self, points: Sequence[MetricPoint]) -> None: ...
+    def log_metrics(self, points: Sequence[MetricPoint]) -> None:
+        """Keep values. A repeat of the very same ones changes nothing."""
 
     def log_artifact(self, path: Path) -> None:
         """Keep a copy of a file or of a directory."""
 
-    def log_event(self, event: Mapping[str, object]) -> None:
-        """Keep one JSON-able event, after those before it."""
+    def log_table(self, path: Path) -> None:
+        """Keep a file of `columns` and `data` as a table."""
 
-    def flush(self) -> None:
-        """Send what is kept back, if it is due. Called every few seconds."""
+    def log_inputs(self, datasets: Sequence[Dataset]) -> None: ...
 
-    def finish(self, outcome: Outcome, reason: str) -> None:
-        """Send what is kept back and mark the run as ended, with the reason if it failed."""
+    def log_checkpoint(self, checkpoint: Checkpoint) -> None: ...
+
+    def mark_checkpoints(self, mark: CheckpointMark) -> None: ...
+
+    def finish(self, end: Finish) -> None:
+        """Mark the run as ended, with the reason."""
 
     @property
     def url(self) -> str:
@@ -79,21 +172,39 @@ class Sink(Protocol):
         """The run's id in the tracker; empty before `start`."""
 
 
-def artifact_root(uri: str) -> str | None:
-    """Where the artifacts of the tracker at `uri` lie: beside an sqlite file; None where a server decides.
+def check_uri(uri: str) -> None:
+    """Raises UsageError if the URI is of no form that is known to work from any directory."""
+    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+", uri):
+        raise UsageError(
+            f"tracking URI {redacted(uri)!r} is neither sqlite:////ABSOLUTE/PATH.db, nor postgresql://HOST/DATABASE, "
+            "nor the http(s):// address of an MLflow server",
+            remedy="Set tracking.uri in the job file to one of them, or leave it out",
+        )
 
-    Raises:
-        UsageError: the URI is neither an sqlite file by its absolute path, nor the address of a server.
-    """
-    scheme, _, rest = uri.partition("://")
-    if scheme in ("http", "https"):
+
+def artifact_root(uri: str, artifacts: str) -> str | None:
+    """Where artifacts of the tracker at `uri` lie: beside an sqlite file, in `artifacts` with another database, None
+    where a server decides. Raises UsageError as `check_uri` does."""
+    check_uri(uri)
+    if uri.startswith("http"):
         return None
-    if scheme == "sqlite" and rest.startswith("//"):
-        return (Path(rest[1:].partition("?")[0]).parent / "mlflow-artifacts").as_uri()
-    raise UsageError(
-        f"tracking URI {uri!r} is neither sqlite:////ABSOLUTE/PATH.db nor the http(s):// address of an MLflow server",
-        remedy="Set tracking.uri in the job file to one of them, or leave it out",
-    )
+    if uri.startswith("sqlite:"):
+        return (sqlite_path(uri).parent / "mlflow-artifacts").as_uri()
+    return Path(artifacts).as_uri()
+
+
+def sqlite_path(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0])
+
+
+def with_driver(uri: str) -> str:
+    """The URI as SQLAlchemy is told it: its own choice of a PostgreSQL driver differs between versions."""
+    return "postgresql+psycopg2" + uri.removeprefix("postgresql") if uri.startswith("postgresql://") else uri
+
+
+def redacted(uri: str) -> str:
+    """The URI as it may be shown: without its password."""
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", uri)
 
 
 def flattened(value: object, path: str = "") -> dict[str, str]:

@@ -1,23 +1,39 @@
 """The tracker of one run: a plain class for a process of its own, which the run's controller calls by name.
 
-    tracker = Tracker(uri="sqlite:////runs/mlflow.db", experiment="demo", run_id="r1", run_name="r1",
-                      params_json=job.model_dump_json(), directory="/runs/r1/tracking")
-    tracker.publish(epoch, [MetricPoint("train/loss", 2.5, step=7, time=time.time())])
+    tracker = Tracker(TrackerSetup(uri="sqlite:////runs/mlflow.db", experiment="demo", run=RunInfo("r1", "r1"),
+                                   directory="/runs/r1/tracking", artifacts="/runs/mlflow-artifacts"))
+    tracker.publish(epoch, [MetricPoint("train/loss", 2.5, step=0, time=time.time())], after=-1)
     tracker.finish(epoch, "succeeded")
 
-Training never waits for it, and it never raises because MLflow fails.
+Training never waits for it, and it never raises because MLflow fails. What a method has returned from is on disk.
 """
 
-import json
+import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from orchestrator.errors import EpochSuperseded, NotFound, UsageError
-from orchestrator.tracking.publisher import Artifact, Event, Finish, Publisher
-from orchestrator.tracking.sink import MetricPoint, Outcome, RunInfo, Sink, artifact_root, flattened
+from orchestrator.errors import EpochSuperseded, NotFound
+from orchestrator.tracking.history import History, write_table
+from orchestrator.tracking.outbox import FILE, Outbox
+from orchestrator.tracking.publisher import Publisher, Reporting
+from orchestrator.tracking.sink import (
+    Artifact,
+    Dataset,
+    Finish,
+    Inputs,
+    MetricPoint,
+    Outcome,
+    Sink,
+    TrackerSetup,
+    check_uri,
+    redacted,
+)
+
+logger = logging.getLogger(__name__)
 
 
 class TrackerState(TypedDict):
@@ -27,94 +43,94 @@ class TrackerState(TypedDict):
     url: str
     mlflow_run_id: str
     epoch: int  # the highest seen
-    queued: int
+    position: int  # the newest step up to which no values are missing here
+    waiting: int  # values and other things on disk that MLflow has not taken yet
     published: int  # metric values in MLflow, sent by this process
-    dropped: int  # values given up because the queue was full
     error: str  # the newest failure; empty once MLflow takes things again
 
 
 class Tracker:
-    """Publishes one run to MLflow. Thread-safe; every method but `finish` returns at once.
-
-    Args:
-        uri: `sqlite:////ABSOLUTE/PATH.db` or the http(s) address of an MLflow server.
-        experiment: name of the MLflow experiment.
-        run_id: finds the MLflow run again when this process is started anew.
-        run_name: what people see.
-        params_json: the job file as JSON; its flattened fields become the MLflow run's parameters.
-        directory: for events that wait for their upload.
+    """Publishes one run to MLflow. Thread-safe; every method but `finish` returns as soon as the disk has it.
 
     Raises:
-        UsageError: the URI is of no known form, or `params_json` is no JSON object.
+        UsageError: the URI is of no known form.
+        NotFinished: another process delivers for this run.
     """
 
-    def __init__(self, uri: str, experiment: str, run_id: str, run_name: str, params_json: str, directory: str) -> None:
-        artifact_root(uri)
-        params = json.loads(params_json)
-        if not isinstance(params, dict):
-            raise UsageError(f"params_json is a {type(params).__name__}; it must be a JSON object")
-
-        def connect() -> Sink:
-            # MLflow is imported by the publishing thread: it takes 2 s, and who makes a tracker doesn't wait for it.
-            os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-            # The publisher repeats what failed. MLflow's own repeats would hide for minutes that nobody answers.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-            from orchestrator.tracking.mlflow_sink import MlflowSink
-
-            return MlflowSink(uri, experiment, Path(directory))
-
-        self._uri = uri
+    def __init__(self, setup: TrackerSetup) -> None:
+        check_uri(setup.uri)
+        self._uri = setup.uri
         self._epoch = -1
         self._epoch_lock = threading.Lock()
-        self._publisher = Publisher(connect, RunInfo(run_id, run_name, params=flattened(params)))
+        self._outbox = _open_outbox(Path(setup.directory))
+        self._outbox.withdraw_finish()  # whoever starts a tracker has a run that goes on, or says again how it ended
+        self._publisher = publisher_of(setup, self._outbox)
 
-    def publish(self, epoch: int, points: Sequence[MetricPoint]) -> None:
-        """Queue values. Of each metric, steps not newer than the newest published one are dropped as repeats.
+    def position(self) -> int:
+        """The newest step up to which the values of every step were published; -1 before any."""
+        return self._outbox.position
+
+    def publish(self, epoch: int, points: Sequence[MetricPoint], after: int | None = None) -> None:
+        """Take values. Of each metric, steps not newer than its newest one are dropped as repeats.
+
+        Args:
+            after: the points are all those of the steps after this one.
 
         Raises:
+            ProtocolError: steps before those are missing; see `position`. Nothing was taken.
             EpochSuperseded: a controller with a higher epoch has published here. The same holds for all below.
         """
         self._admit(epoch)
-        self._publisher.put(points)
+        self._outbox.put_points(points, after)
+        self._publisher.wake()
 
-    def event(self, epoch: int, fields: Mapping[str, object]) -> None:
-        """Queue one JSON-able event for the run's `events.jsonl`. Raises TypeError if it is not JSON-able."""
+    def event(self, epoch: int, fields: Mapping[str, object], points: Sequence[MetricPoint] = ()) -> None:
+        """Take an event of the journal, with values that follow from it; a repeat, told by its `seq`, is dropped.
+
+        Of kinds `checkpoint`, `checkpoints_deleted` and `resumed` the tracker makes what MLflow knows of models.
+        """
         self._admit(epoch)
-        json.dumps(fields)
-        self._publisher.put([Event(fields)])
+        self._outbox.put_event(fields, points)
+        self._publisher.wake()
+
+    def inputs(self, epoch: int, datasets: Sequence[Dataset]) -> None:
+        """Take what the run is trained on and validated with."""
+        self._admit(epoch)
+        self._outbox.put([Inputs(tuple(datasets))])
+        self._publisher.wake()
 
     def artifact(self, epoch: int, path: str) -> None:
-        """Queue a copy of a file or directory. Raises NotFound if there is none."""
+        """Take the name of a file or directory, to be copied later. Raises NotFound if there is none."""
         self._admit(epoch)
         if not Path(path).exists():
             raise NotFound(f"artifact {path} does not exist", unchanged="Nothing was published.")
-        self._publisher.put([Artifact(Path(path))])
+        self._outbox.put([Artifact(path)])
+        self._publisher.wake()
 
     def finish(self, epoch: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
         """Send everything, then mark the run as ended. Waits; a tracker that fails is given up after `timeout_s`.
 
         Args:
-            outcome: an `Outcome`: succeeded, failed, cancelled.
+            outcome: an `Outcome`: succeeded, failed, cancelled, paused.
 
         Returns:
             whether everything has arrived; if not, `describe` says why, and it is still being tried.
         """
         self._admit(epoch)
-        end = Finish(Outcome(outcome), reason)
-        self._publisher.put([end])
-        return end.delivered.wait(timeout_s)
+        self._outbox.put_finish(Finish(Outcome(outcome), reason))
+        self._publisher.wake(hurry=True)
+        return self._publisher.wait(timeout_s)
 
     def describe(self) -> TrackerState:
         state = self._publisher.state()
         return TrackerState(
-            uri=self._uri,
+            uri=redacted(self._uri),
             url=state.url,
             mlflow_run_id=state.tracked_id,
             epoch=self._epoch,
-            queued=state.queued,
+            position=self._outbox.position,
+            waiting=state.waiting,
             published=state.published,
-            dropped=state.dropped,
             error=state.error,
         )
 
@@ -125,3 +141,43 @@ class Tracker:
                     f"epoch {epoch} may not publish: epoch {self._epoch} does", unchanged="Nothing was published."
                 )
             self._epoch = epoch
+
+
+def publisher_of(setup: TrackerSetup, outbox: Outbox) -> Publisher:
+    """A publisher to MLflow, which is imported by its thread: that takes 2 s, and who makes one doesn't wait for it."""
+    directory = Path(setup.directory)
+
+    def connect() -> Sink:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # The publisher repeats what failed. MLflow's own repeats would hide for minutes that nobody answers.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        from orchestrator.tracking.mlflow_sink import MlflowSink
+
+        return MlflowSink(setup.uri, setup.experiment, setup.artifacts)
+
+    def explain(error: Exception) -> str:
+        from orchestrator.tracking.mlflow_errors import explain
+
+        return explain(error, setup.uri)
+
+    def charts(history: History) -> Sequence[Path]:
+        from orchestrator.tracking.charts import draw  # and with it matplotlib
+
+        return draw(history, setup.run.name, directory)
+
+    reporting = Reporting(table=lambda history: write_table(history, directory), charts=charts)
+    return Publisher(outbox, connect, setup.run, reporting, explain)
+
+
+def _open_outbox(directory: Path) -> Outbox:
+    """The outbox; one that is damaged is set aside, and the controller publishes what its journal knows anew."""
+    try:
+        return Outbox(directory)
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):  # the disk, not the file
+            raise
+        damaged = (directory / FILE).rename(directory / f"{FILE}.damaged")
+        logger.error("the outbox can't be read: %s; it is kept as %s", error, damaged)
+        (directory / f"{FILE}-journal").unlink(missing_ok=True)
+        return Outbox(directory)

@@ -14,7 +14,9 @@ import psutil
 import torch
 
 from orchestrator.data.store import TokenStore
-from orchestrator.protocol.messages import Directive, Phase, Report, WorkerJob
+from orchestrator.errors import EntrypointError
+from orchestrator.model.rehearsal import rehearse
+from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.feed import Feed
@@ -45,7 +47,14 @@ class Worker:
         with self._warming:
             if self._desk.state.phase is Phase.COLD:
                 self._desk.publish(phase=Phase.WARMING)
-                self._start(job)
+                try:
+                    self._start(job)
+                except EntrypointError as error:
+                    log.error("%s\n%s", error.traceback, error)
+                    self._desk.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), error.traceback))
+                except Exception:
+                    log.exception("%s could not warm up", self._id)  # the caller gets the error, the log its traceback
+                    raise
         return self.report(None, -1, 0.0)
 
     def direct(self, directive: Directive) -> Report:
@@ -74,6 +83,8 @@ class Worker:
         vocab_size = spec.model.vocab_size or store.vocab_size
         workshop = Workshop(self._id, job, spec, vocab_size, device)
         feed = Feed(spec, store, device)
+        if spec.model.entrypoint is not None:
+            rehearse(spec, vocab_size, device)
         warm_up(spec, vocab_size, device)
         if device.type == "cpu":
             reserve_memory(spec, vocab_size)

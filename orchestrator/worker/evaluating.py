@@ -17,7 +17,7 @@ from orchestrator.data.rows import rows_of_documents
 from orchestrator.data.store import IGNORED_TARGET, Rows, TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
-from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.model.base import TrainableModel
 from orchestrator.protocol.inference import Evaluation, EvaluationResult, Remark, Split
 from orchestrator.spec.job import JobSpec
 
@@ -25,7 +25,7 @@ REMARK_EVERY_S = 5.0
 
 
 def evaluate(
-    request: Evaluation, job: JobSpec, tokenizer: TextTokenizer, model: MoELanguageModel
+    request: Evaluation, job: JobSpec, tokenizer: TextTokenizer, model: TrainableModel
 ) -> Iterator[Remark | EvaluationResult]:
     """Remarks on how far it is, and the result. Attention stays within documents if it did so in training.
 
@@ -88,8 +88,8 @@ def _limited(batches: Iterator[Rows], max_rows: int | None) -> Iterator[Rows]:
 
 
 @torch.no_grad()
-def _loss_sum(model: MoELanguageModel, rows: Rows, isolate_documents: bool) -> float:
-    device = model.head.device
+def _loss_sum(model: TrainableModel, rows: Rows, isolate_documents: bool) -> float:
+    device = next(model.parameters()).device
     inputs_RT, targets_RT, documents_RT = (
         torch.from_numpy(array).to(device) for array in (rows.inputs_RT, rows.targets_RT, rows.documents_RT)
     )

@@ -15,10 +15,9 @@ import torch
 
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.placement import Placement
-from orchestrator.errors import CheckpointCorrupt, OrchestratorError
-from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.errors import CheckpointCorrupt, EntrypointError, OrchestratorError
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.building import alone, build_model
 from orchestrator.protocol.inference import Answer, Evaluation, Fault, Request, from_line, to_line
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.evaluating import evaluate
@@ -38,18 +37,18 @@ def answers(request: Request) -> Iterator[Answer]:
 
 
 @torch.no_grad()
-def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> MoELanguageModel:
+def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> TrainableModel:
     """The whole model in fp32, on a GPU if there is one.
 
     Raises:
         CheckpointCorrupt: it can't be read, or is of another model or tokenizer.
+        EntrypointError: the job's own model can't be built any more.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    home = ExpertHome(Placement.balanced(job.model.num_experts, 1), 0, None)
     with device:
-        model = MoELanguageModel(job.model, job.model.vocab_size or tokenizer_vocab_size, home)
+        model = build_model(job.model, job.model.vocab_size or tokenizer_vocab_size, alone(job.model))
     tensors: dict[str, torch.Tensor] = {f"master/{name}": p for name, p in model.named_parameters()}
-    tensors |= {f"buffer/{name}": b for name, b in model.named_buffers()}
+    tensors |= {f"buffer/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:
         for name, tensor in tensors.items():
             entry = reader.manifest.tensors.get(name)
@@ -75,7 +74,8 @@ def main() -> None:
         for answer in answers(request):
             _write(answer)
     except OrchestratorError as error:
-        _write(Fault(type(error).__name__, error.message, error.remedy, error.unchanged))
+        told = error.traceback if isinstance(error, EntrypointError) else ""
+        _write(Fault(type(error).__name__, error.message, error.remedy, error.unchanged, told))
     except (torch.OutOfMemoryError, MemoryError):
         traceback.print_exc()
         remedy = "Free memory, or ask for less."

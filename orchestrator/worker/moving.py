@@ -21,6 +21,7 @@ from orchestrator.protocol.messages import GenerationPlan, Handover
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
+from orchestrator.worker.agreement import check_agreement
 from orchestrator.worker.beginning import read_pretrained
 from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
@@ -103,6 +104,7 @@ def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[S
     Raises:
         UsageError: the directory of another's model isn't there.
         CheckpointCorrupt, DataError: what is to be read can't be read, or belongs to another model or corpus.
+        EntrypointError: the members made different weights.
     """
     clock = _Clock()
     assert prepared.meeting is not None
@@ -114,6 +116,8 @@ def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[S
         progress = Progress(-1, 0, sampler)
         if workshop.spec.model.init_from is None:
             shard.model.init_weights(workshop.spec.train.seed)
+            if workshop.spec.model.entrypoint is not None:
+                check_agreement(shard.model, groups.exchange)
             shard.engine.seeded()
         else:
             read_pretrained(workshop.spec.model, shard.engine.ranges())

@@ -14,8 +14,9 @@ from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import Groups, Meeting
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.building import build_model, catalogue
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel, catalogue
 from orchestrator.protocol.messages import GenerationPlan, WorkerJob
 from orchestrator.spec.job import JobSpec
 
@@ -49,7 +50,7 @@ class Shard:
     epoch: int  # of the controller that planned it
     world: World
     groups: Groups
-    model: MoELanguageModel
+    model: TrainableModel
     engine: Engine
 
     @property
@@ -101,6 +102,6 @@ class Workshop:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""
         with self.device:
             home = ExpertHome(plan.placement, groups.rank, groups.exchange)
-            model = MoELanguageModel(self.spec.model, self.vocab_size, home)
+            model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device)
         return Shard(plan.epoch, plan.world, groups, model, engine)

@@ -25,8 +25,10 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.worker.desk import Desk
+from orchestrator.worker.faults import kind_of
 from orchestrator.worker.feed import Feed, StepFeed
 from orchestrator.worker.moving import Held, Prepared, announce, announced, first_shard, move
+from orchestrator.worker.prefetch import Prefetch
 from orchestrator.worker.preparing import Preparations
 from orchestrator.worker.saving import Saver
 from orchestrator.worker.shard import Progress, Shard, Workshop
@@ -49,6 +51,7 @@ class Trainer:
     def __init__(self, desk: Desk, workshop: Workshop, feed: Feed) -> None:
         self._desk, self._workshop, self._feed = desk, workshop, feed
         self._spec = workshop.spec
+        self._prefetch = Prefetch(feed, workshop.spec.train.steps)
         self._preparations = Preparations(workshop, desk)
         checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
         self._saver = Saver(checkpoints, workshop.saved_shapes(), self._saved, self._not_saved)
@@ -66,6 +69,7 @@ class Trainer:
             self._fail(error)
         finally:
             self._preparations.close()
+            self._prefetch.close()
             disconnect()
 
     def _live(self) -> None:
@@ -113,7 +117,8 @@ class Trainer:
     def step(self, shard: Shard, step: int) -> Outcome:
         """Slots, update, vote: after it every member knows that all have finished the step."""
         started = time.perf_counter()
-        feed = self._feed.step(step, shard.rank, shard.world.size)
+        feed = self._prefetch.step(step, shard.rank, shard.world.size)
+        data_wait_s = time.perf_counter() - started
         losses = np.zeros(feed.num_slots)
         counts_LE = torch.zeros(len(shard.model.moe_layers), self._spec.model.num_experts, dtype=torch.int64)
         for slot in feed.slots:
@@ -152,6 +157,7 @@ class Trainer:
             num_positions=feed.num_positions,
             step_s=time.perf_counter() - started,
             vote_time=time.time(),
+            data_wait_s=data_wait_s,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),
@@ -275,11 +281,9 @@ class Trainer:
 
     def _fail(self, error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
-        kind = "peer_lost" if _is_peer_loss(error) else "internal"
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            kind = "out_of_memory"
+        kind = kind_of(error)
         self._free_peers(error)
-        log.error("%s after step %d: %s", kind, self._progress.step, text)
+        log.error("%s\n%s after step %d: %s", text.rstrip(), kind, self._progress.step, error)
         self._desk.publish(phase=Phase.FAILED, error=WorkerError(kind, str(error), text))
 
     def _free_peers(self, error: BaseException) -> None:
@@ -291,9 +295,3 @@ class Trainer:
             cause = cause.__context__
         self._drop()
         gc.collect()
-
-
-def _is_peer_loss(error: Exception) -> bool:
-    """gloo and nccl report a lost peer as a RuntimeError that names their transport."""
-    words = ("connection closed by peer", "connection reset", "gloo", "timed out", "nccl", "broken pipe")
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)

@@ -14,8 +14,8 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect, disconnect
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel, catalogue
+from orchestrator.model.building import alone, catalogue
+from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 
 
@@ -48,7 +48,7 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device) -> None:
     groups = connect(store, "warm-up", 0, placement, "nccl" if device.type == "cuda" else "gloo")
     try:
         with device:
-            model = MoELanguageModel(small, vocab_size, ExpertHome(placement, 0, None))
+            model = MoELanguageModel(small, vocab_size, alone(small))
             tokens_BU = torch.zeros(1, spec.train.sequence_length + 1, dtype=torch.int64)
         model.init_weights(0)
         engine = DeepSpeedEngineAdapter(model, spec.train, groups, device)

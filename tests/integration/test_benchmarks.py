@@ -55,3 +55,25 @@ def test_loss_gives_equal_gradients() -> None:
     line = quick("loss")
     assert [bar["name"] for bar in line["bars"]] == ["memory_share", "speed", "sqrt_slope", "gradients_equal"]
     assert line["bars"][3]["met"]
+
+
+def test_moe_layer_compares_the_same_routes() -> None:
+    line = quick("moe_layer")
+    wanted = ["speedup_vs_deepspeed", "slowest_case", "fraction_of_limit_fp32", "fraction_of_limit_bf16"]
+    assert [bar["name"] for bar in line["bars"]] == wanted
+    cases = line["metrics"]["cases"]
+    assert {(case["dtype"], case["routing"]) for case in cases} == {
+        (dtype, routing) for dtype in ("fp32", "bf16") for routing in ("balanced", "skewed")
+    }
+    assert all(set(case["ms"]) == {"ours", "deepspeed", "grouped_mm", "bmm"} for case in cases)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_tracking_has_every_value_once() -> None:
+    line = quick("tracking")
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met["missing"] and met["duplicates"]
+    assert line["metrics"]["values"] >= 3000 and line["metrics"]["outage_s"] >= 3.0
+    assert line["metrics"]["ratio_with_server"]["median"] > 0

@@ -3,13 +3,17 @@
 import json
 import os
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.control import local_cluster
@@ -121,7 +125,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "steered exists already" in here("submit", job, expect=2).stderr
     here.until_event("steered", "activated")
     assert "allows 1 to 3" in here("scale", "steered", "--workers", "9", expect=2).stderr
-    here("scale", "steered", "-n", "3")
+    assert json.loads(here("scale", "steered", "-n", "3", "-o", "json").stdout)["workers"] == 3
     here.until_event("steered", "rescaled")
     assert "steered" in here("cluster", "down", expect=2).stderr
     here("cancel", "steered")
@@ -140,7 +144,8 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "each exactly once" in here("audit", "moved").stdout
     here.run_dir("moved").rename(here.run_dir("steered"))
     assert "has ended: it is cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
-    assert "nobody" in here("status", "nobody", expect=102).stderr
+    for verb in (["status"], ["logs"], ["events"], ["cancel"], ["pause"], ["resume"], ["scale", "-n", "2"]):
+        assert "Did you mean `steered`?" in here(*verb, "steerd", expect=102).stderr
 
 
 def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
@@ -160,6 +165,13 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     done = here.until_ended("sleeper")
     assert done.phase == "succeeded" and done.step == 300
     assert "each exactly once" in here("audit", "sleeper").stdout
+    # The simulated run's tracker has told MLflow nothing: all of it comes from the journal.
+    assert "MLflow has everything" in here("sync", "sleeper").stderr
+    store = sqlite3.connect(here.directory / "runs" / "mlflow.db")
+    assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
+    losses = store.execute("SELECT step FROM metrics WHERE key = 'train/loss'").fetchall()
+    store.close()
+    assert sorted(step for (step,) in losses) == list(range(300))
     assert "has done all its 300 steps" in here("resume", "sleeper", expect=2).stderr
     shard = next(Path(str(done.checkpoint)).glob("shard-*"))
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
@@ -167,8 +179,32 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     assert shard.name in told and "The newest good checkpoint before it is" in told
 
 
+def test_mlflow_is_served_until_an_interrupt_and_leaves_nothing(alone: Here) -> None:
+    assert "holds no mlflow.db" in alone("ui", expect=2).stderr
+    process = alone.start("ui", "--uri", f"sqlite:///{alone.directory}/other.db", "--port", str(_free_port()))
+    assert process.stdout is not None
+    address = process.stdout.readline().strip()
+    with urllib.request.urlopen(f"{address}/health") as answer:
+        assert answer.read() == b"OK"
+    served = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert psutil.wait_procs(served, timeout=10)[1] == []
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def test_logs_are_followed_to_the_end(here: Here) -> None:
-    here("submit", here.job("followed"))
+    assert json.loads(here("submit", here.job("followed"), "-o", "json").stdout) == {"run_id": "followed"}
+    watching = here.start("status", "followed", "--watch", "-o", "json")
+    told = here("events", "followed", "-f", "-o", "json").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in told][:: len(told) - 1] == ["submitted", "ended"]
+    watched = [json.loads(line) for line in watching.communicate(timeout=60)[0].splitlines()]
+    assert watched[-1]["phase"] == "succeeded" and watched[-1]["step"] == 40
     lines = here("logs", "followed", "-f").stdout.splitlines()
     assert "succeeded" in lines[-1]
     assert lines == sorted(lines, key=lambda line: line[:23])

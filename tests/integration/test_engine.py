@@ -11,8 +11,9 @@ from torch._C._distributed_c10d import Store
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine import deepspeed_engine
 from orchestrator.engine.groups import connect, disconnect
+from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel, expert_of
+from orchestrator.model.transformer import MoELanguageModel
 from tests.support import small
 from tests.support.ranks import Ranks
 

@@ -165,7 +165,7 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
 @pytest.mark.parametrize(
     ("args", "code", "rule"),
     [
-        (("eval", "tired"), 102, "Did you mean tried?"),
+        (("eval", "tired"), 102, "Did you mean `tried`?"),
         (("eval", "tried", "--step", "3"), 102, "it holds 7"),
         (("eval", "tried", "--corpus", "/nowhere"), 2, "--corpus /nowhere doesn't exist"),
         (("eval", "tried", "--corpus", "x.txt", "--split", "train"), 2, "--split is of the run's own text"),

@@ -11,10 +11,11 @@ import pytest
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
-from orchestrator.model.transformer import catalogue
+from orchestrator.model.building import catalogue
 from orchestrator.protocol.messages import Fence, Phase, Report
 from orchestrator.sampling.ledger import audit
 from tests.support.crew import Crew
+from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import STEPS, VOCAB, small_job
 
 
@@ -78,6 +79,43 @@ def test_every_precision_and_stage_moves_bit_by_bit(
     assert sorted(crew.records) == list(range(STEPS))
     assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5
     assert all(r.applied for r in crew.records.values())
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_path: Path, name: str) -> None:
+    sizes = {"hidden_size": 32, "num_layers": 2, "intermediate_size": 64, "num_experts": 6}
+    job = small_job(texts, example(name, **sizes, expert_intermediate_size=32))
+    runs = []
+    for worlds in ((1, 2, 1), (2,)):  # the second one begins in another world, and stays
+        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as crew:
+            crew.start(crew.plan(crew.ids[: worlds[0]]))
+            for size in worlds[1:]:
+                crew.await_step(crew.newest_step + 3)
+                plan = crew.rescale(crew.ids[:size])
+                assert all(h.state_identical for h in _handovers(crew, plan.generation))
+            crew.await_finished()
+        assert sorted(crew.records) == list(range(STEPS)) and all(r.applied for r in crew.records.values())
+        runs.append([record.loss for _, record in sorted(crew.records.items())])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert runs[0][-1] < runs[0][0] - 0.5
+
+
+def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    spec = own_spec(tmp_path, "def build(*args):\n    return 1 / 0\n")
+    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as crew:
+        report = crew.members["w0"].report()
+    assert report.phase is Phase.FAILED and report.error is not None and report.error.kind == "user_error"
+    assert "build raised ZeroDivisionError" in report.error.message
+    assert report.error.traceback.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_build_that_draws_otherwise_on_each_worker_is_found_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    spec = own_spec(tmp_path, linear(init="nn.init.constant_(self.head.bias, float(__import__('os').getpid()))"))
+    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=2) as crew:
+        crew.send(next=crew.plan(crew.ids))
+        crew.await_all(crew.ids, lambda r: r.phase is Phase.FAILED)
+        error = crew.members["w1"].report().error
+    assert error is not None and error.kind == "user_error" and "gives head.bias other values on one" in error.message
 
 
 def test_a_scheduled_fence_is_reached_at_its_very_step(crew: Crew) -> None:

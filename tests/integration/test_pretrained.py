@@ -16,8 +16,9 @@ from orchestrator.checkpoint.pretrained import open_pretrained, resolved
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect
+from orchestrator.model.building import catalogue
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel, catalogue
+from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 from orchestrator.worker.beginning import read_pretrained
 from tests.support.ranks import Ranks

@@ -99,7 +99,7 @@ def test_a_job_that_comes_with_us_is_valid() -> None:
 def test_python_of_the_readme_uses_what_the_client_has() -> None:
     (snippet,) = [body for language, body in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python"]
     used = set(re.findall(r"client\.(\w+)\(", snippet))
-    assert used >= {"submit", "scale", "wait"}
+    assert used >= {"submit", "get", "scale", "wait", "events"}
     assert all(callable(getattr(OrchestratorClient, name)) for name in used)
     compile(snippet, "README.md", "exec")
 

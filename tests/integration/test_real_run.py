@@ -6,11 +6,13 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,28 +22,32 @@ from orchestrator.control import local_cluster
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import disconnect
 from orchestrator.control.host import find
-from orchestrator.errors import NotFound, UsageError
+from orchestrator.control.inference import ask_model
+from orchestrator.errors import EntrypointError, NotFound, UsageError
+from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from tests.support.own_models import ROOT
 from tests.support.texts import VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
-@pytest.fixture
-def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OrchestratorClient]:
-    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
-    up = local_cluster.up(4)
-    try:
-        yield OrchestratorClient(up.record.address)
-    finally:
-        disconnect()
-        local_cluster.down()
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path_factory.mktemp("home")))
+        up = local_cluster.up(4)
+        try:
+            yield OrchestratorClient(up.record.address)
+        finally:
+            disconnect()
+            local_cluster.down()
 
 
 def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
     deadline_s = time.monotonic() + 120.0
-    while not condition(status := client.status(run)):
+    while not condition(status := client.get(run)):
         assert time.monotonic() < deadline_s and not status.phase.ended, status
         time.sleep(0.1)
     return status
@@ -108,3 +114,47 @@ def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
     assert tracked.info.status == "SCHEDULED"  # paused
     history = [metric.step for metric in tracker.get_metric_history(tracked.info.run_id, "train/loss")]
     assert sorted(history) == list(range(status.step))
+
+
+def test_a_users_own_model_trains_and_goes_on_in_another_world(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    run = client.submit(_quick_example("dense", texts, tmp_path))
+    _until(client, run, lambda s: s.step > 20)
+    client.pause(run)
+    paused = client.wait(run, timeout_s=60.0)
+    assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
+    client.resume(run, workers=2)
+    resumed = _until(client, run, lambda s: s.step > paused.step + 50)
+    assert resumed.workers_now == 2
+    assert resumed.loss is not None and resumed.loss < math.log(VOCAB) - 1.0
+    client.cancel(run)
+    ended = client.wait(run, timeout_s=60.0)
+    assert ended.phase is RunPhase.CANCELLED and client.audit(run).ok and client.audit(run).steps == ended.step
+    job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
+    with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
+        export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
+    _answers_outside_of_training(Path(ended.run_dir), str(ended.checkpoint), texts)
+
+
+def _answers_outside_of_training(run_dir: Path, checkpoint: str, texts: Path) -> None:
+    *_, measured = ask_model(Evaluation(str(run_dir), checkpoint, corpus=str(texts), max_rows=8))
+    assert isinstance(measured, EvaluationResult) and measured.loss < math.log(VOCAB) - 1.0
+    asked = Generation(str(run_dir), checkpoint, "def ", 4, temperature=0.0, top_k=None, top_p=1.0, seed=0)
+    *_, written = ask_model(asked)
+    assert isinstance(written, GenerationResult) and (len(written.tokens) == 4 or written.ended)
+    too_long = replace(asked, prompt="x " * 400)  # the module has 128 positions
+    with pytest.raises(EntrypointError, match=r"jobs\.models\.dense:build on \d+ tokens raised IndexError"):
+        list(ask_model(too_long))
+
+
+def _quick_example(name: str, texts: Path, tmp_path: Path) -> Path:
+    """jobs/own-NAME.yaml with a smaller model on little text, as a file elsewhere."""
+    job = yaml.safe_load((ROOT / "jobs" / f"own-{name}.yaml").read_text())
+    job["model"] |= {"code_dir": str(ROOT), "hidden_size": 32, "intermediate_size": 64}
+    job["train"] |= {"sequence_length": 32, "steps": 100_000}
+    job |= {"workers": {"max": 2, "initial": 1}, "storage": str(tmp_path / "runs"), "eval": {}}
+    job["data"] = {"source": str(texts), "vocab_size": VOCAB}
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path

@@ -1,121 +1,350 @@
-"""The tracker against a real MLflow store in an sqlite file."""
+"""The tracker against real MLflow stores: an sqlite file, a server that goes away, a PostgreSQL of our own."""
 
 import json
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.errors import EpochSuperseded, NotFound, UsageError
-from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.outbox import FILE
+from orchestrator.tracking.server import MlflowServer
+from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerSetup, with_driver
 from orchestrator.tracking.tracker import Tracker
 
-JOB = {"name": "demo", "train": {"lr": 0.001, "steps": 1500}, "notes": "x" * 7000}
+pytestmark = pytest.mark.timeout(300)
+
+PATIENCE_S = 90.0
+PARAMS = {"name": "demo", "train.lr": "0.001", "notes": "x" * 7000}
+DATASETS = [Dataset(f"texts/{split}", split, "ab" * 32, "/texts", 3, 400) for split in ("train", "validation")]
 
 
-def tracker(directory: Path, run_id: str = "demo-1") -> Tracker:
-    uri = f"sqlite:///{directory}/store/mlflow.db"
-    return Tracker(uri, "tests", run_id, "demo", json.dumps(JOB), str(directory / run_id))
+def setup_of(directory: Path, uri: str = "", run_id: str = "demo-1") -> TrackerSetup:
+    run = RunInfo(run_id, "demo", params=PARAMS, register_as="demo-moe", alias="newest")
+    uri = uri or f"sqlite:///{directory}/store/mlflow.db"
+    return TrackerSetup(uri, "tests", run, str(directory / run_id), str(directory / "artifacts"))
+
+
+def reborn(tracker: Tracker, setup: TrackerSetup) -> Tracker:
+    """Another tracker over the same outbox, as after the end of the process."""
+    tracker._outbox.close()
+    return Tracker(setup)
 
 
 def points(name: str, steps: range, value: float) -> list[MetricPoint]:
     return [MetricPoint(name, value + step, step, time.time()) for step in steps]
 
 
-def client_of(tracked: Tracker) -> Any:
+def client_of(uri: str) -> Any:
     from mlflow import MlflowClient  # imported after the tracker has switched MLflow's telemetry off
 
-    return MlflowClient(tracked.describe()["uri"])
+    return MlflowClient(with_driver(uri), with_driver(uri))
 
 
-def runs_of(client: Any) -> list[Any]:
-    return list(client.search_runs([client.get_experiment_by_name("tests").experiment_id]))
+def only_run(client: Any) -> Any:
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    return run
+
+
+def models_of(client: Any) -> dict[int, Any]:
+    found = client.search_logged_models([client.get_experiment_by_name("tests").experiment_id])
+    return {int(model.tags["orchestrator.step"]): model for model in found}
+
+
+def error_of(tracker: Tracker) -> str:
+    """What the tracker says is wrong, once it does."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not (error := tracker.describe()["error"]):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    return error
+
+
+def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
+    """A run that fails, goes on in another process and succeeds. Returns MLflow's client and run."""
+    (directory / "job.yaml").write_text("name: demo\n")
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "tokenizer.json").write_text("{}")
+    setup = setup_of(directory, uri)
+    first = Tracker(setup)
+    first.publish(1, points("train/loss", range(1200), 5.0), after=-1)
+    first.publish(1, [MetricPoint("train/grad_norm", float("inf"), 0, time.time())])
+    first.publish(1, [MetricPoint("system/cpu_percent", 50.0, 3, time.time(), node="10.0.0.7")])
+    first.artifact(1, str(directory / "job.yaml"))
+    first.artifact(1, str(directory / "tokenizer"))
+    first.inputs(1, DATASETS)
+    first.inputs(1, DATASETS)
+    for seq, step in enumerate((599, 1099, 1199)):
+        first.event(1, {"seq": seq, "kind": "checkpoint", "time": time.time(), "step": step, "path": f"/c/{step}"})
+    first.event(1, {"seq": 3, "kind": "checkpoints_deleted", "time": time.time(), "steps": [599]})
+    assert first.finish(1, "failed", reason="peer_lost: worker 3", timeout_s=PATIENCE_S), first.describe()
+    client = client_of(uri)
+    run = only_run(client)
+    assert (run.info.status, run.data.tags["orchestrator.reason"]) == ("FAILED", "peer_lost: worker 3")
+
+    second = reborn(first, setup)
+    assert second.position() == 1199
+    second.event(2, {"seq": 4, "kind": "resumed", "time": time.time(), "step": 1099})
+    second.publish(2, points("train/loss", range(1100, 1500), 9.0), after=1099)
+    second.event(2, {"seq": 5, "kind": "checkpoint", "time": time.time(), "step": 1499, "path": "/c/1499"})
+    assert second.finish(2, "succeeded", timeout_s=PATIENCE_S), second.describe()
+    assert second.describe()["mlflow_run_id"] == run.info.run_id
+    with pytest.raises(EpochSuperseded, match="epoch 1 may not publish: epoch 2 does"):
+        second.publish(1, points("train/loss", range(1500, 1501), 0.0))
+    return client, only_run(client)
+
+
+def check_whole_life(client: Any, run: Any, artifacts: Path) -> None:
+    assert (run.info.run_name, run.info.status, run.data.params["train.lr"]) == ("demo", "FINISHED", "0.001")
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    values = {point.step: point.value for point in history}
+    assert len(history) == 1500
+    assert values == {step: (5.0 if step < 1200 else 9.0) + step for step in range(1500)}
+    assert run.data.metrics["system/cpu_percent/10.0.0.7"] == 50.0
+
+    contexts = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
+    assert contexts.keys() == {"train", "validation"} and len(run.inputs.dataset_inputs) == 2
+    assert json.loads(contexts["train"].source) == {"uri": "/texts"}
+    assert json.loads(contexts["validation"].profile)["digest"] == "ab" * 32
+
+    models = models_of(client)
+    fates = {step: model.tags["orchestrator.checkpoint"] for step, model in models.items()}
+    assert fates == {599: "deleted", 1099: "stored", 1199: "superseded", 1499: "stored"}
+    newest = models[1499]
+    assert (newest.model_type, newest.status.name, newest.tags["orchestrator.path"]) == (
+        "checkpoint",
+        "READY",
+        "/c/1499",
+    )
+    assert [(m.key, m.value, m.step) for m in newest.metrics] == [("train/loss", 9.0 + 1499, 1499)]
+    assert {output.step for output in run.outputs.model_outputs} == set(models)
+    version = client.get_model_version_by_alias("demo-moe", "newest")
+    assert (version.run_id, version.source) == (run.info.run_id, newest.artifact_location)
+    assert version.tags["orchestrator.path"] == "/c/1499"
+
+    (folder,) = artifacts.rglob(f"{run.info.run_id}/artifacts")
+    assert (folder / "job.yaml").read_text() == "name: demo\n"
+    assert (folder / "tokenizer" / "tokenizer.json").exists()
+    table = json.loads((folder / "events.json").read_text())
+    assert [row[2] for row in table["data"]].count("checkpoint") == 4
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "events.json", "type": "table"}]
+    assert (folder / "story.png").stat().st_size > 10_000 and "<svg" in (folder / "story.html").read_text()
 
 
 def test_one_mlflow_run_for_the_whole_life_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "cwd"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    (tmp_path / "job.yaml").write_text("name: demo\n")
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
-
-    first = tracker(tmp_path)
-    first.publish(1, points("train/loss", range(1200), 5.0))
-    first.publish(1, [MetricPoint("train/grad_norm", float("inf"), 0, time.time())])
-    first.artifact(1, str(tmp_path / "job.yaml"))
-    first.artifact(1, str(tmp_path / "tokenizer"))
-    first.event(1, {"event": "activated", "stall_s": 0.25})
-    assert first.finish(1, "failed", reason="peer_lost: worker 3", timeout_s=90.0)
-    described = first.describe()
-    assert (described["published"], described["queued"], described["error"]) == (1201, 0, "")
-    client = client_of(first)
-    (run,) = runs_of(client)
-    assert (run.info.status, run.data.tags["orchestrator.reason"]) == ("FAILED", "peer_lost: worker 3")
-
-    # The run goes on in another process, from an earlier step: the same MLflow run, and no step has two values.
-    second = tracker(tmp_path)
-    second.publish(2, points("train/loss", range(1100, 1500), 9.0))
-    second.event(2, {"event": "ended"})
-    assert second.finish(2, "succeeded", timeout_s=90.0)
-    (run,) = runs_of(client)
-    assert run.info.run_id == described["mlflow_run_id"] == second.describe()["mlflow_run_id"]
-    assert (run.info.run_name, run.info.status, run.data.params["train.lr"]) == ("demo", "FINISHED", "0.001")
-    history = client.get_metric_history(run.info.run_id, "train/loss")
-    values = {point.step: point.value for point in history}
-    assert len(history) == 1500
-    assert values == {step: (5.0 if step < 1200 else 9.0) + step for step in range(1500)}
-
-    artifacts = Path(run.info.artifact_uri.removeprefix("file://"))
-    assert artifacts.is_relative_to(tmp_path / "store" / "mlflow-artifacts")
-    assert (artifacts / "job.yaml").read_text() == "name: demo\n"
-    assert (artifacts / "tokenizer" / "tokenizer.json").exists()
-    events = [json.loads(line)["event"] for line in (artifacts / "events.jsonl").read_text().splitlines()]
-    assert events == ["activated", "ended"]
+    client, run = whole_life(tmp_path, f"sqlite:///{tmp_path}/store/mlflow.db")
+    check_whole_life(client, run, tmp_path / "store" / "mlflow-artifacts")
     assert list(elsewhere.iterdir()) == []  # nothing depends on the current directory
-
-    with pytest.raises(EpochSuperseded, match="epoch 1 may not publish: epoch 2 does"):
-        second.publish(1, points("train/loss", range(1500, 1501), 0.0))
-    with pytest.raises(EpochSuperseded):
-        second.finish(1, "cancelled")
-    with pytest.raises(NotFound, match="nowhere"):
-        second.artifact(2, str(tmp_path / "nowhere"))
-    with pytest.raises(TypeError):
-        second.event(2, {"not": object()})
-    with pytest.raises(ValueError, match="done"):
-        second.finish(2, "done")
 
 
 def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
-    broken = tracker(tmp_path, "demo-2")
-    assert broken.finish(1, "succeeded", timeout_s=90.0)  # the store is there, the run is in it
+    setup = setup_of(tmp_path, run_id="demo-2")
+    broken = Tracker(setup)
+    assert broken.finish(1, "succeeded", timeout_s=PATIENCE_S)  # the store is there, the run is in it
     store = sqlite3.connect(tmp_path / "store" / "mlflow.db", isolation_level=None)
     store.execute("ALTER TABLE metrics RENAME TO metrics_away")
     began_s = time.monotonic()
-    broken.publish(1, points("train/loss", range(600), 5.0))
+    broken.publish(1, points("train/loss", range(600), 5.0), after=-1)
     assert time.monotonic() - began_s < 0.5
     assert not broken.finish(1, "cancelled", timeout_s=1.0)
     assert "no such table" in broken.describe()["error"]
-    assert broken.describe()["queued"] == 601
+    assert broken.describe()["waiting"] == 601
+
+    again = reborn(broken, setup)  # its process was killed
+    assert (again.describe()["waiting"], again.position()) == (600, 599)
     store.execute("ALTER TABLE metrics_away RENAME TO metrics")
     store.close()
-    assert broken.finish(1, "cancelled", timeout_s=90.0)
-    assert (broken.describe()["published"], broken.describe()["queued"]) == (600, 0)
-    client = client_of(broken)
-    (run,) = runs_of(client)
+    assert again.finish(1, "cancelled", timeout_s=PATIENCE_S)
+    client = client_of(setup.uri)
+    run = only_run(client)
     assert run.info.status == "KILLED"
     assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 600
 
 
+@pytest.mark.slow
+def test_a_server_that_dies_and_comes_back_has_every_value_once(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/server.db"
+    server = MlflowServer(uri, log=tmp_path / "server.log")
+    tracker = Tracker(setup_of(tmp_path, server.url))
+    assert tracker.finish(1, "paused", timeout_s=PATIENCE_S), tracker.describe()
+    server.kill()
+    for step in range(0, 3000, 50):
+        tracker.publish(1, points("train/loss", range(step, step + 50), 5.0), after=step - 1)
+    assert not tracker.finish(1, "succeeded", timeout_s=1.0)
+    assert error_of(tracker) == f"no MLflow server answers at {server.url}: start it, or correct tracking.uri"
+    with MlflowServer(uri, port=server.port, log=tmp_path / "server.log"):
+        assert tracker.finish(1, "succeeded", timeout_s=PATIENCE_S), tracker.describe()
+    rows = sqlite3.connect(tmp_path / "server.db").execute("SELECT step FROM metrics WHERE key = 'train/loss'")
+    assert sorted(step for (step,) in rows) == list(range(3000))
+
+
+@contextmanager
+def answering(status: int, body: str) -> Iterator[str]:
+    """The address of a server of another kind."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *args: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.mark.parametrize(
-    ("uri", "params", "rule"),
+    ("status", "body", "told"),
     [
-        pytest.param("sqlite:///relative.db", "{}", "ABSOLUTE", id="relative"),
-        pytest.param("sqlite:////tmp/x.db", "[]", "JSON object", id="params"),
+        pytest.param(401, "You are not authenticated.", "doesn't know us: give the tracker credentials", id="login"),
+        pytest.param(403, "Permission denied", "doesn't allow us this: Permission denied", id="permission"),
+        pytest.param(404, "<html>nothing here</html>", "is no MLflow server: correct tracking.uri", id="another"),
+        pytest.param(200, "<html>welcome</html>", "is no MLflow server: correct tracking.uri", id="welcome"),
     ],
 )
-def test_what_can_never_work_is_refused_at_once(tmp_path: Path, uri: str, params: str, rule: str) -> None:
-    with pytest.raises(UsageError, match=rule):
-        Tracker(uri, "tests", "r", "r", params, str(tmp_path))
+def test_a_server_that_is_of_no_use_is_told(tmp_path: Path, status: int, body: str, told: str) -> None:
+    with answering(status, body) as address:
+        tracker = Tracker(setup_of(tmp_path, address))
+        tracker.publish(1, points("train/loss", range(3), 1.0))
+        assert told in error_of(tracker)
+        assert tracker.describe()["waiting"] == 3
+
+
+def test_a_database_of_an_older_schema_is_told(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path)
+    tracker = Tracker(setup)
+    assert tracker.finish(1, "paused", timeout_s=PATIENCE_S)
+    tracker._outbox.close()
+    store = sqlite3.connect(tmp_path / "store" / "mlflow.db")
+    store.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    store.commit()
+    store.close()
+    done = subprocess.run(  # in a process of its own: MLflow looks at a database once
+        [sys.executable, "-c", TOLD, setup.uri, str(tmp_path / "other")], capture_output=True, text=True, check=True
+    )
+    assert "has MLflow's schema 451aebb31d03, this version needs" in done.stdout
+    assert f"`mlflow db upgrade {setup.uri}`" in done.stdout
+
+
+TOLD = """
+import sys, time
+from orchestrator.tracking.sink import RunInfo, TrackerSetup, with_driver
+from orchestrator.tracking.tracker import Tracker
+tracker = Tracker(TrackerSetup(sys.argv[1], "tests", RunInfo("r", "r"), sys.argv[2], sys.argv[2]))
+while not tracker.describe()["error"]:
+    time.sleep(0.05)
+print(tracker.describe()["error"])
+"""
+
+
+def test_a_damaged_outbox_is_set_aside(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path)
+    directory = Path(setup.directory)
+    directory.mkdir()
+    (directory / FILE).write_text("no database, but long enough to be looked at as one" * 40)
+    tracker = Tracker(setup)
+    assert tracker.position() == -1  # the controller publishes everything anew
+    assert (directory / f"{FILE}.damaged").exists()
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///relative.db", "ftp://host"])
+def test_what_can_never_work_is_refused_at_once(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(UsageError, match="ABSOLUTE"):
+        Tracker(setup_of(tmp_path, uri))
+    tracker = Tracker(setup_of(tmp_path))
+    with pytest.raises(NotFound, match="nowhere"):
+        tracker.artifact(2, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="done"):
+        tracker.finish(2, "done")
+
+
+# -- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+class Postgres:
+    """A server on loopback in a directory of its own; Debian's, which refuses to run as root."""
+
+    def __init__(self, bin_dir: Path, directory: Path) -> None:
+        self._bin, self._data = bin_dir, directory / "pg"
+        self._as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        self._data.mkdir()
+        if self._as:
+            shutil.chown(self._data, "postgres")
+            for parent in (directory, *directory.parents[:-1]):
+                if parent.stat().st_uid == 0 and parent != Path("/tmp"):
+                    parent.chmod(parent.stat().st_mode | 0o011)
+        password = self._data.parent / "password"
+        password.write_text("right")
+        self._run("initdb", "-D", str(self._data / "db"), "-U", "orc", "--auth=scram-sha-256", f"--pwfile={password}")
+        self.port = _free_port()
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+        log = str(self._data / "log")
+        self._run("pg_ctl", "-D", str(self._data / "db"), "-l", log, "-w", "-o", options, "start")
+
+    def uri(self, password: str) -> str:
+        return f"postgresql://orc:{password}@127.0.0.1:{self.port}/postgres"
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", str(self._data / "db"), "-m", "immediate", "stop")
+
+    def _run(self, name: str, *args: str) -> None:
+        command = [*self._as, str(self._bin / name), *args]
+        done = subprocess.run(command, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[Postgres]:
+    pytest.importorskip("psycopg2")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("Debian's postgresql is not installed")
+    server = Postgres(found[-1].parent, tmp_path)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_postgresql_holds_the_whole_life_of_a_run(tmp_path: Path, postgres: Postgres) -> None:
+    import psycopg2
+
+    client, run = whole_life(tmp_path, postgres.uri("right"))
+    check_whole_life(client, run, tmp_path / "artifacts")
+    with psycopg2.connect(postgres.uri("right")) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT count(*), count(DISTINCT (key, step)) FROM metrics")
+        assert cursor.fetchone() == (1502, 1502)
+
+    refused = Tracker(setup_of(tmp_path, postgres.uri("wrong"), "refused"))
+    error = error_of(refused)
+    assert "password authentication failed" in error and "PGPASSWORD" in error and "wrong" not in error

@@ -36,6 +36,7 @@ from orchestrator.protocol.messages import (
     WorkerJob,
 )
 from orchestrator.spec.job import JobSpec
+from orchestrator.tracking.sink import TrackerSetup
 from orchestrator.worker.desk import Desk
 
 POLL_S = 0.002
@@ -317,6 +318,9 @@ class SimulatedRendezvous:
 class SimulatedPreparation:
     """No corpus is read."""
 
+    def progress(self) -> tuple[str, float]:
+        return "reading", 0.0
+
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
         tokenizer = Path(run_dir) / "tokenizer.json"
         tokenizer.write_text("{}")
@@ -326,16 +330,29 @@ class SimulatedPreparation:
 class FileTracker:
     """Takes what `orchestrator.tracking.tracker:Tracker` takes, into `published.jsonl` in its directory."""
 
-    def __init__(self, uri: str, experiment: str, run_id: str, run_name: str, params_json: str, directory: str) -> None:
-        self._path = Path(directory) / "published.jsonl"
+    def __init__(self, setup: TrackerSetup) -> None:
+        self._path = Path(setup.directory) / "published.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self._position, self._seqs = -1, set[int]()
 
-    def publish(self, epoch: int, points: list[Any]) -> None:
+    def position(self) -> int:
+        return self._position
+
+    def publish(self, epoch: int, points: list[Any], after: int | None = None) -> None:
+        if after is not None:
+            points = [p for p in points if p.step > self._position]
+            self._position = max([self._position, *(p.step for p in points)])
         self._write([{"epoch": epoch, "name": p.name, "value": p.value, "step": p.step} for p in points])
 
-    def event(self, epoch: int, fields: dict[str, Any]) -> None:
+    def event(self, epoch: int, fields: dict[str, Any], points: list[Any]) -> None:
+        if fields["seq"] in self._seqs:
+            return
+        self._seqs.add(fields["seq"])
         self._write([{"epoch": epoch, "event": fields["kind"]}])
+
+    def inputs(self, epoch: int, datasets: tuple[Any, ...]) -> None:
+        pass
 
     def artifact(self, epoch: int, path: str) -> None:
         self._write([{"epoch": epoch, "artifact": Path(path).name}])
@@ -345,7 +362,7 @@ class FileTracker:
         return True
 
     def describe(self) -> dict[str, Any]:
-        return {"url": f"file://{self._path}", "error": ""}
+        return {"url": f"file://{self._path}", "error": "", "position": self._position}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         with self._lock, self._path.open("a") as file:

@@ -11,8 +11,9 @@ from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import Groups, connect
 from orchestrator.engine.reference import ReferenceEngine
 from orchestrator.model.batch import MicroBatch
+from orchestrator.model.building import catalogue
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel, catalogue
+from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import ModelSpec, TrainSpec
 

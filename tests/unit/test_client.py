@@ -1,4 +1,5 @@
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ def test_ends_that_are_no_success_are_errors(phase: RunPhase, error: type[Orches
     with pytest.raises(error) as caught:
         raise_unless_succeeded(status(phase=phase, error="rank 1 died" if phase is RunPhase.FAILED else None))
     assert caught.value.exit_code == exit_code
+
+
+def test_a_failure_carries_the_traceback_of_what_a_worker_raised() -> None:
+    with pytest.raises(RunFailed) as caught:
+        raise_unless_succeeded(status(phase=RunPhase.FAILED, error="w0 failed", traceback="Traceback: line 3"))
+    assert caught.value.traceback == "Traceback: line 3"
+    assert pickle.loads(pickle.dumps(caught.value)).traceback == "Traceback: line 3"
 
 
 def test_success_is_none() -> None:

@@ -1,7 +1,9 @@
 import io
 
-from orchestrator.cli.live import ERASE_LINE, LiveProgress
-from orchestrator.protocol.status import RunPhase
+import pytest
+
+from orchestrator.cli.live import ERASE_LINE, LiveProgress, bar, watch_runs
+from orchestrator.protocol.status import RunPhase, RunStatus
 from tests.unit.cli.statuses import MEASURED, UNMEASURED, status
 
 
@@ -53,3 +55,29 @@ def test_at_the_end_a_rescale_is_told_even_unmeasured() -> None:
     file = io.StringIO()
     LiveProgress(file).show(status(phase=RunPhase.FAILED, rescales=(UNMEASURED,)))
     assert "rescaled 3 -> 2" in file.getvalue()
+
+
+@pytest.mark.parametrize(("done", "drawn"), [(0, 0), (45, 5), (180, 20)])
+def test_a_bar_fills(done: int, drawn: int) -> None:
+    assert bar(done, 180) == "[" + "#" * drawn + "-" * (20 - drawn) + "]"
+
+
+def test_watching_tells_each_change_once_and_ends_with_the_last_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.cli.live.LOOK_EVERY_S", 0.0)
+    over = RunPhase.SUCCEEDED
+    looks = iter(
+        [
+            (status(step=1), status(run_id="other", phase=over)),
+            (status(step=1), status(run_id="other", phase=over)),
+            (status(step=2, phase=over), status(run_id="other", phase=over)),
+        ]
+    )
+    told: list[RunStatus] = []
+    watch_runs(lambda: next(looks), told.append)
+    assert [(s.run_id, s.step) for s in told] == [("try", 1), ("other", 61), ("try", 2)]
+
+
+def test_watching_ends_where_nobody_writes_any_more() -> None:
+    told: list[RunStatus] = []
+    watch_runs(lambda: (status(),), told.append, is_over=lambda: True)
+    assert len(told) == 1

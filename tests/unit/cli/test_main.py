@@ -131,6 +131,30 @@ def test_records_of_a_run_that_is_not_there(orchestrator: Callable[..., Done]) -
         assert done.returncode == 102 and "holds no run" in done.stderr
 
 
+@pytest.mark.parametrize("verb", ["status", "audit", "events", "logs", "checkpoints"])
+def test_a_name_that_is_no_run_exits_102_with_the_nearest(
+    here: Path, orchestrator: Callable[..., Done], verb: str
+) -> None:
+    for name in ("quickstart", "books"):
+        (here / "runs" / name).mkdir(parents=True)
+        (here / "runs" / name / "job.json").write_text("{}")
+    done = orchestrator(verb, "quikstart")
+    assert done.returncode == 102 and done.stdout == ""
+    assert "Did you mean `quickstart`?" in done.stderr and "books" not in done.stderr
+    named = orchestrator(verb, "boks", "--storage", "runs")
+    assert named.returncode == 102 and "Did you mean `books`?" in named.stderr
+
+
+def test_plan_prints_every_size_and_json(here: Path, orchestrator: Callable[..., Done]) -> None:
+    (here / "job.yaml").write_text(VALID + "workers: 1..3\n")
+    told = orchestrator("plan", "job.yaml")
+    assert told.returncode == 0 and "Estimates:" in told.stderr
+    assert "MEMORY" in told.stdout and "3 -> 2" in told.stdout and "gradients reduced" in told.stdout
+    (world,) = json.loads(orchestrator("plan", "job.yaml", "-n", "2", "-o", "json").stdout)["worlds"]
+    assert world["world_size"] == 2 and [r["to_size"] for r in world["rescales"]] == [1, 3]
+    assert orchestrator("plan", "job.yaml", "-n", "4").returncode == 2
+
+
 def test_a_bug_keeps_its_traceback(here: Path) -> None:
     script = (
         "from orchestrator.cli import main\n"
@@ -147,3 +171,15 @@ def test_colour_only_where_it_is_wanted(here: Path) -> None:
     assert "31m" in python(here, script, "validate", "none.yaml", FORCE_COLOR="1").stderr
     assert "31m" not in python(here, script, "validate", "none.yaml", FORCE_COLOR="1", NO_COLOR="1").stderr
     assert "\x1b" not in python(here, script, "validate", "none.yaml").stderr
+
+
+def test_a_traceback_of_the_users_model_comes_first(orchestrator: Callable[..., Done], here: Path) -> None:
+    (here / "broken.py").write_text("import nowhere\n")
+    (here / "job.yaml").write_text(VALID + 'model: {entrypoint: "broken:build"}\n')
+    done = orchestrator("run", "job.yaml", "--local")
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[0] == "Traceback (most recent call last):" and lines[-1] == "Nothing was started."
+    why = "ModuleNotFoundError: No module named 'nowhere'"
+    error = lines.index(f"error: model.entrypoint broken:build can't be imported: {why}")
+    assert lines[error - 1] == why

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm.exchange import exchange_rows, gather_counts
+from orchestrator.comm.exchange import Journey, gather_counts
 from tests.unit.comm.threads import on_ranks
 
 SENT_WW = ((1, 0, 2), (3, 1, 0), (0, 0, 0))  # [source][destination] rows; rank 2 has none to send
@@ -20,7 +20,8 @@ def _rows(rank: int) -> Tensor:
 def test_rows_arrive_by_source_in_their_order() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[list[float]]:
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        found: list[list[float]] = exchange_rows(_rows(rank), SENT_WW[rank], received_W, group).tolist()
+        journey = Journey(SENT_WW[rank], received_W, group)
+        found: list[list[float]] = journey.end(journey.begin(_rows(rank))).tolist()
         return found
 
     for rank, rows in enumerate(on_ranks(3, run)):
@@ -31,7 +32,8 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[float]:
         rows = _rows(rank).requires_grad_()
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        received = exchange_rows(rows, SENT_WW[rank], received_W, group)
+        journey = Journey(SENT_WW[rank], received_W, group)
+        received = journey.end(journey.begin(rows))
         (received.sum() * (10.0 + rank)).backward()
         assert rows.grad is not None
         gradients: list[float] = rows.grad[:, 0].tolist()
@@ -43,7 +45,37 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
 
 def test_in_a_world_of_one_nothing_moves() -> None:
     rows = _rows(1)
-    assert exchange_rows(rows, [4], [4], None) is rows
+    journey = Journey([4], [4], None)
+    assert journey.end(journey.begin(rows)) is rows
+
+
+def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_travel() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
+        under_way = []
+        weights = torch.ones(3, requires_grad=True)
+        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group)
+        on_the_way = journey.begin(_rows(rank).requires_grad_())
+        beside = weights * 2.0
+        under_way.append(journey.is_under_way)
+        received = journey.end(on_the_way)
+        under_way.append(journey.is_under_way)
+        beside.register_hook(lambda grad: under_way.append(journey.is_under_way))
+        (received.sum() + beside.sum()).backward()
+        under_way.append(journey.is_under_way)
+        return under_way
+
+    assert on_ranks(3, run) == [[True, False, True, False]] * 3
+
+
+def test_a_journey_ends_once() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> str:
+        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group)
+        received = journey.end(journey.begin(_rows(rank)))
+        with pytest.raises(ValueError, match="go in pairs") as error:
+            journey.end(received)
+        return str(error.value)
+
+    assert len(set(on_ranks(3, run))) == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 3])

@@ -1,15 +1,15 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.control.journal import acquire_epoch, write_atomically
 from orchestrator.control.memory import STATUS_FILE, RunMemory, read_status, read_steps, user_events
-from orchestrator.control.points import points_of_rescale, points_of_steps
+from orchestrator.control.points import points_after, points_of_event, points_of_steps
 from orchestrator.control.preparation import PreparedData
 from orchestrator.control.status import status_of, to_json
 from orchestrator.errors import NotFound, StorageError
-from orchestrator.policy.progress import Progress
+from orchestrator.policy.progress import Progress, absorb
 from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Note, Observation, RunState, ended
 from orchestrator.protocol.messages import Restore, ResumeOrder
@@ -109,10 +109,18 @@ def test_points_of_steps_count_on() -> None:
 
 def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:
     rescale = Rescale(1, 2, 3, step=59, why="", moved_bytes=7, stall_s=0.5)
-    assert {(p.name, p.value, p.step) for p in points_of_rescale(rescale, 0.0)} == {
+    event = {"seq": 3, "time": 0.0, "kind": "rescaled", **asdict(rescale)}
+    assert {(p.name, p.value, p.step) for p in points_of_event(event)} == {
         ("elastic/rescale_stall_s", 0.5, 60),
         ("elastic/moved_bytes", 7.0, 60),
     }
+
+
+def test_points_read_from_the_journal_are_those_of_the_first_time() -> None:
+    records = [record(step) for step in range(9)]
+    known = absorb(Progress(), records[:4])
+    assert points_after(records, 3) == points_of_steps(known, records[4:])
+    assert points_after(records, 8) == []
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:

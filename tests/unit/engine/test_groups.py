@@ -10,8 +10,9 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import _param_groups
 from orchestrator.engine.groups import Groups, connect, disconnect
+from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.transformer import MoELanguageModel, expert_of
+from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 
 SPEC = ModelSpec(hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=3, expert_intermediate_size=4)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orchestrator.elastic.placement import Placement
-from orchestrator.model.moe import ExpertHome, GatedMLP, MoELayer, _expected
+from orchestrator.model.experts import GatedMLP
+from orchestrator.model.moe import ExpertHome, MoELayer, _expected, expert_major
 from orchestrator.spec.model import ModelSpec
 
 HIDDEN, INNER = 6, 10
@@ -140,6 +141,14 @@ def test_what_a_rank_expects_is_what_the_others_send(placement: Placement) -> No
     assert bool((expects_RWE.sum(0) == 1).all())
     for source in world:
         assert torch.equal(expects_RWE[:, source].argmax(0), ExpertHome(placement, source, None).destinations())
+
+
+def test_rows_by_source_and_expert_are_found_by_expert_and_source() -> None:
+    arriving_WL = torch.tensor([[2, 0, 1], [1, 3, 0]])
+    rows = [(expert, source) for source in range(2) for expert in range(3) for _ in range(arriving_WL[source, expert])]
+    assert [rows[row] for row in expert_major(arriving_WL).tolist()] == sorted(rows)
+    assert expert_major(arriving_WL).tolist() == [0, 1, 3, 4, 5, 6, 2]
+    assert expert_major(arriving_WL[:, :0]).tolist() == []
 
 
 def test_senders_spread_over_the_replicas() -> None:

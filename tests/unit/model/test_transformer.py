@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from orchestrator.elastic.placement import Placement
+from orchestrator.model.base import expert_of
+from orchestrator.model.building import catalogue
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import (
     Attention,
     MoELanguageModel,
-    catalogue,
-    expert_of,
     rotary_tables,
     rotate,
     segments,

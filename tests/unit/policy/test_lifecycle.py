@@ -287,9 +287,21 @@ def test_a_members_own_error_is_named_before_its_peers_complaints() -> None:
     life.run_until(lambda: life.step == 4)
     life.frozen = {"w0", "w1"}
     life.say("w0", phase=Phase.FAILED, error=WorkerError("peer_lost", "connection closed"))
-    life.say("w1", phase=Phase.FAILED, error=WorkerError("out_of_memory", "no 3 GiB left"))
+    life.say("w1", phase=Phase.FAILED, error=WorkerError("out_of_memory", "no 3 GiB left", "Traceback: line 3"))
     life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=5)
     assert "w1 failed: out_of_memory: no 3 GiB left" in life.state.why
+    assert life.state.traceback == "Traceback: line 3"
+
+
+def test_a_worker_that_fails_while_the_first_world_is_made_ends_the_run() -> None:
+    """As one that reads a checkpoint of another model: another would fail in the same way."""
+    life = Life(limits_of())
+    life.run_until(lambda: life.state.next is not None)
+    life.frozen = {"w0", "w1"}
+    life.say("w1", phase=Phase.FAILED, error=WorkerError("internal", "of another model", "Traceback: line 4"))
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
+    assert life.state.outcome is RunPhase.FAILED and "of another model" in life.state.why
+    assert life.state.traceback == "Traceback: line 4"
 
 
 def test_a_lost_standby_is_replaced() -> None:
@@ -306,9 +318,30 @@ def test_workers_that_never_get_warm_end_the_run() -> None:
     for number in range(3):
         life.run_until(lambda n=number: f"w{n}" in life.reports)
         life.frozen.add(f"w{number}")
-        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("user_error", "no such module"))
+        life.say(f"w{number}", phase=Phase.FAILED, error=WorkerError("internal", "no such device", "Traceback: line 1"))
     life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
-    assert life.state.outcome is RunPhase.FAILED and "no such module" in life.state.why
+    assert life.state.outcome is RunPhase.FAILED and "no such device" in life.state.why
+    assert life.state.traceback == "Traceback: line 1"
+
+
+def test_a_mistake_in_the_users_code_ends_a_run_that_has_not_begun_at_once() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: "w0" in life.reports)
+    life.frozen.add("w0")
+    error = WorkerError("user_error", "no such module", "Traceback: line 1")
+    life.say("w0", phase=Phase.FAILED, error=error)
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=2)
+    assert life.state.outcome is RunPhase.FAILED and life.state.why == "w0 failed: user_error: no such module"
+    assert life.state.traceback == "Traceback: line 1"
+
+
+def test_a_mistake_in_the_users_code_that_only_a_standby_meets_ends_nothing() -> None:
+    life = Life(limits_of(standby=1))
+    life.run_until(lambda: life.step == 3 and "w2" in life.reports)
+    life.frozen.add("w2")
+    life.say("w2", phase=Phase.FAILED, error=WorkerError("user_error", "the file is gone"))
+    life.run_until(lambda: life.step == 6)
+    assert life.state.outcome is None
 
 
 def test_a_fault_outside_the_workers_ends_the_run() -> None:

@@ -72,7 +72,10 @@ def test_sources_refused(source: str) -> None:
         job(data={"source": source})
 
 
-@pytest.mark.parametrize("uri", [None, "sqlite:////runs/x.db", "http://127.0.0.1:5000", "https://mlflow.example/base"])
+@pytest.mark.parametrize(
+    "uri",
+    [None, "postgresql://me@host/db", "sqlite:////runs/x.db", "http://127.0.0.1:5000", "https://mlflow.example/base"],
+)
 def test_tracking_uris(uri: str | None) -> None:
     assert job(tracking={"uri": uri}).tracking.uri == uri
 
@@ -102,6 +105,33 @@ def test_head_sizes(model: dict[str, Any], head_size: int, rotary_size: int) -> 
 
 def test_head_size_frees_hidden_size_from_num_heads() -> None:
     assert ModelSpec(hidden_size=100, num_heads=6, head_size=32).head_size == 32
+
+
+@pytest.mark.parametrize("entrypoint", ["m:f", "a.b_2.c:build"])
+def test_entrypoints(entrypoint: str) -> None:
+    options = {"width": 2, "names": ["a", None], "deep": {"x": True}}
+    spec = job(model={"entrypoint": entrypoint, "options": options, "code_dir": "src"}).model
+    assert (spec.entrypoint, spec.options, spec.code_dir) == (entrypoint, options, "src")
+
+
+@pytest.mark.parametrize("entrypoint", ["", "m", "m:", ":f", "a/b.py:f", "a..b:f", "a:f()", "a:b.c", "2a:f"])
+def test_entrypoints_refused(entrypoint: str) -> None:
+    with pytest.raises(ValidationError, match='must be "package.module:function"'):
+        job(model={"entrypoint": entrypoint})
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        ({"options": {"a": 1}}, "options has a meaning with entrypoint only"),
+        ({"code_dir": "src"}, "code_dir has a meaning with entrypoint only"),
+        ({"entrypoint": "m:f", "recompute": "full"}, "recompute must be none with entrypoint"),
+        ({"entrypoint": "m:f", "init_from": "there"}, "init_from is for our own model"),
+    ],
+)
+def test_keys_that_depend_on_the_entrypoint(model: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        job(model=model)
 
 
 def test_num_slots() -> None:
@@ -162,3 +192,23 @@ def test_schedule_at_the_bounds() -> None:
     assert job(workers=spec, train={"steps": 2}).workers.schedule[0].at_step == 1
     with pytest.raises(ValidationError, match="less than train.steps"):
         job(workers=spec, train={"steps": 1})
+
+
+def test_a_registered_model_may_have_an_alias() -> None:
+    named = job(tracking={"register_as": "books moe-1.0", "alias": "champion"}).tracking
+    assert (named.register_as, named.alias) == ("books moe-1.0", "champion")
+
+
+@pytest.mark.parametrize(
+    ("tracking", "rule"),
+    [
+        pytest.param({"alias": "champion"}, "alias needs register_as", id="alias-alone"),
+        pytest.param({"register_as": "a", "alias": "v2"}, "MLflow's own", id="version"),
+        pytest.param({"register_as": "a", "alias": "Latest"}, "MLflow's own", id="latest"),
+        pytest.param({"register_as": "a/b"}, "must begin with a letter", id="slash"),
+        pytest.param({"register_as": ""}, "must begin with a letter", id="empty"),
+    ],
+)
+def test_names_that_mlflow_would_refuse_are_refused_here(tracking: dict[str, str], rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        job(tracking=tracking)

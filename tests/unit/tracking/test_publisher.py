@@ -1,4 +1,4 @@
-"""The queue before a tracker: order, one value per step, growing pauses, a bound — with a sink that can be broken."""
+"""From the outbox to a tracker: order, growing pauses, nothing lost — with a sink that can be broken."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -6,11 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.tracking.publisher import Artifact, Event, Finish, Pace, Publisher
-from orchestrator.tracking.sink import MetricPoint, Outcome, RunInfo
+from orchestrator.tracking.history import History
+from orchestrator.tracking.outbox import Outbox
+from orchestrator.tracking.publisher import Pace, Publisher, Reporting
+from orchestrator.tracking.sink import (
+    Artifact,
+    Checkpoint,
+    CheckpointMark,
+    Dataset,
+    Finish,
+    MetricPoint,
+    Outcome,
+    RunInfo,
+)
 
-FAST = Pace(flush_s=0.01, idle_s=0.05, retry_s=0.001, retry_max_s=0.01)
-NEVER_BY_TIME = Pace(flush_s=60.0, idle_s=60.0, flush_points=3)
+FAST = Pace(flush_s=0.01, retry_s=0.001, retry_max_s=0.01)
 DEADLINE_S = 10.0
 
 
@@ -28,14 +38,14 @@ class MemorySink:
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
-        self.took_points = threading.Event()
 
-    def _call(self) -> None:
+    def _call(self, *entries: object) -> None:
         self.entered.set()
         assert self.gate.wait(DEADLINE_S)
         self.calls += 1
         if self.calls <= self.failures:
             raise ConnectionError(f"tracker away, call {self.calls}")
+        self.log.extend(entries)
 
     def start(self, run: RunInfo) -> None:
         self._call()
@@ -44,114 +54,103 @@ class MemorySink:
         return self.newest
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
-        self._call()
-        self.log.extend((point.name, point.step, point.value) for point in points)
-        self.took_points.set()
+        self._call(*((point.name, point.step, point.value) for point in points))
 
     def log_artifact(self, path: Path) -> None:
-        self._call()
-        self.log.append(path.name)
+        self._call(path.name)
 
-    def log_event(self, event: Mapping[str, object]) -> None:
-        self._call()
-        self.log.append(dict(event))
+    def log_table(self, path: Path) -> None:
+        self._call(path.name)
 
-    def flush(self) -> None:
-        pass
+    def log_inputs(self, datasets: Sequence[Dataset]) -> None:
+        self._call(*datasets)
 
-    def finish(self, outcome: Outcome, reason: str) -> None:
-        self._call()
-        self.log.append((outcome, reason))
+    def log_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._call(checkpoint)
+
+    def mark_checkpoints(self, mark: CheckpointMark) -> None:
+        self._call(mark)
+
+    def finish(self, end: Finish) -> None:
+        self._call(end)
 
 
-def publisher(sink: MemorySink, pace: Pace = FAST) -> Publisher:
-    return Publisher(lambda: sink, RunInfo("r", "r"), pace)
+class Scene:
+    """A publisher between an outbox and a sink."""
+
+    def __init__(self, directory: Path, sink: MemorySink, pace: Pace = FAST) -> None:
+        self.outbox = Outbox(directory)
+        self.publisher = self.over(self.outbox, lambda: sink, pace)
+
+    @staticmethod
+    def over(outbox: Outbox, connect: Callable[[], MemorySink], pace: Pace = FAST) -> Publisher:
+        def table(history: History) -> Path:
+            return Path(f"table-{len(history.events)}")
+
+        def charts(history: History) -> list[Path]:
+            return [Path(f"chart-{len(history.curves['train/loss'])}")]
+
+        return Publisher(outbox, connect, RunInfo("r", "r"), Reporting(table, charts), str, pace)
+
+    def finish(self) -> None:
+        self.outbox.put_finish(Finish(Outcome.SUCCEEDED, ""))
+        self.publisher.wake(hurry=True)
+        assert self.publisher.wait(DEADLINE_S)
+
+
+END = Finish(Outcome.SUCCEEDED, "")
 
 
 def points(name: str, steps: Sequence[int], value: float = 1.0) -> list[MetricPoint]:
     return [MetricPoint(name, value, step, time=float(step)) for step in steps]
 
 
-def finish(to: Publisher) -> None:
-    end = Finish(Outcome.SUCCEEDED, "")
-    to.put([end])
-    assert end.delivered.wait(DEADLINE_S)
-
-
-def test_everything_arrives_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failures", [0, 1, 2, 7])
+def test_everything_arrives_once_and_in_order(failures: int, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("name: demo")
-    sink = MemorySink()
-    to = publisher(sink)
-    to.put(points("train/loss", [0, 1]))
-    to.put([Event({"event": "activated"}), *points("train/loss", [2]), Artifact(tmp_path / "job.yaml")])
-    finish(to)
-    assert sink.log == [
-        ("train/loss", 0, 1.0),
-        ("train/loss", 1, 1.0),
-        {"event": "activated"},
-        ("train/loss", 2, 1.0),
-        "job.yaml",
-        (Outcome.SUCCEEDED, ""),
-    ]
-    assert (to.state().queued, to.state().published, to.state().error) == (0, 3, "")
-
-
-def test_a_replayed_step_keeps_its_first_value() -> None:
-    sink = MemorySink(newest={"train/loss": 4})  # what a tracker before this one has published
-    to = publisher(sink)
-    to.put(points("train/loss", [3, 4, 5, 6, 5, 6], value=1.0))
-    to.put(points("eval/loss", [4]))
-    finish(to)
-    to.put(points("train/loss", [6, 7], value=2.0))
-    finish(to)
-    assert [entry for entry in sink.log if entry[0] != Outcome.SUCCEEDED] == [  # type: ignore[index]
-        ("train/loss", 5, 1.0),
-        ("train/loss", 6, 1.0),
-        ("eval/loss", 4, 1.0),
-        ("train/loss", 7, 2.0),
-    ]
-
-
-def test_a_full_batch_is_sent_before_its_time() -> None:
-    sink = MemorySink()
-    to = publisher(sink, NEVER_BY_TIME)
-    to.put(points("train/loss", [0, 1, 2]))
-    assert sink.took_points.wait(DEADLINE_S)
-
-
-@pytest.mark.parametrize("failures", [1, 2, 7])
-def test_a_failing_tracker_is_tried_until_it_takes_everything_once(failures: int, tmp_path: Path) -> None:
-    (tmp_path / "f").touch()
     sink = MemorySink(failures)
-    to = publisher(sink)
-    to.put([*points("train/loss", [0, 1]), Event({"n": 1}), Artifact(tmp_path / "f"), *points("train/loss", [2])])
-    finish(to)
-    assert sink.log == [
-        ("train/loss", 0, 1.0),
-        ("train/loss", 1, 1.0),
-        {"n": 1},
-        "f",
-        ("train/loss", 2, 1.0),
-        (Outcome.SUCCEEDED, ""),
-    ]
+    scene = Scene(tmp_path, sink)
+    scene.outbox.put_points(points("train/loss", [0, 1]), after=-1)
+    scene.outbox.put([Artifact(str(tmp_path / "job.yaml")), Artifact(str(tmp_path / "gone"))])
+    scene.outbox.put_event({"seq": 0, "kind": "checkpoint", "time": 0.0, "step": 1, "path": "/c"})
+    scene.finish()
+    loss = MetricPoint("train/loss", 1.0, 1, 1.0)
+    told = [("train/loss", 0, 1.0), ("train/loss", 1, 1.0), "job.yaml", Checkpoint(0, 1, "/c", (loss,))]
+    assert [entry for entry in sink.log if entry not in ("table-1", "chart-2")] == [*told, END]
+    assert sink.log[-1] == END and {"table-1", "chart-2"} <= set(map(str, sink.log))
+    state = scene.publisher.state()
+    assert (state.waiting, state.published, state.error) == (0, 2, "")
 
 
-def test_a_sink_that_can_not_be_made_is_tried_again() -> None:
-    sink = MemorySink()
-    attempts: list[int] = []
+def test_charts_that_can_not_be_drawn_hold_nothing_up(tmp_path: Path) -> None:
+    def charts(history: History) -> list[Path]:
+        raise RuntimeError("no fonts")
 
-    def connect() -> MemorySink:
-        attempts.append(len(attempts))
-        if len(attempts) < 4:
-            raise OSError("no such host")
-        return sink
+    sink, outbox = MemorySink(), Outbox(tmp_path)
+    publisher = Publisher(
+        outbox, lambda: sink, RunInfo("r", "r"), Reporting(lambda history: Path("table"), charts), str, FAST
+    )
+    outbox.put_points(points("train/loss", [0]), after=-1)
+    outbox.put_finish(END)
+    publisher.wake(hurry=True)
+    assert publisher.wait(DEADLINE_S)
+    assert sink.log == [("train/loss", 0, 1.0), END]
 
-    to = Publisher(connect, RunInfo("r", "r"), FAST)
-    finish(to)
-    assert len(attempts) == 4
+
+def test_what_was_sent_before_a_crash_is_sent_again_to_the_last_bit(tmp_path: Path) -> None:
+    """Between the tracker's yes and our note of it: MLflow takes two values that are equal in everything as one."""
+    first, second = MemorySink(), MemorySink()
+    outbox = Outbox(tmp_path)
+    outbox.put_points([MetricPoint("train/loss", 0.1 + 0.2, 0, time=1.7e9 + 1 / 3)], after=-1)
+    number, items = outbox.head(10)
+    first.log_metrics([item for item in items if isinstance(item, MetricPoint)])
+    outbox.close()  # and no `remove`
+    scene = Scene(tmp_path, second)
+    scene.finish()
+    assert second.log[: len(first.log)] == first.log and number > 0
 
 
-def test_the_failure_is_described_until_it_is_over() -> None:
+def test_a_sink_that_can_not_be_made_is_tried_again_and_told_of(tmp_path: Path) -> None:
     failed = threading.Event()
     seen: list[str] = []
     sink = MemorySink()
@@ -160,43 +159,27 @@ def test_the_failure_is_described_until_it_is_over() -> None:
         if not failed.is_set():
             failed.set()
             raise OSError("no such host")
-        seen.append(to.state().error)
+        seen.append(publisher.state().error)
         return sink
 
+    outbox = Outbox(tmp_path)
     # The pause is a minute: only the end of the run makes the thread try at once.
-    to = Publisher(connect, RunInfo("r", "r"), Pace(retry_s=60.0))
+    publisher = Scene.over(outbox, connect, Pace(retry_s=60.0))
     assert failed.wait(DEADLINE_S)
-    finish(to)
-    assert seen == ["OSError: no such host"]
-    wait_until(lambda: to.state().error == "")
+    outbox.put_finish(END)
+    publisher.wake(hurry=True)
+    assert publisher.wait(DEADLINE_S)
+    assert (seen, publisher.state().error, sink.log[-1]) == (["no such host"], "", END)
 
 
-def test_a_blocked_tracker_blocks_nobody_and_the_queue_is_bounded() -> None:
+def test_a_blocked_tracker_blocks_nobody_and_loses_nothing(tmp_path: Path) -> None:
     sink = MemorySink()
     sink.gate.clear()
-    to = publisher(sink, Pace(flush_s=0.01, capacity=10))
+    scene = Scene(tmp_path, sink, Pace(flush_s=0.01, batch=100))
     assert sink.entered.wait(DEADLINE_S)
-    to.put(points("train/loss", range(25)))
-    to.put([Event({"kept": "though full"})])
-    assert (to.state().queued, to.state().dropped) == (11, 15)
+    scene.outbox.put_points(points("train/loss", range(2500)), after=-1)
+    assert scene.publisher.state().waiting == 2500
+    assert not scene.publisher.wait(0.05)
     sink.gate.set()
-    finish(to)
-    assert [entry[1] for entry in sink.log[:10]] == list(range(10))  # type: ignore[index]
-    assert sink.log[10] == {"kept": "though full"}
-
-
-def test_an_artifact_that_vanished_does_not_hold_the_others_up(tmp_path: Path) -> None:
-    sink = MemorySink()
-    to = publisher(sink)
-    to.put([Artifact(tmp_path / "gone"), *points("train/loss", [0])])
-    finish(to)
-    assert sink.log == [("train/loss", 0, 1.0), (Outcome.SUCCEEDED, "")]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    ticks = threading.Event()
-    for _ in range(int(DEADLINE_S / 0.01)):
-        if condition():
-            return
-        ticks.wait(0.01)
-    raise AssertionError("the condition never came true")
+    scene.finish()
+    assert [entry[1] for entry in sink.log if isinstance(entry, tuple)] == list(range(2500))

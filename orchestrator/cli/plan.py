@@ -1,0 +1,113 @@
+"""`plan`: what a job will take, without starting anything."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.options import JobFile, Output
+from orchestrator.cli.output import Format, say, show, show_json, show_table
+from orchestrator.cli.wording import NONE, size
+from orchestrator.elastic.layout import ParamSpec
+from orchestrator.errors import UsageError
+from orchestrator.policy.planning import JobPlan, StatePlan, plan_job
+from orchestrator.spec.job import JobSpec
+
+NOTES = (
+    "Memory is of the worker that holds most; bytes per step are what all workers together send to others, collectives "
+    "as in a ring. Estimates: gradients, activations, loss, dispatch and combine (experts equally popular), and the "
+    "stall (constants of 2 cores and loopback at 0.5 GB/s). The tokenizer may find fewer tokens than data.vocab_size."
+)
+
+
+def plan(
+    job: JobFile,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-n", min=1, help="Only this world size. Default: all from min to max."),
+    ] = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Say what a job will take at each world size: memory by part, bytes per step by kind, the stall of a rescale."""
+    from orchestrator.control.orders import with_pretrained
+    from orchestrator.spec.loading import load_job
+
+    spec = with_pretrained(load_job(job))
+    bounds = spec.workers
+    if workers is not None and not bounds.min <= workers <= bounds.max:
+        raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")
+    planned = plan_job(spec, state_of(spec))
+    if workers is not None:
+        planned = JobPlan(
+            planned.num_parameters, planned.vocab_size, tuple(w for w in planned.worlds if w.world_size == workers)
+        )
+    if output is Format.JSON:
+        show_json(asdict(planned))
+        return
+    say(NOTES)
+    _show(planned)
+
+
+def state_of(spec: JobSpec) -> StatePlan:
+    """The model's parameters, from a process of its own: this one never loads torch.
+
+    Raises:
+        UsageError: the model can't be built; the message is what the process said.
+    """
+    command = [sys.executable, "-m", "orchestrator.model.listing"]
+    listed = subprocess.run(command, input=spec.model_dump_json(by_alias=True), capture_output=True, text=True)
+    if listed.returncode:
+        raise UsageError(f"the model of {spec.name} can't be built:\n{listed.stderr.strip()}")
+    found = json.loads(listed.stdout.splitlines()[-1])
+    vocab_size = spec.model.vocab_size or spec.data.vocab_size
+    params = tuple(ParamSpec(*entry) for entry in found["params"])
+    return StatePlan(params, tuple((name, numel) for name, numel in found["buffers"]), vocab_size)
+
+
+def _show(planned: JobPlan) -> None:
+    show(f"{planned.num_parameters:,} parameters, {planned.vocab_size} tokens in the vocabulary\n")
+    worlds = planned.worlds
+    head = [str(world.world_size) for world in worlds]
+    layout = [
+        ("experts per worker", [_spread(world.experts) for world in worlds]),
+        ("slots per worker", [_spread(world.slots) for world in worlds]),
+    ]
+    parts = ("weights", "masters", "moments", "buffers", "gradients", "activations", "loss", "process")
+    memory = [(part, [_size(getattr(world.memory, part)) for world in worlds]) for part in parts]
+    memory += [
+        ("together", [size(world.memory.training) for world in worlds]),
+        ("peak, at a fence too", [size(world.memory.peak) for world in worlds]),
+    ]
+    kinds = ("gradients_reduced", "parameters_gathered", "dispatch", "combine", "control", "total")
+    traffic = [(kind.replace("_", " "), [size(getattr(world.traffic, kind)) for world in worlds]) for kind in kinds]
+    _section("WORKERS", head, layout)
+    _section("MEMORY", head, memory)
+    _section("BYTES PER STEP", head, traffic)
+    rescales = [
+        (f"{world.world_size} -> {to.to_size}", size(to.moved_bytes), size(to.busiest_bytes), f"{to.stall_s:.2f} s")
+        for world in worlds
+        for to in world.rescales
+    ]
+    if rescales:
+        show_table(("RESCALE", "MOVED", "BUSIEST WORKER", "STALL"), rescales)
+
+
+def _section(title: str, head: list[str], rows: list[tuple[str, list[str]]]) -> None:
+    show_table((title, *head), [(name, *cells) for name, cells in rows])
+    show("")
+
+
+def _spread(counts: tuple[int, ...]) -> str:
+    """Counts of the ranks: those that there are, the highest first."""
+    return "/".join(str(count) for count in sorted(set(counts), reverse=True))
+
+
+def _size(num_bytes: int | None) -> str:
+    return NONE if num_bytes is None else size(num_bytes)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Job files")(plan)

@@ -1,0 +1,95 @@
+"""What engine, trainer and workshop ask of a model: ours, or a user's own in `orchestrator.model.own`.
+
+Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E = experts.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.model.moe import MoELayer
+from orchestrator.spec.model import ModelSpec
+
+
+class TrainableModel(nn.Module, ABC):
+    """A language model as one rank holds it: all dense weights and this rank's experts.
+
+    Weights are unset until `init_weights` or a transfer fills them. Parameters and persistent buffers are state: they
+    move at a rescale and stand in checkpoints.
+    """
+
+    spec: ModelSpec
+
+    @abstractmethod
+    def forward(
+        self, inputs_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, T, V); or, given targets, the sum of the cross-entropy over those that are not `IGNORED`, in
+        nats, fp32.
+
+        Args:
+            inputs_BT: token ids. B may be 0.
+            targets_BT: the next token of each, or `IGNORED`.
+            documents_BT: a document number per token; given, attention stays within a document.
+        """
+
+    @abstractmethod
+    def init_weights(self, seed: int) -> None:
+        """Make the weights from the seed: the same on every rank and at every world size."""
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        return [m for m in self.modules() if isinstance(m, MoELayer)]
+
+    def state_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """The persistent buffers by name. Others, such as tables of positions, are made again with the model."""
+        kept = self.state_dict().keys()
+        return ((name, buffer) for name, buffer in self.named_buffers() if name in kept)
+
+    def expert_counts(self) -> Tensor:
+        """Copies that this rank routed to each expert in its last forward pass (L, E)."""
+        layers = self.moe_layers
+        if not layers:
+            return torch.zeros(0, self.spec.num_experts, dtype=torch.int64)
+        return torch.stack([m.last_counts_E for m in layers])
+
+    def with_balance_losses(self, loss: Tensor) -> Tensor:
+        """The loss as it is, with the gradients of the routers' auxiliary losses of the last forward pass added."""
+        for moe in self.moe_layers:
+            if moe.last_balance_loss is not None:
+                loss = _Besides.apply(loss, moe.last_balance_loss)  # type: ignore[no-untyped-call]
+        return loss
+
+
+class _Besides(torch.autograd.Function):
+    """The loss as it is, with the gradient of another one added: what is reported stays the cross-entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        return grads[0], grads[0]
+
+
+def expert_of(name: str) -> int | None:
+    """The global id of the expert that a parameter belongs to; None for dense parameters."""
+    head, found, tail = name.partition(".experts.")
+    number = tail.partition(".")[0]
+    return int(number) if found and head and number.isdecimal() else None
+
+
+@torch.no_grad()
+def draw_normal(param: Tensor, name: str, seed: int, std: float) -> None:
+    """Normal values that depend on (seed, name) alone, so that a rank can make its own experts without the others'."""
+    generator = torch.Generator().manual_seed(_key(seed, name))
+    param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

@@ -1,0 +1,66 @@
+"""What our model keeps of a slot for its backward pass, as a formula: an estimate that needs no torch.
+
+Counted from what autograd saves; `tests/unit/model/test_planned_activations.py` compares. Bytes per token
+unless said otherwise.
+"""
+
+import math
+
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.train import TrainSpec
+
+LOGITS = 1 << 22  # elements of a chunk of logits on a CPU, and the fewest tokens in one: orchestrator.model.loss
+MIN_CHUNK = 64
+
+
+def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
+    """Kept at most at one time by one rank.
+
+    Args:
+        crowding: copies of tokens that reach the rank's experts over those that it sends; 0 in a world of one, where
+            nothing is sent and experts read tokens where they are.
+    """
+    item = item_bytes(train)
+    stream = item * spec.hidden_size
+    mlps = [_norm(spec, item) + _mlp(spec, index, item, crowding) for index in range(spec.num_layers)]
+    attention = _norm(spec, item) + item * 2 * spec.head_size * (spec.num_heads + spec.num_kv_heads)
+    blocks = [attention + mlp for mlp in mlps]
+    if spec.recompute == "none":
+        kept = sum(blocks)
+    elif spec.recompute == "selective":
+        kept = len(blocks) * (attention + stream) + max(mlps)
+    else:
+        size = 1 if spec.recompute == "full" else math.isqrt(spec.num_layers - 1) + 1
+        runs = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        kept = len(runs) * stream + max(map(sum, runs))
+    return (kept + _norm(spec, item)) * _slot_tokens(train)
+
+
+def loss_bytes(spec: ModelSpec, train: TrainSpec, vocab_size: int) -> int:
+    """A chunk of logits with its copy in the training precision, and the gradient of the output matrix, in fp32."""
+    chunk = min(_slot_tokens(train), max(MIN_CHUNK, LOGITS // vocab_size))
+    return chunk * vocab_size * (4 + item_bytes(train) % 4) + 4 * vocab_size * spec.hidden_size
+
+
+def item_bytes(train: TrainSpec) -> int:
+    """Of a weight or an activation."""
+    return 2 if train.precision == "bf16" else 4
+
+
+def _slot_tokens(train: TrainSpec) -> int:
+    return train.micro_batch_size * train.sequence_length
+
+
+def _norm(spec: ModelSpec, item: int) -> int:
+    """What comes in and that over its root mean square, in fp32; what goes out."""
+    return 4 * (2 * spec.hidden_size + 1) + item * spec.hidden_size
+
+
+def _mlp(spec: ModelSpec, index: int, item: int, crowding: float) -> int:
+    if index < spec.num_dense_layers:
+        return item * 4 * spec.intermediate_size  # gate and up, silu(gate), their product
+    shared = item * 4 * spec.num_shared_experts * spec.expert_intermediate_size
+    scores = 4 * spec.num_experts + 32 * spec.top_k + (4 * spec.hidden_size if item == 2 else 0)  # in fp32
+    inner = 2 * spec.top_k * (crowding or 1.0) * spec.expert_intermediate_size  # gate and up
+    travelled = spec.top_k * (crowding + 1.0) * spec.hidden_size if crowding else 0.0  # copies in, results back
+    return shared + scores + math.ceil(item * (inner + travelled))

@@ -1,0 +1,244 @@
+"""What a job will take at every world size that it may have: memory per worker by part, bytes per step by kind, and the
+stall of a rescale. Pure: from the job and the list of the model's parameters.
+
+What is exact: weights, masters, moments and buffers, which follow from the layout; parameters gathered, gradients
+reduced, and bytes moved at a rescale. What is an estimate: gradients' buffers, activations and the loss, which follow
+from what DeepSpeed and autograd were seen to keep; dispatch and combine, which take experts as equally popular; and
+the stall, whose constants were measured on two cores.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.elastic.layout import IntArray, Kind, Layout, ParamSpec, training_layout
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.elastic.world import World
+from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
+from orchestrator.sampling.slots import max_slots, slots_of
+from orchestrator.spec.job import JobSpec
+
+PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
+MAX_BUCKET_ELEMENTS = 50_000_000  # orchestrator.engine.deepspeed_engine
+# Constants of the stall, from `python -m benchmarks.rescale` and the demo on 2 cores, over loopback.
+FIXED_STALL_S = 0.08  # vote, engine, activation
+DIGEST_S_PER_ELEMENT = 2.5e-9  # wall clock with all cores busy; the old shard and the new one
+LINK_BYTES_PER_S = 0.5e9
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """The catalogue of a model: every parameter in the engine's order, and buffers as (name, elements)."""
+
+    params: tuple[ParamSpec, ...]
+    buffers: tuple[tuple[str, int], ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the worker that holds most. `activations` and `loss` are None for a model that isn't ours. `fence` is
+    the largest second shard that it holds meanwhile while it moves to a neighbouring size."""
+
+    weights: int
+    masters: int
+    moments: int
+    buffers: int
+    gradients: int
+    activations: int | None
+    loss: int | None
+    fence: int
+    process: int = PROCESS_BYTES
+
+    @property
+    def training(self) -> int:
+        parts = (self.weights, self.masters, self.moments, self.buffers, self.gradients, self.process)
+        return sum(parts) + (self.activations or 0) + (self.loss or 0)
+
+    @property
+    def peak(self) -> int:
+        """Activations, loss and gradients are gone at a fence."""
+        state = self.weights + self.masters + self.moments + self.buffers
+        return max(self.training, state + self.fence + self.process)
+
+
+@dataclass(frozen=True)
+class TrafficPlan:
+    """Bytes that leave a worker for another in one step, of all workers together. Of collectives as in a ring.
+
+    `dispatch` is copies of tokens on their way to experts, and their gradients on the way back; `combine` is results
+    and theirs. `control` is expert counts and votes.
+    """
+
+    gradients_reduced: int
+    parameters_gathered: int
+    dispatch: int
+    combine: int
+    control: int
+
+    @property
+    def total(self) -> int:
+        return self.gradients_reduced + self.parameters_gathered + self.dispatch + self.combine + self.control
+
+
+@dataclass(frozen=True)
+class RescalePlan:
+    """From a world to another: bytes moved in all, by the worker that sends and receives most, and the stall."""
+
+    to_size: int
+    moved_bytes: int
+    busiest_bytes: int
+    stall_s: float
+
+
+@dataclass(frozen=True)
+class WorldPlan:
+    world_size: int
+    experts: tuple[int, ...]  # held by each rank
+    slots: tuple[int, ...]  # of each rank
+    memory: MemoryPlan
+    traffic: TrafficPlan
+    rescales: tuple[RescalePlan, ...]
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """A plan for each world size, ascending."""
+
+    num_parameters: int
+    vocab_size: int
+    worlds: tuple[WorldPlan, ...]
+
+
+def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
+    """The plan for every world size of the job.
+
+    Args:
+        ours: the model is the product's own, so what its forward pass keeps is known.
+    """
+    sizes = range(job.workers.min, job.workers.max + 1)
+    return JobPlan(
+        num_parameters=sum(param.numel for param in state.params),
+        vocab_size=state.vocab_size,
+        worlds=tuple(_plan_world(job, state, size, ours) for size in sizes),
+    )
+
+
+def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldPlan:
+    placement = Placement.balanced(job.model.num_experts, size)
+    layout = _layout(job, state, placement, _world(0, size))
+    neighbours = [n for n in (size - 1, size + 1) if job.workers.min <= n <= job.workers.max]
+    moved = [_plan_rescale(job, state, layout, placement, neighbour) for neighbour in neighbours]
+    return WorldPlan(
+        world_size=size,
+        experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
+        slots=tuple(len(slots_of(rank, size, job.train.num_slots)) for rank in range(size)),
+        memory=_memory(job, state, layout, placement, max((second for _, second in moved), default=0), ours),
+        traffic=_traffic(job, state, placement),
+        rescales=tuple(rescale for rescale, _ in moved),
+    )
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement, fence: int, ours: bool) -> MemoryPlan:
+    fullest = int(layout.bytes_per_rank().argmax())
+    held = {part: int(ranks[fullest]) for part, ranks in bytes_by_part(layout).items()}
+    partition = held["exp_avg"]  # fp32, as masters are
+    weights = held["param"] // item_bytes(job.train)  # elements
+    if job.train.zero_stage == 1:
+        gradients = 4 * weights + 4 * min(weights, MAX_BUCKET_ELEMENTS)
+    else:
+        gradients = partition + 4 * weights
+    share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
+    crowding = share * placement.world_size if placement.world_size > 1 else 0.0
+    return MemoryPlan(
+        weights=held["param"],
+        masters=held.get("master", partition),  # fp32 weights are their own; ZeRO keeps its partition once more
+        moments=held["exp_avg"] + held["exp_avg_sq"],
+        buffers=held.get("buffer", 0),
+        gradients=gradients,
+        activations=activation_bytes(job.model, job.train, crowding) if ours else None,
+        loss=loss_bytes(job.model, job.train, state.vocab_size) if ours else None,
+        fence=fence,
+    )
+
+
+def bytes_by_part(layout: Layout) -> dict[str, IntArray]:
+    """[world size] bytes that each rank holds of `param/`, `master/` and so on."""
+    parts = np.array([name.partition("/")[0] for name in layout.names])
+    tensor, start, stop, rank = layout.shards.T
+    held: dict[str, IntArray] = {}
+    for part in dict.fromkeys(parts.tolist()):
+        ranks = np.zeros(layout.world.size, dtype=np.int64)
+        mine = parts[tensor] == part
+        np.add.at(ranks, rank[mine], ((stop - start) * layout.itemsize[tensor])[mine])
+        for index, holders in enumerate(layout.holder_sets):
+            whole = (parts == part) & (layout.kind != Kind.SHARDED) & (layout.holder_set == index)
+            ranks[list(holders)] += int(np.sum(layout.numel[whole] * layout.itemsize[whole]))
+        held[part] = ranks
+    return held
+
+
+# -- traffic -----------------------------------------------------------------------------------------------------------
+
+
+def _traffic(job: JobSpec, state: StatePlan, placement: Placement) -> TrafficPlan:
+    size, train, model = placement.world_size, job.train, job.model
+    moe_layers = model.num_layers - model.num_dense_layers
+    copies = 0  # of a step, per layer, that leave their rank
+    for rank in range(size):
+        tokens = len(slots_of(rank, size, train.num_slots)) * train.micro_batch_size * train.sequence_length
+        elsewhere = 1.0 - len(placement.experts_of(rank)) / model.num_experts
+        copies += round(tokens * model.top_k * elsewhere)
+    again = model.recompute != "none"  # computed again in the backward pass, so sent again
+    one_way = copies * moe_layers * model.hidden_size * item_bytes(train)
+    passes = max_slots(size, train.num_slots) * (1 + again)
+    counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
+    vote = 2 * (size - 1) * 8 * (train.num_slots + moe_layers * model.num_experts + 3 * size)
+    reductions = max_slots(size, train.num_slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
+    reduced = reductions * sum(p.numel * 4 * 2 * (_holders(p, placement) - 1) for p in state.params)
+    gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in state.params)
+    return TrafficPlan(
+        gradients_reduced=reduced,
+        parameters_gathered=gathered,
+        dispatch=(2 + again) * one_way,
+        combine=(2 + again) * one_way,
+        control=counts + vote,
+    )
+
+
+def _holders(param: ParamSpec, placement: Placement) -> int:
+    return placement.world_size if param.expert is None else len(placement.replica_set(param.expert))
+
+
+# -- rescale -----------------------------------------------------------------------------------------------------------
+
+
+def _plan_rescale(
+    job: JobSpec, state: StatePlan, old: Layout, placement: Placement, to_size: int
+) -> tuple[RescalePlan, int]:
+    """The rescale, and the largest new shard of a worker that holds an old one."""
+    world = _world(1, to_size)
+    new = _layout(job, state, Placement.rebalanced(placement, old.world, world), world)
+    plan = TransferPlan.between(old, new)
+    num_bytes = (plan.moves[:, 2] - plan.moves[:, 1]) * plan.itemsize[plan.moves[:, 0]]
+    busy = np.zeros(len(plan.workers), dtype=np.int64)
+    np.add.at(busy, plan.moves[:, 3], num_bytes)
+    np.add.at(busy, plan.moves[:, 4], num_bytes)
+    digested = (int(old.bytes_per_rank().max()) + int(new.bytes_per_rank().max())) / 4  # elements, nearly
+    busiest = int(busy.max())
+    stall_s = FIXED_STALL_S + digested * DIGEST_S_PER_ELEMENT + busiest / LINK_BYTES_PER_S
+    both = min(old.world.size, to_size)  # survivors come first
+    return RescalePlan(to_size, plan.moved_bytes, busiest, round(stall_s, 3)), int(new.bytes_per_rank()[:both].max())
+
+
+def _layout(job: JobSpec, state: StatePlan, placement: Placement, world: World) -> Layout:
+    mixed = job.train.precision == "bf16"
+    return training_layout(state.params, placement, world, mixed, state.buffers)
+
+
+def _world(generation: int, size: int) -> World:
+    return World(generation, tuple(f"w{number}" for number in range(size)))

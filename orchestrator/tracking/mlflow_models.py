@@ -1,0 +1,118 @@
+"""Checkpoints as MLflow's LoggedModels of type `checkpoint`. Their shards stay in run storage; MLflow holds where they
+lie, their step and their metrics:
+
+    mlflow.search_logged_models(filter_string="metrics.`eval/loss` < 3 AND tags.`orchestrator.checkpoint` = 'stored'")
+"""
+
+import logging
+from collections.abc import Iterator
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric, Run
+from mlflow.exceptions import MlflowException
+
+from orchestrator.tracking.sink import Checkpoint, CheckpointMark, Fate
+
+FATE_TAG = "orchestrator.checkpoint"  # a `Fate`
+STEP_TAG = "orchestrator.step"
+PATH_TAG = "orchestrator.path"
+SEQ_TAG = "orchestrator.seq"  # of the event, which names one checkpoint for good
+EXTERNAL_TAG = "mlflow.model.isExternal"  # MLflow's word for artifacts that lie elsewhere
+MODEL_TYPE = "checkpoint"
+_TAKEN = ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS")
+_PAGE = 100
+
+logger = logging.getLogger(__name__)
+
+
+class RunModels:
+    """The models of one run. Every method may be repeated."""
+
+    def __init__(self, client: MlflowClient, run: Run, run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+        self._tracked_id, self._experiment_id = run.info.run_id, run.info.experiment_id
+
+    def log(self, checkpoint: Checkpoint) -> None:
+        try:
+            model = self._find_or_create(checkpoint)
+        except MlflowException as error:
+            if error.error_code != "ENDPOINT_NOT_FOUND":
+                raise
+            logger.warning("the MLflow server is too old to keep checkpoints as models: %s", error)
+            return
+        outputs = [LoggedModelOutput(model.model_id, checkpoint.step)]
+        self._client.log_outputs(self._tracked_id, outputs)
+        metrics = [
+            Metric(p.key, p.value, int(p.time * 1000), p.step, model_id=model.model_id, run_id=self._tracked_id)
+            for p in checkpoint.points
+        ]
+        if metrics:
+            self._client.log_batch(self._tracked_id, metrics=metrics)  # the run has these very values already
+        self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+    def mark(self, mark: CheckpointMark) -> None:
+        for model in self._all():
+            step = int(model.tags[STEP_TAG])
+            is_meant = step in mark.steps or (mark.after is not None and step > mark.after)
+            if is_meant and model.tags[FATE_TAG] == Fate.STORED:
+                self._client.set_logged_model_tags(model.model_id, {FATE_TAG: mark.fate.value})
+
+    def register(self, name: str, alias: str | None) -> None:
+        """Register the newest checkpoint's model as a new version of `name`."""
+        stored = [model for model in self._all() if model.tags[FATE_TAG] == Fate.STORED]
+        if not stored:
+            logger.warning("run %s has no checkpoint to register as %s", self._run_id, name)
+            return
+        newest = max(stored, key=lambda model: int(model.tags[STEP_TAG]))
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code not in _TAKEN:
+                raise
+        version = self._version_of(name, newest)
+        if alias is not None:
+            self._client.set_registered_model_alias(name, alias, version)
+
+    def _version_of(self, name: str, model: LoggedModel) -> str:
+        """The model's version: that of an earlier try, if its tag says so."""
+        tags = {PATH_TAG: model.tags[PATH_TAG], STEP_TAG: model.tags[STEP_TAG], SEQ_TAG: model.tags[SEQ_TAG]}
+        for known in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._tracked_id}'"):
+            if known.tags.get(SEQ_TAG) == tags[SEQ_TAG]:
+                return str(known.version)
+        made = self._client.create_model_version(
+            name, model.artifact_location, run_id=self._tracked_id, tags=tags, model_id=model.model_id
+        )
+        return str(made.version)
+
+    def _find_or_create(self, checkpoint: Checkpoint) -> LoggedModel:
+        for known in self._all(f" AND tags.`{SEQ_TAG}` = '{checkpoint.seq}'"):
+            return known
+        tags = {
+            EXTERNAL_TAG: "true",
+            FATE_TAG: Fate.STORED.value,
+            PATH_TAG: checkpoint.path,
+            SEQ_TAG: str(checkpoint.seq),
+            STEP_TAG: str(checkpoint.step),
+        }
+        return self._client.create_logged_model(
+            self._experiment_id,
+            name=f"{self._run_id}-step-{checkpoint.step:08d}",
+            source_run_id=self._tracked_id,
+            tags=tags,
+            model_type=MODEL_TYPE,
+        )
+
+    def _all(self, condition: str = "") -> Iterator[LoggedModel]:
+        """The models that this room made of the run, those that are not ready yet included."""
+        token: str | None = None
+        while True:
+            page = self._client.search_logged_models(
+                [self._experiment_id],
+                filter_string=f"source_run_id = '{self._tracked_id}'{condition}",
+                max_results=_PAGE,
+                page_token=token,
+            )
+            yield from (model for model in page if FATE_TAG in model.tags)
+            token = page.token
+            if not token:
+                return

@@ -1,0 +1,282 @@
+"""What a run has published and the tracker has not taken yet, in an sqlite file in the run's directory.
+
+    waiting   items in their order, until the tracker has taken them
+    taken     the newest step of every metric that was ever put here: older or equal ones are repeats
+    curves    what the run's chart shows, for good
+    events    what happened to the run, for good
+
+What `put…` has returned from is on disk. So a metric has one value per step, whatever is replayed or sent again: a
+repeat is turned away here, and what is sent twice because a process died in between is equal to the last bit, which the
+tracker takes as one.
+
+One process at a time holds the file, until it ends.
+"""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import NotFinished, ProtocolError
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.tracking.history import CURVES, History, read_history
+from orchestrator.tracking.sink import (
+    Artifact,
+    Checkpoint,
+    CheckpointMark,
+    Fate,
+    Finish,
+    Inputs,
+    Item,
+    MetricPoint,
+)
+
+FILE = "outbox.sqlite"
+LOCK_PATIENCE_S = 10.0  # a predecessor that was killed lets go at once
+
+_KINDS: Mapping[str, type[Any]] = {
+    kind.__name__: kind for kind in (MetricPoint, Artifact, Inputs, Checkpoint, CheckpointMark, Finish)
+}
+_CREATE = """
+CREATE TABLE IF NOT EXISTS waiting (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS taken (key TEXT PRIMARY KEY, step INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS curves (name TEXT, step INTEGER, value REAL, time REAL, PRIMARY KEY (name, step))
+    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, step INTEGER NOT NULL, body TEXT NOT NULL,
+    announced INTEGER NOT NULL DEFAULT 0);
+"""
+_POSITION = "(steps)"  # among `taken`: up to which step nothing is missing
+_JOINED = "(joined)"  # among `taken`: the tracker was asked once what it has
+
+
+class Outbox:
+    """Thread-safe.
+
+    Raises:
+        NotFinished: another process holds the file.
+        sqlite3.Error, OSError: it can't be read or written.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(
+            directory / FILE, timeout=LOCK_PATIENCE_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.executescript(f"BEGIN IMMEDIATE; {_CREATE} COMMIT;")
+        except sqlite3.OperationalError as error:
+            self._db.close()
+            if "locked" not in str(error):
+                raise
+            raise NotFinished(
+                f"another process delivers what waits in {directory / FILE}",
+                remedy="Wait for it, or for the end of the run.",
+                unchanged="Nothing was changed.",
+            ) from error
+        self._num_waiting = int(self._one("SELECT count(*) FROM waiting"))
+
+    # -- putting in --------------------------------------------------------------------------------------------
+
+    def put(self, items: Sequence[Item]) -> None:
+        with self._writing():
+            self._append(items)
+
+    def put_points(self, points: Sequence[MetricPoint], after: int | None = None) -> None:
+        """Put values; those of a step that their metric had before are repeats, and left out.
+
+        Args:
+            after: the points are those of all steps after this one, up to their newest.
+
+        Raises:
+            ProtocolError: steps before them are missing; nothing was put.
+        """
+        with self._writing():
+            if after is not None and after > self._newest(_POSITION):
+                raise ProtocolError(
+                    f"values of the steps after {after} came, but those after {self._newest(_POSITION)} are missing",
+                    unchanged="Nothing was put.",
+                )
+            fresh = self._fresh(points)
+            self._append(fresh)
+            curves = [(p.name, p.step, p.value, p.time) for p in fresh if p.name in CURVES]
+            self._db.executemany("INSERT OR IGNORE INTO curves VALUES (?, ?, ?, ?)", curves)
+            if after is not None and points:
+                self._take(_POSITION, max(point.step for point in points))
+                self._announce()
+
+    def put_event(self, fields: Mapping[str, Any], points: Sequence[MetricPoint] = ()) -> None:
+        """Put an event of the journal, with values that follow from it. A `seq` that was here before is a repeat."""
+        with self._writing():
+            if self._one("SELECT count(*) FROM events WHERE seq = ?", fields["seq"]):
+                return
+            step = int(fields.get("step", self._newest(_POSITION)))
+            self._db.execute(
+                "INSERT INTO events (seq, step, body) VALUES (?, ?, ?)",
+                (fields["seq"], step, json.dumps(fields)),
+            )
+            self._append(points)
+            self._announce()
+
+    def put_finish(self, end: Finish) -> None:
+        """Put the end of the run, in place of one that waits."""
+        with self._writing():
+            self._announce(all_of_them=True)
+            self._withdraw_finish()
+            self._append([end])
+
+    def withdraw_finish(self) -> None:
+        """The run goes on: an end that still waits is none."""
+        with self._writing():
+            self._withdraw_finish()
+
+    # -- taking out --------------------------------------------------------------------------------------------
+
+    def head(self, limit: int) -> tuple[int, list[Item]]:
+        """What is to be sent next: values up to something else, at most `limit`, or the one thing that comes first.
+
+        Returns:
+            a number for `remove`, and the items; none if nothing waits.
+        """
+        with self._lock:
+            rows = self._db.execute("SELECT id, kind, body FROM waiting ORDER BY id LIMIT ?", (limit,)).fetchall()
+        is_points = [kind == MetricPoint.__name__ for _, kind, _ in rows]
+        count = is_points.index(False) if False in is_points else len(rows)
+        chosen = rows[: max(count, 1)]
+        items = [_read(kind, body) for _, kind, body in chosen]
+        return (chosen[-1][0] if chosen else -1), items
+
+    def remove(self, number: int) -> None:
+        """The tracker has taken all up to here."""
+        with self._writing():
+            self._num_waiting -= self._db.execute("DELETE FROM waiting WHERE id <= ?", (number,)).rowcount
+
+    def join(self, newest: Mapping[str, int]) -> None:
+        """Once in the life of this file: what the tracker has already is not sent, nor taken again."""
+        with self._writing():
+            if self._newest(_JOINED) >= 0:
+                return
+            for key, step in newest.items():
+                self._take(key, max(step, self._newest(key)))
+            rows = self._db.execute("SELECT id, body FROM waiting WHERE kind = 'MetricPoint'").fetchall()
+            points = ((number, from_plain(MetricPoint, json.loads(body))) for number, body in rows)
+            known = [(number,) for number, point in points if point.step <= newest.get(point.key, -1)]
+            self._db.executemany("DELETE FROM waiting WHERE id = ?", known)
+            self._num_waiting -= len(known)
+            self._take(_JOINED, 0)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def position(self) -> int:
+        """The newest step up to which the values of every step were put here; -1 before any."""
+        with self._lock:
+            return self._newest(_POSITION)
+
+    def history(self) -> History:
+        with self._lock:
+            return read_history(self._db)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            before = self._num_waiting
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._num_waiting = before
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _append(self, items: Sequence[Item]) -> None:
+        rows = [(type(item).__name__, json.dumps(to_plain(item))) for item in items]
+        self._db.executemany("INSERT INTO waiting (kind, body) VALUES (?, ?)", rows)
+        self._num_waiting += len(rows)
+
+    def _fresh(self, points: Sequence[MetricPoint]) -> list[MetricPoint]:
+        newest: dict[str, int] = {}
+        fresh = []
+        for point in points:
+            if point.step > newest.setdefault(point.key, self._newest(point.key)):
+                newest[point.key] = point.step
+                fresh.append(point)
+        for key, step in newest.items():
+            self._take(key, step)
+        return fresh
+
+    def _announce(self, all_of_them: bool = False) -> None:
+        """Let the tracker hear of checkpoints, in their order, once the values of their step are here."""
+        rows = self._db.execute("SELECT seq, step, body FROM events WHERE NOT announced ORDER BY seq").fetchall()
+        for seq, step, body in rows:
+            event = json.loads(body)
+            if event["kind"] == "checkpoint" and step > self._newest(_POSITION) and not all_of_them:
+                return
+            self._append(self._items_of(event))
+            self._db.execute("UPDATE events SET announced = 1 WHERE seq = ?", (seq,))
+
+    def _items_of(self, event: Mapping[str, Any]) -> list[Item]:
+        match event["kind"]:
+            case "checkpoint":
+                values = (self._value_at(name, event["step"]) for name in ("train/loss", "eval/loss"))
+                points = tuple(value for value in values if value is not None)
+                return [Checkpoint(event["seq"], event["step"], event["path"], points)]
+            case "checkpoints_deleted":
+                return [CheckpointMark(Fate.DELETED, steps=tuple(event["steps"]))]
+            case "resumed":
+                return [CheckpointMark(Fate.SUPERSEDED, after=event["step"])]
+        return []
+
+    def _value_at(self, name: str, step: int) -> MetricPoint | None:
+        query = "SELECT step, value, time FROM curves WHERE name = ? AND step <= ? ORDER BY step DESC LIMIT 1"
+        row = self._db.execute(query, (name, step)).fetchone()
+        return None if row is None or row[1] is None else MetricPoint(name, row[1], row[0], row[2])
+
+    def _withdraw_finish(self) -> None:
+        self._num_waiting -= self._db.execute("DELETE FROM waiting WHERE kind = 'Finish'").rowcount
+
+    def _newest(self, key: str) -> int:
+        row = self._db.execute("SELECT step FROM taken WHERE key = ?", (key,)).fetchone()
+        return -1 if row is None else int(row[0])
+
+    def _take(self, key: str, step: int) -> None:
+        self._db.execute("INSERT INTO taken VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET step = ?", (key, step, step))
+
+    def _one(self, query: str, *values: Any) -> Any:
+        return self._db.execute(query, values).fetchone()[0]
+
+
+def _read(kind: str, body: str) -> Item:
+    fields = json.loads(body)
+    if kind == MetricPoint.__name__:  # flat, and most of what there is
+        return MetricPoint(**fields)
+    item: Item = from_plain(_KINDS[kind], fields)
+    return item
+
+
+def num_waiting(directory: Path) -> int:
+    """How much waits in the outbox of a run that has ended; 0 if it has none. Raises sqlite3.Error if it is held."""
+    path = directory / FILE
+    if not path.exists():
+        return 0
+    db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=0.5)
+    try:
+        return int(db.execute("SELECT count(*) FROM waiting").fetchone()[0])
+    finally:
+        db.close()

@@ -1,0 +1,121 @@
+"""An MLflow server of our own on this machine, until we end it.
+
+with MlflowServer("sqlite:////runs/mlflow.db", port=5000) as server:
+    server.wait()
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from orchestrator.errors import OrchestratorError, UsageError
+from orchestrator.tracking.sink import artifact_root, check_uri, redacted, with_driver
+
+START_TIMEOUT_S = 60.0
+END_TIMEOUT_S = 5.0
+
+
+class MlflowServer:
+    """`mlflow server` in a session of its own; its words go to `log`, or to this process's stderr.
+
+    Args:
+        uri: of the database.
+        port: 0 for any that is free.
+        artifacts: where files lie if they don't lie beside an sqlite file.
+
+    Raises:
+        UsageError: the URI is none of a database, or the port is taken.
+        OrchestratorError: it did not start.
+    """
+
+    def __init__(
+        self, uri: str, *, host: str = "127.0.0.1", port: int = 0, artifacts: str = "", log: Path | None = None
+    ) -> None:
+        check_uri(uri)
+        root = artifact_root(uri, artifacts)
+        if root is None:
+            raise UsageError(f"{redacted(uri)} is a server already", remedy="Open it in a browser.")
+        self.port = _free_port(host, port)
+        self.url = f"http://{host}:{self.port}"
+        command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(self.port)]
+        command += ["--default-artifact-root", root, "--workers", "1"]
+        variables = {
+            "MLFLOW_BACKEND_STORE_URI": with_driver(uri),  # not on the command line, which others can read
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        sink = log.open("ab") if log is not None else None
+        try:
+            self.process = subprocess.Popen(
+                command,
+                env=os.environ | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=sink or sys.stderr,
+                stderr=sink or sys.stderr,
+                start_new_session=True,
+            )
+        finally:
+            if sink is not None:
+                sink.close()
+        try:
+            self._await_answer()
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self) -> None:
+        """Until it ends by itself."""
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End all of its processes: politely, then not."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_TIMEOUT_S)
+
+    def kill(self) -> None:
+        """End all of its processes at once, as a machine that fails does."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def _await_answer(self) -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline_s:
+            if self.process.poll() is not None:
+                raise OrchestratorError(
+                    f"the MLflow server ended with code {self.process.returncode} before it answered",
+                    remedy="Its last words say why.",
+                )
+            with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2.0):
+                return
+            time.sleep(0.1)
+        raise OrchestratorError(f"the MLflow server did not answer within {START_TIMEOUT_S:.0f} s")
+
+
+def _free_port(host: str, port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"{host}:{port} can't be listened on: {error.strerror}", remedy="Name another with --port."
+            ) from error
+        return int(probe.getsockname()[1])

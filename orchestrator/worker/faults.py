@@ -1,0 +1,21 @@
+"""What an error of the training thread is called in a report."""
+
+import torch
+
+from orchestrator.errors import EntrypointError
+from orchestrator.model.own import raised_by_forward
+
+
+def kind_of(error: Exception) -> str:
+    """The word for it that WorkerError has."""
+    if _is_peer_loss(error):  # also where it came through a user's module, on its way from our MoE layer
+        return "peer_lost"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return "out_of_memory"
+    return "user_error" if isinstance(error, EntrypointError) or raised_by_forward(error) else "internal"
+
+
+def _is_peer_loss(error: Exception) -> bool:
+    """gloo and nccl report a lost peer as a RuntimeError that names their transport."""
+    words = ("connection closed by peer", "connection reset", "gloo", "timed out", "nccl", "broken pipe")
+    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)

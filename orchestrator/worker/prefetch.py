@@ -1,0 +1,58 @@
+"""The rows of the next step, read in a thread while this one computes.
+
+Which rows a step has is a pure function of sampler, step and world, so reading ahead changes nothing but when they are
+read. At most two steps are in memory: the one in hand and the one ahead.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from orchestrator.sampling.sampler import SamplerState
+from orchestrator.worker.feed import Feed, StepFeed
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """All that decides what is read: whoever asks for anything else gets nothing that was read ahead."""
+
+    sampler: SamplerState
+    step: int
+    rank: int
+    world_size: int
+
+
+class Prefetch:
+    """Reads one step ahead of the one that was asked for last. Used by one thread.
+
+    Args:
+        feed: what to read from.
+        num_steps: of the run; nothing is read beyond.
+    """
+
+    def __init__(self, feed: Feed, num_steps: int) -> None:
+        self._feed, self._num_steps = feed, num_steps
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
+        self._ahead: tuple[_Wanted, Future[StepFeed]] | None = None
+
+    def step(self, step: int, rank: int, world_size: int) -> StepFeed:
+        """What `Feed.step` returns or raises, without a wait if the step before was asked for in the same world.
+
+        What was read ahead for another world or another order of rows is dropped.
+        """
+        wanted = _Wanted(self._feed.sampler, step, rank, world_size)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == wanted:
+            rows = ahead[1].result()
+        else:
+            if ahead is not None:
+                ahead[1].cancel()
+            rows = self._feed.step(step, rank, world_size)
+        if step + 1 < self._num_steps:
+            following = _Wanted(wanted.sampler, step + 1, rank, world_size)
+            self._ahead = (following, self._thread.submit(self._feed.step, step + 1, rank, world_size))
+        return rows
+
+    def close(self) -> None:
+        """End the thread, and drop what it has read. A repeat is harmless."""
+        self._ahead = None
+        self._thread.shutdown(wait=False, cancel_futures=True)

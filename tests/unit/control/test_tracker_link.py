@@ -1,0 +1,90 @@
+"""What a tracker that was away is told, from the journal alone."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from orchestrator.control.journal import acquire_epoch
+from orchestrator.control.memory import RunMemory
+from orchestrator.control.preparation import PreparedData
+from orchestrator.control.system import Reading, points_of_readings, read_system
+from orchestrator.control.tracker_link import POINTS_PER_CALL, missing_calls
+from orchestrator.control.tracker_setup import tracker_setup
+from orchestrator.spec.job import JobSpec
+from orchestrator.tracking.outbox import Outbox
+from orchestrator.tracking.sink import Dataset
+from tests.unit.policy.imagined import limits_of, record
+
+STEPS = 500
+DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "train", "abc", "/t", 1, 2),))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of(steps=STEPS))
+    memory.note("submitted", run_id="run")
+    memory.absorb([record(step) for step in range(STEPS)])
+    memory.note("rescaled", generation=1, from_size=2, to_size=3, step=40, stall_s=0.3, moved_bytes=7)
+    memory.note("checkpoint", step=99, path="/c/99")
+    return tmp_path
+
+
+@pytest.mark.parametrize("position", [-1, 0, 123, STEPS - 2, STEPS - 1])
+def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, position: int) -> None:
+    outbox = Outbox(run_dir / "tracking")
+    have = [point for method, args in missing_calls(run_dir, -1, None) if method == "publish" for point in args[0]]
+    outbox.put_points([point for point in have if point.step <= position], after=-1)
+    for method, args in [*missing_calls(run_dir, position, DATA), *missing_calls(run_dir, STEPS - 1, DATA)]:
+        if method == "publish":
+            assert len(args[0]) <= POINTS_PER_CALL + 20
+            outbox.put_points(*args)
+        elif method == "event":
+            outbox.put_event(*args)
+    history = outbox.history()
+    assert outbox.position == STEPS - 1
+    assert [step for step, _ in history.curves["train/loss"]] == list(range(STEPS))
+    assert [event.kind for event in history.events] == ["submitted", "rescaled", "checkpoint"]
+    assert outbox.num_waiting == len(have) + 2 + 1  # the cost of the rescale, and the checkpoint
+
+
+def test_files_and_data_are_told_too(run_dir: Path) -> None:
+    told = [(method, args) for method, args in missing_calls(run_dir, STEPS, DATA) if method in ("artifact", "inputs")]
+    job = str(run_dir / "job.yaml")
+    assert told == [
+        ("artifact", (job,)),
+        ("artifact", ("/run/tokenizer.json",)),
+        ("inputs", (DATA.datasets,)),
+    ]
+
+
+def test_parameters_hold_no_password() -> None:
+    job = JobSpec.model_validate({"name": "try", "tracking": {"uri": "postgresql://me:secret@host/db"}})
+    setup = tracker_setup("try", Path("/runs/try"), job)
+    assert setup.run.params["tracking.uri"] == "postgresql://me:***@host/db"
+    assert setup.uri == "postgresql://me:secret@host/db"
+    assert (setup.directory, setup.artifacts) == ("/runs/try/tracking", "/runs/mlflow-artifacts")
+    assert setup.run.params["train.steps"] == str(job.train.steps)
+
+
+def test_a_node_is_told_as_rates_between_two_readings() -> None:
+    before = Reading("10.0.0.7", 100.0, 50.0, 1000.0, 5, 40.0, 1_000, 2_000)
+    after = Reading("10.0.0.7", 110.0, 65.0, 1020.0, 7, 41.0, 6_000, 2_500)
+    values = {point.key: point.value for point in points_of_readings(before, after, step=9)}
+    assert values == {
+        "system/cpu_percent/10.0.0.7": 75.0,
+        "system/memory_bytes/10.0.0.7": 7.0,
+        "system/disk_percent/10.0.0.7": 41.0,
+        "system/sent_bytes_per_second/10.0.0.7": 500.0,
+        "system/received_bytes_per_second/10.0.0.7": 50.0,
+    }
+    assert list(points_of_readings(before, before, step=9)) == []
+
+
+def test_this_machine_can_be_read(tmp_path: Path) -> None:
+    first = read_system("here", str(tmp_path))
+    sum(n * n for n in range(200_000))
+    second = read_system("here", str(tmp_path))
+    assert 0 <= second.busy_s - first.busy_s <= second.total_s - first.total_s + 1e-6
+    assert second.total_s - first.total_s <= (second.time - first.time + 1.0) * (os.cpu_count() or 1)
+    assert second.memory_bytes > 0 and 0 < second.disk_percent <= 100

@@ -1,0 +1,67 @@
+"""The formulas of `policy.activations` against what autograd saves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from orchestrator.elastic.placement import Placement
+from orchestrator.model.moe import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
+from orchestrator.spec.job import ModelSpec, TrainSpec
+
+VOCAB = 512
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "num_layers": 4}
+
+
+def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
+    """Distinct memory that the forward pass of a slot keeps, without weights."""
+    model = MoELanguageModel(spec, VOCAB, ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None))
+    model.init_weights(0)
+    model = model.to(torch.bfloat16 if train.precision == "bf16" else torch.float32)
+    weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(0, VOCAB, (train.micro_batch_size, train.sequence_length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens)
+    return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"num_dense_layers": 4}, id="dense"),
+        pytest.param({"num_dense_layers": 1}, id="experts"),
+        pytest.param({"num_experts": 16, "top_k": 4, "expert_intermediate_size": 48}, id="many experts"),
+        pytest.param({"num_shared_experts": 0, "intermediate_size": 100}, id="nothing shared"),
+        pytest.param({"num_heads": 8, "num_kv_heads": 8}, id="many heads"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_slot_keeps(changes: dict[str, Any], precision: str) -> None:
+    spec = ModelSpec(**(SIZES | changes))
+    train = TrainSpec(micro_batch_size=4, sequence_length=64, precision=precision)
+    head_gradient = 4 * VOCAB * spec.hidden_size
+    told = activation_bytes(spec, train, 0.0)
+    assert _saved_bytes(spec, train) - head_gradient == pytest.approx(told, rel=0.03)
+
+
+def test_recomputing_keeps_less() -> None:
+    train = TrainSpec(micro_batch_size=4, sequence_length=64)
+    deep = SIZES | {"num_layers": 16}
+    told = [activation_bytes(ModelSpec(**deep, recompute=r), train, 0.0) for r in ("none", "selective", "sqrt", "full")]
+    assert told == sorted(told, reverse=True) and told[-1] < told[0] / 8
+
+
+def test_the_loss_holds_a_chunk_of_logits() -> None:
+    train = TrainSpec(micro_batch_size=8, sequence_length=1024)
+    spec = ModelSpec(**SIZES)
+    assert item_bytes(train) == 4
+    assert loss_bytes(spec, train, 32_000) == 131 * 32_000 * 4 + 4 * 32_000 * 64

@@ -1,0 +1,165 @@
+"""What was put is there in another life of the process, once, and in order."""
+
+import math
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import NotFinished, ProtocolError
+from orchestrator.tracking.outbox import FILE, Outbox, num_waiting
+from orchestrator.tracking.sink import (
+    Artifact,
+    Checkpoint,
+    CheckpointMark,
+    Dataset,
+    Fate,
+    Finish,
+    Inputs,
+    MetricPoint,
+    Outcome,
+)
+
+
+def points(name: str, steps: range, value: float = 1.0) -> list[MetricPoint]:
+    return [MetricPoint(name, value, step, time=step / 7) for step in steps]
+
+
+def rest(outbox: Outbox) -> list[object]:
+    """Everything that waits, taken out."""
+    found: list[object] = []
+    while (head := outbox.head(3))[1]:
+        found += head[1]
+        outbox.remove(head[0])
+    return found
+
+
+def test_what_was_put_survives_the_process(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from orchestrator.tracking.outbox import Outbox\n"
+        "from orchestrator.tracking.sink import MetricPoint\n"
+        "outbox = Outbox(Path(sys.argv[1]))\n"
+        "outbox.put_points([MetricPoint('train/loss', 0.1 * s, s, s / 7) for s in range(50)], after=-1)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60)
+    assert done.returncode == -9
+    outbox = Outbox(tmp_path)
+    assert (outbox.num_waiting, outbox.position) == (50, 49)
+    assert rest(outbox) == [MetricPoint("train/loss", 0.1 * s, s, s / 7) for s in range(50)]
+
+
+def test_every_kind_of_thing_comes_back_as_it_was(tmp_path: Path) -> None:
+    things = [
+        MetricPoint("train/loss", math.inf, 3, 1.5),
+        MetricPoint("system/cpu_percent", 12.5, 3, 1.5, node="10.0.0.7"),
+        Artifact("/runs/r/job.yaml"),
+        Inputs((Dataset("corpus/train", "train", "sha256:1", "/texts", 3, 400),)),
+        Checkpoint(7, 20, "/runs/r/step-20", (MetricPoint("eval/loss", 2.0, 19, 1.0),)),
+        CheckpointMark(Fate.DELETED, steps=(10, 20)),
+        Finish(Outcome.FAILED, "w1 died"),
+    ]
+    outbox = Outbox(tmp_path)
+    outbox.put(things)
+    assert rest(outbox) == things
+    assert outbox.num_waiting == 0
+
+
+def test_a_step_that_was_done_again_keeps_its_first_value(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.put_points(points("train/loss", range(5)), after=-1)
+    outbox.put_points(points("train/loss", range(2, 7), value=9.0) + points("eval/loss", range(2, 3)), after=1)
+    outbox.close()
+    again = Outbox(tmp_path)
+    again.put_points(points("train/loss", range(6, 8), value=5.0))
+    taken = [(p.name, p.step, p.value) for p in rest(again) if isinstance(p, MetricPoint)]
+    assert [(step, value) for name, step, value in taken if name == "train/loss"] == [
+        *((step, 1.0) for step in range(5)),
+        (5, 9.0),
+        (6, 9.0),
+        (7, 5.0),
+    ]
+    assert ("eval/loss", 2, 1.0) in taken
+
+
+def test_nodes_have_values_of_their_own(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    both = [MetricPoint("system/cpu_percent", 1.0, 3, 0.0, node) for node in ("a", "b")]
+    outbox.put_points(both)
+    outbox.put_points(both)
+    assert rest(outbox) == both
+
+
+def test_a_gap_is_refused(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.put_points(points("train/loss", range(3)), after=-1)
+    with pytest.raises(ProtocolError, match="those after 2 are missing"):
+        outbox.put_points(points("train/loss", range(5, 6)), after=4)
+    outbox.put_points(points("train/loss", range(1, 6)), after=0)
+    assert (outbox.position, len(rest(outbox))) == (5, 6)
+
+
+def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    event = {"seq": 4, "kind": "checkpoint", "time": 9.0, "step": 2, "path": "/c/2"}
+    outbox.put_points(points("train/loss", range(2)), after=-1)
+    outbox.put_event(event)
+    outbox.put_event({"seq": 5, "kind": "checkpoints_deleted", "time": 9.0, "steps": [2]})
+    assert [type(item) for item in rest(outbox)] == [MetricPoint] * 2
+    outbox.put_points([*points("train/loss", range(2, 3), 2.5), *points("eval/loss", range(2, 3), 3.5)], after=1)
+    outbox.put_event(event)  # told again by a controller that doesn't know better
+    loss, validation, checkpoint, mark = rest(outbox)
+    assert checkpoint == Checkpoint(4, 2, "/c/2", (loss, validation))  # type: ignore[arg-type]
+    assert mark == CheckpointMark(Fate.DELETED, steps=(2,))
+    outbox.put_event({"seq": 6, "kind": "resumed", "time": 9.0, "step": 1})
+    assert rest(outbox) == [CheckpointMark(Fate.SUPERSEDED, after=1)]
+
+
+def test_the_end_is_told_once_and_not_if_the_run_goes_on(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.put_finish(Finish(Outcome.FAILED, "first"))
+    outbox.put_finish(Finish(Outcome.PAUSED, ""))
+    assert outbox.num_waiting == 1
+    outbox.withdraw_finish()
+    assert (outbox.num_waiting, rest(outbox)) == (0, [])
+
+
+def test_a_new_outbox_takes_over_what_the_tracker_has(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.put_points([*points("train/loss", range(8)), *points("eval/loss", range(3))])
+    outbox.join({"train/loss": 5, "train/lr": 9})
+    outbox.join({"eval/loss": 9})  # a second time it means nothing: what the tracker has, it has from us
+    assert [p.step for p in rest(outbox)] == [6, 7, 0, 1, 2]  # type: ignore[attr-defined]
+    outbox.put_points(points("train/lr", range(8, 11)))
+    assert outbox.num_waiting == 1
+
+
+def test_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.tracking.outbox.LOCK_PATIENCE_S", 0.1)
+    assert num_waiting(tmp_path) == 0
+    outbox = Outbox(tmp_path)
+    outbox.put(points("train/loss", range(4)))
+    with pytest.raises(NotFinished, match="another process"):
+        Outbox(tmp_path)
+    with pytest.raises(sqlite3.OperationalError):
+        num_waiting(tmp_path)
+    outbox.close()
+    assert num_waiting(tmp_path) == 4
+
+
+def test_what_can_not_be_written_changes_nothing(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.put_points(points("train/loss", range(2)), after=-1)
+    with pytest.raises(TypeError):
+        outbox.put_event({"seq": 1, "kind": "checkpoint", "step": 1, "path": object()})
+    assert (outbox.num_waiting, outbox.position, len(outbox.history().events)) == (2, 1, 0)
+
+
+def test_a_damaged_file_is_an_error_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("no database, but long enough to be looked at as one" * 40)
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        Outbox(tmp_path)
