@@ -13,6 +13,7 @@ from orchestrator.checkpoint.exporting import export_hf
 from orchestrator.checkpoint.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
+from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.placement import Placement
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.model.loss import IGNORED
@@ -154,6 +155,23 @@ def test_transformers_loads_what_is_exported(
     assert len({path.stat().st_mode for path in (tmp_path / "hf").iterdir()}) == 1
     with pytest.raises(UsageError, match="not empty"):
         export_hf(checkpoint, job, tokenizer, tmp_path / "hf", dtype)
+
+
+def test_another_tokenizers_border_and_a_padded_vocabulary_are_exported(store_dir: Path, tmp_path: Path) -> None:
+    foreign = (store_dir / "tokenizer.json").read_bytes().replace(b"<|document|>", b"<|endoftext|>")
+    (tmp_path / "foreign").mkdir()
+    TextTokenizer(foreign, "e").save(tmp_path / "foreign" / "tokenizer.json")
+    used = TextTokenizer.load(tmp_path / "foreign" / "tokenizer.json")
+    spec = ModelSpec(**(PLAIN | {"vocab_size": used.vocab_size + 9}))  # type: ignore[arg-type]
+    ours = MoELanguageModel(spec, used.vocab_size + 9, ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None))
+    ours.init_weights(3)
+    checkpoint = _checkpoint_of(ours, tmp_path / "checkpoints")
+    export_hf(checkpoint, JobSpec(name="run", model=spec), tmp_path / "foreign" / "tokenizer.json", tmp_path / "hf")
+    again = TextTokenizer.load(tmp_path / "hf" / "tokenizer.json")
+    assert (again.document_token, again.digest) == (used.document_token, used.digest)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.generation_config.eos_token_id == used.document_token
+    assert theirs.config.vocab_size == used.vocab_size + 9
 
 
 def test_a_checkpoint_of_another_model_is_not_exported(store_dir: Path, tmp_path: Path) -> None:
