@@ -3,6 +3,7 @@ of reach, has not acknowledged is read there and published again. Nobody waits f
 """
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ log = logging.getLogger("orchestrator.control")
 NAME = "tracker"
 FINISH_S = 30.0  # how long the end of a run waits for its tracker
 ASK_AGAIN_S = 1.0
+LOOK_EVERY_S = 3.0
 MOST_OPEN = 64  # calls without an answer: beyond that the journal keeps what would pile up here
 POINTS_PER_CALL = 2000
 LAST_TRIES = 3
@@ -46,6 +48,7 @@ class TrackerLink:
         self._is_current = False  # it has, or was sent, all that the journal holds
         self._asked_s: float | None = None  # when its position was asked for last
         self._num_open = 0
+        self._looked_s = 0.0  # when it was last asked how it fares
         self.url: str | None = None
         self.warning: str | None = None  # values that don't arrive
 
@@ -87,7 +90,10 @@ class TrackerLink:
             self._send([("event", (dict(event), points_of_event(event)))])
 
     def look(self) -> None:
-        if self._handle is not None and self._num_open < MOST_OPEN:
+        """Ask how it fares, now and then."""
+        now_s = time.monotonic()
+        if self._handle is not None and self._num_open < MOST_OPEN and now_s - self._looked_s >= LOOK_EVERY_S:
+            self._looked_s = now_s
             self._call("describe")
 
     def take(self, answer: Answer) -> None:

@@ -4,6 +4,7 @@ Callers never wait and never see the tracker fail: what they put is on disk, and
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from orchestrator.tracking.sink import (
 )
 
 logger = logging.getLogger(__name__)
+
+LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Publisher:
         )
 
     def _work(self) -> None:
+        os.nice(LOWEST_PRIORITY)  # of this thread only, on Linux: training goes first where cores are short
         pause_s = self._pace.retry_s
         while True:
             try:

@@ -21,6 +21,7 @@ from orchestrator.tracking.sink import artifact_root, check_uri, redacted, with_
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
+PRIORITY = 15  # that of Ray's workers: pages that somebody looks at don't slow a run on the same machine
 
 
 class MlflowServer:
@@ -65,6 +66,8 @@ class MlflowServer:
         finally:
             if sink is not None:
                 sink.close()
+        with suppress(OSError):  # it has ended, and is told below
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, PRIORITY)  # its children inherit it
         try:
             self._await_answer()
         except BaseException:
