@@ -39,7 +39,7 @@ def plan(
     bounds = spec.workers
     if workers is not None and not bounds.min <= workers <= bounds.max:
         raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")
-    planned = plan_job(spec, state_of(spec))
+    planned = plan_job(spec, state_of(spec), ours=spec.model.entrypoint is None)
     if workers is not None:
         planned = JobPlan(
             planned.num_parameters, planned.vocab_size, tuple(w for w in planned.worlds if w.world_size == workers)

@@ -35,6 +35,10 @@ class StatePlan:
     buffers: tuple[tuple[str, int], ...]
     vocab_size: int
 
+    @property
+    def num_moe_layers(self) -> int:
+        return len({param.name.partition(".experts.")[0] for param in self.params if param.expert is not None})
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -187,7 +191,7 @@ def bytes_by_part(layout: Layout) -> dict[str, IntArray]:
 
 def _traffic(job: JobSpec, state: StatePlan, placement: Placement) -> TrafficPlan:
     size, train, model = placement.world_size, job.train, job.model
-    moe_layers = model.num_layers - model.num_dense_layers
+    moe_layers = state.num_moe_layers
     copies = 0  # of a step, per layer, that leave their rank
     for rank in range(size):
         tokens = len(slots_of(rank, size, train.num_slots)) * train.micro_batch_size * train.sequence_length

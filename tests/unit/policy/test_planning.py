@@ -8,7 +8,7 @@ from orchestrator.elastic.layout import ParamSpec
 from orchestrator.policy.planning import JobPlan, StatePlan, plan_job
 from orchestrator.spec.job import JobSpec
 
-EXPERTS = tuple(ParamSpec(f"e{expert}", 1000, expert) for expert in range(8))
+EXPERTS = tuple(ParamSpec(f"layers.1.mlp.experts.{expert}.down", 1000, expert) for expert in range(8))
 STATE = StatePlan((ParamSpec("dense", 4000, None), *EXPERTS), (("bias", 8),), 512)
 
 
@@ -30,6 +30,13 @@ def test_sharded_parts_shrink_and_dense_weights_stay() -> None:
     moments = [world.memory.moments for world in plan.worlds]
     assert moments == sorted(moments, reverse=True) and moments[0] == 2 * 4 * 12_000
     assert [world.experts for world in plan.worlds] == [(8,), (4, 4), (3, 3, 2), (2, 2, 2, 2)]
+
+
+def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
+    """Not as `num_layers` says, which means nothing to a user's own model."""
+    train = {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 8}
+    traffic = _plan(ours=False, **train).worlds[1].traffic
+    assert traffic.dispatch == traffic.combine == 2 * (4 * 8 * 2 // 2) * 128 * 4  # there and back, half stays
 
 
 def test_stage_two_reduces_after_every_slot() -> None:
