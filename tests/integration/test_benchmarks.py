@@ -51,12 +51,14 @@ def test_rescale_loses_nothing() -> None:
     assert met["ratio"] is False  # Ray Train isn't run
 
 
+@pytest.mark.slow
 def test_loss_gives_equal_gradients() -> None:
     line = quick("loss")
     assert [bar["name"] for bar in line["bars"]] == ["memory_share", "speed", "sqrt_slope", "gradients_equal"]
     assert line["bars"][3]["met"]
 
 
+@pytest.mark.slow
 def test_moe_layer_compares_the_same_routes() -> None:
     line = quick("moe_layer")
     wanted = ["speedup_vs_deepspeed", "slowest_case", "fraction_of_limit_fp32", "fraction_of_limit_bf16"]
