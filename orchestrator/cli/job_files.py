@@ -2,17 +2,20 @@
 
 import typer
 
-from orchestrator.cli.options import JobFile
-from orchestrator.cli.output import say, show_json
+from orchestrator.cli.options import JobFile, Output
+from orchestrator.cli.output import Format, say, show_json
 from orchestrator.cli.wording import counted
 
 
-def validate(job: JobFile) -> None:
-    """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing."""
+def validate(job: JobFile, output: Output = Format.TEXT) -> None:
+    """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing. With -o json
+    prints the job with every default."""
     from orchestrator.control.orders import with_pretrained
     from orchestrator.spec.loading import load_job
 
     spec = with_pretrained(load_job(job))
+    if output is Format.JSON:
+        show_json(spec.model_dump(mode="json", by_alias=True))
     workers = spec.workers
     say(
         f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {counted(workers.initial, 'worker')} at first "

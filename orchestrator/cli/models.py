@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, RunId, Storage
-from orchestrator.cli.output import say, show
+from orchestrator.cli.options import Address, Output, RunId, Storage
+from orchestrator.cli.output import Format, say, show, show_json
 from orchestrator.cli.wording import size
 
 
@@ -32,6 +32,7 @@ def export(
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights; routers stay fp32.")] = Dtype.BF16,
     storage: Storage = None,
     address: Address = None,
+    output: Output = Format.TEXT,
 ) -> None:
     """Write a run's model as a directory that others load. Prints the directory."""
     from orchestrator.checkpoint.exporting import export_hf
@@ -47,7 +48,10 @@ def export(
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     num_bytes = export_hf(checkpoint, job, run_dir / "tokenizer.json", to.absolute(), dtype.value)
     say(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
-    show(str(to))
+    if output is Format.JSON:
+        show_json({"run": run, "checkpoint": str(checkpoint), "path": str(to.absolute()), "bytes": num_bytes})
+    else:
+        show(str(to))
 
 
 def register(app: typer.Typer) -> None:

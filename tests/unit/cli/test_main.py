@@ -72,6 +72,11 @@ def test_what_needs_no_cluster_starts_without_ray(here: Path, args: list[str]) -
     assert done.returncode == 0, done.stderr
 
 
+def test_validate_prints_the_whole_job_as_json(here: Path, orchestrator: Callable[..., Done]) -> None:
+    told = json.loads(orchestrator("validate", "job.yaml", "-o", "json").stdout)
+    assert told["schema"] == "v1" and told["model"]["top_k"] == 2 and told["train"]["lr"] > 0
+
+
 def test_validate_tells_every_problem_and_its_place(here: Path, orchestrator: Callable[..., Done]) -> None:
     (here / "bad.yaml").write_text(f"{VALID}workrs: 2\ntrain: {{steps: 0}}\n")
     done = orchestrator("validate", "bad.yaml")

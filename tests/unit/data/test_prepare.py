@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from orchestrator.data import prepare as prepare_module
 from orchestrator.data.manifest import PrepareOptions, store_key
 from orchestrator.data.prepare import check_enough, check_vocabulary, prepare, split_documents
-from orchestrator.data.preparer import Preparer
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
 from tests.unit.data.stores import write_store
@@ -225,19 +224,6 @@ def test_the_key_depends_on_every_option() -> None:
     keys |= {store_key("a", options.model_copy(update=other)) for other in others}
     assert len(keys) == 5
     assert store_key("a", options) in keys
-
-
-def test_the_preparer_answers_in_plain_values(texts: Path, tmp_path: Path) -> None:
-    preparer = Preparer()
-    prepared = preparer.prepare(str(texts), 300, 0.3, str(tmp_path / "stores"), 16, 4)
-    store = TokenStore.open(prepared.store_dir, verify=True)
-    assert prepared.digest == store.digest
-    assert prepared.vocab_size == 300
-    assert prepared.train_rows == store.num_rows("train", 16)
-    assert Path(prepared.tokenizer_file).is_file()
-    assert preparer.progress() == ("done", 1.0)
-    with pytest.raises(DataError, match="one global batch needs"):
-        preparer.prepare(str(texts), 300, 0.3, str(tmp_path / "stores"), 16, 4000)
 
 
 def test_a_given_tokenizer_is_used_and_names_the_store(texts: Path, tmp_path: Path) -> None:
