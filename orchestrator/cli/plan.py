@@ -32,10 +32,12 @@ def plan(
     output: Output = Format.TEXT,
 ) -> None:
     """Say what a job will take at each world size: memory by part, bytes per step by kind, the stall of a rescale."""
+    from orchestrator.control.entrypoint import check_entrypoint
     from orchestrator.control.orders import with_pretrained
     from orchestrator.spec.loading import load_job
 
     spec = with_pretrained(load_job(job))
+    check_entrypoint(spec)
     bounds = spec.workers
     if workers is not None and not bounds.min <= workers <= bounds.max:
         raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")
