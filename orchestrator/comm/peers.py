@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import Store
+
+from orchestrator.comm.sockets import LOOPBACK, gloo_group
 
 
 class PeerGroup:
@@ -23,9 +25,18 @@ class PeerGroup:
         members: worker ids in an order that all members share.
         me: this worker's id.
         timeout_s: how long an operation may wait for a peer.
+        address: where this process can be reached.
     """
 
-    def __init__(self, store: Store, prefix: str, members: tuple[str, ...], me: str, timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        members: tuple[str, ...],
+        me: str,
+        timeout_s: float = 60.0,
+        address: str = LOOPBACK,
+    ) -> None:
         self.members = members
         self.me = me
         self._index = {worker: index for index, worker in enumerate(members)}
@@ -33,9 +44,8 @@ class PeerGroup:
         self.sent_bytes = 0
         self.received_bytes = 0
         if len(members) > 1:
-            self._group = dist.ProcessGroupGloo(
-                PrefixStore(prefix, store), self._index[me], len(members), timedelta(seconds=timeout_s)
-            )
+            timeout = timedelta(seconds=timeout_s)
+            self._group = gloo_group(store, prefix, self._index[me], len(members), timeout, address)
 
     def send(self, data: Tensor, to: str) -> None:
         """Send a contiguous tensor in host memory; returns when it has left. Order per pair is kept."""

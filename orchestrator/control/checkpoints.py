@@ -5,11 +5,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.checkpoint.manifest import manifest_of, parse_step_name
-from orchestrator.checkpoint.read import list_steps, prune, set_aside
+from orchestrator.checkpoint.manifest import manifest_of, parse_step_name, step_name
+from orchestrator.checkpoint.read import CheckpointReader, list_steps, prune, set_aside
 from orchestrator.checkpoint.write import commit
+from orchestrator.errors import OrchestratorError
 from orchestrator.policy.retention import best_checkpoints
 from orchestrator.policy.run_state import Commit
+from orchestrator.protocol.messages import Restore
 from orchestrator.spec.job import CheckpointSpec
 
 log = logging.getLogger("orchestrator.control")
@@ -55,6 +57,21 @@ def drop_old_checkpoints(
     if dropped:
         log.info("deleted %s", ", ".join(path.name for path in dropped))
     return tuple(step for path in dropped if (step := parse_step_name(path.name)) is not None)
+
+
+def newest_good(run_dir: Path) -> Restore | None:
+    """The newest complete checkpoint whose digests are right; worse ones are named in the log and passed over."""
+    checkpoints = run_dir / DIRECTORY
+    for step in reversed(list_steps(checkpoints)):
+        path = checkpoints / step_name(step)
+        try:
+            with CheckpointReader(path) as reader:
+                reader.verify()
+        except (OrchestratorError, OSError) as error:
+            log.error("%s can't be gone back to: %s", path, error)
+            continue
+        return Restore(step, str(path))
+    return None
 
 
 def leave_behind(run_dir: Path, after_step: int, epoch: int) -> None:

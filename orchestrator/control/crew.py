@@ -6,7 +6,7 @@ worker never returns, so a death is known as soon as Ray knows it: the call ends
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
 from orchestrator.control.calls import reason_of
-from orchestrator.control.host import Handle, Seat, find, names_of, start_host
+from orchestrator.control.host import Handle, Seat, find, kill_on_node, names_of, start_host
 from orchestrator.protocol.messages import Directive, Report, WorkerJob
 from orchestrator.spec.job import JobSpec
 
@@ -73,6 +73,7 @@ class Crew:
         self._rested_s: dict[str, float] = {}  # when the last answer came
         self.reports: dict[str, Report] = {}
         self.lost: dict[str, str] = {}
+        self.nodes: dict[str, str] = {}  # where workers live, once they have said so
 
     @property
     def handles(self) -> Mapping[str, Handle]:
@@ -132,6 +133,17 @@ class Crew:
         post(self._inbox, worker, Crew.RECORDS, ref)
         return True
 
+    def teller(self, members: Sequence[str], watermark: int) -> str:
+        """The first member that knows the steps after `watermark`: whoever joined later doesn't."""
+        known = (w for w in members if w in self.reports and self.reports[w].first_record <= watermark + 1)
+        return next(known, members[0])
+
+    def kill(self, worker: str) -> None:
+        """End a process that doesn't answer, by its id on its own node."""
+        report = self.reports.get(worker)
+        if worker in self._handles and report is not None and report.pid:
+            post(self._inbox, worker, "kill", kill_on_node(self.nodes.get(worker, ""), report.pid))
+
     RECORDS = "records"
 
     def take(self, answer: Answer) -> Report | None:
@@ -145,6 +157,9 @@ class Crew:
         error = answer.future.exception()
         if error is not None:
             self._lose(worker, reason_of(error))
+            return None
+        if answer.method == "node":
+            self.nodes[worker] = answer.future.result()
             return None
         report: Report = answer.future.result()
         known = self.reports.get(worker)
@@ -173,6 +188,7 @@ class Crew:
         self._watch(worker)
 
     def _watch(self, worker: str) -> None:
+        post(self._inbox, worker, "node", self._handles[worker].node.remote())
         post(self._inbox, worker, "hold", self._handles[worker].hold.remote())
 
     def _call(self, worker: str, method: str, *args: Any) -> None:
@@ -186,6 +202,7 @@ class Crew:
         """End a worker's process, whatever it is doing, and free what it had reserved."""
         handle = self._handles.pop(worker)
         self.reports.pop(worker, None)
+        self.nodes.pop(worker, None)
         ray.kill(handle, no_restart=True)
         remove_group(f"{self._run_id}/worker/{worker}")
 

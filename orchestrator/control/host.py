@@ -7,8 +7,10 @@ Calls run in threads, so one that waits never blocks another.
 import importlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,10 @@ class Host:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def node(self) -> str:
+        """The id of the node that this process lives on."""
+        return str(ray.get_runtime_context().get_node_id())
 
     def read_system(self, directory: str) -> Reading:
         """How busy this node is; `directory` lies in the file system whose room counts."""
@@ -93,6 +99,18 @@ def start_host(name: str, target: str, args: tuple[Any, ...], seat: Seat) -> Han
     }
     log_file = None if seat.log_file is None else str(seat.log_file)
     return ray.remote(Host).options(**options).remote(target, args, log_file)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_on_node(node_id: str, pid: int) -> Any:
+    """Kill a process of the run on its node, whatever it is doing. Returns the reference of the call."""
+    placed = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return _kill.options(scheduling_strategy=placed).remote(pid)
 
 
 def find(name: str) -> Handle | None:

@@ -97,8 +97,9 @@ class RunMemory(Recollection):
                 self._go_back(event)
         return written[: len(events)]
 
-    def absorb(self, records: Sequence[StepRecord]) -> list[StepRecord]:
-        """Write down steps that are new, and return them."""
+    def absorb(self, records: Sequence[StepRecord], up_to: int) -> list[StepRecord]:
+        """Write down steps that are new and no later than `up_to`, and return them."""
+        records = [record for record in records if record.step <= up_to]
         progress = absorb(self.progress, records)
         fresh = [record for record in records if record.step > self.progress.watermark]
         if fresh:

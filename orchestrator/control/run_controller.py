@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 
-from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind
+from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind, newest_good
 from orchestrator.control.closing import await_gone, hear_last_words, remove_groups
 from orchestrator.control.crew import Answer, Crew, Inbox
 from orchestrator.control.facilities import Facilities
@@ -33,7 +33,7 @@ from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError,
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import resumed
-from orchestrator.policy.run_state import Commit, Note, Observation, ended
+from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, ended
 from orchestrator.protocol.messages import Finish, Phase, ResumeOrder, Target, WorkerJob
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
@@ -66,7 +66,7 @@ class RunController:
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
-        self._committed = self._memory.state.checkpoint_done
+        self._checkpointed = self._memory.state.checkpoint_done
         self._records_s = 0.0  # when records were last asked for; inf while they are
         self._faults: list[str] = []
         self._tracking_fails = False  # and users were told
@@ -146,7 +146,7 @@ class RunController:
         self._begin()
         while self._memory.state.outcome is None:
             state = self._memory.state
-            waits_for_time = state.symptom_s is not None or state.broken_s is not None
+            waits_for_time = state.is_recovering or state.broken_s is not None
             if self._listen() or waits_for_time or self._memory.trouble is not None:
                 with suppress(StorageError):  # nothing was decided then, and the next turn decides it
                     self._turn()
@@ -194,7 +194,7 @@ class RunController:
         if report is not None and report.records:
             with suppress(StorageError):  # they are asked for again
                 before = self._memory.progress
-                fresh = self._memory.absorb(report.records)
+                fresh = self._memory.absorb(report.records, up_to=self._observe().committed)
                 self._facilities.tracker.publish_steps(before, fresh)
             self._facilities.tracker.look()
         return None
@@ -202,12 +202,13 @@ class RunController:
     def _ask_records(self, now_s: float) -> None:
         """Once in a while, and at once when there won't be more steps."""
         state, watermark = self._memory.state, self._memory.progress.watermark
-        if not state.members or self._records_s == float("inf"):
+        committed = self._observe().committed
+        if not state.members or committed <= watermark or self._records_s == float("inf"):
             return
-        newest = self._crew.reports.get(state.members[0])
-        is_over = newest is not None and newest.phase is Phase.FINISHED and newest.step > watermark
-        if (is_over or now_s - self._records_s >= RECORDS_EVERY_S) and (newest is None or newest.step > watermark):
-            self._records_s = float("inf") if self._crew.ask_records(state.members[0], watermark) else now_s
+        is_over = all(self._observe().phase(w) is Phase.FINISHED for w in state.members)
+        if is_over or now_s - self._records_s >= RECORDS_EVERY_S:
+            teller = self._crew.teller(state.members, watermark)
+            self._records_s = float("inf") if self._crew.ask_records(teller, watermark) else now_s
 
     def _turn(self) -> None:
         """One decision: written down first, then carried out."""
@@ -220,6 +221,8 @@ class RunController:
         for action in decision.actions:
             if isinstance(action, Commit):
                 self._commit(action)
+            elif isinstance(action, Dismiss):
+                self._crew.kill(action.worker)
         if decision.state.outcome is None:  # else `_close` sees to the crew, who may still know something
             self._crew.reconcile(decision.state.crew)
             self._warm()
@@ -235,7 +238,9 @@ class RunController:
             progress=self._memory.progress,
             reports=dict(self._crew.reports),
             lost=dict(self._crew.lost),
-            committed=self._committed,
+            checkpointed=self._checkpointed,
+            restorable=newest_good(self._run_dir) if self._memory.state.wants_restore else None,
+            nodes=self._crew.nodes,
             faults=(*self._faults, *self._facilities.faults),
         )
 
@@ -266,7 +271,7 @@ class RunController:
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return
         self._tell_users(self._memory.note("checkpoint", step=action.step, path=str(path)))
-        self._committed = action.step
+        self._checkpointed = action.step
         self._inbox.put(None)
         deleted = drop_old_checkpoints(self._run_dir, self._job.checkpoint, self._memory.progress.validations)
         if deleted:

@@ -9,7 +9,7 @@ from orchestrator.control.checkpoints import DIRECTORY
 from orchestrator.control.memory import Recollection
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.moves import warm_standbys
+from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import tokens_per_second
 from orchestrator.policy.run_state import Observation
 from orchestrator.policy.schedule import wanted_size
@@ -54,6 +54,7 @@ def status_of(
         first_validation_loss=progress.first_validation_loss,
         tokens_per_second=tokens_per_second(progress),
         rescales=state.rescales,
+        recoveries=state.recoveries,
         checkpoint=str(checkpoint) if checkpoint else None,
         checkpoint_step=state.checkpoint_done if checkpoint else None,
         tracking_url=tracking_url,

@@ -55,8 +55,8 @@ class Layout:
         kind: [T], values of `Kind`.
         holder_sets: rank tuples, ascending; many tensors share one.
         holder_set: [T], index in `holder_sets` of a replicated or partial tensor; -1 if sharded.
-        shards: [n, 4], rows (tensor, start, stop, rank) in elements, sorted; of the sharded tensors only. What a rank
-            holds without a gap is one row.
+        shards: [n, 4], rows (tensor, start, stop, rank) in elements, sorted; of the sharded tensors only. A row lies in
+            one piece of memory.
 
     Raises:
         ValueError: arrays that don't fit each other, an empty holder set, or shards that don't cover each sharded
@@ -103,9 +103,6 @@ class Layout:
         begin, end = base[tensor] + start, base[tensor] + stop
         if not np.array_equal(np.append(begin, base[-1]), np.append(0, end)):
             raise ValueError("shards must be sorted and cover every sharded tensor exactly once")
-        # Whole rows on both sides make every move of a plan one contiguous piece of memory at both ends.
-        if ((tensor[1:] == tensor[:-1]) & (rank[1:] == rank[:-1])).any():
-            raise ValueError("a rank holds two adjacent shards of a tensor; they must be one row")
 
     def line(self) -> IntArray:
         """[T + 1]: where each tensor begins if only the sharded ones are laid end to end; last, the whole length."""

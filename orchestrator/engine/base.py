@@ -1,5 +1,6 @@
 """What the training loop asks of an engine. Two exist: DeepSpeed's, and a plain-torch reference, the oracle."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +23,10 @@ class StepOutcome:
     grad_norm: float
 
 
+def nothing() -> None:
+    """For a step that nobody has to be told of."""
+
+
 class Engine(Protocol):
     """Trains one rank's shard within one generation."""
 
@@ -35,8 +40,13 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float) -> StepOutcome:
-        """Sum gradients over the ranks, clip, update."""
+    def step(self, lr: float, before_update: Callable[[], None] = nothing) -> StepOutcome:
+        """Sum gradients over the ranks, clip, update.
+
+        Args:
+            before_update: called once, when everything is known and the state is about to change; not if the update is
+                skipped. If anything is raised before it is called, the state is that of the step before.
+        """
         ...
 
     def evaluate(self, slot: MicroBatch) -> Tensor:

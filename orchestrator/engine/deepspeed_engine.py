@@ -13,6 +13,7 @@ Read with deepspeed 0.19.8; `tests/integration/test_engine.py` compares with sto
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -26,7 +27,7 @@ from deepspeed.utils import groups as registry
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from orchestrator.engine.base import StepOutcome
+from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.groups import Groups
 from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.batch import MicroBatch
@@ -62,6 +63,17 @@ class _Core(DeepSpeedEngine):  # type: ignore[misc]
         return "zero_optimization"
 
 
+class _AdamW(torch.optim.AdamW):
+    """Tells when an update begins. DeepSpeed steps it once for each parameter group."""
+
+    before_update: Callable[[], None] = staticmethod(nothing)
+
+    def step(self, closure: Any = None) -> Any:
+        tell, self.before_update = self.before_update, nothing
+        tell()
+        return super().step(closure)
+
+
 class DeepSpeedEngineAdapter:
     """Implements `orchestrator.engine.base.Engine`.
 
@@ -80,7 +92,7 @@ class DeepSpeedEngineAdapter:
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
         param_groups = _param_groups(model, groups)
-        optimizer = torch.optim.AdamW(
+        self._adamw = _AdamW(
             param_groups,
             lr=train.lr,
             betas=train.optimizer.betas,
@@ -94,7 +106,7 @@ class DeepSpeedEngineAdapter:
         self._core = _Core(
             args=None,
             model=model,
-            optimizer=optimizer,
+            optimizer=self._adamw,
             model_parameters=[p for group in param_groups for p in group["params"]],
             config=config,
             config_class=DeepSpeedConfig(config),
@@ -112,7 +124,8 @@ class DeepSpeedEngineAdapter:
         self._core.backward(loss / global_tokens, scale_wrt_gas=False)
         return loss.detach(), counts_LE
 
-    def step(self, lr: float) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = nothing) -> StepOutcome:
+        self._adamw.before_update = before_update
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._core.step()

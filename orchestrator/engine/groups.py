@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from orchestrator.comm.sockets import LOOPBACK, gloo_group
 from orchestrator.elastic.placement import Placement
 
 TIMEOUT_S = 60.0
@@ -29,7 +30,7 @@ def _connected(made_by_torch: Any, connected: dist.ProcessGroupGloo | None) -> d
     if connected is not None:
         return connected
     rank, size = made_by_torch.group_rank, made_by_torch.group_size
-    return dist.ProcessGroupGloo(made_by_torch.store, rank, size, made_by_torch.timeout)
+    return gloo_group(made_by_torch.store, "asked", rank, size, made_by_torch.timeout)  # type: ignore[no-any-return]
 
 
 dist.Backend.register_backend(CONNECTED, _connected, extended_api=True, devices=["cpu"])
@@ -67,16 +68,25 @@ class Meeting:
         prefix: unique to the generation and the controller's epoch.
         backend: gloo, or nccl for ranks with a GPU each.
         timeout_s: how long a rank is waited for, now and in every operation later.
+        address: where this process can be reached.
 
     Raises:
         RuntimeError: a rank did not come.
     """
 
     def __init__(
-        self, store: Store, prefix: str, rank: int, placement: Placement, backend: str, timeout_s: float = TIMEOUT_S
+        self,
+        store: Store,
+        prefix: str,
+        rank: int,
+        placement: Placement,
+        backend: str,
+        timeout_s: float = TIMEOUT_S,
+        address: str = LOOPBACK,
     ) -> None:
         self.rank, self.placement, self.backend = rank, placement, backend
         self._store, self._timeout = PrefixStore(prefix, store), timedelta(seconds=timeout_s)
+        self._address = address
         self._everyone = tuple(range(placement.world_size))
         self.replica_sets = [
             next((replicas for replicas in sets if rank in replicas), (rank,)) for sets in placement.groups()
@@ -118,8 +128,8 @@ class Meeting:
         self._connected.clear()
 
     def _connect(self, name: str, ranks: Sequence[int]) -> None:
-        store = PrefixStore(name, self._store)
-        self._connected[name] = dist.ProcessGroupGloo(store, ranks.index(self.rank), len(ranks), self._timeout)
+        mine = ranks.index(self.rank)
+        self._connected[name] = gloo_group(self._store, name, mine, len(ranks), self._timeout, self._address)
 
 
 def connect(

@@ -4,11 +4,13 @@ Every rank holds the full moments of its parameters; dense gradients are summed 
 replica set. fp32 only.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.engine.base import StepOutcome
+from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.groups import Groups
 from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.batch import MicroBatch
@@ -44,7 +46,7 @@ class ReferenceEngine:
         (loss / global_tokens).backward()
         return loss.detach(), counts_LE
 
-    def step(self, lr: float) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = nothing) -> StepOutcome:
         square = torch.zeros((), dtype=torch.float64)
         for name, param in self._named.items():
             grad = param.grad if param.grad is not None else torch.zeros_like(param)
@@ -61,6 +63,7 @@ class ReferenceEngine:
                 param.grad.mul_(scale)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
+            before_update()
             self._optimizer.step()
         self._optimizer.zero_grad()
         return StepOutcome(applied, norm if applied else float("inf"))

@@ -21,10 +21,8 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
 
 
 def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop from the crew who is gone or has failed, apart from those without whom the run can't go on: members of the
-    current world, or of the first one while it is made. `endings` sees to those."""
-    needed = state.needed
-    gone = {w: why for w in state.crew if w not in needed and (why := why_gone(seen, w))}
+    """Drop from the crew who is gone or has failed, apart from the world's members: `recovery` sees to those."""
+    gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
     never_warm = [w for w in gone if state.next is None or w not in state.next.world]
@@ -52,7 +50,7 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         note = Note("workers_spawned", {"workers": list(spawned)})
         grown = replace(state, crew=state.crew + spawned, num_spawned=first + missing)
         return Decision(grown, (note,))
-    if missing < 0 and state.next is None:
+    if missing < 0 and state.next is None and not state.is_recovering:
         return _release(state, seen, -missing)
     return Decision(_forget_failed_spawns(state, seen))
 
@@ -63,7 +61,9 @@ def _is_moving(state: RunState, seen: Observation) -> bool:
     if state.current is None:
         return False
     is_planned = state.next is not None
-    is_new = bool(state.rescales) and seen.step <= state.rescales[-1].step + STALL_STEPS
+    changes = [r.step for r in state.rescales[-1:]] + [r.step for r in state.recoveries[-1:]]
+    newest = max(changes, default=None)
+    is_new = newest is not None and not state.is_recovering and seen.step <= newest + STALL_STEPS
     return is_planned or is_new
 
 
@@ -87,6 +87,8 @@ def traceback_of(seen: Observation, worker: str) -> str:
 
 def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:
     """Let go of the youngest standbys, but of none that holds a part of a checkpoint not yet marked."""
+    if state.settled < state.activated:  # somebody who left may hold what would be needed if the new world failed
+        return Decision(state)
     idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
     free = [
         worker

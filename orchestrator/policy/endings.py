@@ -4,22 +4,18 @@ from dataclasses import replace
 
 from orchestrator.policy.crew import traceback_of, why_gone
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.moves import BLAME_S, MAX_FAILED_MOVES
-from orchestrator.policy.run_state import Action, Commit, Decision, Note, Observation, RunState, ended
-from orchestrator.protocol.messages import Finish, Phase, Report, ShardWritten
+from orchestrator.policy.planning_moves import MAX_FAILED_MOVES
+from orchestrator.policy.run_state import Action, Commit, Decision, Observation, RunState, ended
+from orchestrator.protocol.messages import Finish, Phase, ShardWritten
 from orchestrator.protocol.status import RunPhase
 
-BLAME_PEERS_S = 3.0  # how long "my peers are gone" may stand without anybody found dead
 MAX_FAILED_SPAWNS = 3  # in a row
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
 
 
 def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """End the run when it can't go on, with the cause by name.
-
-    Peers of a dead worker complain before its death is known, so a complaint alone is given time to find its cause.
-    """
+    """End the run when it can't go on, with the cause by name."""
     if seen.faults:
         return ended(state, RunPhase.FAILED, seen.faults[0])
     mistaken = [r.worker for r in seen.reports.values() if r.error is not None and r.error.kind == USER_ERROR]
@@ -31,14 +27,7 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return ended(state, RunPhase.FAILED, why, state.traceback)
     if state.failed_moves >= 2 * MAX_FAILED_MOVES:
         return ended(state, RunPhase.FAILED, f"{state.failed_moves} moves in a row failed; {state.why}")
-    needed = state.needed
-    dead = [worker for worker in needed if worker in seen.lost]
-    if dead:
-        why = f"{_whereabouts(state, seen, dead[0])}: {why_gone(seen, dead[0])}"
-        notes = tuple(Note("worker_lost", {"worker": w, "why": why_gone(seen, w), "member": True}) for w in dead)
-        over = ended(state, RunPhase.FAILED, why)
-        return Decision(over.state, notes + over.actions)
-    return _fail_on_complaints(state, seen, needed)
+    return _fail_while_beginning(state, seen)
 
 
 def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -56,8 +45,8 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
 def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Have the oldest complete checkpoint marked whose shards have all been written."""
-    if seen.committed > state.checkpoint_done:
-        return Decision(replace(state, checkpoint_done=seen.committed))
+    if seen.checkpointed > state.checkpoint_done:
+        return Decision(replace(state, checkpoint_done=seen.checkpointed))
     complete = _complete_checkpoints(state, seen)
     return Decision(state, tuple(complete[:1]))
 
@@ -79,29 +68,14 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps}, unasked")
 
 
-def _fail_on_complaints(state: RunState, seen: Observation, needed: tuple[str, ...]) -> Decision:
-    complaints = [r for w in needed if (r := seen.reports.get(w)) is not None and r.phase is Phase.FAILED]
-    if not complaints:
-        return Decision(replace(state, symptom_s=None))
-    if state.symptom_s is None:
-        return Decision(replace(state, symptom_s=seen.now_s))
-    causes = [r for r in complaints if not _is_symptom(r)]
-    patience_s = BLAME_S if causes else BLAME_PEERS_S
-    if seen.now_s - state.symptom_s < patience_s:
+def _fail_while_beginning(state: RunState, seen: Observation) -> Decision:
+    """A worker that fails, by more than a lost peer, while the first world is made: another would do the same."""
+    planned = state.next.world.members if state.next is not None and state.current is None else ()
+    failed = [w for w in planned if w not in seen.lost and seen.phase(w) is Phase.FAILED]
+    if not failed:
         return Decision(state)
-    worker = (causes or complaints)[0].worker
-    why = f"{_whereabouts(state, seen, worker)}: {why_gone(seen, worker)}"
-    return ended(state, RunPhase.FAILED, why, traceback_of(seen, worker))
-
-
-def _is_symptom(report: Report) -> bool:
-    return report.error is not None and report.error.kind == "peer_lost"
-
-
-def _whereabouts(state: RunState, seen: Observation, worker: str) -> str:
-    if state.current is None:
-        return "before the first step"
-    return f"rank {state.current.world.rank_of(worker)} of generation {state.current.generation} after step {seen.step}"
+    why = f"before the first step: {why_gone(seen, failed[0])}"
+    return ended(state, RunPhase.FAILED, why, traceback_of(seen, failed[0]))
 
 
 def _complete_checkpoints(state: RunState, seen: Observation) -> list[Action]:

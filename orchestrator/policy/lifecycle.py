@@ -3,7 +3,8 @@
     start    spawn workers -> all warm -> plan generation 0 -> all READY -> activate
     rescale  warm standbys -> plan g+1 -> all connected -> fence -> all READY -> activate
     mend     a newcomer is lost on the way -> the old world goes on, or is rebuilt from its own shards
-    end      all FINISHED, last checkpoint marked -> succeeded or cancelled; a member lost -> failed, with its name
+    recover  a member is lost -> all stop -> plan g+1 from what the survivors hold -> all READY -> activate
+    end      all FINISHED, last checkpoint marked -> succeeded or cancelled
 
 The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.crew` exists
 and that every worker knows `directive_of(state)`. A call that finds nothing to do returns the same state, so it may
@@ -16,7 +17,9 @@ from dataclasses import replace
 from orchestrator.policy.crew import bury_lost, heed_target, hold_crew
 from orchestrator.policy.endings import ask_finish, commit_checkpoint, end_run, fail_run
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.moves import activate, measure_stalls, mend_move, plan_next, raise_fence, warm_standbys
+from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
+from orchestrator.policy.planning_moves import warm_standbys
+from orchestrator.policy.recovery import bury_members, notice_loss, recover, restart_first
 from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Directive, Finish, Phase, Target
@@ -30,9 +33,14 @@ RULES: tuple[Rule, ...] = (
     measure_stalls,
     commit_checkpoint,
     end_run,
+    settle,
+    notice_loss,
+    bury_members,
     bury_lost,
-    mend_move,
+    restart_first,
+    abandon_move,
     activate,
+    recover,
     ask_finish,
     plan_next,
     raise_fence,
@@ -67,6 +75,8 @@ def directive_of(state: RunState, epoch: int, seq: int | None = None) -> Directi
         next=state.next,
         fence=state.fence,
         activated=state.activated,
+        aborted=state.aborted,
+        settled=state.settled,
         finish=state.finish,
         checkpoint_done=state.checkpoint_done,
     )
@@ -76,6 +86,8 @@ def phase_of(state: RunState, seen: Observation) -> RunPhase:
     """The word for where the run is. RESCALING only while training waits for it."""
     if state.outcome is not None:
         return state.outcome
+    if state.is_recovering or (state.current is None and state.recovery is not None):
+        return RunPhase.RECOVERING
     if state.current is None:
         return RunPhase.STARTING
     if state.finish is not Finish.NO or all(seen.phase(w) is Phase.FINISHED for w in state.members):

@@ -5,6 +5,7 @@ from typing import Self
 
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.protection import OFF
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ScheduledSize:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """The part of a job that its life depends on. `steps` are numbered from 0."""
+    """The part of a job that its life depends on. `steps` are numbered from 0; `protected`: workers keep snapshots."""
 
     run_id: str
     steps: int
@@ -27,6 +28,7 @@ class RunLimits:
     standby: int
     num_experts: int
     schedule: tuple[ScheduledSize, ...] = ()
+    protected: bool = True
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -38,6 +40,7 @@ class RunLimits:
             initial_workers=job.workers.initial,
             standby=job.workers.standby,
             num_experts=job.model.num_experts,
+            protected=job.protection != OFF,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

@@ -9,11 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from orchestrator.elastic.world import union
 from orchestrator.policy.progress import Progress
 from orchestrator.policy.schedule import Wish
 from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Phase, Report, Restore, ShardWritten, Target
-from orchestrator.protocol.status import Rescale, RunPhase
+from orchestrator.protocol.status import Recovery, Rescale, RunPhase
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A member that failed: which worker on which node, in what way, and after which finished step."""
+
+    worker: str
+    node: str
+    kind: str
+    step: int
+    time_s: float
 
 
 @dataclass(frozen=True)
@@ -22,10 +32,16 @@ class RunState:
 
     `crew` names the workers that should exist, oldest first. `next` is the generation being prepared or moved to,
     `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
-    `current`, whose shards of a checkpoint may still come in. `failed_spawns` and `failed_moves` count failures in a
-    row; `symptom_s` is when a member first complained, `broken_s` when a move was first seen to fail, with no culprit
-    known. `restore` is the checkpoint that the first generation since the run was resumed begins from. `outcome` is
-    None while the run goes on. `traceback` is that of the worker's error that `why` tells of.
+    `current`, whose shards of a checkpoint or snapshots may still be of use. `failed_spawns` and `failed_moves` count
+    failures in a row; `broken_s` is when a move was first seen to fail, with no culprit known.
+
+    `aborted` is the newest generation that was ended because somebody in it was lost, at `aborted_s`; until another one
+    is activated the run recovers, and `recovery` is the account of that so far. `settled` is the newest generation that
+    has a committed step of its own. `losses` are the newest members lost.
+
+    `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
+    generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
+    worker's error that `why` tells of.
     """
 
     target: Target
@@ -45,9 +61,15 @@ class RunState:
     checkpoint_done: int = -1
     failed_spawns: int = 0
     failed_moves: int = 0
-    symptom_s: float | None = None
     broken_s: float | None = None
+    aborted: int = -1
+    aborted_s: float | None = None
+    settled: int = -1
+    losses: tuple[Loss, ...] = ()
+    recovery: Recovery | None = None
+    wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
+    recoveries: tuple[Recovery, ...] = ()
     restore: Restore | None = None
     outcome: RunPhase | None = None
     why: str = ""
@@ -68,17 +90,22 @@ class RunState:
         return self.members or (self.next.world.members if self.next else ())
 
     @property
+    def is_recovering(self) -> bool:
+        """The current generation is over, and no other one has begun."""
+        return self.current is not None and self.aborted >= self.current.generation
+
+    @property
     def involved(self) -> tuple[str, ...]:
-        """Members of the current world and of the one to come."""
-        current = self.current.world if self.current else None
-        return union(current, self.next.world) if self.next else self.members
+        """Members of the current world, and whoever has a part in the move to the next one."""
+        return tuple(dict.fromkeys(self.members + (self.next.involved if self.next else ())))
 
 
 @dataclass(frozen=True)
 class Observation:
     """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
 
-    `lost` holds workers of the crew whose process has ended. `committed` is the newest step with a checkpoint marker.
+    `lost` holds workers of the crew whose process has ended. `checkpointed` is the newest step with a checkpoint's
+    marker, `restorable` the newest good one, if `wants_restore` asked for it. `nodes` tells where workers live.
     `faults` are things outside the workers without which the run can't go on.
     """
 
@@ -88,13 +115,20 @@ class Observation:
     progress: Progress
     reports: Mapping[str, Report] = field(default_factory=dict)
     lost: Mapping[str, str] = field(default_factory=dict)
-    committed: int = -1
+    checkpointed: int = -1
+    restorable: Restore | None = None
+    nodes: Mapping[str, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
 
     def phase(self, worker: str) -> Phase:
         """COLD too if the worker never answered."""
         report = self.reports.get(worker)
         return report.phase if report else Phase.COLD
+
+    @property
+    def committed(self) -> int:
+        """The newest step that can't be lost any more, as far as votes or a checkpoint's marker tell."""
+        return max([self.progress.watermark, self.checkpointed, *(r.committed for r in self.reports.values())])
 
     @property
     def step(self) -> int:
@@ -120,7 +154,14 @@ class Commit:
     shards: tuple[ShardWritten, ...]
 
 
-Action = Note | Commit
+@dataclass(frozen=True)
+class Dismiss:
+    """End a worker's process, which doesn't answer, by its id on its node."""
+
+    worker: str
+
+
+Action = Note | Commit | Dismiss
 
 
 @dataclass(frozen=True)

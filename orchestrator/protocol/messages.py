@@ -8,6 +8,7 @@ state, so the newest wins and a repeat is harmless. `Report` is what a worker an
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from orchestrator.elastic.cut import Holding
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 
@@ -52,27 +53,47 @@ class ResumeOrder:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a generation's state comes from: the world that has made it, and who holds it.
+
+    `step` is the finished step after which the state is taken; None for the fence that the members of `world` come to.
+    `holders` names by rank the worker that has the rank's shard: its own or, after a loss, a buddy's copy.
+    """
+
+    world: World
+    placement: Placement
+    holders: tuple[str, ...]
+    step: int | None = None
+
+
+@dataclass(frozen=True)
 class GenerationPlan:
     """A generation to come: who is in it, which rank holds which experts, and where its state comes from.
 
-    `source` is the generation whose members hold the state now, with their placement; None for the first generation,
-    whose state is made from the seed, or read from the checkpoint `restore`. `members` of the source that are not in
-    `world` hand their shard over and become standbys. `store_prefix` names the generation's keys in the rendezvous
-    store: it holds epoch and generation, so nobody of the past can meet this world.
+    `source` is None for a state that is made from the seed, or read from the checkpoint `restore`. Workers of the
+    source that are not in `world` hand over what they hold and become standbys. `buddies` names by rank the rank that
+    keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
+    holds epoch and generation, so nobody of the past can meet this world.
     """
 
     epoch: int
     world: World
     placement: Placement
-    source: World | None
-    source_placement: Placement | None
+    source: Source | None
     store_prefix: str
+    buddies: tuple[int, ...] = ()
     verify_digests: bool = True
     restore: Restore | None = None
 
     @property
     def generation(self) -> int:
         return self.world.generation
+
+    @property
+    def involved(self) -> tuple[str, ...]:
+        """Who has a part in the move: the holders of the state in rank order, then the other members."""
+        holders = self.source.holders if self.source else ()
+        return tuple(dict.fromkeys(holders + self.world.members))
 
 
 @dataclass(frozen=True)
@@ -90,8 +111,10 @@ class Directive:
 
     `current` is the generation being trained (None before the first), `next` the one to be prepared in the
     background, `fence` where current hands over to next. `activated` is the newest generation that may train: a
-    worker that is ready for a generation waits until it is activated. `finish` asks for a fence, a checkpoint
-    and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
+    worker that is ready for a generation waits until it is activated. `aborted` is the newest generation that must
+    train no more, since somebody is lost; whoever waits for a peer in it shuts the connection. `settled` is the newest
+    generation that has committed a step of its own: what older ones held may go. `finish` asks for a fence, a
+    checkpoint and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
     """
 
     epoch: int
@@ -100,6 +123,8 @@ class Directive:
     next: GenerationPlan | None = None
     fence: Fence | None = None
     activated: int = -1
+    aborted: int = -1
+    settled: int = -1
     finish: Finish = Finish.NO
     checkpoint_done: int = -1
 
@@ -113,7 +138,7 @@ class Phase(StrEnum):
     TRAINING = "training"
     MOVING = "moving"  # past a fence: transfer and rebuild
     READY = "ready"  # holds its shard of the next generation, waits for activation
-    STRANDED = "stranded"  # the next generation failed; holds the old shard, waits for another plan
+    STRANDED = "stranded"  # its generation or the move from it has failed; holds state, waits for a plan
     FINISHED = "finished"  # the last step is done; the final checkpoint is written
     FAILED = "failed"
 
@@ -137,6 +162,7 @@ class StepRecord:
     vote_time: float
     validation_loss: float | None = None
     data_wait_s: float = 0.0  # of step_s, how long the training thread of whoever reports waited for its rows
+    protection_wait_s: float = 0.0  # likewise, for its snapshot to be with its buddy
 
 
 @dataclass(frozen=True)
@@ -182,7 +208,10 @@ class Report:
     """What a worker answers when asked: its whole visible state.
 
     `records` are the finished steps newer than the asker named; `prepared` is the newest generation whose
-    groups this worker has connected.
+    groups this worker has connected. `committed` is the newest step that the votes have shown to be held twice, and
+    `settled` the newest generation of which that is known. `holdings` are the states that lie in this worker's memory,
+    told once it has stopped; `stopped` is the newest generation that it has left because a peer or itself failed, with
+    the cause in `error`.
     """
 
     worker: str
@@ -199,6 +228,11 @@ class Report:
     shards: tuple[ShardWritten, ...] = ()
     error: WorkerError | None = None
     failed_generation: int = -1  # a generation that could not be reached, while STRANDED
+    committed: int = -1
+    settled: int = -1
+    first_record: int = 0  # the oldest finished step that this worker can tell of
+    stopped: int = -1
+    holdings: tuple[Holding, ...] = ()
     rss_bytes: int = 0
     extra: dict[str, float] = field(default_factory=dict)
 

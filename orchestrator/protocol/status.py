@@ -10,6 +10,7 @@ class RunPhase(StrEnum):
     STARTING = "starting"
     TRAINING = "training"
     RESCALING = "rescaling"
+    RECOVERING = "recovering"
     FINISHING = "finishing"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -38,6 +39,31 @@ class Rescale:
     state_identical: bool | None = None
     stall_s: float | None = None
     steps_lost: int = 0
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What the loss of members cost, as the journal and the summary of a run show it.
+
+    `step` is the one after which training went on, `source` where its state came from: `memory` or `checkpoint`.
+    `steps_replayed` counts finished steps that were done again, `steps_lost` those among them that had been committed.
+    `stall_s` is the time between the votes of `step` and of the one after it that is more than a step takes: what was
+    computed of the interrupted step is in it. None until the new world has done a few steps.
+    """
+
+    generation: int
+    lost: tuple[str, ...]
+    kind: str
+    from_size: int
+    to_size: int
+    step: int
+    why: str
+    source: str = "memory"
+    moved_bytes: int = 0
+    state_identical: bool | None = None
+    steps_replayed: int = 0
+    steps_lost: int = 0
+    stall_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,7 @@ class RunStatus:
     ended_time: float | None
     warning: str | None = None  # what does not work although the run goes on, or did not until its end
     traceback: str | None = None  # of the worker's error that ended the run
+    recoveries: tuple[Recovery, ...] = ()
 
     @property
     def last_rescale(self) -> Rescale | None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.protection import EVERY_STEP, Protection
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.train import TrainSpec
 
@@ -260,6 +261,11 @@ class JobSpec(Section):
     eval: EvalSpec = Field(default=EvalSpec(), description="Validation.")
     data: DataSpec = Field(default=DataSpec(), description="The text.")
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="Durable copies.")
+    protection: Protection = Field(
+        default=EVERY_STEP,
+        description="How often each worker's state is copied to another worker's memory, so that a worker may be lost "
+        'at any moment: every_step, "every N" (N steps), auto (as often as costs less than 3 %) or off.',
+    )
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
     storage: Storage = Field(
         default="./runs", description="Directory of the run storage, relative to the current one. null: ./runs."

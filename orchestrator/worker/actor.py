@@ -40,6 +40,7 @@ class Worker:
         self._desk = Desk(worker_id, os.getpid())
         self._last_heard = time.monotonic()
         self._warming = threading.Lock()
+        self._trainer: Trainer | None = None
 
     def warm(self, job: WorkerJob) -> Report:
         """Become a standby: import, build and drop a small engine, start the training thread. A repeat is harmless."""
@@ -60,6 +61,9 @@ class Worker:
     def direct(self, directive: Directive) -> Report:
         """Take a directive; the newest wins. Raises EpochSuperseded for one from a replaced controller."""
         self._heard()
+        if self._trainer is not None:  # first: what the directive asks for next must find nothing to be shut
+            self._trainer.abort(directive.aborted)
+            self._trainer.settle(directive.settled)
         self._desk.put(directive)
         return self.report(None, -1, 0.0)
 
@@ -90,6 +94,7 @@ class Worker:
             reserve_memory(spec, vocab_size)
         trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
+        self._trainer = trainer
         threading.Thread(target=trainer.run, name="training", daemon=True).start()
         threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
 

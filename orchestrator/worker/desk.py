@@ -5,7 +5,7 @@ published. The training thread never waits for the controller, except where it h
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,17 +79,31 @@ class Desk:
         with self._changed:
             self._publish(**changes)
 
-    def record(self, record: StepRecord) -> None:
-        """Enter a finished step."""
+    def record(self, record: StepRecord, **changes: Any) -> None:
+        """Enter a finished step, and change other fields of the report with it."""
         with self._changed:
             self._records.append(record)
             del self._records[:-MAX_RECORDS]
-            self._publish(step=record.step)
+            self._publish(step=record.step, first_record=self._records[0].step, **changes)
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """The newest finished steps."""
+        with self._changed:
+            return tuple(self._records)
+
+    def go_back_to(self, step: int, known: Sequence[StepRecord] = ()) -> None:
+        """Forget steps after `step`: the run goes on from there. `known` are steps up to it that others have done."""
+        with self._changed:
+            records = {record.step: record for record in (*known, *self._records) if record.step <= step}
+            self._records = [records[number] for number in sorted(records)]
+            self._publish(step=step)
 
     def _publish(self, **changes: Any) -> None:
         if self._report.phase is Phase.FAILED:  # final: what still ends well elsewhere must not hide it
             changes.pop("phase", None)
-        for name in ("prepared", "failed_generation"):  # threads of older plans may end after those of newer ones
+        # Threads of older plans may end after those of newer ones.
+        for name in ("prepared", "failed_generation", "committed", "settled", "stopped"):
             changes[name] = max(changes.get(name, -1), getattr(self._report, name))
         self._report = replace(self._report, version=self._report.version + 1, **changes)
         self._changed.notify_all()

@@ -6,9 +6,14 @@ from orchestrator.errors import EntrypointError
 from orchestrator.model.own import raised_by_forward
 
 
+class GenerationAborted(RuntimeError):
+    """The controller has ended the generation: somebody in it is lost."""
+
+
 def kind_of(error: Exception) -> str:
     """The word for it that WorkerError has."""
-    if _is_peer_loss(error):  # also where it came through a user's module, on its way from our MoE layer
+    # Also where it came through a user's module, on its way from our MoE layer.
+    if isinstance(error, GenerationAborted) or _is_peer_loss(error):
         return "peer_lost"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out_of_memory"

@@ -3,30 +3,36 @@
 `prepare` runs in the background while the old world trains: it connects the peers and the world to come, and makes the
 plan. `move` runs between the fence and activation: it builds the new shard in this same process and fills it from the
 old shards, no disk and no restart. The old shard stays readable until the controller has activated the new generation,
-so a move that fails costs nothing: the old world is rebuilt from what it still holds.
+so a move that fails costs nothing: the old world is rebuilt from what it still holds. After a loss the old shards are
+those of the survivors and the snapshots that they keep for the dead; the rest is the same.
 """
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.peers import PeerGroup
+from orchestrator.elastic.cut import layout_of_cut
 from orchestrator.elastic.layout import Kind
 from orchestrator.elastic.transfer import TransferPlan
-from orchestrator.elastic.world import union
 from orchestrator.engine.groups import Meeting
-from orchestrator.protocol.messages import GenerationPlan, Handover
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.messages import GenerationPlan, Handover, StepRecord
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
 from orchestrator.worker.agreement import check_agreement
 from orchestrator.worker.beginning import read_pretrained
+from orchestrator.worker.protection import Protection
 from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
 
 ASK_AGAIN_S = 0.01
+TOLD_RECORDS = 256  # finished steps that newcomers hear of, in case that only they are left to tell them
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,17 @@ class Held:
     """State of a generation that lies in this process's memory without an engine around it."""
 
     generation: int
+    rank: int
     progress: Progress
     ranges: NamedRanges
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where training stood at a fence, and the newest steps up to it."""
+
+    progress: Progress
+    records: tuple[StepRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -44,18 +59,26 @@ class Prepared:
 
     Args:
         meeting: the new world's connections; None for a worker that leaves.
-        peers, transfer: None for the first generation, whose state is made from the seed.
+        protection: to and from the buddies of the new world; None where there are none.
+        peers, transfer: None where state comes from the seed or a checkpoint.
         replicated: names of the tensors of which each holder has all.
     """
 
     plan: GenerationPlan
     meeting: Meeting | None = None
+    protection: Protection | None = None
     peers: PeerGroup | None = None
     transfer: TransferPlan | None = None
     replicated: frozenset[str] = frozenset()
 
     def close(self) -> None:
         """Close the connections, those of an adopted world apart: peers blocked on this worker fail at once."""
+        self.close_transfer()
+        if self.protection is not None:
+            self.protection.close()
+
+    def close_transfer(self) -> None:
+        """Close what only the move needs."""
         if self.meeting is not None:
             self.meeting.close()
         if self.peers is not None:
@@ -63,7 +86,7 @@ class Prepared:
 
 
 def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
-    """Connect the peers of a move and the world after it, and plan the move. Collective over old and new members.
+    """Connect the peers of a move and the world after it, and plan the move. Collective over all who are involved.
 
     Raises:
         RuntimeError: a peer did not come.
@@ -71,30 +94,38 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
     # By a connection of its own: while one waits for a key all other calls on it wait too, so a newcomer that died
     # would hold up the next plan until the timeout.
     store = workshop.connect_store()
-    if plan.source is None or plan.source_placement is None:
-        return Prepared(plan, workshop.meet(store, plan))
-    peers = PeerGroup(store, plan.store_prefix + "/peers", union(plan.source, plan.world), workshop.me)
+    source = plan.source
+    peers = None
+    if source is not None:
+        peers = PeerGroup(store, plan.store_prefix + "/peers", plan.involved, workshop.me, address=workshop.address)
     meeting = workshop.meet(store, plan) if workshop.me in plan.world else None
-    old = workshop.layout(plan.source, plan.source_placement)
-    new = workshop.layout(plan.world, plan.placement)
-    transfer = TransferPlan.between(old, new)
+    protection = workshop.protect(store, plan) if workshop.me in plan.world else None
+    if source is None:
+        return Prepared(plan, meeting, protection)
+    old = workshop.layout(source.world, source.placement)
+    if source.holders != source.world.members:
+        old = layout_of_cut(old, source.holders)
+    transfer = TransferPlan.between(old, workshop.layout(plan.world, plan.placement))
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
-    return Prepared(plan, meeting, peers, transfer, replicated)
+    return Prepared(plan, meeting, protection, peers, transfer, replicated)
 
 
-def announce(store: Store, plan: GenerationPlan, progress: Progress) -> None:
+def announce(store: Store, plan: GenerationPlan, progress: Progress, records: Sequence[StepRecord]) -> None:
     """Tell the newcomers that the fence is reached, and where training stands."""
-    store.set(plan.store_prefix + "/fence", progress.to_json())
+    told = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-TOLD_RECORDS:]]}
+    store.set(plan.store_prefix + "/fence", json.dumps(told))
 
 
-def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Progress | None:
+def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Standing | None:
     """Where training stood at the fence; None if it isn't reached within `timeout_s`."""
     key, deadline = plan.store_prefix + "/fence", time.monotonic() + timeout_s
     while not store.check([key]):  # asked again and again, since a wait that times out logs an error each time
         if time.monotonic() > deadline:
             return None
         time.sleep(ASK_AGAIN_S)
-    return Progress.from_json(store.get(key).decode())
+    told = json.loads(store.get(key))
+    records = tuple(from_plain(StepRecord, plain) for plain in told["records"])
+    return Standing(Progress.from_json(told["progress"]), records)
 
 
 def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:

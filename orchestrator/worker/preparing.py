@@ -3,8 +3,7 @@
 import logging
 import threading
 
-from orchestrator.elastic.world import union
-from orchestrator.protocol.messages import Directive, GenerationPlan, Phase, WorkerError
+from orchestrator.protocol.messages import Directive, GenerationPlan
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.moving import Prepared, prepare
 from orchestrator.worker.shard import Workshop
@@ -87,11 +86,7 @@ class Preparations:
             prepared = prepare(self._workshop, plan)
         except Exception as error:  # whatever it is: the controller waits for an answer
             log.warning("generation %d could not be prepared: %s", plan.generation, error)
-            if plan.source is None:  # there is no older generation to go on with
-                why = WorkerError("peer_lost", f"generation {plan.generation} could not be prepared: {error}")
-                self._desk.publish(phase=Phase.FAILED, error=why)
-            else:
-                self._desk.publish(failed_generation=plan.generation)
+            self._desk.publish(failed_generation=plan.generation)
             return
         with self._lock:
             is_late = self._closed
@@ -116,7 +111,7 @@ class Preparations:
         return plan is not None and plan.generation in self._ready
 
     def _concerns_me(self, plan: GenerationPlan) -> bool:
-        return self._workshop.me in union(plan.source, plan.world)
+        return self._workshop.me in plan.involved
 
 
 def _wanted(directive: Directive) -> set[int]:

@@ -8,6 +8,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.rendezvous import connect_store
+from orchestrator.comm.sockets import local_address
 from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
@@ -19,6 +20,7 @@ from orchestrator.model.building import build_model, catalogue
 from orchestrator.model.moe import ExpertHome
 from orchestrator.protocol.messages import GenerationPlan, WorkerJob
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.protection import Protection
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Workshop:
         self.me, self.job, self.spec = me, job, spec
         self.vocab_size, self.device = vocab_size, device
         self.store = self.connect_store()
+        self.address = local_address(job.rendezvous_host, job.rendezvous_port)
         self.params: Sequence[ParamSpec]
         self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
 
@@ -92,7 +95,15 @@ class Workshop:
     def meet(self, store: Store, plan: GenerationPlan) -> Meeting:
         """Connect to the other members of a generation. Collective over them."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        return Meeting(store, plan.store_prefix + "/world", plan.world.rank_of(self.me), plan.placement, backend)
+        rank, prefix = plan.world.rank_of(self.me), plan.store_prefix + "/world"
+        return Meeting(store, prefix, rank, plan.placement, backend, address=self.address)
+
+    def protect(self, store: Store, plan: GenerationPlan) -> Protection | None:
+        """Connect to buddy and ward; None where the plan names none. Collective over the generation's members."""
+        if not plan.buddies:
+            return None
+        layout, pinned = self.layout(plan.world, plan.placement), self.device.type == "cuda"
+        return Protection(store, plan, plan.world.rank_of(self.me), layout, self.address, pinned)
 
     def connect_store(self) -> Store:
         """A connection of its own to the run's rendezvous store."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.comm.rendezvous import RendezvousServer
+from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.placement import Placement
-from orchestrator.elastic.world import World, union
+from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import (
     Directive,
     Fence,
@@ -27,6 +28,7 @@ from orchestrator.protocol.messages import (
     Phase,
     Report,
     Restore,
+    Source,
     StepRecord,
     WorkerJob,
 )
@@ -127,6 +129,7 @@ class Crew:
         source: GenerationPlan | None = None,
         generation: int = 0,
         restore: Restore | None = None,
+        step: int | None = None,
     ) -> GenerationPlan:
         world = World(generation, tuple(members))
         if source is None:
@@ -137,9 +140,9 @@ class Crew:
             epoch=1,
             world=world,
             placement=placement,
-            source=source.world if source else None,
-            source_placement=source.placement if source else None,
+            source=Source(source.world, source.placement, source.world.members, step) if source else None,
             store_prefix=f"1/{generation}",
+            buddies=buddies_of(["node"] * world.size),
             restore=restore,
         )
 
@@ -187,15 +190,15 @@ class Crew:
         previous = self.directive.next.generation if self.directive.next else current.generation
         plan = self.plan(members, current, max(previous, current.generation) + 1)
         self.send(next=plan)
-        self.await_all(list(union(plan.source, plan.world)), lambda r: r.prepared >= plan.generation)
+        self.await_all(list(plan.involved), lambda r: r.prepared >= plan.generation)
         return plan
 
     def rescale(self, members: list[str], at_step: int | None = None) -> GenerationPlan:
         """A whole rescale: prepare, fence, move, activate."""
         plan = self.prepare(members)
         self.rescale_to(plan, at_step)
-        self.await_all(list(union(plan.source, plan.world)), lambda r: r.generation == plan.generation)
-        self.collect(plan.source.members[0] if plan.source else members[0])
+        self.await_all(list(plan.involved), lambda r: r.generation == plan.generation)
+        self.collect(plan.involved[0])
         self.send(current=plan, next=None, fence=None, activated=plan.generation)
         return plan
 

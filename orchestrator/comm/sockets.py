@@ -1,0 +1,104 @@
+"""The process's own connections to its peers: where they listen, and how all of them are cut at once.
+
+gloo can't be interrupted: an operation that waits for a frozen or unreachable peer waits for its timeout, and `abort`
+does not free it. Shutting the socket under it does, within milliseconds and whatever the peer does. So that only gloo's
+own sockets are shut, and none of Ray's in the same process, all groups share one device, whose port is known, and
+peers tell each other theirs. Linux only: sockets are found in /proc.
+"""
+
+import os
+import socket
+import threading
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+Address = tuple[str, int]
+LOOPBACK = "127.0.0.1"
+
+_lock = threading.Lock()
+_device: Any = None
+_port = -1
+_peers: "WeakKeyDictionary[Any, set[Address]]" = WeakKeyDictionary()  # where the peers of living groups listen
+
+
+def local_address(host: str, port: int) -> str:
+    """The address of this machine that `host` is reached from: where peers on the same network find us."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedelta, address: str = LOOPBACK) -> Any:
+    """A gloo group over the shared device. Collective over its `size` members.
+
+    Args:
+        address: where this process can be reached, as `local_address` says.
+
+    Raises:
+        RuntimeError: a peer did not come within `timeout`.
+    """
+    named = PrefixStore(prefix, store)
+    options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._devices = [_shared_device(address)]
+    options._timeout = timeout
+    named.set(f"listens/{rank}", f"{address}:{_port}")
+    group = dist.ProcessGroupGloo(named, rank, size, options)
+    told = [address.decode().rpartition(":") for address in named.multi_get([f"listens/{p}" for p in range(size)])]
+    with _lock:
+        _peers[group] = {(host, int(port)) for host, _, port in told}
+    return group
+
+
+def shut_connections() -> int:
+    """Shut every connection of this process's gloo groups: whoever waits in one, at either end, fails at once.
+
+    Returns:
+        how many were shut.
+    """
+    shut = 0
+    with _lock:
+        peers = set().union(*_peers.values())
+    for descriptor in _sockets():
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+            local, remote = copy.getsockname()[:2], copy.getpeername()[:2]
+            if local[1] == _port or tuple(remote) in peers:
+                copy.shutdown(socket.SHUT_RDWR)
+                shut += 1
+    return shut
+
+
+def _shared_device(address: str) -> Any:
+    global _device, _port
+    with _lock:
+        if _device is None:
+            before = _listening_ports()
+            _device = dist.ProcessGroupGloo.create_device(hostname=address)
+            (_port,) = _listening_ports() - before
+        return _device
+
+
+def _listening_ports() -> set[int]:
+    """Ports on which a socket of this process listens."""
+    ports = set()
+    for descriptor in _sockets():
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+            ):
+                ports.add(int(copy.getsockname()[1]))
+    return ports
+
+
+def _sockets() -> list[int]:
+    """File descriptors of this process that are sockets."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                found.append(int(name))
+    return found

@@ -1,0 +1,146 @@
+"""A stream of framed bytes from one worker to another, from memory into memory.
+
+A frame is a header of JSON and a body of raw bytes; the receiver answers each with one byte when it has it all. A
+listener gives away its address with a random word that whoever connects must say first, so nobody else is heard.
+
+    address (in the run's rendezvous store) -> Listener.accept / dial -> Stream
+"""
+
+import json
+import secrets
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Self
+
+MAX_HEADER = 1 << 16
+PART = 1 << 22  # bytes handed to the kernel at once
+_LENGTHS = struct.Struct("!IQ")
+DONE = b"\x06"
+
+
+class StreamClosed(RuntimeError):
+    """The other end is gone, or this one was shut."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"connection closed by peer: {why}")
+
+
+class Listener:
+    """Waits for one peer. `address` is what the peer needs."""
+
+    def __init__(self, host: str) -> None:
+        self._socket = socket.create_server((host, 0), backlog=4)
+        self._word = secrets.token_hex(16)
+        self.address = f"{host}:{self._socket.getsockname()[1]}:{self._word}"
+
+    def accept(self, timeout_s: float) -> "Stream":
+        """The stream of the peer that knows the word; others are turned away. Raises StreamClosed if none comes."""
+        self._socket.settimeout(timeout_s)
+        try:
+            while True:
+                connection, _ = self._socket.accept()
+                connection.settimeout(timeout_s)
+                with suppress(OSError, StreamClosed):
+                    if secrets.compare_digest(_exactly(connection, len(self._word)), self._word.encode()):
+                        return Stream(connection)
+                connection.close()
+        except OSError as error:
+            raise StreamClosed(f"nobody came within {timeout_s:.0f} s: {error}") from error
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def dial(address: str, timeout_s: float) -> "Stream":
+    """Connect to a listener. Raises StreamClosed if it can't be reached."""
+    rest, _, word = address.rpartition(":")
+    host, _, port = rest.rpartition(":")
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=timeout_s)
+        connection.sendall(word.encode())
+    except OSError as error:
+        raise StreamClosed(str(error)) from error
+    return Stream(connection)
+
+
+class Stream:
+    """One end of a connection. One thread sends or receives; any other may `shut` it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._socket.settimeout(None)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sent_bytes = 0
+        self.received_bytes = 0
+
+    def send(self, header: dict[str, Any], body: memoryview) -> None:
+        """Send a frame and return once the receiver has all of it. Raises StreamClosed."""
+        text = json.dumps(header).encode()
+        try:
+            self._socket.sendall(_LENGTHS.pack(len(text), len(body)) + text)
+            for start in range(0, len(body), PART):
+                self._socket.sendall(body[start : start + PART])
+        except OSError as error:
+            raise StreamClosed(str(error)) from error
+        self.sent_bytes += len(body)
+        _exactly(self._socket, len(DONE))
+
+    def receive(self, place: Callable[[dict[str, Any], int], memoryview]) -> dict[str, Any]:
+        """Take a frame in; `acknowledge` answers for it.
+
+        Args:
+            place: from the header and the body's length, the memory for the body, of that length.
+
+        Returns:
+            the header. Raises StreamClosed.
+        """
+        header_length, body_length = _LENGTHS.unpack(_exactly(self._socket, _LENGTHS.size))
+        if header_length > MAX_HEADER:
+            raise StreamClosed(f"a header of {header_length} bytes")
+        header: dict[str, Any] = json.loads(_exactly(self._socket, header_length))
+        body = place(header, body_length)
+        _fill(self._socket, body)
+        self.received_bytes += body_length
+        return header
+
+    def acknowledge(self) -> None:
+        """Answer for the newest frame. Raises StreamClosed."""
+        try:
+            self._socket.sendall(DONE)
+        except OSError as error:
+            raise StreamClosed(str(error)) from error
+
+    def shut(self) -> None:
+        """End the connection: both ends fail at once."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.shut()
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _exactly(connection: socket.socket, length: int) -> bytes:
+    data = bytearray(length)
+    _fill(connection, memoryview(data))
+    return bytes(data)
+
+
+def _fill(connection: socket.socket, place: memoryview) -> None:
+    done = 0
+    try:
+        while done < len(place):
+            count = connection.recv_into(place[done:], min(len(place) - done, PART))
+            if count == 0:
+                raise StreamClosed("it sent no more")
+            done += count
+    except OSError as error:
+        raise StreamClosed(str(error)) from error

@@ -1,0 +1,62 @@
+"""How the next generation is put together: members, placement, source, buddies. Used by the rules that plan one."""
+
+from dataclasses import replace
+
+from orchestrator.elastic.buddies import buddies_of
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.policy.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.schedule import SizeChange
+from orchestrator.protocol.messages import GenerationPlan, Phase, Source
+
+BLAME_S = 1.0  # the death of a process is known this soon after its peers notice
+MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
+
+
+def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
+    """Workers of the crew that could join a generation now, oldest first."""
+    return tuple(w for w in state.crew if w not in state.members and seen.phase(w) is Phase.STANDBY)
+
+
+def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...] | None:
+    """A world of `size`: old members keep their order, the last leave, warm standbys follow. None: too few are warm."""
+    missing = size - len(state.members)
+    if missing <= 0:
+        return state.members[:size]
+    newcomers = warm_standbys(state, seen)
+    return state.members + newcomers[:missing] if len(newcomers) >= missing else None
+
+
+def with_plan(
+    state: RunState,
+    seen: Observation,
+    world: World,
+    placement: Placement,
+    source: Source | None,
+    change: SizeChange,
+    why: str,
+    protected: bool,
+) -> Decision:
+    """The state with this generation as the next one.
+
+    Args:
+        protected: its members keep each other's snapshots.
+    """
+    plan = GenerationPlan(
+        epoch=seen.epoch,
+        world=world,
+        placement=placement,
+        source=source,
+        store_prefix=f"{seen.epoch}/{world.generation}",
+        buddies=buddies_of([seen.nodes.get(w, "") for w in world.members]) if protected else (),
+        restore=state.restore if source is None else None,
+    )
+    fields = {"generation": world.generation, "members": list(world.members), "first_step": change.first_step}
+    planned = replace(
+        state,
+        next=plan,
+        next_first_step=change.first_step,
+        next_why=why,
+        num_generations=world.generation + 1,
+    )
+    return Decision(planned, (Note("generation_planned", fields | {"why": why}),))

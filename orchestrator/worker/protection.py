@@ -1,0 +1,146 @@
+"""A generation's protection: this rank's snapshots on their way to its buddy, and its ward's on their way here.
+
+Two threads, beside the one that trains. The first copies the shard (that is all that the training thread ever waits
+for before it changes the state) and sends its own part to the buddy; the second takes in the ward's. Bytes go from
+memory to memory over a socket of their own: they are neither pickled nor pass through Ray.
+"""
+
+import logging
+import threading
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from orchestrator.comm.stream import Listener, Stream, StreamClosed, dial
+from orchestrator.elastic.layout import Layout
+from orchestrator.elastic.snapshot import SnapshotFormat
+from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot import Shelf, Snapshot, Vault, copy_into
+
+log = logging.getLogger("orchestrator.worker")
+
+MEET_S = 60.0  # how long buddy and ward are waited for
+
+
+class Protection:
+    """Connects to buddy and ward, each of which does the same. Made in the background while an older world trains.
+
+    Args:
+        layout: of the generation's state.
+        address: where this worker can be reached.
+        pinned: snapshots are of a GPU's memory.
+
+    Raises:
+        StreamClosed: buddy or ward did not come.
+    """
+
+    def __init__(
+        self, store: Store, plan: GenerationPlan, rank: int, layout: Layout, address: str, pinned: bool
+    ) -> None:
+        self.generation = plan.generation
+        buddy, ward = plan.buddies[rank], plan.buddies.index(rank)
+        prefix = f"{plan.store_prefix}/protection"
+        self._own = Shelf(plan.generation, rank, SnapshotFormat.of(layout, rank), shared_only=False, pinned=pinned)
+        self._kept = Shelf(plan.generation, ward, SnapshotFormat.of(layout, ward), shared_only=True)
+        listener = Listener(address)
+        try:
+            store.set(f"{prefix}/{rank}", listener.address)
+            self._to_buddy: Stream = dial(store.get(f"{prefix}/{buddy}").decode(), MEET_S)
+            self._from_ward: Stream = listener.accept(MEET_S)
+        finally:
+            listener.close()
+        self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()
+        self._copied: Future[None] = _done()
+        self._acknowledged: Future[None] = _done()
+        self.begun = -2  # the newest step of which a snapshot was begun; before the first step it is -1
+
+    @property
+    def shared_bytes(self) -> int:
+        """What goes to the buddy at each snapshot."""
+        return self._own.format.shared_bytes
+
+    def start(self, vault: Vault) -> None:
+        """Keep the generation's snapshots in `vault` from now on."""
+        vault.add(self._own)
+        vault.add(self._kept)
+        threading.Thread(target=self._send_all, name="snapshot", daemon=True).start()
+        threading.Thread(target=self._receive_all, name="ward", daemon=True).start()
+
+    def begin(self, step: int, ranges: NamedRanges, note: str) -> None:
+        """Take a snapshot of the shard after `step`. Returns at once; the shard must not change until `copied`."""
+        self.copied()
+        self._copied, self._acknowledged = Future(), Future()
+        self.begun = step
+        self._orders.put((self._own.begin(step, note), ranges, self._copied, self._acknowledged))
+
+    def copied(self) -> None:
+        """Wait until the newest snapshot is this worker's: then the shard may change."""
+        self._copied.result()
+
+    def acknowledged(self) -> None:
+        """Wait until the newest snapshot is the buddy's too. Raises StreamClosed if that can't be any more."""
+        self._acknowledged.result()
+
+    def shut(self) -> None:
+        """End both connections, whoever waits for them. What is whole stays in the vault."""
+        self._to_buddy.shut()
+        self._from_ward.shut()
+
+    def close(self) -> None:
+        """The generation is over."""
+        self._orders.put(None)
+        self.shut()
+
+    def _send_all(self) -> None:
+        closed: StreamClosed | None = None
+        while (order := self._orders.get()) is not None:
+            snapshot, ranges, copied, acknowledged = order
+            try:
+                copy_into(snapshot, ranges)
+            except Exception as error:
+                copied.set_exception(error)
+                acknowledged.set_exception(error)
+                continue
+            del ranges, order  # nothing here may keep an old shard's memory
+            self._own.finish(snapshot)
+            copied.set_result(None)
+            try:
+                if closed is not None:
+                    raise closed
+                header = {"step": snapshot.holding.step, "generation": self.generation, "note": snapshot.note}
+                self._to_buddy.send(header, self._own.shared(snapshot))
+                acknowledged.set_result(None)
+            except StreamClosed as error:
+                closed = error
+                acknowledged.set_exception(error)
+        self._to_buddy.close()
+
+    def _receive_all(self) -> None:
+        arriving: list[Snapshot] = []
+
+        def place(header: dict[str, Any], length: int) -> memoryview:
+            if header["generation"] != self.generation or length != self._kept.num_bytes:
+                raise StreamClosed(f"a snapshot of {length} bytes of generation {header['generation']} came")
+            arriving.append(self._kept.begin(int(header["step"]), str(header["note"])))
+            return self._kept.shared(arriving[0])
+
+        try:
+            while True:
+                self._from_ward.receive(place)
+                self._kept.finish(arriving.pop())
+                self._from_ward.acknowledge()
+        except StreamClosed as error:
+            log.info("generation %d: no more snapshots from its ward: %s", self.generation, error)
+        finally:
+            for snapshot in arriving:
+                self._kept.give_up(snapshot)
+            self._from_ward.close()
+
+
+def _done() -> "Future[None]":
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done

@@ -1,0 +1,126 @@
+"""One step: slots, update, vote. After it every member knows that all have finished the step."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from orchestrator.model.router import corrected_bias, max_violation
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.spec.schedule import learning_rate
+from orchestrator.worker.feed import Feed, StepFeed
+from orchestrator.worker.prefetch import Prefetch
+from orchestrator.worker.shard import Progress, Shard, Workshop
+from orchestrator.worker.vote import Ballot, Outcome, vote
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What a rank says in a vote besides its part of the step."""
+
+    fence: int
+    finish: bool
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A finished step: what was agreed, where training stands now, and the account of it."""
+
+    outcome: Outcome
+    progress: Progress
+    record: StepRecord
+
+
+class Stepper:
+    """Does steps on whatever shard there is."""
+
+    def __init__(self, workshop: Workshop, feed: Feed) -> None:
+        self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
+        self._prefetch = Prefetch(feed, workshop.spec.train.steps)
+
+    def close(self) -> None:
+        self._prefetch.close()
+
+    def step(
+        self, shard: Shard, progress: Progress, before_update: Callable[[], None], speak: Callable[[], Voice]
+    ) -> Stepped:
+        """The step after `progress`. Collective over the shard's world.
+
+        Args:
+            before_update: called when the state is about to change; not if the update is skipped.
+            speak: asked at the last moment before the vote.
+        """
+        started, step = time.perf_counter(), progress.step + 1
+        feed = self._prefetch.step(step, shard.rank, shard.world.size)
+        data_wait_s = time.perf_counter() - started
+        losses = np.zeros(feed.num_slots)
+        counts_LE = torch.zeros(len(shard.model.moe_layers), self._spec.model.num_experts, dtype=torch.int64)
+        for slot in feed.slots:
+            loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens)
+            if slot.number is not None:
+                losses[slot.number] = float(loss)
+                counts_LE += slot_counts_LE.cpu()
+        lr = learning_rate(self._spec.train, step)
+        update = shard.engine.step(lr, before_update)
+        validation = self._validate(shard, step)
+
+        updated = time.perf_counter()
+        voice = speak()
+        protection_wait_s = time.perf_counter() - updated
+        ballot = Ballot(
+            slot_losses=losses,
+            validation_losses=validation[0],
+            counts_LE=counts_LE,
+            applied=update.applied,
+            fence=voice.fence,
+            finish=voice.finish,
+        )
+        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
+        self._balance(shard, outcome)
+        record = StepRecord(
+            step=step,
+            generation=shard.world.generation,
+            world_size=shard.world.size,
+            loss=outcome.loss_sum / max(feed.global_tokens, 1),
+            tokens=feed.global_tokens,
+            lr=lr,
+            grad_norm=update.grad_norm if outcome.applied else float("inf"),
+            applied=outcome.applied,
+            max_violation=max_violation(outcome.counts_LE),
+            first_position=feed.first_position,
+            num_positions=feed.num_positions,
+            step_s=time.perf_counter() - started,
+            vote_time=time.time(),
+            data_wait_s=data_wait_s,
+            protection_wait_s=protection_wait_s,
+            validation_loss=(
+                None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
+            ),
+        )
+        moved_on = replace(progress, step=step, num_updates=progress.num_updates + int(outcome.applied))
+        return Stepped(outcome, moved_on, record)
+
+    def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
+        """Loss sums per validation slot, and the targets in all of them; empty in most steps."""
+        every, last = self._spec.eval.every, self._spec.train.steps - 1
+        if every is None or ((step + 1) % every and step not in (0, last)):
+            return np.zeros(0), 0
+        feed: StepFeed = self._feed.validation(shard.rank, shard.world.size)
+        losses = np.zeros(feed.num_slots)
+        for slot in feed.slots:
+            loss = shard.engine.evaluate(slot.batch)
+            if slot.number is not None:
+                losses[slot.number] = float(loss)
+        return losses, feed.global_tokens
+
+    def _balance(self, shard: Shard, outcome: Outcome) -> None:
+        """Move the routers' biases by the global counts. A skipped update moves nothing."""
+        speed = self._spec.model.bias_update_speed
+        if not outcome.applied or not speed:
+            return
+        for layer, counts_E in zip(shard.model.moe_layers, outcome.counts_LE, strict=True):
+            bias_E = layer.router.correction_bias_E
+            bias_E.copy_(corrected_bias(bias_E, counts_E.to(bias_E.device), speed))
