@@ -9,6 +9,7 @@ peers tell each other theirs. Linux only: sockets are found in /proc.
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -63,8 +64,8 @@ def shut_connections() -> int:
     shut = 0
     with _lock:
         peers = set().union(*_peers.values())
-    for descriptor in _sockets():
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
+    for copy in _tcp_sockets():
+        with suppress(OSError), copy:
             local, remote = copy.getsockname()[:2], copy.getpeername()[:2]
             if local[1] == _port or tuple(remote) in peers:
                 copy.shutdown(socket.SHUT_RDWR)
@@ -85,20 +86,20 @@ def _shared_device(address: str) -> Any:
 def _listening_ports() -> set[int]:
     """Ports on which a socket of this process listens."""
     ports = set()
-    for descriptor in _sockets():
-        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as copy:
-            if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getsockopt(
-                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-            ):
+    for copy in _tcp_sockets():
+        with suppress(OSError), copy:
+            if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 ports.add(int(copy.getsockname()[1]))
     return ports
 
 
-def _sockets() -> list[int]:
-    """File descriptors of this process that are sockets."""
-    found = []
+def _tcp_sockets() -> Iterator[socket.socket]:
+    """This process's TCP sockets, each as a copy of its descriptor, to be closed."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                found.append(int(name))
-    return found
+                copy = socket.socket(fileno=os.dup(int(name)))
+                if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.type == socket.SOCK_STREAM:
+                    yield copy
+                else:
+                    copy.close()

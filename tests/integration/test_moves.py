@@ -58,7 +58,7 @@ def test_a_run_through_rescales_equals_one_that_never_rescaled(crew: Crew, undis
         crew.await_step(crew.newest_step + 3)
         plan = crew.rescale(members)
         handovers = _handovers(crew, plan.generation)
-        assert len(handovers) == len(set(plan.world.members) | set(plan.source.members if plan.source else ()))
+        assert len(handovers) == len(plan.involved)
         assert all(h.state_identical for h in handovers)
     crew.await_finished()
     _same_training(crew, undisturbed)

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from orchestrator.comm.rendezvous import RendezvousServer
 from orchestrator.elastic.buddies import buddies_of
+from orchestrator.elastic.cut import newest_cut, placement_of_cut, world_of
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import (
@@ -206,6 +207,35 @@ class Crew:
         """Let the current generation end for `plan`, and wait for nobody."""
         self.send(fence=Fence(plan.generation, at_step))
 
+    def recover(self, members: list[str]) -> GenerationPlan:
+        """Go on with `members` from the newest state that the crew holds, once everybody has stopped."""
+        old = self.directive.current
+        assert old is not None
+        self.send(aborted=old.generation, next=None, fence=None)
+        alive = [w for w in self.ids if self.members[w].process.is_alive()]
+        survivors = [w for w in old.world.members if w in alive]
+        self.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
+        cut = newest_cut([old.world], {w: self.members[w].report().holdings for w in alive})
+        assert cut is not None, {w: self.members[w].report().holdings for w in alive}
+        world = World(old.generation + 1, tuple(members))
+        placement = Placement.rebalanced(
+            placement_of_cut(old.placement, cut.holders), world_of(old.generation, cut.holders), world
+        )
+        plan = GenerationPlan(
+            epoch=1,
+            world=world,
+            placement=placement,
+            source=Source(old.world, old.placement, cut.holders, cut.step),
+            store_prefix=f"1/{world.generation}",
+            buddies=buddies_of(["node"] * world.size),
+        )
+        self.records = {step: record for step, record in self.records.items() if step <= cut.step}
+        self.send(next=plan)
+        self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
+        self.collect(cut.holders[0])
+        self.send(current=plan, next=None, activated=plan.generation)
+        return plan
+
     def finish(self) -> None:
         assert self.directive.current is not None
         self.send(finish=Finish.CANCEL)
@@ -225,6 +255,8 @@ class Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.final:
+            self.send(checkpoint_done=self.newest_step)  # lets the training threads end
         for member in self.members.values():
             if not member.process.is_alive():
                 continue

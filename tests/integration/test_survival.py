@@ -1,0 +1,79 @@
+"""Real workers in real processes that are killed and stopped: training goes on from the newest state that was held."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.protocol.messages import Phase
+from orchestrator.sampling.ledger import audit
+from tests.support.crew import Crew
+from tests.support.texts import STEPS, small_job
+
+SOON_S = 10.0
+
+
+@pytest.fixture
+def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    with Crew(small_job(texts), store_dir, tmp_path, size=4) as crew:
+        yield crew
+
+
+@pytest.fixture(scope="module")
+def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
+    """A run in a world of one from beginning to end."""
+    with Crew(small_job(texts), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_finished()
+    return crew
+
+
+def _same_training(crew: Crew, undisturbed: Crew) -> None:
+    """Every step once, the same samples in the same order, the same losses up to rounding."""
+    assert sorted(crew.records) == list(range(STEPS))
+    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]
+    assert audit(order).ok
+    for step, record in crew.records.items():
+        assert record.loss == pytest.approx(undisturbed.records[step].loss, rel=1e-5)
+
+
+def _handovers(crew: Crew, generation: int) -> list[Any]:
+    reports = [crew.members[w].report() for w in crew.ids if crew.members[w].process.is_alive()]
+    return [h for r in reports for h in r.handovers if h.generation == generation]
+
+
+@pytest.mark.parametrize("victims", [(2,), (0,), (1, 3)], ids=["one", "the first", "two that are no buddies"])
+def test_killed_members_cost_no_committed_step(crew: Crew, undisturbed: Crew, victims: tuple[int, ...]) -> None:
+    crew.start(crew.plan(crew.ids))
+    crew.await_step(5)
+    for victim in victims:
+        crew.members[crew.ids[victim]].kill()
+    survivors = [worker for i, worker in enumerate(crew.ids) if i not in victims]
+    crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
+    committed = max(crew.members[w].report().committed for w in survivors)
+    plan = crew.recover(survivors)
+    assert plan.source is not None and plan.source.step is not None
+    newest = max([committed, *(h.step for h in _handovers(crew, plan.generation))])
+    assert committed <= plan.source.step == newest
+    assert all(h.state_identical for h in _handovers(crew, plan.generation))
+    crew.await_finished()
+    _same_training(crew, undisturbed)
+
+
+def test_a_stopped_member_is_left_behind(crew: Crew, undisturbed: Crew) -> None:
+    """It answers nothing and closes nothing: the others shut their own connections when they are told."""
+    crew.start(crew.plan(crew.ids))
+    crew.await_step(5)
+    stopped = crew.members[crew.ids[2]]
+    os.kill(stopped.process.pid or 0, signal.SIGSTOP)
+    survivors = [crew.ids[0], crew.ids[1], crew.ids[3]]
+    crew.send(to=survivors, aborted=0)
+    crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
+    stopped.kill()
+    plan = crew.recover(survivors)
+    assert all(h.state_identical for h in _handovers(crew, plan.generation))
+    crew.await_finished()
+    _same_training(crew, undisturbed)
