@@ -104,6 +104,8 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         return state.why
     if state.is_ending:
         return "ends at the next fence with a checkpoint"
+    if state.is_recovering and state.next is None:
+        return _explain_recovery(limits, state, seen)
     if state.next is not None:
         return f"generation {state.next.generation} with {state.next.world.size} workers: {state.next_why}"
     wanted = wanted_size(limits, state.wish, seen.step + 1)
@@ -112,3 +114,14 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         return f"as many workers train as are wanted: {wanted}" if state.current else "all workers are warm"
     unplaced = sum(worker not in seen.reports for worker in state.crew)
     return f"waits for {missing} of {wanted} workers to get warm" + (f"; {unplaced} have no place yet" * bool(unplaced))
+
+
+def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:
+    survivors = [w for w in state.members if w in state.crew]
+    there = len(survivors) + len(warm_standbys(state, seen))
+    missing = limits.min_workers - there
+    if missing > 0:
+        more = f"{missing} more worker" + "s" * (missing > 1)
+        there_are = f"{there} {'is' if there == 1 else 'are'} there"
+        return f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
+    return f"{state.why}; waits until {', '.join(survivors) or 'nobody'} has stopped"

@@ -14,8 +14,10 @@ MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after
 
 
 def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers of the crew that could join a generation now, oldest first."""
-    return tuple(w for w in state.crew if w not in state.members and seen.phase(w) is Phase.STANDBY)
+    """Workers of the crew that could join a generation now, oldest first. Where no world has the state, also those who
+    are left of one, or were ready for one that didn't come about."""
+    idle = (Phase.STANDBY,) if state.current is not None else (Phase.STANDBY, Phase.STRANDED, Phase.READY)
+    return tuple(w for w in state.crew if w not in state.members and seen.phase(w) in idle)
 
 
 def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...] | None:

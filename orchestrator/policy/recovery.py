@@ -165,7 +165,7 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
         why=state.why,
         source=source,
         steps_replayed=max(0, max(account.step, seen.step) - step),
-        steps_lost=max(0, seen.committed - step),
+        steps_lost=max([0, *(r.committed - step for w in state.members if (r := seen.reports.get(w)))]),
     )
 
 
@@ -178,7 +178,6 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     fields = {
         "step": done,
         "checkpoint": restore.path if restore else None,
-        "steps_lost": max(0, seen.committed - done),
         "why": state.why,
     }
     account = _account(state, seen, done, "checkpoint")

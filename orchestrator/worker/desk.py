@@ -97,13 +97,13 @@ class Desk:
         with self._changed:
             records = {record.step: record for record in (*known, *self._records) if record.step <= step}
             self._records = [records[number] for number in sorted(records)]
-            self._publish(step=step)
+            self._publish(step=step, committed=min(step, self._report.committed))
 
     def _publish(self, **changes: Any) -> None:
         if self._report.phase is Phase.FAILED:  # final: what still ends well elsewhere must not hide it
             changes.pop("phase", None)
         # Threads of older plans may end after those of newer ones.
-        for name in ("prepared", "failed_generation", "committed", "settled", "stopped"):
+        for name in ("prepared", "failed_generation", "settled", "stopped"):
             changes[name] = max(changes.get(name, -1), getattr(self._report, name))
         self._report = replace(self._report, version=self._report.version + 1, **changes)
         self._changed.notify_all()

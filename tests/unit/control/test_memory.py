@@ -30,8 +30,8 @@ def test_a_successor_remembers_everything(tmp_path: Path) -> None:
     life = Life(LIMITS)
     life.run_until(lambda: life.step == 6)
     memory.decided(life.state, [Note("activated", {"generation": 0})])
-    memory.absorb(life.progress.recent)
-    memory.absorb([record(6), record(7, generation=0)])
+    memory.absorb(life.progress.recent, up_to=10_000)
+    memory.absorb([record(6), record(7, generation=0)], up_to=10_000)
     successor = remembered(tmp_path)
     assert successor.state == life.state
     assert successor.progress == memory.progress and successor.progress.watermark == 7
@@ -42,7 +42,7 @@ def test_a_successor_remembers_everything(tmp_path: Path) -> None:
 def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     events = memory.decided(replace(memory.state, seq=3), [Note("target", {"workers": 2})])
-    memory.absorb([record(0)])
+    memory.absorb([record(0)], up_to=10_000)
     assert [event["kind"] for event in events] == ["target"]
     assert user_events(tmp_path) == events
     assert [step.step for step in read_steps(tmp_path)] == [0]
@@ -51,14 +51,14 @@ def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
 def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     memory.decided(memory.state, [])
-    assert memory.absorb([]) == []
+    assert memory.absorb([], up_to=10_000) == []
     assert list((tmp_path / "journal").iterdir()) == []
 
 
 def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.absorb([record(0), record(1)])
-    assert [step.step for step in memory.absorb([record(1), record(2)])] == [2]
+    memory.absorb([record(0), record(1)], up_to=10_000)
+    assert [step.step for step in memory.absorb([record(1), record(2)], up_to=10_000)] == [2]
     assert [step.step for step in read_steps(tmp_path)] == [0, 1, 2]
 
 
@@ -67,17 +67,17 @@ def test_what_cannot_be_written_changes_nothing_and_is_tried_again(tmp_path: Pat
     (tmp_path / "journal").rename(tmp_path / "away")
     (tmp_path / "journal").touch()  # no directory: even root can't write into it
     with pytest.raises(StorageError, match="can't be written"):
-        memory.absorb([record(0)])
+        memory.absorb([record(0)], up_to=10_000)
     assert memory.progress.watermark == -1 and "can't be written" in str(memory.trouble)
     (tmp_path / "journal").unlink()
     (tmp_path / "away").rename(tmp_path / "journal")
-    memory.absorb([record(0)])
+    memory.absorb([record(0)], up_to=10_000)
     assert memory.trouble is None and [step.step for step in read_steps(tmp_path)] == [0]
 
 
 def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
     memory = remembered(tmp_path)
-    memory.absorb([record(0), record(1)])
+    memory.absorb([record(0), record(1)], up_to=10_000)
     memory.decided(state, [])
     seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
     return status_of(LIMITS, memory, seen, run_dir=tmp_path, closed=closed)
@@ -125,14 +125,14 @@ def test_points_read_from_the_journal_are_those_of_the_first_time() -> None:
 
 def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.absorb([record(step) for step in range(6)])
+    memory.absorb([record(step) for step in range(6)], up_to=10_000)
     memory.decided(*_over(memory.state, "failed"))
     order = ResumeOrder("token", Restore(3, "/x"))
     decision = resumed(LIMITS, memory.state, order)
     memory.decided(decision.state, [note for note in decision.actions if isinstance(note, Note)])
     assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).tokens for s in range(4))
     assert "ended" not in memory.times and memory.resumed_by == "token"
-    memory.absorb([record(4, generation=1)])
+    memory.absorb([record(4, generation=1)], up_to=10_000)
     successor = remembered(tmp_path)
     for one in (memory, successor):
         assert one.state.outcome is None and one.state.restore == Restore(3, "/x")

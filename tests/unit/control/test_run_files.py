@@ -66,7 +66,7 @@ def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir:
     job = JobSpec.model_validate({"name": "lost", "train": {"steps": 30}})
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
     memory = RunMemory(run_dir, acquire_epoch(run_dir), RunLimits.of("lost", job))
-    memory.absorb([record(0), record(1)])
+    memory.absorb([record(0), record(1)], up_to=10_000)
     status = RunFiles(run_dir).status()
     assert (status.phase, status.step, status.steps) == (RunPhase.STARTING, 2, 30)
     assert "has not ended" in status.why

@@ -24,7 +24,7 @@ DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "t
 def run_dir(tmp_path: Path) -> Path:
     memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of(steps=STEPS))
     memory.note("submitted", run_id="run")
-    memory.absorb([record(step) for step in range(STEPS)])
+    memory.absorb([record(step) for step in range(STEPS)], up_to=10_000)
     memory.note("rescaled", generation=1, from_size=2, to_size=3, step=40, stall_s=0.3, moved_bytes=7)
     memory.note("checkpoint", step=99, path="/c/99")
     return tmp_path

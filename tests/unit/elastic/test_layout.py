@@ -113,7 +113,6 @@ def test_mistakes_are_refused() -> None:
         pytest.param([(0, 0, 5, 0)], "beyond", id="too_long"),
         pytest.param([(0, 0, 4, 2)], "outside the world", id="no_such_rank"),
         pytest.param([(1, 0, 4, 0)], "not sharded", id="no_such_tensor"),
-        pytest.param([(0, 0, 2, 0), (0, 2, 4, 0)], "one row", id="split_without_need"),
     ],
 )
 def test_shards_that_do_not_cover_are_refused(shards: list[tuple[int, int, int, int]], message: str) -> None:

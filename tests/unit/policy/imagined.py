@@ -7,17 +7,20 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from orchestrator.elastic.cut import Holding
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, absorb
-from orchestrator.policy.run_state import Commit, Note, Observation, RunState
+from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, RunState
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
     Directive,
     Finish,
+    GenerationPlan,
     Handover,
     Phase,
     Report,
+    Restore,
     ShardWritten,
     StepRecord,
     Target,
@@ -72,9 +75,12 @@ class Life:
     reports: dict[str, Report] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
-    committed: int = -1
+    committed: int = -1  # newest marked checkpoint
     now_s: float = 0.0
-    done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it
+    pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
+    done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it last
+    replayed: int = 0  # steps done again
+    snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
     frozen: set[str] = field(default_factory=set)  # workers that do nothing
     directive: Directive = field(init=False)
 
@@ -91,7 +97,8 @@ class Life:
             progress=self.progress,
             reports={w: r for w, r in self.reports.items() if w not in self.lost},
             lost={w: why for w, why in self.lost.items() if w in self.state.crew},
-            committed=self.committed,
+            checkpointed=self.committed,
+            restorable=Restore(self.committed, f"step-{self.committed}") if self.committed >= 0 else None,
         )
         return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -106,9 +113,12 @@ class Life:
         for action in decision.actions:
             if isinstance(action, Commit):
                 self.committed = action.step
+            elif isinstance(action, Dismiss):
+                self.lost[action.worker] = "killed by its controller"
             else:
                 self.notes.append(action)
         self.directive = directive_of(self.state, 1)
+        self._publish()
         self.now_s += 1
         for worker in list(self.reports):
             if worker not in self.state.crew:
@@ -135,14 +145,24 @@ class Life:
         self.target = Target(seq=self.target.seq + 1, workers=self.target.workers, finish=Finish.CANCEL)
 
     def kill(self, worker: str) -> None:
+        """It is gone at once; peers that train or move with it notice."""
         self.lost[worker] = "killed by signal 9"
-        peers = self.state.involved
-        for peer in peers:
+        for peer in self.state.involved:
             report = self.reports.get(peer)
-            if report is None or peer == worker or peer in self.lost:
+            if report is None or peer == worker or peer in self.lost or peer in self.frozen:
                 continue
             if worker in self.state.members and report.phase in (Phase.TRAINING, Phase.MOVING):
-                self.say(peer, phase=Phase.FAILED, error=WorkerError("peer_lost", f"{worker} closed its connection"))
+                self.stop(peer)
+
+    def stop(self, worker: str) -> None:
+        """It leaves its generation and tells what it holds."""
+        assert self.state.current is not None
+        error = WorkerError("peer_lost", "a connection was closed")
+        stopped = self.state.current.generation
+        self.say(worker, phase=Phase.STRANDED, stopped=stopped, holdings=self.held_by(worker), error=error)
+
+    def held_by(self, worker: str) -> tuple[Holding, ...]:
+        return tuple(holding for keeper, holding in self.snapshots if keeper == worker)
 
     def say(self, worker: str, **changes: object) -> None:
         old = self.reports.get(worker) or Report(worker, 1, 0, Phase.COLD, -1, -1, -1)
@@ -170,8 +190,12 @@ class Life:
             return self.say(worker, phase=Phase.STANDBY)
         order = self.directive
         self.say(worker, seen=order.seq)
+        current = self.state.current
+        if current is not None and order.aborted >= current.generation and worker in current.world:
+            if report.phase in (Phase.TRAINING, Phase.MOVING, Phase.FINISHED):
+                return self.stop(worker)
         if order.next is not None and worker in self.state.involved and report.prepared < order.next.generation:
-            if all(w not in self.lost for w in self.state.involved):
+            if all(w not in self.lost for w in order.next.involved):
                 self.say(worker, prepared=order.next.generation)
             return None
         self._move(worker)
@@ -184,7 +208,8 @@ class Life:
         if order.next is None or (worker not in order.next.world and order.current is None):
             return
         generation = order.next.generation
-        joins = worker in order.next.world and (order.current is None or self._fenced())
+        begun = order.next.source is None or order.next.source.step is not None or self._fenced()
+        joins = worker in order.next.world and begun
         moves = (
             report.phase in (Phase.MOVING, Phase.STRANDED)
             or (report.phase is Phase.READY and report.generation < generation)  # of a move that failed others
@@ -192,13 +217,36 @@ class Life:
         )
         if not moves or report.prepared < generation:
             return
-        if any(peer in self.lost for peer in self.state.involved):
-            if worker in self.state.members and report.failed_generation < generation:
-                error = WorkerError("peer_lost", "a newcomer is gone")
-                self.say(worker, phase=Phase.STRANDED, failed_generation=generation, error=error)
-        elif worker in order.next.world:
+        if any(peer in self.lost for peer in order.next.involved):
+            if report.failed_generation < generation:
+                holdings = self.held_by(worker)
+                phase = Phase.STRANDED if holdings else Phase.STANDBY
+                self.say(worker, phase=phase, failed_generation=generation, holdings=holdings)
+        elif worker in order.next.involved:
+            if order.next.source is None or order.next.source.step is not None:
+                self._go_back(order.next)
             handover = Handover(generation, self.step, 0.0, 0.0, 0.0, 0.0, 10, 20, True)
-            self.say(worker, phase=Phase.READY, generation=generation, handovers=(handover,), error=None)
+            holdings = self.held_by(worker)
+            self.say(
+                worker,
+                phase=Phase.READY,
+                generation=generation,
+                handovers=(handover,),
+                holdings=holdings,
+                error=None,
+                step=self.step,
+            )
+
+    def _go_back(self, plan: GenerationPlan) -> None:
+        """The state is that of an earlier step: what came after it is done again."""
+        step = plan.source.step if plan.source else plan.restore.step if plan.restore else -1
+        assert step is not None
+        if plan.source is not None:  # whoever is named really has it
+            for rank, holder in enumerate(plan.source.holders):
+                holding = Holding(plan.source.world.generation, step, rank)
+                assert (holder, holding) in self.snapshots, f"{holder} has no {holding}"
+        self.replayed += len(self.done_by) - 1 - step
+        del self.done_by[step + 1 :]
 
     def _settle(self, worker: str) -> None:
         """After an activation members train and leavers stand by."""
@@ -207,9 +255,30 @@ class Life:
             return
         if worker in order.current.world and order.activated == order.current.generation:
             if report.phase is Phase.READY and report.generation == order.activated:
-                self.say(worker, phase=Phase.TRAINING, step=self.step)
+                self.say(worker, phase=Phase.TRAINING, step=self.step, holdings=())
+                self._snapshot(worker)
         elif report.phase in (Phase.MOVING, Phase.READY):
             self.say(worker, phase=Phase.STANDBY)
+
+    def _publish(self) -> None:
+        """What can't be lost any more, and comes next, becomes known."""
+        safe = self.seen().committed
+        while (step := self.progress.watermark + 1) <= safe and step in self.pending:
+            self.progress = absorb(self.progress, [self.pending.pop(step)])
+
+    def _snapshot(self, worker: str) -> None:
+        """Its state, with itself and with its buddy; of the newest two steps."""
+        plan = self.state.current
+        assert plan is not None
+        rank = plan.world.rank_of(worker)
+        keepers = [worker] + ([plan.world.members[plan.buddies[rank]]] if plan.buddies else [])
+        for keeper in keepers:
+            self.snapshots[(keeper, Holding(plan.generation, self.step, rank))] = True
+        self.snapshots = {
+            (keeper, h): True
+            for keeper, h in self.snapshots
+            if h.generation != plan.generation or h.step > self.step - 2
+        }
 
     def _fenced(self) -> bool:
         fence = self.directive.fence
@@ -223,8 +292,18 @@ class Life:
         members = current.world.members
         if any(w not in self.reports or self.reports[w].phase is not Phase.TRAINING for w in members):
             return
+        if self.step + 1 == self.limits.steps:  # a loss after the last step: only its checkpoint is missing
+            for rank, worker in enumerate(members):
+                shard = ShardWritten(self.step, current.generation, rank, f"rank-{rank}", "", (), 0, "{}")
+                self.say(worker, phase=Phase.FINISHED, shards=(*self.reports[worker].shards, shard))
+            return
         self.done_by.append(members)
-        self.progress = absorb(self.progress, [record(self.step, current.generation, vote_time=self.now_s)])
+        committed = self.step - 1 if current.buddies else self.step  # each had its buddy's answer before it voted
+        self.pending[self.step] = record(self.step, current.generation, vote_time=self.now_s)
+        for worker in members:
+            self.say(worker, committed=committed, settled=current.generation)
+            self._snapshot(worker)
+        self._publish()
         last = self.step + 1 == self.limits.steps or self.directive.finish is Finish.CANCEL
         write = last or (self.checkpoint_every and (self.step + 1) % self.checkpoint_every == 0)
         for rank, worker in enumerate(members):

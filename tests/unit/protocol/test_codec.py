@@ -6,14 +6,13 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import Directive, Fence, Finish, GenerationPlan, Report, Target
+from orchestrator.protocol.messages import Directive, Fence, Finish, GenerationPlan, Report, Source, Target
 
 PLAN = GenerationPlan(
     epoch=2,
     world=World(3, ("a", "b")),
     placement=Placement.balanced(5, 2),
-    source=None,
-    source_placement=None,
+    source=Source(World(2, ("a",)), Placement.balanced(5, 1), ("b",), 12),
     store_prefix="2/3",
 )
 DIRECTIVE = Directive(epoch=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=Finish.CANCEL)

@@ -10,7 +10,7 @@ import torch
 from orchestrator.comm.rendezvous import RendezvousServer
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, WorkerJob
+from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, Source, WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.preparing import Preparations
@@ -42,8 +42,7 @@ def _plan(generation: int, *members: str, source: World | None = None) -> Genera
         epoch=1,
         world=world,
         placement=Placement.balanced(2, world.size),
-        source=source,
-        source_placement=None if source is None else Placement.balanced(2, source.size),
+        source=None if source is None else Source(source, Placement.balanced(2, source.size), source.members),
         store_prefix=f"1/{generation}",
     )
 
@@ -127,7 +126,8 @@ def test_a_plan_that_can_not_be_prepared_is_told(desk: Desk) -> None:
     host, port = server.address()
     workshop = Workshop("w0", WorkerJob("try", "", "", "", host, port, threads=1), JOB, 300, torch.device("cpu"))
     preparations = Preparations(workshop, desk)
-    broken = replace(_plan(1, "w0", source=World(0, ("w0",))), source_placement=Placement.balanced(2, 2))
+    source = Source(World(0, ("w0",)), Placement.balanced(2, 2), ("w0",))
+    broken = replace(_plan(1, "w0"), source=source)
     desk.put(Directive(1, 0, next=broken))
     version = -1
     while (report := desk.report(None, version, 20.0)).failed_generation < 1:

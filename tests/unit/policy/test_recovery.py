@@ -1,0 +1,227 @@
+"""Members are lost at every moment of a run's life: what is decided, and what it costs."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.policy.lifecycle import explain, phase_of
+from orchestrator.protocol.messages import Phase, WorkerError
+from orchestrator.protocol.status import RunPhase
+from tests.unit.policy.imagined import Life, limits_of
+
+
+def _trained(life: Life) -> None:
+    """All steps were published once and in order, by generations that only grow."""
+    assert life.state.outcome is RunPhase.SUCCEEDED, life.state.why
+    assert len(life.done_by) == life.limits.steps
+    assert life.progress.watermark == life.limits.steps - 1
+
+
+def test_survivors_go_on_at_once_and_the_lost_one_is_replaced() -> None:
+    life = Life(limits_of(steps=40, initial_workers=4))
+    life.run_until(lambda: life.step == 5)
+    committed = life.progress.watermark
+    life.kill("w2")
+    life.run_until(lambda: life.state.activated == 1)
+    assert life.state.members == ("w0", "w1", "w3")
+    (recovery,) = life.state.recoveries
+    assert (recovery.from_size, recovery.to_size, recovery.lost, recovery.kind) == (4, 3, ("w2",), "worker")
+    assert recovery.source == "memory" and recovery.steps_lost == 0 and recovery.steps_replayed <= 1
+    assert recovery.step >= committed
+    life.run_to_the_end()
+    _trained(life)
+    assert life.done_by[-1] == ("w0", "w1", "w3", "w4")
+    assert life.replayed <= 1
+    assert [r.why for r in life.state.rescales] == ["asked for"] or len(life.state.rescales) == 1
+
+
+def test_a_warm_standby_takes_the_place_at_once() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3, standby=1))
+    life.run_until(lambda: life.step == 5)
+    life.kill("w0")
+    life.run_until(lambda: life.state.activated == 1)
+    assert life.state.members == ("w1", "w2", "w3")
+    life.run_to_the_end()
+    _trained(life)
+
+
+def test_two_that_are_no_buddies_may_be_lost_at_once() -> None:
+    life = Life(limits_of(steps=40, initial_workers=4))
+    life.run_until(lambda: life.step == 5)
+    life.kill("w1")
+    life.kill("w3")
+    life.run_until(lambda: life.state.activated == 1)
+    assert life.state.members == ("w0", "w2")
+    assert life.state.recoveries[0].lost == ("w1", "w3") and life.state.recoveries[0].source == "memory"
+    life.run_to_the_end()
+    _trained(life)
+
+
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_rank_lost_with_its_buddy_sends_the_run_back_to_a_checkpoint(with_checkpoint: bool) -> None:
+    life = Life(limits_of(steps=40, initial_workers=4), checkpoint_every=4 if with_checkpoint else None)
+    life.run_until(lambda: life.step == 9)
+    current = life.state.current
+    assert current is not None
+    buddy = current.world.members[current.buddies[1]]
+    life.kill("w1")
+    life.kill(buddy)
+    life.run_until(lambda: life.state.activated == 1)
+    (recovery,) = life.state.recoveries
+    assert recovery.source == "checkpoint" and recovery.step == (7 if with_checkpoint else -1)
+    assert recovery.steps_lost == 8 - recovery.step
+    assert len(life.of_kind("rolled_back")) == 1
+    life.run_to_the_end()
+    _trained(life)
+
+
+def test_the_loss_of_everybody_sends_the_run_back_to_a_checkpoint() -> None:
+    life = Life(limits_of(steps=40), checkpoint_every=4)
+    life.run_until(lambda: life.step == 9)
+    life.kill("w0")
+    life.kill("w1")
+    life.tick()
+    assert phase_of(life.state, life.seen()) is RunPhase.RECOVERING
+    life.run_to_the_end()
+    _trained(life)
+    assert life.state.recoveries[0].step == 7
+
+
+def test_below_the_least_number_of_workers_the_run_waits_and_says_so() -> None:
+    life = Life(limits_of(steps=40, initial_workers=2, min_workers=2))
+    life.run_until(lambda: life.step == 5)
+    life.frozen = {"w2"}
+    life.kill("w1")
+    for _ in range(5):
+        life.tick()
+    assert phase_of(life.state, life.seen()) is RunPhase.RECOVERING
+    assert "waits for 1 more worker: 1 is there, workers.min is 2" in explain(life.limits, life.state, life.seen())
+    assert "w1 died" in explain(life.limits, life.state, life.seen())
+    life.frozen = set()
+    life.run_to_the_end()
+    _trained(life)
+    assert life.replayed <= 1
+
+
+def test_a_death_while_the_run_recovers() -> None:
+    life = Life(limits_of(steps=40, initial_workers=4))
+    life.run_until(lambda: life.step == 5)
+    life.kill("w1")
+    life.run_until(lambda: life.state.next is not None)
+    life.kill("w3")
+    life.run_to_the_end()
+    _trained(life)
+    (recovery,) = life.state.recoveries
+    assert recovery.lost == ("w1", "w3") and recovery.to_size == 2 and life.replayed <= 1
+
+
+@pytest.mark.parametrize("moment", ["prepare", "fence", "moving", "activated"])
+@pytest.mark.parametrize("victim", ["w0", "w1"])
+def test_a_member_lost_in_a_rescale(moment: str, victim: str) -> None:
+    life = Life(limits_of(steps=60, initial_workers=3))
+    life.run_until(lambda: life.step == 4)
+    life.scale(4)
+    life.run_until(
+        lambda: {
+            "prepare": life.state.next is not None,
+            "fence": life.state.fence is not None,
+            "moving": life.reports["w2"].phase is Phase.MOVING,
+            "activated": life.state.activated == 1,
+        }[moment]
+    )
+    life.kill(victim)
+    life.run_to_the_end()
+    _trained(life)
+    assert life.replayed <= 1 and life.state.recoveries[0].steps_lost == 0
+    assert len(life.done_by[-1]) == 4
+
+
+def test_a_member_that_does_not_stop_is_killed() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    life.frozen = {"w1"}
+    life.stop("w0")
+    life.run_until(lambda: "w1" in life.lost, max_ticks=8)
+    life.run_to_the_end()
+    _trained(life)
+    assert [note.fields["kind"] for note in life.of_kind("worker_lost")] == ["hang"]
+
+
+def test_without_anybody_lost_the_same_members_go_on() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    life.stop("w1")
+    life.run_to_the_end()
+    _trained(life)
+    assert life.state.recoveries[0].kind == "network" and life.state.recoveries[0].lost == ()
+    assert {len(members) for members in life.done_by} == {3}
+
+
+def test_a_loss_before_the_last_checkpoint_is_complete() -> None:
+    life = Life(limits_of(initial_workers=3))
+    life.run_until(lambda: life.step == 11)
+    life.kill("w2")
+    life.run_to_the_end()
+    _trained(life)
+    assert life.committed == 11
+
+
+def test_a_member_lost_while_the_first_world_is_made_is_replaced() -> None:
+    life = Life(limits_of(initial_workers=2))
+    life.run_until(lambda: life.state.next is not None)
+    life.kill("w1")
+    life.run_to_the_end()
+    _trained(life)
+    assert set(life.done_by) == {("w0", "w2")}
+
+
+def test_whoever_left_is_kept_until_the_new_world_has_committed_a_step() -> None:
+    life = Life(limits_of(steps=40, initial_workers=2))
+    life.run_until(lambda: life.step == 4)
+    life.scale(1)
+    life.run_until(lambda: life.state.activated == 1)
+    assert "w1" in life.state.crew and life.state.settled < 1
+    life.run_until(lambda: "w1" not in life.state.crew)
+    assert life.state.settled == 1
+
+
+def test_an_error_of_its_own_is_a_loss_too() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    life.frozen = {"w1"}
+    life.say("w1", phase=Phase.FAILED, error=WorkerError("internal", "a bug", "Traceback: line 3"))
+    life.run_to_the_end()
+    _trained(life)
+    assert life.state.recoveries[0].kind == "internal" and life.state.recoveries[0].lost == ("w1",)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    wishes=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4)), max_size=4),
+    deaths=st.lists(st.tuples(st.integers(3, 90), st.integers(0, 5)), max_size=5),
+    standby=st.integers(0, 1),
+    every=st.sampled_from([None, 5]),
+)
+def test_every_step_is_published_once_whoever_dies_when(
+    wishes: list[tuple[int, int]], deaths: list[tuple[int, int]], standby: int, every: int | None
+) -> None:
+    """The end comes, whatever happens, and a step that was committed is done again only if a whole state was lost."""
+    life = Life(limits_of(steps=40, standby=standby, initial_workers=3), checkpoint_every=every)
+    for tick in range(600):
+        if life.state.outcome is not None:
+            break
+        for at_tick, workers in wishes:
+            if at_tick == tick:
+                life.scale(workers)
+        for at_tick, number in deaths:
+            alive = [w for w in life.state.crew if w not in life.lost]
+            if at_tick == tick and alive:
+                life.kill(alive[number % len(alive)])
+        life.tick()
+    if life.state.outcome is RunPhase.FAILED:
+        assert "in a row" in life.state.why and len(deaths) >= 3
+        return
+    _trained(life)
+    for recovery in life.state.recoveries:
+        assert recovery.source == "checkpoint" or recovery.steps_lost == 0
+    assert sorted(r.generation for r in life.state.recoveries) == [r.generation for r in life.state.recoveries]
