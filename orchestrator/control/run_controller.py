@@ -175,7 +175,8 @@ class RunController:
             if answer is not None:
                 self._take(answer)
         now_s = time.monotonic()
-        self._crew.poll(now_s, eager=self._memory.state.next is not None)
+        state = self._memory.state
+        self._crew.poll(now_s, eager=state.next is not None or state.is_recovering)
         self._ask_records(now_s)
         self._facilities.look_at_preparation(now_s)
         self._facilities.tracker.tend(now_s)

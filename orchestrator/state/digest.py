@@ -1,10 +1,10 @@
 """Digests of named tensors that don't depend on how a tensor is cut: equal before and after a transfer, or a bit moved.
 
-The digest of elements x_i (their bits, as unsigned integers) is sum_i x_i * r_i modulo 2^64, a multilinear hash (Carter
-and Wegman, 1979) with odd pseudo-random r_i. Digests of disjoint ranges add up to the tensor's, so each rank hashes
-what it holds, whoever holds the rest. It is chosen apart from the transfer plan, so that a wrong plan can't hide.
-A changed element always changes it, since r_i is odd. It guards against mistakes and bad memory, not against an enemy;
-tests compare sha256 as well. About 1 ns per element and core.
+A tensor is read as 64-bit words, from its first element on. The digest of words w_j is sum_j w_j * r_j modulo 2^64, a
+multilinear hash (Carter and Wegman, 1979) with odd pseudo-random r_j. Digests of disjoint ranges add up to the tensor's,
+also where a word is cut, so each rank hashes what it holds, whoever holds the rest. It is chosen apart from the transfer
+plan, so that a wrong plan can't hide. A changed element always changes it, since r_j is odd. It guards against mistakes
+and bad memory, not against an enemy; tests compare sha256 as well. About 0.3 ns per fp32 element and core.
 """
 
 from collections.abc import Sequence
@@ -18,32 +18,42 @@ from torch import Tensor
 from orchestrator.comm.peers import PeerGroup
 from orchestrator.state.ranges import NamedRanges
 
-PERIOD = 1 << 15  # elements of one table; its products stay in the L2 cache
+WORD = 8  # bytes
+PERIOD = 1 << 15  # words of one table, which stays in the L2 cache
 _TABLE = np.random.Generator(np.random.Philox(key=20)).integers(0, 2**64, PERIOD, dtype=np.uint64) | np.uint64(1)
 _MASK = (1 << 64) - 1
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(start: int, data: Tensor) -> int:
     """The digest of a flat tensor as elements [start, start + numel) of a whole, in [0, 2^64)."""
-    bits = _bits(data)
-    total = 0
-    position, end = start, start + len(bits)
-    scratch = np.empty(PERIOD, dtype=np.uint64)
-    while position < end:
-        block, offset = divmod(position, PERIOD)
-        count = min(PERIOD - offset, end - position)
-        part = scratch[:count]
-        here = position - start
-        np.multiply(bits[here : here + count], _TABLE[offset : offset + count], out=part, casting="unsafe")
-        total += int(part.sum(dtype=np.uint64)) * _block_key(block)
-        position += count
+    raw = data.detach().cpu().contiguous().view(torch.uint8).numpy()
+    begin = start * data.element_size()  # bytes from the whole's beginning
+    lead = min(-begin % WORD, len(raw))
+    body = (len(raw) - lead) // WORD * WORD
+    first = (begin + lead) // WORD
+    total = _of_words(first, raw[lead : lead + body].view(np.uint64))
+    total += _of_words(begin // WORD, _padded(raw[:lead], begin % WORD)) if lead else 0
+    total += _of_words(first + body // WORD, _padded(raw[lead + body :], 0))
     return total & _MASK
 
 
-def _bits(data: Tensor) -> NDArray[np.unsignedinteger[np.typing.NBitBase]]:
-    array = data.detach().cpu().contiguous().view(_BITS[data.element_size()]).numpy()
-    return array.view(f"u{data.element_size()}")
+def _padded(part: NDArray[np.uint8], at: int) -> NDArray[np.uint64]:
+    """A word that has only these bytes of it, from the byte `at` on."""
+    word = np.zeros(WORD, dtype=np.uint8)
+    word[at : at + len(part)] = part
+    return word.view(np.uint64)
+
+
+def _of_words(first: int, words: NDArray[np.uint64]) -> int:
+    """The digest of words that begin with the whole's word `first`."""
+    total, position, end = 0, first, first + len(words)
+    while position < end:
+        block, offset = divmod(position, PERIOD)
+        count = min(PERIOD - offset, end - position)
+        here = position - first
+        total += int(np.dot(words[here : here + count], _TABLE[offset : offset + count])) * _block_key(block)
+        position += count
+    return total
 
 
 def _block_key(block: int) -> int:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 from orchestrator.protocol.messages import Directive, GenerationPlan
 from orchestrator.worker.desk import Desk
@@ -82,12 +83,14 @@ class Preparations:
                 threading.Thread(target=self._prepare, args=(plan,), name="prepare", daemon=True).start()
 
     def _prepare(self, plan: GenerationPlan) -> None:
+        began_s = time.perf_counter()
         try:
             prepared = prepare(self._workshop, plan)
         except Exception as error:  # whatever it is: the controller waits for an answer
             log.warning("generation %d could not be prepared: %s", plan.generation, error)
             self._desk.publish(failed_generation=plan.generation)
             return
+        log.info("generation %d is prepared, in %.3f s", plan.generation, time.perf_counter() - began_s)
         with self._lock:
             is_late = self._closed
             if not is_late:

@@ -259,6 +259,7 @@ class Trainer:
         if self._protection is not None:  # that of the old world: what was begun at the fence
             self._protection.acknowledged()
         prepared.close_transfer()
+        log.info("generation %d is ready: %s", plan.generation, handover)
         self._desk.publish(
             phase=Phase.READY,
             generation=plan.generation,
@@ -341,6 +342,7 @@ class Trainer:
                 self._protection.start(self._vault)
             else:
                 self._vault.drop_before(plan.generation)
+            log.info("generation %d begins after step %d", plan.generation, self._progress.step)
             return True
         if activated >= plan.generation:
             self._disengage()

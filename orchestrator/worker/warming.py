@@ -17,10 +17,12 @@ from orchestrator.model.batch import MicroBatch
 from orchestrator.model.building import alone, catalogue
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.protection import OFF
 
 
 def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
-    """Touch as much memory as a fence needs, an old and a new shard, and give it back to the allocator.
+    """Touch as much memory as a fence needs, an old and a new shard with their snapshots, and give it back to the
+    allocator.
 
     Workers keep what they have freed (`orchestrator.control.crew`), so no fence waits for the kernel to find and clear
     pages. Sized for worlds of at least `workers.initial`; a move to a smaller one may still have to ask for more.
@@ -33,7 +35,11 @@ def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
     dense = sum(p.numel for p in params if p.expert is None)
     experts = sum(p.numel for p in params if p.expert is not None) / min(world_size, spec.model.num_experts)
     weight_bytes = 2 if spec.train.precision == "bf16" else 4
-    num_bytes = int(2 * (dense + experts) * weight_bytes + 3 * 4 * (dense / world_size + experts)) * 2
+    state = (dense + experts) * weight_bytes + 3 * 4 * (dense / world_size + experts)
+    own = 2 * state  # two snapshots, the one being written included
+    kept = 2 * (3 * 4 * (dense / world_size + experts) + experts * weight_bytes)
+    gradients = (dense + experts) * weight_bytes
+    num_bytes = int(state + gradients + (own + kept if spec.protection != OFF and spec.workers.max > 1 else 0)) * 2
     torch.zeros(num_bytes, dtype=torch.uint8).fill_(1)
     return num_bytes
 

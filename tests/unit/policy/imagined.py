@@ -191,9 +191,9 @@ class Life:
         order = self.directive
         self.say(worker, seen=order.seq)
         current = self.state.current
-        if current is not None and order.aborted >= current.generation and worker in current.world:
-            if report.phase in (Phase.TRAINING, Phase.MOVING, Phase.FINISHED):
-                return self.stop(worker)
+        is_over = current is not None and order.aborted >= current.generation and worker in current.world
+        if is_over and report.phase in (Phase.TRAINING, Phase.MOVING, Phase.FINISHED):
+            return self.stop(worker)
         if order.next is not None and worker in self.state.involved and report.prepared < order.next.generation:
             if all(w not in self.lost for w in order.next.involved):
                 self.say(worker, prepared=order.next.generation)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from orchestrator.comm.peers import PeerGroup
-from orchestrator.state.digest import _TABLE, PERIOD, StateDigests, _block_key, differing, digest
+from orchestrator.state.digest import _TABLE, PERIOD, WORD, StateDigests, _block_key, differing, digest
 from orchestrator.state.ranges import NamedRanges
 
 WRAP = 1 << 64
@@ -26,12 +26,13 @@ def _values(numel: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_digest_is_the_sum_that_its_formula_says(dtype: torch.dtype) -> None:
-    data = _values(9, dtype)
-    start = PERIOD - 4  # crosses into the next block
+    data = _values(41, dtype)
+    itemsize = data.element_size()
+    start = PERIOD * WORD // itemsize - 3  # in the middle of a word, and across the end of a block
     total = 0
-    for i, element in enumerate(data.view(torch.uint8).reshape(9, -1)):
-        block, offset = divmod(start + i, PERIOD)
-        total += int.from_bytes(bytes(element.tolist()), "little") * int(_TABLE[offset]) % WRAP * _block_key(block)
+    for at, byte in enumerate(data.view(torch.uint8).tolist(), start=start * itemsize):
+        block, offset = divmod(at // WORD, PERIOD)
+        total += (byte << 8 * (at % WORD)) * int(_TABLE[offset]) * _block_key(block)
     assert digest(start, data) == total % WRAP
 
 
