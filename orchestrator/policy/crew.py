@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import STALL_STEPS
 from orchestrator.policy.run_state import Action, Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import Wish
@@ -42,7 +43,7 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         return Decision(state)
     wanted = workers_to_hold(limits, state.wish, seen.step + 1)
     missing = wanted - len(state.crew)
-    if missing > 0 and _is_moving(state, seen):
+    if missing > 0 and _is_moving(limits, state, seen):
         return Decision(state)
     if missing > 0:
         first = state.num_spawned
@@ -55,15 +56,18 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     return Decision(_forget_failed_spawns(state, seen))
 
 
-def _is_moving(state: RunState, seen: Observation) -> bool:
+def _is_moving(limits: RunLimits, state: RunState, seen: Observation) -> bool:
     """A move is under way, or the new world has done its first few steps at most: a starting worker would take the
     processors from those who are in it, for a standby that isn't needed before it is over."""
     if state.current is None:
         return False
+    if state.is_recovering:  # without it, unless too few are left
+        there = len([w for w in state.members if w in state.crew]) + len(warm_standbys(state, seen))
+        return there >= limits.min_workers
     is_planned = state.next is not None
     changes = [r.step for r in state.rescales[-1:]] + [r.step for r in state.recoveries[-1:]]
     newest = max(changes, default=None)
-    is_new = newest is not None and not state.is_recovering and seen.step <= newest + STALL_STEPS
+    is_new = newest is not None and seen.step <= newest + STALL_STEPS
     return is_planned or is_new
 
 
