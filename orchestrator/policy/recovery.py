@@ -68,11 +68,11 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if not gone:
         return Decision(state)
     losses = tuple(
-        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else kind_of_loss(seen, w), seen.step, seen.now_s)
+        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(seen, w), seen.step, seen.now_s)
         for w in gone
     )
     notes = tuple(
-        Note("worker_lost", {"worker": loss.worker, "kind": loss.kind, "why": gone[loss.worker], "member": True})
+        Note("worker_lost", {"worker": loss.worker, "cause": loss.cause, "why": gone[loss.worker], "member": True})
         for loss in losses
     )
     buried = replace(
@@ -125,7 +125,7 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
     return _abandoned(over, seen, plan.generation, why)
 
 
-def kind_of_loss(seen: Observation, worker: str) -> str:
+def cause_of_loss(seen: Observation, worker: str) -> str:
     """The class of a failure, by what is known of it."""
     report = seen.reports.get(worker)
     if worker in seen.lost or report is None or report.error is None:
@@ -156,11 +156,11 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
     if account is None:
         return None
     lost = tuple(w for w in state.members if w not in state.crew)
-    kinds = [loss.kind for loss in state.losses if loss.worker in lost]
+    causes = [loss.cause for loss in state.losses if loss.worker in lost]
     return replace(
         account,
         lost=lost,
-        kind=kinds[0] if kinds else account.kind,
+        cause=causes[0] if causes else account.cause,
         step=step,
         why=state.why,
         source=source,

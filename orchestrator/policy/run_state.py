@@ -21,7 +21,7 @@ class Loss:
 
     worker: str
     node: str
-    kind: str
+    cause: str
     step: int
     time_s: float
 

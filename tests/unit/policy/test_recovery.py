@@ -25,7 +25,7 @@ def test_survivors_go_on_at_once_and_the_lost_one_is_replaced() -> None:
     life.run_until(lambda: life.state.activated == 1)
     assert life.state.members == ("w0", "w1", "w3")
     (recovery,) = life.state.recoveries
-    assert (recovery.from_size, recovery.to_size, recovery.lost, recovery.kind) == (4, 3, ("w2",), "worker")
+    assert (recovery.from_size, recovery.to_size, recovery.lost, recovery.cause) == (4, 3, ("w2",), "worker")
     assert recovery.source == "memory" and recovery.steps_lost == 0 and recovery.steps_replayed <= 1
     assert recovery.step >= committed
     life.run_to_the_end()
@@ -144,7 +144,7 @@ def test_a_member_that_does_not_stop_is_killed() -> None:
     life.run_until(lambda: "w1" in life.lost, max_ticks=8)
     life.run_to_the_end()
     _trained(life)
-    assert [note.fields["kind"] for note in life.of_kind("worker_lost")] == ["hang"]
+    assert [note.fields["cause"] for note in life.of_kind("worker_lost")] == ["hang"]
 
 
 def test_without_anybody_lost_the_same_members_go_on() -> None:
@@ -153,7 +153,7 @@ def test_without_anybody_lost_the_same_members_go_on() -> None:
     life.stop("w1")
     life.run_to_the_end()
     _trained(life)
-    assert life.state.recoveries[0].kind == "network" and life.state.recoveries[0].lost == ()
+    assert life.state.recoveries[0].cause == "network" and life.state.recoveries[0].lost == ()
     assert {len(members) for members in life.done_by} == {3}
 
 
@@ -192,7 +192,7 @@ def test_an_error_of_its_own_is_a_loss_too() -> None:
     life.say("w1", phase=Phase.FAILED, error=WorkerError("internal", "a bug", "Traceback: line 3"))
     life.run_to_the_end()
     _trained(life)
-    assert life.state.recoveries[0].kind == "internal" and life.state.recoveries[0].lost == ("w1",)
+    assert life.state.recoveries[0].cause == "internal" and life.state.recoveries[0].lost == ("w1",)
 
 
 @settings(max_examples=150, deadline=None)
