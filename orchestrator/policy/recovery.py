@@ -14,6 +14,7 @@ from orchestrator.elastic.cut import Cut, Holding, newest_cut, placement_of_cut,
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.policy.crew import why_gone
+from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S, is_silent, stuck
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import BLAME_S, MAX_FAILED_MOVES, warm_standbys, with_plan
 from orchestrator.policy.run_state import Decision, Dismiss, Loss, Note, Observation, RunState
@@ -33,6 +34,8 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if state.is_recovering:
         return _notice_broken_recovery(state, seen)
     gone = {w: why for w in state.members if (why := why_gone(seen, w))}
+    if not gone and (hanging := stuck(state, seen)) is not None:
+        gone = {hanging: f"{hanging} hangs: its peers have waited for it for {seen.idle_s:.0f} s"}
     stopped = [w for w in state.members if w not in gone and _stopped_in(seen, w) == current.generation]
     broken = _broken_behind_fence(state, seen)
     if not gone and not stopped and not broken:
@@ -62,9 +65,13 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if not state.is_recovering or state.aborted_s is None:
         return Decision(state)
     gone = {w: why for w in state.crew if w in state.members and (why := why_gone(seen, w))}
-    late = seen.now_s - state.aborted_s >= STOP_S
-    hung = [w for w in state.crew if w in state.members and w not in gone and late and not _has_stopped(state, seen, w)]
-    gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in hung}
+    rest = [w for w in state.crew if w in state.members and w not in gone and not _has_stopped(state, seen, w)]
+    if seen.now_s - state.aborted_s >= STOP_S:
+        gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in rest}
+    elif seen.now_s - state.aborted_s >= SILENT_WHEN_STOPPING_S:
+        silent = [w for w in rest if is_silent(seen, w, SILENT_WHEN_STOPPING_S)]
+        gone |= {w: f"{w} did not answer when its peers had lost somebody" for w in silent}
+    hung = [w for w in gone if w in rest or is_silent(seen, w)]
     if not gone:
         return Decision(state)
     losses = tuple(
@@ -165,8 +172,14 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
         why=state.why,
         source=source,
         steps_replayed=max(0, max(account.step, seen.step) - step),
-        steps_lost=max([0, *(r.committed - step for w in state.members if (r := seen.reports.get(w)))]),
+        steps_lost=max(0, _committed(state, seen) - step),
     )
+
+
+def _committed(state: RunState, seen: Observation) -> int:
+    """The newest step that survivors know to be committed; without any, the newest that was published."""
+    known = [report.committed for w in state.members if (report := seen.reports.get(w)) is not None]
+    return max(known, default=seen.progress.watermark)
 
 
 def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

@@ -39,7 +39,7 @@ def _four(on: Cluster, name: str, steps: int = 300, **changes: Any) -> dict[str,
 
 def _ended_well(on: Cluster, name: str, steps: int = 300) -> RunStatus:
     status = on.end_of(name)
-    assert status.phase is RunPhase.SUCCEEDED, status
+    assert status.phase is RunPhase.SUCCEEDED, (status.error, status.traceback)
     on.assert_every_step_once(name, steps)
     on.assert_nothing_left(name, [])
     return status

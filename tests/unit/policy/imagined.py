@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from orchestrator.elastic.cut import Holding
+from orchestrator.policy.endings import publishable
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, absorb
@@ -262,7 +263,7 @@ class Life:
 
     def _publish(self) -> None:
         """What can't be lost any more, and comes next, becomes known."""
-        safe = self.seen().committed
+        safe = publishable(self.state, self.seen())
         while (step := self.progress.watermark + 1) <= safe and step in self.pending:
             self.progress = absorb(self.progress, [self.pending.pop(step)])
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.policy.lifecycle import explain, phase_of
+from orchestrator.policy.lifecycle import decide, explain, phase_of
+from orchestrator.policy.run_state import Dismiss
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
@@ -193,6 +194,25 @@ def test_an_error_of_its_own_is_a_loss_too() -> None:
     life.run_to_the_end()
     _trained(life)
     assert life.state.recoveries[0].cause == "internal" and life.state.recoveries[0].lost == ("w1",)
+
+
+def test_a_member_that_answers_nothing_is_given_up_and_killed() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    decision = decide(life.limits, life.state, life.seen(silence_s={"w1": 9.0}))
+    assert decision.state.is_recovering and "w1 has not answered for 9 s" in decision.state.why
+    assert Dismiss("w1") in decision.actions and "w1" not in decision.state.crew
+
+
+def test_of_members_that_all_answer_the_one_with_the_fewest_collectives_hangs() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    for worker, number in {"w0": 7, "w1": 6, "w2": 7}.items():
+        life.say(worker, collective=number)
+    assert decide(life.limits, life.state, life.seen(idle_s=29.0)).state.aborted < 0
+    assert "w1 hangs" in decide(life.limits, life.state, life.seen(idle_s=31.0)).state.why
+    life.say("w2", collective=6)  # two: it may be the network between them
+    assert decide(life.limits, life.state, life.seen(idle_s=31.0)).state.aborted < 0
 
 
 @settings(max_examples=150, deadline=None)
