@@ -168,8 +168,8 @@ class Crew:
         if answer.method == "report":
             self._polled_s.pop(worker, None)
             self._rested_s[worker] = time.monotonic()
-        if worker not in self._handles:
-            return None  # let go meanwhile
+        if worker not in self._handles or answer.method == "kill":
+            return None  # let go meanwhile; and what a killing has led to shows elsewhere
         error = answer.future.exception()
         if error is not None:
             self._lose(worker, reason_of(error))

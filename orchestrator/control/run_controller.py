@@ -113,6 +113,23 @@ class RunController:
         """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
         return self._aim(self._target.workers, how, reason)
 
+    def kill_worker(self, rank: int | None) -> str:
+        """Kill a member's process, as a fault would: the highest rank, or the one named. Returns the worker's id.
+
+        Raises:
+            UsageError: nobody has this rank now.
+        """
+        members = self._memory.state.members
+        if not members or not -1 <= (-1 if rank is None else rank) < len(members):
+            raise UsageError(
+                f"rank {rank if rank is not None else 'any'} asked for; {self._run_id} has {len(members)} members now",
+                remedy="Name a rank from 0 to one less than that.",
+                unchanged="Nobody was killed.",
+            )
+        worker = members[-1 if rank is None else rank]
+        self._crew.kill(worker)
+        return worker
+
     def _aim(self, workers: int, finish: Finish, reason: str) -> Target:
         with self._heard:
             if self._memory.state.outcome is not None or self._target.finish not in (Finish.NO, finish):

@@ -79,7 +79,10 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         for w in gone
     )
     notes = tuple(
-        Note("worker_lost", {"worker": loss.worker, "cause": loss.cause, "why": gone[loss.worker], "member": True})
+        Note(
+            "worker_lost",
+            {"worker": loss.worker, "step": loss.step, "cause": loss.cause, "why": gone[loss.worker], "member": True},
+        )
         for loss in losses
     )
     buried = replace(
