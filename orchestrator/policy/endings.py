@@ -5,12 +5,11 @@ from dataclasses import replace
 from orchestrator.policy.crew import traceback_of, why_gone
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import MAX_FAILED_MOVES
-from orchestrator.policy.run_state import Commit, Decision, Observation, RunState, ended
+from orchestrator.policy.run_state import USER_ERROR, Commit, Decision, Observation, RunState, ended
 from orchestrator.protocol.messages import Finish, Phase, ShardWritten
 from orchestrator.protocol.status import RunPhase
 
 MAX_FAILED_SPAWNS = 3  # in a row
-USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
 
 

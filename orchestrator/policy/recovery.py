@@ -17,13 +17,15 @@ from orchestrator.policy.crew import why_gone
 from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S, is_silent, stuck
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import BLAME_S, MAX_FAILED_MOVES, warm_standbys, with_plan
-from orchestrator.policy.run_state import Decision, Dismiss, Loss, Note, Observation, RunState
+from orchestrator.policy.run_state import USER_ERROR, Decision, Dismiss, Loss, Note, Observation, RunState, ended
 from orchestrator.policy.schedule import SizeChange, Wish, wanted_size
-from orchestrator.protocol.messages import Phase, Source
-from orchestrator.protocol.status import Recovery
+from orchestrator.protocol.messages import Phase, Source, WorkerError
+from orchestrator.protocol.status import Recovery, RunPhase
 
 STOP_S = 3.0  # a member whose generation was aborted stops within this, or is taken for hung
 MAX_LOSSES = 64  # kept for judging what to do about the next one
+MAX_USER_ERRORS = 2  # in the same step: then it is no accident
+MAX_FRUITLESS = 5  # recoveries in a row after which no step was done
 
 
 def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -40,7 +42,9 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     broken = _broken_behind_fence(state, seen)
     if not gone and not stopped and not broken:
         return Decision(state)
-    why = next(iter(gone.values()), "") or broken or f"{', '.join(stopped)} can't reach a peer"
+    own = _own_errors(seen, stopped)
+    told = [f"{worker} failed: {error.kind}: {error.message}" for worker, error in own]
+    why = next(iter([*gone.values(), *told]), "") or broken or f"{', '.join(stopped)} can't reach a peer"
     newest = current.generation if state.next is None else state.next.generation
     over = replace(
         state,
@@ -55,8 +59,13 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     )
     if gone or stopped:
         note = Note("generation_aborted", {"generation": current.generation, "step": seen.step, "why": why})
-        account = Recovery(current.generation, (), "network", current.world.size, 0, seen.step, why)
-        return Decision(replace(over, recovery=account), (note,))
+        account = Recovery(
+            current.generation, (), own[0][1].kind if own else "network", current.world.size, 0, seen.step, why
+        )
+        losses = tuple(Loss(w, seen.nodes.get(w, ""), error.kind, seen.step, seen.now_s) for w, error in own)
+        known = (*state.losses, *losses)[-MAX_LOSSES:]
+        traceback = own[0][1].traceback if own else ""
+        return Decision(replace(over, recovery=account, losses=known, traceback=traceback), (note,))
     return _abandoned(over, seen, newest, why)
 
 
@@ -101,6 +110,8 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     survivors = tuple(w for w in state.members if w in state.crew)
     if not all(_has_stopped(state, seen, w) for w in survivors):
         return Decision(state)
+    if hopeless := _hopeless(state, seen):
+        return ended(state, RunPhase.FAILED, hopeless, state.traceback)
     cut = newest_cut(_worlds(state), _held(state, seen))
     if cut is None:
         return _fall_back(limits, state, seen)
@@ -141,6 +152,17 @@ def cause_of_loss(seen: Observation, worker: str) -> str:
     if worker in seen.lost or report is None or report.error is None:
         return "worker"
     return report.error.kind
+
+
+def _hopeless(state: RunState, seen: Observation) -> str:
+    """Why another attempt would end like the ones before; empty if it may not."""
+    same = [loss for loss in state.losses if loss.cause == USER_ERROR and loss.step == seen.step]
+    if len(same) >= MAX_USER_ERRORS:
+        return f"the same error {len(same)} times after step {seen.step}: {state.why}"
+    fruitless = [recovery for recovery in state.recoveries[-MAX_FRUITLESS:] if recovery.step >= seen.step]
+    if len(fruitless) >= MAX_FRUITLESS:
+        return f"{len(fruitless)} recoveries in a row without a step; {state.why}"
+    return ""
 
 
 def _planned_from(
@@ -259,6 +281,12 @@ def _has_stopped(state: RunState, seen: Observation, member: str) -> bool:
 def _stopped_in(seen: Observation, worker: str) -> int:
     report = seen.reports.get(worker)
     return report.stopped if report is not None else -1
+
+
+def _own_errors(seen: Observation, workers: Iterable[str]) -> list[tuple[str, WorkerError]]:
+    """Errors of these workers that are more than a lost peer."""
+    errors = [(worker, report.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
+    return [(worker, error) for worker, error in errors if error is not None and error.kind != "peer_lost"]
 
 
 def _failed_generation(seen: Observation, worker: str) -> int:

@@ -14,6 +14,8 @@ from orchestrator.policy.schedule import Wish
 from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Phase, Report, Restore, ShardWritten, Target
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
 
+USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
+
 
 @dataclass(frozen=True)
 class Loss:

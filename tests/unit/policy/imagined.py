@@ -83,6 +83,7 @@ class Life:
     replayed: int = 0  # steps done again
     snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
     frozen: set[str] = field(default_factory=set)  # workers that do nothing
+    holds_still: bool = False  # no step gets done
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -288,7 +289,7 @@ class Life:
     def _train(self) -> None:
         """One step, if all members train; the vote is taken at its end."""
         current = self.state.current
-        if current is None or any(w in self.lost for w in current.world.members):
+        if self.holds_still or current is None or any(w in self.lost for w in current.world.members):
             return
         members = current.world.members
         if any(w not in self.reports or self.reports[w].phase is not Phase.TRAINING for w in members):

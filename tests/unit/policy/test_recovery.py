@@ -215,6 +215,47 @@ def test_of_members_that_all_answer_the_one_with_the_fewest_collectives_hangs() 
     assert decide(life.limits, life.state, life.seen(idle_s=31.0)).state.aborted < 0
 
 
+def _fails_by_itself(life: Life, worker: str, kind: str) -> None:
+    life.stop(worker)
+    life.say(worker, error=WorkerError(kind, "no such key", "Traceback: line 7"))
+
+
+def test_the_same_user_error_twice_in_a_step_ends_the_run_with_its_traceback() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    life.holds_still = True
+    _fails_by_itself(life, "w1", "user_error")
+    life.run_until(lambda: life.state.activated == 1 and life.reports["w1"].phase is Phase.TRAINING)
+    assert life.state.recoveries[0].cause == "user_error"
+    _fails_by_itself(life, "w0", "user_error")
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=8)
+    assert life.state.outcome is RunPhase.FAILED and "no such key" in life.state.why
+    assert life.state.traceback == "Traceback: line 7"
+
+
+def test_a_user_error_that_does_not_come_again_is_lived_through() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    _fails_by_itself(life, "w1", "user_error")
+    life.run_to_the_end()
+    _trained(life)
+    assert {len(members) for members in life.done_by} == {3}
+
+
+def test_recoveries_that_lead_to_no_step_come_to_an_end() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    life.holds_still = True
+    for generation in range(1, 7):
+        _fails_by_itself(life, "w1", "internal")
+        if generation < 6:
+            life.run_until(
+                lambda g=generation: life.state.activated == g and life.reports["w1"].phase is Phase.TRAINING
+            )
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=8)
+    assert "recoveries in a row without a step" in life.state.why
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     wishes=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4)), max_size=4),
