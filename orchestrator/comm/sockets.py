@@ -23,7 +23,7 @@ LOOPBACK = "127.0.0.1"
 
 _lock = threading.Lock()
 _device: Any = None
-_port = -1
+_address, _port = "", -1  # where it listens
 _peers: "WeakKeyDictionary[Any, set[Address]]" = WeakKeyDictionary()  # where the peers of living groups listen
 
 
@@ -34,20 +34,21 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedelta, address: str = LOOPBACK) -> Any:
+def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedelta, address: str | None = None) -> Any:
     """A gloo group over the shared device. Collective over its `size` members.
 
     Args:
-        address: where this process can be reached, as `local_address` says.
+        address: where this process can be reached, as `local_address` says; the same for all of its groups. None: where
+            its earlier groups are reached, on loopback if there were none.
 
     Raises:
-        RuntimeError: a peer did not come within `timeout`.
+        RuntimeError: a peer did not come within `timeout`, or earlier groups are reached elsewhere.
     """
     named = PrefixStore(prefix, store)
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [_shared_device(address)]
     options._timeout = timeout
-    named.set(f"listens/{rank}", f"{address}:{_port}")
+    named.set(f"listens/{rank}", f"{_address}:{_port}")
     group = dist.ProcessGroupGloo(named, rank, size, options)
     told = [address.decode().rpartition(":") for address in named.multi_get([f"listens/{p}" for p in range(size)])]
     with _lock:
@@ -73,13 +74,16 @@ def shut_connections() -> int:
     return shut
 
 
-def _shared_device(address: str) -> Any:
-    global _device, _port
+def _shared_device(address: str | None) -> Any:
+    global _device, _address, _port
     with _lock:
         if _device is None:
             before = _listening_ports()
-            _device = dist.ProcessGroupGloo.create_device(hostname=address)
+            _address = address or LOOPBACK
+            _device = dist.ProcessGroupGloo.create_device(hostname=_address)
             (_port,) = _listening_ports() - before
+        elif address not in (None, _address):  # peers would be told the one and find nobody there
+            raise RuntimeError(f"this process's gloo groups are reached at {_address}, a new one can't be at {address}")
         return _device
 
 
