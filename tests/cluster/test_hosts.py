@@ -1,6 +1,7 @@
 """The hosts that other tests here run on: they are apart, they are joined, and nothing of them is left."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.support.hosts import Hosts, until
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.timeout(300),
     pytest.mark.skipif(Hosts.available() is not None, reason=str(Hosts.available())),
 ]
 
@@ -107,9 +109,9 @@ def test_a_killed_host_takes_its_processes_along_and_no_others(hosts: Hosts) -> 
     assert hosts.processes(1) == [] and survivor.poll() is None
 
 
-def test_nothing_is_left_of_them() -> None:
+def test_nothing_is_left_of_them_whatever_happens() -> None:
     links, mounts = _links(), _mounts()
-    with Hosts(2) as hosts:
+    with pytest.raises(KeyboardInterrupt), Hosts(2) as hosts:
         hosts.start_ray()
         namespaces = _namespaces(p.pid for i in (0, 1) for p in hosts.processes(i))
         assert len(namespaces) == 2  # of the network, one per host
@@ -118,6 +120,7 @@ def test_nothing_is_left_of_them() -> None:
         assert (_links(), _mounts()) == (links, mounts)
         with pytest.raises(AssertionError, match="ended with 3"):
             hosts.run(1, ["sh", "-c", "exit 3"])
+        raise KeyboardInterrupt
     assert not [p for p in ours if p.is_running()]
     assert not namespaces & _namespaces(psutil.pids())
     assert (_links(), _mounts()) == (links, mounts) and not directory.exists()
@@ -128,23 +131,25 @@ import os, signal
 from tests.support.hosts import Hosts
 with Hosts(2) as hosts:
     hosts.popen(0, ["sleep", "600"])
-    print(*[hosts.processes(i)[0].pid for i in (0, 1)], flush=True)
+    print(hosts.directory, *[hosts.processes(i)[0].pid for i in (0, 1)], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_nothing_is_left_when_the_test_itself_is_killed() -> None:
+def test_nothing_goes_on_when_the_test_itself_is_killed() -> None:
     links = _links()
     maker = subprocess.run([sys.executable, "-c", MAKE_THEM_AND_DIE], stdout=subprocess.PIPE, text=True, timeout=20.0)
     assert maker.returncode == -signal.SIGKILL
-    inits = [int(pid) for pid in maker.stdout.split()]
+    directory, *inits = maker.stdout.split()
+    shutil.rmtree(directory)
     assert len(inits) == 2
-    until(lambda: not any(psutil.pid_exists(pid) for pid in inits), 10.0, "the end of what it had started")
+    until(lambda: not any(psutil.pid_exists(int(pid)) for pid in inits), 10.0, "the end of what it had started")
     assert _links() == links
 
 
 def _links() -> list[str]:
-    return subprocess.run(["ip", "-o", "link"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(["ip", "-o", "link"], stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    return [line.split()[1] for line in listed]
 
 
 def _mounts() -> list[str]:

@@ -8,13 +8,11 @@ import pytest
 import ray
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.calls import ask
-from orchestrator.control.host import find, names_of
 from orchestrator.control.run_files import RunFiles
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec, WorkersSpec
 from tests.support.driver import Driver
-from tests.support.hosts import Hosts
+from tests.support.hosts import Hosts, until
 from tests.support.texts import small_job
 
 pytestmark = [
@@ -60,15 +58,15 @@ def _cancel(driver: Driver, run: str) -> RunStatus:
     assert ended.phase is RunPhase.CANCELLED and ended.checkpoint_step == ended.step - 1
     account = driver.call(OrchestratorClient.audit, run)
     assert account.ok and account.steps == ended.step
-    assert driver.call(places, run) == {}
+    until(lambda: list(driver.call(places)) == ["scheduler"], 10.0, "the end of all that belonged to the run")
     return ended
 
 
-def places(client: OrchestratorClient, run: str) -> dict[str, tuple[str, int]]:
-    """Address of the host and process id there, by the name of what belongs to the run. In a driver."""
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    found = {name.removeprefix(f"{run}/"): find(name) for name in names_of(run) if name != f"{run}/controller"}
-    return {name: (addresses[ask(handle, "node")], ask(handle, "pid")) for name, handle in found.items()}
+def places(client: OrchestratorClient) -> dict[str, tuple[str, int]]:
+    """Address of its host and process id there, of every living actor that has a name. In a driver."""
+    actors = ray._private.state.actors().values()
+    living = [actor for actor in actors if actor["Name"] and actor["State"] == "ALIVE"]
+    return {actor["Name"]: (actor["Address"]["IPAddress"], actor["Pid"]) for actor in living}
 
 
 def _sockets(hosts: Hosts, index: int, pid: int, *options: str) -> list[tuple[str, str]]:
@@ -83,12 +81,13 @@ def test_workers_on_three_hosts_train_over_the_network(
 ) -> None:
     run = driver.call(OrchestratorClient.submit, _job("apart", texts, tmp_path))
     _until(driver, run, lambda s: s.step > 20)
-    found = driver.call(places, run)
-    head = hosts.addresses[0]
-    assert found.pop("rendezvous")[0] == found.pop("tracker")[0] == head
-    assert sorted(address for address, _ in found.values()) == list(hosts.addresses)
+    found = driver.call(places)
+    steering = {"scheduler", *(f"{run}/{name}" for name in ("controller", "rendezvous", "tracker"))}
+    workers = [place for name, place in found.items() if name not in steering]
+    assert {found[name][0] for name in steering} == {hosts.addresses[0]}
+    assert sorted(address for address, _ in workers) == list(hosts.addresses)
 
-    placed = [(hosts.addresses.index(address), pid) for address, pid in found.values()]
+    placed = [(hosts.addresses.index(address), pid) for address, pid in workers]
     listening = {here for index, pid in placed for here, _ in _sockets(hosts, index, pid, "--listening")}
     assert {place.partition(":")[0] for place in listening} == set(hosts.addresses)
     for index, pid in placed:
@@ -108,15 +107,13 @@ def test_a_host_that_is_killed_costs_no_committed_step(
 ) -> None:
     run = driver.call(OrchestratorClient.submit, _job("mortal", texts, tmp_path))
     _until(driver, run, lambda s: s.step > 20)
-    found = driver.call(places, run)
-    victim, (address, _) = next(
-        (name, place) for name, place in found.items() if name.startswith("worker/") and place[0] != hosts.addresses[0]
-    )
+    found = driver.call(places)
+    victim, (address, _) = next(entry for entry in found.items() if entry[1][0] != hosts.addresses[0])
     killed_time = time.time()
     hosts.kill_host(hosts.addresses.index(address))
     recovered = _until(driver, run, lambda s: bool(s.recoveries) and s.step > s.recoveries[0].step + 20)
     (recovery,) = recovered.recoveries
-    assert f"worker/{recovery.lost[0]}" == victim and len(recovery.lost) == 1
+    assert [f"{run}/worker/{worker}" for worker in recovery.lost] == [victim]
     assert (recovery.from_size, recovery.to_size, recovered.workers_now) == (3, 2, 2)
     assert recovery.steps_lost == 0 and recovery.source == "memory" and recovery.state_identical
     steps = {record.step: record for record in RunFiles(Path(recovered.run_dir)).steps()}

@@ -8,7 +8,7 @@ with Hosts(3) as hosts:
 
 A host is a pair of namespaces of the kernel, network and pid, that live as long as the first process in them, its
 init, which is ours. They have no names anywhere: when an init dies, the kernel kills whatever runs on its host and
-takes the network away, so nothing can be left behind, even if the test's own process is killed. A further host of that
+takes the network away, so nothing but files can stay, even if the test's own process is killed. A further host of that
 kind holds the bridge that joins the others, so nothing shows up in the machine's own network, and the addresses can't
 collide with any of its networks. Hosts can't reach the machine's network, and the test reaches them by `run` only.
 """
@@ -34,7 +34,7 @@ TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatev
 HEAD_PORT = 6379
 STARTED = "Ray runtime started"
 OBJECT_STORE_BYTES = 80_000_000  # close to the least that Ray takes
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0  # starting Ray takes 2 s a host on an idle machine of 2 cores
 COMMAND_TIMEOUT_S = 10.0
 GONE_TIMEOUT_S = 10.0
 
