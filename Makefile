@@ -1,5 +1,5 @@
 # A virtual environment of its own in .venv, installed once and again when the dependencies change.
-#   make demo      install, then train, scale and summarise one small run
+#   make demo      install, then train one small run, scale it, kill a worker in it and summarise
 #   make test      install what tests need, then run them
 #   make test-all  all tests, slow ones, several hosts and injected faults included
 #   make check     format, lint, types and architecture: what CI runs first
@@ -14,7 +14,7 @@ BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out benchmarks/__i
 .PHONY: demo test test-all check bench install clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/orchestrator run jobs/quickstart.yaml --local --name quickstart-$$(date +%m%d-%H%M%S)
+	$(BIN)/orchestrator run jobs/quickstart.yaml --local --kill-at 90 --name quickstart-$$(date +%m%d-%H%M%S)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/unit tests/architecture tests/integration -m "not slow"

@@ -110,6 +110,18 @@ class OrchestratorClient:
         target: Target = self._ask("scale", run_id, workers)
         return target
 
+    def kill_worker(self, run_id: str, rank: int | None = None) -> str:
+        """Kill the process of one member, the highest rank unless named, to see the run survive it.
+
+        Returns:
+            the worker's id.
+
+        Raises:
+            UsageError: nobody has this rank now, or the run has ended.
+            NotFound: there is no such run.
+        """
+        return str(self._ask("kill_worker", run_id, rank))
+
     def cancel(self, run_id: str) -> Target:
         """Ask the run to end early, with a checkpoint. Raises UsageError if it has ended, NotFound."""
         target: Target = self._ask("cancel", run_id)

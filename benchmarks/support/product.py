@@ -17,6 +17,7 @@ from orchestrator.control.calls import ask
 from orchestrator.control.connection import disconnect
 from orchestrator.control.host import find, names_of
 from orchestrator.control.journal import read_events
+from orchestrator.errors import OrchestratorError
 from orchestrator.policy.run_state import RunState
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.messages import GenerationPlan, Report
@@ -70,6 +71,28 @@ class LiveRun:
                 raise RuntimeError(f"waiting until {what}, but the run is {status.phase}: {status.error or status.why}")
             time.sleep(LOOK_EVERY_S)
         return status
+
+    def until_again(self, condition: Callable[[RunStatus], bool], what: str) -> RunStatus:
+        """`until`, where the controller that would answer may be away for a while."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self.until(condition, what)
+            except OrchestratorError:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(LOOK_EVERY_S)
+
+    def status(self) -> RunStatus:
+        return self._client.get(self._id)
+
+    def members(self) -> tuple[str, ...]:
+        """Of the generation that trains now, by rank."""
+        return self.plans()[max(self.plans())].world.members
+
+    def ask_for(self, workers: int) -> None:
+        """Wish for another size, and wait for nothing."""
+        self._client.scale(self._id, workers)
 
     def scale(self, workers: int, measured: bool = True) -> Request:
         """Ask for another size and wait until the run has it; `measured`: and until its stall is known."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from orchestrator.cli.wording import progress, rescale
+from orchestrator.cli.wording import progress, recovery, rescale
 from orchestrator.protocol.status import RunPhase, RunStatus
 
 LINE_EVERY_S = 5.0
@@ -63,7 +63,7 @@ class LiveProgress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._refreshes = self._stream.isatty()
-        self._told_rescales = 0
+        self._told_rescales = self._told_recoveries = 0
         self._warned = False
         self._phase: RunPhase | None = None
         self._line = ""
@@ -74,9 +74,14 @@ class LiveProgress:
             if change.stall_s is None and not status.phase.ended:
                 break  # told when it has been measured
             self._told_rescales += 1
-            self._keep(f"{status.run_id} rescaled {rescale(change)}")
+            self.keep(f"{status.run_id} rescaled {rescale(change)}")
+        for loss in status.recoveries[self._told_recoveries :]:
+            if loss.stall_s is None and not status.phase.ended:
+                break
+            self._told_recoveries += 1
+            self.keep(f"{status.run_id} recovered: {recovery(loss)}")
         if status.warning and not self._warned:
-            self._keep(f"{status.run_id} goes on, but {status.warning}")
+            self.keep(f"{status.run_id} goes on, but {status.warning}")
         self._warned = bool(status.warning)
         line = progress(status)
         if self._refreshes:
@@ -92,7 +97,8 @@ class LiveProgress:
         if self._refreshes and self._line:
             self._write(ERASE_LINE)
 
-    def _keep(self, line: str) -> None:
+    def keep(self, line: str) -> None:
+        """A line that stays."""
         self._write(f"{ERASE_LINE if self._refreshes else ''}{line}\n")
 
     def _is_due(self) -> bool:

@@ -13,6 +13,7 @@ from orchestrator.cli.options import Address, JobFile, Name, Output, Timeout
 from orchestrator.cli.output import Format, say, show, show_json, tell_wait
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
 
 
@@ -24,6 +25,10 @@ def run(
     keep_cluster: Annotated[
         bool, typer.Option("--keep-cluster", help="Leave the local cluster up that this command started.")
     ] = False,
+    kill_at: Annotated[
+        int | None,
+        typer.Option("--kill-at", min=1, metavar="STEP", help="Kill one worker's process when so many steps are done."),
+    ] = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
@@ -41,8 +46,16 @@ def run(
         run_id = client.submit(job, name=name, timeout_s=timeout, on_wait=tell_wait)
         say(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
         live = LiveProgress()
+        victims = [kill_at] if kill_at is not None else []
+
+        def look(status: RunStatus) -> None:
+            live.show(status)
+            if victims and status.phase is RunPhase.TRAINING and status.step >= victims[0]:
+                victims.clear()
+                live.keep(f"{client.kill_worker(run_id)} of {run_id} is killed")
+
         try:
-            status = client.wait(run_id, on_status=live.show)
+            status = client.wait(run_id, on_status=look)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only cut off the last words
             live.close()

@@ -88,6 +88,21 @@ def scale(
     _show_target(run, target, output)
 
 
+def kill(
+    run: RunId,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Whose process. Default: the highest rank.")] = None,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Kill one worker's process, as a fault would, to see the run survive it. `status` tells what it cost."""
+    from orchestrator.client import OrchestratorClient
+
+    worker = OrchestratorClient(address).kill_worker(run, rank)
+    say(f"Worker {worker} of run {run} is killed. `orchestrator events {run}` shows what follows.")
+    if output is Format.JSON:
+        show_json({"run_id": run, "worker": worker})
+
+
 def cancel(run: RunId, address: Address = None, output: Output = Format.TEXT) -> None:
     """End a run early. If it has trained, it writes a checkpoint first."""
     from orchestrator.client import OrchestratorClient
@@ -149,6 +164,7 @@ def _show_target(run_id: str, target: Target, output: Format) -> None:
 def register(app: typer.Typer) -> None:
     for name, command in (("submit", submit), ("list", list_runs), ("status", status), ("scale", scale)):
         app.command(name, rich_help_panel="Runs")(command)
+    app.command("kill", rich_help_panel="Runs")(kill)
     app.command("cancel", rich_help_panel="Runs")(cancel)
     app.command("pause", rich_help_panel="Runs")(pause)
     app.command("resume", rich_help_panel="Runs")(resume)

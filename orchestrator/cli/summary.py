@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from orchestrator.cli.wording import NONE, duration, moment, number, rate, rescale, workers
+from orchestrator.cli.wording import NONE, duration, moment, number, rate, recovery, rescale, workers
 from orchestrator.protocol.status import RunStatus
 
 
@@ -19,6 +19,9 @@ def summary(status: RunStatus) -> list[tuple[str, str]]:
     ]
     changes = [rescale(change) for change in status.rescales] or ["none"]
     lines += list(zip(["rescales", *[""] * (len(changes) - 1)], changes, strict=True))
+    if status.recoveries:
+        losses = [recovery(change) for change in status.recoveries]
+        lines += list(zip(["recoveries", *[""] * (len(losses) - 1)], losses, strict=True))
     lines.append(("checkpoint", status.checkpoint or NONE))
     if status.tracking_url:
         lines.append(("mlflow", tracking_command(status.tracking_url)))

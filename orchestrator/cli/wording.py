@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from orchestrator.protocol.status import Rescale, RunPhase, RunStatus
+from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 
 NONE = "-"
 STAMPS = ("seq", "epoch", "time", "kind")  # of an event
@@ -57,7 +57,7 @@ def progress(status: RunStatus) -> str:
         parts.append(rate(status.tokens_per_second))
     if status.workers_now:
         parts.append(workers(status))
-    elif status.phase is RunPhase.STARTING and status.why:
+    if status.phase in (RunPhase.STARTING, RunPhase.RECOVERING) and status.why:
         parts.append(status.why)
     return "  ".join(parts)
 
@@ -76,6 +76,18 @@ def rescale(change: Rescale) -> str:
     return (
         f"{change.from_size} -> {change.to_size} workers at step {change.step + 1}: {stall}, "
         f"{change.steps_lost} steps lost, {size(change.moved_bytes)} moved{identical} ({change.why})"
+    )
+
+
+def recovery(change: Recovery) -> str:
+    """One line that says what the loss of workers cost. Its first step is the first of the new world."""
+    lost = ", ".join(change.lost) or "a connection"
+    stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
+    identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
+    return (
+        f"{lost} lost ({change.cause}): {change.from_size} -> {change.to_size} workers at step {change.step + 1} from "
+        f"{change.source}: {stall}, {change.steps_lost} committed steps lost, {change.steps_replayed} done again"
+        f"{identical}"
     )
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.comm import pulse
+
 
 class Journey:
     """Rows on their way to other ranks: what is computed between `begin` and `end` overlaps with the transfer.
@@ -54,6 +56,7 @@ class Journey:
     def depart(self, x_ND: Tensor, *, home: bool = False) -> Tensor:
         """Start a transfer, or one of gradients `home`, and return what receives it."""
         sent_W, received_W = (self._received_W, self._sent_W) if home else (self._sent_W, self._received_W)
+        pulse.enter()
         x_ND = x_ND.contiguous()
         received_MD = x_ND.new_empty(sum(received_W), *x_ND.shape[1:])
         work = dist.all_to_all_single(received_MD, x_ND, received_W, sent_W, group=self._group, async_op=True)
@@ -107,5 +110,6 @@ def gather_counts(counts_E: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         return counts_E[None]
     world_size = dist.get_world_size(group)
     counts_WE = counts_E.new_empty(world_size, counts_E.numel())
+    pulse.enter()
     dist.all_gather_single(counts_WE, counts_E[None], group=group)
     return counts_WE

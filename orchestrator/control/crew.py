@@ -23,9 +23,10 @@ from orchestrator.spec.job import JobSpec
 
 log = logging.getLogger("orchestrator.control")
 
-POLL_S = 2.0  # how long a worker may wait for news before it answers
+POLL_S = 0.5  # how long a worker may wait for news before it answers
 POLL_PAUSE_S = 0.25  # between an answer and the next question, unless a rescale waits for it
-SILENCE_S = 60.0  # a worker that answered before and lets a poll hang this long is as good as dead
+SILENCE_S = 60.0  # a cold worker that answered before and lets a poll hang this long is as good as dead
+QUIET_S = 1.0  # without an answer, or without anything new: then time itself may decide something
 
 # A worker keeps the memory that it has freed (glibc's mallopt variables): every step and every fence allocates tens of
 # megabytes again, and getting them from the kernel anew costs more than filling them. Seen at 17 M parameters on two
@@ -72,6 +73,8 @@ class Crew:
         self._polled_s: dict[str, float] = {}  # polls under way, since when
         self._rested_s: dict[str, float] = {}  # when the last answer came
         self.reports: dict[str, Report] = {}
+        self._last_poll_s = time.monotonic()
+        self.stirred_s = time.monotonic()  # when somebody last said something new
         self.lost: dict[str, str] = {}
         self.nodes: dict[str, str] = {}  # where workers live, once they have said so
 
@@ -116,6 +119,9 @@ class Crew:
 
     def poll(self, now_s: float, eager: bool) -> None:
         """Ask everybody for news who isn't being asked; give up who has been silent for too long."""
+        if now_s - self._last_poll_s > QUIET_S:  # we were held up ourselves: answers may be on their way
+            self._polled_s = dict.fromkeys(self._polled_s, now_s)
+        self._last_poll_s = now_s
         for worker in list(self._handles):
             if worker not in self._polled_s:
                 if eager or now_s - self._rested_s.get(worker, 0.0) >= POLL_PAUSE_S:
@@ -124,6 +130,16 @@ class Crew:
                     self._call(worker, "report", None, version, POLL_S)
             elif worker in self.reports and now_s - self._polled_s[worker] > POLL_S + SILENCE_S:
                 self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")
+
+    def silence_s(self, now_s: float) -> dict[str, float]:
+        """For how long each worker has owed an answer. One is due after `POLL_S` at the latest."""
+        asked = {w: since_s for w, since_s in self._polled_s.items() if w in self._handles and w in self.reports}
+        return {worker: max(0.0, now_s - since_s - POLL_S) for worker, since_s in asked.items()}
+
+    def is_quiet(self) -> bool:
+        """Somebody owes an answer, or nobody has said anything new for a while."""
+        now_s = time.monotonic()
+        return now_s - self.stirred_s > QUIET_S or max(self.silence_s(now_s).values(), default=0.0) > QUIET_S
 
     def ask_records(self, worker: str, after_step: int) -> bool:
         """Ask for the finished steps after this one; they come as an answer of `Crew.RECORDS`."""
@@ -152,8 +168,8 @@ class Crew:
         if answer.method == "report":
             self._polled_s.pop(worker, None)
             self._rested_s[worker] = time.monotonic()
-        if worker not in self._handles:
-            return None  # let go meanwhile
+        if worker not in self._handles or answer.method == "kill":
+            return None  # let go meanwhile; and what a killing has led to shows elsewhere
         error = answer.future.exception()
         if error is not None:
             self._lose(worker, reason_of(error))
@@ -164,6 +180,8 @@ class Crew:
         report: Report = answer.future.result()
         known = self.reports.get(worker)
         if known is None or report.version > known.version:
+            self.stirred_s = time.monotonic()
+        if known is None or report.version >= known.version:
             self.reports[worker] = report
         return report
 

@@ -22,6 +22,7 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "train/skipped": skipped,
             "perf/step_s": record.step_s,
             "perf/data_wait_s": record.data_wait_s,
+            "perf/protection_wait_s": record.protection_wait_s,
             "perf/tokens_per_second": record.tokens / record.step_s,
             "elastic/world_size": record.world_size,
             "elastic/generation": record.generation,
@@ -42,11 +43,12 @@ def points_after(records: list[StepRecord], step: int) -> list[MetricPoint]:
 
 
 def points_of_event(event: Mapping[str, Any]) -> list[MetricPoint]:
-    """What a chart shows of an event: the cost of a measured rescale, at the first step of the new world."""
-    if event["kind"] != "rescaled":
+    """What a chart shows of an event: the cost of a measured change, at the first step of the new world."""
+    if event["kind"] not in ("rescaled", "recovered"):
         return []
+    what = "rescale" if event["kind"] == "rescaled" else "recovery"
     step, at = event["step"] + 1, event["time"]
     return [
-        MetricPoint("elastic/rescale_stall_s", event["stall_s"] or 0.0, step, at),
+        MetricPoint(f"elastic/{what}_stall_s", event["stall_s"] or 0.0, step, at),
         MetricPoint("elastic/moved_bytes", float(event["moved_bytes"]), step, at),
     ]

@@ -30,11 +30,12 @@ from orchestrator.control.node_watch import NodeWatch
 from orchestrator.control.parts import Parts
 from orchestrator.control.status import status_of, to_json
 from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, StorageError, UsageError
+from orchestrator.policy.endings import complete_checkpoints, publishable
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, ended
-from orchestrator.protocol.messages import Finish, Phase, ResumeOrder, Target, WorkerJob
+from orchestrator.protocol.messages import Finish, ResumeOrder, Target, WorkerJob
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
 
@@ -112,6 +113,23 @@ class RunController:
         """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
         return self._aim(self._target.workers, how, reason)
 
+    def kill_worker(self, rank: int | None) -> str:
+        """Kill a member's process, as a fault would: the highest rank, or the one named. Returns the worker's id.
+
+        Raises:
+            UsageError: nobody has this rank now.
+        """
+        members = self._memory.state.members
+        if not members or not -1 <= (-1 if rank is None else rank) < len(members):
+            raise UsageError(
+                f"rank {rank if rank is not None else 'any'} asked for; {self._run_id} has {len(members)} members now",
+                remedy="Name a rank from 0 to one less than that.",
+                unchanged="Nobody was killed.",
+            )
+        worker = members[-1 if rank is None else rank]
+        self._crew.kill(worker)
+        return worker
+
     def _aim(self, workers: int, finish: Finish, reason: str) -> Target:
         with self._heard:
             if self._memory.state.outcome is not None or self._target.finish not in (Finish.NO, finish):
@@ -146,7 +164,7 @@ class RunController:
         self._begin()
         while self._memory.state.outcome is None:
             state = self._memory.state
-            waits_for_time = state.is_recovering or state.broken_s is not None
+            waits_for_time = state.is_recovering or state.broken_s is not None or self._crew.is_quiet()
             if self._listen() or waits_for_time or self._memory.trouble is not None:
                 with suppress(StorageError):  # nothing was decided then, and the next turn decides it
                     self._turn()
@@ -195,19 +213,17 @@ class RunController:
         if report is not None and report.records:
             with suppress(StorageError):  # they are asked for again
                 before = self._memory.progress
-                fresh = self._memory.absorb(report.records, up_to=self._observe().committed)
+                fresh = self._memory.absorb(report.records, up_to=publishable(self._memory.state, self._observe()))
                 self._facilities.tracker.publish_steps(before, fresh)
             self._facilities.tracker.look()
         return None
 
     def _ask_records(self, now_s: float) -> None:
-        """Once in a while, and at once when there won't be more steps."""
-        state, watermark = self._memory.state, self._memory.progress.watermark
-        committed = self._observe().committed
-        if not state.members or committed <= watermark or self._records_s == float("inf"):
+        """Once in a while, and at once when a checkpoint waits for them."""
+        state, seen, watermark = self._memory.state, self._observe(), self._memory.progress.watermark
+        if not state.members or publishable(state, seen) <= watermark or self._records_s == float("inf"):
             return
-        is_over = all(self._observe().phase(w) is Phase.FINISHED for w in state.members)
-        if is_over or now_s - self._records_s >= RECORDS_EVERY_S:
+        if complete_checkpoints(state, seen) or now_s - self._records_s >= RECORDS_EVERY_S:
             teller = self._crew.teller(state.members, watermark)
             self._records_s = float("inf") if self._crew.ask_records(teller, watermark) else now_s
 
@@ -241,7 +257,9 @@ class RunController:
             lost=dict(self._crew.lost),
             checkpointed=self._checkpointed,
             restorable=newest_good(self._run_dir) if self._memory.state.wants_restore else None,
-            nodes=self._crew.nodes,
+            nodes=dict(self._crew.nodes),
+            silence_s=self._crew.silence_s(time.monotonic()),
+            idle_s=time.monotonic() - self._crew.stirred_s,
             faults=(*self._faults, *self._facilities.faults),
         )
 

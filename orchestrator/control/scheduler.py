@@ -139,15 +139,22 @@ class Scheduler:
 
     def scale(self, run_id: str, workers: int, reason: str = "asked for") -> Target:
         """Want another number of workers. Raises UsageError out of min..max, or if the run has ended; NotFound."""
-        return self._wish(run_id, "scale", workers, reason)
+        target: Target = self._wish(run_id, "scale", workers, reason)
+        return target
 
     def cancel(self, run_id: str, reason: str = "cancelled") -> Target:
         """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        return self._wish(run_id, "finish", Finish.CANCEL, reason)
+        target: Target = self._wish(run_id, "finish", Finish.CANCEL, reason)
+        return target
 
     def pause(self, run_id: str, reason: str = "paused") -> Target:
         """Want the run to end with a checkpoint, to be resumed later. Raises as `cancel` does."""
-        return self._wish(run_id, "finish", Finish.PAUSE, reason)
+        target: Target = self._wish(run_id, "finish", Finish.PAUSE, reason)
+        return target
+
+    def kill_worker(self, run_id: str, rank: int | None = None) -> str:
+        """Kill one member's process. Returns the worker's id. Raises UsageError if nobody has the rank; NotFound."""
+        return str(self._wish(run_id, "kill_worker", rank))
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
         """What happened to the run after the event with `seq` `after`. Raises NotFound."""
@@ -158,12 +165,11 @@ class Scheduler:
         steps = read_steps(self._directory_of(run_id))
         return tuple((record.step, record.first_position, record.num_positions) for record in steps)
 
-    def _wish(self, run_id: str, method: str, *args: Any) -> Target:
+    def _wish(self, run_id: str, method: str, *args: Any) -> Any:
         handle = find(f"{run_id}/controller")
         if handle is not None:
             try:
-                target: Target = self._answer(handle, method, *args)
-                return target
+                return self._answer(handle, method, *args)
             except ClusterUnreachable:  # it has ended, or it hasn't answered: its status tells
                 pass
         status = self.status(run_id)

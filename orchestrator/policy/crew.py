@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+from orchestrator.policy.detection import is_silent
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import STALL_STEPS
-from orchestrator.policy.run_state import Action, Decision, Note, Observation, RunState
+from orchestrator.policy.run_state import Action, Decision, Dismiss, Note, Observation, RunState
 from orchestrator.policy.schedule import Wish
 from orchestrator.policy.standby import workers_to_hold
 from orchestrator.protocol.messages import Finish, Phase
@@ -34,7 +35,7 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     counted = state.failed_spawns + len(never_warm)
     worker, why = next(iter(gone.items()))
     buried = replace(state, crew=crew, failed_spawns=counted, why=why, traceback=traceback_of(seen, worker))
-    return Decision(buried, notes)
+    return Decision(buried, (*notes, *(Dismiss(w) for w in gone if is_silent(seen, w))))
 
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -79,6 +80,8 @@ def why_gone(seen: Observation, worker: str) -> str:
     if report is not None and report.phase is Phase.FAILED:
         error = report.error
         return f"{worker} failed: {error.kind}: {error.message}" if error else f"{worker} failed without a reason"
+    if is_silent(seen, worker):
+        return f"{worker} has not answered for {seen.silence_s[worker]:.0f} s"
     return ""
 
 

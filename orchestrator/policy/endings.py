@@ -5,12 +5,11 @@ from dataclasses import replace
 from orchestrator.policy.crew import traceback_of, why_gone
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import MAX_FAILED_MOVES
-from orchestrator.policy.run_state import Action, Commit, Decision, Observation, RunState, ended
+from orchestrator.policy.run_state import USER_ERROR, Commit, Decision, Observation, RunState, ended
 from orchestrator.protocol.messages import Finish, Phase, ShardWritten
 from orchestrator.protocol.status import RunPhase
 
 MAX_FAILED_SPAWNS = 3  # in a row
-USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
 
 
@@ -44,11 +43,15 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
 
 def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Have the oldest complete checkpoint marked whose shards have all been written."""
+    """Have the oldest complete checkpoint marked whose shards have all been written, once its steps are on record: who
+    goes back to it must find the account of what came before.
+    """
     if seen.checkpointed > state.checkpoint_done:
         return Decision(replace(state, checkpoint_done=seen.checkpointed))
-    complete = _complete_checkpoints(state, seen)
-    return Decision(state, tuple(complete[:1]))
+    complete = complete_checkpoints(state, seen)
+    if not complete or complete[0].step > seen.progress.watermark:
+        return Decision(state)
+    return Decision(state, (complete[0],))
 
 
 def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -78,7 +81,13 @@ def _fail_while_beginning(state: RunState, seen: Observation) -> Decision:
     return ended(state, RunPhase.FAILED, why, traceback_of(seen, failed[0]))
 
 
-def _complete_checkpoints(state: RunState, seen: Observation) -> list[Action]:
+def publishable(state: RunState, seen: Observation) -> int:
+    """The newest step that can't be lost any more: by its members' votes, or by a checkpoint that is all written."""
+    written = (commit.step for commit in complete_checkpoints(state, seen))
+    return max([seen.committed, *written])
+
+
+def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
     """Checkpoints of the current and the previous generation whose every rank has written its shard, oldest first."""
     plans = {plan.generation: plan for plan in (state.previous, state.current) if plan}
     shards: dict[tuple[int, int], dict[int, ShardWritten]] = {}

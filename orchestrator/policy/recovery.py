@@ -14,15 +14,18 @@ from orchestrator.elastic.cut import Cut, Holding, newest_cut, placement_of_cut,
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.policy.crew import why_gone
+from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S, is_silent, stuck
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import BLAME_S, MAX_FAILED_MOVES, warm_standbys, with_plan
-from orchestrator.policy.run_state import Decision, Dismiss, Loss, Note, Observation, RunState
+from orchestrator.policy.run_state import USER_ERROR, Decision, Dismiss, Loss, Note, Observation, RunState, ended
 from orchestrator.policy.schedule import SizeChange, Wish, wanted_size
-from orchestrator.protocol.messages import Phase, Source
-from orchestrator.protocol.status import Recovery
+from orchestrator.protocol.messages import Phase, Source, WorkerError
+from orchestrator.protocol.status import Recovery, RunPhase
 
 STOP_S = 3.0  # a member whose generation was aborted stops within this, or is taken for hung
 MAX_LOSSES = 64  # kept for judging what to do about the next one
+MAX_USER_ERRORS = 2  # in the same step: then it is no accident
+MAX_FRUITLESS = 5  # recoveries in a row after which no step was done
 
 
 def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -33,11 +36,15 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if state.is_recovering:
         return _notice_broken_recovery(state, seen)
     gone = {w: why for w in state.members if (why := why_gone(seen, w))}
+    if not gone and (hanging := stuck(state, seen)) is not None:
+        gone = {hanging: f"{hanging} hangs: its peers have waited for it for {seen.idle_s:.0f} s"}
     stopped = [w for w in state.members if w not in gone and _stopped_in(seen, w) == current.generation]
     broken = _broken_behind_fence(state, seen)
     if not gone and not stopped and not broken:
         return Decision(state)
-    why = next(iter(gone.values()), "") or broken or f"{', '.join(stopped)} can't reach a peer"
+    own = _own_errors(seen, stopped)
+    told = [f"{worker} failed: {error.kind}: {error.message}" for worker, error in own]
+    why = next(iter([*gone.values(), *told]), "") or broken or f"{', '.join(stopped)} can't reach a peer"
     newest = current.generation if state.next is None else state.next.generation
     over = replace(
         state,
@@ -52,8 +59,13 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     )
     if gone or stopped:
         note = Note("generation_aborted", {"generation": current.generation, "step": seen.step, "why": why})
-        account = Recovery(current.generation, (), "network", current.world.size, 0, seen.step, why)
-        return Decision(replace(over, recovery=account), (note,))
+        account = Recovery(
+            current.generation, (), own[0][1].kind if own else "network", current.world.size, 0, seen.step, why
+        )
+        losses = tuple(Loss(w, seen.nodes.get(w, ""), error.kind, seen.step, seen.now_s) for w, error in own)
+        known = (*state.losses, *losses)[-MAX_LOSSES:]
+        traceback = own[0][1].traceback if own else ""
+        return Decision(replace(over, recovery=account, losses=known, traceback=traceback), (note,))
     return _abandoned(over, seen, newest, why)
 
 
@@ -62,17 +74,24 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if not state.is_recovering or state.aborted_s is None:
         return Decision(state)
     gone = {w: why for w in state.crew if w in state.members and (why := why_gone(seen, w))}
-    late = seen.now_s - state.aborted_s >= STOP_S
-    hung = [w for w in state.crew if w in state.members and w not in gone and late and not _has_stopped(state, seen, w)]
-    gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in hung}
+    rest = [w for w in state.crew if w in state.members and w not in gone and not _has_stopped(state, seen, w)]
+    if seen.now_s - state.aborted_s >= STOP_S:
+        gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in rest}
+    elif seen.now_s - state.aborted_s >= SILENT_WHEN_STOPPING_S:
+        silent = [w for w in rest if is_silent(seen, w, SILENT_WHEN_STOPPING_S)]
+        gone |= {w: f"{w} did not answer when its peers had lost somebody" for w in silent}
+    hung = [w for w in gone if w in rest or is_silent(seen, w)]
     if not gone:
         return Decision(state)
     losses = tuple(
-        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else kind_of_loss(seen, w), seen.step, seen.now_s)
+        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(seen, w), seen.step, seen.now_s)
         for w in gone
     )
     notes = tuple(
-        Note("worker_lost", {"worker": loss.worker, "kind": loss.kind, "why": gone[loss.worker], "member": True})
+        Note(
+            "worker_lost",
+            {"worker": loss.worker, "step": loss.step, "cause": loss.cause, "why": gone[loss.worker], "member": True},
+        )
         for loss in losses
     )
     buried = replace(
@@ -91,6 +110,8 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     survivors = tuple(w for w in state.members if w in state.crew)
     if not all(_has_stopped(state, seen, w) for w in survivors):
         return Decision(state)
+    if hopeless := _hopeless(state, seen):
+        return ended(state, RunPhase.FAILED, hopeless, state.traceback)
     cut = newest_cut(_worlds(state), _held(state, seen))
     if cut is None:
         return _fall_back(limits, state, seen)
@@ -126,12 +147,23 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
     return _abandoned(over, seen, plan.generation, why)
 
 
-def kind_of_loss(seen: Observation, worker: str) -> str:
+def cause_of_loss(seen: Observation, worker: str) -> str:
     """The class of a failure, by what is known of it."""
     report = seen.reports.get(worker)
     if worker in seen.lost or report is None or report.error is None:
         return "worker"
     return report.error.kind
+
+
+def _hopeless(state: RunState, seen: Observation) -> str:
+    """Why another attempt would end like the ones before; empty if it may not."""
+    same = [loss for loss in state.losses if loss.cause == USER_ERROR and loss.step == seen.step]
+    if len(same) >= MAX_USER_ERRORS:
+        return f"the same error {len(same)} times after step {seen.step}: {state.why}"
+    fruitless = [recovery for recovery in state.recoveries[-MAX_FRUITLESS:] if recovery.step >= seen.step]
+    if len(fruitless) >= MAX_FRUITLESS:
+        return f"{len(fruitless)} recoveries in a row without a step; {state.why}"
+    return ""
 
 
 def _planned_from(
@@ -157,17 +189,23 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
     if account is None:
         return None
     lost = tuple(w for w in state.members if w not in state.crew)
-    kinds = [loss.kind for loss in state.losses if loss.worker in lost]
+    causes = [loss.cause for loss in state.losses if loss.worker in lost]
     return replace(
         account,
         lost=lost,
-        kind=kinds[0] if kinds else account.kind,
+        cause=causes[0] if causes else account.cause,
         step=step,
         why=state.why,
         source=source,
         steps_replayed=max(0, max(account.step, seen.step) - step),
-        steps_lost=max([0, *(r.committed - step for w in state.members if (r := seen.reports.get(w)))]),
+        steps_lost=max(0, _committed(state, seen) - step),
     )
+
+
+def _committed(state: RunState, seen: Observation) -> int:
+    """The newest step that survivors know to be committed; without any, the newest that was published."""
+    known = [report.committed for w in state.members if (report := seen.reports.get(w)) is not None]
+    return max(known, default=seen.progress.watermark)
 
 
 def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -244,6 +282,12 @@ def _has_stopped(state: RunState, seen: Observation, member: str) -> bool:
 def _stopped_in(seen: Observation, worker: str) -> int:
     report = seen.reports.get(worker)
     return report.stopped if report is not None else -1
+
+
+def _own_errors(seen: Observation, workers: Iterable[str]) -> list[tuple[str, WorkerError]]:
+    """Errors of these workers that are more than a lost peer."""
+    errors = [(worker, report.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
+    return [(worker, error) for worker, error in errors if error is not None and error.kind != "peer_lost"]
 
 
 def _failed_generation(seen: Observation, worker: str) -> int:

@@ -14,6 +14,8 @@ from orchestrator.policy.schedule import Wish
 from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Phase, Report, Restore, ShardWritten, Target
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
 
+USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -21,7 +23,7 @@ class Loss:
 
     worker: str
     node: str
-    kind: str
+    cause: str
     step: int
     time_s: float
 
@@ -105,7 +107,8 @@ class Observation:
     """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
 
     `lost` holds workers of the crew whose process has ended. `checkpointed` is the newest step with a checkpoint's
-    marker, `restorable` the newest good one, if `wants_restore` asked for it. `nodes` tells where workers live.
+    marker, `restorable` the newest good one, if `wants_restore` asked for it. `nodes` tells where workers live,
+    `silence_s` for how long they haven't answered, and `idle_s` for how long no worker has said anything new.
     `faults` are things outside the workers without which the run can't go on.
     """
 
@@ -118,6 +121,8 @@ class Observation:
     checkpointed: int = -1
     restorable: Restore | None = None
     nodes: Mapping[str, str] = field(default_factory=dict)
+    silence_s: Mapping[str, float] = field(default_factory=dict)
+    idle_s: float = 0.0
     faults: tuple[str, ...] = ()
 
     def phase(self, worker: str) -> Phase:

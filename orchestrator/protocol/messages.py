@@ -234,6 +234,7 @@ class Report:
     stopped: int = -1
     holdings: tuple[Holding, ...] = ()
     rss_bytes: int = 0
+    collective: int = 0  # collectives that its training thread has entered in this generation
     extra: dict[str, float] = field(default_factory=dict)
 
 

@@ -43,7 +43,7 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What the loss of members cost, as the journal and the summary of a run show it.
+    """What the loss of members cost, as the journal and the summary of a run show it. `cause` is that of the first one.
 
     `step` is the one after which training went on, `source` where its state came from: `memory` or `checkpoint`.
     `steps_replayed` counts finished steps that were done again, `steps_lost` those among them that had been committed.
@@ -53,7 +53,7 @@ class Recovery:
 
     generation: int
     lost: tuple[str, ...]
-    kind: str
+    cause: str
     from_size: int
     to_size: int
     step: int

@@ -1,10 +1,10 @@
 """Digests of named tensors that don't depend on how a tensor is cut: equal before and after a transfer, or a bit moved.
 
 A tensor is read as 64-bit words, from its first element on. The digest of words w_j is sum_j w_j * r_j modulo 2^64, a
-multilinear hash (Carter and Wegman, 1979) with odd pseudo-random r_j. Digests of disjoint ranges add up to the tensor's,
-also where a word is cut, so each rank hashes what it holds, whoever holds the rest. It is chosen apart from the transfer
-plan, so that a wrong plan can't hide. A changed element always changes it, since r_j is odd. It guards against mistakes
-and bad memory, not against an enemy; tests compare sha256 as well. About 0.3 ns per fp32 element and core.
+multilinear hash (Carter and Wegman, 1979) with odd pseudo-random r_j. Digests of disjoint ranges add up to that of the
+tensor, also where a word is cut, so each rank hashes what it holds, whoever holds the rest. It is chosen apart from the
+transfer plan, so that a wrong plan can't hide. A changed element always changes it, since r_j is odd. It guards against
+mistakes and bad memory, not against an enemy; tests compare sha256 as well. About 0.3 ns per fp32 element and core.
 """
 
 from collections.abc import Sequence

@@ -40,6 +40,7 @@ class Mark:
 
 MARKS = {
     "rescaled": Mark("rescale", WORLD, "v", has_line=True),
+    "recovered": Mark("recovery", WORLD, "P", has_line=False),
     "worker_lost": Mark("worker lost", LOST, "X", has_line=True),
     "move_abandoned": Mark("move abandoned", LOST, "x", has_line=False),
     "resumed": Mark("resumed", INK, ">", has_line=True),
@@ -112,7 +113,8 @@ def _draw_marks(loss_axes: Axes, world_axes: Axes, events: Sequence[RunEvent]) -
         if mark is None:
             continue
         used[event.kind] = mark
-        step = event.step + 1 if event.kind == "rescaled" else max(event.step, 0)  # the new world's first
+        changes = event.kind in ("rescaled", "recovered")
+        step = event.step + 1 if changes else max(event.step, 0)  # the new world's first
         loss_axes.plot(
             [step],
             [lower if mark.is_quiet else 1.0],
@@ -127,7 +129,7 @@ def _draw_marks(loss_axes: Axes, world_axes: Axes, events: Sequence[RunEvent]) -
         if mark.has_line:
             for axes in (loss_axes, world_axes):
                 axes.axvline(step, color=mark.colour, linewidth=0.8, alpha=0.45, zorder=0)
-        if event.kind == "rescaled" and step - labelled >= LABEL_GAP * (high - low):
+        if changes and step - labelled >= LABEL_GAP * (high - low):
             text = f"{event.fields['from_size']}→{event.fields['to_size']}"
             loss_axes.annotate(
                 text,

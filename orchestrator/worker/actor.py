@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from orchestrator.comm import pulse
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import EntrypointError
 from orchestrator.model.rehearsal import rehearse
@@ -72,7 +73,7 @@ class Worker:
         self._heard()
         report = self._desk.report(after_step, known_version, timeout_s)
         self._heard()
-        return replace(report, rss_bytes=self._process.memory_info().rss)
+        return replace(report, rss_bytes=self._process.memory_info().rss, collective=pulse.entered())
 
     def shutdown(self) -> None:
         """End this process. State that nobody else holds is gone."""

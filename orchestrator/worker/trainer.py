@@ -11,6 +11,7 @@ import threading
 import traceback
 from pathlib import Path
 
+from orchestrator.comm import pulse
 from orchestrator.comm.sockets import shut_connections
 from orchestrator.elastic.cut import Holding
 from orchestrator.engine.groups import disconnect
@@ -113,6 +114,7 @@ class Trainer:
         """Step after step until all members agree on a fence. None when there is no step left, or the run shall end."""
         with self._lock:
             self._engaged = shard.world.generation
+        pulse.reset()
         self._protect(shard)
         self._desk.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
         while self._progress.step + 1 < self._spec.train.steps:

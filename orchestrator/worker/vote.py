@@ -16,6 +16,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from orchestrator.comm import pulse
+
 NO_FENCE = -1
 
 
@@ -75,6 +77,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
             torch.from_numpy(voices).reshape(-1),
         ]
     ).to(device)
+    pulse.enter()
     if group is not None:
         dist.all_reduce(vector, group=group)
     parts = torch.split(vector.cpu(), [num_slots, num_validation, num_counts, 3 * world_size])

@@ -3,29 +3,24 @@
 import json
 import os
 import re
-import shutil
 import signal
 import sqlite3
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.control.calls import ask
-from orchestrator.control.host import find, names_of
-from orchestrator.control.memory import read_status, read_steps
+from orchestrator.control.host import names_of
+from orchestrator.control.memory import read_status
 from orchestrator.control.parts import Parts
 from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, UsageError
-from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.sampling.ledger import audit
-from orchestrator.spec.job import JobSpec
+from orchestrator.protocol.status import RunPhase
+from tests.support.control import Cluster, local_ray
 from tests.support.simulated_worker import simulated_parts
 
 pytestmark = pytest.mark.ray
@@ -36,94 +31,8 @@ PATIENCE_S = 60.0
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    directory = Path("/tmp") / f"oc{os.getpid()}"  # sockets need a short path
-    ray.init(
-        address="local",
-        num_cpus=8,
-        include_dashboard=False,
-        _temp_dir=str(directory),
-        namespace="orchestrator",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
-    )
-    yield
-    ray.shutdown()
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-class Cluster:
-    """The scheduler, and runs in one storage."""
-
-    def __init__(self, storage: Path) -> None:
-        self.storage = storage
-        self.scheduler = get_or_create_scheduler()
-
-    def ask(self, method: str, *args: Any) -> Any:
-        return ask(self.scheduler, method, *args, timeout_s=PATIENCE_S)
-
-    def submit(self, name: str, wait: bool = False, parts: Parts | None = None, **changes: Any) -> str:
-        spec: dict[str, Any] = {
-            "schema": "v1",
-            "name": name,
-            "workers": {"min": 1, "max": 4, "initial": 2, "standby": 0},
-            "resources": {"cpus": 0.5},
-            "model": {"num_experts": 8, "top_k": 2},
-            "train": {"steps": 60, "global_batch_size": 16, "micro_batch_size": 4},
-            "envs": {"SIM_STEP_S": "0.02"},
-        }
-        job = JobSpec.model_validate_json(json.dumps(spec | changes))
-        text = f"name: {name}\n"
-        return str(
-            self.ask(
-                "submit",
-                job.model_dump_json(by_alias=True),
-                name,
-                str(self.storage / name),
-                text,
-                wait,
-                parts or simulated_parts(),
-            )
-        )
-
-    def status(self, name: str) -> RunStatus:
-        status: RunStatus = self.ask("status", name)
-        return status
-
-    def until(self, name: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not condition(status := self.status(name)):
-            if status.phase.ended or time.monotonic() > deadline_s:
-                log = (self.storage / name / "logs" / "controller.log").read_text()
-                raise AssertionError(f"never came true: {status}\n{log}")
-            time.sleep(0.05)
-        return status
-
-    def end_of(self, name: str) -> RunStatus:
-        return self.until(name, lambda status: status.phase.ended)
-
-    def kinds(self, name: str) -> list[str]:
-        return [event["kind"] for event in self.ask("events", name)]
-
-    def sizes(self, name: str) -> list[int]:
-        return [record.world_size for record in read_steps(self.storage / name)]
-
-    def pid_of(self, actor: str) -> int:
-        return int(ask(find(actor), "pid"))
-
-    def assert_nothing_left(self, name: str, pids: list[int]) -> None:
-        deadline_s = time.monotonic() + 10.0
-        while names_of(name) and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        assert names_of(name) == []
-        groups = ray.util.placement_group_table().values()
-        assert [g for g in groups if g["name"].startswith(f"{name}/") and g["state"] != "REMOVED"] == []
-        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10.0)
-        assert [pid for pid in pids if psutil.pid_exists(pid)] == []
-
-    def assert_every_step_once(self, name: str, steps: int) -> None:
-        result = audit(self.ask("ledger", name))
-        assert result.ok, result.problems
-        assert result.steps == steps
+    with local_ray(num_cpus=8):
+        yield
 
 
 @pytest.fixture
@@ -200,19 +109,6 @@ def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> N
     assert "move_abandoned" in on.kinds(name)
     on.assert_every_step_once(name, 200)
     assert on.sizes(name)[-1] == 3
-
-
-def test_a_killed_member_fails_the_run_by_name(on: Cluster) -> None:
-    on.submit("killed", train=_steps(5000))
-    on.until("killed", lambda s: s.step > 5)
-    pids = [on.pid_of(f"killed/worker/{w}") for w in ("w0", "w1")]
-    os.kill(pids[1], signal.SIGKILL)
-    killed_s = time.monotonic()
-    status = on.end_of("killed")
-    assert time.monotonic() - killed_s < 10.0
-    assert status.phase is RunPhase.FAILED
-    assert status.error is not None and "w1 died" in status.error and "rank 1" in status.error
-    on.assert_nothing_left("killed", pids)
 
 
 def test_cancel_leaves_a_checkpoint(on: Cluster) -> None:

@@ -29,10 +29,11 @@ def test_every_survivor_of_a_loss_is_freed_at_once(crew: Crew, victim: int) -> N
     crew.await_step(2)
     crew.members[crew.ids[victim]].kill()
     survivors = [worker for worker in crew.ids if worker != crew.ids[victim]]
-    crew.await_all(survivors, lambda r: r.phase is Phase.FAILED, SOON_S)
+    crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
     for worker in survivors:
-        error = _report_of(crew, worker).error
-        assert error is not None and error.kind == "peer_lost"
+        report = _report_of(crew, worker)
+        assert report.error is not None and report.error.kind == "peer_lost"
+        assert report.stopped == 0 and report.holdings
 
 
 def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(crew: Crew) -> None:

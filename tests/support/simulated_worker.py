@@ -1,10 +1,11 @@
 """A worker without torch that speaks the whole protocol, to run controllers on real Ray in seconds.
 
 Its training state is one counter per expert that grows by one a step. Peers meet through files in run storage, and
-notice each other's death by process id, as gloo does by its sockets. It is told what to do by the job's `envs`:
+notice each other's death by process id, as gloo does by its sockets. With its vote a worker tells its counters, which
+its buddy keeps in memory. It is told what to do by the job's `envs`:
 
     SIM_STEP_S   how long a step takes
-    SIM_DIE      WORKER:MOMENT, such as w2:prepared or w2:moving; that worker kills itself there
+    SIM_DIE      WORKER:MOMENT; that worker kills itself there: prepared, moving, or moving-on after a loss
 """
 
 import json
@@ -23,7 +24,8 @@ import psutil
 from orchestrator.checkpoint.write import ShardPiece, write_shard
 from orchestrator.control.parts import Parts
 from orchestrator.control.preparation import PreparedData
-from orchestrator.elastic.world import union
+from orchestrator.elastic.cut import Holding
+from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
     Directive,
     Finish,
@@ -57,7 +59,7 @@ class SimulatedWorker:
         self._me = worker_id
         self._desk = Desk(worker_id, os.getpid())
         self._counters: dict[int, int] = {}  # the experts that this worker holds
-        self._holds = False  # a state to hand over
+        self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and its ward's
         self._step = -1
         self._begun = -1
 
@@ -98,34 +100,66 @@ class SimulatedWorker:
             assert plan is not None
             self._begun = plan.generation
             try:
-                self._meet(plan, "prepared", {}, union(plan.source, plan.world))
+                self._meet(plan, "prepared", {}, plan.involved)
                 self._desk.publish(prepared=plan.generation)
                 self._die_at("prepared")
                 if self._enter(plan) and not self._train(plan):
                     return
             except (PeerLost, Withdrawn):
-                if plan.source is None:
-                    raise
-                phase = Phase.STRANDED if self._holds else Phase.STANDBY
-                self._desk.publish(phase=phase, failed_generation=plan.generation)
+                self._strand(plan)
 
     def _train(self, plan: GenerationPlan) -> bool:
         """Step after step, through all generations that this worker is a member of. False at the end of the run."""
         while True:
             self._desk.publish(phase=Phase.TRAINING, generation=plan.generation)
-            following = self._train_to_fence(plan)
-            if following is None:
-                self._save(plan)
-                self._desk.publish(phase=Phase.FINISHED)
-                return False
+            try:
+                following = self._train_to_fence(plan)
+                if following is None and self._finish(plan):
+                    return False
+            except (PeerLost, Withdrawn) as error:
+                self._stop(plan, error)
+                return True
+            assert following is not None
             self._begun = following.generation
             try:
                 if not self._enter(following):
                     return True
             except (PeerLost, Withdrawn):
-                self._desk.publish(phase=Phase.STRANDED, failed_generation=following.generation)
+                self._strand(following)
                 return True
             plan = following
+
+    def _finish(self, plan: GenerationPlan) -> bool:
+        """Write the last checkpoint and wait until it is marked."""
+        self._save(plan)
+        self._desk.publish(phase=Phase.FINISHED)
+        order = self._desk.wait(lambda d: d.checkpoint_done >= self._step or d.aborted >= plan.generation)
+        if order.checkpoint_done < self._step:
+            raise PeerLost("the generation was aborted")
+        return True
+
+    def _stop(self, plan: GenerationPlan, error: Exception) -> None:
+        self._desk.publish(
+            phase=Phase.STRANDED,
+            stopped=plan.generation,
+            holdings=tuple(self._kept),
+            error=WorkerError("peer_lost", str(error)),
+        )
+
+    def _strand(self, plan: GenerationPlan) -> None:
+        phase = Phase.STRANDED if self._kept else Phase.STANDBY
+        self._desk.publish(phase=phase, failed_generation=plan.generation, holdings=tuple(self._kept))
+
+    def _keep(self, plan: GenerationPlan, votes: dict[str, dict[str, Any]]) -> None:
+        """Snapshots of this worker and of its ward after the newest step; two steps are kept."""
+        mine = plan.world.rank_of(self._me)
+        ranks = [mine] + ([plan.buddies.index(mine)] if plan.buddies else [])
+        for rank in ranks:
+            counters = votes[plan.world.members[rank]]["counters"]
+            self._kept[Holding(plan.generation, self._step, rank)] = {int(e): n for e, n in counters.items()}
+        self._kept = {
+            h: state for h, state in self._kept.items() if h.generation >= plan.generation and h.step > self._step - 2
+        }
 
     def _train_to_fence(self, plan: GenerationPlan) -> GenerationPlan | None:
         every = self._spec.checkpoint.every
@@ -137,9 +171,11 @@ class SimulatedWorker:
             ballot = {
                 "fence": -1 if following is None else following.generation,
                 "finish": order.finish is not Finish.NO,
+                "counters": {expert: count + 1 for expert, count in self._counters.items()},
             }
             votes = self._meet(plan, f"step-{self._step + 1}", ballot, plan.world.members)
             self._finish_step(plan, started)
+            self._keep(plan, votes)
             if all(vote["finish"] for vote in votes.values()):
                 return None
             if following is not None and all(vote["fence"] == following.generation for vote in votes.values()):
@@ -154,8 +190,7 @@ class SimulatedWorker:
         if plan is None:
             return None
         self._say(self._place(plan, "prepared"), "{}")
-        everybody = union(plan.source, plan.world)
-        if any(self._read(self._place(plan, "prepared"), peer) is None for peer in everybody):
+        if any(self._read(self._place(plan, "prepared"), peer) is None for peer in plan.involved):
             return None
         if self._desk.state.prepared < plan.generation:
             self._desk.publish(prepared=plan.generation)
@@ -184,51 +219,78 @@ class SimulatedWorker:
                 step_s=time.time() - started,
                 vote_time=time.time(),
                 validation_loss=3.0 if (self._step + 1) % 10 == 0 else None,
-            )
+            ),
+            committed=self._step - 1 if plan.buddies else self._step,
+            settled=plan.generation,
         )
 
     # -- moves -------------------------------------------------------------------------------------------------
 
     def _enter(self, plan: GenerationPlan) -> bool:
         """Move into the generation. True if this worker is a member and the generation was activated."""
-        if plan.source is not None and not self._holds:
-            self._wait(plan, lambda: self._read(self._place(plan, "fence"), plan.source.members[0]) is not None)
-        self._desk.publish(phase=Phase.MOVING)
+        if plan.source is not None and self._me not in plan.source.holders:
+            self._wait(plan, lambda: self._read(self._place(plan, "fence"), plan.source.holders[0]) is not None)
+        self._desk.publish(phase=Phase.MOVING, error=None)
         self._die_at("moving")
+        if plan.source is not None and plan.source.step is not None:
+            self._die_at("moving-on")
         if plan.source is None:
             self._step = plan.restore.step if plan.restore else -1
             self._counters = dict.fromkeys(plan.placement.experts_of(plan.world.rank_of(self._me)), self._step + 1)
+            self._kept = {}
+            self._desk.go_back_to(self._step)
         else:
             self._hand_over(plan)
         generation = plan.generation
         handover = Handover(generation, self._step, 0.0, 0.0, 0.0, 0.0, 8, 8, True)
-        self._desk.publish(phase=Phase.READY, generation=generation, handovers=(handover,))
+        holdings = tuple(self._kept)
+        self._desk.publish(phase=Phase.READY, generation=generation, handovers=(handover,), holdings=holdings)
         order = self._desk.wait(lambda d: d.activated >= generation or self._untried(d) is not None)
         if order.activated < generation:
-            self._counters = self._old_counters
             return False
-        self._holds = self._me in plan.world
-        if not self._holds:
+        if self._me not in plan.world:
             self._desk.publish(phase=Phase.STANDBY, generation=-1)
-        return self._holds
+            return False
+        self._desk.publish(holdings=())
+        self._keep_beginning(plan)
+        return True
+
+    def _keep_beginning(self, plan: GenerationPlan) -> None:
+        """The state that the generation begins with."""
+        told = self._meet(plan, "beginning", {"counters": self._counters}, plan.world.members)
+        older = dict(self._kept)
+        self._keep(plan, told)
+        self._kept = older | self._kept  # until the generation has a committed step
 
     def _hand_over(self, plan: GenerationPlan) -> None:
-        assert plan.source is not None
-        self._old_counters = dict(self._counters)
-        mine = {"step": self._step, "counters": self._counters} if self._holds else {}
+        source = plan.source
+        assert source is not None
+        step = self._step if source.step is None else source.step
+        ranks = [rank for rank, holder in enumerate(source.holders) if holder == self._me]
+        held = [self._kept[Holding(source.world.generation, step, rank)] for rank in ranks]
+        mine = {"step": step, "counters": {e: n for state in held for e, n in state.items()}} if held else {}
         self._say(self._place(plan, "fence"), "{}")
-        told = self._meet(plan, "moved", mine, union(plan.source, plan.world))
-        states = [told[worker] for worker in plan.source.members]
+        told = self._meet(plan, "moved", mine, plan.involved)
+        states = [told[worker] for worker in plan.involved if worker in source.holders]
         assert len({state["step"] for state in states}) == 1, f"members stopped at different steps: {states}"
         self._step = states[0]["step"]
+        records = self._tell_newcomers(plan)
+        self._desk.go_back_to(self._step, records)
         counters = {int(e): count for state in states for e, count in state["counters"].items()}
         assert set(counters.values()) == {self._step + 1}, f"a counter was lost or counted twice: {counters}"
         if self._me in plan.world:
             self._counters = {e: counters[e] for e in plan.placement.experts_of(plan.world.rank_of(self._me))}
 
+    def _tell_newcomers(self, plan: GenerationPlan) -> tuple[StepRecord, ...]:
+        """The newest steps, from a holder of the state to those who weren't there."""
+        assert plan.source is not None
+        mine = [to_plain(record) for record in self._desk.records[-256:]]
+        told = self._meet(plan, "records", {"records": mine}, plan.involved)
+        return tuple(from_plain(StepRecord, plain) for plain in told[plan.source.holders[0]]["records"])
+
     def _untried(self, order: Directive) -> GenerationPlan | None:
         for plan in (order.next, order.current):
-            if plan and plan.generation > self._begun and self._me in union(plan.source, plan.world):
+            if plan and plan.generation > self._begun and self._me in plan.involved:
                 return plan
         return None
 
@@ -266,6 +328,8 @@ class SimulatedWorker:
     def _wait(self, plan: GenerationPlan, done: Callable[[], bool], peer: str | None = None) -> None:
         while not done():
             order = self._desk.directive
+            if order.aborted >= plan.generation:
+                raise PeerLost(f"generation {plan.generation} was aborted")
             if all(p is None or p.generation != plan.generation for p in (order.next, order.current)):
                 raise Withdrawn(f"generation {plan.generation} is not wanted any more")
             if peer is not None and not self._lives(peer):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from orchestrator.elastic.cut import Holding
+from orchestrator.policy.endings import publishable
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, absorb
@@ -82,6 +83,7 @@ class Life:
     replayed: int = 0  # steps done again
     snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
     frozen: set[str] = field(default_factory=set)  # workers that do nothing
+    holds_still: bool = False  # no step gets done
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -262,7 +264,7 @@ class Life:
 
     def _publish(self) -> None:
         """What can't be lost any more, and comes next, becomes known."""
-        safe = self.seen().committed
+        safe = publishable(self.state, self.seen())
         while (step := self.progress.watermark + 1) <= safe and step in self.pending:
             self.progress = absorb(self.progress, [self.pending.pop(step)])
 
@@ -287,7 +289,7 @@ class Life:
     def _train(self) -> None:
         """One step, if all members train; the vote is taken at its end."""
         current = self.state.current
-        if current is None or any(w in self.lost for w in current.world.members):
+        if self.holds_still or current is None or any(w in self.lost for w in current.world.members):
             return
         members = current.world.members
         if any(w not in self.reports or self.reports[w].phase is not Phase.TRAINING for w in members):

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.policy.lifecycle import explain, phase_of
+from orchestrator.policy.lifecycle import decide, explain, phase_of
+from orchestrator.policy.run_state import Dismiss
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
@@ -25,7 +26,7 @@ def test_survivors_go_on_at_once_and_the_lost_one_is_replaced() -> None:
     life.run_until(lambda: life.state.activated == 1)
     assert life.state.members == ("w0", "w1", "w3")
     (recovery,) = life.state.recoveries
-    assert (recovery.from_size, recovery.to_size, recovery.lost, recovery.kind) == (4, 3, ("w2",), "worker")
+    assert (recovery.from_size, recovery.to_size, recovery.lost, recovery.cause) == (4, 3, ("w2",), "worker")
     assert recovery.source == "memory" and recovery.steps_lost == 0 and recovery.steps_replayed <= 1
     assert recovery.step >= committed
     life.run_to_the_end()
@@ -144,7 +145,7 @@ def test_a_member_that_does_not_stop_is_killed() -> None:
     life.run_until(lambda: "w1" in life.lost, max_ticks=8)
     life.run_to_the_end()
     _trained(life)
-    assert [note.fields["kind"] for note in life.of_kind("worker_lost")] == ["hang"]
+    assert [note.fields["cause"] for note in life.of_kind("worker_lost")] == ["hang"]
 
 
 def test_without_anybody_lost_the_same_members_go_on() -> None:
@@ -153,7 +154,7 @@ def test_without_anybody_lost_the_same_members_go_on() -> None:
     life.stop("w1")
     life.run_to_the_end()
     _trained(life)
-    assert life.state.recoveries[0].kind == "network" and life.state.recoveries[0].lost == ()
+    assert life.state.recoveries[0].cause == "network" and life.state.recoveries[0].lost == ()
     assert {len(members) for members in life.done_by} == {3}
 
 
@@ -192,7 +193,67 @@ def test_an_error_of_its_own_is_a_loss_too() -> None:
     life.say("w1", phase=Phase.FAILED, error=WorkerError("internal", "a bug", "Traceback: line 3"))
     life.run_to_the_end()
     _trained(life)
-    assert life.state.recoveries[0].kind == "internal" and life.state.recoveries[0].lost == ("w1",)
+    assert life.state.recoveries[0].cause == "internal" and life.state.recoveries[0].lost == ("w1",)
+
+
+def test_a_member_that_answers_nothing_is_given_up_and_killed() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    decision = decide(life.limits, life.state, life.seen(silence_s={"w1": 9.0}))
+    assert decision.state.is_recovering and "w1 has not answered for 9 s" in decision.state.why
+    assert Dismiss("w1") in decision.actions and "w1" not in decision.state.crew
+
+
+def test_of_members_that_all_answer_the_one_with_the_fewest_collectives_hangs() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    for worker, number in {"w0": 7, "w1": 6, "w2": 7}.items():
+        life.say(worker, collective=number)
+    assert decide(life.limits, life.state, life.seen(idle_s=29.0)).state.aborted < 0
+    assert "w1 hangs" in decide(life.limits, life.state, life.seen(idle_s=31.0)).state.why
+    life.say("w2", collective=6)  # two: it may be the network between them
+    assert decide(life.limits, life.state, life.seen(idle_s=31.0)).state.aborted < 0
+
+
+def _fails_by_itself(life: Life, worker: str, kind: str) -> None:
+    life.stop(worker)
+    life.say(worker, error=WorkerError(kind, "no such key", "Traceback: line 7"))
+
+
+def test_the_same_user_error_twice_in_a_step_ends_the_run_with_its_traceback() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    life.holds_still = True
+    _fails_by_itself(life, "w1", "user_error")
+    life.run_until(lambda: life.state.activated == 1 and life.reports["w1"].phase is Phase.TRAINING)
+    assert life.state.recoveries[0].cause == "user_error"
+    _fails_by_itself(life, "w0", "user_error")
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=8)
+    assert life.state.outcome is RunPhase.FAILED and "no such key" in life.state.why
+    assert life.state.traceback == "Traceback: line 7"
+
+
+def test_a_user_error_that_does_not_come_again_is_lived_through() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    _fails_by_itself(life, "w1", "user_error")
+    life.run_to_the_end()
+    _trained(life)
+    assert {len(members) for members in life.done_by} == {3}
+
+
+def test_recoveries_that_lead_to_no_step_come_to_an_end() -> None:
+    life = Life(limits_of(steps=40, initial_workers=3))
+    life.run_until(lambda: life.step == 5)
+    life.holds_still = True
+    for generation in range(1, 7):
+        _fails_by_itself(life, "w1", "internal")
+        if generation < 6:
+            life.run_until(
+                lambda g=generation: life.state.activated == g and life.reports["w1"].phase is Phase.TRAINING
+            )
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=8)
+    assert "recoveries in a row without a step" in life.state.why
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,0 +1,296 @@
+"""What the loss of workers costs, on the product's own path, beside Ray Train and torchrun.
+
+    python -m benchmarks.recovery [--quick]
+
+A run with 4 workers, the model of `benchmarks.rescale`, on a local cluster. In each round a fault is made at a random
+moment of a step, and the run goes back to 4 workers before the next one:
+
+- `sigkill`, `sigkill_two`: one worker is killed, two that keep each other's snapshots are not.
+- `sigstop`: one is frozen, so that it closes no connection and answers nothing.
+- `kill_during_prepare`: a worker is killed while the world that shall replace its own is being connected.
+- `controller_killed`: the run's controller is killed; training must not notice.
+
+`stall_s` is on one clock for all: from right before the fault to the end of the first step that had never been
+committed, less the median step of the new world. Steps and times come from the survivors' own record of their votes,
+what was published from the journal.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.harness import ROOT, Bar, Interval, Result, Spread, at_least, at_most, equals, median_interval, run, say
+from benchmarks.rescale import BATCH, MODEL, NEVER, QUICK_MODEL, ratio_of
+from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.product import LiveRun, Product
+from orchestrator.control.journal import read_events
+from orchestrator.data.store import TokenStore
+from orchestrator.policy.progress import STALL_STEPS
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.status import Recovery, RunStatus
+from orchestrator.spec.job import DataSpec, JobSpec
+
+WORKERS, QUICK_WORKERS = 4, 3
+STEADY_STEPS = 6  # in the full world, before a fault
+BASELINES = ("ray_train", "torchrun")
+LIMITS = {"sigkill": 0.5, "sigkill_two": 1.5, "kill_during_prepare": 1.5}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault and what came of it. `stall_s` is None where nothing stopped."""
+
+    stall_s: float
+    detect_s: float | None
+    committed_steps_lost: int
+    steps_replayed: int
+    state_identical: bool
+    step_s: float
+
+
+def measure(quick: bool) -> Result:
+    rounds = 1 if quick else 6
+    kinds = ("sigkill",) if quick else tuple(FAULTS)
+    with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
+        workspace = Path(folder)
+        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
+        store = prepared(data, stores)
+        storage = workspace / "runs"
+        storage.mkdir()
+        (storage / ".data").symlink_to(stores)
+        job = job_of(data, storage, quick)
+        found: dict[str, list[Fault]] = {}
+        with Product(workspace / "home", num_cpus=WORKERS + 2) as product:
+            live = LiveRun(product.client, job)
+            chance = random.Random(0)
+            for number in range(rounds):
+                for kind in kinds:
+                    full(live, job)
+                    fault = FAULTS[kind](live, chance)
+                    found.setdefault(kind, []).append(fault)
+                    say(f"round {number + 1}, {kind}: {fault}")
+            live.cancel()
+        theirs = {} if quick else {name: run_baseline(name, job, store, workspace, rounds) for name in BASELINES}
+    return result_of(quick, rounds, found, theirs)
+
+
+def job_of(data: DataSpec, storage: Path, quick: bool) -> JobSpec:
+    size = QUICK_WORKERS if quick else WORKERS
+    return JobSpec.model_validate(
+        {
+            "name": "mortal",
+            "workers": {"min": 1, "max": size + 1, "initial": size},
+            "model": QUICK_MODEL if quick else MODEL,
+            "train": {**BATCH, "steps": NEVER, "lr": 3e-4, "schedule": {"kind": "constant"}},
+            "data": data,
+            "storage": str(storage),
+        }
+    )
+
+
+def full(live: LiveRun, job: JobSpec) -> RunStatus:
+    """Wait until the run is whole again and has done some steps so."""
+    size = job.workers.initial
+    live.until(lambda s: s.workers_now == size and s.standbys == 0, f"it has {size} workers")
+    begun = live.status().step
+    return live.until(lambda s: s.step >= begun + STEADY_STEPS and s.workers_now == size, "it goes on steadily")
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def sigkill(live: LiveRun, chance: random.Random) -> Fault:
+    return after_loss(live, chance, [1 + chance.randrange(len(live.members()) - 1)], signal.SIGKILL)
+
+
+def sigkill_two(live: LiveRun, chance: random.Random) -> Fault:
+    return after_loss(live, chance, [1, 3], signal.SIGKILL)  # of a ring of four
+
+
+def sigstop(live: LiveRun, chance: random.Random) -> Fault:
+    return after_loss(live, chance, [1 + chance.randrange(len(live.members()) - 1)], signal.SIGSTOP)
+
+
+def kill_during_prepare(live: LiveRun, chance: random.Random) -> Fault:
+    """A newcomer is warm and its world is planned; then a member dies."""
+    planned = len([e for e in read_events(live.run_dir) if e["kind"] == "generation_planned"])
+    size = len(live.members())
+    live.ask_for(size + 1)
+
+    def is_planned() -> bool:
+        return len([e for e in read_events(live.run_dir) if e["kind"] == "generation_planned"]) > planned
+
+    fault = after_loss(live, chance, [2], signal.SIGKILL, is_planned)
+    live.ask_for(size)
+    return fault
+
+
+def controller_killed(live: LiveRun, chance: random.Random) -> Fault:
+    """Training goes on: the longest gap between two votes around the fault, less a step, is all that it may cost."""
+    teller, before = live.members()[0], live.status()
+    time.sleep(chance.random() * typical_step_s(live, teller))
+    fault_time = time.time()
+    os.kill(live.pids()["controller"], signal.SIGKILL)
+    live.until_again(lambda s: s.step >= before.step + 3 * STEADY_STEPS, "its controller is back and publishes steps")
+    votes = [v for v in live.report_of(teller, after_step=-1).records if v.vote_time > fault_time - 10.0]
+    steps = [b.vote_time - a.vote_time for a, b in pairwise(votes)]
+    around = [b.vote_time - a.vote_time for a, b in pairwise(votes) if b.vote_time > fault_time]
+    published = [r["step"] for e in read_events(live.run_dir) if e["kind"] == "steps" for r in e["records"]]
+    twice = len(published) - len(set(published))
+    return Fault(max(0.0, max(around[:10]) - median(steps)), None, twice, 0, True, median(steps))
+
+
+FAULTS: dict[str, Callable[[LiveRun, random.Random], Fault]] = {
+    "sigkill": sigkill,
+    "sigkill_two": sigkill_two,
+    "sigstop": sigstop,
+    "kill_during_prepare": kill_during_prepare,
+    "controller_killed": controller_killed,
+}
+
+
+def after_loss(
+    live: LiveRun,
+    chance: random.Random,
+    ranks: Sequence[int],
+    by: signal.Signals,
+    when: Callable[[], bool] | None = None,
+) -> Fault:
+    """Lose the workers of these ranks at some moment of a step, and wait until the run has gone on."""
+    members, pids = live.members(), live.pids()
+    victims = [members[rank] for rank in ranks]
+    survivor = next(w for w in members if w not in victims)
+    known = len(live.status().recoveries)
+    if when is not None:
+        deadline_s = time.monotonic() + 60.0
+        while not when() and time.monotonic() < deadline_s:
+            time.sleep(0.002)
+    else:
+        time.sleep(chance.random() * typical_step_s(live, survivor))
+    fault_time = time.time()
+    for victim in victims:
+        os.kill(pids[f"worker/{victim}"], by)
+    status = live.until(
+        lambda s: len(s.recoveries) > known and s.recoveries[-1].stall_s is not None, "it has recovered"
+    )
+    return fault_of(live, survivor, fault_time, status.recoveries[known])
+
+
+def fault_of(live: LiveRun, survivor: str, fault_time: float, recovery: Recovery) -> Fault:
+    votes = live.report_of(survivor, after_step=-1).records
+    events = read_events(live.run_dir)
+    published = max(
+        (r["step"] for e in events if e["kind"] == "steps" and e["time"] < fault_time for r in e["records"]), default=-1
+    )
+    aborted = min(e["time"] for e in events if e["kind"] == "generation_aborted" and e["time"] > fault_time)
+    return fault_from_votes(votes, fault_time, published, aborted, recovery)
+
+
+def fault_from_votes(
+    votes: Sequence[StepRecord], fault_time: float, published: int, aborted_time: float, recovery: Recovery
+) -> Fault:
+    """From a survivor's record of its votes; `published` is the newest step that users knew of at the fault."""
+    new = [vote for vote in votes if vote.generation == recovery.generation]
+    step_s = median(vote.step_s for vote in new[: 2 * STALL_STEPS])
+    first = next(vote for vote in new if vote.step > published)
+    return Fault(
+        stall_s=first.vote_time - fault_time - step_s,
+        detect_s=aborted_time - fault_time,
+        committed_steps_lost=max(recovery.steps_lost, published + 1 - new[0].step),
+        steps_replayed=recovery.steps_replayed,
+        state_identical=recovery.state_identical is True,
+        step_s=step_s,
+    )
+
+
+def typical_step_s(live: LiveRun, worker: str) -> float:
+    return median(vote.step_s for vote in live.report_of(worker, after_step=-1).records[-STALL_STEPS:])
+
+
+# -- baselines and figures -------------------------------------------------------------------------------------------
+
+
+def run_baseline(name: str, job: JobSpec, store: TokenStore, workspace: Path, rounds: int) -> list[dict[str, float]]:
+    """In a process of its own."""
+    job_file = workspace / f"{name}.json"
+    job_file.write_text(job.model_dump_json(by_alias=True))
+    command = [sys.executable, "-m", f"benchmarks.baselines.{name}_recovery", str(job_file), str(store.directory)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}  # not those of our cluster
+    done = subprocess.run([*command, str(rounds)], cwd=ROOT, env=clean, check=True, text=True, stdout=subprocess.PIPE)
+    found: list[dict[str, float]] = json.loads(done.stdout.splitlines()[-1])["rounds"]
+    say(f"{name}: stalls " + ", ".join(f"{r['stall_s']:.1f} s" for r in found))
+    return found
+
+
+def result_of(
+    quick: bool, rounds: int, found: dict[str, list[Fault]], theirs: dict[str, list[dict[str, float]]]
+) -> Result:
+    metrics: dict[str, Any] = {kind: summary_of(faults) for kind, faults in found.items()}
+    for name, measured in theirs.items():
+        metrics[name] = {
+            "stall_s": Spread.of([r["stall_s"] for r in measured]),
+            "steps_replayed": median(r["steps_replayed"] for r in measured),
+        }
+        metrics[f"ratio_{name}"] = ratio_of([r["stall_s"] for r in measured], metrics["sigkill"]["stall_median_s"])
+    return Result(
+        name="recovery",
+        seed=0,
+        settings={"quick": quick, "model": QUICK_MODEL if quick else MODEL, "workers": WORKERS, "faults": list(found)},
+        rounds=rounds,
+        metrics=metrics,
+        baselines=theirs,
+        bars=bars_of(metrics, found),
+    )
+
+
+def summary_of(faults: Sequence[Fault]) -> dict[str, Any]:
+    detected = [fault.detect_s for fault in faults if fault.detect_s is not None]
+    return {
+        "stall_median_s": median_interval([fault.stall_s for fault in faults]),
+        "detect_median_s": median(detected) if detected else None,
+        "committed_steps_lost": sum(fault.committed_steps_lost for fault in faults),
+        "steps_replayed": max(fault.steps_replayed for fault in faults),
+        "state_identical": all(fault.state_identical for fault in faults),
+        "step_s": median(fault.step_s for fault in faults),
+    }
+
+
+def bars_of(metrics: dict[str, Any], found: dict[str, list[Fault]]) -> tuple[Bar, ...]:
+    bars = [
+        equals("committed_steps_lost", 0, sum(metrics[kind]["committed_steps_lost"] for kind in found)),
+        equals("state_identical", True, all(metrics[kind]["state_identical"] for kind in found)),
+        at_most("steps_replayed", 1, max(metrics[kind]["steps_replayed"] for kind in found)),
+    ]
+    bars += [
+        at_most(f"{kind}_stall_median_s", limit, metrics[kind]["stall_median_s"])
+        for kind, limit in LIMITS.items()
+        if kind in metrics
+    ]
+    if "sigstop" in metrics and "sigkill" in metrics:
+        patience_s = max(3.0, 5.0 * metrics["sigstop"]["step_s"])
+        limit = patience_s + metrics["sigkill"]["stall_median_s"].median
+        bars.append(at_most("sigstop_stall_median_s", round(limit, 3), metrics["sigstop"]["stall_median_s"]))
+    if "controller_killed" in metrics:  # no longer than the noise between two steps
+        noise_s = 0.5 * metrics["controller_killed"]["step_s"]
+        bars.append(
+            at_most("controller_killed_stall", round(noise_s, 3), metrics["controller_killed"]["stall_median_s"])
+        )
+    for name, limit in (("ratio_ray_train", 12), ("ratio_torchrun", 6)):
+        ratio: Interval | None = metrics.get(name)
+        bars.append(at_least(name, limit, ratio) if ratio is not None else Bar(name, f">= {limit}", None, False))
+    return tuple(bars)
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)

@@ -1,0 +1,132 @@
+"""Members of runs on real Ray are killed at every moment; workers are simulated, everything else is the product's."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.protocol.status import RunPhase, RunStatus
+from tests.support.control import Cluster, local_ray
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=8):
+        yield
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def _steps(steps: int) -> dict[str, Any]:
+    return {"steps": steps, "global_batch_size": 16, "micro_batch_size": 4}
+
+
+def _four(on: Cluster, name: str, steps: int = 300, **changes: Any) -> dict[str, int]:
+    """A run of four members, and their process ids."""
+    workers = {"min": 1, "max": 4, "initial": 4}
+    on.submit(name, **({"workers": workers, "train": _steps(steps)} | changes))
+    on.until(name, lambda s: s.step > 5)
+    return {worker: on.pid_of(f"{name}/worker/{worker}") for worker in ("w0", "w1", "w2", "w3")}
+
+
+def _ended_well(on: Cluster, name: str, steps: int = 300) -> RunStatus:
+    status = on.end_of(name)
+    assert status.phase is RunPhase.SUCCEEDED, (status.error, status.traceback)
+    on.assert_every_step_once(name, steps)
+    on.assert_nothing_left(name, [])
+    return status
+
+
+@pytest.mark.parametrize("victims", [("w2",), ("w0",), ("w0", "w2")], ids=" and ".join)
+def test_survivors_go_on_and_the_lost_are_replaced(on: Cluster, victims: tuple[str, ...]) -> None:
+    name = "lost-" + "-".join(victims)
+    pids = _four(on, name)
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGKILL)
+    on.until(name, lambda s: bool(s.recoveries))
+    status = _ended_well(on, name)
+    (recovery,) = status.recoveries
+    assert set(recovery.lost) == set(victims) and (recovery.cause, recovery.source) == ("worker", "memory")
+    assert (recovery.from_size, recovery.to_size) == (4, 4 - len(victims))
+    assert recovery.steps_lost == 0 and recovery.steps_replayed <= 1
+    assert on.sizes(name)[-1] == 4
+    assert {"generation_aborted", "worker_lost", "recovered"} <= set(on.kinds(name))
+
+
+@pytest.mark.parametrize("victims", [("w1", "w2"), ("w0", "w1", "w2", "w3")], ids=["with its buddy", "all"])
+def test_without_a_whole_state_in_memory_the_newest_checkpoint_serves(on: Cluster, victims: tuple[str, ...]) -> None:
+    name = f"disk-{len(victims)}"
+    pids = _four(on, name, checkpoint={"every": 10})
+    on.until(name, lambda s: s.checkpoint_step is not None)
+    for victim in victims:
+        os.kill(pids[victim], signal.SIGKILL)
+    status = _ended_well(on, name)
+    assert status.recoveries[0].source == "checkpoint" and status.recoveries[0].step % 10 == 9
+    assert "rolled_back" in on.kinds(name)
+
+
+def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
+    pids = _four(on, "corrupt", checkpoint={"every": 10})
+    status = on.until("corrupt", lambda s: s.checkpoint_step is not None and s.checkpoint_step >= 19)
+    for pid in pids.values():
+        os.kill(pid, signal.SIGSTOP)  # no newer one is written meanwhile
+    newest = max((on.storage / "corrupt" / "checkpoints").glob("step-*"))
+    shard = next(newest.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    after = _ended_well(on, "corrupt")
+    assert status.checkpoint_step is not None
+    assert after.recoveries[0].source == "checkpoint" and f"step-{after.recoveries[0].step:08d}" < newest.name
+
+
+def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:
+    workers = {"min": 3, "max": 3, "initial": 3}
+    on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 2.5})
+    on.until("least", lambda s: s.step > 5)
+    on.submit("other", workers=1, resources={"cpus": 0.5}, train=_steps(100_000))
+    os.kill(on.pid_of("least/worker/w1"), signal.SIGKILL)
+    status = on.until("least", lambda s: s.phase is RunPhase.RECOVERING)
+    assert "w1 died" in status.why
+    on.until("least", lambda s: bool(s.recoveries))
+    assert on.sizes("least")[-1] == 3
+    on.ask("cancel", "other")
+    _ended_well(on, "least", 200)
+
+
+def test_a_member_lost_in_a_rescale(on: Cluster) -> None:
+    on.submit("between", train=_steps(400), workers={"min": 1, "max": 4, "initial": 3, "standby": 1})
+    on.until("between", lambda s: s.step > 5 and s.standbys == 1)
+    pid = on.pid_of("between/worker/w1")
+    on.ask("scale", "between", 4)
+    os.kill(pid, signal.SIGKILL)
+    status = on.until("between", lambda s: s.workers_now == 4)
+    assert [r.steps_lost for r in status.recoveries] == [0]
+    _ended_well(on, "between", 400)
+
+
+def test_a_death_while_the_run_recovers_from_another(on: Cluster) -> None:
+    pids = _four(on, "twice", envs={"SIM_STEP_S": "0.02", "SIM_DIE": "w3:moving-on"})
+    os.kill(pids["w1"], signal.SIGKILL)
+    status = _ended_well(on, "twice")
+    assert set(status.recoveries[0].lost) == {"w1", "w3"}
+    assert status.recoveries[0].steps_lost == 0
+
+
+def test_a_stopped_member_is_found_and_left_behind(on: Cluster) -> None:
+    pids = _four(on, "frozen")
+    os.kill(pids["w2"], signal.SIGSTOP)
+    status = _ended_well(on, "frozen")
+    (recovery,) = status.recoveries
+    assert (recovery.lost, recovery.cause, recovery.steps_lost) == (("w2",), "hang", 0)
+    on.assert_nothing_left("frozen", list(pids.values()))

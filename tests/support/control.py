@@ -1,0 +1,121 @@
+"""Controllers on real Ray, led through their scheduler, with simulated workers."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from orchestrator.control.calls import ask
+from orchestrator.control.host import find, names_of
+from orchestrator.control.memory import read_steps
+from orchestrator.control.parts import Parts
+from orchestrator.control.scheduler import get_or_create_scheduler
+from orchestrator.protocol.status import RunStatus
+from orchestrator.sampling.ledger import audit
+from orchestrator.spec.job import JobSpec
+from tests.support.simulated_worker import simulated_parts
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 60.0
+
+
+@contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """A Ray of its own on this machine."""
+    directory = Path("/tmp") / f"oc{os.getpid()}"  # sockets need a short path
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        _temp_dir=str(directory),
+        namespace="orchestrator",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class Cluster:
+    """The scheduler, and runs in one storage."""
+
+    def __init__(self, storage: Path) -> None:
+        self.storage = storage
+        self.scheduler = get_or_create_scheduler()
+
+    def ask(self, method: str, *args: Any) -> Any:
+        return ask(self.scheduler, method, *args, timeout_s=PATIENCE_S)
+
+    def submit(self, name: str, wait: bool = False, parts: Parts | None = None, **changes: Any) -> str:
+        spec: dict[str, Any] = {
+            "schema": "v1",
+            "name": name,
+            "workers": {"min": 1, "max": 4, "initial": 2, "standby": 0},
+            "resources": {"cpus": 0.5},
+            "model": {"num_experts": 8, "top_k": 2},
+            "train": {"steps": 60, "global_batch_size": 16, "micro_batch_size": 4},
+            "envs": {"SIM_STEP_S": "0.02"},
+        }
+        job = JobSpec.model_validate_json(json.dumps(spec | changes))
+        text = f"name: {name}\n"
+        return str(
+            self.ask(
+                "submit",
+                job.model_dump_json(by_alias=True),
+                name,
+                str(self.storage / name),
+                text,
+                wait,
+                parts or simulated_parts(),
+            )
+        )
+
+    def status(self, name: str) -> RunStatus:
+        status: RunStatus = self.ask("status", name)
+        return status
+
+    def until(self, name: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not condition(status := self.status(name)):
+            if status.phase.ended or time.monotonic() > deadline_s:
+                log = (self.storage / name / "logs" / "controller.log").read_text()
+                raise AssertionError(f"never came true: {status}\n{log}")
+            time.sleep(0.05)
+        return status
+
+    def end_of(self, name: str) -> RunStatus:
+        return self.until(name, lambda status: status.phase.ended)
+
+    def kinds(self, name: str) -> list[str]:
+        return [event["kind"] for event in self.ask("events", name)]
+
+    def sizes(self, name: str) -> list[int]:
+        return [record.world_size for record in read_steps(self.storage / name)]
+
+    def pid_of(self, actor: str) -> int:
+        return int(ask(find(actor), "pid"))
+
+    def assert_nothing_left(self, name: str, pids: list[int]) -> None:
+        deadline_s = time.monotonic() + 10.0
+        while names_of(name) and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        assert names_of(name) == []
+        groups = ray.util.placement_group_table().values()
+        assert [g for g in groups if g["name"].startswith(f"{name}/") and g["state"] != "REMOVED"] == []
+        psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10.0)
+        assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+
+    def assert_every_step_once(self, name: str, steps: int) -> None:
+        result = audit(self.ask("ledger", name))
+        assert result.ok, result.problems
+        assert result.steps == steps

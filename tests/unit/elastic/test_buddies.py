@@ -1,0 +1,33 @@
+"""Every rank has a buddy and is one, on another node wherever that can be."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.elastic.buddies import buddies_of
+
+
+@pytest.mark.parametrize(
+    ("nodes", "buddies"),
+    [
+        ([], ()),
+        (["a"], ()),
+        (["a", "a"], (1, 0)),
+        (["a", "a", "a"], (1, 2, 0)),
+        (["a", "b", "a", "b"], (1, 0, 3, 2)),
+        (["a", "a", "b", "b"], (2, 3, 0, 1)),
+        (["a", "a", "a", "b"], (1, 2, 3, 0)),
+    ],
+)
+def test_small_worlds(nodes: list[str], buddies: tuple[int, ...]) -> None:
+    assert buddies_of(nodes) == buddies
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=40))
+def test_everybody_keeps_one_others_snapshot_elsewhere_if_possible(nodes: list[str]) -> None:
+    buddies = buddies_of(nodes)
+    assert sorted(buddies) == list(range(len(nodes)))
+    assert all(rank != buddy for rank, buddy in enumerate(buddies))
+    at_home = sum(nodes[rank] == nodes[buddy] for rank, buddy in enumerate(buddies))
+    fullest = max(nodes.count(node) for node in nodes)
+    assert at_home == max(0, 2 * fullest - len(nodes))
