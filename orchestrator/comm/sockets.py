@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -24,7 +23,9 @@ LOOPBACK = "127.0.0.1"
 _lock = threading.Lock()
 _device: Any = None
 _address, _port = "", -1  # where it listens
-_peers: "WeakKeyDictionary[Any, set[Address]]" = WeakKeyDictionary()  # where the peers of living groups listen
+# Where the peers of all groups listen, or did: how long a group lives isn't known here, as torch keeps those that it
+# has adopted and drops their Python objects.
+_peers: set[Address] = set()
 
 
 def local_address(host: str, port: int) -> str:
@@ -52,7 +53,7 @@ def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedel
     group = dist.ProcessGroupGloo(named, rank, size, options)
     told = [address.decode().rpartition(":") for address in named.multi_get([f"listens/{p}" for p in range(size)])]
     with _lock:
-        _peers[group] = {(host, int(port)) for host, _, port in told}
+        _peers.update((host, int(port)) for host, _, port in told)
     return group
 
 
@@ -64,7 +65,7 @@ def shut_connections() -> int:
     """
     shut = 0
     with _lock:
-        peers = set().union(*_peers.values())
+        peers = set(_peers)
     for copy in _tcp_sockets():
         with suppress(OSError), copy:
             local, remote = copy.getsockname()[:2], copy.getpeername()[:2]
