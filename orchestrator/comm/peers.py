@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm.sockets import LOOPBACK, gloo_group
+from orchestrator.comm.sockets import gloo_group
 
 
 class PeerGroup:
@@ -25,7 +25,7 @@ class PeerGroup:
         members: worker ids in an order that all members share.
         me: this worker's id.
         timeout_s: how long an operation may wait for a peer.
-        address: where this process can be reached.
+        address: where this process can be reached, as `gloo_group` takes it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PeerGroup:
         members: tuple[str, ...],
         me: str,
         timeout_s: float = 60.0,
-        address: str = LOOPBACK,
+        address: str | None = None,
     ) -> None:
         self.members = members
         self.me = me

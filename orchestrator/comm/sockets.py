@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -23,8 +22,10 @@ LOOPBACK = "127.0.0.1"
 
 _lock = threading.Lock()
 _device: Any = None
-_port = -1
-_peers: "WeakKeyDictionary[Any, set[Address]]" = WeakKeyDictionary()  # where the peers of living groups listen
+_address, _port = "", -1  # where it listens
+# Where the peers of all groups listen, or did: how long a group lives isn't known here, as torch keeps those that it
+# has adopted and drops their Python objects.
+_peers: set[Address] = set()
 
 
 def local_address(host: str, port: int) -> str:
@@ -34,24 +35,25 @@ def local_address(host: str, port: int) -> str:
         return str(probe.getsockname()[0])
 
 
-def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedelta, address: str = LOOPBACK) -> Any:
+def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedelta, address: str | None = None) -> Any:
     """A gloo group over the shared device. Collective over its `size` members.
 
     Args:
-        address: where this process can be reached, as `local_address` says.
+        address: where this process can be reached, as `local_address` says; the same for all of its groups. None: where
+            its earlier groups are reached, on loopback if there were none.
 
     Raises:
-        RuntimeError: a peer did not come within `timeout`.
+        RuntimeError: a peer did not come within `timeout`, or earlier groups are reached elsewhere.
     """
     named = PrefixStore(prefix, store)
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [_shared_device(address)]
     options._timeout = timeout
-    named.set(f"listens/{rank}", f"{address}:{_port}")
+    named.set(f"listens/{rank}", f"{_address}:{_port}")
     group = dist.ProcessGroupGloo(named, rank, size, options)
     told = [address.decode().rpartition(":") for address in named.multi_get([f"listens/{p}" for p in range(size)])]
     with _lock:
-        _peers[group] = {(host, int(port)) for host, _, port in told}
+        _peers.update((host, int(port)) for host, _, port in told)
     return group
 
 
@@ -63,7 +65,7 @@ def shut_connections() -> int:
     """
     shut = 0
     with _lock:
-        peers = set().union(*_peers.values())
+        peers = set(_peers)
     for copy in _tcp_sockets():
         with suppress(OSError), copy:
             local, remote = copy.getsockname()[:2], copy.getpeername()[:2]
@@ -73,13 +75,16 @@ def shut_connections() -> int:
     return shut
 
 
-def _shared_device(address: str) -> Any:
-    global _device, _port
+def _shared_device(address: str | None) -> Any:
+    global _device, _address, _port
     with _lock:
         if _device is None:
             before = _listening_ports()
-            _device = dist.ProcessGroupGloo.create_device(hostname=address)
+            _address = address or LOOPBACK
+            _device = dist.ProcessGroupGloo.create_device(hostname=_address)
             (_port,) = _listening_ports() - before
+        elif address not in (None, _address):  # peers would be told the one and find nobody there
+            raise RuntimeError(f"this process's gloo groups are reached at {_address}, a new one can't be at {address}")
         return _device
 
 

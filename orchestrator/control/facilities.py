@@ -109,7 +109,7 @@ class Facilities:
             )
 
     def _begin(self, name: str, target: str, args: tuple[Any, ...]) -> None:
-        seat = Seat(node_id=ray.get_runtime_context().get_node_id(), log_file=self._run_dir / "logs" / f"{name}.log")
+        seat = Seat(log_file=self._run_dir / "logs" / f"{name}.log")
         self._handles[name] = start_host(self._name(name), target, args, seat)
 
     def _call(self, name: str, method: str, *args: Any) -> None:
@@ -120,5 +120,5 @@ class Facilities:
 
 
 def _my_address() -> str:
-    """Where workers of other nodes reach this one."""
+    """Where workers of other nodes reach this one, which is the facilities' too: all of them live on the head."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -24,6 +24,10 @@ from orchestrator.control.system import Reading, read_system
 NAMESPACE = "orchestrator"
 CALLS_AT_ONCE = 16
 
+# Whoever steers lives on the head, whose loss ends the cluster anyway: no other node's loss ends a run's control then.
+# Ray puts an actor that needs no resource onto any node, even if it was to prefer one. Every head has 1.0 of this one.
+ON_HEAD = {"node:__internal_head__": 0.0001}
+
 Handle = Any  # a Ray actor handle; Ray's own types don't say what an actor answers
 
 
@@ -61,7 +65,8 @@ class Host:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where and how a hosted process runs. `group` reserves its resources; without one it needs none.
+    """Where and how a hosted process runs. `group` reserves its resources; without one it needs none, and lives on the
+    cluster's head.
 
     With one call at once, calls of one caller are done in the order in which they were made.
     """
@@ -70,7 +75,6 @@ class Seat:
     gpus: float = 0.0
     memory_bytes: int = 0
     group: PlacementGroup | None = None
-    node_id: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     log_file: Path | None = None
     max_restarts: int = 0
@@ -82,8 +86,6 @@ def start_host(name: str, target: str, args: tuple[Any, ...], seat: Seat) -> Han
     placed: Any = "DEFAULT"
     if seat.group is not None:
         placed = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=0)
-    elif seat.node_id is not None:
-        placed = NodeAffinitySchedulingStrategy(seat.node_id, soft=True)
     options = {
         "name": name,
         "namespace": NAMESPACE,
@@ -92,6 +94,7 @@ def start_host(name: str, target: str, args: tuple[Any, ...], seat: Seat) -> Han
         "num_cpus": seat.cpus,
         "num_gpus": seat.gpus,
         "memory": seat.memory_bytes,
+        "resources": ON_HEAD if seat.group is None else None,
         "max_concurrency": seat.calls_at_once,
         "max_restarts": seat.max_restarts,
         "scheduling_strategy": placed,

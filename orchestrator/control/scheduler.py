@@ -16,7 +16,7 @@ import ray
 from ray.experimental import internal_kv
 
 from orchestrator.control.calls import ask
-from orchestrator.control.host import NAMESPACE, Handle, find
+from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.control.journal import newest_epoch, write_atomically
 from orchestrator.control.memory import Recollection, read_status, read_steps, storage_error, user_events
 from orchestrator.control.parts import Parts
@@ -221,6 +221,7 @@ def get_or_create_scheduler() -> Handle:
         "lifetime": "detached",
         "get_if_exists": True,
         "num_cpus": 0,
+        "resources": ON_HEAD,
         "max_restarts": -1,
         "max_task_retries": 0,
         "max_concurrency": MAX_CALLS_AT_ONCE,
@@ -261,6 +262,7 @@ def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrde
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "num_cpus": 0,
+        "resources": ON_HEAD,
         "max_restarts": -1,
         "max_concurrency": 16,
     }

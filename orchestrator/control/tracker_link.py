@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from orchestrator.control.calls import ask, reason_of
 from orchestrator.control.crew import Answer, Inbox, post
 from orchestrator.control.host import Handle, Seat, find, start_host
@@ -54,7 +52,6 @@ class TrackerLink:
 
     def start(self) -> None:
         seat = Seat(
-            node_id=ray.get_runtime_context().get_node_id(),
             log_file=self._run_dir / "logs" / f"{NAME}.log",
             # One call at once: what was published before `finish` is published. It may come back as often as it dies.
             max_restarts=-1,

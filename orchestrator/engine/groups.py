@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from orchestrator.comm.sockets import LOOPBACK, gloo_group
+from orchestrator.comm.sockets import gloo_group
 from orchestrator.elastic.placement import Placement
 
 TIMEOUT_S = 60.0
@@ -68,7 +68,7 @@ class Meeting:
         prefix: unique to the generation and the controller's epoch.
         backend: gloo, or nccl for ranks with a GPU each.
         timeout_s: how long a rank is waited for, now and in every operation later.
-        address: where this process can be reached.
+        address: where this process can be reached, as `gloo_group` takes it.
 
     Raises:
         RuntimeError: a rank did not come.
@@ -82,7 +82,7 @@ class Meeting:
         placement: Placement,
         backend: str,
         timeout_s: float = TIMEOUT_S,
-        address: str = LOOPBACK,
+        address: str | None = None,
     ) -> None:
         self.rank, self.placement, self.backend = rank, placement, backend
         self._store, self._timeout = PrefixStore(prefix, store), timedelta(seconds=timeout_s)
@@ -133,10 +133,16 @@ class Meeting:
 
 
 def connect(
-    store: Store, prefix: str, rank: int, placement: Placement, backend: str, timeout_s: float = TIMEOUT_S
+    store: Store,
+    prefix: str,
+    rank: int,
+    placement: Placement,
+    backend: str,
+    timeout_s: float = TIMEOUT_S,
+    address: str | None = None,
 ) -> Groups:
     """Meet and adopt at once, where no older generation is in the way. Collective over the world."""
-    return Meeting(store, prefix, rank, placement, backend, timeout_s).adopt()
+    return Meeting(store, prefix, rank, placement, backend, timeout_s, address).adopt()
 
 
 def disconnect() -> None:

@@ -124,9 +124,9 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def _abandoned(state: RunState, seen: Observation, generation: int, why: str) -> Decision:
-    """Count a failed move; after several in a row the run keeps the size that it has."""
+    """Count a failed move; after several in a row the run keeps the size that it has, if it has one already."""
     failed_moves = state.failed_moves + 1
-    gives_up = failed_moves >= MAX_FAILED_MOVES
+    gives_up = failed_moves >= MAX_FAILED_MOVES and state.current is not None
     wish = Wish(len(state.members), seen.step + 1) if gives_up else state.wish
     note = Note("move_abandoned", {"generation": generation, "why": why, "gave_up": gives_up})
     return Decision(replace(state, failed_moves=failed_moves, wish=wish, why=why), (note,))
@@ -141,7 +141,8 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
     failed = [w for w in plan.world.members if _failed_generation(seen, w) == plan.generation]
     if not lost and not failed:
         return Decision(state)
-    why = f"{', '.join(lost or failed)} {'was lost' if lost else 'could not reach generation'}"
+    what = "was lost" if lost else f"could not reach generation {plan.generation}"
+    why = f"{', '.join(lost or failed)} {what}"
     over = replace(state, aborted=plan.generation, next=None, next_why="")
     return _abandoned(over, seen, plan.generation, why)
 

@@ -90,7 +90,7 @@ class Worker:
         feed = Feed(spec, store, device)
         if spec.model.entrypoint is not None:
             rehearse(spec, vocab_size, device)
-        warm_up(spec, vocab_size, device)
+        warm_up(spec, vocab_size, device, workshop.address)
         if device.type == "cpu":
             reserve_memory(spec, vocab_size)
         trainer = Trainer(self._desk, workshop, feed)

@@ -44,14 +44,19 @@ def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
     return num_bytes
 
 
-def warm_up(spec: JobSpec, vocab_size: int, device: torch.device) -> None:
-    """Build a small engine of the job's kind in a world of one, do one step, throw it away."""
+def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:
+    """Build a small engine of the job's kind in a world of one, do one step, throw it away.
+
+    Args:
+        address: where this process can be reached: its first gloo group decides that for all others.
+    """
     sizes = {"num_layers": 2, "num_dense_layers": 1, "num_experts": spec.model.top_k}
     small = spec.model.model_copy(update=sizes | {"num_expert_groups": 1, "top_k_groups": 1})
     store = HashStore()
     store.set_timeout(timedelta(seconds=30))
     placement = Placement.balanced(small.num_experts, 1)
-    groups = connect(store, "warm-up", 0, placement, "nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    groups = connect(store, "warm-up", 0, placement, backend, address=address)
     try:
         with device:
             model = MoELanguageModel(small, vocab_size, alone(small))

@@ -236,6 +236,21 @@ def test_a_world_that_can_not_be_rebuilt_fails_the_run() -> None:
     assert "6 moves in a row failed; w0, w1 could not reach" in life.state.why
 
 
+def test_a_first_world_that_never_comes_about_fails_the_run() -> None:
+    """As where workers can't reach each other: there is no size to go back to."""
+    life = Life(limits_of(steps=60))
+    life.frozen = {"w0", "w1"}
+    life.tick()
+    for worker in ("w0", "w1"):
+        life.say(worker, phase=Phase.STANDBY)
+    for generation in range(6):
+        life.run_until(lambda g=generation: life.state.next and life.state.next.generation == g, max_ticks=3)
+        life.say("w0", failed_generation=generation)
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
+    assert life.state.outcome is RunPhase.FAILED
+    assert "6 moves in a row failed; w0 could not reach generation 5" in life.state.why
+
+
 def test_a_worker_that_fails_while_the_first_world_is_made_ends_the_run() -> None:
     """As one that reads a checkpoint of another model: another would fail in the same way."""
     life = Life(limits_of())

@@ -1,0 +1,123 @@
+"""Runs as users have them, with a worker on each of three hosts."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+from orchestrator.client import OrchestratorClient
+from orchestrator.control.run_files import RunFiles
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.job import JobSpec, WorkersSpec
+from tests.support.driver import Driver
+from tests.support.hosts import Hosts, until
+from tests.support.texts import small_job
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(Hosts.available() is not None, reason=str(Hosts.available())),
+]
+
+SOON_S = 20.0  # a closed connection tells at once, all other ways of noticing a loss take longer
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with Hosts(3) as hosts:
+        hosts.start_ray(cpus=1)  # so that no host has room for two workers
+        yield hosts
+
+
+@pytest.fixture
+def driver(hosts: Hosts) -> Iterator[Driver]:
+    with Driver(hosts, 0) as driver:
+        yield driver
+
+
+def _job(name: str, texts: Path, tmp_path: Path) -> JobSpec:
+    workers = WorkersSpec(min=1, max=3, initial=3)
+    plain = small_job(texts, steps=100_000)
+    return plain.model_copy(update={"name": name, "workers": workers, "storage": str(tmp_path / "runs")})
+
+
+def _until(driver: Driver, run: str, condition: Callable[[RunStatus], bool], patience_s: float = 120.0) -> RunStatus:
+    deadline_s = time.monotonic() + patience_s
+    while not condition(status := driver.call(OrchestratorClient.get, run)):
+        assert time.monotonic() < deadline_s and not status.phase.ended, status
+        time.sleep(0.05)
+    return status
+
+
+def _cancel(driver: Driver, run: str) -> RunStatus:
+    """End the run; it must end well and account for every sample."""
+    driver.call(OrchestratorClient.cancel, run)
+    ended: RunStatus = driver.call(OrchestratorClient.wait, run)
+    assert ended.phase is RunPhase.CANCELLED and ended.checkpoint_step == ended.step - 1
+    account = driver.call(OrchestratorClient.audit, run)
+    assert account.ok and account.steps == ended.step
+    until(lambda: list(driver.call(places)) == ["scheduler"], 10.0, "the end of all that belonged to the run")
+    return ended
+
+
+def places(client: OrchestratorClient) -> dict[str, tuple[str, int]]:
+    """Address of its host and process id there, of every living actor that has a name. In a driver."""
+    actors = ray._private.state.actors().values()
+    living = [actor for actor in actors if actor["Name"] and actor["State"] == "ALIVE"]
+    return {actor["Name"]: (actor["Address"]["IPAddress"], actor["Pid"]) for actor in living}
+
+
+def _sockets(hosts: Hosts, index: int, pid: int, *options: str) -> list[tuple[str, str]]:
+    """(here, there) of sockets that a process on a host has made for IPv4, as gloo and streams do, and Ray does not."""
+    lines = hosts.run(index, ["ss", "-Hntp4", *options]).splitlines()
+    fields = [line.split() for line in lines if f"pid={pid}," in line]
+    return [(here, there) for _, _, _, here, there, *_ in fields if not here.startswith("[")]
+
+
+def test_workers_on_three_hosts_train_over_the_network(
+    hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
+) -> None:
+    run = driver.call(OrchestratorClient.submit, _job("apart", texts, tmp_path))
+    _until(driver, run, lambda s: s.step > 20)
+    found = driver.call(places)
+    steering = {"scheduler", *(f"{run}/{name}" for name in ("controller", "rendezvous", "tracker"))}
+    workers = [place for name, place in found.items() if name not in steering]
+    assert {found[name][0] for name in steering} == {hosts.addresses[0]}
+    assert sorted(address for address, _ in workers) == list(hosts.addresses)
+
+    placed = [(hosts.addresses.index(address), pid) for address, pid in workers]
+    listening = {here for index, pid in placed for here, _ in _sockets(hosts, index, pid, "--listening")}
+    assert {place.partition(":")[0] for place in listening} == set(hosts.addresses)
+    for index, pid in placed:
+        others = {address for address in hosts.addresses if address != hosts.addresses[index]}
+        connected = _sockets(hosts, index, pid)
+        gloo = [(here, there) for here, there in connected if {here, there} & listening]
+        streams = [pair for pair in connected if pair not in gloo]
+        for pairs in (gloo, streams):  # to either peer; from its ward and to its buddy
+            assert {here.partition(":")[0] for here, _ in pairs} == {hosts.addresses[index]}
+            assert {there.partition(":")[0] for _, there in pairs} == others and len(pairs) == 2
+    ended = _cancel(driver, run)
+    assert ended.loss is not None and ended.first_loss is not None and ended.loss < ended.first_loss
+
+
+def test_a_host_that_is_killed_costs_no_committed_step(
+    hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
+) -> None:
+    run = driver.call(OrchestratorClient.submit, _job("mortal", texts, tmp_path))
+    _until(driver, run, lambda s: s.step > 20)
+    found = driver.call(places)
+    victim, (address, _) = next(entry for entry in found.items() if entry[1][0] != hosts.addresses[0])
+    killed_time = time.time()
+    hosts.kill_host(hosts.addresses.index(address))
+    recovered = _until(driver, run, lambda s: bool(s.recoveries) and s.step > s.recoveries[0].step + 20)
+    (recovery,) = recovered.recoveries
+    assert [f"{run}/worker/{worker}" for worker in recovery.lost] == [victim]
+    assert (recovery.from_size, recovery.to_size, recovered.workers_now) == (3, 2, 2)
+    assert recovery.steps_lost == 0 and recovery.source == "memory" and recovery.state_identical
+    steps = {record.step: record for record in RunFiles(Path(recovered.run_dir)).steps()}
+    idle_s = steps[recovery.step + 1].vote_time - killed_time
+    print(f"the next step's vote came {idle_s:.2f} s after the kill of a host, stall {recovery.stall_s} s")
+    assert idle_s < SOON_S
+    _cancel(driver, run)

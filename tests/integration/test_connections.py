@@ -1,0 +1,27 @@
+"""Connections of a world that was adopted by torch, and what a rank can do to them on its own."""
+
+import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from orchestrator.comm.sockets import shut_connections
+from orchestrator.elastic.placement import Placement
+from orchestrator.engine.groups import connect
+from tests.support.ranks import Ranks
+
+
+def _shut(rank: int, world_size: int, store: Store, prefix: str, who: int) -> int:
+    connect(store, prefix, rank, Placement.balanced(4, world_size), "gloo")
+    dist.barrier()
+    if rank != who:
+        store.wait([f"{prefix}/shut"])
+        return 0
+    count = shut_connections()
+    store.set(f"{prefix}/shut", "")
+    return count
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_either_end_can_shut_a_connection(ranks: Ranks, who: int) -> None:
+    """One end has called the other, which it knows by the port that the other listens on, and not by its own."""
+    assert ranks.run(_shut, 2, who)[who] == 1
