@@ -77,13 +77,13 @@ def _show(planned: JobPlan) -> None:
         ("experts per worker", [_spread(world.experts) for world in worlds]),
         ("slots per worker", [_spread(world.slots) for world in worlds]),
     ]
-    parts = ("weights", "masters", "moments", "buffers", "gradients", "activations", "loss", "process")
+    parts = ("weights", "masters", "moments", "buffers", "gradients", "activations", "loss", "snapshots", "process")
     memory = [(part, [_size(getattr(world.memory, part)) for world in worlds]) for part in parts]
     memory += [
         ("together", [size(world.memory.training) for world in worlds]),
         ("peak, at a fence too", [size(world.memory.peak) for world in worlds]),
     ]
-    kinds = ("gradients_reduced", "parameters_gathered", "dispatch", "combine", "control", "total")
+    kinds = ("gradients_reduced", "parameters_gathered", "dispatch", "combine", "control", "snapshots", "total")
     traffic = [(kind.replace("_", " "), [size(getattr(world.traffic, kind)) for world in worlds]) for kind in kinds]
     _section("WORKERS", head, layout)
     _section("MEMORY", head, memory)

@@ -13,11 +13,13 @@ import numpy as np
 
 from orchestrator.elastic.layout import IntArray, Kind, Layout, ParamSpec, training_layout
 from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.snapshot import SnapshotFormat
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.protection import interval_of
 
 PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
 MAX_BUCKET_ELEMENTS = 50_000_000  # orchestrator.engine.deepspeed_engine
@@ -43,7 +45,9 @@ class StatePlan:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of the worker that holds most. `activations` and `loss` are None for a model that isn't ours. `fence` is
-    the largest second shard that it holds meanwhile while it moves to a neighbouring size."""
+    the largest second shard that it holds meanwhile while it moves to a neighbouring size. `snapshots` are two of its
+    own and two of its ward's; at a fence those of the next world lie beside them.
+    """
 
     weights: int
     masters: int
@@ -53,23 +57,26 @@ class MemoryPlan:
     activations: int | None
     loss: int | None
     fence: int
+    snapshots: int = 0
     process: int = PROCESS_BYTES
 
     @property
     def training(self) -> int:
-        parts = (self.weights, self.masters, self.moments, self.buffers, self.gradients, self.process)
+        parts = (self.weights, self.masters, self.moments, self.buffers, self.gradients, self.snapshots, self.process)
         return sum(parts) + (self.activations or 0) + (self.loss or 0)
 
     @property
     def peak(self) -> int:
         """Activations, loss and gradients are gone at a fence."""
         state = self.weights + self.masters + self.moments + self.buffers
-        return max(self.training, state + self.fence + self.process)
+        return max(self.training, state + self.fence + 2 * self.snapshots + self.process)
 
 
 @dataclass(frozen=True)
 class TrafficPlan:
     """Bytes that leave a worker for another in one step, of all workers together. Of collectives as in a ring.
+
+    `snapshots` is what buddies get after a step, divided by the steps between two snapshots.
 
     `dispatch` is copies of tokens on their way to experts, and their gradients on the way back; `combine` is results
     and theirs. `control` is expert counts and votes.
@@ -80,10 +87,12 @@ class TrafficPlan:
     dispatch: int
     combine: int
     control: int
+    snapshots: int = 0
 
     @property
     def total(self) -> int:
-        return self.gradients_reduced + self.parameters_gathered + self.dispatch + self.combine + self.control
+        reduced = self.gradients_reduced + self.parameters_gathered
+        return reduced + self.dispatch + self.combine + self.control + self.snapshots
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
         experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
         slots=tuple(len(slots_of(rank, size, job.train.num_slots)) for rank in range(size)),
         memory=_memory(job, state, layout, placement, max((second for _, second in moved), default=0), ours),
-        traffic=_traffic(job, state, placement),
+        traffic=_traffic(job, state, placement, layout),
         rescales=tuple(rescale for rescale, _ in moved),
     )
 
@@ -167,6 +176,7 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
         activations=activation_bytes(job.model, job.train, crowding) if ours else None,
         loss=loss_bytes(job.model, job.train, state.vocab_size) if ours else None,
         fence=fence,
+        snapshots=_snapshot_bytes(job, layout, fullest),
     )
 
 
@@ -189,7 +199,7 @@ def bytes_by_part(layout: Layout) -> dict[str, IntArray]:
 # -- traffic -----------------------------------------------------------------------------------------------------------
 
 
-def _traffic(job: JobSpec, state: StatePlan, placement: Placement) -> TrafficPlan:
+def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layout) -> TrafficPlan:
     size, train, model = placement.world_size, job.train, job.model
     moe_layers = state.num_moe_layers
     copies = 0  # of a step, per layer, that leave their rank
@@ -211,7 +221,24 @@ def _traffic(job: JobSpec, state: StatePlan, placement: Placement) -> TrafficPla
         dispatch=(2 + again) * one_way,
         combine=(2 + again) * one_way,
         control=counts + vote,
+        snapshots=_shared_bytes(job, layout),
     )
+
+
+def _shared_bytes(job: JobSpec, layout: Layout) -> int:
+    """Of all ranks together, per step."""
+    interval = interval_of(job.protection)
+    if interval is None or layout.world.size < 2:
+        return 0
+    return sum(SnapshotFormat.of(layout, rank).shared_bytes for rank in range(layout.world.size)) // interval
+
+
+def _snapshot_bytes(job: JobSpec, layout: Layout, rank: int) -> int:
+    """Two snapshots of a rank's own, and two of the largest ward that it may have."""
+    if interval_of(job.protection) is None or layout.world.size < 2:
+        return 0
+    formats = [SnapshotFormat.of(layout, other) for other in range(layout.world.size)]
+    return 2 * formats[rank].total_bytes + 2 * max(f.shared_bytes for f in formats)
 
 
 def _holders(param: ParamSpec, placement: Placement) -> int:

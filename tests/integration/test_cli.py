@@ -229,7 +229,7 @@ def test_run_in_the_foreground_uses_the_cluster_that_is_up(here: Here) -> None:
 
 
 def test_a_failed_run_exits_100_and_names_the_reason(here: Here) -> None:
-    job = here.job("broken", envs={"SIM_STEP_S": "0.02", "SIM_DIE": "w0:moving"})
+    job = here.job("broken", envs={"SIM_STEP_S": "0.02", "SIM_DIE": "all:warming"})
     failed = here("run", job, expect=100)
     assert "broken failed" in failed.stderr and "Traceback" not in failed.stderr
 

@@ -67,6 +67,8 @@ class Member:
     def call(self, method: str, *args: Any) -> Any:
         with self._lock:
             self._pipe.send((method, args))
+            if not self._pipe.poll(PATIENCE_S):
+                raise TimeoutError(f"process {self.process.pid} did not answer {method} within {PATIENCE_S:.0f} s")
             ok, value = self._pipe.recv()
         if not ok:
             raise value
@@ -255,6 +257,10 @@ class Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:  # some may be frozen, or wait for ever
+            for member in self.members.values():
+                member.kill()
+            return
         if self.final:
             self.send(checkpoint_done=self.newest_step)  # lets the training threads end
         for member in self.members.values():

@@ -5,7 +5,7 @@ notice each other's death by process id, as gloo does by its sockets. With its v
 its buddy keeps in memory. It is told what to do by the job's `envs`:
 
     SIM_STEP_S   how long a step takes
-    SIM_DIE      WORKER:MOMENT; that worker kills itself there: prepared, moving, or moving-on after a loss
+    SIM_DIE      WORKER:MOMENT, or all:MOMENT; who kills itself when: warming, prepared, moving, moving-on after a loss
 """
 
 import json
@@ -70,6 +70,7 @@ class SimulatedWorker:
             self._job, self._spec = job, JobSpec.model_validate_json(job.job_json)
             self._files = Path(job.storage_dir) / "sim"
             self._say("pids", str(os.getpid()))
+            self._die_at("warming")
             self._desk.publish(phase=Phase.STANDBY)
             threading.Thread(target=self._run, daemon=True).start()
         return self.report(None, -1, 0.0)
@@ -365,7 +366,7 @@ class SimulatedWorker:
             return False
 
     def _die_at(self, moment: str) -> None:
-        if os.environ.get("SIM_DIE") == f"{self._me}:{moment}":
+        if os.environ.get("SIM_DIE") in (f"{self._me}:{moment}", f"all:{moment}"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
