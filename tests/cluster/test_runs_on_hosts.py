@@ -46,10 +46,12 @@ def _job(name: str, texts: Path, tmp_path: Path, size: int = 3) -> JobSpec:
 
 def _until(driver: Driver, run: str, condition: Callable[[RunStatus], bool], patience_s: float = 120.0) -> RunStatus:
     deadline_s = time.monotonic() + patience_s
-    while not condition(status := driver.call(OrchestratorClient.get, run)):
+    while True:
+        status: RunStatus = driver.call(OrchestratorClient.get, run)
+        if condition(status):
+            return status
         assert time.monotonic() < deadline_s and not status.phase.ended, status
         time.sleep(0.05)
-    return status
 
 
 def _trained_a_little(driver: Driver, job: JobSpec) -> str:

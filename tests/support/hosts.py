@@ -176,7 +176,7 @@ class Hosts:
         return self._hosts[index].processes()
 
     def kill_host(self, index: int) -> None:
-        """SIGKILL every process of a host, for good. Its connections are closed, as nobody `cut` it before."""
+        """SIGKILL every process of a host, for good. Its connections get closed: `cut` it first if they shall not."""
         self._hosts[index].kill()
 
     # -- its link ----------------------------------------------------------------------------------------------
