@@ -43,6 +43,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, RayTaskError) and error.cause is not None:
         known = isinstance(error.cause, OrchestratorError)
         return str(error.cause) if known else f"{type(error.cause).__name__}: {error.cause}"
+    if isinstance(error, ActorUnavailableError):  # whose text is about one call
+        return "its connections broke, and nothing tells yet whether its process or its whole host has ended"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     table = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
     told = " ".join(line for line in lines if not line.startswith(table))

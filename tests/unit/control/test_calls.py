@@ -1,4 +1,4 @@
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorUnavailableError, RayTaskError
 
 from orchestrator.control.calls import reason_of
 from orchestrator.errors import DataError
@@ -21,3 +21,8 @@ def test_a_killed_process_is_told_in_words() -> None:
         "type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a connection error code 2. End of file."
     )
     assert reason_of(RuntimeError(text)).startswith("its process ended suddenly: killed from outside")
+
+
+def test_a_worker_lost_with_its_host_is_told_in_our_words() -> None:
+    error = ActorUnavailableError("RpcError: RPC error: recvmsg:Connection reset by peer rpc_code: 14", b"\x01" * 16)
+    assert reason_of(error).startswith("its connections broke")
