@@ -1,12 +1,16 @@
 """Every benchmark runs, by its command line. Their figures mean nothing here, what they count does."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from benchmarks.rescale import job_of
+from benchmarks.support.data import data_spec, prepared, stores_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +24,24 @@ def quick(name: str) -> dict[str, Any]:
     assert line["name"] == name
     assert line["settings"]["quick"] is True
     return line
+
+
+def recoveries(baseline: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
+    """What a baseline tells of `rounds` kills, with a tiny job of four workers."""
+    data = data_spec(True, folder)
+    store = prepared(data, stores_dir(True, folder))
+    job = job_of("recovery", 2, data, folder, quick=True)
+    job = job.model_copy(update={"workers": job.workers.model_copy(update={"initial": 4})})
+    (folder / "job.json").write_text(job.model_dump_json(by_alias=True))
+    command = [sys.executable, "-m", f"benchmarks.baselines.{baseline}", str(folder / "job.json")]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [*command, str(store.directory), str(rounds)], cwd=ROOT, env=clean, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["rounds"]
+    assert len(found) == rounds
+    return found
 
 
 def test_planning() -> None:
@@ -79,3 +101,22 @@ def test_tracking_has_every_value_once() -> None:
     assert met["missing"] and met["duplicates"]
     assert line["metrics"]["values"] >= 3000 and line["metrics"]["outage_s"] >= 3.0
     assert line["metrics"]["ratio_with_server"]["median"] > 0
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_torchrun_recovers_from_its_last_checkpoint(tmp_path: Path) -> None:
+    for found in recoveries("torchrun_recovery", 2, tmp_path):
+        assert 0 < found["detect_s"] < found["restart_s"] <= found["stall_s"]
+        assert 0 <= found["steps_replayed"] <= 5
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_ray_train_recovers_from_its_last_checkpoint(tmp_path: Path) -> None:
+    (found,) = recoveries("ray_train_recovery", 1, tmp_path)
+    assert 0 < found["detect_s"] < found["restart_s"] <= found["stall_s"]
+    assert 0 <= found["steps_replayed"] <= 5

@@ -8,6 +8,7 @@ from benchmarks.baselines.ray_train_elastic import growth
 from benchmarks.harness import Interval
 from benchmarks.rescale import effect_time, ratio_of, rel_gaps, transition_of
 from benchmarks.support.product import Request
+from benchmarks.support.trace import FinishedStep
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import GenerationPlan, StepRecord
@@ -78,8 +79,8 @@ def test_the_ratio_is_as_uncertain_as_both_sides() -> None:
 
 
 def test_growth_counts_from_the_first_step_never_done_before() -> None:
-    old = [{"step": step, "size": 1, "end_time": float(step)} for step in range(9)]
-    new = [{"step": 5 + n, "size": 2, "end_time": 14.0 + 0.5 * n} for n in range(8)]
+    old = [FinishedStep(step, 0, 1, 7, end_time=float(step), loss=1.0) for step in range(9)]
+    new = [FinishedStep(5 + n, 0, 2, 8, end_time=14.0 + 0.5 * n, loss=1.0) for n in range(8)]
     found = growth(old + new)
     # Steps 5 to 8 are done again; step 9 ends at 16 s.
     assert found == {"stall_s": 16.0 - 8.0 - 0.5, "steps_replayed": 4, "step_s": 0.5, "restart_s": 14.0 - 8.0 - 0.5}
@@ -87,4 +88,4 @@ def test_growth_counts_from_the_first_step_never_done_before() -> None:
 
 def test_no_growth_is_no_figure() -> None:
     with pytest.raises(ValueError, match="no growth was seen"):
-        growth([{"step": 0, "size": 1, "end_time": 0.0}])
+        growth([FinishedStep(0, 0, 1, 7, end_time=0.0, loss=1.0)])
