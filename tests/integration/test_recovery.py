@@ -45,7 +45,7 @@ def _ended_well(on: Cluster, name: str, steps: int = 300) -> RunStatus:
     return status
 
 
-@pytest.mark.parametrize("victims", [("w2",), ("w0",), ("w0", "w2")], ids=" and ".join)
+@pytest.mark.parametrize("victims", [("w2",), pytest.param(("w0",), marks=pytest.mark.slow), ("w0", "w2")], ids=str)
 def test_survivors_go_on_and_the_lost_are_replaced(on: Cluster, victims: tuple[str, ...]) -> None:
     name = "lost-" + "-".join(victims)
     pids = _four(on, name)
@@ -61,7 +61,11 @@ def test_survivors_go_on_and_the_lost_are_replaced(on: Cluster, victims: tuple[s
     assert {"generation_aborted", "worker_lost", "recovered"} <= set(on.kinds(name))
 
 
-@pytest.mark.parametrize("victims", [("w1", "w2"), ("w0", "w1", "w2", "w3")], ids=["with its buddy", "all"])
+@pytest.mark.parametrize(
+    "victims",
+    [("w1", "w2"), pytest.param(("w0", "w1", "w2", "w3"), marks=pytest.mark.slow)],
+    ids=["with its buddy", "all"],
+)
 def test_without_a_whole_state_in_memory_the_newest_checkpoint_serves(on: Cluster, victims: tuple[str, ...]) -> None:
     name = f"disk-{len(victims)}"
     pids = _four(on, name, checkpoint={"every": 10})
@@ -73,6 +77,7 @@ def test_without_a_whole_state_in_memory_the_newest_checkpoint_serves(on: Cluste
     assert "rolled_back" in on.kinds(name)
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
     pids = _four(on, "corrupt", checkpoint={"every": 10})
     status = on.until("corrupt", lambda s: s.checkpoint_step is not None and s.checkpoint_step >= 19)
@@ -115,6 +120,7 @@ def test_a_member_lost_in_a_rescale(on: Cluster) -> None:
     _ended_well(on, "between", 400)
 
 
+@pytest.mark.slow
 def test_a_death_while_the_run_recovers_from_another(on: Cluster) -> None:
     pids = _four(on, "twice", envs={"SIM_STEP_S": "0.02", "SIM_DIE": "w3:moving-on"})
     os.kill(pids["w1"], signal.SIGKILL)
