@@ -46,11 +46,20 @@ def _serve(pipe: Connection) -> None:
     while True:
         method, args = pipe.recv()
         if method == "renew":
+            _await_end(worker)
             worker, method, args = Worker(*args), "report", (None, -1, 0.0)
         try:
             pipe.send((True, getattr(worker, method)(*args)))
         except Exception as error:
             pipe.send((False, error))
+
+
+def _await_end(worker: Any) -> None:
+    """A worker that has finished lets its groups go in a thread of its own; the next one must not meet them."""
+    if worker.report(None, -1, 0.0).phase is Phase.FINISHED:
+        newest = [thread for thread in threading.enumerate() if thread.name == "training"][-1:]
+        for thread in newest:  # those of workers before it, if any, stand by for ever and hold nothing
+            thread.join(PATIENCE_S)
 
 
 class Member:
@@ -261,8 +270,7 @@ class Crew:
             for member in self.members.values():
                 member.kill()
             return
-        if self.final:
-            self.send(checkpoint_done=self.newest_step)  # lets the training threads end
+        self.send(checkpoint_done=10**9)  # lets the training threads of those who have finished end
         for member in self.members.values():
             if not member.process.is_alive():
                 continue
