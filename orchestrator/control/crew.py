@@ -73,6 +73,7 @@ class Crew:
         self._polled_s: dict[str, float] = {}  # polls under way, since when
         self._rested_s: dict[str, float] = {}  # when the last answer came
         self.reports: dict[str, Report] = {}
+        self._heard_s: dict[str, float] = {}  # when any answer last came
         self._last_poll_s = time.monotonic()
         self.stirred_s = time.monotonic()  # when somebody last said something new
         self.lost: dict[str, str] = {}
@@ -132,8 +133,10 @@ class Crew:
                 self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")
 
     def silence_s(self, now_s: float) -> dict[str, float]:
-        """For how long each worker has owed an answer. One is due after `POLL_S` at the latest."""
-        asked = {w: since_s for w, since_s in self._polled_s.items() if w in self._handles and w in self.reports}
+        """For how long each worker has owed an answer. One is due after `POLL_S` at the latest; a question that was
+        asked while the process still started counts from its first answer to any other."""
+        known = [(w, since_s) for w, since_s in self._polled_s.items() if w in self._handles and w in self.reports]
+        asked = {worker: max(since_s, self._heard_s.get(worker, since_s)) for worker, since_s in known}
         return {worker: max(0.0, now_s - since_s - POLL_S) for worker, since_s in asked.items()}
 
     def is_quiet(self) -> bool:
@@ -177,6 +180,7 @@ class Crew:
         if answer.method == "node":
             self.nodes[worker] = answer.future.result()
             return None
+        self._heard_s[worker] = time.monotonic()
         report: Report = answer.future.result()
         known = self.reports.get(worker)
         if known is None or report.version > known.version:
