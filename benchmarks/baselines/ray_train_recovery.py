@@ -3,11 +3,12 @@
     python -m benchmarks.baselines.ray_train_recovery JOB.json STORE_DIR ROUNDS
 
 Plain data parallelism over the job's initial workers. Ray Train recovers by stopping every worker and starting as many
-anew from the last reported checkpoint. Its fastest settings: the controller looks every 0.1 s (2 s by default); no
-actors or threads for what isn't needed (preemption, metrics, structured logs); checkpoints are written every 5 steps
-straight to where they stay; no initial broadcast of weights, as all have read the same ones; malloc's settings of our
-workers; neither DeepSpeed nor anything else that isn't needed is imported. Most of the time goes into new processes,
-which import Ray, torch and torch's compiler: about 4 s of CPU time each.
+anew from the last reported checkpoint; a report counts when the controller has seen it. Its fastest settings: the
+controller looks every 0.1 s (2 s by default); no actors or threads for what isn't needed (preemption, metrics,
+structured logs); checkpoints are written every 5 steps straight to where they stay; no initial broadcast of weights, as
+all have read the same ones; neither DeepSpeed nor anything else that isn't needed is imported. Most of the time goes
+into new processes, which import Ray, torch and torch's compiler: about 4 s of CPU time each. Seen to make no difference
+beyond noise: malloc's settings of our workers, more processes started at once, idle ones with these modules loaded.
 
 `stall_s` and all else is defined in `benchmarks.support.kills`. Prints one line of JSON.
 """
@@ -53,7 +54,6 @@ def kill_workers(job: JobSpec, store_dir: str, rounds: int) -> list[dict[str, An
 
     from benchmarks.support.data_parallel import CHECKPOINT_EVERY
     from benchmarks.support.ray_training import cluster
-    from orchestrator.control.crew import WORKER_ENV
 
     class Notice(UserCallback):
         """Told by the controller, in its process, when it knows of a dead worker."""
@@ -73,7 +73,7 @@ def kill_workers(job: JobSpec, store_dir: str, rounds: int) -> list[dict[str, An
             callbacks=[Notice(folder)],
         )
         config = {"job": job.model_dump_json(by_alias=True), "store_dir": store_dir}
-        with cluster(num_cpus=job.workers.initial, **WORKER_ENV):
+        with cluster(num_cpus=job.workers.initial):
             trainer = TorchTrainer(
                 train_on_worker,
                 train_loop_config=config | {"folder": folder, "run_dir": f"{folder}/recovery"},

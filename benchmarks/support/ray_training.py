@@ -23,10 +23,10 @@ FILE = "state.pt"
 
 
 @contextmanager
-def cluster(num_cpus: int, **variables: str) -> Iterator[RayNodes]:
-    """Nodes of our own, joined by this process. They inherit its Ray variables and `variables`."""
+def cluster(num_cpus: int) -> Iterator[RayNodes]:
+    """Nodes of our own, joined by this process. They inherit its Ray variables."""
     ours = {key: value for key, value in os.environ.items() if key.startswith("RAY_")}
-    with RayNodes(num_cpus, ours | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables) as nodes:
+    with RayNodes(num_cpus, ours | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}) as nodes:
         ray.init(address=nodes.address, log_to_driver=False, logging_level=logging.ERROR)
         try:
             yield nodes

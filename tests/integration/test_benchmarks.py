@@ -119,4 +119,4 @@ def test_torchrun_recovers_from_its_last_checkpoint(tmp_path: Path) -> None:
 def test_ray_train_recovers_from_its_last_checkpoint(tmp_path: Path) -> None:
     (found,) = recoveries("ray_train_recovery", 1, tmp_path)
     assert 0 < found["detect_s"] < found["restart_s"] <= found["stall_s"]
-    assert 0 <= found["steps_replayed"] <= 5
+    assert 0 <= found["steps_replayed"] <= 10  # the controller may not have seen the last checkpoint yet
