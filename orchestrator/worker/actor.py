@@ -42,6 +42,7 @@ class Worker:
         self._last_heard = time.monotonic()
         self._warming = threading.Lock()
         self._trainer: Trainer | None = None
+        self._training: threading.Thread | None = None
 
     def warm(self, job: WorkerJob) -> Report:
         """Become a standby: import, build and drop a small engine, start the training thread. A repeat is harmless."""
@@ -96,7 +97,8 @@ class Worker:
         trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
         self._trainer = trainer
-        threading.Thread(target=trainer.run, name="training", daemon=True).start()
+        self._training = threading.Thread(target=trainer.run, name="training", daemon=True)
+        self._training.start()
         threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
 
     def _heard(self) -> None:

@@ -57,9 +57,7 @@ def _serve(pipe: Connection) -> None:
 def _await_end(worker: Any) -> None:
     """A worker that has finished lets its groups go in a thread of its own; the next one must not meet them."""
     if worker.report(None, -1, 0.0).phase is Phase.FINISHED:
-        newest = [thread for thread in threading.enumerate() if thread.name == "training"][-1:]
-        for thread in newest:  # those of workers before it, if any, stand by for ever and hold nothing
-            thread.join(PATIENCE_S)
+        worker._training.join(PATIENCE_S)
 
 
 class Member:
