@@ -41,6 +41,7 @@ DECLARED = (
     Metric("perf/data_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),
     Metric("perf/protection_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its buddy's answer"),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
+    Metric("elastic/snapshot_interval", "steps", Kind.GAUGE, "steps between two snapshots; 0 where none are taken"),
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),
     Metric("elastic/rescale_stall_s", "s", Kind.GAUGE, "training time lost to a rescale, at its first step"),
     Metric(

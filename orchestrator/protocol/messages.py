@@ -163,6 +163,7 @@ class StepRecord:
     validation_loss: float | None = None
     data_wait_s: float = 0.0  # of step_s, how long the training thread of whoever reports waited for its rows
     protection_wait_s: float = 0.0  # likewise, for its snapshot to be with its buddy
+    snapshot_interval: int = 0  # steps between two snapshots when it was done; 0: none are taken
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ class JobSpec(Section):
     protection: Protection = Field(
         default=EVERY_STEP,
         description="How often each worker's state is copied to another worker's memory, so that a worker may be lost "
-        'at any moment: every_step, "every N" (N steps) or off.',
+        'at any moment: every_step, "every N" (N steps), auto (as often as costs under 3 % of a step) or off.',
     )
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
     storage: Storage = Field(

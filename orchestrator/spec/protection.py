@@ -7,14 +7,14 @@ from pydantic import BeforeValidator
 
 from orchestrator.spec.section import refuse
 
-EVERY_STEP, OFF = "every_step", "off"
-RULE = 'must be every_step, "every N" (N steps) or off'
+EVERY_STEP, AUTO, OFF = "every_step", "auto", "off"
+RULE = 'must be every_step, "every N" (N steps), auto or off'
 
 
 def _protection(value: Any) -> Any:
     if value is False:  # what YAML 1.1 makes of off
         return OFF
-    if not isinstance(value, str) or not re.fullmatch(rf"{EVERY_STEP}|{OFF}|every [1-9]\d{{0,5}}", value):
+    if not isinstance(value, str) or not re.fullmatch(rf"{EVERY_STEP}|{AUTO}|{OFF}|every [1-9]\d{{0,5}}", value):
         raise refuse(RULE)
     return EVERY_STEP if value == "every 1" else value
 
@@ -23,7 +23,7 @@ Protection = Annotated[str, BeforeValidator(_protection, json_schema_input_type=
 
 
 def interval_of(protection: str) -> int | None:
-    """Steps between two snapshots; None where it is off."""
+    """Steps between two snapshots, with auto until costs are known; None where it is off."""
     if protection == OFF:
         return None
     _, _, number = protection.partition(" ")

@@ -7,6 +7,7 @@ memory to memory over a socket of their own: they are neither pickled nor pass t
 
 import logging
 import threading
+import time
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
@@ -55,6 +56,9 @@ class Protection:
         self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()
         self._copied: Future[None] = _done()
         self._acknowledged: Future[None] = _done()
+        self._waited_s = 0.0  # by the training thread, all in all
+        self._busy_s = [0.0, 0.0]  # processor time of the two threads, all in all
+        self._takes_cores = not pinned
         self.begun = -2  # the newest step of which a snapshot was begun; before the first step it is -1
 
     @property
@@ -78,11 +82,25 @@ class Protection:
 
     def copied(self) -> None:
         """Wait until the newest snapshot is this worker's: then the shard may change."""
-        self._copied.result()
+        self._await(self._copied)
 
     def acknowledged(self) -> None:
         """Wait until the newest snapshot is the buddy's too. Raises StreamClosed if that can't be any more."""
-        self._acknowledged.result()
+        self._await(self._acknowledged)
+
+    def cost_s(self) -> float:
+        """What snapshots have taken from training so far, seconds: its waits and, where training needs the same
+        processors, the work of both threads."""
+        return self._waited_s + (sum(self._busy_s) if self._takes_cores else 0.0)
+
+    def _await(self, done: "Future[None]") -> None:
+        if done.done():
+            return done.result()
+        began_s = time.perf_counter()
+        try:
+            done.result()
+        finally:
+            self._waited_s += time.perf_counter() - began_s
 
     def shut(self) -> None:
         """End both connections, whoever waits for them. What is whole stays in the vault."""
@@ -112,6 +130,7 @@ class Protection:
                     raise closed
                 header = {"step": snapshot.holding.step, "generation": self.generation, "note": snapshot.note}
                 self._to_buddy.send(header, self._own.shared(snapshot))
+                self._busy_s[0] = time.thread_time()
                 acknowledged.set_result(None)
             except StreamClosed as error:
                 closed = error
@@ -132,6 +151,7 @@ class Protection:
                 self._from_ward.receive(place)
                 self._kept.finish(arriving.pop())
                 self._from_ward.acknowledge()
+                self._busy_s[1] = time.thread_time()
         except StreamClosed as error:
             log.info("generation %d: no more snapshots from its ward: %s", self.generation, error)
         finally:

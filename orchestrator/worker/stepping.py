@@ -23,6 +23,7 @@ class Voice:
 
     fence: int
     finish: bool
+    interval: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Stepper:
             applied=update.applied,
             fence=voice.fence,
             finish=voice.finish,
+            interval=voice.interval,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
         self._balance(shard, outcome)

@@ -7,23 +7,21 @@ waits for the plan of the next generation.
 
 import gc
 import logging
-import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.comm import pulse
 from orchestrator.comm.sockets import shut_connections
-from orchestrator.elastic.cut import Holding
 from orchestrator.engine.groups import disconnect
-from orchestrator.protocol.messages import Finish, GenerationPlan, Phase, ShardWritten, Source, WorkerError
-from orchestrator.spec.protection import interval_of
-from orchestrator.state.snapshot import Vault, joined
+from orchestrator.protocol.messages import Finish, GenerationPlan, Phase, ShardWritten, WorkerError
 from orchestrator.worker.desk import Desk
+from orchestrator.worker.engagement import Engagement
 from orchestrator.worker.faults import GenerationAborted, kind_of
 from orchestrator.worker.feed import Feed
-from orchestrator.worker.moving import Held, Prepared, announce, announced, first_shard, move
+from orchestrator.worker.keeping import Keeping
+from orchestrator.worker.moving import Prepared, announce, announced, first_shard, move
 from orchestrator.worker.preparing import Preparations
-from orchestrator.worker.protection import Protection
 from orchestrator.worker.saving import Saver
 from orchestrator.worker.shard import Progress, Shard, Workshop
 from orchestrator.worker.stepping import Stepper, Voice
@@ -51,14 +49,10 @@ class Trainer:
         checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
         self._saver = Saver(checkpoints, workshop.saved_shapes(), self._saved, self._not_saved)
         self._shard: Shard | None = None
-        self._held: Held | None = None  # the last activated state, while no engine is around it
-        self._vault = Vault()
-        self._protection: Protection | None = None
+        self._keeping = Keeping(workshop.me, self._spec.protection, self._spec.train.steps - 1)
+        self._engagement = Engagement(self._keeping.shut)
         self._between_steps = True  # False: the shard's state is that of no finished step
         self._progress = Progress(-1, 0, feed.sampler.to_json())
-        self._lock = threading.Lock()
-        self._engaged: int | None = None  # generation whose peers this thread may be waiting for
-        self._aborted = -1
 
     # -- a worker's life ---------------------------------------------------------------------------------------
 
@@ -71,7 +65,7 @@ class Trainer:
         finally:
             self._preparations.close()
             self._stepper.close()
-            self._leave_protection()
+            self._keeping.leave()
             disconnect()
 
     def _live(self) -> None:
@@ -97,25 +91,19 @@ class Trainer:
 
     def abort(self, generation: int) -> None:
         """Called from the control thread: generations up to this one are over, whoever waits in one is freed."""
-        with self._lock:
-            engaged = self._engaged is not None and self._engaged <= generation
-            if generation <= self._aborted or not engaged:
-                self._aborted = max(self._aborted, generation)
-                return
-            self._aborted = generation
-        count = shut_connections()
-        if (protection := self._protection) is not None:
-            protection.shut()
-        log.info("generation %d is aborted: %d connections shut", generation, count)
+        self._engagement.abort(generation)
+
+    def settle(self, generation: int) -> None:
+        """Called from the control thread: nobody goes back to a generation before this one."""
+        self._keeping.settle(generation)
 
     # -- a generation ------------------------------------------------------------------------------------------
 
     def train(self, shard: Shard) -> Prepared | None:
         """Step after step until all members agree on a fence. None when there is no step left, or the run shall end."""
-        with self._lock:
-            self._engaged = shard.world.generation
+        self._engagement.begin(shard.world.generation)
         pulse.reset()
-        self._protect(shard)
+        self._keeping.take(shard, self._progress)
         self._desk.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
         while self._progress.step + 1 < self._spec.train.steps:
             outcome = self._step(shard)
@@ -130,81 +118,31 @@ class Trainer:
     def _step(self, shard: Shard) -> Outcome:
         """One step, and the snapshot after it."""
         step = self._progress.step + 1
-        is_due = self._snapshot_due(step)
+        is_due = self._keeping.due(step)
 
         def before_update() -> None:
-            if self._protection is not None:
-                self._protection.copied()
+            self._keeping.copied()
             self._between_steps = False
 
         def speak() -> Voice:
             directive = self._desk.directive
             if directive.aborted >= shard.world.generation:
                 raise GenerationAborted(f"generation {shard.world.generation} was aborted")
-            voice = Voice(self._preparations.fence_after(step), directive.finish is not Finish.NO)
-            if self._protection is not None and (is_due or voice.finish or voice.fence != NO_FENCE):
-                self._protection.acknowledged()
-            return voice
+            fence, finish = self._preparations.fence_after(step), directive.finish is not Finish.NO
+            if is_due or finish or fence != NO_FENCE:
+                self._keeping.acknowledged()
+            return Voice(fence, finish, self._keeping.wanted_interval)
 
         stepped = self._stepper.step(shard, self._progress, before_update, speak)
         self._progress, self._between_steps = stepped.progress, True
-        outcome = stepped.outcome
+        outcome, generation = stepped.outcome, shard.world.generation
         is_due = is_due or outcome.finish or outcome.fence != NO_FENCE
-        self._desk.record(stepped.record, **self._committed(shard, is_due))
+        record = replace(stepped.record, snapshot_interval=self._keeping.interval)
+        self._desk.record(record, **self._keeping.committed(generation, step, is_due))
+        self._keeping.agree(outcome.interval, record.step_s, is_due)
         if is_due:
-            self._protect(shard)
+            self._keeping.take(shard, self._progress)
         return outcome
-
-    def _committed(self, shard: Shard, votes_tell: bool) -> dict[str, int]:
-        """What the newest vote has shown to be held twice: everybody had the answer of its buddy before it voted."""
-        if self._protection is None:
-            return {"committed": self._progress.step, "settled": shard.world.generation}
-        if not votes_tell:
-            return {}
-        self.settle(shard.world.generation)
-        return {"committed": self._protection.begun, "settled": shard.world.generation}
-
-    def _snapshot_due(self, step: int) -> bool:
-        interval = interval_of(self._spec.protection)
-        return interval is not None and ((step + 1) % interval == 0 or step + 1 == self._spec.train.steps)
-
-    # -- protection --------------------------------------------------------------------------------------------
-
-    def _protect(self, shard: Shard) -> None:
-        """Begin a snapshot of the shard as it is."""
-        if self._protection is not None:
-            self._protection.begin(self._progress.step, shard.engine.ranges().detached(), self._progress.to_json())
-
-    def settle(self, generation: int) -> None:
-        """The generation has a committed step of its own: nobody goes back to an older one. From any thread."""
-        self._vault.drop_before(generation)
-
-    def _leave_protection(self) -> None:
-        if self._protection is not None:
-            self._protection.close()
-            self._protection = None
-
-    def _holdings(self) -> tuple[Holding, ...]:
-        held = set(self._vault.holdings())
-        if self._held is not None:
-            held.add(Holding(self._held.generation, self._held.progress.step, self._held.rank))
-        return tuple(sorted(held, key=lambda h: (h.generation, h.step, h.rank)))
-
-    def _gathered(self, source: Source) -> Held:
-        """All shards of a state that this worker hands over, its own first. Raises KeyError if one isn't here."""
-        step = self._progress.step if source.step is None else source.step
-        generation, parts, progress, mine = source.world.generation, [], self._progress, -1
-        ranks = [rank for rank, holder in enumerate(source.holders) if holder == self._workshop.me]
-        for rank in sorted(ranks, key=lambda rank: source.world.members[rank] != self._workshop.me):
-            held = self._held
-            if held is not None and (held.generation, held.progress.step, held.rank) == (generation, step, rank):
-                parts.append(held.ranges)
-                progress, mine = held.progress, rank
-            else:
-                snapshot = self._vault.find(Holding(generation, step, rank))
-                parts.append(snapshot.ranges)
-                progress = Progress.from_json(snapshot.note)
-        return Held(generation, mine, progress, joined(parts))
 
     # -- between generations -----------------------------------------------------------------------------------
 
@@ -242,40 +180,37 @@ class Trainer:
     def _move(self, prepared: Prepared) -> None:
         """Into the next generation, up to the point where only activation is missing."""
         plan, source = prepared.plan, prepared.plan.source
-        with self._lock:
-            self._engaged = plan.generation if source is None else source.world.generation
+        self._engagement.begin(plan.generation if source is None else source.world.generation)
         self._desk.publish(phase=Phase.MOVING, error=None)
         self._hold()
         if source is None:
-            self._held = None
+            self._keeping.held = None
             self._shard, self._progress, handover = first_shard(self._workshop, prepared, self._progress.sampler)
             self._desk.go_back_to(self._progress.step)
         else:
-            held = self._gathered(source) if self._workshop.me in source.holders else None
+            mine = self._workshop.me in source.holders
+            held = self._keeping.gathered(source, self._progress) if mine else None
             if held is not None:
                 self._progress = held.progress
                 self._desk.go_back_to(held.progress.step)
             if source.holders[0] == self._workshop.me:
                 announce(self._workshop.store, plan, self._progress, self._desk.records)
             self._shard, handover = move(self._workshop, prepared, held, self._progress)
-        if self._protection is not None:  # that of the old world: what was begun at the fence
-            self._protection.acknowledged()
+        self._keeping.acknowledged()  # in the old world: what was begun at the fence
         prepared.close_transfer()
         log.info("generation %d is ready: %s", plan.generation, handover)
         self._desk.publish(
             phase=Phase.READY,
             generation=plan.generation,
-            holdings=self._holdings(),
+            holdings=self._keeping.holdings(),
             handovers=(*self._desk.state.handovers[-9:], handover),
         )
 
     def _hold(self) -> None:
         """Take the engine away from the shard; its state stays in memory, if it is that of a finished step."""
         if self._shard is not None:
-            shard = self._shard
             if self._between_steps:
-                ranges = shard.engine.ranges().detached()
-                self._held = Held(shard.world.generation, shard.rank, self._progress, ranges)
+                self._keeping.hold(self._shard, self._progress)
             self._drop()
 
     def _drop(self) -> None:
@@ -293,14 +228,14 @@ class Trainer:
         log.warning("generation %d stops after step %d: %s: %s", generation, self._progress.step, kind, error)
         shut_connections()  # first of all: others may wait for this worker, not for whoever is lost
         self._hold()
-        self._leave_protection()
+        self._keeping.leave()
         self._free_peers(error)
         self._between_steps = True
-        self._disengage()
+        self._engagement.end()
         self._desk.publish(
             phase=Phase.STRANDED,
             stopped=generation,
-            holdings=self._holdings(),
+            holdings=self._keeping.holdings(),
             error=WorkerError(kind, str(error), text),
         )
 
@@ -308,21 +243,17 @@ class Trainer:
         """A move failed: give up the half-built shard, keep the old one, and say so."""
         kind, text = kind_of(error), "".join(traceback.format_exception(error))
         log.warning("the move to generation %d failed: %s", plan.generation, error)
-        self._leave_protection()
+        self._keeping.leave()
         self._drop()
         self._free_peers(error)
-        self._disengage()
-        holdings = self._holdings()
+        self._engagement.end()
+        holdings = self._keeping.holdings()
         self._desk.publish(
             phase=Phase.STRANDED if holdings else Phase.STANDBY,
             failed_generation=plan.generation,
             holdings=holdings,
             error=None if kind == "peer_lost" else WorkerError(kind, str(error), text),
         )
-
-    def _disengage(self) -> None:
-        with self._lock:
-            self._engaged = None
 
     def _await_activation(self, prepared: Prepared) -> bool:
         """True once the run has moved on by this plan and this worker is a member; then the old shard is let go. False
@@ -335,20 +266,16 @@ class Trainer:
             if prepared.protection is not None:
                 prepared.protection.close()
         if activated >= plan.generation:
-            self._leave_protection()
-            self._held = None
+            self._keeping.leave()
+            self._keeping.held = None
             gc.collect()  # DeepSpeed's engine is full of cycles: without this the old shard stays in memory
         if activated == plan.generation and self._shard is not None:
-            self._protection = prepared.protection
-            if self._protection is not None:
-                self._protection.start(self._vault)
-            else:
-                self._vault.drop_before(plan.generation)
+            self._keeping.begin(plan.generation, prepared.protection)
             log.info("generation %d begins after step %d", plan.generation, self._progress.step)
             return True
         if activated >= plan.generation:
-            self._disengage()
-            self._desk.publish(phase=Phase.STANDBY, generation=-1, holdings=self._holdings())
+            self._engagement.end()
+            self._desk.publish(phase=Phase.STANDBY, generation=-1, holdings=self._keeping.holdings())
         return False
 
     # -- checkpoints and the end -------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ losses per slot stay apart until they are summed in slot order, whatever the wor
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
 slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
-finish.
+finish, steps that it would have between two snapshots.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from torch import Tensor
 from orchestrator.comm import pulse
 
 NO_FENCE = -1
+NUM_VOICES = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Ballot:
         applied: whether its optimizer updated.
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
         finish: it has seen the wish to end the run.
+        interval: steps that it would have between two snapshots.
     """
 
     slot_losses: NDArray[np.float64]
@@ -40,6 +42,7 @@ class Ballot:
     applied: bool
     fence: int = NO_FENCE
     finish: bool = False
+    interval: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Outcome:
         applied: every rank updated.
         fence: the generation to hand over to now: every rank named the same one. Else `NO_FENCE`.
         finish: every rank has seen the wish to end.
+        interval: the longest that any rank would have.
     """
 
     loss_sum: float
@@ -61,14 +65,15 @@ class Outcome:
     applied: bool
     fence: int
     finish: bool
+    interval: int
 
 
 def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
     """Collective over the world. `group` is None in a world of one."""
     num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
     counts_shape, num_counts = ballot.counts_LE.shape, ballot.counts_LE.numel()
-    voices = np.zeros((world_size, 3))
-    voices[rank] = (float(ballot.applied), float(ballot.fence), float(ballot.finish))
+    voices = np.zeros((world_size, NUM_VOICES))
+    voices[rank] = (float(ballot.applied), float(ballot.fence), float(ballot.finish), float(ballot.interval))
     vector = torch.cat(
         [
             torch.from_numpy(ballot.slot_losses),
@@ -80,8 +85,8 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     pulse.enter()
     if group is not None:
         dist.all_reduce(vector, group=group)
-    parts = torch.split(vector.cpu(), [num_slots, num_validation, num_counts, 3 * world_size])
-    applied, fences, finish = parts[3].reshape(world_size, 3).T.tolist()
+    parts = torch.split(vector.cpu(), [num_slots, num_validation, num_counts, NUM_VOICES * world_size])
+    applied, fences, finish, intervals = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
     return Outcome(
         loss_sum=sum(parts[0].tolist()),
         validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
@@ -89,4 +94,5 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         applied=all(applied),
         fence=int(fences[0]) if min(fences) == max(fences) else NO_FENCE,
         finish=all(finish),
+        interval=int(max(intervals)),
     )

@@ -77,3 +77,29 @@ def test_a_stopped_member_is_left_behind(crew: Crew, undisturbed: Crew) -> None:
     assert all(h.state_identical for h in _handovers(crew, plan.generation))
     crew.await_finished()
     _same_training(crew, undisturbed)
+
+
+@pytest.mark.parametrize("protection", ["every 4", "auto"])
+def test_a_loss_between_two_snapshots_goes_back_to_the_older_one(
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, protection: str
+) -> None:
+    job = small_job(texts).model_copy(update={"protection": protection})
+    with Crew(job, store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_step(12)
+        interval = crew.records[12].snapshot_interval
+        crew.members[crew.ids[1]].kill()
+        survivors = [crew.ids[0], crew.ids[2]]
+        crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
+        stopped = max(crew.members[w].report().step for w in survivors)
+        committed = max(crew.members[w].report().committed for w in survivors)
+        plan = crew.recover(survivors)
+        assert plan.source is not None and plan.source.step is not None
+        assert committed <= plan.source.step <= stopped
+        if protection == "every 4":
+            assert interval == 4 and (committed + 1) % 4 == 0
+            assert (plan.source.step + 1) % 4 == 0 or plan.source.step == stopped
+        else:
+            assert 1 <= interval <= 64
+        crew.await_finished()
+    _same_training(crew, undisturbed)

@@ -86,7 +86,9 @@ class Member:
         return report
 
     def kill(self) -> None:
-        os.kill(self.process.pid or 0, signal.SIGKILL)
+        """May be repeated."""
+        if self.process.is_alive():
+            os.kill(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
 
 

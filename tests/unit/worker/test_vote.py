@@ -90,3 +90,7 @@ def test_a_loss_that_is_not_finite_is_not_hidden() -> None:
 def test_a_model_without_experts_votes_too() -> None:
     outcomes = _together([_ballot([1.0], counts_LE=torch.zeros(0, 8, dtype=torch.int64))] * 2)
     assert [tuple(outcome.counts_LE.shape) for outcome in outcomes] == [(0, 8), (0, 8)]
+
+
+def test_the_longest_interval_wins() -> None:
+    assert [o.interval for o in _together([_ballot([0.0], interval=1), _ballot([0.0], interval=7)])] == [7, 7]
