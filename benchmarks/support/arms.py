@@ -99,6 +99,7 @@ class OurLoop(Arm):
 
     def __init__(self, job: JobSpec, store_dir: Path, run_dir: Path, world_size: int, threads: int) -> None:
         super().__init__()
+        self.snapshot_interval = 0  # of the newest step
         with environment(worker_environment(threads, keep_memory=True)):
             self._crew = Crew(job, store_dir, run_dir, size=world_size, threads=threads)
         try:
@@ -126,7 +127,7 @@ class OurLoop(Arm):
                 if with_records and time.monotonic() - asked_s >= RECORDS_EVERY_S:
                     asked_s = time.monotonic()
                     for record in member.call("report", newest, -1, 0.0).records:
-                        newest = record.step
+                        newest, self.snapshot_interval = record.step, record.snapshot_interval
                         self.tell(record.step, record.vote_time, record.loss)
             except (EOFError, OSError):
                 return self.end()

@@ -59,6 +59,15 @@ def test_overhead_compares_loops_that_train_the_same() -> None:
     assert line["metrics"]["short"]["ratio"]["median"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_replication_counts_what_snapshots_send() -> None:
+    short = quick("replication")["metrics"]["short"]
+    sent, unique = short["snapshot_bytes_per_step"]["every_step"], short["unique_bytes"]
+    assert 0.95 * unique <= sent <= 1.25 * unique  # whatever else uses the device is in it
+    assert 1 <= short["auto_interval"] <= 64
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
