@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 from orchestrator.policy.detection import is_silent
+from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, held_back_s, quarantined
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import STALL_STEPS
-from orchestrator.policy.run_state import Action, Decision, Dismiss, Note, Observation, RunState
+from orchestrator.policy.run_state import Action, Decision, Dismiss, Loss, Note, Observation, RunState
 from orchestrator.policy.schedule import Wish
 from orchestrator.policy.standby import workers_to_hold
 from orchestrator.protocol.messages import Finish, Phase
@@ -34,7 +35,19 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     crew = tuple(w for w in state.crew if w not in gone)
     counted = state.failed_spawns + len(never_warm)
     worker, why = next(iter(gone.items()))
-    buried = replace(state, crew=crew, failed_spawns=counted, why=why, traceback=traceback_of(seen, worker))
+    losses = tuple(
+        Loss(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
+        for w in gone
+        if (cause := "hang" if is_silent(seen, w) else cause_of_loss(seen, w)) in PLACE
+    )
+    buried = replace(
+        state,
+        crew=crew,
+        failed_spawns=counted,
+        losses=(*state.losses, *losses)[-MAX_LOSSES:],
+        why=why,
+        traceback=traceback_of(seen, worker),
+    )
     return Decision(buried, (*notes, *(Dismiss(w) for w in gone if is_silent(seen, w))))
 
 
@@ -44,7 +57,7 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         return Decision(state)
     wanted = workers_to_hold(limits, state.wish, seen.step + 1)
     missing = wanted - len(state.crew)
-    if missing > 0 and _is_moving(limits, state, seen):
+    if missing > 0 and (_is_moving(limits, state, seen) or held_back_s(state.losses, seen.now_s)):
         return Decision(state)
     if missing > 0:
         first = state.num_spawned
@@ -55,6 +68,17 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if missing < 0 and state.next is None and not state.is_recovering:
         return _release(state, seen, -missing)
     return Decision(_forget_failed_spawns(state, seen))
+
+
+def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
+    after, nodes = limits.recovery.quarantine_after, set(seen.nodes.values())
+    now = quarantined(state.losses, seen.now_s, after, nodes) if state.losses else ()
+    if now == state.quarantine:
+        return Decision(state)
+    notes = [Note("node_quarantined", {"node": node}) for node in now if node not in state.quarantine]
+    notes += [Note("node_released", {"node": node}) for node in state.quarantine if node not in now]
+    return Decision(replace(state, quarantine=now), tuple(notes))
 
 
 def _is_moving(limits: RunLimits, state: RunState, seen: Observation) -> bool:

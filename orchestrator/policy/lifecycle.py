@@ -14,8 +14,9 @@ be called at any time, also by a successor that has only the journalled state.
 from collections.abc import Callable
 from dataclasses import replace
 
-from orchestrator.policy.crew import bury_lost, heed_target, hold_crew
+from orchestrator.policy.crew import bury_lost, heed_target, hold_crew, quarantine_nodes
 from orchestrator.policy.endings import ask_finish, commit_checkpoint, end_run, fail_run
+from orchestrator.policy.failures import held_back_s
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
 from orchestrator.policy.planning_moves import warm_standbys
@@ -44,6 +45,7 @@ RULES: tuple[Rule, ...] = (
     ask_finish,
     plan_next,
     raise_fence,
+    quarantine_nodes,
     hold_crew,
 )
 
@@ -123,5 +125,7 @@ def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> 
     if missing > 0:
         more = f"{missing} more worker" + "s" * (missing > 1)
         there_are = f"{there} {'is' if there == 1 else 'are'} there"
-        return f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
+        waits = f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
+        delay_s = held_back_s(state.losses, seen.now_s)
+        return waits + f"; after so many failures the next worker is started in {delay_s:.0f} s" * (delay_s > 0)
     return f"{state.why}; waits until {', '.join(survivors) or 'nobody'} has stopped"

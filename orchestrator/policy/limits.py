@@ -6,6 +6,9 @@ from typing import Self
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import OFF
+from orchestrator.spec.recovery import RecoverySpec
+
+DEFAULT_RECOVERY = RecoverySpec()
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class RunLimits:
     num_experts: int
     schedule: tuple[ScheduledSize, ...] = ()
     protected: bool = True
+    recovery: RecoverySpec = DEFAULT_RECOVERY
+    micro_batch_size: int = 1
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -41,6 +46,8 @@ class RunLimits:
             standby=job.workers.standby,
             num_experts=job.model.num_experts,
             protected=job.protection != OFF,
+            recovery=job.recovery,
+            micro_batch_size=job.train.micro_batch_size,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

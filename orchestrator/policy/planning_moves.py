@@ -52,6 +52,8 @@ def with_plan(
         store_prefix=f"{seen.epoch}/{world.generation}",
         buddies=buddies_of([seen.nodes.get(w, "") for w in world.members]) if protected else (),
         restore=state.restore if source is None else None,
+        micro_batch=state.micro_batch,
+        skips=state.skips,
     )
     fields = {"generation": world.generation, "members": list(world.members), "first_step": change.first_step}
     planned = replace(

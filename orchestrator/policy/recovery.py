@@ -15,15 +15,16 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.policy.crew import why_gone
 from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S, is_silent, stuck
+from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, held_back_s, overdrawn
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import BLAME_S, MAX_FAILED_MOVES, warm_standbys, with_plan
+from orchestrator.policy.responses import respond
 from orchestrator.policy.run_state import USER_ERROR, Decision, Dismiss, Loss, Note, Observation, RunState, ended
 from orchestrator.policy.schedule import SizeChange, Wish, wanted_size
 from orchestrator.protocol.messages import Phase, Source, WorkerError
 from orchestrator.protocol.status import Recovery, RunPhase
 
 STOP_S = 3.0  # a member whose generation was aborted stops within this, or is taken for hung
-MAX_LOSSES = 64  # kept for judging what to do about the next one
 MAX_USER_ERRORS = 2  # in the same step: then it is no accident
 MAX_FRUITLESS = 5  # recoveries in a row after which no step was done
 
@@ -65,7 +66,8 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
         losses = tuple(Loss(w, seen.nodes.get(w, ""), error.kind, seen.step, seen.now_s) for w, error in own)
         known = (*state.losses, *losses)[-MAX_LOSSES:]
         traceback = own[0][1].traceback if own else ""
-        return Decision(replace(over, recovery=account, losses=known, traceback=traceback), (note,))
+        over, notes = respond(limits, replace(over, recovery=account, losses=known, traceback=traceback), seen, losses)
+        return Decision(over, (note, *notes))
     return _abandoned(over, seen, newest, why)
 
 
@@ -100,7 +102,8 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         losses=(*state.losses, *losses)[-MAX_LOSSES:],
         why=next(iter(gone.values())),
     )
-    return Decision(buried, (*notes, *(Dismiss(w) for w in hung)))
+    buried, told = respond(limits, buried, seen, losses)
+    return Decision(buried, (*notes, *told, *(Dismiss(w) for w in hung)))
 
 
 def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -110,7 +113,9 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     survivors = tuple(w for w in state.members if w in state.crew)
     if not all(_has_stopped(state, seen, w) for w in survivors):
         return Decision(state)
-    if hopeless := _hopeless(state, seen):
+    if held_back_s([loss for loss in state.losses if loss.cause not in PLACE], seen.now_s):
+        return Decision(state)
+    if hopeless := _hopeless(limits, state, seen):
         return ended(state, RunPhase.FAILED, hopeless, state.traceback)
     cut = newest_cut(_worlds(state), _held(state, seen))
     if cut is None:
@@ -147,15 +152,7 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
     return _abandoned(over, seen, plan.generation, why)
 
 
-def cause_of_loss(seen: Observation, worker: str) -> str:
-    """The class of a failure, by what is known of it."""
-    report = seen.reports.get(worker)
-    if worker in seen.lost or report is None or report.error is None:
-        return "worker"
-    return report.error.kind
-
-
-def _hopeless(state: RunState, seen: Observation) -> str:
+def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
     """Why another attempt would end like the ones before; empty if it may not."""
     same = [loss for loss in state.losses if loss.cause == USER_ERROR and loss.step == seen.step]
     if len(same) >= MAX_USER_ERRORS:
@@ -163,7 +160,8 @@ def _hopeless(state: RunState, seen: Observation) -> str:
     fruitless = [recovery for recovery in state.recoveries[-MAX_FRUITLESS:] if recovery.step >= seen.step]
     if len(fruitless) >= MAX_FRUITLESS:
         return f"{len(fruitless)} recoveries in a row without a step; {state.why}"
-    return ""
+    spent = overdrawn(state.losses, seen.now_s, limits.recovery.budgets)
+    return f"{spent} The newest: {state.why}" if spent else ""
 
 
 def _planned_from(
@@ -178,9 +176,18 @@ def _planned_from(
     else:
         placement = Placement.rebalanced(placement_of_cut(origin.placement, cut.holders), holders, world)
     source = Source(origin.world, origin.placement, cut.holders, cut.step)
-    state = replace(state, recovery=_account(state, seen, cut.step, "memory"))
+    state = replace(_blamed(state, seen), recovery=_account(state, seen, cut.step, "memory"))
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
     return with_plan(state, seen, world, placement, source, change, why, limits.protected)
+
+
+def _blamed(state: RunState, seen: Observation) -> RunState:
+    """Nobody was lost and nobody erred: then the network did."""
+    account = state.recovery
+    if account is None or account.cause != "network" or any(w not in state.crew for w in state.members):
+        return state
+    loss = Loss("", "", "network", seen.step, seen.now_s)
+    return replace(state, losses=(*state.losses, loss)[-MAX_LOSSES:])
 
 
 def _account(state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:

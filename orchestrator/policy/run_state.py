@@ -19,7 +19,7 @@ USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in 
 
 @dataclass(frozen=True)
 class Loss:
-    """A member that failed: which worker on which node, in what way, and after which finished step."""
+    """A failure: which worker on which node (empty: nobody's), in what way, and after which finished step."""
 
     worker: str
     node: str
@@ -43,7 +43,8 @@ class RunState:
 
     `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
-    worker's error that `why` tells of.
+    worker's error that `why` tells of. `micro_batch` is the rows of a slot, 0 for the job's; `skips` are steps whose
+    batches are left out; `quarantine` names nodes that get no new workers.
     """
 
     target: Target
@@ -68,6 +69,9 @@ class RunState:
     aborted_s: float | None = None
     settled: int = -1
     losses: tuple[Loss, ...] = ()
+    micro_batch: int = 0
+    skips: tuple[int, ...] = ()
+    quarantine: tuple[str, ...] = ()
     recovery: Recovery | None = None
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
@@ -106,10 +110,10 @@ class RunState:
 class Observation:
     """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
 
-    `lost` holds workers of the crew whose process has ended. `checkpointed` is the newest step with a checkpoint's
-    marker, `restorable` the newest good one, if `wants_restore` asked for it. `nodes` tells where workers live,
-    `silence_s` for how long they haven't answered, and `idle_s` for how long no worker has said anything new.
-    `faults` are things outside the workers without which the run can't go on.
+    `lost` holds workers of the crew whose process has ended, `causes` the class of that failure where it is known.
+    `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good one, if `wants_restore`
+    asked for it. `nodes` tells where workers live, `silence_s` for how long they haven't answered, and `idle_s` for how
+    long no worker has said anything new. `faults` are things outside the workers without which the run can't go on.
     """
 
     epoch: int
@@ -120,6 +124,7 @@ class Observation:
     lost: Mapping[str, str] = field(default_factory=dict)
     checkpointed: int = -1
     restorable: Restore | None = None
+    causes: Mapping[str, str] = field(default_factory=dict)
     nodes: Mapping[str, str] = field(default_factory=dict)
     silence_s: Mapping[str, float] = field(default_factory=dict)
     idle_s: float = 0.0

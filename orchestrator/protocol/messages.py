@@ -73,7 +73,8 @@ class GenerationPlan:
     `source` is None for a state that is made from the seed, or read from the checkpoint `restore`. Workers of the
     source that are not in `world` hand over what they hold and become standbys. `buddies` names by rank the rank that
     keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
-    holds epoch and generation, so nobody of the past can meet this world.
+    holds epoch and generation, so nobody of the past can meet this world. `micro_batch` is the rows of a slot, 0 for
+    the job's; `skips` are steps whose batches are left out.
     """
 
     epoch: int
@@ -84,6 +85,8 @@ class GenerationPlan:
     buddies: tuple[int, ...] = ()
     verify_digests: bool = True
     restore: Restore | None = None
+    micro_batch: int = 0
+    skips: tuple[int, ...] = ()
 
     @property
     def generation(self) -> int:
@@ -154,7 +157,7 @@ class StepRecord:
     tokens: int  # target tokens in the global batch
     lr: float
     grad_norm: float  # before clipping; inf where the update was skipped
-    applied: bool  # False: the update was not finite and was skipped on all ranks
+    applied: bool  # False: the update was not finite and was skipped on all ranks, or `skipped`
     max_violation: float  # MaxVio: largest over layers of max expert load / mean load - 1
     first_position: int  # sample positions [first_position, first_position + num_positions)
     num_positions: int
@@ -163,6 +166,7 @@ class StepRecord:
     validation_loss: float | None = None
     data_wait_s: float = 0.0  # of step_s, how long the training thread of whoever reports waited for its rows
     protection_wait_s: float = 0.0  # likewise, for its snapshot to be with its buddy
+    skipped: bool = False  # its batch was left out, after it had made the loss explode
     snapshot_interval: int = 0  # steps between two snapshots when it was done; 0: none are taken
 
 

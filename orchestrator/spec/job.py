@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.protection import EVERY_STEP, Protection
+from orchestrator.spec.recovery import RecoverySpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.train import TrainSpec
 
@@ -25,6 +26,7 @@ __all__ = [
     "EvalSpec",
     "JobSpec",
     "ModelSpec",
+    "RecoverySpec",
     "ResourcesSpec",
     "ScheduledScale",
     "TrackingSpec",
@@ -266,6 +268,7 @@ class JobSpec(Section):
         description="How often each worker's state is copied to another worker's memory, so that a worker may be lost "
         'at any moment: every_step, "every N" (N steps), auto (as often as costs under 3 % of a step) or off.',
     )
+    recovery: RecoverySpec = Field(default=RecoverySpec(), description="What failures lead to.")
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
     storage: Storage = Field(
         default="./runs", description="Directory of the run storage, relative to the current one. null: ./runs."

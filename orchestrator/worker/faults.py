@@ -5,17 +5,25 @@ import torch
 from orchestrator.errors import EntrypointError
 from orchestrator.model.own import raised_by_forward
 
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's words on a CPU, in a plain RuntimeError
+
 
 class GenerationAborted(RuntimeError):
     """The controller has ended the generation: somebody in it is lost."""
 
 
+class LossExploded(RuntimeError):
+    """A step's loss tells that it must be undone, and its batch left out."""
+
+
 def kind_of(error: Exception) -> str:
     """The word for it that WorkerError has."""
+    if isinstance(error, LossExploded):
+        return "numeric"
     # Also where it came through a user's module, on its way from our MoE layer.
     if isinstance(error, GenerationAborted) or _is_peer_loss(error):
         return "peer_lost"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in str(error):
         return "out_of_memory"
     return "user_error" if isinstance(error, EntrypointError) or raised_by_forward(error) else "internal"
 

@@ -61,33 +61,30 @@ class Feed:
         rows = min(job.eval.rows, store.num_rows("validation", self._length))
         self._validation_rows = np.arange(rows, dtype=np.int64)
 
-    def step(self, step: int, rank: int, world_size: int) -> StepFeed:
-        """This rank's part of a training step."""
+    def step(self, step: int, rank: int, world_size: int, micro_batch: int) -> StepFeed:
+        """This rank's part of a training step, in slots of `micro_batch` rows."""
         batch = sample(self.sampler, step)
         return StepFeed(
-            slots=self._slots("train", batch.rows, rank, world_size),
-            num_slots=self._num_slots(len(batch.rows)),
+            slots=self._slots("train", batch.rows, rank, world_size, micro_batch),
+            num_slots=-(-len(batch.rows) // micro_batch),
             global_tokens=self._store.target_count("train", batch.rows, self._length),
             first_position=batch.first_position,
             num_positions=len(batch.rows),
         )
 
-    def validation(self, rank: int, world_size: int) -> StepFeed:
+    def validation(self, rank: int, world_size: int, micro_batch: int) -> StepFeed:
         """This rank's part of a validation: always the same rows."""
         rows = self._validation_rows
         return StepFeed(
-            slots=self._slots("validation", rows, rank, world_size),
-            num_slots=self._num_slots(len(rows)),
+            slots=self._slots("validation", rows, rank, world_size, micro_batch),
+            num_slots=-(-len(rows) // micro_batch),
             global_tokens=self._store.target_count("validation", rows, self._length),
             first_position=0,
             num_positions=0,
         )
 
-    def _num_slots(self, num_rows: int) -> int:
-        return -(-num_rows // self._job.train.micro_batch_size)
-
-    def _slots(self, split: Split, rows: NDArray[np.int64], rank: int, world_size: int) -> tuple[Slot, ...]:
-        size, num_slots = self._job.train.micro_batch_size, self._num_slots(len(rows))
+    def _slots(self, split: Split, rows: NDArray[np.int64], rank: int, world_size: int, size: int) -> tuple[Slot, ...]:
+        num_slots = -(-len(rows) // size)
         mine = list(slots_of(rank, world_size, num_slots))
         slots = [Slot(n, self._read(split, rows[n * size : (n + 1) * size])) for n in mine]
         while len(slots) < max_slots(world_size, num_slots):

@@ -5,7 +5,7 @@ read. At most two steps are in memory: the one in hand and the one ahead.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.sampling.sampler import SamplerState
 from orchestrator.worker.feed import Feed, StepFeed
@@ -19,6 +19,7 @@ class _Wanted:
     step: int
     rank: int
     world_size: int
+    micro_batch: int
 
 
 class Prefetch:
@@ -34,22 +35,22 @@ class Prefetch:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self._ahead: tuple[_Wanted, Future[StepFeed]] | None = None
 
-    def step(self, step: int, rank: int, world_size: int) -> StepFeed:
+    def step(self, step: int, rank: int, world_size: int, micro_batch: int) -> StepFeed:
         """What `Feed.step` returns or raises, without a wait if the step before was asked for in the same world.
 
         What was read ahead for another world or another order of rows is dropped.
         """
-        wanted = _Wanted(self._feed.sampler, step, rank, world_size)
+        wanted = _Wanted(self._feed.sampler, step, rank, world_size, micro_batch)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == wanted:
             rows = ahead[1].result()
         else:
             if ahead is not None:
                 ahead[1].cancel()
-            rows = self._feed.step(step, rank, world_size)
+            rows = self._feed.step(step, rank, world_size, micro_batch)
         if step + 1 < self._num_steps:
-            following = _Wanted(wanted.sampler, step + 1, rank, world_size)
-            self._ahead = (following, self._thread.submit(self._feed.step, step + 1, rank, world_size))
+            following = replace(wanted, step=step + 1)
+            self._ahead = (following, self._thread.submit(self._feed.step, step + 1, rank, world_size, micro_batch))
         return rows
 
     def close(self) -> None:

@@ -47,13 +47,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Shard:
-    """One rank's training state within a generation."""
+    """One rank's training state within a generation.
+
+    Args:
+        micro_batch: rows of a slot.
+        skips: steps whose batches are left out.
+    """
 
     epoch: int  # of the controller that planned it
     world: World
     groups: Groups
     model: TrainableModel
     engine: Engine
+    micro_batch: int
+    skips: frozenset[int]
 
     @property
     def rank(self) -> int:
@@ -115,4 +122,5 @@ class Workshop:
             home = ExpertHome(plan.placement, groups.rank, groups.exchange)
             model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device)
-        return Shard(plan.epoch, plan.world, groups, model, engine)
+        rows = plan.micro_batch or self.spec.train.micro_batch_size
+        return Shard(plan.epoch, plan.world, groups, model, engine, rows, frozenset(plan.skips))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from orchestrator.engine.base import StepOutcome
 from orchestrator.model.router import corrected_bias, max_violation
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.schedule import learning_rate
@@ -55,17 +56,20 @@ class Stepper:
             speak: asked at the last moment before the vote.
         """
         started, step = time.perf_counter(), progress.step + 1
-        feed = self._prefetch.step(step, shard.rank, shard.world.size)
+        feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.micro_batch)
         data_wait_s = time.perf_counter() - started
         losses = np.zeros(feed.num_slots)
         counts_LE = torch.zeros(len(shard.model.moe_layers), self._spec.model.num_experts, dtype=torch.int64)
-        for slot in feed.slots:
-            loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens)
-            if slot.number is not None:
-                losses[slot.number] = float(loss)
-                counts_LE += slot_counts_LE.cpu()
-        lr = learning_rate(self._spec.train, step)
-        update = shard.engine.step(lr, before_update)
+        lr, skipped = learning_rate(self._spec.train, step), step in shard.skips
+        if skipped:
+            losses, update = self._evaluated(shard, feed), StepOutcome(applied=False, grad_norm=float("inf"))
+        else:
+            for slot in feed.slots:
+                loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens)
+                if slot.number is not None:
+                    losses[slot.number] = float(loss)
+                    counts_LE += slot_counts_LE.cpu()
+            update = shard.engine.step(lr, before_update)
         validation = self._validate(shard, step)
 
         updated = time.perf_counter()
@@ -91,7 +95,8 @@ class Stepper:
             lr=lr,
             grad_norm=update.grad_norm if outcome.applied else float("inf"),
             applied=outcome.applied,
-            max_violation=max_violation(outcome.counts_LE),
+            skipped=skipped,
+            max_violation=0.0 if skipped else max_violation(outcome.counts_LE),
             first_position=feed.first_position,
             num_positions=feed.num_positions,
             step_s=time.perf_counter() - started,
@@ -110,13 +115,17 @@ class Stepper:
         every, last = self._spec.eval.every, self._spec.train.steps - 1
         if every is None or ((step + 1) % every and step not in (0, last)):
             return np.zeros(0), 0
-        feed: StepFeed = self._feed.validation(shard.rank, shard.world.size)
+        feed = self._feed.validation(shard.rank, shard.world.size, shard.micro_batch)
+        return self._evaluated(shard, feed), feed.global_tokens
+
+    def _evaluated(self, shard: Shard, feed: StepFeed) -> NDArray[np.float64]:
+        """Loss sums per slot, 0 where the slot is another rank's."""
         losses = np.zeros(feed.num_slots)
         for slot in feed.slots:
             loss = shard.engine.evaluate(slot.batch)
             if slot.number is not None:
                 losses[slot.number] = float(loss)
-        return losses, feed.global_tokens
+        return losses
 
     def _balance(self, shard: Shard, outcome: Outcome) -> None:
         """Move the routers' biases by the global counts. A skipped update moves nothing."""

@@ -14,10 +14,11 @@ from pathlib import Path
 from orchestrator.comm import pulse
 from orchestrator.comm.sockets import shut_connections
 from orchestrator.engine.groups import disconnect
+from orchestrator.policy.explosion import explosion
 from orchestrator.protocol.messages import Finish, GenerationPlan, Phase, ShardWritten, WorkerError
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.engagement import Engagement
-from orchestrator.worker.faults import GenerationAborted, kind_of
+from orchestrator.worker.faults import GenerationAborted, LossExploded, kind_of
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.keeping import Keeping
 from orchestrator.worker.moving import Prepared, announce, announced, first_shard, move
@@ -134,6 +135,10 @@ class Trainer:
             return Voice(fence, finish, self._keeping.wanted_interval)
 
         stepped = self._stepper.step(shard, self._progress, before_update, speak)
+        why = explosion(self._desk.records, stepped.record, self._spec.recovery.loss_explosion)
+        if why:  # the shard is that of a step that doesn't count: only snapshots of earlier ones are of use now
+            self._between_steps = False
+            raise LossExploded(why)
         self._progress, self._between_steps = stepped.progress, True
         outcome, generation = stepped.outcome, shard.world.generation
         is_due = is_due or outcome.finish or outcome.fence != NO_FENCE

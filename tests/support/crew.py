@@ -142,7 +142,9 @@ class Crew:
         generation: int = 0,
         restore: Restore | None = None,
         step: int | None = None,
+        **more: Any,
     ) -> GenerationPlan:
+        """`more`: other fields of the plan."""
         world = World(generation, tuple(members))
         if source is None:
             placement = Placement.balanced(self.num_experts, world.size)
@@ -156,6 +158,7 @@ class Crew:
             store_prefix=f"1/{generation}",
             buddies=buddies_of(["node"] * world.size),
             restore=restore,
+            **more,
         )
 
     def send(self, to: list[str] | None = None, **changes: Any) -> None:
@@ -218,8 +221,9 @@ class Crew:
         """Let the current generation end for `plan`, and wait for nobody."""
         self.send(fence=Fence(plan.generation, at_step))
 
-    def recover(self, members: list[str]) -> GenerationPlan:
-        """Go on with `members` from the newest state that the crew holds, once everybody has stopped."""
+    def recover(self, members: list[str], **more: Any) -> GenerationPlan:
+        """Go on with `members` from the newest state that the crew holds, once everybody has stopped. `more`: other
+        fields of the plan."""
         old = self.directive.current
         assert old is not None
         self.send(aborted=old.generation, next=None, fence=None)
@@ -239,6 +243,7 @@ class Crew:
             source=Source(old.world, old.placement, cut.holders, cut.step),
             store_prefix=f"1/{world.generation}",
             buddies=buddies_of(["node"] * world.size),
+            **more,
         )
         self.records = {step: record for step, record in self.records.items() if step <= cut.step}
         self.send(next=plan)

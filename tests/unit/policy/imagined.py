@@ -84,6 +84,8 @@ class Life:
     snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
     frozen: set[str] = field(default_factory=set)  # workers that do nothing
     holds_still: bool = False  # no step gets done
+    nodes: dict[str, str] = field(default_factory=dict)
+    causes: dict[str, str] = field(default_factory=dict)
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +101,8 @@ class Life:
             progress=self.progress,
             reports={w: r for w, r in self.reports.items() if w not in self.lost},
             lost={w: why for w, why in self.lost.items() if w in self.state.crew},
+            nodes=dict(self.nodes),
+            causes=dict(self.causes),
             checkpointed=self.committed,
             restorable=Restore(self.committed, f"step-{self.committed}") if self.committed >= 0 else None,
         )

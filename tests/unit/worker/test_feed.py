@@ -10,6 +10,7 @@ from orchestrator.sampling.sampler import sample
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.feed import Feed
 
+SIZE = 2  # rows of a slot
 JOB = {
     "schema": "v1",
     "name": "feed",
@@ -35,7 +36,7 @@ def _rows(feed: Feed, step: int, world_size: int) -> torch.Tensor:
     """The global batch as the ranks see it: their slots by number."""
     slots = {}
     for rank in range(world_size):
-        part = feed.step(step, rank, world_size)
+        part = feed.step(step, rank, world_size, SIZE)
         for slot in part.slots:
             if slot.number is not None:
                 assert slot.number not in slots
@@ -54,7 +55,7 @@ def test_the_order_through_4_2_3_workers_is_that_of_one(store: TokenStore) -> No
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
 def test_every_rank_runs_as_many_passes_and_counts_the_same_tokens(store: TokenStore, world_size: int) -> None:
     feed = _feed(store)
-    parts = [feed.step(3, rank, world_size) for rank in range(world_size)]
+    parts = [feed.step(3, rank, world_size, SIZE) for rank in range(world_size)]
     assert len({len(part.slots) for part in parts}) == 1
     assert len({(part.global_tokens, part.first_position, part.num_positions) for part in parts}) == 1
     batches = [slot.batch for part in parts for slot in part.slots]
@@ -65,17 +66,25 @@ def test_every_rank_runs_as_many_passes_and_counts_the_same_tokens(store: TokenS
             assert slot.batch.inputs_BT.shape[1] == 16
 
 
+def test_smaller_slots_hold_the_same_rows(store: TokenStore) -> None:
+    feed = _feed(store)
+    wide, narrow = feed.step(3, 0, 1, 2), feed.step(3, 0, 1, 1)
+    assert (wide.num_slots, narrow.num_slots) == (5, 10) and wide.global_tokens == narrow.global_tokens
+    rows = [torch.cat([slot.batch.inputs_BT for slot in part.slots]) for part in (wide, narrow)]
+    assert torch.equal(*rows)
+
+
 def test_validation_reads_the_same_rows_every_time(store: TokenStore) -> None:
     feed = _feed(store)
-    one, again = feed.validation(0, 1), feed.validation(0, 1)
+    one, again = feed.validation(0, 1, SIZE), feed.validation(0, 1, SIZE)
     rows = torch.cat([slot.batch.inputs_BT for slot in one.slots])
     assert len(rows) == 7
     assert torch.equal(rows, torch.cat([slot.batch.inputs_BT for slot in again.slots]))
 
 
 def test_documents_are_named_only_where_they_are_isolated(store: TokenStore) -> None:
-    assert all(slot.batch.documents_BT is None for slot in _feed(store).step(0, 0, 1).slots)
-    batch = _feed(store, isolate=True).step(0, 0, 1).slots[0].batch
+    assert all(slot.batch.documents_BT is None for slot in _feed(store).step(0, 0, 1, SIZE).slots)
+    batch = _feed(store, isolate=True).step(0, 0, 1, SIZE).slots[0].batch
     assert batch.documents_BT is not None and batch.documents_BT.shape == batch.inputs_BT.shape
 
 
@@ -83,7 +92,7 @@ def test_validation_is_the_same_rows_over_all_ranks_of_any_world(store: TokenSto
     feed = _feed(store)
     wanted = store.rows("validation", np.arange(7), 16).inputs_RT
     for world_size in (1, 3, 6):
-        parts = [feed.validation(rank, world_size) for rank in range(world_size)]
+        parts = [feed.validation(rank, world_size, SIZE) for rank in range(world_size)]
         slots = {s.number: s.batch for part in parts for s in part.slots if s.number is not None}
         assert sorted(slots) == list(range(parts[0].num_slots)) == [0, 1, 2, 3]
         assert torch.equal(torch.cat([slots[n].inputs_BT for n in range(4)]), torch.from_numpy(wanted))
@@ -94,5 +103,5 @@ def test_validation_is_the_same_rows_over_all_ranks_of_any_world(store: TokenSto
 def test_steps_consume_positions_without_gap_through_many_epochs(store: TokenStore) -> None:
     feed = _feed(store)
     num_steps = 3 * store.num_rows("train", 16) // 10
-    parts = [feed.step(step, 0, 1) for step in range(0, num_steps, 7)]
+    parts = [feed.step(step, 0, 1, SIZE) for step in range(0, num_steps, 7)]
     assert [(p.first_position, p.num_positions) for p in parts] == [(10 * s, 10) for s in range(0, num_steps, 7)]

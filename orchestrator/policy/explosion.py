@@ -1,0 +1,38 @@
+"""When a step's loss tells that it must not count. Pure, and the same on every member: all know the same records."""
+
+import math
+from collections.abc import Sequence
+from itertools import takewhile
+from statistics import median
+
+from orchestrator.protocol.messages import StepRecord
+
+USUAL_STEPS = 32  # before a step, that tell what is usual
+FEWEST_STEPS = 8  # of them, to judge by
+LEAST_RISE = 1.0  # nats above what is usual: less is no explosion, however small the loss was
+MAX_NOT_FINITE = 8  # updates in a row
+
+
+def explosion(before: Sequence[StepRecord], record: StepRecord, factor: float | None) -> str:
+    """Why the step must be undone and left out; empty if it need not be.
+
+    Args:
+        before: records of the steps before, oldest first.
+        factor: of the usual loss, above which it explodes; None: losses are not judged.
+    """
+    if record.skipped:
+        return ""
+    if not record.applied:  # nothing was changed; but so it can't go on for ever
+        row = 1 + sum(1 for _ in takewhile(lambda r: not r.applied and not r.skipped, reversed(before)))
+        return f"the updates of {row} steps in a row were not finite" if row >= MAX_NOT_FINITE else ""
+    if factor is None:
+        return ""
+    if not math.isfinite(record.loss):
+        return f"the loss of step {record.step} is {record.loss}"
+    usual = [r.loss for r in before[-USUAL_STEPS:] if r.applied]
+    if len(usual) < FEWEST_STEPS:
+        return ""
+    middle = median(usual)
+    if record.loss <= max(factor * middle, middle + LEAST_RISE):
+        return ""
+    return f"the loss of step {record.step} is {record.loss:.3f}; the median of the {len(usual)} before is {middle:.3f}"

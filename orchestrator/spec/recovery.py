@@ -1,0 +1,50 @@
+"""The `recovery` section: what a run puts up with, and what it does about it."""
+
+from pydantic import Field
+
+from orchestrator.spec.section import Section
+
+MAX_BUDGET = 200  # failures an hour; no more of them are kept
+
+
+def _budget(default: int, what: str) -> int:
+    told = f"{what}: so many an hour, the next one ends the run."
+    budget: int = Field(default=default, ge=0, le=MAX_BUDGET, description=told)
+    return budget
+
+
+class BudgetsSpec(Section):
+    """How often a run may fail in each way within an hour. Several workers lost at once are one failure."""
+
+    worker: int = _budget(100, "Deaths of workers' processes")
+    node: int = _budget(100, "Losses of whole nodes")
+    network: int = _budget(100, "Connections lost between workers that live on")
+    hang: int = _budget(50, "Workers that stopped answering, or kept the others waiting")
+    preemption: int = _budget(200, "Nodes that were taken away with notice")
+    user_error: int = _budget(3, "Errors of the user's own code")
+    out_of_memory: int = _budget(10, "Workers without memory; each time the micro-batch gets smaller")
+    numeric: int = _budget(5, "Explosions of the loss")
+    storage: int = _budget(20, "Checkpoints that could not be written")
+    internal: int = _budget(5, "Errors of the training loop itself")
+
+
+class RecoverySpec(Section):
+    """What failures lead to. Survivors of a loss go on at once, whatever is set here."""
+
+    budgets: BudgetsSpec = Field(default=BudgetsSpec(), description="Failures an hour, by kind.")
+    quarantine_after: int | None = Field(
+        default=5,
+        ge=1,
+        description="A node on which workers failed so often within an hour gets no new ones, as long as there are "
+        "other nodes. null: never.",
+    )
+    loss_explosion: float | None = Field(
+        default=2.0,
+        gt=1,
+        description="A step whose loss is so many times the median of the 32 before it, and at least 1 nat above it, "
+        "is undone and its batch left out. null: losses are not judged.",
+    )
+    replace_stragglers: bool = Field(
+        default=False,
+        description="true: a worker that is much slower than the others, for long, is replaced. It is reported anyway.",
+    )

@@ -1,0 +1,89 @@
+"""What real workers do after an error of their own: smaller slots after one of memory, a poisoned batch left out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.data.store import TokenStore
+from orchestrator.protocol.messages import Phase
+from orchestrator.sampling.ledger import audit
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.feed import Feed
+from tests.support.crew import Crew
+from tests.support.own_models import linear, own_spec
+from tests.support.texts import STEPS, small_job
+
+BAD_STEP = 12
+SOON_S = 10.0
+
+
+def _marked(job: JobSpec, store_dir: Path) -> list[int]:
+    """The first row of the bad step: no other step has it."""
+    feed = Feed(job, TokenStore.open(store_dir), torch.device("cpu"))
+    row: list[int] = feed.step(BAD_STEP, 0, 1, 2).slots[0].batch.inputs_BT[0].tolist()
+    return row
+
+
+def _job(texts: Path, store_dir: Path, folder: Path, forward: str) -> JobSpec:
+    plain = small_job(texts)
+    source = linear(
+        init=f"self.register_buffer('row', torch.tensor({_marked(plain, store_dir)}), persistent=False)",
+        forward="\n        ".join(["is_bad = bool((tokens == self.row).all(-1).any())", *forward.splitlines()]),
+    )
+    return plain.model_copy(update={"model": own_spec(folder, source)})
+
+
+def _stopped_with(crew: Crew, kind: str) -> None:
+    crew.await_all(crew.ids, lambda r: r.phase is Phase.STRANDED, SOON_S)
+    kinds = [error.kind for w in crew.ids if (error := crew.members[w].report().error) is not None]
+    assert kind in kinds and set(kinds) <= {kind, "peer_lost"}
+
+
+def _trained(crew: Crew) -> None:
+    crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]).ok
+
+
+def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    job = _job(texts, store_dir, tmp_path, "return self.head(self.embedding(tokens)) * (500.0 if is_bad else 1.0)")
+    with Crew(job, store_dir, tmp_path, size=2) as crew:
+        crew.start(crew.plan(crew.ids))
+        _stopped_with(crew, "numeric")
+        assert {crew.members[w].report().step for w in crew.ids} == {BAD_STEP - 1}
+        plan = crew.recover(crew.ids, skips=(BAD_STEP,))
+        assert plan.source is not None and plan.source.step == BAD_STEP - 1
+        _trained(crew)
+        bad, after = crew.records[BAD_STEP], crew.records[BAD_STEP + 1]
+    assert bad.skipped and not bad.applied and bad.loss > 2 * crew.records[BAD_STEP - 1].loss
+    assert after.applied and after.loss < 1.2 * crew.records[BAD_STEP - 1].loss
+    assert all(record.applied != record.skipped for record in crew.records.values())
+
+
+def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+    forward = (
+        f'if is_bad and len(tokens) > 1:\n    raise RuntimeError("{words}")\nreturn self.head(self.embedding(tokens))'
+    )
+    job = _job(texts, store_dir, tmp_path, forward)
+    with Crew(job, store_dir, tmp_path, size=2) as crew:
+        crew.start(crew.plan(crew.ids))
+        _stopped_with(crew, "out_of_memory")
+        crew.recover(crew.ids, micro_batch=1)
+        _trained(crew)
+    assert crew.records[BAD_STEP].applied
+    assert {r.num_positions for r in crew.records.values()} == {10}
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5])
+def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_path: Path, micro_batch: int) -> None:
+    """Up to rounding: the same rows, the same weights of their losses."""
+    losses = []
+    for size in (0, micro_batch):
+        job = small_job(texts, steps=8)
+        with Crew(job, store_dir, tmp_path / str(size), size=2) as crew:
+            crew.start(crew.plan(crew.ids, micro_batch=size))
+            crew.await_finished()
+        losses.append([r.loss for _, r in sorted(crew.records.items())])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
