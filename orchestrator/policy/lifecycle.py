@@ -124,4 +124,6 @@ def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> 
         more = f"{missing} more worker" + "s" * (missing > 1)
         there_are = f"{there} {'is' if there == 1 else 'are'} there"
         return f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
+    if seen.store_address is None:
+        return f"{state.why}; waits for the rendezvous store to come back"
     return f"{state.why}; waits until {', '.join(survivors) or 'nobody'} has stopped"

@@ -101,6 +101,8 @@ class SimulatedWorker:
             assert plan is not None
             self._begun = plan.generation
             try:
+                if not _is_running(plan.store_address.port):
+                    raise PeerLost("the rendezvous store is gone")
                 self._meet(plan, "prepared", {}, plan.involved)
                 self._desk.publish(prepared=plan.generation)
                 self._die_at("prepared")
@@ -189,6 +191,9 @@ class SimulatedWorker:
         """Prepare the next generation without waiting; give it if its fence is due after this step."""
         plan = order.next
         if plan is None:
+            return None
+        if self._desk.state.prepared < plan.generation and not _is_running(plan.store_address.port):
+            self._desk.publish(failed_generation=plan.generation)
             return None
         self._say(self._place(plan, "prepared"), "{}")
         if any(self._read(self._place(plan, "prepared"), peer) is None for peer in plan.involved):
@@ -358,26 +363,28 @@ class SimulatedWorker:
 
     def _lives(self, peer: str) -> bool:
         pid = self._read("pids", peer)
-        if pid is None:
-            return True  # not warm yet
-        try:
-            return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return False
+        return pid is None or _is_running(int(pid))  # None: not warm yet
 
     def _die_at(self, moment: str) -> None:
         if os.environ.get("SIM_DIE") in (f"{self._me}:{moment}", f"all:{moment}"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class SimulatedRendezvous:
-    """Simulated workers meet through files; the address is of no use."""
+    """Simulated workers meet through files, as long as the process lives whose id is given for a port."""
 
     def __init__(self, host: str) -> None:
         self._host = host
 
     def address(self) -> tuple[str, int]:
-        return self._host, 1
+        return self._host, os.getpid()
 
 
 class SimulatedPreparation:

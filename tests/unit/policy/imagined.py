@@ -24,9 +24,12 @@ from orchestrator.protocol.messages import (
     Restore,
     ShardWritten,
     StepRecord,
+    StoreAddress,
     Target,
     WorkerError,
 )
+
+FIRST_STORE = StoreAddress("10.0.0.1", 1)
 
 
 def limits_of(**changes: object) -> RunLimits:
@@ -84,6 +87,7 @@ class Life:
     snapshots: dict[tuple[str, Holding], bool] = field(default_factory=dict)  # who keeps what
     frozen: set[str] = field(default_factory=set)  # workers that do nothing
     holds_still: bool = False  # no step gets done
+    store: StoreAddress | None = FIRST_STORE
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +105,7 @@ class Life:
             lost={w: why for w, why in self.lost.items() if w in self.state.crew},
             checkpointed=self.committed,
             restorable=Restore(self.committed, f"step-{self.committed}") if self.committed >= 0 else None,
+            store_address=self.store,
         )
         return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -197,7 +202,7 @@ class Life:
         if is_over and report.phase in (Phase.TRAINING, Phase.MOVING, Phase.FINISHED):
             return self.stop(worker)
         if order.next is not None and worker in self.state.involved and report.prepared < order.next.generation:
-            if all(w not in self.lost for w in order.next.involved):
+            if order.next.store_address == self.store and all(w not in self.lost for w in order.next.involved):
                 self.say(worker, prepared=order.next.generation)
             return None
         self._move(worker)
