@@ -400,13 +400,16 @@ class SimulatedPreparation:
 
 
 class FileTracker:
-    """Takes what `orchestrator.tracking.tracker:Tracker` takes, into `published.jsonl` in its directory."""
+    """Takes what `orchestrator.tracking.tracker:Tracker` takes, into `published.jsonl` in its directory; what is there
+    after its death it knows again."""
 
     def __init__(self, setup: TrackerSetup) -> None:
         self._path = Path(setup.directory) / "published.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._position, self._seqs = -1, set[int]()
+        known = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+        self._position = max((line["step"] for line in known if "after" in line), default=-1)
+        self._seqs = {line["seq"] for line in known if "seq" in line}
 
     def position(self) -> int:
         return self._position
@@ -415,13 +418,14 @@ class FileTracker:
         if after is not None:
             points = [p for p in points if p.step > self._position]
             self._position = max([self._position, *(p.step for p in points)])
-        self._write([{"epoch": epoch, "name": p.name, "value": p.value, "step": p.step} for p in points])
+        whole = {} if after is None else {"after": after}
+        self._write([{"epoch": epoch, "name": p.name, "value": p.value, "step": p.step} | whole for p in points])
 
     def event(self, epoch: int, fields: dict[str, Any], points: list[Any]) -> None:
         if fields["seq"] in self._seqs:
             return
         self._seqs.add(fields["seq"])
-        self._write([{"epoch": epoch, "event": fields["kind"]}])
+        self._write([{"epoch": epoch, "event": fields["kind"], "seq": fields["seq"]}])
 
     def inputs(self, epoch: int, datasets: tuple[Any, ...]) -> None:
         pass
@@ -437,8 +441,9 @@ class FileTracker:
         return {"url": f"file://{self._path}", "error": "", "position": self._position}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        with self._lock, self._path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with self._lock, self._path.open("ab", buffering=0) as file:  # at once: it may be killed at any moment
+            file.write(text.encode())
 
 
 def simulated_parts() -> Parts:
