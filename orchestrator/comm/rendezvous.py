@@ -1,8 +1,10 @@
 """The run's rendezvous store: one TCP store that is up before the first generation and outlives every worker.
 
-Hosted in a process of its own. Generations meet in it under a prefix each (`orchestrator.engine.groups`).
+Hosted in a process of its own. Generations meet in it under a prefix each (`orchestrator.engine.groups`). Whoever has
+met needs it no more: if it dies, training goes on, and the next generation meets in the one that came in its place.
 """
 
+import socket
 from datetime import timedelta
 
 from torch._C._distributed_c10d import Store, TCPStore
@@ -22,7 +24,8 @@ class RendezvousServer:
 
 
 def connect_store(host: str, port: int) -> Store:
-    """A client of the run's store. Raises `DistNetworkError` where nothing answers."""
+    """A client of the run's store. Raises OSError where nothing answers: a plan may name one that has died."""
+    socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()  # torch would try for two minutes
     return TCPStore(
         host, port, None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_TIMEOUT_S)
     )

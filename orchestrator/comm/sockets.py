@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 Address = tuple[str, int]
 LOOPBACK = "127.0.0.1"
+DISCARD = 9  # any port will do
 
 _lock = threading.Lock()
 _device: Any = None
@@ -28,10 +29,10 @@ _address, _port = "", -1  # where it listens
 _peers: set[Address] = set()
 
 
-def local_address(host: str, port: int) -> str:
+def local_address(host: str) -> str:
     """The address of this machine that `host` is reached from: where peers on the same network find us."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))  # sends nothing
+        probe.connect((host, DISCARD))  # sends nothing
         return str(probe.getsockname()[0])
 
 

@@ -1,10 +1,11 @@
 """What a run has besides workers, each in a process of its own: data preparation, rendezvous store and tracker.
 
-All of them are started at once, while workers start. The tracker may be away at any time; without one of the other
-two the run can't go on, which shows as a fault.
+All of them are started at once, while workers start. Tracker and store may be away at any time, and come back; what
+can't be had shows as a fault.
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from orchestrator.control.crew import Answer, Inbox, post
 from orchestrator.control.host import Handle, Seat, find, start_host
 from orchestrator.control.parts import Parts
 from orchestrator.control.preparation import PreparedData
+from orchestrator.control.store_link import NAME as STORE
+from orchestrator.control.store_link import StoreLink
 from orchestrator.control.tracker_link import NAME as TRACKER
 from orchestrator.control.tracker_link import TrackerLink
 from orchestrator.spec.job import JobSpec
 
 log = logging.getLogger("orchestrator.control")
 
-NAMES = ("preparation", "rendezvous", TRACKER)
+PREPARATION = "preparation"
+NAMES = (PREPARATION, STORE, TRACKER)
 LOOK_EVERY_S = 1.0
 
 
@@ -32,17 +36,20 @@ class Facilities:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._parts, self._epoch, self._inbox = parts, epoch, inbox
         self._handles: dict[str, Handle] = {}
-        self.address: tuple[str, int] | None = None
         self.data: PreparedData | None = None
         self.preparing = ""  # how far the data is, in words; empty once it is there
         self._asked_s = 0.0  # when its progress was last asked for
         self._known_data: PreparedData | None = None
         self.tracker = TrackerLink(run_id, run_dir, job, parts.tracker, epoch, inbox)
-        self.faults: list[str] = []
+        self.store = StoreLink(run_id, run_dir, parts.rendezvous, inbox)
+        self._faults: list[str] = []
 
-    def start(self, data: PreparedData | None, has_workers: bool) -> None:
-        """Start what isn't there. `data` is what an earlier controller has prepared already, made anew if it is gone;
-        workers that it left behind know its rendezvous store, so another one would be of no use to them."""
+    @property
+    def faults(self) -> tuple[str, ...]:
+        return (*self._faults, self.store.fault) if self.store.fault else tuple(self._faults)
+
+    def start(self, data: PreparedData | None) -> None:
+        """Start what isn't there. `data` is what an earlier controller has prepared, made anew if it is gone."""
         self._known_data = data
         self.tracker.start()
         self.data = data if data is not None and Path(data.store_dir).is_dir() else None
@@ -50,52 +57,47 @@ class Facilities:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent
         if self.data is None:
-            self._begin("preparation", self._parts.preparation, ())
+            self._begin(PREPARATION, self._parts.preparation, ())
             data_dir = str(storage / ".data")
-            self._call("preparation", "prepare", self._job.model_dump_json(by_alias=True), str(self._run_dir), data_dir)
-        if has_workers and find(self._name("rendezvous")) is None:
-            self.faults.append("the run's rendezvous store was gone when its controller came back")
-            return
-        self._begin("rendezvous", self._parts.rendezvous, (_my_address(),))
-        self._call("rendezvous", "address")
-        post(self._inbox, "rendezvous", "hold", self._handles["rendezvous"].hold.remote())
+            self._call(PREPARATION, "prepare", self._job.model_dump_json(by_alias=True), str(self._run_dir), data_dir)
+        self.store.tend(time.monotonic())
 
-    def look_at_preparation(self, now_s: float) -> None:
-        """Ask how far the data is, once in a while."""
-        if "preparation" in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
+    def tend(self, now_s: float) -> None:
+        """Look after all of them, and ask how far the data is, once in a while."""
+        self.store.tend(now_s)
+        self.tracker.tend(now_s)
+        if PREPARATION in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
             self._asked_s = now_s
-            self._call("preparation", "progress")
+            self._call(PREPARATION, "progress")
 
     def take(self, answer: Answer) -> None:
         """Note an answer, or the fault that it is."""
         if answer.of == TRACKER:
             self.tracker.take(answer)
+        elif answer.of == STORE:
+            self.store.take(answer)
         elif (error := answer.future.exception()) is None:
             self._note(answer)
         elif answer.method == "progress":  # it has ended meanwhile
             return
         else:
-            why = reason_of(error)
-            self.faults.append(why if answer.of == "preparation" else f"the {answer.of} store failed: {why}")
+            self._faults.append(reason_of(error))
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Let the tracker finish, then end all of them."""
         self.tracker.close(outcome, why, watermark)
         for name in NAMES:
-            handle = find(self._name(name))
-            if handle is not None:
+            if (handle := find(self._name(name))) is not None:
                 ray.kill(handle, no_restart=True)
 
     def _note(self, answer: Answer) -> None:
         result = answer.future.result()
-        if answer.method == "address":
-            self.address = (result[0], int(result[1]))
-        elif answer.method == "progress" and self.data is None:
+        if answer.method == "progress" and self.data is None:
             self.preparing = f"prepares the data: {result[0]}, {result[1]:.0%}"
         elif answer.method == "prepare":
             self.preparing = ""
             self._prepared(result)
-            ray.kill(self._handles.pop("preparation"), no_restart=True)
+            ray.kill(self._handles.pop(PREPARATION), no_restart=True)
 
     def _prepared(self, data: PreparedData) -> None:
         known = self._known_data
@@ -103,7 +105,7 @@ class Facilities:
             self.data = data
             self.tracker.prepared(data)
         else:
-            self.faults.append(
+            self._faults.append(
                 "the corpus is not what the run has trained on so far, and the store that was made of it is gone: "
                 f"{known.store_dir}"
             )
@@ -117,8 +119,3 @@ class Facilities:
 
     def _name(self, name: str) -> str:
         return f"{self._run_id}/{name}"
-
-
-def _my_address() -> str:
-    """Where workers of other nodes reach this one, which is the facilities' too: all of them live on the head."""
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -22,13 +22,14 @@ import ray
 from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind, newest_good
 from orchestrator.control.closing import await_gone, hear_last_words, remove_groups
 from orchestrator.control.crew import Answer, Crew, Inbox
-from orchestrator.control.facilities import Facilities
+from orchestrator.control.facilities import NAMES, Facilities
 from orchestrator.control.host import find, log_to
 from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import STATUS_FILE, RunMemory, insist
 from orchestrator.control.node_watch import NodeWatch
 from orchestrator.control.parts import Parts
 from orchestrator.control.status import status_of, to_json
+from orchestrator.control.store_link import head_address
 from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, StorageError, UsageError
 from orchestrator.policy.endings import complete_checkpoints, publishable
 from orchestrator.policy.lifecycle import decide, directive_of
@@ -174,7 +175,7 @@ class RunController:
         if "submitted" not in self._memory.times:
             insist(lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers))
         if state.outcome is None:
-            self._facilities.start(self._memory.data, has_workers=bool(state.crew))
+            self._facilities.start(self._memory.data)
         self._crew.adopt(state.crew)
         self._inbox.put(None)  # the first turn
 
@@ -196,14 +197,13 @@ class RunController:
         state = self._memory.state
         self._crew.poll(now_s, eager=state.next is not None or state.is_recovering)
         self._ask_records(now_s)
-        self._facilities.look_at_preparation(now_s)
-        self._facilities.tracker.tend(now_s)
+        self._facilities.tend(now_s)
         self._nodes.poll(now_s, self._crew.handles)
         self._tell_of_tracking()
         return bool(answers)
 
     def _take(self, answer: Answer) -> None:
-        if answer.of in ("preparation", "rendezvous", "tracker"):
+        if answer.of in NAMES:
             return self._facilities.take(answer)
         if answer.method == NodeWatch.READ:
             return self._facilities.tracker.publish(self._nodes.take(answer, self._memory.progress.watermark))
@@ -260,13 +260,14 @@ class RunController:
             nodes=dict(self._crew.nodes),
             silence_s=self._crew.silence_s(time.monotonic()),
             idle_s=time.monotonic() - self._crew.stirred_s,
+            store_address=self._facilities.store.address,
             faults=(*self._faults, *self._facilities.faults),
         )
 
     def _warm(self) -> None:
-        """Workers need to know where the data and the rendezvous store are before they can warm up."""
-        data, address = self._memory.data, self._facilities.address
-        if data is None or address is None:
+        """Workers need to know where the data is before they can warm up."""
+        data = self._memory.data
+        if data is None:
             return
         self._crew.warm(
             WorkerJob(
@@ -274,8 +275,7 @@ class RunController:
                 job_json=self._job.model_dump_json(by_alias=True),
                 store_dir=data.store_dir,
                 storage_dir=str(self._run_dir),
-                rendezvous_host=address[0],
-                rendezvous_port=address[1],
+                head_host=head_address(),
                 threads=self._threads,
                 vocab_size=data.vocab_size,
             )

@@ -128,4 +128,6 @@ def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> 
         waits = f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
         delay_s = held_back_s(state.losses, seen.now_s)
         return waits + f"; after so many failures the next worker is started in {delay_s:.0f} s" * (delay_s > 0)
+    if seen.store_address is None:
+        return f"{state.why}; waits for the rendezvous store to come back"
     return f"{state.why}; waits until {', '.join(survivors) or 'nobody'} has stopped"

@@ -12,7 +12,14 @@ from typing import TypeVar
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.planning_moves import MAX_FAILED_MOVES, members_for, warm_standbys, with_plan
+from orchestrator.policy.planning_moves import (
+    MAX_FAILED_MOVES,
+    members_for,
+    prepared,
+    warm_standbys,
+    with_plan,
+    without_store,
+)
 from orchestrator.policy.progress import stall_s, typical_step_s
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size, wish_holds
@@ -27,7 +34,7 @@ HORIZON_STEPS = 8
 
 def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Plan the generation that is due, as soon as enough standbys are warm for it."""
-    if state.next is not None or state.is_ending or state.is_recovering:
+    if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
         return Decision(state)
     if state.current is None:
         return _plan_first(limits, state, seen)
@@ -54,6 +61,7 @@ def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         for w in involved
         if (report := seen.reports.get(w)) and report.failed_generation == state.next.generation
     ]
+    broken += [why] if (why := without_store(state, seen)) else []
     if not broken:
         return Decision(state)
     failed_moves = state.failed_moves + 1
@@ -72,7 +80,7 @@ def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if state.next is None or state.current is None or state.fence is not None or state.is_recovering:
         return Decision(state)
     generation = state.next.generation
-    if not all(_prepared(seen, worker) >= generation for worker in state.involved):
+    if not all(prepared(seen, worker) >= generation for worker in state.involved):
         return Decision(state)
     at_step = None if state.next_first_step is None else state.next_first_step - 1
     return Decision(replace(state, fence=Fence(to_generation=generation, at_step=at_step)))
@@ -187,11 +195,6 @@ def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Cha
     is_past = change.generation != state.activated or seen.progress.watermark + 1 >= limits.steps
     stall = stall_s(seen.progress, change.generation, is_past)
     return change if stall is None else replace(change, stall_s=stall)
-
-
-def _prepared(seen: Observation, worker: str) -> int:
-    report = seen.reports.get(worker)
-    return report.prepared if report else -1
 
 
 def _is_ready(seen: Observation, worker: str, generation: int) -> bool:

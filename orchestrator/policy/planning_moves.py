@@ -29,6 +29,22 @@ def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...
     return state.members + newcomers[:missing] if len(newcomers) >= missing else None
 
 
+def prepared(seen: Observation, worker: str) -> int:
+    """The newest generation that this worker has connected; -1 if none."""
+    report = seen.reports.get(worker)
+    return report.prepared if report else -1
+
+
+def without_store(state: RunState, seen: Observation) -> str:
+    """Why the generation to come can't be connected, whoever lives: its rendezvous store is gone, and somebody has yet
+    to meet there. Empty if it can, or while there is no other store: nothing could be planned instead."""
+    plan = state.next
+    if plan is None or seen.store_address in (None, plan.store_address):
+        return ""
+    is_late = any(prepared(seen, worker) < plan.generation for worker in plan.involved)
+    return f"the rendezvous store of generation {plan.generation} was lost" if is_late else ""
+
+
 def with_plan(
     state: RunState,
     seen: Observation,
@@ -39,17 +55,19 @@ def with_plan(
     why: str,
     protected: bool,
 ) -> Decision:
-    """The state with this generation as the next one.
+    """The state with this generation as the next one. There must be a rendezvous store.
 
     Args:
         protected: its members keep each other's snapshots.
     """
+    assert seen.store_address is not None
     plan = GenerationPlan(
         epoch=seen.epoch,
         world=world,
         placement=placement,
         source=source,
         store_prefix=f"{seen.epoch}/{world.generation}",
+        store_address=seen.store_address,
         buddies=buddies_of([seen.nodes.get(w, "") for w in world.members]) if protected else (),
         restore=state.restore if source is None else None,
         micro_batch=state.micro_batch,

@@ -17,7 +17,7 @@ from orchestrator.policy.crew import why_gone
 from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S, is_silent, stuck
 from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, held_back_s, overdrawn
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.planning_moves import BLAME_S, MAX_FAILED_MOVES, warm_standbys, with_plan
+from orchestrator.policy.planning_moves import BLAME_S, MAX_FAILED_MOVES, warm_standbys, with_plan, without_store
 from orchestrator.policy.responses import respond
 from orchestrator.policy.run_state import USER_ERROR, Decision, Dismiss, Loss, Note, Observation, RunState, ended
 from orchestrator.policy.schedule import SizeChange, Wish, wanted_size
@@ -123,7 +123,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     standbys = warm_standbys(state, seen)
     members = (survivors + standbys)[: max(wanted, limits.min_workers)]
-    if len(members) < limits.min_workers:
+    if len(members) < limits.min_workers or seen.store_address is None:
         return Decision(state)
     return _planned_from(limits, state, seen, cut, members)
 
@@ -144,10 +144,11 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
         return Decision(state)
     lost = [w for w in plan.world.members if w not in state.crew]
     failed = [w for w in plan.world.members if _failed_generation(seen, w) == plan.generation]
-    if not lost and not failed:
+    why = without_store(state, seen)
+    if not lost and not failed and not why:
         return Decision(state)
     what = "was lost" if lost else f"could not reach generation {plan.generation}"
-    why = f"{', '.join(lost or failed)} {what}"
+    why = why or f"{', '.join(lost or failed)} {what}"
     over = replace(state, aborted=plan.generation, next=None, next_why="")
     return _abandoned(over, seen, plan.generation, why)
 
@@ -237,14 +238,15 @@ def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     lost = [w for w in state.next.involved if w not in state.crew or why_gone(seen, w)]
     failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
-    if not lost and not failed:
+    why = without_store(state, seen)
+    if not lost and not failed and not why:
         return Decision(state)
-    if not lost:  # they notice before it is known who is to blame
+    if not lost and not why:  # they notice before it is known who is to blame
         if state.broken_s is None:
             return Decision(replace(state, broken_s=seen.now_s))
         if seen.now_s - state.broken_s < BLAME_S:
             return Decision(state)
-    why = f"{', '.join(lost)} was lost" if lost else f"{', '.join(failed)} could not reach it"
+    why = why or (f"{', '.join(lost)} was lost" if lost else f"{', '.join(failed)} could not reach it")
     again = replace(state, aborted=state.next.generation, aborted_s=seen.now_s, next=None, next_why="", broken_s=None)
     return _abandoned(again, seen, state.next.generation, why)
 

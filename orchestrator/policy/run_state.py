@@ -11,7 +11,17 @@ from typing import Any
 
 from orchestrator.policy.progress import Progress
 from orchestrator.policy.schedule import Wish
-from orchestrator.protocol.messages import Fence, Finish, GenerationPlan, Phase, Report, Restore, ShardWritten, Target
+from orchestrator.protocol.messages import (
+    Fence,
+    Finish,
+    GenerationPlan,
+    Phase,
+    Report,
+    Restore,
+    ShardWritten,
+    StoreAddress,
+    Target,
+)
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
 
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
@@ -113,7 +123,8 @@ class Observation:
     `lost` holds workers of the crew whose process has ended, `causes` the class of that failure where it is known.
     `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good one, if `wants_restore`
     asked for it. `nodes` tells where workers live, `silence_s` for how long they haven't answered, and `idle_s` for how
-    long no worker has said anything new. `faults` are things outside the workers without which the run can't go on.
+    long no worker has said anything new. `store_address` is the rendezvous store's, None while there is none: no
+    generation can be planned then. `faults` are things outside the workers without which the run can't go on.
     """
 
     epoch: int
@@ -128,6 +139,7 @@ class Observation:
     nodes: Mapping[str, str] = field(default_factory=dict)
     silence_s: Mapping[str, float] = field(default_factory=dict)
     idle_s: float = 0.0
+    store_address: StoreAddress | None = None
     faults: tuple[str, ...] = ()
 
     def phase(self, worker: str) -> Phase:

@@ -67,6 +67,14 @@ class Source:
 
 
 @dataclass(frozen=True)
+class StoreAddress:
+    """Where the run's rendezvous store listens. One that comes back after its death listens elsewhere."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
 class GenerationPlan:
     """A generation to come: who is in it, which rank holds which experts, and where its state comes from.
 
@@ -74,7 +82,8 @@ class GenerationPlan:
     source that are not in `world` hand over what they hold and become standbys. `buddies` names by rank the rank that
     keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
     holds epoch and generation, so nobody of the past can meet this world. `micro_batch` is the rows of a slot, 0 for
-    the job's; `skips` are steps whose batches are left out.
+    the job's; `skips` are steps whose batches are left out. All meet in the
+    store at `store_address`; a world that has met needs it no more.
     """
 
     epoch: int
@@ -82,6 +91,7 @@ class GenerationPlan:
     placement: Placement
     source: Source | None
     store_prefix: str
+    store_address: StoreAddress
     buddies: tuple[int, ...] = ()
     verify_digests: bool = True
     restore: Restore | None = None
@@ -251,8 +261,7 @@ class WorkerJob:
     job_json: str  # the JobSpec, as JSON
     store_dir: str  # the packed token store
     storage_dir: str  # the run's directory in run storage
-    rendezvous_host: str
-    rendezvous_port: int
+    head_host: str  # where the cluster's head is reached, the rendezvous store's home
     threads: int  # torch threads
     orphan_s: float = 60.0  # a worker that hears from no controller for this long exits
     vocab_size: int = 0  # the trained tokenizer's

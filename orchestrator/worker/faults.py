@@ -1,6 +1,7 @@
 """What an error of the training thread is called in a report."""
 
 import torch
+from torch.distributed import DistError
 
 from orchestrator.errors import EntrypointError
 from orchestrator.model.own import raised_by_forward
@@ -29,6 +30,7 @@ def kind_of(error: Exception) -> str:
 
 
 def _is_peer_loss(error: Exception) -> bool:
-    """gloo and nccl report a lost peer as a RuntimeError that names their transport."""
+    """gloo and nccl report a lost peer as a RuntimeError that names their transport; a lost store has its own class."""
     words = ("connection closed by peer", "connection reset", "gloo", "timed out", "nccl", "broken pipe")
-    return isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+    told = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+    return told or isinstance(error, DistError)

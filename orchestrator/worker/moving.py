@@ -16,6 +16,7 @@ from pathlib import Path
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.peers import PeerGroup
+from orchestrator.comm.rendezvous import connect_store
 from orchestrator.elastic.cut import layout_of_cut
 from orchestrator.elastic.layout import Kind
 from orchestrator.elastic.transfer import TransferPlan
@@ -58,6 +59,7 @@ class Prepared:
     """Everything for a move that doesn't depend on the state.
 
     Args:
+        store: this plan's connection to the rendezvous store.
         meeting: the new world's connections; None for a worker that leaves.
         protection: to and from the buddies of the new world; None where there are none.
         peers, transfer: None where state comes from the seed or a checkpoint.
@@ -65,6 +67,7 @@ class Prepared:
     """
 
     plan: GenerationPlan
+    store: Store
     meeting: Meeting | None = None
     protection: Protection | None = None
     peers: PeerGroup | None = None
@@ -89,11 +92,12 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
     """Connect the peers of a move and the world after it, and plan the move. Collective over all who are involved.
 
     Raises:
-        RuntimeError: a peer did not come.
+        RuntimeError: a peer did not come, or the store died.
+        OSError: the plan's store is not there.
     """
     # By a connection of its own: while one waits for a key all other calls on it wait too, so a newcomer that died
     # would hold up the next plan until the timeout.
-    store = workshop.connect_store()
+    store = connect_store(plan.store_address.host, plan.store_address.port)
     source = plan.source
     peers = None
     if source is not None:
@@ -101,24 +105,26 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
     meeting = workshop.meet(store, plan) if workshop.me in plan.world else None
     protection = workshop.protect(store, plan) if workshop.me in plan.world else None
     if source is None:
-        return Prepared(plan, meeting, protection)
+        return Prepared(plan, store, meeting, protection)
     old = workshop.layout(source.world, source.placement)
     if source.holders != source.world.members:
         old = layout_of_cut(old, source.holders)
     transfer = TransferPlan.between(old, workshop.layout(plan.world, plan.placement))
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
-    return Prepared(plan, meeting, protection, peers, transfer, replicated)
+    return Prepared(plan, store, meeting, protection, peers, transfer, replicated)
 
 
-def announce(store: Store, plan: GenerationPlan, progress: Progress, records: Sequence[StepRecord]) -> None:
-    """Tell the newcomers that the fence is reached, and where training stands."""
+def announce(prepared: Prepared, progress: Progress, records: Sequence[StepRecord]) -> None:
+    """Tell the newcomers that the fence is reached, and where training stands. RuntimeError: the store died."""
     told = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-TOLD_RECORDS:]]}
-    store.set(plan.store_prefix + "/fence", json.dumps(told))
+    prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(told))
 
 
-def announced(store: Store, plan: GenerationPlan, timeout_s: float) -> Standing | None:
-    """Where training stood at the fence; None if it isn't reached within `timeout_s`."""
-    key, deadline = plan.store_prefix + "/fence", time.monotonic() + timeout_s
+def announced(prepared: Prepared, timeout_s: float) -> Standing | None:
+    """Where training stood at the fence; None if it isn't reached within `timeout_s`. Raises RuntimeError if the store
+    died."""
+    store, key = prepared.store, prepared.plan.store_prefix + "/fence"
+    deadline = time.monotonic() + timeout_s
     while not store.check([key]):  # asked again and again, since a wait that times out logs an error each time
         if time.monotonic() > deadline:
             return None

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm.rendezvous import connect_store
 from orchestrator.comm.sockets import local_address
 from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
 from orchestrator.elastic.placement import Placement
@@ -80,8 +79,7 @@ class Workshop:
     def __init__(self, me: str, job: WorkerJob, spec: JobSpec, vocab_size: int, device: torch.device) -> None:
         self.me, self.job, self.spec = me, job, spec
         self.vocab_size, self.device = vocab_size, device
-        self.store = self.connect_store()
-        self.address = local_address(job.rendezvous_host, job.rendezvous_port)
+        self.address = local_address(job.head_host)
         self.params: Sequence[ParamSpec]
         self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
 
@@ -111,10 +109,6 @@ class Workshop:
             return None
         layout, pinned = self.layout(plan.world, plan.placement), self.device.type == "cuda"
         return Protection(store, plan, plan.world.rank_of(self.me), layout, self.address, pinned)
-
-    def connect_store(self) -> Store:
-        """A connection of its own to the run's rendezvous store."""
-        return connect_store(self.job.rendezvous_host, self.job.rendezvous_port)
 
     def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""

@@ -156,15 +156,21 @@ class Trainer:
         while True:
             prepared = self._preparations.await_next()
             source = prepared.plan.source
-            if source is None or self._workshop.me in source.holders or self._await_fence(prepared.plan):
+            if source is None or self._workshop.me in source.holders or self._await_fence(prepared):
                 return prepared
             prepared.close()
 
-    def _await_fence(self, plan: GenerationPlan) -> bool:
-        """Wait for the old world to reach its fence. False if the plan is given up before."""
-        while (standing := announced(self._workshop.store, plan, POLL_S)) is None:
-            if not self._preparations.stands(plan):
-                return False
+    def _await_fence(self, prepared: Prepared) -> bool:
+        """Wait for the old world to reach its fence. False if the plan is given up before, or can't be heard of."""
+        plan = prepared.plan
+        try:
+            while (standing := announced(prepared, POLL_S)) is None:
+                if not self._preparations.stands(plan):
+                    return False
+        except RuntimeError as error:
+            log.warning("generation %d can't be reached, its rendezvous store is gone: %s", plan.generation, error)
+            self._desk.publish(failed_generation=plan.generation)
+            return False
         self._progress = standing.progress
         self._desk.go_back_to(standing.progress.step, standing.records)
         return True
@@ -199,7 +205,7 @@ class Trainer:
                 self._progress = held.progress
                 self._desk.go_back_to(held.progress.step)
             if source.holders[0] == self._workshop.me:
-                announce(self._workshop.store, plan, self._progress, self._desk.records)
+                announce(prepared, self._progress, self._desk.records)
             self._shard, handover = move(self._workshop, prepared, held, self._progress)
         self._keeping.acknowledged()  # in the old world: what was begun at the fence
         prepared.close_transfer()

@@ -117,3 +117,39 @@ def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, 
         assert sorted(crew.records) == list(range(STEPS))
         assert crew.records[STEPS - 1].loss < crew.records[0].loss
         assert {r.max_violation for r in crew.records.values()} == {0.0}
+
+
+def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(crew: Crew) -> None:
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.await_step(2)
+    crew.lose_store()
+    crew.await_step(crew.newest_step + 3)
+    crew.rescale(crew.ids[:3])
+    crew.await_step(crew.newest_step + 3)
+    crew.finish()
+    assert {r.generation for r in crew.records.values()} == {0, 1}
+
+
+def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(crew: Crew) -> None:
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.await_step(2)
+    plan = crew.prepare(crew.ids[:3])
+    crew.lose_store()
+    crew.await_all(crew.ids[2:3], lambda r: r.failed_generation == plan.generation, SOON_S)
+    again = crew.prepare(crew.ids[:3])
+    crew.rescale_to(again)
+    crew.await_all(crew.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
+    crew.send(current=again, next=None, fence=None, activated=again.generation)
+    crew.await_step(crew.newest_step + 3)
+
+
+def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(crew: Crew) -> None:
+    """The store dies when all are connected and the fence is raised already: the move fails, the state does not."""
+    crew.start(crew.plan(crew.ids[:2]))
+    crew.await_step(2)
+    plan = crew.prepare(crew.ids[:3])
+    crew.lose_store()
+    crew.rescale_to(plan)
+    crew.await_all(crew.ids[:2], lambda r: r.phase is Phase.STRANDED and r.failed_generation == plan.generation, SOON_S)
+    crew.recover(crew.ids[:2])
+    crew.await_step(crew.newest_step + 3)

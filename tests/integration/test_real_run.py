@@ -62,6 +62,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     run = client.submit(job)
     _until(client, run, lambda s: s.step > 9)
     pids = {w: ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0).pid for w in ("w0", "w1", "w2")}
+    os.kill(ask(find(f"{run}/rendezvous"), "pid"), signal.SIGKILL)  # the next generations meet in another one
     client.scale(run, 2)
     scaled = _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     assert scaled.rescales[-1].to_size == 2 and scaled.rescales[-1].state_identical

@@ -31,6 +31,7 @@ from orchestrator.protocol.messages import (
     Restore,
     Source,
     StepRecord,
+    StoreAddress,
     WorkerJob,
 )
 from orchestrator.spec.job import JobSpec
@@ -100,14 +101,12 @@ class Crew:
 
     def __init__(self, job: JobSpec, store_dir: Path, run_dir: Path, size: int, threads: int = 1) -> None:
         self._rendezvous = RendezvousServer("127.0.0.1")
-        host, port = self._rendezvous.address()
         self.job = WorkerJob(
             run_id="test",
             job_json=job.model_dump_json(by_alias=True),
             store_dir=str(store_dir),
             storage_dir=str(run_dir),
-            rendezvous_host=host,
-            rendezvous_port=port,
+            head_host="127.0.0.1",
             threads=threads,
             orphan_s=3600.0,
         )
@@ -135,6 +134,14 @@ class Crew:
     def ids(self) -> list[str]:
         return list(self.members)
 
+    @property
+    def store_address(self) -> StoreAddress:
+        return StoreAddress(*self._rendezvous.address())
+
+    def lose_store(self) -> None:
+        """The rendezvous store dies, and another one comes in its place."""
+        self._rendezvous = RendezvousServer("127.0.0.1")
+
     def plan(
         self,
         members: list[str],
@@ -156,6 +163,7 @@ class Crew:
             placement=placement,
             source=Source(source.world, source.placement, source.world.members, step) if source else None,
             store_prefix=f"1/{generation}",
+            store_address=self.store_address,
             buddies=buddies_of(["node"] * world.size),
             restore=restore,
             **more,
@@ -226,13 +234,14 @@ class Crew:
         fields of the plan."""
         old = self.directive.current
         assert old is not None
-        self.send(aborted=old.generation, next=None, fence=None)
+        newest = self.directive.next.generation if self.directive.next else old.generation
+        self.send(aborted=newest, next=None, fence=None)
         alive = [w for w in self.ids if self.members[w].process.is_alive()]
         survivors = [w for w in old.world.members if w in alive]
         self.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
         cut = newest_cut([old.world], {w: self.members[w].report().holdings for w in alive})
         assert cut is not None, {w: self.members[w].report().holdings for w in alive}
-        world = World(old.generation + 1, tuple(members))
+        world = World(newest + 1, tuple(members))
         placement = Placement.rebalanced(
             placement_of_cut(old.placement, cut.holders), world_of(old.generation, cut.holders), world
         )
@@ -242,6 +251,7 @@ class Crew:
             placement=placement,
             source=Source(old.world, old.placement, cut.holders, cut.step),
             store_prefix=f"1/{world.generation}",
+            store_address=self.store_address,
             buddies=buddies_of(["node"] * world.size),
             **more,
         )

@@ -101,6 +101,8 @@ class SimulatedWorker:
             assert plan is not None
             self._begun = plan.generation
             try:
+                if not _is_running(plan.store_address.port):
+                    raise PeerLost("the rendezvous store is gone")
                 self._meet(plan, "prepared", {}, plan.involved)
                 self._desk.publish(prepared=plan.generation)
                 self._die_at("prepared")
@@ -189,6 +191,9 @@ class SimulatedWorker:
         """Prepare the next generation without waiting; give it if its fence is due after this step."""
         plan = order.next
         if plan is None:
+            return None
+        if self._desk.state.prepared < plan.generation and not _is_running(plan.store_address.port):
+            self._desk.publish(failed_generation=plan.generation)
             return None
         self._say(self._place(plan, "prepared"), "{}")
         if any(self._read(self._place(plan, "prepared"), peer) is None for peer in plan.involved):
@@ -358,26 +363,28 @@ class SimulatedWorker:
 
     def _lives(self, peer: str) -> bool:
         pid = self._read("pids", peer)
-        if pid is None:
-            return True  # not warm yet
-        try:
-            return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
-        except psutil.NoSuchProcess:
-            return False
+        return pid is None or _is_running(int(pid))  # None: not warm yet
 
     def _die_at(self, moment: str) -> None:
         if os.environ.get("SIM_DIE") in (f"{self._me}:{moment}", f"all:{moment}"):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 class SimulatedRendezvous:
-    """Simulated workers meet through files; the address is of no use."""
+    """Simulated workers meet through files, as long as the process lives whose id is given for a port."""
 
     def __init__(self, host: str) -> None:
         self._host = host
 
     def address(self) -> tuple[str, int]:
-        return self._host, 1
+        return self._host, os.getpid()
 
 
 class SimulatedPreparation:
@@ -393,13 +400,16 @@ class SimulatedPreparation:
 
 
 class FileTracker:
-    """Takes what `orchestrator.tracking.tracker:Tracker` takes, into `published.jsonl` in its directory."""
+    """Takes what `orchestrator.tracking.tracker:Tracker` takes, into `published.jsonl` in its directory; what is there
+    after its death it knows again."""
 
     def __init__(self, setup: TrackerSetup) -> None:
         self._path = Path(setup.directory) / "published.jsonl"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._position, self._seqs = -1, set[int]()
+        known = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+        self._position = max((line["step"] for line in known if "after" in line), default=-1)
+        self._seqs = {line["seq"] for line in known if "seq" in line}
 
     def position(self) -> int:
         return self._position
@@ -408,13 +418,14 @@ class FileTracker:
         if after is not None:
             points = [p for p in points if p.step > self._position]
             self._position = max([self._position, *(p.step for p in points)])
-        self._write([{"epoch": epoch, "name": p.name, "value": p.value, "step": p.step} for p in points])
+        whole = {} if after is None else {"after": after}
+        self._write([{"epoch": epoch, "name": p.name, "value": p.value, "step": p.step} | whole for p in points])
 
     def event(self, epoch: int, fields: dict[str, Any], points: list[Any]) -> None:
         if fields["seq"] in self._seqs:
             return
         self._seqs.add(fields["seq"])
-        self._write([{"epoch": epoch, "event": fields["kind"]}])
+        self._write([{"epoch": epoch, "event": fields["kind"], "seq": fields["seq"]}])
 
     def inputs(self, epoch: int, datasets: tuple[Any, ...]) -> None:
         pass
@@ -430,8 +441,9 @@ class FileTracker:
         return {"url": f"file://{self._path}", "error": "", "position": self._position}
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
-        with self._lock, self._path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with self._lock, self._path.open("ab", buffering=0) as file:  # at once: it may be killed at any moment
+            file.write(text.encode())
 
 
 def simulated_parts() -> Parts:

@@ -24,7 +24,7 @@ def facilities(tmp_path: Path) -> Facilities:
 def test_a_store_that_was_lost_may_be_made_anew_elsewhere(facilities: Facilities) -> None:
     again = replace(KNOWN, store_dir="/new/store-abc")
     facilities._prepared(again)
-    assert facilities.data == again and facilities.faults == []
+    assert facilities.data == again and facilities.faults == ()
 
 
 def test_another_corpus_is_a_fault(facilities: Facilities) -> None:

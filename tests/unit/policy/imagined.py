@@ -24,9 +24,12 @@ from orchestrator.protocol.messages import (
     Restore,
     ShardWritten,
     StepRecord,
+    StoreAddress,
     Target,
     WorkerError,
 )
+
+FIRST_STORE = StoreAddress("10.0.0.1", 1)
 
 
 def limits_of(**changes: object) -> RunLimits:
@@ -86,6 +89,7 @@ class Life:
     holds_still: bool = False  # no step gets done
     nodes: dict[str, str] = field(default_factory=dict)
     causes: dict[str, str] = field(default_factory=dict)
+    store: StoreAddress | None = FIRST_STORE
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +109,7 @@ class Life:
             causes=dict(self.causes),
             checkpointed=self.committed,
             restorable=Restore(self.committed, f"step-{self.committed}") if self.committed >= 0 else None,
+            store_address=self.store,
         )
         return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -201,7 +206,7 @@ class Life:
         if is_over and report.phase in (Phase.TRAINING, Phase.MOVING, Phase.FINISHED):
             return self.stop(worker)
         if order.next is not None and worker in self.state.involved and report.prepared < order.next.generation:
-            if all(w not in self.lost for w in order.next.involved):
+            if order.next.store_address == self.store and all(w not in self.lost for w in order.next.involved):
                 self.say(worker, prepared=order.next.generation)
             return None
         self._move(worker)

@@ -461,7 +461,7 @@ def test_a_resumed_run_begins_from_its_checkpoint_with_new_workers_and_numbers()
     assert [(n.kind, n.fields["step"]) for n in decision.actions if isinstance(n, Note)] == [("resumed", done)]
     assert (state.crew, state.current, state.outcome) == ((), None, None)
     assert state.seq > before.seq and state.target.seq > before.target.seq and state.checkpoint_done == done
-    seen = Observation(1, 0.0, state.target, Progress(watermark=done))
+    seen = Observation(1, 0.0, state.target, Progress(watermark=done), store_address=life.store)
     state = decide(limits, state, seen).state
     assert state.crew == ("w2", "w3", "w4")  # no name is used twice
     assert state.rescales == before.rescales

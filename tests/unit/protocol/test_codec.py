@@ -6,7 +6,16 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import Directive, Fence, Finish, GenerationPlan, Report, Source, Target
+from orchestrator.protocol.messages import (
+    Directive,
+    Fence,
+    Finish,
+    GenerationPlan,
+    Report,
+    Source,
+    StoreAddress,
+    Target,
+)
 
 PLAN = GenerationPlan(
     epoch=2,
@@ -14,6 +23,7 @@ PLAN = GenerationPlan(
     placement=Placement.balanced(5, 2),
     source=Source(World(2, ("a",)), Placement.balanced(5, 1), ("b",), 12),
     store_prefix="2/3",
+    store_address=StoreAddress("10.0.0.1", 4321),
 )
 DIRECTIVE = Directive(epoch=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=Finish.CANCEL)
 

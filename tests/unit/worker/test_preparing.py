@@ -1,8 +1,9 @@
 """When a worker is ready to hand over, and what it does with plans that come, go or name others."""
 
+import socket
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from orchestrator.comm.rendezvous import RendezvousServer
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, Source, WorkerJob
+from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, Source, StoreAddress, WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.preparing import Preparations
@@ -22,13 +23,16 @@ JOB = JobSpec.model_validate(
 )
 
 
+@cache
+def _store() -> RendezvousServer:
+    """One for all tests."""
+    return RendezvousServer("127.0.0.1")
+
+
 @pytest.fixture(scope="module")
-def workshop() -> Iterator[Workshop]:
-    server = RendezvousServer("127.0.0.1")
-    host, port = server.address()
-    job = WorkerJob("try", JOB.model_dump_json(), "", "", host, port, threads=1)
-    yield Workshop("w0", job, JOB, 300, torch.device("cpu"))
-    del server  # the store is up until here
+def workshop() -> Workshop:
+    job = WorkerJob("try", JOB.model_dump_json(), "", "", "127.0.0.1", threads=1)
+    return Workshop("w0", job, JOB, 300, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -44,6 +48,7 @@ def _plan(generation: int, *members: str, source: World | None = None) -> Genera
         placement=Placement.balanced(2, world.size),
         source=None if source is None else Source(source, Placement.balanced(2, source.size), source.members),
         store_prefix=f"1/{generation}",
+        store_address=StoreAddress(*_store().address()),
     )
 
 
@@ -121,14 +126,15 @@ def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(workshop: Worksh
     preparations.close()
 
 
-def test_a_plan_that_can_not_be_prepared_is_told(desk: Desk) -> None:
-    server = RendezvousServer("127.0.0.1")
-    host, port = server.address()
-    workshop = Workshop("w0", WorkerJob("try", "", "", "", host, port, threads=1), JOB, 300, torch.device("cpu"))
-    preparations = Preparations(workshop, desk)
-    source = Source(World(0, ("w0",)), Placement.balanced(2, 2), ("w0",))
-    broken = replace(_plan(1, "w0"), source=source)
-    desk.put(Directive(1, 0, next=broken))
+@pytest.mark.parametrize("without_store", [False, True], ids=["layout", "store"])
+def test_a_plan_that_can_not_be_prepared_is_told_at_once(workshop: Workshop, desk: Desk, without_store: bool) -> None:
+    preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
+    if without_store:
+        with socket.create_server(("127.0.0.1", 0)) as unused:
+            plan = replace(plan, store_address=StoreAddress(*unused.getsockname()))
+    else:
+        plan = replace(plan, source=Source(World(0, ("w0",)), Placement.balanced(2, 2), ("w0",)))
+    desk.put(Directive(1, 0, next=plan))
     version = -1
     while (report := desk.report(None, version, 20.0)).failed_generation < 1:
         assert report.version > version, "nothing was told within 20 s"
