@@ -9,6 +9,8 @@ moment of a step, and the run goes back to 4 workers before the next one:
 - `sigstop`: one is frozen, so that it closes no connection and answers nothing.
 - `kill_during_prepare`: a worker is killed while the world that shall replace its own is being connected.
 - `controller_killed`: the run's controller is killed; training must not notice.
+- `node_killed`, `link_down`: a worker's whole host ends, or is cut off the network. For these each worker has a host of
+  its own, made of network namespaces, which takes Linux and root; elsewhere they are left out, and the line says why.
 
 `stall_s` is on one clock for all: from right before the fault to the end of the first step that had never been
 committed, less the median step of the new world. Steps and times come from the survivors' own record of their votes,
@@ -23,8 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -33,30 +35,17 @@ from typing import Any
 from benchmarks.harness import ROOT, Bar, Interval, Result, Spread, at_least, at_most, equals, median_interval, run, say
 from benchmarks.rescale import BATCH, MODEL, NEVER, QUICK_MODEL, ratio_of
 from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.host_losses import HOST_FAULTS, hosted_run
+from benchmarks.support.losses import STEADY_STEPS, Fault, after_loss, full, once, typical_step_s, within_a_step
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.control.journal import read_events
 from orchestrator.data.store import TokenStore
-from orchestrator.policy.progress import STALL_STEPS
-from orchestrator.protocol.messages import StepRecord
-from orchestrator.protocol.status import Recovery, RunStatus
 from orchestrator.spec.job import DataSpec, JobSpec
+from tests.support.hosts import Hosts
 
 WORKERS, QUICK_WORKERS = 4, 3
-STEADY_STEPS = 6  # in the full world, before a fault
 BASELINES = ("ray_train", "torchrun")
-LIMITS = {"sigkill": 0.5, "sigkill_two": 1.5, "kill_during_prepare": 1.5}
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault and what came of it. `stall_s` is None where nothing stopped."""
-
-    stall_s: float
-    detect_s: float | None
-    committed_steps_lost: int
-    steps_replayed: int
-    state_identical: bool
-    step_s: float
+LIMITS = {"sigkill": 0.5, "sigkill_two": 1.5, "kill_during_prepare": 1.5, "node_killed": 1.5, "link_down": 5.0}
 
 
 def measure(quick: bool) -> Result:
@@ -70,19 +59,32 @@ def measure(quick: bool) -> Result:
         storage.mkdir()
         (storage / ".data").symlink_to(stores)
         job = job_of(data, storage, quick)
-        found: dict[str, list[Fault]] = {}
         with Product(workspace / "home", num_cpus=WORKERS + 2) as product:
             live = LiveRun(product.client, job)
-            chance = random.Random(0)
-            for number in range(rounds):
-                for kind in kinds:
-                    full(live, job)
-                    fault = FAULTS[kind](live, chance)
-                    found.setdefault(kind, []).append(fault)
-                    say(f"round {number + 1}, {kind}: {fault}")
+            found = in_turn({kind: partial(FAULTS[kind], live) for kind in kinds}, live, job, rounds)
             live.cancel()
+        if Hosts.available() is None:
+            with hosted_run(job.model_copy(update={"name": "hosted"})) as (hosts, hosted):
+                faults = {kind: partial(make, hosts, hosted) for kind, make in HOST_FAULTS.items()}
+                found |= in_turn(faults, hosted, job, rounds)
+        else:
+            say(f"{', '.join(HOST_FAULTS)} are left out: {Hosts.available()}")
         theirs = {} if quick else {name: run_baseline(name, job, store, workspace, rounds) for name in BASELINES}
     return result_of(quick, rounds, found, theirs)
+
+
+def in_turn(
+    faults: Mapping[str, Callable[[random.Random], Fault]], live: LiveRun, job: JobSpec, rounds: int
+) -> dict[str, list[Fault]]:
+    """Make each fault once a round, always in a run that is whole again."""
+    chance, found = random.Random(0), dict[str, list[Fault]]()
+    for number in range(rounds):
+        for kind, make in faults.items():
+            full(live, job.workers.initial)
+            fault = make(chance)
+            found.setdefault(kind, []).append(fault)
+            say(f"round {number + 1}, {kind}: {fault}")
+    return found
 
 
 def job_of(data: DataSpec, storage: Path, quick: bool) -> JobSpec:
@@ -99,27 +101,37 @@ def job_of(data: DataSpec, storage: Path, quick: bool) -> JobSpec:
     )
 
 
-def full(live: LiveRun, job: JobSpec) -> RunStatus:
-    """Wait until the run is whole again and has done some steps so."""
-    size = job.workers.initial
-    live.until(lambda s: s.workers_now == size and s.standbys == 0, f"it has {size} workers")
-    begun = live.status().step
-    return live.until(lambda s: s.step >= begun + STEADY_STEPS and s.workers_now == size, "it goes on steadily")
-
-
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
+def at_some_moment(live: LiveRun, chance: random.Random, ranks: Sequence[int], by: signal.Signals) -> Fault:
+    victims, strike = signalling(live, ranks, by)
+    return after_loss(live, victims, strike, within_a_step(live, chance.random()))
+
+
+def signalling(live: LiveRun, ranks: Sequence[int], by: signal.Signals) -> tuple[list[str], Callable[[], None]]:
+    """The workers of these ranks, and what sends them the signal."""
+    members, pids = live.members(), live.pids()
+    victims = [members[rank] for rank in ranks]
+    targets = [pids[f"worker/{victim}"] for victim in victims]
+
+    def strike() -> None:
+        for target in targets:
+            os.kill(target, by)
+
+    return victims, strike
+
+
 def sigkill(live: LiveRun, chance: random.Random) -> Fault:
-    return after_loss(live, chance, [1 + chance.randrange(len(live.members()) - 1)], signal.SIGKILL)
+    return at_some_moment(live, chance, [1 + chance.randrange(len(live.members()) - 1)], signal.SIGKILL)
 
 
 def sigkill_two(live: LiveRun, chance: random.Random) -> Fault:
-    return after_loss(live, chance, [1, 3], signal.SIGKILL)  # of a ring of four
+    return at_some_moment(live, chance, [1, 3], signal.SIGKILL)  # of a ring of four
 
 
 def sigstop(live: LiveRun, chance: random.Random) -> Fault:
-    return after_loss(live, chance, [1 + chance.randrange(len(live.members()) - 1)], signal.SIGSTOP)
+    return at_some_moment(live, chance, [1 + chance.randrange(len(live.members()) - 1)], signal.SIGSTOP)
 
 
 def kill_during_prepare(live: LiveRun, chance: random.Random) -> Fault:
@@ -131,7 +143,8 @@ def kill_during_prepare(live: LiveRun, chance: random.Random) -> Fault:
     def is_planned() -> bool:
         return len([e for e in read_events(live.run_dir) if e["kind"] == "generation_planned"]) > planned
 
-    fault = after_loss(live, chance, [2], signal.SIGKILL, is_planned)
+    victims, strike = signalling(live, [2], signal.SIGKILL)
+    fault = after_loss(live, victims, strike, once(is_planned))
     live.ask_for(size)
     return fault
 
@@ -158,64 +171,6 @@ FAULTS: dict[str, Callable[[LiveRun, random.Random], Fault]] = {
     "kill_during_prepare": kill_during_prepare,
     "controller_killed": controller_killed,
 }
-
-
-def after_loss(
-    live: LiveRun,
-    chance: random.Random,
-    ranks: Sequence[int],
-    by: signal.Signals,
-    when: Callable[[], bool] | None = None,
-) -> Fault:
-    """Lose the workers of these ranks at some moment of a step, and wait until the run has gone on."""
-    members, pids = live.members(), live.pids()
-    victims = [members[rank] for rank in ranks]
-    survivor = next(w for w in members if w not in victims)
-    known = len(live.status().recoveries)
-    if when is not None:
-        deadline_s = time.monotonic() + 60.0
-        while not when() and time.monotonic() < deadline_s:
-            time.sleep(0.002)
-    else:
-        time.sleep(chance.random() * typical_step_s(live, survivor))
-    fault_time = time.time()
-    for victim in victims:
-        os.kill(pids[f"worker/{victim}"], by)
-    status = live.until(
-        lambda s: len(s.recoveries) > known and s.recoveries[-1].stall_s is not None, "it has recovered"
-    )
-    return fault_of(live, survivor, fault_time, status.recoveries[known])
-
-
-def fault_of(live: LiveRun, survivor: str, fault_time: float, recovery: Recovery) -> Fault:
-    votes = live.report_of(survivor, after_step=-1).records
-    events = read_events(live.run_dir)
-    published = max(
-        (r["step"] for e in events if e["kind"] == "steps" and e["time"] < fault_time for r in e["records"]), default=-1
-    )
-    aborted = min(e["time"] for e in events if e["kind"] == "generation_aborted" and e["time"] > fault_time)
-    return fault_from_votes(votes, fault_time, published, aborted, recovery)
-
-
-def fault_from_votes(
-    votes: Sequence[StepRecord], fault_time: float, published: int, aborted_time: float, recovery: Recovery
-) -> Fault:
-    """From a survivor's record of its votes; `published` is the newest step that users knew of at the fault."""
-    new = [vote for vote in votes if vote.generation == recovery.generation]
-    step_s = median(vote.step_s for vote in new[: 2 * STALL_STEPS])
-    first = next(vote for vote in new if vote.step > published)
-    return Fault(
-        stall_s=first.vote_time - fault_time - step_s,
-        detect_s=aborted_time - fault_time,
-        committed_steps_lost=max(recovery.steps_lost, published + 1 - new[0].step),
-        steps_replayed=recovery.steps_replayed,
-        state_identical=recovery.state_identical is True,
-        step_s=step_s,
-    )
-
-
-def typical_step_s(live: LiveRun, worker: str) -> float:
-    return median(vote.step_s for vote in live.report_of(worker, after_step=-1).records[-STALL_STEPS:])
 
 
 # -- baselines and figures -------------------------------------------------------------------------------------------
@@ -246,7 +201,13 @@ def result_of(
     return Result(
         name="recovery",
         seed=0,
-        settings={"quick": quick, "model": QUICK_MODEL if quick else MODEL, "workers": WORKERS, "faults": list(found)},
+        settings={
+            "quick": quick,
+            "model": QUICK_MODEL if quick else MODEL,
+            "workers": QUICK_WORKERS if quick else WORKERS,
+            "faults": list(found),
+            "left_out": {} if "node_killed" in found else dict.fromkeys(HOST_FAULTS, Hosts.available()),
+        },
         rounds=rounds,
         metrics=metrics,
         baselines=theirs,
@@ -277,6 +238,8 @@ def bars_of(metrics: dict[str, Any], found: dict[str, list[Fault]]) -> tuple[Bar
         for kind, limit in LIMITS.items()
         if kind in metrics
     ]
+    for kind in HOST_FAULTS.keys() - metrics.keys():
+        bars.append(Bar(f"{kind}_stall_median_s", f"<= {LIMITS[kind]:g}", None, False))
     if "sigstop" in metrics and "sigkill" in metrics:
         patience_s = max(3.0, 5.0 * metrics["sigstop"]["step_s"])
         limit = patience_s + metrics["sigkill"]["stall_median_s"].median

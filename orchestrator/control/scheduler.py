@@ -37,6 +37,13 @@ SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
 PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time
 MAX_CALLS_AT_ONCE = 32
 
+# When the connection to a worker breaks, Ray waits 1 s for news of its end before it fails the call, and looks once a
+# second whether it is over. The worker's node tells within milliseconds; if it is gone too, nobody ever does.
+CONTROLLER_ENV = {
+    "RAY_timeout_ms_task_wait_for_death_info": "200",
+    "RAY_core_worker_internal_heartbeat_ms": "100",
+}
+
 
 class Scheduler:
     """One per cluster, named `scheduler`. Every method may be called at any time, from anywhere in the cluster."""
@@ -265,6 +272,7 @@ def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrde
         "resources": ON_HEAD,
         "max_restarts": -1,
         "max_concurrency": 16,
+        "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
     }
     ray.remote(RunController).options(**options).remote(run_id, run_dir, parts, order)
 

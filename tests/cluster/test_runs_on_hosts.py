@@ -3,12 +3,15 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 
 from orchestrator.client import OrchestratorClient
+from orchestrator.control.journal import read_events
 from orchestrator.control.run_files import RunFiles
+from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec, WorkersSpec
 from tests.support.driver import Driver
@@ -110,6 +113,11 @@ def test_workers_on_three_hosts_train_over_the_network(
     assert ended.loss is not None and ended.first_loss is not None and ended.loss < ended.first_loss
 
 
+def _events(driver: Driver, run: str) -> list[dict[str, Any]]:
+    status: RunStatus = driver.call(OrchestratorClient.get, run)
+    return read_events(Path(status.run_dir))
+
+
 def _fullest(hosts: Hosts, driver: Driver) -> tuple[int, tuple[str, ...]]:
     """The host with the most workers, but not the head, and those workers."""
     workers: dict[int, list[str]] = {index: [] for index in range(3)}
@@ -145,6 +153,9 @@ def test_a_host_that_dies_costs_no_committed_step(
         hosts.cut(index)
     hosts.kill_host(index)
     _goes_on_without(driver, run, workers, lost_time)
+    if not is_cut:  # the broken connections tell who is lost, not its silence
+        times = {event["kind"]: event["time"] for event in _events(driver, run)}
+        assert times["worker_lost"] - times["generation_aborted"] < SILENT_WHEN_STOPPING_S
     _cancel(driver, run)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.rescale import job_of
 from benchmarks.support.data import data_spec, prepared, stores_dir
+from tests.support.hosts import Hosts
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,6 +111,20 @@ def test_tracking_has_every_value_once() -> None:
     assert met["missing"] and met["duplicates"]
     assert line["metrics"]["values"] >= 3000 and line["metrics"]["outage_s"] >= 3.0
     assert line["metrics"]["ratio_with_server"]["median"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_recovery_loses_nothing() -> None:
+    line = quick("recovery")
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met["committed_steps_lost"] and met["state_identical"] and met["steps_replayed"]
+    without_hosts = Hosts.available()
+    wanted = {"sigkill"} if without_hosts else {"sigkill", "node_killed", "link_down"}
+    assert set(line["settings"]["faults"]) == wanted and bool(line["settings"]["left_out"]) == bool(without_hosts)
+    assert all(line["metrics"][kind]["detect_median_s"] > 0 for kind in wanted)
 
 
 @pytest.mark.chaos

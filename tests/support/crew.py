@@ -42,11 +42,17 @@ PATIENCE_S = 60.0
 def _serve(pipe: Connection) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from orchestrator.worker.actor import Worker
+    from tests.support import faults
 
     worker = Worker("idle")
     while True:
         method, args = pipe.recv()
+        if method == "arm":
+            faults.arm(args)
+            pipe.send((True, None))
+            continue
         if method == "renew":
+            faults.disarm()
             _await_end(worker)
             worker, method, args = Worker(*args), "report", (None, -1, 0.0)
         try:
@@ -93,6 +99,10 @@ class Member:
         self.process.join()
 
 
+class NoCut(RuntimeError):
+    """Nobody has a whole state: only a checkpoint can help."""
+
+
 _idle: list[Member] = []  # processes of earlier crews that ended well
 
 
@@ -113,6 +123,7 @@ class Crew:
         self.num_experts = job.model.num_experts
         self.members: dict[str, Member] = {}
         self.directive = Directive(epoch=1, seq=0)
+        self.newest_generation = -1  # of all that were planned
         self.records: dict[int, StepRecord] = {}
         self.final: dict[str, Report] = {}  # last reports, once the run is finished
         self.add(size)
@@ -172,6 +183,8 @@ class Crew:
     def send(self, to: list[str] | None = None, **changes: Any) -> None:
         fields = {**vars(self.directive), **changes, "seq": self.directive.seq + 1}
         self.directive = Directive(**fields)
+        planned = [plan.generation for plan in (self.directive.next, self.directive.current) if plan is not None]
+        self.newest_generation = max([self.newest_generation, *planned])
         for worker in to if to is not None else self.ids:
             if self.members[worker].process.is_alive():
                 self.members[worker].call("direct", self.directive)
@@ -229,27 +242,51 @@ class Crew:
         """Let the current generation end for `plan`, and wait for nobody."""
         self.send(fence=Fence(plan.generation, at_step))
 
-    def recover(self, members: list[str], **more: Any) -> GenerationPlan:
-        """Go on with `members` from the newest state that the crew holds, once everybody has stopped. `more`: other
-        fields of the plan."""
+    def arm(self, *faults: Any) -> None:
+        """Let these faults of `tests.support.faults` happen, each in the process that has the rank then."""
+        for worker in self.living:
+            self.members[worker].call("arm", *faults)
+
+    @property
+    def living(self) -> list[str]:
+        return [worker for worker, member in self.members.items() if member.process.is_alive()]
+
+    def recover(self, members: list[str], previous: GenerationPlan | None = None, **more: Any) -> GenerationPlan:
+        """Go on with `members` from the newest state that the crew holds, once everybody has stopped.
+
+        Args:
+            previous: the generation before the one that was activated last, if that may still be needed.
+            more: other fields of the plan.
+
+        Raises:
+            NoCut: nobody has a whole state.
+            EOFError, OSError: somebody has died meanwhile.
+        """
         old = self.directive.current
         assert old is not None
-        newest = self.directive.next.generation if self.directive.next else old.generation
-        self.send(aborted=newest, next=None, fence=None)
-        alive = [w for w in self.ids if self.members[w].process.is_alive()]
-        survivors = [w for w in old.world.members if w in alive]
-        self.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
-        cut = newest_cut([old.world], {w: self.members[w].report().holdings for w in alive})
-        assert cut is not None, {w: self.members[w].report().holdings for w in alive}
-        world = World(newest + 1, tuple(members))
+        self.send(aborted=self.newest_generation, next=None, fence=None)
+
+        def has_stopped(report: Report) -> bool:
+            return report.phase is Phase.STRANDED or (
+                report.phase is Phase.READY and report.generation > old.generation
+            )
+
+        self.await_all([w for w in old.world.members if w in self.living], has_stopped)
+        origins = [old] if previous is None else [old, previous]
+        holdings = {w: self.members[w].report().holdings for w in self.living}
+        cut = newest_cut([origin.world for origin in origins], holdings)
+        if cut is None:
+            raise NoCut(holdings)
+        origin = next(plan for plan in origins if plan.generation == cut.generation)
+        world = World(self.newest_generation + 1, tuple(members))
         placement = Placement.rebalanced(
-            placement_of_cut(old.placement, cut.holders), world_of(old.generation, cut.holders), world
+            placement_of_cut(origin.placement, cut.holders), world_of(origin.generation, cut.holders), world
         )
         plan = GenerationPlan(
             epoch=1,
             world=world,
             placement=placement,
-            source=Source(old.world, old.placement, cut.holders, cut.step),
+            source=Source(origin.world, origin.placement, cut.holders, cut.step),
             store_prefix=f"1/{world.generation}",
             store_address=self.store_address,
             buddies=buddies_of(["node"] * world.size),

@@ -161,6 +161,14 @@ class Hosts:
     def __exit__(self, *error: object) -> None:
         self._ends.close()
 
+    def add(self) -> int:
+        """A further host, on which Ray doesn't run yet: `join` starts it. Returns its index."""
+        index = len(self._hosts)
+        self.addresses += (f"10.77.0.{index + 1}",)
+        self._hosts.append(_made(self._ends))
+        self._connect(index)
+        return index
+
     # -- what runs on a host -----------------------------------------------------------------------------------
 
     def popen(self, index: int, command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":

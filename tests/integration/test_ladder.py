@@ -1,0 +1,236 @@
+"""Real workers that die at exact moments: down the ladder from a rank's own memory to the checkpoint before the newest.
+
+Beside `test_survival.py` (deaths at some moment), `test_moves.py` (newcomers lost) and `test_control_losses.py` (the
+same rungs with the real controller and simulated workers).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.control.checkpoints import commit_checkpoint, newest_good
+from orchestrator.policy.run_state import Commit
+from orchestrator.protocol.messages import GenerationPlan, Phase, ShardWritten
+from orchestrator.sampling.ledger import audit
+from tests.support.crew import PATIENCE_S, Crew, NoCut
+from tests.support.faults import Fault, Moment
+from tests.support.texts import STEPS, small_job
+
+pytestmark = pytest.mark.chaos
+
+EVERY = 5  # steps between checkpoints
+
+
+@pytest.fixture
+def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    plain = small_job(texts)
+    job = plain.model_copy(update={"checkpoint": plain.checkpoint.model_copy(update={"every": EVERY})})
+    with Crew(job, store_dir, tmp_path, size=4) as crew:
+        yield crew
+
+
+@pytest.fixture(scope="module")
+def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
+    """A run in a world of one from beginning to end."""
+    with Crew(small_job(texts), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_finished()
+    return crew
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a crew had published when it lost somebody, and how it went on."""
+
+    published: int
+    plan: GenerationPlan
+
+
+def _die(crew: Crew, ranks: tuple[int, ...]) -> None:
+    """Wait until those who have these ranks of the newest world have been killed by their faults."""
+    plan = crew.directive.next or crew.directive.current
+    assert plan is not None
+    for rank in ranks:
+        process = crew.members[plan.world.members[rank]].process
+        process.join(PATIENCE_S)
+        assert process.exitcode == -9, f"rank {rank} never came to its fault"
+
+
+def _go_on(crew: Crew, previous: GenerationPlan | None = None) -> Loss:
+    """Recover with whoever lives; anew if somebody dies in that."""
+    current = crew.directive.current
+    assert current is not None
+    crew.await_all(
+        [w for w in current.world.members if w in crew.living],
+        lambda r: r.phase is Phase.STRANDED or (r.phase is Phase.READY and r.generation > current.generation),
+    )
+    published = max(crew.members[w].report().committed for w in crew.living)
+    for _ in crew.ids:
+        try:
+            return Loss(published, crew.recover([w for w in crew.ids if w in crew.living], previous))
+        except (EOFError, OSError):  # another one
+            continue
+    raise AssertionError("everybody died")
+
+
+def _lost_nothing(crew: Crew, undisturbed: Crew, loss: Loss) -> None:
+    """Nothing published was done again, the state went on bit by bit, and every step was done once."""
+    source, generation = loss.plan.source, loss.plan.generation
+    assert source is not None and source.step is not None and source.step >= loss.published
+    reports = [crew.members[worker].report() for worker in loss.plan.world.members]
+    handovers = [h for report in reports for h in report.handovers if h.generation == generation]
+    assert len(handovers) == loss.plan.world.size and all(h.state_identical for h in handovers)
+    crew.await_finished()
+    _same_training(crew, undisturbed)
+    assert all((step > source.step) == (r.generation >= generation) for step, r in crew.records.items())
+
+
+def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
+    """Every step from `first` on once, with the same samples in the same order, and the same losses up to rounding."""
+    assert sorted(crew.records) == list(range(first, STEPS))
+    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]
+    assert first > 0 or audit(order).ok
+    for step, record in crew.records.items():
+        alone = undisturbed.records[step]
+        assert record.loss == pytest.approx(alone.loss, rel=1e-5)
+        assert (record.first_position, record.num_positions) == (alone.first_position, alone.num_positions)
+
+
+# -- the first two rungs: memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("moment", "ranks"),
+    [
+        pytest.param(Moment.FORWARD, (1,), id="in the forward pass", marks=pytest.mark.slow),
+        pytest.param(Moment.UPDATE, (2,), id="in the update"),
+        pytest.param(Moment.VOTE, (0,), id="the first, before its vote", marks=pytest.mark.slow),
+        pytest.param(Moment.VOTED, (3,), id="after its vote", marks=pytest.mark.slow),
+        pytest.param(Moment.SNAPSHOT, (1,), id="with half a snapshot sent"),
+        pytest.param(Moment.VOTE, (0, 2), id="two at once", marks=pytest.mark.slow),
+        pytest.param(Moment.SNAPSHOT, (1, 3), id="two with half a snapshot sent", marks=pytest.mark.slow),
+    ],
+)
+def test_a_death_at_any_moment_of_a_step(crew: Crew, undisturbed: Crew, moment: Moment, ranks: tuple[int, ...]) -> None:
+    crew.arm(*(Fault(rank, moment, step=6, generation=0) for rank in ranks))
+    crew.start(crew.plan(crew.ids))
+    _die(crew, ranks)
+    loss = _go_on(crew)
+    assert loss.plan.source is not None and loss.plan.source.step in (5, 6) and loss.published in (4, 5)
+    _lost_nothing(crew, undisturbed, loss)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(Moment.PREPARE, marks=pytest.mark.slow),
+        Moment.MOVE,
+        pytest.param(Moment.READY, marks=pytest.mark.slow),
+    ],
+    ids=lambda moment: moment.name.lower(),
+)
+def test_another_death_while_the_run_recovers(crew: Crew, undisturbed: Crew, moment: Moment) -> None:
+    """Rank 3 of four dies, and then the second of the three that are left, who is no buddy of its."""
+    first = crew.plan(crew.ids)
+    assert first.buddies[1] != 3 and first.buddies[3] != 1
+    crew.arm(Fault(3, Moment.VOTE, step=6, generation=0), Fault(1, moment, generation=1))
+    crew.start(first)
+    _die(crew, (3,))
+    loss = _go_on(crew)
+    assert loss.plan.generation > 1 and loss.plan.world.members == (crew.ids[0], crew.ids[2])
+    _lost_nothing(crew, undisturbed, loss)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(Moment.PREPARE, marks=pytest.mark.slow),
+        pytest.param(Moment.MOVE, marks=pytest.mark.slow),
+        pytest.param(Moment.READY, marks=pytest.mark.slow),
+        Moment.ACTIVATED,
+    ],
+    ids=lambda moment: moment.name.lower(),
+)
+def test_a_member_that_dies_in_a_rescale(crew: Crew, undisturbed: Crew, moment: Moment) -> None:
+    """In the first half the old world is rebuilt; once activated the new one is, from what was held at the fence."""
+    old = crew.plan(crew.ids[:3])
+    crew.arm(Fault(1, moment, generation=1))
+    crew.start(old)
+    crew.await_step(3)
+    plan = crew.plan(crew.ids, old, 1)
+    crew.send(next=plan)
+    if moment is not Moment.PREPARE:
+        crew.await_all(list(plan.involved), lambda r: r.prepared >= plan.generation)
+        crew.rescale_to(plan)
+    if moment is Moment.ACTIVATED:
+        crew.await_all(list(plan.involved), lambda r: r.phase is Phase.READY)
+        crew.collect(plan.involved[0])
+        crew.send(to=[crew.ids[1], crew.ids[3]], current=plan, next=None, fence=None, activated=plan.generation)
+    _die(crew, (1,))
+    _lost_nothing(crew, undisturbed, _go_on(crew, old))
+
+
+# -- the lower rungs: checkpoints ------------------------------------------------------------------------------------
+
+
+def _commit(crew: Crew, shards: tuple[ShardWritten, ...]) -> None:
+    """Mark a checkpoint complete, as a controller does."""
+    first = shards[0]
+    commit_checkpoint("test", Path(crew.job.storage_dir), 1, Commit(first.step, 1, first.generation, shards))
+
+
+def _train_past_checkpoints(crew: Crew, *steps: int) -> GenerationPlan:
+    """Start, and go on until checkpoints of these steps are complete."""
+    plan = crew.plan(crew.ids)
+    crew.start(plan)
+    for step in steps:
+        crew.await_all(crew.ids, lambda r, step=step: any(s.step == step for s in r.shards))
+        written = [s for w in crew.ids for s in crew.members[w].report().shards]
+        _commit(crew, tuple(s for s in written if s.step == step))
+    return plan
+
+
+def _begin_again(crew: Crew, members: list[str]) -> int:
+    """From the newest good checkpoint. Returns its step."""
+    restore = newest_good(Path(crew.job.storage_dir))
+    assert restore is not None
+    crew.send(aborted=crew.newest_generation, current=None, next=None)
+    crew.records.clear()
+    crew.start(crew.plan(members, generation=crew.newest_generation + 1, restore=restore))
+    return restore.step
+
+
+@pytest.mark.slow
+def test_a_rank_lost_with_its_buddy_is_read_from_the_newest_checkpoint(crew: Crew, undisturbed: Crew) -> None:
+    buddy = crew.plan(crew.ids).buddies[1]
+    crew.arm(Fault(1, Moment.VOTE, step=17, generation=0), Fault(buddy, Moment.VOTE, step=17, generation=0))
+    plan = _train_past_checkpoints(crew, 4, 9)
+    _die(crew, (1, buddy))
+    with pytest.raises(NoCut):
+        _go_on(crew)
+    assert _begin_again(crew, [w for w in plan.world.members if w in crew.living]) == 9
+    crew.await_finished()
+    _same_training(crew, undisturbed, first=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [False, True], ids=["the newest checkpoint", "a damaged one, and the one before"])
+def test_when_all_are_lost_new_workers_read_a_checkpoint(crew: Crew, undisturbed: Crew, damaged: bool) -> None:
+    crew.arm(*(Fault(rank, Moment.FORWARD, step=17, generation=0) for rank in range(4)))
+    _train_past_checkpoints(crew, 4, 9)
+    _die(crew, (0, 1, 2, 3))
+    newest = max((Path(crew.job.storage_dir) / "checkpoints").glob("step-*"))
+    if damaged:
+        _damage(next(newest.glob("*.safetensors")))
+    step = _begin_again(crew, crew.add(2))
+    assert step == (4 if damaged else 9)
+    crew.await_finished()
+    _same_training(crew, undisturbed, first=step + 1)
+
+
+def _damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)

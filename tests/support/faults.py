@@ -1,0 +1,167 @@
+"""Faults at an exact (rank, step, moment) of real workers, made inside their own processes.
+
+    crew.arm(Fault(2, Moment.VOTE, step=6), Fault(1, Moment.MOVE, generation=1))
+
+Every worker gets the whole table, as its rank is known only in a generation; whose turn it is kills its own process
+there, which gives nobody a last word. `arm` wraps the functions that mark the moments, in the calling process alone:
+the product knows nothing of it and imports nothing from here.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from orchestrator.comm import stream
+from orchestrator.protocol.messages import GenerationPlan
+
+
+class Moment(StrEnum):
+    """The first five are of a step, the others of a generation to come."""
+
+    FORWARD = "before the step's first micro-batch"
+    UPDATE = "right before the optimizer changes the state"
+    VOTE = "updated, and not yet voted"
+    VOTED = "its own vote has returned"
+    SNAPSHOT = "half of the step's snapshot is with its buddy"
+    PREPARE = "before it connects to its peers"
+    MOVE = "connected, and before it gives or takes any state"
+    READY = "has its new shard, and nothing is activated"
+    ACTIVATED = "has heard of the activation, and has done no step"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The rank is that of the generation in which the step is done, or of the one to come.
+
+    A `step` or `generation` of None is any.
+    """
+
+    rank: int
+    moment: Moment
+    step: int | None = None
+    generation: int | None = None
+    by: signal.Signals = signal.SIGKILL
+
+
+_armed: tuple[Fault, ...] = ()
+_rank = -1  # in the generation whose step was begun last
+
+
+def arm(faults: tuple[Fault, ...]) -> None:
+    """From now on these faults happen in this process, and no earlier ones."""
+    global _armed
+    if not _wrapped:
+        _wrap()
+    _armed = faults
+
+
+def disarm() -> None:
+    """No faults any more."""
+    global _armed
+    _armed = ()
+
+
+def _due(rank: int, moment: Moment, step: int | None = None, generation: int | None = None) -> Fault | None:
+    for fault in _armed:
+        fits = fault.step in (None, step) and fault.generation in (None, generation)
+        if (fault.rank, fault.moment) == (rank, moment) and fits:
+            return fault
+    return None
+
+
+def _strike(rank: int, moment: Moment, **at: int) -> None:
+    if (fault := _due(rank, moment, **at)) is not None:
+        os.kill(os.getpid(), fault.by)
+
+
+# -- the moments -----------------------------------------------------------------------------------------------------
+
+_wrapped: list[str] = []
+
+
+def _wrap() -> None:
+    from orchestrator.worker import preparing, trainer  # tests that only name faults don't load torch
+    from orchestrator.worker.stepping import Stepper
+
+    for owner, name, around in (
+        (Stepper, "step", _around_step),
+        (stream.Stream, "send", _around_send),
+        (preparing, "prepare", _around_prepare),
+        (trainer, "move", _around_move),
+        (preparing.Preparations, "await_activation", _around_activation),
+    ):
+        setattr(owner, name, around(getattr(owner, name)))
+        _wrapped.append(name)
+
+
+def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step(self: Any, shard: Any, progress: Any, before_update: Any, speak: Any) -> Any:
+        global _rank
+        _rank = shard.rank
+        at = {"step": progress.step + 1, "generation": shard.world.generation}
+        _strike(_rank, Moment.FORWARD, **at)
+
+        def updating() -> None:
+            before_update()
+            _strike(_rank, Moment.UPDATE, **at)
+
+        def speaking() -> Any:
+            voice = speak()
+            _strike(_rank, Moment.VOTE, **at)
+            return voice
+
+        stepped = original(self, shard, progress, updating, speaking)
+        _strike(_rank, Moment.VOTED, **at)
+        return stepped
+
+    return step
+
+
+def _around_send(original: Callable[..., Any]) -> Callable[..., Any]:
+    def send(self: Any, header: dict[str, Any], body: memoryview) -> None:
+        at = {"step": header["step"], "generation": header["generation"]}
+        if _due(_rank, Moment.SNAPSHOT, **at) is not None:
+            text = json.dumps(header).encode()
+            self._socket.sendall(stream._LENGTHS.pack(len(text), len(body)) + text + bytes(body[: len(body) // 2]))
+            _strike(_rank, Moment.SNAPSHOT, **at)
+        original(self, header, body)
+
+    return send
+
+
+def _around_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
+    def prepare(workshop: Any, plan: GenerationPlan) -> Any:
+        _strike(_rank_in(plan, workshop.me), Moment.PREPARE, generation=plan.generation)
+        return original(workshop, plan)
+
+    return prepare
+
+
+def _around_move(original: Callable[..., Any]) -> Callable[..., Any]:
+    def move(workshop: Any, prepared: Any, *args: Any) -> Any:
+        plan = prepared.plan
+        _strike(_rank_in(plan, workshop.me), Moment.MOVE, generation=plan.generation)
+        return original(workshop, prepared, *args)
+
+    return move
+
+
+def _around_activation(original: Callable[..., Any]) -> Callable[..., Any]:
+    def await_activation(self: Any, plan: GenerationPlan) -> int:
+        rank = _rank_in(plan, self._workshop.me)
+        _strike(rank, Moment.READY, generation=plan.generation)
+        activated = int(original(self, plan))
+        if activated == plan.generation:
+            _strike(rank, Moment.ACTIVATED, generation=plan.generation)
+        return activated
+
+    return await_activation
+
+
+def _rank_in(plan: GenerationPlan, me: str) -> int:
+    """-1 for a worker that leaves."""
+    return plan.world.rank_of(me) if me in plan.world else -1
