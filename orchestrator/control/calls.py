@@ -7,12 +7,14 @@ import time
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from orchestrator.control.host import Handle
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 
 KILLED = "connection error code 2"  # Ray's words for a process whose socket was closed without a good-bye
+
+NODE_DIED = "its node has died"  # Ray's words for the loss of a whole node
 
 
 def ask(handle: Handle, method: str, *args: Any, timeout_s: float = 30.0, repeat: bool = True, **kwargs: Any) -> Any:
@@ -52,6 +54,17 @@ def reason_of(error: BaseException) -> str:
     if KILLED in told:
         return "its process ended suddenly: killed from outside, out of memory, or crashed"
     return told or type(error).__name__
+
+
+def cause_of(error: BaseException) -> str:
+    """The class of failure that the end of a process belongs to, as far as Ray tells; see `policy.failures`."""
+    if isinstance(error, OutOfMemoryError):
+        return "out_of_memory"
+    if isinstance(error, ActorUnavailableError):
+        return "network"
+    if getattr(error, "preempted", False):
+        return "preemption"
+    return "node" if NODE_DIED in str(error) else "worker"
 
 
 def _own_error(error: Exception, what: str, timeout_s: float) -> Exception:

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
-from orchestrator.control.calls import reason_of
+from orchestrator.control.calls import cause_of, reason_of
 from orchestrator.control.host import Handle, Seat, find, kill_on_node, names_of, start_host
 from orchestrator.protocol.messages import Directive, Report, WorkerJob
 from orchestrator.spec.job import JobSpec
@@ -26,6 +26,7 @@ log = logging.getLogger("orchestrator.control")
 POLL_S = 0.5  # how long a worker may wait for news before it answers
 POLL_PAUSE_S = 0.25  # between an answer and the next question, unless a rescale waits for it
 SILENCE_S = 60.0  # a cold worker that answered before and lets a poll hang this long is as good as dead
+NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
 QUIET_S = 1.0  # without an answer, or without anything new: then time itself may decide something
 
 # A worker keeps the memory that it has freed (glibc's mallopt variables): every step and every fence allocates tens of
@@ -77,6 +78,7 @@ class Crew:
         self._last_poll_s = time.monotonic()
         self.stirred_s = time.monotonic()  # when somebody last said something new
         self.lost: dict[str, str] = {}
+        self.causes: dict[str, str] = {}  # the class of each loss, where Ray tells
         self.nodes: dict[str, str] = {}  # where workers live, once they have said so
 
     @property
@@ -97,13 +99,13 @@ class Crew:
                 self.lost[worker] = "it was gone when the run's controller came back"
         self.reconcile(crew)
 
-    def reconcile(self, crew: tuple[str, ...]) -> None:
-        """Start who is missing, end who is not wanted."""
+    def reconcile(self, crew: tuple[str, ...], avoid: tuple[str, ...] = ()) -> None:
+        """Start who is missing, on none of the nodes to `avoid`; end who is not wanted."""
         for worker in [w for w in self._handles if w not in crew]:
             self._dismiss(worker)
         for worker in crew:
             if worker not in self._known:
-                self._start(worker)
+                self._start(worker, avoid)
 
     def warm(self, job: WorkerJob) -> None:
         """Have every worker that hasn't begun become a standby."""
@@ -175,6 +177,7 @@ class Crew:
             return None  # let go meanwhile; and what a killing has led to shows elsewhere
         error = answer.future.exception()
         if error is not None:
+            self.causes[worker] = cause_of(error)
             self._lose(worker, reason_of(error))
             return None
         if answer.method == "node":
@@ -189,11 +192,13 @@ class Crew:
             self.reports[worker] = report
         return report
 
-    def _start(self, worker: str) -> None:
+    def _start(self, worker: str, avoid: tuple[str, ...]) -> None:
         resources = self._job.resources
         bundle = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
         name = f"{self._run_id}/worker/{worker}"
-        group = placement_group([{k: v for k, v in bundle.items() if v}], name=name, lifetime="detached")
+        elsewhere = {NODE_LABEL: f"!in({','.join(avoid)})"} if avoid else {}
+        needs = {k: v for k, v in bundle.items() if v}
+        group = placement_group([needs], name=name, lifetime="detached", bundle_label_selector=[elsewhere])
         env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
         if not resources.gpus:
             env["DS_ACCELERATOR"] = "cpu"
@@ -224,7 +229,6 @@ class Crew:
         """End a worker's process, whatever it is doing, and free what it had reserved."""
         handle = self._handles.pop(worker)
         self.reports.pop(worker, None)
-        self.nodes.pop(worker, None)
         ray.kill(handle, no_restart=True)
         remove_group(f"{self._run_id}/worker/{worker}")
 

@@ -241,7 +241,7 @@ class RunController:
             elif isinstance(action, Dismiss):
                 self._crew.kill(action.worker)
         if decision.state.outcome is None:  # else `_close` sees to the crew, who may still know something
-            self._crew.reconcile(decision.state.crew)
+            self._crew.reconcile(decision.state.crew, decision.state.quarantine)
             self._warm()
             self._crew.tell(directive_of(decision.state, self._epoch))
         with self._heard:
@@ -257,6 +257,7 @@ class RunController:
             lost=dict(self._crew.lost),
             checkpointed=self._checkpointed,
             restorable=newest_good(self._run_dir) if self._memory.state.wants_restore else None,
+            causes=dict(self._crew.causes),
             nodes=dict(self._crew.nodes),
             silence_s=self._crew.silence_s(time.monotonic()),
             idle_s=time.monotonic() - self._crew.stirred_s,

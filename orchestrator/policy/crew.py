@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from orchestrator.policy.detection import is_silent
-from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, held_back_s, quarantined
+from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, failures_by_node, held_back_s, quarantined
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import STALL_STEPS
@@ -72,11 +72,14 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 
 def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
-    after, nodes = limits.recovery.quarantine_after, set(seen.nodes.values())
+    after = limits.recovery.quarantine_after
+    nodes = {node for worker, node in seen.nodes.items() if worker in state.crew and worker not in seen.lost}
     now = quarantined(state.losses, seen.now_s, after, nodes) if state.losses else ()
     if now == state.quarantine:
         return Decision(state)
-    notes = [Note("node_quarantined", {"node": node}) for node in now if node not in state.quarantine]
+    counts = failures_by_node(state.losses, seen.now_s)
+    fresh = [node for node in now if node not in state.quarantine]
+    notes = [Note("node_quarantined", {"node": node, "failures": counts[node]}) for node in fresh]
     notes += [Note("node_released", {"node": node}) for node in state.quarantine if node not in now]
     return Decision(replace(state, quarantine=now), tuple(notes))
 

@@ -81,13 +81,16 @@ def quarantined(losses: Sequence[Loss], now_s: float, after: int | None, nodes: 
         after: how many; None for never.
         nodes: where workers are known to live. One of them at least is never quarantined: the run needs a place.
     """
-    if after is None:
-        return ()
+    counts = failures_by_node(losses, now_s)
+    bad = tuple(sorted(node for node, count in counts.items() if after is not None and count >= after))
+    return bad if set(nodes) - set(bad) else ()
+
+
+def failures_by_node(losses: Sequence[Loss], now_s: float) -> Counter[str]:
+    """How many failures that may be the fault of their place each node has seen within the window."""
     moments = {
         (loss.node, loss.time_s)
         for loss in losses
         if loss.node and loss.cause in PLACE and now_s - loss.time_s <= WINDOW_S
     }
-    counts = Counter(node for node, _ in moments)
-    bad = tuple(sorted(node for node, count in counts.items() if count >= after))
-    return bad if set(nodes) - set(bad) else ()
+    return Counter(node for node, _ in moments)

@@ -13,7 +13,7 @@ from orchestrator.control.journal import read_events
 from orchestrator.control.run_files import RunFiles
 from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S
 from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.job import JobSpec, RecoverySpec, WorkersSpec
 from tests.support.driver import Driver
 from tests.support.hosts import Hosts, until
 from tests.support.texts import small_job
@@ -184,4 +184,22 @@ def test_a_host_that_was_cut_off_is_left_behind_and_used_again(
     assert whole.rescales[-1].steps_lost == 0 and whole.rescales[-1].state_identical
     workers = {name: place[0] for name, place in driver.call(places).items() if "/worker/" in name}
     assert hosts.addresses[index] in workers.values() and f"{run}/worker/{worker}" not in workers
+    _cancel(driver, run)
+
+
+def test_a_host_where_a_worker_failed_gets_no_new_one(
+    hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
+) -> None:
+    """There is room for a worker on each host; after one failure the only free place is not used."""
+    plain = _job("wary", texts, tmp_path)
+    run = _trained_a_little(driver, plain.model_copy(update={"recovery": RecoverySpec(quarantine_after=1)}))
+    workers = [place for name, place in driver.call(places).items() if "/worker/" in name]
+    pid = next(pid for address, pid in workers if address == hosts.addresses[1])
+    hosts.run(1, ["kill", "-KILL", str(pid)])
+    status = _until(driver, run, lambda s: bool(s.recoveries) and "no place yet" in s.why)
+    assert (status.workers_now, status.workers_wanted) == (2, 3)
+    (event,) = [event for event in _events(driver, run) if event["kind"] == "node_quarantined"]
+    _until(driver, run, lambda s: s.step > status.step + 100)
+    status = _until(driver, run, lambda s: True)
+    assert (status.workers_now, event["failures"]) == (2, 1) and "no place yet" in status.why
     _cancel(driver, run)

@@ -1,6 +1,7 @@
-from ray.exceptions import ActorUnavailableError, RayTaskError
+import pytest
+from ray.exceptions import ActorUnavailableError, OutOfMemoryError, RayTaskError
 
-from orchestrator.control.calls import reason_of
+from orchestrator.control.calls import cause_of, reason_of
 from orchestrator.errors import DataError
 
 
@@ -26,3 +27,22 @@ def test_a_killed_process_is_told_in_words() -> None:
 def test_a_worker_lost_with_its_host_is_told_in_our_words() -> None:
     error = ActorUnavailableError("RpcError: RPC error: recvmsg:Connection reset by peer rpc_code: 14", b"\x01" * 16)
     assert reason_of(error).startswith("its connections broke")
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OutOfMemoryError("the worker used too much"), "out_of_memory"),
+        (ActorUnavailableError("RpcError", b"\x01" * 16), "network"),
+        (RuntimeError("The actor died because its node has died. Node Id: 12"), "node"),
+        (RuntimeError("The actor is dead because its worker process has died."), "worker"),
+    ],
+)
+def test_the_class_of_an_end(error: Exception, cause: str) -> None:
+    assert cause_of(error) == cause
+
+
+def test_a_node_that_was_taken_away_with_notice() -> None:
+    error = RuntimeError("The actor died because its node has died.")
+    error.preempted = True  # type: ignore[attr-defined]
+    assert cause_of(error) == "preemption"
