@@ -68,7 +68,8 @@ class Journey:
         transfer, self._transfer = self._transfer, None
         if transfer is None:
             raise ValueError("a journey was ended that had not begun; begin() and end() go in pairs, once")
-        transfer.work.wait()
+        with pulse.waiting():
+            transfer.work.wait()
         return transfer.received_MD
 
 
@@ -111,5 +112,6 @@ def gather_counts(counts_E: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     world_size = dist.get_world_size(group)
     counts_WE = counts_E.new_empty(world_size, counts_E.numel())
     pulse.enter()
-    dist.all_gather_single(counts_WE, counts_E[None], group=group)
+    with pulse.waiting():
+        dist.all_gather_single(counts_WE, counts_E[None], group=group)
     return counts_WE

@@ -26,6 +26,7 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "perf/tokens_per_second": record.tokens / record.step_s,
             "elastic/world_size": record.world_size,
             "elastic/generation": record.generation,
+            "perf/slowness": record.slowness,
             "elastic/snapshot_interval": record.snapshot_interval,
             "moe/max_violation": record.max_violation,
         }

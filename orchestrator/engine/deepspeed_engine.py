@@ -11,6 +11,7 @@ What is ours and why:
 Read with deepspeed 0.19.8; `tests/integration/test_engine.py` compares with stock DeepSpeed and with plain torch.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from deepspeed.utils import groups as registry
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
+from orchestrator.comm import pulse
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.groups import Groups
 from orchestrator.model.base import TrainableModel, expert_of
@@ -39,6 +41,7 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.WARNING)
 
 MAX_BUCKET_ELEMENTS = 50_000_000
+WAITING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
 
 
 class _ExpertMarker(MoE):  # type: ignore[misc]
@@ -103,6 +106,7 @@ class DeepSpeedEngineAdapter:
         config = _config(model, train)
         os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker its own devices, so the first is ours
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
+        _count_waits(deepspeed.comm.comm.cdb)
         self._core = _Core(
             args=None,
             model=model,
@@ -269,6 +273,23 @@ def _register(groups: Groups) -> None:
         name = _group_name(colour)
         registry._EXPERT_PARALLEL_GROUP[name] = groups.world
         registry._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
+
+
+def _count_waits(backend: Any) -> None:
+    """Have the time in DeepSpeed's own collectives, gradient reduction above all, counted as waiting for peers."""
+    for name in WAITING:
+        collective = getattr(backend, name, None)
+        if collective is not None:
+            setattr(backend, name, _counted(collective))
+
+
+def _counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with pulse.waiting():
+            return collective(*args, **kwargs)
+
+    return counted
 
 
 def _unregister() -> None:

@@ -10,6 +10,7 @@ from orchestrator.policy.progress import STALL_STEPS
 from orchestrator.policy.run_state import Action, Decision, Dismiss, Loss, Note, Observation, RunState
 from orchestrator.policy.schedule import Wish
 from orchestrator.policy.standby import workers_to_hold
+from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Finish, Phase
 
 
@@ -55,7 +56,7 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     """Spawn the workers that will be needed, and let go of standbys that won't."""
     if state.is_ending:
         return Decision(state)
-    wanted = workers_to_hold(limits, state.wish, seen.step + 1)
+    wanted = workers_to_hold(limits, state.wish, seen.step + 1) + is_to_be_replaced(limits, state)
     missing = wanted - len(state.crew)
     if missing > 0 and (_is_moving(limits, state, seen) or held_back_s(state.losses, seen.now_s)):
         return Decision(state)
@@ -120,7 +121,7 @@ def traceback_of(seen: Observation, worker: str) -> str:
 
 
 def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:
-    """Let go of the youngest standbys, but of none that holds a part of a checkpoint not yet marked."""
+    """Let go of a slow standby, or of the youngest, but of none that holds a part of a checkpoint not yet marked."""
     if state.settled < state.activated:  # somebody who left may hold what would be needed if the new world failed
         return Decision(state)
     idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
@@ -129,7 +130,7 @@ def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:
         for worker in state.crew
         if worker not in state.involved and seen.phase(worker) in idle and not _owes_shard(state, seen, worker)
     ]
-    released = free[-num_surplus:]
+    released = sorted(free, key=lambda worker: worker == state.straggler)[-num_surplus:]
     if not released:
         return Decision(state)
     crew = tuple(w for w in state.crew if w not in released)

@@ -23,6 +23,7 @@ from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.recovery import bury_members, notice_loss, recover, restart_first
 from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
+from orchestrator.policy.stragglers import watch_stragglers
 from orchestrator.protocol.messages import Directive, Finish, Phase, Target
 from orchestrator.protocol.status import RunPhase
 
@@ -45,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     ask_finish,
     plan_next,
     raise_fence,
+    watch_stragglers,
     quarantine_nodes,
     hold_crew,
 )
@@ -113,9 +115,12 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     missing = wanted - len(state.members) - len(warm_standbys(state, seen))
     if missing <= 0:
-        return f"as many workers train as are wanted: {wanted}" if state.current else "all workers are warm"
+        slow = f"; {state.straggler} is much slower than the others" * (state.straggler in state.members)
+        return (f"as many workers train as are wanted: {wanted}" if state.current else "all workers are warm") + slow
     unplaced = sum(worker not in seen.reports for worker in state.crew)
-    return f"waits for {missing} of {wanted} workers to get warm" + (f"; {unplaced} have no place yet" * bool(unplaced))
+    avoided = f"; nodes that get none after failures: {len(state.quarantine)}" * bool(state.quarantine)
+    placed = (f"; {unplaced} have no place yet" + avoided) * bool(unplaced)
+    return f"waits for {missing} of {wanted} workers to get warm" + placed
 
 
 def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:

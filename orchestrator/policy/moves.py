@@ -23,6 +23,7 @@ from orchestrator.policy.planning_moves import (
 from orchestrator.policy.progress import stall_s, typical_step_s
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size, wish_holds
+from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Fence, Handover, Phase, Source
 from orchestrator.protocol.status import Recovery, Rescale
 
@@ -41,6 +42,8 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if any(seen.phase(member) is not Phase.TRAINING for member in state.members):
         return Decision(state)
     change = next_change(limits, state.wish, len(state.members), seen.step, _horizon_steps(seen))
+    if change is None and is_to_be_replaced(limits, state):
+        return _plan_replacement(limits, state, seen)
     members = members_for(state, seen, change.workers) if change else None
     if change is None or members is None:
         return Decision(state)
@@ -165,6 +168,16 @@ def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     placement = Placement.balanced(limits.num_experts, size)
     why = f"goes on after step {state.restore.step}" if state.restore else "the run starts"
     return with_plan(state, seen, world, placement, None, SizeChange(size, None), why, limits.protected)
+
+
+def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """The same world with a standby in place of the slow member, once one is warm."""
+    standbys = warm_standbys(state, seen)
+    if not standbys:
+        return Decision(state)
+    members = tuple(standbys[0] if worker == state.straggler else worker for worker in state.members)
+    why = f"{state.straggler} is much slower than the others"
+    return _planned(limits, state, seen, members, SizeChange(len(members), None), why)
 
 
 def _planned(

@@ -54,7 +54,8 @@ class RunState:
     `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
     worker's error that `why` tells of. `micro_batch` is the rows of a slot, 0 for the job's; `skips` are steps whose
-    batches are left out; `quarantine` names nodes that get no new workers.
+    batches are left out; `quarantine` names nodes that get no new workers, `straggler` a worker that is much
+    slower than the others.
     """
 
     target: Target
@@ -82,6 +83,7 @@ class RunState:
     micro_batch: int = 0
     skips: tuple[int, ...] = ()
     quarantine: tuple[str, ...] = ()
+    straggler: str = ""
     recovery: Recovery | None = None
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()

@@ -177,6 +177,8 @@ class StepRecord:
     data_wait_s: float = 0.0  # of step_s, how long the training thread of whoever reports waited for its rows
     protection_wait_s: float = 0.0  # likewise, for its snapshot to be with its buddy
     skipped: bool = False  # its batch was left out, after it had made the loss explode
+    slowest: int = -1  # rank that computed longest for a slot, waits for peers apart; -1: there are no two to compare
+    slowness: float = 1.0  # its time over the median of the others'
     snapshot_interval: int = 0  # steps between two snapshots when it was done; 0: none are taken
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from orchestrator.comm import pulse
 from orchestrator.engine.base import StepOutcome
 from orchestrator.model.router import corrected_bias, max_violation
+from orchestrator.policy.stragglers import slowest
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.worker.feed import Feed, StepFeed
@@ -55,7 +57,7 @@ class Stepper:
             before_update: called when the state is about to change; not if the update is skipped.
             speak: asked at the last moment before the vote.
         """
-        started, step = time.perf_counter(), progress.step + 1
+        started, waited_s, step = time.perf_counter(), pulse.waited_s(), progress.step + 1
         feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.micro_batch)
         data_wait_s = time.perf_counter() - started
         losses = np.zeros(feed.num_slots)
@@ -73,6 +75,8 @@ class Stepper:
         validation = self._validate(shard, step)
 
         updated = time.perf_counter()
+        busy_s = updated - started - (pulse.waited_s() - waited_s)
+        num_mine = sum(slot.number is not None for slot in feed.slots)
         voice = speak()
         protection_wait_s = time.perf_counter() - updated
         ballot = Ballot(
@@ -83,9 +87,11 @@ class Stepper:
             fence=voice.fence,
             finish=voice.finish,
             interval=voice.interval,
+            busy_s=busy_s / num_mine if num_mine else 0.0,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
         self._balance(shard, outcome)
+        rank, slowness = slowest(outcome.busy_s)
         record = StepRecord(
             step=step,
             generation=shard.world.generation,
@@ -103,6 +109,8 @@ class Stepper:
             vote_time=time.time(),
             data_wait_s=data_wait_s,
             protection_wait_s=protection_wait_s,
+            slowest=rank,
+            slowness=slowness,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),

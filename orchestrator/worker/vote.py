@@ -5,7 +5,7 @@ losses per slot stay apart until they are summed in slot order, whatever the wor
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
 slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
-finish, steps that it would have between two snapshots.
+finish, steps that it would have between two snapshots, seconds that it computed for a slot.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor
 from orchestrator.comm import pulse
 
 NO_FENCE = -1
-NUM_VOICES = 4
+NUM_VOICES = 5
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Ballot:
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
         finish: it has seen the wish to end the run.
         interval: steps that it would have between two snapshots.
+        busy_s: how long it computed for one of its slots, waits for peers apart; 0 without a slot.
     """
 
     slot_losses: NDArray[np.float64]
@@ -43,6 +44,7 @@ class Ballot:
     fence: int = NO_FENCE
     finish: bool = False
     interval: int = 0
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Outcome:
         fence: the generation to hand over to now: every rank named the same one. Else `NO_FENCE`.
         finish: every rank has seen the wish to end.
         interval: the longest that any rank would have.
+        busy_s: by rank.
     """
 
     loss_sum: float
@@ -66,6 +69,7 @@ class Outcome:
     fence: int
     finish: bool
     interval: int
+    busy_s: tuple[float, ...]
 
 
 def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
@@ -73,7 +77,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
     counts_shape, num_counts = ballot.counts_LE.shape, ballot.counts_LE.numel()
     voices = np.zeros((world_size, NUM_VOICES))
-    voices[rank] = (float(ballot.applied), float(ballot.fence), float(ballot.finish), float(ballot.interval))
+    voices[rank] = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s)
     vector = torch.cat(
         [
             torch.from_numpy(ballot.slot_losses),
@@ -86,7 +90,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     if group is not None:
         dist.all_reduce(vector, group=group)
     parts = torch.split(vector.cpu(), [num_slots, num_validation, num_counts, NUM_VOICES * world_size])
-    applied, fences, finish, intervals = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
+    applied, fences, finish, intervals, busy_s = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
     return Outcome(
         loss_sum=sum(parts[0].tolist()),
         validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
@@ -95,4 +99,5 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         fence=int(fences[0]) if min(fences) == max(fences) else NO_FENCE,
         finish=all(finish),
         interval=int(max(intervals)),
+        busy_s=tuple(busy_s),
     )

@@ -87,3 +87,27 @@ def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_
             crew.await_finished()
         losses.append([r.loss for _, r in sorted(crew.records.items())])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("has_experts", [True, False])
+def test_a_slow_rank_is_told_by_who_waits_for_whom(
+    texts: Path, store_dir: Path, tmp_path: Path, has_experts: bool
+) -> None:
+    """Others wait for it at the exchange of tokens or, without experts, at the reduction of gradients."""
+    slow = tmp_path / "slow"
+    slow.write_text("")
+    forward = f"if open({str(slow)!r}).read() == str(os.getpid()):\n    time.sleep(0.04)\n"
+    through = "self.moe(self.embedding(tokens))" if has_experts else "self.embedding(tokens)"
+    source = "import os, time\n" + linear(
+        layers="self.moe = MoELayer(spec, experts)" if has_experts else "",
+        forward="\n        ".join([*forward.splitlines(), f"return self.head({through})"]),
+    )
+    job = small_job(texts, steps=1000, global_batch_size=6).model_copy(update={"model": own_spec(tmp_path, source)})
+    with Crew(job, store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_step(10)
+        slow.write_text(str(crew.members[crew.ids[1]].process.pid))
+        crew.await_step(crew.newest_step + 40)
+        newest = [record for _, record in sorted(crew.records.items())][-30:]
+        crew.finish()
+    assert sum(r.slowest == 1 and r.slowness > 1.5 for r in newest) >= 25

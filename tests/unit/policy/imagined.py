@@ -13,6 +13,7 @@ from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, absorb
 from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, RunState
+from orchestrator.policy.stragglers import slowest
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
     Directive,
@@ -89,6 +90,7 @@ class Life:
     holds_still: bool = False  # no step gets done
     nodes: dict[str, str] = field(default_factory=dict)
     causes: dict[str, str] = field(default_factory=dict)
+    slow: dict[str, float] = field(default_factory=dict)  # times the others' time for a step
     store: StoreAddress | None = FIRST_STORE
     directive: Directive = field(init=False)
 
@@ -310,7 +312,10 @@ class Life:
             return
         self.done_by.append(members)
         committed = self.step - 1 if current.buddies else self.step  # each had its buddy's answer before it voted
-        self.pending[self.step] = record(self.step, current.generation, vote_time=self.now_s)
+        rank, slowness = slowest([self.slow.get(worker, 1.0) for worker in members])
+        self.pending[self.step] = record(
+            self.step, current.generation, vote_time=self.now_s, slowest=rank, slowness=slowness
+        )
         for worker in members:
             self.say(worker, committed=committed, settled=current.generation)
             self._snapshot(worker)
