@@ -33,7 +33,7 @@ from orchestrator.errors import (
 )
 from orchestrator.protocol.messages import Restore, ResumeOrder, Target
 from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.sampling.ledger import AuditResult, audit
+from orchestrator.sampling.ledger import AuditResult
 from orchestrator.spec.job import JobSpec
 
 __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]
@@ -202,7 +202,8 @@ class OrchestratorClient:
 
     def audit(self, run_id: str) -> AuditResult:
         """Whether every sample position was consumed exactly once, in order, from the run's ledger."""
-        return audit(self._ask("ledger", run_id))
+        account: AuditResult = self._ask("audit", run_id)
+        return account
 
     def logs(self, run_id: str, *, follow: bool = False) -> Iterator[LogLine]:
         """Log lines of all the run's processes, merged by time; with `follow` until the run has ended."""

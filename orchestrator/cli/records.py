@@ -79,6 +79,9 @@ def audit(run: RunId, storage: Storage = None, address: Address = None, output: 
             show(problem)
         verdict = "each exactly once, in order" if result.ok else f"{len(result.problems)} problems"
         show(f"{result.steps} committed steps consumed {result.positions} sample positions: {verdict}")
+        if result.left_out:
+            steps = ", ".join(str(step) for step in result.left_out)
+            show(f"not trained on, since they had made the loss explode: the batches of steps {steps}")
     if not result.ok:
         raise typer.Exit(100)
 

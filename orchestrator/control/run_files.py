@@ -77,7 +77,8 @@ class RunFiles:
     def audit(self) -> AuditResult:
         """Whether every sample position of the committed steps was consumed exactly once, in order."""
         steps = read_steps(self.run_dir)
-        return audit((record.step, record.first_position, record.num_positions) for record in steps)
+        ranges = ((record.step, record.first_position, record.num_positions) for record in steps)
+        return audit(ranges, (record.step for record in steps if record.skipped))
 
     def logs(
         self, is_over: Callable[[], bool] | None = None, source: str | None = None, tail: int | None = None

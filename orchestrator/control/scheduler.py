@@ -18,15 +18,17 @@ from ray.experimental import internal_kv
 from orchestrator.control.calls import ask
 from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.control.journal import newest_epoch, write_atomically
-from orchestrator.control.memory import Recollection, read_status, read_steps, storage_error, user_events
+from orchestrator.control.memory import Recollection, read_status, storage_error, user_events
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
+from orchestrator.control.run_files import RunFiles
 from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.capacity import places
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Finish, ResumeOrder, Target
 from orchestrator.protocol.status import RunStatus
+from orchestrator.sampling.ledger import AuditResult
 from orchestrator.spec.job import JobSpec
 
 log = logging.getLogger("orchestrator.control")
@@ -167,10 +169,9 @@ class Scheduler:
         """What happened to the run after the event with `seq` `after`. Raises NotFound."""
         return tuple(user_events(self._directory_of(run_id), after))
 
-    def ledger(self, run_id: str) -> tuple[tuple[int, int, int], ...]:
-        """(step, first position, number of positions) of every committed step, in order. Raises NotFound."""
-        steps = read_steps(self._directory_of(run_id))
-        return tuple((record.step, record.first_position, record.num_positions) for record in steps)
+    def audit(self, run_id: str) -> AuditResult:
+        """Whether the run's account of samples balances. Raises NotFound."""
+        return RunFiles(self._directory_of(run_id)).audit()
 
     def _wish(self, run_id: str, method: str, *args: Any) -> Any:
         handle = find(f"{run_id}/controller")

@@ -21,19 +21,22 @@ class StepRange(NamedTuple):
 
 @dataclass(frozen=True)
 class AuditResult:
-    """`problems` is empty exactly when `ok`; `steps` and `positions` count what was recorded."""
+    """`problems` is empty exactly when `ok`; `steps` and `positions` count what was recorded. The positions of the
+    steps `left_out` were consumed without being trained on: their batches had made the loss explode."""
 
     ok: bool
     problems: tuple[str, ...]
     steps: int
     positions: int
+    left_out: tuple[int, ...] = ()
 
 
-def audit(records: Iterable[tuple[int, int, int]]) -> AuditResult:
+def audit(records: Iterable[tuple[int, int, int]], left_out: Iterable[int] = ()) -> AuditResult:
     """Checks that every position from 0 on was consumed exactly once, in order, by consecutive steps from 0.
 
     Args:
         records: (step, first_position, num_positions) of each committed step, in the order of commitment.
+        left_out: steps that are said to have been left out.
     """
     problems: list[str] = []
     next_step = next_position = num_steps = num_positions = 0
@@ -50,7 +53,7 @@ def audit(records: Iterable[tuple[int, int, int]]) -> AuditResult:
             problems.append(f"step {step} began at position {first}: positions from {next_position} on were left out")
         next_step, next_position = max(next_step, step + 1), max(next_position, first + count)
         num_steps, num_positions = num_steps + 1, num_positions + count
-    return AuditResult(not problems, tuple(problems), num_steps, num_positions)
+    return AuditResult(not problems, tuple(problems), num_steps, num_positions, tuple(left_out))
 
 
 @dataclass(frozen=True)

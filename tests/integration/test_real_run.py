@@ -25,8 +25,10 @@ from orchestrator.errors import EntrypointError, NotFound, UsageError
 from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from orchestrator.worker.faults import NO_MEMORY
+from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import ROOT
-from tests.support.texts import VOCAB, small_job
+from tests.support.texts import HOLDOUT, VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -135,6 +137,29 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
     with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
         export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
     _answers_outside_of_training(Path(ended.run_dir), str(ended.checkpoint), texts)
+
+
+def test_a_run_lives_through_a_lack_of_memory_and_a_poisoned_batch(
+    client: OrchestratorClient, texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    plain = small_job(texts, steps=60)
+    data = plain.data.model_copy(update={"holdout": HOLDOUT})  # so that it is the store of the tests
+    workers = WorkersSpec(min=2, max=2, initial=2)
+    changes = {"name": "poisoned", "workers": workers, "storage": str(tmp_path / "runs"), "data": data}
+    forward = (
+        f'if mark == 0 and len(tokens) > 1:\n    raise RuntimeError("{NO_MEMORY}")\n'
+        f"return {LOGITS} * (500.0 if mark == 1 else 1.0)"
+    )
+    job = with_marked_steps(plain.model_copy(update=changes), store_dir, tmp_path, (15, 40), forward)
+    run = client.submit(job)
+    ended = client.wait(run, timeout_s=120.0)
+    assert ended.phase is RunPhase.SUCCEEDED, ended
+    assert [(r.cause, r.step, r.steps_lost) for r in ended.recoveries] == [("out_of_memory", 14, 0), ("numeric", 39, 0)]
+    told = {e["kind"]: e for e in client.events(run) if e["kind"] in ("micro_batch_reduced", "batch_skipped")}
+    assert (told["micro_batch_reduced"]["from_rows"], told["micro_batch_reduced"]["to_rows"]) == (2, 1)
+    assert told["batch_skipped"]["step"] == 40 and "the loss of step 40 is" in told["batch_skipped"]["why"]
+    account = client.audit(run)
+    assert account.ok and account.steps == 60 and account.left_out == (40,)
 
 
 def _answers_outside_of_training(run_dir: Path, checkpoint: str, texts: Path) -> None:

@@ -3,35 +3,17 @@
 from pathlib import Path
 
 import pytest
-import torch
 
-from orchestrator.data.store import TokenStore
 from orchestrator.protocol.messages import Phase
 from orchestrator.sampling.ledger import audit
-from orchestrator.spec.job import JobSpec
-from orchestrator.worker.feed import Feed
+from orchestrator.worker.faults import NO_MEMORY
 from tests.support.crew import Crew
+from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import linear, own_spec
 from tests.support.texts import STEPS, small_job
 
 BAD_STEP = 12
 SOON_S = 10.0
-
-
-def _marked(job: JobSpec, store_dir: Path) -> list[int]:
-    """The first row of the bad step: no other step has it."""
-    feed = Feed(job, TokenStore.open(store_dir), torch.device("cpu"))
-    row: list[int] = feed.step(BAD_STEP, 0, 1, 2).slots[0].batch.inputs_BT[0].tolist()
-    return row
-
-
-def _job(texts: Path, store_dir: Path, folder: Path, forward: str) -> JobSpec:
-    plain = small_job(texts)
-    source = linear(
-        init=f"self.register_buffer('row', torch.tensor({_marked(plain, store_dir)}), persistent=False)",
-        forward="\n        ".join(["is_bad = bool((tokens == self.row).all(-1).any())", *forward.splitlines()]),
-    )
-    return plain.model_copy(update={"model": own_spec(folder, source)})
 
 
 def _stopped_with(crew: Crew, kind: str) -> None:
@@ -47,7 +29,8 @@ def _trained(crew: Crew) -> None:
 
 
 def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    job = _job(texts, store_dir, tmp_path, "return self.head(self.embedding(tokens)) * (500.0 if is_bad else 1.0)")
+    forward = f"return {LOGITS} * (500.0 if mark == 0 else 1.0)"
+    job = with_marked_steps(small_job(texts), store_dir, tmp_path, (BAD_STEP,), forward)
     with Crew(job, store_dir, tmp_path, size=2) as crew:
         crew.start(crew.plan(crew.ids))
         _stopped_with(crew, "numeric")
@@ -62,11 +45,8 @@ def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir:
 
 
 def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
-    forward = (
-        f'if is_bad and len(tokens) > 1:\n    raise RuntimeError("{words}")\nreturn self.head(self.embedding(tokens))'
-    )
-    job = _job(texts, store_dir, tmp_path, forward)
+    forward = f'if mark == 0 and len(tokens) > 1:\n    raise RuntimeError("{NO_MEMORY}")\nreturn {LOGITS}'
+    job = with_marked_steps(small_job(texts), store_dir, tmp_path, (BAD_STEP,), forward)
     with Crew(job, store_dir, tmp_path, size=2) as crew:
         crew.start(crew.plan(crew.ids))
         _stopped_with(crew, "out_of_memory")

@@ -9,6 +9,7 @@ from orchestrator.spec.job import JobSpec
 
 VOCAB = 300
 STEPS = 30
+HOLDOUT = 0.1
 
 
 def write_texts(directory: Path) -> Path:
@@ -21,7 +22,7 @@ def write_texts(directory: Path) -> Path:
 
 def prepare_texts(texts: Path, directory: Path) -> Path:
     """The token store of `texts`, in `directory`."""
-    return prepare(str(texts), VOCAB, 0.1, directory).directory
+    return prepare(str(texts), VOCAB, HOLDOUT, directory).directory
 
 
 def small_job(texts: Path, model: dict[str, Any] | None = None, **train: Any) -> JobSpec:
