@@ -38,6 +38,10 @@ WORKER_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
 }
 
+# A lost peer may end the communicator, but never the process, which holds state that is needed now: 2 means so, and
+# the monitor of nccl's watchdog would end a process that waits in an abort. Not tried on GPUs yet.
+NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -200,8 +204,7 @@ class Crew:
         needs = {k: v for k, v in bundle.items() if v}
         group = placement_group([needs], name=name, lifetime="detached", bundle_label_selector=[elsewhere])
         env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
-        if not resources.gpus:
-            env["DS_ACCELERATOR"] = "cpu"
+        env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
         seat = Seat(
             cpus=resources.cpus,
             gpus=resources.gpus,

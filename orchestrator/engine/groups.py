@@ -145,6 +145,18 @@ def connect(
     return Meeting(store, prefix, rank, placement, backend, timeout_s, address).adopt()
 
 
+def abort_collectives() -> None:
+    """Free whoever waits in a collective of nccl, which may have no connection that could be shut. From any thread.
+
+    Not tried on GPUs yet. gloo's waits end with `orchestrator.comm.sockets.shut_connections`.
+    """
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if dist.get_backend(group) == "nccl":
+            group.abort()
+
+
 def disconnect() -> None:
     """Close the generation's groups. Peers blocked on this rank fail once nothing here refers to the groups."""
     if dist.is_initialized():

@@ -2,9 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
-
-from orchestrator.comm.sockets import shut_connections
+from collections.abc import Callable, Sequence
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -13,11 +11,11 @@ class Engagement:
     """Said by the training thread, ended by the control thread.
 
     Args:
-        free: called besides shutting the connections of collectives, to end other waits for peers.
+        frees: each ends one kind of wait for peers.
     """
 
-    def __init__(self, free: Callable[[], None]) -> None:
-        self._free = free
+    def __init__(self, frees: Sequence[Callable[[], object]]) -> None:
+        self._frees = frees
         self._lock = threading.Lock()
         self._engaged: int | None = None
         self._aborted = -1
@@ -40,6 +38,6 @@ class Engagement:
             self._aborted = max(self._aborted, generation)
         if not (engaged and is_new):
             return
-        count = shut_connections()
-        self._free()
-        log.info("generation %d is aborted: %d connections shut", generation, count)
+        for free in self._frees:
+            free()
+        log.info("generation %d is aborted", generation)

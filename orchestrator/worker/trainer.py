@@ -13,7 +13,7 @@ from pathlib import Path
 
 from orchestrator.comm import pulse
 from orchestrator.comm.sockets import shut_connections
-from orchestrator.engine.groups import disconnect
+from orchestrator.engine.groups import abort_collectives, disconnect
 from orchestrator.policy.explosion import explosion
 from orchestrator.protocol.messages import Finish, GenerationPlan, Phase, ShardWritten, WorkerError
 from orchestrator.worker.desk import Desk
@@ -51,7 +51,7 @@ class Trainer:
         self._saver = Saver(checkpoints, workshop.saved_shapes(), self._saved, self._not_saved)
         self._shard: Shard | None = None
         self._keeping = Keeping(workshop.me, self._spec.protection, self._spec.train.steps - 1)
-        self._engagement = Engagement(self._keeping.shut)
+        self._engagement = Engagement((shut_connections, abort_collectives, self._keeping.shut))
         self._between_steps = True  # False: the shard's state is that of no finished step
         self._progress = Progress(-1, 0, feed.sampler.to_json())
 
@@ -238,6 +238,7 @@ class Trainer:
         kind = kind_of(error)
         log.warning("generation %d stops after step %d: %s: %s", generation, self._progress.step, kind, error)
         shut_connections()  # first of all: others may wait for this worker, not for whoever is lost
+        abort_collectives()
         self._hold()
         self._keeping.leave()
         self._free_peers(error)
