@@ -5,6 +5,7 @@ same rungs with the real controller and simulated workers).
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def _go_on(crew: Crew, previous: GenerationPlan | None = None) -> Loss:
     """Recover with whoever lives; anew if somebody dies in that."""
     current = crew.directive.current
     assert current is not None
+    crew.send()  # news of an activation may have come to some only
     crew.await_all(
         [w for w in current.world.members if w in crew.living],
         lambda r: r.phase is Phase.STRANDED or (r.phase is Phase.READY and r.generation > current.generation),
@@ -89,10 +91,10 @@ def _lost_nothing(crew: Crew, undisturbed: Crew, loss: Loss) -> None:
 
 def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
     """Every step from `first` on once, with the same samples in the same order, and the same losses up to rounding."""
-    assert sorted(crew.records) == list(range(first, STEPS))
-    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]
-    assert first > 0 or audit(order).ok
-    for step, record in crew.records.items():
+    records = {step: record for step, record in sorted(crew.records.items()) if step >= first}
+    assert list(records) == list(range(first, STEPS))
+    assert first > 0 or audit([(r.step, r.first_position, r.num_positions) for r in records.values()]).ok
+    for step, record in records.items():
         alone = undisturbed.records[step]
         assert record.loss == pytest.approx(alone.loss, rel=1e-5)
         assert (record.first_position, record.num_positions) == (alone.first_position, alone.num_positions)
@@ -105,7 +107,7 @@ def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
     ("moment", "ranks"),
     [
         pytest.param(Moment.FORWARD, (1,), id="in the forward pass", marks=pytest.mark.slow),
-        pytest.param(Moment.UPDATE, (2,), id="in the update"),
+        pytest.param(Moment.UPDATE, (2,), id="in the update", marks=pytest.mark.slow),
         pytest.param(Moment.VOTE, (0,), id="the first, before its vote", marks=pytest.mark.slow),
         pytest.param(Moment.VOTED, (3,), id="after its vote", marks=pytest.mark.slow),
         pytest.param(Moment.SNAPSHOT, (1,), id="with half a snapshot sent"),
@@ -167,7 +169,8 @@ def test_a_member_that_dies_in_a_rescale(crew: Crew, undisturbed: Crew, moment: 
     if moment is Moment.ACTIVATED:
         crew.await_all(list(plan.involved), lambda r: r.phase is Phase.READY)
         crew.collect(plan.involved[0])
-        crew.send(to=[crew.ids[1], crew.ids[3]], current=plan, next=None, fence=None, activated=plan.generation)
+        with suppress(EOFError, OSError):  # it dies of this news
+            crew.send(to=[crew.ids[3], crew.ids[1]], current=plan, next=None, fence=None, activated=plan.generation)
     _die(crew, (1,))
     _lost_nothing(crew, undisturbed, _go_on(crew, old))
 
@@ -197,8 +200,9 @@ def _begin_again(crew: Crew, members: list[str]) -> int:
     restore = newest_good(Path(crew.job.storage_dir))
     assert restore is not None
     crew.send(aborted=crew.newest_generation, current=None, next=None)
-    crew.records.clear()
     crew.start(crew.plan(members, generation=crew.newest_generation + 1, restore=restore))
+    crew.records.clear()  # only now: until survivors have gone back, they tell of steps after the checkpoint
+    crew.collect(members[0])
     return restore.step
 
 
