@@ -7,13 +7,14 @@ same rungs with the real controller and simulated workers).
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from orchestrator.control.checkpoints import commit_checkpoint, newest_good
 from orchestrator.policy.run_state import Commit
-from orchestrator.protocol.messages import GenerationPlan, Phase, ShardWritten
+from orchestrator.protocol.messages import GenerationPlan, Phase, Report, ShardWritten
 from orchestrator.sampling.ledger import audit
 from tests.support.crew import PATIENCE_S, Crew, NoCut
 from tests.support.faults import Fault, Moment
@@ -184,12 +185,16 @@ def _commit(crew: Crew, shards: tuple[ShardWritten, ...]) -> None:
     commit_checkpoint("test", Path(crew.job.storage_dir), 1, Commit(first.step, 1, first.generation, shards))
 
 
+def _has_written(step: int, report: Report) -> bool:
+    return any(shard.step == step for shard in report.shards)
+
+
 def _train_past_checkpoints(crew: Crew, *steps: int) -> GenerationPlan:
     """Start, and go on until checkpoints of these steps are complete."""
     plan = crew.plan(crew.ids)
     crew.start(plan)
     for step in steps:
-        crew.await_all(crew.ids, lambda r, step=step: any(s.step == step for s in r.shards))
+        crew.await_all(crew.ids, partial(_has_written, step))
         written = [s for w in crew.ids for s in crew.members[w].report().shards]
         _commit(crew, tuple(s for s in written if s.step == step))
     return plan
