@@ -114,11 +114,13 @@ def busy_cores() -> Iterator[list[psutil.Process]]:
 def scale_up_and_down(live: LiveRun, size: int, duration_s: float) -> int:
     """Let the run go on for so long, a worker less and a worker more in turn. Returns how often it was scaled."""
     end_s, scales = time.monotonic() + duration_s, 0
-    while (left_s := end_s - time.monotonic()) > 0 or scales == 0:
-        time.sleep(max(0.0, min(SCALE_EVERY_S, left_s / 2)))
-        live.scale(size - 1 if scales % 2 == 0 else size, measured=False)
-        scales += 1
-        say(f"{max(0.0, end_s - time.monotonic()) / 60:.1f} minutes left, step {live.status().step}")
+    while (left_s := end_s - time.monotonic()) > 0:
+        pause_s = min(SCALE_EVERY_S, duration_s / 2)
+        time.sleep(min(pause_s, left_s))
+        if left_s > pause_s:
+            live.scale(size - 1 if scales % 2 == 0 else size, measured=False)
+            scales += 1
+            say(f"{left_s / 60:.1f} minutes were left, now at step {live.status().step}")
     return scales
 
 
