@@ -74,6 +74,16 @@ def test_hosts_reach_each_other_unless_one_is_cut(hosts: Hosts) -> None:
     assert _call(hosts, 1, 0) == hosts.addresses[1]
 
 
+def test_a_further_host_takes_the_place_of_a_killed_one() -> None:
+    with Hosts(2) as hosts:
+        _listen(hosts, 0, ANSWER)
+        hosts.kill_host(1)
+        index = hosts.add()
+        assert index == 2 and _call(hosts, index, 0) == hosts.addresses[index]
+        (init,) = hosts.processes(index)
+    assert not init.is_running()
+
+
 def test_a_host_sees_its_own_processes_only(hosts: Hosts) -> None:
     sleeper = hosts.popen(0, ["sleep", "60"])
     until(lambda: "sleep" in [p.name() for p in hosts.processes(0)], 5.0, "the process's start")

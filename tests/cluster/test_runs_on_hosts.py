@@ -1,13 +1,17 @@
 """Runs as users have them, with a worker on each of three hosts."""
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
+from orchestrator.checkpoint.manifest import step_name
+from orchestrator.checkpoint.read import list_steps, read_manifest
 from orchestrator.client import OrchestratorClient
 from orchestrator.control.journal import read_events
 from orchestrator.control.run_files import RunFiles
@@ -203,3 +207,40 @@ def test_a_host_where_a_worker_failed_gets_no_new_one(
     status = _until(driver, run, lambda s: True)
     assert (status.workers_now, event["failures"]) == (2, 1) and "no place yet" in status.why
     _cancel(driver, run)
+
+
+def test_a_worker_that_was_cut_off_comes_back_ends_and_has_written_nothing(
+    hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
+) -> None:
+    """Its generation is over when it can be reached again: what it then holds or does may not show anywhere."""
+    plain = _job("fenced", texts, tmp_path)
+    checkpoint = plain.checkpoint.model_copy(update={"every": 2, "keep_last": None})
+    run = _trained_a_little(driver, plain.model_copy(update={"checkpoint": checkpoint}))
+    index, (worker,) = _fullest(hosts, driver)
+    (outcast,) = [process for process in hosts.processes(index) if process.name().startswith("ray::Host")]
+    lost_time = time.time()
+    hosts.cut(index)
+    _goes_on_without(driver, run, (worker,), lost_time)
+    assert outcast.is_running()  # and believes that it trains
+    hosts.mend(index)
+    psutil.wait_procs([outcast], timeout=SOON_S)
+    assert not outcast.is_running()
+    status = _until(driver, run, lambda s: s.workers_now == 3 and s.recoveries[0].stall_s is not None)
+
+    (recovery,) = status.recoveries
+    (over_time,) = [event["time"] for event in _events(driver, run) if event["kind"] == "generation_aborted"]
+    checkpoints = Path(status.run_dir) / "checkpoints"
+    for shard in checkpoints.glob(".incomplete-*/*"):
+        generation = int(shard.parent.name.rpartition("-")[2])
+        assert generation >= recovery.generation or shard.stat().st_mtime < over_time, shard
+    complete = {step: read_manifest(checkpoints / step_name(step)) for step in list_steps(checkpoints)}
+    assert max(complete) > recovery.step
+    assert all((step > recovery.step) == (m.generation >= recovery.generation) for step, m in complete.items())
+    published = [record for event in _events(driver, run) if event["kind"] == "steps" for record in event["records"]]
+    assert all((r["step"] > recovery.step) == (r["generation"] >= recovery.generation) for r in published)
+    assert len(published) == len({r["step"] for r in published})
+    _cancel(driver, run)
+    metrics = sqlite3.connect(tmp_path / "runs" / "mlflow.db")
+    assert metrics.execute("SELECT count(*) FROM metrics WHERE key = 'train/loss'").fetchone()[0] > recovery.step
+    twice = "SELECT key, step FROM metrics WHERE key NOT LIKE 'system/%' GROUP BY key, step HAVING count(*) > 1"
+    assert metrics.execute(twice).fetchall() == []

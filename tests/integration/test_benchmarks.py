@@ -127,6 +127,17 @@ def test_recovery_loses_nothing() -> None:
     assert all(line["metrics"][kind]["detect_median_s"] > 0 for kind in wanted)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_no_false_alarm_on_busy_cores() -> None:
+    line = quick("false_alarms")
+    assert [(bar["name"], bar["met"]) for bar in line["bars"]] == [("false_alarms", True)]
+    metrics = line["metrics"]
+    assert metrics["steps"] > 0 and metrics["rescales"] > 0 and metrics["idle_share"] < 0.5
+    assert 0 < metrics["answer_p99_s"] <= metrics["longest_answer_s"]
+
+
 @pytest.mark.chaos
 @pytest.mark.slow
 @pytest.mark.timeout(300)

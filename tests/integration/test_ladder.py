@@ -5,14 +5,16 @@ same rungs with the real controller and simulated workers).
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from orchestrator.control.checkpoints import commit_checkpoint, newest_good
 from orchestrator.policy.run_state import Commit
-from orchestrator.protocol.messages import GenerationPlan, Phase, ShardWritten
+from orchestrator.protocol.messages import GenerationPlan, Phase, Report, ShardWritten
 from orchestrator.sampling.ledger import audit
 from tests.support.crew import PATIENCE_S, Crew, NoCut
 from tests.support.faults import Fault, Moment
@@ -62,6 +64,7 @@ def _go_on(crew: Crew, previous: GenerationPlan | None = None) -> Loss:
     """Recover with whoever lives; anew if somebody dies in that."""
     current = crew.directive.current
     assert current is not None
+    crew.send()  # news of an activation may have come to some only
     crew.await_all(
         [w for w in current.world.members if w in crew.living],
         lambda r: r.phase is Phase.STRANDED or (r.phase is Phase.READY and r.generation > current.generation),
@@ -89,10 +92,10 @@ def _lost_nothing(crew: Crew, undisturbed: Crew, loss: Loss) -> None:
 
 def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
     """Every step from `first` on once, with the same samples in the same order, and the same losses up to rounding."""
-    assert sorted(crew.records) == list(range(first, STEPS))
-    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]
-    assert first > 0 or audit(order).ok
-    for step, record in crew.records.items():
+    records = {step: record for step, record in sorted(crew.records.items()) if step >= first}
+    assert list(records) == list(range(first, STEPS))
+    assert first > 0 or audit([(r.step, r.first_position, r.num_positions) for r in records.values()]).ok
+    for step, record in records.items():
         alone = undisturbed.records[step]
         assert record.loss == pytest.approx(alone.loss, rel=1e-5)
         assert (record.first_position, record.num_positions) == (alone.first_position, alone.num_positions)
@@ -105,7 +108,7 @@ def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
     ("moment", "ranks"),
     [
         pytest.param(Moment.FORWARD, (1,), id="in the forward pass", marks=pytest.mark.slow),
-        pytest.param(Moment.UPDATE, (2,), id="in the update"),
+        pytest.param(Moment.UPDATE, (2,), id="in the update", marks=pytest.mark.slow),
         pytest.param(Moment.VOTE, (0,), id="the first, before its vote", marks=pytest.mark.slow),
         pytest.param(Moment.VOTED, (3,), id="after its vote", marks=pytest.mark.slow),
         pytest.param(Moment.SNAPSHOT, (1,), id="with half a snapshot sent"),
@@ -167,7 +170,8 @@ def test_a_member_that_dies_in_a_rescale(crew: Crew, undisturbed: Crew, moment: 
     if moment is Moment.ACTIVATED:
         crew.await_all(list(plan.involved), lambda r: r.phase is Phase.READY)
         crew.collect(plan.involved[0])
-        crew.send(to=[crew.ids[1], crew.ids[3]], current=plan, next=None, fence=None, activated=plan.generation)
+        with suppress(EOFError, OSError):  # it dies of this news
+            crew.send(to=[crew.ids[3], crew.ids[1]], current=plan, next=None, fence=None, activated=plan.generation)
     _die(crew, (1,))
     _lost_nothing(crew, undisturbed, _go_on(crew, old))
 
@@ -181,12 +185,16 @@ def _commit(crew: Crew, shards: tuple[ShardWritten, ...]) -> None:
     commit_checkpoint("test", Path(crew.job.storage_dir), 1, Commit(first.step, 1, first.generation, shards))
 
 
+def _has_written(step: int, report: Report) -> bool:
+    return any(shard.step == step for shard in report.shards)
+
+
 def _train_past_checkpoints(crew: Crew, *steps: int) -> GenerationPlan:
     """Start, and go on until checkpoints of these steps are complete."""
     plan = crew.plan(crew.ids)
     crew.start(plan)
     for step in steps:
-        crew.await_all(crew.ids, lambda r, step=step: any(s.step == step for s in r.shards))
+        crew.await_all(crew.ids, partial(_has_written, step))
         written = [s for w in crew.ids for s in crew.members[w].report().shards]
         _commit(crew, tuple(s for s in written if s.step == step))
     return plan
@@ -197,8 +205,9 @@ def _begin_again(crew: Crew, members: list[str]) -> int:
     restore = newest_good(Path(crew.job.storage_dir))
     assert restore is not None
     crew.send(aborted=crew.newest_generation, current=None, next=None)
-    crew.records.clear()
     crew.start(crew.plan(members, generation=crew.newest_generation + 1, restore=restore))
+    crew.records.clear()  # only now: until survivors have gone back, they tell of steps after the checkpoint
+    crew.collect(members[0])
     return restore.step
 
 

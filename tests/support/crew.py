@@ -292,9 +292,16 @@ class Crew:
             buddies=buddies_of(["node"] * world.size),
             **more,
         )
-        self.records = {step: record for step, record in self.records.items() if step <= cut.step}
         self.send(next=plan)
-        self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
+
+        def is_ready(report: Report) -> bool:
+            if dead := [w for w in members if w not in self.living]:
+                raise EOFError(f"{dead} died on the way to generation {plan.generation}")
+            return report.phase is Phase.READY and report.generation == plan.generation
+
+        self.await_all(members, is_ready)
+        # Not before: until they have gone back themselves, they tell of steps after the cut.
+        self.records = {step: record for step, record in self.records.items() if step <= cut.step}
         self.collect(cut.holders[0])
         self.send(current=plan, next=None, activated=plan.generation)
         return plan
