@@ -122,6 +122,24 @@ def test_cancel_leaves_a_checkpoint(on: Cluster) -> None:
     on.assert_every_step_once("stopped", status.step)
 
 
+def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluster) -> None:
+    workers = {"min": 1, "max": 3, "initial": 2, "standby": 1}
+    on.submit("deaf", train=_steps(100_000), workers=workers, envs={"SIM_STEP_S": "0.02", "SIM_DEAF": "1"})
+    on.until("deaf", lambda s: s.step > 5 and s.standbys == 1)
+    pids = {worker: on.pid_of(f"deaf/worker/{worker}") for worker in ("w0", "w1", "w2")}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGTERM)
+    step = on.status("deaf").step
+    on.until("deaf", lambda s: s.step > step + 20 and s.workers_now == 2 and not s.recoveries)
+    (standby,) = pids.keys() - on.members("deaf")
+    os.kill(pids[standby], signal.SIGSTOP)
+    on.ask("cancel", "deaf")
+    status = on.end_of("deaf")
+    assert status.phase is RunPhase.CANCELLED, status
+    on.assert_nothing_left("deaf", list(pids.values()))
+    on.assert_every_step_once("deaf", status.step)
+
+
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=Parts().tracker)
