@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.control.host import names_of
+from orchestrator.control.calls import ask
+from orchestrator.control.host import CALLS_AT_ONCE, Seat, names_of, start_host
 from orchestrator.control.memory import read_status
 from orchestrator.control.parts import Parts
 from orchestrator.control.scheduler import get_or_create_scheduler
@@ -184,6 +186,16 @@ def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -
     status = on.end_of("patient")
     assert (status.phase, status.warning) == (RunPhase.SUCCEEDED, None), status
     on.assert_every_step_once("patient", 200)
+
+
+def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
+    host = start_host("held", "tests.support.simulated_worker:SimulatedPreparation", (), Seat())
+    holds = [host.hold.remote() for _ in range(2 * CALLS_AT_ONCE)]
+    pid = ask(host, "pid", timeout_s=20.0)
+    ray.get(holds[:-1], timeout=20.0)  # of controllers that are gone: there is only one at a time
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RayActorError):  # the newest hears of the end
+        ray.get(holds[-1], timeout=20.0)
 
 
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
