@@ -1,8 +1,5 @@
 """`plan`: what a job will take, without starting anything."""
 
-import json
-import subprocess
-import sys
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,10 +8,9 @@ import typer
 from orchestrator.cli.options import JobFile, Output
 from orchestrator.cli.output import Format, say, show, show_json, show_table
 from orchestrator.cli.wording import NONE, size
-from orchestrator.elastic.layout import ParamSpec
 from orchestrator.errors import UsageError
-from orchestrator.policy.planning import JobPlan, StatePlan, plan_job
-from orchestrator.spec.job import JobSpec
+from orchestrator.policy.fitting import check_memory, crowding
+from orchestrator.policy.planning import JobPlan
 
 NOTES = (
     "Memory is of the worker that holds most; bytes per step are what all workers together send to others, collectives "
@@ -31,8 +27,14 @@ def plan(
     ] = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Say what a job will take at each world size: memory by part, bytes per step by kind, the stall of a rescale."""
+    """Say what a job will take at each world size: memory by part, bytes per step by kind, the stall of a rescale.
+
+    Refuses a job whose workers don't fit their resources.memory, as `run` and `submit` do.
+    """
+    import psutil
+
     from orchestrator.control.entrypoint import check_entrypoint
+    from orchestrator.control.listing import plan_of
     from orchestrator.control.orders import with_pretrained
     from orchestrator.spec.loading import load_job
 
@@ -41,32 +43,19 @@ def plan(
     bounds = spec.workers
     if workers is not None and not bounds.min <= workers <= bounds.max:
         raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")
-    planned = plan_job(spec, state_of(spec), ours=spec.model.entrypoint is None)
+    planned = plan_of(spec)
     if workers is not None:
         planned = JobPlan(
             planned.num_parameters, planned.vocab_size, tuple(w for w in planned.worlds if w.world_size == workers)
         )
     if output is Format.JSON:
         show_json(asdict(planned))
-        return
-    say(NOTES)
-    _show(planned)
-
-
-def state_of(spec: JobSpec) -> StatePlan:
-    """The model's parameters, from a process of its own: this one never loads torch.
-
-    Raises:
-        UsageError: the model can't be built; the message is what the process said.
-    """
-    command = [sys.executable, "-m", "orchestrator.model.listing"]
-    listed = subprocess.run(command, input=spec.model_dump_json(by_alias=True), capture_output=True, text=True)
-    if listed.returncode:
-        raise UsageError(f"the model of {spec.name} can't be built:\n{listed.stderr.strip()}")
-    found = json.loads(listed.stdout.splitlines()[-1])
-    vocab_size = spec.model.vocab_size or spec.data.vocab_size
-    params = tuple(ParamSpec(*entry) for entry in found["params"])
-    return StatePlan(params, tuple((name, numel) for name, numel in found["buffers"]), vocab_size)
+    else:
+        say(NOTES)
+        _show(planned)
+    check_memory(spec, planned)  # told after the figures, which show why
+    if warning := crowding(spec, planned, psutil.virtual_memory().total):
+        say(f"Warning: {warning}")
 
 
 def _show(planned: JobPlan) -> None:

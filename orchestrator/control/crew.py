@@ -184,6 +184,8 @@ class Crew:
             self.causes[worker] = cause_of(error)
             self._lose(worker, reason_of(error))
             return None
+        if answer.method == "hold":
+            return None  # another controller holds it now; this one will hear that its epoch is over
         if answer.method == "node":
             self.nodes[worker] = answer.future.result()
             return None

@@ -43,6 +43,7 @@ class Host:
             log_to(Path(log_file))
         module, _, name = target.partition(":")
         self._object = getattr(importlib.import_module(module), name)(*args)
+        self._lock, self._held = threading.Lock(), threading.Event()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._object, method)(*args, **kwargs)
@@ -59,8 +60,15 @@ class Host:
         return read_system(str(ray.util.get_node_ip_address()), directory)  # type: ignore[no-untyped-call]
 
     def hold(self) -> None:
-        """Never returns: the call's error is how the caller hears of this process's end, within milliseconds."""
-        threading.Event().wait()
+        """Doesn't return: the call's error is how the caller hears of this process's end, within milliseconds.
+
+        The newest caller's, that is: a controller that was killed leaves its call behind in one of few threads, and its
+        successor frees that.
+        """
+        with self._lock:
+            self._held.set()
+            mine = self._held = threading.Event()
+        mine.wait()
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from pydantic import ValidationError
 
 from orchestrator.checkpoint.pretrained import open_pretrained, resolved
 from orchestrator.control.entrypoint import check_entrypoint
+from orchestrator.control.listing import plan_of
 from orchestrator.data.files import KINDS, suffix_of
 from orchestrator.data.folders import text_files
 from orchestrator.data.prepare import check_vocabulary, load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
+from orchestrator.policy.fitting import check_memory
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
 from orchestrator.spec.model import ModelSpec
@@ -54,6 +56,8 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None) -> Order:
     changes = {"storage": str(spec.storage_path), "data": data, "model": _absolute_code(spec.model)}
     spec = spec.model_copy(update=changes)
     check_entrypoint(spec)
+    if spec.resources.memory is not None:  # else nothing would be refused, and a process with torch takes seconds
+        check_memory(spec, plan_of(spec))
     return Order(spec, text)
 
 

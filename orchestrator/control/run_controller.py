@@ -15,10 +15,10 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty
-from typing import Any
 
 import ray
 
+from orchestrator.control.account import Account
 from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind, newest_good
 from orchestrator.control.closing import await_gone, hear_last_words, remove_groups
 from orchestrator.control.crew import Answer, Crew, Inbox
@@ -30,8 +30,8 @@ from orchestrator.control.node_watch import NodeWatch
 from orchestrator.control.parts import Parts
 from orchestrator.control.status import status_of, to_json
 from orchestrator.control.store_link import head_address
-from orchestrator.errors import EpochSuperseded, NotFinished, OrchestratorError, StorageError, UsageError
-from orchestrator.policy.endings import complete_checkpoints, publishable
+from orchestrator.control.wishes import Wishes
+from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError, UsageError
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import resumed
@@ -43,8 +43,6 @@ from orchestrator.spec.job import JobSpec
 log = logging.getLogger("orchestrator.control")
 
 BEAT_S = 0.05  # how often questions that are due get asked
-RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
-LATER = "Look at its status, and try again in a moment."
 
 
 class RunController:
@@ -69,11 +67,9 @@ class RunController:
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
         self._checkpointed = self._memory.state.checkpoint_done
-        self._records_s = 0.0  # when records were last asked for; inf while they are
+        self._account = Account(run_id, self._memory, self._crew, self._facilities.tracker)
+        self._wishes = Wishes(run_id, self._memory, self._inbox)
         self._faults: list[str] = []
-        self._tracking_fails = False  # and users were told
-        self._target = self._memory.state.target
-        self._heard = threading.Condition()  # notified after every turn
         self._closed = False
         log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
         threading.Thread(target=self._live, name="run", daemon=True).start()
@@ -108,11 +104,11 @@ class RunController:
             UsageError: the job doesn't allow this size, or the run is ending.
         """
         self._limits.check_size(workers)
-        return self._aim(workers, Finish.NO, reason)
+        return self._wishes.aim(Finish.NO, reason, workers)
 
     def finish(self, how: Finish, reason: str) -> Target:
         """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
-        return self._aim(self._target.workers, how, reason)
+        return self._wishes.aim(how, reason)
 
     def kill_worker(self, rank: int | None) -> str:
         """Kill a member's process, as a fault would: the highest rank, or the one named. Returns the worker's id.
@@ -130,18 +126,6 @@ class RunController:
         worker = members[-1 if rank is None else rank]
         self._crew.kill(worker)
         return worker
-
-    def _aim(self, workers: int, finish: Finish, reason: str) -> Target:
-        with self._heard:
-            if self._memory.state.outcome is not None or self._target.finish not in (Finish.NO, finish):
-                raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
-            target = Target(self._target.seq + 1, workers, finish, reason)
-            self._target = target
-            self._inbox.put(None)
-            if not self._heard.wait_for(lambda: self._memory.state.target.seq >= target.seq, timeout=10.0):
-                why = self._memory.trouble or "it is busy"
-                raise NotFinished(f"run {self._run_id} has not written the wish down yet: {why}", remedy=LATER)
-            return target
 
     # -- the run's life ----------------------------------------------------------------------------------------
 
@@ -196,10 +180,10 @@ class RunController:
         now_s = time.monotonic()
         state = self._memory.state
         self._crew.poll(now_s, eager=state.next is not None or state.is_recovering)
-        self._ask_records(now_s)
+        self._account.ask(self._observe(), now_s)
         self._facilities.tend(now_s)
         self._nodes.poll(now_s, self._crew.handles)
-        self._tell_of_tracking()
+        self._account.tell_of_tracking()
         return bool(answers)
 
     def _take(self, answer: Answer) -> None:
@@ -208,24 +192,11 @@ class RunController:
         if answer.method == NodeWatch.READ:
             return self._facilities.tracker.publish(self._nodes.take(answer, self._memory.progress.watermark))
         if answer.method == Crew.RECORDS:
-            self._records_s = time.monotonic()
+            self._account.answered()
         report = self._crew.take(answer)
         if report is not None and report.records:
-            with suppress(StorageError):  # they are asked for again
-                before = self._memory.progress
-                fresh = self._memory.absorb(report.records, up_to=publishable(self._memory.state, self._observe()))
-                self._facilities.tracker.publish_steps(before, fresh)
-            self._facilities.tracker.look()
+            self._account.enter(report.records, self._observe())
         return None
-
-    def _ask_records(self, now_s: float) -> None:
-        """Once in a while, and at once when a checkpoint waits for them."""
-        state, seen, watermark = self._memory.state, self._observe(), self._memory.progress.watermark
-        if not state.members or publishable(state, seen) <= watermark or self._records_s == float("inf"):
-            return
-        if complete_checkpoints(state, seen) or now_s - self._records_s >= RECORDS_EVERY_S:
-            teller = self._crew.teller(state.members, watermark)
-            self._records_s = float("inf") if self._crew.ask_records(teller, watermark) else now_s
 
     def _turn(self) -> None:
         """One decision: written down first, then carried out."""
@@ -234,7 +205,7 @@ class RunController:
         decision = decide(self._limits, self._memory.state, self._observe())
         notes = [action for action in decision.actions if isinstance(action, Note)]
         for event in self._memory.decided(decision.state, notes):
-            self._tell_users(event)
+            self._account.tell(event)
         for action in decision.actions:
             if isinstance(action, Commit):
                 self._commit(action)
@@ -244,14 +215,13 @@ class RunController:
             self._crew.reconcile(decision.state.crew, decision.state.quarantine)
             self._warm()
             self._crew.tell(directive_of(decision.state, self._epoch))
-        with self._heard:
-            self._heard.notify_all()
+        self._wishes.turned()
 
     def _observe(self) -> Observation:
         return Observation(
             epoch=self._epoch,
             now_s=time.time(),
-            target=self._target,
+            target=self._wishes.newest,
             progress=self._memory.progress,
             reports=dict(self._crew.reports),
             lost=dict(self._crew.lost),
@@ -290,28 +260,13 @@ class RunController:
                 raise
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return
-        self._tell_users(self._memory.note("checkpoint", step=action.step, path=str(path)))
+        self._account.note("checkpoint", step=action.step, path=str(path))
         self._checkpointed = action.step
         self._inbox.put(None)
         deleted = drop_old_checkpoints(self._run_dir, self._job.checkpoint, self._memory.progress.validations)
         if deleted:
             with suppress(StorageError):
-                self._tell_users(self._memory.note("checkpoints_deleted", steps=list(deleted)))
-
-    def _tell_users(self, event: dict[str, Any]) -> None:
-        log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in ("seq", "epoch", "time")})
-        self._facilities.tracker.publish_event(event)
-
-    def _tell_of_tracking(self) -> None:
-        """Write down when metrics begin to wait, and when they arrive again."""
-        warning = self._facilities.tracker.warning
-        if (warning is not None) != self._tracking_fails:
-            with suppress(StorageError):  # said at the next look
-                event = (
-                    self._memory.note("tracking_fails", why=warning) if warning else self._memory.note("tracking_works")
-                )
-                self._tracking_fails = warning is not None
-                self._tell_users(event)
+                self._account.note("checkpoints_deleted", steps=list(deleted))
 
     # -- the end -----------------------------------------------------------------------------------------------
 

@@ -50,7 +50,8 @@ class StoreLink:
     def take(self, answer: Answer) -> None:
         """Note where it listens, or that it is gone."""
         error = answer.future.exception()
-        if self._handle is None:  # its end was said already
+        another_holds_it = error is None and answer.method == "hold"
+        if self._handle is None or another_holds_it:  # None: its end was said already
             return
         if error is None:
             self.address, self._failing_s = StoreAddress(*answer.future.result()), None

@@ -115,7 +115,9 @@ class ResourcesSpec(Section):
     cpus: float = Field(default=1, gt=0, description="CPUs of each worker; fractions are allowed.")
     gpus: float = Field(default=0, ge=0, description="GPUs of each worker; fractions are allowed.")
     memory: Annotated[str, AfterValidator(_memory)] | None = Field(
-        default=None, description='Memory of each worker, as in "2GiB". null: nothing is reserved.'
+        default=None,
+        description='Memory of each worker, as in "2GiB". A job whose workers would need more is refused. null: '
+        "nothing is reserved.",
     )
 
     @property

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.control.host import names_of
+from orchestrator.control.calls import ask
+from orchestrator.control.host import CALLS_AT_ONCE, Seat, names_of, start_host
 from orchestrator.control.memory import read_status
 from orchestrator.control.parts import Parts
 from orchestrator.control.scheduler import get_or_create_scheduler
@@ -122,6 +124,24 @@ def test_cancel_leaves_a_checkpoint(on: Cluster) -> None:
     on.assert_every_step_once("stopped", status.step)
 
 
+def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluster) -> None:
+    workers = {"min": 1, "max": 3, "initial": 2, "standby": 1}
+    on.submit("deaf", train=_steps(100_000), workers=workers, envs={"SIM_STEP_S": "0.02", "SIM_DEAF": "1"})
+    on.until("deaf", lambda s: s.step > 5 and s.standbys == 1)
+    pids = {worker: on.pid_of(f"deaf/worker/{worker}") for worker in ("w0", "w1", "w2")}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGTERM)
+    step = on.status("deaf").step
+    on.until("deaf", lambda s: s.step > step + 20 and s.workers_now == 2 and not s.recoveries)
+    (standby,) = pids.keys() - on.members("deaf")
+    os.kill(pids[standby], signal.SIGSTOP)
+    on.ask("cancel", "deaf")
+    status = on.end_of("deaf")
+    assert status.phase is RunPhase.CANCELLED, status
+    on.assert_nothing_left("deaf", list(pids.values()))
+    on.assert_every_step_once("deaf", status.step)
+
+
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=Parts().tracker)
@@ -166,6 +186,16 @@ def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -
     status = on.end_of("patient")
     assert (status.phase, status.warning) == (RunPhase.SUCCEEDED, None), status
     on.assert_every_step_once("patient", 200)
+
+
+def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
+    host = start_host("held", "tests.support.simulated_worker:SimulatedPreparation", (), Seat())
+    holds = [host.hold.remote() for _ in range(2 * CALLS_AT_ONCE)]
+    pid = ask(host, "pid", timeout_s=20.0)
+    ray.get(holds[:-1], timeout=20.0)  # of controllers that are gone: there is only one at a time
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(RayActorError):  # the newest hears of the end
+        ray.get(holds[-1], timeout=20.0)
 
 
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:

@@ -101,8 +101,9 @@ def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster
     on.until("least", lambda s: s.step > 5)
     on.submit("other", workers=1, resources={"cpus": 0.5}, train=_steps(100_000))
     os.kill(on.pid_of("least/worker/w1"), signal.SIGKILL)
-    status = on.until("least", lambda s: s.phase is RunPhase.RECOVERING)
-    assert "w1 died" in status.why
+    status = on.until("least", lambda s: "workers.min" in s.why)
+    assert status.phase is RunPhase.RECOVERING and "w1 died" in status.why
+    assert "waits for 1 more worker: 2 are there, workers.min is 3" in status.why
     on.until("least", lambda s: bool(s.recoveries))
     assert on.sizes("least")[-1] == 3
     on.ask("cancel", "other")
@@ -112,10 +113,10 @@ def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster
 def test_a_member_lost_in_a_rescale(on: Cluster) -> None:
     on.submit("between", train=_steps(400), workers={"min": 1, "max": 4, "initial": 3, "standby": 1})
     on.until("between", lambda s: s.step > 5 and s.standbys == 1)
-    pid = on.pid_of("between/worker/w1")
+    pid = on.pid_of(f"between/worker/{on.members('between')[1]}")
     on.ask("scale", "between", 4)
     os.kill(pid, signal.SIGKILL)
-    status = on.until("between", lambda s: s.workers_now == 4)
+    status = on.until("between", lambda s: bool(s.recoveries) and s.workers_now == 4)  # it may die after the rescale
     assert [r.steps_lost for r in status.recoveries] == [0]
     _ended_well(on, "between", 400)
 

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,7 +21,7 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.control import local_cluster
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import disconnect
-from orchestrator.control.host import find
+from orchestrator.control.host import find, names_of
 from orchestrator.control.inference import ask_model
 from orchestrator.errors import EntrypointError, NotFound, UsageError
 from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
@@ -27,7 +29,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
 from orchestrator.worker.faults import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
-from tests.support.own_models import ROOT
+from tests.support.own_models import ROOT, linear, own_spec
 from tests.support.texts import HOLDOUT, VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -160,6 +162,28 @@ def test_a_run_lives_through_a_lack_of_memory_and_a_poisoned_batch(
     assert told["batch_skipped"]["step"] == 40 and "the loss of step 40 is" in told["batch_skipped"]["why"]
     account = client.audit(run)
     assert account.ok and account.steps == 60 and account.left_out == (40,)
+
+
+def test_a_model_that_crashes_in_workers_only_fails_once_with_the_users_traceback(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    """What crashes where the job is submitted is refused there (`tests/unit/cli`)."""
+    crash = "import sys\nif 'ray' in sys.modules:\n    raise OSError('no licence on this host')\n"
+    model = own_spec(tmp_path, crash + linear())
+    spec = small_job(texts, model.model_dump()).model_copy(
+        update={"name": "crashing", "storage": str(tmp_path / "runs")}
+    )
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json", by_alias=True)))
+    command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "run", "job.yaml"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 100, done.stderr
+    assert "Traceback (most recent call last)" in done.stderr and "no licence on this host" in done.stderr
+    assert f'File "{tmp_path}/{str(model.entrypoint).partition(":")[0]}.py", line 3, in <module>' in done.stderr
+    kinds = [event["kind"] for event in client.events("crashing")]
+    assert kinds.count("workers_spawned") == 1 and "worker_lost" not in kinds and kinds[-1] == "ended"
+    assert names_of("crashing") == []
 
 
 def _answers_outside_of_training(run_dir: Path, checkpoint: str, texts: Path) -> None:

@@ -99,6 +99,10 @@ class Cluster:
     def kinds(self, name: str) -> list[str]:
         return [event["kind"] for event in self.ask("events", name)]
 
+    def members(self, name: str) -> list[str]:
+        """Of the newest generation: with a standby, the first ones that got warm."""
+        return [event["members"] for event in self.ask("events", name) if event["kind"] == "activated"][-1]
+
     def sizes(self, name: str) -> list[int]:
         return [record.world_size for record in read_steps(self.storage / name)]
 

@@ -5,9 +5,11 @@ notice each other's death by process id, as gloo does by its sockets. With its v
 its buddy keeps in memory. It is told what to do by the job's `envs`:
 
     SIM_STEP_S   how long a step takes
+    SIM_DEAF     whether SIGTERM is ignored, as a user's C library may do
     SIM_DIE      WORKER:MOMENT, or all:MOMENT; who kills itself when: warming, prepared, moving, moving-on after a loss
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -56,6 +58,8 @@ class SimulatedWorker:
     """Hosted in place of `orchestrator.worker.actor:Worker`."""
 
     def __init__(self, worker_id: str) -> None:
+        if "SIM_DEAF" in os.environ:  # not by `signal`, which Python allows in the main thread only
+            ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(int(signal.SIG_IGN)))
         self._me = worker_id
         self._desk = Desk(worker_id, os.getpid())
         self._counters: dict[int, int] = {}  # the experts that this worker holds

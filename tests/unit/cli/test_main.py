@@ -160,6 +160,19 @@ def test_plan_prints_every_size_and_json(here: Path, orchestrator: Callable[...,
     assert orchestrator("plan", "job.yaml", "-n", "4").returncode == 2
 
 
+@pytest.mark.parametrize("verb", [["plan"], ["run", "--local"]], ids=["plan", "run"])
+def test_workers_that_do_not_fit_their_memory_are_refused(
+    here: Path, orchestrator: Callable[..., Done], verb: list[str]
+) -> None:
+    (here / "job.yaml").write_text(VALID + "workers: 2\nresources: {memory: 300MB}\n")
+    told = orchestrator(verb[0], "job.yaml", *verb[1:])
+    assert told.returncode == 2 and ("MEMORY" in told.stdout) == (verb == ["plan"])
+    assert "resources.memory is 300MB (300.0 MB), and a worker of" in told.stderr
+    assert "its own snapshots and its ward's" in told.stderr and "protection: off" in told.stderr
+    assert told.stderr.rstrip().endswith("Nothing was started.")
+    assert not (here / "runs").exists()
+
+
 def test_a_bug_keeps_its_traceback(here: Path) -> None:
     script = (
         "from orchestrator.cli import main\n"

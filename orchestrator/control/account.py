@@ -1,0 +1,72 @@
+"""A run's account: finished steps fetched from its members, and what else users should know.
+
+All of it is journalled, then published. What can't be written down is fetched, or said, again.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from orchestrator.control.crew import Crew
+from orchestrator.control.memory import RunMemory
+from orchestrator.control.tracker_link import TrackerLink
+from orchestrator.errors import StorageError
+from orchestrator.policy.endings import complete_checkpoints, publishable
+from orchestrator.policy.run_state import Observation
+from orchestrator.protocol.messages import StepRecord
+
+log = logging.getLogger("orchestrator.control")
+
+RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
+STAMPS = ("seq", "epoch", "time")  # the log has its own
+
+
+class Account:
+    """Of one run, kept by its controller."""
+
+    def __init__(self, run_id: str, memory: RunMemory, crew: Crew, tracker: TrackerLink) -> None:
+        self._run_id, self._memory, self._crew, self._tracker = run_id, memory, crew, tracker
+        self._asked_s = 0.0  # when records were last asked for; inf while they are
+        self._tracking_fails = False  # and users were told
+
+    def ask(self, seen: Observation, now_s: float) -> None:
+        """Ask for records once in a while, and at once when a checkpoint waits for them."""
+        state, watermark = self._memory.state, self._memory.progress.watermark
+        if not state.members or publishable(state, seen) <= watermark or self._asked_s == float("inf"):
+            return
+        if complete_checkpoints(state, seen) or now_s - self._asked_s >= RECORDS_EVERY_S:
+            teller = self._crew.teller(state.members, watermark)
+            self._asked_s = float("inf") if self._crew.ask_records(teller, watermark) else now_s
+
+    def answered(self) -> None:
+        """The question for records has an answer, whatever it is."""
+        self._asked_s = time.monotonic()
+
+    def enter(self, records: Sequence[StepRecord], seen: Observation) -> None:
+        """Enter those steps that can't be lost any more, and publish them."""
+        with suppress(StorageError):  # they are asked for again
+            before = self._memory.progress
+            fresh = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
+            self._tracker.publish_steps(before, fresh)
+        self._tracker.look()
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Write down something that no decision made, and tell it. Raises StorageError."""
+        self.tell(self._memory.note(kind, **fields))
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """Tell users of an event that is in the journal."""
+        log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in STAMPS})
+        self._tracker.publish_event(event)
+
+    def tell_of_tracking(self) -> None:
+        """Write down when metrics begin to wait, and when they arrive again."""
+        warning = self._tracker.warning
+        if (warning is not None) != self._tracking_fails:
+            with suppress(StorageError):  # said at the next look
+                event = self._memory.note("tracking_fails", why=warning) if warning else None
+                event = event or self._memory.note("tracking_works")
+                self._tracking_fails = warning is not None
+                self.tell(event)

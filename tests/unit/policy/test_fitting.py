@@ -1,0 +1,74 @@
+"""Jobs whose workers don't fit the memory that they get are refused, with the figures."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.elastic.layout import ParamSpec
+from orchestrator.errors import UsageError
+from orchestrator.policy.fitting import GIB, check_memory, crowding
+from orchestrator.policy.planning import JobPlan, StatePlan, plan_job
+from orchestrator.spec.job import JobSpec
+
+MILLION = 1_000_000
+EXPERTS = tuple(ParamSpec(f"layers.1.mlp.experts.{expert}.down", 10 * MILLION, expert) for expert in range(8))
+STATE = StatePlan((ParamSpec("dense", 10 * MILLION, None), *EXPERTS), (), 512)
+
+
+def _job(memory: str | None, workers: str = "1..4", **changes: Any) -> tuple[JobSpec, JobPlan]:
+    spec = {"schema": "v1", "name": "try", "workers": workers, "model": {"num_experts": 8}, **changes}
+    job = JobSpec.model_validate(spec | {"resources": {"memory": memory}})
+    return job, plan_job(job, STATE, ours=False)
+
+
+def _refusal(job: JobSpec, plan: JobPlan) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        check_memory(job, plan)
+    return caught.value
+
+
+def test_what_fits_at_every_size_passes() -> None:
+    job, plan = _job("64GiB")
+    check_memory(job, plan)
+    peak = max(world.memory.peak for world in plan.worlds)
+    check_memory(*_job(f"{peak // 1024 + 1}KiB"))
+    assert "needs" in _refusal(*_job(f"{peak // 1024 - 1}KiB")).message
+
+
+def test_a_buddys_snapshots_that_do_not_fit_are_refused_with_every_figure() -> None:
+    """Without them the same job fits, which is one of the remedies."""
+    job, plan = _job("4GB", workers="2")
+    (world,) = plan.worlds
+    told = _refusal(job, plan)
+    assert "resources.memory is 4GB (4.00 GB), and a worker of try needs " in told.message
+    assert f"{world.memory.peak / 1e9:.2f} GB in a world of 2" in told.message
+    assert "its own snapshots and its ward's" in told.message and "process 600.0 MB" in told.message
+    assert "protection: off" in told.remedy and "more workers" in told.remedy
+    assert told.unchanged == "Nothing was started."
+    check_memory(*_job("4GB", workers="2", protection="off"))
+
+
+def test_the_amount_that_is_named_is_enough() -> None:
+    told = _refusal(*_job("1GB"))
+    amount = told.remedy.removeprefix("Set resources.memory to ").partition(" ")[0]
+    check_memory(*_job(amount))
+
+
+def test_a_size_that_fits_is_named() -> None:
+    told = _refusal(*_job("4GB"))
+    assert "set workers.min to 4, for 3.66 GB" in told.remedy
+    check_memory(*_job("4GB", workers="4..5"))
+
+
+def test_a_world_of_one_has_no_snapshots_to_do_without() -> None:
+    told = _refusal(*_job("1GB", workers="1"))
+    assert "snapshots" not in told.message and "protection" not in told.remedy
+
+
+def test_without_a_limit_too_small_a_machine_is_a_warning() -> None:
+    job, plan = _job(None)
+    check_memory(job, plan)
+    needed = max(world.world_size * world.memory.peak for world in plan.worlds)
+    assert crowding(job, plan, needed) == ""
+    assert "3 workers need 14.92 GB, and this machine has 14.92 GB" in crowding(job, plan, needed - 1)
+    assert crowding(*_job("1GB"), GIB) == ""
