@@ -18,6 +18,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.protection import EVERY_STEP, Protection
 from orchestrator.spec.recovery import RecoverySpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
+from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
 
 __all__ = [
@@ -190,53 +191,6 @@ class CheckpointSpec(Section):
         ge=0,
         description="How many more are kept for their validation loss, the lowest ones. Needs eval.every.",
     )
-
-
-def _tracking_uri(uri: str) -> str:
-    if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+", uri):
-        raise refuse(
-            "must be sqlite:////ABSOLUTE/PATH.db, postgresql://HOST/DATABASE or the http(s):// address of an MLflow "
-            "server"
-        )
-    return uri
-
-
-def _registered_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 _.-]*", name):
-        raise refuse("must begin with a letter or digit and hold only these, blanks, and _ . -")
-    return name
-
-
-def _alias(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or re.fullmatch(r"v\d+|latest", name, re.IGNORECASE):
-        raise refuse(
-            "must begin with a letter and hold only letters, digits, _ and -; v1, v2, ... and latest are MLflow's own"
-        )
-    return name
-
-
-class TrackingSpec(Section):
-    """Where metrics go."""
-
-    uri: Annotated[str, AfterValidator(_tracking_uri)] | None = Field(
-        default=None,
-        description="MLflow's database or server: sqlite:////PATH.db, postgresql://HOST/DATABASE, http(s)://ADDRESS. "
-        "null: an SQLite database in the run storage. Put no password here.",
-    )
-    experiment: str = Field(
-        default="orchestrator", min_length=1, max_length=200, description="Name of the MLflow experiment."
-    )
-    register_as: Annotated[str, Field(max_length=200), AfterValidator(_registered_name)] | None = Field(
-        default=None,
-        description="When the run succeeds, its newest checkpoint becomes a version of this registered model.",
-    )
-    alias: Annotated[str, Field(max_length=200), AfterValidator(_alias)] | None = Field(
-        default=None, description="Alias that this version then gets. Needs register_as."
-    )
-
-    def broken_rules(self) -> Iterator[Broken]:
-        if self.alias is not None and self.register_as is None:
-            yield Broken((("alias",), ("register_as",)), f"alias needs register_as; got {self.alias!r} and null")
 
 
 Workers = Annotated[WorkersSpec, BeforeValidator(_workers, json_schema_input_type=WorkersSpec | int | str)]
