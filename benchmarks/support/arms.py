@@ -21,7 +21,7 @@ from benchmarks.support.environment import environment, worker_environment
 from orchestrator.control.crew import POLL_PAUSE_S, POLL_S
 from orchestrator.control.run_controller import RECORDS_EVERY_S
 from orchestrator.spec.job import JobSpec
-from tests.support.crew import Crew
+from tests.support.crew import Crew, MemberDied
 
 START_TIMEOUT_S = 120.0
 BLOCK_TIMEOUT_S = 50.0  # below the minute after which gloo, or a worker without a controller, would give up
@@ -129,7 +129,7 @@ class OurLoop(Arm):
                     for record in member.call("report", newest, -1, 0.0).records:
                         newest, self.snapshot_interval = record.step, record.snapshot_interval
                         self.tell(record.step, record.vote_time, record.loss)
-            except (EOFError, OSError):
+            except (MemberDied, OSError):
                 return self.end()
             time.sleep(POLL_PAUSE_S)
 

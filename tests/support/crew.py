@@ -67,6 +67,14 @@ def _await_end(worker: Any) -> None:
         worker._training.join(PATIENCE_S)
 
 
+class MemberDied(RuntimeError):
+    """The process of a member has ended."""
+
+
+class NoCut(RuntimeError):
+    """Nobody has a whole state: only a checkpoint can help."""
+
+
 class Member:
     """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds."""
 
@@ -79,11 +87,16 @@ class Member:
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:
+        """What the worker's method returns. Raises MemberDied if the process ends before it has answered."""
         with self._lock:
-            self._pipe.send((method, args))
-            if not self._pipe.poll(PATIENCE_S):
-                raise TimeoutError(f"process {self.process.pid} did not answer {method} within {PATIENCE_S:.0f} s")
-            ok, value = self._pipe.recv()
+            try:
+                self._pipe.send((method, args))
+                if not self._pipe.poll(PATIENCE_S):
+                    raise TimeoutError(f"process {self.process.pid} did not answer {method} within {PATIENCE_S:.0f} s")
+                ok, value = self._pipe.recv()
+            except (EOFError, ConnectionError):
+                self.process.join(PATIENCE_S)  # its end of the pipe is closed a little before it counts as dead
+                raise MemberDied(f"process {self.process.pid} was asked for {method}, and has ended") from None
         if not ok:
             raise value
         return value
@@ -97,10 +110,6 @@ class Member:
         if self.process.is_alive():
             os.kill(self.process.pid or 0, signal.SIGKILL)
         self.process.join()
-
-
-class NoCut(RuntimeError):
-    """Nobody has a whole state: only a checkpoint can help."""
 
 
 _idle: list[Member] = []  # processes of earlier crews that ended well
@@ -260,7 +269,7 @@ class Crew:
 
         Raises:
             NoCut: nobody has a whole state.
-            EOFError, OSError: somebody has died meanwhile.
+            MemberDied: somebody has died meanwhile.
         """
         old = self.directive.current
         assert old is not None
@@ -296,7 +305,7 @@ class Crew:
 
         def is_ready(report: Report) -> bool:
             if dead := [w for w in members if w not in self.living]:
-                raise EOFError(f"{dead} died on the way to generation {plan.generation}")
+                raise MemberDied(f"{dead} died on the way to generation {plan.generation}")
             return report.phase is Phase.READY and report.generation == plan.generation
 
         self.await_all(members, is_ready)
