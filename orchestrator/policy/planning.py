@@ -46,8 +46,8 @@ class StatePlan:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of the worker that holds most. `activations` and `loss` are None for a model that isn't ours. `fence` is
-    the largest second shard that it holds meanwhile while it moves to a neighbouring size. `snapshots` are two of its
-    own and two of its ward's; at a fence those of the next world lie beside them.
+    the largest second shard that it holds while it moves to a neighbouring size, or recovers at its own. `snapshots`
+    are two of its own and two of its ward's; at a fence those of the next world lie beside them.
     """
 
     weights: int
@@ -144,11 +144,14 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
     layout = _layout(job, state, placement, _world(0, size))
     neighbours = [n for n in (size - 1, size + 1) if job.workers.min <= n <= job.workers.max]
     moved = [_plan_rescale(job, state, layout, placement, neighbour) for neighbour in neighbours]
+    seconds = [second for _, second in moved]
+    if size > 1:  # whoever is lost may be replaced before the others go on
+        seconds.append(int(layout.bytes_per_rank().max()))
     return WorldPlan(
         world_size=size,
         experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
         slots=tuple(len(slots_of(rank, size, job.train.num_slots)) for rank in range(size)),
-        memory=_memory(job, state, layout, placement, max((second for _, second in moved), default=0), ours),
+        memory=_memory(job, state, layout, placement, max(seconds, default=0), ours),
         traffic=_traffic(job, state, placement, layout),
         rescales=tuple(rescale for rescale, _ in moved),
     )

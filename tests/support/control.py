@@ -18,7 +18,6 @@ from orchestrator.control.memory import read_steps
 from orchestrator.control.parts import Parts
 from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.protocol.status import RunStatus
-from orchestrator.sampling.ledger import audit
 from orchestrator.spec.job import JobSpec
 from tests.support.simulated_worker import simulated_parts
 
@@ -120,6 +119,6 @@ class Cluster:
         assert [pid for pid in pids if psutil.pid_exists(pid)] == []
 
     def assert_every_step_once(self, name: str, steps: int) -> None:
-        result = audit(self.ask("ledger", name))
+        result = self.ask("audit", name)
         assert result.ok, result.problems
         assert result.steps == steps
