@@ -14,6 +14,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import (
     MAX_FAILED_MOVES,
+    is_blame_due,
     members_for,
     prepared,
     warm_standbys,
@@ -58,20 +59,22 @@ def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if any(seen.phase(member) is not Phase.TRAINING for member in state.members):
         return Decision(state)
     involved = state.next.involved
-    broken = [f"{w} was lost" for w in involved if w not in state.crew]
-    broken += [
+    known = [f"{w} was lost" for w in involved if w not in state.crew]
+    known += [why] if (why := without_store(state, seen)) else []
+    broken = known + [
         f"{w} could not reach generation {state.next.generation}"
         for w in involved
         if (report := seen.reports.get(w)) and report.failed_generation == state.next.generation
     ]
-    broken += [why] if (why := without_store(state, seen)) else []
     if not broken:
         return Decision(state)
+    if not known and not is_blame_due(state, seen):
+        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
     failed_moves = state.failed_moves + 1
     gives_up = failed_moves >= MAX_FAILED_MOVES
     wish = Wish(len(state.members), seen.step + 1) if gives_up else state.wish
     note = Note("move_abandoned", {"generation": state.next.generation, "why": broken[0], "gave_up": gives_up})
-    abandoned = replace(state, failed_moves=failed_moves, wish=wish, why=broken[0])
+    abandoned = replace(state, failed_moves=failed_moves, wish=wish, why=broken[0], broken_s=None)
     return Decision(replace(abandoned, next=None, next_first_step=None, next_why=""), (note,))
 
 

@@ -9,7 +9,7 @@ from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
 
-BLAME_S = 1.0  # the death of a process is known this soon after its peers notice
+BLAME_S = 1.0  # the death of a process, or of the rendezvous store, is known this soon after others notice
 MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
 
 
@@ -43,6 +43,11 @@ def without_store(state: RunState, seen: Observation) -> str:
         return ""
     is_late = any(prepared(seen, worker) < plan.generation for worker in plan.involved)
     return f"the rendezvous store of generation {plan.generation} was lost" if is_late else ""
+
+
+def is_blame_due(state: RunState, seen: Observation) -> bool:
+    """A move was seen to fail so long ago that whoever is to blame would be known: whoever notices first is not."""
+    return state.broken_s is not None and seen.now_s - state.broken_s >= BLAME_S
 
 
 def with_plan(

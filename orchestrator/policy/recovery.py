@@ -17,7 +17,7 @@ from orchestrator.policy.crew import why_gone
 from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S, is_silent, stuck
 from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, held_back_s, overdrawn
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.planning_moves import BLAME_S, MAX_FAILED_MOVES, warm_standbys, with_plan, without_store
+from orchestrator.policy.planning_moves import MAX_FAILED_MOVES, is_blame_due, warm_standbys, with_plan, without_store
 from orchestrator.policy.responses import respond
 from orchestrator.policy.run_state import USER_ERROR, Decision, Dismiss, Loss, Note, Observation, RunState, ended
 from orchestrator.policy.schedule import SizeChange, Wish, wanted_size
@@ -147,9 +147,11 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
     why = without_store(state, seen)
     if not lost and not failed and not why:
         return Decision(state)
+    if not lost and not why and not is_blame_due(state, seen):
+        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
     what = "was lost" if lost else f"could not reach generation {plan.generation}"
     why = why or f"{', '.join(lost or failed)} {what}"
-    over = replace(state, aborted=plan.generation, next=None, next_why="")
+    over = replace(state, aborted=plan.generation, next=None, next_why="", broken_s=None)
     return _abandoned(over, seen, plan.generation, why)
 
 
@@ -241,11 +243,8 @@ def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
     why = without_store(state, seen)
     if not lost and not failed and not why:
         return Decision(state)
-    if not lost and not why:  # they notice before it is known who is to blame
-        if state.broken_s is None:
-            return Decision(replace(state, broken_s=seen.now_s))
-        if seen.now_s - state.broken_s < BLAME_S:
-            return Decision(state)
+    if not lost and not why and not is_blame_due(state, seen):
+        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
     why = why or (f"{', '.join(lost)} was lost" if lost else f"{', '.join(failed)} could not reach it")
     again = replace(state, aborted=state.next.generation, aborted_s=seen.now_s, next=None, next_why="", broken_s=None)
     return _abandoned(again, seen, state.next.generation, why)

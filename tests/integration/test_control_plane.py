@@ -122,6 +122,7 @@ def test_whoever_steers_may_die(on: Cluster, victims: tuple[str, ...]) -> None:
     on.assert_nothing_left(run, processes)
 
 
+@pytest.mark.slow
 def test_a_member_lost_with_the_rendezvous_store_is_recovered_from_once_that_is_back(on: Cluster) -> None:
     run = "both"
     on.submit(

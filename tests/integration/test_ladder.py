@@ -152,7 +152,7 @@ def test_another_death_while_the_run_recovers(crew: Crew, undisturbed: Crew, mom
         pytest.param(Moment.PREPARE, marks=pytest.mark.slow),
         pytest.param(Moment.MOVE, marks=pytest.mark.slow),
         pytest.param(Moment.READY, marks=pytest.mark.slow),
-        Moment.ACTIVATED,
+        pytest.param(Moment.ACTIVATED, marks=pytest.mark.slow),
     ],
     ids=lambda moment: moment.name.lower(),
 )

@@ -56,7 +56,7 @@ def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_di
     assert {r.num_positions for r in crew.records.values()} == {10}
 
 
-@pytest.mark.parametrize("micro_batch", [1, 5])
+@pytest.mark.parametrize("micro_batch", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_path: Path, micro_batch: int) -> None:
     """Up to rounding: the same rows, the same weights of their losses."""
     losses = []
@@ -69,7 +69,7 @@ def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("has_experts", [True, False])
+@pytest.mark.parametrize("has_experts", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_slow_rank_is_told_by_who_waits_for_whom(
     texts: Path, store_dir: Path, tmp_path: Path, has_experts: bool
 ) -> None:

@@ -79,7 +79,7 @@ def test_a_stopped_member_is_left_behind(crew: Crew, undisturbed: Crew) -> None:
     _same_training(crew, undisturbed)
 
 
-@pytest.mark.parametrize("protection", ["every 4", "auto"])
+@pytest.mark.parametrize("protection", [pytest.param("every 4", marks=pytest.mark.slow), "auto"])
 def test_a_loss_between_two_snapshots_goes_back_to_the_older_one(
     texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, protection: str
 ) -> None:

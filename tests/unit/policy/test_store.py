@@ -103,3 +103,26 @@ def test_the_first_generation_is_planned_anew_too() -> None:
     assert [note.fields["why"] for note in life.of_kind("move_abandoned")] == [
         "the rendezvous store of generation 0 was lost"
     ]
+
+
+def test_a_store_whose_loss_is_not_known_yet_costs_no_wish() -> None:
+    """Workers find out at once, and would do so any number of times before the controller hears of it."""
+    life = Life(limits_of(steps=60))
+    life.run_until(lambda: life.step == 3)
+    life.scale(3)
+    life.run_until(lambda: "w2" in life.reports and life.reports["w2"].phase is Phase.STANDBY)
+    life.frozen.add("w2")  # it has yet to connect
+    life.run_until(lambda: life.state.next is not None)
+    begun_s = life.now_s
+    while life.now_s < begun_s + 1.5:
+        if life.state.next is not None:
+            life.say("w0", failed_generation=life.state.next.generation)
+        life.now_s -= 0.9  # ten decisions in a second
+        life.tick()
+    life.store = None
+    life.tick()
+    life.frozen.clear()
+    life.store = ELSEWHERE
+    _ends_well(life)
+    assert life.sizes[-1] == 3
+    assert not any(note.fields["gave_up"] for note in life.of_kind("move_abandoned"))
