@@ -49,7 +49,7 @@ LIMITS = {"sigkill": 0.5, "sigkill_two": 1.5, "kill_during_prepare": 1.5, "node_
 
 
 def measure(quick: bool) -> Result:
-    rounds = 1 if quick else 6
+    rounds = 1 if quick else 5
     kinds = ("sigkill",) if quick else tuple(FAULTS)
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
         workspace = Path(folder)
