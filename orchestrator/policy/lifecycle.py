@@ -20,7 +20,7 @@ from orchestrator.policy.failures import held_back_s
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
 from orchestrator.policy.planning_moves import warm_standbys
-from orchestrator.policy.recovery import bury_members, notice_loss, recover, restart_first
+from orchestrator.policy.recovery import bury_members, hear_errors, notice_loss, recover, restart_first
 from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.policy.stragglers import watch_stragglers
@@ -37,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     end_run,
     settle,
     notice_loss,
+    hear_errors,
     bury_members,
     bury_lost,
     restart_first,

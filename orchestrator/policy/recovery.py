@@ -60,15 +60,33 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     )
     if gone or stopped:
         note = Note("generation_aborted", {"generation": current.generation, "step": seen.step, "why": why})
-        account = Recovery(
-            current.generation, (), own[0][1].kind if own else "network", current.world.size, 0, seen.step, why
-        )
-        losses = tuple(Loss(w, seen.nodes.get(w, ""), error.kind, seen.step, seen.now_s) for w, error in own)
-        known = (*state.losses, *losses)[-MAX_LOSSES:]
-        traceback = own[0][1].traceback if own else ""
-        over, notes = respond(limits, replace(over, recovery=account, losses=known, traceback=traceback), seen, losses)
-        return Decision(over, (note, *notes))
+        account = Recovery(current.generation, (), "network", current.world.size, 0, seen.step, why)
+        return Decision(replace(over, recovery=account, traceback=""), (note,))
     return _abandoned(over, seen, newest, why)
+
+
+def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Enter what members of an aborted generation say of themselves, once each. It may come after the complaints of
+    their peers: whoever only lost a peer has nothing to write down first."""
+    if not state.is_recovering or state.current is None or state.recovery is None:
+        return Decision(state)
+    generation = state.current.generation
+    heard = {loss.worker for loss in state.losses if loss.generation == generation}
+    own = _own_errors(seen, (w for w in state.members if w not in heard and _stopped_in(seen, w) == generation))
+    if not own:
+        return Decision(state)
+    moment_s = seen.now_s if state.aborted_s is None else state.aborted_s  # all of it is one failure
+    losses = tuple(Loss(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
+    worker, error = own[0]
+    is_culprit = state.recovery.cause == "network" and all(w in state.crew for w in state.members)
+    why = f"{worker} failed: {error.kind}: {error.message}" if is_culprit else state.why
+    account = replace(state.recovery, cause=error.kind, why=why) if is_culprit else state.recovery
+    known = (*state.losses, *losses)[-MAX_LOSSES:]
+    traceback = error.traceback or state.traceback
+    told, notes = respond(
+        limits, replace(state, recovery=account, losses=known, why=why, traceback=traceback), seen, losses
+    )
+    return Decision(told, notes)
 
 
 def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

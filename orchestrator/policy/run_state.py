@@ -29,13 +29,15 @@ USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in 
 
 @dataclass(frozen=True)
 class Loss:
-    """A failure: which worker on which node (empty: nobody's), in what way, and after which finished step."""
+    """A failure: which worker on which node (empty: nobody's), in what way, after which finished step, and in which
+    generation, if it tells of it itself."""
 
     worker: str
     node: str
     cause: str
     step: int
     time_s: float
+    generation: int = -1
 
 
 @dataclass(frozen=True)

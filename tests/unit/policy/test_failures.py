@@ -167,3 +167,18 @@ def test_a_run_below_its_least_size_says_that_the_next_worker_is_held_back() -> 
         life.kill(life.state.members[-1])
         life.run_until(lambda: life.state.is_recovering)
     assert "the next worker is started in" in explain(life.limits, life.state, life.seen())
+
+
+@pytest.mark.parametrize("kind", ["out_of_memory", "numeric", "user_error"])
+def test_an_error_that_is_told_after_a_peers_complaint_is_heard_all_the_same(kind: str) -> None:
+    life = Life(limits_of(steps=40, initial_workers=3, micro_batch_size=4))
+    life.run_until(lambda: life.step == 9)
+    life.stop("w1")
+    life.tick()
+    assert life.state.is_recovering and not life.state.losses
+    _fails(life, "w0", kind)
+    _goes_on(life, 1)
+    assert life.state.recoveries[0].cause == kind and "w0 failed" in life.state.recoveries[0].why
+    assert [(loss.worker, loss.cause) for loss in life.state.losses] == [("w0", kind)]
+    assert len(life.of_kind("micro_batch_reduced")) == (kind == "out_of_memory")
+    assert len(life.of_kind("batch_skipped")) == (kind == "numeric")
