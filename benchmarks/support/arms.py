@@ -18,8 +18,8 @@ from typing import Self
 
 from benchmarks.harness import ROOT
 from benchmarks.support.environment import environment, worker_environment
+from orchestrator.control.account import RECORDS_EVERY_S
 from orchestrator.control.crew import POLL_PAUSE_S, POLL_S
-from orchestrator.control.run_controller import RECORDS_EVERY_S
 from orchestrator.spec.job import JobSpec
 from tests.support.crew import Crew, MemberDied
 
