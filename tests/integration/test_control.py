@@ -199,6 +199,7 @@ def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
         ray.get(holding[0], timeout=20.0)
 
 
+@pytest.mark.slow
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
     on.submit("kept", train=_steps(300))
     on.until("kept", lambda s: s.step > 0)

@@ -45,7 +45,11 @@ def _ended_well(on: Cluster, name: str, steps: int = 300) -> RunStatus:
     return status
 
 
-@pytest.mark.parametrize("victims", [("w2",), pytest.param(("w0",), marks=pytest.mark.slow), ("w0", "w2")], ids=str)
+@pytest.mark.parametrize(
+    "victims",
+    [pytest.param(("w2",), marks=pytest.mark.slow), pytest.param(("w0",), marks=pytest.mark.slow), ("w0", "w2")],
+    ids=str,
+)
 def test_survivors_go_on_and_the_lost_are_replaced(on: Cluster, victims: tuple[str, ...]) -> None:
     name = "lost-" + "-".join(victims)
     pids = _four(on, name)
@@ -110,6 +114,7 @@ def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster
     _ended_well(on, "least", 200)
 
 
+@pytest.mark.slow
 def test_a_member_lost_in_a_rescale(on: Cluster) -> None:
     on.submit("between", train=_steps(400), workers={"min": 1, "max": 4, "initial": 3, "standby": 1})
     on.until("between", lambda s: s.step > 5 and s.standbys == 1)

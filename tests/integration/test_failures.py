@@ -22,7 +22,7 @@ def _report_of(crew: Crew, worker: str) -> Report:
     return crew.members[worker].report()
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_survivor_of_a_loss_is_freed_at_once(crew: Crew, victim: int) -> None:
     """Also those that were waiting for another survivor, not for the dead one."""
     crew.start(crew.plan(crew.ids))
@@ -36,6 +36,7 @@ def test_every_survivor_of_a_loss_is_freed_at_once(crew: Crew, victim: int) -> N
         assert report.stopped == 0 and report.holdings
 
 
+@pytest.mark.slow
 def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(crew: Crew) -> None:
     crew.start(crew.plan(crew.ids[:2]))
     crew.await_step(2)
@@ -143,6 +144,7 @@ def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(crew: Crew) -
     crew.await_step(crew.newest_step + 3)
 
 
+@pytest.mark.slow
 def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(crew: Crew) -> None:
     """The store dies when all are connected and the fence is raised already: the move fails, the state does not."""
     crew.start(crew.plan(crew.ids[:2]))
