@@ -33,8 +33,8 @@ STEPS: dict[str, dict[str, int]] = {
     "long": {"global_batch_size": 64, "micro_batch_size": 4, "sequence_length": 128},
     "short": {"global_batch_size": 8, "micro_batch_size": 4, "sequence_length": 128},
 }
-BLOCK_STEPS = {"long": 2, "short": 8}
-ROUNDS = {"long": 10, "short": 10}
+BLOCK_STEPS = {"long": 3, "short": 8}
+ROUNDS = {"long": 20, "short": 10}  # pairs of long steps differ by some percent
 WARM_STEPS = MEASURED + 3  # then auto has chosen
 
 
