@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.crew import Crew
 from tests.support.ranks import Ranks
-from tests.support.texts import prepare_texts, write_texts
+from tests.support.texts import prepare_texts, small_job, write_texts
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_texts(texts, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
+    """A run in a world of one from beginning to end, to compare others with."""
+    with Crew(small_job(texts), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_finished()
+    return crew

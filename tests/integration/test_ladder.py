@@ -33,15 +33,6 @@ def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
         yield crew
 
 
-@pytest.fixture(scope="module")
-def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
-    """A run in a world of one from beginning to end."""
-    with Crew(small_job(texts), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_finished()
-    return crew
-
-
 @dataclass(frozen=True)
 class Loss:
     """What a crew had published when it lost somebody, and how it went on."""

@@ -25,15 +25,6 @@ def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
         yield crew
 
 
-@pytest.fixture(scope="module")
-def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
-    """A run in a world of one from beginning to end."""
-    with Crew(small_job(texts), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_finished()
-    return crew
-
-
 def _same_training(crew: Crew, undisturbed: Crew) -> None:
     """Every step once, the same samples in the same order, the same losses up to rounding."""
     assert sorted(crew.records) == list(range(STEPS))
