@@ -17,9 +17,10 @@ from orchestrator.elastic.world import World
 
 IntArray = NDArray[np.int64]
 
-# DeepSpeed pads every flat parameter group to a multiple of this per rank, so that each partition starts aligned
-# (`nccl_start_alignment_factor` in runtime/zero/stage_1_and_2.py).
-ALIGNMENT_PER_RANK = 2
+# Elements: every partition is a multiple of it. torch's fused AdamW takes as many at once, 64 bytes, on a CPU, and what
+# is left over at the end of a partition one by one, with other roundings: so nothing is left over, and an element's
+# update doesn't depend on where in a partition it lies.
+PARTITION_MULTIPLE = 16
 
 
 class Kind(IntEnum):
@@ -198,7 +199,7 @@ def _partition(param_numel: IntArray, groups: Sequence[Sequence[int]], holder_se
             continue
         param = np.array(members, dtype=np.int64)
         begin = np.append(0, np.cumsum(param_numel[param]))
-        total, alignment = int(begin[-1]), ALIGNMENT_PER_RANK * len(ranks)
+        total, alignment = int(begin[-1]), PARTITION_MULTIPLE * len(ranks)
         partition_size = -(-total // alignment) * alignment // len(ranks)
         cuts = np.unique(np.append(begin, np.arange(0, total, partition_size)))  # what lies behind `total` is padding
         start, stop = cuts[:-1], cuts[1:]

@@ -17,10 +17,12 @@ class StepOutcome:
     Args:
         applied: False when the gradients were not finite; then no rank changed anything.
         grad_norm: global norm before clipping; inf when not applied.
+        gradients: if they were to be kept and were applied: `grad/NAME`, fp32, of what this rank updates; clipped.
     """
 
     applied: bool
     grad_norm: float
+    gradients: NamedRanges | None = None
 
 
 def nothing() -> None:
@@ -40,12 +42,13 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float, before_update: Callable[[], None] = nothing) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
         """Sum gradients over the ranks, clip, update.
 
         Args:
             before_update: called once, when everything is known and the state is about to change; not if the update is
                 skipped. If anything is raised before it is called, the state is that of the step before.
+            keep_gradients: give them back, as long as somebody refers to them.
         """
         ...
 

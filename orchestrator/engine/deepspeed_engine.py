@@ -1,8 +1,9 @@
 """The engine that trains: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
 
 What is ours and why:
-- Parameter groups: dense, then one per colour of the placement, the same list on every rank. A rank that holds
-  nothing of a colour has a one-element dummy there, since DeepSpeed wants every rank to have every group.
+- Parameter groups: dense, then one per colour of the placement, the same list on every rank. Each ends with a filler
+  that makes its partitions multiples of `PARTITION_MULTIPLE`; a rank that holds nothing of a colour has only a filler
+  there, since DeepSpeed wants every rank to have every group.
 - Gradients are summed, not averaged: a slot's loss is already divided by the global batch's token count.
 - Gradients accumulate in fp32 with bf16 weights too, at both stages, in the same optimizer class.
 - All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is switched off, and so is the
@@ -29,6 +30,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from orchestrator.comm import pulse
+from orchestrator.elastic.layout import PARTITION_MULTIPLE
+from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.groups import Groups
 from orchestrator.model.base import TrainableModel, expert_of
@@ -66,17 +69,6 @@ class _Core(DeepSpeedEngine):  # type: ignore[misc]
         return "zero_optimization"
 
 
-class _AdamW(torch.optim.AdamW):
-    """Tells when an update begins. DeepSpeed steps it once for each parameter group."""
-
-    before_update: Callable[[], None] = staticmethod(nothing)
-
-    def step(self, closure: Any = None) -> Any:
-        tell, self.before_update = self.before_update, nothing
-        tell()
-        return super().step(closure)
-
-
 class DeepSpeedEngineAdapter:
     """Implements `orchestrator.engine.base.Engine`.
 
@@ -95,14 +87,7 @@ class DeepSpeedEngineAdapter:
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
         param_groups = _param_groups(model, groups)
-        self._adamw = _AdamW(
-            param_groups,
-            lr=train.lr,
-            betas=train.optimizer.betas,
-            eps=train.optimizer.eps,
-            weight_decay=train.optimizer.weight_decay,
-            fused=True,
-        )
+        self._adamw = AdamW(param_groups, train)
         config = _config(model, train)
         os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker its own devices, so the first is ours
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
@@ -118,6 +103,7 @@ class DeepSpeedEngineAdapter:
         self._zero = self._core.optimizer
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._make_optimizer_state()
+        self._owned = self._find_owned()
         self._ranges = self._collect_ranges()
 
     # -- training ----------------------------------------------------------------------------------------------
@@ -128,13 +114,22 @@ class DeepSpeedEngineAdapter:
         self._core.backward(loss / global_tokens, scale_wrt_gas=False)
         return loss.detach(), counts_LE
 
-    def step(self, lr: float, before_update: Callable[[], None] = nothing) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
         self._adamw.before_update = before_update
+        self._adamw.gradients = {} if keep_gradients else None
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._core.step()
-        norm = self._zero._global_grad_norm
-        return StepOutcome(applied=not self._zero.overflow, grad_norm=float(norm))
+        kept, self._adamw.gradients = self._adamw.gradients, None
+        applied, norm = not self._zero.overflow, float(self._zero._global_grad_norm)
+        return StepOutcome(applied, norm, self._gradients(kept) if applied and kept is not None else None)
+
+    def _gradients(self, kept: dict[int, Tensor]) -> NamedRanges:
+        ranges = NamedRanges()
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            for name, start, here in self._owned[index]:
+                ranges.add(f"grad/{name}", start, kept[id(master)][here])
+        return ranges
 
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:
@@ -183,54 +178,73 @@ class DeepSpeedEngineAdapter:
                 "exp_avg_sq": torch.empty_like(master),
             }
 
+    def _find_owned(self) -> list[list[tuple[str, int, slice]]]:
+        """By group, what this rank's partition is made of: a parameter's name, the element where its part begins, and
+        where in the partition it lies."""
+        found: list[list[tuple[str, int, slice]]] = []
+        for index, params in enumerate(self._zero.round_robin_bit16_groups):
+            size = self._zero.partition_size[index]
+            low = self._partition_rank(index) * size
+            owned = []
+            for param, offset in zip(params, self._zero.round_robin_bit16_offsets[index], strict=True):
+                start, stop = max(offset, low), min(offset + param.numel(), low + size)
+                if start < stop and not _is_filler(self._names[id(param)]):
+                    owned.append((self._names[id(param)], start - offset, slice(start - low, stop - low)))
+            found.append(owned)
+        return found
+
     def _collect_ranges(self) -> NamedRanges:
         ranges = NamedRanges()
-        zero = self._zero
-        for index, params in enumerate(zero.round_robin_bit16_groups):
-            size = zero.partition_size[index]
-            low = self._partition_rank(index) * size
-            master = zero.single_partition_of_fp32_groups[index]
-            moments = zero.optimizer.state[master]
-            for param, offset in zip(params, zero.round_robin_bit16_offsets[index], strict=True):
-                name = self._names.get(id(param))
-                if name is None or _is_dummy(name):
-                    continue
+        for name, param in self._model.named_parameters():
+            if not _is_filler(name):
                 ranges.add(f"param/{name}", 0, param.data.view(-1))
-                start, stop = max(offset, low), min(offset + param.numel(), low + size)
-                if start < stop:
-                    here = slice(start - low, stop - low)
-                    if self._mixed:
-                        ranges.add(f"master/{name}", start - offset, master.detach()[here])
-                    ranges.add(f"exp_avg/{name}", start - offset, moments["exp_avg"][here])
-                    ranges.add(f"exp_avg_sq/{name}", start - offset, moments["exp_avg_sq"][here])
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            moments = self._zero.optimizer.state[master]
+            for name, start, here in self._owned[index]:
+                if self._mixed:
+                    ranges.add(f"master/{name}", start, master.detach()[here])
+                ranges.add(f"exp_avg/{name}", start, moments["exp_avg"][here])
+                ranges.add(f"exp_avg_sq/{name}", start, moments["exp_avg_sq"][here])
         for name, buffer in self._model.state_buffers():
             ranges.add(f"buffer/{name}", 0, buffer.view(-1))
         return ranges
 
 
-def _is_dummy(name: str) -> bool:
-    return name.startswith("_placeholder_")
+def _is_filler(name: str) -> bool:
+    return name.startswith("_filler_")
 
 
 def _param_groups(model: TrainableModel, groups: Groups) -> list[dict[str, Any]]:
     """Dense parameters, then one group per colour of the placement; the order of a group is the model's."""
     named = list(model.named_parameters())
-    result: list[dict[str, Any]] = [{"name": "dense", "params": [p for n, p in named if expert_of(n) is None]}]
+    dense = [p for n, p in named if expert_of(n) is None]
+    result: list[dict[str, Any]] = [{"name": "dense", "params": _filled(model, "dense", dense, groups.world)}]
     if not model.moe_layers:
         return result
     colours = {e: groups.placement.colour_of(e) for e in groups.placement.experts_of(groups.rank)}
-    for colour in range(len(groups.replicas)):
+    for colour, replicas in enumerate(groups.replicas):
         name = _group_name(colour)
-        params = [p for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
-        if not params:
-            placeholder = nn.Parameter(torch.zeros(1, device=named[0][1].device, dtype=named[0][1].dtype))
-            model.register_parameter(f"_placeholder_{colour}", placeholder)
-            params = [placeholder]
+        experts = [p for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
+        params = _filled(model, name, experts, replicas)
         for param in params:
             param.allreduce = False  # type: ignore[attr-defined]
             param.group_name = name  # type: ignore[attr-defined]
         result.append({"name": name, "params": params, "moe": True})
     return result
+
+
+def _filled(
+    model: TrainableModel, group: str, params: list[nn.Parameter], ranks: torch.distributed.ProcessGroup
+) -> list[nn.Parameter]:
+    """A group's parameters and, behind them, as many elements as its partitions over `ranks` lack."""
+    multiple = PARTITION_MULTIPLE * torch.distributed.get_world_size(ranks)
+    missing = -sum(p.numel() for p in params) % multiple or (0 if params else multiple)
+    if not missing:
+        return params
+    like = next(model.parameters())
+    filler = nn.Parameter(torch.zeros(missing, device=like.device, dtype=like.dtype))
+    model.register_parameter(f"_filler_{group}", filler)
+    return [*params, filler]
 
 
 def _group_name(colour: int) -> str:

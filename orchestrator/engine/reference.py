@@ -46,7 +46,7 @@ class ReferenceEngine:
         (loss / global_tokens).backward()
         return loss.detach(), counts_LE
 
-    def step(self, lr: float, before_update: Callable[[], None] = nothing) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
         square = torch.zeros((), dtype=torch.float64)
         for name, param in self._named.items():
             grad = param.grad if param.grad is not None else torch.zeros_like(param)
@@ -65,8 +65,16 @@ class ReferenceEngine:
                 group["lr"] = lr
             before_update()
             self._optimizer.step()
+        gradients = self._gradients() if applied and keep_gradients else None
         self._optimizer.zero_grad()
-        return StepOutcome(applied, norm if applied else float("inf"))
+        return StepOutcome(applied, norm if applied else float("inf"), gradients)
+
+    def _gradients(self) -> NamedRanges:
+        ranges = NamedRanges()
+        for name, param in self._named.items():
+            assert param.grad is not None
+            ranges.add(f"grad/{name}", 0, param.grad.view(-1))
+        return ranges
 
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:

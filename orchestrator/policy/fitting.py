@@ -53,10 +53,12 @@ def _parts(memory: MemoryPlan) -> str:
     if memory.training == memory.peak:
         rest = {part: getattr(memory, part) for part in ("gradients", "activations", "loss")}
         rest["its own snapshots and its ward's"] = memory.snapshots
+        rest["gradients of the steps between two of them"] = memory.deltas
     else:
         rest = {
             "a second shard at a fence": memory.fence,
             "its own snapshots and its ward's, of two worlds": 2 * memory.snapshots,
+            "gradients of the steps between two of them": 2 * memory.deltas,
         }
     parts = state | rest | {"process": memory.process}
     return ", ".join(f"{part} {_amount(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)
@@ -64,8 +66,10 @@ def _parts(memory: MemoryPlan) -> str:
 
 def _remedy(plan: JobPlan, worst: WorldPlan, given: int) -> str:
     ways = [f"Set resources.memory to {math.ceil(10 * worst.memory.peak / GIB) / 10:.1f}GiB or more"]
+    if worst.memory.deltas:
+        ways.append(f"set recovery.whole_every: 1, for {_amount(replace(worst.memory, deltas=0).peak)}")
     if worst.memory.snapshots:
-        bare = replace(worst.memory, snapshots=0).peak
+        bare = replace(worst.memory, snapshots=0, deltas=0).peak
         ways.append(f"set protection: off, for {_amount(bare)}")
     sizes = [world.world_size for world in plan.worlds if world.memory.peak > given]
     larger = [world for world in plan.worlds if world.world_size > max(sizes)]

@@ -7,6 +7,7 @@ from what DeepSpeed and autograd were seen to keep; dispatch and combine, which 
 the stall, whose constants were measured on two cores.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.protection import interval_of
+from orchestrator.spec.protection import interval_of, whole_every
 
 VOICES = 5  # numbers that each rank adds to a vote (orchestrator.worker.vote)
 PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
@@ -47,7 +48,8 @@ class StatePlan:
 class MemoryPlan:
     """Bytes of the worker that holds most. `activations` and `loss` are None for a model that isn't ours. `fence` is
     the largest second shard that it holds while it moves to a neighbouring size, or recovers at its own. `snapshots`
-    are two of its own and two of its ward's; at a fence those of the next world lie beside them.
+    are two of its own and two of its ward's, `deltas` what lies between them; at a fence those of the next world are
+    there too.
     """
 
     weights: int
@@ -59,18 +61,20 @@ class MemoryPlan:
     loss: int | None
     fence: int
     snapshots: int = 0
+    deltas: int = 0
     process: int = PROCESS_BYTES
 
     @property
     def training(self) -> int:
-        parts = (self.weights, self.masters, self.moments, self.buffers, self.gradients, self.snapshots, self.process)
-        return sum(parts) + (self.activations or 0) + (self.loss or 0)
+        state = self.weights + self.masters + self.moments + self.buffers
+        work = self.gradients + (self.activations or 0) + (self.loss or 0)
+        return state + work + self.snapshots + self.deltas + self.process
 
     @property
     def peak(self) -> int:
         """Activations, loss and gradients are gone at a fence."""
         state = self.weights + self.masters + self.moments + self.buffers
-        return max(self.training, state + self.fence + 2 * self.snapshots + self.process)
+        return max(self.training, state + self.fence + 2 * (self.snapshots + self.deltas) + self.process)
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,7 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
         gradients = partition + 4 * weights
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
+    snapshots, deltas = _snapshot_bytes(job, layout, fullest)
     return MemoryPlan(
         weights=held["param"],
         masters=held.get("master", partition),  # fp32 weights are their own; ZeRO keeps its partition once more
@@ -180,7 +185,8 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
         activations=activation_bytes(job.model, job.train, crowding) if ours else None,
         loss=loss_bytes(job.model, job.train, state.vocab_size) if ours else None,
         fence=fence,
-        snapshots=_snapshot_bytes(job, layout, fullest),
+        snapshots=snapshots,
+        deltas=deltas,
     )
 
 
@@ -234,15 +240,25 @@ def _shared_bytes(job: JobSpec, layout: Layout) -> int:
     interval = interval_of(job.protection)
     if interval is None or layout.world.size < 2:
         return 0
-    return sum(SnapshotFormat.of(layout, rank).shared_bytes for rank in range(layout.world.size)) // interval
+    ranks, every = range(layout.world.size), whole_every(job.protection, job.recovery.whole_every)
+    whole = sum(SnapshotFormat.of(layout, rank).shared_bytes for rank in ranks)
+    deltas = sum(SnapshotFormat.of_delta(layout, rank).shared_bytes for rank in ranks) if every > 1 else 0
+    return (whole + (every - 1) * deltas) // (every * interval)
 
 
-def _snapshot_bytes(job: JobSpec, layout: Layout, rank: int) -> int:
-    """Two snapshots of a rank's own, and two of the largest ward that it may have."""
+def _snapshot_bytes(job: JobSpec, layout: Layout, rank: int) -> tuple[int, int]:
+    """Of two whole snapshots of a rank's own and two of the largest ward that it may have, and of both's deltas."""
     if interval_of(job.protection) is None or layout.world.size < 2:
-        return 0
-    formats = [SnapshotFormat.of(layout, other) for other in range(layout.world.size)]
-    return 2 * formats[rank].total_bytes + 2 * max(f.shared_bytes for f in formats)
+        return 0, 0
+    every = whole_every(job.protection, job.recovery.whole_every)
+    whole = 2 * _kept_bytes([SnapshotFormat.of(layout, other) for other in range(layout.world.size)], rank)
+    if every == 1:
+        return whole, 0
+    return whole, every * _kept_bytes([SnapshotFormat.of_delta(layout, r) for r in range(layout.world.size)], rank)
+
+
+def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int) -> int:
+    return formats[rank].total_bytes + max(form.shared_bytes for form in formats)
 
 
 def _holders(param: ParamSpec, placement: Placement) -> int:

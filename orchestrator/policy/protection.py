@@ -22,15 +22,24 @@ def interval_for(cost_s: float, step_s: float) -> int:
 
 
 class IntervalChoice:
-    """A member's choice, by what the newest snapshots have cost it. Every step until some have been measured."""
+    """A member's choice, by what the newest snapshots have cost it. Every step until some have been measured.
 
-    def __init__(self) -> None:
-        self._costs: deque[float] = deque(maxlen=MEASURED)
+    Snapshots cost by the byte, as far as they can be told apart: those of every step are smaller, as most of them hold
+    only what the step has changed.
+
+    Args:
+        whole_bytes: of a snapshot that doesn't follow the one before at once.
+        mean_bytes: of a snapshot if one follows every step.
+    """
+
+    def __init__(self, whole_bytes: int, mean_bytes: float) -> None:
+        self._whole_bytes, self._mean_bytes = whole_bytes, mean_bytes
+        self._costs: deque[float] = deque(maxlen=MEASURED)  # of a byte, seconds
         self._steps: deque[float] = deque(maxlen=MEASURED)
 
-    def observe(self, cost_s: float, step_s: float) -> None:
-        """A snapshot has cost this much, in a step of this length."""
-        self._costs.append(cost_s)
+    def observe(self, cost_s: float, num_bytes: int, step_s: float) -> None:
+        """A snapshot of so many bytes has cost this much, in a step of this length."""
+        self._costs.append(cost_s / max(num_bytes, 1))
         self._steps.append(step_s)
 
     @property
@@ -38,4 +47,7 @@ class IntervalChoice:
         """Steps between two snapshots."""
         if len(self._costs) < MEASURED:
             return 1
-        return interval_for(median(self._costs), median(self._steps))
+        byte_s, step_s = median(self._costs), median(self._steps)
+        if interval_for(self._mean_bytes * byte_s, step_s) == 1:
+            return 1
+        return max(2, interval_for(self._whole_bytes * byte_s, step_s))

@@ -28,3 +28,8 @@ def interval_of(protection: str) -> int | None:
         return None
     _, _, number = protection.partition(" ")
     return int(number) if number else 1
+
+
+def whole_every(protection: str, wanted: int) -> int:
+    """One of so many snapshots is whole. Only those that follow one another step by step may be deltas."""
+    return wanted if protection in (EVERY_STEP, AUTO) else 1

@@ -32,6 +32,13 @@ class RecoverySpec(Section):
     """What failures lead to. Survivors of a loss go on at once, whatever is set here."""
 
     budgets: BudgetsSpec = Field(default=BudgetsSpec(), description="Failures an hour, by kind.")
+    whole_every: int = Field(
+        default=4,
+        ge=1,
+        le=64,
+        description="Of the snapshots that follow every step one in so many holds the whole state, the others only "
+        "the step's gradients, from which it is made again. 1: all are whole, which takes less memory, but more time.",
+    )
     quarantine_after: int | None = Field(
         default=5,
         ge=1,

@@ -9,7 +9,9 @@ from orchestrator.elastic.cut import Holding
 from orchestrator.policy.protection import IntervalChoice
 from orchestrator.protocol.messages import Source
 from orchestrator.spec.protection import AUTO, interval_of
-from orchestrator.state.snapshot import Vault, joined
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.shelf import Vault
+from orchestrator.state.snapshot import Update, joined
 from orchestrator.worker.moving import Held
 from orchestrator.worker.protection import Protection
 from orchestrator.worker.shard import Progress, Shard
@@ -31,7 +33,7 @@ class Keeping:
         self._fixed = None if protection == AUTO else interval_of(protection) or NEVER
         self._vault = Vault()
         self._protection: Protection | None = None
-        self._choice = IntervalChoice()
+        self._choice = IntervalChoice(0, 0.0)
         self._interval = NEVER  # steps between two snapshots: what all members agree on
         self._paid_s = 0.0
         self.held: Held | None = None  # the last activated state, while no engine is around it
@@ -40,8 +42,9 @@ class Keeping:
 
     def begin(self, generation: int, protection: Protection | None) -> None:
         """The generation is activated: from now on snapshots go to its buddies; None where there are none."""
-        self._protection, self._choice, self._paid_s = protection, IntervalChoice(), 0.0
+        self._protection, self._paid_s = protection, 0.0
         if protection is not None:
+            self._choice = IntervalChoice(protection.whole_bytes, protection.mean_bytes)
             self._interval = self._choice.interval if self._fixed is None else self._fixed
             protection.start(self._vault)
         else:
@@ -89,10 +92,24 @@ class Keeping:
         if self._protection is not None:
             self._protection.acknowledged()
 
-    def take(self, shard: Shard, progress: Progress) -> None:
-        """Begin a snapshot of the shard as it is."""
-        if self._protection is not None:
-            self._protection.begin(progress.step, shard.engine.ranges().detached(), progress.to_json())
+    def wants_gradients(self, step: int) -> bool:
+        """Whether the snapshot after `step` can be a delta, for which the step's gradients are needed."""
+        return self._interval == 1 and self._protection is not None and self._protection.takes_delta(step)
+
+    def take(self, shard: Shard, progress: Progress, lr: float = 0.0, gradients: NamedRanges | None = None) -> None:
+        """Begin a snapshot of the shard as it is.
+
+        Args:
+            lr, gradients: of the update that the newest step has done; a whole snapshot if there are none.
+        """
+        if self._protection is None:
+            return
+        ranges, update = shard.engine.ranges().detached(), None
+        if gradients is not None:
+            update = Update(progress.num_updates, lr)
+            for name, held in gradients:
+                ranges.add(name, held.start, held.data)
+        self._protection.begin(progress.step, ranges, progress.to_json(), update)
 
     def agree(self, interval: int, step_s: float, took_snapshot: bool) -> None:
         """Take in what the vote has agreed on, and what the step has shown.
@@ -106,7 +123,7 @@ class Keeping:
             return
         if took_snapshot:
             paid_s = self._protection.cost_s()
-            self._choice.observe(paid_s - self._paid_s, step_s)
+            self._choice.observe(paid_s - self._paid_s, self._protection.begun_bytes, step_s)
             self._paid_s = paid_s
         self._interval = interval
 

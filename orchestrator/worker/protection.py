@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import astuple
 from queue import SimpleQueue
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.stream import Listener, Stream, StreamClosed, dial
 from orchestrator.elastic.layout import Layout
-from orchestrator.elastic.snapshot import SnapshotFormat
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.snapshot import Shelf, Snapshot, Vault, copy_into
+from orchestrator.state.shelf import Shelf, Vault
+from orchestrator.state.snapshot import Replay, Snapshot, Update, copy_into
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -33,19 +34,29 @@ class Protection:
         layout: of the generation's state.
         address: where this worker can be reached.
         pinned: snapshots are of a GPU's memory.
+        whole_every: one of so many snapshots is whole, the others are deltas.
+        replay: does the updates of deltas again.
 
     Raises:
         StreamClosed: buddy or ward did not come.
     """
 
     def __init__(
-        self, store: Store, plan: GenerationPlan, rank: int, layout: Layout, address: str, pinned: bool
+        self,
+        store: Store,
+        plan: GenerationPlan,
+        rank: int,
+        layout: Layout,
+        address: str,
+        pinned: bool,
+        whole_every: int,
+        replay: Replay,
     ) -> None:
         self.generation = plan.generation
         buddy, ward = plan.buddies[rank], plan.buddies.index(rank)
         prefix = f"{plan.store_prefix}/protection"
-        self._own = Shelf(plan.generation, rank, SnapshotFormat.of(layout, rank), shared_only=False, pinned=pinned)
-        self._kept = Shelf(plan.generation, ward, SnapshotFormat.of(layout, ward), shared_only=True)
+        self._own = Shelf(plan.generation, rank, layout, False, whole_every, replay, pinned)
+        self._kept = Shelf(plan.generation, ward, layout, True, whole_every, replay)
         listener = Listener(address)
         try:
             store.set(f"{prefix}/{rank}", listener.address)
@@ -59,12 +70,25 @@ class Protection:
         self._waited_s = 0.0  # by the training thread, all in all
         self._busy_s = [0.0, 0.0]  # processor time of the two threads, all in all
         self._takes_cores = not pinned
+        self._whole_every = whole_every
+        self._since_whole = 0  # deltas
         self.begun = -2  # the newest step of which a snapshot was begun; before the first step it is -1
+        self.begun_bytes = 0  # what of it goes to the buddy
+
+    def takes_delta(self, step: int) -> bool:
+        """Whether the snapshot after `step` may be a delta."""
+        return self.begun == step - 1 and self._since_whole < self._whole_every - 1
 
     @property
-    def shared_bytes(self) -> int:
-        """What goes to the buddy at each snapshot."""
-        return self._own.format.shared_bytes
+    def whole_bytes(self) -> int:
+        """What goes to the buddy with a whole snapshot."""
+        return self._own.shared_bytes(whole=True)
+
+    @property
+    def mean_bytes(self) -> float:
+        """What goes to the buddy with a snapshot, if one follows each step."""
+        deltas = (self._whole_every - 1) * self._own.shared_bytes(whole=False)
+        return (self.whole_bytes + deltas) / self._whole_every
 
     def start(self, vault: Vault) -> None:
         """Keep the generation's snapshots in `vault` from now on."""
@@ -73,12 +97,19 @@ class Protection:
         threading.Thread(target=self._send_all, name="snapshot", daemon=True).start()
         threading.Thread(target=self._receive_all, name="ward", daemon=True).start()
 
-    def begin(self, step: int, ranges: NamedRanges, note: str) -> None:
-        """Take a snapshot of the shard after `step`. Returns at once; the shard must not change until `copied`."""
+    def begin(self, step: int, ranges: NamedRanges, note: str, update: Update | None = None) -> None:
+        """Take a snapshot of the shard after `step`. Returns at once; the shard must not change until `copied`.
+
+        Args:
+            ranges: of the shard; for a delta with the gradients of the update.
+            update: that led here from the step before, for a delta.
+        """
         self.copied()
         self._copied, self._acknowledged = Future(), Future()
-        self.begun = step
-        self._orders.put((self._own.begin(step, note), ranges, self._copied, self._acknowledged))
+        snapshot = self._own.begin(step, note, update)
+        self._since_whole = 0 if update is None else self._since_whole + 1
+        self.begun, self.begun_bytes = step, self._own.shared_bytes(whole=update is None)
+        self._orders.put((snapshot, ranges, self._copied, self._acknowledged))
 
     def copied(self) -> None:
         """Wait until the newest snapshot is this worker's: then the shard may change."""
@@ -128,8 +159,7 @@ class Protection:
             try:
                 if closed is not None:
                     raise closed
-                header = {"step": snapshot.holding.step, "generation": self.generation, "note": snapshot.note}
-                self._to_buddy.send(header, self._own.shared(snapshot))
+                self._to_buddy.send(_header(snapshot), self._own.shared(snapshot))
                 self._busy_s[0] = time.thread_time()
                 acknowledged.set_result(None)
             except StreamClosed as error:
@@ -141,9 +171,10 @@ class Protection:
         arriving: list[Snapshot] = []
 
         def place(header: dict[str, Any], length: int) -> memoryview:
-            if header["generation"] != self.generation or length != self._kept.num_bytes:
+            update = None if header["update"] is None else Update(*header["update"])
+            if header["generation"] != self.generation or length != self._kept.shared_bytes(whole=update is None):
                 raise StreamClosed(f"a snapshot of {length} bytes of generation {header['generation']} came")
-            arriving.append(self._kept.begin(int(header["step"]), str(header["note"])))
+            arriving.append(self._kept.begin(int(header["step"]), str(header["note"]), update))
             return self._kept.shared(arriving[0])
 
         try:
@@ -158,6 +189,17 @@ class Protection:
             for snapshot in arriving:
                 self._kept.give_up(snapshot)
             self._from_ward.close()
+
+
+def _header(snapshot: Snapshot) -> dict[str, Any]:
+    """What the buddy has to know of it beside its bytes."""
+    update = None if snapshot.update is None else astuple(snapshot.update)
+    return {
+        "step": snapshot.holding.step,
+        "generation": snapshot.holding.generation,
+        "note": snapshot.note,
+        "update": update,
+    }
 
 
 def _done() -> "Future[None]":

@@ -11,6 +11,7 @@ from orchestrator.comm.sockets import local_address
 from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
+from orchestrator.engine.adamw import Replayer
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import Groups, Meeting
@@ -19,6 +20,7 @@ from orchestrator.model.building import build_model, catalogue
 from orchestrator.model.moe import ExpertHome
 from orchestrator.protocol.messages import GenerationPlan, WorkerJob
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.protection import whole_every
 from orchestrator.worker.protection import Protection
 
 
@@ -108,7 +110,16 @@ class Workshop:
         if not plan.buddies:
             return None
         layout, pinned = self.layout(plan.world, plan.placement), self.device.type == "cuda"
-        return Protection(store, plan, plan.world.rank_of(self.me), layout, self.address, pinned)
+        return Protection(
+            store,
+            plan,
+            plan.world.rank_of(self.me),
+            layout,
+            self.address,
+            pinned,
+            whole_every(self.spec.protection, self.spec.recovery.whole_every),
+            Replayer(self.spec.train, self.device),
+        )
 
     def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""

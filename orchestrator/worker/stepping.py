@@ -14,6 +14,7 @@ from orchestrator.model.router import corrected_bias, max_violation
 from orchestrator.policy.stragglers import slowest
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.schedule import learning_rate
+from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.feed import Feed, StepFeed
 from orchestrator.worker.prefetch import Prefetch
 from orchestrator.worker.shard import Progress, Shard, Workshop
@@ -31,11 +32,16 @@ class Voice:
 
 @dataclass(frozen=True)
 class Stepped:
-    """A finished step: what was agreed, where training stands now, and the account of it."""
+    """A finished step: what was agreed, where training stands now, and the account of it.
+
+    Args:
+        gradients: of its update, if there was one and they were to be kept.
+    """
 
     outcome: Outcome
     progress: Progress
     record: StepRecord
+    gradients: NamedRanges | None
 
 
 class Stepper:
@@ -49,7 +55,12 @@ class Stepper:
         self._prefetch.close()
 
     def step(
-        self, shard: Shard, progress: Progress, before_update: Callable[[], None], speak: Callable[[], Voice]
+        self,
+        shard: Shard,
+        progress: Progress,
+        before_update: Callable[[], None],
+        speak: Callable[[], Voice],
+        keep_gradients: bool,
     ) -> Stepped:
         """The step after `progress`. Collective over the shard's world.
 
@@ -71,7 +82,7 @@ class Stepper:
                 if slot.number is not None:
                     losses[slot.number] = float(loss)
                     counts_LE += slot_counts_LE.cpu()
-            update = shard.engine.step(lr, before_update)
+            update = shard.engine.step(lr, before_update, keep_gradients)
         validation = self._validate(shard, step)
 
         updated = time.perf_counter()
@@ -116,7 +127,7 @@ class Stepper:
             ),
         )
         moved_on = replace(progress, step=step, num_updates=progress.num_updates + int(outcome.applied))
-        return Stepped(outcome, moved_on, record)
+        return Stepped(outcome, moved_on, record, update.gradients if outcome.applied else None)
 
     def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
         """Loss sums per validation slot, and the targets in all of them; empty in most steps."""

@@ -134,7 +134,8 @@ class Trainer:
                 self._keeping.acknowledged()
             return Voice(fence, finish, self._keeping.wanted_interval)
 
-        stepped = self._stepper.step(shard, self._progress, before_update, speak)
+        keep_gradients = self._keeping.wants_gradients(step)
+        stepped = self._stepper.step(shard, self._progress, before_update, speak, keep_gradients)
         why = explosion(self._desk.records, stepped.record, self._spec.recovery.loss_explosion)
         if why:  # the shard is that of a step that doesn't count: only snapshots of earlier ones are of use now
             self._between_steps = False
@@ -146,7 +147,7 @@ class Trainer:
         self._desk.record(record, **self._keeping.committed(generation, step, is_due))
         self._keeping.agree(outcome.interval, record.step_s, is_due)
         if is_due:
-            self._keeping.take(shard, self._progress)
+            self._keeping.take(shard, self._progress, record.lr, stepped.gradients)
         return outcome
 
     # -- between generations -----------------------------------------------------------------------------------

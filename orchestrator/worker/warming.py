@@ -17,7 +17,7 @@ from orchestrator.model.batch import MicroBatch
 from orchestrator.model.building import alone, catalogue
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.protection import OFF
+from orchestrator.spec.protection import OFF, whole_every
 
 
 def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
@@ -38,6 +38,9 @@ def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
     state = (dense + experts) * weight_bytes + 3 * 4 * (dense / world_size + experts)
     own = 2 * state  # two snapshots, the one being written included
     kept = 2 * (3 * 4 * (dense / world_size + experts) + experts * weight_bytes)
+    if (every := whole_every(spec.protection, spec.recovery.whole_every)) > 1:
+        delta = 4 * (dense / world_size + experts)
+        own, kept = own + every * (delta + dense * weight_bytes), kept + every * delta
     gradients = (dense + experts) * weight_bytes
     num_bytes = int(state + gradients + (own + kept if spec.protection != OFF and spec.workers.max > 1 else 0)) * 2
     torch.zeros(num_bytes, dtype=torch.uint8).fill_(1)

@@ -6,7 +6,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.elastic.layout import Layout, training_layout
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
-from orchestrator.engine.base import Engine
+from orchestrator.engine.base import Engine, StepOutcome
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import Groups, connect
 from orchestrator.engine.reference import ReferenceEngine
@@ -76,20 +76,28 @@ def empty() -> MicroBatch:
 def train_steps(engine: Engine, groups: Groups, steps: range, lr: float = 3e-3) -> list[float]:
     """Losses (mean per token) of some steps, summed over ranks in slot order."""
     losses = []
-    tokens = NUM_SLOTS * ROWS * LENGTH
     for step in steps:
-        sums = torch.zeros(NUM_SLOTS, dtype=torch.float64)
-        mine = list(slots_of(groups.rank, groups.world_size, NUM_SLOTS))
-        for index in range(max_slots(groups.world_size, NUM_SLOTS)):
-            batch = slot(step, mine[index]) if index < len(mine) else empty()
-            loss, _ = engine.accumulate(batch, tokens)
-            if index < len(mine):
-                sums[mine[index]] = float(loss)
-        outcome = engine.step(lr)
+        loss, outcome = train_step(engine, groups, step, lr)
         assert outcome.applied
-        torch.distributed.all_reduce(sums)
-        losses.append(float(sums.sum()) / tokens)
+        losses.append(loss)
     return losses
+
+
+def train_step(
+    engine: Engine, groups: Groups, step: int, lr: float, keep_gradients: bool = False
+) -> tuple[float, StepOutcome]:
+    """Loss (mean per token) of a step, summed over ranks in slot order, and what the update did."""
+    tokens = NUM_SLOTS * ROWS * LENGTH
+    sums = torch.zeros(NUM_SLOTS, dtype=torch.float64)
+    mine = list(slots_of(groups.rank, groups.world_size, NUM_SLOTS))
+    for index in range(max_slots(groups.world_size, NUM_SLOTS)):
+        batch = slot(step, mine[index]) if index < len(mine) else empty()
+        loss, _ = engine.accumulate(batch, tokens)
+        if index < len(mine):
+            sums[mine[index]] = float(loss)
+    outcome = engine.step(lr, keep_gradients=keep_gradients)
+    torch.distributed.all_reduce(sums)
+    return float(sums.sum()) / tokens, outcome
 
 
 def layout_of(placement: Placement, precision: str) -> Layout:

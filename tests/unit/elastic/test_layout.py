@@ -22,7 +22,7 @@ def plain_owners(params: list[ParamSpec], placement: Placement) -> dict[tuple[st
     owner = {}
     for (_, ranks), elements in groups.items():
         padded = len(elements)
-        while padded % (2 * len(ranks)):
+        while padded % (16 * len(ranks)):
             padded += 1
         for position, element in enumerate(elements):
             owner[element] = ranks[position // (padded // len(ranks))]

@@ -1,0 +1,147 @@
+"""AdamW as DeepSpeed steps it, and the same updates done again on snapshots.
+
+torch's fused kernel is elementwise, so an element's update has the same bits wherever it lies in memory, with one
+exception: on a CPU it takes 64 bytes at once, and what is left over at the end of a tensor one by one, with other
+roundings. So nothing is ever left over: partitions are multiples of `PARTITION_MULTIPLE`, and so are pieces here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from orchestrator.elastic.layout import PARTITION_MULTIPLE
+from orchestrator.engine.base import nothing
+from orchestrator.spec.job import TrainSpec
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot import Snapshot, Update
+
+PIECE = 1 << 18  # elements that are updated together: a piece and its gradients fit a core's cache
+
+Row = tuple[str, int, int]  # a parameter's name, and elements [start, stop) of it
+
+
+class AdamW(torch.optim.AdamW):
+    """Tells when an update begins, and keeps its gradients if asked. DeepSpeed steps it once for each group."""
+
+    before_update: Callable[[], None] = staticmethod(nothing)
+    gradients: dict[int, Tensor] | None = None  # by id of the updated tensor, clipped; None: not wanted
+
+    def __init__(self, params: list[dict[str, Any]], train: TrainSpec) -> None:
+        super().__init__(params, lr=train.lr, fused=True, **_options(train))
+
+    def step(self, closure: Any = None) -> Any:
+        tell, self.before_update = self.before_update, nothing
+        tell()
+        if self.gradients is not None:
+            masters = [p for group in self.param_groups for p in group["params"]]
+            self.gradients |= {id(p): p.grad for p in masters if p.grad is not None}
+        return super().step(closure)
+
+
+class Replayer:
+    """Does a rank's updates again, on the part of the state that it owns. A `Replay`.
+
+    Args:
+        device: where training does them: another kind of processor may round otherwise.
+    """
+
+    def __init__(self, train: TrainSpec, device: torch.device) -> None:
+        self._options, self._device = _options(train), device
+
+    @torch.no_grad()
+    def __call__(self, state: NamedRanges, deltas: Sequence[Snapshot]) -> None:
+        """
+        Args:
+            state: after the step before the first delta; becomes that after the last one. Where it lacks a parameter,
+                since all ranks have it, only its moments are made.
+            deltas: of one step after another.
+        """
+        rows = [(n.removeprefix("grad/"), r.start, r.stop) for n, r in deltas[0].ranges if n.startswith("grad/")]
+        parts, gradients = _Parts(state, self._device), [_Parts(delta.ranges, self._device) for delta in deltas]
+        updates = [delta.update for delta in deltas if delta.update is not None]
+        for piece in _pieces(rows):
+            self._replay(parts, piece, updates, gradients)
+        for name, place in deltas[-1].ranges:
+            if name in parts.names:  # weights of others' parts, and buffers
+                state.view(name, place.start, place.stop).copy_(place.data)
+
+    def _replay(
+        self, state: "_Parts", piece: list[Row], updates: Sequence[Update], gradients: Sequence["_Parts"]
+    ) -> None:
+        masters = "master" if state.mixed else "param"
+        master, exp_avg, exp_avg_sq = (state.read(kind, piece) for kind in (masters, "exp_avg", "exp_avg_sq"))
+        (beta1, beta2), decay, eps = (self._options[key] for key in ("betas", "weight_decay", "eps"))
+        for update, gradient in zip(updates, gradients, strict=True):
+            adamw(
+                [master],
+                [gradient.read("grad", piece)],
+                [exp_avg],
+                [exp_avg_sq],
+                [],
+                [torch.tensor(float(update.number - 1), device=self._device)],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=update.lr,
+                weight_decay=decay,
+                eps=eps,
+            )
+        state.write("exp_avg", piece, exp_avg)
+        state.write("exp_avg_sq", piece, exp_avg_sq)
+        state.write("param", piece, master)
+        if state.mixed:
+            state.write("master", piece, master)
+
+
+class _Parts:
+    """Named ranges, read and written as flat tensors on a device, multiples of `PARTITION_MULTIPLE` long."""
+
+    def __init__(self, ranges: NamedRanges, device: torch.device) -> None:
+        self._ranges, self._device, self.names = ranges, device, set(ranges.names())
+        self.mixed = any(name.startswith("master/") for name in self.names)
+
+    def read(self, kind: str, piece: list[Row]) -> Tensor:
+        """A copy, fp32; zeros for what isn't held."""
+        num_elements = sum(stop - start for _, start, stop in piece)
+        parts = [
+            self._ranges.view(f"{kind}/{name}", start, stop)
+            if f"{kind}/{name}" in self.names
+            else torch.zeros(stop - start)
+            for name, start, stop in piece
+        ]
+        return torch.cat([*parts, torch.zeros(-num_elements % PARTITION_MULTIPLE)]).to(self._device)
+
+    def write(self, kind: str, piece: list[Row], flat: Tensor) -> None:
+        """Into what is held of it, in its own number format."""
+        begin = 0
+        for name, start, stop in piece:
+            if f"{kind}/{name}" in self.names:
+                self._ranges.view(f"{kind}/{name}", start, stop).copy_(flat[begin : begin + stop - start])
+            begin += stop - start
+
+
+def _pieces(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """The same elements in portions of at most `PIECE`."""
+    piece: list[Row] = []
+    room = PIECE
+    for name, start, stop in rows:
+        while start < stop:
+            end = min(stop, start + room)
+            piece.append((name, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield piece
+                piece, room = [], PIECE
+    if piece:
+        yield piece
+
+
+def _options(train: TrainSpec) -> dict[str, Any]:
+    optimizer = train.optimizer
+    return {"betas": optimizer.betas, "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}

@@ -1,0 +1,86 @@
+"""States made again from a whole snapshot and gradients, on real gloo ranks: the very bits that training made."""
+
+import pytest
+import torch
+from torch._C._distributed_c10d import Store
+
+from orchestrator.elastic.placement import Placement
+from orchestrator.engine.adamw import Replayer
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.shelf import Shelf
+from orchestrator.state.snapshot import Update, copy_into
+from tests.support import small
+from tests.support.ranks import Ranks
+
+WHOLE_EVERY, STEPS = 4, 10
+UNEVEN = Placement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none
+OVERLAPPING = Placement(3, 3, ((0, 1), (1, 2), (0,)))  # weights that some other ranks have, not all
+
+
+def _clone(ranges: NamedRanges) -> NamedRanges:
+    copy = NamedRanges()
+    for name, held in ranges:
+        copy.add(name, held.start, held.data.clone())
+    return copy
+
+
+def _differing(kept: NamedRanges, truth: NamedRanges) -> list[str]:
+    return [name for name, held in kept if not torch.equal(held.data, truth.view(name, held.start, held.stop))]
+
+
+def _replayed(
+    rank: int, world_size: int, store: Store, prefix: str, placement: Placement, precision: str, stage: int
+) -> tuple[int, list[str]]:
+    """How many states were made again, and the tensors in which they differed from what training had made."""
+    train = small.train_spec(precision, stage)
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
+    layout, replayer = small.layout_of(placement, precision), Replayer(train, torch.device("cpu"))
+    truth: dict[int, NamedRanges] = {}
+    num_replayed, differing = 0, []
+    for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # one shelf anew each time: a state may be
+        own = Shelf(0, rank, layout, False, WHOLE_EVERY, replayer)  # made again in the place of another
+        kept = Shelf(0, rank, layout, True, WHOLE_EVERY, replayer)
+        first = last * 100
+        for step in range(first, first + last + 1):
+            lr = 1e-3 * (1 + step % 3)
+            _, outcome = small.train_step(engine, groups, step, lr, keep_gradients=True)
+            model.moe_layers[0].router.correction_bias_E.add_(0.001 * step)
+            assert outcome.applied and outcome.gradients is not None
+            done = sum(range(last + 1)) + step - first + 1
+            is_whole = (step - first) % WHOLE_EVERY == 0
+            update = None if is_whole else Update(done, lr)
+            mine = own.begin(step, "", update)
+            live = engine.ranges().detached()
+            for name, held in outcome.gradients:
+                live.add(name, held.start, held.data)
+            copy_into(mine, live)
+            own.finish(mine)
+            theirs = kept.begin(step, "", update)
+            kept.shared(theirs)[:] = own.shared(mine)
+            kept.finish(theirs)
+            truth[step] = _clone(engine.ranges())
+        for shelf in (own, kept):
+            for step in shelf.steps():
+                num_replayed += (step - first) % WHOLE_EVERY != 0
+                differing += _differing(shelf.state(step).ranges, truth[step])
+        engine.loaded(done)
+    engine.close()
+    return num_replayed, differing
+
+
+@pytest.mark.parametrize(
+    ("placement", "precision", "stage"),
+    [
+        pytest.param(Placement.balanced(4, 1), "fp32", 1, id="one"),
+        pytest.param(Placement.balanced(4, 3), "fp32", 1, id="three"),
+        pytest.param(Placement.balanced(4, 3), "bf16", 2, id="three, bf16, stage 2"),
+        pytest.param(UNEVEN, "fp32", 2, id="a rank without experts, stage 2"),
+        pytest.param(OVERLAPPING, "fp32", 1, id="replicas on some ranks"),
+        pytest.param(OVERLAPPING, "bf16", 1, id="replicas on some ranks, bf16"),
+        pytest.param(Placement.balanced(4, 6), "bf16", 1, id="more ranks than experts"),
+    ],
+)
+def test_a_state_made_again_has_the_same_bits(ranks: Ranks, placement: Placement, precision: str, stage: int) -> None:
+    for num_replayed, differing in ranks.run(_replayed, placement.world_size, placement, precision, stage):
+        assert num_replayed > 10
+        assert differing == []
