@@ -66,8 +66,8 @@ def _show(planned: JobPlan) -> None:
         ("experts per worker", [_spread(world.experts) for world in worlds]),
         ("slots per worker", [_spread(world.slots) for world in worlds]),
     ]
-    parts = ("weights", "masters", "moments", "buffers", "gradients", "activations", "loss")
-    parts += ("snapshots", "deltas", "process")
+    state, work = ("weights", "masters", "moments", "buffers"), ("gradients", "activations", "loss")
+    parts = (*state, *work, "snapshots", "deltas", "process")
     memory = [(part, [_size(getattr(world.memory, part)) for world in worlds]) for part in parts]
     memory += [
         ("together", [size(world.memory.training) for world in worlds]),
