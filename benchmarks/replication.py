@@ -2,11 +2,12 @@
 
     python -m benchmarks.replication [--quick]
 
-Two workers train the model of `benchmarks.rescale`, 17.7 M parameters, with 8,192 and with 1,024 tokens per step. Three
-arms are alive at once and take turns (`benchmarks.support.arms`): `protection: off`, `every_step` and `auto`. An arm's
-`overhead` is its time per step over that without snapshots, less one. Bytes are counted by the kernel, on the loopback
-device: those of an arm less those of the arm without snapshots are what snapshots send, frames and acknowledgements
-included. They stand beside the bytes of a plain copy of both workers' shards.
+Two workers train the model of `benchmarks.rescale`, 17.7 M parameters, with 8,192 and with 1,024 tokens per step. Four
+arms are alive at once and take turns (`benchmarks.support.arms`): `protection: off`, `every_step`, `auto`, and `whole`,
+which is every_step with nothing but whole snapshots (`recovery.whole_every: 1`). An arm's `overhead` is its time per
+step over that without snapshots, less one. A block of steps has as many whole snapshots as its share. Bytes are counted
+by the kernel, on the loopback device: those of an arm less those of the arm without snapshots are what snapshots send,
+frames and acknowledgements included. They stand beside the bytes of a plain copy of both workers' shards.
 """
 
 import tempfile
@@ -27,13 +28,13 @@ from orchestrator.policy.protection import MEASURED
 from orchestrator.spec.job import DataSpec, JobSpec
 
 WORLD_SIZE, THREADS = 2, 1
-ARMS = ("off", "every_step", "auto")
+ARMS = ("off", "every_step", "auto", "whole")
 LIMITS = {"every_step": 0.05, "auto": 0.03}
 STEPS: dict[str, dict[str, int]] = {
     "long": {"global_batch_size": 64, "micro_batch_size": 4, "sequence_length": 128},
     "short": {"global_batch_size": 8, "micro_batch_size": 4, "sequence_length": 128},
 }
-BLOCK_STEPS = {"long": 3, "short": 8}
+BLOCK_STEPS = {"long": 4, "short": 8}  # multiples of the steps between two whole snapshots
 ROUNDS = {"long": 20, "short": 10}  # pairs of long steps differ by some percent
 WARM_STEPS = MEASURED + 3  # then auto has chosen
 
@@ -72,7 +73,8 @@ def job_of(step: str, protection: str, data: DataSpec, quick: bool) -> JobSpec:
             "model": QUICK_MODEL if quick else MODEL,
             "train": {**STEPS[step], "steps": 1_000_000, "lr": 3e-4, "schedule": {"kind": "constant"}},
             "data": data,
-            "protection": protection,
+            "protection": "every_step" if protection == "whole" else protection,
+            "recovery": {"whole_every": 1} if protection == "whole" else {},
         }
     )
 
@@ -87,6 +89,8 @@ def compare(
             arms[arm] = alive.enter_context(OurLoop(job, store_dir, run_dir / arm, WORLD_SIZE, THREADS))
             arms[arm].run_block(WARM_STEPS, START_TIMEOUT_S)
             say(f"{name}: {arm} is warm")
+            for other in arms.values():  # nobody stands still for as long as its collectives may take
+                other.run_block(1)
         sent: dict[str, list[float]] = {arm: [] for arm in arms}
 
         def block(arm: str) -> float:
@@ -97,7 +101,7 @@ def compare(
 
         speeds = alternate({arm: lambda arm=arm: block(arm) for arm in arms}, rounds)  # type: ignore[misc]
         interval = arms["auto"].snapshot_interval
-    overhead = {arm: median_interval([r - 1 for r in ratios(speeds["off"], speeds[arm])]) for arm in LIMITS}
+    overhead = {arm: median_interval([r - 1 for r in ratios(speeds["off"], speeds[arm])]) for arm in ARMS[1:]}
     for arm, cost in overhead.items():
         say(f"{name}: {arm} costs {cost.median:.3f} [{cost.low:.3f}, {cost.high:.3f}] of a step")
     without = quantile(sent["off"], 0.5)
@@ -105,7 +109,7 @@ def compare(
         "tokens_per_step": jobs["off"].train.global_batch_size * jobs["off"].train.sequence_length,
         "step_s": {arm: Spread.of([1 / speed for speed in values]) for arm, values in speeds.items()},
         "overhead": overhead,
-        "snapshot_bytes_per_step": {arm: quantile(sent[arm], 0.5) - without for arm in LIMITS},
+        "snapshot_bytes_per_step": {arm: quantile(sent[arm], 0.5) - without for arm in ARMS[1:]},
         "auto_interval": interval,
     }
 

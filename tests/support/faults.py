@@ -99,7 +99,7 @@ def _wrap() -> None:
 
 
 def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Any, shard: Any, progress: Any, before_update: Any, speak: Any) -> Any:
+    def step(self: Any, shard: Any, progress: Any, before_update: Any, speak: Any, *rest: Any) -> Any:
         global _rank
         _rank = shard.rank
         at = {"step": progress.step + 1, "generation": shard.world.generation}
@@ -114,7 +114,7 @@ def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
             _strike(_rank, Moment.VOTE, **at)
             return voice
 
-        stepped = original(self, shard, progress, updating, speaking)
+        stepped = original(self, shard, progress, updating, speaking, *rest)
         _strike(_rank, Moment.VOTED, **at)
         return stepped
 
