@@ -102,7 +102,7 @@ def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engi
     step = 0
     while True:
         rows = sample(sampler, step).rows
-        tokens = store.target_count("train", rows, length)
+        tokens = store.target_count("train", store.spans("train", rows, length))
         loss_sum, counts_LE = 0.0, torch.zeros(0)
         for number in mine:
             slot = store.rows("train", rows[number * train.micro_batch_size :][: train.micro_batch_size], length)

@@ -5,8 +5,8 @@ before and after; whatever a worker holds after and not before has to reach it.
 
 - A worker has the weights of all dense parameters and of the experts that are placed on it.
 - The two moments of a group are cut over the group's ranks: the group's parameters in the model's order, end to end,
-  padded to a multiple of 2 per rank, in equal parts. Groups are the dense parameters over all ranks, and the parameters
-  of the experts that lie on the same ranks over those.
+  padded to a multiple of 16 per rank, in equal parts. Groups are the dense parameters over all ranks, and the
+  parameters of the experts that lie on the same ranks over those.
 - A buffer is on every worker.
 """
 
@@ -61,7 +61,7 @@ def holdings(params: Sequence[ParamSpec], world: World, placement: Placement) ->
     held = {worker: (np.zeros(begins[-1], np.bool_), np.zeros(begins[-1], np.bool_)) for worker in world.members}
     for (_, ranks), numbers in groups.items():
         elements = np.concatenate([np.arange(begins[n], begins[n + 1], dtype=np.int32) for n in numbers])
-        part = -(-len(elements) // (2 * len(ranks))) * 2
+        part = -(-len(elements) // (16 * len(ranks))) * 16
         for place, rank in enumerate(ranks):
             weights, moments = held[world.members[rank]]
             weights[elements] = True

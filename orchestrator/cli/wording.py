@@ -49,6 +49,8 @@ def duration(seconds: float) -> str:
 def progress(status: RunStatus) -> str:
     """One line that says where the run is."""
     parts = [f"{status.run_id} {status.phase}", f"step {status.step}/{status.steps}"]
+    if status.stage:
+        parts.append(f"stage {status.stage}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.3f}")
     if status.validation_loss is not None:

@@ -48,8 +48,10 @@ class Account:
         """Enter those steps that can't be lost any more, and publish them."""
         with suppress(StorageError):  # they are asked for again
             before = self._memory.progress
-            fresh = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
+            fresh, begun = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
             self._tracker.publish_steps(before, fresh)
+            for event in begun:
+                self.tell(event)
         self._tracker.look()
 
     def note(self, kind: str, **fields: Any) -> None:

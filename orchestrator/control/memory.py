@@ -22,7 +22,7 @@ from orchestrator.control.preparation import PreparedData
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.progress import Progress, absorb
+from orchestrator.policy.progress import Progress, absorb, stages_begun
 from orchestrator.policy.run_state import Note, RunState
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import StepRecord
@@ -97,15 +97,21 @@ class RunMemory(Recollection):
                 self._go_back(event)
         return written[: len(events)]
 
-    def absorb(self, records: Sequence[StepRecord], up_to: int) -> list[StepRecord]:
-        """Write down steps that are new and no later than `up_to`, and return them."""
+    def absorb(self, records: Sequence[StepRecord], up_to: int) -> tuple[list[StepRecord], list[dict[str, Any]]]:
+        """Write down steps that are new and no later than `up_to`, and the stages that begin with them. Returns the
+        steps and, as events, the stages."""
         records = [record for record in records if record.step <= up_to]
         progress = absorb(self.progress, records)
         fresh = [record for record in records if record.step > self.progress.watermark]
-        if fresh:
-            self._append([{"kind": "steps", "records": [to_plain(record) for record in fresh]}])
-            self.progress = progress
-        return fresh
+        if not fresh:
+            return [], []
+        begun = [
+            {"kind": "stage_began", "stage": r.stage, "step": r.step, "sequence_length": r.sequence_length}
+            for r in stages_begun(self.progress, fresh)
+        ]
+        _, *events = self._append([{"kind": "steps", "records": [to_plain(record) for record in fresh]}, *begun])
+        self.progress = progress
+        return fresh, events
 
     def prepared(self, data: PreparedData) -> None:
         self._append([{"kind": "prepared", "data": to_plain(data)}])

@@ -64,6 +64,7 @@ def status_of(
         submitted_time=memory.times.get("submitted"),
         started_time=memory.times.get("activated"),
         ended_time=memory.times.get("ended"),
+        stage=progress.stage,
     )
 
 

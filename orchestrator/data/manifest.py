@@ -29,7 +29,7 @@ INDEX_DTYPE = np.dtype(
         ("document", "<i8"),  # line of documents.jsonl, from 0
         ("offset", "<i8"),  # of its first token, in tokens
         ("length", "<i8"),  # in tokens, its document token included: at least 1
-        ("score", "<f4"),  # difficulty, for the curriculum; NaN until something scores it
+        ("score", "<f4"),  # difficulty, by the signal that the options name; NaN without one
     ]
 )
 
@@ -53,6 +53,7 @@ class PrepareOptions(_Record):
     holdout: float  # fraction of documents in `validation`
     tokenizer_train_bytes: int  # the tokenizer learns from at most about this much text
     tokenizer: str | None = None  # digest of one that was given instead
+    difficulty: str | None = None  # the signal that documents are scored by
 
 
 class Source(_Record):

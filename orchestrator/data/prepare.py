@@ -32,6 +32,7 @@ def prepare(
     progress: Progress | None = None,
     text_key: str = "text",
     tokenizer: Path | None = None,
+    difficulty: str | None = None,
 ) -> TokenStore:
     """The store of `source` below `directory`: found, or made now.
 
@@ -42,6 +43,7 @@ def prepare(
         directory: holds stores, each in a directory named by its content. Made if missing.
         text_key: key or column of the text in files that have rows.
         tokenizer: a `tokenizer.json` to use instead of learning one; `vocab_size` has no meaning then.
+        difficulty: the signal that documents are scored by (`orchestrator.data.difficulty`); None for no scores.
         progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
 
     Raises:
@@ -63,6 +65,7 @@ def prepare(
         holdout=float(holdout),
         tokenizer_train_bytes=TOKENIZER_TRAIN_BYTES if given is None else 0,
         tokenizer=None if given is None else given.digest,
+        difficulty=difficulty,
     )
     splits = split_documents(corpus.ids, holdout)
     final = Path(directory) / store_key(corpus.digest, options)

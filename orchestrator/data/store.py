@@ -27,6 +27,7 @@ from orchestrator.data.manifest import (
 )
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError, StoreCorrupt
+from orchestrator.sampling.chunks import Spans
 
 IGNORED_TARGET = -100  # what torch's cross_entropy ignores
 
@@ -114,25 +115,53 @@ class TokenStore:
 
     def rows(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> Rows:
         """Reads rows, in the order asked for; none is fine. Raises ValueError for a row that doesn't exist."""
-        arrays = self._splits[split]
+        return self.read(split, self.spans(split, row_numbers, sequence_length), sequence_length)
+
+    def spans(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> Spans:
+        """Where the inputs of rows lie. Raises ValueError for a row that doesn't exist."""
         starts_R = self._row_starts(split, row_numbers, sequence_length)
-        positions_RU = starts_R[:, np.newaxis] + np.arange(sequence_length + 1)
-        tokens_RU = arrays.tokens[positions_RU].astype(np.int64)
-        documents_RU = np.searchsorted(arrays.starts_D, positions_RU, side="right")  # one too high: all alike
-        crosses_RT = documents_RU[:, 1:] != documents_RU[:, :-1]
+        return Spans(starts_R, np.full(len(starts_R), sequence_length))
+
+    def read(self, split: Split, spans: Spans, sequence_length: int) -> Rows:
+        """Reads the inputs that lie in `spans`, row after row, and for each the token that follows it in its document.
+
+        A row may be of several spans; where one begins that doesn't go on where the one before ended, attention may
+        stop as at a document's border.
+
+        Raises:
+            ValueError: tokens that don't exist, or not whole rows.
+        """
+        arrays = self._splits[split]
+        places_RT = self._checked(split, spans).places().reshape(-1, _checked_length(sequence_length))
+        following_RT = np.minimum(places_RT + 1, len(arrays.tokens) - 1)
+        documents_RT = np.searchsorted(arrays.starts_D, places_RT, side="right")
+        ends_RT = np.searchsorted(arrays.starts_D, following_RT, side="right") != documents_RT
+        ends_RT |= following_RT == places_RT  # the split's last token
+        breaks_RT = (np.diff(places_RT, axis=1) != 1) | (np.diff(documents_RT, axis=1) != 0)
+        segments_RT = np.zeros(places_RT.shape, np.int32)
+        segments_RT[:, 1:] = np.cumsum(breaks_RT, axis=1)
         return Rows(
-            inputs_RT=np.ascontiguousarray(tokens_RU[:, :-1]),
-            targets_RT=np.where(crosses_RT, IGNORED_TARGET, tokens_RU[:, 1:]),
-            documents_RT=(documents_RU[:, :-1] - documents_RU[:, :1]).astype(np.int32),
+            inputs_RT=arrays.tokens[places_RT].astype(np.int64),
+            targets_RT=np.where(ends_RT, IGNORED_TARGET, arrays.tokens[following_RT].astype(np.int64)),
+            documents_RT=segments_RT,
         )
 
-    def target_count(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> int:
-        """Targets in these rows that aren't ignored, without reading a token. Raises ValueError as `rows` does."""
-        starts_D = self._splits[split].starts_D
-        first_target_R = self._row_starts(split, row_numbers, sequence_length) + 1
-        ends = np.searchsorted(starts_D, first_target_R + sequence_length)
-        borders = int((ends - np.searchsorted(starts_D, first_target_R)).sum())
-        return len(first_target_R) * sequence_length - borders
+    def target_count(self, split: Split, spans: Spans) -> int:
+        """Targets of what lies in `spans` that aren't ignored, without reading a token. Raises ValueError as `read`."""
+        arrays = self._splits[split]
+        first_target = self._checked(split, spans).start + 1
+        ends_D = np.append(arrays.starts_D, len(arrays.tokens))  # nothing follows the last token
+        ends = np.searchsorted(ends_D, first_target + spans.length)
+        return spans.num_tokens - int((ends - np.searchsorted(ends_D, first_target)).sum())
+
+    def _checked(self, split: Split, spans: Spans) -> Spans:
+        if len(spans.start):
+            first, last = int(spans.start.min()), int((spans.start + spans.length).max()) - 1
+            if first < 0 or last >= self.num_tokens(split):
+                raise ValueError(
+                    f"tokens {first} to {last} were asked for; {split} has {self.num_tokens(split)}, counted from 0"
+                )
+        return spans
 
     def _row_starts(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> NDArray[np.int64]:
         num_rows = self.num_rows(split, sequence_length)

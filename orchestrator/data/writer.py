@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from orchestrator.data.difficulty import scores, signal_of
 from orchestrator.data.manifest import (
     DOCUMENTS,
     FORMAT_VERSION,
@@ -56,10 +58,13 @@ class StoreWriter:
             file.close()
 
     def finish(self, source: Source, document_ids: Sequence[str], options: PrepareOptions) -> None:
-        """Writes all but the tokens, the manifest last, and flushes everything to disk."""
+        """Writes all but the tokens, the manifest last, and flushes everything to disk. Raises DataError if a document
+        can't be scored."""
         self.close()
         for split in SPLITS:
             index_D = np.array(self._index[split], INDEX_DTYPE)
+            if options.difficulty is not None:
+                index_D["score"] = self._scores(split, index_D, document_ids, options.difficulty)
             np.save(self._directory / index_file(split), index_D, allow_pickle=False)
         lines = "".join(json.dumps(document_id) + "\n" for document_id in document_ids)
         (self._directory / DOCUMENTS).write_text(lines, encoding="ascii")
@@ -80,6 +85,23 @@ class StoreWriter:
         (self._directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in self._directory.iterdir():
             _flush(path)
+
+    def _scores(
+        self, split: Split, index_D: NDArray[np.void], document_ids: Sequence[str], name: str
+    ) -> NDArray[np.float64]:
+        tokens = self._read("train")
+        counts_V = np.bincount(tokens, minlength=self._tokenizer.vocab_size)
+        tokens = tokens if split == "train" else self._read(split)
+        documents = (
+            (document_ids[document], tokens[offset : offset + length])
+            for document, offset, length, _ in index_D.tolist()
+        )
+        return scores(signal_of(name, self._tokenizer, counts_V), name, documents)
+
+    def _read(self, split: Split) -> NDArray[np.unsignedinteger]:
+        if not self._num_tokens[split]:
+            return np.empty(0, self._dtype)
+        return np.asarray(np.memmap(self._directory / tokens_file(split), dtype=self._dtype, mode="r"))
 
 
 @contextmanager

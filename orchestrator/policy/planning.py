@@ -18,6 +18,7 @@ from orchestrator.elastic.snapshot import SnapshotFormat
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
+from orchestrator.policy.curriculum import longest_row
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import interval_of, whole_every
@@ -135,6 +136,9 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
     Args:
         ours: the model is the product's own, so what its forward pass keeps is known.
     """
+    if job.curriculum is not None:  # memory is that of the longest rows, bytes of dispatch too
+        longest = {"sequence_length": longest_row(job.curriculum, job.train)}
+        job = job.model_copy(update={"train": job.train.model_copy(update=longest)})
     sizes = range(job.workers.min, job.workers.max + 1)
     return JobPlan(
         num_parameters=sum(param.numel for param in state.params),

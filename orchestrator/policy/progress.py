@@ -25,6 +25,7 @@ class Progress:
     tokens: int = 0  # target tokens of all steps
     skipped: int = 0  # updates that were not finite
     validations: tuple[tuple[int, float], ...] = ()  # (step, validation loss) of all
+    stage: str = ""  # of the curriculum
 
 
 def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
@@ -55,7 +56,14 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
         tokens=progress.tokens + sum(r.tokens for r in fresh),
         skipped=progress.skipped + sum(not r.applied for r in fresh),
         validations=(*progress.validations, *validations),
+        stage=fresh[-1].stage,
     )
+
+
+def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:
+    """The first steps of stages among those that follow `progress`."""
+    stages = [progress.stage, *(record.stage for record in fresh)]
+    return [record for record, before in zip(fresh, stages, strict=False) if record.stage != before]
 
 
 def typical_step_s(progress: Progress, num_steps: int = 10) -> float | None:

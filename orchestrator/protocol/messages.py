@@ -180,6 +180,8 @@ class StepRecord:
     slowest: int = -1  # rank that computed longest for a slot, waits for peers apart; -1: there are no two to compare
     slowness: float = 1.0  # its time over the median of the others'
     snapshot_interval: int = 0  # steps between two snapshots when it was done; 0: none are taken
+    stage: str = ""  # of the curriculum; empty without one
+    sequence_length: int = 0  # tokens of its rows; 0 in records of before there were stages
 
 
 @dataclass(frozen=True)

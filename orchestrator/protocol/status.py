@@ -99,6 +99,7 @@ class RunStatus:
     warning: str | None = None  # what does not work although the run goes on, or did not until its end
     traceback: str | None = None  # of the worker's error that ended the run
     recoveries: tuple[Recovery, ...] = ()
+    stage: str = ""  # of the curriculum; empty without one
 
     @property
     def last_rescale(self) -> Rescale | None:

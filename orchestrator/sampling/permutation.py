@@ -48,6 +48,12 @@ def rows_at(
     return rows.astype(np.int64)
 
 
+def mixed(seed: int, epoch: int, values: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A pseudo-random number for each value, another one in every epoch: what orders values by chance."""
+    key = _mix(_mix(np.array([seed & _WORD_MASK], np.uint64)) + np.uint64(epoch))
+    return _mix(_mix(values.astype(np.uint64)) ^ key)
+
+
 def _feistel(values: _Words, keys: _Words, half_bits: int) -> _Words:
     """One pass of the network over numbers of 2 * half_bits bits; each value under its own key."""
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.protection import EVERY_STEP, Protection
 from orchestrator.spec.recovery import RecoverySpec
@@ -23,6 +24,7 @@ from orchestrator.spec.train import TrainSpec
 
 __all__ = [
     "CheckpointSpec",
+    "CurriculumSpec",
     "DataSpec",
     "EvalSpec",
     "JobSpec",
@@ -218,6 +220,9 @@ class JobSpec(Section):
     train: TrainSpec = Field(default=TrainSpec(), description="How it is trained.")
     eval: EvalSpec = Field(default=EvalSpec(), description="Validation.")
     data: DataSpec = Field(default=DataSpec(), description="The text.")
+    curriculum: CurriculumSpec | None = Field(
+        default=None, description="Stages of difficulty. null: all rows in a random order, an epoch after the other."
+    )
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="Durable copies.")
     protection: Protection = Field(
         default=EVERY_STEP,

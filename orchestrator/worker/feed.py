@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from orchestrator.data.manifest import Split
+from orchestrator.data.order import order_of
 from orchestrator.data.store import TokenStore
 from orchestrator.model.batch import MicroBatch
-from orchestrator.sampling.sampler import SamplerState, sample
+from orchestrator.sampling.chunks import Spans
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 
@@ -31,6 +31,8 @@ class StepFeed:
         num_slots: slots of the whole global batch.
         global_tokens: targets in the whole global batch.
         first_position, num_positions: the sample positions that the step consumes.
+        stage: of the curriculum; empty without one.
+        sequence_length: tokens of a row.
     """
 
     slots: tuple[Slot, ...]
@@ -38,6 +40,8 @@ class StepFeed:
     global_tokens: int
     first_position: int
     num_positions: int
+    stage: str = ""
+    sequence_length: int = 0
 
 
 class Feed:
@@ -51,48 +55,49 @@ class Feed:
     def __init__(self, job: JobSpec, store: TokenStore, device: torch.device) -> None:
         train = job.train
         self._job, self._store, self._device = job, store, device
+        self.order = order_of(job, store)
         self._length = train.sequence_length
-        self.sampler = SamplerState.of_one_stage(
-            seed=train.seed,
-            global_batch_size=train.global_batch_size,
-            sequence_length=train.sequence_length,
-            num_rows=store.num_rows("train", train.sequence_length),
-        )
         rows = min(job.eval.rows, store.num_rows("validation", self._length))
-        self._validation_rows = np.arange(rows, dtype=np.int64)
+        self._validation = store.spans("validation", np.arange(rows, dtype=np.int64), self._length)
 
     def step(self, step: int, rank: int, world_size: int, micro_batch: int) -> StepFeed:
         """This rank's part of a training step, in slots of `micro_batch` rows."""
-        batch = sample(self.sampler, step)
+        wanted = self.order.at(step)
+        length = wanted.sequence_length
         return StepFeed(
-            slots=self._slots("train", batch.rows, rank, world_size, micro_batch),
-            num_slots=-(-len(batch.rows) // micro_batch),
-            global_tokens=self._store.target_count("train", batch.rows, self._length),
-            first_position=batch.first_position,
-            num_positions=len(batch.rows),
+            slots=self._slots("train", wanted.spans, length, rank, world_size, micro_batch),
+            num_slots=-(-wanted.num_positions // micro_batch),
+            global_tokens=self._store.target_count("train", wanted.spans),
+            first_position=wanted.first_position,
+            num_positions=wanted.num_positions,
+            stage=wanted.stage if self._job.curriculum else "",
+            sequence_length=length,
         )
 
     def validation(self, rank: int, world_size: int, micro_batch: int) -> StepFeed:
         """This rank's part of a validation: always the same rows."""
-        rows = self._validation_rows
+        spans = self._validation
         return StepFeed(
-            slots=self._slots("validation", rows, rank, world_size, micro_batch),
-            num_slots=-(-len(rows) // micro_batch),
-            global_tokens=self._store.target_count("validation", rows, self._length),
+            slots=self._slots("validation", spans, self._length, rank, world_size, micro_batch),
+            num_slots=-(-spans.num_tokens // self._length // micro_batch),
+            global_tokens=self._store.target_count("validation", spans),
             first_position=0,
             num_positions=0,
         )
 
-    def _slots(self, split: Split, rows: NDArray[np.int64], rank: int, world_size: int, size: int) -> tuple[Slot, ...]:
-        num_slots = -(-len(rows) // size)
+    def _slots(
+        self, split: Split, spans: Spans, length: int, rank: int, world_size: int, size: int
+    ) -> tuple[Slot, ...]:
+        tokens = size * length
+        num_slots = -(-spans.num_tokens // tokens)
         mine = list(slots_of(rank, world_size, num_slots))
-        slots = [Slot(n, self._read(split, rows[n * size : (n + 1) * size])) for n in mine]
+        slots = [Slot(n, self._read(split, spans.part(n * tokens, (n + 1) * tokens), length)) for n in mine]
         while len(slots) < max_slots(world_size, num_slots):
-            slots.append(Slot(None, self._read(split, rows[:0])))
+            slots.append(Slot(None, self._read(split, spans.part(0, 0), length)))
         return tuple(slots)
 
-    def _read(self, split: Split, rows: NDArray[np.int64]) -> MicroBatch:
-        read = self._store.rows(split, rows, self._length)
+    def _read(self, split: Split, spans: Spans, length: int) -> MicroBatch:
+        read = self._store.read(split, spans, length)
         documents = torch.from_numpy(read.documents_RT) if self._job.data.isolate_documents else None
         return MicroBatch(
             inputs_BT=torch.from_numpy(read.inputs_RT).to(self._device),

@@ -1,13 +1,13 @@
 """The rows of the next step, read in a thread while this one computes.
 
-Which rows a step has is a pure function of sampler, step and world, so reading ahead changes nothing but when they are
+Which rows a step has is a pure function of order, step and world, so reading ahead changes nothing but when they are
 read. At most two steps are in memory: the one in hand and the one ahead.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from orchestrator.sampling.sampler import SamplerState
+from orchestrator.sampling.order import Order
 from orchestrator.worker.feed import Feed, StepFeed
 
 
@@ -15,7 +15,7 @@ from orchestrator.worker.feed import Feed, StepFeed
 class _Wanted:
     """All that decides what is read: whoever asks for anything else gets nothing that was read ahead."""
 
-    sampler: SamplerState
+    order: Order
     step: int
     rank: int
     world_size: int
@@ -40,7 +40,7 @@ class Prefetch:
 
         What was read ahead for another world or another order of rows is dropped.
         """
-        wanted = _Wanted(self._feed.sampler, step, rank, world_size, micro_batch)
+        wanted = _Wanted(self._feed.order, step, rank, world_size, micro_batch)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == wanted:
             rows = ahead[1].result()

@@ -122,6 +122,8 @@ class Stepper:
             protection_wait_s=protection_wait_s,
             slowest=rank,
             slowness=slowness,
+            stage=feed.stage,
+            sequence_length=feed.sequence_length,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),

@@ -53,7 +53,7 @@ class Trainer:
         self._keeping = Keeping(workshop.me, self._spec.protection, self._spec.train.steps - 1)
         self._engagement = Engagement((shut_connections, abort_collectives, self._keeping.shut))
         self._between_steps = True  # False: the shard's state is that of no finished step
-        self._progress = Progress(-1, 0, feed.sampler.to_json())
+        self._progress = Progress(-1, 0, feed.order.to_json())
 
     # -- a worker's life ---------------------------------------------------------------------------------------
 

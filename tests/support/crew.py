@@ -320,10 +320,10 @@ class Crew:
         self.send(finish=Finish.CANCEL)
         self.await_finished()
 
-    def await_finished(self) -> None:
+    def await_finished(self, patience_s: float = PATIENCE_S) -> None:
         assert self.directive.current is not None
         members = self.directive.current.world.members
-        self.await_all(list(members), lambda r: r.phase is Phase.FINISHED)
+        self.await_all(list(members), lambda r: r.phase is Phase.FINISHED, patience_s)
         self.final = {worker: self.members[worker].report() for worker in members}
 
     def await_step(self, step: int) -> None:

@@ -20,9 +20,9 @@ def write_texts(directory: Path) -> Path:
     return directory
 
 
-def prepare_texts(texts: Path, directory: Path) -> Path:
+def prepare_texts(texts: Path, directory: Path, difficulty: str | None = None) -> Path:
     """The token store of `texts`, in `directory`."""
-    return prepare(str(texts), VOCAB, HOLDOUT, directory).directory
+    return prepare(str(texts), VOCAB, HOLDOUT, directory, difficulty=difficulty).directory
 
 
 def small_job(texts: Path, model: dict[str, Any] | None = None, **train: Any) -> JobSpec:

@@ -8,7 +8,7 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World
 
-DENSE, FIRST, SECOND = ParamSpec("dense", 10, None), ParamSpec("a", 3, 0), ParamSpec("b", 5, 1)
+DENSE, FIRST, SECOND = ParamSpec("dense", 20, None), ParamSpec("a", 3, 0), ParamSpec("b", 5, 1)
 PARAMS = [DENSE, FIRST, SECOND]
 ONE, TWO = World(0, ("w0",)), World(1, ("w0", "w1"))
 
@@ -16,15 +16,15 @@ ONE, TWO = World(0, ("w0",)), World(1, ("w0", "w1"))
 def test_who_holds_what() -> None:
     held = holdings(PARAMS, TWO, Placement.balanced(2, 2))
     weights, moments = held["w1"]
-    assert weights.tolist() == [True] * 10 + [False] * 3 + [True] * 5
-    # 10 dense elements on 2 ranks: 12 with padding, 6 and 4.
-    assert moments.tolist() == [False] * 6 + [True] * 4 + [False] * 3 + [True] * 5
-    assert held["w0"][1].tolist() == [True] * 6 + [False] * 4 + [True] * 3 + [False] * 5
+    assert weights.tolist() == [True] * 20 + [False] * 3 + [True] * 5
+    # 20 dense elements on 2 ranks: 32 with padding, 16 and 4.
+    assert moments.tolist() == [False] * 16 + [True] * 4 + [False] * 3 + [True] * 5
+    assert held["w0"][1].tolist() == [True] * 16 + [False] * 4 + [True] * 3 + [False] * 5
 
 
 def test_a_newcomer_gets_its_weights_and_its_part_of_the_moments() -> None:
     bytes_moved = minimum_bytes(PARAMS, 7, ONE, Placement.balanced(2, 1), TWO, Placement.balanced(2, 2))
-    assert bytes_moved == 4 * ((10 + 5) + 2 * (4 + 5) + 7)
+    assert bytes_moved == 4 * ((20 + 5) + 2 * (4 + 5) + 7)
 
 
 def test_whoever_stays_gets_what_the_leaver_had_alone() -> None:

@@ -51,15 +51,28 @@ def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
 def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     memory.decided(memory.state, [])
-    assert memory.absorb([], up_to=10_000) == []
+    assert memory.absorb([], up_to=10_000) == ([], [])
     assert list((tmp_path / "journal").iterdir()) == []
 
 
 def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     memory.absorb([record(0), record(1)], up_to=10_000)
-    assert [step.step for step in memory.absorb([record(1), record(2)], up_to=10_000)] == [2]
+    assert [step.step for step in memory.absorb([record(1), record(2)], up_to=10_000)[0]] == [2]
     assert [step.step for step in read_steps(tmp_path)] == [0, 1, 2]
+
+
+def test_a_stage_that_begins_is_an_event_once(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    stages = ["easy", "easy", "all", "all"]
+    records = [replace(record(step), stage=stage, sequence_length=8) for step, stage in enumerate(stages)]
+    _, begun = memory.absorb(records[:1], up_to=10_000)
+    assert [(e["kind"], e["stage"], e["step"], e["sequence_length"]) for e in begun] == [("stage_began", "easy", 0, 8)]
+    assert memory.absorb(records[1:2], up_to=10_000)[1] == []
+    memory = remembered(tmp_path)  # a successor knows the stage
+    assert [(e["stage"], e["step"]) for e in memory.absorb(records, up_to=10_000)[1]] == [("all", 2)]
+    assert [e["stage"] for e in user_events(tmp_path) if e["kind"] == "stage_began"] == ["easy", "all"]
+    assert memory.progress.stage == "all"
 
 
 def test_what_cannot_be_written_changes_nothing_and_is_tried_again(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from orchestrator.data.manifest import INDEX_DTYPE
 from orchestrator.data.store import IGNORED_TARGET, TokenStore
 from orchestrator.data.writer import StoreWriter
 from orchestrator.errors import DataError, StoreCorrupt
+from orchestrator.sampling.chunks import Spans
 from tests.unit.data.stores import BYTES_ONLY, write_store
 
 FILES = [
@@ -32,7 +34,7 @@ def test_rows_written_out_by_hand(tmp_path: Path) -> None:
     assert rows.targets_RT.tolist() == [[-100, -100, 8, 9], [2, 3, 4, 5], [10, 11, 12, 13]]
     assert rows.documents_RT.tolist() == [[0, 1, 2, 2], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert (rows.inputs_RT.dtype, rows.targets_RT.dtype, rows.documents_RT.dtype) == (np.int64, np.int64, np.int32)
-    assert store.target_count("train", np.array([1, 0, 2]), 4) == 10
+    assert store.target_count("train", store.spans("train", np.array([1, 0, 2]), 4)) == 10
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,7 +65,7 @@ def test_rows_tile_the_stream_and_targets_are_counted_without_reading(
     if num_rows:
         chosen = np.array(data.draw(st.lists(st.integers(0, num_rows - 1), max_size=12)), np.int64)
         counted = np.count_nonzero(store.rows("train", chosen, sequence_length).targets_RT != IGNORED_TARGET)
-        assert store.target_count("train", chosen, sequence_length) == counted
+        assert store.target_count("train", store.spans("train", chosen, sequence_length)) == counted
 
 
 def _stream(lengths: list[int]) -> list[int]:
@@ -74,10 +76,43 @@ def _stream(lengths: list[int]) -> list[int]:
     return stream
 
 
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), data=st.data())
+def test_scattered_tokens_are_read_each_with_the_one_that_follows_it(lengths: list[int], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        store = write_store(Path(directory) / "store", lengths)
+    stream, total = _stream(lengths), sum(lengths)
+    length = data.draw(st.integers(1, 6))
+    rows = data.draw(st.integers(0, 3))
+    spans: list[tuple[int, int]] = []
+    while (missing := rows * length - sum(n for _, n in spans)) > 0:
+        start = data.draw(st.integers(0, total - 1))
+        spans.append((start, data.draw(st.integers(1, min(missing, total - start)))))
+    where = Spans(np.array([s for s, _ in spans], np.int64), np.array([n for _, n in spans], np.int64))
+    read = store.read("train", where, length)
+    places = [place for start, n in spans for place in range(start, start + n)]
+    assert read.inputs_RT.reshape(-1).tolist() == [stream[place] for place in places]
+    borders = {place for place in range(total) if stream[place] == BYTES_ONLY.document_token} | {total}
+    wanted = [IGNORED_TARGET if place + 1 in borders else stream[place + 1] for place in places]
+    assert read.targets_RT.reshape(-1).tolist() == wanted
+    assert store.target_count("train", where) == sum(target != IGNORED_TARGET for target in wanted)
+    for row, segments in enumerate(read.documents_RT.tolist()):
+        inside = places[row * length : (row + 1) * length]
+        breaks = [b != a + 1 or b in borders for a, b in pairwise(inside)]
+        assert segments == [sum(breaks[:n]) for n in range(length)]
+
+
+def test_tokens_beyond_the_split_are_refused(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [20])
+    for start in (-1, 18):
+        with pytest.raises(ValueError, match="train has 20"):
+            store.read("train", Spans(np.array([start]), np.array([3])), 3)
+
+
 def test_no_rows_is_a_fine_wish(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store", [20])
     assert store.rows("train", np.array([], np.int64), 4).inputs_RT.shape == (0, 4)
-    assert store.target_count("train", np.array([], np.int64), 4) == 0
+    assert store.target_count("train", store.spans("train", np.array([], np.int64), 4)) == 0
 
 
 @pytest.mark.parametrize("row", [-1, 4])
@@ -86,7 +121,7 @@ def test_a_row_that_does_not_exist_is_refused(tmp_path: Path, row: int) -> None:
     with pytest.raises(ValueError, match="train has 4 rows of 4 tokens"):
         store.rows("train", np.array([0, row]), 4)
     with pytest.raises(ValueError, match="train has 4 rows of 4 tokens"):
-        store.target_count("train", np.array([0, row]), 4)
+        store.target_count("train", store.spans("train", np.array([0, row]), 4))
 
 
 def test_splits_and_index(tmp_path: Path) -> None:

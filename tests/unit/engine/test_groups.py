@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from orchestrator.elastic.layout import PARTITION_MULTIPLE
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import _param_groups
 from orchestrator.engine.groups import Groups, connect, disconnect
@@ -50,7 +51,7 @@ def test_generations_may_follow_each_other_on_one_store() -> None:
         pytest.param(Placement(3, 3, ((0, 1), (1, 2), (0,))), id="overlapping holders"),
     ],
 )
-def test_every_rank_has_equally_many_groups_and_a_dummy_where_it_holds_nothing(
+def test_every_rank_has_equally_many_groups_and_a_filler_where_it_holds_nothing(
     alone: Groups, placement: Placement
 ) -> None:
     for rank in range(placement.world_size):
@@ -58,7 +59,8 @@ def test_every_rank_has_equally_many_groups_and_a_dummy_where_it_holds_nothing(
         name_of = {id(param): name for name, param in model.named_parameters()}
         groups = Groups(rank, placement.world_size, placement, alone.world, (alone.world,) * len(placement.groups()))
         dense, *of_experts = _param_groups(model, groups)
-        assert [name_of[id(p)] for p in dense["params"]] == [n for n in name_of.values() if expert_of(n) is None]
+        named = [name_of[id(p)] for p in dense["params"] if id(p) in name_of]
+        assert named == [n for n in name_of.values() if expert_of(n) is None]
         assert not any(hasattr(p, "group_name") for p in dense["params"])
         assert len(of_experts) == len(placement.groups())
         for colour, group in enumerate(of_experts):
@@ -66,7 +68,9 @@ def test_every_rank_has_equally_many_groups_and_a_dummy_where_it_holds_nothing(
             held = {expert_of(name_of[id(p)]) for p in group["params"] if id(p) in name_of}
             assert held == mine
             assert group["moe"] and {p.group_name for p in group["params"]} == {group["name"]}
-            assert mine or [p.numel() for p in group["params"]] == [1]
+            assert mine or len(group["params"]) == 1
+            assert sum(p.numel() for p in group["params"]) % PARTITION_MULTIPLE == 0
+            assert all(not p.any() for p in group["params"] if id(p) not in name_of)
 
 
 def test_a_model_without_experts_has_the_dense_group_alone(alone: Groups) -> None:

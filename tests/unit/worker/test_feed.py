@@ -6,7 +6,6 @@ import torch
 
 from orchestrator.data.prepare import prepare
 from orchestrator.data.store import TokenStore
-from orchestrator.sampling.sampler import sample
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.feed import Feed
 
@@ -25,6 +24,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     for number in range(40):
         (directory / f"{number}.txt").write_text(" ".join(f"word{number * i % 97}" for i in range(200)))
     return prepare(str(directory), 300, 0.2, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """Documents of many lengths, scored by it."""
+    directory = tmp_path_factory.mktemp("text")
+    for number in range(60):
+        (directory / f"{number}.txt").write_text(" ".join(f"word{number * i % 97}" for i in range(5 * number + 5)))
+    return prepare(str(directory), 300, 0.2, tmp_path_factory.mktemp("store"), difficulty="length")
 
 
 def _feed(store: TokenStore, isolate: bool = False) -> Feed:
@@ -47,9 +55,40 @@ def _rows(feed: Feed, step: int, world_size: int) -> torch.Tensor:
 def test_the_order_through_4_2_3_workers_is_that_of_one(store: TokenStore) -> None:
     feed = _feed(store)
     for step, world_size in enumerate([4] * 12 + [2] * 12 + [3] * 12):
-        wanted = store.rows("train", sample(feed.sampler, step).rows, 16).inputs_RT
+        wanted = store.read("train", feed.order.at(step).spans, 16).inputs_RT
         assert torch.equal(_rows(feed, step, world_size), torch.from_numpy(wanted))
         assert torch.equal(_rows(feed, step, world_size), _rows(feed, step, 1))
+
+
+STAGES = [
+    {"name": "easy", "difficulty": [0.0, 0.4], "sequence_length": 8, "until": {"steps": 6}},
+    {"name": "opening", "pace": {"kind": "root", "steps": 8}, "until": {"tokens": 1600}},
+    {"name": "all", "sequence_length": 24},
+]
+
+
+def test_a_curriculum_is_the_same_through_4_2_3_workers(scored: TokenStore) -> None:
+    job = JobSpec.model_validate({**JOB, "curriculum": {"signal": "length", "stages": STAGES}})
+    feed, alone = Feed(job, scored, torch.device("cpu")), Feed(job, scored, torch.device("cpu"))
+    lengths, used = [], 0
+    for step, world_size in enumerate([4] * 8 + [2] * 8 + [3] * 8):
+        rows = _rows(feed, step, world_size)
+        assert torch.equal(rows, _rows(alone, step, 1))
+        part = feed.step(step, 0, world_size, SIZE)
+        assert (part.first_position, part.num_positions) == (10 * step, 10)
+        assert part.sequence_length == rows.shape[1]
+        lengths.append((part.stage, rows.shape[1]))
+        used += rows.numel()
+    assert lengths == [("easy", 8)] * 6 + [("opening", 16)] * 10 + [("all", 24)] * 8
+    assert used == 10 * (6 * 8 + 10 * 16 + 8 * 24)
+
+
+def test_an_easy_stage_has_the_short_documents(scored: TokenStore) -> None:
+    job = JobSpec.model_validate({**JOB, "curriculum": {"signal": "length", "stages": STAGES}})
+    index_D = scored.index("train")
+    spans = Feed(job, scored, torch.device("cpu")).order.at(0).spans
+    documents = np.searchsorted(index_D["offset"], spans.start, side="right") - 1
+    assert index_D["length"][documents].max() <= np.quantile(index_D["length"], 0.7)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])

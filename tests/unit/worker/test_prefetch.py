@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from orchestrator.sampling.order import RowOrder
 from orchestrator.sampling.sampler import SamplerState
 from orchestrator.worker.feed import StepFeed
 from orchestrator.worker.prefetch import Prefetch
@@ -27,7 +28,7 @@ class Recorder:
     """A feed that notes what is read, and where; `bad_step` can't be read."""
 
     def __init__(self, bad_step: int | None = None) -> None:
-        self.sampler = SamplerState.of_one_stage(0, 4, 8, 100)
+        self.order = RowOrder(SamplerState.of_one_stage(0, 4, 8, 100))
         self.asked: list[Asked] = []
         self.bad_step = bad_step
         self._changed = threading.Condition()
@@ -35,11 +36,11 @@ class Recorder:
     def step(self, step: int, rank: int, world_size: int, micro_batch: int) -> StepFeed:
         with self._changed:
             name = threading.current_thread().name
-            self.asked.append(Asked(step, rank, world_size, micro_batch, name, self.sampler.seed))
+            self.asked.append(Asked(step, rank, world_size, micro_batch, name, self.order.state.seed))
             self._changed.notify_all()
         if step == self.bad_step:
             raise OSError("the disk is gone")
-        return StepFeed((), 0, self.sampler.seed, step, world_size)
+        return StepFeed((), 0, self.order.state.seed, step, world_size)
 
     def await_asked(self, step: int) -> Asked:
         """The read of this step, once it has begun."""
@@ -86,7 +87,7 @@ def test_smaller_slots_are_read_anew(recorder: Recorder, prefetch: Prefetch) -> 
 def test_another_order_of_rows_drops_what_was_read(recorder: Recorder, prefetch: Prefetch) -> None:
     prefetch.step(3, 0, 1, 2)
     recorder.await_asked(4)
-    recorder.sampler = replace(recorder.sampler, seed=7)
+    recorder.order = RowOrder(replace(recorder.order.state, seed=7))
     assert prefetch.step(4, 0, 1, 2).global_tokens == 7
 
 

@@ -1,0 +1,159 @@
+"""What an order by difficulty saves: tokens until a model is as good as one that saw its text in random order.
+
+    python -m benchmarks.curriculum [--quick]
+
+The product's own worker trains a small model on Python's library, all arms with the same model, corpus, tuning, tokens
+and, pair by pair, the same seed, in a world of one. `shuffled` has no curriculum. For each signal of difficulty there
+is a curriculum, whose range opens by the square root of the step over the first half of the run (Platanis et al.,
+2019), and its opposite, which opens from the difficult end.
+
+The target is fixed before any other arm is looked at: the mean validation loss that `shuffled` has at half of its
+tokens. `tokens_saved` is one less the tokens that an arm takes to get there over those of `shuffled` with the same
+seed, both interpolated between validations; an arm that never gets there counts with all its tokens. `final_loss_gap`
+is an arm's last validation loss over that of `shuffled`, less one. The bars are for the best signal's curriculum.
+"""
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.harness import Bar, Result, at_least, at_most, median_interval, run, say
+from benchmarks.support.data import data_spec, stores_dir
+from benchmarks.support.environment import environment, worker_environment
+from orchestrator.data.prepare import prepare
+from orchestrator.spec.curriculum import SIGNALS
+from orchestrator.spec.job import DataSpec, JobSpec
+from tests.support.crew import Crew
+
+SEEDS, QUICK_SEEDS = 6, 1
+STEPS, QUICK_STEPS = 480, 24
+VALIDATIONS, VALIDATION_ROWS = 24, 256
+BATCH = {"global_batch_size": 16, "micro_batch_size": 8, "sequence_length": 128}
+MODEL = {
+    "hidden_size": 64,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 192,
+    "num_dense_layers": 1,
+    "num_experts": 8,
+    "top_k": 2,
+    "expert_intermediate_size": 64,
+}
+SHUFFLED = "shuffled"
+AT_ONCE = 2  # runs side by side: losses don't depend on time
+
+Curve = list[tuple[int, float]]  # tokens trained on, validation loss
+
+
+def measure(quick: bool) -> Result:
+    seeds, steps = (QUICK_SEEDS, QUICK_STEPS) if quick else (SEEDS, STEPS)
+    signals = SIGNALS[:1] if quick else SIGNALS
+    arms = [SHUFFLED, *(f"{order}/{signal}" for signal in signals for order in ("curriculum", "anti"))]
+    with tempfile.TemporaryDirectory(prefix="curriculum-") as folder:
+        workspace = Path(folder)
+        data = data_spec(quick, workspace)
+        stores = {signal: _store(data, stores_dir(quick, workspace), signal) for signal in (None, *signals)}
+        runs = [(arm, seed) for seed in range(seeds) for arm in arms]
+
+        def trained(which: tuple[str, int]) -> Curve:
+            arm, seed = which
+            _, _, signal = arm.partition("/")
+            curve = train(_job(arm, seed, steps, data), stores[signal or None], workspace / f"{seed}-{arm}")
+            say(f"seed {seed}, {arm}: {curve[-1][1]:.4f} after {curve[-1][0]} tokens")
+            return curve
+
+        with environment(worker_environment(threads=1, keep_memory=True)), ThreadPoolExecutor(AT_ONCE) as pool:
+            curves = dict(zip(runs, pool.map(trained, runs), strict=True))
+    by_arm = {arm: [curves[arm, seed] for seed in range(seeds)] for arm in arms}
+    return _result(quick, seeds, steps, by_arm)
+
+
+def train(job: JobSpec, store: Path, run_dir: Path) -> Curve:
+    """Validation losses of a run from beginning to end."""
+    run_dir.mkdir(parents=True)
+    with Crew(job, store, run_dir, size=1) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_finished(patience_s=3600.0)
+    rows, curve = job.train.global_batch_size, list[tuple[int, float]]()
+    tokens = 0
+    for _, record in sorted(crew.records.items()):
+        tokens += rows * record.sequence_length
+        if record.validation_loss is not None:
+            curve.append((tokens, record.validation_loss))
+    return curve
+
+
+def tokens_until(curve: Curve, loss: float) -> float:
+    """Tokens until a validation loss is reached for the first time, between validations in a straight line."""
+    for (tokens, above), (later, below) in pairwise(curve):
+        if below <= loss:
+            return tokens if above <= loss else tokens + (later - tokens) * (above - loss) / (above - below)
+    return float(curve[-1][0])
+
+
+def loss_at(curve: Curve, tokens: float) -> float:
+    """The validation loss after so many tokens, between validations in a straight line."""
+    for (before, above), (later, below) in pairwise(curve):
+        if before <= tokens <= later:
+            return above + (below - above) * (tokens - before) / (later - before)
+    return curve[-1][1]
+
+
+def _result(quick: bool, seeds: int, steps: int, by_arm: dict[str, list[Curve]]) -> Result:
+    plain = by_arm[SHUFFLED]
+    target = mean(loss_at(curve, curve[-1][0] / 2) for curve in plain)
+    table: dict[str, Any] = {}
+    for arm, curves in by_arm.items():
+        if arm == SHUFFLED:
+            continue
+        pairs = list(zip(curves, plain, strict=True))
+        table[arm] = {
+            "tokens_saved": median_interval([1 - tokens_until(c, target) / tokens_until(p, target) for c, p in pairs]),
+            "final_loss_gap": median_interval([c[-1][1] / p[-1][1] - 1 for c, p in pairs]),
+        }
+    best = max((arm for arm in table if arm.startswith("curriculum")), key=lambda a: table[a]["tokens_saved"].median)
+    bars: tuple[Bar, ...] = (
+        at_least("tokens_saved", 0.15, table[best]["tokens_saved"]),
+        at_most("final_loss_gap", 0.005, table[best]["final_loss_gap"]),
+    )
+    return Result(
+        name="curriculum",
+        seed=0,
+        settings={"quick": quick, "model": MODEL, "train": BATCH, "steps": steps, "best": best},
+        rounds=seeds,
+        metrics={
+            "target_loss": target,
+            "final_loss": {arm: mean(curve[-1][1] for curve in curves) for arm, curves in by_arm.items()},
+            "arms": table,
+        },
+        bars=bars,
+    )
+
+
+def _job(arm: str, seed: int, steps: int, data: DataSpec) -> JobSpec:
+    order, _, signal = arm.partition("/")
+    pace = {"kind": "root", "start": 0.1, "steps": steps // 2, "hardest_first": order == "anti"}
+    stages = ({"name": "all", "pace": pace},)
+    return JobSpec.model_validate(
+        {
+            "name": "curriculum",
+            "model": MODEL,
+            "train": {**BATCH, "steps": steps, "seed": seed, "lr": 2e-3, "schedule": {"warmup_steps": steps // 12}},
+            "eval": {"every": steps // VALIDATIONS, "rows": VALIDATION_ROWS},
+            "data": data,
+            "curriculum": None if order == SHUFFLED else {"signal": signal, "stages": stages},
+            "protection": "off",
+        }
+    )
+
+
+def _store(data: DataSpec, directory: Path, signal: str | None) -> Path:
+    return prepare(data.source, data.vocab_size, data.holdout, directory, difficulty=signal).directory
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)

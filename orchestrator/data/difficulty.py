@@ -1,0 +1,114 @@
+"""How difficult a document is, by one of several signals: higher is harder.
+
+Which of them helps a model learn is a question for measurement; a curriculum uses only the order that they give.
+"""
+
+import importlib
+import math
+import zlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.errors import DataError
+
+WINDOW = 50  # tokens
+Tokens = NDArray[np.integer]
+Signal = Callable[[Tokens], float]
+
+
+def signal_of(name: str, tokenizer: TextTokenizer, counts_V: NDArray[np.int64]) -> Signal:
+    """What scores a document from its tokens.
+
+    Args:
+        name: of a signal, or `package.module:score`, which gets the document's text.
+        counts_V: how often each token of the vocabulary occurs in the training split.
+
+    Raises:
+        DataError: there is no such function.
+    """
+    if ":" in name:
+        function = _imported(name)
+        return lambda tokens: float(function(_text(tokenizer, tokens)))
+    if name == "length":
+        return lambda tokens: float(len(tokens))
+    if name == "compression":
+        return lambda tokens: _compression(_text(tokenizer, tokens))
+    if name == "rarity":
+        surprisal_V = _surprisal(counts_V)
+        return lambda tokens: float(surprisal_V[tokens[1:]].mean()) if len(tokens) > 1 else 0.0
+    if name == "diversity":
+        return diversity
+    raise ValueError(f"there is no signal {name}")
+
+
+def scores(signal: Signal, name: str, documents: Iterator[tuple[str, Tokens]]) -> NDArray[np.float64]:
+    """The scores of (id, tokens) one after the other. Raises DataError naming the document that has none."""
+    found = []
+    for document_id, tokens in documents:
+        try:
+            score = signal(tokens)
+        except Exception as error:
+            raise _without_score(name, document_id, f"raised {type(error).__name__}: {error}") from error
+        if not math.isfinite(score):
+            raise _without_score(name, document_id, f"gave {score}")
+        found.append(score)
+    return np.array(found)
+
+
+def diversity(tokens: Tokens) -> float:
+    """Mean share of distinct tokens in windows of `WINDOW`: the moving-average type-token ratio, which unlike the plain
+    one doesn't fall with length (Covington and McFall, "Cutting the Gordian Knot", Journal of Quantitative Linguistics,
+    2010)."""
+    tokens = tokens[1:]  # the document's own token says nothing
+    n = len(tokens)
+    window = min(WINDOW, n)
+    if n == 0:
+        return 0.0
+    by_token = np.argsort(tokens, kind="stable")
+    before = np.full(n, -1)  # where the same token stood last
+    same = tokens[by_token[1:]] == tokens[by_token[:-1]]
+    before[by_token[1:][same]] = by_token[:-1][same]
+    place = np.arange(n)
+    # A token counts in all windows that hold it and not the one before: their first places.
+    first = np.maximum(np.maximum(before + 1, place - window + 1), 0)
+    last = np.minimum(place, n - window)
+    return float(np.maximum(last - first + 1, 0).sum() / ((n - window + 1) * window))
+
+
+def _surprisal(counts_V: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Nats of each token by its frequency, one added to each count."""
+    surprisal_V: NDArray[np.float64] = -np.log((counts_V + 1) / (counts_V.sum() + len(counts_V)))
+    return surprisal_V
+
+
+def _compression(text: str) -> float:
+    raw = text.encode("utf-8")
+    return len(zlib.compress(raw, 6)) / len(raw) if raw else 0.0
+
+
+def _text(tokenizer: TextTokenizer, tokens: Tokens) -> str:
+    return tokenizer.decode(tokens[1:].tolist())
+
+
+def _imported(name: str) -> Callable[[str], float]:
+    module, _, attribute = name.partition(":")
+    try:
+        function: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"curriculum.signal {name} can't be imported: {error}",
+            remedy="Name a function of a module that is importable where the run's data is prepared.",
+            unchanged="Nothing was written.",
+        ) from error
+    return function
+
+
+def _without_score(name: str, document_id: str, what: str) -> DataError:
+    return DataError(
+        f"curriculum.signal {name} {what} for the document {document_id}",
+        remedy="Have it return a finite number for every text.",
+        unchanged="No store was written.",
+    )

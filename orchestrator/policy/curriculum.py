@@ -1,0 +1,93 @@
+"""Which stage a run is in at which step, as far as that follows from the job and its corpus."""
+
+from collections.abc import Iterator
+
+from orchestrator.errors import DataError
+from orchestrator.sampling.admission import Admission
+from orchestrator.sampling.chunks import Chunks
+from orchestrator.sampling.curriculum import BegunStage, Curriculum, CurriculumState
+from orchestrator.spec.curriculum import CurriculumSpec, StageSpec
+from orchestrator.spec.job import TrainSpec
+
+
+def planned_stages(spec: CurriculumSpec, train: TrainSpec, chunks: Chunks) -> CurriculumState:
+    """The run's stages with their first steps.
+
+    Raises:
+        DataError: a stage admits no document; or with `on_exhausted: fail`, too few for its length. It is named.
+    """
+    begun: list[BegunStage] = []
+    first_step = 0
+    for number, stage in enumerate(spec.stages):
+        length = stage.sequence_length or train.sequence_length
+        begun.append(BegunStage(stage.name, first_step, length, _admission(stage)))
+        _check_admits(stage, chunks)
+        if first_step >= train.steps:
+            begun.pop()
+            break
+        is_last = number == len(spec.stages) - 1
+        end = train.steps if is_last else min(train.steps, first_step + _num_steps(stage, train, length))
+        if spec.on_exhausted != "relax" and (spec.on_exhausted == "fail" or not is_last):
+            state = CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(begun))
+            exhausted = _exhausted_at(Curriculum(chunks, state), begun[-1], end)
+            if exhausted < end and spec.on_exhausted == "fail":
+                raise DataError(
+                    f"stage {stage.name} admits too little: after {exhausted - first_step} of its "
+                    f"{end - first_step} steps nothing is left of it in the epoch",
+                    remedy="Widen its difficulty, end it earlier (until), add text, or set on_exhausted to relax or "
+                    "next.",
+                    unchanged="Nothing was started.",
+                )
+            end = max(min(end, exhausted), first_step + 1)
+        first_step = end
+    return CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(begun))
+
+
+def longest_row(spec: CurriculumSpec, train: TrainSpec) -> int:
+    """Tokens of the longest row of any stage."""
+    return max(stage.sequence_length or train.sequence_length for stage in spec.stages)
+
+
+def _admission(stage: StageSpec) -> Admission:
+    low, high = stage.difficulty
+    if stage.pace is None:
+        return Admission(low, high)
+    pace = stage.pace
+    return Admission(low, high, pace.kind, pace.start, pace.steps, pace.jumps, pace.hardest_first)
+
+
+def _num_steps(stage: StageSpec, train: TrainSpec, length: int) -> int:
+    assert stage.until is not None
+    if stage.until.steps is not None:
+        return stage.until.steps
+    assert stage.until.tokens is not None
+    return -(-stage.until.tokens // (train.global_batch_size * length))
+
+
+def _check_admits(stage: StageSpec, chunks: Chunks) -> None:
+    low, high = stage.difficulty
+    if not ((chunks.difficulty >= low) & (chunks.difficulty < high)).any():
+        raise DataError(
+            f"stage {stage.name} selects nothing: no document's difficulty lies from {low} to {high}",
+            remedy="Widen its difficulty; a corpus of few documents has few difficulties.",
+            unchanged="Nothing was started.",
+        )
+
+
+def _exhausted_at(curriculum: Curriculum, stage: BegunStage, end: int) -> int:
+    """The first step before `end` that finds less than it takes of what its stage admits; `end` if there is none."""
+    for step, until in _constant(stage, end):
+        left = curriculum.steps_left(step)
+        if step + left < until:
+            return step + left
+    return end
+
+
+def _constant(stage: BegunStage, end: int) -> Iterator[tuple[int, int]]:
+    """Stretches [step, until) of a stage in which it admits the same."""
+    step = stage.first_step
+    while step < end:
+        change = stage.admission.next_change(step - stage.first_step)
+        until = end if change is None else min(end, stage.first_step + change)
+        yield step, until
+        step = until

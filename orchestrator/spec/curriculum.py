@@ -1,0 +1,100 @@
+"""The `curriculum` section: in which order a run meets its text, by difficulty."""
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from orchestrator.spec.section import Broken, Section, refuse
+
+SIGNALS = ("length", "compression", "rarity", "diversity")
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _signal(signal: str) -> str:
+    if signal not in SIGNALS and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", signal):
+        raise refuse(f"must be {', '.join(SIGNALS)} or a function as package.module:score")
+    return signal
+
+
+def _range(difficulty: tuple[float, float]) -> tuple[float, float]:
+    if difficulty[0] >= difficulty[1]:
+        raise refuse("must be two shares, the lower one first, as in [0, 0.4]")
+    return difficulty
+
+
+class PaceSpec(Section):
+    """How a stage's range of difficulties opens."""
+
+    kind: Literal["linear", "root", "step"] = Field(
+        default="root",
+        description="linear; root: by the square root of the step, so that each step adds as much as it can train on "
+        "(Platanis et al., 2019); step: in jumps.",
+    )
+    start: float = Field(default=0.1, gt=0, le=1, description="The share of the range that is open at first.")
+    steps: int = Field(ge=1, description="Steps until all of it is open.")
+    jumps: int = Field(default=3, ge=1, description="Of kind step.")
+    hardest_first: bool = Field(
+        default=False, description="true: it opens from the difficult end, to compare with (an anti-curriculum)."
+    )
+
+
+class UntilSpec(Section):
+    """When a stage ends; exactly one of these."""
+
+    steps: int | None = Field(default=None, ge=1, description="After so many steps.")
+    tokens: int | None = Field(default=None, ge=1, description="After the step in which it has trained on so many.")
+
+    def broken_rules(self) -> Iterator[Broken]:
+        if (self.steps is None) == (self.tokens is None):
+            yield Broken((("steps",), ("tokens",)), "a stage ends after steps or after tokens: name one of them")
+
+
+class StageSpec(Section):
+    """A stage: which documents it admits, and how it trains on them."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,39}$", description="Its name: up to 40 of a-z, 0-9 and -.")
+    difficulty: Annotated[tuple[Share, Share], AfterValidator(_range)] = Field(
+        default=(0.0, 1.0),
+        description="Admitted documents, as shares of the corpus's tokens from the easiest on: [0, 0.4] are the "
+        "easiest two fifths.",
+    )
+    pace: PaceSpec | None = Field(
+        default=None, description="How the range opens while the stage lasts. null: all of it is open at once."
+    )
+    sequence_length: int | None = Field(default=None, ge=1, description="Tokens of a row. null: train.sequence_length.")
+    until: UntilSpec | None = Field(
+        default=None, description="When it ends. null, for the last one only: with the run."
+    )
+
+
+class CurriculumSpec(Section):
+    """Stages of difficulty. Each document counts once an epoch, whichever stage trains on it."""
+
+    signal: Annotated[str, AfterValidator(_signal)] = Field(
+        default="rarity",
+        description="What makes a document difficult: length (tokens), compression (bytes after zlib over bytes "
+        "before), rarity (mean surprisal of its tokens by their frequency), diversity (distinct tokens in windows of "
+        "50), or a function of yours, package.module:score, from its text to a number.",
+    )
+    on_exhausted: Literal["next", "relax", "fail"] = Field(
+        default="relax",
+        description="When nothing is left of what a stage admits: the next stage begins, whatever is left of the epoch "
+        "is admitted, or the job is refused before it starts.",
+    )
+    stages: tuple[StageSpec, ...] = Field(min_length=1, description="In their order.")
+
+    def broken_rules(self) -> Iterator[Broken]:
+        for i, stage in enumerate(self.stages):
+            if stage.name in [earlier.name for earlier in self.stages[:i]]:
+                yield Broken((("stages", i, "name"),), f"names of stages are distinct; {stage.name} is there twice")
+        for i, (stage, _) in enumerate(pairwise(self.stages)):
+            if stage.until is None:
+                rule = f"every stage but the last needs an end: set until of {stage.name}"
+                yield Broken((("stages", i, "until"), ("stages", i)), rule)
+        if self.stages[-1].until is not None:
+            last = len(self.stages) - 1
+            rule = f"the last stage lasts as long as the run (train.steps): leave until of {self.stages[-1].name} out"
+            yield Broken((("stages", last, "until"),), rule)

@@ -1,0 +1,71 @@
+"""Stages of difficulty with real workers: the same samples in the same order, whoever is lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from orchestrator.protocol.messages import Phase, StepRecord
+from orchestrator.sampling.ledger import audit
+from orchestrator.spec.job import JobSpec
+from tests.support.crew import Crew
+from tests.support.texts import STEPS, prepare_texts, small_job
+
+STAGES = [
+    {"name": "easy", "difficulty": [0.0, 0.5], "sequence_length": 16, "until": {"steps": 8}},
+    {
+        "name": "opening",
+        "pace": {"kind": "root", "start": 0.2, "steps": 10},
+        "sequence_length": 24,
+        "until": {"tokens": 2400},  # ten steps
+    },
+    {"name": "all"},
+]
+BEGIN = {"easy": 0, "opening": 8, "all": 18}
+
+
+def _job(texts: Path) -> JobSpec:
+    plain = small_job(texts).model_dump(by_alias=True, mode="json")
+    return JobSpec.model_validate_json(json.dumps({**plain, "curriculum": {"signal": "rarity", "stages": STAGES}}))
+
+
+@pytest.fixture(scope="module")
+def scored_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_texts(texts, tmp_path_factory.mktemp("scored"), difficulty="rarity")
+
+
+@pytest.fixture(scope="module")
+def alone(texts: Path, scored_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, StepRecord]:
+    """What one undisturbed worker did."""
+    with Crew(_job(texts), scored_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_finished()
+    return crew.records
+
+
+def test_stages_begin_where_the_job_says(alone: dict[int, StepRecord]) -> None:
+    assert len(alone) == STEPS
+    begun = {stage: min(r.step for r in alone.values() if r.stage == stage) for stage in BEGIN}
+    assert begun == BEGIN
+    assert {r.stage: r.sequence_length for r in alone.values()} == {"easy": 16, "opening": 24, "all": 32}
+
+
+@pytest.mark.parametrize("kill_after", [6, 16], ids=["before the second stage", "before the third"])
+def test_a_death_changes_no_sample_of_any_stage(
+    texts: Path, scored_dir: Path, tmp_path: Path, alone: dict[int, StepRecord], kill_after: int
+) -> None:
+    with Crew(_job(texts), scored_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_step(kill_after)
+        crew.members[crew.ids[1]].kill()
+        survivors = [crew.ids[0], crew.ids[2]]
+        crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
+        crew.recover(survivors)
+        crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]).ok
+    for step, record in crew.records.items():
+        same = alone[step]
+        assert (record.stage, record.sequence_length, record.tokens) == (same.stage, same.sequence_length, same.tokens)
+        assert (record.first_position, record.num_positions) == (same.first_position, same.num_positions)
+        assert record.loss == pytest.approx(same.loss, rel=1e-5)
