@@ -1,9 +1,7 @@
 """The engine that trains: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
 
 What is ours and why:
-- Parameter groups: dense, then one per colour of the placement, the same list on every rank. Each ends with a filler
-  that makes its partitions multiples of `PARTITION_MULTIPLE`; a rank that holds nothing of a colour has only a filler
-  there, since DeepSpeed wants every rank to have every group.
+- Parameter groups (`orchestrator.engine.param_groups`).
 - Gradients are summed, not averaged: a slot's loss is already divided by the global batch's token count.
 - Gradients accumulate in fp32 with bf16 weights too, at both stages, in the same optimizer class.
 - All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is switched off, and so is the
@@ -30,11 +28,11 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from orchestrator.comm import pulse
-from orchestrator.elastic.layout import PARTITION_MULTIPLE
 from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.groups import Groups
-from orchestrator.model.base import TrainableModel, expert_of
+from orchestrator.engine.param_groups import group_name, groups_of, is_filler
+from orchestrator.model.base import TrainableModel
 from orchestrator.model.batch import MicroBatch
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges
@@ -86,7 +84,7 @@ class DeepSpeedEngineAdapter:
         _register(groups)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
-        param_groups = _param_groups(model, groups)
+        param_groups = groups_of(model, groups)
         self._adamw = AdamW(param_groups, train)
         config = _config(model, train)
         os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker its own devices, so the first is ours
@@ -188,7 +186,7 @@ class DeepSpeedEngineAdapter:
             owned = []
             for param, offset in zip(params, self._zero.round_robin_bit16_offsets[index], strict=True):
                 start, stop = max(offset, low), min(offset + param.numel(), low + size)
-                if start < stop and not _is_filler(self._names[id(param)]):
+                if start < stop and not is_filler(self._names[id(param)]):
                     owned.append((self._names[id(param)], start - offset, slice(start - low, stop - low)))
             found.append(owned)
         return found
@@ -196,7 +194,7 @@ class DeepSpeedEngineAdapter:
     def _collect_ranges(self) -> NamedRanges:
         ranges = NamedRanges()
         for name, param in self._model.named_parameters():
-            if not _is_filler(name):
+            if not is_filler(name):
                 ranges.add(f"param/{name}", 0, param.data.view(-1))
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             moments = self._zero.optimizer.state[master]
@@ -208,47 +206,6 @@ class DeepSpeedEngineAdapter:
         for name, buffer in self._model.state_buffers():
             ranges.add(f"buffer/{name}", 0, buffer.view(-1))
         return ranges
-
-
-def _is_filler(name: str) -> bool:
-    return name.startswith("_filler_")
-
-
-def _param_groups(model: TrainableModel, groups: Groups) -> list[dict[str, Any]]:
-    """Dense parameters, then one group per colour of the placement; the order of a group is the model's."""
-    named = list(model.named_parameters())
-    dense = [p for n, p in named if expert_of(n) is None]
-    result: list[dict[str, Any]] = [{"name": "dense", "params": _filled(model, "dense", dense, groups.world)}]
-    if not model.moe_layers:
-        return result
-    colours = {e: groups.placement.colour_of(e) for e in groups.placement.experts_of(groups.rank)}
-    for colour, replicas in enumerate(groups.replicas):
-        name = _group_name(colour)
-        experts = [p for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
-        params = _filled(model, name, experts, replicas)
-        for param in params:
-            param.allreduce = False  # type: ignore[attr-defined]
-            param.group_name = name  # type: ignore[attr-defined]
-        result.append({"name": name, "params": params, "moe": True})
-    return result
-
-
-def _filled(
-    model: TrainableModel, group: str, params: list[nn.Parameter], ranks: torch.distributed.ProcessGroup
-) -> list[nn.Parameter]:
-    """A group's parameters and, behind them, as many elements as its partitions over `ranks` lack."""
-    multiple = PARTITION_MULTIPLE * torch.distributed.get_world_size(ranks)
-    missing = -sum(p.numel() for p in params) % multiple or (0 if params else multiple)
-    if not missing:
-        return params
-    like = next(model.parameters())
-    filler = nn.Parameter(torch.zeros(missing, device=like.device, dtype=like.dtype))
-    model.register_parameter(f"_filler_{group}", filler)
-    return [*params, filler]
-
-
-def _group_name(colour: int) -> str:
-    return f"experts_{colour}"
 
 
 def _config(model: TrainableModel, train: TrainSpec) -> dict[str, Any]:
@@ -284,7 +241,7 @@ def _register(groups: Groups) -> None:
     _unregister()
     registry._WORLD_GROUP = groups.world
     for colour, replicas in enumerate(groups.replicas):
-        name = _group_name(colour)
+        name = group_name(colour)
         registry._EXPERT_PARALLEL_GROUP[name] = groups.world
         registry._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
 

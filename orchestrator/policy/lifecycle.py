@@ -20,7 +20,8 @@ from orchestrator.policy.failures import held_back_s
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
 from orchestrator.policy.planning_moves import warm_standbys
-from orchestrator.policy.recovery import bury_members, hear_errors, notice_loss, recover, restart_first
+from orchestrator.policy.losses import bury_members, hear_errors, notice_loss, restart_first
+from orchestrator.policy.recovery import recover
 from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.policy.stragglers import watch_stragglers

@@ -9,7 +9,7 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.layout import PARTITION_MULTIPLE
 from orchestrator.elastic.placement import Placement
-from orchestrator.engine.deepspeed_engine import _param_groups
+from orchestrator.engine.param_groups import groups_of
 from orchestrator.engine.groups import Groups, connect, disconnect
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
@@ -58,7 +58,7 @@ def test_every_rank_has_equally_many_groups_and_a_filler_where_it_holds_nothing(
         model = MoELanguageModel(SPEC, 20, ExpertHome(placement, rank, None))
         name_of = {id(param): name for name, param in model.named_parameters()}
         groups = Groups(rank, placement.world_size, placement, alone.world, (alone.world,) * len(placement.groups()))
-        dense, *of_experts = _param_groups(model, groups)
+        dense, *of_experts = groups_of(model, groups)
         named = [name_of[id(p)] for p in dense["params"] if id(p) in name_of]
         assert named == [n for n in name_of.values() if expert_of(n) is None]
         assert not any(hasattr(p, "group_name") for p in dense["params"])
@@ -76,5 +76,5 @@ def test_every_rank_has_equally_many_groups_and_a_filler_where_it_holds_nothing(
 def test_a_model_without_experts_has_the_dense_group_alone(alone: Groups) -> None:
     spec = SPEC.model_copy(update={"num_dense_layers": 2})
     model = MoELanguageModel(spec, 20, ExpertHome(Placement.balanced(3, 1), 0, None))
-    (dense,) = _param_groups(model, alone)
+    (dense,) = groups_of(model, alone)
     assert len(dense["params"]) == len(list(model.parameters()))
