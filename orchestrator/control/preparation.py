@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.order import order_of
+from orchestrator.data.order import Orders
 from orchestrator.data.prepare import check_enough, check_vocabulary, prepare
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import Dataset
@@ -50,7 +50,7 @@ class Preparation:
         )
         check_vocabulary(job.model.vocab_size, store.vocab_size)
         check_enough(store, job.train.sequence_length, job.train.global_batch_size, int(job.eval.every is not None))
-        order_of(job, store)  # what a curriculum lacks shows now, before any worker has it
+        Orders(job, store)  # what a curriculum lacks shows now, before any worker has it
         tokenizer = Path(run_dir) / "tokenizer.json"
         store.tokenizer().save(tokenizer)
         datasets = tuple(

@@ -1,24 +1,52 @@
 """The order in which a run trains on a store."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from orchestrator.data.store import TokenStore
 from orchestrator.policy.curriculum import longest_row, planned_stages
+from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks
+from orchestrator.sampling.curriculum import CurriculumState
 from orchestrator.sampling.order import CurriculumOrder, Order, RowOrder
 from orchestrator.sampling.sampler import SamplerState
 from orchestrator.spec.job import JobSpec
 
 
-def order_of(job: JobSpec, store: TokenStore) -> Order:
-    """Which tokens each step of a run trains on. Raises DataError if the corpus doesn't suffice for its curriculum."""
-    train = job.train
-    if job.curriculum is None:
-        length = train.sequence_length
-        rows = store.num_rows("train", length)
-        return RowOrder(SamplerState.of_one_stage(train.seed, train.global_batch_size, length, rows))
-    index_D = store.index("train")
-    chunks = Chunks.of(
-        index_D["length"].astype(np.int64), index_D["score"].astype(np.float64), longest_row(job.curriculum, train)
-    )
-    return CurriculumOrder(chunks, planned_stages(job.curriculum, train, chunks))
+class Orders:
+    """The orders that a job may have on its corpus: what it begins with, and what is decided or read back later.
+
+    Raises:
+        DataError: the corpus doesn't suffice for the curriculum.
+    """
+
+    def __init__(self, job: JobSpec, store: TokenStore) -> None:
+        self._job = job
+        self._chunks: Chunks | None = None
+        train, index_D = job.train, store.index("train")
+        if job.curriculum is not None:
+            lengths_D, scores_D = index_D["length"].astype(np.int64), index_D["score"].astype(np.float64)
+            self._chunks = Chunks.of(lengths_D, scores_D, longest_row(job.curriculum, train))
+            self.first: Order = CurriculumOrder(self._chunks, self.decided(()))
+        else:
+            rows = store.num_rows("train", train.sequence_length)
+            state = SamplerState.of_one_stage(train.seed, train.global_batch_size, train.sequence_length, rows)
+            self.first = RowOrder(state)
+
+    def decided(self, stages: Sequence[StageStart]) -> CurriculumState:
+        """The plan with stages that were decided meanwhile. Raises ValueError without a curriculum, or for a stage that
+        it doesn't have."""
+        if self._chunks is None or self._job.curriculum is None:
+            raise ValueError("stages were decided for a run without a curriculum")
+        return planned_stages(self._job.curriculum, self._job.train, self._chunks, stages)
+
+    def order(self, state: CurriculumState) -> Order:
+        assert self._chunks is not None
+        return CurriculumOrder(self._chunks, state)
+
+    def saved(self, text: str) -> Order:
+        """What `Order.to_json` gave. Raises ProtocolError for anything else."""
+        if self._chunks is None:
+            return RowOrder(SamplerState.from_json(text))
+        return CurriculumOrder(self._chunks, CurriculumState.from_json(text))

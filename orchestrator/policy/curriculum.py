@@ -1,8 +1,9 @@
 """Which stage a run is in at which step, as far as that follows from the job and its corpus."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from orchestrator.errors import DataError
+from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.admission import Admission
 from orchestrator.sampling.chunks import Chunks
 from orchestrator.sampling.curriculum import BegunStage, Curriculum, CurriculumState
@@ -10,37 +11,48 @@ from orchestrator.spec.curriculum import CurriculumSpec, StageSpec
 from orchestrator.spec.job import TrainSpec
 
 
-def planned_stages(spec: CurriculumSpec, train: TrainSpec, chunks: Chunks) -> CurriculumState:
+def planned_stages(
+    spec: CurriculumSpec, train: TrainSpec, chunks: Chunks, decided: Sequence[StageStart] = ()
+) -> CurriculumState:
     """The run's stages with their first steps.
+
+    Args:
+        decided: stages that begin earlier than the job would have them, or others than it would have there, ascending.
+            The stages that the job names behind them follow them.
 
     Raises:
         DataError: a stage admits no document; or with `on_exhausted: fail`, too few for its length. It is named.
+        ValueError: a decided stage that the job doesn't have, or that begins no later than the one before.
     """
     begun: list[BegunStage] = []
-    first_step = 0
-    for number, stage in enumerate(spec.stages):
+    names, ahead = [stage.name for stage in spec.stages], list(decided)
+    number, first_step = 0, 0
+    while number < len(spec.stages) and first_step < train.steps:
+        stage, is_last = spec.stages[number], number == len(spec.stages) - 1
         length = stage.sequence_length or train.sequence_length
-        begun.append(BegunStage(stage.name, first_step, length, _admission(stage)))
         _check_admits(stage, chunks)
-        if first_step >= train.steps:
-            begun.pop()
-            break
-        is_last = number == len(spec.stages) - 1
+        begun.append(BegunStage(stage.name, first_step, length, _admission(stage)))
         end = train.steps if is_last else min(train.steps, first_step + _num_steps(stage, train, length))
-        if spec.on_exhausted != "relax" and (spec.on_exhausted == "fail" or not is_last):
+        if ahead and ahead[0].first_step <= first_step:
+            raise ValueError(f"{ahead[0]} begins no later than {begun[-1]}")
+        latest = min(end, ahead[0].first_step) if ahead else end
+        if spec.on_exhausted == "fail" or (spec.on_exhausted == "next" and not is_last):
             state = CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(begun))
-            exhausted = _exhausted_at(Curriculum(chunks, state), begun[-1], end)
-            if exhausted < end and spec.on_exhausted == "fail":
-                raise DataError(
-                    f"stage {stage.name} admits too little: after {exhausted - first_step} of its "
-                    f"{end - first_step} steps nothing is left of it in the epoch",
-                    remedy="Widen its difficulty, end it earlier (until), add text, or set on_exhausted to relax or "
-                    "next.",
-                    unchanged="Nothing was started.",
-                )
-            end = max(min(end, exhausted), first_step + 1)
-        first_step = end
+            exhausted = _exhausted_at(Curriculum(chunks, state), begun[-1], latest)
+            if exhausted < latest and spec.on_exhausted == "fail":
+                raise _too_little(stage, exhausted - first_step, latest - first_step)
+            end = end if exhausted == latest else max(exhausted, first_step + 1)
+        if ahead and ahead[0].first_step <= end:
+            start = ahead.pop(0)
+            number, first_step = names.index(start.name), start.first_step
+        else:
+            number, first_step = number + 1, end
     return CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(begun))
+
+
+def is_the_same_before(old: CurriculumState, new: CurriculumState, step: int) -> bool:
+    """Whether two plans train on the same tokens in all steps before `step`."""
+    return [s for s in old.stages if s.first_step < step] == [s for s in new.stages if s.first_step < step]
 
 
 def longest_row(spec: CurriculumSpec, train: TrainSpec) -> int:
@@ -72,6 +84,14 @@ def _check_admits(stage: StageSpec, chunks: Chunks) -> None:
             remedy="Widen its difficulty; a corpus of few documents has few difficulties.",
             unchanged="Nothing was started.",
         )
+
+
+def _too_little(stage: StageSpec, done: int, wanted: int) -> DataError:
+    return DataError(
+        f"stage {stage.name} admits too little: after {done} of its {wanted} steps nothing is left of it in the epoch",
+        remedy="Widen its difficulty, end it earlier (until), add text, or set on_exhausted to relax or next.",
+        unchanged="Nothing was started.",
+    )
 
 
 def _exhausted_at(curriculum: Curriculum, stage: BegunStage, end: int) -> int:

@@ -18,9 +18,9 @@ from orchestrator.policy.crew import bury_lost, heed_target, hold_crew, quaranti
 from orchestrator.policy.endings import ask_finish, commit_checkpoint, end_run, fail_run
 from orchestrator.policy.failures import held_back_s
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.losses import bury_members, hear_errors, notice_loss, restart_first
 from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
 from orchestrator.policy.planning_moves import warm_standbys
-from orchestrator.policy.losses import bury_members, hear_errors, notice_loss, restart_first
 from orchestrator.policy.recovery import recover
 from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size

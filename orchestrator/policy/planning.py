@@ -23,7 +23,7 @@ from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import interval_of, whole_every
 
-VOICES = 5  # numbers that each rank adds to a vote (orchestrator.worker.vote)
+VOICES = 6  # numbers that each rank adds to a vote (orchestrator.worker.vote)
 PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
 MAX_BUCKET_ELEMENTS = 50_000_000  # orchestrator.engine.deepspeed_engine
 # Constants of the stall, from `python -m benchmarks.rescale` and the demo on 2 cores, over loopback.

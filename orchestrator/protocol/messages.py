@@ -119,6 +119,15 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class StageStart:
+    """A stage of the curriculum begins at `first_step`, whatever the job would have had there: it was decided while the
+    run trains."""
+
+    name: str
+    first_step: int
+
+
+@dataclass(frozen=True)
 class Directive:
     """The whole desired state of a worker.
 
@@ -128,6 +137,8 @@ class Directive:
     train no more, since somebody is lost; whoever waits for a peer in it shuts the connection. `settled` is the newest
     generation that has committed a step of its own: what older ones held may go. `finish` asks for a fence, a
     checkpoint and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
+    `stages` are all that were decided so far, in order, and `stages_version` counts decisions: members follow one once
+    all of them have seen it and as long as it changes nothing before the step after the next one.
     """
 
     epoch: int
@@ -140,6 +151,8 @@ class Directive:
     settled: int = -1
     finish: Finish = Finish.NO
     checkpoint_done: int = -1
+    stages: tuple[StageStart, ...] = ()
+    stages_version: int = 0
 
 
 class Phase(StrEnum):

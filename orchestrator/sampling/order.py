@@ -59,15 +59,15 @@ class CurriculumOrder:
     """What stages admit. From any thread."""
 
     def __init__(self, chunks: Chunks, state: CurriculumState) -> None:
+        self.state = state
         self._curriculum = Curriculum(chunks, state)
         self._lock = threading.Lock()  # it walks
 
     def at(self, step: int) -> StepTokens:
-        state = self._curriculum.state
-        stage, rows = state.stage_at(step), state.global_batch_size
+        stage, rows = self.state.stage_at(step), self.state.global_batch_size
         with self._lock:
             spans = self._curriculum.spans(step)
         return StepTokens(stage.name, step * rows, rows, stage.sequence_length, spans)
 
     def to_json(self) -> str:
-        return self._curriculum.state.to_json()
+        return self.state.to_json()

@@ -1,15 +1,19 @@
 """The rows of a step: from the sampler's order to this rank's slots as tensors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from orchestrator.data.manifest import Split
-from orchestrator.data.order import order_of
+from orchestrator.data.order import Orders
 from orchestrator.data.store import TokenStore
 from orchestrator.model.batch import MicroBatch
+from orchestrator.policy.curriculum import is_the_same_before
+from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Spans
+from orchestrator.sampling.order import CurriculumOrder
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 
@@ -55,10 +59,33 @@ class Feed:
     def __init__(self, job: JobSpec, store: TokenStore, device: torch.device) -> None:
         train = job.train
         self._job, self._store, self._device = job, store, device
-        self.order = order_of(job, store)
+        self._orders = Orders(job, store)
+        self.order = self._orders.first
         self._length = train.sequence_length
         rows = min(job.eval.rows, store.num_rows("validation", self._length))
         self._validation = store.spans("validation", np.arange(rows, dtype=np.int64), self._length)
+
+    @property
+    def first_order(self) -> str:
+        """What a run begins with, as it is saved."""
+        return self._orders.first.to_json()
+
+    def follow(self, saved: str) -> None:
+        """From now on the order of samples is a saved one. Raises ProtocolError for what is none."""
+        if saved != self.order.to_json():
+            self.order = self._orders.saved(saved)
+
+    def decide(self, stages: Sequence[StageStart], first_step: int) -> bool:
+        """From now on these stages are those that were decided, unless that would change a step before `first_step`.
+        Returns whether they are."""
+        if not isinstance(self.order, CurriculumOrder):
+            return False
+        state = self._orders.decided(stages)
+        if not is_the_same_before(self.order.state, state, first_step):
+            return False
+        if state != self.order.state:
+            self.order = self._orders.order(state)
+        return True
 
     def step(self, step: int, rank: int, world_size: int, micro_batch: int) -> StepFeed:
         """This rank's part of a training step, in slots of `micro_batch` rows."""

@@ -22,7 +22,8 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
     """Fill this rank's ranges.
 
     Args:
-        sampler: the sampler's state that follows from the job and its data; the checkpoint must have the same.
+        sampler: the order of samples that follows from the job and its data; the checkpoint must have the same, apart
+            from stages of a curriculum, which may have been decided while it trained.
 
     Returns:
         where training stood.
@@ -37,7 +38,7 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
             progress = Progress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
         except (KeyError, ValueError) as error:
             raise CheckpointCorrupt(f"{checkpoint} does not say where training stood: {error!r}") from error
-        if json.loads(progress.sampler) != json.loads(sampler):
+        if _without_stages(progress.sampler) != _without_stages(sampler):
             raise DataError(
                 f"{checkpoint} was trained with the sample order {progress.sampler}; job and data give {sampler}",
                 remedy="Resume with the corpus, the batch size, the sequence length and the seed that it began with.",
@@ -56,3 +57,9 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
                     ) from error
                 held.data[start - held.start : stop - held.start].copy_(torch.from_numpy(values))
     return progress
+
+
+def _without_stages(sampler: str) -> object:
+    """What decides an order of samples, with a curriculum its stages apart."""
+    state = json.loads(sampler)
+    return {**state, "stages": None} if "num_tokens" in state else state

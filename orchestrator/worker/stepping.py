@@ -28,6 +28,7 @@ class Voice:
     fence: int
     finish: bool
     interval: int
+    stages: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Stepper:
             finish=voice.finish,
             interval=voice.interval,
             busy_s=busy_s / num_mine if num_mine else 0.0,
+            stages=voice.stages,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
         self._balance(shard, outcome)

@@ -25,6 +25,7 @@ from orchestrator.worker.moving import Prepared, announce, announced, first_shar
 from orchestrator.worker.preparing import Preparations
 from orchestrator.worker.saving import Saver
 from orchestrator.worker.shard import Progress, Shard, Workshop
+from orchestrator.worker.stages import Stages
 from orchestrator.worker.stepping import Stepper, Voice
 from orchestrator.worker.vote import NO_FENCE, Outcome
 
@@ -53,7 +54,8 @@ class Trainer:
         self._keeping = Keeping(workshop.me, self._spec.protection, self._spec.train.steps - 1)
         self._engagement = Engagement((shut_connections, abort_collectives, self._keeping.shut))
         self._between_steps = True  # False: the shard's state is that of no finished step
-        self._progress = Progress(-1, 0, feed.order.to_json())
+        self._progress = Progress(-1, 0, feed.first_order)
+        self._stages = Stages(feed)
 
     # -- a worker's life ---------------------------------------------------------------------------------------
 
@@ -132,7 +134,7 @@ class Trainer:
             fence, finish = self._preparations.fence_after(step), directive.finish is not Finish.NO
             if is_due or finish or fence != NO_FENCE:
                 self._keeping.acknowledged()
-            return Voice(fence, finish, self._keeping.wanted_interval)
+            return Voice(fence, finish, self._keeping.wanted_interval, self._stages.speak(directive))
 
         keep_gradients = self._keeping.wants_gradients(step)
         stepped = self._stepper.step(shard, self._progress, before_update, speak, keep_gradients)
@@ -140,8 +142,8 @@ class Trainer:
         if why:  # the shard is that of a step that doesn't count: only snapshots of earlier ones are of use now
             self._between_steps = False
             raise LossExploded(why)
-        self._progress, self._between_steps = stepped.progress, True
         outcome, generation = stepped.outcome, shard.world.generation
+        self._progress, self._between_steps = self._stages.agree(outcome, stepped.progress), True
         is_due = is_due or outcome.finish or outcome.fence != NO_FENCE
         record = replace(stepped.record, snapshot_interval=self._keeping.interval)
         self._desk.record(record, **self._keeping.committed(generation, step, is_due))
@@ -172,7 +174,7 @@ class Trainer:
             log.warning("generation %d can't be reached, its rendezvous store is gone: %s", plan.generation, error)
             self._desk.publish(failed_generation=plan.generation)
             return False
-        self._progress = standing.progress
+        self._progress = self._stages.follow(standing.progress)
         self._desk.go_back_to(standing.progress.step, standing.records)
         return True
 
@@ -197,13 +199,15 @@ class Trainer:
         self._hold()
         if source is None:
             self._keeping.held = None
-            self._shard, self._progress, handover = first_shard(self._workshop, prepared, self._progress.sampler)
-            self._desk.go_back_to(self._progress.step)
+            sampler = self._feed.first_order
+            self._shard, progress, handover = first_shard(self._workshop, prepared, sampler)
+            self._progress = self._stages.follow(progress)
+            self._desk.go_back_to(progress.step)
         else:
             mine = self._workshop.me in source.holders
             held = self._keeping.gathered(source, self._progress) if mine else None
             if held is not None:
-                self._progress = held.progress
+                self._progress = self._stages.follow(held.progress)
                 self._desk.go_back_to(held.progress.step)
             if source.holders[0] == self._workshop.me:
                 announce(prepared, self._progress, self._desk.records)

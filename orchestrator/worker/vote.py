@@ -5,7 +5,8 @@ losses per slot stay apart until they are summed in slot order, whatever the wor
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
 slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
-finish, steps that it would have between two snapshots, seconds that it computed for a slot.
+finish, steps that it would have between two snapshots, seconds that it computed for a slot, version of the decided
+stages that it has seen.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 from orchestrator.comm import pulse
 
 NO_FENCE = -1
-NUM_VOICES = 5
+NUM_VOICES = 6
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Ballot:
         finish: it has seen the wish to end the run.
         interval: steps that it would have between two snapshots.
         busy_s: how long it computed for one of its slots, waits for peers apart; 0 without a slot.
+        stages: version of the decided stages that it has seen.
     """
 
     slot_losses: NDArray[np.float64]
@@ -45,6 +47,7 @@ class Ballot:
     finish: bool = False
     interval: int = 0
     busy_s: float = 0.0
+    stages: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Outcome:
         finish: every rank has seen the wish to end.
         interval: the longest that any rank would have.
         busy_s: by rank.
+        stages: version of the decided stages that every rank has seen; -1 if they have seen different ones.
     """
 
     loss_sum: float
@@ -70,6 +74,7 @@ class Outcome:
     finish: bool
     interval: int
     busy_s: tuple[float, ...]
+    stages: int
 
 
 def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
@@ -77,7 +82,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
     counts_shape, num_counts = ballot.counts_LE.shape, ballot.counts_LE.numel()
     voices = np.zeros((world_size, NUM_VOICES))
-    voices[rank] = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s)
+    voices[rank] = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
     vector = torch.cat(
         [
             torch.from_numpy(ballot.slot_losses),
@@ -90,7 +95,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     if group is not None:
         dist.all_reduce(vector, group=group)
     parts = torch.split(vector.cpu(), [num_slots, num_validation, num_counts, NUM_VOICES * world_size])
-    applied, fences, finish, intervals, busy_s = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
+    applied, fences, finish, intervals, busy_s, stages = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
     return Outcome(
         loss_sum=sum(parts[0].tolist()),
         validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
@@ -100,4 +105,5 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         finish=all(finish),
         interval=int(max(intervals)),
         busy_s=tuple(busy_s),
+        stages=int(stages[0]) if min(stages) == max(stages) else -1,
     )

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.messages import Phase, StepRecord
+from orchestrator.protocol.messages import Phase, StageStart, StepRecord
 from orchestrator.sampling.ledger import audit
+from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.crew import Crew
 from tests.support.texts import STEPS, prepare_texts, small_job
@@ -69,3 +70,34 @@ def test_a_death_changes_no_sample_of_any_stage(
         assert (record.stage, record.sequence_length, record.tokens) == (same.stage, same.sequence_length, same.tokens)
         assert (record.first_position, record.num_positions) == (same.first_position, same.num_positions)
         assert record.loss == pytest.approx(same.loss, rel=1e-5)
+
+
+def test_a_stage_that_is_decided_begins_on_all_members_at_its_step(
+    texts: Path, scored_dir: Path, tmp_path: Path, alone: dict[int, StepRecord]
+) -> None:
+    """And stays decided for whoever goes on without a dead one. One that comes too late is left out by all alike."""
+    late, in_time = (StageStart("opening", 1),), (StageStart("opening", STEPS - 12),)
+    job = _job(texts).model_copy(update={"curriculum": _long_first_stage()})
+    with Crew(job, scored_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_step(3)
+        crew.send(stages=late, stages_version=1)
+        crew.await_step(6)
+        crew.send(stages=in_time, stages_version=2)
+        crew.await_step(STEPS - 10)
+        crew.members[crew.ids[1]].kill()
+        survivors = [crew.ids[0], crew.ids[2]]
+        crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
+        crew.recover(survivors)
+        crew.await_finished()
+    stages = [crew.records[step].stage for step in range(STEPS)]
+    assert stages == ["easy"] * (STEPS - 12) + ["opening"] * 10 + ["all"] * 2
+    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]).ok
+    assert [crew.records[step].loss for step in range(8)] == pytest.approx(
+        [alone[step].loss for step in range(8)], rel=1e-5
+    )
+
+
+def _long_first_stage() -> CurriculumSpec:
+    easy = {**STAGES[0], "until": {"steps": 1000}}
+    return CurriculumSpec.model_validate_json(json.dumps({"signal": "rarity", "stages": [easy, *STAGES[1:]]}))

@@ -9,8 +9,8 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.layout import PARTITION_MULTIPLE
 from orchestrator.elastic.placement import Placement
-from orchestrator.engine.param_groups import groups_of
 from orchestrator.engine.groups import Groups, connect, disconnect
+from orchestrator.engine.param_groups import groups_of
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from orchestrator.errors import DataError
-from orchestrator.policy.curriculum import longest_row, planned_stages
+from orchestrator.policy.curriculum import is_the_same_before, longest_row, planned_stages
+from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import TrainSpec
@@ -66,3 +67,40 @@ def test_a_stage_that_selects_nothing_is_named() -> None:
     spec = _spec({"name": "a", "until": {"steps": 1}}, {"name": "narrow", "difficulty": (0.1, 0.4)})
     with pytest.raises(DataError, match="stage narrow selects nothing"):
         planned_stages(spec, TRAIN, few)
+
+
+STAGES = (
+    {"name": "a", "until": {"steps": 10}},
+    {"name": "b", "until": {"steps": 5}},
+    {"name": "c", "sequence_length": 3},
+)
+
+
+def _decided(*stages: tuple[str, int]) -> list[tuple[str, int]]:
+    found = planned_stages(_spec(*STAGES), TRAIN, CHUNKS, [StageStart(*stage) for stage in stages]).stages
+    return [(stage.name, stage.first_step) for stage in found]
+
+
+def test_what_is_decided_comes_first_and_the_job_goes_on_behind_it() -> None:
+    assert _decided() == [("a", 0), ("b", 10), ("c", 15)]
+    assert _decided(("b", 4)) == [("a", 0), ("b", 4), ("c", 9)]
+    assert _decided(("c", 4)) == [("a", 0), ("c", 4)]
+    assert _decided(("a", 12)) == [("a", 0), ("b", 10), ("a", 12), ("b", 22), ("c", 27)]
+    assert _decided(("b", 4), ("a", 9), ("c", 11)) == [("a", 0), ("b", 4), ("a", 9), ("c", 11)]
+
+
+def test_a_decision_for_a_later_stage_waits_for_its_step() -> None:
+    assert _decided(("a", 20)) == [("a", 0), ("b", 10), ("c", 15), ("a", 20), ("b", 30), ("c", 35)]
+    assert _decided(("b", 70)) == [("a", 0), ("b", 10), ("c", 15)]  # after the last step
+
+
+def test_a_decision_changes_nothing_before_its_step() -> None:
+    old = planned_stages(_spec(*STAGES), TRAIN, CHUNKS)
+    new = planned_stages(_spec(*STAGES), TRAIN, CHUNKS, [StageStart("c", 7)])
+    assert is_the_same_before(old, new, 7) and not is_the_same_before(old, new, 8)
+
+
+@pytest.mark.parametrize("stages", [(("b", 0),), (("b", 4), ("c", 4)), (("b", 4), ("c", 3))])
+def test_decisions_that_do_not_follow_one_another_are_refused(stages: tuple[tuple[str, int], ...]) -> None:
+    with pytest.raises(ValueError, match="begins no later"):
+        _decided(*stages)
