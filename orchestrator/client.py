@@ -110,6 +110,17 @@ class OrchestratorClient:
         target: Target = self._ask("scale", run_id, workers)
         return target
 
+    def stage(self, run_id: str, name: str) -> Target:
+        """Ask for another stage of the run's curriculum, or the `next` one. Returns at once; it begins some steps
+        later, on all workers at the same one.
+
+        Raises:
+            UsageError: the job has no stage of that name, or the run has ended.
+            NotFound: there is no such run.
+        """
+        target: Target = self._ask("stage", run_id, name)
+        return target
+
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill the process of one member, the highest rank unless named, to see the run survive it.
 

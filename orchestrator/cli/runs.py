@@ -88,6 +88,21 @@ def scale(
     _show_target(run, target, output)
 
 
+def stage(
+    run: RunId,
+    name: Annotated[str, typer.Argument(metavar="next|NAME", help="The stage that comes next, or one of the job's.")],
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Have a run go on to another stage of its curriculum. `events` tells the step at which it begins."""
+    from orchestrator.client import OrchestratorClient
+
+    target = OrchestratorClient(address).stage(run, name)
+    which = "the next stage" if name == "next" else f"stage {name}"
+    say(f"Run {run} will go on to {which} in some steps, on all workers at the same one.")
+    _show_target(run, target, output)
+
+
 def kill(
     run: RunId,
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="Whose process. Default: the highest rank.")] = None,
@@ -164,6 +179,7 @@ def _show_target(run_id: str, target: Target, output: Format) -> None:
 def register(app: typer.Typer) -> None:
     for name, command in (("submit", submit), ("list", list_runs), ("status", status), ("scale", scale)):
         app.command(name, rich_help_panel="Runs")(command)
+    app.command("stage", rich_help_panel="Runs")(stage)
     app.command("kill", rich_help_panel="Runs")(kill)
     app.command("cancel", rich_help_panel="Runs")(cancel)
     app.command("pause", rich_help_panel="Runs")(pause)

@@ -106,6 +106,15 @@ class RunController:
         self._limits.check_size(workers)
         return self._wishes.aim(Finish.NO, reason, workers)
 
+    def stage(self, name: str, reason: str) -> Target:
+        """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.
+
+        Raises:
+            UsageError: the job has no such stage, or the run is ending.
+        """
+        self._limits.check_stage(name)
+        return self._wishes.aim(Finish.NO, reason, stage=name)
+
     def finish(self, how: Finish, reason: str) -> Target:
         """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
         return self._wishes.aim(how, reason)

@@ -151,6 +151,12 @@ class Scheduler:
         target: Target = self._wish(run_id, "scale", workers, reason)
         return target
 
+    def stage(self, run_id: str, name: str, reason: str = "asked for") -> Target:
+        """Want another stage of the curriculum. Raises UsageError if the job has none of that name, or the run has
+        ended; NotFound."""
+        target: Target = self._wish(run_id, "stage", name, reason)
+        return target
+
     def cancel(self, run_id: str, reason: str = "cancelled") -> Target:
         """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
         target: Target = self._wish(run_id, "finish", Finish.CANCEL, reason)

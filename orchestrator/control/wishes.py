@@ -19,8 +19,9 @@ class Wishes:
         self._turned = threading.Condition()
         self.newest = memory.state.target
 
-    def aim(self, finish: Finish, reason: str, workers: int | None = None) -> Target:
-        """Want this; `workers` is None for as many as before. Returns when it is written down.
+    def aim(self, finish: Finish, reason: str, workers: int | None = None, stage: str | None = None) -> Target:
+        """Want this; `workers` is None for as many as before, `stage` for no other one. Returns when it is written
+        down.
 
         Raises:
             UsageError: the run is ending, or is to end in another way.
@@ -30,7 +31,9 @@ class Wishes:
             if self._memory.state.outcome is not None or self.newest.finish not in (Finish.NO, finish):
                 raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
             size = self.newest.workers if workers is None else workers
-            target = self.newest = Target(self.newest.seq + 1, size, finish, reason)
+            wishes = self.newest.stage_wishes + (stage is not None)
+            name = self.newest.stage if stage is None else stage
+            target = self.newest = Target(self.newest.seq + 1, size, finish, reason, name, wishes)
             self._inbox.put(None)
             if not self._turned.wait_for(lambda: self._memory.state.target.seq >= target.seq, PATIENCE_S):
                 why = self._memory.trouble or "it is busy"

@@ -72,6 +72,8 @@ def _num_steps(stage: StageSpec, train: TrainSpec, length: int) -> int:
     assert stage.until is not None
     if stage.until.steps is not None:
         return stage.until.steps
+    if stage.until.max_steps is not None:
+        return stage.until.max_steps
     assert stage.until.tokens is not None
     return -(-stage.until.tokens // (train.global_batch_size * length))
 

@@ -24,6 +24,7 @@ from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.recovery import recover
 from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
+from orchestrator.policy.stages import decide_stages
 from orchestrator.policy.stragglers import watch_stragglers
 from orchestrator.protocol.messages import Directive, Finish, Phase, Target
 from orchestrator.protocol.status import RunPhase
@@ -48,6 +49,7 @@ RULES: tuple[Rule, ...] = (
     ask_finish,
     plan_next,
     raise_fence,
+    decide_stages,
     watch_stragglers,
     quarantine_nodes,
     hold_crew,
@@ -85,6 +87,8 @@ def directive_of(state: RunState, epoch: int, seq: int | None = None) -> Directi
         settled=state.settled,
         finish=state.finish,
         checkpoint_done=state.checkpoint_done,
+        stages=state.stages,
+        stages_version=state.stages_version,
     )
 
 

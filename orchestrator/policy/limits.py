@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from orchestrator.errors import UsageError
+from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import OFF
 from orchestrator.spec.recovery import RecoverySpec
@@ -34,6 +35,7 @@ class RunLimits:
     protected: bool = True
     recovery: RecoverySpec = DEFAULT_RECOVERY
     micro_batch_size: int = 1
+    curriculum: CurriculumSpec | None = None
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -48,8 +50,20 @@ class RunLimits:
             protected=job.protection != OFF,
             recovery=job.recovery,
             micro_batch_size=job.train.micro_batch_size,
+            curriculum=job.curriculum,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
+
+    def check_stage(self, name: str) -> None:
+        """Raises UsageError if the job has no such stage. `next` is whichever comes next."""
+        names = [stage.name for stage in self.curriculum.stages] if self.curriculum else []
+        if not names or name not in ("next", *names):
+            known = f"its stages are {', '.join(names)}" if names else "its job has no curriculum"
+            raise UsageError(
+                f"stage {name} asked for; {self.run_id} has none of that name: {known}",
+                remedy="Name one of its stages, or next." if names else "Submit a job with a curriculum.",
+                unchanged=f"{self.run_id} goes on as it was.",
+            )
 
     def check_size(self, workers: int) -> None:
         """Raises UsageError if the job doesn't allow this many workers."""

@@ -26,6 +26,7 @@ class Progress:
     skipped: int = 0  # updates that were not finite
     validations: tuple[tuple[int, float], ...] = ()  # (step, validation loss) of all
     stage: str = ""  # of the curriculum
+    stage_step: int = 0  # its first step
 
 
 def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
@@ -57,6 +58,7 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
         skipped=progress.skipped + sum(not r.applied for r in fresh),
         validations=(*progress.validations, *validations),
         stage=fresh[-1].stage,
+        stage_step=max([progress.stage_step, *(r.step for r in stages_begun(progress, fresh))]),
     )
 
 

@@ -1,13 +1,16 @@
 """A run that goes on from a checkpoint after it has ended or has lost its cluster."""
 
+from dataclasses import replace
+
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Decision, Note, RunState
 from orchestrator.policy.schedule import Wish, wanted_size
-from orchestrator.protocol.messages import ResumeOrder, Target
+from orchestrator.protocol.messages import Finish, ResumeOrder
 
 
 def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
-    """The state to begin again from. Nobody of the old crew is counted on; numbers that name things go on growing."""
+    """The state to begin again from. Nobody of the old crew is counted on; numbers that name things go on growing.
+    Stages that were decided are decided still, at the same steps."""
     done = order.restore.step if order.restore else -1
     wish = state.wish if order.workers is None else Wish(order.workers, done + 1)
     workers = wanted_size(limits, wish, done + 1)
@@ -18,7 +21,14 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
         "workers": workers,
     }
     begun = RunState(
-        target=Target(state.target.seq + 1, workers, reason="resumed"),
+        target=replace(
+            state.target,
+            seq=state.target.seq + 1,
+            workers=workers,
+            finish=Finish.NO,
+            reason="resumed",
+            stage_wishes=state.stage_wishes,
+        ),
         seq=state.seq + 1,
         wish=wish,
         num_spawned=state.num_spawned,
@@ -27,5 +37,8 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
         checkpoint_done=done,
         rescales=tuple(r for r in state.rescales if r.step < done),
         restore=order.restore,
+        stages=state.stages,
+        stages_version=state.stages_version + 1,
+        stage_wishes=state.stage_wishes,
     )
     return Decision(begun, (Note("resumed", fields),))

@@ -23,12 +23,15 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class Target:
-    """What the Scheduler wants a run to be."""
+    """What the Scheduler wants a run to be. `stage` is the stage that was asked for last, `next` for the one that comes
+    next, and `stage_wishes` counts how often one was."""
 
     seq: int
     workers: int
     finish: Finish = Finish.NO
     reason: str = ""
+    stage: str = ""
+    stage_wishes: int = 0
 
 
 @dataclass(frozen=True)

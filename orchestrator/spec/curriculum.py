@@ -46,10 +46,31 @@ class UntilSpec(Section):
 
     steps: int | None = Field(default=None, ge=1, description="After so many steps.")
     tokens: int | None = Field(default=None, ge=1, description="After the step in which it has trained on so many.")
+    validation_below: float | None = Field(
+        default=None, gt=0, description="Some steps after a validation loss below this; max_steps at the latest."
+    )
+    plateau: int | None = Field(
+        default=None,
+        ge=1,
+        description="Some steps after so many validations in a row that were not 0.5 % better than the best one "
+        "before; max_steps at the latest.",
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, description="With validation_below and plateau: after so many steps in any case."
+    )
 
     def broken_rules(self) -> Iterator[Broken]:
-        if (self.steps is None) == (self.tokens is None):
-            yield Broken((("steps",), ("tokens",)), "a stage ends after steps or after tokens: name one of them")
+        ends = ("steps", "tokens", "validation_below", "plateau")
+        named = [end for end in ends if getattr(self, end) is not None]
+        if len(named) != 1:
+            yield Broken(tuple((end,) for end in named or ends), f"a stage ends by one of {', '.join(ends)}: name one")
+            return
+        watched = named[0] in ends[2:]
+        if watched and self.max_steps is None:
+            rule = f"{named[0]} may never come: name max_steps, after which the stage ends in any case"
+            yield Broken((("max_steps",), (named[0],)), rule)
+        if not watched and self.max_steps is not None:
+            yield Broken((("max_steps",), (named[0],)), f"max_steps has no meaning with {named[0]}: leave it out")
 
 
 class StageSpec(Section):
@@ -88,6 +109,9 @@ class CurriculumSpec(Section):
 
     def broken_rules(self) -> Iterator[Broken]:
         for i, stage in enumerate(self.stages):
+            if stage.name == "next":
+                rule = "no stage is called next: that is the one behind the present one"
+                yield Broken((("stages", i, "name"),), rule)
             if stage.name in [earlier.name for earlier in self.stages[:i]]:
                 yield Broken((("stages", i, "name"),), f"names of stages are distinct; {stage.name} is there twice")
         for i, (stage, _) in enumerate(pairwise(self.stages)):

@@ -253,6 +253,10 @@ class JobSpec(Section):
         if self.checkpoint.keep_best and self.eval.every is None:
             rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
             yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
+        for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
+            if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
+                rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
+                yield Broken((("curriculum", "stages", i, "until"), ("eval", "every")), rule)
         for name, value in self.envs.items():
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 yield Broken((("envs", name),), "a name must be of letters, digits and _, and not begin with a digit")
