@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from orchestrator.control.inference import ask_model
 from orchestrator.errors import EntrypointError, NotFound, UsageError
 from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
 from orchestrator.worker.faults import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
@@ -110,6 +112,53 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     with torch.no_grad():
         loss = model(input_ids=encoded, labels=encoded).loss.item()
     assert loss < math.log(VOCAB) - 1.0  # it has learned, for others too
+
+
+def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    """The second stage comes by a validation loss, the third by hand, and a run that is resumed has them all again."""
+    stages = (
+        {"name": "easy", "difficulty": (0.0, 0.5), "until": {"validation_below": 5.6, "max_steps": 90_000}},
+        {"name": "opening", "sequence_length": 24, "until": {"steps": 90_000}},
+        {"name": "all"},
+    )
+    changes = {
+        "name": "staged",
+        "workers": WorkersSpec(min=1, max=2, initial=2),
+        "storage": str(tmp_path / "runs"),
+        "curriculum": CurriculumSpec.model_validate({"signal": "rarity", "stages": stages}),
+        "checkpoint": CheckpointSpec(every=8, keep_last=2),
+    }
+    run = client.submit(small_job(texts, steps=100_000).model_copy(update=changes))
+    _until(client, run, lambda s: s.stage == "opening")
+    with pytest.raises(UsageError, match="its stages are easy, opening, all"):
+        client.stage(run, "hard")
+    log = (tmp_path / "runs" / run / "logs" / "controller.log").read_text()
+    os.kill(int(re.findall(r"controller of epoch \d+, pid (\d+)", log)[-1]), signal.SIGKILL)
+    _until(client, run, lambda s: s.step > 0)
+    client.stage(run, "next")
+    began = _until(client, run, lambda s: s.stage == "all")
+    client.kill_worker(run, 1)
+    _until(client, run, lambda s: len(s.recoveries) == 1 and s.step > began.step + 10)
+    client.pause(run)
+    paused = client.wait(run, timeout_s=60.0)
+    assert paused.phase is RunPhase.PAUSED and client.audit(run).ok
+    client.resume(run)
+    _until(client, run, lambda s: s.step > paused.step + 10)
+    client.cancel(run)
+    over = client.wait(run, timeout_s=60.0)
+    assert over.stage == "all" and client.audit(run).ok
+    told = [(e["kind"], e["stage"]) for e in client.events(run) if e["kind"].startswith("stage_")]
+    assert told == [
+        ("stage_began", "easy"),
+        ("stage_decided", "opening"),
+        ("stage_began", "opening"),
+        ("stage_decided", "all"),
+        ("stage_began", "all"),
+    ]
+    decided = {e["stage"]: e["first_step"] for e in client.events(run) if e["kind"] == "stage_decided"}
+    assert decided == {e["stage"]: e["step"] for e in client.events(run) if e["kind"] == "stage_began" and e["step"]}
 
 
 def _one_value_per_step(status: RunStatus, tmp_path: Path) -> None:
