@@ -105,9 +105,12 @@ class CurriculumSpec(Section):
         description="When nothing is left of what a stage admits: the next stage begins, whatever is left of the epoch "
         "is admitted, or the job is refused before it starts.",
     )
-    stages: tuple[StageSpec, ...] = Field(min_length=1, description="In their order.")
+    stages: tuple[StageSpec, ...] = Field(description="In their order; at least one.")
 
     def broken_rules(self) -> Iterator[Broken]:
+        if not self.stages:
+            yield Broken((("stages",),), "a curriculum needs at least one stage; got none")
+            return
         for i, stage in enumerate(self.stages):
             if stage.name == "next":
                 rule = "no stage is called next: that is the one behind the present one"
@@ -117,7 +120,7 @@ class CurriculumSpec(Section):
         for i, (stage, _) in enumerate(pairwise(self.stages)):
             if stage.until is None:
                 rule = f"every stage but the last needs an end: set until of {stage.name}"
-                yield Broken((("stages", i, "until"), ("stages", i)), rule)
+                yield Broken((("stages", i, "until"), ("stages", i, "name")), rule)
         if self.stages[-1].until is not None:
             last = len(self.stages) - 1
             rule = f"the last stage lasts as long as the run (train.steps): leave until of {self.stages[-1].name} out"

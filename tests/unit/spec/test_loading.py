@@ -73,6 +73,16 @@ def test_a_float_may_be_written_as_a_whole_number() -> None:
         pytest.param("tracking: {experiment: no}", "3:24: tracking.experiment: some YAML readers", id="no-for-text"),
         pytest.param("envs: {A: 1}", "3:8: envs.A: must be text, in quotes if it looks like", id="number-for-text"),
         pytest.param(
+            "curriculum: {signal: rarety, stages: [{name: a}]}",
+            "3:14: curriculum.signal: must be length, compression, rarity, diversity or a function",
+            id="signal",
+        ),
+        pytest.param(
+            "curriculum: {stages: [{name: a, difficulty: [0.5, 0.2]}]}",
+            "3:33: curriculum.stages.0.difficulty: must be two shares, the lower one first",
+            id="range",
+        ),
+        pytest.param(
             "train: {precision: fp16}",
             "3:9: train.precision: must be 'fp32' or 'bf16'; got \"fp16\"",
             id="choice",
@@ -115,6 +125,34 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
         ("envs: {RAY_AUTH_MODE: x}", "envs.RAY_AUTH_MODE", "must not be set"),
         ("envs: {a-b: x}", "envs.a-b", "letters, digits and _"),
         ('envs: {A: "x\\0"}', "envs.A", "NUL"),
+        ("curriculum: {stages: []}", "curriculum.stages", "at least one stage"),
+        ("curriculum: {stages: [{name: a}, {name: b}]}", "curriculum.stages.0.name", "set until of a"),
+        (
+            "curriculum: {stages: [{name: a, until: {steps: 1}}, {name: a}]}",
+            "curriculum.stages.1.name",
+            "a is there twice",
+        ),
+        ("curriculum: {stages: [{name: next}]}", "curriculum.stages.0.name", "no stage is called next"),
+        (
+            "curriculum: {stages: [{name: a, until: {steps: 1}}]}",
+            "curriculum.stages.0.until",
+            "leave until of a out",
+        ),
+        (
+            "curriculum: {stages: [{name: a, until: {steps: 1, tokens: 2}}, {name: b}]}",
+            "curriculum.stages.0.until.steps",
+            "name one",
+        ),
+        (
+            "curriculum: {stages: [{name: a, until: {plateau: 1}}, {name: b}]}",
+            "curriculum.stages.0.until.plateau",
+            "name max_steps",
+        ),
+        (
+            "curriculum: {stages: [{name: a, until: {plateau: 1, max_steps: 5}}, {name: b}]}",
+            "curriculum.stages.0.until",
+            "set eval.every",
+        ),
     ],
 )
 def test_rules_between_keys_are_placed_at_a_key_of_the_file(body: str, path: str, words: str) -> None:
