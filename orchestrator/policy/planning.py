@@ -180,6 +180,8 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
     snapshots, deltas = _snapshot_bytes(job, layout, fullest)
+    if deltas:  # the newest step's gradients stay until they are copied
+        deltas += partition
     return MemoryPlan(
         weights=held["param"],
         masters=held.get("master", partition),  # fp32 weights are their own; ZeRO keeps its partition once more

@@ -35,7 +35,7 @@ class RecoverySpec(Section):
     whole_every: int = Field(
         default=4,
         ge=1,
-        le=64,
+        le=16,
         description="Of the snapshots that follow every step one in so many holds the whole state, the others only "
         "the step's gradients, from which it is made again. 1: all are whole, which takes less memory, but more time.",
     )

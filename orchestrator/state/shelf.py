@@ -132,6 +132,10 @@ class Shelf:
         of_delta = self._of(self._delta_format) * self._whole_every if self._whole_every > 1 else 0
         return 2 * self._of(self._whole_format) + of_delta
 
+    def copied_bytes(self, whole: bool) -> int:
+        """Of a whole snapshot, or a delta, as it lies here."""
+        return self._of(self._whole_format if whole else self._delta_format)
+
     def shared_bytes(self, whole: bool) -> int:
         """What goes to the buddy with a whole snapshot, or a delta."""
         return (self._whole_format if whole else self._delta_format).shared_bytes
@@ -144,18 +148,23 @@ class Shelf:
 
     def _replayed(self, base: _Base, step: int) -> Snapshot:
         assert self._replay is not None
-        whole, num_deltas = base.whole, step - base.whole.holding.step
-        if self._free_whole:
-            buffer = self._free_whole.pop()
-            buffer.copy_(whole.buffer)
-        else:
-            buffer = whole.buffer
-            self._bases.remove(base)
-        deltas = base.deltas[:num_deltas]
-        ranges = views(self._whole_format, buffer, self.shared_only)
-        self._replay(ranges, deltas)
+        deltas = base.deltas[: step - base.whole.holding.step]
+        in_place = not self._free_whole
+        buffer = base.whole.buffer if in_place else self._free_whole.pop()
+        try:
+            if not in_place:
+                buffer.copy_(base.whole.buffer)
+            ranges = views(self._whole_format, buffer, self.shared_only)
+            self._replay(ranges, deltas)
+        except BaseException:
+            if in_place:  # half of it is of another step
+                self._drop(base)
+            else:
+                self._free_whole.append(buffer)
+            raise
         result = replace(deltas[-1], buffer=buffer, ranges=ranges, update=None)
-        if base not in self._bases:
+        if in_place:
+            self._bases.remove(base)
             for delta in base.deltas:
                 self._release(delta)
         self._bases.append(_Base(result))
@@ -181,16 +190,18 @@ class Vault:
     """All snapshots in this process, by generation: its own rank's, and its ward's."""
 
     def __init__(self) -> None:
-        self._shelves: list[Shelf] = []
+        self._shelves: tuple[Shelf, ...] = ()
+        self._changing = threading.Lock()
 
     def add(self, shelf: Shelf) -> Shelf:
-        self._shelves.append(shelf)
+        with self._changing:
+            self._shelves = (*self._shelves, shelf)
         return shelf
 
     def drop_before(self, generation: int) -> None:
         """Forget older generations. From any thread."""
-        if any(shelf.generation < generation for shelf in self._shelves):
-            self._shelves = [shelf for shelf in self._shelves if shelf.generation >= generation]
+        with self._changing:
+            self._shelves = tuple(shelf for shelf in self._shelves if shelf.generation >= generation)
 
     def holdings(self) -> tuple[Holding, ...]:
         held = {Holding(shelf.generation, step, shelf.rank) for shelf in self._shelves for step in shelf.steps()}

@@ -73,7 +73,7 @@ class Protection:
         self._whole_every = whole_every
         self._since_whole = 0  # deltas
         self.begun = -2  # the newest step of which a snapshot was begun; before the first step it is -1
-        self.begun_bytes = 0  # what of it goes to the buddy
+        self.begun_bytes = 0  # of it, copied and sent
 
     def takes_delta(self, step: int) -> bool:
         """Whether the snapshot after `step` may be a delta."""
@@ -81,14 +81,18 @@ class Protection:
 
     @property
     def whole_bytes(self) -> int:
-        """What goes to the buddy with a whole snapshot."""
-        return self._own.shared_bytes(whole=True)
+        """What is copied and sent of a whole snapshot: its work."""
+        return self._own.copied_bytes(whole=True) + self._own.shared_bytes(whole=True)
 
     @property
     def mean_bytes(self) -> float:
-        """What goes to the buddy with a snapshot, if one follows each step."""
-        deltas = (self._whole_every - 1) * self._own.shared_bytes(whole=False)
+        """What is copied and sent of a snapshot, if one follows each step."""
+        deltas = (self._whole_every - 1) * self._delta_bytes
         return (self.whole_bytes + deltas) / self._whole_every
+
+    @property
+    def _delta_bytes(self) -> int:
+        return self._own.copied_bytes(whole=False) + self._own.shared_bytes(whole=False)
 
     def start(self, vault: Vault) -> None:
         """Keep the generation's snapshots in `vault` from now on."""
@@ -108,7 +112,7 @@ class Protection:
         self._copied, self._acknowledged = Future(), Future()
         snapshot = self._own.begin(step, note, update)
         self._since_whole = 0 if update is None else self._since_whole + 1
-        self.begun, self.begun_bytes = step, self._own.shared_bytes(whole=update is None)
+        self.begun, self.begun_bytes = step, self.whole_bytes if update is None else self._delta_bytes
         self._orders.put((snapshot, ranges, self._copied, self._acknowledged))
 
     def copied(self) -> None:

@@ -40,7 +40,7 @@ def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
     kept = 2 * (3 * 4 * (dense / world_size + experts) + experts * weight_bytes)
     if (every := whole_every(spec.protection, spec.recovery.whole_every)) > 1:
         delta = 4 * (dense / world_size + experts)
-        own, kept = own + every * (delta + dense * weight_bytes), kept + every * delta
+        own, kept = own + every * (delta + dense * weight_bytes) + delta, kept + every * delta
     gradients = (dense + experts) * weight_bytes
     num_bytes = int(state + gradients + (own + kept if spec.protection != OFF and spec.workers.max > 1 else 0)) * 2
     torch.zeros(num_bytes, dtype=torch.uint8).fill_(1)

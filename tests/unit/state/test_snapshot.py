@@ -147,6 +147,21 @@ def test_a_delta_without_the_state_before_it_is_refused() -> None:
     assert shelf.steps() == (EVERY - 2, EVERY - 1)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_replay_that_fails_loses_no_memory_and_no_other_state(in_place: bool) -> None:
+    def fail(state: NamedRanges, deltas: Sequence[Snapshot]) -> None:
+        raise MemoryError("no room")
+
+    shelf = Shelf(4, 0, LAYOUT, False, EVERY, fail)
+    for step in range(EVERY + in_place):
+        _put(shelf, step, UPDATE if step % EVERY else None)
+    with pytest.raises(MemoryError):
+        shelf.state(EVERY - 1)
+    assert (EVERY if in_place else 0) in {base.whole.holding.step for base in shelf._bases}
+    assert len(shelf._free_whole) + len(shelf._bases) == 2
+    assert len(shelf._free_deltas) + sum(len(base.deltas) for base in shelf._bases) == EVERY
+
+
 def test_memory_is_what_was_said_and_never_grows() -> None:
     shelf = _shelf(0, False, EVERY)
     buffers = {id(b) for b in (*shelf._free_whole, *shelf._free_deltas)}
