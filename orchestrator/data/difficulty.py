@@ -15,16 +15,17 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 
 WINDOW = 50  # tokens
+LARGEST = float(np.finfo(np.float32).max)  # that the index holds
 Tokens = NDArray[np.integer]
 Signal = Callable[[Tokens], float]
 
 
-def signal_of(name: str, tokenizer: TextTokenizer, counts_V: NDArray[np.int64]) -> Signal:
+def signal_of(name: str, tokenizer: TextTokenizer, counts: Callable[[], NDArray[np.int64]]) -> Signal:
     """What scores a document from its tokens.
 
     Args:
         name: of a signal, or `package.module:score`, which gets the document's text.
-        counts_V: how often each token of the vocabulary occurs in the training split.
+        counts: how often each token of the vocabulary occurs in the training split; asked for if it is needed.
 
     Raises:
         DataError: there is no such function.
@@ -37,7 +38,7 @@ def signal_of(name: str, tokenizer: TextTokenizer, counts_V: NDArray[np.int64]) 
     if name == "compression":
         return lambda tokens: _compression(_text(tokenizer, tokens))
     if name == "rarity":
-        surprisal_V = _surprisal(counts_V)
+        surprisal_V = _surprisal(counts())
         return lambda tokens: float(surprisal_V[tokens[1:]].mean()) if len(tokens) > 1 else 0.0
     if name == "diversity":
         return diversity
@@ -52,7 +53,7 @@ def scores(signal: Signal, name: str, documents: Iterator[tuple[str, Tokens]]) -
             score = signal(tokens)
         except Exception as error:
             raise _without_score(name, document_id, f"raised {type(error).__name__}: {error}") from error
-        if not math.isfinite(score):
+        if not math.isfinite(score) or abs(score) > LARGEST:
             raise _without_score(name, document_id, f"gave {score}")
         found.append(score)
     return np.array(found)
@@ -97,7 +98,7 @@ def _imported(name: str) -> Callable[[str], float]:
     module, _, attribute = name.partition(":")
     try:
         function: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise DataError(
             f"curriculum.signal {name} can't be imported: {error}",
             remedy="Name a function of a module that is importable where the run's data is prepared.",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from orchestrator.data.store import TokenStore
-from orchestrator.policy.curriculum import longest_row, planned_stages
+from orchestrator.policy.curriculum import continued, longest_row, planned_stages
 from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks
 from orchestrator.sampling.curriculum import CurriculumState
@@ -28,22 +28,24 @@ class Orders:
         if job.curriculum is not None:
             lengths_D, scores_D = index_D["length"].astype(np.int64), index_D["score"].astype(np.float64)
             self._chunks = Chunks.of(lengths_D, scores_D, longest_row(job.curriculum, train))
-            self.first: Order = CurriculumOrder(self._chunks, self.decided(()))
+            self.first: Order = CurriculumOrder(self._chunks, planned_stages(job.curriculum, train, self._chunks))
         else:
             rows = store.num_rows("train", train.sequence_length)
             state = SamplerState.of_one_stage(train.seed, train.global_batch_size, train.sequence_length, rows)
             self.first = RowOrder(state)
 
-    def decided(self, stages: Sequence[StageStart]) -> CurriculumState:
-        """The plan with stages that were decided meanwhile. Raises ValueError without a curriculum, or for a stage that
-        it doesn't have."""
-        if self._chunks is None or self._job.curriculum is None:
-            raise ValueError("stages were decided for a run without a curriculum")
-        return planned_stages(self._job.curriculum, self._job.train, self._chunks, stages)
+    def decided(self, present: Order, stages: Sequence[StageStart], first_step: int) -> Order:
+        """The present order with what was decided from `first_step` on; the same one where nothing changes.
 
-    def order(self, state: CurriculumState) -> Order:
-        assert self._chunks is not None
-        return CurriculumOrder(self._chunks, state)
+        Raises:
+            ValueError: a stage that the job doesn't have.
+            DataError: the corpus doesn't suffice.
+        """
+        spec = self._job.curriculum
+        if spec is None or self._chunks is None or not isinstance(present, CurriculumOrder):
+            return present
+        state = continued(present.state, first_step, spec, self._job.train, self._chunks, stages)
+        return present if state == present.state else CurriculumOrder(self._chunks, state)
 
     def saved(self, text: str) -> Order:
         """What `Order.to_json` gave. Raises ProtocolError for anything else."""

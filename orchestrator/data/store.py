@@ -150,9 +150,10 @@ class TokenStore:
         """Targets of what lies in `spans` that aren't ignored, without reading a token. Raises ValueError as `read`."""
         arrays = self._splits[split]
         first_target = self._checked(split, spans).start + 1
-        ends_D = np.append(arrays.starts_D, len(arrays.tokens))  # nothing follows the last token
-        ends = np.searchsorted(ends_D, first_target + spans.length)
-        return spans.num_tokens - int((ends - np.searchsorted(ends_D, first_target)).sum())
+        ends = np.searchsorted(arrays.starts_D, first_target + spans.length)
+        borders = int((ends - np.searchsorted(arrays.starts_D, first_target)).sum())
+        borders += int(np.sum(spans.start + spans.length == len(arrays.tokens)))  # nothing follows the last token
+        return spans.num_tokens - borders
 
     def _checked(self, split: Split, spans: Spans) -> Spans:
         if len(spans.start):

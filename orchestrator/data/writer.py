@@ -35,6 +35,8 @@ from orchestrator.data.manifest import (
 )
 from orchestrator.data.tokenizer import TextTokenizer
 
+COUNTED_AT_ONCE = 1 << 22  # tokens, which numpy counts as 8 bytes each
+
 
 class StoreWriter:
     """Writes the files of one store into an empty directory: `add` every document, then `finish`."""
@@ -89,14 +91,19 @@ class StoreWriter:
     def _scores(
         self, split: Split, index_D: NDArray[np.void], document_ids: Sequence[str], name: str
     ) -> NDArray[np.float64]:
-        tokens = self._read("train")
-        counts_V = np.bincount(tokens, minlength=self._tokenizer.vocab_size)
-        tokens = tokens if split == "train" else self._read(split)
+        tokens = self._read(split)
         documents = (
             (document_ids[document], tokens[offset : offset + length])
             for document, offset, length, _ in index_D.tolist()
         )
-        return scores(signal_of(name, self._tokenizer, counts_V), name, documents)
+        return scores(signal_of(name, self._tokenizer, self._counts), name, documents)
+
+    def _counts(self) -> NDArray[np.int64]:
+        """How often each token occurs in the training split."""
+        tokens, counts_V = self._read("train"), np.zeros(self._tokenizer.vocab_size, np.int64)
+        for start in range(0, len(tokens), COUNTED_AT_ONCE):
+            counts_V += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=len(counts_V))
+        return counts_V
 
     def _read(self, split: Split) -> NDArray[np.unsignedinteger]:
         if not self._num_tokens[split]:

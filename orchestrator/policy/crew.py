@@ -11,7 +11,7 @@ from orchestrator.policy.run_state import Action, Decision, Dismiss, Loss, Note,
 from orchestrator.policy.schedule import Wish
 from orchestrator.policy.standby import workers_to_hold
 from orchestrator.policy.stragglers import is_to_be_replaced
-from orchestrator.protocol.messages import Finish, Phase
+from orchestrator.protocol.messages import Finish, Phase, Target
 
 
 def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -20,8 +20,15 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if target.seq <= state.target.seq:
         return Decision(state)
     fields = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
-    wish = state.wish if target.finish is not Finish.NO else Wish(target.workers, seen.step + 1)
+    if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
+        return Decision(replace(state, target=target), (Note("target", fields),))
+    wish = Wish(target.workers, seen.step + 1)
     return Decision(replace(state, target=target, wish=wish, failed_moves=0), (Note("target", fields),))
+
+
+def _asks_for_a_stage(state: RunState, target: Target) -> bool:
+    """And for nothing else: the size that it names is the one that was asked for last, which may be long ago."""
+    return target.stage_wishes != state.target.stage_wishes and target.workers == state.target.workers
 
 
 def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

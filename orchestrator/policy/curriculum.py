@@ -12,34 +12,42 @@ from orchestrator.spec.job import TrainSpec
 
 
 def planned_stages(
-    spec: CurriculumSpec, train: TrainSpec, chunks: Chunks, decided: Sequence[StageStart] = ()
+    spec: CurriculumSpec,
+    train: TrainSpec,
+    chunks: Chunks,
+    decided: Sequence[StageStart] = (),
+    begun: Sequence[BegunStage] = (),
 ) -> CurriculumState:
     """The run's stages with their first steps.
 
     Args:
         decided: stages that begin earlier than the job would have them, or others than it would have there, ascending.
             The stages that the job names behind them follow them.
+        begun: stages that can't be changed any more; what is decided is behind the first step of the last of them.
 
     Raises:
-        DataError: a stage admits no document; or with `on_exhausted: fail`, too few for its length. It is named.
-        ValueError: a decided stage that the job doesn't have, or that begins no later than the one before.
+        DataError: a stage admits no document at first; or with `on_exhausted: fail` and nothing decided, too few for
+            its length. It is named.
+        ValueError: a decided stage that the job doesn't have.
     """
-    begun: list[BegunStage] = []
+    for stage in spec.stages:
+        _check_admits(stage, chunks)
     names, ahead = [stage.name for stage in spec.stages], list(decided)
-    number, first_step = 0, 0
+    known = list(begun)
+    number, first_step = (names.index(known[-1].name), known.pop().first_step) if known else (0, 0)
     while number < len(spec.stages) and first_step < train.steps:
         stage, is_last = spec.stages[number], number == len(spec.stages) - 1
         length = stage.sequence_length or train.sequence_length
-        _check_admits(stage, chunks)
-        begun.append(BegunStage(stage.name, first_step, length, _admission(stage)))
+        known.append(BegunStage(stage.name, first_step, length, _admission(stage)))
         end = train.steps if is_last else min(train.steps, first_step + _num_steps(stage, train, length))
-        if ahead and ahead[0].first_step <= first_step:
-            raise ValueError(f"{ahead[0]} begins no later than {begun[-1]}")
+        while ahead and (ahead[0].first_step <= first_step or ahead[0].after not in ("", stage.name)):
+            ahead.pop(0)
         latest = min(end, ahead[0].first_step) if ahead else end
-        if spec.on_exhausted == "fail" or (spec.on_exhausted == "next" and not is_last):
-            state = CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(begun))
-            exhausted = _exhausted_at(Curriculum(chunks, state), begun[-1], latest)
-            if exhausted < latest and spec.on_exhausted == "fail":
+        fails = spec.on_exhausted == "fail" and not decided and not begun
+        if fails or (spec.on_exhausted == "next" and not is_last):
+            state = CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(known))
+            exhausted = _exhausted_at(Curriculum(chunks, state), known[-1], latest)
+            if exhausted < latest and fails:
                 raise _too_little(stage, exhausted - first_step, latest - first_step)
             end = end if exhausted == latest else max(exhausted, first_step + 1)
         if ahead and ahead[0].first_step <= end:
@@ -47,12 +55,21 @@ def planned_stages(
             number, first_step = names.index(start.name), start.first_step
         else:
             number, first_step = number + 1, end
-    return CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(begun))
+    return CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(known))
 
 
-def is_the_same_before(old: CurriculumState, new: CurriculumState, step: int) -> bool:
-    """Whether two plans train on the same tokens in all steps before `step`."""
-    return [s for s in old.stages if s.first_step < step] == [s for s in new.stages if s.first_step < step]
+def continued(
+    present: CurriculumState,
+    first_step: int,
+    spec: CurriculumSpec,
+    train: TrainSpec,
+    chunks: Chunks,
+    decided: Sequence[StageStart],
+) -> CurriculumState:
+    """The plan that trains on the same tokens as `present` before `first_step`, and follows what is decided from there
+    on; what was decided for earlier comes too late. Raises as `planned_stages`."""
+    begun = [stage for stage in present.stages if stage.first_step < first_step]
+    return planned_stages(spec, train, chunks, [s for s in decided if s.first_step >= first_step], begun)
 
 
 def longest_row(spec: CurriculumSpec, train: TrainSpec) -> int:
@@ -79,11 +96,12 @@ def _num_steps(stage: StageSpec, train: TrainSpec, length: int) -> int:
 
 
 def _check_admits(stage: StageSpec, chunks: Chunks) -> None:
-    low, high = stage.difficulty
+    low, high = _admission(stage).at(0)
     if not ((chunks.difficulty >= low) & (chunks.difficulty < high)).any():
         raise DataError(
-            f"stage {stage.name} selects nothing: no document's difficulty lies from {low} to {high}",
-            remedy="Widen its difficulty; a corpus of few documents has few difficulties.",
+            f"stage {stage.name} selects nothing at first: no document's difficulty lies from {low:g} to {high:g}",
+            remedy="Widen its difficulty, or begin its pace with more (start); a corpus of few or very long documents "
+            "has few difficulties.",
             unchanged="Nothing was started.",
         )
 

@@ -25,8 +25,21 @@ class Progress:
     tokens: int = 0  # target tokens of all steps
     skipped: int = 0  # updates that were not finite
     validations: tuple[tuple[int, float], ...] = ()  # (step, validation loss) of all
-    stage: str = ""  # of the curriculum
-    stage_step: int = 0  # its first step
+    stages: tuple[tuple[str, int], ...] = ()  # of the curriculum, each that began with its first step
+
+    @property
+    def stage(self) -> str:
+        """The newest one; empty without a curriculum."""
+        return self.stages[-1][0] if self.stages else ""
+
+    @property
+    def stage_step(self) -> int:
+        """Its first step."""
+        return self.stages[-1][1] if self.stages else 0
+
+    def stage_at(self, step: int) -> str:
+        """The stage that a step was in."""
+        return next((name for name, first_step in reversed(self.stages) if first_step <= step), "")
 
 
 def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
@@ -57,8 +70,7 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
         tokens=progress.tokens + sum(r.tokens for r in fresh),
         skipped=progress.skipped + sum(not r.applied for r in fresh),
         validations=(*progress.validations, *validations),
-        stage=fresh[-1].stage,
-        stage_step=max([progress.stage_step, *(r.step for r in stages_begun(progress, fresh))]),
+        stages=(*progress.stages, *((r.stage, r.step) for r in stages_begun(progress, fresh))),
     )
 
 

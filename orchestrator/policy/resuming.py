@@ -38,7 +38,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
         rescales=tuple(r for r in state.rescales if r.step < done),
         restore=order.restore,
         stages=state.stages,
-        stages_version=state.stages_version + 1,
+        stages_version=state.stages_version + bool(state.stages),
         stage_wishes=state.stage_wishes,
     )
     return Decision(begun, (Note("resumed", fields),))

@@ -20,26 +20,33 @@ BETTER = 0.005  # a validation loss that is lower by this share is no plateau
 
 
 def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Decide the next stage if it was asked for, if the present one has reached its end, or if it didn't begin."""
-    spec = limits.curriculum
-    if spec is None or state.current is None or state.is_recovering or state.is_ending:
+    """Decide the next stage if it was asked for, if the present one has reached its end, or if it didn't begin.
+
+    One at a time: what is asked for meanwhile waits.
+    """
+    spec, progress = limits.curriculum, seen.progress
+    if spec is None or state.current is None or state.is_recovering or state.is_ending or not progress.stage:
         return Decision(state)
-    progress, pending = seen.progress, _pending(state, seen.progress)
-    if state.target.stage_wishes > state.stage_wishes:
-        asked = following(spec, progress.stage) if state.target.stage == NEXT else state.target.stage
-        heard = replace(state, stage_wishes=state.target.stage_wishes)
-        if asked is None:
-            return Decision(heard)
-        return _decided(limits, heard, seen, asked, state.target.reason or "asked for")
-    if pending is not None:
+    newest = state.stages[-1] if state.stages else None
+    if newest is not None and newest.first_step > progress.watermark:
         return Decision(state)
-    if (missed := _missed(state, progress)) is not None:
-        return _decided(limits, state, seen, missed.name, f"it did not begin at step {missed.first_step}")
-    present = next((stage for stage in spec.stages if stage.name == progress.stage), None)
+    if newest is not None and _missed(newest, progress):
+        without = replace(state, stages=state.stages[:-1])
+        return _decided(limits, without, seen, newest.name, newest.after, f"it did not begin at {newest.first_step}")
     after = following(spec, progress.stage)
+    if state.target.stage_wishes > state.stage_wishes:
+        heard = replace(state, stage_wishes=state.target.stage_wishes)
+        by_name = state.target.stage != NEXT
+        name = state.target.stage if by_name else after
+        if name is None or name == progress.stage:
+            why = f"{progress.stage} is the last stage" if name is None else f"{name} is the present stage"
+            return Decision(heard, (Note("stage_kept", {"stage": progress.stage, "why": why}),))
+        ends = "" if by_name else progress.stage
+        return _decided(limits, heard, seen, name, ends, state.target.reason or "asked for")
+    present = next((stage for stage in spec.stages if stage.name == progress.stage), None)
     if present is None or after is None or not (why := _reached(present, progress)):
         return Decision(state)
-    return _decided(limits, state, seen, after, why)
+    return _decided(limits, state, seen, after, progress.stage, why)
 
 
 def following(spec: CurriculumSpec, stage: str) -> str | None:
@@ -50,30 +57,20 @@ def following(spec: CurriculumSpec, stage: str) -> str | None:
     return names[place + 1] if place + 1 < len(names) else None
 
 
-def _decided(limits: RunLimits, state: RunState, seen: Observation, name: str, why: str) -> Decision:
+def _decided(limits: RunLimits, state: RunState, seen: Observation, name: str, after: str, why: str) -> Decision:
     step_s = typical_step_s(seen.progress) or 0.0
     first_step = seen.step + 1 + AHEAD + (math.ceil(HEARD_S / step_s) if step_s > 0 else 0)
     if first_step >= limits.steps:
         return Decision(state)
-    missed = _missed(state, seen.progress)
-    begun = tuple(s for s in state.stages if s.first_step <= seen.progress.watermark and s != missed)
-    decided = replace(state, stages=(*begun, StageStart(name, first_step)), stages_version=state.stages_version + 1)
+    stages = (*state.stages, StageStart(name, first_step, after))
+    decided = replace(state, stages=stages, stages_version=state.stages_version + 1)
     return Decision(decided, (Note("stage_decided", {"stage": name, "first_step": first_step, "why": why}),))
 
 
-def _pending(state: RunState, progress: Progress) -> StageStart | None:
-    """The newest decision, as long as it is not known whether it was followed."""
-    newest = state.stages[-1] if state.stages else None
-    return newest if newest is not None and newest.first_step > progress.watermark else None
-
-
-def _missed(state: RunState, progress: Progress) -> StageStart | None:
-    """The newest decision if the run has passed its first step in another stage."""
-    newest = state.stages[-1] if state.stages else None
-    if newest is None:
-        return None
-    record = next((r for r in progress.recent if r.step == newest.first_step), None)
-    return newest if record is not None and record.stage != newest.name else None
+def _missed(start: StageStart, progress: Progress) -> bool:
+    """Whether the run has passed the first step of a stage without it, in the stage that it was to end."""
+    was_in = progress.stage_at(start.first_step)
+    return was_in != start.name and start.after in ("", was_in)
 
 
 def _reached(stage: StageSpec, progress: Progress) -> str:

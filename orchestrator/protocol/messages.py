@@ -124,10 +124,11 @@ class Fence:
 @dataclass(frozen=True)
 class StageStart:
     """A stage of the curriculum begins at `first_step`, whatever the job would have had there: it was decided while the
-    run trains."""
+    run trains. `after` is the stage that it ends: if another one has come by then, it is void. Empty: it ends any."""
 
     name: str
     first_step: int
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ class Directive:
     train no more, since somebody is lost; whoever waits for a peer in it shuts the connection. `settled` is the newest
     generation that has committed a step of its own: what older ones held may go. `finish` asks for a fence, a
     checkpoint and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
-    `stages` are all that were decided so far, in order, and `stages_version` counts decisions: members follow one once
-    all of them have seen it and as long as it changes nothing before the step after the next one.
+    `stages` are all that were decided so far, in order, and `stages_version` counts decisions: members take in one once
+    all of them have seen it; what it has of steps before the one after the next comes too late and is left out.
     """
 
     epoch: int

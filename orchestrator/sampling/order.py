@@ -10,6 +10,8 @@ from orchestrator.sampling.chunks import Chunks, Spans
 from orchestrator.sampling.curriculum import Curriculum, CurriculumState
 from orchestrator.sampling.sampler import SamplerState, sample
 
+KEPT = 3  # steps
+
 
 @dataclass(frozen=True, eq=False)
 class StepTokens:
@@ -62,11 +64,16 @@ class CurriculumOrder:
         self.state = state
         self._curriculum = Curriculum(chunks, state)
         self._lock = threading.Lock()  # it walks
+        self._newest: dict[int, Spans] = {}  # steps that were read ahead are asked for again after a rescale
 
     def at(self, step: int) -> StepTokens:
         stage, rows = self.state.stage_at(step), self.state.global_batch_size
         with self._lock:
-            spans = self._curriculum.spans(step)
+            if step not in self._newest:
+                self._newest[step] = self._curriculum.spans(step)
+                for old in sorted(self._newest)[:-KEPT] if len(self._newest) > KEPT else ():
+                    del self._newest[old]
+            spans = self._newest.get(step) or self._curriculum.spans(step)
         return StepTokens(stage.name, step * rows, rows, stage.sequence_length, spans)
 
     def to_json(self) -> str:

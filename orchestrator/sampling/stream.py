@@ -70,13 +70,13 @@ class Stream:
         self._drawn += num_tokens
 
     def settle(self) -> None:
-        """Enter what was drawn, before something else is admitted."""
+        """Enter what was drawn. Nothing is admitted then."""
         whole = int(np.searchsorted(self._ends, self._drawn, side="right"))
         if whole < len(self._next):
             before = int(self._ends[whole - 1]) if whole else 0
             self._left[self._next[whole]] -= self._drawn - before
         self._left[self._next[:whole]] = 0
-        self.admit(*self._range)
+        self._next, self._ends, self._drawn = self._next[:0], self._ends[:0], 0
 
     def _begin_epoch(self) -> None:
         self.epoch += 1

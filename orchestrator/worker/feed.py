@@ -10,10 +10,8 @@ from orchestrator.data.manifest import Split
 from orchestrator.data.order import Orders
 from orchestrator.data.store import TokenStore
 from orchestrator.model.batch import MicroBatch
-from orchestrator.policy.curriculum import is_the_same_before
 from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Spans
-from orchestrator.sampling.order import CurriculumOrder
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 
@@ -75,17 +73,10 @@ class Feed:
         if saved != self.order.to_json():
             self.order = self._orders.saved(saved)
 
-    def decide(self, stages: Sequence[StageStart], first_step: int) -> bool:
-        """From now on these stages are those that were decided, unless that would change a step before `first_step`.
-        Returns whether they are."""
-        if not isinstance(self.order, CurriculumOrder):
-            return False
-        state = self._orders.decided(stages)
-        if not is_the_same_before(self.order.state, state, first_step):
-            return False
-        if state != self.order.state:
-            self.order = self._orders.order(state)
-        return True
+    def decide(self, stages: Sequence[StageStart], first_step: int) -> None:
+        """From now on what was decided is followed, from `first_step` on. Raises ValueError, DataError for what can't
+        be."""
+        self.order = self._orders.decided(self.order, stages, first_step)
 
     def step(self, step: int, rank: int, world_size: int, micro_batch: int) -> StepFeed:
         """This rank's part of a training step, in slots of `micro_batch` rows."""

@@ -36,9 +36,10 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
         meta = reader.manifest.meta
         try:
             progress = Progress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
+            saved = _without_stages(progress.sampler)
         except (KeyError, ValueError) as error:
             raise CheckpointCorrupt(f"{checkpoint} does not say where training stood: {error!r}") from error
-        if _without_stages(progress.sampler) != _without_stages(sampler):
+        if saved != _without_stages(sampler):
             raise DataError(
                 f"{checkpoint} was trained with the sample order {progress.sampler}; job and data give {sampler}",
                 remedy="Resume with the corpus, the batch size, the sequence length and the seed that it began with.",
@@ -62,4 +63,4 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
 def _without_stages(sampler: str) -> object:
     """What decides an order of samples, with a curriculum its stages apart."""
     state = json.loads(sampler)
-    return {**state, "stages": None} if "num_tokens" in state else state
+    return {**state, "stages": None} if isinstance(state, dict) and "num_tokens" in state else state

@@ -1,13 +1,14 @@
 """How a worker follows what is decided about the stages of a curriculum while the run trains.
 
 A decision comes with a directive, to each member at its own time. All begin to follow it after the same vote: the first
-in which every one of them speaks of it. The rows of the next step may have been read by then, so a decision that would
-change that step comes too late, for all members alike, and is left out.
+in which every one of them speaks of it. The rows of the next step may have been read by then, so what it says of that
+step comes too late, for all members alike, and is left out.
 """
 
 import logging
 from dataclasses import replace
 
+from orchestrator.errors import DataError
 from orchestrator.protocol.messages import Directive
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.shard import Progress
@@ -35,10 +36,11 @@ class Stages:
         if version != outcome.stages or version == self._agreed:
             return progress
         self._agreed = version
-        if self._feed.decide(spoken, first_step=progress.step + 2):
-            return replace(progress, sampler=self._feed.order.to_json())
-        log.warning("stages %s came too late: step %d is next", spoken, progress.step + 1)
-        return progress
+        try:
+            self._feed.decide(spoken, first_step=progress.step + 2)
+        except (ValueError, DataError) as error:  # the same on all members
+            log.warning("stages %s can't be followed: %s", spoken, error)
+        return replace(progress, sampler=self._feed.order.to_json())
 
     def follow(self, progress: Progress) -> Progress:
         """Train in the order of a state that was taken over. What it has of decisions may be older than what was agreed
