@@ -40,16 +40,15 @@ def planned_stages(
         length = stage.sequence_length or train.sequence_length
         known.append(BegunStage(stage.name, first_step, length, _admission(stage)))
         end = train.steps if is_last else min(train.steps, first_step + _num_steps(stage, train, length))
-        while ahead and (ahead[0].first_step <= first_step or ahead[0].after not in ("", stage.name)):
-            ahead.pop(0)
-        latest = min(end, ahead[0].first_step) if ahead else end
         fails = spec.on_exhausted == "fail" and not decided and not begun
         if fails or (spec.on_exhausted == "next" and not is_last):
             state = CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(known))
-            exhausted = _exhausted_at(Curriculum(chunks, state), known[-1], latest)
-            if exhausted < latest and fails:
-                raise _too_little(stage, exhausted - first_step, latest - first_step)
-            end = end if exhausted == latest else max(exhausted, first_step + 1)
+            exhausted = _exhausted_at(Curriculum(chunks, state), known[-1], end)
+            if exhausted < end and fails:
+                raise _too_little(stage, exhausted - first_step, end - first_step)
+            end = end if exhausted == end else max(exhausted, first_step + 1)
+        while ahead and (ahead[0].first_step <= first_step or _is_void(ahead[0], stage.name, end)):
+            ahead.pop(0)
         if ahead and ahead[0].first_step <= end:
             start = ahead.pop(0)
             number, first_step = names.index(start.name), start.first_step
@@ -93,6 +92,11 @@ def _num_steps(stage: StageSpec, train: TrainSpec, length: int) -> int:
         return stage.until.max_steps
     assert stage.until.tokens is not None
     return -(-stage.until.tokens // (train.global_batch_size * length))
+
+
+def _is_void(start: StageStart, present: str, end: int) -> bool:
+    """Whether it was to end another stage than the one it would begin in."""
+    return start.first_step <= end and start.after not in ("", present)
 
 
 def _check_admits(stage: StageSpec, chunks: Chunks) -> None:

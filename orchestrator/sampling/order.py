@@ -69,11 +69,11 @@ class CurriculumOrder:
     def at(self, step: int) -> StepTokens:
         stage, rows = self.state.stage_at(step), self.state.global_batch_size
         with self._lock:
-            if step not in self._newest:
-                self._newest[step] = self._curriculum.spans(step)
-                for old in sorted(self._newest)[:-KEPT] if len(self._newest) > KEPT else ():
+            spans = self._newest.get(step)
+            if spans is None:
+                spans = self._newest[step] = self._curriculum.spans(step)
+                for old in sorted(self._newest)[:-KEPT]:
                     del self._newest[old]
-            spans = self._newest.get(step) or self._curriculum.spans(step)
         return StepTokens(stage.name, step * rows, rows, stage.sequence_length, spans)
 
     def to_json(self) -> str:

@@ -29,11 +29,11 @@ def test_diversity_is_the_mean_over_all_windows(tokens: list[int]) -> None:
 
 def test_a_document_of_nothing_but_its_border_has_every_score() -> None:
     for name in ("length", "compression", "rarity", "diversity"):
-        assert np.isfinite(signal_of(name, BYTES_ONLY, COUNTS_V)(_tokens("")))
+        assert np.isfinite(signal_of(name, BYTES_ONLY, lambda: COUNTS_V)(_tokens("")))
 
 
 def test_rare_tokens_count_more_than_frequent_ones() -> None:
-    rarity = signal_of("rarity", BYTES_ONLY, COUNTS_V)
+    rarity = signal_of("rarity", BYTES_ONLY, lambda: COUNTS_V)
     frequent, rare, never = (rarity(np.array([256, t, t])) for t in (5, 7, 9))
     assert frequent < rare < never
     total = 99 + len(COUNTS_V)
@@ -41,7 +41,7 @@ def test_rare_tokens_count_more_than_frequent_ones() -> None:
 
 
 def test_repetition_is_easy() -> None:
-    compression = signal_of("compression", BYTES_ONLY, COUNTS_V)
+    compression = signal_of("compression", BYTES_ONLY, lambda: COUNTS_V)
     assert compression(_tokens("abab" * 200)) < 0.1 < compression(_tokens("the quick brown fox jumps over it"))
 
 

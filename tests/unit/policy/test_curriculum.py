@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.errors import DataError
-from orchestrator.policy.curriculum import is_the_same_before, longest_row, planned_stages
+from orchestrator.policy.curriculum import continued, longest_row, planned_stages
 from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks
 from orchestrator.spec.curriculum import CurriculumSpec
@@ -65,7 +65,7 @@ def test_the_last_stage_has_to_last_if_it_shall_fail_else() -> None:
 def test_a_stage_that_selects_nothing_is_named() -> None:
     few = Chunks.of(np.array([10, 10]), np.array([1.0, 2.0]), 4)
     spec = _spec({"name": "a", "until": {"steps": 1}}, {"name": "narrow", "difficulty": (0.1, 0.4)})
-    with pytest.raises(DataError, match="stage narrow selects nothing"):
+    with pytest.raises(DataError, match="stage narrow selects nothing at first"):
         planned_stages(spec, TRAIN, few)
 
 
@@ -94,13 +94,42 @@ def test_a_decision_for_a_later_stage_waits_for_its_step() -> None:
     assert _decided(("b", 70)) == [("a", 0), ("b", 10), ("c", 15)]  # after the last step
 
 
-def test_a_decision_changes_nothing_before_its_step() -> None:
-    old = planned_stages(_spec(*STAGES), TRAIN, CHUNKS)
-    new = planned_stages(_spec(*STAGES), TRAIN, CHUNKS, [StageStart("c", 7)])
-    assert is_the_same_before(old, new, 7) and not is_the_same_before(old, new, 8)
-
-
 @pytest.mark.parametrize("stages", [(("b", 0),), (("b", 4), ("c", 4)), (("b", 4), ("c", 3))])
-def test_decisions_that_do_not_follow_one_another_are_refused(stages: tuple[tuple[str, int], ...]) -> None:
-    with pytest.raises(ValueError, match="begins no later"):
-        _decided(*stages)
+def test_a_decision_that_does_not_follow_the_one_before_is_left_out(stages: tuple[tuple[str, int], ...]) -> None:
+    assert _decided(*stages) == (_decided(*stages[:1]) if len(stages) > 1 else _decided())
+
+
+def test_a_decision_to_end_another_stage_than_the_present_one_is_left_out() -> None:
+    def decided(after: str) -> list[str]:
+        state = planned_stages(_spec(*STAGES), TRAIN, CHUNKS, [StageStart("c", 12, after)])
+        return [f"{stage.name}{stage.first_step}" for stage in state.stages]
+
+    assert decided("b") == decided("") == ["a0", "b10", "c12"]
+    assert decided("a") == ["a0", "b10", "c15"]
+
+
+def _continued(first_step: int, *decided: StageStart, present: tuple[StageStart, ...] = ()) -> list[str]:
+    spec = _spec(*STAGES)
+    before = planned_stages(spec, TRAIN, CHUNKS, present)
+    after = continued(before, first_step, spec, TRAIN, CHUNKS, decided)
+    begun = [stage for stage in before.stages if stage.first_step < first_step]
+    assert list(after.stages[: len(begun)]) == begun
+    return [f"{stage.name}{stage.first_step}" for stage in after.stages]
+
+
+def test_what_is_decided_for_the_past_comes_too_late() -> None:
+    assert _continued(7, StageStart("c", 7)) == ["a0", "c7"]
+    assert _continued(8, StageStart("c", 7)) == ["a0", "b10", "c15"]
+    assert _continued(12, StageStart("b", 4), StageStart("c", 12)) == ["a0", "b10", "c12"]
+
+
+def test_what_was_followed_stays_though_it_is_not_spoken_of_any_more() -> None:
+    assert _continued(8, present=(StageStart("b", 4),)) == ["a0", "b4", "c9"]
+    assert _continued(8, StageStart("a", 8), present=(StageStart("b", 4),)) == ["a0", "b4", "a8", "b18", "c23"]
+
+
+def test_nothing_fails_for_want_of_text_once_something_was_decided() -> None:
+    spec = _spec({"name": "a", "difficulty": (0.0, 0.5), "until": {"steps": 5}}, {"name": "b"}, on_exhausted="fail")
+    present = planned_stages(spec, TRAIN.model_copy(update={"steps": 20}), CHUNKS)
+    longer = continued(present, 3, spec, TRAIN, CHUNKS, [StageStart("a", 10)])
+    assert [stage.name for stage in longer.stages] == ["a", "b", "a", "b"]

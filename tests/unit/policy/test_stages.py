@@ -66,16 +66,34 @@ def test_next_is_the_one_behind_the_present_one() -> None:
     decided, _ = _decide(limits, state, _trained(20, {0: "a", 10: "b"}))
     assert [stage.name for stage in decided.stages] == ["last"]
     at_the_end, told = _decide(limits, state, _trained(20, {0: "a", 10: "last"}))
-    assert at_the_end.stages == () and told == [] and at_the_end.stage_wishes == 1
+    assert at_the_end.stages == () and at_the_end.stage_wishes == 1
+    assert told == [{"stage": "last", "why": "last is the last stage"}]
     assert limits.curriculum is not None and following(limits.curriculum, "") == "b"
 
 
-def test_a_wish_that_changes_meanwhile_takes_the_place_of_the_one_before() -> None:
+def test_the_present_stage_is_kept_and_says_so() -> None:
+    limits = _limits({"steps": 50}, {"steps": 50})
+    state = _training(limits)
+    state = replace(state, target=replace(state.target, seq=9, stage="a", stage_wishes=1))
+    kept, told = _decide(limits, state, _trained(20, {0: "a"}))
+    assert kept.stages == () and told == [{"stage": "a", "why": "a is the present stage"}]
+
+
+def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
     state = replace(_training(limits), stages=(StageStart("b", 30),), stages_version=1, stage_wishes=1)
     state = replace(state, target=replace(state.target, seq=9, stage="last", stage_wishes=2))
-    decided, _ = _decide(limits, state, _trained(20, {0: "a"}))
-    assert [stage.name for stage in decided.stages] == ["last"] and decided.stages_version == 2
+    assert _decide(limits, state, _trained(20, {0: "a"})) == (state, [])
+    decided, _ = _decide(limits, state, _trained(30, {0: "a", 30: "b"}))
+    assert [stage.name for stage in decided.stages] == ["b", "last"] and decided.stages_version == 2
+
+
+def test_next_is_void_once_another_stage_has_come() -> None:
+    limits = _limits({"steps": 25}, {"steps": 50})
+    state = replace(_training(limits), stages=(StageStart("b", 28, after="a"),), stages_version=1)
+    assert _decide(limits, state, _trained(30, {0: "a", 25: "b"})) == (state, [])
+    other = replace(state, stages=(StageStart("last", 28, after="a"),))
+    assert _decide(limits, other, _trained(30, {0: "a", 25: "b"})) == (other, [])
 
 
 def test_a_validation_loss_ends_a_stage_if_it_is_of_that_stage() -> None:
@@ -108,7 +126,7 @@ def test_a_stage_that_did_not_begin_is_decided_again() -> None:
     assert _decide(limits, state, _trained(19, {0: "a"}, {5: 2.0})) == (state, [])  # not known yet
     decided, told = _decide(limits, state, _trained(22, {0: "a"}, {5: 2.0}))
     assert decided.stages == (StageStart("last", 23 + AHEAD + HEARD),) and decided.stages_version == 2
-    assert told[0]["why"] == "it did not begin at step 20"
+    assert told[0]["why"] == "it did not begin at 20"
 
 
 def test_nothing_is_decided_for_a_run_that_ends_or_has_no_curriculum() -> None:
