@@ -22,6 +22,7 @@ from orchestrator.control.account import Account
 from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind, newest_good
 from orchestrator.control.closing import await_gone, hear_last_words, remove_groups
 from orchestrator.control.crew import Answer, Crew, Inbox
+from orchestrator.control.drain_watch import DrainWatch
 from orchestrator.control.facilities import NAMES, Facilities
 from orchestrator.control.host import find, log_to
 from orchestrator.control.journal import acquire_epoch
@@ -66,6 +67,7 @@ class RunController:
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
+        self._drains = DrainWatch(self._inbox)
         self._checkpointed = self._memory.state.checkpoint_done
         self._account = Account(run_id, self._memory, self._crew, self._facilities.tracker)
         self._wishes = Wishes(run_id, self._memory, self._inbox)
@@ -169,6 +171,7 @@ class RunController:
             insist(lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers))
         if state.outcome is None:
             self._facilities.start(self._memory.data)
+        self._drains.start()
         self._crew.adopt(state.crew)
         self._inbox.put(None)  # the first turn
 
@@ -221,7 +224,7 @@ class RunController:
             elif isinstance(action, Dismiss):
                 self._crew.kill(action.worker)
         if decision.state.outcome is None:  # else `_close` sees to the crew, who may still know something
-            self._crew.reconcile(decision.state.crew, decision.state.quarantine)
+            self._crew.reconcile(decision.state.crew, (*decision.state.quarantine, *self._drains.nodes))
             self._warm()
             self._crew.tell(directive_of(decision.state, self._epoch))
         self._wishes.turned()
@@ -242,6 +245,7 @@ class RunController:
             idle_s=time.monotonic() - self._crew.stirred_s,
             store_address=self._facilities.store.address,
             faults=(*self._faults, *self._facilities.faults),
+            draining=self._drains.nodes,
         )
 
     def _warm(self) -> None:

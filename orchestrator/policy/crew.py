@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from orchestrator.policy.detection import is_silent
 from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, failures_by_node, held_back_s, quarantined
+from orchestrator.policy.leavers import leavers
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import STALL_STEPS
@@ -60,11 +61,12 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Spawn the workers that will be needed, and let go of standbys that won't."""
+    """Spawn the workers that will be needed, and let go of standbys that won't, or that are to leave."""
     if state.is_ending:
         return Decision(state)
+    leaving = leavers(state, seen)
     wanted = workers_to_hold(limits, state.wish, seen.step + 1) + is_to_be_replaced(limits, state)
-    missing = wanted - len(state.crew)
+    missing = wanted - (len(state.crew) - len(leaving))
     if missing > 0 and (_is_moving(limits, state, seen) or held_back_s(state.losses, seen.now_s)):
         return Decision(state)
     if missing > 0:
@@ -73,8 +75,8 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         note = Note("workers_spawned", {"workers": list(spawned)})
         grown = replace(state, crew=state.crew + spawned, num_spawned=first + missing)
         return Decision(grown, (note,))
-    if missing < 0 and state.next is None and not state.is_recovering:
-        return _release(state, seen, -missing)
+    if (missing < 0 or leaving) and state.next is None and not state.is_recovering:
+        return _release(state, seen, max(0, -missing), leaving)
     return Decision(_forget_failed_spawns(state, seen))
 
 
@@ -127,8 +129,9 @@ def traceback_of(seen: Observation, worker: str) -> str:
     return error.traceback if error is not None and error.kind != "peer_lost" else ""
 
 
-def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:
-    """Let go of a slow standby, or of the youngest, but of none that holds a part of a checkpoint not yet marked."""
+def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tuple[str, ...]) -> Decision:
+    """Let go of whoever is to leave, and of a slow standby or the youngest, but of none that holds a part of a
+    checkpoint not yet marked."""
     if state.settled < state.activated:  # somebody who left may hold what would be needed if the new world failed
         return Decision(state)
     idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
@@ -137,7 +140,8 @@ def _release(state: RunState, seen: Observation, num_surplus: int) -> Decision:
         for worker in state.crew
         if worker not in state.involved and seen.phase(worker) in idle and not _owes_shard(state, seen, worker)
     ]
-    released = sorted(free, key=lambda worker: worker == state.straggler)[-num_surplus:]
+    staying = sorted((w for w in free if w not in leaving), key=lambda worker: worker == state.straggler)
+    released = [w for w in free if w in leaving] + staying[len(staying) - num_surplus :]
     if not released:
         return Decision(state)
     crew = tuple(w for w in state.crew if w not in released)

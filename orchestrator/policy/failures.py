@@ -36,7 +36,8 @@ def cause_of_loss(seen: Observation, worker: str) -> str:
     """The class of a failure, by what is known of it."""
     report = seen.reports.get(worker)
     if worker in seen.lost or report is None or report.error is None:
-        return seen.causes.get(worker, "worker")
+        was_told = seen.nodes.get(worker, "") in seen.draining or (report is not None and report.leaving)
+        return "preemption" if was_told else seen.causes.get(worker, "worker")
     return report.error.kind
 
 

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from orchestrator.policy.crew import bury_lost, heed_target, hold_crew, quarantine_nodes
+from orchestrator.policy.draining import plan_departure, watch_drains, why_leaving
 from orchestrator.policy.endings import ask_finish, commit_checkpoint, end_run, fail_run
 from orchestrator.policy.failures import held_back_s
+from orchestrator.policy.leavers import leavers
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.losses import bury_members, hear_errors, notice_loss, restart_first
 from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
@@ -33,6 +35,7 @@ Rule = Callable[[RunLimits, RunState, Observation], Decision]
 
 RULES: tuple[Rule, ...] = (
     heed_target,
+    watch_drains,
     fail_run,
     measure_stalls,
     commit_checkpoint,
@@ -47,6 +50,7 @@ RULES: tuple[Rule, ...] = (
     activate,
     recover,
     ask_finish,
+    plan_departure,
     plan_next,
     raise_fence,
     decide_stages,
@@ -118,6 +122,8 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         return _explain_recovery(limits, state, seen)
     if state.next is not None:
         return f"generation {state.next.generation} with {state.next.world.size} workers: {state.next_why}"
+    if leaving := [w for w in leavers(state, seen) if w in state.members]:
+        return f"{why_leaving(state, seen, leaving)}; waits for others to take over"
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     missing = wanted - len(state.members) - len(warm_standbys(state, seen))
     if missing <= 0:

@@ -14,8 +14,10 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import (
     MAX_FAILED_MOVES,
+    can_plan,
     is_blame_due,
     members_for,
+    planned_move,
     prepared,
     warm_standbys,
     with_plan,
@@ -25,7 +27,7 @@ from orchestrator.policy.progress import stall_s, typical_step_s
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size, wish_holds
 from orchestrator.policy.stragglers import is_to_be_replaced
-from orchestrator.protocol.messages import Fence, Handover, Phase, Source
+from orchestrator.protocol.messages import Fence, Handover, Phase
 from orchestrator.protocol.status import Recovery, Rescale
 
 Change = TypeVar("Change", Rescale, Recovery)
@@ -36,11 +38,9 @@ HORIZON_STEPS = 8
 
 def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Plan the generation that is due, as soon as enough standbys are warm for it."""
-    if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
-        return Decision(state)
     if state.current is None:
         return _plan_first(limits, state, seen)
-    if any(seen.phase(member) is not Phase.TRAINING for member in state.members):
+    if not can_plan(state, seen):
         return Decision(state)
     change = next_change(limits, state.wish, len(state.members), seen.step, _horizon_steps(seen))
     if change is None and is_to_be_replaced(limits, state):
@@ -49,7 +49,7 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if change is None or members is None:
         return Decision(state)
     why = f"scheduled for step {change.first_step}" if change.first_step is not None else _why(limits, state, seen)
-    return _planned(limits, state, seen, members, change, why)
+    return planned_move(limits, state, seen, members, change, why)
 
 
 def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -163,6 +163,8 @@ def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
+        return Decision(state)
     size = wanted_size(limits, state.wish, seen.step + 1)
     members = warm_standbys(state, seen)[:size]
     if len(members) < size:
@@ -180,18 +182,7 @@ def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> 
         return Decision(state)
     members = tuple(standbys[0] if worker == state.straggler else worker for worker in state.members)
     why = f"{state.straggler} is much slower than the others"
-    return _planned(limits, state, seen, members, SizeChange(len(members), None), why)
-
-
-def _planned(
-    limits: RunLimits, state: RunState, seen: Observation, members: tuple[str, ...], change: SizeChange, why: str
-) -> Decision:
-    assert state.current is not None
-    old, new = state.current.world, World(state.num_generations, members)
-    unchanged = members == old.members
-    placement = state.current.placement if unchanged else Placement.rebalanced(state.current.placement, old, new)
-    source = Source(old, state.current.placement, holders=old.members)
-    return with_plan(state, seen, new, placement, source, change, why, limits.protected)
+    return planned_move(limits, state, seen, members, SizeChange(len(members), None), why)
 
 
 def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:

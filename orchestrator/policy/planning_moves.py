@@ -5,6 +5,8 @@ from dataclasses import replace
 from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
+from orchestrator.policy.leavers import leavers
+from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
@@ -14,10 +16,18 @@ MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after
 
 
 def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers of the crew that could join a generation now, oldest first. Where no world has the state, also those who
-    are left of one, or were ready for one that didn't come about."""
+    """Workers of the crew that could join a generation now, oldest first; none that is to leave soon. Where no world
+    has the state, also those who are left of one, or were ready for one that didn't come about."""
     idle = (Phase.STANDBY,) if state.current is not None else (Phase.STANDBY, Phase.STRANDED, Phase.READY)
-    return tuple(w for w in state.crew if w not in state.members and seen.phase(w) in idle)
+    out = {*state.members, *leavers(state, seen)}
+    return tuple(w for w in state.crew if w not in out and seen.phase(w) in idle)
+
+
+def can_plan(state: RunState, seen: Observation) -> bool:
+    """Whether another generation may be planned now: all members train, and nothing else is under way."""
+    if state.current is None or state.next is not None or state.is_ending or state.is_recovering:
+        return False
+    return seen.store_address is not None and all(seen.phase(w) is Phase.TRAINING for w in state.members)
 
 
 def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...] | None:
@@ -48,6 +58,18 @@ def without_store(state: RunState, seen: Observation) -> str:
 def is_blame_due(state: RunState, seen: Observation) -> bool:
     """A move was seen to fail so long ago that whoever is to blame would be known: whoever notices first is not."""
     return state.broken_s is not None and seen.now_s - state.broken_s >= BLAME_S
+
+
+def planned_move(
+    limits: RunLimits, state: RunState, seen: Observation, members: tuple[str, ...], change: SizeChange, why: str
+) -> Decision:
+    """The state with a move from the current world to one of these members."""
+    assert state.current is not None
+    old, new = state.current.world, World(state.num_generations, members)
+    unchanged = members == old.members
+    placement = state.current.placement if unchanged else Placement.rebalanced(state.current.placement, old, new)
+    source = Source(old, state.current.placement, holders=old.members)
+    return with_plan(state, seen, new, placement, source, change, why, limits.protected)
 
 
 def with_plan(

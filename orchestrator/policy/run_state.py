@@ -57,9 +57,9 @@ class RunState:
     `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
     worker's error that `why` tells of. `micro_batch` is the rows of a slot, 0 for the job's; `skips` are steps whose
-    batches are left out; `quarantine` names nodes that get no new workers, `straggler` a worker that is much
-    slower than the others. `stages` are those that were decided, `stages_version` counts decisions, and `stage_wishes`
-    those that were asked for and are decided.
+    batches are left out; `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone,
+    `straggler` a worker that is much slower than the others. `stages` are those that were decided, `stages_version`
+    counts decisions, and `stage_wishes` those that were asked for and are decided.
     """
 
     target: Target
@@ -87,6 +87,7 @@ class RunState:
     micro_batch: int = 0
     skips: tuple[int, ...] = ()
     quarantine: tuple[str, ...] = ()
+    draining: tuple[str, ...] = ()
     straggler: str = ""
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
@@ -134,6 +135,7 @@ class Observation:
     asked for it. `nodes` tells where workers live, `silence_s` for how long they haven't answered, and `idle_s` for how
     long no worker has said anything new. `store_address` is the rendezvous store's, None while there is none: no
     generation can be planned then. `faults` are things outside the workers without which the run can't go on.
+    `draining` holds the cluster's nodes that will be taken away, with `time.time()` of the deadline, 0 without one.
     """
 
     epoch: int
@@ -150,6 +152,7 @@ class Observation:
     idle_s: float = 0.0
     store_address: StoreAddress | None = None
     faults: tuple[str, ...] = ()
+    draining: Mapping[str, float] = field(default_factory=dict)
 
     def phase(self, worker: str) -> Phase:
         """COLD too if the worker never answered."""

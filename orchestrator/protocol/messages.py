@@ -271,6 +271,7 @@ class Report:
     holdings: tuple[Holding, ...] = ()
     rss_bytes: int = 0
     collective: int = 0  # collectives that its training thread has entered in this generation
+    leaving: bool = False  # it was told to end (SIGTERM), and soon will be made to
     extra: dict[str, float] = field(default_factory=dict)
 
 

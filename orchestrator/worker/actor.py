@@ -5,6 +5,7 @@ Every method returns at once or within the caller's timeout; training runs in a 
 
 import logging
 import os
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -43,6 +44,8 @@ class Worker:
         self._warming = threading.Lock()
         self._trainer: Trainer | None = None
         self._training: threading.Thread | None = None
+        if threading.current_thread() is threading.main_thread():  # as in an actor; Ray's own handler ends the process
+            signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._leave, name="leave").start())
 
     def warm(self, job: WorkerJob) -> Report:
         """Become a standby: import, build and drop a small engine, start the training thread. A repeat is harmless."""
@@ -100,6 +103,14 @@ class Worker:
         self._training = threading.Thread(target=trainer.run, name="training", daemon=True)
         self._training.start()
         threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
+
+    def _leave(self) -> None:
+        """This process was told to end, and will be made to: its controller lets it go once others have its shard.
+
+        Not called by the signal's handler itself, which may have interrupted somebody who holds the desk.
+        """
+        log.warning("%s was told to end (SIGTERM)", self._id)
+        self._desk.publish(leaving=True)
 
     def _heard(self) -> None:
         self._last_heard = time.monotonic()

@@ -1,6 +1,7 @@
 """Runs as users have them, with a worker on each of three hosts."""
 
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +161,58 @@ def test_a_host_that_dies_costs_no_committed_step(
     if not is_cut:  # the broken connections tell who is lost, not its silence
         times = {event["kind"]: event["time"] for event in _events(driver, run)}
         assert times["worker_lost"] - times["generation_aborted"] < SILENT_WHEN_STOPPING_S
+    _cancel(driver, run)
+
+
+FIND_NODE = """
+import sys
+from ray._raylet import GcsClient
+nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values()
+print(*(node.node_id.hex() for node in nodes if node.node_manager_address == sys.argv[2]))
+"""
+
+
+def drain(hosts: Hosts, index: int, seconds: float) -> float:
+    """Tell Ray that a host will be gone, as a cloud's notice does. Returns the deadline, in `time.time()` seconds."""
+    node = hosts.run(0, [sys.executable, "-c", FIND_NODE, hosts.head, hosts.addresses[index]]).strip()
+    options = {
+        "address": hosts.head,
+        "node-id": node,
+        "reason": "DRAIN_NODE_REASON_PREEMPTION",
+        "reason-message": "taken back",
+        "deadline-remaining-seconds": str(int(seconds)),
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+    hosts.run(0, [*command, *(f"--{key}={value}" for key, value in options.items())], timeout_s=30.0)
+    return time.time() + seconds
+
+
+def test_a_host_that_is_drained_is_left_before_its_deadline(
+    hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
+) -> None:
+    """No step is lost or done twice; while nothing else is free the run goes on smaller, and nobody is put there."""
+    run = _trained_a_little(driver, _job("drained", texts, tmp_path))
+    index, (worker,) = _fullest(hosts, driver)
+    deadline = drain(hosts, index, 10.0)
+
+    def left() -> bool:
+        found = driver.call(places)
+        return all(address != hosts.addresses[index] for name, (address, _) in found.items() if name.startswith(run))
+
+    until(left, deadline - time.time(), f"{worker} to leave")
+    print(f"off the host {10.0 - (deadline - time.time()):.2f} s after the notice")
+    hosts.kill_host(index)
+    left_at = driver.call(OrchestratorClient.get, run).step
+    status = _until(driver, run, lambda s: s.step > left_at + 50)
+    (rescale,) = status.rescales
+    assert rescale.why == f"{worker} must leave: its node is drained" and rescale.state_identical
+    assert (rescale.from_size, rescale.to_size, rescale.steps_lost) == (3, 2, 0) and not status.recoveries
+    assert status.workers_now == 2 and "no place yet" in status.why
+
+    spare = hosts.add()
+    hosts.join(spare)
+    whole = _until(driver, run, lambda s: s.workers_now == 3 and s.rescales[-1].stall_s is not None)
+    assert whole.rescales[-1].state_identical
     _cancel(driver, run)
 
 

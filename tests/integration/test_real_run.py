@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -112,6 +113,30 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     with torch.no_grad():
         loss = model(input_ids=encoded, labels=encoded).loss.item()
     assert loss < math.log(VOCAB) - 1.0  # it has learned, for others too
+
+
+def test_a_member_that_is_told_to_end_leaves_at_a_fence(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    """As whoever takes a machine back tells its processes. Another worker takes over, and no step is done twice."""
+    workers = WorkersSpec(min=2, max=3, initial=2)
+    changes = {"name": "polite", "workers": workers, "storage": str(tmp_path / "runs")}
+    run = client.submit(small_job(texts, steps=100_000).model_copy(update=changes))
+    _until(client, run, lambda s: s.step > 9)
+    pid = ask(find(f"{run}/worker/w1"), "call", "report", None, -1, 0.0).pid
+    os.kill(pid, signal.SIGTERM)
+    status = _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
+    (rescale,) = status.rescales
+    assert (rescale.from_size, rescale.to_size) == (2, 2) and rescale.state_identical and not status.recoveries
+    assert rescale.why == "w1 must leave: it was told to end"
+    deadline_s = time.monotonic() + 20.0
+    while f"{run}/worker/w1" in names_of(run) or psutil.pid_exists(pid):
+        assert time.monotonic() < deadline_s, names_of(run)
+        time.sleep(0.05)
+    client.pause(run)
+    ended = client.wait(run, timeout_s=60.0)
+    assert ended.phase is RunPhase.PAUSED and not ended.recoveries and client.audit(run).steps == ended.step
+    _one_value_per_step(ended, tmp_path)
 
 
 def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(

@@ -90,6 +90,7 @@ class Life:
     holds_still: bool = False  # no step gets done
     nodes: dict[str, str] = field(default_factory=dict)
     causes: dict[str, str] = field(default_factory=dict)
+    draining: dict[str, float] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)  # times the others' time for a step
     store: StoreAddress | None = FIRST_STORE
     directive: Directive = field(init=False)
@@ -112,6 +113,7 @@ class Life:
             checkpointed=self.committed,
             restorable=Restore(self.committed, f"step-{self.committed}") if self.committed >= 0 else None,
             store_address=self.store,
+            draining=dict(self.draining),
         )
         return replace(plain, **changes)  # type: ignore[arg-type]
 
