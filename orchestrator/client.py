@@ -100,11 +100,12 @@ class OrchestratorClient:
         found: RunStatus = self._ask("status", run_id)
         return found
 
-    def scale(self, run_id: str, workers: int) -> Target:
-        """Ask for another number of workers. Returns at once; the run changes at its next fence.
+    def scale(self, run_id: str, workers: int | None) -> Target:
+        """Ask for another number of workers; None leaves the number to the job's `autoscale` again. Returns at once;
+        the run changes at its next fence.
 
         Raises:
-            UsageError: outside min..max of the job, or the run has ended.
+            UsageError: outside min..max of the job, its autoscale.policy is manual, or the run has ended.
             NotFound: there is no such run.
         """
         target: Target = self._ask("scale", run_id, workers)

@@ -8,6 +8,7 @@ import typer
 from orchestrator.cli.options import Address, JobFile, Name, Output, RunId, Storage, Timeout, Watch
 from orchestrator.cli.output import Format, say, show, show_json, show_line, show_table, tell_wait
 from orchestrator.cli.wording import NONE, counted, moment, number
+from orchestrator.errors import UsageError
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.messages import Target
 
@@ -71,17 +72,25 @@ def status(
 
 def scale(
     run: RunId,
-    workers: Annotated[int, typer.Option("--workers", "-n", min=1, help="How many workers the run shall have.")],
+    workers: Annotated[
+        str,
+        typer.Option("--workers", "-n", metavar="N|auto", help="How many; auto: as many as the job's autoscale finds."),
+    ],
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
     """Change the number of a run's workers, within its job's min..max. No step is lost."""
     from orchestrator.client import OrchestratorClient
 
+    size = _size(workers)
     client = OrchestratorClient(address)
-    target = client.scale(run, workers)
-    asked = counted(workers, "worker")
-    if client.get(run).workers_now == workers:
+    target = client.scale(run, size)
+    if size is None:
+        say(f"Run {run} finds its number of workers itself from now on.")
+        _show_target(run, target, output)
+        return
+    asked = counted(size, "worker")
+    if client.get(run).workers_now == size:
         say(f"Run {run} has {asked} and goes on with them.")
     else:
         say(f"Run {run} will go on with {asked} as soon as they are ready.")
@@ -161,6 +170,16 @@ def resume(
     client.resume(run, storage=storage, from_step=from_step, workers=workers, timeout_s=timeout, on_wait=tell_wait)
     say(f"Run {run} goes on. Follow it with `orchestrator logs {run} -f`.")
     _show_name(run, output)
+
+
+def _size(workers: str) -> int | None:
+    if workers == "auto":
+        return None
+    if not workers.isdecimal() or int(workers) < 1:
+        raise UsageError(
+            f"--workers is {workers!r}; it must be a whole number from 1, or auto", unchanged="Nothing was changed."
+        )
+    return int(workers)
 
 
 def _show_name(run_id: str, output: Format) -> None:

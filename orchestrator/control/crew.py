@@ -19,7 +19,7 @@ from ray.util.placement_group import get_placement_group, placement_group, remov
 from orchestrator.control.calls import cause_of, reason_of
 from orchestrator.control.host import Handle, Seat, find, kill_on_node, names_of, start_host
 from orchestrator.protocol.messages import Directive, Report, WorkerJob
-from orchestrator.spec.job import JobSpec
+from orchestrator.spec.job import JobSpec, ResourcesSpec
 
 log = logging.getLogger("orchestrator.control")
 
@@ -73,6 +73,7 @@ class Crew:
 
     def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, threads: int, inbox: Inbox) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
+        self._job_json = job.model_dump_json(by_alias=True)
         self._target, self._threads, self._inbox = target, threads, inbox
         self._handles: dict[str, Handle] = {}
         self._known: set[str] = set()  # whoever was started, by us or by an earlier controller
@@ -92,6 +93,11 @@ class Crew:
     def handles(self) -> Mapping[str, Handle]:
         """The workers that are there, by id."""
         return self._handles
+
+    @property
+    def request(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return request_of(self._job.resources)
 
     def adopt(self, crew: tuple[str, ...]) -> None:
         """Find the workers that an earlier controller started; end those that it did not write down."""
@@ -114,8 +120,17 @@ class Crew:
             if worker not in self._known:
                 self._start(worker, avoid)
 
-    def warm(self, job: WorkerJob) -> None:
-        """Have every worker that hasn't begun become a standby."""
+    def warm(self, store_dir: str, vocab_size: int, head_host: str) -> None:
+        """Have every worker that hasn't begun become a standby, with the data of this store."""
+        job = WorkerJob(
+            run_id=self._run_id,
+            job_json=self._job_json,
+            store_dir=store_dir,
+            storage_dir=str(self._run_dir),
+            head_host=head_host,
+            threads=self._threads,
+            vocab_size=vocab_size,
+        )
         for worker in self._handles.keys() - self._warmed:
             self._warmed.add(worker)
             self._call(worker, "warm", job)
@@ -203,11 +218,9 @@ class Crew:
 
     def _start(self, worker: str, avoid: tuple[str, ...]) -> None:
         resources = self._job.resources
-        bundle = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
         name = f"{self._run_id}/worker/{worker}"
         elsewhere = {NODE_LABEL: f"!in({','.join(avoid)})"} if avoid else {}
-        needs = {k: v for k, v in bundle.items() if v}
-        group = placement_group([needs], name=name, lifetime="detached", bundle_label_selector=[elsewhere])
+        group = placement_group([self.request], name=name, lifetime="detached", bundle_label_selector=[elsewhere])
         env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
         env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
         seat = Seat(
@@ -239,6 +252,12 @@ class Crew:
         self.reports.pop(worker, None)
         ray.kill(handle, no_restart=True)
         remove_group(f"{self._run_id}/worker/{worker}")
+
+
+def request_of(resources: ResourcesSpec) -> dict[str, float]:
+    """Ray's resources of a worker, those of which it needs any."""
+    amounts = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
+    return {name: amount for name, amount in amounts.items() if amount}
 
 
 def remove_group(name: str) -> None:

@@ -31,13 +31,15 @@ from orchestrator.control.node_watch import NodeWatch
 from orchestrator.control.parts import Parts
 from orchestrator.control.status import status_of, to_json
 from orchestrator.control.store_link import head_address
-from orchestrator.control.wishes import Wishes
-from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError, UsageError
+from orchestrator.control.wishes import Wishes, member_of_rank
+from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
+from orchestrator.policy.autoscaling import scale_of
 from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, ended
-from orchestrator.protocol.messages import Finish, ResumeOrder, Target, WorkerJob
+from orchestrator.protocol.messages import Finish, ResumeOrder, Target
+from orchestrator.protocol.scaling import RunScale
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
 
@@ -99,14 +101,30 @@ class RunController:
     def limits(self) -> RunLimits:
         return self._limits
 
-    def scale(self, workers: int, reason: str) -> Target:
-        """Want another size. Returns when the wish is written down, not when it has come true.
+    def scale(self, workers: int | None, reason: str, by_hand: bool = True) -> Target:
+        """Want another size; None leaves it to the Scheduler from now on. Returns when the wish is written down, not
+        when it has come true.
+
+        Args:
+            by_hand: False from the Scheduler, whose wishes give way to those of a user.
 
         Raises:
             UsageError: the job doesn't allow this size, or the run is ending.
         """
+        if workers is None:
+            self._limits.check_autoscale()
+            return self._wishes.aim(Finish.NO, reason, by_hand=False)
         self._limits.check_size(workers)
-        return self._wishes.aim(Finish.NO, reason, workers)
+        if not by_hand and self._wishes.newest.by_hand:
+            return self._wishes.newest
+        return self._wishes.aim(Finish.NO, reason, workers, by_hand=by_hand)
+
+    def scaling(self) -> RunScale | None:
+        """What the Scheduler needs to decide how many workers this run is to have; None once it is over."""
+        state = self._memory.state
+        if state.outcome is not None:
+            return None
+        return scale_of(self._limits, state, self._observe(), self._crew.request)
 
     def stage(self, name: str, reason: str) -> Target:
         """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.
@@ -127,14 +145,7 @@ class RunController:
         Raises:
             UsageError: nobody has this rank now.
         """
-        members = self._memory.state.members
-        if not members or not -1 <= (-1 if rank is None else rank) < len(members):
-            raise UsageError(
-                f"rank {rank if rank is not None else 'any'} asked for; {self._run_id} has {len(members)} members now",
-                remedy="Name a rank from 0 to one less than that.",
-                unchanged="Nobody was killed.",
-            )
-        worker = members[-1 if rank is None else rank]
+        worker = member_of_rank(self._run_id, self._memory.state.members, rank)
         self._crew.kill(worker)
         return worker
 
@@ -253,17 +264,7 @@ class RunController:
         data = self._memory.data
         if data is None:
             return
-        self._crew.warm(
-            WorkerJob(
-                run_id=self._run_id,
-                job_json=self._job.model_dump_json(by_alias=True),
-                store_dir=data.store_dir,
-                storage_dir=str(self._run_dir),
-                head_host=head_address(),
-                threads=self._threads,
-                vocab_size=data.vocab_size,
-            )
-        )
+        self._crew.warm(data.store_dir, data.vocab_size, head_address())
 
     def _commit(self, action: Commit) -> None:
         try:

@@ -8,17 +8,19 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.experimental import internal_kv
 
+from orchestrator.control.autoscaler import Autoscaler, free_on_nodes
 from orchestrator.control.calls import ask
+from orchestrator.control.crew import request_of
 from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
-from orchestrator.control.journal import newest_epoch, write_atomically
-from orchestrator.control.memory import Recollection, read_status, storage_error, user_events
+from orchestrator.control.job_files import read_job, write_job
+from orchestrator.control.journal import newest_epoch
+from orchestrator.control.memory import Recollection, read_status, user_events
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
 from orchestrator.control.run_files import RunFiles
@@ -29,6 +31,7 @@ from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Finish, ResumeOrder, Target
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult
+from orchestrator.spec.autoscale import MANUAL
 from orchestrator.spec.job import JobSpec
 
 log = logging.getLogger("orchestrator.control")
@@ -52,6 +55,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._submitting = threading.Lock()
+        Autoscaler(known_runs).start()
 
     def submit(
         self, job_json: str, run_id: str, run_dir: str, job_text: str, wait: bool = False, parts: Parts | None = None
@@ -75,7 +79,7 @@ class Scheduler:
             self._refuse_taken(run_id, directory)
             if not wait:
                 self._refuse_unfit(job, job.workers.initial)
-            _write_job(directory, job_json, job_text)
+            write_job(directory, job_json, job_text)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts())
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
@@ -103,7 +107,7 @@ class Scheduler:
                     remedy="To go back to a checkpoint, pause or cancel it first.",
                     unchanged="Nothing was changed.",
                 )
-            job = _read_job(directory)
+            job = read_job(directory)
             limits = RunLimits.of(run_id, job)
             done = order.restore.step + 1 if order.restore else 0
             if done >= limits.steps:
@@ -117,7 +121,8 @@ class Scheduler:
             memory = Recollection(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.wish, done)
             if not wait:
-                self._refuse_unfit(job, workers)
+                finds_its_size = job.autoscale.policy != MANUAL and order.workers is None
+                self._refuse_unfit(job, limits.min_workers if finds_its_size else workers)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts(), order)
         log.info("run %s: resumed after step %d", run_id, done - 1)
@@ -126,11 +131,11 @@ class Scheduler:
     def list(self) -> tuple[RunStatus, ...]:
         """Every run that the cluster has seen, the newest last. A run whose storage is gone is left out."""
         found: list[RunStatus] = []
-        for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE):
+        for run_id in known_runs():
             try:
-                found.append(self.status(key.decode()))
+                found.append(self.status(run_id))
             except (NotFound, ClusterUnreachable) as error:
-                log.warning("run %s: %s", key.decode(), error)
+                log.warning("run %s: %s", run_id, error)
         return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
 
     def status(self, run_id: str) -> RunStatus:
@@ -146,8 +151,9 @@ class Scheduler:
                     raise
                 time.sleep(0.1)
 
-    def scale(self, run_id: str, workers: int, reason: str = "asked for") -> Target:
-        """Want another number of workers. Raises UsageError out of min..max, or if the run has ended; NotFound."""
+    def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> Target:
+        """Want another number of workers; None leaves it to the job's `autoscale`. Raises UsageError out of min..max,
+        or if the run has ended; NotFound."""
         target: Target = self._wish(run_id, "scale", workers, reason)
         return target
 
@@ -201,8 +207,7 @@ class Scheduler:
     def _directory_of(self, run_id: str) -> Path:
         place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
         if place is None:
-            known = [key.decode() for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE)]
-            remedy = f"{nearest(run_id, known)}`orchestrator list` shows its runs."
+            remedy = f"{nearest(run_id, known_runs())}`orchestrator list` shows its runs."
             raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
         return Path(place.decode())
 
@@ -214,9 +219,9 @@ class Scheduler:
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
     def _refuse_unfit(self, job: JobSpec, workers: int) -> None:
-        request = _request_of(job)
+        request = request_of(job.resources)
         deadline_s = time.monotonic() + SETTLE_S
-        while places(free := _free(), request) < workers:
+        while places(free := list(free_on_nodes().values()), request) < workers:
             if time.monotonic() > deadline_s:
                 raise JobDoesNotFit(
                     f"{workers} workers of {_amounts(request)} asked for; the cluster has room for "
@@ -225,6 +230,11 @@ class Scheduler:
                     unchanged="Nothing was started.",
                 )
             time.sleep(0.2)
+
+
+def known_runs() -> list[str]:
+    """Names of all runs that this cluster has seen."""
+    return [key.decode() for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE)]
 
 
 def get_or_create_scheduler() -> Handle:
@@ -243,33 +253,6 @@ def get_or_create_scheduler() -> Handle:
     return ray.remote(Scheduler).options(**options).remote()
 
 
-def _write_job(directory: Path, job_json: str, job_text: str) -> None:
-    files = {directory / "job.yaml": job_text, directory / "job.json": job_json}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path, text in files.items():
-            write_atomically(path, text)
-    except OSError as error:
-        with suppress(OSError):  # the name must not be taken by a run that never began
-            for path in files:
-                path.unlink(missing_ok=True)
-            directory.rmdir()
-        raise storage_error(error, directory) from error
-
-
-def _read_job(directory: Path) -> JobSpec:
-    try:
-        return JobSpec.model_validate_json((directory / "job.json").read_text())
-    except FileNotFoundError:
-        raise NotFound(f"{directory} holds no run", unchanged="Nothing was started.") from None
-    except ValueError as error:
-        raise UsageError(
-            f"{directory / 'job.json'} can't be read: {error}",
-            remedy="It is written once, at submission; put the original back.",
-            unchanged="Nothing was started.",
-        ) from error
-
-
 def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrder | None = None) -> None:
     options = {
         "name": f"{run_id}/controller",
@@ -282,16 +265,6 @@ def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrde
         "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
     }
     ray.remote(RunController).options(**options).remote(run_id, run_dir, parts, order)
-
-
-def _request_of(job: JobSpec) -> Mapping[str, float]:
-    resources = job.resources
-    return {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
-
-
-def _free() -> tuple[Mapping[str, float], ...]:
-    """What is free on each node."""
-    return tuple(ray._private.state.available_resources_per_node().values())  # type: ignore[no-untyped-call]
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -1,6 +1,7 @@
 """What others want of a run, from the call that says so until the run's controller has written it down."""
 
 import threading
+from collections.abc import Sequence
 
 from orchestrator.control.crew import Inbox
 from orchestrator.control.memory import RunMemory
@@ -11,6 +12,17 @@ PATIENCE_S = 10.0
 LATER = "Look at its status, and try again in a moment."
 
 
+def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str:
+    """The member with this rank; None for the highest. Raises UsageError if nobody has it now."""
+    if not members or not -1 <= (-1 if rank is None else rank) < len(members):
+        raise UsageError(
+            f"rank {rank if rank is not None else 'any'} asked for; {run_id} has {len(members)} members now",
+            remedy="Name a rank from 0 to one less than that.",
+            unchanged="Nobody was killed.",
+        )
+    return members[-1 if rank is None else rank]
+
+
 class Wishes:
     """Wishes come from any thread; the controller's turns take in the newest, and say so."""
 
@@ -19,9 +31,16 @@ class Wishes:
         self._turned = threading.Condition()
         self.newest = memory.state.target
 
-    def aim(self, finish: Finish, reason: str, workers: int | None = None, stage: str | None = None) -> Target:
-        """Want this; `workers` is None for as many as before, `stage` for no other one. Returns when it is written
-        down.
+    def aim(
+        self,
+        finish: Finish,
+        reason: str,
+        workers: int | None = None,
+        stage: str | None = None,
+        by_hand: bool | None = None,
+    ) -> Target:
+        """Want this; `workers` is None for as many as before, `stage` for no other one, `by_hand` for whoever decided
+        on the number before. Returns when it is written down.
 
         Raises:
             UsageError: the run is ending, or is to end in another way.
@@ -33,7 +52,8 @@ class Wishes:
             size = self.newest.workers if workers is None else workers
             wishes = self.newest.stage_wishes + (stage is not None)
             name = self.newest.stage if stage is None else stage
-            target = self.newest = Target(self.newest.seq + 1, size, finish, reason, name, wishes)
+            by_hand = self.newest.by_hand if by_hand is None else by_hand
+            target = self.newest = Target(self.newest.seq + 1, size, finish, reason, name, wishes, by_hand)
             self._inbox.put(None)
             if not self._turned.wait_for(lambda: self._memory.state.target.seq >= target.seq, PATIENCE_S):
                 why = self._memory.trouble or "it is busy"

@@ -1,6 +1,7 @@
 """Who is there: wishes heard, the dead buried, standbys held ready and let go. Rules of `lifecycle`."""
 
 from dataclasses import replace
+from typing import Any
 
 from orchestrator.policy.detection import is_silent
 from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, failures_by_node, held_back_s, quarantined
@@ -9,7 +10,7 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import STALL_STEPS
 from orchestrator.policy.run_state import Action, Decision, Dismiss, Loss, Note, Observation, RunState
-from orchestrator.policy.schedule import Wish
+from orchestrator.policy.schedule import Wish, wanted_size
 from orchestrator.policy.standby import workers_to_hold
 from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Finish, Phase, Target
@@ -20,11 +21,14 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     target = seen.target
     if target.seq <= state.target.seq:
         return Decision(state)
-    fields = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
+    fields: dict[str, Any] = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
     if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
         return Decision(replace(state, target=target), (Note("target", fields),))
-    wish = Wish(target.workers, seen.step + 1)
-    return Decision(replace(state, target=target, wish=wish, failed_moves=0), (Note("target", fields),))
+    grows = target.workers > wanted_size(limits, state.wish, seen.step + 1) and not target.by_hand
+    grown_s = seen.now_s if grows else state.wish.grown_s if state.wish else None
+    wish = Wish(target.workers, seen.step + 1, target.by_hand, grown_s)
+    note = Note("target", fields | {"by_hand": target.by_hand})
+    return Decision(replace(state, target=target, wish=wish, failed_moves=0), (note,))
 
 
 def _asks_for_a_stage(state: RunState, target: Target) -> bool:

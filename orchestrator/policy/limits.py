@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Self
 
 from orchestrator.errors import UsageError
+from orchestrator.spec.autoscale import MANUAL, AutoscaleSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import OFF
 from orchestrator.spec.recovery import RecoverySpec
 
 DEFAULT_RECOVERY = RecoverySpec()
+DEFAULT_AUTOSCALE = AutoscaleSpec()
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class RunLimits:
     recovery: RecoverySpec = DEFAULT_RECOVERY
     micro_batch_size: int = 1
     curriculum: CurriculumSpec | None = None
+    autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -51,6 +54,7 @@ class RunLimits:
             recovery=job.recovery,
             micro_batch_size=job.train.micro_batch_size,
             curriculum=job.curriculum,
+            autoscale=job.autoscale,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 
@@ -62,6 +66,15 @@ class RunLimits:
             raise UsageError(
                 f"stage {name} asked for; {self.run_id} has none of that name: {known}",
                 remedy="Name one of its stages, or next." if names else "Submit a job with a curriculum.",
+                unchanged=f"{self.run_id} goes on as it was.",
+            )
+
+    def check_autoscale(self) -> None:
+        """Raises UsageError if the job leaves the number of workers to its user."""
+        if self.autoscale.policy == MANUAL:
+            raise UsageError(
+                f"{self.run_id} can't find its number of workers itself: its job's autoscale.policy is {MANUAL}",
+                remedy="Ask for a number, or submit a job with another autoscale.policy.",
                 unchanged=f"{self.run_id} goes on as it was.",
             )
 

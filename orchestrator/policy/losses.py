@@ -12,10 +12,9 @@ from orchestrator.policy.crew import why_gone
 from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S, is_silent, stuck
 from orchestrator.policy.failures import MAX_LOSSES, cause_of_loss
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.planning_moves import MAX_FAILED_MOVES, is_blame_due, without_store
+from orchestrator.policy.planning_moves import MAX_FAILED_MOVES, given_up, is_blame_due, without_store
 from orchestrator.policy.responses import respond
 from orchestrator.policy.run_state import Decision, Dismiss, Loss, Note, Observation, RunState
-from orchestrator.policy.schedule import Wish
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import Recovery
 
@@ -149,7 +148,7 @@ def _abandoned(state: RunState, seen: Observation, generation: int, why: str) ->
     """Count a failed move; after several in a row the run keeps the size that it has, if it has one already."""
     failed_moves = state.failed_moves + 1
     gives_up = failed_moves >= MAX_FAILED_MOVES and state.current is not None
-    wish = Wish(len(state.members), seen.step + 1) if gives_up else state.wish
+    wish = given_up(state, seen) if gives_up else state.wish
     note = Note("move_abandoned", {"generation": generation, "why": why, "gave_up": gives_up})
     return Decision(replace(state, failed_moves=failed_moves, wish=wish, why=why), (note,))
 

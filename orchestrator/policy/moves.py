@@ -15,6 +15,7 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import (
     MAX_FAILED_MOVES,
     can_plan,
+    given_up,
     is_blame_due,
     members_for,
     planned_move,
@@ -25,7 +26,7 @@ from orchestrator.policy.planning_moves import (
 )
 from orchestrator.policy.progress import stall_s, typical_step_s
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
-from orchestrator.policy.schedule import SizeChange, Wish, next_change, wanted_size, wish_holds
+from orchestrator.policy.schedule import SizeChange, next_change, wanted_size, wish_holds
 from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Fence, Handover, Phase
 from orchestrator.protocol.status import Recovery, Rescale
@@ -72,7 +73,7 @@ def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
     failed_moves = state.failed_moves + 1
     gives_up = failed_moves >= MAX_FAILED_MOVES
-    wish = Wish(len(state.members), seen.step + 1) if gives_up else state.wish
+    wish = given_up(state, seen) if gives_up else state.wish
     note = Note("move_abandoned", {"generation": state.next.generation, "why": broken[0], "gave_up": gives_up})
     abandoned = replace(state, failed_moves=failed_moves, wish=wish, why=broken[0], broken_s=None)
     return Decision(replace(abandoned, next=None, next_first_step=None, next_why=""), (note,))

@@ -8,7 +8,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.leavers import leavers
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
-from orchestrator.policy.schedule import SizeChange
+from orchestrator.policy.schedule import SizeChange, Wish
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
 
 BLAME_S = 1.0  # the death of a process, or of the rendezvous store, is known this soon after others notice
@@ -43,6 +43,12 @@ def prepared(seen: Observation, worker: str) -> int:
     """The newest generation that this worker has connected; -1 if none."""
     report = seen.reports.get(worker)
     return report.prepared if report else -1
+
+
+def given_up(state: RunState, seen: Observation) -> Wish:
+    """After several failed moves: the size that it has, for as long as nobody wants another one again."""
+    by_hand = state.wish.by_hand if state.wish else False
+    return Wish(len(state.members), seen.step + 1, by_hand, grown_s=seen.now_s)
 
 
 def without_store(state: RunState, seen: Observation) -> str:

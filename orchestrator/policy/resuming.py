@@ -12,7 +12,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
     """The state to begin again from. Nobody of the old crew is counted on; numbers that name things go on growing.
     Stages that were decided are decided still, at the same steps."""
     done = order.restore.step if order.restore else -1
-    wish = state.wish if order.workers is None else Wish(order.workers, done + 1)
+    wish = state.wish if order.workers is None else Wish(order.workers, done + 1, by_hand=True)
     workers = wanted_size(limits, wish, done + 1)
     fields = {
         "token": order.token,

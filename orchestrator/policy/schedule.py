@@ -10,10 +10,15 @@ from orchestrator.policy.limits import RunLimits
 
 @dataclass(frozen=True)
 class Wish:
-    """A size asked for from outside. `since_step` is the first step that was still to come when it was heard."""
+    """A size asked for from outside. `since_step` is the first step that was still to come when it was heard.
+
+    `by_hand`: a user asked, not the Scheduler. `grown_s` is when the Scheduler last asked for more than before.
+    """
 
     workers: int
     since_step: int
+    by_hand: bool = False
+    grown_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class Target:
-    """What the Scheduler wants a run to be. `stage` is the stage that was asked for last, `next` for the one that comes
-    next, and `stage_wishes` counts how often one was."""
+    """What the Scheduler wants a run to be. `by_hand` says that a user asked for this size. `stage` is the stage that
+    was asked for last, `next` for the one that comes next, and `stage_wishes` counts how often one was."""
 
     seq: int
     workers: int
@@ -32,6 +32,7 @@ class Target:
     reason: str = ""
     stage: str = ""
     stage_wishes: int = 0
+    by_hand: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from orchestrator.spec.section import Broken, Section, refuse
+from orchestrator.spec.workers import Range
 
 SIGNALS = ("length", "compression", "rarity", "diversity")
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -86,6 +87,11 @@ class StageSpec(Section):
         default=None, description="How the range opens while the stage lasts. null: all of it is open at once."
     )
     sequence_length: int | None = Field(default=None, ge=1, description="Tokens of a row. null: train.sequence_length.")
+    workers: Range | None = Field(
+        default=None,
+        description='How many workers it wants, as in "2..4"; needs an autoscale.policy. null: as many as the policy '
+        "finds.",
+    )
     until: UntilSpec | None = Field(
         default=None, description="When it ends. null, for the last one only: with the run."
     )

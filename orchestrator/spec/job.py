@@ -8,12 +8,12 @@ default.
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from itertools import pairwise
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
+from orchestrator.spec.autoscale import MANUAL, STAGE, AutoscaleSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.protection import EVERY_STEP, Protection
@@ -21,8 +21,10 @@ from orchestrator.spec.recovery import RecoverySpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
+from orchestrator.spec.workers import ScheduledScale, Workers, WorkersSpec
 
 __all__ = [
+    "AutoscaleSpec",
     "CheckpointSpec",
     "CurriculumSpec",
     "DataSpec",
@@ -46,64 +48,6 @@ def _name(name: str) -> str:
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
         raise refuse("must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -")
     return name
-
-
-class ScheduledScale(Section):
-    """A change of the number of workers at a known step."""
-
-    at_step: int = Field(ge=1, description="The first step (counted from 0) that the new number of workers does.")
-    workers: int = Field(ge=1, description="The number of workers from then on, within min..max.")
-
-
-class WorkersSpec(Section):
-    """How many workers the run has, may have, and keeps warm."""
-
-    min: int = Field(default=1, ge=1, description="Fewest workers that the run may have.")
-    max: int = Field(
-        default_factory=lambda known: known["min"], ge=1, description="Most workers. Default: the same as min."
-    )
-    initial: int = Field(
-        default_factory=lambda known: known["min"], ge=1, description="Workers at the start. Default: min."
-    )
-    standby: int = Field(
-        default=0, ge=0, description="Workers kept warm, with resources reserved, so that a rescale is fast."
-    )
-    schedule: tuple[ScheduledScale, ...] = Field(
-        default=(),
-        description="Changes of the number of workers at known steps, in ascending order.",
-    )
-
-    def broken_rules(self) -> Iterator[Broken]:
-        bounds: tuple[Path, ...] = (("min",), ("max",))
-        if self.min > self.max:
-            yield Broken(bounds, f"min must be at most max; got {self.min} and {self.max}")
-            return
-        within = f"must be within min..max ({self.min}..{self.max})"
-        if not self.min <= self.initial <= self.max:
-            yield Broken((("initial",), *bounds), f"initial {within}; got {self.initial}")
-        for i, change in enumerate(self.schedule):
-            if not self.min <= change.workers <= self.max:
-                yield Broken((("schedule", i, "workers"), *bounds), f"workers {within}; got {change.workers}")
-        for i, (earlier, later) in enumerate(pairwise(self.schedule), start=1):
-            if later.at_step <= earlier.at_step:
-                rule = f"at_step must be greater than in the entry before; got {later.at_step} after {earlier.at_step}"
-                yield Broken((("schedule", i, "at_step"), ("schedule", i - 1, "at_step")), rule)
-
-
-def _workers(value: Any) -> Any:
-    """Reads the short forms: 2, "2" and "2..4"."""
-    if isinstance(value, dict) and isinstance(value.get("schedule"), list):
-        return {
-            **value,
-            "schedule": tuple(value["schedule"]),
-        }  # what passed through here is no JSON to pydantic any more
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        return value
-    match = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", str(value).replace(" ", ""))
-    if match is None:
-        raise refuse('must be a number of workers (2), a range ("2..4") or a mapping {min, max, ...}')
-    low, high = match[1], match[2] or match[1]
-    return {"min": int(low), "max": int(high)}
 
 
 def _memory(size: str) -> str:
@@ -195,7 +139,6 @@ class CheckpointSpec(Section):
     )
 
 
-Workers = Annotated[WorkersSpec, BeforeValidator(_workers, json_schema_input_type=WorkersSpec | int | str)]
 Storage = Annotated[
     str,
     AfterValidator(directory),
@@ -214,6 +157,9 @@ class JobSpec(Section):
     )
     workers: Workers = Field(
         default=WorkersSpec(), description='Number of workers: 2, a range "2..4", or a mapping. Default: 1.'
+    )
+    autoscale: AutoscaleSpec = Field(
+        default=AutoscaleSpec(), description="Whether and how the number of workers changes by itself."
     )
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What each worker reserves.")
     model: ModelSpec = Field(default=ModelSpec(), description="The language model.")
@@ -250,6 +196,7 @@ class JobSpec(Section):
             if change.at_step >= self.train.steps:
                 rule = f"at_step must be less than train.steps; got {change.at_step} and {self.train.steps}"
                 yield Broken((("workers", "schedule", i, "at_step"), ("train", "steps")), rule)
+        yield from self._broken_sizes()
         if self.checkpoint.keep_best and self.eval.every is None:
             rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
             yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
@@ -269,3 +216,33 @@ class JobSpec(Section):
                 )
             elif "\0" in value:
                 yield Broken((("envs", name),), "a value must not hold a NUL character")
+
+    def _broken_sizes(self) -> Iterator[Broken]:
+        """Rules of who decides the number of workers."""
+        policy, workers = self.autoscale.policy, self.workers
+        stages = self.curriculum.stages if self.curriculum else ()
+        named = [(i, stage.name, stage.workers) for i, stage in enumerate(stages) if stage.workers is not None]
+        for i, name, wanted in named:
+            key: Path = ("curriculum", "stages", i, "workers")
+            if not workers.min <= wanted.min <= wanted.max <= workers.max:
+                rule = f"workers of a stage must be within workers.min..max ({workers.min}..{workers.max}); got "
+                yield Broken(
+                    (key, ("workers", "min"), ("workers", "max")), f"{rule}{wanted.min}..{wanted.max} in {name}"
+                )
+            elif i == 0 and not wanted.min <= workers.initial <= wanted.max:
+                rule = f"workers.initial must be within the workers of the first stage ({wanted.min}..{wanted.max})"
+                yield Broken((("workers", "initial"), key), f"{rule}; got {workers.initial}")
+            if policy == MANUAL:
+                rule = f"workers of stage {name} need autoscale.policy {STAGE}, available or throughput; got {MANUAL}"
+                yield Broken((("autoscale", "policy"), key), rule)
+        if policy == MANUAL:
+            return
+        if policy == STAGE and not named:
+            rule = f"autoscale.policy {STAGE} needs a stage of the curriculum that names its workers; none does"
+            yield Broken((("autoscale", "policy"), ("curriculum",)), rule)
+        if workers.schedule:
+            rule = f"workers.schedule and autoscale.policy {policy} both decide the number of workers: leave one out"
+            yield Broken((("autoscale", "policy"), ("workers", "schedule")), rule)
+        if workers.min == workers.max:
+            rule = f"autoscale.policy {policy} needs room: workers.max must be more than min; both are {workers.min}"
+            yield Broken((("workers", "max"), ("autoscale", "policy")), rule)

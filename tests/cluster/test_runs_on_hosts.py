@@ -1,7 +1,6 @@
 """Runs as users have them, with a worker on each of three hosts."""
 
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,36 +163,13 @@ def test_a_host_that_dies_costs_no_committed_step(
     _cancel(driver, run)
 
 
-FIND_NODE = """
-import sys
-from ray._raylet import GcsClient
-nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values()
-print(*(node.node_id.hex() for node in nodes if node.node_manager_address == sys.argv[2]))
-"""
-
-
-def drain(hosts: Hosts, index: int, seconds: float) -> float:
-    """Tell Ray that a host will be gone, as a cloud's notice does. Returns the deadline, in `time.time()` seconds."""
-    node = hosts.run(0, [sys.executable, "-c", FIND_NODE, hosts.head, hosts.addresses[index]]).strip()
-    options = {
-        "address": hosts.head,
-        "node-id": node,
-        "reason": "DRAIN_NODE_REASON_PREEMPTION",
-        "reason-message": "taken back",
-        "deadline-remaining-seconds": str(int(seconds)),
-    }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
-    hosts.run(0, [*command, *(f"--{key}={value}" for key, value in options.items())], timeout_s=30.0)
-    return time.time() + seconds
-
-
 def test_a_host_that_is_drained_is_left_before_its_deadline(
     hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path
 ) -> None:
     """No step is lost or done twice; while nothing else is free the run goes on smaller, and nobody is put there."""
     run = _trained_a_little(driver, _job("drained", texts, tmp_path))
     index, (worker,) = _fullest(hosts, driver)
-    deadline = drain(hosts, index, 10.0)
+    deadline = hosts.drain(index, 10.0)
 
     def left() -> bool:
         found = driver.call(places)

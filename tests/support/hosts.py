@@ -55,6 +55,13 @@ while sum(node.state == 0 for node in gcs.get_all_node_info().values()) < int(sy
     time.sleep(0.05)
 """
 
+FIND_NODE = """
+import sys
+from ray._raylet import GcsClient
+nodes = GcsClient(address=sys.argv[1]).get_all_node_info().values()
+print(*(node.node_id.hex() for node in nodes if node.state == 0 and node.node_manager_address == sys.argv[2]))
+"""
+
 
 class Namespaces:
     """A network and a pid namespace of their own, and the init that keeps them."""
@@ -230,6 +237,21 @@ class Hosts:
         """SIGKILL Ray's node manager; the rest of the host goes on."""
         (raylet,) = [process for process in self.processes(index) if process.name() == "raylet"]
         raylet.kill()
+
+    def drain(self, index: int, seconds: float) -> float:
+        """Tell Ray that a host will be gone, as a cloud's notice does; nothing happens to it. Returns the deadline, in
+        `time.time()` seconds."""
+        node = self.run(0, [sys.executable, "-c", FIND_NODE, self.head, self.addresses[index]]).strip()
+        options = {
+            "address": self.head,
+            "node-id": node,
+            "reason": "DRAIN_NODE_REASON_PREEMPTION",
+            "reason-message": "taken back",
+            "deadline-remaining-seconds": str(int(seconds)),
+        }
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        self.run(0, [*command, *(f"--{key}={value}" for key, value in options.items())], timeout_s=30.0)
+        return time.time() + seconds
 
     def ray_log(self, index: int) -> Path:
         """What `ray start` has said on a host."""

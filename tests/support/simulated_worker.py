@@ -6,6 +6,7 @@ its buddy keeps in memory. It is told what to do by the job's `envs`:
 
     SIM_STEP_S   how long a step takes
     SIM_DEAF     whether SIGTERM is ignored, as a user's C library may do
+    SIM_STAGES   as JSON, the first step of each stage
     SIM_DIE      WORKER:MOMENT, or all:MOMENT; who kills itself when: warming, prepared, moving, moving-on after a loss
 """
 
@@ -44,6 +45,11 @@ from orchestrator.tracking.sink import TrackerSetup
 from orchestrator.worker.desk import Desk
 
 POLL_S = 0.002
+
+
+def _stage_of(step: int) -> str:
+    begun = [(first, name) for name, first in json.loads(os.environ.get("SIM_STAGES", "{}")).items() if first <= step]
+    return str(max(begun)[1]) if begun else ""
 
 
 class PeerLost(RuntimeError):
@@ -229,6 +235,7 @@ class SimulatedWorker:
                 step_s=time.time() - started,
                 vote_time=time.time(),
                 validation_loss=3.0 if (self._step + 1) % 10 == 0 else None,
+                stage=_stage_of(self._step),
             ),
             committed=self._step - 1 if plan.buddies else self._step,
             settled=plan.generation,

@@ -153,6 +153,34 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
             "curriculum.stages.0.until",
             "set eval.every",
         ),
+        (
+            "workers: {min: 1, max: 3, initial: 2}\nautoscale: {policy: stage}\n"
+            "curriculum: {stages: [{name: a, workers: 2..4}]}",
+            "curriculum.stages.0.workers",
+            "within workers.min..max (1..3); got 2..4 in a",
+        ),
+        (
+            "workers: {min: 1, max: 3, initial: 3}\nautoscale: {policy: stage}\n"
+            "curriculum: {stages: [{name: a, workers: {min: 1, max: 2}}]}",
+            "workers.initial",
+            "workers of the first stage (1..2); got 3",
+        ),
+        (
+            "workers: 1..3\ncurriculum: {stages: [{name: a, workers: 1}]}",
+            "curriculum.stages.0.workers",
+            "workers of stage a need autoscale.policy stage, available or throughput; got manual",
+        ),
+        (
+            "workers: 1..3\nautoscale: {policy: stage}\ncurriculum: {stages: [{name: a}]}",
+            "autoscale.policy",
+            "none does",
+        ),
+        (
+            "workers: {min: 1, max: 3, schedule: [{at_step: 5, workers: 2}]}\nautoscale: {policy: available}",
+            "autoscale.policy",
+            "both decide the number of workers",
+        ),
+        ("workers: 2\nautoscale: {policy: throughput}", "autoscale.policy", "needs room"),
     ],
 )
 def test_rules_between_keys_are_placed_at_a_key_of_the_file(body: str, path: str, words: str) -> None:

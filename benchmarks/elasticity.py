@@ -1,0 +1,147 @@
+"""How soon a node that appears is used, and whether one that is to go is left in time.
+
+    python -m benchmarks.elasticity [--quick]
+
+A run with `autoscale.policy: available` and the model of `benchmarks.rescale` on three hosts, one worker on each; the
+hosts are made of network namespaces, which takes Linux and root. In each round a fourth host joins the cluster, then
+another one than the head is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
+
+- `join_to_use_s`: from the moment at which Ray knows the node to the end of the first step that a worker on it has
+  done. Ray's own start before it, `ray_start_s`, isn't ours.
+- `join_stall_s`: how long training stood still for that worker.
+- `drain_off_s`: from the notice to the moment at which no process of the run is on the host any more;
+  `drain_stall_s`: how long training stood still meanwhile. `drain_steps_lost` counts committed steps that were lost and
+  finished ones that were done again.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.harness import Result, Spread, at_most, equals, median_interval, run, say
+from benchmarks.recovery import job_of
+from benchmarks.rescale import MODEL, QUICK_MODEL
+from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.host_losses import HostedRun, hosted_run
+from orchestrator.control.run_files import RunFiles
+from orchestrator.protocol.status import Rescale
+from orchestrator.spec.job import AutoscaleSpec, WorkersSpec
+from tests.support.hosts import Hosts, until
+
+WORKERS = 3
+DEADLINE_S = 10.0
+PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Join:
+    ray_start_s: float
+    use_s: float
+    stall_s: float
+
+
+@dataclass(frozen=True)
+class Drain:
+    off_s: float
+    stall_s: float
+    steps_lost: int
+
+
+def measure(quick: bool) -> Result:
+    if (why := Hosts.available()) is not None:
+        raise SystemExit(f"this benchmark needs hosts of its own: {why}")
+    rounds = 1 if quick else 7
+    joins, drains = list[Join](), list[Drain]()
+    with tempfile.TemporaryDirectory(prefix="elasticity-") as folder:
+        workspace = Path(folder)
+        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
+        prepared(data, stores)
+        storage = workspace / "runs"
+        storage.mkdir()
+        (storage / ".data").symlink_to(stores)
+        changes = {
+            "name": "elastic",
+            "workers": WorkersSpec(min=1, max=WORKERS + 1, initial=WORKERS),
+            "autoscale": AutoscaleSpec(policy="available", cooldown_s=0.0),
+        }
+        with hosted_run(job_of(data, storage, quick).model_copy(update=changes)) as (hosts, live):
+            live.until(lambda s: s.step > 20, "it trains")
+            for number in range(rounds):
+                joins.append(join(hosts, live))
+                drains.append(drain(hosts, live))
+                say(f"round {number + 1}: {joins[-1]}, {drains[-1]}")
+            recoveries = live.status().recoveries
+    uses, stalls = [j.use_s for j in joins], [j.stall_s for j in joins]
+    offs = [d.off_s for d in drains]
+    return Result(
+        name="elasticity",
+        seed=0,
+        settings={
+            "quick": quick,
+            "model": QUICK_MODEL if quick else MODEL,
+            "workers": WORKERS,
+            "deadline_s": DEADLINE_S,
+        },
+        rounds=rounds,
+        metrics={
+            "ray_start_s": Spread.of([j.ray_start_s for j in joins]),
+            "join_to_use_s": median_interval(uses),
+            "join_stall_s": median_interval(stalls),
+            "drain_off_s": Spread.of(offs),
+            "drain_stall_s": median_interval([d.stall_s for d in drains]),
+            "recoveries": len(recoveries),
+        },
+        bars=(
+            at_most("join_to_use_s", 8.0, median_interval(uses)),
+            at_most("join_stall_s", 0.5, median_interval(stalls)),
+            equals("drain_steps_lost", 0, sum(d.steps_lost for d in drains)),
+            at_most("drain_off_s_at_most", DEADLINE_S, max(offs)),
+        ),
+    )
+
+
+def join(hosts: Hosts, live: HostedRun) -> Join:
+    """A host joins the cluster, and is waited for until it has done a step."""
+    known = len(live.status().rescales)
+    index = hosts.add()
+    started = time.time()
+    hosts.join(index)
+    joined = time.time()
+    rescale = _settled(live, known, WORKERS + 1)
+    return Join(joined - started, _vote_time(live, rescale.step + 1) - joined, float(rescale.stall_s or 0.0))
+
+
+def drain(hosts: Hosts, live: HostedRun) -> Drain:
+    """A host is to be gone, and is, once the run has left it."""
+    known, before = len(live.status().rescales), len(live.status().recoveries)
+    index = min(live.places())
+    noticed = hosts.drain(index, DEADLINE_S) - DEADLINE_S
+
+    def is_left() -> bool:
+        return not any(process.name().startswith("ray::Host") for process in hosts.processes(index))
+
+    until(is_left, PATIENCE_S, f"the run to leave host {index}")
+    off_s = time.time() - noticed
+    hosts.kill_host(index)
+    rescale = _settled(live, known, WORKERS)
+    recoveries = live.status().recoveries[before:]
+    lost = rescale.steps_lost + sum(r.steps_lost + r.steps_replayed for r in recoveries)
+    return Drain(off_s, float(rescale.stall_s or 0.0), lost)
+
+
+def _settled(live: HostedRun, known: int, size: int) -> Rescale:
+    """The first rescale after `known` ones, once it led to this size and its stall is known."""
+    status = live.until(
+        lambda s: len(s.rescales) > known and s.workers_now == size and s.rescales[-1].stall_s is not None,
+        f"it has {size} workers",
+    )
+    return status.rescales[known]
+
+
+def _vote_time(live: HostedRun, step: int) -> float:
+    return next(record.vote_time for record in RunFiles(live.run_dir).steps() if record.step == step)
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)

@@ -1,0 +1,120 @@
+"""The part of the Scheduler that runs by itself: how many workers runs are to have, and for how many Ray has to care.
+
+It keeps nothing that matters: what it decides is journalled by the run's controller, and what it has asked of Ray's
+autoscaler is asked again by its successor, or taken back.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import ray
+from ray.autoscaler.sdk import request_resources
+from ray.util import placement_group_table
+
+from orchestrator.control.drain_watch import draining_nodes
+from orchestrator.control.host import find
+from orchestrator.errors import OrchestratorError
+from orchestrator.policy.autoscaling import Resize, Resources, decide_sizes, demand
+from orchestrator.protocol.scaling import RunScale
+from orchestrator.spec.autoscale import MANUAL
+
+log = logging.getLogger("orchestrator.control")
+
+EVERY_S, IDLE_S = 0.5, 3.0  # between two looks, and where no run leaves its size to us
+PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the next time
+
+
+class Autoscaler:
+    """Looks at all runs again and again, in a thread of its own.
+
+    Args:
+        runs: names all runs of the cluster.
+    """
+
+    def __init__(self, runs: Callable[[], Sequence[str]]) -> None:
+        self._runs = runs
+        self._before: tuple[Resize, ...] = ()
+        self._demand: tuple[Resources, ...] | None = None
+        self._has_failed = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._live, name="autoscaler", daemon=True).start()
+
+    def _live(self) -> None:
+        while True:
+            try:
+                has_work = self._turn()
+                self._has_failed = False
+            except Exception:  # the cluster is going away, or something of it doesn't answer: the next turn tries again
+                has_work = True
+                if not self._has_failed:
+                    log.exception("the sizes of runs could not be looked at")
+                self._has_failed = True
+            time.sleep(EVERY_S if has_work else IDLE_S)
+
+    def _turn(self) -> bool:
+        """Returns whether any run leaves its size to us."""
+        runs = self._ask_all()
+        asked = demand(runs)
+        if asked != self._demand:
+            request_resources(bundles=[dict(request) for request in asked])
+            self._demand = asked
+        if all(run.policy == MANUAL for run in runs):
+            self._before = ()
+            return False
+        staying = set(_alive()) - set(draining_nodes())
+        decided = decide_sizes(runs, _placed(staying), free_on_nodes(staying))
+        # What is free and what is placed aren't told at one moment: only what is seen twice is so.
+        confirmed = [resize for resize in decided if resize in self._before]
+        self._before = decided
+        for resize in confirmed:
+            self._wish(resize)
+        return True
+
+    def _ask_all(self) -> list[RunScale]:
+        handles = {run: handle for run in self._runs() if (handle := find(f"{run}/controller")) is not None}
+        calls = {handle.scaling.remote(): run for run, handle in handles.items()}
+        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
+        found: dict[str, RunScale] = {}
+        for call in answered:
+            try:
+                scale = ray.get(call)
+            except ray.exceptions.RayError:  # it ends, or comes back
+                continue
+            if scale is not None:
+                found[scale.run_id] = scale
+        return [found[run] for run in sorted(found)]
+
+    def _wish(self, resize: Resize) -> None:
+        log.info("run %s: %d workers: %s", resize.run_id, resize.workers, resize.why)
+        handle = find(f"{resize.run_id}/controller")
+        if handle is None:
+            return
+        try:
+            ray.get(handle.scale.remote(resize.workers, resize.why, False), timeout=PATIENCE_S)
+        except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
+            log.info("run %s was not asked: %s", resize.run_id, error)
+
+
+def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:
+    """What is free on each node, or on those among `nodes`."""
+    free: dict[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    return {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
+
+
+def _alive() -> list[str]:
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["NodeID"] for node in nodes if node["Alive"]]
+
+
+def _placed(nodes: set[str]) -> dict[str, int]:
+    """How many workers of each run have a place on one of these nodes; Ray reserves it before the worker starts."""
+    placed: dict[str, int] = {}
+    for group in placement_group_table().values():
+        run, is_worker, _ = group["name"].partition("/worker/")
+        homes = group["bundles_to_node_id"].values()
+        if is_worker and group["state"] == "CREATED" and nodes.issuperset(homes):
+            placed[run] = placed.get(run, 0) + 1
+    return placed

@@ -1,0 +1,32 @@
+"""What the Scheduler hears of a run to decide how many workers it is to have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RunScale:
+    """A run, as far as its size goes. It may have `least` to `most` workers now, by its job and its present stage.
+
+    `request` is what Ray reserves for each worker, `wanted` the size that it is to have, with `standby` more kept warm.
+    It is steady if so many train and nothing is about to change, pinned if its user has asked for this size, and it
+    rests for a while after it was made larger. `speeds` are target tokens per second by world size, of the present
+    stage's newest steps, `stall_s` what a rescale costs, and `left_s` how long the rest takes at the present speed.
+    `avoid` names nodes on which it puts nobody.
+    """
+
+    run_id: str
+    policy: str
+    request: Mapping[str, float]
+    wanted: int
+    least: int
+    most: int
+    standby: int = 0
+    min_gain: float = 0.5
+    is_steady: bool = False
+    is_pinned: bool = False
+    rests: bool = False
+    speeds: Mapping[int, float] = field(default_factory=dict)
+    stall_s: float = 0.0
+    left_s: float | None = None
+    avoid: tuple[str, ...] = ()

@@ -1,0 +1,83 @@
+"""The `workers` section: how many workers a run has, and may have."""
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from orchestrator.spec.section import Broken, Path, Section, refuse
+
+
+class ScheduledScale(Section):
+    """A change of the number of workers at a known step."""
+
+    at_step: int = Field(ge=1, description="The first step (counted from 0) that the new number of workers does.")
+    workers: int = Field(ge=1, description="The number of workers from then on, within min..max.")
+
+
+class WorkersSpec(Section):
+    """How many workers the run has, may have, and keeps warm."""
+
+    min: int = Field(default=1, ge=1, description="Fewest workers that the run may have.")
+    max: int = Field(
+        default_factory=lambda known: known["min"], ge=1, description="Most workers. Default: the same as min."
+    )
+    initial: int = Field(
+        default_factory=lambda known: known["min"], ge=1, description="Workers at the start. Default: min."
+    )
+    standby: int = Field(
+        default=0, ge=0, description="Workers kept warm, with resources reserved, so that a rescale is fast."
+    )
+    schedule: tuple[ScheduledScale, ...] = Field(
+        default=(),
+        description="Changes of the number of workers at known steps, in ascending order.",
+    )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        bounds: tuple[Path, ...] = (("min",), ("max",))
+        if self.min > self.max:
+            yield Broken(bounds, f"min must be at most max; got {self.min} and {self.max}")
+            return
+        within = f"must be within min..max ({self.min}..{self.max})"
+        if not self.min <= self.initial <= self.max:
+            yield Broken((("initial",), *bounds), f"initial {within}; got {self.initial}")
+        for i, change in enumerate(self.schedule):
+            if not self.min <= change.workers <= self.max:
+                yield Broken((("schedule", i, "workers"), *bounds), f"workers {within}; got {change.workers}")
+        for i, (earlier, later) in enumerate(pairwise(self.schedule), start=1):
+            if later.at_step <= earlier.at_step:
+                rule = f"at_step must be greater than in the entry before; got {later.at_step} after {earlier.at_step}"
+                yield Broken((("schedule", i, "at_step"), ("schedule", i - 1, "at_step")), rule)
+
+
+class WorkerRange(Section):
+    """Numbers of workers from `min` to `max`."""
+
+    min: int = Field(ge=1, description="Fewest workers.")
+    max: int = Field(default_factory=lambda known: known["min"], ge=1, description="Most workers. Default: min.")
+
+    def broken_rules(self) -> Iterator[Broken]:
+        if self.min > self.max:
+            yield Broken((("min",), ("max",)), f"min must be at most max; got {self.min} and {self.max}")
+
+
+def _workers(value: Any) -> Any:
+    """Reads the short forms: 2, "2" and "2..4"."""
+    if isinstance(value, dict) and isinstance(value.get("schedule"), list):
+        return {
+            **value,
+            "schedule": tuple(value["schedule"]),
+        }  # what passed through here is no JSON to pydantic any more
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return value
+    match = re.fullmatch(r"(\d{1,6})(?:\.\.(\d{1,6}))?", str(value).replace(" ", ""))
+    if match is None:
+        raise refuse('must be a number of workers (2), a range ("2..4") or a mapping {min, max, ...}')
+    low, high = match[1], match[2] or match[1]
+    return {"min": int(low), "max": int(high)}
+
+
+Workers = Annotated[WorkersSpec, BeforeValidator(_workers, json_schema_input_type=WorkersSpec | int | str)]
+Range = Annotated[WorkerRange, BeforeValidator(_workers, json_schema_input_type=WorkerRange | int | str)]

@@ -1,0 +1,121 @@
+"""The Scheduler finds sizes of runs on real Ray, with simulated workers: room that comes and goes, stages, demand."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.experimental import internal_kv
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from orchestrator.errors import UsageError
+from orchestrator.protocol.status import RunPhase
+from tests.support.control import Cluster, local_ray
+from tests.support.hosts import until
+
+pytestmark = pytest.mark.ray
+
+SOON_S = 20.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=4):
+        yield
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def _job(policy: str, **changes: Any) -> dict[str, Any]:
+    """Workers of a whole processor each, of which there are four."""
+    return {
+        "workers": {"min": 1, "max": 4, "initial": 1},
+        "resources": {"cpus": 1},
+        "autoscale": {"policy": policy, "cooldown_s": 0},
+        "train": {"steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
+        **changes,
+    }
+
+
+def _demand() -> int:
+    """For how many workers Ray's autoscaler is asked to have room."""
+    asked = internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    return len(json.loads(asked)) if asked else 0
+
+
+def _whys(on: Cluster, name: str) -> list[str]:
+    return [event["why"] for event in on.ask("events", name) if event["kind"] == "target"]
+
+
+def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -> None:
+    on.submit("free", **_job("available"))
+    on.until("free", lambda s: s.workers_now == 4)
+    assert _whys(on, "free") == ["there is room for 4"]
+    on.ask("scale", "free", 1)
+    on.until("free", lambda s: s.workers_now == 1)
+    step = on.status("free").step
+    status = on.until("free", lambda s: s.step > step + 100)  # some seconds, in which it isn't made larger again
+    assert (status.workers_now, status.workers_wanted) == (1, 1)
+
+    other = placement_group([{"CPU": 2.0}], name="somebody-elses")
+    ray.get(other.ready(), timeout=SOON_S)
+    on.ask("scale", "free", None)
+    on.until("free", lambda s: s.workers_now == 2)
+    remove_placement_group(other)
+    on.until("free", lambda s: s.workers_now == 4)
+    assert _demand() == 4
+    on.ask("cancel", "free")
+    status = on.end_of("free")
+    assert status.phase is RunPhase.CANCELLED and not status.recoveries
+    on.assert_every_step_once("free", status.step)
+    until(lambda: _demand() == 0, SOON_S, "Ray's autoscaler to be asked for nothing any more")
+
+
+def test_a_lost_place_is_not_waited_for(on: Cluster) -> None:
+    """A worker is lost, and somebody else is in its place: the run wants no more than it can have, until that goes."""
+    on.submit("squeezed", **_job("available"))
+    on.until("squeezed", lambda s: s.workers_now == 4)
+    other = placement_group([{"CPU": 1.0}], name="in-its-place")  # waits for the first place that gets free
+    on.ask("kill_worker", "squeezed")
+    ray.get(other.ready(), timeout=SOON_S)
+    on.until("squeezed", lambda s: s.workers_now == s.workers_wanted == 3)
+    remove_placement_group(other)
+    on.until("squeezed", lambda s: s.workers_now == 4)
+    on.ask("cancel", "squeezed")
+    on.assert_every_step_once("squeezed", on.end_of("squeezed").step)
+
+
+def test_stages_name_their_workers_and_ray_is_asked_for_nodes(on: Cluster) -> None:
+    stages = [
+        {"name": "few", "workers": 1, "until": {"steps": 150}},
+        {"name": "many", "workers": "2..6", "until": {"steps": 150}},
+        {"name": "some", "workers": 2},
+    ]
+    workers = {"min": 1, "max": 6, "initial": 1}
+    job = _job("stage", workers=workers, curriculum={"signal": "length", "stages": stages})
+    job["envs"] = {"SIM_STEP_S": "0.02", "SIM_STAGES": json.dumps({"few": 0, "many": 150, "some": 400})}
+    on.submit("staged", **job)
+    status = on.until("staged", lambda s: s.stage == "many")
+    assert status.workers_now == 1
+    on.until("staged", lambda s: s.workers_now == 4)  # as many as there is room for
+    until(lambda: _demand() == 6, SOON_S, "Ray's autoscaler to be asked for the other two")
+    on.until("staged", lambda s: s.stage == "some" and s.workers_now == 2)
+    until(lambda: _demand() == 2, SOON_S, "Ray's autoscaler to be asked for less")
+    on.ask("cancel", "staged")
+    on.assert_every_step_once("staged", on.end_of("staged").step)
+
+
+def test_a_size_of_its_own_has_to_be_the_jobs_wish(on: Cluster) -> None:
+    on.submit("by-hand", **_job("manual"))
+    on.until("by-hand", lambda s: s.step > 0)
+    with pytest.raises(UsageError, match=r"its job's autoscale\.policy is manual"):
+        on.ask("scale", "by-hand", None)
+    assert on.status("by-hand").workers_now == 1
+    on.ask("cancel", "by-hand")
+    on.end_of("by-hand")

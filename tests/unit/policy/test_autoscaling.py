@@ -1,0 +1,191 @@
+"""How many workers runs get, from what is free, what their stage names and what they were measured to gain."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from orchestrator.policy.autoscaling import MIN_STEPS, Resize, bounds, decide_sizes, demand, scale_of, speeds
+from orchestrator.policy.capacity import places, without
+from orchestrator.policy.progress import Progress, absorb
+from orchestrator.protocol.messages import StepRecord, Target
+from orchestrator.protocol.scaling import RunScale
+from orchestrator.spec.autoscale import AutoscaleSpec
+from orchestrator.spec.curriculum import CurriculumSpec
+from tests.unit.policy.imagined import Life, limits_of, record
+
+CPU = {"CPU": 1.0}
+
+
+def _run(**changes: Any) -> RunScale:
+    plain = RunScale("run", "available", CPU, wanted=2, least=1, most=4, is_steady=True, left_s=1000.0)
+    return replace(plain, **changes)
+
+
+def _decide(run: RunScale, free: float, placed: int | None = None) -> tuple[int, str] | None:
+    """With `free` processors free, and as many workers placed as are wanted unless told."""
+    found = decide_sizes([run], {"run": run.wanted if placed is None else placed}, {"node": {"CPU": free}})
+    return (found[0].workers, found[0].why) if found else None
+
+
+def test_what_is_free_is_used_up_to_the_most() -> None:
+    assert _decide(_run(), 0.0) is None
+    assert _decide(_run(), 1.0) == (3, "there is room for 3")
+    assert _decide(_run(), 9.0) == (4, "there is room for 11")
+    assert _decide(_run(wanted=4), 9.0) is None
+    assert _decide(_run(standby=1), 1.0, placed=3) == (3, "there is room for 3")
+    assert _decide(_run(standby=1), 0.0, placed=3) is None
+
+
+@pytest.mark.parametrize("changes", [{"is_steady": False}, {"rests": True}, {"is_pinned": True}, {"policy": "manual"}])
+def test_a_run_grows_only_when_it_may(changes: dict[str, Any]) -> None:
+    assert _decide(_run(**changes), 9.0) is None
+
+
+def test_workers_that_have_no_place_are_not_waited_for() -> None:
+    assert _decide(_run(wanted=4, is_steady=False, rests=True), 0.0, placed=2) == (2, "there is room for 2")
+    assert _decide(_run(wanted=4, is_steady=False), 1.0, placed=2) == (3, "there is room for 3")
+    assert _decide(_run(wanted=4, is_steady=False, least=3), 0.0, placed=1) == (3, "there is room for 1")
+    assert _decide(_run(wanted=3, least=3), 0.0, placed=1) is None  # fewer it may not have
+    assert _decide(_run(wanted=4, is_pinned=True), 0.0, placed=2) is None
+
+
+def test_a_stage_bounds_the_size_at_once() -> None:
+    assert _decide(_run(wanted=4, most=2, rests=True), 0.0) == (2, "no more than 2 are wanted now")
+    assert _decide(_run(wanted=1, least=3, is_steady=False), 0.0) == (3, "at least 3 are wanted now")
+
+
+def test_the_first_run_is_served_first() -> None:
+    runs = [_run(run_id="a"), _run(run_id="b", request={"CPU": 2.0})]
+    assert decide_sizes(runs, {"a": 2, "b": 2}, {"node": {"CPU": 3.0}}) == (Resize("a", 4, "there is room for 5"),)
+    assert decide_sizes(runs, {"a": 2, "b": 2}, {"node": {"CPU": 4.0}})[1:] == (Resize("b", 3, "there is room for 3"),)
+
+
+def test_room_that_was_given_away_is_gone_from_its_node() -> None:
+    nodes = {"a": {"CPU": 2.0, "memory": 10.0}, "b": {"CPU": 1.0}}
+    left = without(nodes, CPU, 2)
+    assert left == {"a": {"CPU": 0.0, "memory": 10.0}, "b": {"CPU": 1.0}} and places(list(left.values()), CPU) == 1
+    assert without(nodes, CPU, -3) == nodes
+    assert places(list(without(nodes, CPU, 9).values()), CPU) == 0
+
+
+def test_nodes_on_which_a_run_puts_nobody_have_no_room_for_it() -> None:
+    free = {"good": {"CPU": 1.0}, "bad": {"CPU": 1.0}}
+    runs = [_run(run_id="a", avoid=("bad",)), _run(run_id="b")]
+    placed = {"a": 2, "b": 2}
+    assert [(r.run_id, r.workers) for r in decide_sizes(runs, placed, free)] == [("a", 3), ("b", 3)]
+    assert decide_sizes(runs[:1], placed, {"bad": {"CPU": 1.0}}) == ()
+
+
+# -- by throughput ---------------------------------------------------------------------------------------------------
+
+
+def _fast(speeds: dict[int, float], **changes: Any) -> RunScale:
+    return _run(policy="throughput", speeds=speeds, **changes)
+
+
+def test_it_grows_by_one_while_that_pays() -> None:
+    assert _decide(_fast({}), 9.0) is None  # nothing is known yet
+    found = _decide(_fast({2: 200.0}), 9.0)
+    assert found == (3, "another worker saves 333 s if it adds 1.00 of what each does, as it can at most")
+    found = _decide(_fast({2: 200.0, 3: 280.0}, wanted=3), 9.0)
+    assert found == (4, "another worker saves 211 s if it adds 0.80 of what each does, as the last one did")
+
+
+def test_a_worker_that_adds_too_little_goes_and_does_not_come_back() -> None:
+    assert _decide(_fast({2: 200.0, 3: 230.0}, wanted=3), 9.0) == (
+        2,
+        "the last worker added 0.30 of what each had done",
+    )
+    assert _decide(_fast({2: 200.0, 3: 230.0}), 9.0) is None
+    assert _decide(_fast({2: 200.0, 3: 230.0}, min_gain=0.2), 9.0) is not None
+    assert _decide(_fast({2: 200.0, 3: 230.0}, wanted=3, least=3), 9.0) is None
+
+
+def test_what_a_rescale_costs_has_to_come_back() -> None:
+    assert _decide(_fast({2: 200.0}, left_s=3.0, stall_s=1.1), 9.0) is None
+    assert _decide(_fast({2: 200.0}, left_s=3.0, stall_s=0.9), 9.0) is not None
+
+
+# -- what is asked of Ray's autoscaler -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("run", "workers"),
+    [
+        (_run(), 2),
+        (_run(standby=2), 4),
+        (_run(policy="manual", wanted=3), 3),
+        (_run(policy="stage"), 4),
+        (_run(policy="stage", is_pinned=True), 2),
+        (_fast({2: 200.0}), 3),
+        (_fast({2: 200.0}, rests=True), 2),
+        (_fast({2: 200.0, 3: 210.0}), 2),
+    ],
+)
+def test_demand_is_what_runs_would_have_if_there_were_room(run: RunScale, workers: int) -> None:
+    assert demand([run]) == (CPU,) * workers
+
+
+def test_demand_of_nobody_is_nothing() -> None:
+    assert demand([]) == ()
+
+
+# -- what is known of a run ------------------------------------------------------------------------------------------
+
+
+def _progress(*sizes: tuple[int, int, float, str]) -> Progress:
+    """Of (world size, steps, seconds a step, stage)."""
+    records: list[StepRecord] = []
+    for size, steps, step_s, stage in sizes:
+        records += [record(len(records) + i, world_size=size, step_s=step_s, stage=stage) for i in range(steps)]
+    return absorb(Progress(), records)
+
+
+def test_speeds_are_those_of_the_present_stage() -> None:
+    progress = _progress((1, 40, 1.0, "a"), (1, MIN_STEPS, 0.5, "b"), (2, MIN_STEPS, 0.25, "b"), (3, 3, 0.1, "b"))
+    assert speeds(progress) == {1: 200.0, 2: 400.0}
+
+
+def test_bounds_are_those_of_the_stage_and_else_of_the_job() -> None:
+    stages = ({"name": "a", "workers": {"min": 1, "max": 2}, "until": {"steps": 5}}, {"name": "b"})
+    limits = limits_of(curriculum=CurriculumSpec.model_validate({"stages": stages}), max_workers=3)
+    assert bounds(limits, "") == bounds(limits, "a") == (1, 2)
+    assert bounds(limits, "b") == (1, 3)
+    by_stage = replace(limits, autoscale=AutoscaleSpec(policy="stage"))
+    assert bounds(by_stage, "b") == (2, 2)  # workers.initial
+
+
+def _told(life: Life, workers: int, by_hand: bool) -> None:
+    life.target = Target(seq=life.target.seq + 1, workers=workers, by_hand=by_hand)
+
+
+def _scale(life: Life) -> RunScale:
+    return scale_of(life.limits, life.state, life.seen(), CPU)
+
+
+def test_what_is_told_of_a_run() -> None:
+    life = Life(limits_of(steps=200, autoscale=AutoscaleSpec(policy="available", cooldown_s=20.0)))
+    assert not _scale(life).is_steady
+    life.run_until(lambda: life.step == 20)
+    found = _scale(life)
+    assert (found.wanted, found.least, found.most) == (2, 1, 4)
+    assert found.is_steady and not found.is_pinned and not found.rests
+    assert found.speeds == {2: 100.0} and found.left_s == 179.0
+    _told(life, 3, by_hand=False)
+    life.tick()
+    grown_s = life.now_s
+    assert _scale(life).wanted == 3 and not _scale(life).is_steady
+    life.run_until(lambda: len(life.state.members) == 3 and _scale(life).is_steady)
+    assert _scale(life).rests
+    life.run_until(lambda: life.now_s > grown_s + 20.0)
+    assert not _scale(life).rests
+    _told(life, 2, by_hand=False)
+    life.run_until(lambda: len(life.state.members) == 2 and _scale(life).is_steady)
+    assert not _scale(life).rests  # it may grow again at once: only growing makes it rest
+    _told(life, 4, by_hand=True)
+    life.run_until(lambda: len(life.state.members) == 4)
+    assert _scale(life).is_pinned
+    _told(life, 4, by_hand=False)
+    life.tick()
+    assert not _scale(life).is_pinned and _scale(life).wanted == 4
