@@ -8,6 +8,7 @@ another one than the head is drained with a deadline of 10 s, and taken away onc
 
 - `join_to_use_s`: from the moment at which Ray knows the node to the end of the first step that a worker on it has
   done. Ray's own start before it, `ray_start_s`, isn't ours.
+  Of it, `decide_s` is until the scheduler has asked the run to grow, `warm_s` until the new worker is warm.
 - `join_stall_s`: how long training stood still for that worker.
 - `drain_off_s`: from the notice to the moment at which no process of the run is on the host any more;
   `drain_stall_s`: how long training stood still meanwhile. `drain_steps_lost` counts committed steps that were lost and
@@ -24,6 +25,7 @@ from benchmarks.recovery import job_of
 from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from benchmarks.support.host_losses import HostedRun, hosted_run
+from orchestrator.control.journal import read_events
 from orchestrator.control.run_files import RunFiles
 from orchestrator.protocol.status import Rescale
 from orchestrator.spec.job import AutoscaleSpec, WorkersSpec
@@ -37,6 +39,8 @@ PATIENCE_S = 120.0
 @dataclass(frozen=True)
 class Join:
     ray_start_s: float
+    decide_s: float
+    warm_s: float
     use_s: float
     stall_s: float
 
@@ -86,6 +90,8 @@ def measure(quick: bool) -> Result:
         rounds=rounds,
         metrics={
             "ray_start_s": Spread.of([j.ray_start_s for j in joins]),
+            "decide_s": Spread.of([j.decide_s for j in joins]),
+            "warm_s": Spread.of([j.warm_s for j in joins]),
             "join_to_use_s": median_interval(uses),
             "join_stall_s": median_interval(stalls),
             "drain_off_s": Spread.of(offs),
@@ -109,7 +115,14 @@ def join(hosts: Hosts, live: HostedRun) -> Join:
     hosts.join(index)
     joined = time.time()
     rescale = _settled(live, known, WORKERS + 1)
-    return Join(joined - started, _vote_time(live, rescale.step + 1) - joined, float(rescale.stall_s or 0.0))
+    times = {e["kind"]: e["time"] for e in read_events(live.run_dir) if e["kind"] in ("target", "generation_planned")}
+    return Join(
+        ray_start_s=joined - started,
+        decide_s=times["target"] - joined,
+        warm_s=times["generation_planned"] - times["target"],
+        use_s=_vote_time(live, rescale.step + 1) - joined,
+        stall_s=float(rescale.stall_s or 0.0),
+    )
 
 
 def drain(hosts: Hosts, live: HostedRun) -> Drain:
