@@ -2,8 +2,8 @@
 
     python -m benchmarks.elasticity [--quick]
 
-A run with `autoscale.policy: available` and the model of `benchmarks.rescale` on three hosts, one worker on each; the
-hosts are made of network namespaces, which takes Linux and root. In each round a fourth host joins the cluster, then
+A run with `autoscale.policy: available` and the model of `benchmarks.rescale` on two hosts, one worker on each; the
+hosts are made of network namespaces, which takes Linux and root. In each round a third host joins the cluster, then
 another one than the head is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
 
 - `join_to_use_s`: from the moment at which Ray knows the node to the end of the first step that a worker on it has
@@ -31,7 +31,7 @@ from orchestrator.protocol.status import Rescale
 from orchestrator.spec.job import AutoscaleSpec, WorkersSpec
 from tests.support.hosts import Hosts, until
 
-WORKERS = 3
+WORKERS = 2
 DEADLINE_S = 10.0
 PATIENCE_S = 120.0
 

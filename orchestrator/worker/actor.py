@@ -24,7 +24,7 @@ from orchestrator.worker.desk import Desk
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.shard import Workshop
 from orchestrator.worker.trainer import Trainer
-from orchestrator.worker.warming import reserve_memory, warm_up
+from orchestrator.worker.warming import ReservedMemory, know_the_way, memory_of_a_world, warm_up
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -86,6 +86,7 @@ class Worker:
 
     def _start(self, job: WorkerJob) -> None:
         torch.set_num_threads(job.threads)
+        know_the_way(job.store)
         spec = JobSpec.model_validate_json(job.job_json)
         device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
         store = TokenStore.open(Path(job.store_dir))
@@ -95,10 +96,11 @@ class Worker:
         if spec.model.entrypoint is not None:
             rehearse(spec, vocab_size, device)
         warm_up(spec, vocab_size, device, workshop.address)
-        if device.type == "cpu":
-            reserve_memory(spec, vocab_size)
+        memory = ReservedMemory(memory_of_a_world(spec, vocab_size)) if device.type == "cpu" else None
         trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
+        if memory is not None:
+            memory.touch_the_rest()
         self._trainer = trainer
         self._training = threading.Thread(target=trainer.run, name="training", daemon=True)
         self._training.start()

@@ -5,30 +5,30 @@ frozen garbage collector, so that a collection doesn't walk through DeepSpeed's 
 """
 
 import gc
+import os
+import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 from torch._C._distributed_c10d import HashStore
 
+from orchestrator.comm.rendezvous import connect_store
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect, disconnect
 from orchestrator.model.batch import MicroBatch
 from orchestrator.model.building import alone, catalogue
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.protocol.messages import StoreAddress
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import OFF, whole_every
 
 
-def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
-    """Touch as much memory as a fence needs, an old and a new shard with their snapshots, and give it back to the
-    allocator.
+def memory_of_a_world(spec: JobSpec, vocab_size: int) -> int:
+    """Bytes that a worker needs in one world: its shard, its gradients, and the snapshots that it keeps.
 
-    Workers keep what they have freed (`orchestrator.control.crew`), so no fence waits for the kernel to find and clear
-    pages. Sized for worlds of at least `workers.initial`; a move to a smaller one may still have to ask for more.
-
-    Returns:
-        bytes touched.
+    Of a world of `workers.initial`; a smaller one may have to ask the system for more.
     """
     params, _, _ = catalogue(spec.model, vocab_size)
     world_size = spec.workers.initial
@@ -42,9 +42,51 @@ def reserve_memory(spec: JobSpec, vocab_size: int) -> int:
         delta = 4 * (dense / world_size + experts)
         own, kept = own + every * (delta + dense * weight_bytes) + delta, kept + every * delta
     gradients = (dense + experts) * weight_bytes
-    num_bytes = int(state + gradients + (own + kept if spec.protection != OFF and spec.workers.max > 1 else 0)) * 2
-    torch.zeros(num_bytes, dtype=torch.uint8).fill_(1)
-    return num_bytes
+    return int(state + gradients + (own + kept if spec.protection != OFF and spec.workers.max > 1 else 0))
+
+
+class ReservedMemory:
+    """Memory that was asked of the system and touched, and given back to the allocator, before anybody waits for it.
+
+    Workers keep what they have freed (`orchestrator.control.crew`), so no fence waits for the kernel to find and clear
+    pages. A newcomer's first fence needs one world's memory, its second one an old and a new world's: that part is
+    touched at the lowest priority, while the worker has joined or stands by.
+    """
+
+    SLICE = 1 << 25  # bytes touched at once
+
+    def __init__(self, num_bytes: int) -> None:
+        first = torch.empty(num_bytes, dtype=torch.uint8)
+        self._second: torch.Tensor | None = torch.empty(num_bytes, dtype=torch.uint8)  # behind it; untouched yet
+        first.fill_(1)
+
+    def touch_the_rest(self) -> None:
+        """Returns at once."""
+        threading.Thread(target=self._touch, name="memory", daemon=True).start()
+
+    def _touch(self) -> None:
+        with suppress(AttributeError, OSError):  # of this thread alone; Linux only
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        assert self._second is not None
+        for start in range(0, len(self._second), self.SLICE):
+            self._second[start : start + self.SLICE].fill_(1)
+        self._second = None
+
+
+def know_the_way(store: StoreAddress | None) -> None:
+    """Connect to the rendezvous store once, in the background. Returns at once.
+
+    torch asks for the name of the first address that a process connects to, which takes seconds where no name server
+    answers; it asks for none later.
+    """
+
+    def connect_once() -> None:
+        with suppress(OSError, RuntimeError):  # it may be away: whoever needs it will say so
+            assert store is not None
+            connect_store(store.host, store.port)
+
+    if store is not None:
+        threading.Thread(target=connect_once, name="store", daemon=True).start()
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:
