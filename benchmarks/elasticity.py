@@ -3,8 +3,9 @@
     python -m benchmarks.elasticity [--quick]
 
 A run with `autoscale.policy: available` and the model of `benchmarks.rescale` on two hosts, one worker on each; the
-hosts are made of network namespaces, which takes Linux and root. In each round a third host joins the cluster, then
-another one than the head is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
+hosts are made of network namespaces, which takes Linux and root. A host that joins has the machine's last core for
+itself, as a machine of its own would, and those that train share the others. In each round a third host joins the cluster, then
+it is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
 
 - `join_to_use_s`: from the moment at which Ray knows the node to the end of the first step that a worker on it has
   done. Ray's own start before it, `ray_start_s`, isn't ours.
@@ -15,6 +16,7 @@ another one than the head is drained with a deadline of 10 s, and taken away onc
   finished ones that were done again.
 """
 
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -69,11 +71,14 @@ def measure(quick: bool) -> Result:
             "workers": WorkersSpec(min=1, max=WORKERS + 1, initial=WORKERS),
             "autoscale": AutoscaleSpec(policy="available", cooldown_s=0.0),
         }
-        with hosted_run(job_of(data, storage, quick).model_copy(update=changes)) as (hosts, live):
+        *others, own = sorted(os.sched_getaffinity(0))
+        with hosted_run(job_of(data, storage, quick).model_copy(update=changes), others) as (hosts, live):
             live.until(lambda s: s.step > 20, "it trains")
             for number in range(rounds):
-                joins.append(join(hosts, live))
-                drains.append(drain(hosts, live))
+                index = hosts.add()
+                hosts.pin(index, [own])
+                joins.append(join(hosts, live, index))
+                drains.append(drain(hosts, live, index))
                 say(f"round {number + 1}: {joins[-1]}, {drains[-1]}")
             recoveries = live.status().recoveries
     uses, stalls = [j.use_s for j in joins], [j.stall_s for j in joins]
@@ -107,10 +112,9 @@ def measure(quick: bool) -> Result:
     )
 
 
-def join(hosts: Hosts, live: HostedRun) -> Join:
+def join(hosts: Hosts, live: HostedRun, index: int) -> Join:
     """A host joins the cluster, and is waited for until it has done a step."""
     known = len(live.status().rescales)
-    index = hosts.add()
     started = time.time()
     hosts.join(index)
     joined = time.time()
@@ -125,10 +129,9 @@ def join(hosts: Hosts, live: HostedRun) -> Join:
     )
 
 
-def drain(hosts: Hosts, live: HostedRun) -> Drain:
+def drain(hosts: Hosts, live: HostedRun, index: int) -> Drain:
     """A host is to be gone, and is, once the run has left it."""
     known, before = len(live.status().rescales), len(live.status().recoveries)
-    index = min(live.places())
     noticed = hosts.drain(index, DEADLINE_S) - DEADLINE_S
 
     def is_left() -> bool:
