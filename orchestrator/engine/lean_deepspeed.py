@@ -1,0 +1,43 @@
+"""Imports DeepSpeed without what no worker uses and every worker would wait for.
+
+- MLflow, for DeepSpeed's autotuner: a second and 110 MB.
+- torch's compiler, for the kernels of an optimizer called Muon, which DeepSpeed imports in its first reduction of
+  gradients: a second more. They stay uncompiled here; whatever a model compiles itself is.
+
+Import this module before `deepspeed`. Whoever imports MLflow later gets it.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Its import fails, as if it were not installed, unless it is loaded already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
+with _without("mlflow"), _environment("TORCHDYNAMO_DISABLE", "1"):
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
