@@ -3,9 +3,8 @@
     python -m benchmarks.elasticity [--quick]
 
 A run with `autoscale.policy: available` and the model of `benchmarks.rescale` on two hosts, one worker on each; the
-hosts are made of network namespaces, which takes Linux and root. A host that joins has the machine's last core for
-itself, as a machine of its own would, and those that train share the others. In each round a third host joins the cluster, then
-it is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
+hosts are made of network namespaces, which takes Linux and root, and all share this machine's cores. In each round a
+third host joins the cluster, then it is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
 
 - `join_to_use_s`: from the moment at which Ray knows the node to the end of the first step that a worker on it has
   done. Ray's own start before it, `ray_start_s`, isn't ours.
@@ -16,7 +15,6 @@ it is drained with a deadline of 10 s, and taken away once nothing of the run is
   finished ones that were done again.
 """
 
-import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -71,12 +69,10 @@ def measure(quick: bool) -> Result:
             "workers": WorkersSpec(min=1, max=WORKERS + 1, initial=WORKERS),
             "autoscale": AutoscaleSpec(policy="available", cooldown_s=0.0),
         }
-        *others, own = sorted(os.sched_getaffinity(0))
-        with hosted_run(job_of(data, storage, quick).model_copy(update=changes), others) as (hosts, live):
+        with hosted_run(job_of(data, storage, quick).model_copy(update=changes)) as (hosts, live):
             live.until(lambda s: s.step > 20, "it trains")
             for number in range(rounds):
                 index = hosts.add()
-                hosts.pin(index, [own])
                 joins.append(join(hosts, live, index))
                 drains.append(drain(hosts, live, index))
                 say(f"round {number + 1}: {joins[-1]}, {drains[-1]}")

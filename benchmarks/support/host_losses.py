@@ -5,7 +5,7 @@ at the run does so through a client on the head, as nothing outside reaches the 
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -64,15 +64,9 @@ class HostedRun(LiveRun):
 
 
 @contextmanager
-def hosted_run(job: JobSpec, cores: Sequence[int] = ()) -> Iterator[tuple[Hosts, HostedRun]]:
-    """The job on as many hosts as it has workers, one on each; cancelled at the end.
-
-    Args:
-        cores: those of the machine that the hosts share; all unless some are named.
-    """
+def hosted_run(job: JobSpec) -> Iterator[tuple[Hosts, HostedRun]]:
+    """The job on as many hosts as it has workers, one on each; cancelled at the end."""
     with Hosts(job.workers.initial) as hosts:
-        for index in range(job.workers.initial):
-            hosts.pin(index, cores)
         hosts.start_ray(cpus=1)
         with Driver(hosts, 0) as driver:
             live = HostedRun(hosts, driver, job)

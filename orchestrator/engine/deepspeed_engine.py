@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import orchestrator.engine.lean_deepspeed  # isort: skip  # before anything of deepspeed
+import orchestrator.engine.lean_deepspeed  # noqa: F401  # isort: skip  # before anything of deepspeed
 import deepspeed
 import deepspeed.comm.comm
 import deepspeed.ops

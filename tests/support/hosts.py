@@ -29,7 +29,7 @@ from typing import Any, Self
 import psutil
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("ip", "tc", "env", "nsenter", "setpriv", "taskset", "unshare")
+TOOLS = ("ip", "tc", "env", "nsenter", "setpriv", "unshare")
 TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
 HEAD_PORT = 6379
 STARTED = "Ray runtime started"
@@ -82,7 +82,6 @@ class Namespaces:
             raise OSError(f"no namespaces can be made here: {self._keeper.communicate()[1].strip()}")
         (child,) = psutil.Process(self._keeper.pid).children()
         self.init: int = child.pid
-        self.cores: frozenset[int] = frozenset()  # all that we may use, if none are named
         self._pid_namespace = _pid_namespace(self.init)
         self._started: list[subprocess.Popen[Any]] = []
 
@@ -90,7 +89,6 @@ class Namespaces:
         """Start a command inside, in the current directory, tied to the object that is returned: its end is theirs."""
         enter = ["nsenter", "--target", str(self.init), "--net", "--pid", "--mount", "--"]
         tied = ["setpriv", "--pdeathsig", "KILL", "env", "--chdir", os.getcwd()]
-        tied += ["taskset", "--cpu-list", ",".join(map(str, sorted(self.cores)))] if self.cores else []
         process = subprocess.Popen([*enter, *tied, *command], **options)
         self._started.append(process)
         return process
@@ -177,10 +175,6 @@ class Hosts:
         self._hosts.append(_made(self._ends))
         self._connect(index)
         return index
-
-    def pin(self, index: int, cores: Sequence[int]) -> None:
-        """What is started on a host from now on has only these of the machine's cores."""
-        self._hosts[index].cores = frozenset(cores)
 
     # -- what runs on a host -----------------------------------------------------------------------------------
 
