@@ -4,7 +4,7 @@
 
 A run with `autoscale.policy: available` and the model of `benchmarks.rescale` on two hosts, one worker on each; the
 hosts are made of network namespaces, which takes Linux and root, and all share this machine's cores. In each round a
-third host joins the cluster, then it is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
+third host joins the cluster, is drained with a deadline of 10 s, and taken away once nothing of the run is on it.
 
 - `join_to_use_s`: from the moment at which Ray knows the node to the end of the first step that a worker on it has
   done. Ray's own start before it, `ray_start_s`, isn't ours.

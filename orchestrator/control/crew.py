@@ -18,7 +18,7 @@ from ray.util.placement_group import get_placement_group, placement_group, remov
 
 from orchestrator.control.calls import cause_of, reason_of
 from orchestrator.control.host import Handle, Seat, find, kill_on_node, names_of, start_host
-from orchestrator.protocol.messages import Directive, Report, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import Directive, Report, WorkerJob
 from orchestrator.spec.job import JobSpec, ResourcesSpec
 
 log = logging.getLogger("orchestrator.control")
@@ -120,9 +120,8 @@ class Crew:
             if worker not in self._known:
                 self._start(worker, avoid)
 
-    def warm(self, store_dir: str, vocab_size: int, head_host: str, store: StoreAddress | None) -> None:
-        """Have every worker that hasn't begun become a standby, with the data of `store_dir`. `store` is the rendezvous
-        store's address, if it is known."""
+    def warm(self, store_dir: str, vocab_size: int, head_host: str) -> None:
+        """Have every worker that hasn't begun become a standby, with the data of `store_dir`."""
         job = WorkerJob(
             run_id=self._run_id,
             job_json=self._job_json,
@@ -131,7 +130,6 @@ class Crew:
             head_host=head_host,
             threads=self._threads,
             vocab_size=vocab_size,
-            store=store,
         )
         for worker in self._handles.keys() - self._warmed:
             self._warmed.add(worker)

@@ -264,7 +264,7 @@ class RunController:
         data = self._memory.data
         if data is None:
             return
-        self._crew.warm(data.store_dir, data.vocab_size, head_address(), self._facilities.store.address)
+        self._crew.warm(data.store_dir, data.vocab_size, head_address())
 
     def _commit(self, action: Commit) -> None:
         try:

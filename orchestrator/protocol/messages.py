@@ -288,4 +288,3 @@ class WorkerJob:
     threads: int  # torch threads
     orphan_s: float = 60.0  # a worker that hears from no controller for this long exits
     vocab_size: int = 0  # the trained tokenizer's
-    store: StoreAddress | None = None  # the rendezvous store's, if it is known yet

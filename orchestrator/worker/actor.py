@@ -24,7 +24,7 @@ from orchestrator.worker.desk import Desk
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.shard import Workshop
 from orchestrator.worker.trainer import Trainer
-from orchestrator.worker.warming import ReservedMemory, know_the_way, memory_of_a_world, warm_up
+from orchestrator.worker.warming import ReservedMemory, memory_of_a_world, warm_up
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -86,7 +86,6 @@ class Worker:
 
     def _start(self, job: WorkerJob) -> None:
         torch.set_num_threads(job.threads)
-        know_the_way(job.store)
         spec = JobSpec.model_validate_json(job.job_json)
         device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
         store = TokenStore.open(Path(job.store_dir))

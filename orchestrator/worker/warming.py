@@ -13,14 +13,12 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.comm.rendezvous import connect_store
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect, disconnect
 from orchestrator.model.batch import MicroBatch
 from orchestrator.model.building import alone, catalogue
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.protocol.messages import StoreAddress
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import OFF, whole_every
 
@@ -71,22 +69,6 @@ class ReservedMemory:
         for start in range(0, len(self._second), self.SLICE):
             self._second[start : start + self.SLICE].fill_(1)
         self._second = None
-
-
-def know_the_way(store: StoreAddress | None) -> None:
-    """Connect to the rendezvous store once, in the background. Returns at once.
-
-    torch asks for the name of the first address that a process connects to, which takes seconds where no name server
-    answers; it asks for none later.
-    """
-
-    def connect_once() -> None:
-        with suppress(OSError, RuntimeError):  # it may be away: whoever needs it will say so
-            assert store is not None
-            connect_store(store.host, store.port)
-
-    if store is not None:
-        threading.Thread(target=connect_once, name="store", daemon=True).start()
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:

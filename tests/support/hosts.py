@@ -29,7 +29,7 @@ from typing import Any, Self
 import psutil
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("ip", "tc", "env", "nsenter", "setpriv", "unshare")
+TOOLS = ("ip", "tc", "env", "mount", "nsenter", "setpriv", "unshare")
 TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
 HEAD_PORT = 6379
 STARTED = "Ray runtime started"
@@ -299,6 +299,16 @@ class Hosts:
         host.run(["ip", "link", "set", "eth0", "up"])
         # Who asks for this host's address as seen from the internet, as Ray does, needs a route to it.
         host.run(["ip", "route", "add", "default", "dev", "eth0"])
+        # Hosts know each other's names: who asks for one must not wait for a name server, which can't be reached.
+        host.run(["mount", "--bind", str(self._names()), "/etc/hosts"])
+
+    def _names(self) -> Path:
+        """This machine's table of names, and all hosts that may still be added."""
+        file = self.directory / "hosts"
+        if not file.exists():
+            known = [f"10.77.0.{number} host{number - 1}\n" for number in range(1, 255)]
+            file.write_text(Path("/etc/hosts").read_text() + "".join(known))
+        return file
 
     def _environment(self) -> dict[str, str]:
         """A process with it finds this cluster, and none of the machine's."""
