@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -44,8 +45,9 @@ class Worker:
         self._warming = threading.Lock()
         self._trainer: Trainer | None = None
         self._training: threading.Thread | None = None
-        if threading.current_thread() is threading.main_thread():  # as in an actor; Ray's own handler ends the process
-            signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=self._leave, name="leave").start())
+        if threading.current_thread() is threading.main_thread():  # as in an actor
+            before = signal.getsignal(signal.SIGTERM)  # ends the process
+            signal.signal(signal.SIGTERM, lambda *_: self._hear_sigterm(before))
 
     def warm(self, job: WorkerJob) -> Report:
         """Become a standby: import, build and drop a small engine, start the training thread. A repeat is harmless."""
@@ -105,11 +107,14 @@ class Worker:
         self._training.start()
         threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
 
-    def _leave(self) -> None:
-        """This process was told to end, and will be made to: its controller lets it go once others have its shard.
+    def _hear_sigterm(self, before: Any) -> None:
+        """This process was told to end, and will be made to: its controller lets it go once others have its shard. Told
+        once more it ends at once."""
+        signal.signal(signal.SIGTERM, before)
+        # Not here: the signal may have interrupted somebody who holds the desk.
+        threading.Thread(target=self._leave, name="leave", daemon=True).start()
 
-        Not called by the signal's handler itself, which may have interrupted somebody who holds the desk.
-        """
+    def _leave(self) -> None:
         log.warning("%s was told to end (SIGTERM)", self._id)
         self._desk.publish(leaving=True)
 

@@ -5,6 +5,7 @@ with Crew(job, store_dir, run_dir, size=3) as crew:
     crew.rescale(crew.ids[:3])
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -113,6 +114,13 @@ class Member:
 
 
 _idle: list[Member] = []  # processes of earlier crews that ended well
+
+
+@atexit.register
+def _end_the_idle() -> None:
+    """multiprocessing would ask them to end by SIGTERM, which a worker takes for a wish to hand its shard over."""
+    for member in _idle:
+        member.kill()
 
 
 class Crew:
