@@ -28,7 +28,7 @@ from orchestrator.spec.curriculum import SIGNALS
 from orchestrator.spec.job import DataSpec, JobSpec
 from tests.support.crew import Crew
 
-SEEDS, QUICK_SEEDS = 6, 1
+SEEDS, QUICK_SEEDS = 5, 1
 STEPS, QUICK_STEPS = 480, 24
 VALIDATIONS, VALIDATION_ROWS = 24, 256
 BATCH = {"global_batch_size": 16, "micro_batch_size": 8, "sequence_length": 128}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
 from orchestrator.control.drain_watch import draining_nodes
@@ -22,6 +23,8 @@ from orchestrator.spec.autoscale import MANUAL
 
 log = logging.getLogger("orchestrator.control")
 
+KV_NAMESPACE = b"orchestrator-demand"
+ASKED = b"asked"  # there while Ray's autoscaler has a request of ours
 EVERY_S, IDLE_S = 0.5, 3.0  # between two looks, and where no run leaves its size to us
 PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the next time
 
@@ -57,10 +60,7 @@ class Autoscaler:
     def _turn(self) -> bool:
         """Returns whether any run leaves its size to us."""
         runs = self._ask_all()
-        asked = demand(runs)
-        if asked != self._demand:
-            request_resources(bundles=[dict(request) for request in asked])
-            self._demand = asked
+        self._ask_for(demand(runs))
         if all(run.policy == MANUAL for run in runs):
             self._before = ()
             return False
@@ -72,6 +72,19 @@ class Autoscaler:
         for resize in confirmed:
             self._wish(resize)
         return True
+
+    def _ask_for(self, demand: tuple[Resources, ...]) -> None:
+        """Tell Ray's autoscaler, which keeps the newest request for ever, whoever made it: one that isn't ours is left
+        alone as long as we have none."""
+        if self._demand is None:  # ours, or that of a scheduler before us
+            self._demand = None if internal_kv._internal_kv_exists(ASKED, namespace=KV_NAMESPACE) else ()
+        if demand == self._demand:
+            return
+        internal_kv._internal_kv_put(ASKED, b"", overwrite=True, namespace=KV_NAMESPACE)
+        request_resources(bundles=[dict(request) for request in demand])
+        if not demand:
+            internal_kv._internal_kv_del(ASKED, namespace=KV_NAMESPACE)
+        self._demand = demand
 
     def _ask_all(self) -> list[RunScale]:
         handles = {run: handle for run in self._runs() if (handle := find(f"{run}/controller")) is not None}

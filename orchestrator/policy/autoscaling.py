@@ -98,7 +98,10 @@ def decide_sizes(
 
 def demand(runs: Sequence[RunScale]) -> tuple[Resources, ...]:
     """What Ray's autoscaler is asked to have room for, one entry per worker: those that runs are to have, and those
-    that they would have if there were room."""
+    that they would have if there were room. Nothing where no run leaves its size open: Ray sees whoever waits for a
+    place by itself, and what others have asked it for is left alone."""
+    if all(run.policy == MANUAL for run in runs):
+        return ()
     return tuple(run.request for run in runs for _ in range(_hoped(run) + run.standby))
 
 

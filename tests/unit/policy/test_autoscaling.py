@@ -115,7 +115,6 @@ def test_what_a_rescale_costs_has_to_come_back() -> None:
     [
         (_run(), 2),
         (_run(standby=2), 4),
-        (_run(policy="manual", wanted=3), 3),
         (_run(policy="stage"), 4),
         (_run(policy="stage", is_pinned=True), 2),
         (_fast({2: 200.0}), 3),
@@ -127,8 +126,10 @@ def test_demand_is_what_runs_would_have_if_there_were_room(run: RunScale, worker
     assert demand([run]) == (CPU,) * workers
 
 
-def test_demand_of_nobody_is_nothing() -> None:
-    assert demand([]) == ()
+def test_what_others_have_asked_for_is_left_alone_where_no_run_leaves_its_size_open() -> None:
+    by_hand = _run(policy="manual", wanted=3)
+    assert demand([]) == demand([by_hand]) == ()
+    assert demand([by_hand, _run()]) == (CPU,) * 5  # all that there is to be room for
 
 
 # -- what is known of a run ------------------------------------------------------------------------------------------
