@@ -5,14 +5,13 @@ The store's directory is named by what it is made of, so asking again for the sa
     store = prepare("builtin:stdlib", vocab_size=2048, holdout=0.05, directory=Path("runs/data"))
 """
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.data.corpus import Corpus, Document, open_corpus
 from orchestrator.data.manifest import PrepareOptions, Source, Split, store_key
+from orchestrator.data.splits import fraction_of, split_documents
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.data.writer import StoreWriter, published
@@ -103,25 +102,6 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         ) from error
 
 
-def split_documents(document_ids: Sequence[str], holdout: float) -> tuple[Split, ...]:
-    """The split of each document: a function of its id, so that a growing corpus keeps its held-out documents.
-
-    Documents are ranked by a hash of their id in [0, 1); those below `holdout` are held out. Where that leaves a split
-    empty, the lowest (or the highest) goes there. Raises DataError for fewer than two documents.
-    """
-    if len(document_ids) < 2:
-        raise DataError(
-            f"the corpus has {len(document_ids)} document; it needs at least 2, one to train and one to validate on",
-            remedy="Add a file, or separate the parts of the only one by blank lines.",
-            unchanged="Nothing was written.",
-        )
-    ranks = [_fraction_of(document_id) for document_id in document_ids]
-    held_out = [rank < holdout for rank in ranks]
-    held_out[ranks.index(min(ranks))] = True
-    held_out[ranks.index(max(ranks))] = False
-    return tuple("validation" if held else "train" for held in held_out)
-
-
 def check_enough(store: TokenStore, sequence_length: int, global_batch_size: int, min_validation_rows: int = 0) -> None:
     """Refuses a store too small for a job: less than one global batch, or fewer validation rows than it needs.
 
@@ -156,20 +136,19 @@ def check_vocabulary(model_vocab_size: int | None, tokenizer_vocab_size: int) ->
         )
 
 
-def _fraction_of(document_id: str) -> float:
-    """A number in [0, 1) that depends on the id alone."""
-    digest = hashlib.sha256(b"holdout\n" + os.fsencode(document_id)).digest()
-    return int.from_bytes(digest[:6], "big") / (1 << 48)
+def sample_of(document: Document, share: float) -> str:
+    """A share of a document, from a place that its id names."""
+    length = math.ceil(len(document.text) * share)
+    start = int(fraction_of(document.id) * (len(document.text) - length + 1))
+    return document.text[start : start + length]
 
 
 def _training_texts(corpus: Corpus, splits: Sequence[Split], options: PrepareOptions, tell: Progress) -> Iterator[str]:
-    """What the tokenizer learns from: the same share of every training document, from a place that its id names."""
+    """What the tokenizer learns from: the same share of every training document."""
     share = min(1.0, options.tokenizer_train_bytes / corpus.num_bytes)
     for number, (document, split) in enumerate(zip(corpus, splits, strict=True)):
         if split == "train":
-            length = math.ceil(len(document.text) * share)
-            start = int(_fraction_of(document.id) * (len(document.text) - length + 1))
-            yield document.text[start : start + length]
+            yield sample_of(document, share)
         tell("tokenizer", number / len(splits))
 
 
@@ -190,7 +169,7 @@ def _write(
                 writer.add(splits[number], number, tokens)
                 number += 1
             tell("encoding", number / len(splits))
-        writer.finish(source, corpus.ids, options)
+        writer.finish([source], corpus.ids, options)
     finally:
         writer.close()
 
