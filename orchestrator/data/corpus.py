@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from orchestrator.data.files import CUT_CHARS, KINDS, is_plain, suffix_of, texts_in
 from orchestrator.data.folders import text_files
-from orchestrator.data.manifest import DOCUMENTS, MANIFEST
+from orchestrator.data.manifest import is_store
 from orchestrator.errors import DataError
 
 BUILTIN_STDLIB = "builtin:stdlib"
@@ -97,7 +97,7 @@ def find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
         found = [path for path in root.rglob("*.py") if not _NOT_STDLIB.intersection(path.relative_to(root).parts)]
         return root, tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
     root = Path(source)
-    if (root / MANIFEST).is_file() and (root / DOCUMENTS).is_file():
+    if is_store(root):
         raise DataError(
             f"{root} is a prepared token store, no text",
             remedy="Name the text that it was made of.",

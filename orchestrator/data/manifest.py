@@ -117,6 +117,11 @@ class Manifest(_Record):
     files: dict[str, FileDigest]
 
 
+def is_store(directory: Path) -> bool:
+    """Whether a token store lies there, and not text."""
+    return (directory / MANIFEST).is_file() and (directory / DOCUMENTS).is_file()
+
+
 def store_key(source_digest: str, options: PrepareOptions) -> str:
     """The directory name of the store that these make: another corpus or option, another name."""
     made_of = f"{FORMAT_VERSION}\n{source_digest}\n{options.model_dump_json(exclude_none=True)}"

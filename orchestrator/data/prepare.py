@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.data.corpus import Corpus, Document, open_corpus
-from orchestrator.data.manifest import PrepareOptions, Source, Split, store_key
+from orchestrator.data.manifest import PrepareOptions, Source, Split, is_store, store_key
 from orchestrator.data.splits import fraction_of, split_documents
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.data.writer import StoreWriter, published
 from orchestrator.errors import DataError
+from orchestrator.spec.job import DataSpec
 
 Progress = Callable[[str, float], None]
 
@@ -36,7 +37,7 @@ def prepare(
     """The store of `source` below `directory`: found, or made now.
 
     Args:
-        source: see `open_corpus`.
+        source: see `open_corpus`; or the directory of a store, which is taken as it is.
         vocab_size: tokens to learn; little text may give fewer.
         holdout: fraction of documents in `validation`, in [0, 1); either split gets at least one.
         directory: holds stores, each in a directory named by its content. Made if missing.
@@ -46,17 +47,18 @@ def prepare(
         progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
 
     Raises:
-        DataError: a corpus that can't be read or split, an option out of range, or a directory that can't be written.
+        DataError: a corpus that can't be read or split, an option out of range or another than the named store's, or a
+            directory that can't be written.
         StoreCorrupt: the store exists and doesn't match its digests.
     """
     tell = progress or (lambda stage, fraction: None)
-    if not 0 <= holdout < 1:
-        raise DataError(
-            f"data.holdout is {holdout}; it must be at least 0 and less than 1",
-            remedy="Set it to the fraction of documents to validate on, such as 0.05.",
-            unchanged="Nothing was written.",
-        )
+    check_holdout(holdout)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
+    if is_store(Path(source)):
+        store = TokenStore.open(source, verify=True)
+        _check_agreement(store, vocab_size, holdout, given, difficulty)
+        tell("done", 1.0)
+        return store
     tell("reading", 0.0)
     corpus = open_corpus(source, text_key)
     options = PrepareOptions(
@@ -82,6 +84,16 @@ def prepare(
     store = TokenStore.open(final, verify=True)
     tell("done", 1.0)
     return store
+
+
+def check_holdout(holdout: float) -> None:
+    """Raises DataError if it is out of range."""
+    if not 0 <= holdout < 1:
+        raise DataError(
+            f"data.holdout is {holdout}; it must be at least 0 and less than 1",
+            remedy="Set it to the fraction of documents to validate on, such as 0.05.",
+            unchanged="Nothing was written.",
+        )
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
@@ -141,6 +153,29 @@ def sample_of(document: Document, share: float) -> str:
     length = math.ceil(len(document.text) * share)
     start = int(fraction_of(document.id) * (len(document.text) - length + 1))
     return document.text[start : start + length]
+
+
+def _check_agreement(
+    store: TokenStore, vocab_size: int, holdout: float, given: TextTokenizer | None, difficulty: str | None
+) -> None:
+    """Raises DataError if a job wants a store otherwise than it is. What a job leaves at its default wants nothing."""
+    options, made = DataSpec(), store.manifest.options
+    wanted: list[tuple[str, object, object]] = []
+    if given is not None:
+        wanted.append(("the digest of data.tokenizer", given.digest, store.manifest.tokenizer_digest))
+    elif vocab_size != options.vocab_size:
+        wanted.append(("data.vocab_size", vocab_size, made.vocab_size))
+    if holdout != options.holdout:
+        wanted.append(("data.holdout", holdout, made.holdout))
+    if difficulty is not None:
+        wanted.append(("curriculum.signal", difficulty, made.difficulty or "none"))
+    for key, asked, found in wanted:
+        if asked != found:
+            raise DataError(
+                f"{key} is {asked}, and the store {store.directory} was prepared with {found}",
+                remedy="Leave the key out, or prepare a store with `orchestrator data prepare` that has it.",
+                unchanged="Nothing was started.",
+            )
 
 
 def _training_texts(corpus: Corpus, splits: Sequence[Split], options: PrepareOptions, tell: Progress) -> Iterator[str]:

@@ -63,10 +63,10 @@ class Quarantine:
             return
         saved = self.save(self._directory / REFUSED)
         raise DataError(
-            f"{self.num_bad} of {num_records} records are bad, more than --max-bad {max_bad:g} allows: "
+            f"{self.num_bad} of {num_records} records are bad, more than max_bad {max_bad:g} allows: "
             + "; ".join(self._first)
             + ("; …" if self.num_bad > len(self._first) else ""),
-            remedy=f"{saved} names them all: mend them, or raise --max-bad to leave them out.",
+            remedy=f"{saved} names them all: mend them, or raise max_bad to leave them out.",
             unchanged="No store was written.",
         )
 

@@ -160,6 +160,8 @@ def _row(line: bytes, text_key: str, place: Place) -> Record:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         return Record(place, place.line, None, _not_utf8(line[error.start]))
+    except json.JSONDecodeError as error:
+        return Record(place, place.line, None, f"not JSON: column {error.colno}: {error.msg}")
     except (ValueError, RecursionError) as error:
         return Record(place, place.line, None, f"not JSON: {error}")
     if not isinstance(row, dict):
@@ -193,8 +195,11 @@ def _column(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Itera
                 yield _of_value(found, text_key, place)
     except DataError as error:  # no such column
         raise Unreadable(error.message) from error
-    except pyarrow.lib.ArrowException as error:
-        raise Unreadable(f"no {path.suffix.removeprefix('.')} file, or damaged from here on: {error}") from error
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; those of damage have no number
+            raise
+        what = " ".join(str(error).split())
+        raise Unreadable(f"no {path.suffix.removeprefix('.')} file, or damaged from here on: {what}") from error
 
 
 def _pieces(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Iterator[Record]:

@@ -238,7 +238,6 @@ def _empty(source: Source, num_files: int) -> DataError:
     return DataError(
         f"the corpus {source.name} is empty: {num_files} files, "
         + (f"all left out: {reasons}" if reasons else "none with text"),
-        remedy=f"Name files that hold text ({KINDS}), or builtin:stdlib; or have --min-chars and --max-chars admit "
-        "more.",
+        remedy=f"Name files that hold text ({KINDS}), or builtin:stdlib; or have min_chars and max_chars admit more.",
         unchanged="No store was written.",
     )

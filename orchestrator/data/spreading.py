@@ -1,0 +1,39 @@
+"""Tasks spread over a cluster with Ray Data. Ray itself is imported when it is needed."""
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+Spread = Callable[[Callable[[str], str], Sequence[str]], Iterable[str]]  # `map` is one too
+MOST_BLOCKS = 4096  # of Ray's: more tasks than these share them
+
+
+def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator[str]:
+    """What `function` makes of each task, as it is done, in any order: `map` on the cluster that Ray is connected to.
+
+    The cluster runs as many at once as it has CPUs free. Tasks of a node that is lost are done again elsewhere.
+
+    Args:
+        function: importable by name on every node.
+    """
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # there is one for all stages
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    rows = ray.data.from_items(
+        [{"task": task} for task in tasks], override_num_blocks=max(1, min(MOST_BLOCKS, len(tasks)))
+    )
+    for row in rows.map(_Work(function)).iter_rows():
+        yield row["result"]
+
+
+class _Work:
+    """The function on a row. One core per task: the tokenizer's own threads would fight over the others."""
+
+    def __init__(self, function: Callable[[str], str]) -> None:
+        self._function = function
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return {"result": self._function(row["task"])}
