@@ -37,7 +37,7 @@ app = typer.Typer(no_args_is_help=True, help="Text made ready for training.")
 def prepare(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SOURCE...", help="Files, folders or built-in texts, as in data.source of a job file."),
+        typer.Argument(metavar="SOURCE", help="Files, folders or built-in texts, as in data.source of a job file."),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where stores lie, each named by its content.")],
     text_key: Annotated[str, typer.Option("--text-key", metavar="KEY", help="Key or column with the text.")] = "text",
@@ -220,9 +220,11 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 
 def _is_used_by_others() -> bool:
-    """Whether somebody has submitted a run to the cluster meanwhile: its Scheduler stays for ever."""
+    """Whether somebody has submitted a run to the cluster meanwhile: its Scheduler then stays for ever."""
     import ray
+
+    from orchestrator.control.connection import NAMESPACE
 
     if not ray.is_initialized():
         return False
-    return bool(ray.util.list_named_actors(all_namespaces=True))
+    return any(actor["namespace"] == NAMESPACE for actor in ray.util.list_named_actors(all_namespaces=True))

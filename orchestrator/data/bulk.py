@@ -21,6 +21,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.corpus import find_files
 from orchestrator.data.difficulty import check_signal
 from orchestrator.data.encoding import (
     EncodeTask,
@@ -139,7 +140,7 @@ def prepare_corpora(request: Request, directory: Path, spread: Spread, progress:
 
 
 def check(request: Request) -> None:
-    """Raises DataError for an option out of range."""
+    """Raises DataError for an option out of range, or a source that isn't there."""
     check_holdout(request.holdout)
     if request.difficulty is not None:
         check_signal(request.difficulty)
@@ -150,6 +151,8 @@ def check(request: Request) -> None:
         )
     if not 0 <= request.max_bad <= 1:
         raise _refused(f"max_bad {request.max_bad}", "it is a share of the records, from 0 to 1")
+    for source in request.sources:
+        find_files(source)
     if weights is None:
         return
     if len(weights) != len(request.sources) or len(weights) < 2:

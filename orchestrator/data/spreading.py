@@ -20,7 +20,7 @@ def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # there is one for all stages
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = ray.data.from_items(
         [{"task": task} for task in tasks], override_num_blocks=max(1, min(MOST_BLOCKS, len(tasks)))
     )
