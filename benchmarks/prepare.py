@@ -37,8 +37,8 @@ from orchestrator.data.tokenizer import TextTokenizer
 CPUS = 2
 TIMES = 4  # as much text for the second figure of memory
 LOOK_EVERY_S = 0.25
-SIZES = {"text_bytes": 52_000_000, "file_bytes": 8_000_000, "vocab_size": 8192}
-QUICK_SIZES = {"text_bytes": 1_000_000, "file_bytes": 200_000, "vocab_size": 300}
+SIZES = {"text_bytes": 104_000_000, "memory_text_bytes": 52_000_000, "file_bytes": 8_000_000, "vocab_size": 8192}
+QUICK_SIZES = {"text_bytes": 1_000_000, "memory_text_bytes": 500_000, "file_bytes": 200_000, "vocab_size": 300}
 TOKENIZER_TEXT_BYTES = 8_000_000
 
 
@@ -46,16 +46,16 @@ def measure(quick: bool) -> Result:
     sizes, rounds = (QUICK_SIZES, 1) if quick else (SIZES, 3)
     with tempfile.TemporaryDirectory(prefix="orchestrator-prepare-") as folder:
         workspace = Path(folder)
-        corpora = {times: write_corpus(workspace / f"text-{times}", times, **sizes) for times in (1, TIMES)}
+        corpus = write_corpus(workspace / "text", sizes["text_bytes"], sizes["file_bytes"])
         tokenizer = workspace / "tokenizer.json"
-        learn(corpora[1], sizes["vocab_size"]).save(tokenizer)
-        say(f"{sizes['text_bytes'] / 1e6:.0f} MB of text in {len(list(corpora[1].iterdir()))} files")
+        learn(corpus, sizes["vocab_size"]).save(tokenizer)
+        say(f"{sizes['text_bytes'] / 1e6:.0f} MB of text in {len(list(corpus.iterdir()))} files")
         digests: set[str] = set()
         starts_s: list[float] = []
 
         def arm(name: str) -> Callable[[], float]:
             def timed() -> float:
-                told = in_a_process(ARMS[name], corpora[1], tokenizer, workspace / "stores", False)
+                told = in_a_process(ARMS[name], corpus, tokenizer, workspace / "stores", False)
                 digests.add(told["digest"])
                 starts_s.extend([told["ray_start_s"]] if "ray_start_s" in told else [])
                 say(f"{name}: {told['seconds']:.1f} s")
@@ -64,9 +64,10 @@ def measure(quick: bool) -> Result:
             return timed
 
         seconds = alternate({name: arm(name) for name in ARMS}, rounds)
-        memory = {
-            times: in_a_process(on_ray, corpora[times], tokenizer, workspace / "stores", True) for times in corpora
-        }
+        memory: dict[int, dict[str, Any]] = {}
+        for times in (1, TIMES):
+            larger = write_corpus(workspace / f"text-{times}", times * sizes["memory_text_bytes"], sizes["file_bytes"])
+            memory[times] = in_a_process(on_ray, larger, tokenizer, workspace / "stores", True)
         say(f"peak bytes: {[told['peak_bytes'] for told in memory.values()]}")
     speedups = {name: median_interval(ratios(seconds[name], seconds["cluster"])) for name in ("plain", "parallel")}
     metrics: dict[str, Any] = {
@@ -97,8 +98,8 @@ def measure(quick: bool) -> Result:
     )
 
 
-def write_corpus(folder: Path, times: int, text_bytes: int, file_bytes: int, vocab_size: int) -> Path:
-    """JSON lines with `times * text_bytes` of source code, repeated under another heading if need be."""
+def write_corpus(folder: Path, text_bytes: int, file_bytes: int) -> Path:
+    """JSON lines with `text_bytes` of source code, repeated under another heading if need be."""
     folder.mkdir()
     num_files = written = in_file = 0
     file = (folder / "00000.jsonl").open("w", encoding="utf-8")
@@ -106,7 +107,7 @@ def write_corpus(folder: Path, times: int, text_bytes: int, file_bytes: int, voc
         file.write(json.dumps({"text": text}) + "\n")
         num_bytes = len(text.encode("utf-8"))
         written, in_file = written + num_bytes, in_file + num_bytes
-        if written >= times * text_bytes:
+        if written >= text_bytes:
             break
         if in_file >= file_bytes:
             file.close()

@@ -89,7 +89,19 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
 
 
 def find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
-    """The root of a source and its files in order. Raises DataError if there is no such source."""
+    """The root of a source and its files in order. Raises DataError if there is no such source, or a folder of it can't
+    be listed."""
+    try:
+        return _found(source)
+    except OSError as error:
+        raise DataError(
+            f"data.source {source} can't be read: {error.filename}: {error.strerror}",
+            remedy="Make it readable, or move it out of the corpus.",
+            unchanged="Nothing was written.",
+        ) from error
+
+
+def _found(source: str) -> tuple[Path, tuple[Path, ...]]:
     if source == BUILTIN_PYDOCS:
         return PYDOCS, _pydocs()
     if source == BUILTIN_STDLIB:

@@ -107,8 +107,7 @@ class _Listed:
     @classmethod
     def of(cls, number: int, source: str, several: bool) -> "_Listed":
         root, files = find_files(source)
-        size = sum(path.stat().st_size for path in files if path.exists())
-        return cls(source, f"{number}:" if several else "", root, files, size)
+        return cls(source, f"{number}:" if several else "", root, files, sum(map(_size, files)))
 
 
 @dataclass
@@ -163,7 +162,7 @@ class _Scanner:
                 self._progress(file)
             if not file.has_text:
                 self._quarantine.note_empty(source.name, file.path)
-            self._done_bytes += path.stat().st_size if path.exists() else 0
+            self._done_bytes += _size(path)
         self._blocks.close()
         self._sources.append(
             Source(
@@ -230,6 +229,14 @@ class _Scanner:
     def _progress(self, file: SourceFile) -> None:
         if self.num_records % TELL_EVERY == 0:
             self._tell(min(1.0, (self._done_bytes + file.num_chars) / self._all_bytes))
+
+
+def _size(path: Path) -> int:
+    """In bytes, for the progress only: what can't be read is told where it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _empty(source: Source, num_files: int) -> DataError:

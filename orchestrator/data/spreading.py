@@ -4,6 +4,8 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from orchestrator.errors import OrchestratorError
+
 Spread = Callable[[Callable[[str], str], Sequence[str]], Iterable[str]]  # `map` is one too
 MOST_BLOCKS = 4096  # of Ray's: more tasks than these share them
 
@@ -15,17 +17,26 @@ def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator
 
     Args:
         function: importable by name on every node.
+
+    Raises:
+        OrchestratorError: the cluster went away, or can't run the function.
     """
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # there is one for all stages
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = ray.data.from_items(
-        [{"task": task} for task in tasks], override_num_blocks=max(1, min(MOST_BLOCKS, len(tasks)))
-    )
-    for row in rows.map(_Work(function)).iter_rows():
-        yield row["result"]
+    blocks = max(1, min(MOST_BLOCKS, len(tasks)))
+    try:
+        rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=blocks)
+        for row in rows.map(_Work(function)).iter_rows():
+            yield row["result"]
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise OrchestratorError(
+            f"the cluster couldn't do its part: {type(error).__name__}: {str(error).strip().splitlines()[-1]}",
+            remedy="See that all nodes are up and have orchestrator installed, and start again.",
+            unchanged="No store was written; what is done is kept.",
+        ) from error
 
 
 class _Work:

@@ -19,7 +19,7 @@ from orchestrator.data.bulk import Request, prepare_corpora
 from orchestrator.data.prepare import prepare
 from orchestrator.data.spreading import on_cluster
 from orchestrator.data.store import TokenStore
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.spec.job import JobSpec
 from tests.support.control import local_ray
 
@@ -70,6 +70,18 @@ def test_an_error_of_a_node_keeps_its_words(ray: None, corpus: Path, tmp_path: P
     with pytest.raises(DataError, match="the corpus changed while it was read: .*a.jsonl") as raised:
         prepare_corpora(request, tmp_path / "stores", on_cluster, tell)
     assert raised.value.remedy and raised.value.unchanged == "No store was written."
+
+
+def _die(task: str) -> str:
+    raise ValueError(f"not this one: {task}")
+
+
+@pytest.mark.ray
+def test_a_cluster_that_fails_is_told_in_words(ray: None) -> None:
+    with pytest.raises(OrchestratorError, match="the cluster couldn't do its part: .*not this one: b") as raised:
+        list(on_cluster(_die, ["b"]))
+    assert "what is done is kept" in raised.value.unchanged
+    assert list(on_cluster(str.upper, ["b"])) == ["B"]
 
 
 def test_a_job_names_the_store(corpus: Path, tmp_path: Path) -> None:

@@ -312,6 +312,17 @@ def test_too_many_bad_records_let_no_store_come_about(corpus: Path, tmp_path: Pa
     assert len(named.read_text().splitlines()) == 10
 
 
+def test_file_names_may_be_any_bytes(corpus: Path, tmp_path: Path) -> None:
+    """As long as the system gives them; they come into ids, tasks and the quarantine."""
+    for number, text in enumerate(texts(9)):
+        Path(os.fsdecode(os.fsencode(corpus) + b"/\xff%d.txt" % number)).write_text(text)
+    Path(os.fsdecode(os.fsencode(corpus) + b"/bad\xff.jsonl")).write_text("no JSON")
+    done = prepare_corpora(replace(PLAIN, sources=(str(corpus),), max_bad=0.5), tmp_path / "stores", map)
+    assert done.quarantine is not None
+    assert os.fsencode(json.loads(done.quarantine.read_text())["file"]).endswith(b"/bad\xff.jsonl")
+    assert [os.fsencode(name) for name in ids_of(done.store)] == [b"\xff%d.txt" % number for number in range(9)]
+
+
 def test_a_wrong_key_is_told_by_its_reason(corpus: Path, tmp_path: Path) -> None:
     write_lines(corpus / "a.jsonl", texts(9))
     with pytest.raises(DataError, match="9 of 9 records are bad.*no key 'body'; it has 'text'"):
