@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from orchestrator.errors import OrchestratorError
@@ -33,10 +34,17 @@ def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator
             yield row["result"]
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise OrchestratorError(
-            f"the cluster couldn't do its part: {type(error).__name__}: {str(error).strip().splitlines()[-1]}",
+            f"the cluster couldn't do its part: {_reason(error)}",
             remedy="See that all nodes are up and have orchestrator installed, and start again.",
             unchanged="No store was written; what is done is kept.",
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The error that is at the bottom of a traceback that Ray hands on as text, whatever advice follows it."""
+    lines = str(error).strip().splitlines()
+    named = [line for line in lines if re.match(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception): ", line)]
+    return (named or lines or [type(error).__name__])[-1]
 
 
 class _Work:
