@@ -18,6 +18,7 @@ from orchestrator.cli.wording import counted, size
 from orchestrator.errors import DataError, UsageError
 
 REDRAW_EVERY_S = 0.1
+INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 OPTIONS = {  # what the library calls them, and what they are called here
     "data.source": "SOURCE",
     "data.text_key": "--text-key",
@@ -99,6 +100,10 @@ def prepare(
         with _cluster(address):
             try:
                 done = prepare_corpora(request, out.expanduser(), on_cluster, progress.tell)
+            except KeyboardInterrupt:
+                progress.close()
+                say("Ended. What is done is kept: the same command goes on.")
+                raise typer.Exit(INTERRUPTED) from None
             finally:
                 progress.close()
     if done.found:

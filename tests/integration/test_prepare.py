@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -35,11 +35,11 @@ def ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 6 MB: blocks enough for two to work on, and one of them to be killed midway."""
+    """Some 9 MB: blocks enough for two to work on, and one of them to be killed midway."""
     folder = tmp_path_factory.mktemp("corpus")
     library = Path(os.__file__).parent
     texts = [path.read_text() for path in sorted(library.glob("*.py")) if path.stat().st_size]
-    for number in range(2):
+    for number in range(3):
         rows = [{"text": f"# {number}\n{text}"} for text in texts]
         (folder / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -117,36 +117,60 @@ def environment(home: Path) -> dict[str, str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_killed_midway_it_goes_on_and_ends_the_same(command: list[str], corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(400)
+def test_ended_midway_it_goes_on_and_ends_the_same(command: list[str], corpus: Path, tmp_path: Path) -> None:
+    """First by Ctrl-C, then, some blocks later, by SIGKILL of the command and all of its Ray."""
     out, env = tmp_path / "stores", environment(tmp_path)
     args = [*command, "data", "prepare", str(corpus), "--out", str(out), "--vocab-size", "300", "-o", "json"]
-    first = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    deadline_s = time.monotonic() + PATIENCE_S
-    while len(list(out.glob(".*/*.part"))) < 2:
-        assert first.poll() is None and time.monotonic() < deadline_s, first.communicate()
-        time.sleep(0.02)
-    for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
-        process.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert not [path for path in out.glob("store-*") if path.is_dir()]
-    left = {path: path.stat().st_mtime_ns for path in out.glob(".*/*.part")}
+    first = started(args, env)
+    await_parts(first, out, 2)
+    first.send_signal(signal.SIGINT)
+    _, narration = first.communicate(timeout=PATIENCE_S)
+    assert first.returncode == 130, narration
+    assert "the same command goes on" in narration and "Stopped the Ray that was started." in narration
 
-    second = subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    second = started(args, env)
+    await_parts(second, out, len(parts_in(out)) + 1)
+    for process in [*psutil.Process(second.pid).children(recursive=True), psutil.Process(second.pid)]:
+        process.send_signal(signal.SIGKILL)
+    second.communicate(timeout=PATIENCE_S)
+    assert not [path for path in out.glob("store-*") if path.is_dir()]
+    left = parts_in(out)
+
+    third = started(args, env)
     kept: dict[Path, int] = {}
-    while second.poll() is None:  # parts are there until the store is
-        found = {path: path.stat().st_mtime_ns for path in out.glob(".*/*.part") if path.exists()}
+    while third.poll() is None:  # parts are there until the store is
+        found = parts_in(out)
         kept = found if len(found) >= len(kept) else kept
         time.sleep(0.01)
-    told, narration = second.communicate()
-    assert second.returncode == 0, narration
+    told, narration = third.communicate()
+    assert third.returncode == 0, narration
     assert all(kept.get(path) == written for path, written in left.items())
 
     store = TokenStore.open(json.loads(told)["store"], verify=True)
-    request = Request((str(corpus),), vocab_size=300)
-    alone = prepare_corpora(replace(request), tmp_path / "alone", map).store
+    alone = prepare_corpora(Request((str(corpus),), vocab_size=300), tmp_path / "alone", map).store
     assert contents(store) == contents(alone)
     assert not list(out.glob(".*"))
+
+
+def started(args: list[str], env: dict[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(args, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def parts_in(out: Path) -> dict[Path, int]:
+    """Parts that are whole, and when each was written."""
+    found = {}
+    for path in out.glob(".*/*.part"):
+        with suppress(FileNotFoundError):
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+
+def await_parts(process: "subprocess.Popen[str]", out: Path, count: int) -> None:
+    deadline_s = time.monotonic() + PATIENCE_S
+    while len(parts_in(out)) < count:
+        assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()
+        time.sleep(0.02)
 
 
 @pytest.mark.ray
