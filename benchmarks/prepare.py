@@ -43,7 +43,7 @@ TOKENIZER_TEXT_BYTES = 8_000_000
 
 
 def measure(quick: bool) -> Result:
-    sizes, rounds = (QUICK_SIZES, 1) if quick else (SIZES, 3)
+    sizes, rounds = (QUICK_SIZES, 1) if quick else (SIZES, 2)
     with tempfile.TemporaryDirectory(prefix="orchestrator-prepare-") as folder:
         workspace = Path(folder)
         corpus = write_corpus(workspace / "text", sizes["text_bytes"], sizes["file_bytes"])
