@@ -15,7 +15,8 @@ MOST_BLOCKS = 4096  # of Ray's: more tasks than these share them
 def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator[str]:
     """What `function` makes of each task, as it is done, in any order: `map` on the cluster that Ray is connected to.
 
-    The cluster runs half as many again at once as it has CPUs free. Tasks of a node that is lost are done again elsewhere.
+    The cluster runs half as many again at once as it has CPUs free. Tasks of a node that is lost are done again on
+    others.
 
     Args:
         function: importable by name on every node.
