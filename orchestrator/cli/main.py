@@ -13,6 +13,7 @@ import typer
 from orchestrator.cli import (
     checkpoints,
     cluster,
+    data,
     doctor,
     inference,
     job_files,
@@ -44,6 +45,7 @@ inference.register(app)
 doctor.register(app)
 job_files.register(app)
 plan.register(app)
+app.add_typer(data.app, name="data", rich_help_panel="Job files")
 app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
 
 

@@ -1,9 +1,10 @@
 """Where text comes from: a named source becomes documents in a fixed order, with a digest over all of them.
 
 Sources: `builtin:stdlib` (the running Python's own library, without its tests: English and code, on every
-machine), a directory of text files (searched recursively), or one such file; `orchestrator.data.files` says which
-kinds there are. A plain file is a document, and so is each row of the others; a corpus of one plain file is cut at
-blank lines into documents, so that whole documents can still be held out.
+machine), `builtin:pydocs` (Python's manual, where Debian's python3.13-doc is installed), a directory of text files
+(searched recursively), or one such file; `orchestrator.data.files` says which kinds there are. A plain file is a
+document, and so is each row of the others; a corpus of one plain file is cut at blank lines into documents, so that
+whole documents can still be held out.
 """
 
 import hashlib
@@ -14,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.data.files import KINDS, is_plain, suffix_of, texts_in
+from orchestrator.data.files import CUT_CHARS, KINDS, is_plain, suffix_of, texts_in
 from orchestrator.data.folders import text_files
+from orchestrator.data.manifest import is_store
 from orchestrator.errors import DataError
 
 BUILTIN_STDLIB = "builtin:stdlib"
+BUILTIN_PYDOCS = "builtin:pydocs"
+PYDOCS = Path("/usr/share/doc/python3.13/html/_sources")  # where Debian's package puts them
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-_CUT_CHARS = 16_384  # the shortest document that a lone file is cut into; the last one may be shorter
 
 
 class Document(NamedTuple):
@@ -48,7 +51,7 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         digest = hashlib.sha256()
         for number, document in enumerate(_read_documents(self.root, self.files, self.text_key)):
-            _update(digest, document)
+            add_to_digest(digest, document)
             if number == len(self.ids):  # more than there were: whoever counts on `ids` must not see it
                 break
             yield document
@@ -65,16 +68,16 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
     """Reads a source through once, to check it and to take its digest.
 
     Args:
-        source: `builtin:stdlib`, a directory, or a file.
+        source: `builtin:stdlib`, `builtin:pydocs`, a directory, or a file.
         text_key: key or column of the text in files that have rows.
 
     Raises:
         DataError: no such source, a file that can't be read, isn't UTF-8 or isn't what its name says, or no text in it.
     """
-    root, files = _find_files(source)
+    root, files = find_files(source)
     digest, ids, num_bytes = hashlib.sha256(), [], 0
     for document in _read_documents(root, files, text_key):
-        num_bytes += _update(digest, document)
+        num_bytes += add_to_digest(digest, document)
         ids.append(document.id)
     if not ids:
         raise DataError(
@@ -85,23 +88,56 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
     return Corpus(source, digest.hexdigest(), tuple(ids), num_bytes, root, files, text_key)
 
 
-def _find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
-    """The root of a source and its files in order."""
+def find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
+    """The root of a source and its files in order. Raises DataError if there is no such source, or a folder of it can't
+    be listed."""
+    try:
+        return _found(source)
+    except OSError as error:
+        raise DataError(
+            f"data.source {source} can't be read: {error.filename}: {error.strerror}",
+            remedy="Make it readable, or move it out of the corpus.",
+            unchanged="Nothing was written.",
+        ) from error
+
+
+def _found(source: str) -> tuple[Path, tuple[Path, ...]]:
+    if source == BUILTIN_PYDOCS:
+        return PYDOCS, _pydocs()
     if source == BUILTIN_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         found = [path for path in root.rglob("*.py") if not _NOT_STDLIB.intersection(path.relative_to(root).parts)]
         return root, tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
     root = Path(source)
+    if is_store(root):
+        raise DataError(
+            f"{root} is a prepared token store, no text",
+            remedy="Name the text that it was made of.",
+            unchanged="Nothing was written.",
+        )
     if root.is_dir():
         return root, text_files(root)
     if root.is_file() and suffix_of(root):
         return root.parent, (root,)
     what = f"is none of {KINDS}" if root.exists() else "doesn't exist"
     raise DataError(
-        f"data.source {source} {what}; a source is builtin:stdlib, a directory of such files, or one of them",
+        f"data.source {source} {what}; a source is builtin:stdlib, builtin:pydocs, a directory of such files, or "
+        "one of them",
         remedy="Correct data.source; a relative path starts at the current directory.",
         unchanged="Nothing was written.",
     )
+
+
+def _pydocs() -> tuple[Path, ...]:
+    found = text_files(PYDOCS) if PYDOCS.is_dir() else ()
+    if not found:
+        raise DataError(
+            f"data.source {BUILTIN_PYDOCS} is the reStructuredText of Debian's python3.13-doc, and {PYDOCS} has none",
+            remedy="Install it (`apt-get install python3.13-doc`) on every machine that reads it, or name another "
+            "source.",
+            unchanged="Nothing was written.",
+        )
+    return found
 
 
 def _read_documents(root: Path, files: tuple[Path, ...], text_key: str) -> Iterator[Document]:
@@ -117,21 +153,37 @@ def _read_documents(root: Path, files: tuple[Path, ...], text_key: str) -> Itera
 
 
 def _cut(name: str, text: str) -> list[Document]:
-    """Cuts a text at blank lines into documents of at least `_CUT_CHARS`; nothing of it is lost."""
+    """Cuts a text at blank lines into documents of at least `CUT_CHARS`; nothing of it is lost."""
     documents: list[Document] = []
     start = 0
     while start < len(text):
-        blank = text.find("\n\n", start + _CUT_CHARS)
+        blank = text.find("\n\n", start + CUT_CHARS)
         end = len(text) if blank < 0 else blank + 2
         documents.append(Document(f"{name}#{len(documents)}", text[start:end]))
         start = end
     return documents
 
 
-def _update(digest: "hashlib._Hash", document: Document) -> int:
-    """Adds a document to a digest, lengths first so that no two corpora collide; returns the bytes of its text."""
-    document_id, text = os.fsencode(document.id), document.text.encode("utf-8")
-    digest.update(f"{len(document_id)} {len(text)}\n".encode("ascii"))
-    digest.update(document_id)
+def add_to_digest(digest: "hashlib._Hash", document: Document) -> int:
+    """Adds a document to a digest, lengths first so that no two corpora collide; returns the bytes of its text.
+
+    Raises DataError for half of a surrogate pair, which JSON can hold and UTF-8 can't.
+    """
+    try:
+        text = document.text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the document {document.id} holds half of a surrogate pair at character {error.start}; that is no text",
+            remedy="Mend it, or move it out of the corpus.",
+            unchanged="Nothing was written.",
+        ) from error
+    return add_bytes(digest, document.id, text)
+
+
+def add_bytes(digest: "hashlib._Hash", document_id: str, text: bytes) -> int:
+    """As `add_to_digest`, of a text in UTF-8."""
+    name = os.fsencode(document_id)
+    digest.update(f"{len(name)} {len(text)}\n".encode("ascii"))
+    digest.update(name)
     digest.update(text)
     return len(text)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
+from orchestrator.spec.curriculum import SIGNALS
 
 WINDOW = 50  # tokens
 LARGEST = float(np.finfo(np.float32).max)  # that the index holds
@@ -43,6 +44,17 @@ def signal_of(name: str, tokenizer: TextTokenizer, counts: Callable[[], NDArray[
     if name == "diversity":
         return diversity
     raise ValueError(f"there is no signal {name}")
+
+
+def check_signal(name: str) -> None:
+    """Raises DataError if there is no such signal."""
+    if ":" in name:
+        _imported(name)
+    elif name not in SIGNALS:
+        raise DataError(
+            f"curriculum.signal {name}: it must be {', '.join(SIGNALS)} or a function as package.module:score",
+            unchanged="Nothing was written.",
+        )
 
 
 def scores(signal: Signal, name: str, documents: Iterator[tuple[str, Tokens]]) -> NDArray[np.float64]:

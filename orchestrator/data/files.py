@@ -6,6 +6,7 @@ it should be is named with file and row.
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from orchestrator.errors import DataError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 KINDS = ", ".join(SUFFIXES)
+CUT_CHARS = 16_384  # the shortest document that a lone plain file is cut into; the last one may be shorter
 ROWS_AT_ONCE = 256  # decoded rows of a Parquet file in memory
 
 
@@ -45,6 +47,8 @@ def texts_in(path: Path, text_key: str) -> Iterator[str]:
                 yield from _columns(path, text_key)
     except OSError as error:
         raise _broken(f"{path} can't be read: {error.strerror or error}") from error
+    except (EOFError, zlib.error) as error:
+        raise _broken(f"{path} is a gzip stream that is cut off or damaged: {error}") from error
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -82,16 +86,30 @@ def _columns(path: Path, text_key: str) -> Iterator[str]:
 
     try:
         number = 0
-        for column in _column(path, text_key):
-            for value in column:
+        for values in column(path, text_key):
+            for value in values:
                 number += 1
                 yield _text_of(value.as_py(), f"{path}, row {number}", text_key, [text_key])
     except pyarrow.ArrowInvalid as error:
         raise _broken(f"{path} is no {path.suffix.removeprefix('.')} file: {error}") from error
 
 
-def _column(path: Path, text_key: str) -> Iterator[Any]:
-    """A column in pieces, mapped into memory: no more of the file than a piece is held at once."""
+def column(path: Path, text_key: str, first_row: int = 0) -> Iterator[Any]:
+    """A column from a row on, as arrays, mapped into memory: no more of the file than an array is held at once.
+
+    Raises:
+        DataError: there is no such column.
+        pyarrow.ArrowException: the file isn't what its name says, or is damaged.
+    """
+    for values in _arrays(path, text_key, first_row):
+        skipped = min(first_row, len(values))
+        first_row -= skipped
+        if skipped < len(values):
+            yield values[skipped:]
+
+
+def _arrays(path: Path, text_key: str, first_row: int) -> Iterator[Any]:
+    """A whole column; row groups that lie before the row are not read, and come as nulls."""
     import pyarrow
     from pyarrow import parquet
 
@@ -99,7 +117,12 @@ def _column(path: Path, text_key: str) -> Iterator[Any]:
         if path.suffix == ".parquet":
             with parquet.ParquetFile(source, pre_buffer=False) as file:
                 _check_column(path, text_key, file.schema_arrow.names)
-                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_key]):
+                group, num_groups = 0, file.metadata.num_row_groups
+                while group < num_groups and (size := file.metadata.row_group(group).num_rows) <= first_row:
+                    yield pyarrow.nulls(size)
+                    group, first_row = group + 1, first_row - size
+                groups = list(range(group, num_groups))
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_key], row_groups=groups):
                     yield batch.column(0)
         else:  # `datasets` writes a stream of batches
             with pyarrow.ipc.open_stream(source) as stream:

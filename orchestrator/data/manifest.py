@@ -11,10 +11,10 @@ Row length is no part of a store: the same store serves every sequence length.
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 FORMAT_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -45,6 +45,12 @@ def index_file(split: Split) -> str:
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    optional: ClassVar[frozenset[str]] = frozenset()  # left out where it is None: stores without it keep their digest
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value is not None or key not in self.optional}
+
 
 class PrepareOptions(_Record):
     """All that decides a store's content besides the corpus."""
@@ -54,15 +60,38 @@ class PrepareOptions(_Record):
     tokenizer_train_bytes: int  # the tokenizer learns from at most about this much text
     tokenizer: str | None = None  # digest of one that was given instead
     difficulty: str | None = None  # the signal that documents are scored by
+    min_chars: int | None = None  # shorter documents are left out,
+    max_chars: int | None = None  # longer ones,
+    deduplicate: bool | None = None  # and those whose text an earlier one has
+    weights: tuple[float, ...] | None = None  # shares of the sources in the training split's tokens
+
+    optional: ClassVar[frozenset[str]] = frozenset({"min_chars", "max_chars", "deduplicate", "weights"})
+
+
+class Dropped(_Record):
+    """Records of a source that are no documents of the store, by the reason."""
+
+    shorter: int = 0  # than min_chars
+    longer: int = 0  # than max_chars
+    duplicates: int = 0
+    bad: int = 0  # put into quarantine
+    surplus: int = 0  # training documents beyond the source's weight
+
+    @property
+    def total(self) -> int:
+        return self.shorter + self.longer + self.duplicates + self.bad + self.surplus
 
 
 class Source(_Record):
     """A corpus that went into the store."""
 
     name: str
-    digest: str
+    digest: str  # of the documents that were not dropped, surplus ones included; as are these counts
     num_documents: int
     num_bytes: int
+    dropped: Dropped | None = None
+
+    optional: ClassVar[frozenset[str]] = frozenset({"dropped"})
 
 
 class FileDigest(_Record):
@@ -86,6 +115,11 @@ class Manifest(_Record):
     token_dtype: Literal["<u2", "<u4"]
     splits: dict[Split, SplitCounts]
     files: dict[str, FileDigest]
+
+
+def is_store(directory: Path) -> bool:
+    """Whether a token store lies there, and not text."""
+    return (directory / MANIFEST).is_file() and (directory / DOCUMENTS).is_file()
 
 
 def store_key(source_digest: str, options: PrepareOptions) -> str:

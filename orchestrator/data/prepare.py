@@ -5,18 +5,18 @@ The store's directory is named by what it is made of, so asking again for the sa
     store = prepare("builtin:stdlib", vocab_size=2048, holdout=0.05, directory=Path("runs/data"))
 """
 
-import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.data.corpus import Corpus, Document, open_corpus
-from orchestrator.data.manifest import PrepareOptions, Source, Split, store_key
+from orchestrator.data.manifest import PrepareOptions, Source, Split, is_store, store_key
+from orchestrator.data.splits import fraction_of, split_documents
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.data.writer import StoreWriter, published
 from orchestrator.errors import DataError
+from orchestrator.spec.job import DataSpec
 
 Progress = Callable[[str, float], None]
 
@@ -37,7 +37,7 @@ def prepare(
     """The store of `source` below `directory`: found, or made now.
 
     Args:
-        source: see `open_corpus`.
+        source: see `open_corpus`; or the directory of a store, which is taken as it is.
         vocab_size: tokens to learn; little text may give fewer.
         holdout: fraction of documents in `validation`, in [0, 1); either split gets at least one.
         directory: holds stores, each in a directory named by its content. Made if missing.
@@ -47,17 +47,18 @@ def prepare(
         progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
 
     Raises:
-        DataError: a corpus that can't be read or split, an option out of range, or a directory that can't be written.
+        DataError: a corpus that can't be read or split, an option out of range or another than the named store's, or a
+            directory that can't be written.
         StoreCorrupt: the store exists and doesn't match its digests.
     """
     tell = progress or (lambda stage, fraction: None)
-    if not 0 <= holdout < 1:
-        raise DataError(
-            f"data.holdout is {holdout}; it must be at least 0 and less than 1",
-            remedy="Set it to the fraction of documents to validate on, such as 0.05.",
-            unchanged="Nothing was written.",
-        )
+    check_holdout(holdout)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
+    if is_store(Path(source)):
+        store = TokenStore.open(source, verify=True)
+        _check_agreement(store, vocab_size, holdout, given, difficulty)
+        tell("done", 1.0)
+        return store
     tell("reading", 0.0)
     corpus = open_corpus(source, text_key)
     options = PrepareOptions(
@@ -85,6 +86,16 @@ def prepare(
     return store
 
 
+def check_holdout(holdout: float) -> None:
+    """Raises DataError if it is out of range."""
+    if not 0 <= holdout < 1:
+        raise DataError(
+            f"data.holdout is {holdout}; it must be at least 0 and less than 1",
+            remedy="Set it to the fraction of documents to validate on, such as 0.05.",
+            unchanged="Nothing was written.",
+        )
+
+
 def load_tokenizer(path: Path) -> TextTokenizer:
     """The tokenizer that a job names. Raises DataError if it can't be read or used."""
     try:
@@ -101,25 +112,6 @@ def load_tokenizer(path: Path) -> TextTokenizer:
             remedy="Name a tokenizer.json as the tokenizers library writes it.",
             unchanged="Nothing was started.",
         ) from error
-
-
-def split_documents(document_ids: Sequence[str], holdout: float) -> tuple[Split, ...]:
-    """The split of each document: a function of its id, so that a growing corpus keeps its held-out documents.
-
-    Documents are ranked by a hash of their id in [0, 1); those below `holdout` are held out. Where that leaves a split
-    empty, the lowest (or the highest) goes there. Raises DataError for fewer than two documents.
-    """
-    if len(document_ids) < 2:
-        raise DataError(
-            f"the corpus has {len(document_ids)} document; it needs at least 2, one to train and one to validate on",
-            remedy="Add a file, or separate the parts of the only one by blank lines.",
-            unchanged="Nothing was written.",
-        )
-    ranks = [_fraction_of(document_id) for document_id in document_ids]
-    held_out = [rank < holdout for rank in ranks]
-    held_out[ranks.index(min(ranks))] = True
-    held_out[ranks.index(max(ranks))] = False
-    return tuple("validation" if held else "train" for held in held_out)
 
 
 def check_enough(store: TokenStore, sequence_length: int, global_batch_size: int, min_validation_rows: int = 0) -> None:
@@ -156,20 +148,42 @@ def check_vocabulary(model_vocab_size: int | None, tokenizer_vocab_size: int) ->
         )
 
 
-def _fraction_of(document_id: str) -> float:
-    """A number in [0, 1) that depends on the id alone."""
-    digest = hashlib.sha256(b"holdout\n" + os.fsencode(document_id)).digest()
-    return int.from_bytes(digest[:6], "big") / (1 << 48)
+def sample_of(document: Document, share: float) -> str:
+    """A share of a document, from a place that its id names."""
+    length = math.ceil(len(document.text) * share)
+    start = int(fraction_of(document.id) * (len(document.text) - length + 1))
+    return document.text[start : start + length]
+
+
+def _check_agreement(
+    store: TokenStore, vocab_size: int, holdout: float, given: TextTokenizer | None, difficulty: str | None
+) -> None:
+    """Raises DataError if a job wants a store otherwise than it is. What a job leaves at its default wants nothing."""
+    options, made = DataSpec(), store.manifest.options
+    wanted: list[tuple[str, object, object]] = []
+    if given is not None:
+        wanted.append(("the digest of data.tokenizer", given.digest, store.manifest.tokenizer_digest))
+    elif vocab_size != options.vocab_size:
+        wanted.append(("data.vocab_size", vocab_size, made.vocab_size))
+    if holdout != options.holdout:
+        wanted.append(("data.holdout", holdout, made.holdout))
+    if difficulty is not None:
+        wanted.append(("curriculum.signal", difficulty, made.difficulty or "none"))
+    for key, asked, found in wanted:
+        if asked != found:
+            raise DataError(
+                f"{key} is {asked}, and the store {store.directory} was prepared with {found}",
+                remedy="Leave the key out, or prepare a store with `orchestrator data prepare` that has it.",
+                unchanged="Nothing was started.",
+            )
 
 
 def _training_texts(corpus: Corpus, splits: Sequence[Split], options: PrepareOptions, tell: Progress) -> Iterator[str]:
-    """What the tokenizer learns from: the same share of every training document, from a place that its id names."""
+    """What the tokenizer learns from: the same share of every training document."""
     share = min(1.0, options.tokenizer_train_bytes / corpus.num_bytes)
     for number, (document, split) in enumerate(zip(corpus, splits, strict=True)):
         if split == "train":
-            length = math.ceil(len(document.text) * share)
-            start = int(_fraction_of(document.id) * (len(document.text) - length + 1))
-            yield document.text[start : start + length]
+            yield sample_of(document, share)
         tell("tokenizer", number / len(splits))
 
 
@@ -190,7 +204,7 @@ def _write(
                 writer.add(splits[number], number, tokens)
                 number += 1
             tell("encoding", number / len(splits))
-        writer.finish(source, corpus.ids, options)
+        writer.finish([source], corpus.ids, options)
     finally:
         writer.close()
 

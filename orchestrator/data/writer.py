@@ -8,8 +8,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -35,68 +37,89 @@ from orchestrator.data.manifest import (
 )
 from orchestrator.data.tokenizer import TextTokenizer
 
+INDEX_RECORD = struct.Struct("<qqqf")  # one INDEX_DTYPE
 COUNTED_AT_ONCE = 1 << 22  # tokens, which numpy counts as 8 bytes each
 
 
 class StoreWriter:
-    """Writes the files of one store into an empty directory: `add` every document, then `finish`."""
+    """Writes the files of one store into an empty directory: `add` every document, then `finish`.
+
+    Of each document it keeps a record of the index in memory, 28 bytes.
+    """
 
     def __init__(self, directory: Path, tokenizer: TextTokenizer) -> None:
         self._directory = directory
         self._tokenizer = tokenizer
-        self._dtype: Literal["<u2", "<u4"] = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        self._dtype = token_dtype(tokenizer)
         self._tokens: dict[Split, BinaryIO] = {split: (directory / tokens_file(split)).open("xb") for split in SPLITS}
         self._num_tokens: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-        self._index: dict[Split, list[tuple[int, int, int, float]]] = {split: [] for split in SPLITS}
+        self._index: dict[Split, bytearray] = {split: bytearray() for split in SPLITS}
 
-    def add(self, split: Split, document: int, tokens: Sequence[int]) -> None:
-        """Appends a document to a split. `document` is its number in the corpus; `tokens` has at least one."""
+    def add(
+        self,
+        split: Split,
+        document: int,
+        tokens: Sequence[int] | NDArray[np.unsignedinteger],
+        score: float = float("nan"),
+    ) -> None:
+        """Appends a document to a split, after all with a lower number. `document` is its number in the corpus;
+        `tokens` has at least one; `score` is NaN if it isn't known yet."""
         self._tokens[split].write(np.asarray(tokens, self._dtype).tobytes())
-        self._index[split].append((document, self._num_tokens[split], len(tokens), float("nan")))
+        self._index[split] += INDEX_RECORD.pack(document, self._num_tokens[split], len(tokens), score)
         self._num_tokens[split] += len(tokens)
 
     def close(self) -> None:
         for file in self._tokens.values():
             file.close()
 
-    def finish(self, source: Source, document_ids: Sequence[str], options: PrepareOptions) -> None:
-        """Writes all but the tokens, the manifest last, and flushes everything to disk. Raises DataError if a document
-        can't be scored."""
+    def finish(self, sources: Sequence[Source], document_ids: Iterable[str], options: PrepareOptions) -> None:
+        """Writes all but the tokens, the manifest last, and flushes everything to disk. Documents without a score are
+        scored if the options name a signal. Raises DataError if one can't be."""
         self.close()
+        with (self._directory / DOCUMENTS).open("w", encoding="ascii") as lines:
+            lines.writelines(json.dumps(document_id) + "\n" for document_id in document_ids)
         for split in SPLITS:
-            index_D = np.array(self._index[split], INDEX_DTYPE)
-            if options.difficulty is not None:
-                index_D["score"] = self._scores(split, index_D, document_ids, options.difficulty)
+            index_D = np.frombuffer(self._index[split], INDEX_DTYPE)
+            if options.difficulty is not None and np.isnan(index_D["score"]).any():
+                index_D["score"] = self._scores(split, index_D, options.difficulty)
             np.save(self._directory / index_file(split), index_D, allow_pickle=False)
-        lines = "".join(json.dumps(document_id) + "\n" for document_id in document_ids)
-        (self._directory / DOCUMENTS).write_text(lines, encoding="ascii")
         self._tokenizer.save(self._directory / TOKENIZER)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            sources=(source,),
+            sources=tuple(sources),
             options=options,
             vocab_size=self._tokenizer.vocab_size,
             tokenizer_digest=self._tokenizer.digest,
             token_dtype=self._dtype,
             splits={
-                split: SplitCounts(num_documents=len(self._index[split]), num_tokens=self._num_tokens[split])
+                split: SplitCounts(
+                    num_documents=len(self._index[split]) // INDEX_RECORD.size, num_tokens=self._num_tokens[split]
+                )
                 for split in SPLITS
             },
             files={path.name: digest_file(path) for path in sorted(self._directory.iterdir())},
         )
         (self._directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in self._directory.iterdir():
-            _flush(path)
+            flush(path)
 
-    def _scores(
-        self, split: Split, index_D: NDArray[np.void], document_ids: Sequence[str], name: str
-    ) -> NDArray[np.float64]:
+    def _scores(self, split: Split, index_D: NDArray[np.void], name: str) -> NDArray[np.float64]:
         tokens = self._read(split)
         documents = (
-            (document_ids[document], tokens[offset : offset + length])
-            for document, offset, length, _ in index_D.tolist()
+            (document_id, tokens[offset : offset + length])
+            for document_id, (_, offset, length, _) in zip(
+                self._ids(index_D["document"]), index_D.tolist(), strict=True
+            )
         )
         return scores(signal_of(name, self._tokenizer, self._counts), name, documents)
+
+    def _ids(self, numbers_D: NDArray[np.int64]) -> Iterator[str]:
+        """The ids of some documents by their numbers, which rise."""
+        with (self._directory / DOCUMENTS).open(encoding="ascii") as lines:
+            before = -1
+            for number in numbers_D.tolist():
+                yield json.loads(next(islice(lines, number - before - 1, None)))
+                before = number
 
     def _counts(self) -> NDArray[np.int64]:
         """How often each token occurs in the training split."""
@@ -112,27 +135,35 @@ class StoreWriter:
 
 
 @contextmanager
-def published(final: Path) -> Iterator[Path]:
+def published(final: Path, partial: Path | None = None) -> Iterator[Path]:
     """A directory to fill; it becomes `final` when the block ends well, and vanishes when it doesn't.
 
     If another process published `final` meanwhile, that one stays: both were made from the same key.
+
+    Args:
+        partial: the directory, which doesn't exist; on the same file system. None for one beside `final`.
     """
-    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    partial = partial or final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush(partial)
+        flush(partial)
         try:
             partial.rename(final)
         except OSError:
             if not final.is_dir():
                 raise
-        _flush(final.parent)
+        flush(final.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
 
 
-def _flush(path: Path) -> None:
+def token_dtype(tokenizer: TextTokenizer) -> Literal["<u2", "<u4"]:
+    """The smallest that holds all tokens."""
+    return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+
+
+def flush(path: Path) -> None:
     """Forces a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -39,7 +39,7 @@ __all__ = [
     "WorkersSpec",
 ]
 
-BUILTIN_CORPORA = ("stdlib",)
+BUILTIN_CORPORA = ("stdlib", "pydocs")
 REFUSED_ENVS = ("LD_", "PYTHON", "RAY_")
 BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -97,9 +97,10 @@ class DataSpec(Section):
 
     source: Annotated[str, AfterValidator(_source)] = Field(
         default="builtin:stdlib",
-        description="`builtin:stdlib` (the running Python's own library), one file, or a folder of files: .txt or "
-        ".jsonl, both also as .gz, .parquet or .arrow. Of a folder that the datasets library saved, the files that it "
-        "names are read in its order; of one with several splits, `train`.",
+        description="`builtin:stdlib` (the running Python's own library), `builtin:pydocs` (Python's manual, of "
+        "Debian's python3.13-doc), one file, or a folder of files: .txt or .jsonl, both also as .gz, .parquet or "
+        ".arrow. Of a folder that the datasets library saved, the files that it names are read in its order; of one "
+        "with several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written.",
     )
     text_key: str = Field(
         default="text", min_length=1, description="Key or column that holds the text, in files that have rows."

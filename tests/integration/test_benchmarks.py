@@ -113,6 +113,16 @@ def test_moe_layer_compares_the_same_routes() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_prepare_compares_equal_stores() -> None:
+    line = quick("prepare")
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met.keys() == {"speedup", "peak_memory_ratio", "stores_equal"} and met["stores_equal"]
+    assert line["metrics"]["peak_bytes"]["4"] > line["metrics"]["peak_bytes_without_ray"]["4"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_tracking_has_every_value_once() -> None:
     line = quick("tracking")

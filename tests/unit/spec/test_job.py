@@ -61,7 +61,7 @@ def test_memory_refused(memory: str) -> None:
         job(resources={"memory": memory})
 
 
-@pytest.mark.parametrize("source", ["builtin:stdlib", "books", "./a:b", "/data/x.txt"])
+@pytest.mark.parametrize("source", ["builtin:stdlib", "builtin:pydocs", "books", "./a:b", "/data/x.txt"])
 def test_sources(source: str) -> None:
     assert job(data={"source": source}).data.source == source
 

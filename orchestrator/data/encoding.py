@@ -1,0 +1,162 @@
+"""What is done with a block, on any node: a sample of its text for the tokenizer, and its tokens as a part file.
+
+Tasks and results are JSON. A result says what went wrong as well, so that an error keeps its words whoever carries it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.data.blocks import Block, Located, documents_of
+from orchestrator.data.difficulty import Signal, scores, signal_of
+from orchestrator.data.parts import checked, written
+from orchestrator.data.prepare import sample_of
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.data.writer import token_dtype
+from orchestrator.errors import DataError
+from orchestrator.protocol.codec import from_plain, to_plain
+
+PART_FORMAT = 1
+BATCH_CHARS = 1 << 18  # encoded at once; the tokenizer's own working memory is some 50 bytes per character
+OVER_ALL_DOCUMENTS = frozenset({"rarity"})  # signals that need counts over the training split: scored at the end
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    block: Block
+    share: float  # of each document
+    held_out: tuple[int, ...]  # documents of the block, from 0, that the tokenizer must not see
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    block: Block
+    part: str  # file to write
+    tokenizer: str  # file
+    tokenizer_digest: str
+    signal: str | None  # that documents are scored by here
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a task: texts of a sample, or tokens that were written; or what went wrong."""
+
+    block: int
+    texts: tuple[str, ...] = ()
+    num_tokens: int = 0
+    error: str = ""
+    remedy: str = ""
+    unchanged: str = ""
+
+
+def saved(task: SampleTask | EncodeTask) -> str:
+    return json.dumps(to_plain(task))
+
+
+def outcomes(results: Iterable[str]) -> Iterator[Outcome]:
+    """What came of tasks, as it comes. Raises DataError for the first that went wrong."""
+    for result in results:
+        outcome = from_plain(Outcome, json.loads(result))
+        if outcome.error:
+            raise DataError(outcome.error, remedy=outcome.remedy, unchanged=outcome.unchanged)
+        yield outcome
+
+
+def signal_here(difficulty: str | None) -> str | None:
+    """The signal, if a document's score depends on the document alone."""
+    return None if difficulty in OVER_ALL_DOCUMENTS else difficulty
+
+
+def made_of(block: Block, tokenizer_digest: str, signal: str | None) -> str:
+    """Names all that a part depends on."""
+    return hashlib.sha256(f"{PART_FORMAT}\n{block.digest}\n{tokenizer_digest}\n{signal}".encode()).hexdigest()
+
+
+def sample_block(task_json: str) -> str:
+    """Carries out a `SampleTask`."""
+    task = from_plain(SampleTask, json.loads(task_json))
+
+    def sample() -> Outcome:
+        held_out = frozenset(task.held_out)
+        found = enumerate(documents_of(task.block))
+        texts = tuple(sample_of(item.document, task.share) for number, item in found if number not in held_out)
+        return Outcome(task.block.number, texts)
+
+    return _told(task.block, sample)
+
+
+def encode_block(task_json: str) -> str:
+    """Carries out an `EncodeTask`; a good part that is there already is left as it is."""
+    task = from_plain(EncodeTask, json.loads(task_json))
+    return _told(task.block, lambda: _encode(task))
+
+
+def _told(block: Block, work: Callable[[], Outcome]) -> str:
+    try:
+        outcome = work()
+    except DataError as error:
+        outcome = Outcome(block.number, error=error.message, remedy=error.remedy, unchanged=error.unchanged)
+    except OSError as error:
+        outcome = Outcome(
+            block.number,
+            error=f"a part of the store can't be written: {error}",
+            remedy="Make room, and have every node see the corpus and the directory of the store under the same path.",
+            unchanged="No store was written; what is done is kept.",
+        )
+    return json.dumps(to_plain(outcome))
+
+
+def _encode(task: EncodeTask) -> Outcome:
+    path, made = Path(task.part), made_of(task.block, task.tokenizer_digest, task.signal)
+    footer = checked(path, made)
+    if footer is not None:
+        return Outcome(task.block.number, num_tokens=footer.num_tokens)
+    tokenizer = _tokenizer(task.tokenizer, task.tokenizer_digest)
+    signal = None if task.signal is None else signal_of(task.signal, tokenizer, _no_counts)
+    dtype = token_dtype(tokenizer)
+    with written(path, made, dtype) as part:
+        for batch in _batches(documents_of(task.block)):
+            for item, ids in zip(batch, tokenizer.encode([item.document.text for item in batch]), strict=True):
+                tokens = np.asarray(ids, dtype)
+                part.add(tokens, float("nan") if signal is None else _score(signal, task.signal or "", item, tokens))
+        num_tokens = part.num_tokens
+    return Outcome(task.block.number, num_tokens=num_tokens)
+
+
+def _score(signal: Signal, name: str, item: Located, tokens: "np.ndarray[tuple[int], np.dtype[np.integer]]") -> float:
+    return float(scores(signal, name, iter([(f"{item.document.id} ({item.where})", tokens)]))[0])
+
+
+def _batches(documents: Iterator[Located]) -> Iterator[list[Located]]:
+    batch: list[Located] = []
+    num_chars = 0
+    for item in documents:
+        batch.append(item)
+        num_chars += len(item.document.text)
+        if num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: str, digest: str) -> TextTokenizer:
+    """A process reads it once for all its blocks; another tokenizer has another digest."""
+    found = TextTokenizer.load(Path(path))
+    if found.digest != digest:
+        raise DataError(
+            f"{path} is not the tokenizer that this store is made with",
+            remedy="Start again.",
+            unchanged="No store was written.",
+        )
+    return found
+
+
+def _no_counts() -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    raise AssertionError("counts over all documents aren't known in a block")

@@ -1,0 +1,191 @@
+"""What of a store is done: a file of tokens per block, kept until the store is published, so that a preparation that
+was ended goes on where it was.
+
+    DIR/.STORE.parts/lock                     held by who prepares STORE
+    DIR/.STORE.parts/tokenizer-DIGEST/        the tokenizer, as in a store
+    DIR/.STORE.parts/00000012.part            the documents of block 12: tokens, lengths, scores, footer
+    DIR/.STORE.parts/store/                   the store, while it is put together
+
+A part is renamed to its name when it is whole. Its footer says what it was made of and the sha256 of the rest, so one
+of another corpus, tokenizer or signal, or a damaged one, is made anew. None of these names is that of a store.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.manifest import TOKENIZER
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.errors import DataError
+from orchestrator.protocol.codec import from_plain, to_plain
+
+FOOTER_LENGTH_BYTES = 8
+READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Footer:
+    made_of: str
+    num_documents: int
+    num_tokens: int
+    token_dtype: str
+    sha256: str  # of all before the footer
+
+
+class PartWriter:
+    """Writes a part: `add` every document. Made by `written`."""
+
+    def __init__(self, file: BinaryIO, made_of: str, token_dtype: str) -> None:
+        self._file, self._made_of, self._dtype = file, made_of, token_dtype
+        self._sha256 = hashlib.sha256()
+        self._lengths, self._scores = array("q"), array("d")
+        self.num_tokens = 0
+
+    def add(self, tokens: NDArray[np.unsignedinteger], score: float) -> None:
+        """A document; `score` is NaN if it has none yet."""
+        self._write(np.ascontiguousarray(tokens, self._dtype).tobytes())
+        self._lengths.append(len(tokens))
+        self._scores.append(score)
+        self.num_tokens += len(tokens)
+
+    def finish(self) -> None:
+        self._write(np.asarray(self._lengths, "<i8").tobytes())
+        self._write(np.asarray(self._scores, "<f8").tobytes())
+        footer = Footer(self._made_of, len(self._lengths), self.num_tokens, self._dtype, self._sha256.hexdigest())
+        saved = json.dumps(to_plain(footer)).encode("ascii")
+        self._file.write(saved + len(saved).to_bytes(FOOTER_LENGTH_BYTES, "little"))
+
+    def _write(self, content: bytes) -> None:
+        self._sha256.update(content)
+        self._file.write(content)
+
+
+@contextmanager
+def written(path: Path, made_of: str, token_dtype: str) -> Iterator[PartWriter]:
+    """A part that has its name when the block ends well, and leaves nothing when it doesn't."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with partial.open("xb") as file:
+            writer = PartWriter(file, made_of, token_dtype)
+            yield writer
+            writer.finish()
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def checked(path: Path, made_of: str) -> Footer | None:
+    """The footer of a part that is whole and made of that; None for any other, or none."""
+    try:
+        with path.open("rb") as file:
+            footer, size = _footer(file)
+            file.seek(0)
+            sha256 = hashlib.sha256()
+            while size and (some := file.read(min(READ_BYTES, size))):
+                sha256.update(some)
+                size -= len(some)
+    except (OSError, ValueError):
+        return None
+    good = footer is not None and footer.made_of == made_of and footer.sha256 == sha256.hexdigest()
+    return footer if good else None
+
+
+def lengths_of(path: Path, footer: Footer) -> NDArray[np.int64]:
+    """Tokens of each document of a part."""
+    offset = footer.num_tokens * np.dtype(footer.token_dtype).itemsize
+    return np.fromfile(path, "<i8", footer.num_documents, offset=offset)
+
+
+def documents_in(path: Path, footer: Footer) -> Iterator[tuple[NDArray[np.unsignedinteger], float]]:
+    """Tokens and score of each document of a part, one in memory at a time."""
+    dtype = np.dtype(footer.token_dtype)
+    lengths_D = lengths_of(path, footer)
+    offset = footer.num_tokens * dtype.itemsize + lengths_D.nbytes
+    scores_D = np.fromfile(path, "<f8", footer.num_documents, offset=offset)
+    with path.open("rb") as file:
+        for length, score in zip(lengths_D.tolist(), scores_D.tolist(), strict=True):
+            yield np.frombuffer(file.read(length * dtype.itemsize), dtype), score
+
+
+def _footer(file: BinaryIO) -> tuple[Footer | None, int]:
+    """The footer of a part, and the bytes before it. Raises OSError or ValueError where there is none."""
+    end = file.seek(-FOOTER_LENGTH_BYTES, os.SEEK_END)
+    length = int.from_bytes(file.read(FOOTER_LENGTH_BYTES), "little")
+    if length > end:
+        return None, 0
+    file.seek(end - length)
+    return from_plain(Footer, json.loads(file.read(length))), end - length
+
+
+class Parts:
+    """The parts of one store. Made by `Parts.held`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @classmethod
+    @contextmanager
+    def held(cls, final: Path) -> Iterator["Parts"]:
+        """The parts of the store `final`, for this process only. Raises DataError if another one prepares it."""
+        directory = final.with_name(f".{final.name}.parts")
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DataError(
+                    f"another process prepares {final} now",
+                    remedy="Wait for it: the store is then found.",
+                    unchanged="Nothing was written.",
+                ) from None
+            yield cls(directory)
+
+    @property
+    def assembly(self) -> Path:
+        """Where the store is put together; nothing is there now."""
+        path = self.directory / "store"
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def path_of(self, block: int) -> Path:
+        return self.directory / f"{block:08d}.part"
+
+    def tokenizer(self) -> TextTokenizer | None:
+        """The one that was kept, if it is whole."""
+        for folder in self.directory.glob("tokenizer-*"):
+            with suppress(DataError, OSError):
+                found = TextTokenizer.load(folder / TOKENIZER)
+                if folder.name == _folder_of(found):
+                    return found
+        return None
+
+    def keep_tokenizer(self, tokenizer: TextTokenizer) -> Path:
+        """The file of the tokenizer, there from now on."""
+        folder = self.directory / _folder_of(tokenizer)
+        partial = self.directory / f".{folder.name}.{secrets.token_hex(4)}"
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir()
+        tokenizer.save(partial / TOKENIZER)
+        partial.rename(folder)
+        return folder / TOKENIZER
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _folder_of(tokenizer: TextTokenizer) -> str:
+    return f"tokenizer-{tokenizer.digest[:16]}"

@@ -1,0 +1,76 @@
+"""Bad records put aside: a file of JSON lines that says where each lies and why, never what is in it.
+
+    {"source": "books", "file": "/data/books/a.jsonl", "line": 17, "reason": "not UTF-8: byte 0xe9"}
+
+`line` counts from 1; in Parquet and Arrow it is the row. Files without any text are named too, but count as empty, not
+as bad.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import IO
+
+from orchestrator.errors import DataError
+
+SHOWN = 3  # reasons in an error
+REFUSED = "quarantine.jsonl"
+NO_TEXT = "no text in this file"
+
+
+class Quarantine:
+    """What is put aside while a corpus is read.
+
+    Args:
+        scratch: takes the lines until it is known which store they belong to.
+        directory: where the lines go that let no store come about.
+    """
+
+    def __init__(self, scratch: IO[str], directory: Path) -> None:
+        self._scratch, self._directory = scratch, directory
+        self._first: list[str] = []
+        self._num_lines = 0
+        self.num_bad = 0
+
+    def add(self, source: str, file: Path, line: int, reason: str) -> None:
+        """A bad record."""
+        self._write(source, file, line, reason)
+        self.num_bad += 1
+        if len(self._first) < SHOWN:
+            self._first.append(f"{file}:{line}: {reason}")
+
+    def note_empty(self, source: str, file: Path) -> None:
+        self._write(source, file, 1, NO_TEXT)
+
+    def save(self, path: Path) -> Path | None:
+        """Writes the lines to `path`, whole or not at all; None, and no file there, if there are none."""
+        if not self._num_lines:
+            path.unlink(missing_ok=True)
+            return None
+        partial = path.with_name(f".{path.name}.partial")
+        self._scratch.seek(0)
+        with partial.open("w", encoding="ascii") as file:
+            shutil.copyfileobj(self._scratch, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        return path
+
+    def check(self, num_records: int, max_bad: float) -> None:
+        """Raises DataError if more than the share `max_bad` of the records is bad; all of them are saved for it."""
+        if self.num_bad <= max_bad * num_records:
+            return
+        saved = self.save(self._directory / REFUSED)
+        raise DataError(
+            f"{self.num_bad} of {num_records} records are bad, more than max_bad {max_bad:g} allows: "
+            + "; ".join(self._first)
+            + ("; …" if self.num_bad > len(self._first) else ""),
+            remedy=f"{saved} names them all: mend them, or raise max_bad to leave them out.",
+            unchanged="No store was written.",
+        )
+
+    def _write(self, source: str, file: Path, line: int, reason: str) -> None:
+        entry = {"source": source, "file": str(file), "line": line, "reason": reason}
+        self._scratch.write(json.dumps(entry) + "\n")
+        self._num_lines += 1

@@ -1,0 +1,51 @@
+"""Which texts there were before, exactly but for collisions of 128 bits, in 24 to 48 bytes each."""
+
+KEY_BYTES = 16
+EMPTY = bytes(KEY_BYTES)
+FIRST_SLOTS = 1 << 12
+
+
+class Seen:
+    """A set of 16-byte digests: one array with linear probing. A set of Python's takes three to four times as much."""
+
+    def __init__(self) -> None:
+        self._table = bytearray(FIRST_SLOTS * KEY_BYTES)
+        self._num_slots = FIRST_SLOTS  # a power of two
+        self._num_used = 0
+
+    def __len__(self) -> int:
+        return self._num_used
+
+    def add(self, digest: bytes) -> bool:
+        """Whether it is new. Raises ValueError for one of another length."""
+        if len(digest) != KEY_BYTES:
+            raise ValueError(f"a digest of {len(digest)} bytes; it must have {KEY_BYTES}")
+        key = digest if digest != EMPTY else digest[:-1] + b"\1"  # the empty slot's own value
+        slot = self._slot_of(key)
+        if self._table[slot : slot + KEY_BYTES] == key:
+            return False
+        self._table[slot : slot + KEY_BYTES] = key
+        self._num_used += 1
+        if 3 * self._num_used > 2 * self._num_slots:
+            self._grow()
+        return True
+
+    def _slot_of(self, key: bytes) -> int:
+        """The byte at which the key lies, or has to lie."""
+        slot = int.from_bytes(key[:8], "little") & (self._num_slots - 1)
+        while True:
+            place = slot * KEY_BYTES
+            found = self._table[place : place + KEY_BYTES]
+            if found in (key, EMPTY):
+                return place
+            slot = (slot + 1) & (self._num_slots - 1)
+
+    def _grow(self) -> None:
+        old = self._table
+        self._num_slots *= 2
+        self._table = bytearray(self._num_slots * KEY_BYTES)
+        for place in range(0, len(old), KEY_BYTES):
+            key = bytes(old[place : place + KEY_BYTES])
+            if key != EMPTY:
+                slot = self._slot_of(key)
+                self._table[slot : slot + KEY_BYTES] = key

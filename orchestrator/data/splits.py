@@ -1,0 +1,57 @@
+"""Which documents are held out for validation: a function of a document's id, so that a growing corpus keeps them."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+
+from orchestrator.data.manifest import Split
+from orchestrator.errors import DataError
+
+
+class Holdout:
+    """Documents in order, and whether each is held out. A byte of memory per document.
+
+    Documents are ranked by a hash of their id in [0, 1); those below `holdout` are held out. Where that leaves a split
+    empty, the lowest (or the highest) goes there.
+    """
+
+    def __init__(self, holdout: float) -> None:
+        self._holdout = holdout
+        self._held_out = bytearray()
+        self._lowest = (1.0, -1)  # rank, number of the document
+        self._highest = (-1.0, -1)
+
+    def add(self, document_id: str) -> None:
+        rank, number = fraction_of(document_id), len(self._held_out)
+        self._held_out.append(rank < self._holdout)
+        if rank < self._lowest[0]:
+            self._lowest = (rank, number)
+        if rank > self._highest[0]:
+            self._highest = (rank, number)
+
+    def finished(self) -> bytearray:
+        """1 for each document that is held out, else 0. Raises DataError for fewer than two documents."""
+        if len(self._held_out) < 2:
+            raise DataError(
+                f"the corpus has {len(self._held_out)} document; it needs at least 2, one to train and one to validate "
+                "on",
+                remedy="Add a file, or separate the parts of the only one by blank lines.",
+                unchanged="Nothing was written.",
+            )
+        self._held_out[self._lowest[1]] = True
+        self._held_out[self._highest[1]] = False
+        return self._held_out
+
+
+def split_documents(document_ids: Iterable[str], holdout: float) -> tuple[Split, ...]:
+    """The split of each document, as `Holdout` has it. Raises DataError for fewer than two documents."""
+    splits = Holdout(holdout)
+    for document_id in document_ids:
+        splits.add(document_id)
+    return tuple("validation" if held_out else "train" for held_out in splits.finished())
+
+
+def fraction_of(document_id: str, purpose: bytes = b"holdout") -> float:
+    """A number in [0, 1) that depends on the id, and on what it is for, alone."""
+    digest = hashlib.sha256(purpose + b"\n" + os.fsencode(document_id)).digest()
+    return int.from_bytes(digest[:6], "big") / (1 << 48)
