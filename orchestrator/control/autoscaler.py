@@ -7,7 +7,7 @@ autoscaler is asked again by its successor, or taken back.
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -15,7 +15,7 @@ from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
 from orchestrator.control.drain_watch import draining_nodes
-from orchestrator.control.host import find
+from orchestrator.control.host import NAMESPACE, find
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.autoscaling import Resize, Resources, decide_sizes, demand
 from orchestrator.protocol.scaling import RunScale
@@ -30,15 +30,11 @@ PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the nex
 
 
 class Autoscaler:
-    """Looks at all runs again and again, in a thread of its own.
+    """Looks at all runs that have a controller again and again, in a thread of its own."""
 
-    Args:
-        runs: names all runs of the cluster.
-    """
-
-    def __init__(self, runs: Callable[[], Sequence[str]]) -> None:
-        self._runs = runs
-        self._before: tuple[Resize, ...] = ()
+    def __init__(self) -> None:
+        self._known: dict[str, RunScale] = {}  # what each controller said last
+        self._since_s: dict[tuple[str, int], float] = {}  # what is decided again and again, since when
         self._demand: tuple[Resources, ...] | None = None
         self._has_failed = False
 
@@ -52,6 +48,7 @@ class Autoscaler:
                 self._has_failed = False
             except Exception:  # the cluster is going away, or something of it doesn't answer: the next turn tries again
                 has_work = True
+                self._since_s = {}
                 if not self._has_failed:
                     log.exception("the sizes of runs could not be looked at")
                 self._has_failed = True
@@ -59,18 +56,23 @@ class Autoscaler:
 
     def _turn(self) -> bool:
         """Returns whether any run leaves its size to us."""
-        runs = self._ask_all()
+        answered = self._ask_all()
+        runs = [self._known[run] for run in sorted(self._known)]
         self._ask_for(demand(runs))
         if all(run.policy == MANUAL for run in runs):
-            self._before = ()
+            self._since_s = {}
             return False
         staying = set(_alive()) - set(draining_nodes())
         decided = decide_sizes(runs, _placed(staying), free_on_nodes(staying))
-        # What is free and what is placed aren't told at one moment: only what is seen twice is so.
-        confirmed = [resize for resize in decided if resize in self._before]
-        self._before = decided
-        for resize in confirmed:
-            self._wish(resize)
+        now_s = time.monotonic()
+        # What is free and what is placed aren't told at one moment: only what is seen twice, at least, is so.
+        before, self._since_s = self._since_s, {}
+        for resize in decided:
+            what = (resize.run_id, resize.workers)
+            self._since_s[what] = before.get(what, now_s)
+            is_sure = what in before and now_s - before[what] >= resize.patience_s
+            if is_sure and resize.run_id in answered:
+                self._wish(resize)
         return True
 
     def _ask_for(self, demand: tuple[Resources, ...]) -> None:
@@ -86,19 +88,19 @@ class Autoscaler:
             internal_kv._internal_kv_del(ASKED, namespace=KV_NAMESPACE)
         self._demand = demand
 
-    def _ask_all(self) -> list[RunScale]:
-        handles = {run: handle for run in self._runs() if (handle := find(f"{run}/controller")) is not None}
+    def _ask_all(self) -> set[str]:
+        """Hear what controllers say of their runs; who they are. A run whose controller doesn't answer just now is
+        remembered as it was."""
+        handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
         calls = {handle.scaling.remote(): run for run, handle in handles.items()}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
-        found: dict[str, RunScale] = {}
+        heard: dict[str, RunScale | None] = {}
         for call in answered:
-            try:
-                scale = ray.get(call)
-            except ray.exceptions.RayError:  # it ends, or comes back
-                continue
-            if scale is not None:
-                found[scale.run_id] = scale
-        return [found[run] for run in sorted(found)]
+            with suppress(ray.exceptions.RayError):  # it ends, or comes back
+                heard[calls[call]] = ray.get(call)
+        known = {run: heard.get(run, self._known.get(run)) for run in handles}
+        self._known = {run: scale for run, scale in known.items() if scale is not None}
+        return {run for run, scale in heard.items() if scale is not None}
 
     def _wish(self, resize: Resize) -> None:
         log.info("run %s: %d workers: %s", resize.run_id, resize.workers, resize.why)
@@ -109,6 +111,13 @@ class Autoscaler:
             ray.get(handle.scale.remote(resize.workers, resize.why, False), timeout=PATIENCE_S)
         except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
             log.info("run %s was not asked: %s", resize.run_id, error)
+
+
+def _controlled() -> list[str]:
+    """Runs that have a controller."""
+    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return [name.removesuffix("/controller") for name in names if name.endswith("/controller")]
 
 
 def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:

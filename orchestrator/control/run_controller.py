@@ -115,8 +115,6 @@ class RunController:
             self._limits.check_autoscale()
             return self._wishes.aim(Finish.NO, reason, by_hand=False)
         self._limits.check_size(workers)
-        if not by_hand and self._wishes.newest.by_hand:
-            return self._wishes.newest
         return self._wishes.aim(Finish.NO, reason, workers, by_hand=by_hand)
 
     def scaling(self) -> RunScale | None:
@@ -124,7 +122,7 @@ class RunController:
         state = self._memory.state
         if state.outcome is not None:
             return None
-        return scale_of(self._limits, state, self._observe(), self._crew.request)
+        return scale_of(self._limits, state, self._observe(verifies=False), self._crew.request)
 
     def stage(self, name: str, reason: str) -> Target:
         """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.
@@ -240,7 +238,8 @@ class RunController:
             self._crew.tell(directive_of(decision.state, self._epoch))
         self._wishes.turned()
 
-    def _observe(self) -> Observation:
+    def _observe(self, verifies: bool = True) -> Observation:
+        """Args: whether checkpoints are looked through, which may take long, if they are wanted."""
         return Observation(
             epoch=self._epoch,
             now_s=time.time(),
@@ -249,7 +248,7 @@ class RunController:
             reports=dict(self._crew.reports),
             lost=dict(self._crew.lost),
             checkpointed=self._checkpointed,
-            restorable=newest_good(self._run_dir) if self._memory.state.wants_restore else None,
+            restorable=newest_good(self._run_dir) if verifies and self._memory.state.wants_restore else None,
             causes=dict(self._crew.causes),
             nodes=dict(self._crew.nodes),
             silence_s=self._crew.silence_s(time.monotonic()),

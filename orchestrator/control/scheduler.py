@@ -55,7 +55,7 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._submitting = threading.Lock()
-        Autoscaler(known_runs).start()
+        Autoscaler().start()
 
     def submit(
         self, job_json: str, run_id: str, run_dir: str, job_text: str, wait: bool = False, parts: Parts | None = None
@@ -121,7 +121,8 @@ class Scheduler:
             memory = Recollection(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.wish, done)
             if not wait:
-                finds_its_size = job.autoscale.policy != MANUAL and order.workers is None
+                pinned = order.workers is not None or (memory.state.wish is not None and memory.state.wish.by_hand)
+                finds_its_size = job.autoscale.policy != MANUAL and not pinned
                 self._refuse_unfit(job, limits.min_workers if finds_its_size else workers)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts(), order)

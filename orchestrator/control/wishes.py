@@ -40,7 +40,8 @@ class Wishes:
         by_hand: bool | None = None,
     ) -> Target:
         """Want this; `workers` is None for as many as before, `stage` for no other one, `by_hand` for whoever decided
-        on the number before. Returns when it is written down.
+        on the number before. Returns when it is written down; a number that is not wanted by hand gives way at once to
+        one that is.
 
         Raises:
             UsageError: the run is ending, or is to end in another way.
@@ -49,6 +50,8 @@ class Wishes:
         with self._turned:
             if self._memory.state.outcome is not None or self.newest.finish not in (Finish.NO, finish):
                 raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
+            if by_hand is False and workers is not None and self.newest.by_hand:
+                return self.newest
             size = self.newest.workers if workers is None else workers
             wishes = self.newest.stage_wishes + (stage is not None)
             name = self.newest.stage if stage is None else stage

@@ -2,13 +2,14 @@
 
     RunState, Observation -> scale_of -> RunScale -> decide_sizes -> a wish for each run that is to change
 
-Runs are served in the order in which they are given. A run is made smaller as soon as there is no room for it, or its
-stage wants fewer; it is made larger only when it is steady and has rested. With `throughput` it grows by one worker at
-a time, while the last one has added enough and the time saved is more than a rescale costs; a worker that turns out to
-add too little goes again.
+Runs are served in the order in which they are given, and no run gets a place that another one is to have already. A
+run is made smaller once there has been no room for it for a while, or its stage wants fewer; it is made larger only
+when it is steady and has rested. With `throughput` it grows by one worker at a time, while the last one has added
+enough and the time saved is more than a rescale costs. A worker that turns out to add too little goes again, and no
+more than that many are tried until the stage changes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -17,23 +18,28 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, typical_step_s
 from orchestrator.policy.run_state import Observation, RunState
 from orchestrator.policy.schedule import wanted_size
+from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.scaling import RunScale
 from orchestrator.spec.autoscale import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 
 MIN_STEPS = 12  # of a size, before its speed is known
 STALL_S = 1.0  # what a rescale is taken to cost before one was seen
+NOISE = 0.03  # of a speed: what it may be wrong by, where that takes a worker away
+FREED_S = 5.0  # what a lost worker has freed is counted as free within this
+START_S = 120.0  # a run that has not begun waits this long for nodes, before it begins with fewer workers
 
 Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Resize:
-    """A run is to have another size."""
+    """A run is to have another size, if that has been decided again and again for `patience_s`."""
 
     run_id: str
     workers: int
     why: str
+    patience_s: float = 0.0
 
 
 def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Resources) -> RunScale:
@@ -41,6 +47,8 @@ def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Res
     spec, progress = limits.autoscale, seen.progress
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     least, most = bounds(limits, progress.stage)
+    if state.wish is not None and state.wish.cap is not None and state.wish.cap_stage == progress.stage:
+        most = max(least, min(most, state.wish.cap))
     trains = bool(state.members) and all(seen.phase(worker) is Phase.TRAINING for worker in state.members)
     grown_s = state.wish.grown_s if state.wish else None
     step_s = typical_step_s(progress)
@@ -52,10 +60,11 @@ def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Res
         wanted=wanted,
         least=least,
         most=most,
-        standby=limits.standby,
+        standby=limits.standby + is_to_be_replaced(limits, state),
         min_gain=spec.min_gain,
         is_steady=trains and state.next is None and not state.is_ending and len(state.members) == wanted,
-        is_pinned=state.wish is not None and state.wish.by_hand,
+        has_begun=state.current is not None,
+        is_pinned=(state.wish is not None and state.wish.by_hand) or state.is_ending,
         rests=grown_s is not None and seen.now_s - grown_s < spec.cooldown_s,
         speeds=speeds(progress),
         stall_s=max(stalls, default=STALL_S),
@@ -84,6 +93,12 @@ def speeds(progress: Progress) -> dict[int, float]:
     return {size: median(found[-64:]) for size, found in sorted(by_size.items()) if len(found) >= MIN_STEPS}
 
 
+def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
+    """Whether the last of `size` workers turned out not to be worth it, by the job's `min_gain`."""
+    gain = _gain_of(speeds(progress), size, NOISE)
+    return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
+
+
 def decide_sizes(
     runs: Sequence[RunScale], placed: Mapping[str, int], free: Mapping[str, Resources]
 ) -> tuple[Resize, ...]:
@@ -93,7 +108,32 @@ def decide_sizes(
         placed: workers of each run that have a place on a node that stays.
         free: what is free on each node that stays.
     """
-    return tuple(_decided(runs, placed, free))
+    decided: list[Resize] = []
+    for number, run in enumerate(runs):
+        # Those before it, and those who don't give way, come first; it grows only into what nobody else is to have.
+        first = [r for i, r in enumerate(runs) if i != number and (i < number or r.policy == MANUAL or r.is_pinned)]
+        others = [r for i, r in enumerate(runs) if i != number]
+        sure, left = (_room(run, placed, _set_aside(who, placed, free)) for who in (first, others))
+        resize = _decide(run, sure, left)
+        if resize is not None:
+            decided.append(resize)
+            free = without(free, run.request, resize.workers - max(run.wanted, placed.get(run.run_id, 0)))
+    return tuple(decided)
+
+
+def _set_aside(
+    runs: Sequence[RunScale], placed: Mapping[str, int], free: Mapping[str, Resources]
+) -> Mapping[str, Resources]:
+    """What is free once these runs have all that they are to have."""
+    for run in runs:
+        free = without(free, run.request, run.wanted + run.standby - placed.get(run.run_id, 0))
+    return free
+
+
+def _room(run: RunScale, placed: Mapping[str, int], free: Mapping[str, Resources]) -> int:
+    """How many workers it could have, standbys included."""
+    usable = [amounts for node, amounts in free.items() if node not in run.avoid]
+    return placed.get(run.run_id, 0) + places(usable, run.request)
 
 
 def demand(runs: Sequence[RunScale]) -> tuple[Resources, ...]:
@@ -105,29 +145,22 @@ def demand(runs: Sequence[RunScale]) -> tuple[Resources, ...]:
     return tuple(run.request for run in runs for _ in range(_hoped(run) + run.standby))
 
 
-def _decided(runs: Sequence[RunScale], placed: Mapping[str, int], free: Mapping[str, Resources]) -> Iterator[Resize]:
-    for run in runs:
-        usable = {node: amounts for node, amounts in free.items() if node not in run.avoid}
-        room = placed.get(run.run_id, 0) + places(list(usable.values()), run.request) - run.standby
-        decided = _decide(run, room)
-        if decided is not None:
-            yield decided
-            free = {**free, **without(usable, run.request, decided.workers - run.wanted)}
-
-
-def _decide(run: RunScale, room: int) -> Resize | None:
+def _decide(run: RunScale, sure: int, left: int) -> Resize | None:
+    """Args: room for workers and standbys, `sure` whatever happens, and `left` once all others have what they want."""
     if run.policy == MANUAL or run.is_pinned:
         return None
-    if run.wanted > run.most:
+    if run.wanted > run.most and run.is_steady:
         return Resize(run.run_id, run.most, f"no more than {run.most} are wanted now")
-    if run.wanted < run.least:
+    if run.wanted < run.least and not run.rests:
         return Resize(run.run_id, run.least, f"at least {run.least} are wanted now")
-    if room < run.wanted and run.wanted > run.least:
-        return Resize(run.run_id, max(run.least, room), f"there is room for {max(0, room)}")
-    gain = _last_gain(run)
-    is_measured = run.policy == THROUGHPUT and run.is_steady and run.wanted > run.least
+    if sure < run.wanted and run.wanted > run.least:
+        patience_s = FREED_S if run.has_begun else START_S
+        return Resize(run.run_id, max(run.least, sure), f"there is room for {max(0, sure)}", patience_s)
+    gain = _gain_of(run.speeds, run.wanted, NOISE)
+    is_measured = run.policy == THROUGHPUT and run.is_steady and not run.rests and run.wanted > run.least
     if is_measured and gain is not None and gain < run.min_gain:
-        return Resize(run.run_id, run.wanted - 1, f"the last worker added {gain:.2f} of what each had done")
+        return Resize(run.run_id, run.wanted - 1, f"the last worker added {gain:.2f} of what each had done, at most")
+    room = left - run.standby
     if not run.is_steady or run.rests or min(room, run.most) <= run.wanted:
         return None
     if run.policy in (AVAILABLE, STAGE):
@@ -136,12 +169,13 @@ def _decide(run: RunScale, room: int) -> Resize | None:
     return Resize(run.run_id, run.wanted + 1, why) if why else None
 
 
-def _last_gain(run: RunScale) -> float | None:
-    """What the last worker adds to the speed, as a share of what each of the others does; None if that isn't known."""
-    here, before = run.speeds.get(run.wanted), run.speeds.get(run.wanted - 1)
-    if here is None or before is None:
+def _gain_of(speeds: Mapping[int, float], size: int, noise: float) -> float | None:
+    """What the last of `size` workers adds to the speed, as a share of what each of the others does, and with `noise`
+    (a share of the speed) at most; None if that isn't known."""
+    here, before = speeds.get(size), speeds.get(size - 1)
+    if here is None or before is None or size < 2:
         return None
-    return (here - before) / (before / (run.wanted - 1))
+    return (here * (1 + noise) - before) / (before / (size - 1))
 
 
 def _worth_another(run: RunScale) -> str:
@@ -151,7 +185,7 @@ def _worth_another(run: RunScale) -> str:
         return ""
     each = here / run.wanted
     more = run.speeds.get(run.wanted + 1)
-    last = _last_gain(run)
+    last = _gain_of(run.speeds, run.wanted, 0.0)
     gain = (more - here) / each if more is not None else last if last is not None else 1.0
     saved_s = run.left_s * (1 - here / (here + max(0.0, gain) * each))
     if gain < run.min_gain or saved_s <= run.stall_s:

@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.policy.autoscaling import adds_too_little
 from orchestrator.policy.detection import is_silent
 from orchestrator.policy.failures import MAX_LOSSES, PLACE, cause_of_loss, failures_by_node, held_back_s, quarantined
-from orchestrator.policy.leavers import leavers
+from orchestrator.policy.leavers import is_to_leave, leavers
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import STALL_STEPS
@@ -24,16 +25,20 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     fields: dict[str, Any] = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
     if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
         return Decision(replace(state, target=target), (Note("target", fields),))
-    grows = target.workers > wanted_size(limits, state.wish, seen.step + 1) and not target.by_hand
-    grown_s = seen.now_s if grows else state.wish.grown_s if state.wish else None
-    wish = Wish(target.workers, seen.step + 1, target.by_hand, grown_s)
+    wanted, before = wanted_size(limits, state.wish, seen.step + 1), state.wish or Wish(limits.initial_workers, 0)
+    grown_s = seen.now_s if target.workers > wanted and not target.by_hand else before.grown_s
+    cap, cap_stage = before.cap, before.cap_stage
+    if target.workers < wanted and not target.by_hand and adds_too_little(limits, seen.progress, wanted):
+        cap, cap_stage = target.workers, seen.progress.stage
+    wish = Wish(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
     note = Note("target", fields | {"by_hand": target.by_hand})
     return Decision(replace(state, target=target, wish=wish, failed_moves=0), (note,))
 
 
 def _asks_for_a_stage(state: RunState, target: Target) -> bool:
     """And for nothing else: the size that it names is the one that was asked for last, which may be long ago."""
-    return target.stage_wishes != state.target.stage_wishes and target.workers == state.target.workers
+    same = (target.workers, target.by_hand) == (state.target.workers, state.target.by_hand)
+    return target.stage_wishes != state.target.stage_wishes and same
 
 
 def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -41,17 +46,20 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
-    never_warm = [w for w in gone if state.next is None or w not in state.next.world]
+    # Workers that go with their node are one failure, and who was a member, or was to leave, is none of theirs.
+    plans = [plan for plan in (state.previous, state.current, state.next) if plan is not None]
+    none = {w for plan in plans for w in plan.world.members} | {w for w in gone if is_to_leave(state, seen, w)}
+    never_warm = len({seen.nodes.get(w, "") or w for w in gone if w not in none})
     notes: tuple[Action, ...] = tuple(
         Note("worker_lost", {"worker": worker, "why": why, "member": False}) for worker, why in gone.items()
     )
     crew = tuple(w for w in state.crew if w not in gone)
-    counted = state.failed_spawns + len(never_warm)
+    counted = state.failed_spawns + never_warm
     worker, why = next(iter(gone.items()))
     losses = tuple(
         Loss(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
         for w in gone
-        if (cause := "hang" if is_silent(seen, w) else cause_of_loss(seen, w)) in PLACE
+        if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
     )
     buried = replace(
         state,
@@ -65,23 +73,26 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Spawn the workers that will be needed, and let go of standbys that won't, or that are to leave."""
-    if state.is_ending:
+    """Spawn the workers that will be needed, and let go of standbys that won't, or that are to leave. A run that is to
+    end needs no more, unless it has lost what it would end with."""
+    if state.is_ending and not state.is_recovering:
         return Decision(state)
     leaving = leavers(state, seen)
     wanted = workers_to_hold(limits, state.wish, seen.step + 1) + is_to_be_replaced(limits, state)
+    if state.is_ending:
+        wanted = limits.min_workers
     missing = wanted - (len(state.crew) - len(leaving))
-    if missing > 0 and (_is_moving(limits, state, seen) or held_back_s(state.losses, seen.now_s)):
-        return Decision(state)
-    if missing > 0:
+    if missing > 0 and not _is_moving(limits, state, seen) and not held_back_s(state.losses, seen.now_s):
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
         note = Note("workers_spawned", {"workers": list(spawned)})
         grown = replace(state, crew=state.crew + spawned, num_spawned=first + missing)
         return Decision(grown, (note,))
     if (missing < 0 or leaving) and state.next is None and not state.is_recovering:
-        return _release(state, seen, max(0, -missing), leaving)
-    return Decision(_forget_failed_spawns(state, seen))
+        released = _release(state, seen, max(0, -missing), leaving)
+        if released.actions:
+            return released
+    return Decision(state if missing > 0 else _forget_failed_spawns(state, seen))
 
 
 def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -136,13 +147,19 @@ def traceback_of(seen: Observation, worker: str) -> str:
 def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tuple[str, ...]) -> Decision:
     """Let go of whoever is to leave, and of a slow standby or the youngest, but of none that holds a part of a
     checkpoint not yet marked."""
-    if state.settled < state.activated:  # somebody who left may hold what would be needed if the new world failed
-        return Decision(state)
+    begins_anew = state.current is None  # from a checkpoint: what workers hold is of no use
+    if state.settled < state.activated and not begins_anew:
+        return Decision(state)  # somebody who left may hold what would be needed if the new world failed
+    if any(member not in seen.reports for member in state.members):
+        return Decision(state)  # this controller has only come back, and knows nobody yet
     idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
+    stopped = (Phase.STRANDED, Phase.READY)
     free = [
         worker
         for worker in state.crew
-        if worker not in state.involved and seen.phase(worker) in idle and not _owes_shard(state, seen, worker)
+        if worker not in state.involved
+        and (seen.phase(worker) in idle or (worker in leaving and seen.phase(worker) in stopped))
+        and not _owes_shard(state, seen, worker)
     ]
     staying = sorted((w for w in free if w not in leaving), key=lambda worker: worker == state.straggler)
     released = [w for w in free if w in leaving] + staying[len(staying) - num_surplus :]

@@ -8,17 +8,16 @@ from dataclasses import replace
 
 from orchestrator.policy.leavers import leavers
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.planning_moves import can_plan, planned_move, warm_standbys
+from orchestrator.policy.planning_moves import MAX_FAILED_MOVES, can_plan, planned_move, warm_standbys
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange
 
 
 def watch_drains(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Enter nodes of this run that are being drained, once each; a node that was doesn't come back."""
+    """Enter nodes of this run that are being drained, once each, and who is to leave: a successor must know both before
+    it has heard of anybody. A node that was drained doesn't come back."""
     homes = {seen.nodes.get(worker, "") for worker in state.crew}
     fresh = sorted(node for node in seen.draining if node in homes and node not in state.draining)
-    if not fresh:
-        return Decision(state)
     notes = tuple(
         Note(
             "node_draining",
@@ -30,22 +29,37 @@ def watch_drains(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         )
         for node in fresh
     )
-    return Decision(replace(state, draining=(*state.draining, *fresh)), notes)
+    told = replace(state, draining=(*state.draining, *fresh))
+    return Decision(replace(told, leaving=leavers(told, seen)), notes)
 
 
 def plan_departure(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Plan a world without the members that are to leave: warm standbys take their places as far as there are any, and
-    the others go on without them. Fewer than `workers.min` wait for replacements, and leave when these are warm."""
+    """Plan a world without the members that are to leave.
+
+    Warm standbys take their places as far as there are any, and the others go on without the rest. Where that would be
+    fewer than `workers.min`, the rest stays until its replacements are warm. After a move that failed nobody new is
+    tried, and after several none is made until something else has changed.
+    """
     leaving = [worker for worker in leavers(state, seen) if worker in state.members]
-    if not leaving or not can_plan(state, seen):
+    if not leaving or state.failed_moves >= MAX_FAILED_MOVES:
         return Decision(state)
-    standbys = iter(warm_standbys(state, seen))
-    members = tuple(
-        worker for member in state.members if (worker := next(standbys, None) if member in leaving else member)
-    )
-    if len(members) < max(1, limits.min_workers):
+    if state.next is not None and state.next_first_step is not None and state.fence is None:
+        state = replace(state, next=None, next_first_step=None, next_why="")  # of the schedule: it is planned again
+    if not can_plan(state, seen):
+        return Decision(state)
+    members = _without(limits, state, leaving, () if state.failed_moves else warm_standbys(state, seen))
+    if members == state.members:
         return Decision(state)
     return planned_move(limits, state, seen, members, SizeChange(len(members), None), why_leaving(state, seen, leaving))
+
+
+def _without(limits: RunLimits, state: RunState, leaving: list[str], standbys: tuple[str, ...]) -> tuple[str, ...]:
+    """The members with as many leavers replaced as there are standbys, and the rest left out if that may be."""
+    replaced = dict(zip(leaving, standbys, strict=False))
+    rest = leaving[len(replaced) :]
+    may_shrink = len(state.members) - len(rest) >= max(1, limits.min_workers)
+    out = set(rest) if may_shrink else set()
+    return tuple(replaced.get(member, member) for member in state.members if member not in out)
 
 
 def why_leaving(state: RunState, seen: Observation, leaving: list[str]) -> str:

@@ -34,11 +34,12 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
     Behind a raised fence the move is finished first: it can't be called back.
     """
+    if state.target.finish is not Finish.NO and state.current is None:
+        outcome = OUTCOMES[state.target.finish]
+        done = f"after step {state.restore.step}" if state.restore else "before the first step"
+        return ended(state, outcome, state.target.reason or f"{outcome} {done}")
     if state.target.finish is Finish.NO or state.finish is not Finish.NO or state.fence is not None:
         return Decision(state)
-    if state.current is None:
-        outcome = OUTCOMES[state.target.finish]
-        return ended(state, outcome, state.target.reason or f"{outcome} before the first step")
     return Decision(replace(state, finish=state.target.finish, next=None, next_first_step=None, next_why=""))
 
 

@@ -8,7 +8,8 @@ by `recovery.MAX_FRUITLESS`, and one whose workers never get warm by `endings.MA
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from orchestrator.policy.run_state import Loss, Observation
+from orchestrator.policy.leavers import is_to_leave
+from orchestrator.policy.run_state import Loss, Observation, RunState
 from orchestrator.spec.recovery import BudgetsSpec
 
 MAX_LOSSES = 256  # kept for judging what to do about the next one
@@ -32,12 +33,12 @@ REMEDIES = {
 }
 
 
-def cause_of_loss(seen: Observation, worker: str) -> str:
+def cause_of_loss(state: RunState, seen: Observation, worker: str) -> str:
     """The class of a failure, by what is known of it."""
     report = seen.reports.get(worker)
     if worker in seen.lost or report is None or report.error is None:
-        was_told = seen.nodes.get(worker, "") in seen.draining or (report is not None and report.leaving)
-        return "preemption" if was_told else seen.causes.get(worker, "worker")
+        known = seen.causes.get(worker, "worker")
+        return "preemption" if known in ("worker", "node") and is_to_leave(state, seen, worker) else known
     return report.error.kind
 
 

@@ -96,7 +96,7 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if not gone:
         return Decision(state)
     losses = tuple(
-        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(seen, w), seen.step, seen.now_s)
+        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(state, seen, w), seen.step, seen.now_s)
         for w in gone
     )
     notes = tuple(

@@ -31,10 +31,13 @@ def can_plan(state: RunState, seen: Observation) -> bool:
 
 
 def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...] | None:
-    """A world of `size`: old members keep their order, the last leave, warm standbys follow. None: too few are warm."""
+    """A world of `size`: old members keep their order, those who are to leave go first, then the last, and warm
+    standbys follow. None: too few are warm."""
     missing = size - len(state.members)
     if missing <= 0:
-        return state.members[:size]
+        leaving = leavers(state, seen)
+        kept = sorted(state.members, key=lambda worker: worker in leaving)[:size]
+        return tuple(worker for worker in state.members if worker in kept)
     newcomers = warm_standbys(state, seen)
     return state.members + newcomers[:missing] if len(newcomers) >= missing else None
 
@@ -46,9 +49,12 @@ def prepared(seen: Observation, worker: str) -> int:
 
 
 def given_up(state: RunState, seen: Observation) -> Wish:
-    """After several failed moves: the size that it has, for as long as nobody wants another one again."""
-    by_hand = state.wish.by_hand if state.wish else False
-    return Wish(len(state.members), seen.step + 1, by_hand, grown_s=seen.now_s)
+    """After several failed moves: the size that it has, for as long as nobody wants another one again. Whoever was to
+    leave has not changed what is wanted."""
+    if state.wish is not None and any(worker in state.leaving for worker in state.members):
+        return state.wish
+    plain = state.wish or Wish(0, 0)
+    return replace(plain, workers=len(state.members), since_step=seen.step + 1, grown_s=seen.now_s)
 
 
 def without_store(state: RunState, seen: Observation) -> str:

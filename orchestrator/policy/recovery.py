@@ -13,6 +13,7 @@ from orchestrator.elastic.cut import Cut, Holding, newest_cut, placement_of_cut,
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.policy.failures import MAX_LOSSES, PLACE, held_back_s, overdrawn
+from orchestrator.policy.leavers import leavers
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.losses import has_stopped
 from orchestrator.policy.planning_moves import warm_standbys, with_plan
@@ -41,7 +42,10 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return _fall_back(limits, state, seen)
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     standbys = warm_standbys(state, seen)
-    members = (survivors + standbys)[: max(wanted, limits.min_workers)]
+    leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
+    stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
+    members = (stay + standbys)[: max(wanted, limits.min_workers)]
+    members += leave[: max(0, limits.min_workers - len(members))]
     if len(members) < limits.min_workers or seen.store_address is None:
         return Decision(state)
     return _planned_from(limits, state, seen, cut, members)

@@ -58,8 +58,8 @@ class RunState:
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
     worker's error that `why` tells of. `micro_batch` is the rows of a slot, 0 for the job's; `skips` are steps whose
     batches are left out; `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone,
-    `straggler` a worker that is much slower than the others. `stages` are those that were decided, `stages_version`
-    counts decisions, and `stage_wishes` those that were asked for and are decided.
+    `leaving` workers that are to leave, `straggler` one that is much slower than the others. `stages` are those that
+    were decided, `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
     """
 
     target: Target
@@ -88,6 +88,7 @@ class RunState:
     skips: tuple[int, ...] = ()
     quarantine: tuple[str, ...] = ()
     draining: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
     straggler: str = ""
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0

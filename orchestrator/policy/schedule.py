@@ -12,13 +12,16 @@ from orchestrator.policy.limits import RunLimits
 class Wish:
     """A size asked for from outside. `since_step` is the first step that was still to come when it was heard.
 
-    `by_hand`: a user asked, not the Scheduler. `grown_s` is when the Scheduler last asked for more than before.
+    `by_hand`: a user asked, not the Scheduler. `grown_s` is when the Scheduler last asked for more than before. `cap`
+    is the most workers that were found to be worth it in the stage `cap_stage`; None if that wasn't found out.
     """
 
     workers: int
     since_step: int
     by_hand: bool = False
     grown_s: float | None = None
+    cap: int | None = None
+    cap_stage: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ class RunScale:
     """A run, as far as its size goes. It may have `least` to `most` workers now, by its job and its present stage.
 
     `request` is what Ray reserves for each worker, `wanted` the size that it is to have, with `standby` more kept warm.
-    It is steady if so many train and nothing is about to change, pinned if its user has asked for this size, and it
-    rests for a while after it was made larger. `speeds` are target tokens per second by world size, of the present
-    stage's newest steps, `stall_s` what a rescale costs, and `left_s` how long the rest takes at the present speed.
-    `avoid` names nodes on which it puts nobody.
+    It is steady if so many train and nothing is about to change, pinned if its user has asked for this size or it is
+    about to end, and it rests for a while after it was made larger. `speeds` are target tokens per second by world
+    size, of the present stage's newest steps, `stall_s` what a rescale costs, and `left_s` how long the rest takes at
+    the present speed. `avoid` names nodes on which it puts nobody.
     """
 
     run_id: str
@@ -24,6 +24,7 @@ class RunScale:
     standby: int = 0
     min_gain: float = 0.5
     is_steady: bool = False
+    has_begun: bool = True
     is_pinned: bool = False
     rests: bool = False
     speeds: Mapping[int, float] = field(default_factory=dict)

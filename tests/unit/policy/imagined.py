@@ -322,7 +322,7 @@ class Life:
             self.say(worker, committed=committed, settled=current.generation)
             self._snapshot(worker)
         self._publish()
-        last = self.step + 1 == self.limits.steps or self.directive.finish is Finish.CANCEL
+        last = self.step + 1 == self.limits.steps or self.directive.finish is not Finish.NO
         write = last or (self.checkpoint_every and (self.step + 1) % self.checkpoint_every == 0)
         for rank, worker in enumerate(members):
             shards = self.reports[worker].shards

@@ -5,9 +5,21 @@ from typing import Any
 
 import pytest
 
-from orchestrator.policy.autoscaling import MIN_STEPS, Resize, bounds, decide_sizes, demand, scale_of, speeds
+from orchestrator.policy.autoscaling import (
+    FREED_S,
+    MIN_STEPS,
+    START_S,
+    Resize,
+    bounds,
+    decide_sizes,
+    demand,
+    scale_of,
+    speeds,
+)
 from orchestrator.policy.capacity import places, without
+from orchestrator.policy.crew import heed_target
 from orchestrator.policy.progress import Progress, absorb
+from orchestrator.policy.schedule import Wish
 from orchestrator.protocol.messages import StepRecord, Target
 from orchestrator.protocol.scaling import RunScale
 from orchestrator.spec.autoscale import AutoscaleSpec
@@ -77,6 +89,26 @@ def test_nodes_on_which_a_run_puts_nobody_have_no_room_for_it() -> None:
     assert decide_sizes(runs[:1], placed, {"bad": {"CPU": 1.0}}) == ()
 
 
+def test_a_place_that_another_run_is_to_have_is_not_free() -> None:
+    """Whoever has lost a worker, or waits for its first ones, gets its places before another one grows."""
+    free = {"node": {"CPU": 1.0}}
+    for policy in ("manual", "available"):
+        runs = [_run(run_id="a"), _run(run_id="b", policy=policy, wanted=3, is_steady=False)]
+        assert decide_sizes(runs, {"a": 2, "b": 2}, free) == ()
+        assert decide_sizes(runs, {"a": 2, "b": 3}, free) == (Resize("a", 3, "there is room for 3"),)
+
+
+def test_a_lack_of_room_has_to_last() -> None:
+    """What a lost worker has freed is counted late, and a run that has not begun waits for nodes that may come."""
+    (lost,) = decide_sizes([_run(wanted=3, is_steady=False)], {"run": 2}, {})
+    (begins,) = decide_sizes([_run(wanted=3, is_steady=False, has_begun=False)], {"run": 2}, {})
+    assert (lost.workers, lost.patience_s, begins.patience_s) == (2, FREED_S, START_S)
+
+
+def test_a_member_is_not_given_up_for_a_standby() -> None:
+    assert decide_sizes([_run(standby=1)], {"run": 2}, {}) == ()
+
+
 # -- by throughput ---------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +127,7 @@ def test_it_grows_by_one_while_that_pays() -> None:
 def test_a_worker_that_adds_too_little_goes_and_does_not_come_back() -> None:
     assert _decide(_fast({2: 200.0, 3: 230.0}, wanted=3), 9.0) == (
         2,
-        "the last worker added 0.30 of what each had done",
+        "the last worker added 0.37 of what each had done, at most",
     )
     assert _decide(_fast({2: 200.0, 3: 230.0}), 9.0) is None
     assert _decide(_fast({2: 200.0, 3: 230.0}, min_gain=0.2), 9.0) is not None
@@ -190,3 +222,34 @@ def test_what_is_told_of_a_run() -> None:
     _told(life, 4, by_hand=False)
     life.tick()
     assert not _scale(life).is_pinned and _scale(life).wanted == 4
+
+
+def test_an_ending_run_is_left_alone() -> None:
+    life = Life(limits_of(steps=200, autoscale=AutoscaleSpec(policy="available")))
+    life.run_until(lambda: life.step == 5)
+    life.holds_still = True
+    life.cancel()
+    life.tick()
+    assert decide_sizes([_scale(life)], {"run": 1}, {}) == ()
+
+
+def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() -> None:
+    limits = limits_of(steps=900, autoscale=AutoscaleSpec(policy="throughput", cooldown_s=0.0))
+    life = Life(limits)
+    life.run_until(lambda: life.step == 5)
+    life.progress = _progress((2, 40, 0.25, ""), (3, 40, 0.22, ""))  # 400 and 455 tokens a second
+    life.state = replace(life.state, wish=Wish(3, 0))
+    seen = life.seen(target=Target(seq=9, workers=2, by_hand=False))
+    capped = heed_target(limits, life.state, seen).state
+    assert capped.wish is not None and (capped.wish.cap, capped.wish.cap_stage) == (2, "")
+    assert scale_of(limits, capped, seen, CPU).most == 2
+    elsewhere = life.seen(progress=_progress((2, 40, 0.25, "b")))
+    assert scale_of(limits, capped, elsewhere, CPU).most == 4
+
+
+def test_a_size_and_a_stage_may_be_asked_for_at_once() -> None:
+    life = Life(limits_of(steps=60, autoscale=AutoscaleSpec(policy="available")))
+    life.run_until(lambda: life.step == 5)
+    life.target = Target(seq=2, workers=2, stage="next", stage_wishes=1, by_hand=True)
+    life.tick()
+    assert life.state.wish is not None and life.state.wish.by_hand
