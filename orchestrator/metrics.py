@@ -41,6 +41,8 @@ DECLARED = (
     Metric("perf/data_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),
     Metric("perf/protection_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its buddy's answer"),
     Metric("perf/slowness", "1", Kind.GAUGE, "the slowest rank's computing time for a slot over the others' median"),
+    Metric("perf/padding", "1", Kind.GAUGE, "share of the tokens of the step's slots that is padding, not computed on"),
+    Metric("perf/slots", "slots", Kind.GAUGE, "micro-batches of the step, of all workers together"),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
     Metric("elastic/snapshot_interval", "steps", Kind.GAUGE, "steps between two snapshots; 0 where none are taken"),
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),

@@ -28,6 +28,8 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "elastic/generation": record.generation,
             "perf/slowness": record.slowness,
             "elastic/snapshot_interval": record.snapshot_interval,
+            "perf/padding": record.padding,
+            "perf/slots": record.num_slots,
             "moe/max_violation": record.max_violation,
         }
         if record.applied:

@@ -11,7 +11,7 @@ from orchestrator.sampling.chunks import Chunks
 from orchestrator.sampling.curriculum import CurriculumState
 from orchestrator.sampling.order import CurriculumOrder, Order, RowOrder
 from orchestrator.sampling.sampler import SamplerState
-from orchestrator.spec.job import JobSpec
+from orchestrator.spec.job import BY_DOCUMENT, JobSpec
 
 
 class Orders:
@@ -24,15 +24,19 @@ class Orders:
     def __init__(self, job: JobSpec, store: TokenStore) -> None:
         self._job = job
         self._chunks: Chunks | None = None
-        train, index_D = job.train, store.index("train")
+        train, by_document, index_D = job.train, job.data.rows == BY_DOCUMENT, store.index("train")
+        lengths_D = index_D["length"].astype(np.int64)
         if job.curriculum is not None:
-            lengths_D, scores_D = index_D["length"].astype(np.int64), index_D["score"].astype(np.float64)
+            scores_D = index_D["score"].astype(np.float64)
             self._chunks = Chunks.of(lengths_D, scores_D, longest_row(job.curriculum, train))
-            self.first: Order = CurriculumOrder(self._chunks, planned_stages(job.curriculum, train, self._chunks))
-        else:
-            rows = store.num_rows("train", train.sequence_length)
-            state = SamplerState.of_one_stage(train.seed, train.global_batch_size, train.sequence_length, rows)
-            self.first = RowOrder(state)
+            stages = planned_stages(job.curriculum, train, self._chunks, by_document=by_document)
+            self.first: Order = CurriculumOrder(self._chunks, stages)
+            return
+        if by_document:
+            self._chunks = Chunks.of(lengths_D, np.zeros(len(lengths_D)), train.sequence_length)
+        rows = len(self._chunks.start) if self._chunks else store.num_rows("train", train.sequence_length)
+        state = SamplerState.of_one_stage(train.seed, train.global_batch_size, train.sequence_length, rows)
+        self.first = RowOrder(state, self._chunks)
 
     def decided(self, present: Order, stages: Sequence[StageStart], first_step: int) -> Order:
         """The present order with what was decided from `first_step` on; the same one where nothing changes.
@@ -49,6 +53,6 @@ class Orders:
 
     def saved(self, text: str) -> Order:
         """What `Order.to_json` gave. Raises ProtocolError for anything else."""
-        if self._chunks is None:
-            return RowOrder(SamplerState.from_json(text))
+        if self._job.curriculum is None or self._chunks is None:
+            return RowOrder(SamplerState.from_json(text), self._chunks)
         return CurriculumOrder(self._chunks, CurriculumState.from_json(text))

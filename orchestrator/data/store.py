@@ -39,6 +39,7 @@ class Rows:
     inputs_RT: NDArray[np.int64]
     targets_RT: NDArray[np.int64]  # IGNORED_TARGET where the target is the first token of a document
     documents_RT: NDArray[np.int32]  # which document of its row an input belongs to, from 0
+    lengths_R: NDArray[np.int64] | None = None  # given, tokens from there on are padding: input 0, target ignored
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,22 @@ class TokenStore:
             targets_RT=np.where(ends_RT, IGNORED_TARGET, arrays.tokens[following_RT].astype(np.int64)),
             documents_RT=segments_RT,
         )
+
+    def read_padded(self, split: Split, spans: Spans) -> Rows:
+        """Reads spans as a row each, padded to the longest. None is fine. Raises ValueError for tokens that don't
+        exist."""
+        longest = int(spans.length.max(initial=1))
+        real_RT = np.arange(longest) < spans.length[:, None]
+        read = self.read(split, spans, 1)
+        rows = Rows(
+            inputs_RT=np.zeros(real_RT.shape, np.int64),
+            targets_RT=np.full(real_RT.shape, IGNORED_TARGET, np.int64),
+            documents_RT=np.zeros(real_RT.shape, np.int32),
+            lengths_R=spans.length,
+        )
+        rows.inputs_RT[real_RT] = read.inputs_RT[:, 0]
+        rows.targets_RT[real_RT] = read.targets_RT[:, 0]
+        return rows
 
     def target_count(self, split: Split, spans: Spans) -> int:
         """Targets of what lies in `spans` that aren't ignored, without reading a token. Raises ValueError as `read`."""

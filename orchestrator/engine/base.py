@@ -32,10 +32,15 @@ def nothing() -> None:
 class Engine(Protocol):
     """Trains one rank's shard within one generation."""
 
-    def accumulate(self, slot: MicroBatch, global_tokens: int) -> tuple[Tensor, Tensor]:
+    def accumulate(
+        self, slot: MicroBatch, global_tokens: int, before_backward: Callable[[], None] = nothing
+    ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one slot: its loss sum divided by `global_tokens` is backpropagated and added up.
 
         Every rank calls it equally often per step; a rank without a slot passes one with no rows.
+
+        Args:
+            before_backward: called between the two.
 
         Returns:
             the slot's loss sum (scalar, fp32, detached) and expert counts (L, E), int64.

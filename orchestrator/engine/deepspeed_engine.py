@@ -107,9 +107,12 @@ class DeepSpeedEngineAdapter:
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def accumulate(self, slot: MicroBatch, global_tokens: int) -> tuple[Tensor, Tensor]:
-        loss = self._core(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+    def accumulate(
+        self, slot: MicroBatch, global_tokens: int, before_backward: Callable[[], None] = nothing
+    ) -> tuple[Tensor, Tensor]:
+        loss = self._core(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         counts_LE = self._model.expert_counts()
+        before_backward()
         self._core.backward(loss / global_tokens, scale_wrt_gas=False)
         return loss.detach(), counts_LE
 
@@ -133,7 +136,7 @@ class DeepSpeedEngineAdapter:
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:
         self._model.eval()
-        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         self._model.train()
         return loss
 

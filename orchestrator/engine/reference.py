@@ -40,9 +40,12 @@ class ReferenceEngine:
                 "exp_avg_sq": torch.zeros_like(param),
             }
 
-    def accumulate(self, slot: MicroBatch, global_tokens: int) -> tuple[Tensor, Tensor]:
-        loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+    def accumulate(
+        self, slot: MicroBatch, global_tokens: int, before_backward: Callable[[], None] = nothing
+    ) -> tuple[Tensor, Tensor]:
+        loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         counts_LE = self._model.expert_counts()
+        before_backward()
         (loss / global_tokens).backward()
         return loss.detach(), counts_LE
 
@@ -79,7 +82,7 @@ class ReferenceEngine:
     @torch.no_grad()
     def evaluate(self, slot: MicroBatch) -> Tensor:
         self._model.eval()
-        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT)
+        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         self._model.train()
         return loss
 

@@ -26,7 +26,11 @@ class TrainableModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, inputs_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V); or, given targets, the sum of the cross-entropy over those that are not `IGNORED`, in
         nats, fp32.
@@ -35,6 +39,7 @@ class TrainableModel(nn.Module, ABC):
             inputs_BT: token ids. B may be 0.
             targets_BT: the next token of each, or `IGNORED`.
             documents_BT: a document number per token; given, attention stays within a document.
+            lengths_B: given, what lies behind so many tokens of a row is padding, has no target and is not routed.
         """
 
     @abstractmethod

@@ -74,11 +74,17 @@ class MoELayer(nn.Module):
         self._send_order_E = torch.tensor(place_E)
         self._destination_E = destination_E
         self._expects_WE = _expected(home, num_experts)
+        self.real_N: Tensor | None = None  # given, the numbers of the tokens that aren't padding, which isn't routed
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_balance_loss: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        if self.real_N is None:
+            return self._mix(x_ND).view_as(x_BTD)
+        return torch.zeros_like(x_ND).index_copy(0, self.real_N, self._mix(x_ND[self.real_N])).view_as(x_BTD)
+
+    def _mix(self, x_ND: Tensor) -> Tensor:
         routing = self.router(x_ND)
         flat_ids_R = routing.expert_ids_NK.reshape(-1)
         counts_E = torch.bincount(flat_ids_R, minlength=self.num_experts)
@@ -88,7 +94,7 @@ class MoELayer(nn.Module):
         token_R = order_R.div(self.top_k, rounding_mode="floor")
         gates_R = routing.gates_NK.reshape(-1)[order_R].to(x_ND.dtype)
         run = self._run_here if self.home.group is None else self._run_everywhere
-        return run(x_ND, token_R, gates_R, counts_E).view_as(x_BTD)
+        return run(x_ND, token_R, gates_R, counts_E)
 
     def _run_here(self, x_ND: Tensor, token_R: Tensor, gates_R: Tensor, counts_E: Tensor) -> Tensor:
         """A world of one: nothing travels, and experts read the tokens where they are."""

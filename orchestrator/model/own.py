@@ -23,6 +23,7 @@ from orchestrator.model.entrypoint import built, calling_user
 from orchestrator.model.fitness import broken_rules, shown
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.moe import ExpertHome, MoELayer
+from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
 
 DOCUMENTS = "documents_BT"  # the parameter of `forward` that says: attention stays within documents
@@ -53,8 +54,15 @@ class OwnModel(TrainableModel):
             )
 
     def forward(
-        self, inputs_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
+        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
+        for layer in self.moe_layers:
+            layer.real_N = None if padding is None else padding.place_N
         logits_BTV = self._logits(inputs_BT, documents_BT)
         if targets_BT is None:
             return logits_BTV

@@ -4,8 +4,10 @@ RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query a
 torch: it knows no engine. Weights are made by `init_weights`, keyed by (seed, name), so that a rank can make its own
 experts without making the others'.
 
-Shape legend: B = rows, T = tokens in a row, D = hidden size, V = vocabulary, A = attention heads, G = key/value heads,
-S = head size, C = tokens in a cache.
+Rows of unequal length go through it as one row of all their tokens (1, N); only attention sees them padded.
+
+Shape legend: B = rows, T = tokens in a row, N = tokens of all rows, D = hidden size, V = vocabulary, A = attention
+heads, G = key/value heads, S = head size, C = tokens in a cache.
 """
 
 import math
@@ -20,6 +22,7 @@ from orchestrator.model.cache import KVCache, LayerCache
 from orchestrator.model.experts import GatedMLP
 from orchestrator.model.loss import cross_entropy_sum
 from orchestrator.model.moe import ExpertHome, MoELayer
+from orchestrator.model.padding import Padding
 from orchestrator.spec.job import ModelSpec
 
 
@@ -46,14 +49,18 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask_B1TT: Tensor | None,
         cache: LayerCache | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         # Sizes are written out (no -1): a forward pass with no rows must work too.
         q_BTAS = F.linear(x_BTD, self.query, self.query_bias).view(B, T, self.num_heads, self.head_size)
         k_BTGS = F.linear(x_BTD, self.key, self.key_bias).view(B, T, self.num_kv_heads, self.head_size)
         v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_kv_heads, self.head_size)
-        q_BATS = rotate(self.query_norm(q_BTAS).transpose(1, 2), *rotary)
-        k_BGTS = rotate(self.key_norm(k_BTGS).transpose(1, 2), *rotary)
+        q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
+        if padding is not None:
+            q_BTAS, k_BTGS, v_BTGS = padding.pad(q_BTAS[0]), padding.pad(k_BTGS[0]), padding.pad(v_BTGS[0])
+        q_BATS = rotate(q_BTAS.transpose(1, 2), *rotary)
+        k_BGTS = rotate(k_BTGS.transpose(1, 2), *rotary)
         v_BGTS = v_BTGS.transpose(1, 2)
         if cache is not None:
             k_BGTS, v_BGTS = cache.append(k_BGTS, v_BGTS)  # those before as well
@@ -62,10 +69,13 @@ class Attention(nn.Module):
             k_BGTS,
             v_BGTS,
             attn_mask=mask_B1TT,
-            is_causal=mask_B1TT is None and k_BGTS.shape[2] == T,
+            is_causal=mask_B1TT is None and k_BGTS.shape[2] == q_BATS.shape[2],
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
-        return F.linear(y_BATS.transpose(1, 2).reshape(B, T, self.num_heads * self.head_size), self.output)
+        y_BTAS = y_BATS.transpose(1, 2)
+        if padding is not None:
+            y_BTAS = padding.unpad(y_BTAS)[None]
+        return F.linear(y_BTAS.reshape(B, T, self.num_heads * self.head_size), self.output)
 
 
 def rotary_tables(
@@ -109,8 +119,9 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask_B1TT: Tensor | None,
         cache: LayerCache | None = None,
+        padding: Padding | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotary, mask_B1TT, cache, padding)
         mixed_BTD: Tensor
         if self._recomputes_mlp and torch.is_grad_enabled():
             mixed_BTD = checkpoint(self._mix, x_BTD, use_reentrant=False, preserve_rng_state=False)
@@ -141,15 +152,23 @@ class MoELanguageModel(TrainableModel):
         self.head = nn.Parameter(torch.empty(vocab_size, spec.hidden_size))
 
     def forward(
-        self, inputs_BT: Tensor, targets_BT: Tensor | None = None, documents_BT: Tensor | None = None
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
-        x_BTD = self.embedding(inputs_BT)
         rotary = rotary_tables(inputs_BT.shape[1], self.spec.rotary_size, self.spec.rope_theta, inputs_BT.device)
         mask_B1TT = None if documents_BT is None else within_documents(documents_BT)
-        x_BTD = self._run_layers(x_BTD, rotary, mask_B1TT)
+        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
+        if padding is not None:
+            inputs_BT = padding.unpad(inputs_BT)[None]
+            targets_BT = None if targets_BT is None else padding.unpad(targets_BT)[None]
+        x_BTD = self._run_layers(self.embedding(inputs_BT), rotary, mask_B1TT, padding)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
-            return F.linear(x_BTD, self.head)
+            logits_BTV = F.linear(x_BTD, self.head)
+            return logits_BTV if padding is None else padding.pad(logits_BTV[0])
         loss = cross_entropy_sum(x_BTD.reshape(-1, x_BTD.shape[-1]), self.head, targets_BT.reshape(-1))
         return self.with_balance_losses(loss)
 
@@ -168,18 +187,20 @@ class MoELanguageModel(TrainableModel):
             x_BTD = layer(x_BTD, rotary, mask_11TC, layer_cache)
         return F.linear(self.norm(x_BTD[:, -1]), self.head)
 
-    def _run_layers(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None) -> Tensor:
+    def _run_layers(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None, padding: Padding | None
+    ) -> Tensor:
         """All blocks, with as many of their activations kept for the backward pass as `recompute` says."""
         if self.spec.recompute == "none" or not torch.is_grad_enabled():
             for layer in self.layers:
-                x_BTD = layer(x_BTD, rotary, mask_B1TT)
+                x_BTD = layer(x_BTD, rotary, mask_B1TT, None, padding)
             return x_BTD
         for segment in segments(len(self.layers), self.spec.recompute):
             blocks = [self.layers[index] for index in segment]
 
             def run(x_BTD: Tensor, blocks: list[nn.Module] = blocks) -> Tensor:
                 for block in blocks:
-                    x_BTD = block(x_BTD, rotary, mask_B1TT)
+                    x_BTD = block(x_BTD, rotary, mask_B1TT, None, padding)
                 return x_BTD
 
             kept: Tensor = checkpoint(run, x_BTD, use_reentrant=False, preserve_rng_state=False)

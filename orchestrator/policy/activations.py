@@ -48,7 +48,7 @@ def item_bytes(train: TrainSpec) -> int:
 
 
 def _slot_tokens(train: TrainSpec) -> int:
-    return train.micro_batch_size * train.sequence_length
+    return train.slot_tokens
 
 
 def _norm(spec: ModelSpec, item: int) -> int:

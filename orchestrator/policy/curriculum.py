@@ -1,6 +1,6 @@
 """Which stage a run is in at which step, as far as that follows from the job and its corpus."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from orchestrator.errors import DataError
 from orchestrator.protocol.messages import StageStart
@@ -17,6 +17,7 @@ def planned_stages(
     chunks: Chunks,
     decided: Sequence[StageStart] = (),
     begun: Sequence[BegunStage] = (),
+    by_document: bool = False,
 ) -> CurriculumState:
     """The run's stages with their first steps.
 
@@ -24,6 +25,7 @@ def planned_stages(
         decided: stages that begin earlier than the job would have them, or others than it would have there, ascending.
             The stages that the job names behind them follow them.
         begun: stages that can't be changed any more; what is decided is behind the first step of the last of them.
+        by_document: a row is a document, or a piece of a long one.
 
     Raises:
         DataError: a stage admits no document at first; or with `on_exhausted: fail` and nothing decided, too few for
@@ -34,16 +36,21 @@ def planned_stages(
         _check_admits(stage, chunks)
     names, ahead = [stage.name for stage in spec.stages], list(decided)
     known = list(begun)
+
+    def walk() -> Curriculum:
+        """Through what is known so far."""
+        rows = train.global_batch_size
+        return Curriculum(chunks, CurriculumState(train.seed, rows, chunks.num_tokens, tuple(known), by_document))
+
     number, first_step = (names.index(known[-1].name), known.pop().first_step) if known else (0, 0)
     while number < len(spec.stages) and first_step < train.steps:
         stage, is_last = spec.stages[number], number == len(spec.stages) - 1
         length = stage.sequence_length or train.sequence_length
         known.append(BegunStage(stage.name, first_step, length, _admission(stage)))
-        end = train.steps if is_last else min(train.steps, first_step + _num_steps(stage, train, length))
+        end = train.steps if is_last else min(train.steps, _natural_end(stage, known[-1], walk, train.steps))
         fails = spec.on_exhausted == "fail" and not decided and not begun
         if fails or (spec.on_exhausted == "next" and not is_last):
-            state = CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(known))
-            exhausted = _exhausted_at(Curriculum(chunks, state), known[-1], end)
+            exhausted = _exhausted_at(walk(), known[-1], end)
             if exhausted < end and fails:
                 raise _too_little(stage, exhausted - first_step, end - first_step)
             end = end if exhausted == end else max(exhausted, first_step + 1)
@@ -54,7 +61,7 @@ def planned_stages(
             number, first_step = names.index(start.name), start.first_step
         else:
             number, first_step = number + 1, end
-    return CurriculumState(train.seed, train.global_batch_size, chunks.num_tokens, tuple(known))
+    return walk().state
 
 
 def continued(
@@ -68,7 +75,8 @@ def continued(
     """The plan that trains on the same tokens as `present` before `first_step`, and follows what is decided from there
     on; what was decided for earlier comes too late. Raises as `planned_stages`."""
     begun = [stage for stage in present.stages if stage.first_step < first_step]
-    return planned_stages(spec, train, chunks, [s for s in decided if s.first_step >= first_step], begun)
+    ahead = [s for s in decided if s.first_step >= first_step]
+    return planned_stages(spec, train, chunks, ahead, begun, present.by_document)
 
 
 def longest_row(spec: CurriculumSpec, train: TrainSpec) -> int:
@@ -84,14 +92,21 @@ def _admission(stage: StageSpec) -> Admission:
     return Admission(low, high, pace.kind, pace.start, pace.steps, pace.jumps, pace.hardest_first)
 
 
-def _num_steps(stage: StageSpec, train: TrainSpec, length: int) -> int:
+def _natural_end(stage: StageSpec, begun: BegunStage, walk: Callable[[], Curriculum], num_steps: int) -> int:
+    """The step after the stage's last one, if nobody decides otherwise."""
     assert stage.until is not None
     if stage.until.steps is not None:
-        return stage.until.steps
+        return begun.first_step + stage.until.steps
     if stage.until.max_steps is not None:
-        return stage.until.max_steps
+        return begun.first_step + stage.until.max_steps
     assert stage.until.tokens is not None
-    return -(-stage.until.tokens // (train.global_batch_size * length))
+    curriculum, tokens, step = walk(), stage.until.tokens, begun.first_step
+    if not curriculum.state.by_document:
+        return step - (-tokens // curriculum.state.step_units(step))
+    while tokens > 0 and step < num_steps:
+        tokens -= curriculum.spans(step).num_tokens
+        step += 1
+    return step
 
 
 def _is_void(start: StageStart, present: str, end: int) -> bool:

@@ -14,6 +14,7 @@ be called at any time, also by a successor that has only the journalled state.
 from collections.abc import Callable
 from dataclasses import replace
 
+from orchestrator.policy.batching import fit_slots
 from orchestrator.policy.crew import bury_lost, heed_target, hold_crew, quarantine_nodes
 from orchestrator.policy.draining import plan_departure, watch_drains, why_leaving
 from orchestrator.policy.endings import ask_finish, commit_checkpoint, end_run, fail_run
@@ -52,6 +53,7 @@ RULES: tuple[Rule, ...] = (
     ask_finish,
     plan_departure,
     plan_next,
+    fit_slots,
     raise_fence,
     decide_stages,
     watch_stragglers,

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from orchestrator.errors import UsageError
+from orchestrator.sampling.slots import ONE_ROW, SlotSize
 from orchestrator.spec.autoscale import MANUAL, AutoscaleSpec
 from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.job import JobSpec
+from orchestrator.spec.job import BY_DOCUMENT, JobSpec
 from orchestrator.spec.protection import OFF
 from orchestrator.spec.recovery import RecoverySpec
 
@@ -24,7 +25,9 @@ class ScheduledSize:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """The part of a job that its life depends on. `steps` are numbered from 0; `protected`: workers keep snapshots."""
+    """The part of a job that its life depends on. `steps` are numbered from 0; `protected`: workers keep snapshots.
+    `slot` is how much a slot takes; `fits_memory`: only at first. Each worker gets `memory_bytes`, None if that isn't
+    said. `by_document`: rows are of unequal length."""
 
     run_id: str
     steps: int
@@ -36,7 +39,11 @@ class RunLimits:
     schedule: tuple[ScheduledSize, ...] = ()
     protected: bool = True
     recovery: RecoverySpec = DEFAULT_RECOVERY
-    micro_batch_size: int = 1
+    slot: SlotSize = ONE_ROW
+    fits_memory: bool = False
+    memory_bytes: int | None = None
+    global_batch_size: int = 1
+    by_document: bool = False
     curriculum: CurriculumSpec | None = None
     autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
 
@@ -52,7 +59,11 @@ class RunLimits:
             num_experts=job.model.num_experts,
             protected=job.protection != OFF,
             recovery=job.recovery,
-            micro_batch_size=job.train.micro_batch_size,
+            slot=slot_of(job),
+            fits_memory=job.train.fits_memory,
+            memory_bytes=job.resources.memory_bytes,
+            global_batch_size=job.train.global_batch_size,
+            by_document=job.data.rows == BY_DOCUMENT,
             curriculum=job.curriculum,
             autoscale=job.autoscale,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
@@ -86,3 +97,13 @@ class RunLimits:
                 remedy="Ask for a number in between, or submit a job with other workers.min and workers.max.",
                 unchanged=f"{self.run_id} goes on as it was.",
             )
+
+
+def slot_of(job: JobSpec) -> SlotSize:
+    """How much a slot takes, as the job says; where it is fitted, at first: a row of the first stage."""
+    if job.train.slot_rows:
+        return SlotSize(rows=job.train.slot_rows)
+    if not job.train.fits_memory:
+        return SlotSize(tokens=job.train.slot_tokens)
+    first = job.curriculum.stages[0].sequence_length if job.curriculum else None
+    return SlotSize(tokens=first or job.train.sequence_length)

@@ -173,7 +173,7 @@ def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     world = World(state.num_generations, members)
     placement = Placement.balanced(limits.num_experts, size)
     why = f"goes on after step {state.restore.step}" if state.restore else "the run starts"
-    return with_plan(state, seen, world, placement, None, SizeChange(size, None), why, limits.protected)
+    return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why)
 
 
 def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

@@ -19,7 +19,8 @@ from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.curriculum import longest_row
-from orchestrator.sampling.slots import max_slots, slots_of
+from orchestrator.policy.limits import slot_of
+from orchestrator.sampling.slots import cut_into_slots, max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import interval_of, whole_every
 
@@ -158,11 +159,17 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
     return WorldPlan(
         world_size=size,
         experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
-        slots=tuple(len(slots_of(rank, size, job.train.num_slots)) for rank in range(size)),
+        slots=tuple(len(slots_of(rank, size, num_slots(job))) for rank in range(size)),
         memory=_memory(job, state, layout, placement, max(seconds, default=0), ours),
         traffic=_traffic(job, state, placement, layout),
         rescales=tuple(rescale for rescale, _ in moved),
     )
+
+
+def num_slots(job: JobSpec) -> int:
+    """Slots of a step whose rows are all as long as there may be any; of fitted ones, as many as at first."""
+    lengths_R = np.full(job.train.global_batch_size, job.train.sequence_length)
+    return len(cut_into_slots(lengths_R, slot_of(job)))
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -216,19 +223,19 @@ def bytes_by_part(layout: Layout) -> dict[str, IntArray]:
 
 
 def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layout) -> TrafficPlan:
-    size, train, model = placement.world_size, job.train, job.model
+    size, train, model, slots = placement.world_size, job.train, job.model, num_slots(job)
     moe_layers = state.num_moe_layers
     copies = 0  # of a step, per layer, that leave their rank
     for rank in range(size):
-        tokens = len(slots_of(rank, size, train.num_slots)) * train.micro_batch_size * train.sequence_length
+        tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
         elsewhere = 1.0 - len(placement.experts_of(rank)) / model.num_experts
         copies += round(tokens * model.top_k * elsewhere)
     again = model.recompute != "none"  # computed again in the backward pass, so sent again
     one_way = copies * moe_layers * model.hidden_size * item_bytes(train)
-    passes = max_slots(size, train.num_slots) * (1 + again)
+    passes = max_slots(size, slots) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
-    vote = 2 * (size - 1) * 8 * (train.num_slots + moe_layers * model.num_experts + VOICES * size)
-    reductions = max_slots(size, train.num_slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
+    vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size)
+    reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
     reduced = reductions * sum(p.numel * 4 * 2 * (_holders(p, placement) - 1) for p in state.params)
     gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in state.params)
     return TrafficPlan(

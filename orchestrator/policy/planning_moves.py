@@ -10,6 +10,7 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange, Wish
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
+from orchestrator.sampling.slots import SlotSize
 
 BLAME_S = 1.0  # the death of a process, or of the rendezvous store, is known this soon after others notice
 MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
@@ -81,10 +82,21 @@ def planned_move(
     unchanged = members == old.members
     placement = state.current.placement if unchanged else Placement.rebalanced(state.current.placement, old, new)
     source = Source(old, state.current.placement, holders=old.members)
-    return with_plan(state, seen, new, placement, source, change, why, limits.protected)
+    return with_plan(limits, state, seen, new, placement, source, change, why)
+
+
+def slot_for(limits: RunLimits, state: RunState, world: World) -> SlotSize:
+    """Slots of a generation to come. Where they are fitted, a smaller world begins with smaller ones: each of its
+    workers holds more of the state."""
+    size = state.slot or limits.slot
+    if not limits.fits_memory:
+        return size
+    shrunk = min(1.0, world.size / len(state.members)) if state.members else 1.0
+    return replace(size, tokens=max(1, int(size.tokens * shrunk)), multiple=world.size)
 
 
 def with_plan(
+    limits: RunLimits,
     state: RunState,
     seen: Observation,
     world: World,
@@ -92,13 +104,8 @@ def with_plan(
     source: Source | None,
     change: SizeChange,
     why: str,
-    protected: bool,
 ) -> Decision:
-    """The state with this generation as the next one. There must be a rendezvous store.
-
-    Args:
-        protected: its members keep each other's snapshots.
-    """
+    """The state with this generation as the next one. There must be a rendezvous store."""
     assert seen.store_address is not None
     plan = GenerationPlan(
         epoch=seen.epoch,
@@ -107,15 +114,17 @@ def with_plan(
         source=source,
         store_prefix=f"{seen.epoch}/{world.generation}",
         store_address=seen.store_address,
-        buddies=buddies_of([seen.nodes.get(w, "") for w in world.members]) if protected else (),
+        buddies=buddies_of([seen.nodes.get(w, "") for w in world.members]) if limits.protected else (),
         restore=state.restore if source is None else None,
-        micro_batch=state.micro_batch,
+        slot=slot_for(limits, state, world),
         skips=state.skips,
     )
     fields = {"generation": world.generation, "members": list(world.members), "first_step": change.first_step}
     planned = replace(
         state,
         next=plan,
+        slot=plan.slot,
+        probes=state.probes if world.members == state.members else (),
         next_first_step=change.first_step,
         next_why=why,
         num_generations=world.generation + 1,

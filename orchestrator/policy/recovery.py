@@ -77,7 +77,7 @@ def _planned_from(
     source = Source(origin.world, origin.placement, cut.holders, cut.step)
     state = replace(_blamed(state, seen), recovery=_account(state, seen, cut.step, "memory"))
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
-    return with_plan(state, seen, world, placement, source, change, why, limits.protected)
+    return with_plan(limits, state, seen, world, placement, source, change, why)
 
 
 def _blamed(state: RunState, seen: Observation) -> RunState:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Loss, Note, Observation, RunState
+from orchestrator.sampling.slots import SlotSize
 
 
 def respond(
@@ -13,14 +14,16 @@ def respond(
     """The state as the next generation is to be planned from it, and what there is to say about that."""
     notes: list[Note] = []
     current = state.current
-    size = micro_batch_of(limits, state.micro_batch)
+    size = state.slot or limits.slot
     if any(loss.cause == "out_of_memory" for loss in losses):
         # Several ranks may tell of it one after the other: once is enough for one generation.
-        untried = current is None or micro_batch_of(limits, current.micro_batch) == size
-        if untried and size > 1:
-            smaller = largest_proper_divisor(size)
-            state = replace(state, micro_batch=smaller)
-            notes.append(Note("micro_batch_reduced", {"from_rows": size, "to_rows": smaller, "step": seen.step}))
+        untried = current is None or current.slot == size
+        smaller = _smaller(size)
+        if untried and smaller != size:
+            state = replace(state, slot=smaller, slot_ceiling=size.tokens)
+            unit = "rows" if size.rows else "tokens"
+            sizes = {f"{end}_{unit}": s.rows or s.tokens for end, s in (("from", size), ("to", smaller))}
+            notes.append(Note("micro_batch_reduced", sizes | {"step": seen.step}))
     poisoned = {seen.reports[loss.worker].step + 1 for loss in losses if loss.cause == "numeric"}
     if fresh := poisoned - set(state.skips):
         state = replace(state, skips=tuple(sorted({*state.skips, *fresh})))
@@ -28,9 +31,11 @@ def respond(
     return state, tuple(notes)
 
 
-def micro_batch_of(limits: RunLimits, micro_batch: int) -> int:
-    """Rows of a slot; 0 stands for the job's."""
-    return micro_batch or limits.micro_batch_size
+def _smaller(size: SlotSize) -> SlotSize:
+    """So many rows that slots still fill the global batch, or half as many tokens; the same if it can't be less."""
+    if size.rows:
+        return replace(size, rows=largest_proper_divisor(size.rows))
+    return replace(size, tokens=max(1, size.tokens // 2))
 
 
 def largest_proper_divisor(number: int) -> int:

@@ -24,6 +24,7 @@ from orchestrator.protocol.messages import (
     Target,
 )
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
+from orchestrator.sampling.slots import UNSAID, SlotSize
 
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 
@@ -42,6 +43,16 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What a worker had taken, in bytes, when its largest slot had so many tokens, padding included."""
+
+    worker: str
+    sequence_length: int
+    tokens: int
+    resident_bytes: int
+
+
+@dataclass(frozen=True)
 class RunState:
     """What a run is to be and has come to.
 
@@ -56,10 +67,12 @@ class RunState:
 
     `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
-    worker's error that `why` tells of. `micro_batch` is the rows of a slot, 0 for the job's; `skips` are steps whose
-    batches are left out; `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone,
-    `leaving` workers that are to leave, `straggler` one that is much slower than the others. `stages` are those that
-    were decided, `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
+    worker's error that `why` tells of. `slot` is how much a slot takes; until the first generation is planned it says
+    nothing. `slot_ceiling` is a number of tokens that were too many, and `probes` what slots took when their size was
+    changed last. `skips` are steps whose batches are left out; `quarantine` names nodes that get no new workers,
+    `draining` nodes that will soon be gone, `leaving` workers that are to leave, `straggler` one that is much slower
+    than the others. `stages` are those that were decided, `stages_version` counts decisions, and `stage_wishes` those
+    that were asked for and are decided.
     """
 
     target: Target
@@ -84,7 +97,9 @@ class RunState:
     aborted_s: float | None = None
     settled: int = -1
     losses: tuple[Loss, ...] = ()
-    micro_batch: int = 0
+    slot: SlotSize = UNSAID
+    slot_ceiling: int = 0
+    probes: tuple[Probe, ...] = ()
     skips: tuple[int, ...] = ()
     quarantine: tuple[str, ...] = ()
     draining: tuple[str, ...] = ()

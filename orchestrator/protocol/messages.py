@@ -11,6 +11,7 @@ from enum import StrEnum
 from orchestrator.elastic.cut import Holding
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
+from orchestrator.sampling.slots import UNSAID, SlotSize
 
 
 class Finish(StrEnum):
@@ -85,9 +86,9 @@ class GenerationPlan:
     `source` is None for a state that is made from the seed, or read from the checkpoint `restore`. Workers of the
     source that are not in `world` hand over what they hold and become standbys. `buddies` names by rank the rank that
     keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
-    holds epoch and generation, so nobody of the past can meet this world. `micro_batch` is the rows of a slot, 0 for
-    the job's; `skips` are steps whose batches are left out. All meet in the
-    store at `store_address`; a world that has met needs it no more.
+    holds epoch and generation, so nobody of the past can meet this world. All meet in the store at `store_address`; a
+    world that has met needs it no more. `slot` is how much a slot takes, as the job says if it says nothing; `skips`
+    are steps whose batches are left out.
     """
 
     epoch: int
@@ -99,7 +100,7 @@ class GenerationPlan:
     buddies: tuple[int, ...] = ()
     verify_digests: bool = True
     restore: Restore | None = None
-    micro_batch: int = 0
+    slot: SlotSize = UNSAID
     skips: tuple[int, ...] = ()
 
     @property
@@ -199,7 +200,9 @@ class StepRecord:
     slowness: float = 1.0  # its time over the median of the others'
     snapshot_interval: int = 0  # steps between two snapshots when it was done; 0: none are taken
     stage: str = ""  # of the curriculum; empty without one
-    sequence_length: int = 0  # tokens of its rows; 0 in records of before there were stages
+    sequence_length: int = 0  # tokens of its rows, or of the longest; 0 in records of before there were stages
+    num_slots: int = 0  # of all workers together
+    padding: float = 0.0  # share of the slots' tokens
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,33 @@ class ShardWritten:
     entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
     num_bytes: int
     meta: str  # JSON: what is not a tensor (sampler position, optimizer step); equal on all ranks
+
+
+@dataclass(frozen=True)
+class SlotMemory:
+    """What the slots of a generation took on a worker, since rows had this length; asked for where slots are fitted.
+
+    Args:
+        steps: finished so far.
+        tokens: of the largest slot, padding included.
+        num_slots: of the last step, of all workers together.
+        kept_bytes: what a forward pass kept for its backward pass, at most; 0 where that can't be told.
+        resident_bytes: what the process has taken: on a CPU, where it keeps what it has freed, the most so far.
+        limit_bytes: memory of the host, or of the group of processes that it is confined to, or of the GPU.
+        used_bytes: of it, by all processes, without what the system can take back.
+        is_alone: no other worker of the run shares it.
+    """
+
+    generation: int
+    sequence_length: int
+    steps: int
+    tokens: int
+    num_slots: int
+    kept_bytes: int
+    resident_bytes: int
+    limit_bytes: int
+    used_bytes: int
+    is_alone: bool
 
 
 @dataclass(frozen=True)
@@ -272,6 +302,7 @@ class Report:
     holdings: tuple[Holding, ...] = ()
     rss_bytes: int = 0
     collective: int = 0  # collectives that its training thread has entered in this generation
+    slots: SlotMemory | None = None
     leaving: bool = False  # it was told to end (SIGTERM), and soon will be made to
     extra: dict[str, float] = field(default_factory=dict)
 

@@ -70,6 +70,10 @@ class Spans:
     start: Ints
     length: Ints
 
+    def __getitem__(self, which: Ints) -> "Spans":
+        """Those of these numbers, in this order."""
+        return Spans(self.start[which], self.length[which])
+
     @property
     def num_tokens(self) -> int:
         return int(self.length.sum())
@@ -85,8 +89,12 @@ class Spans:
         ends = np.cumsum(self.length)
         begins = ends - self.length
         low, high = np.maximum(begins, begin), np.minimum(ends, end)
-        some = low < high
-        return Spans((self.start + low - begins)[some], (high - low)[some])
+        return Spans(self.start + low - begins, high - low).some()
+
+    def some(self) -> "Spans":
+        """Those of at least one token."""
+        some = self.length > 0
+        return Spans(self.start[some], self.length[some])
 
     @classmethod
     def joined(cls, parts: "list[Spans]") -> "Spans":

@@ -22,7 +22,7 @@ class BegunStage:
 
     Args:
         first_step: of the run; earlier than that of the stage after it.
-        sequence_length: tokens of a row.
+        sequence_length: tokens of a row, or of the longest.
     """
 
     name: str
@@ -39,6 +39,8 @@ class CurriculumState:
         seed: of the order.
         global_batch_size: rows in a step.
         stages: by `first_step`, which is 0 for the first.
+        by_document: a row is a document, or a piece of a long one; else documents lie back to back in rows of one
+            length.
 
     Raises:
         ValueError: stages that don't follow one another, or a size below 1.
@@ -48,6 +50,7 @@ class CurriculumState:
     global_batch_size: int
     num_tokens: int  # of the split: another corpus has another number, most likely
     stages: tuple[BegunStage, ...]
+    by_document: bool = False
 
     def __post_init__(self) -> None:
         if self.global_batch_size < 1 or any(stage.sequence_length < 1 for stage in self.stages):
@@ -64,9 +67,9 @@ class CurriculumState:
             raise ValueError(f"step {step} doesn't exist; steps count from 0")
         return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
 
-    def step_tokens(self, step: int) -> int:
-        """What a step takes."""
-        return self.global_batch_size * self.stage_at(step).sequence_length
+    def step_units(self, step: int) -> int:
+        """What a step takes: tokens, or rows where these are of unequal length."""
+        return self.global_batch_size * (1 if self.by_document else self.stage_at(step).sequence_length)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -103,9 +106,9 @@ class Curriculum:
         self._rewind()
 
     def spans(self, step: int) -> Spans:
-        """The tokens of a step, row by row: `state.step_tokens(step)`."""
+        """The tokens of a step, row by row: by document, a span each."""
         self._go_to(step)
-        spans = Spans.joined(list(self._consume(self.state.step_tokens(step), wanted=True)))
+        spans = Spans.joined(list(self._consume(self.state.step_units(step), wanted=True)))
         self._step = step + 1
         return spans
 
@@ -113,12 +116,12 @@ class Curriculum:
         """How many steps from `step` on its stage can do before nothing that it admits is left in this epoch, if it
         admits no more than now."""
         self._go_to(step)
-        return self._stream.admitted_tokens // self.state.step_tokens(step) if not self._relaxed else 0
+        return self._stream.admitted // self.state.step_units(step) if not self._relaxed else 0
 
     def _rewind(self) -> None:
         self._stream, self._step = Stream(self._chunks, self.state.seed), 0
         self._relaxed = False
-        self._admitting: tuple[float, float] | None = None
+        self._admitting: tuple[float, float, int | None] | None = None
 
     def _go_to(self, step: int) -> None:
         """Be before `step`, with what it admits admitted."""
@@ -126,12 +129,13 @@ class Curriculum:
             self._rewind()
         while True:
             stage = self.state.stage_at(self._step)
-            self._admit(*stage.admission.at(self._step - stage.first_step))
+            length = stage.sequence_length if self.state.by_document else None
+            self._admit(*stage.admission.at(self._step - stage.first_step), length)
             if self._step == step:
                 return
             until = min(self._next_change(stage), step)
-            num_tokens = (until - self._step) * self.state.step_tokens(self._step)
-            for _ in self._consume(num_tokens, wanted=False):
+            num_units = (until - self._step) * self.state.step_units(self._step)
+            for _ in self._consume(num_units, wanted=False):
                 pass
             self._step = until
 
@@ -143,29 +147,30 @@ class Curriculum:
             later.append(stage.first_step + change)
         return min(later, default=1 << 62)
 
-    def _admit(self, low: float, high: float) -> None:
-        if self._admitting != (low, high):
+    def _admit(self, low: float, high: float, row_length: int | None) -> None:
+        wanted = (low, high, row_length)
+        if self._admitting != wanted:
             self._stream.settle()
-            self._stream.admit(low, high)
-            self._admitting, self._relaxed = (low, high), False
+            self._stream.admit(*wanted)
+            self._admitting, self._relaxed = wanted, False
 
-    def _consume(self, num_tokens: int, wanted: bool) -> Iterator[Spans]:
+    def _consume(self, num_units: int, wanted: bool) -> Iterator[Spans]:
         stream = self._stream
-        while num_tokens:
-            now = min(num_tokens, stream.admitted_tokens)
+        while num_units:
+            now = min(num_units, stream.admitted)
             if now:
                 if wanted:
                     yield stream.draw(now)
                 else:
                     stream.skip(now)
-                num_tokens -= now
+                num_units -= now
                 continue
             stream.settle()
-            if self._relaxed or not stream.unconsumed_tokens:
+            assert self._admitting is not None
+            if self._relaxed or stream.is_over:
                 stream.next_epoch()
-                assert self._admitting is not None
                 stream.admit(*self._admitting)
                 self._relaxed = False
             else:
-                stream.admit(0.0, 1.0)
+                stream.admit(0.0, 1.0, self._admitting[2])
                 self._relaxed = True

@@ -5,6 +5,9 @@ chunks that it admits in that order and leaves the others to later stages. A chu
 whichever step comes next and admits it, whatever the length of its rows: no token is lost or trained on twice within an
 epoch. When less is left of an epoch than a step takes, the next one begins in the middle of the step.
 
+What is drawn is counted in *units*: tokens, or rows, of which a chunk has as many as its length takes; its last one is
+as long as it gets.
+
 All of it follows from the chunks, the seed and the stages. Nothing here knows world size, ranks or the clock.
 """
 
@@ -24,57 +27,66 @@ class Stream:
     def __init__(self, chunks: Chunks, seed: int) -> None:
         self._chunks, self._seed = chunks, seed
         self._range = (0.0, 1.0)
+        self._row_length: int | None = None
         self.epoch = -1
         self._begin_epoch()
 
-    def admit(self, low: float, high: float) -> None:
-        """From now on draw chunks of difficulties [low, high) only."""
-        self._range = (low, high)
+    def admit(self, low: float, high: float, row_length: int | None = None) -> None:
+        """From now on draw chunks of difficulties [low, high) only: tokens, or rows of at most `row_length` tokens."""
+        self._range, self._row_length = (low, high), row_length
         order = self._order
         difficulty = self._chunks.difficulty[order]
         self._next = order[(self._left[order] > 0) & (low <= difficulty) & (difficulty < high)]
-        self._ends = np.cumsum(self._left[self._next])
+        self._ends = np.cumsum(-(-self._left[self._next] // self._unit))
         self._drawn = 0
 
     @property
-    def admitted_tokens(self) -> int:
-        """Left of the epoch within what is admitted."""
+    def _unit(self) -> int:
+        """Tokens of a unit that is no chunk's last."""
+        return self._row_length or 1
+
+    @property
+    def admitted(self) -> int:
+        """Units left of the epoch within what is admitted."""
         return (int(self._ends[-1]) if len(self._ends) else 0) - self._drawn
 
     @property
-    def unconsumed_tokens(self) -> int:
-        """Left of the epoch, admitted or not."""
-        return int(self._left.sum()) - self._drawn
+    def is_over(self) -> bool:
+        """Whether nothing is left of the epoch, admitted or not. Asked after `settle`."""
+        return not self._left.any()
 
-    def draw(self, num_tokens: int) -> Spans:
-        """The next tokens. Raises ValueError for more than `admitted_tokens`."""
-        if num_tokens > self.admitted_tokens:
-            raise ValueError(f"{num_tokens} tokens were asked for; {self.admitted_tokens} are admitted and left")
-        begin, end = self._drawn, self._drawn + num_tokens
+    def draw(self, num_units: int) -> Spans:
+        """The next units: rows as a span each. Raises ValueError for more than are `admitted`."""
+        if num_units > self.admitted:
+            raise ValueError(f"{num_units} units were asked for; {self.admitted} are admitted and left")
+        begin, end = self._drawn, self._drawn + num_units
         first, last = np.searchsorted(self._ends, [begin, end], side="right").tolist()
         last = min(last, len(self._next) - 1)
         touched = self._next[first : last + 1]
-        ends = self._ends[first : last + 1]
-        begins = ends - self._left[touched]
-        taken = np.minimum(ends, end) - np.maximum(begins, begin)
-        start = self._chunks.start[touched] + self._chunks.length[touched] - self._left[touched]
-        start = start + np.maximum(begins, begin) - begins
+        left, ends = self._left[touched], self._ends[first : last + 1]
+        begins = ends - -(-left // self._unit)
+        low, high = np.maximum(begins, begin) - begins, np.minimum(ends, end) - begins  # units of each chunk
         self._drawn = end
-        some = taken > 0
-        return Spans(start[some], taken[some])
+        start = self._chunks.start[touched] + self._chunks.length[touched] - left
+        if self._row_length is None:
+            return Spans(start + low, high - low).some()
+        chunk = np.repeat(np.arange(len(touched)), high - low)
+        nth = np.arange(len(chunk)) - np.repeat(np.cumsum(high - low) - (high - low), high - low) + low[chunk]
+        before = nth * self._row_length
+        return Spans(start[chunk] + before, np.minimum(self._row_length, left[chunk] - before))
 
-    def skip(self, num_tokens: int) -> None:
+    def skip(self, num_units: int) -> None:
         """As `draw`, for whoever needs none of them."""
-        if num_tokens > self.admitted_tokens:
-            raise ValueError(f"{num_tokens} tokens were to be skipped; {self.admitted_tokens} are admitted and left")
-        self._drawn += num_tokens
+        if num_units > self.admitted:
+            raise ValueError(f"{num_units} units were to be skipped; {self.admitted} are admitted and left")
+        self._drawn += num_units
 
     def settle(self) -> None:
         """Enter what was drawn. Nothing is admitted then."""
         whole = int(np.searchsorted(self._ends, self._drawn, side="right"))
         if whole < len(self._next):
             before = int(self._ends[whole - 1]) if whole else 0
-            self._left[self._next[whole]] -= self._drawn - before
+            self._left[self._next[whole]] -= (self._drawn - before) * self._unit
         self._left[self._next[:whole]] = 0
         self._next, self._ends, self._drawn = self._next[:0], self._ends[:0], 0
 
@@ -83,10 +95,10 @@ class Stream:
         self._left: Ints = self._chunks.length.copy()
         keys = mixed(self._seed, self.epoch, self._chunks.start)
         self._order = np.argsort(keys, kind="stable")
-        self.admit(*self._range)
+        self.admit(*self._range, self._row_length)
 
     def next_epoch(self) -> None:
         """Begin the next pass. Raises ValueError if something of this one is left."""
-        if self.unconsumed_tokens:
-            raise ValueError(f"{self.unconsumed_tokens} tokens of epoch {self.epoch} are not consumed")
+        if not self.is_over:
+            raise ValueError(f"{int(self._left.sum())} tokens of epoch {self.epoch} are not consumed")
         self._begin_epoch()

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
+BY_DOCUMENT = "documents"  # of data.rows
 REFUSED_ENVS = ("LD_", "PYTHON", "RAY_")
 BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -119,9 +120,20 @@ class DataSpec(Section):
     holdout: float = Field(
         default=0.05, gt=0, lt=1, description="Fraction of the documents that is kept for validation."
     )
+    rows: Literal["packed", "documents"] = Field(
+        default="packed",
+        description="packed: documents lie back to back and are cut into rows of one length, without padding. "
+        "documents: a row is a document, or a piece of a long one, so rows are of unequal length; in a slot they are "
+        "padded to its longest.",
+    )
     isolate_documents: bool = Field(
         default=False, description="true: attention stops at the borders of documents. The loss never crosses them."
     )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        if self.rows == BY_DOCUMENT and self.isolate_documents:
+            rule = "isolate_documents has no meaning with rows: documents, which hold one document each: leave it out"
+            yield Broken((("isolate_documents",), ("rows",)), rule)
 
 
 class CheckpointSpec(Section):

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from orchestrator.spec.batching import AUTO, MicroBatch, tokens_of
 from orchestrator.spec.section import Broken, Section
 
 
@@ -34,12 +35,15 @@ class TrainSpec(Section):
 
     steps: int = Field(default=1000, ge=1, description="Updates in the whole run.")
     global_batch_size: int = Field(default=16, ge=1, description="Rows of an update, over all workers.")
-    micro_batch_size: int = Field(
+    micro_batch_size: MicroBatch = Field(
         default=4,
-        ge=1,
-        description="Rows of a slot: one forward and backward of one worker. Divides global_batch_size.",
+        description="How much a slot takes, which is one forward and backward of one worker: a number of rows, which "
+        'divides global_batch_size; "N tokens": as many rows of like length as make N tokens when they are padded to '
+        "the longest; auto: as many tokens as the worker's memory takes, found by measuring.",
     )
-    sequence_length: int = Field(default=128, ge=1, description="Tokens of a row.")
+    sequence_length: int = Field(
+        default=128, ge=1, description="Tokens of a row; with data.rows: documents, of the longest."
+    )
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
     lr: float = Field(default=3e-3, gt=0, description="Learning rate at its highest.")
     schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="The learning rate over the steps.")
@@ -55,13 +59,25 @@ class TrainSpec(Section):
     )
 
     @property
-    def num_slots(self) -> int:
-        """Slots (micro-batches) of the global batch; the same at every world size."""
-        return self.global_batch_size // self.micro_batch_size
+    def slot_rows(self) -> int:
+        """Rows of a slot; 0 where it is measured in tokens."""
+        return self.micro_batch_size if isinstance(self.micro_batch_size, int) else 0
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens of a slot at most; with `auto` of the smallest, which is a row."""
+        if isinstance(self.micro_batch_size, int):
+            return self.micro_batch_size * self.sequence_length
+        return max(tokens_of(self.micro_batch_size) or 0, self.sequence_length)
+
+    @property
+    def fits_memory(self) -> bool:
+        """Whether the size of a slot is found by measuring."""
+        return self.micro_batch_size == AUTO
 
     def broken_rules(self) -> Iterator[Broken]:
-        if self.global_batch_size % self.micro_batch_size:
-            sizes = f"{self.global_batch_size} and {self.micro_batch_size}"
+        if self.slot_rows and self.global_batch_size % self.slot_rows:
+            sizes = f"{self.global_batch_size} and {self.slot_rows}"
             rule = f"global_batch_size must be a multiple of micro_batch_size; got {sizes}"
             yield Broken((("global_batch_size",), ("micro_batch_size",)), rule)
         if self.schedule.warmup_steps > self.steps:

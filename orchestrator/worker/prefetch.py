@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from orchestrator.sampling.order import Order
+from orchestrator.sampling.slots import SlotSize
 from orchestrator.worker.feed import Feed, StepFeed
 
 
@@ -19,7 +20,7 @@ class _Wanted:
     step: int
     rank: int
     world_size: int
-    micro_batch: int
+    size: SlotSize
 
 
 class Prefetch:
@@ -35,22 +36,22 @@ class Prefetch:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self._ahead: tuple[_Wanted, Future[StepFeed]] | None = None
 
-    def step(self, step: int, rank: int, world_size: int, micro_batch: int) -> StepFeed:
+    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepFeed:
         """What `Feed.step` returns or raises, without a wait if the step before was asked for in the same world.
 
         What was read ahead for another world or another order of rows is dropped.
         """
-        wanted = _Wanted(self._feed.order, step, rank, world_size, micro_batch)
+        wanted = _Wanted(self._feed.order, step, rank, world_size, size)
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == wanted:
             rows = ahead[1].result()
         else:
             if ahead is not None:
                 ahead[1].cancel()
-            rows = self._feed.step(step, rank, world_size, micro_batch)
+            rows = self._feed.step(step, rank, world_size, size)
         if step + 1 < self._num_steps:
             following = replace(wanted, step=step + 1)
-            self._ahead = (following, self._thread.submit(self._feed.step, step + 1, rank, world_size, micro_batch))
+            self._ahead = (following, self._thread.submit(self._feed.step, step + 1, rank, world_size, size))
         return rows
 
     def close(self) -> None:

@@ -18,7 +18,9 @@ from orchestrator.engine.groups import Groups, Meeting
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.building import build_model, catalogue
 from orchestrator.model.moe import ExpertHome
+from orchestrator.policy.limits import slot_of
 from orchestrator.protocol.messages import GenerationPlan, WorkerJob
+from orchestrator.sampling.slots import SlotSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import whole_every
 from orchestrator.worker.protection import Protection
@@ -51,7 +53,7 @@ class Shard:
     """One rank's training state within a generation.
 
     Args:
-        micro_batch: rows of a slot.
+        slot: how much a slot takes.
         skips: steps whose batches are left out.
     """
 
@@ -60,7 +62,7 @@ class Shard:
     groups: Groups
     model: TrainableModel
     engine: Engine
-    micro_batch: int
+    slot: SlotSize
     skips: frozenset[int]
 
     @property
@@ -127,5 +129,5 @@ class Workshop:
             home = ExpertHome(plan.placement, groups.rank, groups.exchange)
             model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device)
-        rows = plan.micro_batch or self.spec.train.micro_batch_size
-        return Shard(plan.epoch, plan.world, groups, model, engine, rows, frozenset(plan.skips))
+        slot = plan.slot or slot_of(self.spec)
+        return Shard(plan.epoch, plan.world, groups, model, engine, slot, frozenset(plan.skips))

@@ -9,13 +9,14 @@ import torch
 from numpy.typing import NDArray
 
 from orchestrator.comm import pulse
-from orchestrator.engine.base import StepOutcome
+from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.model.router import corrected_bias, max_violation
 from orchestrator.policy.stragglers import slowest
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.messages import SlotMemory, StepRecord
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.feed import Feed, StepFeed
+from orchestrator.worker.gauge import Gauge
 from orchestrator.worker.prefetch import Prefetch
 from orchestrator.worker.shard import Progress, Shard, Workshop
 from orchestrator.worker.vote import Ballot, Outcome, vote
@@ -37,12 +38,14 @@ class Stepped:
 
     Args:
         gradients: of its update, if there was one and they were to be kept.
+        memory: what its generation's slots take, if that is asked for.
     """
 
     outcome: Outcome
     progress: Progress
     record: StepRecord
     gradients: NamedRanges | None
+    memory: SlotMemory | None
 
 
 class Stepper:
@@ -51,6 +54,7 @@ class Stepper:
     def __init__(self, workshop: Workshop, feed: Feed) -> None:
         self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
         self._prefetch = Prefetch(feed, workshop.spec.train.steps)
+        self._gauge = Gauge(workshop.device) if workshop.spec.train.fits_memory else None
 
     def close(self) -> None:
         self._prefetch.close()
@@ -70,7 +74,7 @@ class Stepper:
             speak: asked at the last moment before the vote.
         """
         started, waited_s, step = time.perf_counter(), pulse.waited_s(), progress.step + 1
-        feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.micro_batch)
+        feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.slot)
         data_wait_s = time.perf_counter() - started
         losses = np.zeros(feed.num_slots)
         counts_LE = torch.zeros(len(shard.model.moe_layers), self._spec.model.num_experts, dtype=torch.int64)
@@ -79,7 +83,8 @@ class Stepper:
             losses, update = self._evaluated(shard, feed), StepOutcome(applied=False, grad_norm=float("inf"))
         else:
             for slot in feed.slots:
-                loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens)
+                before_backward = self._measured()
+                loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens, before_backward)
                 if slot.number is not None:
                     losses[slot.number] = float(loss)
                     counts_LE += slot_counts_LE.cpu()
@@ -88,7 +93,7 @@ class Stepper:
 
         updated = time.perf_counter()
         busy_s = updated - started - (pulse.waited_s() - waited_s)
-        num_mine = sum(slot.number is not None for slot in feed.slots)
+        share = feed.share
         voice = speak()
         protection_wait_s = time.perf_counter() - updated
         ballot = Ballot(
@@ -99,7 +104,7 @@ class Stepper:
             fence=voice.fence,
             finish=voice.finish,
             interval=voice.interval,
-            busy_s=busy_s / num_mine if num_mine else 0.0,
+            busy_s=busy_s / share if share else 0.0,
             stages=voice.stages,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
@@ -126,19 +131,30 @@ class Stepper:
             slowness=slowness,
             stage=feed.stage,
             sequence_length=feed.sequence_length,
+            num_slots=feed.num_slots,
+            padding=feed.padding,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),
         )
         moved_on = replace(progress, step=step, num_updates=progress.num_updates + int(outcome.applied))
-        return Stepped(outcome, moved_on, record, update.gradients if outcome.applied else None)
+        gradients = update.gradients if outcome.applied else None
+        memory = self._gauge.end_step(shard.world.generation, feed) if self._gauge is not None else None
+        return Stepped(outcome, moved_on, record, gradients, memory)
+
+    def _measured(self) -> Callable[[], None]:
+        """Called before a slot; what it returns, between its forward and its backward pass."""
+        if self._gauge is None:
+            return nothing
+        self._gauge.begin_pass()
+        return self._gauge.end_forward
 
     def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
         """Loss sums per validation slot, and the targets in all of them; empty in most steps."""
         every, last = self._spec.eval.every, self._spec.train.steps - 1
         if every is None or ((step + 1) % every and step not in (0, last)):
             return np.zeros(0), 0
-        feed = self._feed.validation(shard.rank, shard.world.size, shard.micro_batch)
+        feed = self._feed.validation(shard.rank, shard.world.size, shard.slot)
         return self._evaluated(shard, feed), feed.global_tokens
 
     def _evaluated(self, shard: Shard, feed: StepFeed) -> NDArray[np.float64]:

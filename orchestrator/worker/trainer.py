@@ -146,7 +146,7 @@ class Trainer:
         self._progress, self._between_steps = self._stages.agree(outcome, stepped.progress), True
         is_due = is_due or outcome.finish or outcome.fence != NO_FENCE
         record = replace(stepped.record, snapshot_interval=self._keeping.interval)
-        self._desk.record(record, **self._keeping.committed(generation, step, is_due))
+        self._desk.record(record, slots=stepped.memory, **self._keeping.committed(generation, step, is_due))
         self._keeping.agree(outcome.interval, record.step_s, is_due)
         if is_due:
             self._keeping.take(shard, self._progress, record.lr, stepped.gradients)

@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.protocol.messages import Phase
 from orchestrator.sampling.ledger import audit
+from orchestrator.sampling.slots import UNSAID, SlotSize
 from orchestrator.worker.faults import NO_MEMORY
 from tests.support.crew import Crew
 from tests.support.marked_models import LOGITS, with_marked_steps
@@ -50,20 +51,20 @@ def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_di
     with Crew(job, store_dir, tmp_path, size=2) as crew:
         crew.start(crew.plan(crew.ids))
         _stopped_with(crew, "out_of_memory")
-        crew.recover(crew.ids, micro_batch=1)
+        crew.recover(crew.ids, slot=SlotSize(rows=1))
         _trained(crew)
     assert crew.records[BAD_STEP].applied
     assert {r.num_positions for r in crew.records.values()} == {10}
 
 
-@pytest.mark.parametrize("micro_batch", [1, pytest.param(5, marks=pytest.mark.slow)])
-def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_path: Path, micro_batch: int) -> None:
+@pytest.mark.parametrize("slot", [SlotSize(rows=1), pytest.param(SlotSize(tokens=90), marks=pytest.mark.slow)])
+def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_path: Path, slot: SlotSize) -> None:
     """Up to rounding: the same rows, the same weights of their losses."""
     losses = []
-    for size in (0, micro_batch):
+    for size in (UNSAID, slot):
         job = small_job(texts, steps=8)
-        with Crew(job, store_dir, tmp_path / str(size), size=2) as crew:
-            crew.start(crew.plan(crew.ids, micro_batch=size))
+        with Crew(job, store_dir, tmp_path / str(size.tokens + size.rows), size=2) as crew:
+            crew.start(crew.plan(crew.ids, slot=size))
             crew.await_finished()
         losses.append([r.loss for _, r in sorted(crew.records.items())])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -28,7 +28,7 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tokens = torch.randint(0, VOCAB, (train.micro_batch_size, train.sequence_length))
+    tokens = torch.randint(0, VOCAB, (train.slot_rows, train.sequence_length))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens)
     return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)

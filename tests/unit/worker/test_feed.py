@@ -6,10 +6,11 @@ import torch
 
 from orchestrator.data.prepare import prepare
 from orchestrator.data.store import TokenStore
+from orchestrator.sampling.slots import SlotSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.feed import Feed
 
-SIZE = 2  # rows of a slot
+SIZE = SlotSize(rows=2)
 JOB = {
     "schema": "v1",
     "name": "feed",
@@ -55,7 +56,7 @@ def _rows(feed: Feed, step: int, world_size: int) -> torch.Tensor:
 def test_the_order_through_4_2_3_workers_is_that_of_one(store: TokenStore) -> None:
     feed = _feed(store)
     for step, world_size in enumerate([4] * 12 + [2] * 12 + [3] * 12):
-        wanted = store.read("train", feed.order.at(step).spans, 16).inputs_RT
+        wanted = store.read("train", feed.order.at(step).rows.spans, 16).inputs_RT
         assert torch.equal(_rows(feed, step, world_size), torch.from_numpy(wanted))
         assert torch.equal(_rows(feed, step, world_size), _rows(feed, step, 1))
 
@@ -86,7 +87,7 @@ def test_a_curriculum_is_the_same_through_4_2_3_workers(scored: TokenStore) -> N
 def test_an_easy_stage_has_the_short_documents(scored: TokenStore) -> None:
     job = JobSpec.model_validate({**JOB, "curriculum": {"signal": "length", "stages": STAGES}})
     index_D = scored.index("train")
-    spans = Feed(job, scored, torch.device("cpu")).order.at(0).spans
+    spans = Feed(job, scored, torch.device("cpu")).order.at(0).rows.spans
     documents = np.searchsorted(index_D["offset"], spans.start, side="right") - 1
     assert index_D["length"][documents].max() <= np.quantile(index_D["length"], 0.7)
 
@@ -107,7 +108,7 @@ def test_every_rank_runs_as_many_passes_and_counts_the_same_tokens(store: TokenS
 
 def test_smaller_slots_hold_the_same_rows(store: TokenStore) -> None:
     feed = _feed(store)
-    wide, narrow = feed.step(3, 0, 1, 2), feed.step(3, 0, 1, 1)
+    wide, narrow = feed.step(3, 0, 1, SIZE), feed.step(3, 0, 1, SlotSize(rows=1))
     assert (wide.num_slots, narrow.num_slots) == (5, 10) and wide.global_tokens == narrow.global_tokens
     rows = [torch.cat([slot.batch.inputs_BT for slot in part.slots]) for part in (wide, narrow)]
     assert torch.equal(*rows)

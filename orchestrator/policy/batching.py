@@ -1,0 +1,146 @@
+"""How much a slot takes, and where the job has that found: as much as the workers' memory holds.
+
+    fit_slots: a generation trains -> its members tell what their slots took -> how much more would fit
+               -> plan g+1 of the same members with larger slots, until nothing is won by another move
+
+The first slots are one row long. Each generation is a probe: its steps count, nothing is tried out beside them. A slot
+grows at most fourfold at once, since what a small one takes may not show above memory that the process had anyway.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.planning_moves import MAX_FAILED_MOVES, can_plan, planned_move
+from orchestrator.policy.run_state import Decision, Note, Observation, Probe, RunState
+from orchestrator.policy.schedule import SizeChange
+from orchestrator.protocol.messages import SlotMemory
+from orchestrator.sampling.slots import cut_into_slots
+
+PROBE_STEPS = 3  # of a generation, or of rows of another length in it, that tell what its slots take
+TARGET = 0.9  # of a worker's memory; Ray ends workers above 0.95 of a node's
+HIGH = 0.95  # from here on slots get smaller
+GROWTH = 4.0  # at once
+KEPT_FACTOR = 1.5  # a pass takes at most so many times what its forward part keeps for its backward part
+WORTH_IT = 1.15  # of the present size: less isn't worth a move
+SMALLER = 0.8  # of the present size
+
+
+@dataclass(frozen=True)
+class Share:
+    """What of its host's memory, or its GPU's, a worker may take, and what it has taken, in bytes."""
+
+    bytes: int
+    taken: int
+
+    @property
+    def fraction(self) -> float:
+        return self.taken / max(self.bytes, 1)
+
+
+def fit_slots(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Let slots grow to what fits, or shrink before too much is taken. A rule of `lifecycle`."""
+    if not limits.fits_memory or state.current is None or not can_plan(state, seen):
+        return Decision(state)
+    told = {w: seen.reports[w].slots for w in state.members}
+    memory = {w: use for w, use in told.items() if use is not None and use.generation == state.current.generation}
+    if len(memory) < len(state.members) or min(use.steps for use in memory.values()) < PROBE_STEPS:
+        return Decision(state)
+    if state.failed_moves >= MAX_FAILED_MOVES:
+        return Decision(state)
+    shares = shares_of(memory, seen.nodes, limits.memory_bytes)
+    known = [p for p in state.probes if p.sequence_length == next(iter(memory.values())).sequence_length]
+    now = state.current.slot.tokens
+    wanted = next_tokens(now, memory, shares, known, state.slot_ceiling)
+    if not is_worth_it(limits, state, now, wanted, memory):
+        return Decision(state)
+    probes = tuple(Probe(w, u.sequence_length, u.tokens, u.resident_bytes) for w, u in memory.items())
+    fullest = max(shares, key=lambda worker: shares[worker].fraction)
+    note = Note(
+        "micro_batch_fitted",
+        {
+            "from_tokens": now,
+            "to_tokens": wanted,
+            "step": seen.step,
+            "worker": fullest,
+            "memory_bytes": shares[fullest].bytes,
+            "taken_bytes": shares[fullest].taken,
+        },
+    )
+    ceiling = now if wanted < now else state.slot_ceiling
+    fitted = replace(state, slot=replace(state.current.slot, tokens=wanted), probes=probes, slot_ceiling=ceiling)
+    change = SizeChange(len(state.members), None)
+    why = f"slots of {wanted} tokens fit the memory" if wanted > now else "memory gets short"
+    return planned_move(limits, fitted, seen, state.members, change, why).then(note)
+
+
+def shares_of(memory: Mapping[str, SlotMemory], nodes: Mapping[str, str], reserved: int | None) -> dict[str, Share]:
+    """What each worker may take: what others leave of its node's memory, in equal parts; a GPU's by itself.
+
+    Args:
+        nodes: where workers live.
+        reserved: what the job says that each gets at most; None if it doesn't.
+    """
+    shares = {}
+    for worker, use in memory.items():
+        sharing = [worker] if use.is_alone else [w for w in memory if nodes.get(w, "") == nodes.get(worker, "")]
+        others = max(0, use.used_bytes - sum(memory[w].resident_bytes for w in sharing))
+        share = (use.limit_bytes - others) // len(sharing)
+        shares[worker] = Share(share if reserved is None else min(share, reserved), use.resident_bytes)
+    return shares
+
+
+def next_tokens(
+    now: int,
+    memory: Mapping[str, SlotMemory],
+    shares: Mapping[str, Share],
+    probes: Sequence[Probe],
+    ceiling: int,
+) -> int:
+    """Tokens of the slots to come: what fits the worker with the least room.
+
+    Args:
+        now: tokens of the present slots.
+        probes: what smaller slots of such rows took, by worker.
+        ceiling: slots stay smaller than this, which was too much; 0 for none.
+    """
+    before = {probe.worker: probe for probe in probes}
+    if any(shares[w].fraction > HIGH and _has_grown(use, before.get(w)) for w, use in memory.items()):
+        return max(1, int(now * SMALLER))
+    fits = min(_fitting(use, shares[w], before.get(w)) for w, use in memory.items())
+    grown = int(min(fits, GROWTH * now))
+    return max(now, grown if not ceiling else min(grown, int(ceiling * SMALLER)))
+
+
+def is_worth_it(limits: RunLimits, state: RunState, now: int, wanted: int, memory: Mapping[str, SlotMemory]) -> bool:
+    """Whether slots of another size change enough: a step must become fewer of them, and workers have one each."""
+    assert state.current is not None
+    if wanted < now:
+        return True
+    if wanted < WORTH_IT * now or max(use.num_slots for use in memory.values()) <= len(state.members):
+        return False
+    if limits.by_document:
+        return True
+    length = next(iter(memory.values())).sequence_length
+    lengths_R = np.full(limits.global_batch_size, length)
+    sizes = (state.current.slot, replace(state.current.slot, tokens=wanted))
+    present, larger = (len(cut_into_slots(lengths_R, size)) for size in sizes)
+    return larger < present
+
+
+def _fitting(use: SlotMemory, share: Share, before: Probe | None) -> float:
+    """Tokens of a slot with which a worker takes what it should."""
+    per_token = KEPT_FACTOR * use.kept_bytes / max(use.tokens, 1)
+    if before is not None and use.tokens > before.tokens:
+        per_token = max(per_token, (use.resident_bytes - before.resident_bytes) / (use.tokens - before.tokens))
+    room = TARGET * share.bytes - share.taken
+    if per_token <= 0:  # nothing is known: careful
+        return 2.0 * use.tokens if room > 0 else 0.0
+    return use.tokens + room / per_token
+
+
+def _has_grown(use: SlotMemory, before: Probe | None) -> bool:
+    """Processes keep what they have freed, so after slots got smaller they take as much as before."""
+    return before is None or use.resident_bytes > 1.01 * before.resident_bytes
