@@ -24,7 +24,8 @@ TARGET = 0.9  # of a worker's memory; Ray ends workers above 0.95 of a node's
 HIGH = 0.95  # from here on slots get smaller
 GROWTH = 4.0  # at once
 KEPT_FACTOR = 1.5  # a pass takes at most so many times what its forward part keeps for its backward part
-WORTH_IT = 1.15  # of the present size: less isn't worth a move
+SEEN_FACTOR = 1.1  # what was seen to be taken for a token may be a little less than what the next ones take
+WORTH_IT = 1.1  # of the present size: less isn't worth a move
 SMALLER = 0.8  # of the present size
 
 
@@ -67,6 +68,7 @@ def fit_slots(limits: RunLimits, state: RunState, seen: Observation) -> Decision
             "worker": fullest,
             "memory_bytes": shares[fullest].bytes,
             "taken_bytes": shares[fullest].taken,
+            "kept_bytes": memory[fullest].kept_bytes,
         },
     )
     ceiling = now if wanted < now else state.slot_ceiling
@@ -108,7 +110,8 @@ def next_tokens(
     """
     before = {probe.worker: probe for probe in probes}
     if any(shares[w].fraction > HIGH and _has_grown(use, before.get(w)) for w, use in memory.items()):
-        return max(1, int(now * SMALLER))
+        a_row = next(iter(memory.values())).sequence_length
+        return min(now, max(a_row, int(now * SMALLER)))
     fits = min(_fitting(use, shares[w], before.get(w)) for w, use in memory.items())
     grown = int(min(fits, GROWTH * now))
     return max(now, grown if not ceiling else min(grown, int(ceiling * SMALLER)))
@@ -132,9 +135,12 @@ def is_worth_it(limits: RunLimits, state: RunState, now: int, wanted: int, memor
 
 def _fitting(use: SlotMemory, share: Share, before: Probe | None) -> float:
     """Tokens of a slot with which a worker takes what it should."""
-    per_token = KEPT_FACTOR * use.kept_bytes / max(use.tokens, 1)
+    kept = use.kept_bytes / max(use.tokens, 1)
+    per_token = KEPT_FACTOR * kept
     if before is not None and use.tokens > before.tokens:
-        per_token = max(per_token, (use.resident_bytes - before.resident_bytes) / (use.tokens - before.tokens))
+        seen = (use.resident_bytes - before.resident_bytes) / (use.tokens - before.tokens)
+        if seen >= kept:  # less can't be: then some of it was memory that the process had anyway
+            per_token = SEEN_FACTOR * seen
     room = TARGET * share.bytes - share.taken
     if per_token <= 0:  # nothing is known: careful
         return 2.0 * use.tokens if room > 0 else 0.0

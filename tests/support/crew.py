@@ -236,19 +236,19 @@ class Crew:
         self.await_all(members, lambda r: r.phase is Phase.READY and r.generation == plan.generation)
         self.send(current=plan, next=None, activated=plan.generation)
 
-    def prepare(self, members: list[str]) -> GenerationPlan:
-        """Plan the next generation and have it prepared while training goes on."""
+    def prepare(self, members: list[str], **more: Any) -> GenerationPlan:
+        """Plan the next generation and have it prepared while training goes on. `more`: other fields of the plan."""
         current = self.directive.current
         assert current is not None
         previous = self.directive.next.generation if self.directive.next else current.generation
-        plan = self.plan(members, current, max(previous, current.generation) + 1)
+        plan = self.plan(members, current, max(previous, current.generation) + 1, **more)
         self.send(next=plan)
         self.await_all(list(plan.involved), lambda r: r.prepared >= plan.generation)
         return plan
 
-    def rescale(self, members: list[str], at_step: int | None = None) -> GenerationPlan:
-        """A whole rescale: prepare, fence, move, activate."""
-        plan = self.prepare(members)
+    def rescale(self, members: list[str], at_step: int | None = None, **more: Any) -> GenerationPlan:
+        """A whole rescale: prepare, fence, move, activate. `more`: other fields of the plan."""
+        plan = self.prepare(members, **more)
         self.rescale_to(plan, at_step)
         self.await_all(list(plan.involved), lambda r: r.generation == plan.generation)
         self.collect(plan.involved[0])

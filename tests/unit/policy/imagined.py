@@ -24,6 +24,7 @@ from orchestrator.protocol.messages import (
     Report,
     Restore,
     ShardWritten,
+    SlotMemory,
     StepRecord,
     StoreAddress,
     Target,
@@ -93,6 +94,7 @@ class Life:
     draining: dict[str, float] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)  # times the others' time for a step
     store: StoreAddress | None = FIRST_STORE
+    measured: Callable[[str, GenerationPlan], SlotMemory] | None = None  # what a worker says its slots take
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -319,7 +321,8 @@ class Life:
             self.step, current.generation, vote_time=self.now_s, slowest=rank, slowness=slowness
         )
         for worker in members:
-            self.say(worker, committed=committed, settled=current.generation)
+            slots = self.measured(worker, current) if self.measured else None
+            self.say(worker, committed=committed, settled=current.generation, slots=slots)
             self._snapshot(worker)
         self._publish()
         last = self.step + 1 == self.limits.steps or self.directive.finish is not Finish.NO

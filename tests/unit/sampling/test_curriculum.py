@@ -40,12 +40,16 @@ def plain_walk(chunks: Chunks, state: CurriculumState) -> Iterator[list[int]]:
         now = stage.admission.at(step - stage.first_step)
         if now != admitting:
             admitting, relaxed = now, False
+        at_once = stage.sequence_length if state.by_document else 1
         taken: list[int] = []
-        while len(taken) < state.global_batch_size * stage.sequence_length:
+        rows = 0
+        while rows < state.global_batch_size * (1 if state.by_document else stage.sequence_length):
             low, high = (0.0, 1.0) if relaxed else admitting
             some = next((c for c in order if left[c] and low <= chunks.difficulty[c] < high), None)
             if some is not None:
-                taken.append(left[some].pop(0))
+                taken += left[some][:at_once]
+                del left[some][:at_once]
+                rows += 1
             elif relaxed or not any(left):
                 begin_epoch()
                 relaxed = False
@@ -71,7 +75,8 @@ def orders(draw: st.DrawFn) -> tuple[Chunks, CurriculumState]:
     chunks = _chunks(lengths, [float(score) for score in scores])
     firsts = [0, *sorted(draw(st.sets(st.integers(1, 12), max_size=3)))]
     stages = [BegunStage(str(f), f, draw(st.integers(1, 6)), draw(admissions())) for f in firsts]
-    return chunks, CurriculumState(draw(st.integers(0, 9)), draw(st.integers(1, 4)), chunks.num_tokens, tuple(stages))
+    seed, rows, by_document = draw(st.integers(0, 9)), draw(st.integers(1, 4)), draw(st.booleans())
+    return chunks, CurriculumState(seed, rows, chunks.num_tokens, tuple(stages), by_document)
 
 
 @settings(deadline=None)
@@ -81,6 +86,21 @@ def test_steps_draw_what_a_plain_walk_draws(order: tuple[Chunks, CurriculumState
     walk, curriculum = plain_walk(chunks, state), Curriculum(chunks, state)
     for step in range(20):
         assert _tokens(curriculum.spans(step)) == next(walk)
+
+
+@settings(deadline=None)
+@given(orders())
+def test_a_row_by_document_is_of_one_chunk_and_no_longer_than_its_stage_says(
+    order: tuple[Chunks, CurriculumState],
+) -> None:
+    chunks, state = order[0], dataclasses.replace(order[1], by_document=True)
+    curriculum = Curriculum(chunks, state)
+    of_chunk = np.repeat(np.arange(len(chunks.start)), chunks.length)  # chunks are in the order of their tokens
+    for step in range(20):
+        spans = curriculum.spans(step)
+        assert len(spans.start) == state.global_batch_size
+        assert spans.length.max() <= state.stage_at(step).sequence_length
+        assert (of_chunk[spans.start] == of_chunk[spans.start + spans.length - 1]).all()
 
 
 @settings(deadline=None)

@@ -1,8 +1,68 @@
+from math import ceil
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sampling.slots import max_slots, slots_of
+from orchestrator.sampling.slots import SlotSize, cut_into_slots, max_slots, padded_tokens, slots_of
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=0, max_size=40).map(np.array)
+
+
+@given(LENGTHS, st.integers(1, 200), st.integers(1, 5))
+def test_every_row_is_in_one_slot_which_is_no_larger_than_it_may(
+    lengths_R: np.ndarray, tokens: int, multiple: int
+) -> None:
+    slots = cut_into_slots(lengths_R, SlotSize(tokens=tokens, multiple=multiple))
+    assert sorted(row for rows in slots for row in rows) == list(range(len(lengths_R)))
+    for rows, padded in zip(slots, padded_tokens(lengths_R, slots), strict=True):
+        assert padded == len(rows) * lengths_R[rows].max()
+        assert padded <= tokens or len(rows) == 1
+    if len(lengths_R):  # rows of like length are together
+        assert [lengths_R[rows].min() for rows in slots[:-1]] >= [lengths_R[rows].max() for rows in slots[1:]]
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_there_are_as_few_slots_as_there_can_be_of_rows_in_order_of_length(lengths_R: np.ndarray, tokens: int) -> None:
+    """Against all ways to cut: the least number for the first rows, from that for fewer."""
+    by_length = sorted(lengths_R.tolist(), reverse=True)
+    least = [0]
+    for end in range(1, len(by_length) + 1):
+        begins = [b for b in range(end) if (end - b) * by_length[b] <= tokens or end - b == 1]
+        least.append(1 + min(least[b] for b in begins))
+    assert len(cut_into_slots(lengths_R, SlotSize(tokens=tokens))) == least[-1]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12), st.integers(1, 4))
+def test_rows_of_one_length_keep_their_order_in_slots_that_are_about_equal(
+    num_rows: int, length: int, at_once: int, multiple: int
+) -> None:
+    slots = cut_into_slots(np.full(num_rows, length), SlotSize(tokens=at_once * length, multiple=multiple))
+    assert [row for rows in slots for row in rows] == list(range(num_rows))
+    sizes = [len(rows) for rows in slots]
+    wanted = min(ceil(ceil(num_rows / at_once) / multiple) * multiple, num_rows)
+    assert max(sizes) == ceil(num_rows / wanted)  # no less would do
+
+
+def test_slots_of_so_many_rows_hold_them_in_order() -> None:
+    slots = cut_into_slots(np.array([3, 9, 1, 7, 2]), SlotSize(rows=2))
+    assert [rows.tolist() for rows in slots] == [[0, 1], [2, 3], [4]]
+    assert padded_tokens(np.array([3, 9, 1, 7, 2]), slots).tolist() == [18, 14, 2]
+
+
+def test_workers_get_equally_many_slots_where_their_number_is_known() -> None:
+    lengths_R = np.array([90, 80, 10, 10, 10, 10, 10, 10])
+    sizes = [SlotSize(tokens=180, multiple=multiple) for multiple in (1, 2, 3, 5, 7)]
+    assert [len(cut_into_slots(lengths_R, size)) for size in sizes] == [2, 2, 3, 5, 5]  # of 10 there are two at least
+
+
+@pytest.mark.parametrize("size", [{"rows": 1, "tokens": 1}, {"rows": -1}, {"tokens": 1, "multiple": 0}])
+def test_a_size_that_says_two_things_or_none_is_refused(size: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        SlotSize(**size)
+    with pytest.raises(ValueError, match="doesn't say"):
+        cut_into_slots(np.ones(2, np.int64), SlotSize())
 
 
 @given(world_size=st.integers(1, 40), num_slots=st.integers(0, 100))

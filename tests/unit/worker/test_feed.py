@@ -145,3 +145,93 @@ def test_steps_consume_positions_without_gap_through_many_epochs(store: TokenSto
     num_steps = 3 * store.num_rows("train", 16) // 10
     parts = [feed.step(step, 0, 1, SIZE) for step in range(0, num_steps, 7)]
     assert [(p.first_position, p.num_positions) for p in parts] == [(10 * s, 10) for s in range(0, num_steps, 7)]
+
+
+SMALL = {**JOB, "train": {**JOB["train"], "sequence_length": 24}, "data": {"rows": "documents"}}  # type: ignore[dict-item]
+
+
+def _batch(feed: Feed, step: int, world_size: int, size: SlotSize) -> dict[tuple[int, ...], int]:
+    """Rows of a step, without padding, and how often each is there."""
+    found: dict[tuple[int, ...], int] = {}
+    for rank in range(world_size):
+        for slot in feed.step(step, rank, world_size, size).slots:
+            lengths_B = slot.batch.lengths_B
+            assert lengths_B is not None
+            for row, length in zip(slot.batch.inputs_BT, lengths_B.tolist(), strict=True):
+                assert not row[length:].any()
+                key = tuple(row[:length].tolist())
+                found[key] = found.get(key, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("curriculum", [None, {"signal": "length", "stages": [{"name": "all"}]}])
+def test_rows_by_document_are_each_of_one_and_all_of_them_once_an_epoch(
+    scored: TokenStore, curriculum: dict[str, object] | None
+) -> None:
+    feed = Feed(JobSpec.model_validate({**SMALL, "curriculum": curriculum}), scored, torch.device("cpu"))
+    index_D, tokens = scored.index("train"), scored.num_tokens("train")
+    spans = [(s, n) for step in range(200) for s, n in _spans(feed, step)]
+    epoch, taken = [], 0
+    while taken < tokens:
+        epoch.append(spans[len(epoch)])
+        taken += epoch[-1][1]
+    assert taken == tokens and sorted(epoch)[0][0] == 0
+    wanted = [(d["offset"] + n, min(24, d["length"] - n)) for d in index_D for n in range(0, d["length"], 24)]
+    assert sorted(epoch) == wanted
+
+
+def _spans(feed: Feed, step: int) -> list[tuple[int, int]]:
+    spans = feed.order.at(step).rows.spans
+    return list(zip(spans.start.tolist(), spans.length.tolist(), strict=True))
+
+
+def test_a_step_by_document_holds_the_same_rows_in_any_slots_and_worlds(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    for step in range(6):
+        wanted = _batch(feed, step, 1, SlotSize(rows=10))
+        assert sum(wanted.values()) == 10
+        for world_size, size in [(1, SlotSize(rows=2)), (3, SlotSize(tokens=50)), (4, SlotSize(tokens=9, multiple=4))]:
+            assert _batch(feed, step, world_size, size) == wanted
+
+
+def test_targets_by_document_are_the_tokens_that_follow_in_it(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    ends = {int(d["offset"] + d["length"]) for d in scored.index("train")}
+    part = feed.step(2, 0, 1, SlotSize(tokens=60))
+    cut = [slot.batch for slot in part.slots]
+    assert part.global_tokens == sum(int((batch.targets_BT != -100).sum()) for batch in cut)
+    all_tokens = scored.read("train", feed.order.at(2).rows.spans, 1)
+    assert part.global_tokens == int((all_tokens.targets_RT != -100).sum())
+    for batch in cut:
+        assert batch.lengths_B is not None
+        for inputs, targets, length in zip(batch.inputs_BT, batch.targets_BT, batch.lengths_B.tolist(), strict=True):
+            assert torch.equal(targets[: length - 1], inputs[1:length])
+            assert (targets[length:] == -100).all()
+    lasts = [s + n in ends for s, n in _spans(feed, 2)]
+    unknown = sum(int((b.targets_BT != -100).sum(1).lt(b.lengths_B).sum()) for b in cut if b.lengths_B is not None)
+    assert unknown == sum(lasts)  # only behind a document's last token is there no target
+
+
+def test_slots_of_like_length_waste_less_than_slots_in_order(scored: TokenStore) -> None:
+    job = {**SMALL, "train": {**SMALL["train"], "sequence_length": 400, "global_batch_size": 40}}  # type: ignore[dict-item]
+    feed = Feed(JobSpec.model_validate(job), scored, torch.device("cpu"))
+    in_order, bucketed = (feed.step(0, 0, 1, s) for s in (SlotSize(rows=4), SlotSize(tokens=1600)))
+    assert 0 < bucketed.padding < in_order.padding / 2 and sum(bucketed.tokens) == sum(in_order.tokens)
+    assert max(bucketed.padded_tokens) <= 1600
+
+
+def test_the_share_of_a_rank_is_counted_in_tokens(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    parts = [feed.step(1, rank, 3, SlotSize(rows=2)) for rank in range(3)]
+    assert sum(part.share for part in parts) == pytest.approx(parts[0].num_slots)
+    packed = [_feed(scored).step(1, rank, 3, SIZE).share for rank in range(3)]
+    assert packed == [2, 2, 1]
+
+
+def test_validation_by_document_reads_the_first_ones(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    lengths_B = [s.batch.lengths_B for s in feed.validation(0, 1, SIZE).slots]
+    found = torch.cat([b for b in lengths_B if b is not None]).tolist()
+    index_D = scored.index("validation")
+    wanted = [min(24, int(d["length"]) - n) for d in index_D for n in range(0, int(d["length"]), 24)]
+    assert found == wanted[:7]

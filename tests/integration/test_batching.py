@@ -1,0 +1,88 @@
+"""Rows of unequal length and slots that are measured, in real worker processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.protocol.messages import SlotMemory
+from orchestrator.sampling.ledger import audit
+from orchestrator.sampling.slots import SlotSize
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.memory import room
+from tests.support.crew import Crew
+from tests.support.texts import STEPS, prepare_texts, small_job
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Texts of many lengths, and their store."""
+    texts = tmp_path_factory.mktemp("uneven")
+    for number in range(200):
+        words = " ".join(f"word{number * i % 97}" for i in range(2 + number % 40))
+        (texts / f"{number}.txt").write_text(words)
+    return texts, prepare_texts(texts, tmp_path_factory.mktemp("store"))
+
+
+def _by_document(texts: Path, **train: object) -> JobSpec:
+    job = small_job(texts, micro_batch_size="400 tokens", sequence_length=100, global_batch_size=24, **train)
+    return job.model_copy(update={"data": job.data.model_copy(update={"rows": "documents"})})
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
+    uneven: tuple[Path, Path], tmp_path: Path, zero_stage: int
+) -> None:
+    texts, store_dir = uneven
+    job = _by_document(texts, zero_stage=zero_stage)
+    with Crew(job, store_dir, tmp_path / "alone", size=1) as alone:
+        alone.start(alone.plan(alone.ids))
+        alone.await_finished()
+    with Crew(job, store_dir, tmp_path / "moved", size=3) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        crew.await_step(4)
+        crew.rescale(crew.ids[:3])
+        crew.await_step(crew.newest_step + 4)
+        crew.members["w2"].kill()
+        crew.recover(crew.ids[:2], slot=SlotSize(tokens=200, multiple=2))
+        crew.await_finished()
+    records = [crew.records[step] for step in range(STEPS)]
+    assert audit((r.step, r.first_position, r.num_positions) for r in records).ok
+    assert {r.world_size for r in records} == {2, 3}
+    for record in records:
+        wanted = alone.records[record.step]
+        assert record.loss == pytest.approx(wanted.loss, rel=1e-5) and record.tokens == wanted.tokens
+        if wanted.validation_loss is not None:
+            assert record.validation_loss == pytest.approx(wanted.validation_loss, rel=1e-5)
+    assert 0 < max(r.padding for r in records) < 0.5
+    assert min(r.num_slots for r in records if r.generation == crew.newest_generation) > max(
+        r.num_slots for r in records if r.generation == 0
+    )
+    assert records[-1].loss < records[0].loss - 0.5
+
+
+def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    job = small_job(texts, micro_batch_size="auto", global_batch_size=12, sequence_length=256, steps=400)
+    with Crew(job, store_dir, tmp_path, size=2) as crew:
+        crew.start(crew.plan(crew.ids, slot=SlotSize(tokens=256, multiple=2)))
+        crew.await_step(6)
+        one = _slots(crew)
+        plan = crew.rescale(crew.ids, slot=SlotSize(tokens=6 * 256, multiple=2))
+        crew.await_step(crew.newest_step + 6)
+        six = _slots(crew)
+        assert plan.generation == six.generation
+    assert (one.generation, one.sequence_length, one.tokens, one.num_slots) == (0, 256, 256, 12)
+    assert (six.sequence_length, six.tokens, six.num_slots) == (256, 6 * 256, 2)
+    assert one.steps >= 6 and not one.is_alone
+    per_token = (six.kept_bytes - one.kept_bytes) / (5 * 256)
+    assert 2 * 8 * 32 * 4 < per_token < 2 * 40 * 32 * 4  # some vectors in each of two layers
+    assert 100e6 < one.resident_bytes <= six.resident_bytes < one.limit_bytes == room(CPU).limit_bytes
+    assert one.resident_bytes < one.used_bytes < one.limit_bytes
+
+
+def _slots(crew: Crew) -> SlotMemory:
+    found = crew.members["w0"].report().slots
+    assert found is not None
+    return found
