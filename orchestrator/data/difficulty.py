@@ -7,10 +7,12 @@ import importlib
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.reference_model import PairCounts, reference_loss
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.spec.curriculum import SIGNALS
@@ -21,12 +23,20 @@ Tokens = NDArray[np.integer]
 Signal = Callable[[Tokens], float]
 
 
-def signal_of(name: str, tokenizer: TextTokenizer, counts: Callable[[], NDArray[np.int64]]) -> Signal:
+def signal_of(
+    name: str,
+    tokenizer: TextTokenizer,
+    counts: Callable[[], NDArray[np.int64]],
+    pairs: Callable[[], PairCounts],
+    is_training: bool,
+) -> Signal:
     """What scores a document from its tokens.
 
     Args:
         name: of a signal, or `package.module:score`, which gets the document's text.
         counts: how often each token of the vocabulary occurs in the training split; asked for if it is needed.
+        pairs: how often tokens follow one another in the training split's documents; asked for if it is needed.
+        is_training: the documents to score are those of the training split.
 
     Raises:
         DataError: there is no such function.
@@ -43,6 +53,8 @@ def signal_of(name: str, tokenizer: TextTokenizer, counts: Callable[[], NDArray[
         return lambda tokens: float(surprisal_V[tokens[1:]].mean()) if len(tokens) > 1 else 0.0
     if name == "diversity":
         return diversity
+    if name == "reference_loss":
+        return partial(reference_loss, pairs(), was_added=is_training)
     raise ValueError(f"there is no signal {name}")
 
 

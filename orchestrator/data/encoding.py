@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from orchestrator.protocol.codec import from_plain, to_plain
 
 PART_FORMAT = 1
 BATCH_CHARS = 1 << 18  # encoded at once; the tokenizer's own working memory is some 50 bytes per character
-OVER_ALL_DOCUMENTS = frozenset({"rarity"})  # signals that need counts over the training split: scored at the end
+# Signals that need counts over the training split: scored at the end.
+OVER_ALL_DOCUMENTS = frozenset({"rarity", "reference_loss"})
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _encode(task: EncodeTask) -> Outcome:
     if footer is not None:
         return Outcome(task.block.number, num_tokens=footer.num_tokens)
     tokenizer = _tokenizer(task.tokenizer, task.tokenizer_digest)
-    signal = None if task.signal is None else signal_of(task.signal, tokenizer, _no_counts)
+    signal = None if task.signal is None else signal_of(task.signal, tokenizer, _no_counts, _no_counts, False)
     dtype = token_dtype(tokenizer)
     with written(path, made, dtype) as part:
         for batch in _batches(documents_of(task.block)):
@@ -158,5 +160,5 @@ def _tokenizer(path: str, digest: str) -> TextTokenizer:
     return found
 
 
-def _no_counts() -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def _no_counts() -> NoReturn:
     raise AssertionError("counts over all documents aren't known in a block")

@@ -11,6 +11,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -35,6 +36,7 @@ from orchestrator.data.manifest import (
     index_file,
     tokens_file,
 )
+from orchestrator.data.reference_model import PairCounts
 from orchestrator.data.tokenizer import TextTokenizer
 
 INDEX_RECORD = struct.Struct("<qqqf")  # one INDEX_DTYPE
@@ -111,7 +113,8 @@ class StoreWriter:
                 self._ids(index_D["document"]), index_D.tolist(), strict=True
             )
         )
-        return scores(signal_of(name, self._tokenizer, self._counts), name, documents)
+        signal = signal_of(name, self._tokenizer, self._counts, lambda: self._pairs, split == "train")
+        return scores(signal, name, documents)
 
     def _ids(self, numbers_D: NDArray[np.int64]) -> Iterator[str]:
         """The ids of some documents by their numbers, which rise."""
@@ -127,6 +130,14 @@ class StoreWriter:
         for start in range(0, len(tokens), COUNTED_AT_ONCE):
             counts_V += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=len(counts_V))
         return counts_V
+
+    @cached_property
+    def _pairs(self) -> PairCounts:
+        """How often tokens follow one another in the training split's documents: both splits are scored by it."""
+        tokens, counts = self._read("train"), PairCounts(self._tokenizer.vocab_size)
+        for _, offset, length, _ in INDEX_RECORD.iter_unpack(self._index["train"]):
+            counts.add(tokens[offset : offset + length])
+        return counts
 
     def _read(self, split: Split) -> NDArray[np.unsignedinteger]:
         if not self._num_tokens[split]:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from orchestrator.spec.section import Broken, Section, refuse
 from orchestrator.spec.workers import Range
 
-SIGNALS = ("length", "compression", "rarity", "diversity")
+SIGNALS = ("length", "compression", "rarity", "diversity", "reference_loss")
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -104,7 +104,8 @@ class CurriculumSpec(Section):
         default="rarity",
         description="What makes a document difficult: length (tokens), compression (bytes after zlib over bytes "
         "before), rarity (mean surprisal of its tokens by their frequency), diversity (distinct tokens in windows of "
-        "50), or a function of yours, package.module:score, from its text to a number.",
+        "50), reference_loss (mean loss of its tokens under a bigram model of the training split without it), or a "
+        "function of yours, package.module:score, from its text to a number.",
     )
     on_exhausted: Literal["next", "relax", "fail"] = Field(
         default="relax",

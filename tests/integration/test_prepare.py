@@ -50,10 +50,11 @@ def contents(store: TokenStore) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
-def test_the_store_is_that_of_one_process(ray: None, corpus: Path, tmp_path: Path) -> None:
-    request = Request((str(corpus),), vocab_size=300, deduplicate=False, difficulty="diversity")
+@pytest.mark.parametrize("difficulty", ["diversity", "reference_loss"])
+def test_the_store_is_that_of_one_process(ray: None, corpus: Path, tmp_path: Path, difficulty: str) -> None:
+    request = Request((str(corpus),), vocab_size=300, deduplicate=False, difficulty=difficulty)
     done = prepare_corpora(request, tmp_path / "cluster", on_cluster)
-    alone = prepare(str(corpus), 300, 0.05, tmp_path / "alone", difficulty="diversity")
+    alone = prepare(str(corpus), 300, 0.05, tmp_path / "alone", difficulty=difficulty)
     assert done.num_blocks > 4
     assert contents(done.store) == contents(alone)
 

@@ -112,7 +112,7 @@ def texts_of(store: TokenStore) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CORPORA)
-@pytest.mark.parametrize("difficulty", [None, "rarity", "compression"])
+@pytest.mark.parametrize("difficulty", [None, "rarity", "compression", "reference_loss"])
 def test_the_store_is_that_of_prepare_to_the_last_byte(
     corpus: Path, tmp_path: Path, name: str, difficulty: str | None
 ) -> None:

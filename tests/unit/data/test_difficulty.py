@@ -8,12 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.difficulty import WINDOW, diversity, signal_of
+from orchestrator.data.difficulty import WINDOW, Signal, diversity, signal_of
 from orchestrator.data.prepare import prepare
+from orchestrator.data.reference_model import PairCounts
 from orchestrator.errors import DataError
+from orchestrator.spec.curriculum import SIGNALS
 from tests.unit.data.stores import BYTES_ONLY
 
 COUNTS_V = np.bincount([5] * 90 + [7] * 9, minlength=BYTES_ONLY.vocab_size)
+
+
+def _signal(name: str) -> Signal:
+    return signal_of(name, BYTES_ONLY, lambda: COUNTS_V, lambda: PairCounts(BYTES_ONLY.vocab_size), False)
 
 
 def _tokens(text: str) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
@@ -28,12 +34,12 @@ def test_diversity_is_the_mean_over_all_windows(tokens: list[int]) -> None:
 
 
 def test_a_document_of_nothing_but_its_border_has_every_score() -> None:
-    for name in ("length", "compression", "rarity", "diversity"):
-        assert np.isfinite(signal_of(name, BYTES_ONLY, lambda: COUNTS_V)(_tokens("")))
+    for name in SIGNALS:
+        assert np.isfinite(_signal(name)(_tokens("")))
 
 
 def test_rare_tokens_count_more_than_frequent_ones() -> None:
-    rarity = signal_of("rarity", BYTES_ONLY, lambda: COUNTS_V)
+    rarity = _signal("rarity")
     frequent, rare, never = (rarity(np.array([256, t, t])) for t in (5, 7, 9))
     assert frequent < rare < never
     total = 99 + len(COUNTS_V)
@@ -41,7 +47,7 @@ def test_rare_tokens_count_more_than_frequent_ones() -> None:
 
 
 def test_repetition_is_easy() -> None:
-    compression = signal_of("compression", BYTES_ONLY, lambda: COUNTS_V)
+    compression = _signal("compression")
     assert compression(_tokens("abab" * 200)) < 0.1 < compression(_tokens("the quick brown fox jumps over it"))
 
 

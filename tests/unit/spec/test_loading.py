@@ -74,7 +74,7 @@ def test_a_float_may_be_written_as_a_whole_number() -> None:
         pytest.param("envs: {A: 1}", "3:8: envs.A: must be text, in quotes if it looks like", id="number-for-text"),
         pytest.param(
             "curriculum: {signal: rarety, stages: [{name: a}]}",
-            "3:14: curriculum.signal: must be length, compression, rarity, diversity or a function",
+            "3:14: curriculum.signal: must be length, compression, rarity, diversity, reference_loss or a function",
             id="signal",
         ),
         pytest.param(
