@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,10 +192,12 @@ def _head_environment(token_path: Path) -> dict[str, str]:
 
 
 def _await_address(head: "subprocess.Popen[bytes]", temp_dir: Path, log_path: Path) -> str:
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline, written = time.monotonic() + START_TIMEOUT_S, temp_dir / "ray_current_cluster"
     while time.monotonic() < deadline and head.poll() is None:
         if STARTED in log_path.read_text(errors="replace"):
-            return (temp_dir / "ray_current_cluster").read_text().strip()
+            with suppress(FileNotFoundError):  # Ray may say so before it has written where
+                if address := written.read_text().strip():
+                    return address
         time.sleep(0.05)
     what = f"ended with code {head.returncode}" if head.returncode is not None else f"took over {START_TIMEOUT_S:.0f} s"
     said = "\n".join(log_path.read_text(errors="replace").strip().splitlines()[-5:])
