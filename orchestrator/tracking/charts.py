@@ -44,6 +44,7 @@ MARKS = {
     "worker_lost": Mark("worker lost", LOST, "X", has_line=True),
     "batch_skipped": Mark("batch left out", LOST, "s", has_line=False),
     "micro_batch_reduced": Mark("smaller micro-batch", INK, "1", has_line=False),
+    "micro_batch_fitted": Mark("micro-batch fitted", INK, "+", has_line=False),
     "straggler": Mark("straggler", LOST, "d", has_line=False),
     "move_abandoned": Mark("move abandoned", LOST, "x", has_line=False),
     "resumed": Mark("resumed", INK, ">", has_line=True),
