@@ -31,17 +31,18 @@ from benchmarks.harness import Interval, Result, Spread, at_least, equals, media
 from benchmarks.support.confinement import Confinement, confined, why_not
 from benchmarks.support.data import QUICK_FILES
 from benchmarks.support.product import LiveRun, Product
+from orchestrator.control.journal import read_events
 from orchestrator.control.memory import read_steps
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.job import JobSpec
 
 WORLD_SIZE = 2
-LIMIT, QUICK_LIMIT = 6 * 2**30, 5 * 2**30
+LIMIT, QUICK_LIMIT = 4 * 2**30, 4 * 2**30
 ROUNDS, QUICK_ROUNDS = 5, 1
-STEPS, QUICK_STEPS = 14, 6  # that are measured
+STEPS, QUICK_STEPS = 12, 6  # that are measured
 FITTING_STEPS = 30  # at most, before
 LENGTH, QUICK_LENGTH = 1024, 128
-ROWS, QUICK_ROWS = 256, 32
+ROWS, QUICK_ROWS = 64, 32
 # Deep and narrow: much to keep for the backward pass for each token, and little to compute.
 MODEL = {
     "hidden_size": 64,
@@ -120,6 +121,9 @@ def measured(product: Product, job: JobSpec, confinement: Confinement, quick: bo
     if len({step.generation for step in steps}) > 1:
         raise RuntimeError(f"slots of {job.name} still changed in step {steps[0].step}")
     slots = [plan.slot for _, plan in sorted(live.plans().items())]
+    for event in read_events(live.run_dir):
+        if event["kind"] == "micro_batch_fitted":
+            say(f"{event}")
     return Measured(
         tokens_per_s=median(step.tokens / step.step_s for step in steps),
         padding=mean(step.padding for step in steps),

@@ -143,7 +143,7 @@ def _text_of(value: object, where: str, text_key: str, keys: list[str]) -> str:
         return ""
     if value is None:
         raise _without(where, text_key, keys)
-    raise _broken(f"{where}: {text_key} is a {type(value).__name__}; it must be text")
+    raise _broken(f"{where}: {text_key} is of type {type(value).__name__}; it must be text")
 
 
 def _without(where: str, text_key: str, keys: list[str]) -> DataError:

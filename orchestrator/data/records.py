@@ -175,7 +175,7 @@ def _of_value(value: object, text_key: str, place: Place) -> Record:
     """`null` is an empty text, as in `files.texts_in`."""
     if value is None or isinstance(value, str):
         return Record(place, place.line, value or "")
-    return Record(place, place.line, None, f"{text_key!r} is a {type(value).__name__}; it must be text")
+    return Record(place, place.line, None, f"{text_key!r} is of type {type(value).__name__}; it must be text")
 
 
 def _column(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Iterator[Record]:

@@ -118,7 +118,7 @@ def _check_admits(stage: StageSpec, chunks: Chunks) -> None:
     low, high = _admission(stage).at(0)
     if not ((chunks.difficulty >= low) & (chunks.difficulty < high)).any():
         raise DataError(
-            f"stage {stage.name} selects nothing at first: no document's difficulty lies from {low:g} to {high:g}",
+            f"stage {stage.name} selects nothing at first: no document's difficulty lies from {low:.9g} to {high:.9g}",
             remedy="Widen its difficulty, or begin its pace with more (start); a corpus of few or very long documents "
             "has few difficulties.",
             unchanged="Nothing was started.",
