@@ -11,7 +11,7 @@ the order turned round in every other round:
 - `fixed`: the same rows in slots of as many rows, in their order, as fit if all of them are as long as they may be:
   the largest divisor of the batch with which a slot has no more tokens than those that `dynamic` found to fit.
 - `padded`: the same slots as `fixed`, as most trainers do it: padding goes through the whole model.
-- `packed`: `data.rows: packed`, documents back to back in rows of 1,024 tokens, with the slots of `fixed`.
+- `packed`: `data.rows: packed`, documents back to back in rows of 1,024 tokens, a third as many, in slots that fit.
 
 `tokens_per_s` is of target tokens, over the median step once slots have their size. `padding` is the share of the
 slots' tokens; `peak_share` the most memory that the limited processes had, over the limit, and `kills` what the kernel
@@ -31,22 +31,22 @@ from benchmarks.harness import Interval, Result, Spread, at_least, equals, media
 from benchmarks.support.confinement import Confinement, confined, why_not
 from benchmarks.support.data import QUICK_FILES
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.control.journal import read_events
 from orchestrator.control.memory import read_steps
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.job import JobSpec
 
 WORLD_SIZE = 2
-LIMIT, QUICK_LIMIT = 4 * 2**30, 4 * 2**30
-ROUNDS, QUICK_ROUNDS = 5, 1
-STEPS, QUICK_STEPS = 12, 6  # that are measured
-FITTING_STEPS = 30  # at most, before
+LIMIT, QUICK_LIMIT = 3 * 2**30, 4 * 2**30
+ROUNDS, QUICK_ROUNDS = 3, 1
+STEPS, QUICK_STEPS = 6, 4  # that are measured
+FITTING_STEPS = 18  # at most, before
 LENGTH, QUICK_LENGTH = 1024, 128
-ROWS, QUICK_ROWS = 64, 32
+ROWS, QUICK_ROWS = 48, 32
+PACKED = 3  # rows in one of full length, about
 # Deep and narrow: much to keep for the backward pass for each token, and little to compute.
 MODEL = {
     "hidden_size": 64,
-    "num_layers": 12,
+    "num_layers": 8,
     "num_heads": 4,
     "num_kv_heads": 2,
     "intermediate_size": 192,
@@ -98,7 +98,7 @@ def job_of(arm: str, slot: int | str, corpus: Path, storage: Path, quick: bool) 
             "model": MODEL | ({"entrypoint": "benchmarks.baselines.padded:build"} if arm == "padded" else {}),
             "train": {
                 "steps": steps,
-                "global_batch_size": QUICK_ROWS if quick else ROWS,
+                "global_batch_size": (QUICK_ROWS if quick else ROWS) // (1 if by_document else PACKED),
                 "micro_batch_size": slot,
                 "sequence_length": QUICK_LENGTH if quick else LENGTH,
                 "lr": 1e-3,
@@ -121,9 +121,6 @@ def measured(product: Product, job: JobSpec, confinement: Confinement, quick: bo
     if len({step.generation for step in steps}) > 1:
         raise RuntimeError(f"slots of {job.name} still changed in step {steps[0].step}")
     slots = [plan.slot for _, plan in sorted(live.plans().items())]
-    for event in read_events(live.run_dir):
-        if event["kind"] == "micro_batch_fitted":
-            say(f"{event}")
     return Measured(
         tokens_per_s=median(step.tokens / step.step_s for step in steps),
         padding=mean(step.padding for step in steps),
@@ -155,12 +152,18 @@ def measure(quick: bool) -> Result:
                 say(f"{arm}: {found[arm][-1]}")
 
             one("dynamic", "auto")
-            size = QUICK_LENGTH if quick else LENGTH, QUICK_ROWS if quick else ROWS
-            rows = slot_of_rows(found["dynamic"][0].slot_tokens, *size)
+            length, batch = (QUICK_LENGTH, QUICK_ROWS) if quick else (LENGTH, ROWS)
+            fits = found["dynamic"][0].slot_tokens
+            rows = slot_of_rows(fits, length, batch)
+            slots = {
+                "dynamic": "auto",
+                "packed": slot_of_rows(fits, length, batch // PACKED),
+                **dict.fromkeys(ARMS[:2], rows),
+            }
             for number in range(rounds):
                 for arm in ARMS[:: 1 if number % 2 else -1]:
                     if number or arm != "dynamic":
-                        one(arm, "auto" if arm == "dynamic" else rows)
+                        one(arm, slots[arm])
     ratio = {arm: _over(found["dynamic"], found[arm]) for arm in ARMS if arm != "dynamic"}
     dynamic = found["dynamic"]
     peak = min(m.peak_share for m in dynamic)
@@ -173,8 +176,8 @@ def measure(quick: bool) -> Result:
             "model": MODEL,
             "limit_bytes": limit,
             "fixed_rows": rows,
-            "rows": size[1],
-            "longest_row": size[0],
+            "rows": batch,
+            "longest_row": length,
         },
         rounds=rounds,
         metrics={

@@ -44,7 +44,7 @@ def test_a_missing_column_is_named_with_those_that_there_are(tmp_path: Path, kin
     with pytest.raises(DataError, match="has no 'text'; it has 'body', 'n'") as caught:
         list(texts_in(path, "text"))
     assert str(path) in str(caught.value) and "data.text_key" in caught.value.remedy
-    with pytest.raises(DataError, match="n is a int; it must be text"):
+    with pytest.raises(DataError, match="n is of type int; it must be text"):
         list(texts_in(path, "n"))
 
 

@@ -115,7 +115,7 @@ BAD_LINES = [
     pytest.param(b'{"text": "cut o', "not JSON: column 16: Invalid control character", id="broken"),
     pytest.param(b'{"body": 1}', "no key 'text'; it has 'body'", id="no key"),
     pytest.param(b'["text"]', "a JSON list; each line must be an object", id="no object"),
-    pytest.param(b'{"text": 3}', "'text' is a int; it must be text", id="no text"),
+    pytest.param(b'{"text": 3}', "'text' is of type int; it must be text", id="no text"),
     pytest.param(b"[" * 200_000, "not JSON", id="nested"),
     pytest.param(b'{"text": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit", id="long number"),
 ]
