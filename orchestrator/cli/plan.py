@@ -1,5 +1,6 @@
 """`plan`: what a job will take, without starting anything."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from orchestrator.cli.wording import NONE, size
 from orchestrator.errors import UsageError
 from orchestrator.policy.fitting import check_memory, crowding
 from orchestrator.policy.planning import JobPlan
+from orchestrator.spec.job import BY_DOCUMENT, JobSpec
 
 NOTES = (
     "Memory is of the worker that holds most; bytes per step are what all workers together send to others, collectives "
@@ -51,11 +53,18 @@ def plan(
     if output is Format.JSON:
         show_json(asdict(planned))
     else:
-        say(NOTES)
+        say(" ".join([NOTES, *_notes_on_rows(spec)]))
         _show(planned)
     check_memory(spec, planned)  # told after the figures, which show why
     if warning := crowding(spec, planned, psutil.virtual_memory().total):
         say(f"Warning: {warning}")
+
+
+def _notes_on_rows(spec: JobSpec) -> Iterator[str]:
+    if spec.train.fits_memory:
+        yield "micro_batch_size is auto: slots begin with one row, as told here, and grow to what the memory takes."
+    if spec.data.rows == BY_DOCUMENT:
+        yield "Rows are documents: all are taken to be as long as there may be any."
 
 
 def _show(planned: JobPlan) -> None:

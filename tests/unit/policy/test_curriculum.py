@@ -9,6 +9,7 @@ from orchestrator.errors import DataError
 from orchestrator.policy.curriculum import continued, longest_row, planned_stages
 from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks
+from orchestrator.sampling.curriculum import Curriculum, CurriculumState
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import TrainSpec
 
@@ -133,3 +134,16 @@ def test_nothing_fails_for_want_of_text_once_something_was_decided() -> None:
     present = planned_stages(spec, TRAIN.model_copy(update={"steps": 20}), CHUNKS)
     longer = continued(present, 3, spec, TRAIN, CHUNKS, [StageStart("a", 10)])
     assert [stage.name for stage in longer.stages] == ["a", "b", "a", "b"]
+
+
+def test_a_stage_by_document_ends_with_the_step_in_which_it_has_its_tokens() -> None:
+    """Documents of 4 and 8 tokens, four a step: 16 to 32."""
+    chunks = Chunks.of(np.array([4, 8] * 50), np.arange(100.0), 8)
+    spec = _spec({"name": "a", "until": {"tokens": 200}}, {"name": "b"})
+    train = TRAIN.model_copy(update={"sequence_length": 8})
+    state = planned_stages(spec, train, chunks, by_document=True)
+    curriculum = Curriculum(chunks, state)
+    end = state.stages[1].first_step
+    taken = [curriculum.spans(step).num_tokens for step in range(end)]
+    assert sum(taken[:-1]) < 200 <= sum(taken) and len(set(taken)) > 1
+    assert CurriculumState.from_json(state.to_json()).by_document
