@@ -5,7 +5,9 @@
 The product's own worker trains a small model on Python's library, all arms with the same model, corpus, tuning, tokens
 and, pair by pair, the same seed, in a world of one. `shuffled` has no curriculum. For each signal of difficulty there
 is a curriculum, whose range opens by the square root of the step over the first half of the run (Platanis et al.,
-2019), and its opposite, which opens from the difficult end.
+2019), and its opposite, which opens from the difficult end. `curriculum/rows` has all of the text from the beginning,
+in rows that grow from 32 over 64 to 128 tokens; a step has as many rows as ever, so the same tokens are more and
+smaller steps at first. `shuffled/small` is its control: full rows, about as many steps, all of one size.
 
 The target is fixed before any other arm is looked at: the mean validation loss that `shuffled` has at half of its
 tokens. `tokens_saved` is one less the tokens that an arm takes to get there over those of `shuffled` with the same
@@ -43,7 +45,9 @@ MODEL = {
     "top_k": 2,
     "expert_intermediate_size": 64,
 }
-SHUFFLED = "shuffled"
+SHUFFLED, SMALL, ROWS = "shuffled", "shuffled/small", "curriculum/rows"
+SMALL_BATCH = 10  # rows
+ROW_STAGES = ((32, 0.15), (64, 0.25), (128, 0.6))  # tokens of a row, share of the run's tokens
 AT_ONCE = 2  # runs side by side: losses don't depend on time
 
 Curve = list[tuple[int, float]]  # tokens trained on, validation loss
@@ -52,17 +56,22 @@ Curve = list[tuple[int, float]]  # tokens trained on, validation loss
 def measure(quick: bool) -> Result:
     seeds, steps = (QUICK_SEEDS, QUICK_STEPS) if quick else (SEEDS, STEPS)
     signals = SIGNALS[:1] if quick else SIGNALS
-    arms = [SHUFFLED, *(f"{order}/{signal}" for signal in signals for order in ("curriculum", "anti"))]
+    arms = [SHUFFLED, SMALL, ROWS, *(f"{order}/{signal}" for signal in signals for order in ("curriculum", "anti"))]
+    return compared(quick, arms, seeds, steps)
+
+
+def compared(quick: bool, arms: list[str], seeds: int, steps: int) -> Result:
+    """The arms against `shuffled`, which is one of them."""
+    signals = {signal_of(arm) for arm in arms} - {None}
     with tempfile.TemporaryDirectory(prefix="curriculum-") as folder:
         workspace = Path(folder)
         data = data_spec(quick, workspace)
-        stores = {signal: _store(data, stores_dir(quick, workspace), signal) for signal in (None, *signals)}
+        stores = {signal: _store(data, stores_dir(quick, workspace), signal) for signal in {None, *signals}}
         runs = [(arm, seed) for seed in range(seeds) for arm in arms]
 
         def trained(which: tuple[str, int]) -> Curve:
             arm, seed = which
-            _, _, signal = arm.partition("/")
-            curve = train(_job(arm, seed, steps, data, quick), stores[signal or None], workspace / f"{seed}-{arm}")
+            curve = train(_job(arm, seed, steps, data, quick), stores[signal_of(arm)], workspace / f"{seed}-{arm}")
             say(f"seed {seed}, {arm}: {curve[-1][1]:.4f} after {curve[-1][0]} tokens")
             return curve
 
@@ -70,6 +79,13 @@ def measure(quick: bool) -> Result:
             curves = dict(zip(runs, pool.map(trained, runs), strict=True))
     by_arm = {arm: [curves[arm, seed] for seed in range(seeds)] for arm in arms}
     return _result(quick, seeds, steps, by_arm)
+
+
+def signal_of(arm: str) -> str | None:
+    """What the arm's store is scored by; None for any."""
+    if arm == ROWS:
+        return "length"
+    return None if arm.startswith(SHUFFLED) else arm.partition("/")[2]
 
 
 def train(job: JobSpec, store: Path, run_dir: Path) -> Curve:
@@ -135,18 +151,31 @@ def _result(quick: bool, seeds: int, steps: int, by_arm: dict[str, list[Curve]])
 
 
 def _job(arm: str, seed: int, steps: int, data: DataSpec, quick: bool) -> JobSpec:
-    order, _, signal = arm.partition("/")
-    start = 0.5 if quick else 0.1  # a small corpus has few difficulties
-    pace = {"kind": "root", "start": start, "steps": steps // 2, "hardest_first": order == "anti"}
-    stages = ({"name": "all", "pace": pace},)
+    train: dict[str, Any] = dict(BATCH)
+    curriculum: dict[str, Any] | None = None
+    if arm == SMALL:
+        train |= {"global_batch_size": SMALL_BATCH, "micro_batch_size": SMALL_BATCH}
+        steps = steps * BATCH["global_batch_size"] // SMALL_BATCH
+    elif arm == ROWS:
+        lasts = [round(steps * share * train["sequence_length"] / length) for length, share in ROW_STAGES]
+        stages = [
+            {"name": f"rows-{length}", "sequence_length": length, "until": {"steps": last}}
+            for (length, _), last in zip(ROW_STAGES, lasts, strict=True)
+        ]
+        del stages[-1]["until"]
+        curriculum, steps = {"signal": "length", "stages": stages}, sum(lasts)
+    elif arm != SHUFFLED:
+        start = 0.5 if quick else 0.1  # a small corpus has few difficulties
+        pace = {"kind": "root", "start": start, "steps": steps // 2, "hardest_first": arm.startswith("anti")}
+        curriculum = {"signal": signal_of(arm), "stages": [{"name": "all", "pace": pace}]}
     return JobSpec.model_validate(
         {
             "name": "curriculum",
             "model": MODEL,
-            "train": {**BATCH, "steps": steps, "seed": seed, "lr": 2e-3, "schedule": {"warmup_steps": steps // 12}},
+            "train": {**train, "steps": steps, "seed": seed, "lr": 2e-3, "schedule": {"warmup_steps": steps // 12}},
             "eval": {"every": steps // VALIDATIONS, "rows": VALIDATION_ROWS},
             "data": data,
-            "curriculum": None if order == SHUFFLED else {"signal": signal, "stages": stages},
+            "curriculum": curriculum,
             "protection": "off",
         }
     )

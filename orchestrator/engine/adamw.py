@@ -24,7 +24,11 @@ Row = tuple[str, int, int]  # a parameter's name, and elements [start, stop) of 
 
 
 class AdamW(torch.optim.AdamW):
-    """Tells when an update begins, and keeps its gradients if asked. DeepSpeed steps it once for each group."""
+    """Tells when an update begins, and keeps its gradients if asked. DeepSpeed steps it once for each group.
+
+    Its state must be there before the first step. It calls the kernel itself: torch's own `step` would load torch's
+    compiler, which takes a starting worker a second.
+    """
 
     before_update: Callable[[], None] = staticmethod(nothing)
     gradients: dict[int, Tensor] | None = None  # by id of the updated tensor, clipped; None: not wanted
@@ -32,13 +36,31 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, params: list[dict[str, Any]], train: TrainSpec) -> None:
         super().__init__(params, lr=train.lr, fused=True, **_options(train))
 
-    def step(self, closure: Any = None) -> Any:
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
         tell, self.before_update = self.before_update, nothing
         tell()
-        if self.gradients is not None:
-            masters = [p for group in self.param_groups for p in group["params"]]
-            self.gradients |= {id(p): p.grad for p in masters if p.grad is not None}
-        return super().step(closure)
+        for group in self.param_groups:
+            masters = [p for p in group["params"] if p.grad is not None]
+            if self.gradients is not None:
+                self.gradients |= {id(p): p.grad for p in masters}
+            moments = [self.state[p] for p in masters]
+            adamw(
+                masters,
+                [p.grad for p in masters],
+                [m["exp_avg"] for m in moments],
+                [m["exp_avg_sq"] for m in moments],
+                [],
+                [m["step"] for m in moments],
+                fused=True,
+                amsgrad=False,
+                maximize=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+            )
 
 
 class Replayer:
