@@ -22,6 +22,7 @@ import ast
 import json
 import sysconfig
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -111,7 +112,7 @@ def job_of(arm: str, slot: int | str, corpus: Path, storage: Path, quick: bool) 
 
 def measured(product: Product, job: JobSpec, confinement: Confinement, quick: bool) -> Measured:
     """Run a job to its end."""
-    live = LiveRun(product.client, job)
+    live = LiveRun(product.client, job, name=f"{job.name}-{time.time_ns()}")
     confinement.peak_bytes, kills = 0, confinement.kills
     ended = live.wait()
     if ended.phase is not RunPhase.SUCCEEDED or ended.recoveries:

@@ -3,11 +3,14 @@
     python -m benchmarks.prepare [--quick]
 
 The text is that of the installed Python packages, as JSON lines, tokenised with the same given tokenizer to the same
-store by three arms, each in a process of its own:
+store by four arms, each in a process of its own:
 
     cluster    `orchestrator data prepare` on a Ray of 2 CPUs: what is timed begins when that Ray is up and cold
-    plain      one process, a loop over the documents, TOKENIZERS_PARALLELISM=false
+    plain      `prepare` as a job calls it: one process, a loop over the documents with the tokenizers library,
+               TOKENIZERS_PARALLELISM=false
     parallel   the same with the tokenizer's own threads, `encode_batch` of a megabyte at once
+    alone      what `cluster` does, its table of words included, in one process without Ray: no bar, it tells which part
+               of the speedup is the table's and which the cluster's
 
 Memory is the most that the process, its Ray and all of its workers hold together: proportional set sizes, so that what
 they share counts once, looked at four times a second. It is taken once with the text and once with four times as much,
@@ -29,9 +32,9 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import Result, Spread, alternate, at_least, at_most, equals, median_interval, ratios, run, say
+from orchestrator.data import spreading
 from orchestrator.data.bulk import Request, prepare_corpora
 from orchestrator.data.prepare import prepare
-from orchestrator.data.spreading import on_cluster
 from orchestrator.data.tokenizer import TextTokenizer
 
 CPUS = 2
@@ -69,7 +72,7 @@ def measure(quick: bool) -> Result:
             larger = write_corpus(workspace / f"text-{times}", times * sizes["memory_text_bytes"], sizes["file_bytes"])
             memory[times] = in_a_process(on_ray, larger, tokenizer, workspace / "stores", True)
         say(f"peak bytes: {[told['peak_bytes'] for told in memory.values()]}")
-    speedups = {name: median_interval(ratios(seconds[name], seconds["cluster"])) for name in ("plain", "parallel")}
+    speedups = {name: median_interval(ratios(seconds[name], seconds["cluster"])) for name in ARMS if name != "cluster"}
     metrics: dict[str, Any] = {
         "seconds": {name: Spread.of(values) for name, values in seconds.items()},
         "mb_per_s": {
@@ -77,6 +80,7 @@ def measure(quick: bool) -> Result:
         },
         "speedup": speedups["plain"],
         "speedup_over_parallel": speedups["parallel"],
+        "speedup_over_alone": speedups["alone"],
         "ray_start_s": Spread.of(starts_s),
         "peak_bytes": {str(times): told["peak_bytes"] for times, told in memory.items()},
         "peak_bytes_without_ray": {str(times): told["peak_bytes_without_ray"] for times, told in memory.items()},
@@ -89,7 +93,11 @@ def measure(quick: bool) -> Result:
         settings={"quick": quick, "cpus": CPUS, "times": TIMES, **sizes},
         rounds=rounds,
         metrics=metrics,
-        baselines={"plain": "one process, TOKENIZERS_PARALLELISM=false", "parallel": "one process, encode_batch"},
+        baselines={
+            "plain": "one process, TOKENIZERS_PARALLELISM=false",
+            "parallel": "one process, encode_batch",
+            "alone": "one process, blocks with the table of words",
+        },
         bars=(
             at_least("speedup", 1.6, metrics["speedup"]),
             at_most("peak_memory_ratio", 1.15, metrics["peak_memory_ratio"]),
@@ -151,8 +159,7 @@ def on_ray(corpus: Path, tokenizer: Path, stores: Path, looks: bool) -> dict[str
     look = Look() if looks else None
     try:
         began_s = time.perf_counter()
-        request = Request((str(corpus),), tokenizer=tokenizer, deduplicate=False)
-        told["digest"] = prepare_corpora(request, stores, on_cluster).store.digest
+        told["digest"] = in_blocks(corpus, tokenizer, stores, spreading.on_cluster)
         told["seconds"] = time.perf_counter() - began_s
     finally:
         told |= {} if look is None else look.ended()
@@ -172,7 +179,19 @@ def parallel(corpus: Path, tokenizer: Path, stores: Path, looks: bool) -> dict[s
     return {"digest": digest, "seconds": time.perf_counter() - began_s}
 
 
-ARMS = {"cluster": on_ray, "plain": plain, "parallel": parallel}
+def alone(corpus: Path, tokenizer: Path, stores: Path, looks: bool) -> dict[str, Any]:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    began_s = time.perf_counter()
+    digest = in_blocks(corpus, tokenizer, stores, map)
+    return {"digest": digest, "seconds": time.perf_counter() - began_s}
+
+
+def in_blocks(corpus: Path, tokenizer: Path, stores: Path, spread: spreading.Spread) -> str:
+    request = Request((str(corpus),), tokenizer=tokenizer, deduplicate=False)
+    return prepare_corpora(request, stores, spread).store.digest
+
+
+ARMS = {"cluster": on_ray, "plain": plain, "parallel": parallel, "alone": alone}
 
 
 def in_a_process(work: Callable[..., dict[str, Any]], corpus: Path, tokenizer: Path, stores: Path, looks: bool) -> Any:

@@ -5,19 +5,21 @@ Tasks and results are JSON. A result says what went wrong as well, so that an er
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orchestrator.data.blocks import Block, Located, documents_of
-from orchestrator.data.difficulty import Signal, scores, signal_of
+from orchestrator.data.difficulty import Signal, Tokens, scores, signal_of
 from orchestrator.data.parts import checked, written
 from orchestrator.data.prepare import sample_of
 from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.data.words import WordTable, has_words
 from orchestrator.data.writer import token_dtype
 from orchestrator.errors import DataError
 from orchestrator.protocol.codec import from_plain, to_plain
@@ -26,6 +28,7 @@ PART_FORMAT = 1
 BATCH_CHARS = 1 << 18  # encoded at once; the tokenizer's own working memory is some 50 bytes per character
 # Signals that need counts over the training split: scored at the end.
 OVER_ALL_DOCUMENTS = frozenset({"rarity", "reference_loss"})
+Encode = Callable[[Sequence[str]], list[NDArray[np.unsignedinteger]]]
 
 
 @dataclass(frozen=True)
@@ -118,19 +121,17 @@ def _encode(task: EncodeTask) -> Outcome:
     footer = checked(path, made)
     if footer is not None:
         return Outcome(task.block.number, num_tokens=footer.num_tokens)
-    tokenizer = _tokenizer(task.tokenizer, task.tokenizer_digest)
+    tokenizer, encode = _loaded(task.tokenizer, task.tokenizer_digest)
     signal = None if task.signal is None else signal_of(task.signal, tokenizer, _no_counts, _no_counts, False)
-    dtype = token_dtype(tokenizer)
-    with written(path, made, dtype) as part:
+    with written(path, made, token_dtype(tokenizer)) as part:
         for batch in _batches(documents_of(task.block)):
-            for item, ids in zip(batch, tokenizer.encode([item.document.text for item in batch]), strict=True):
-                tokens = np.asarray(ids, dtype)
+            for item, tokens in zip(batch, encode([item.document.text for item in batch]), strict=True):
                 part.add(tokens, float("nan") if signal is None else _score(signal, task.signal or "", item, tokens))
         num_tokens = part.num_tokens
     return Outcome(task.block.number, num_tokens=num_tokens)
 
 
-def _score(signal: Signal, name: str, item: Located, tokens: "np.ndarray[tuple[int], np.dtype[np.integer]]") -> float:
+def _score(signal: Signal, name: str, item: Located, tokens: Tokens) -> float:
     return float(scores(signal, name, iter([(f"{item.document.id} ({item.where})", tokens)]))[0])
 
 
@@ -148,8 +149,9 @@ def _batches(documents: Iterator[Located]) -> Iterator[list[Located]]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str, digest: str) -> TextTokenizer:
-    """A process reads it once for all its blocks; another tokenizer has another digest."""
+def _loaded(path: str, digest: str) -> tuple[TextTokenizer, Encode]:
+    """The tokenizer and what encodes with it on one core. A process reads it once for all its blocks, and keeps the
+    words that it has seen; another tokenizer has another digest."""
     found = TextTokenizer.load(Path(path))
     if found.digest != digest:
         raise DataError(
@@ -157,7 +159,10 @@ def _tokenizer(path: str, digest: str) -> TextTokenizer:
             remedy="Start again.",
             unchanged="No store was written.",
         )
-    return found
+    if has_words(found):
+        return found, WordTable(found).encode
+    dtype = token_dtype(found)
+    return found, lambda texts: [np.asarray(tokens, dtype) for tokens in found.encode(texts)]
 
 
 def _no_counts() -> NoReturn:
