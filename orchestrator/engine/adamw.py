@@ -37,7 +37,7 @@ class AdamW(torch.optim.AdamW):
         super().__init__(params, lr=train.lr, fused=True, **_options(train))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         tell, self.before_update = self.before_update, nothing
         tell()
         for group in self.param_groups:

@@ -1,18 +1,18 @@
 """Imports DeepSpeed without what no worker uses and every worker would wait for.
 
 - MLflow, for DeepSpeed's autotuner: a second and 110 MB.
-- torch's compiler, for the kernels of an optimizer called Muon, which DeepSpeed imports in its first reduction of
-  gradients: a second more. They stay uncompiled here; whatever a model compiles itself is.
-- The compiler once more, for which torch's optimizers would mark their methods as not to be compiled.
+- torch's compiler: two seconds. DeepSpeed imports the kernels of an optimizer called Muon, compiled, in its first
+  reduction of gradients; here they stay uncompiled. And DeepSpeed's engine and torch's optimizers mark what mustn't be
+  compiled, which loads the compiler at the first call; here it stays unmarked. Whatever a model compiles itself is.
 
 Import this module before `deepspeed`. Whoever imports MLflow later gets it.
 """
 
 import importlib
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -31,15 +31,20 @@ def _without(module: str) -> Iterator[None]:
 
 
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+def _unchanged_by(*decorators: str) -> Iterator[None]:
+    """What these decorators of torch are put on stays as it is."""
+
+    def decorator(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
+        return function if function is not None else lambda decorated: decorated
+
+    before = {name: getattr(torch, name) for name in decorators}
+    for name in decorators:
+        setattr(torch, name, decorator)
     try:
         yield
     finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+        for name, found in before.items():
+            setattr(torch, name, found)
 
 
 def _leave_unmarked(kind: type) -> None:
@@ -51,5 +56,5 @@ def _leave_unmarked(kind: type) -> None:
 
 
 _leave_unmarked(torch.optim.Optimizer)
-with _without("mlflow"), _environment("TORCHDYNAMO_DISABLE", "1"):
+with _without("mlflow"), _unchanged_by("compile", "_disable_dynamo"):
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
