@@ -10,7 +10,8 @@ the order turned round in every other round:
 - `dynamic`: `data.rows: documents`, `micro_batch_size: auto`. The first slots are small, and grow by what is measured.
 - `fixed`: the same rows in slots of as many rows, in their order, as fit if all of them are as long as they may be:
   the largest divisor of the batch with which a slot has no more tokens than those that `dynamic` found to fit.
-- `padded`: the same slots as `fixed`, as most trainers do it: padding goes through the whole model.
+- `padded`: the same slots as `fixed`, as most trainers do it: padding goes through the whole model. Its loss holds all
+  logits of a slot, which is as fast (`benchmarks.loss`).
 - `packed`: `data.rows: packed`, documents back to back in rows of 1,024 tokens, a third as many, in slots that fit.
 
 `tokens_per_s` is of target tokens, over the median step once slots have their size. `padding` is the share of the

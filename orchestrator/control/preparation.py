@@ -5,7 +5,7 @@ from pathlib import Path
 
 from orchestrator.data.order import Orders
 from orchestrator.data.prepare import check_enough, check_vocabulary, prepare
-from orchestrator.spec.job import JobSpec
+from orchestrator.spec.job import BY_DOCUMENT, JobSpec
 from orchestrator.tracking.sink import Dataset
 
 
@@ -49,7 +49,13 @@ class Preparation:
             difficulty=None if job.curriculum is None else job.curriculum.signal,
         )
         check_vocabulary(job.model.vocab_size, store.vocab_size)
-        check_enough(store, job.train.sequence_length, job.train.global_batch_size, int(job.eval.every is not None))
+        check_enough(
+            store,
+            job.train.sequence_length,
+            job.train.global_batch_size,
+            int(job.eval.every is not None),
+            by_document=job.data.rows == BY_DOCUMENT,
+        )
         Orders(job, store)  # what a curriculum lacks shows now, before any worker has it
         tokenizer = Path(run_dir) / "tokenizer.json"
         store.tokenizer().save(tokenizer)

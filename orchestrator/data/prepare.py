@@ -114,8 +114,17 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         ) from error
 
 
-def check_enough(store: TokenStore, sequence_length: int, global_batch_size: int, min_validation_rows: int = 0) -> None:
+def check_enough(
+    store: TokenStore,
+    sequence_length: int,
+    global_batch_size: int,
+    min_validation_rows: int = 0,
+    by_document: bool = False,
+) -> None:
     """Refuses a store too small for a job: less than one global batch, or fewer validation rows than it needs.
+
+    Args:
+        by_document: a row is a document, or a piece of a long one.
 
     Raises:
         DataError: says the rows found, the rows needed, and what to change.
@@ -125,7 +134,7 @@ def check_enough(store: TokenStore, sequence_length: int, global_batch_size: int
         ("validation", min_validation_rows, "validation"),
     )
     for split, needed, purpose in wanted:
-        found = store.num_rows(split, sequence_length)
+        found = (store.num_pieces if by_document else store.num_rows)(split, sequence_length)
         if found < needed:
             smaller = "train.global_batch_size" if split == "train" else "eval.rows"
             raise DataError(

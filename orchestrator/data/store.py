@@ -114,6 +114,11 @@ class TokenStore:
         """Whole rows in a split; the tokens after the last one are never used at this length."""
         return (self.num_tokens(split) - 1) // _checked_length(sequence_length)
 
+    def num_pieces(self, split: Split, longest: int) -> int:
+        """Documents of a split, those that are longer cut into pieces of `longest` tokens."""
+        lengths_D = self.index(split)["length"].astype(np.int64)
+        return int((-(-lengths_D // _checked_length(longest))).sum())
+
     def rows(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> Rows:
         """Reads rows, in the order asked for; none is fine. Raises ValueError for a row that doesn't exist."""
         return self.read(split, self.spans(split, row_numbers, sequence_length), sequence_length)

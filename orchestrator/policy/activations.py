@@ -48,7 +48,7 @@ def item_bytes(train: TrainSpec) -> int:
 
 
 def _slot_tokens(train: TrainSpec) -> int:
-    return train.slot_tokens
+    return max(train.slot_tokens, train.sequence_length)
 
 
 def _norm(spec: ModelSpec, item: int) -> int:

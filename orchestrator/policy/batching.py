@@ -51,10 +51,10 @@ def fit_slots(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         return Decision(state)
     if state.failed_moves >= MAX_FAILED_MOVES:
         return Decision(state)
-    shares = shares_of(memory, seen.nodes, limits.memory_bytes)
-    known = [p for p in state.probes if p.sequence_length == next(iter(memory.values())).sequence_length]
-    now = state.current.slot.tokens
-    wanted = next_tokens(now, memory, shares, known, state.slot_ceiling)
+    shares = shares_of(memory, limits.memory_bytes)
+    now = max(state.current.slot.tokens, *(use.tokens for use in memory.values()))  # a row may be longer than a slot
+    ceiling = state.slot_ceiling if len(state.members) <= state.ceiling_size else 0
+    wanted = next_tokens(now, memory, shares, state.probes, ceiling)
     if not is_worth_it(limits, state, now, wanted, memory):
         return Decision(state)
     probes = tuple(Probe(w, u.sequence_length, u.tokens, u.resident_bytes) for w, u in memory.items())
@@ -71,26 +71,25 @@ def fit_slots(limits: RunLimits, state: RunState, seen: Observation) -> Decision
             "kept_bytes": memory[fullest].kept_bytes,
         },
     )
-    ceiling = now if wanted < now else state.slot_ceiling
-    fitted = replace(state, slot=replace(state.current.slot, tokens=wanted), probes=probes, slot_ceiling=ceiling)
+    fitted = replace(state, slot=replace(state.current.slot, tokens=wanted), probes=probes)
     change = SizeChange(len(state.members), None)
     why = f"slots of {wanted} tokens fit the memory" if wanted > now else "memory gets short"
     return planned_move(limits, fitted, seen, state.members, change, why).then(note)
 
 
-def shares_of(memory: Mapping[str, SlotMemory], nodes: Mapping[str, str], reserved: int | None) -> dict[str, Share]:
-    """What each worker may take: what others leave of its node's memory, in equal parts; a GPU's by itself.
+def shares_of(memory: Mapping[str, SlotMemory], reserved: int | None) -> dict[str, Share]:
+    """What each worker may take: what others leave of the memory that it shares, in equal parts.
 
     Args:
-        nodes: where workers live.
-        reserved: what the job says that each gets at most; None if it doesn't.
+        reserved: what the job says that each gets of a host's memory at most; None if it doesn't.
     """
     shares = {}
     for worker, use in memory.items():
-        sharing = [worker] if use.is_alone else [w for w in memory if nodes.get(w, "") == nodes.get(worker, "")]
-        others = max(0, use.used_bytes - sum(memory[w].resident_bytes for w in sharing))
+        sharing = [other.resident_bytes for other in memory.values() if other.place == use.place]
+        others = max(0, use.used_bytes - sum(sharing))
         share = (use.limit_bytes - others) // len(sharing)
-        shares[worker] = Share(share if reserved is None else min(share, reserved), use.resident_bytes)
+        most = share if reserved is None or use.is_gpu else min(share, reserved)
+        shares[worker] = Share(most, use.resident_bytes)
     return shares
 
 
@@ -105,13 +104,13 @@ def next_tokens(
 
     Args:
         now: tokens of the present slots.
-        probes: what smaller slots of such rows took, by worker.
+        probes: what workers had taken when slots were changed last.
         ceiling: slots stay smaller than this, which was too much; 0 for none.
     """
-    before = {probe.worker: probe for probe in probes}
-    if any(shares[w].fraction > HIGH and _has_grown(use, before.get(w)) for w, use in memory.items()):
-        a_row = next(iter(memory.values())).sequence_length
-        return min(now, max(a_row, int(now * SMALLER)))
+    last = {probe.worker: probe for probe in probes}
+    if any(shares[w].fraction > HIGH and _has_grown(use, last.get(w)) for w, use in memory.items()):
+        return min(now, max(_row_length(memory), int(now * SMALLER)))
+    before = {worker: probe for worker, probe in last.items() if probe.sequence_length == _row_length(memory)}
     fits = min(_fitting(use, shares[w], before.get(w)) for w, use in memory.items())
     grown = int(min(fits, GROWTH * now))
     return max(now, grown if not ceiling else min(grown, int(ceiling * SMALLER)))
@@ -126,8 +125,7 @@ def is_worth_it(limits: RunLimits, state: RunState, now: int, wanted: int, memor
         return False
     if limits.by_document:
         return True
-    length = next(iter(memory.values())).sequence_length
-    lengths_R = np.full(limits.global_batch_size, length)
+    lengths_R = np.full(limits.global_batch_size, _row_length(memory))
     sizes = (state.current.slot, replace(state.current.slot, tokens=wanted))
     present, larger = (len(cut_into_slots(lengths_R, size)) for size in sizes)
     return larger < present
@@ -148,5 +146,10 @@ def _fitting(use: SlotMemory, share: Share, before: Probe | None) -> float:
 
 
 def _has_grown(use: SlotMemory, before: Probe | None) -> bool:
-    """Processes keep what they have freed, so after slots got smaller they take as much as before."""
-    return before is None or use.resident_bytes > 1.01 * before.resident_bytes
+    """Processes keep what they have freed, so smaller slots don't help one that has stopped growing."""
+    return before is not None and use.resident_bytes > 1.01 * before.resident_bytes
+
+
+def _row_length(memory: Mapping[str, SlotMemory]) -> int:
+    """Tokens of a row, or of the longest: all members are in the same step."""
+    return next(iter(memory.values())).sequence_length

@@ -30,6 +30,7 @@ from orchestrator.policy.schedule import SizeChange, next_change, wanted_size, w
 from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Fence, Handover, Phase
 from orchestrator.protocol.status import Recovery, Rescale
+from orchestrator.sampling.slots import UNSAID
 
 Change = TypeVar("Change", Rescale, Recovery)
 
@@ -73,7 +74,8 @@ def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
     failed_moves = state.failed_moves + 1
     gives_up = failed_moves >= MAX_FAILED_MOVES
-    wish = given_up(state, seen) if gives_up else state.wish
+    is_fit = state.next.world.members == state.members  # nobody's wish for another size
+    wish = given_up(state, seen) if gives_up and not is_fit else state.wish
     note = Note("move_abandoned", {"generation": state.next.generation, "why": broken[0], "gave_up": gives_up})
     abandoned = replace(state, failed_moves=failed_moves, wish=wish, why=broken[0], broken_s=None)
     return Decision(replace(abandoned, next=None, next_first_step=None, next_why=""), (note,))
@@ -138,6 +140,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         recovery=None,
         recoveries=recoveries,
         failed_spawns=0,
+        slot=UNSAID,
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )
     note = Note("activated", asdict(rescale) | {"members": list(plan.world.members)})

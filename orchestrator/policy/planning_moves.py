@@ -86,13 +86,15 @@ def planned_move(
 
 
 def slot_for(limits: RunLimits, state: RunState, world: World) -> SlotSize:
-    """Slots of a generation to come. Where they are fitted, a smaller world begins with smaller ones: each of its
-    workers holds more of the state."""
-    size = state.slot or limits.slot
+    """Slots of a generation to come: what was decided, else as they are. Where they are fitted, a smaller world begins
+    with smaller ones: each of its workers holds more of the state."""
+    last = state.current or state.previous
+    size = state.slot or (last.slot if last is not None else limits.slot)
     if not limits.fits_memory:
         return size
-    shrunk = min(1.0, world.size / len(state.members)) if state.members else 1.0
-    return replace(size, tokens=max(1, int(size.tokens * shrunk)), multiple=world.size)
+    shrunk = min(1.0, world.size / last.world.size) if last is not None else 1.0
+    least = min(size.tokens, limits.slot.tokens)
+    return replace(size, tokens=max(least, int(size.tokens * shrunk)), multiple=world.size)
 
 
 def with_plan(
@@ -123,8 +125,6 @@ def with_plan(
     planned = replace(
         state,
         next=plan,
-        slot=plan.slot,
-        probes=state.probes if world.members == state.members else (),
         next_first_step=change.first_step,
         next_why=why,
         num_generations=world.generation + 1,

@@ -7,6 +7,8 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Loss, Note, Observation, RunState
 from orchestrator.sampling.slots import SlotSize
 
+SUSPECT_STEPS = 8  # of a generation with larger slots
+
 
 def respond(
     limits: RunLimits, state: RunState, seen: Observation, losses: Sequence[Loss]
@@ -14,13 +16,15 @@ def respond(
     """The state as the next generation is to be planned from it, and what there is to say about that."""
     notes: list[Note] = []
     current = state.current
-    size = state.slot or limits.slot
-    if any(loss.cause == "out_of_memory" for loss in losses):
+    last = current or state.previous
+    size = last.slot if last is not None and last.slot else limits.slot
+    if any(loss.cause == "out_of_memory" or _died_of_growth(limits, state, seen, loss) for loss in losses):
         # Several ranks may tell of it one after the other: once is enough for one generation.
-        untried = current is None or current.slot == size
         smaller = _smaller(size)
+        untried = not state.slot or (state.slot.rows, state.slot.tokens) > (smaller.rows, smaller.tokens)
         if untried and smaller != size:
-            state = replace(state, slot=smaller, slot_ceiling=size.tokens)
+            world_size = last.world.size if last is not None else limits.initial_workers
+            state = replace(state, slot=smaller, slot_ceiling=size.tokens, ceiling_size=world_size)
             unit = "rows" if size.rows else "tokens"
             sizes = {f"{end}_{unit}": s.rows or s.tokens for end, s in (("from", size), ("to", smaller))}
             notes.append(Note("micro_batch_reduced", sizes | {"step": seen.step}))
@@ -29,6 +33,17 @@ def respond(
         state = replace(state, skips=tuple(sorted({*state.skips, *fresh})))
         notes += [Note("batch_skipped", {"step": step, "why": state.why}) for step in sorted(fresh)]
     return state, tuple(notes)
+
+
+def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, loss: Loss) -> bool:
+    """A process that ends suddenly in the first steps of larger slots: the kernel, which gives no reason, has killed it
+    for want of memory more likely than anything else has."""
+    if not limits.fits_memory or loss.cause != "worker" or state.current is None:
+        return False
+    known = [r.slots for w in state.members if (r := seen.reports.get(w)) and r.slots]
+    steps = [use.steps for use in known if use.generation == state.current.generation]
+    smallest = min((probe.tokens for probe in state.probes), default=state.current.slot.tokens)
+    return smallest < state.current.slot.tokens and max(steps, default=SUSPECT_STEPS) < SUSPECT_STEPS
 
 
 def _smaller(size: SlotSize) -> SlotSize:

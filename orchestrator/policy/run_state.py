@@ -67,12 +67,12 @@ class RunState:
 
     `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
-    worker's error that `why` tells of. `slot` is how much a slot takes; until the first generation is planned it says
-    nothing. `slot_ceiling` is a number of tokens that were too many, and `probes` what slots took when their size was
-    changed last. `skips` are steps whose batches are left out; `quarantine` names nodes that get no new workers,
-    `draining` nodes that will soon be gone, `leaving` workers that are to leave, `straggler` one that is much slower
-    than the others. `stages` are those that were decided, `stages_version` counts decisions, and `stage_wishes` those
-    that were asked for and are decided.
+    worker's error that `why` tells of. `slot` is how much a slot is to take from the next generation on; if it says
+    nothing, what it takes now. `slot_ceiling` is a number of tokens that were too many in a world of `ceiling_size`, and
+    `probes` tell what workers had taken when slots were changed last. `skips` are steps whose batches are left out;
+    `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone, `leaving` workers that
+    are to leave, `straggler` one that is much slower than the others. `stages` are those that were decided,
+    `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
     """
 
     target: Target
@@ -99,6 +99,7 @@ class RunState:
     losses: tuple[Loss, ...] = ()
     slot: SlotSize = UNSAID
     slot_ceiling: int = 0
+    ceiling_size: int = 0
     probes: tuple[Probe, ...] = ()
     skips: tuple[int, ...] = ()
     quarantine: tuple[str, ...] = ()

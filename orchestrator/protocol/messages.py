@@ -246,7 +246,8 @@ class SlotMemory:
         resident_bytes: what the process has taken: on a CPU, where it keeps what it has freed, the most so far.
         limit_bytes: memory of the host, or of the group of processes that it is confined to, or of the GPU.
         used_bytes: of it, by all processes, without what the system can take back.
-        is_alone: no other worker of the run shares it.
+        place: what memory that is: workers that name the same one share it.
+        is_gpu: it is a GPU's.
     """
 
     generation: int
@@ -258,7 +259,8 @@ class SlotMemory:
     resident_bytes: int
     limit_bytes: int
     used_bytes: int
-    is_alone: bool
+    place: str
+    is_gpu: bool
 
 
 @dataclass(frozen=True)

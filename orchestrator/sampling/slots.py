@@ -45,9 +45,10 @@ ONE_ROW = SlotSize(rows=1)
 def cut_into_slots(lengths_R: Ints, size: SlotSize) -> list[Ints]:
     """[S] row numbers of each slot; all rows once.
 
-    Slots of so many rows hold them in their order. Slots of so many tokens hold rows of like length, the longest first,
-    and are about equally full: a bucket's padding is what its longest row has over the others, so rows that lie next to
-    each other in order of length waste least. Rows of equal length keep their order.
+    Slots of so many rows hold them in their order. Slots of so many tokens hold rows of like length and are about
+    equally full: a bucket's padding is what its longest row has over the others, so rows that lie next to each other in
+    order of length waste least. Long rows take more time for each token, so slots are in an order in which any run of
+    them has about as many long ones as another. Rows of equal length keep their order.
 
     Raises:
         ValueError: a size that says nothing.
@@ -63,7 +64,15 @@ def cut_into_slots(lengths_R: Ints, size: SlotSize) -> list[Ints]:
     num_slots = len(_starts(sorted_R, size.tokens))
     wanted = min(-(-num_slots // size.multiple) * size.multiple, len(lengths_R))
     starts = _starts(sorted_R, _least_tokens(sorted_R, size.tokens, wanted))
-    return np.split(by_length_R, starts[1:])
+    slots = np.split(by_length_R, starts[1:])
+    return slots if sorted_R[0] == sorted_R[-1] else [slots[number] for number in spread(len(slots))]
+
+
+def spread(count: int) -> list[int]:
+    """The numbers below `count` by their bits in reverse, as van der Corput's sequence has them: those that follow one
+    another are far apart, and every run of them is spread over all."""
+    bits = max(1, (count - 1).bit_length())
+    return sorted(range(count), key=lambda number: f"{number:0{bits}b}"[::-1])
 
 
 def padded_tokens(lengths_R: Ints, slots: Sequence[Ints]) -> Ints:

@@ -65,10 +65,10 @@ class TrainSpec(Section):
 
     @property
     def slot_tokens(self) -> int:
-        """Tokens of a slot at most; with `auto` of the smallest, which is a row."""
+        """Tokens of a slot at most, if a row isn't longer; with `auto` of the smallest, which is a row."""
         if isinstance(self.micro_batch_size, int):
             return self.micro_batch_size * self.sequence_length
-        return max(tokens_of(self.micro_batch_size) or 0, self.sequence_length)
+        return tokens_of(self.micro_batch_size) or self.sequence_length
 
     @property
     def fits_memory(self) -> bool:

@@ -4,14 +4,16 @@ import torch
 
 from orchestrator.protocol.messages import SlotMemory
 from orchestrator.worker.feed import StepFeed
-from orchestrator.worker.memory import allocated_bytes, room, taken_bytes
+from orchestrator.worker.memory import allocated_bytes, give_back, room, taken_bytes
+
+SMALLER = 0.9  # times as large as the largest slot of the generation before
 
 
 class Gauge:
     """Used by the training thread.
 
     Args:
-        device: whose memory slots take: the machine's, or a GPU's, which is this worker's alone.
+        device: whose memory slots take: the machine's, or a GPU's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -30,6 +32,9 @@ class Gauge:
     def end_step(self, generation: int, feed: StepFeed) -> SlotMemory:
         """Called after a step. Returns what is known of its generation's slots of such rows."""
         last, there = self._newest, room(self._device)
+        if last is not None and last.generation != generation and max(feed.padded_tokens) < SMALLER * last.tokens:
+            give_back(self._device)  # else what larger slots took would keep these from growing again
+            there = room(self._device)
         is_first = last is None or (last.generation, last.sequence_length) != (generation, feed.sequence_length)
         self._newest = SlotMemory(
             generation=generation,
@@ -41,7 +46,8 @@ class Gauge:
             resident_bytes=taken_bytes(self._device),
             limit_bytes=there.limit_bytes,
             used_bytes=there.used_bytes,
-            is_alone=self._device.type == "cuda",
+            place=there.place,
+            is_gpu=self._device.type == "cuda",
         )
         self._kept = 0
         return self._newest

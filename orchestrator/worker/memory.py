@@ -1,10 +1,13 @@
 """What this process has taken of memory, and how much there is: what slots are fitted by.
 
 On a CPU memory is that of the group of processes (cgroup, version 1 or 2) that confines this one most, or the
-machine's. Workers keep what they have freed (`orchestrator.control.crew`), so what they have taken never falls.
+machine's. Workers keep what they have freed (`orchestrator.control.crew`), so what they have taken falls only when
+they give it back.
 """
 
 import ctypes
+import platform
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +15,19 @@ import torch
 
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 GROUPS = Path("/proc/self/cgroup")
 MOUNT = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that there are, and how many of them all processes have that the system can't take back."""
+    """Bytes that there are, how many of them all processes have that the system can't take back, and a name for this
+    memory, the same for all who share it."""
 
     limit_bytes: int
     used_bytes: int
+    place: str
 
 
 class _MallocInfo(ctypes.Structure):
@@ -56,20 +62,31 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def taken_bytes(device: torch.device) -> int:
-    """The most that this process has taken so far."""
+    """The most that this process has taken since it gave back what was free."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return _of_lines(STATUS, ("RssAnon:", "RssShmem:"))
+
+
+def give_back(device: torch.device) -> None:
+    """Let the system have what is free of what was taken: `taken_bytes` tells then what is in use, and what will be."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(AttributeError, OSError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def room(device: torch.device) -> Room:
     """What there is for this process and those beside it."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return Room(total, total - free)
+        return Room(total, total - free, f"gpu {torch.cuda.get_device_properties(device).uuid}")
+    boot = BOOT.read_text().strip() if BOOT.exists() else platform.node()
     total = _of_lines(MEMINFO, ("MemTotal:",))
-    machine = Room(total, total - _of_lines(MEMINFO, ("MemAvailable:",)))
-    groups = [room for directory in _groups() if (room := _room_of(directory)) is not None]
+    machine = Room(total, total - _of_lines(MEMINFO, ("MemAvailable:",)), boot)
+    groups = [room for directory in _groups() if (room := _room_of(directory, boot)) is not None]
     return min((machine, *groups), key=lambda room: room.limit_bytes - room.used_bytes)
 
 
@@ -92,7 +109,7 @@ def _groups() -> list[Path]:
     return found
 
 
-def _room_of(group: Path) -> Room | None:
+def _room_of(group: Path, boot: str) -> Room | None:
     """None for a group without a limit."""
     for name, counted in (
         ("memory.max", ("anon", "shmem", "kernel_stack", "slab_unreclaimable")),
@@ -104,7 +121,7 @@ def _room_of(group: Path) -> Room | None:
         except OSError:
             continue
         if limit.isdecimal() and int(limit) < 1 << 60:
-            return Room(int(limit), used)
+            return Room(int(limit), used, f"{boot} {group.stat().st_ino}")
     return None
 
 

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
@@ -19,8 +20,9 @@ def test_every_row_is_in_one_slot_which_is_no_larger_than_it_may(
     for rows, padded in zip(slots, padded_tokens(lengths_R, slots), strict=True):
         assert padded == len(rows) * lengths_R[rows].max()
         assert padded <= tokens or len(rows) == 1
-    if len(lengths_R):  # rows of like length are together
-        assert [lengths_R[rows].min() for rows in slots[:-1]] >= [lengths_R[rows].max() for rows in slots[1:]]
+    by_length = sorted(slots, key=lambda rows: (-lengths_R[rows].max(), -lengths_R[rows].min()))
+    for longer, shorter in pairwise(by_length):  # rows of like length are together
+        assert lengths_R[longer].min() >= lengths_R[shorter].max()
 
 
 @given(LENGTHS, st.integers(1, 200))
@@ -43,6 +45,17 @@ def test_rows_of_one_length_keep_their_order_in_slots_that_are_about_equal(
     sizes = [len(rows) for rows in slots]
     wanted = min(ceil(ceil(num_rows / at_once) / multiple) * multiple, num_rows)
     assert max(sizes) == ceil(num_rows / wanted)  # no less would do
+
+
+def test_every_rank_gets_long_rows_and_short_ones() -> None:
+    lengths_R = np.arange(64, 0, -1)
+    slots = cut_into_slots(lengths_R, SlotSize(tokens=64))
+    for world_size in (2, 3, 4):
+        means = []
+        for rank in range(world_size):
+            rows = np.concatenate([slots[n] for n in slots_of(rank, world_size, len(slots))])
+            means.append(np.average(lengths_R[rows], weights=lengths_R[rows]))
+        assert max(means) < 1.25 * min(means)
 
 
 def test_slots_of_so_many_rows_hold_them_in_order() -> None:

@@ -136,7 +136,7 @@ def test_keys_that_depend_on_the_entrypoint(model: dict[str, Any], rule: str) ->
 
 @pytest.mark.parametrize(
     ("micro_batch_size", "rows", "tokens"),
-    [(4, 4, 512), ("1000 tokens", 0, 1000), ("9 tokens", 0, 128), ("auto", 0, 128)],
+    [(4, 4, 512), ("1000 tokens", 0, 1000), ("9 tokens", 0, 9), ("auto", 0, 128)],
 )
 def test_how_much_a_slot_takes(micro_batch_size: int | str, rows: int, tokens: int) -> None:
     train = job(train={"global_batch_size": 12, "micro_batch_size": micro_batch_size}).train
