@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.rescale import job_of
+from benchmarks.support.confinement import why_not
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from tests.support.hosts import Hosts
 
@@ -68,6 +69,16 @@ def test_replication_counts_what_snapshots_send() -> None:
     assert 0.95 * unique <= sent["whole"] <= 1.25 * unique  # whatever else uses the device is in it
     assert 0.4 * unique <= sent["every_step"] <= 0.8 * unique
     assert 1 <= short["auto_interval"] <= 64
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_batching_stays_within_its_limit() -> None:
+    line = quick("batching")
+    assert line["metrics"]["kills"] == 0 and 0 < line["metrics"]["peak_share"][0] < 1
+    assert line["metrics"]["packed"]["padding"] == 0 < line["metrics"]["fixed"]["padding"]
 
 
 @pytest.mark.ray

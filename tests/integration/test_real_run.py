@@ -25,6 +25,7 @@ from orchestrator.control.calls import ask
 from orchestrator.control.connection import disconnect
 from orchestrator.control.host import find, names_of
 from orchestrator.control.inference import ask_model
+from orchestrator.control.memory import read_steps
 from orchestrator.errors import EntrypointError, NotFound, UsageError
 from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.status import RunPhase, RunStatus
@@ -236,6 +237,25 @@ def test_a_run_lives_through_a_lack_of_memory_and_a_poisoned_batch(
     assert told["batch_skipped"]["step"] == 40 and "the loss of step 40 is" in told["batch_skipped"]["why"]
     account = client.audit(run)
     assert account.ok and account.steps == 60 and account.left_out == (40,)
+
+
+def test_slots_by_document_grow_until_every_worker_has_one(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    """The memory of this machine is more than they need."""
+    plain = small_job(texts, steps=80, micro_batch_size="auto", global_batch_size=32, sequence_length=64)
+    data = plain.data.model_copy(update={"holdout": HOLDOUT, "rows": "documents"})
+    workers = WorkersSpec(min=2, max=2, initial=2)
+    changes = {"name": "fitted", "workers": workers, "storage": str(tmp_path / "runs"), "data": data}
+    run = client.submit(plain.model_copy(update=changes))
+    ended = client.wait(run, timeout_s=120.0)
+    assert ended.phase is RunPhase.SUCCEEDED and not ended.recoveries, ended
+    fitted = [(e["from_tokens"], e["to_tokens"]) for e in client.events(run) if e["kind"] == "micro_batch_fitted"]
+    assert fitted[0] == (64, 256) and all(after > before for before, after in fitted)
+    steps = read_steps(Path(ended.run_dir))
+    assert steps[0].num_slots > 16 and {step.num_slots for step in steps[-5:]} == {2}
+    assert {step.num_positions for step in steps} == {32} and client.audit(run).ok
+    assert steps[-1].loss < steps[0].loss - 0.5
 
 
 def test_a_model_that_crashes_in_workers_only_fails_once_with_the_users_traceback(
