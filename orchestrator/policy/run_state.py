@@ -68,7 +68,7 @@ class RunState:
     `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
     worker's error that `why` tells of. `slot` is how much a slot is to take from the next generation on; if it says
-    nothing, what it takes now. `slot_ceiling` is a number of tokens that were too many in a world of `ceiling_size`, and
+    nothing, what it takes now. `slot_ceiling` is a number of tokens that were too many in a world of `ceiling_size`;
     `probes` tell what workers had taken when slots were changed last. `skips` are steps whose batches are left out;
     `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone, `leaving` workers that
     are to leave, `straggler` one that is much slower than the others. `stages` are those that were decided,
