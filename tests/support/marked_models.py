@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.data.store import TokenStore
+from orchestrator.sampling.slots import ONE_ROW
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.feed import Feed
 from tests.support.own_models import linear, own_spec
@@ -22,7 +23,7 @@ def with_marked_steps(job: JobSpec, store_dir: Path, folder: Path, steps: Sequen
         forward: its body. `mark` is the index in `steps` of the step that the slot `tokens` begins, else -1.
     """
     feed = Feed(job, TokenStore.open(store_dir), torch.device("cpu"))
-    rows = [feed.step(step, 0, 1, 1).slots[0].batch.inputs_BT[0].tolist() for step in steps]
+    rows = [feed.step(step, 0, 1, ONE_ROW).slots[0].batch.inputs_BT[0].tolist() for step in steps]
     source = linear(
         init=f"self.register_buffer('rows', torch.tensor({rows}), persistent=False)",
         forward="\n        ".join(
