@@ -3,9 +3,9 @@
     python -m benchmarks.batching [--quick]
 
 The corpus is Python's library cut into its functions and classes: half of them have no more than 414 characters, one in
-a hundred more than 18,500. A row is a definition, or a piece of 1,024 tokens of a long one. Two workers train on it, and
-all processes of the cluster share a limit of memory that the kernel enforces. All arms run in it, one after the other,
-the order turned round in every other round:
+a hundred more than 18,500. A row is a definition, or a piece of 1,024 tokens of a long one. Two workers train on it,
+and all processes of the cluster share a limit of memory that the kernel enforces. All arms run in it, one after the
+other, the order turned round in every other round:
 
 - `dynamic`: `data.rows: documents`, `micro_batch_size: auto`. The first slots are small, and grow by what is measured.
 - `fixed`: the same rows in slots of as many rows, in their order, as fit if all of them are as long as they may be:
