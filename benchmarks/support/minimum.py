@@ -5,8 +5,8 @@ before and after; whatever a worker holds after and not before has to reach it.
 
 - A worker has the weights of all dense parameters and of the experts that are placed on it.
 - The two moments of a group are cut over the group's ranks: the group's parameters in the model's order, end to end,
-  padded to a multiple of 16 per rank, in equal parts. Groups are the dense parameters over all ranks, and the
-  parameters of the experts that lie on the same ranks over those.
+  padded to a multiple of 16 per rank, in equal parts. What lies on the same ranks, dense parameters apart from experts,
+  is divided into groups of at most 25 MiB of fp32, or one parameter, from the model's end.
 - A buffer is on every worker.
 """
 
@@ -21,6 +21,7 @@ from orchestrator.elastic.world import World
 
 FP32_BYTES = 4
 NUM_MOMENTS = 2
+GROUP_ELEMENTS = 25 * 2**20 // 4
 
 Mask = NDArray[np.bool_]
 
@@ -59,7 +60,7 @@ def holdings(params: Sequence[ParamSpec], world: World, placement: Placement) ->
         ranks = tuple(range(world.size)) if spec.expert is None else placement.holders[spec.expert]
         groups.setdefault((spec.expert is None, ranks), []).append(number)
     held = {worker: (np.zeros(begins[-1], np.bool_), np.zeros(begins[-1], np.bool_)) for worker in world.members}
-    for (_, ranks), numbers in groups.items():
+    for (_, ranks), numbers in ((key, cut) for key, group in groups.items() for cut in _divided(params, group)):
         elements = np.concatenate([np.arange(begins[n], begins[n + 1], dtype=np.int32) for n in numbers])
         part = -(-len(elements) // (16 * len(ranks))) * 16
         for place, rank in enumerate(ranks):
@@ -67,3 +68,13 @@ def holdings(params: Sequence[ParamSpec], world: World, placement: Placement) ->
             weights[elements] = True
             moments[elements[place * part : (place + 1) * part]] = True
     return held
+
+
+def _divided(params: Sequence[ParamSpec], numbers: Sequence[int]) -> list[list[int]]:
+    divided: list[list[int]] = []
+    for number in reversed(numbers):
+        if divided and sum(params[n].numel for n in [number, *divided[-1]]) <= GROUP_ELEMENTS:
+            divided[-1].insert(0, number)
+        else:
+            divided.append([number])
+    return divided

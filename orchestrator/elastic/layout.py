@@ -12,8 +12,10 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.elastic.buckets import buckets, capacity
 from orchestrator.elastic.placement import Placement, ReplicaSet
 from orchestrator.elastic.world import World
+from orchestrator.spec.communication import BUCKET_MB
 
 IntArray = NDArray[np.int64]
 
@@ -136,19 +138,21 @@ def training_layout(
     world: World,
     mixed_precision: bool,
     buffers: Sequence[tuple[str, int]],
+    bucket_mb: float = BUCKET_MB,
 ) -> Layout:
     """The layout of a run's training state under ZeRO 1 or 2 with our parameter groups.
 
-    Dense parameters form one group over all ranks; the parameters of the experts that share a replica set form one
-    over that set. A group is laid end to end in the order of `params`, padded, and cut into equal partitions, one per
-    rank of its set in order. Tensors, for a parameter NAME: `param/NAME` replicated over its group's ranks;
-    `exp_avg/NAME`, `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a buffer,
-    `buffer/NAME` on all ranks.
+    Dense parameters belong to all ranks, those of an expert to its replica set. What belongs to the same ranks is cut
+    into buckets, each of which is laid end to end in the order of `params`, padded, and cut into equal partitions, one
+    per rank in order. Tensors, for a parameter NAME: `param/NAME` replicated over its ranks; `exp_avg/NAME`,
+    `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a buffer, `buffer/NAME` on all
+    ranks.
 
     Args:
         params: every parameter of the whole model, in the engine's order, the same in every world.
         mixed_precision: parameters have 2 bytes and fp32 masters; otherwise they have 4 and are their own masters.
         buffers: (name, numel) of fp32 state that every rank holds.
+        bucket_mb: size of a bucket, at most, unless a parameter is larger; MiB of fp32.
 
     Raises:
         ValueError: a placement for another world size, or a parameter of an expert that is not placed.
@@ -174,7 +178,7 @@ def training_layout(
     names += [f"buffer/{name}" for name, _ in buffers]
     num_params, num_sharded, num_buffers = len(params), len(sharded_prefixes) * len(params), len(buffers)
     param_numel = np.array([spec.numel for spec in params], dtype=np.int64)
-    shards = _partition(param_numel, members, holder_sets)
+    shards = _partition(param_numel, members, holder_sets, capacity(bucket_mb))
     return Layout(
         world=world,
         names=tuple(names),
@@ -191,20 +195,22 @@ def training_layout(
     )
 
 
-def _partition(param_numel: IntArray, groups: Sequence[Sequence[int]], holder_sets: Sequence[ReplicaSet]) -> IntArray:
-    """[n, 4], sorted rows (param, start, stop, rank): each group's flat buffer cut into one partition per holder."""
+def _partition(
+    param_numel: IntArray, groups: Sequence[Sequence[int]], holder_sets: Sequence[ReplicaSet], bucket: int
+) -> IntArray:
+    """[n, 4], sorted rows (param, start, stop, rank): each bucket's flat buffer cut into one partition per holder."""
     rows = []
     for members, ranks in zip(groups, holder_sets, strict=True):
-        if not members:
-            continue
-        param = np.array(members, dtype=np.int64)
-        begin = np.append(0, np.cumsum(param_numel[param]))
-        total, alignment = int(begin[-1]), PARTITION_MULTIPLE * len(ranks)
-        partition_size = -(-total // alignment) * alignment // len(ranks)
-        cuts = np.unique(np.append(begin, np.arange(0, total, partition_size)))  # what lies behind `total` is padding
-        start, stop = cuts[:-1], cuts[1:]
-        nth = np.searchsorted(begin, start, side="right") - 1
-        rank = np.array(ranks)[start // partition_size]
-        rows.append(np.stack([param[nth], start - begin[nth], stop - begin[nth], rank], axis=1))
+        of_group = np.array(members, dtype=np.int64)
+        for cut in buckets(param_numel[of_group].tolist(), bucket):
+            param = of_group[cut]
+            begin = np.append(0, np.cumsum(param_numel[param]))
+            total, alignment = int(begin[-1]), PARTITION_MULTIPLE * len(ranks)
+            partition_size = -(-total // alignment) * alignment // len(ranks)
+            cuts = np.unique(np.append(begin, np.arange(0, total, partition_size)))  # behind `total` is padding
+            start, stop = cuts[:-1], cuts[1:]
+            nth = np.searchsorted(begin, start, side="right") - 1
+            rank = np.array(ranks)[start // partition_size]
+            rows.append(np.stack([param[nth], start - begin[nth], stop - begin[nth], rank], axis=1))
     shards = np.concatenate(rows) if rows else np.zeros((0, 4), dtype=np.int64)
     return shards[np.lexsort((shards[:, 1], shards[:, 0]))]

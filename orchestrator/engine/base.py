@@ -33,13 +33,14 @@ class Engine(Protocol):
     """Trains one rank's shard within one generation."""
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, before_backward: Callable[[], None] = nothing
+        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of one slot: its loss sum divided by `global_tokens` is backpropagated and added up.
 
         Every rank calls it equally often per step; a rank without a slot passes one with no rows.
 
         Args:
+            last: `step` comes next: gradients may travel during this backward pass.
             before_backward: called between the two.
 
         Returns:

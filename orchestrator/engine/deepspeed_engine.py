@@ -1,9 +1,10 @@
 """The engine that trains: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
 
 What is ours and why:
-- Parameter groups (`orchestrator.engine.param_groups`).
+- Parameter groups (`orchestrator.engine.param_groups`), and how gradients are added up over slots and ranks
+  (`orchestrator.comm.buckets`): in fp32, with bf16 weights too, and while the backward pass goes on. DeepSpeed is
+  handed this rank's pieces of the sums, and clips, updates and gathers weights (`orchestrator.engine.seam`).
 - Gradients are summed, not averaged: a slot's loss is already divided by the global batch's token count.
-- Gradients accumulate in fp32 with bf16 weights too, at both stages, in the same optimizer class.
 - All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is switched off, and so is the
   shared-memory op that it would compile at first use.
 
@@ -29,12 +30,16 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from orchestrator.comm import pulse
+from orchestrator.comm.buckets import Bucket, Buckets
+from orchestrator.comm.reduction import ReduceScatter
 from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.groups import Groups
 from orchestrator.engine.param_groups import group_name, groups_of, is_filler
+from orchestrator.engine.seam import Seam
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.batch import MicroBatch
+from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
@@ -42,7 +47,7 @@ from orchestrator.state.ranges import NamedRanges
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.WARNING)
 
-MAX_BUCKET_ELEMENTS = 50_000_000
+DEFAULT = CommunicationSpec()
 WAITING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
 
 
@@ -77,7 +82,14 @@ class DeepSpeedEngineAdapter:
         groups: the generation's process groups.
     """
 
-    def __init__(self, model: TrainableModel, train: TrainSpec, groups: Groups, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: TrainableModel,
+        train: TrainSpec,
+        groups: Groups,
+        device: torch.device,
+        communication: CommunicationSpec = DEFAULT,
+    ) -> None:
         self._model = model
         self._device = device
         self._mixed = train.precision == "bf16"
@@ -85,9 +97,10 @@ class DeepSpeedEngineAdapter:
         _register(groups)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
-        param_groups = groups_of(model, groups)
-        self._adamw = AdamW(param_groups, train)
-        config = _config(model, train)
+        param_groups = groups_of(model, groups, communication.bucket_mb)
+        for_deepspeed = [group.for_deepspeed() for group in param_groups]
+        self._adamw = AdamW(for_deepspeed, train)
+        config = _config(train)
         os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker its own devices, so the first is ours
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
         _count_waits(deepspeed.comm.comm.cdb)
@@ -95,11 +108,14 @@ class DeepSpeedEngineAdapter:
             args=None,
             model=model,
             optimizer=self._adamw,
-            model_parameters=[p for group in param_groups for p in group["params"]],
+            model_parameters=[p for group in param_groups for p in group.everything],
             config=config,
             config_class=DeepSpeedConfig(config),
         )
         self._zero = self._core.optimizer
+        buckets = [Bucket(g.params, g.numel, ReduceScatter(g.ranks, g.is_dense), device) for g in param_groups]
+        self._buckets = Buckets(buckets, train.zero_stage == 2, communication.overlap)
+        self._seam = Seam(self._zero, groups.exchange)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._make_optimizer_state()
         self._owned = self._find_owned()
@@ -108,22 +124,21 @@ class DeepSpeedEngineAdapter:
     # -- training ----------------------------------------------------------------------------------------------
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, before_backward: Callable[[], None] = nothing
+        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
     ) -> tuple[Tensor, Tensor]:
-        loss = self._core(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
+        loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         counts_LE = self._model.expert_counts()
         before_backward()
-        self._core.backward(loss / global_tokens, scale_wrt_gas=False)
+        self._buckets.begin_slot(last)
+        (loss / global_tokens).backward()
+        self._buckets.end_slot()
         return loss.detach(), counts_LE
 
     def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
         self._adamw.before_update = before_update
         self._adamw.gradients = {} if keep_gradients else None
-        for group in self._zero.param_groups:
-            group["lr"] = lr
-        self._core.step()
+        applied, norm = self._seam.step(self._buckets.sums(), lr)
         kept, self._adamw.gradients = self._adamw.gradients, None
-        applied, norm = not self._zero.overflow, float(self._zero._global_grad_norm)
         return StepOutcome(applied, norm, self._gradients(kept) if applied and kept is not None else None)
 
     def _gradients(self, kept: dict[int, Tensor]) -> NamedRanges:
@@ -164,6 +179,7 @@ class DeepSpeedEngineAdapter:
             master.copy_(self._zero.parallel_partitioned_bit16_groups[index][self._partition_rank(index)])
 
     def close(self) -> None:
+        self._buckets.close()
         self._core.destroy()
         self._core.optimizer = None
         _unregister()
@@ -212,11 +228,7 @@ class DeepSpeedEngineAdapter:
         return ranges
 
 
-def _config(model: TrainableModel, train: TrainSpec) -> dict[str, Any]:
-    everything = sum(p.numel() for p in model.parameters()) + 1
-    # Stage 2 empties its bucket in the middle of backward, whenever it is full, and experts fill it too: a rank with
-    # more of them would empty it elsewhere than the others, and they would add up what doesn't belong together.
-    bucket = everything if train.zero_stage == 2 else min(everything, MAX_BUCKET_ELEMENTS)
+def _config(train: TrainSpec) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -230,7 +242,7 @@ def _config(model: TrainableModel, train: TrainSpec) -> dict[str, Any]:
             "reduce_scatter": True,
             "contiguous_gradients": True,
             "overlap_comm": False,
-            "reduce_bucket_size": bucket,
+            "reduce_bucket_size": 1,  # its own reduction, which is not used
         },
     }
     if train.precision == "bf16":

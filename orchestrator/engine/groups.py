@@ -22,6 +22,7 @@ from orchestrator.comm.sockets import gloo_group
 from orchestrator.elastic.placement import Placement
 
 TIMEOUT_S = 60.0
+REDUCTION = "reduction"
 CONNECTED = "connected"  # in torch's registry: gloo groups that were connected beforehand
 
 
@@ -44,6 +45,7 @@ class Groups:
         rank, world_size: this rank in its world.
         placement: which ranks hold which experts.
         world: all ranks.
+        reduction: all ranks once more, for gradients, which don't queue up with tokens there.
         replicas: per colour of the placement, the ranks that hold the same experts of that colour as this rank;
             a group of this rank alone where it holds none.
     """
@@ -52,6 +54,7 @@ class Groups:
     world_size: int
     placement: Placement
     world: dist.ProcessGroup
+    reduction: dist.ProcessGroup
     replicas: tuple[dist.ProcessGroup, ...]
 
     @property
@@ -94,6 +97,7 @@ class Meeting:
         self._connected: dict[str, dist.ProcessGroupGloo] = {}
         if backend == "gloo":
             self._connect("world", self._everyone)
+            self._connect(REDUCTION, self._everyone)
             for colour, ranks in enumerate(self.replica_sets):
                 if ranks != self._everyone:
                     self._connect(f"{colour}/{ranks[0]}", ranks)
@@ -120,8 +124,10 @@ class Meeting:
                 continue
             options = self._connected.get(f"{colour}/{ranks[0]}")
             replicas.append(dist.new_group(list(ranks), use_local_synchronization=True, pg_options=options))
+        everyone, options = list(self._everyone), self._connected.get(REDUCTION)
+        reduction = dist.new_group(everyone, use_local_synchronization=True, pg_options=options)
         self.close()
-        return Groups(self.rank, len(self._everyone), self.placement, world, tuple(replicas))
+        return Groups(self.rank, len(self._everyone), self.placement, world, reduction, tuple(replicas))
 
     def close(self) -> None:
         """Close connections that were not adopted."""

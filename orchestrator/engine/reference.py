@@ -41,7 +41,7 @@ class ReferenceEngine:
             }
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, before_backward: Callable[[], None] = nothing
+        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
     ) -> tuple[Tensor, Tensor]:
         loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         counts_LE = self._model.expert_counts()

@@ -3,7 +3,7 @@ stall of a rescale. Pure: from the job and the list of the model's parameters.
 
 What is exact: weights, masters, moments and buffers, which follow from the layout; parameters gathered, gradients
 reduced, and bytes moved at a rescale. What is an estimate: gradients' buffers, activations and the loss, which follow
-from what DeepSpeed and autograd were seen to keep; dispatch and combine, which take experts as equally popular; and
+from what buckets and autograd were seen to keep; dispatch and combine, which take experts as equally popular; and
 the stall, whose constants were measured on two cores.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orchestrator.elastic.buckets import UNDER_WAY, capacity
 from orchestrator.elastic.layout import IntArray, Kind, Layout, ParamSpec, training_layout
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.snapshot import SnapshotFormat
@@ -26,7 +27,6 @@ from orchestrator.spec.protection import interval_of, whole_every
 
 VOICES = 6  # numbers that each rank adds to a vote (orchestrator.worker.vote)
 PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
-MAX_BUCKET_ELEMENTS = 50_000_000  # orchestrator.engine.deepspeed_engine
 # Constants of the stall, from `python -m benchmarks.rescale` and the demo on 2 cores, over loopback.
 FIXED_STALL_S = 0.08  # vote, engine, activation
 DIGEST_S_PER_ELEMENT = 2.5e-9  # wall clock with all cores busy; the old shard and the new one
@@ -180,10 +180,10 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
     held = {part: int(ranks[fullest]) for part, ranks in bytes_by_part(layout).items()}
     partition = held["exp_avg"]  # fp32, as masters are
     weights = held["param"] // item_bytes(job.train)  # elements
-    if job.train.zero_stage == 1:
-        gradients = 4 * weights + 4 * min(weights, MAX_BUCKET_ELEMENTS)
-    else:
-        gradients = partition + 4 * weights
+    own = 4 * weights  # in buckets, in fp32; the last one of a step, or each slot's, travels
+    shared = sum(4 * p.numel for p in state.params if _is_shared(p, fullest, placement))
+    under_way = min(shared, UNDER_WAY * 4 * capacity(job.communication.bucket_mb))
+    gradients = own + under_way + (partition if job.train.zero_stage == 2 else 0)
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
     snapshots, deltas = _snapshot_bytes(job, layout, fullest)
@@ -236,7 +236,7 @@ def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layou
     counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
     vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size)
     reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
-    reduced = reductions * sum(p.numel * 4 * 2 * (_holders(p, placement) - 1) for p in state.params)
+    reduced = reductions * sum(p.numel * 4 * (_holders(p, placement) - 1) for p in state.params)
     gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in state.params)
     return TrafficPlan(
         gradients_reduced=reduced,
@@ -278,6 +278,14 @@ def _holders(param: ParamSpec, placement: Placement) -> int:
     return placement.world_size if param.expert is None else len(placement.replica_set(param.expert))
 
 
+def _is_shared(param: ParamSpec, rank: int, placement: Placement) -> bool:
+    """Whether this rank and others have it, so that its gradients travel."""
+    if param.expert is None:
+        return placement.world_size > 1
+    replicas = placement.replica_set(param.expert)
+    return rank in replicas and len(replicas) > 1
+
+
 # -- rescale -----------------------------------------------------------------------------------------------------------
 
 
@@ -301,7 +309,7 @@ def _plan_rescale(
 
 def _layout(job: JobSpec, state: StatePlan, placement: Placement, world: World) -> Layout:
     mixed = job.train.precision == "bf16"
-    return training_layout(state.params, placement, world, mixed, state.buffers)
+    return training_layout(state.params, placement, world, mixed, state.buffers, job.communication.bucket_mb)
 
 
 def _world(generation: int, size: int) -> World:

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.autoscale import MANUAL, STAGE, AutoscaleSpec
+from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.protection import EVERY_STEP, Protection
@@ -26,6 +27,7 @@ from orchestrator.spec.workers import ScheduledScale, Workers, WorkersSpec
 __all__ = [
     "AutoscaleSpec",
     "CheckpointSpec",
+    "CommunicationSpec",
     "CurriculumSpec",
     "DataSpec",
     "EvalSpec",
@@ -177,6 +179,9 @@ class JobSpec(Section):
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What each worker reserves.")
     model: ModelSpec = Field(default=ModelSpec(), description="The language model.")
     train: TrainSpec = Field(default=TrainSpec(), description="How it is trained.")
+    communication: CommunicationSpec = Field(
+        default=CommunicationSpec(), description="What travels between workers in a step."
+    )
     eval: EvalSpec = Field(default=EvalSpec(), description="Validation.")
     data: DataSpec = Field(default=DataSpec(), description="The text.")
     curriculum: CurriculumSpec | None = Field(

@@ -99,7 +99,8 @@ class Workshop:
     def layout(self, world: World, placement: Placement) -> Layout:
         """Which rank holds what in a world; every worker computes the same."""
         mixed = self.spec.train.precision == "bf16"
-        return training_layout(self.params, placement, world, mixed, self.buffers)
+        bucket_mb = self.spec.communication.bucket_mb
+        return training_layout(self.params, placement, world, mixed, self.buffers, bucket_mb)
 
     def meet(self, store: Store, plan: GenerationPlan) -> Meeting:
         """Connect to the other members of a generation. Collective over them."""
@@ -128,6 +129,6 @@ class Workshop:
         with self.device:
             home = ExpertHome(plan.placement, groups.rank, groups.exchange)
             model = build_model(self.spec.model, self.vocab_size, home)
-        engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device)
+        engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
         slot = plan.slot or slot_of(self.spec)
         return Shard(plan.epoch, plan.world, groups, model, engine, slot, frozenset(plan.skips))

@@ -82,9 +82,9 @@ class Stepper:
         if skipped:
             losses, update = self._evaluated(shard, feed), StepOutcome(applied=False, grad_norm=float("inf"))
         else:
-            for slot in feed.slots:
-                before_backward = self._measured()
-                loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens, before_backward)
+            for number, slot in enumerate(feed.slots, 1):
+                last, before_backward = number == len(feed.slots), self._measured()
+                loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens, last, before_backward)
                 if slot.number is not None:
                     losses[slot.number] = float(loss)
                     counts_LE += slot_counts_LE.cpu()

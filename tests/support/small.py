@@ -1,5 +1,7 @@
 """A small model, its data, and engines around it, for tests that need real ranks."""
 
+from typing import Any
+
 import torch
 from torch._C._distributed_c10d import Store
 
@@ -15,6 +17,7 @@ from orchestrator.model.building import catalogue
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.slots import max_slots, slots_of
+from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import ModelSpec, TrainSpec
 
 VOCAB, LENGTH, NUM_SLOTS, ROWS = 128, 32, 6, 2
@@ -45,7 +48,14 @@ def train_spec(precision: str = "fp32", zero_stage: int = 1) -> TrainSpec:
 
 
 def build(
-    kind: str, store: Store, prefix: str, rank: int, placement: Placement, train: TrainSpec, seed: int = 0
+    kind: str,
+    store: Store,
+    prefix: str,
+    rank: int,
+    placement: Placement,
+    train: TrainSpec,
+    seed: int = 0,
+    **communication: Any,
 ) -> tuple[Groups, MoELanguageModel, Engine]:
     """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed."""
     groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
@@ -55,7 +65,7 @@ def build(
         model.init_weights(seed)
         engine = ReferenceEngine(model, train, groups)
     else:
-        engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"))
+        engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), CommunicationSpec(**communication))
         model.init_weights(seed)
     engine.seeded()
     return groups, model, engine
@@ -90,9 +100,10 @@ def train_step(
     tokens = NUM_SLOTS * ROWS * LENGTH
     sums = torch.zeros(NUM_SLOTS, dtype=torch.float64)
     mine = list(slots_of(groups.rank, groups.world_size, NUM_SLOTS))
-    for index in range(max_slots(groups.world_size, NUM_SLOTS)):
+    num_slots = max_slots(groups.world_size, NUM_SLOTS)
+    for index in range(num_slots):
         batch = slot(step, mine[index]) if index < len(mine) else empty()
-        loss, _ = engine.accumulate(batch, tokens)
+        loss, _ = engine.accumulate(batch, tokens, index == num_slots - 1)
         if index < len(mine):
             sums[mine[index]] = float(loss)
     outcome = engine.step(lr, keep_gradients=keep_gradients)

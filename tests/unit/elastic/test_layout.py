@@ -12,15 +12,18 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 
 
-def plain_owners(params: list[ParamSpec], placement: Placement) -> dict[tuple[str, int], int]:
-    """The rank that optimizes each (parameter, element): flatten each group, pad it, cut it evenly."""
-    groups: dict[tuple[str, tuple[int, ...]], list[tuple[str, int]]] = defaultdict(list)
-    for spec in params:
+def plain_owners(params: list[ParamSpec], placement: Placement, bucket: float) -> dict[tuple[str, int], int]:
+    """The rank that optimizes each (parameter, element): flatten each bucket, pad it, cut it evenly."""
+    groups: dict[tuple[str, tuple[int, ...], int], list[tuple[str, int]]] = defaultdict(list)
+    number: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
+    for spec in reversed(params):
         everyone = tuple(range(placement.world_size))
         key = ("dense", everyone) if spec.expert is None else ("expert", placement.holders[spec.expert])
-        groups[key] += [(spec.name, i) for i in range(spec.numel)]
+        if groups[*key, number[key]] and len(groups[*key, number[key]]) + spec.numel > bucket:
+            number[key] += 1
+        groups[*key, number[key]][:0] = [(spec.name, i) for i in range(spec.numel)]
     owner = {}
-    for (_, ranks), elements in groups.items():
+    for (_, ranks, _), elements in groups.items():
         padded = len(elements)
         while padded % (16 * len(ranks)):
             padded += 1
@@ -44,12 +47,14 @@ def world_of(size: int) -> World:
 
 
 @settings(deadline=None)
-@given(models(), st.booleans())
-def test_every_element_lies_where_zero_puts_it(model: tuple[list[ParamSpec], Placement], mixed_precision: bool) -> None:
+@given(models(), st.booleans(), st.integers(1, 40))
+def test_every_element_lies_where_zero_puts_it(
+    model: tuple[list[ParamSpec], Placement], mixed_precision: bool, bucket: int
+) -> None:
     params, placement = model
     world = world_of(placement.world_size)
-    layout = training_layout(params, placement, world, mixed_precision, buffers=[("bias", 3)])
-    owner = plain_owners(params, placement)
+    layout = training_layout(params, placement, world, mixed_precision, [("bias", 3)], bucket_mb=bucket * 4 / 2**20)
+    owner = plain_owners(params, placement, bucket)
 
     held: dict[str, set[tuple[str, int]]] = {}
     for worker in world.members:

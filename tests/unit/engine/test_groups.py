@@ -10,7 +10,7 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.elastic.layout import PARTITION_MULTIPLE
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.groups import Groups, connect, disconnect
-from orchestrator.engine.param_groups import groups_of
+from orchestrator.engine.param_groups import group_name, groups_of
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
@@ -51,30 +51,33 @@ def test_generations_may_follow_each_other_on_one_store() -> None:
         pytest.param(Placement(3, 3, ((0, 1), (1, 2), (0,))), id="overlapping holders"),
     ],
 )
-def test_every_rank_has_equally_many_groups_and_a_filler_where_it_holds_nothing(
-    alone: Groups, placement: Placement
-) -> None:
+def test_groups_hold_what_lies_on_the_same_ranks(alone: Groups, placement: Placement) -> None:
+    """In buckets, the last parameters first; a rank that holds nothing of a colour has a filler there."""
     for rank in range(placement.world_size):
         model = MoELanguageModel(SPEC, 20, ExpertHome(placement, rank, None))
-        name_of = {id(param): name for name, param in model.named_parameters()}
-        groups = Groups(rank, placement.world_size, placement, alone.world, (alone.world,) * len(placement.groups()))
-        dense, *of_experts = groups_of(model, groups)
-        named = [name_of[id(p)] for p in dense["params"] if id(p) in name_of]
-        assert named == [n for n in name_of.values() if expert_of(n) is None]
-        assert not any(hasattr(p, "group_name") for p in dense["params"])
-        assert len(of_experts) == len(placement.groups())
-        for colour, group in enumerate(of_experts):
+        named = list(model.named_parameters())
+        name_of = {id(param): name for name, param in named}
+        replicas = (alone.world,) * len(placement.groups())
+        groups = Groups(rank, placement.world_size, placement, alone.world, alone.reduction, replicas)
+        found = groups_of(model, groups, bucket_mb=0.0005)
+        dense = [name_of[id(p)] for group in found if group.is_dense for p in group.params]
+        assert sorted(dense) == sorted(n for n in name_of.values() if expert_of(n) is None)
+        assert len([group for group in found if group.is_dense]) > 3
+        for colour in range(len(placement.groups())):
+            of_colour = [group for group in found if group.name == group_name(colour)]
             mine = {e for e in placement.experts_of(rank) if placement.colour_of(e) == colour}
-            held = {expert_of(name_of[id(p)]) for p in group["params"] if id(p) in name_of}
-            assert held == mine
-            assert group["moe"] and {p.group_name for p in group["params"]} == {group["name"]}
-            assert mine or len(group["params"]) == 1
-            assert sum(p.numel() for p in group["params"]) % PARTITION_MULTIPLE == 0
-            assert all(not p.any() for p in group["params"] if id(p) not in name_of)
+            assert {expert_of(name_of[id(p)]) for group in of_colour for p in group.params} == mine
+            assert all(group.for_deepspeed()["moe"] for group in of_colour)
+            assert {p.group_name for group in of_colour for p in group.everything} == {group_name(colour)}
+            assert mine or [(len(group.params), group.numel) for group in of_colour] == [(0, PARTITION_MULTIPLE)]
+        assert all(group.numel % PARTITION_MULTIPLE == 0 for group in found)
+        assert all(group.filler is None or not group.filler.any() for group in found)
+        order = [[*name_of].index(id(p)) for group in found for p in group.params[:1]]
+        assert order == sorted(order, reverse=True)
 
 
-def test_a_model_without_experts_has_the_dense_group_alone(alone: Groups) -> None:
+def test_a_model_without_experts_has_dense_groups_alone(alone: Groups) -> None:
     spec = SPEC.model_copy(update={"num_dense_layers": 2})
     model = MoELanguageModel(spec, 20, ExpertHome(Placement.balanced(3, 1), 0, None))
-    (dense,) = groups_of(model, alone)
-    assert len(dense["params"]) == len(list(model.parameters()))
+    (dense,) = groups_of(model, alone, bucket_mb=25.0)
+    assert [id(p) for p in dense.everything] == [id(p) for p in model.parameters()]

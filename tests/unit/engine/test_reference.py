@@ -47,7 +47,7 @@ def test_steps_equal_those_of_torch_on_the_mean_loss(alone: Groups, clipping: fl
     for step in range(3):
         batches: list[MicroBatch] = [slot(step, 0), slot(step, 1), empty()]
         for batch in batches:
-            engine.accumulate(batch, TOKENS)
+            engine.accumulate(batch, TOKENS, last=True)
         outcome = engine.step(1e-2)
         optimizer.zero_grad()
         sum((plain(b.inputs_BT, b.targets_BT) for b in batches[:2]), torch.zeros(())).div(TOKENS).backward()
@@ -62,17 +62,17 @@ def test_a_non_finite_update_changes_nothing_and_is_forgotten(alone: Groups) -> 
     model, engine = _engine(alone)
     before = [p.clone() for p in model.parameters()]
     hook = model.head.register_hook(lambda grad: grad * float("nan"))
-    engine.accumulate(slot(0, 0), TOKENS)
+    engine.accumulate(slot(0, 0), TOKENS, last=True)
     hook.remove()
     assert not engine.step(1e-2).applied
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    engine.accumulate(slot(0, 0), TOKENS)
+    engine.accumulate(slot(0, 0), TOKENS, last=True)
     assert engine.step(1e-2).applied
 
 
 def test_evaluation_leaves_no_trace(alone: Groups) -> None:
     model, engine = _engine(alone)
-    loss, counts_LE = engine.accumulate(slot(0, 0), TOKENS)
+    loss, counts_LE = engine.accumulate(slot(0, 0), TOKENS, last=True)
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     assert engine.evaluate(slot(0, 0)).item() == pytest.approx(loss.item())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
@@ -84,13 +84,13 @@ def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: Groups) 
     model, engine = _engine(alone)
     other_model, other = _engine(alone)
     for step in range(2):
-        engine.accumulate(slot(step, 0), TOKENS)
+        engine.accumulate(slot(step, 0), TOKENS, last=True)
         engine.step(1e-2)
     for name, held in engine.ranges():
         other.ranges().view(name, held.start, held.stop).copy_(held.data)
     other.loaded(2)
     for each in (engine, other):
-        each.accumulate(slot(2, 0), TOKENS)
+        each.accumulate(slot(2, 0), TOKENS, last=True)
         each.step(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
 

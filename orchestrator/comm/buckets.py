@@ -1,0 +1,165 @@
+"""Gradients on their way into sums: bucket by bucket, while the backward pass goes on.
+
+Each parameter's gradient is added to its bucket as soon as autograd has it, in fp32. In the last slot of a step a
+bucket that is complete is under way at once, so that all but the last of them travel while others are computed. Ranks
+begin them in one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong
+together, or wait for ever.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.comm.reduction import ReduceScatter, Reduction
+from orchestrator.elastic.buckets import UNDER_WAY
+
+
+class Bucket:
+    """Parameters whose gradients are summed together, end to end in memory.
+
+    Args:
+        params: in their order; there may be none.
+        numel: of the bucket, a multiple of the reduction's pieces. What lies behind the parameters is 0.
+        reduction: over the ranks that have these parameters.
+    """
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], numel: int, reduction: ReduceScatter, device: torch.device
+    ) -> None:
+        ends = [0]
+        for param in params:
+            ends.append(ends[-1] + param.numel())
+        if numel < ends[-1] or numel % reduction.num_pieces:
+            rule = f"at least that of its parameters, {ends[-1]}, and a multiple of {reduction.num_pieces} pieces"
+            raise ValueError(f"a bucket of {numel} elements; its size is {rule}")
+        self.params, self._reduction = params, reduction
+        self._spans, self._end, self._numel = list(pairwise(ends)), ends[-1], numel
+        self._device = device
+        self._flat: Tensor | None = None
+        self._filled = [False] * len(params)  # has a gradient in `_flat`
+        self._missing = len(params)  # gradients that this slot has not brought yet
+        self._under_way: Reduction | None = None
+        self._sum: Tensor | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """This slot has brought every gradient."""
+        return self._missing == 0
+
+    def begin_slot(self) -> None:
+        self._missing = len(self.params)
+
+    def take(self, nth: int) -> None:
+        """Add the gradient that autograd has just left with the n-th parameter."""
+        param = self.params[nth]
+        assert param.grad is not None
+        if self._flat is None:
+            self._flat = torch.empty(self._numel, dtype=torch.float32, device=self._device)
+        here = self._flat[slice(*self._spans[nth])]
+        if self._filled[nth]:
+            here.add_(param.grad.view(-1))
+        else:
+            here.copy_(param.grad.view(-1))
+        self._filled[nth] = True
+        self._missing -= 1
+        param.grad = None
+
+    def start(self) -> None:
+        """Send what there is; a parameter without a gradient has one of zeros."""
+        if self._flat is None:
+            self._flat = torch.zeros(self._numel, dtype=torch.float32, device=self._device)
+        else:
+            self._flat[self._end :].zero_()
+            for filled, span in zip(self._filled, self._spans, strict=True):
+                if not filled:
+                    self._flat[slice(*span)].zero_()
+        self._under_way = self._reduction.start(self._flat)
+        self._flat = None
+        self._filled = [False] * len(self.params)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Sent, and not yet seen to have arrived."""
+        if self._under_way is not None and self._under_way.is_done():
+            self.end()  # its memory is free then
+        return self._under_way is not None
+
+    def end(self) -> None:
+        """Wait for what is under way, if anything is."""
+        if self._under_way is not None:
+            total = self._under_way.wait()
+            self._under_way = None
+            self._sum = total if self._sum is None else self._sum.add_(total)
+
+    def take_sum(self) -> Tensor:
+        """This rank's piece of the sum over ranks and slots. The next one begins from nothing."""
+        self.end()
+        total, self._sum = self._sum, None
+        assert total is not None, "a bucket was asked for its sum before it was started"
+        return total
+
+
+class Buckets:
+    """All gradients of a rank.
+
+    Args:
+        buckets: in the order in which they are sent, the same on all ranks of a bucket; the backward pass should come
+            to the first ones first.
+        every_slot: send what each slot brings and keep only this rank's pieces, as ZeRO 2 does; else a step's slots are
+            added up here and sent once.
+        overlap: send during the backward pass; else after it, with the same result.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], every_slot: bool, overlap: bool) -> None:
+        self._buckets = buckets
+        self._every_slot, self._overlap = every_slot, overlap
+        self._sends = False  # in this slot
+        self._next = 0
+        self._travelling: list[Bucket] = []
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._hook(bucket, nth))  # type: ignore[no-untyped-call]
+            for bucket in buckets
+            for nth, param in enumerate(bucket.params)
+        ]
+
+    def begin_slot(self, last: bool) -> None:
+        """Called before a slot's backward pass; `last` of its step."""
+        self._sends, self._next = last or self._every_slot, 0
+        for bucket in self._buckets:
+            bucket.begin_slot()
+
+    def end_slot(self) -> None:
+        """Called after it: what it brought no gradient for is sent too."""
+        if self._sends:
+            self._send(len(self._buckets))
+
+    def sums(self) -> list[Tensor]:
+        """This rank's piece of each bucket's sum, in order. Called after the last slot; waits for what is under way."""
+        return [bucket.take_sum() for bucket in self._buckets]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, bucket: Bucket, nth: int) -> Callable[[Tensor], None]:
+        def taken(_: Tensor) -> None:
+            bucket.take(nth)
+            if self._sends and self._overlap and bucket.is_complete:
+                complete = self._next
+                while complete < len(self._buckets) and self._buckets[complete].is_complete:
+                    complete += 1
+                self._send(complete)
+
+        return taken
+
+    def _send(self, until: int) -> None:
+        for bucket in self._buckets[self._next : until]:
+            bucket.end()  # of the slot before
+            self._travelling = [other for other in self._travelling if other.is_under_way]
+            if len(self._travelling) == UNDER_WAY:
+                self._travelling.pop(0).end()
+            bucket.start()
+            self._travelling.append(bucket)
+        self._next = max(self._next, until)

@@ -1,0 +1,65 @@
+"""Where DeepSpeed's ZeRO optimizer meets our reduction: all that is assumed of its inside, for deepspeed 0.19.8.
+
+It finds this rank's pieces of the summed gradients where its compiled passes leave theirs, as flat partitions; its
+hooks and its own reduction do nothing any more. The global norm is one small sum over the ranks in place of two per
+parameter group; gradients that are not finite show in it.
+`tests/integration/test_engine.py` compares with stock DeepSpeed, and fails when an upgrade moves any of this.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
+from torch import Tensor
+
+from orchestrator.comm import pulse
+
+INVALID = -1.0  # DeepSpeed's word for a norm that is not finite
+
+
+class Seam:
+    """Steps a ZeRO 1 or 2 optimizer on gradients that were summed elsewhere.
+
+    Args:
+        zero: fresh; its hooks are taken off.
+        world: all ranks; None for a world of one.
+    """
+
+    def __init__(self, zero: Any, world: dist.ProcessGroup | None) -> None:
+        if not isinstance(zero, DeepSpeedZeroOptimizer):
+            raise TypeError(f"DeepSpeed made a {type(zero).__name__}; this seam is for DeepSpeedZeroOptimizer")
+        self._zero, self._world = zero, world
+        self._norm = torch.zeros(())
+        for hook in zero._grad_acc_hooks:
+            hook.remove()
+        zero._grad_acc_hooks.clear()
+        zero.scaled_global_norm = lambda norm_type=2: self._norm
+        zero.check_overflow = lambda partition_gradients=True: None
+
+    def step(self, sums: Sequence[Tensor], lr: float) -> tuple[bool, float]:
+        """
+        Args:
+            sums: this rank's piece of each parameter group's gradients, fp32; used up.
+
+        Returns:
+            whether the update was applied, and the norm before clipping; inf if it wasn't.
+        """
+        zero = self._zero
+        self._norm = self._global_norm(sums)
+        zero.averaged_gradients = {index: GradPartitionBufferGroup([piece], piece) for index, piece in enumerate(sums)}
+        for group in zero.param_groups:
+            group["lr"] = lr
+        zero.step()
+        return not zero.overflow, float(zero._global_grad_norm)
+
+    def _global_norm(self, sums: Sequence[Tensor]) -> Tensor:
+        """Each element's square counts once, on the rank that updates it."""
+        squares = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64).square() for piece in sums]).sum()
+        if self._world is not None:
+            pulse.enter()
+            with pulse.waiting():
+                dist.all_reduce(squares, group=self._world)
+        norm = squares.sqrt().float()
+        return norm if torch.isfinite(norm) else torch.full_like(norm, INVALID)

@@ -1,0 +1,113 @@
+"""Gradients in buckets on real gloo ranks, against sums made plainly."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import Store
+
+from orchestrator.comm.buckets import Bucket, Buckets
+from orchestrator.comm.reduction import ReduceScatter
+from orchestrator.elastic.placement import Placement
+from orchestrator.engine.groups import connect
+from tests.support.ranks import Ranks
+
+SIZES = (5, 48, 7, 33, 21, 64)
+CUTS = ((5,), (4, 3), (2, 1), (0,))  # the last parameters first
+
+
+class Several(nn.Module):
+    """Parameters that a loss reaches one after the other, in any order, with any of them left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(n, generator=generator)) for n in SIZES)
+
+    def forward(self, x: float, order: list[int]) -> Tensor:
+        y = torch.tensor(x)
+        for index in order:  # nested, so that gradients come in the reverse order
+            y = (self.weights[index] * y).sin().mean()
+        return y
+
+
+def _slots(rank: int, case: str) -> Iterator[tuple[float, list[int]]]:
+    everything = list(range(len(SIZES)))
+    for number in range(3):
+        order = everything
+        if case == "another order" and rank == 1:
+            order = [3, 0, 5, 1, 4, 2]
+        elif case == "unused":
+            order = [i for i in everything if i != 2 and (i != 4 or rank == 0)]
+        elif case == "nothing on one" and rank == 1:
+            order = []
+        yield 1.0 + number + 10 * rank, order
+
+
+def _sums(
+    rank: int, world_size: int, store: Store, prefix: str, case: str, every_slot: bool, overlap: bool
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Pieces of the sums, the same pieces by plain all-reduce, and how many buckets had left before backward ended."""
+    groups = connect(store, prefix, rank, Placement.balanced(1, world_size), "gloo")
+    model, plain = Several(), Several()
+    multiple = world_size * 4
+    made = []
+    for cut in CUTS:
+        params = [model.weights[index] for index in sorted(cut)]
+        numel = -(-sum(p.numel() for p in params) // multiple) * multiple
+        made.append(Bucket(params, numel, ReduceScatter(groups.reduction, True), torch.device("cpu")))
+    buckets = Buckets(made, every_slot, overlap)
+    left = 0
+    slots = list(_slots(rank, case))
+    for number, (x, order) in enumerate(slots):
+        buckets.begin_slot(last=number == len(slots) - 1)
+        if order:
+            model(x, order).backward()
+            plain(x, order).backward()
+        left = sum(bucket._under_way is not None or bucket._sum is not None for bucket in made)
+        buckets.end_slot()
+    pieces = buckets.sums()
+    buckets.close()
+    assert all(param.grad is None for param in model.parameters())
+    wanted = []
+    for cut, piece in zip(CUTS, pieces, strict=True):
+        flat = torch.zeros(len(piece) * world_size)
+        gradients = [plain.weights[i].grad for i in sorted(cut)]
+        whole = torch.cat(
+            [torch.zeros(SIZES[i]) if g is None else g for i, g in zip(sorted(cut), gradients, strict=True)]
+        )
+        flat[: len(whole)] = whole
+        dist.all_reduce(flat)
+        wanted.append(flat.view(world_size, -1)[rank])
+    return pieces, wanted, left
+
+
+@pytest.mark.parametrize("every_slot", [False, True], ids=["once", "every slot"])
+@pytest.mark.parametrize("case", ["alike", "another order", "unused", "nothing on one"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sums_are_those_of_an_all_reduce_and_do_not_depend_on_overlap(
+    ranks: Ranks, world_size: int, case: str, every_slot: bool
+) -> None:
+    args: tuple[Any, ...] = (case, every_slot)
+    overlapped = ranks.run(_sums, world_size, *args, True)
+    afterwards = ranks.run(_sums, world_size, *args, False)
+    for (pieces, wanted, _), (others, _, _) in zip(overlapped, afterwards, strict=True):
+        for piece, plain, other in zip(pieces, wanted, others, strict=True):
+            torch.testing.assert_close(piece, plain, rtol=1e-6, atol=1e-7)
+            assert torch.equal(piece, other)
+    if case == "alike":
+        assert [left for *_, left in overlapped] == [len(CUTS)] * world_size
+    if case == "alike" and not every_slot:
+        assert [left for *_, left in afterwards] == [0] * world_size
+
+
+def test_a_bucket_is_cut_into_equal_pieces() -> None:
+    class Three:
+        num_pieces = 3
+
+    param = nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match="a bucket of 4 elements; its size is at least that of its parameters, 5"):
+        Bucket([param], 4, Three(), torch.device("cpu"))  # type: ignore[arg-type]
