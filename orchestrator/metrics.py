@@ -43,6 +43,20 @@ DECLARED = (
     Metric("perf/slowness", "1", Kind.GAUGE, "the slowest rank's computing time for a slot over the others' median"),
     Metric("perf/padding", "1", Kind.GAUGE, "share of the tokens of the step's slots that is padding, not computed on"),
     Metric("perf/slots", "slots", Kind.GAUGE, "micro-batches of the step, of all workers together"),
+    *(
+        Metric(f"comm/{kind}_bytes", "bytes", Kind.GAUGE, f"sent between workers since the vote before: {meaning}")
+        for kind, meaning in (
+            ("gradient", "pieces of gradients, indices included"),
+            ("parameter", "updated weights"),
+            ("dispatch", "tokens to their experts, and the gradients that come back that way"),
+            ("combine", "experts' results, and their gradients"),
+            ("protection", "snapshots to buddies"),
+            ("transfer", "state in a rescale or recovery"),
+            ("control", "votes, expert counts and norms"),
+        )
+    ),
+    Metric("comm/sent_bytes", "bytes", Kind.GAUGE, "all of these together"),
+    Metric("comm/raw_bytes", "bytes", Kind.GAUGE, "what they would be without compression"),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
     Metric("elastic/snapshot_interval", "steps", Kind.GAUGE, "steps between two snapshots; 0 where none are taken"),
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),

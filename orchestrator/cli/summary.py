@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from orchestrator.cli.wording import NONE, duration, moment, number, rate, recovery, rescale, workers
+from orchestrator.cli.wording import NONE, duration, moment, number, rate, recovery, rescale, traffic, workers
 from orchestrator.protocol.status import RunStatus
 
 
@@ -38,6 +38,7 @@ def details(status: RunStatus) -> list[tuple[str, str]]:
         *summary(status),
         ("state", status.why or NONE),
         ("workers", workers(status) if status.workers_now else NONE),
+        ("traffic", traffic(status.traffic)),
         ("generation", str(status.generation) if status.generation >= 0 else NONE),
         ("submitted", moment(status.submitted_time)),
         ("started", moment(status.started_time)),

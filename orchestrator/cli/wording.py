@@ -1,9 +1,11 @@
 """Runs and rescales in words: the texts that several commands share. Pure."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
+from orchestrator.protocol.traffic import Traffic
 
 NONE = "-"
 STAMPS = ("seq", "epoch", "time", "kind")  # of an event
@@ -32,6 +34,17 @@ def size(num_bytes: int) -> str:
         if scaled >= 1000:
             scaled, unit = scaled / 1000, larger
     return f"{scaled:.1f} {unit}"
+
+
+def traffic(kinds: Mapping[str, Traffic]) -> str:
+    """What all workers send in a step, and by kind; of what was compressed, also what it was made of."""
+    if not kinds:
+        return NONE
+    parts = []
+    for kind, sent in kinds.items():
+        made_of = f" of {size(sent.raw)}" if sent.raw != sent.sent else ""
+        parts.append(f"{kind} {size(sent.sent)}{made_of}")
+    return f"{size(sum(sent.sent for sent in kinds.values()))} per step: {', '.join(parts)}"
 
 
 def moment(time_s: float | None) -> str:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import pulse
+from orchestrator.comm import ledger, pulse
+from orchestrator.protocol.traffic import TrafficKind
 
 
 class Journey:
@@ -29,10 +30,13 @@ class Journey:
         sent_W: rows for each rank; the first are for rank 0, the next for rank 1, and so on.
         received_W: rows from each rank, ordered likewise.
         group: the world; None means a world of one, where nothing moves.
+        kind: what the rows are, for the ledger.
     """
 
-    def __init__(self, sent_W: Sequence[int], received_W: Sequence[int], group: dist.ProcessGroup | None) -> None:
-        self._sent_W, self._received_W, self._group = list(sent_W), list(received_W), group
+    def __init__(
+        self, sent_W: Sequence[int], received_W: Sequence[int], group: dist.ProcessGroup | None, kind: TrafficKind
+    ) -> None:
+        self._sent_W, self._received_W, self._group, self._kind = list(sent_W), list(received_W), group, kind
         self._transfer: _Transfer | None = None
 
     def begin(self, x_ND: Tensor) -> Tensor:
@@ -56,10 +60,13 @@ class Journey:
     def depart(self, x_ND: Tensor, *, home: bool = False) -> Tensor:
         """Start a transfer, or one of gradients `home`, and return what receives it."""
         sent_W, received_W = (self._received_W, self._sent_W) if home else (self._sent_W, self._received_W)
+        assert self._group is not None  # in a world of one nothing departs
         pulse.enter()
         x_ND = x_ND.contiguous()
         received_MD = x_ND.new_empty(sum(received_W), *x_ND.shape[1:])
         work = dist.all_to_all_single(received_MD, x_ND, received_W, sent_W, group=self._group, async_op=True)
+        leaving = sum(sent_W) - sent_W[self._group.rank()]
+        ledger.enter(self._kind, leaving * x_ND.shape[1:].numel() * x_ND.element_size())
         self._transfer = _Transfer(work, x_ND, received_MD)
         return received_MD
 
@@ -114,4 +121,5 @@ def gather_counts(counts_E: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     pulse.enter()
     with pulse.waiting():
         dist.all_gather_single(counts_WE, counts_E[None], group=group)
+    ledger.enter_gathered(TrafficKind.CONTROL, counts_WE, world_size)
     return counts_WE

@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from orchestrator.comm import ledger
 from orchestrator.comm.sockets import gloo_group
+from orchestrator.protocol.traffic import TrafficKind
 
 
 class PeerGroup:
@@ -50,7 +52,8 @@ class PeerGroup:
     def send(self, data: Tensor, to: str) -> None:
         """Send a contiguous tensor in host memory; returns when it has left. Order per pair is kept."""
         self._pg.send([data], self._index[to], 0).wait()
-        self.sent_bytes += data.numel() * data.element_size()
+        self.sent_bytes += data.nbytes
+        ledger.enter(TrafficKind.TRANSFER, data.nbytes)
 
     def receive(self, data: Tensor, source: str) -> None:
         """Fill a contiguous tensor in host memory from `source`."""
@@ -63,6 +66,7 @@ class PeerGroup:
             options: Any = dist.AllreduceOptions()
             options.reduceOp = op
             self._group.allreduce([data], options).wait()
+            ledger.enter_reduced(TrafficKind.TRANSFER, data, len(self.members))
 
     def barrier(self) -> None:
         """Return once every member has called it. A member that is gone makes it fail at once for all."""

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import pulse
+from orchestrator.comm import ledger, pulse
+from orchestrator.protocol.traffic import TrafficKind
 
 
 class ReduceScatter:
@@ -36,6 +37,7 @@ class ReduceScatter:
             pulse.enter()
         received = torch.empty_like(flat)
         work = dist.all_to_all_single(received, flat, group=self._group, async_op=True)
+        ledger.enter(TrafficKind.GRADIENT, flat.nbytes * (self.num_pieces - 1) // self.num_pieces)
         return Reduction(work, flat, received.view(self.num_pieces, -1))
 
 

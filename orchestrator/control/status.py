@@ -10,7 +10,7 @@ from orchestrator.control.memory import Recollection
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
-from orchestrator.policy.progress import tokens_per_second
+from orchestrator.policy.progress import tokens_per_second, traffic_per_step
 from orchestrator.policy.run_state import Observation
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.codec import to_plain
@@ -65,6 +65,7 @@ def status_of(
         started_time=memory.times.get("activated"),
         ended_time=memory.times.get("ended"),
         stage=progress.stage,
+        traffic=traffic_per_step(progress),
     )
 
 

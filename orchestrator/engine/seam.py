@@ -14,7 +14,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
-from orchestrator.comm import pulse
+from orchestrator.comm import ledger, pulse
+from orchestrator.protocol.traffic import TrafficKind
 
 INVALID = -1.0  # DeepSpeed's word for a norm that is not finite
 
@@ -52,6 +53,9 @@ class Seam:
         for group in zero.param_groups:
             group["lr"] = lr
         zero.step()
+        if not zero.overflow:
+            for flat, ranks in zip(zero.bit16_groups_flat, zero.real_dp_process_group, strict=True):
+                ledger.enter_gathered(TrafficKind.PARAMETER, flat, dist.get_world_size(ranks))
         return not zero.overflow, float(zero._global_grad_norm)
 
     def _global_norm(self, sums: Sequence[Tensor]) -> Tensor:
@@ -61,5 +65,6 @@ class Seam:
             pulse.enter()
             with pulse.waiting():
                 dist.all_reduce(squares, group=self._world)
+            ledger.enter_reduced(TrafficKind.CONTROL, squares, dist.get_world_size(self._world))
         norm = squares.sqrt().float()
         return norm if torch.isfinite(norm) else torch.full_like(norm, INVALID)

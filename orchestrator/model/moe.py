@@ -18,6 +18,7 @@ from orchestrator.comm.exchange import Journey, gather_counts
 from orchestrator.elastic.placement import Placement
 from orchestrator.model.experts import GatedMLP, run_experts
 from orchestrator.model.router import Router
+from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.spec.model import ModelSpec
 
 
@@ -111,7 +112,7 @@ class MoELayer(nn.Module):
         arriving_WL = (counts_WE * self._expects_WE)[:, list(self.home.local_experts)]
         received_W = arriving_WL.sum(-1)
 
-        there = Journey(sent_W.tolist(), received_W.tolist(), self.home.group)
+        there = Journey(sent_W.tolist(), received_W.tolist(), self.home.group, TrafficKind.DISPATCH)
         on_the_way_MD = there.begin(x_ND[token_R])
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
         received_MD = there.end(on_the_way_MD)
@@ -119,7 +120,7 @@ class MoELayer(nn.Module):
         by_expert_M = expert_major(arriving_WL).to(x_ND.device)
         results_MD = run_experts(received_MD, by_expert_M, arriving_WL.sum(0).tolist(), self._local_experts)
 
-        back = Journey(received_W.tolist(), sent_W.tolist(), self.home.group)
+        back = Journey(received_W.tolist(), sent_W.tolist(), self.home.group, TrafficKind.COMBINE)
         on_the_way_RD = back.begin(results_MD)
         y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
         returned_RD = back.end(on_the_way_RD)

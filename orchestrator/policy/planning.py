@@ -21,6 +21,7 @@ from orchestrator.elastic.world import World
 from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.curriculum import longest_row
 from orchestrator.policy.limits import slot_of
+from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.sampling.slots import cut_into_slots, max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import interval_of, whole_every
@@ -234,7 +235,7 @@ def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layou
     one_way = copies * moe_layers * model.hidden_size * item_bytes(train)
     passes = max_slots(size, slots) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
-    vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size)
+    vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size + 3 * len(TrafficKind))
     reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
     reduced = reductions * sum(p.numel * 4 * (_holders(p, placement) - 1) for p in state.params)
     gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in state.params)

@@ -6,6 +6,7 @@ from statistics import median
 
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.traffic import Traffic, TrafficKind
 
 RECENT_STEPS = 512
 STALL_STEPS = 5  # steps of a new generation that tell how long its step takes
@@ -92,6 +93,17 @@ def tokens_per_second(progress: Progress, num_steps: int = 20) -> float | None:
     if len(newest) < 2 or newest[-1].vote_time <= newest[0].vote_time:
         return None
     return sum(r.tokens for r in newest[1:]) / (newest[-1].vote_time - newest[0].vote_time)
+
+
+def traffic_per_step(progress: Progress, num_steps: int = 20) -> dict[str, Traffic]:
+    """What all workers send in a step, by kind: the mean of the newest steps; empty where there is one worker."""
+    newest = progress.recent[-num_steps:]
+    kinds = [kind.value for kind in TrafficKind if any(kind.value in record.traffic for record in newest)]
+    sums = {kind: sum((r.traffic.get(kind, Traffic()) for r in newest), Traffic()) for kind in kinds}
+    return {
+        kind: Traffic(total.raw // len(newest), total.payload // len(newest), total.index // len(newest))
+        for kind, total in sums.items()
+    }
 
 
 def stall_s(progress: Progress, generation: int, last_word: bool) -> float | None:

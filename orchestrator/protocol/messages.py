@@ -11,6 +11,7 @@ from enum import StrEnum
 from orchestrator.elastic.cut import Holding
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
+from orchestrator.protocol.traffic import Traffic
 from orchestrator.sampling.slots import UNSAID, SlotSize
 
 
@@ -203,6 +204,7 @@ class StepRecord:
     sequence_length: int = 0  # tokens of its rows, or of the longest; 0 in records of before there were stages
     num_slots: int = 0  # of all workers together
     padding: float = 0.0  # share of the slots' tokens
+    traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, what all workers sent since the vote before
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """What a user sees of a run: the answer to `status`, and what `status.json` in run storage keeps after the end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from orchestrator.protocol.traffic import Traffic
 
 
 class RunPhase(StrEnum):
@@ -100,6 +102,7 @@ class RunStatus:
     traceback: str | None = None  # of the worker's error that ended the run
     recoveries: tuple[Recovery, ...] = ()
     stage: str = ""  # of the curriculum; empty without one
+    traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
 
     @property
     def last_rescale(self) -> Rescale | None:

@@ -3,9 +3,11 @@
 import torch
 import torch.distributed as dist
 
+from orchestrator.comm import ledger
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.fitness import shown
+from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.state.digest import digest
 
 
@@ -24,6 +26,8 @@ def check_agreement(model: TrainableModel, group: dist.ProcessGroup | None) -> N
     highest = lowest.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
     dist.all_reduce(highest, dist.ReduceOp.MAX, group)
+    for reduced in (lowest, highest):
+        ledger.enter_reduced(TrafficKind.CONTROL, reduced, dist.get_world_size(group))
     names = [name for (name, _), differs in zip(held_by_all, (lowest != highest).tolist(), strict=True) if differs]
     if names:
         raise EntrypointError(

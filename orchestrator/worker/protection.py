@@ -15,9 +15,11 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
+from orchestrator.comm import ledger
 from orchestrator.comm.stream import Listener, Stream, StreamClosed, dial
 from orchestrator.elastic.layout import Layout
 from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.shelf import Shelf, Vault
 from orchestrator.state.snapshot import Replay, Snapshot, Update, copy_into
@@ -163,7 +165,9 @@ class Protection:
             try:
                 if closed is not None:
                     raise closed
-                self._to_buddy.send(_header(snapshot), self._own.shared(snapshot))
+                shared = self._own.shared(snapshot)
+                self._to_buddy.send(_header(snapshot), shared)
+                ledger.enter(TrafficKind.PROTECTION, shared.nbytes)
                 self._busy_s[0] = time.thread_time()
                 acknowledged.set_result(None)
             except StreamClosed as error:

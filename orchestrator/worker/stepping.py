@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orchestrator.comm import pulse
+from orchestrator.comm import ledger, pulse
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.model.router import corrected_bias, max_violation
 from orchestrator.policy.stragglers import slowest
@@ -54,6 +54,7 @@ class Stepper:
     def __init__(self, workshop: Workshop, feed: Feed) -> None:
         self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
         self._prefetch = Prefetch(feed, workshop.spec.train.steps)
+        self._ledger = ledger.Since()
         self._gauge = Gauge(workshop.device) if workshop.spec.train.fits_memory else None
 
     def close(self) -> None:
@@ -106,6 +107,7 @@ class Stepper:
             interval=voice.interval,
             busy_s=busy_s / share if share else 0.0,
             stages=voice.stages,
+            traffic=self._ledger.look(),
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
         self._balance(shard, outcome)
@@ -133,6 +135,7 @@ class Stepper:
             sequence_length=feed.sequence_length,
             num_slots=feed.num_slots,
             padding=feed.padding,
+            traffic=outcome.traffic,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),

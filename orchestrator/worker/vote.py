@@ -6,10 +6,11 @@ losses per slot stay apart until they are summed in slot order, whatever the wor
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
 slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
 finish, steps that it would have between two snapshots, seconds that it computed for a slot, version of the decided
-stages that it has seen.
+stages that it has seen. Last, bytes by kind that all ranks have sent since their last votes, which are summed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.comm import pulse
+from orchestrator.comm import ledger, pulse
+from orchestrator.protocol.traffic import Traffic, TrafficKind
 
 NO_FENCE = -1
 NUM_VOICES = 6
@@ -37,6 +39,7 @@ class Ballot:
         interval: steps that it would have between two snapshots.
         busy_s: how long it computed for one of its slots, waits for peers apart; 0 without a slot.
         stages: version of the decided stages that it has seen.
+        traffic: what it has sent since its last vote.
     """
 
     slot_losses: NDArray[np.float64]
@@ -48,6 +51,7 @@ class Ballot:
     interval: int = 0
     busy_s: float = 0.0
     stages: int = 0
+    traffic: Mapping[TrafficKind, Traffic] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Outcome:
         interval: the longest that any rank would have.
         busy_s: by rank.
         stages: version of the decided stages that every rank has seen; -1 if they have seen different ones.
+        traffic: of all ranks together, by kind; kinds of which nothing was sent are left out.
     """
 
     loss_sum: float
@@ -75,6 +80,7 @@ class Outcome:
     interval: int
     busy_s: tuple[float, ...]
     stages: int
+    traffic: dict[str, Traffic]
 
 
 def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
@@ -83,18 +89,23 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     counts_shape, num_counts = ballot.counts_LE.shape, ballot.counts_LE.numel()
     voices = np.zeros((world_size, NUM_VOICES))
     voices[rank] = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
+    sent = [ballot.traffic.get(kind, Traffic()) for kind in TrafficKind]
+    traffic = np.array([[each.raw, each.payload, each.index] for each in sent], dtype=np.float64).reshape(-1)
     vector = torch.cat(
         [
             torch.from_numpy(ballot.slot_losses),
             torch.from_numpy(ballot.validation_losses),
             ballot.counts_LE.reshape(-1).to(torch.float64).cpu(),
             torch.from_numpy(voices).reshape(-1),
+            torch.from_numpy(traffic),
         ]
     ).to(device)
     pulse.enter()
     if group is not None:
         dist.all_reduce(vector, group=group)
-    parts = torch.split(vector.cpu(), [num_slots, num_validation, num_counts, NUM_VOICES * world_size])
+        ledger.enter_reduced(TrafficKind.CONTROL, vector, world_size)
+    sizes = [num_slots, num_validation, num_counts, NUM_VOICES * world_size, len(traffic)]
+    parts = torch.split(vector.cpu(), sizes)
     applied, fences, finish, intervals, busy_s, stages = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
     return Outcome(
         loss_sum=sum(parts[0].tolist()),
@@ -106,4 +117,9 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         interval=int(max(intervals)),
         busy_s=tuple(busy_s),
         stages=int(stages[0]) if min(stages) == max(stages) else -1,
+        traffic={
+            kind.value: Traffic(*numbers)
+            for kind, numbers in zip(TrafficKind, parts[4].to(torch.int64).view(-1, 3).tolist(), strict=True)
+            if any(numbers)
+        },
     )

@@ -6,8 +6,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.comm.exchange import Journey, gather_counts
+from orchestrator.protocol.traffic import TrafficKind
 from tests.unit.comm.threads import on_ranks
 
+KIND = TrafficKind.DISPATCH
 SENT_WW = ((1, 0, 2), (3, 1, 0), (0, 0, 0))  # [source][destination] rows; rank 2 has none to send
 
 
@@ -20,7 +22,7 @@ def _rows(rank: int) -> Tensor:
 def test_rows_arrive_by_source_in_their_order() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[list[float]]:
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        journey = Journey(SENT_WW[rank], received_W, group)
+        journey = Journey(SENT_WW[rank], received_W, group, KIND)
         found: list[list[float]] = journey.end(journey.begin(_rows(rank))).tolist()
         return found
 
@@ -32,7 +34,7 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[float]:
         rows = _rows(rank).requires_grad_()
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        journey = Journey(SENT_WW[rank], received_W, group)
+        journey = Journey(SENT_WW[rank], received_W, group, KIND)
         received = journey.end(journey.begin(rows))
         (received.sum() * (10.0 + rank)).backward()
         assert rows.grad is not None
@@ -45,7 +47,7 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
 
 def test_in_a_world_of_one_nothing_moves() -> None:
     rows = _rows(1)
-    journey = Journey([4], [4], None)
+    journey = Journey([4], [4], None, KIND)
     assert journey.end(journey.begin(rows)) is rows
 
 
@@ -53,7 +55,7 @@ def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_trave
     def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
         under_way = []
         weights = torch.ones(3, requires_grad=True)
-        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group)
+        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
         on_the_way = journey.begin(_rows(rank).requires_grad_())
         beside = weights * 2.0
         under_way.append(journey.is_under_way)
@@ -69,7 +71,7 @@ def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_trave
 
 def test_a_journey_ends_once() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> str:
-        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group)
+        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
         received = journey.end(journey.begin(_rows(rank)))
         with pytest.raises(ValueError, match="go in pairs") as error:
             journey.end(received)

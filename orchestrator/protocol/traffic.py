@@ -1,0 +1,41 @@
+"""What workers send one another, by kind: the account that every step closes."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class TrafficKind(StrEnum):
+    """What bytes between workers are for."""
+
+    GRADIENT = "gradient"  # pieces of gradients, on their way to the rank that updates with them
+    PARAMETER = "parameter"  # updated weights, gathered
+    DISPATCH = "dispatch"  # tokens to their experts, and the gradients that come back that way
+    COMBINE = "combine"  # experts' results, and their gradients
+    PROTECTION = "protection"  # snapshots to a buddy
+    TRANSFER = "transfer"  # state in a rescale or recovery
+    CONTROL = "control"  # votes, expert counts, norms
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that leave a worker for another one.
+
+    Args:
+        raw: what they would be without compression.
+        payload: values, scales included.
+        index: where values belong, if only some of them are sent.
+    """
+
+    raw: int = 0
+    payload: int = 0
+    index: int = 0
+
+    @property
+    def sent(self) -> int:
+        return self.payload + self.index
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.raw + other.raw, self.payload + other.payload, self.index + other.index)
+
+    def __sub__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.raw - other.raw, self.payload - other.payload, self.index - other.index)
