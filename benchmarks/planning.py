@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import Result, Spread, alternate, at_most, median_interval, run
-from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.layout import ParamSpec
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 

@@ -6,14 +6,16 @@ begin them in one order, that of the list, whatever order autograd comes in: els
 together, or wait for ever.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.comm.reduction import ReduceScatter, Reduction
+from orchestrator.comm.reduction import Reducer, Reduction
 from orchestrator.elastic.buckets import UNDER_WAY
+
+LAG = UNDER_WAY // 2  # buckets that begin before a second collective follows the first one of a bucket
 
 
 class Bucket:
@@ -23,10 +25,18 @@ class Bucket:
         params: in their order; there may be none.
         numel: of the bucket, a multiple of the reduction's pieces. What lies behind the parameters is 0.
         reduction: over the ranks that have these parameters.
+        feedback: what was not sent is kept for the next step.
+        momentum: of gradients as they are gathered, where not 0.
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], numel: int, reduction: ReduceScatter, device: torch.device
+        self,
+        params: Sequence[nn.Parameter],
+        numel: int,
+        reduction: Reducer,
+        device: torch.device,
+        feedback: bool = False,
+        momentum: float = 0.0,
     ) -> None:
         ends = [0]
         for param in params:
@@ -34,9 +44,16 @@ class Bucket:
         if numel < ends[-1] or numel % reduction.num_pieces:
             rule = f"at least that of its parameters, {ends[-1]}, and a multiple of {reduction.num_pieces} pieces"
             raise ValueError(f"a bucket of {numel} elements; its size is {rule}")
-        self.params, self._reduction = params, reduction
+        self.params, self.reduction = params, reduction
         self._spans, self._end, self._numel = list(pairwise(ends)), ends[-1], numel
         self._device = device
+        # What steps before have not sent of this rank's gradients, and their momentum. Never written to, but in a
+        # transfer: a snapshot may still be reading them when the next ones are there.
+        self.residual = torch.zeros(numel, dtype=torch.float32, device=device) if feedback else None
+        self.velocity = torch.zeros(numel, dtype=torch.float32, device=device) if momentum else None
+        self._momentum = momentum
+        self._rest: Tensor | None = None  # what takes their place once the step's update is applied
+        self._moving: Tensor | None = None
         self._flat: Tensor | None = None
         self._filled = [False] * len(params)  # has a gradient in `_flat`
         self._missing = len(params)  # gradients that this slot has not brought yet
@@ -75,7 +92,12 @@ class Bucket:
             for filled, span in zip(self._filled, self._spans, strict=True):
                 if not filled:
                     self._flat[slice(*span)].zero_()
-        self._under_way = self._reduction.start(self._flat)
+        if self.velocity is not None:
+            self._moving = self._flat.add_(self.velocity, alpha=self._momentum).clone()
+        if self.residual is not None:
+            self._flat.add_(self.residual if self._rest is None else self._rest)
+            self._rest = self._flat
+        self._under_way = self.reduction.start(self._flat, self._moving)
         self._flat = None
         self._filled = [False] * len(self.params)
 
@@ -85,6 +107,11 @@ class Bucket:
         if self._under_way is not None and self._under_way.is_done():
             self.end()  # its memory is free then
         return self._under_way is not None
+
+    def go_on(self) -> None:
+        """Begin what follows upon what is under way, if anything does."""
+        if self._under_way is not None:
+            self._under_way.go_on()
 
     def end(self) -> None:
         """Wait for what is under way, if anything is."""
@@ -100,6 +127,18 @@ class Bucket:
         assert total is not None, "a bucket was asked for its sum before it was started"
         return total
 
+    def settle(self, applied: bool) -> None:
+        """The step's update was applied, or wasn't: then what it had taken of the residual is there again."""
+        if applied and self._rest is not None:
+            self.residual = self._rest
+        if applied and self._moving is not None:
+            self.velocity = self._moving
+        self._rest = self._moving = None
+
+    def spans(self) -> Iterator[tuple[nn.Parameter, slice]]:
+        """Where each parameter's elements lie."""
+        return ((param, slice(*span)) for param, span in zip(self.params, self._spans, strict=True))
+
 
 class Buckets:
     """All gradients of a rank.
@@ -113,11 +152,12 @@ class Buckets:
     """
 
     def __init__(self, buckets: Sequence[Bucket], every_slot: bool, overlap: bool) -> None:
-        self._buckets = buckets
+        self.buckets = buckets
         self._every_slot, self._overlap = every_slot, overlap
         self._sends = False  # in this slot
         self._next = 0
         self._travelling: list[Bucket] = []
+        self._begun: list[Bucket] = []  # whose second collective hasn't begun, if they have one
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(bucket, nth))  # type: ignore[no-untyped-call]
             for bucket in buckets
@@ -127,17 +167,24 @@ class Buckets:
     def begin_slot(self, last: bool) -> None:
         """Called before a slot's backward pass; `last` of its step."""
         self._sends, self._next = last or self._every_slot, 0
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.begin_slot()
 
     def end_slot(self) -> None:
         """Called after it: what it brought no gradient for is sent too."""
         if self._sends:
-            self._send(len(self._buckets))
+            self._send(len(self.buckets))
+            while self._begun:
+                self._begun.pop(0).go_on()
 
     def sums(self) -> list[Tensor]:
         """This rank's piece of each bucket's sum, in order. Called after the last slot; waits for what is under way."""
-        return [bucket.take_sum() for bucket in self._buckets]
+        return [bucket.take_sum() for bucket in self.buckets]
+
+    def settle(self, applied: bool) -> None:
+        """Called after the step's update, or where it was left out."""
+        for bucket in self.buckets:
+            bucket.settle(applied)
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -148,18 +195,21 @@ class Buckets:
             bucket.take(nth)
             if self._sends and self._overlap and bucket.is_complete:
                 complete = self._next
-                while complete < len(self._buckets) and self._buckets[complete].is_complete:
+                while complete < len(self.buckets) and self.buckets[complete].is_complete:
                     complete += 1
                 self._send(complete)
 
         return taken
 
     def _send(self, until: int) -> None:
-        for bucket in self._buckets[self._next : until]:
+        for bucket in self.buckets[self._next : until]:
             bucket.end()  # of the slot before
             self._travelling = [other for other in self._travelling if other.is_under_way]
             if len(self._travelling) == UNDER_WAY:
                 self._travelling.pop(0).end()
+            if len(self._begun) == LAG:
+                self._begun.pop(0).go_on()
             bucket.start()
             self._travelling.append(bucket)
+            self._begun.append(bucket)
         self._next = max(self._next, until)

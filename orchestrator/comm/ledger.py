@@ -1,8 +1,8 @@
 """The byte ledger: what this process has sent to other workers, by kind.
 
 Entered where a collective or a stream is called, by how its algorithm sends: an all-to-all and a stream send each byte
-once; gloo's ring sends (W - 1) / W of a gathered tensor from each of W ranks, and twice that of a reduced one. Headers of
-TCP and IP aren't counted (some 2 to 5 %), nor is what goes through Ray or the rendezvous store.
+once; gloo's ring sends (W - 1) / W of a gathered tensor from each of W ranks, and twice that of a reduced one. Headers
+of TCP and IP aren't counted, nor is what goes through Ray or the rendezvous store.
 """
 
 import threading

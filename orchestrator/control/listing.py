@@ -5,7 +5,7 @@ import subprocess
 import sys
 from functools import cache
 
-from orchestrator.elastic.layout import ParamSpec
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.errors import UsageError
 from orchestrator.policy.planning import JobPlan, StatePlan, plan_job
 from orchestrator.spec.job import JobSpec

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.elastic.layout import Layout
+from orchestrator.elastic.layout import Kind, Layout
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 
@@ -76,8 +76,9 @@ def world_of(generation: int, holders: Sequence[str]) -> World:
 def layout_of_cut(layout: Layout, holders: Sequence[str]) -> Layout:
     """The same state as it lies with the holders of a cut.
 
-    A worker that holds another rank's snapshot has that rank's ranges beside its own. What every rank of the world has
-    is in no snapshot of another's, so only ranks held by their own workers count for it.
+    A worker that holds another rank's snapshot has that rank's ranges beside its own; of a partial tensor the sum of
+    both. What every rank of the world has is in no snapshot of another's, so only ranks held by their own workers count
+    for it.
 
     Raises:
         ValueError: no rank is held by its own worker.
@@ -91,6 +92,10 @@ def layout_of_cut(layout: Layout, holders: Sequence[str]) -> Layout:
     for ranks in layout.holder_sets:
         counted = own if len(ranks) == layout.world.size else ranks
         sets.append(tuple(sorted({int(rank_of[rank]) for rank in counted})))
+    partial = layout.kind == Kind.PARTIAL  # each rank has a part of its own
+    holder_set = np.where(partial, len(sets), layout.holder_set)
+    if partial.any():
+        sets.append(tuple(sorted({int(rank) for rank in rank_of})))
     shards = layout.shards.copy()
     shards[:, 3] = rank_of[shards[:, 3]]
     return Layout(
@@ -100,7 +105,7 @@ def layout_of_cut(layout: Layout, holders: Sequence[str]) -> Layout:
         itemsize=layout.itemsize,
         kind=layout.kind,
         holder_sets=tuple(sets),
-        holder_set=layout.holder_set,
+        holder_set=holder_set,
         shards=shards,
     )
 

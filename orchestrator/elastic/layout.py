@@ -12,17 +12,14 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.buckets import buckets, capacity
+from orchestrator.elastic.buckets import buckets, is_compressed, piece_multiple, rank_of_product
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement, ReplicaSet
 from orchestrator.elastic.world import World
-from orchestrator.spec.communication import BUCKET_MB
+from orchestrator.spec.communication import CommunicationSpec
 
 IntArray = NDArray[np.int64]
-
-# Elements: every partition is a multiple of it. torch's fused AdamW takes as many at once, 64 bytes, on a CPU, and what
-# is left over at the end of a partition one by one, with other roundings: so nothing is left over, and an element's
-# update doesn't depend on where in a partition it lies.
-PARTITION_MULTIPLE = 16
+DEFAULT = CommunicationSpec()
 
 
 class Kind(IntEnum):
@@ -31,19 +28,6 @@ class Kind(IntEnum):
     SHARDED = 0  # disjoint ranges cover it
     REPLICATED = 1  # each holder has all of it, and the same
     PARTIAL = 2  # each holder has values for all of it; the tensor is their sum
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """One trainable parameter of the whole model. `expert` is its expert's global id, None if it is dense."""
-
-    name: str
-    numel: int
-    expert: int | None
-
-    def __post_init__(self) -> None:
-        if self.numel < 1:
-            raise ValueError(f"parameter {self.name} has {self.numel} elements; it needs at least one")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,21 +122,21 @@ def training_layout(
     world: World,
     mixed_precision: bool,
     buffers: Sequence[tuple[str, int]],
-    bucket_mb: float = BUCKET_MB,
+    communication: CommunicationSpec = DEFAULT,
 ) -> Layout:
     """The layout of a run's training state under ZeRO 1 or 2 with our parameter groups.
 
-    Dense parameters belong to all ranks, those of an expert to its replica set. What belongs to the same ranks is cut
-    into buckets, each of which is laid end to end in the order of `params`, padded, and cut into equal partitions, one
-    per rank in order. Tensors, for a parameter NAME: `param/NAME` replicated over its ranks; `exp_avg/NAME`,
-    `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a buffer, `buffer/NAME` on all
-    ranks.
+    Dense parameters belong to all ranks, those of an expert to its replica set. What belongs to the same ranks, and is
+    compressed or isn't, is cut into buckets, each of which is laid end to end in the order of `params`, padded, and cut
+    into equal partitions, one per rank in order. Tensors, for a parameter NAME: `param/NAME` replicated over its ranks;
+    `exp_avg/NAME`, `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a buffer,
+    `buffer/NAME` on all ranks. What compression keeps: `residual/NAME` and `velocity/NAME`, of which each rank has a
+    part, and `powersgd/NAME` on all ranks.
 
     Args:
         params: every parameter of the whole model, in the engine's order, the same in every world.
         mixed_precision: parameters have 2 bytes and fp32 masters; otherwise they have 4 and are their own masters.
         buffers: (name, numel) of fp32 state that every rank holds.
-        bucket_mb: size of a bucket, at most, unless a parameter is larger; MiB of fp32.
 
     Raises:
         ValueError: a placement for another world size, or a parameter of an expert that is not placed.
@@ -160,57 +144,76 @@ def training_layout(
     if placement.world_size != world.size:
         raise ValueError(f"the placement is for {placement.world_size} ranks; the world has {world.size}")
     everyone = tuple(range(world.size))
-    group_of: dict[ReplicaSet | None, int] = {None: 0}  # None: the dense group, apart from experts held by everyone
-    members: list[list[int]] = [[]]
-    group = np.zeros(len(params), dtype=np.int64)
+    groups: dict[tuple[ReplicaSet | None, bool], list[int]] = {(None, False): []}  # None: dense, on all ranks
     for index, spec in enumerate(params):
         if spec.expert is not None and not 0 <= spec.expert < placement.num_experts:
             raise ValueError(f"{spec.name} belongs to expert {spec.expert}; {placement.num_experts} are placed")
         replicas = None if spec.expert is None else placement.replica_set(spec.expert)
-        group[index] = group_of.setdefault(replicas, len(members))
-        if group[index] == len(members):
-            members.append([])
-        members[group[index]].append(index)
-    holder_sets = tuple(everyone if replicas is None else replicas for replicas in group_of)
+        groups.setdefault((replicas, is_compressed(spec, communication.compression)), []).append(index)
+    holder_sets = tuple(everyone if replicas is None else replicas for replicas, _ in groups)
+    param_numel = np.array([spec.numel for spec in params], dtype=np.int64)
+    group = np.zeros(len(params), dtype=np.int64)
+    rows = []
+    for number, ((_, compressed), members) in enumerate(groups.items()):
+        of_group = np.array(members, dtype=np.int64)
+        group[of_group] = number
+        for cut in buckets(param_numel[of_group].tolist(), communication):
+            rows.append(_partition(of_group[cut], param_numel, holder_sets[number], piece_multiple(compressed)))
+    shards = _sorted(rows)
 
     sharded_prefixes = ("master", "exp_avg", "exp_avg_sq") if mixed_precision else ("exp_avg", "exp_avg_sq")
+    kept = kept_tensors(params, communication)
+    others = [*((f"buffer/{name}", numel, Kind.REPLICATED) for name, numel in buffers), *kept]
     names = [f"{prefix}/{spec.name}" for prefix in ("param", *sharded_prefixes) for spec in params]
-    names += [f"buffer/{name}" for name, _ in buffers]
-    num_params, num_sharded, num_buffers = len(params), len(sharded_prefixes) * len(params), len(buffers)
-    param_numel = np.array([spec.numel for spec in params], dtype=np.int64)
-    shards = _partition(param_numel, members, holder_sets, capacity(bucket_mb))
+    num_params, num_sharded, num_others = len(params), len(sharded_prefixes) * len(params), len(others)
     return Layout(
         world=world,
-        names=tuple(names),
+        names=(*names, *(name for name, _, _ in others)),
         numel=np.concatenate(
-            [np.tile(param_numel, 1 + len(sharded_prefixes)), np.array([n for _, n in buffers], dtype=np.int64)]
+            [np.tile(param_numel, 1 + len(sharded_prefixes)), np.array([n for _, n, _ in others], dtype=np.int64)]
         ),
-        itemsize=np.repeat([2 if mixed_precision else 4, 4, 4], [num_params, num_sharded, num_buffers]),
-        kind=np.repeat([Kind.REPLICATED, Kind.SHARDED, Kind.REPLICATED], [num_params, num_sharded, num_buffers]),
+        itemsize=np.repeat([2 if mixed_precision else 4, 4, 4], [num_params, num_sharded, num_others]),
+        kind=np.concatenate(
+            [
+                np.repeat([Kind.REPLICATED, Kind.SHARDED], [num_params, num_sharded]),
+                np.array([kind for _, _, kind in others], dtype=np.int64),
+            ]
+        ),
         holder_sets=holder_sets,
-        holder_set=np.concatenate([group, np.repeat([-1, 0], [num_sharded, num_buffers])]),
+        holder_set=np.concatenate([group, np.repeat([-1, 0], [num_sharded, num_others])]),
         shards=np.concatenate(  # other tensors, same cuts
             [shards + np.array([(1 + nth) * num_params, 0, 0, 0]) for nth in range(len(sharded_prefixes))]
         ),
     )
 
 
-def _partition(
-    param_numel: IntArray, groups: Sequence[Sequence[int]], holder_sets: Sequence[ReplicaSet], bucket: int
-) -> IntArray:
-    """[n, 4], sorted rows (param, start, stop, rank): each bucket's flat buffer cut into one partition per holder."""
-    rows = []
-    for members, ranks in zip(groups, holder_sets, strict=True):
-        of_group = np.array(members, dtype=np.int64)
-        for cut in buckets(param_numel[of_group].tolist(), bucket):
-            param = of_group[cut]
-            begin = np.append(0, np.cumsum(param_numel[param]))
-            total, alignment = int(begin[-1]), PARTITION_MULTIPLE * len(ranks)
-            partition_size = -(-total // alignment) * alignment // len(ranks)
-            cuts = np.unique(np.append(begin, np.arange(0, total, partition_size)))  # behind `total` is padding
-            start, stop = cuts[:-1], cuts[1:]
-            nth = np.searchsorted(begin, start, side="right") - 1
-            rank = np.array(ranks)[start // partition_size]
-            rows.append(np.stack([param[nth], start - begin[nth], stop - begin[nth], rank], axis=1))
+def kept_tensors(params: Sequence[ParamSpec], communication: CommunicationSpec) -> list[tuple[str, int, Kind]]:
+    """What compression keeps from step to step, in fp32, on all ranks: (name, elements, how they share it)."""
+    compression = communication.compression
+    compressed = [spec for spec in params if is_compressed(spec, compression)]
+    kept = []
+    if compression.error_feedback:
+        kept += [(f"residual/{spec.name}", spec.numel, Kind.PARTIAL) for spec in compressed]
+    if compression.momentum:
+        kept += [(f"velocity/{spec.name}", spec.numel, Kind.PARTIAL) for spec in compressed]
+    if compression.scheme == "powersgd":
+        columns = [spec.numel // spec.rows * rank_of_product(spec, compression) for spec in compressed]
+        kept += [(f"powersgd/{s.name}", n, Kind.REPLICATED) for s, n in zip(compressed, columns, strict=True)]
+    return kept
+
+
+def _partition(param: IntArray, param_numel: IntArray, ranks: ReplicaSet, multiple: int) -> IntArray:
+    """[n, 4], rows (param, start, stop, rank): a bucket's flat buffer cut into one partition per holder."""
+    begin = np.append(0, np.cumsum(param_numel[param]))
+    total, alignment = int(begin[-1]), multiple * len(ranks)
+    partition_size = -(-total // alignment) * alignment // len(ranks)
+    cuts = np.unique(np.append(begin, np.arange(0, total, partition_size)))  # behind `total` is padding
+    start, stop = cuts[:-1], cuts[1:]
+    nth = np.searchsorted(begin, start, side="right") - 1
+    rank = np.array(ranks)[start // partition_size]
+    return np.stack([param[nth], start - begin[nth], stop - begin[nth], rank], axis=1)
+
+
+def _sorted(rows: Sequence[IntArray]) -> IntArray:
     shards = np.concatenate(rows) if rows else np.zeros((0, 4), dtype=np.int64)
     return shards[np.lexsort((shards[:, 1], shards[:, 0]))]

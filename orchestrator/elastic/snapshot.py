@@ -5,7 +5,8 @@ buffers) stays out of the buddy's part: whoever survives has it too. It is in th
 have to go back a step.
 
 A snapshot is *whole*, or a *delta*: the gradients that a step has given to this rank's part of the optimizer, from
-which the step can be done again, and what no update of this rank makes (weights of others' parts, buffers).
+which the step can be done again, and what no update of this rank makes (weights of others' parts, buffers, what
+compression keeps).
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from orchestrator.elastic.layout import IntArray, Kind, Layout
 
 ALIGNMENT = 64  # bytes; every range starts at a multiple, so any number format may be read in place
 GRADIENT_BYTES = 4  # of an element; masters and moments have as many
+AS_THEY_ARE = ("buffer", "residual", "velocity", "powersgd")  # kinds of tensors that no update makes from gradients
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +66,7 @@ class SnapshotFormat:
         rows = [(f"grad/{name}", *here, GRADIENT_BYTES, False) for name, here in owned.items()]
         for name, (tensor, start, stop) in zip(names, ranges.tolist(), strict=True):
             kind, _, plain = name.partition("/")
-            if kind in ("param", "buffer"):
+            if kind in ("param", *AS_THEY_ARE):
                 mine = owned.get(plain, (start, start)) if kind == "param" else (start, start)
                 item = int(layout.itemsize[tensor])
                 rest = ((start, mine[0]), (mine[1], stop))

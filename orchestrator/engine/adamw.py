@@ -2,7 +2,7 @@
 
 torch's fused kernel is elementwise, so an element's update has the same bits wherever it lies in memory, with one
 exception: on a CPU it takes 64 bytes at once, and what is left over at the end of a tensor one by one, with other
-roundings. So nothing is ever left over: partitions are multiples of `PARTITION_MULTIPLE`, and so are pieces here.
+roundings. So nothing is ever left over: partitions are multiples of `PIECE_MULTIPLE`, and so are pieces here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from orchestrator.elastic.layout import PARTITION_MULTIPLE
+from orchestrator.elastic.buckets import PIECE_MULTIPLE
 from orchestrator.engine.base import nothing
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges
@@ -121,7 +121,7 @@ class Replayer:
 
 
 class _Parts:
-    """Named ranges, read and written as flat tensors on a device, multiples of `PARTITION_MULTIPLE` long."""
+    """Named ranges, read and written as flat tensors on a device, multiples of `PIECE_MULTIPLE` long."""
 
     def __init__(self, ranges: NamedRanges, device: torch.device) -> None:
         self._ranges, self._device, self.names = ranges, device, set(ranges.names())
@@ -136,7 +136,7 @@ class _Parts:
             else torch.zeros(stop - start)
             for name, start, stop in piece
         ]
-        return torch.cat([*parts, torch.zeros(-num_elements % PARTITION_MULTIPLE)]).to(self._device)
+        return torch.cat([*parts, torch.zeros(-num_elements % PIECE_MULTIPLE)]).to(self._device)
 
     def write(self, kind: str, piece: list[Row], flat: Tensor) -> None:
         """Into what is held of it, in its own number format."""

@@ -30,10 +30,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from orchestrator.comm import pulse
-from orchestrator.comm.buckets import Bucket, Buckets
-from orchestrator.comm.reduction import ReduceScatter
 from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, nothing
+from orchestrator.engine.gradients import Gradients
 from orchestrator.engine.groups import Groups
 from orchestrator.engine.param_groups import group_name, groups_of, is_filler
 from orchestrator.engine.seam import Seam
@@ -97,7 +96,7 @@ class DeepSpeedEngineAdapter:
         _register(groups)
         if has_experts:
             model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
-        param_groups = groups_of(model, groups, communication.bucket_mb)
+        param_groups = groups_of(model, groups, communication)
         for_deepspeed = [group.for_deepspeed() for group in param_groups]
         self._adamw = AdamW(for_deepspeed, train)
         config = _config(train)
@@ -113,8 +112,7 @@ class DeepSpeedEngineAdapter:
             config_class=DeepSpeedConfig(config),
         )
         self._zero = self._core.optimizer
-        buckets = [Bucket(g.params, g.numel, ReduceScatter(g.ranks, g.is_dense), device) for g in param_groups]
-        self._buckets = Buckets(buckets, train.zero_stage == 2, communication.overlap)
+        self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device)
         self._seam = Seam(self._zero, groups.exchange)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._make_optimizer_state()
@@ -129,19 +127,20 @@ class DeepSpeedEngineAdapter:
         loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         counts_LE = self._model.expert_counts()
         before_backward()
-        self._buckets.begin_slot(last)
+        self._gradients.begin_slot(last)
         (loss / global_tokens).backward()
-        self._buckets.end_slot()
+        self._gradients.end_slot()
         return loss.detach(), counts_LE
 
     def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
         self._adamw.before_update = before_update
         self._adamw.gradients = {} if keep_gradients else None
-        applied, norm = self._seam.step(self._buckets.sums(), lr)
+        applied, norm = self._seam.step(self._gradients.sums(), lr)
+        self._gradients.settle(applied)
         kept, self._adamw.gradients = self._adamw.gradients, None
-        return StepOutcome(applied, norm, self._gradients(kept) if applied and kept is not None else None)
+        return StepOutcome(applied, norm, self._updated(kept) if applied and kept is not None else None)
 
-    def _gradients(self, kept: dict[int, Tensor]) -> NamedRanges:
+    def _updated(self, kept: dict[int, Tensor]) -> NamedRanges:
         ranges = NamedRanges()
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             for name, start, here in self._owned[index]:
@@ -158,7 +157,11 @@ class DeepSpeedEngineAdapter:
     # -- state -------------------------------------------------------------------------------------------------
 
     def ranges(self) -> NamedRanges:
-        return self._ranges
+        if not self._gradients.keeps:
+            return self._ranges
+        ranges = self._ranges.detached()
+        self._gradients.add_to(ranges)
+        return ranges
 
     @torch.no_grad()
     def seeded(self) -> None:
@@ -166,6 +169,7 @@ class DeepSpeedEngineAdapter:
         for moments in self._zero.optimizer.state.values():
             moments["exp_avg"].zero_()
             moments["exp_avg_sq"].zero_()
+        self._gradients.seeded()
 
     @torch.no_grad()
     def loaded(self, num_updates: int) -> None:
@@ -173,13 +177,14 @@ class DeepSpeedEngineAdapter:
             self._copy_weights_to_masters()
         for moments in self._zero.optimizer.state.values():
             moments["step"].fill_(float(num_updates))
+        self._gradients.loaded(num_updates)
 
     def _copy_weights_to_masters(self) -> None:
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             master.copy_(self._zero.parallel_partitioned_bit16_groups[index][self._partition_rank(index)])
 
     def close(self) -> None:
-        self._buckets.close()
+        self._gradients.close()
         self._core.destroy()
         self._core.optimizer = None
         _unregister()

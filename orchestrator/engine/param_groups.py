@@ -1,11 +1,10 @@
 """Parameter groups of a model on one rank, as DeepSpeed is given them: buckets of gradients (`elastic.buckets`).
 
-Dense parameters lie on all ranks, an expert's on its replica set; what lies on the same ranks is cut into buckets. Each
-ends with a filler that makes its partitions multiples of `PARTITION_MULTIPLE`. DeepSpeed wants experts on every rank:
-one that holds nothing of a colour has a group of a filler alone there.
+Dense parameters lie on all ranks, an expert's on its replica set; what lies on the same ranks, and is compressed or
+isn't, is cut into buckets. Each ends with a filler that makes its partitions even. DeepSpeed wants experts on every
+rank: one that holds nothing of a colour has a group of a filler alone there.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.elastic.buckets import buckets, capacity
-from orchestrator.elastic.layout import PARTITION_MULTIPLE
+from orchestrator.elastic.buckets import buckets, is_compressed, piece_multiple
 from orchestrator.engine.groups import Groups
-from orchestrator.model.base import TrainableModel, expert_of
+from orchestrator.model.base import TrainableModel, expert_of, spec_of
+from orchestrator.spec.communication import CommunicationSpec
+
+COMPRESSED, EXPERTS = "compressed", "experts_"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ParamGroup:
         filler: behind them, None if nothing is missing.
         ranks: that have these parameters.
         is_dense: they are all ranks of the world.
+        is_compressed: gradients are compressed on their way.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ParamGroup:
     filler: nn.Parameter | None
     ranks: dist.ProcessGroup
     is_dense: bool
+    is_compressed: bool
 
     @property
     def everything(self) -> list[nn.Parameter]:
@@ -53,18 +56,22 @@ def is_filler(name: str) -> bool:
     return name.startswith("_filler_")
 
 
-def groups_of(model: TrainableModel, groups: Groups, bucket_mb: float) -> list[ParamGroup]:
+def groups_of(model: TrainableModel, groups: Groups, communication: CommunicationSpec) -> list[ParamGroup]:
     """In the order in which a backward pass reaches them, the last parameters first."""
     named = list(model.named_parameters())
     place = {id(param): index for index, (_, param) in enumerate(named)}
-    dense = [p for n, p in named if expert_of(n) is None]
-    found = list(_groups(model, "dense", dense, groups.reduction, bucket_mb))
+    compressed = {n for n, p in named if is_compressed(spec_of(n, p), communication.compression)}
+    dense = [p for n, p in named if expert_of(n) is None and n not in compressed]
+    cut = _Cutting(model, communication)
+    found = cut.groups("dense", dense, groups.reduction)
+    if compressed:
+        found += cut.groups(COMPRESSED, [p for n, p in named if n in compressed], groups.reduction)
     if model.moe_layers:
         colours = {e: groups.placement.colour_of(e) for e in groups.placement.experts_of(groups.rank)}
         for colour, replicas in enumerate(groups.replicas):
             name = group_name(colour)
             experts = [p for n, p in named if (e := expert_of(n)) is not None and colours[e] == colour]
-            of_colour = list(_groups(model, name, experts, replicas, bucket_mb))
+            of_colour = cut.groups(name, experts, replicas)
             for param in (p for group in of_colour for p in group.everything):
                 param.allreduce = False  # type: ignore[attr-defined]
                 param.group_name = name  # type: ignore[attr-defined]
@@ -72,21 +79,29 @@ def groups_of(model: TrainableModel, groups: Groups, bucket_mb: float) -> list[P
     return sorted(found, key=lambda group: -place[id(group.params[0])] if group.params else 0)
 
 
-def _groups(
-    model: TrainableModel, name: str, params: list[nn.Parameter], ranks: dist.ProcessGroup, bucket_mb: float
-) -> Iterator[ParamGroup]:
-    """Buckets, each with as many elements behind it as its partitions over `ranks` lack."""
-    multiple = PARTITION_MULTIPLE * dist.get_world_size(ranks)
-    like = next(model.parameters())
-    for number, bucket in enumerate(buckets([p.numel() for p in params], capacity(bucket_mb)) or [[]]):
-        members = tuple(params[index] for index in bucket)
-        missing = -sum(p.numel() for p in members) % multiple or (0 if members else multiple)
-        filler = None
-        if missing:
-            filler = nn.Parameter(torch.zeros(missing, device=like.device, dtype=like.dtype))
-            model.register_parameter(f"_filler_{name}_{number}", filler)
-        yield ParamGroup(name, members, filler, ranks, name == "dense")
+@dataclass(frozen=True)
+class _Cutting:
+    """Cuts parameters into buckets and adds what their partitions lack."""
+
+    model: TrainableModel
+    communication: CommunicationSpec
+
+    def groups(self, name: str, params: list[nn.Parameter], ranks: dist.ProcessGroup) -> list[ParamGroup]:
+        multiple = piece_multiple(name == COMPRESSED) * dist.get_world_size(ranks)
+        found = []
+        for number, bucket in enumerate(buckets([p.numel() for p in params], self.communication) or [[]]):
+            members = tuple(params[index] for index in bucket)
+            missing = -sum(p.numel() for p in members) % multiple or (0 if members else multiple)
+            filler = self._filler(f"{name}_{number}", missing) if missing else None
+            found.append(ParamGroup(name, members, filler, ranks, not name.startswith(EXPERTS), name == COMPRESSED))
+        return found
+
+    def _filler(self, name: str, numel: int) -> nn.Parameter:
+        like = next(self.model.parameters())
+        filler = nn.Parameter(torch.zeros(numel, device=like.device, dtype=like.dtype))
+        self.model.register_parameter(f"_filler_{name}", filler)
+        return filler
 
 
 def group_name(colour: int) -> str:
-    return f"experts_{colour}"
+    return f"{EXPERTS}{colour}"

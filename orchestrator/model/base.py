@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.model.moe import MoELayer
 from orchestrator.spec.model import ModelSpec
 
@@ -87,6 +88,11 @@ def expert_of(name: str) -> int | None:
     head, found, tail = name.partition(".experts.")
     number = tail.partition(".")[0]
     return int(number) if found and head and number.isdecimal() else None
+
+
+def spec_of(name: str, param: Tensor) -> ParamSpec:
+    """A parameter as layouts know it."""
+    return ParamSpec(name, param.numel(), expert_of(name), param.shape[0] if param.dim() > 1 else 1)
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 import torch
 
-from orchestrator.elastic.layout import ParamSpec
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
-from orchestrator.model.base import TrainableModel, expert_of
+from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.own import OwnModel
 from orchestrator.model.transformer import MoELanguageModel
@@ -44,7 +44,7 @@ def catalogue(
     """
     with torch.device("meta"):
         model = build_model(spec, vocab_size, alone(spec))
-    params = [ParamSpec(name, p.numel(), expert_of(name)) for name, p in model.named_parameters()]
+    params = [spec_of(name, p) for name, p in model.named_parameters()]
     buffers = [(name, b.numel()) for name, b in model.state_buffers()]
     shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.state_buffers()]}
     return params, buffers, shapes

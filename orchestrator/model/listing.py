@@ -1,6 +1,6 @@
 """The model of a job as a list of parameters, printed by a process of its own: who plans has no torch.
 
-python -m orchestrator.model.listing < job.json     # {"params": [[name, elements, expert], ...], "buffers": ...}
+python -m orchestrator.model.listing < job.json     # {"params": [[name, elements, expert, rows], ...], "buffers": ...}
 """
 
 import json
@@ -13,7 +13,7 @@ from orchestrator.spec.job import JobSpec
 def main() -> None:
     job = JobSpec.model_validate_json(sys.stdin.read())
     params, buffers, _ = catalogue(job.model, job.model.vocab_size or job.data.vocab_size)
-    print(json.dumps({"params": [[p.name, p.numel, p.expert] for p in params], "buffers": buffers}))
+    print(json.dumps({"params": [[p.name, p.numel, p.expert, p.rows] for p in params], "buffers": buffers}))
 
 
 if __name__ == "__main__":

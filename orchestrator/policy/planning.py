@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.elastic.buckets import UNDER_WAY, capacity
-from orchestrator.elastic.layout import IntArray, Kind, Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import IntArray, Kind, Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.snapshot import SnapshotFormat
 from orchestrator.elastic.transfer import TransferPlan
@@ -183,7 +184,7 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
     weights = held["param"] // item_bytes(job.train)  # elements
     own = 4 * weights  # in buckets, in fp32; the last one of a step, or each slot's, travels
     shared = sum(4 * p.numel for p in state.params if _is_shared(p, fullest, placement))
-    under_way = min(shared, UNDER_WAY * 4 * capacity(job.communication.bucket_mb))
+    under_way = min(shared, UNDER_WAY * 4 * capacity(job.communication))
     gradients = own + under_way + (partition if job.train.zero_stage == 2 else 0)
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
@@ -310,7 +311,7 @@ def _plan_rescale(
 
 def _layout(job: JobSpec, state: StatePlan, placement: Placement, world: World) -> Layout:
     mixed = job.train.precision == "bf16"
-    return training_layout(state.params, placement, world, mixed, state.buffers, job.communication.bucket_mb)
+    return training_layout(state.params, placement, world, mixed, state.buffers, job.communication)
 
 
 def _world(generation: int, size: int) -> World:

@@ -1,10 +1,83 @@
 """The `communication` section: how gradients and tokens travel between workers."""
 
-from pydantic import Field
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from orchestrator.spec.section import Section
+from pydantic import BeforeValidator, Field
+
+from orchestrator.spec.section import Broken, Section
 
 BUCKET_MB = 25.0  # as in DistributedDataParallel (Li et al., 2020)
+BLOCK = 256  # elements that share a scale, or of which the largest are sent: their numbers fit a byte
+SPARSE_BYTES = 3  # of an element that top-k sends: its number in its block, and its value in bf16
+SHARING = ("topk", "powersgd")  # schemes whose bytes are a share that one may choose
+
+
+class CompressionSpec(Section):
+    """What dense gradients are turned into before they travel. Norms, biases, routers and small tensors never are, nor
+    are gradients of experts."""
+
+    scheme: Literal["none", "fp16", "bf16", "int8", "topk", "powersgd"] = Field(
+        default="none",
+        description="none: fp32. fp16 and int8 have a scale for each 256 elements. topk: of each 256 elements the "
+        "largest, in bf16. powersgd: two thin matrices whose product is nearest (Vogels et al., 2019).",
+    )
+    share: float = Field(
+        default=0.05,
+        gt=0,
+        le=0.5,
+        description="Bytes sent over those of fp32, of what is compressed, indices included; for topk and powersgd, "
+        "whose rank is 1 at least.",
+    )
+    error_feedback: bool = Field(
+        default_factory=lambda known: known.get("scheme") in SHARING,
+        description="true: what a step didn't send is added to the next step's gradients, so nothing is lost for good. "
+        "Default: true for topk and powersgd. Takes 4 bytes per dense parameter on each worker.",
+    )
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="For topk: updates in which the share falls, by one factor each, from 0.5 to `share` (Lin et al., "
+        "2018).",
+    )
+    momentum: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="For topk: momentum that is gathered before the choice (momentum correction, Lin et al., 2018), in "
+        "place of the optimizer's, whose betas[0] must be 0.",
+    )
+
+    @property
+    def is_active(self) -> bool:
+        return self.scheme != "none"
+
+    @property
+    def kept_per_block(self) -> int:
+        """Elements that topk sends of each block."""
+        return int(self.share * BLOCK * 4 / SPARSE_BYTES)
+
+    def broken_rules(self) -> Iterator[Broken]:
+        if self.scheme == "topk" and not self.kept_per_block:
+            least = SPARSE_BYTES / (4 * BLOCK)
+            rule = f"share must leave one of {BLOCK} elements, {least:.5f} at least; got {self.share}"
+            yield Broken((("share",), ("scheme",)), rule)
+        for key in ("warmup_steps", "momentum"):
+            if getattr(self, key) and self.scheme != "topk":
+                rule = f"{key} is for scheme topk alone; got {getattr(self, key)} and {self.scheme}"
+                yield Broken(((key,), ("scheme",)), rule)
+        if self.momentum and not self.error_feedback:
+            yield Broken((("momentum",), ("error_feedback",)), "momentum needs error_feedback; got false")
+        if self.error_feedback and not self.is_active:
+            yield Broken((("error_feedback",), ("scheme",)), "error_feedback needs a scheme; got none")
+
+
+def _compression(value: Any) -> Any:
+    """Reads the short form: the name of a scheme."""
+    return {"scheme": value} if isinstance(value, str) else value
+
+
+Compression = Annotated[CompressionSpec, BeforeValidator(_compression, json_schema_input_type=str | CompressionSpec)]
 
 
 class CommunicationSpec(Section):
@@ -21,4 +94,7 @@ class CommunicationSpec(Section):
         default=True,
         description="true: a bucket's gradients travel while the backward pass computes the next ones. false: they "
         "wait for its end; the result has the same bits.",
+    )
+    compression: Compression = Field(
+        default=CompressionSpec(), description="How dense gradients are compressed: a scheme, or a mapping."
     )

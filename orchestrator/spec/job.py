@@ -218,6 +218,12 @@ class JobSpec(Section):
         if self.checkpoint.keep_best and self.eval.every is None:
             rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
             yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
+        momentum = self.communication.compression.momentum
+        if momentum and (self.train.optimizer.betas[0] or self.train.zero_stage != 1):
+            of: Path = ("communication", "compression", "momentum")
+            rule = "momentum of compression takes the place of the optimizer's, once per step: it needs betas[0] 0 and "
+            got = f"got {self.train.optimizer.betas[0]} and {self.train.zero_stage}"
+            yield Broken((of, ("train", "optimizer", "betas"), ("train", "zero_stage")), f"{rule}zero_stage 1; {got}")
         for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
             if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"

@@ -68,7 +68,7 @@ class StateDigests:
     """Digests of all named tensors, as far as one worker holds them.
 
     Args:
-        names: every tensor of the run in an order that all workers share.
+        names: tensors in an order that all workers share; others are left out.
         replicated: those of which each holder has all, by name; of the others the holders' digests add up.
         ranges: what this worker holds; None if it is no member.
     """
@@ -80,6 +80,8 @@ class StateDigests:
         self.lowest = np.full(len(names), high, dtype=np.int64)
         self.highest = np.full(len(names), low, dtype=np.int64)
         for name, held in ranges if ranges is not None else ():
+            if name not in index:
+                continue
             value = digest(held.start, held.data)
             signed = value - (1 << 64) if value >> 63 else value
             i = index[name]

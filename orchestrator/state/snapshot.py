@@ -14,6 +14,7 @@ from orchestrator.elastic.cut import Holding
 from orchestrator.elastic.snapshot import SnapshotFormat
 from orchestrator.state.ranges import NamedRanges
 
+PARTIAL = ("residual/", "velocity/")  # of these each rank has a part, and the tensor is their sum
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -70,11 +71,18 @@ def views(form: SnapshotFormat, buffer: Tensor, shared_only: bool) -> NamedRange
     return ranges
 
 
+@torch.no_grad()
 def joined(parts: Collection[NamedRanges]) -> NamedRanges:
-    """Ranges of several shards as one; what two of them have is taken from the first."""
+    """Ranges of several shards as one; what two of them have is taken from the first, or added up where they are parts
+    of a sum."""
     result = NamedRanges()
+    sums: dict[str, Tensor] = {}
     for part in parts:
         for name, held in part:
-            if not any(start < held.stop and held.start < stop for start, stop in result.spans(name)):
+            if name.startswith(PARTIAL):  # whole on each
+                sums[name] = held.data if name not in sums else sums[name] + held.data.to(sums[name].device)
+            elif not any(start < held.stop and held.start < stop for start, stop in result.spans(name)):
                 result.add(name, held.start, held.data)
+    for name, total in sums.items():
+        result.add(name, 0, total)
     return result

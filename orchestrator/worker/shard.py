@@ -8,7 +8,8 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.sockets import local_address
-from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.engine.adamw import Replayer
@@ -99,8 +100,7 @@ class Workshop:
     def layout(self, world: World, placement: Placement) -> Layout:
         """Which rank holds what in a world; every worker computes the same."""
         mixed = self.spec.train.precision == "bf16"
-        bucket_mb = self.spec.communication.bucket_mb
-        return training_layout(self.params, placement, world, mixed, self.buffers, bucket_mb)
+        return training_layout(self.params, placement, world, mixed, self.buffers, self.spec.communication)
 
     def meet(self, store: Store, plan: GenerationPlan) -> Meeting:
         """Connect to the other members of a generation. Collective over them."""

@@ -9,7 +9,8 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.peers import PeerGroup
-from orchestrator.elastic.layout import Kind, Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Kind, Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World, union

@@ -19,6 +19,7 @@ from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import ModelSpec, TrainSpec
+from orchestrator.spec.train import OptimizerSpec
 
 VOCAB, LENGTH, NUM_SLOTS, ROWS = 128, 32, 6, 2
 
@@ -36,7 +37,7 @@ def model_spec(num_experts: int = 4) -> ModelSpec:
     )
 
 
-def train_spec(precision: str = "fp32", zero_stage: int = 1) -> TrainSpec:
+def train_spec(precision: str = "fp32", zero_stage: int = 1, betas: tuple[float, float] = (0.9, 0.95)) -> TrainSpec:
     return TrainSpec(
         steps=100,
         global_batch_size=NUM_SLOTS * ROWS,
@@ -44,6 +45,7 @@ def train_spec(precision: str = "fp32", zero_stage: int = 1) -> TrainSpec:
         sequence_length=LENGTH,
         precision=precision,
         zero_stage=zero_stage,
+        optimizer=OptimizerSpec(betas=betas),
     )
 
 
@@ -111,7 +113,8 @@ def train_step(
     return float(sums.sum()) / tokens, outcome
 
 
-def layout_of(placement: Placement, precision: str) -> Layout:
+def layout_of(placement: Placement, precision: str, **communication: Any) -> Layout:
     world = World(0, tuple(f"w{r}" for r in range(placement.world_size)))
     params, buffers, _ = catalogue(model_spec(placement.num_experts), VOCAB)
-    return training_layout(params, placement, world, precision == "bf16", buffers)
+    spec = CommunicationSpec(**communication)
+    return training_layout(params, placement, world, precision == "bf16", buffers, spec)

@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks.support.minimum import holdings, minimum_bytes
-from orchestrator.elastic.layout import ParamSpec, training_layout
+from orchestrator.elastic.layout import training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.cut import Cut, Holding, layout_of_cut, newest_cut, placement_of_cut, world_of
-from orchestrator.elastic.layout import Kind, Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Kind, Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.snapshot import ALIGNMENT, SnapshotFormat
 from orchestrator.elastic.transfer import TransferPlan

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic.layout import Kind, Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Kind, Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
+from orchestrator.spec.communication import CommunicationSpec
 
 
 def plain_owners(params: list[ParamSpec], placement: Placement, bucket: float) -> dict[tuple[str, int], int]:
@@ -53,7 +55,8 @@ def test_every_element_lies_where_zero_puts_it(
 ) -> None:
     params, placement = model
     world = world_of(placement.world_size)
-    layout = training_layout(params, placement, world, mixed_precision, [("bias", 3)], bucket_mb=bucket * 4 / 2**20)
+    communication = CommunicationSpec(bucket_mb=bucket * 4 / 2**20)
+    layout = training_layout(params, placement, world, mixed_precision, [("bias", 3)], communication)
     owner = plain_owners(params, placement, bucket)
 
     held: dict[str, set[tuple[str, int]]] = {}

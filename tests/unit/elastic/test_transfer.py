@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic.layout import Kind, Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Kind, Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.transfer import StateLost, TransferPlan
 from orchestrator.elastic.world import World

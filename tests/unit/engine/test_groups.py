@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.elastic.layout import PARTITION_MULTIPLE
+from orchestrator.elastic.buckets import PIECE_MULTIPLE
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.groups import Groups, connect, disconnect
 from orchestrator.engine.param_groups import group_name, groups_of
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
 
 SPEC = ModelSpec(hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=3, expert_intermediate_size=4)
@@ -59,7 +60,7 @@ def test_groups_hold_what_lies_on_the_same_ranks(alone: Groups, placement: Place
         name_of = {id(param): name for name, param in named}
         replicas = (alone.world,) * len(placement.groups())
         groups = Groups(rank, placement.world_size, placement, alone.world, alone.reduction, replicas)
-        found = groups_of(model, groups, bucket_mb=0.0005)
+        found = groups_of(model, groups, CommunicationSpec(bucket_mb=0.0005))
         dense = [name_of[id(p)] for group in found if group.is_dense for p in group.params]
         assert sorted(dense) == sorted(n for n in name_of.values() if expert_of(n) is None)
         assert len([group for group in found if group.is_dense]) > 3
@@ -69,15 +70,15 @@ def test_groups_hold_what_lies_on_the_same_ranks(alone: Groups, placement: Place
             assert {expert_of(name_of[id(p)]) for group in of_colour for p in group.params} == mine
             assert all(group.for_deepspeed()["moe"] for group in of_colour)
             assert {p.group_name for group in of_colour for p in group.everything} == {group_name(colour)}
-            assert mine or [(len(group.params), group.numel) for group in of_colour] == [(0, PARTITION_MULTIPLE)]
-        assert all(group.numel % PARTITION_MULTIPLE == 0 for group in found)
+            assert mine or [(len(group.params), group.numel) for group in of_colour] == [(0, PIECE_MULTIPLE)]
+        assert all(group.numel % PIECE_MULTIPLE == 0 for group in found)
         assert all(group.filler is None or not group.filler.any() for group in found)
-        order = [[*name_of].index(id(p)) for group in found for p in group.params[:1]]
+        order = [[*name_of].index(id(group.params[0])) for group in found if group.params]
         assert order == sorted(order, reverse=True)
 
 
 def test_a_model_without_experts_has_dense_groups_alone(alone: Groups) -> None:
     spec = SPEC.model_copy(update={"num_dense_layers": 2})
     model = MoELanguageModel(spec, 20, ExpertHome(Placement.balanced(3, 1), 0, None))
-    (dense,) = groups_of(model, alone, bucket_mb=25.0)
-    assert [id(p) for p in dense.everything] == [id(p) for p in model.parameters()]
+    (dense,) = groups_of(model, alone, CommunicationSpec())
+    assert {id(p) for p in dense.everything} == {id(p) for p in model.parameters()}

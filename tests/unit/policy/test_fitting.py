@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.elastic.layout import ParamSpec
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.errors import UsageError
 from orchestrator.policy.fitting import GIB, check_memory, crowding
 from orchestrator.policy.planning import JobPlan, StatePlan, plan_job

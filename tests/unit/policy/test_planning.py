@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.elastic.layout import ParamSpec
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.policy.planning import JobPlan, StatePlan, plan_job
 from orchestrator.spec.job import JobSpec
 

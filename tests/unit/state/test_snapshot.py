@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.elastic.cut import Holding
-from orchestrator.elastic.layout import ParamSpec, training_layout
+from orchestrator.elastic.layout import training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.state.ranges import NamedRanges

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.comm.peers import PeerGroup
-from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World

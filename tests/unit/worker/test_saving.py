@@ -14,7 +14,8 @@ import torch
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
-from orchestrator.elastic.layout import Layout, ParamSpec, training_layout
+from orchestrator.elastic.layout import Layout, training_layout
+from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import ShardWritten

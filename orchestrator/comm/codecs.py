@@ -1,0 +1,159 @@
+"""Gradients in fewer bytes: what a rank sends of each piece, and what is read from it.
+
+A codec's payload has a size that follows from the piece's alone, so that ranks needn't tell one another, and holds a
+NaN wherever a value isn't finite, so that the step is skipped on all ranks. What it leaves out, or rounds off, it can
+leave behind in the gradients, for error feedback (Seide et al., 2014).
+
+Shape legend: W = pieces, S = elements of a piece, a multiple of `BLOCK`; B = blocks of a piece, K = elements kept of a
+block, P = bytes of a piece's payload.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
+
+WARMUP_SHARE = 0.5  # of the bytes, at the first update
+
+
+class Codec(ABC):
+    """Compresses pieces. Stateless: what is to be kept, its users keep."""
+
+    index_share = 0.0  # of a payload's bytes, those that say where values belong
+
+    @abstractmethod
+    def encode(self, x_WS: Tensor) -> Tensor:
+        """Payloads (W, P), uint8, of gradients in fp32."""
+
+    @abstractmethod
+    def decode(self, payload_WP: Tensor) -> Tensor:
+        """What is read from payloads (W, S), fp32."""
+
+    def take(self, x_WS: Tensor) -> Tensor:
+        """Payloads; what they don't say stays in `x_WS`."""
+        payload_WP = self.encode(x_WS)
+        x_WS.sub_(self.decode(payload_WP))
+        return payload_WP
+
+    def clear(self, x_WS: Tensor, payload_WP: Tensor) -> None:
+        """Set to 0 what payloads say something of."""
+        x_WS.zero_()
+
+    def add(self, total_S: Tensor, payload_P: Tensor) -> None:
+        """Add what is read from the payload of a piece."""
+        total_S.add_(self.decode(payload_P[None])[0])
+
+
+class Bf16(Codec):
+    """Half the bytes, 8 bits of mantissa."""
+
+    def encode(self, x_WS: Tensor) -> Tensor:
+        return x_WS.to(torch.bfloat16).view(torch.uint8)
+
+    def decode(self, payload_WP: Tensor) -> Tensor:
+        return payload_WP.view(torch.bfloat16).float()
+
+
+class Scaled(Codec):
+    """Blocks of numbers of a small format, each block with a scale of its own in fp32.
+
+    Args:
+        dtype: of the numbers.
+        largest: what a block's largest number becomes.
+    """
+
+    def __init__(self, dtype: torch.dtype, largest: float) -> None:
+        self._dtype, self._largest, self._itemsize = dtype, largest, dtype.itemsize
+
+    def encode(self, x_WS: Tensor) -> Tensor:
+        x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
+        scale_WB1 = x_WBE.abs().amax(-1, keepdim=True).div_(self._largest)
+        scaled_WBE = x_WBE / torch.where(scale_WB1 == 0, 1.0, scale_WB1)
+        if not self._dtype.is_floating_point:
+            scaled_WBE.round_().nan_to_num_()  # the scale says that it isn't finite
+        numbers = scaled_WBE.to(self._dtype).view(len(x_WS), -1).view(torch.uint8)
+        return torch.cat([numbers, scale_WB1.view(len(x_WS), -1).view(torch.uint8)], dim=1)
+
+    def decode(self, payload_WP: Tensor) -> Tensor:
+        num_blocks = payload_WP.shape[1] // (BLOCK * self._itemsize + 4)
+        split = num_blocks * BLOCK * self._itemsize
+        numbers_WBE = payload_WP[:, :split].contiguous().view(self._dtype).view(-1, num_blocks, BLOCK)
+        scale_WB1 = payload_WP[:, split:].contiguous().view(torch.float32)[..., None]
+        return torch.mul(numbers_WBE, scale_WB1).view(len(payload_WP), -1)
+
+
+class TopK(Codec):
+    """Of each block the K largest, in bf16, and where they lie in it, a byte each.
+
+    Choosing within blocks, as ScaleCom does (Chen et al., 2020), takes a short sort instead of a long one, numbers of
+    one byte instead of four, and gives each rank's piece equally many, so that a reduce-scatter's cost doesn't grow
+    with the ranks.
+    """
+
+    index_share = 1 / SPARSE_BYTES
+
+    def __init__(self, kept_per_block: int) -> None:
+        if not 1 <= kept_per_block <= BLOCK:
+            raise ValueError(f"{kept_per_block} of {BLOCK} elements are to be kept; from 1 to all of them can be")
+        self._kept = kept_per_block
+
+    def encode(self, x_WS: Tensor) -> Tensor:
+        return self._encode(x_WS)[0]
+
+    def take(self, x_WS: Tensor) -> Tensor:
+        payload_WP, index_WBK, rest_WBK = self._encode(x_WS)
+        x_WS.view(len(x_WS), -1, BLOCK).scatter_(-1, index_WBK, rest_WBK)
+        return payload_WP
+
+    def clear(self, x_WS: Tensor, payload_WP: Tensor) -> None:
+        _, index_WBK = self._parts(payload_WP)
+        x_WS.view(len(x_WS), -1, BLOCK).scatter_(-1, index_WBK.long(), 0.0)
+
+    def decode(self, payload_WP: Tensor) -> Tensor:
+        value_WBK, index_WBK = self._parts(payload_WP)
+        x_WBE = value_WBK.new_zeros(*value_WBK.shape[:2], BLOCK, dtype=torch.float32)
+        return x_WBE.scatter_(-1, index_WBK.long(), value_WBK.float()).view(len(payload_WP), -1)
+
+    def add(self, total_S: Tensor, payload_P: Tensor) -> None:
+        (value_BK,), (index_BK,) = self._parts(payload_P[None])
+        total_S.view(-1, BLOCK).scatter_add_(-1, index_BK.long(), value_BK.float())
+
+    def _encode(self, x_WS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Payloads, where the chosen lie, and what rounding leaves of them."""
+        x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
+        index_WBK = x_WBE.abs().topk(self._kept, dim=-1, sorted=False).indices  # a NaN counts as the largest
+        chosen_WBK = x_WBE.gather(-1, index_WBK)
+        value_WBK = chosen_WBK.to(torch.bfloat16)
+        parts = [value_WBK.view(torch.uint8).view(len(x_WS), -1), index_WBK.to(torch.uint8).view(len(x_WS), -1)]
+        return torch.cat(parts, dim=1), index_WBK, chosen_WBK.sub_(value_WBK)
+
+    def _parts(self, payload_WP: Tensor) -> tuple[Tensor, Tensor]:
+        num_values = payload_WP.shape[1] // SPARSE_BYTES
+        shape = (len(payload_WP), num_values // self._kept, self._kept)
+        value = payload_WP[:, : 2 * num_values].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+        return value.view(shape), payload_WP[:, 2 * num_values :].reshape(shape)
+
+
+def codec_of(compression: CompressionSpec, num_updates: int) -> Codec:
+    """For the update after so many. Not for `none` and `powersgd`, which are no codecs."""
+    match compression.scheme:
+        case "bf16":
+            return Bf16()
+        case "fp16":
+            return Scaled(torch.float16, 32_768.0)
+        case "int8":
+            return Scaled(torch.int8, 127.0)
+        case "topk":
+            share = warmed_up(compression, num_updates)
+            return TopK(max(1, int(share * BLOCK * 4 / SPARSE_BYTES)))
+    raise ValueError(f"{compression.scheme} is no codec; bf16, fp16, int8 and topk are")
+
+
+def warmed_up(compression: CompressionSpec, num_updates: int) -> float:
+    """The share of bytes after so many updates: from half, by one factor each, to what was asked for."""
+    if num_updates >= compression.warmup_steps:
+        return compression.share
+    done = num_updates / compression.warmup_steps
+    return float(WARMUP_SHARE * (compression.share / WARMUP_SHARE) ** done)

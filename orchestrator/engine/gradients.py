@@ -1,0 +1,127 @@
+"""An engine's gradients: a bucket for each parameter group, how it is summed, and what compression keeps for later."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.comm.buckets import Bucket, Buckets
+from orchestrator.comm.codecs import codec_of
+from orchestrator.comm.powersgd import Matrix, PowerSGD, first_thin
+from orchestrator.comm.reduction import Compressed, Reducer, ReduceScatter
+from orchestrator.elastic.buckets import rank_of_product
+from orchestrator.engine.param_groups import ParamGroup
+from orchestrator.model.base import TrainableModel, spec_of
+from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.state.ranges import NamedRanges
+
+
+class Gradients:
+    """Adds gradients up over the slots of a step and the ranks of each group.
+
+    Args:
+        groups: in DeepSpeed's order.
+        every_slot: send what each slot brings (ZeRO 2), not once per step.
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        groups: Sequence[ParamGroup],
+        communication: CommunicationSpec,
+        every_slot: bool,
+        device: torch.device,
+    ) -> None:
+        self._names = {id(param): name for name, param in model.named_parameters()}
+        self._compression, self._num_updates = communication.compression, 0
+        self._buckets = [self._bucket(group, device) for group in groups]
+        self._all = Buckets(self._buckets, every_slot, communication.overlap)
+
+    def begin_slot(self, last: bool) -> None:
+        """Called before a slot's backward pass; `last` of its step."""
+        self._all.begin_slot(last)
+
+    def end_slot(self) -> None:
+        """Called after it."""
+        self._all.end_slot()
+
+    def sums(self) -> list[Tensor]:
+        """This rank's piece of each group's sum, fp32. Called once, after a step's last slot."""
+        return self._all.sums()
+
+    def settle(self, applied: bool) -> None:
+        """The step's update was applied, or left out: then what is kept is as it was before."""
+        self._all.settle(applied)
+        for reducer in self._reducers(PowerSGD):
+            reducer.settle(applied)
+        self._count(self._num_updates + applied)
+
+    def seeded(self) -> None:
+        """What is kept, as it is before the first update."""
+        for bucket in self._buckets:
+            for kept in (bucket.residual, bucket.velocity):
+                if kept is not None:
+                    kept.zero_()
+        for bucket, reducer in self._thin():
+            for param, thin_MK in zip(bucket.params, reducer.thin_MK, strict=True):
+                thin_MK.copy_(first_thin(self._names[id(param)], *thin_MK.shape))
+        self._count(0)
+
+    def loaded(self, num_updates: int) -> None:
+        """What is kept was written by somebody else, after so many updates."""
+        self._count(num_updates)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept from step to step."""
+        return self._compression.error_feedback or self._compression.scheme == "powersgd"
+
+    def add_to(self, ranges: NamedRanges) -> None:
+        """Enter what is kept, as views."""
+        for bucket in self._buckets:
+            for kind, kept in (("residual", bucket.residual), ("velocity", bucket.velocity)):
+                for param, span in bucket.spans() if kept is not None else ():
+                    ranges.add(f"{kind}/{self._names[id(param)]}", 0, kept[span])  # type: ignore[index]
+        for bucket, reducer in self._thin():
+            for param, thin_MK in zip(bucket.params, reducer.thin_MK, strict=True):
+                ranges.add(f"powersgd/{self._names[id(param)]}", 0, thin_MK.view(-1))
+
+    def close(self) -> None:
+        self._all.close()
+
+    def _bucket(self, group: ParamGroup, device: torch.device) -> Bucket:
+        compression = self._compression
+        if not group.is_compressed:
+            return Bucket(group.params, group.numel, ReduceScatter(group.ranks, group.is_dense), device)
+        reducer: Reducer
+        if compression.scheme == "powersgd":
+            matrices = self._matrices(group.params)
+            reducer = PowerSGD(group.ranks, True, matrices, compression.error_feedback)
+            reducer.thin_MK = [torch.zeros(m.columns, m.rank, device=device) for m in matrices]
+        else:
+            codec = codec_of(compression, self._num_updates)
+            reducer = Compressed(group.ranks, True, codec, compression.error_feedback)
+        feedback, momentum = compression.error_feedback, compression.momentum
+        return Bucket(group.params, group.numel, reducer, device, feedback, momentum)
+
+    def _matrices(self, params: Sequence[nn.Parameter]) -> list[Matrix]:
+        matrices, start = [], 0
+        for param in params:
+            spec = spec_of(self._names[id(param)], param)
+            rank = rank_of_product(spec, self._compression)
+            matrices.append(Matrix(start, spec.rows, spec.numel // spec.rows, rank))
+            start += spec.numel
+        return matrices
+
+    def _count(self, num_updates: int) -> None:
+        self._num_updates = num_updates
+        if self._compression.warmup_steps:
+            for reducer in self._reducers(Compressed):
+                reducer.codec = codec_of(self._compression, num_updates)
+
+    def _reducers(self, kind: type[Any]) -> list[Any]:
+        return [bucket.reduction for bucket in self._buckets if isinstance(bucket.reduction, kind)]
+
+    def _thin(self) -> list[tuple[Bucket, PowerSGD]]:
+        return [(b, b.reduction) for b in self._buckets if isinstance(b.reduction, PowerSGD)]
