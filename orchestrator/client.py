@@ -151,6 +151,7 @@ class OrchestratorClient:
         storage: str | os.PathLike[str] | None = None,
         from_step: int | None = None,
         workers: int | None = None,
+        reset_residuals: bool = False,
         timeout_s: float = 0.0,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
@@ -163,17 +164,18 @@ class OrchestratorClient:
             storage: run storage with the run; None for where this cluster knows it to be, else ./runs.
             from_step: of the checkpoint; None for the newest. Without any checkpoint the run begins again.
             workers: how many; None for as many as were wanted last.
+            reset_residuals: leave what compression of gradients had not sent yet; without compression there is none.
             timeout_s: how long to wait for room in the cluster, if it has none now.
 
         Raises:
             NotFound: there is no such run, or no checkpoint of this step.
             CheckpointCorrupt: the checkpoint isn't as it was written; the message names the one before.
-            UsageError: the run goes on, has done all its steps, or may not have so many workers.
+            UsageError: the run goes on, has done all its steps, may not have so many workers, or compresses otherwise.
             JobDoesNotFit: the cluster has no room, for `timeout_s`.
         """
         run_dir = self._run_dir(run_id, storage)
         path = choose(run_dir / "checkpoints", from_step)
-        restore = Restore(read_manifest(path).step, str(path)) if path is not None else None
+        restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
         order = ResumeOrder(uuid.uuid4().hex, restore, workers)
         return self._when_there_is_room(
             timeout_s, on_wait, lambda: str(self._ask("resume", run_id, str(run_dir), order, **options))

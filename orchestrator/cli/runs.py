@@ -155,6 +155,9 @@ def resume(
         int | None,
         typer.Option("--workers", "-n", min=1, help="How many workers. Default: as many as were wanted last."),
     ] = None,
+    reset_residuals: Annotated[
+        bool, typer.Option("--reset-residuals", help="Leave behind what compressed gradients had not sent yet.")
+    ] = False,
     storage: Annotated[
         Path | None,
         typer.Option("--storage", metavar="DIR", help="Run storage with the run, if this cluster has never seen it."),
@@ -167,7 +170,15 @@ def resume(
     from orchestrator.client import OrchestratorClient
 
     client = OrchestratorClient(address)
-    client.resume(run, storage=storage, from_step=from_step, workers=workers, timeout_s=timeout, on_wait=tell_wait)
+    client.resume(
+        run,
+        storage=storage,
+        from_step=from_step,
+        workers=workers,
+        reset_residuals=reset_residuals,
+        timeout_s=timeout,
+        on_wait=tell_wait,
+    )
     say(f"Run {run} goes on. Follow it with `orchestrator logs {run} -f`.")
     _show_name(run, output)
 

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.experimental import internal_kv
 
+from orchestrator.checkpoint.read import read_manifest
 from orchestrator.control.autoscaler import Autoscaler, free_on_nodes
 from orchestrator.control.calls import ask
 from orchestrator.control.crew import request_of
@@ -28,7 +29,7 @@ from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, No
 from orchestrator.policy.capacity import places
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.schedule import wanted_size
-from orchestrator.protocol.messages import Finish, ResumeOrder, Target
+from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult
 from orchestrator.spec.autoscale import MANUAL
@@ -96,7 +97,8 @@ class Scheduler:
 
         Raises:
             NotFound: the directory holds no run.
-            UsageError: the run goes on, or has done all its steps, or may not have so many workers.
+            UsageError: the run goes on, or has done all its steps, or may not have so many workers, or compresses its
+                gradients otherwise than when it wrote the checkpoint.
             JobDoesNotFit: the cluster has no room for its workers.
         """
         directory = Path(run_dir)
@@ -116,6 +118,7 @@ class Scheduler:
                     remedy="Go on from an earlier checkpoint with --from, or submit a new run.",
                     unchanged="Nothing was started.",
                 )
+            _refuse_other_residuals(order.restore, job)
             if order.workers is not None:
                 limits.check_size(order.workers)
             memory = Recollection(directory, limits)
@@ -273,3 +276,19 @@ def _amounts(resources: Mapping[str, float]) -> str:
     if resources.get("memory"):
         shown.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
     return ", ".join(shown) or "nothing"
+
+
+def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:
+    """Raise UsageError where compression can't go on from what the checkpoint's had kept."""
+    if restore is None or restore.reset_residuals:
+        return
+    saved = str(read_manifest(Path(restore.path)).meta.get("compression", ""))
+    wanted = job.communication.compression.keeps
+    if saved != wanted:
+        raise UsageError(
+            f"{restore.path} was written by a run that kept {saved or 'nothing'} of its gradients; the job would keep "
+            f"{wanted or 'nothing'}",
+            remedy="Resume with the compression that it was trained with, or with --reset-residuals, which leaves "
+            "behind what had not been sent.",
+            unchanged="Nothing was started.",
+        )

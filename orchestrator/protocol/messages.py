@@ -39,10 +39,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Restore:
-    """A complete checkpoint that state is read from: its last finished step, and its directory."""
+    """A complete checkpoint that state is read from: its last finished step, and its directory.
+
+    `reset_residuals`: what compression of gradients had kept is left there.
+    """
 
     step: int
     path: str
+    reset_residuals: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,7 @@ class Handover:
     sent_bytes: int
     received_bytes: int
     state_identical: bool | None  # None: digests were not taken
+    residual_error: float = 0.0  # how far what error feedback keeps, summed over the ranks, has moved, over its norm
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,14 @@ class CompressionSpec(Section):
         return self.scheme != "none"
 
     @property
+    def keeps(self) -> str:
+        """What it keeps from step to step, as checkpoints say it; empty if nothing."""
+        kept = ["residual"] * self.error_feedback + ["velocity"] * bool(self.momentum)
+        if self.scheme == "powersgd":
+            kept.append(f"thin matrices of share {self.share}")
+        return f"{self.scheme}: {', '.join(kept)}" if kept else ""
+
+    @property
     def kept_per_block(self) -> int:
         """Elements that topk sends of each block."""
         return int(self.share * BLOCK * 4 / SPARSE_BYTES)

@@ -107,3 +107,36 @@ def differing(names: Sequence[str], before: StateDigests, after: StateDigests, p
     held = lowest[0] != np.iinfo(np.int64).max
     agreed = ~held | (lowest[0] == highest[0])
     return [names[int(i)] for i in torch.nonzero(~(equal & agreed))]
+
+
+class PartSums:
+    """What ranks' parts of partial tensors add up to, as far as one worker holds them: a sum of their elements with
+    pseudo-random signs, which adds up over the ranks as they do.
+
+    Sums in fp32 are rounded, so no digest of bits could tell whether one was kept.
+
+    Args:
+        names: of the partial tensors, in an order that all workers share; each is whole on every rank.
+        ranges: what this worker holds; None if it is no member.
+    """
+
+    def __init__(self, names: Sequence[str], ranges: NamedRanges | None) -> None:
+        self.signed, self.squares = (torch.zeros(len(names), dtype=torch.float64) for _ in range(2))
+        for i, name in enumerate(names if ranges is not None else ()):
+            for start, stop in ranges.spans(name) if ranges is not None else ():
+                part = ranges.view(name, start, stop).detach().cpu()  # type: ignore[union-attr]
+                signs = torch.from_numpy(_SIGNS).repeat(-(-len(part) // PERIOD))[: len(part)]
+                self.signed[i] += torch.dot(part.double(), signs)
+                self.squares[i] += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+
+
+_SIGNS = np.where(_TABLE >> np.uint64(63), 1.0, -1.0)
+
+
+def change(before: PartSums, after: PartSums, peers: PeerGroup) -> float:
+    """How far the sums have moved, over the norm of all parts together; of the tensor where it is most. Collective."""
+    signed, squares = torch.stack([before.signed, after.signed]), before.squares.clone()
+    peers.reduce(signed, dist.ReduceOp.SUM)
+    peers.reduce(squares, dist.ReduceOp.SUM)
+    moved = (signed[0] - signed[1]).abs()
+    return float((moved / squares.sqrt().clamp(min=torch.finfo(torch.float64).tiny)).max()) if len(moved) else 0.0

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch._C._distributed_c10d import Store
 
@@ -23,7 +22,7 @@ from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.engine.groups import Meeting
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan, Handover, StepRecord
-from orchestrator.state.digest import StateDigests, differing
+from orchestrator.state.digest import PartSums, StateDigests, change, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
 from orchestrator.worker.agreement import check_agreement
@@ -33,6 +32,7 @@ from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
 
 ASK_AGAIN_S = 0.01
+ROUNDING = 1e-6  # what sums of ranks' parts may move by
 TOLD_RECORDS = 256  # finished steps that newcomers hear of, in case that only they are left to tell them
 
 
@@ -160,7 +160,9 @@ def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[S
             read_pretrained(workshop.spec.model, shard.engine.ranges())
             shard.engine.loaded(progress.num_updates)
     else:
-        progress = read_state(Path(restore.path), shard.engine.ranges(), sampler)
+        shard.engine.seeded()  # for what the checkpoint doesn't have
+        world = prepared.plan.world
+        progress = read_state(restore, shard.engine.ranges(), sampler, shard.rank, world.size)
         shard.engine.loaded(progress.num_updates)
     clock.lap("build")
     return shard, progress, _handover(prepared, progress, clock, identical=None)
@@ -187,7 +189,9 @@ def move(
     clock = _Clock()
     # What ranks' parts add up to is no bit pattern that a digest could see: sums are rounded.
     whole = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if not adds]
+    partial = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if adds]
     before = StateDigests(whole, prepared.replicated, old) if plan.verify_digests else None
+    sums = PartSums(partial, old)
     clock.lap("digest")
     peers.barrier()  # nobody builds before all are past the fence; a newcomer that died makes it fail at once
     groups = prepared.meeting.adopt() if prepared.meeting is not None else None
@@ -199,12 +203,13 @@ def move(
     if shard is not None:
         shard.engine.loaded(progress.num_updates)
     clock.lap("transfer")
-    identical = None
+    identical, moved = None, 0.0
     if before is not None:
         after = StateDigests(whole, prepared.replicated, new)
-        identical = not differing(whole, before, after, peers)
+        moved = change(sums, PartSums(partial, new), peers) if partial else 0.0
+        identical = not differing(whole, before, after, peers) and moved <= ROUNDING
     clock.lap("digest")
-    return shard, _handover(prepared, progress, clock, identical)
+    return shard, _handover(prepared, progress, clock, identical, moved)
 
 
 class _Clock:
@@ -220,7 +225,9 @@ class _Clock:
         self._last = now
 
 
-def _handover(prepared: Prepared, progress: Progress, clock: _Clock, identical: bool | None) -> Handover:
+def _handover(
+    prepared: Prepared, progress: Progress, clock: _Clock, identical: bool | None, moved: float = 0.0
+) -> Handover:
     peers = prepared.peers
     return Handover(
         generation=prepared.plan.generation,
@@ -232,4 +239,5 @@ def _handover(prepared: Prepared, progress: Progress, clock: _Clock, identical: 
         sent_bytes=peers.sent_bytes if peers is not None else 0,
         received_bytes=peers.received_bytes if peers is not None else 0,
         state_identical=identical,
+        residual_error=moved,
     )

@@ -10,16 +10,20 @@ import torch
 
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
+from orchestrator.protocol.messages import Restore
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot import PARTIAL
+from orchestrator.worker.saving import part_of
 from orchestrator.worker.shard import Progress
 
 CHUNK = 1 << 22  # elements read at once, so that memory for a copy stays small
-PARAM, MASTER = "param/", "master/"
+PARAM, MASTER, THIN = "param/", "master/", "powersgd/"
 
 
 @torch.no_grad()
-def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
-    """Fill this rank's ranges.
+def read_state(restore: Restore, ranges: NamedRanges, sampler: str, rank: int, world_size: int) -> Progress:
+    """Fill this rank's ranges. What compression keeps stays as it is where the checkpoint has none of it, or it is to
+    be reset.
 
     Args:
         sampler: the order of samples that follows from the job and its data; the checkpoint must have the same, apart
@@ -32,6 +36,7 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
         CheckpointCorrupt: files are missing or changed, or of another model.
         DataError: it was trained on another corpus, or in another order.
     """
+    checkpoint = Path(restore.path)
     with CheckpointReader(checkpoint) as reader:
         meta = reader.manifest.meta
         try:
@@ -45,7 +50,13 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
                 remedy="Resume with the corpus, the batch size, the sequence length and the seed that it began with.",
                 unchanged="The checkpoint is as it was.",
             )
+        saved_size = 0 if restore.reset_residuals else int(str(meta.get("world_size", 0)))
         for name, held in ranges:
+            if name.startswith(PARTIAL):
+                _read_parts(reader, name, held.data, range(rank, saved_size, world_size))
+                continue
+            if name.startswith(THIN) and not saved_size:
+                continue
             stored = MASTER + name.removeprefix(PARAM) if name.startswith(PARAM) else name
             for start in range(held.start, held.stop, CHUNK):
                 stop = min(start + CHUNK, held.stop)
@@ -58,6 +69,15 @@ def read_state(checkpoint: Path, ranges: NamedRanges, sampler: str) -> Progress:
                     ) from error
                 held.data[start - held.start : stop - held.start].copy_(torch.from_numpy(values))
     return progress
+
+
+def _read_parts(reader: CheckpointReader, name: str, data: torch.Tensor, ranks: range) -> None:
+    """The sum of what these ranks had of a tensor. Each rank reads others' parts, so that nothing is lost or double."""
+    data.zero_()
+    for rank in ranks:
+        for start in range(0, data.numel(), CHUNK):
+            stop = min(start + CHUNK, data.numel())
+            data[start:stop] += torch.from_numpy(reader.read(part_of(name, rank), start, stop)).to(data.device)
 
 
 def _without_stages(sampler: str) -> object:

@@ -1,7 +1,8 @@
 """A rank's part of a checkpoint: copied at once, written in the background.
 
 What is saved is the sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
-0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved.
+0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. What error feedback has kept
+is saved by each rank for itself: all parts together are what was never sent.
 """
 
 import json
@@ -15,6 +16,7 @@ from torch import Tensor
 from orchestrator.checkpoint.write import ShardPiece, write_shard
 from orchestrator.protocol.messages import ShardWritten
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot import PARTIAL
 from orchestrator.worker.shard import Progress, Shard
 
 MOMENT = "exp_avg/"
@@ -26,6 +28,7 @@ class Saver:
     Args:
         checkpoints: the run's directory of checkpoints.
         shapes: of every tensor in a checkpoint, for its readers.
+        keeps: what compression of gradients keeps, as `CompressionSpec.keeps` says it.
         done: called from the writing thread with what was written.
         failed: called from it with what went wrong.
     """
@@ -34,17 +37,18 @@ class Saver:
         self,
         checkpoints: Path,
         shapes: Mapping[str, tuple[int, ...]],
+        keeps: str,
         done: Callable[[ShardWritten], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._shapes = shapes
+        self._shapes, self._keeps = shapes, keeps
         self._checkpoints, self._done, self._failed = checkpoints, done, failed
         self._thread: threading.Thread | None = None
 
     def save(self, shard: Shard, progress: Progress) -> None:
         """Copy the shard now and write it in the background. Waits for a write that is still under way."""
         self.wait()
-        pieces = pieces_of(shard.engine.ranges(), with_buffers=shard.rank == 0)
+        pieces = pieces_of(shard.engine.ranges(), shard.rank)
         self._thread = threading.Thread(
             target=self._write, args=(pieces, shard, progress), name="checkpoint", daemon=True
         )
@@ -64,7 +68,15 @@ class Saver:
                 epoch=shard.epoch,  # of the plan: ranks may hear of a newer controller at different moments
                 generation=shard.world.generation,
                 rank=shard.rank,
-                meta=json.dumps({**asdict(progress), "shapes": self._shapes}, sort_keys=True),
+                meta=json.dumps(
+                    {
+                        **asdict(progress),
+                        "shapes": self._shapes,
+                        "compression": self._keeps,
+                        "world_size": shard.world.size,
+                    },
+                    sort_keys=True,
+                ),
             )
         except Exception as error:  # whatever it is: the end of the run waits for every shard
             self._failed(error)
@@ -72,12 +84,15 @@ class Saver:
             self._done(written)
 
 
-def pieces_of(ranges: NamedRanges, with_buffers: bool) -> list[ShardPiece]:
+def pieces_of(ranges: NamedRanges, rank: int) -> list[ShardPiece]:
     """Copies of everything that this rank saves."""
     pieces = []
     for name, held in ranges:
-        if name.startswith(("master/", "exp_avg/", "exp_avg_sq/")) or (with_buffers and name.startswith("buffer/")):
+        kind = name.partition("/")[0]
+        if kind in ("master", "exp_avg", "exp_avg_sq") or (rank == 0 and kind in ("buffer", "powersgd")):
             pieces.append(_piece(name, held.start, held.data))
+        elif name.startswith(PARTIAL):
+            pieces.append(_piece(part_of(name, rank), held.start, held.data))
     if any(name.startswith("master/") for name in ranges.names()):
         return pieces
     # In fp32 the weights are their own masters; a rank saves those elements whose moments it owns.
@@ -87,6 +102,11 @@ def pieces_of(ranges: NamedRanges, with_buffers: bool) -> list[ShardPiece]:
             for start, stop in ranges.spans(name):
                 pieces.append(_piece(f"master/{param}", start, ranges.view(f"param/{param}", start, stop)))
     return pieces
+
+
+def part_of(name: str, rank: int) -> str:
+    """How a checkpoint calls a rank's part of a tensor that is the sum of all ranks' parts."""
+    return f"{name}#{rank}"
 
 
 def _piece(name: str, start: int, data: Tensor) -> ShardPiece:

@@ -1,6 +1,7 @@
 """Compressed gradients on real gloo ranks: nothing is lost, whatever isn't sent."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.layout import Kind
 from orchestrator.elastic.placement import Placement
+from orchestrator.protocol.messages import GenerationPlan, Handover
+from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.job import JobSpec
 from tests.support import small
+from tests.support.crew import Crew
 from tests.support.ranks import Ranks
+from tests.support.texts import STEPS, small_job
 
 LOSSY: list[dict[str, Any]] = [
     {"scheme": "bf16", "error_feedback": True},
@@ -151,3 +157,45 @@ def test_the_engine_holds_what_the_layout_says(ranks: Ranks, compression: dict[s
     for rank, spans in enumerate(ranks.run(_held, 3, compression)):
         wanted = [(layout.names[t], start, stop) for t, start, stop in layout.ranges_of(f"w{rank}").tolist()]
         assert spans == sorted(wanted)
+
+
+KEPT: list[dict[str, Any]] = [{"scheme": "topk", "share": 0.1}, {"scheme": "powersgd", "share": 0.1}]
+
+
+@pytest.fixture(params=KEPT, ids=["topk", "powersgd"])
+def job(request: pytest.FixtureRequest, texts: Path) -> JobSpec:
+    communication = CommunicationSpec.model_validate({"compression": request.param, "bucket_mb": 0.05})
+    return small_job(texts).model_copy(update={"communication": communication})
+
+
+def _handovers(crew: Crew, plan: GenerationPlan) -> list[Handover]:
+    reports = [crew.members[worker].report() for worker in crew.living]
+    return [h for report in reports for h in report.handovers if h.generation == plan.generation]
+
+
+def test_what_was_not_sent_survives_rescales(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
+    with Crew(job, store_dir, tmp_path, size=4) as crew:
+        crew.start(crew.plan(crew.ids))
+        for members in (crew.ids[:2], crew.ids[1:4], [crew.ids[3]], crew.ids[:2]):
+            crew.await_step(crew.newest_step + 3)
+            plan = crew.rescale(members)
+            handovers = _handovers(crew, plan)
+            assert len(handovers) == len(plan.involved) and all(h.state_identical for h in handovers)
+            assert max(h.residual_error for h in handovers) < 1e-6
+        crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+    assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5
+
+
+def test_what_a_dead_worker_had_not_sent_is_with_its_buddy(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
+    with Crew(job, store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_step(6)
+        crew.members[crew.ids[1]].kill()
+        plan = crew.recover([crew.ids[0], crew.ids[2]])
+        handovers = _handovers(crew, plan)
+        assert handovers and all(h.state_identical for h in handovers)
+        assert max(h.residual_error for h in handovers) < 1e-6
+        crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+    assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5

@@ -29,12 +29,20 @@ def _differing(kept: NamedRanges, truth: NamedRanges) -> list[str]:
 
 
 def _replayed(
-    rank: int, world_size: int, store: Store, prefix: str, placement: Placement, precision: str, stage: int
+    rank: int,
+    world_size: int,
+    store: Store,
+    prefix: str,
+    placement: Placement,
+    precision: str,
+    stage: int,
+    compression: str,
 ) -> tuple[int, list[str]]:
     """How many states were made again, and the tensors in which they differed from what training had made."""
     train = small.train_spec(precision, stage)
-    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
-    layout, replayer = small.layout_of(placement, precision), Replayer(train, torch.device("cpu"))
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train, compression=compression)
+    layout = small.layout_of(placement, precision, compression=compression)
+    replayer = Replayer(train, torch.device("cpu"))
     truth: dict[int, NamedRanges] = {}
     num_replayed, differing = 0, []
     for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # one shelf anew each time: a state may be
@@ -69,18 +77,22 @@ def _replayed(
 
 
 @pytest.mark.parametrize(
-    ("placement", "precision", "stage"),
+    ("placement", "precision", "stage", "compression"),
     [
-        pytest.param(Placement.balanced(4, 1), "fp32", 1, id="one"),
-        pytest.param(Placement.balanced(4, 3), "fp32", 1, id="three"),
-        pytest.param(Placement.balanced(4, 3), "bf16", 2, id="three, bf16, stage 2"),
-        pytest.param(UNEVEN, "fp32", 2, id="a rank without experts, stage 2"),
-        pytest.param(OVERLAPPING, "fp32", 1, id="replicas on some ranks"),
-        pytest.param(OVERLAPPING, "bf16", 1, id="replicas on some ranks, bf16"),
-        pytest.param(Placement.balanced(4, 6), "bf16", 1, id="more ranks than experts"),
+        pytest.param(Placement.balanced(4, 1), "fp32", 1, "none", id="one"),
+        pytest.param(Placement.balanced(4, 3), "fp32", 1, "none", id="three"),
+        pytest.param(Placement.balanced(4, 3), "bf16", 2, "none", id="three, bf16, stage 2"),
+        pytest.param(UNEVEN, "fp32", 2, "none", id="a rank without experts, stage 2"),
+        pytest.param(OVERLAPPING, "fp32", 1, "none", id="replicas on some ranks"),
+        pytest.param(OVERLAPPING, "bf16", 1, "none", id="replicas on some ranks, bf16"),
+        pytest.param(Placement.balanced(4, 6), "bf16", 1, "none", id="more ranks than experts"),
+        pytest.param(Placement.balanced(4, 3), "bf16", 2, "topk", id="three, topk"),
+        pytest.param(Placement.balanced(4, 3), "fp32", 1, "powersgd", id="three, powersgd"),
     ],
 )
-def test_a_state_made_again_has_the_same_bits(ranks: Ranks, placement: Placement, precision: str, stage: int) -> None:
-    for num_replayed, differing in ranks.run(_replayed, placement.world_size, placement, precision, stage):
+def test_a_state_made_again_has_the_same_bits(
+    ranks: Ranks, placement: Placement, precision: str, stage: int, compression: str
+) -> None:
+    for num_replayed, differing in ranks.run(_replayed, placement.world_size, placement, precision, stage, compression):
         assert num_replayed > 10
         assert differing == []

@@ -66,7 +66,7 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: Placement, mi
         values |= {n: _value(layout, t) for t, n in enumerate(layout.names) if n.startswith("master/")}
     times: Counter[tuple[str, int]] = Counter()
     for rank, ranges in enumerate(ranks):
-        for piece in pieces_of(ranges, with_buffers=rank == 0):
+        for piece in pieces_of(ranges, rank):
             times.update((piece.tensor, i) for i in range(piece.start, piece.stop))
             assert piece.array.dtype == np.float32
             assert np.array_equal(piece.array, values[piece.tensor][piece.start : piece.stop].numpy())
@@ -75,7 +75,7 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: Placement, mi
 
 def test_pieces_are_copies_that_training_does_not_change() -> None:
     _, (ranges,) = _state(Placement.balanced(3, 1), False)
-    pieces = pieces_of(ranges, with_buffers=True)
+    pieces = pieces_of(ranges, 0)
     before = [piece.array.copy() for piece in pieces]
     for _, held in ranges:
         held.data.fill_(9.0)
@@ -94,7 +94,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     progress = Progress(11, 10, "{}")
     written: list[ShardWritten] = []
     for rank, ranges in enumerate(ranks):
-        saver = Saver(tmp_path, SHAPES, written.append, pytest.fail)
+        saver = Saver(tmp_path, SHAPES, "", written.append, pytest.fail)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
@@ -114,7 +114,9 @@ def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     placement = Placement.balanced(3, 1)
     _, (ranges,) = _state(placement, False)
     failures: list[Exception] = []
-    saver = Saver(tmp_path / "occupied", SHAPES, lambda written: pytest.fail("nothing was written"), failures.append)
+    saver = Saver(
+        tmp_path / "occupied", SHAPES, "", lambda written: pytest.fail("nothing was written"), failures.append
+    )
     saver.save(_shard(ranges, placement, 0), Progress(0, 1, "{}"))
     saver.wait()
     assert [type(error) for error in failures] == [NotADirectoryError]
