@@ -10,6 +10,7 @@ from orchestrator.elastic.params import ParamSpec
 from orchestrator.spec.communication import BLOCK, CommunicationSpec, CompressionSpec
 
 UNDER_WAY = 4  # buckets that travel at once: enough for a link never to idle, and it bounds the memory
+MANY_RANKS = 64
 SMALL = 1024  # elements; less isn't worth compressing
 
 # Elements: every piece is a multiple of it. torch's fused AdamW takes as many at once, 64 bytes, on a CPU, and what is
@@ -29,7 +30,7 @@ def piece_multiple(compressed: bool) -> int:
     return BLOCK if compressed else PIECE_MULTIPLE
 
 
-def buckets(numel: Sequence[int], communication: CommunicationSpec) -> list[list[int]]:
+def buckets(numel: Sequence[int], num_ranks: int, communication: CommunicationSpec) -> list[list[int]]:
     """Indexes of parameters, cut from the end into runs of at most a bucket's size; a larger parameter has one of its
     own. Backward passes reach the last parameters first: so the first bucket is the first to be complete, and within a
     bucket the order is the model's.
@@ -39,15 +40,16 @@ def buckets(numel: Sequence[int], communication: CommunicationSpec) -> list[list
     for index in reversed(range(len(numel))):
         if not cut or numel[index] > room:
             cut.append([])
-            room = capacity(communication)
+            room = capacity(communication, num_ranks)
         cut[-1].append(index)
         room -= numel[index]
     return [bucket[::-1] for bucket in cut]
 
 
-def capacity(communication: CommunicationSpec) -> int:
-    """Elements of a bucket, at most, if a parameter isn't larger."""
-    return max(1, int(communication.bucket_mb * 2**20) // 4)
+def capacity(communication: CommunicationSpec, num_ranks: int) -> int:
+    """Elements of a bucket, at most, if a parameter isn't larger. More than the job says over very many ranks, as in
+    Megatron: their pieces would get too small."""
+    return max(1, int(communication.bucket_mb * 2**20) // 4) * max(1, num_ranks // MANY_RANKS)
 
 
 def rank_of_product(param: ParamSpec, compression: CompressionSpec) -> int:

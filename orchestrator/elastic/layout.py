@@ -157,7 +157,7 @@ def training_layout(
     for number, ((_, compressed), members) in enumerate(groups.items()):
         of_group = np.array(members, dtype=np.int64)
         group[of_group] = number
-        for cut in buckets(param_numel[of_group].tolist(), communication):
+        for cut in buckets(param_numel[of_group].tolist(), len(holder_sets[number]), communication):
             rows.append(_partition(of_group[cut], param_numel, holder_sets[number], piece_multiple(compressed)))
     shards = _sorted(rows)
 

@@ -119,6 +119,11 @@ class DeepSpeedEngineAdapter:
         self._owned = self._find_owned()
         self._ranges = self._collect_ranges()
 
+    @property
+    def order(self) -> list[str]:
+        """Buckets of dense gradients as they are sent, each by its parameters: the same on all ranks."""
+        return self._gradients.order
+
     # -- training ----------------------------------------------------------------------------------------------
 
     def accumulate(

@@ -34,9 +34,16 @@ class Gradients:
         device: torch.device,
     ) -> None:
         self._names = {id(param): name for name, param in model.named_parameters()}
+        self._groups = groups
         self._compression, self._num_updates = communication.compression, 0
         self._buckets = [self._bucket(group, device) for group in groups]
         self._all = Buckets(self._buckets, every_slot, communication.overlap)
+
+    @property
+    def order(self) -> list[str]:
+        """What is sent among all ranks, bucket by bucket."""
+        dense = [group for group in self._groups if group.is_dense]
+        return [", ".join(f"{self._names[id(p)]} {tuple(p.shape)}" for p in group.params) for group in dense]
 
     def begin_slot(self, last: bool) -> None:
         """Called before a slot's backward pass; `last` of its step."""

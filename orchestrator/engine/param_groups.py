@@ -87,9 +87,10 @@ class _Cutting:
     communication: CommunicationSpec
 
     def groups(self, name: str, params: list[nn.Parameter], ranks: dist.ProcessGroup) -> list[ParamGroup]:
-        multiple = piece_multiple(name == COMPRESSED) * dist.get_world_size(ranks)
+        num_ranks = dist.get_world_size(ranks)
+        multiple = piece_multiple(name == COMPRESSED) * num_ranks
         found = []
-        for number, bucket in enumerate(buckets([p.numel() for p in params], self.communication) or [[]]):
+        for number, bucket in enumerate(buckets([p.numel() for p in params], num_ranks, self.communication) or [[]]):
             members = tuple(params[index] for index in bucket)
             missing = -sum(p.numel() for p in members) % multiple or (0 if members else multiple)
             filler = self._filler(f"{name}_{number}", missing) if missing else None

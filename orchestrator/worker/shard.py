@@ -24,6 +24,7 @@ from orchestrator.protocol.messages import GenerationPlan, WorkerJob
 from orchestrator.sampling.slots import SlotSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import whole_every
+from orchestrator.worker.agreement import check_order
 from orchestrator.worker.protection import Protection
 
 
@@ -130,5 +131,6 @@ class Workshop:
             home = ExpertHome(plan.placement, groups.rank, groups.exchange)
             model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
+        check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
         slot = plan.slot or slot_of(self.spec)
         return Shard(plan.epoch, plan.world, groups, model, engine, slot, frozenset(plan.skips))

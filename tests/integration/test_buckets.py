@@ -13,6 +13,8 @@ from orchestrator.comm.buckets import Bucket, Buckets
 from orchestrator.comm.reduction import ReduceScatter
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.groups import connect
+from orchestrator.errors import EntrypointError
+from orchestrator.worker.agreement import check_order
 from tests.support.ranks import Ranks
 
 SIZES = (5, 48, 7, 33, 21, 64)
@@ -111,3 +113,20 @@ def test_a_bucket_is_cut_into_equal_pieces() -> None:
     param = nn.Parameter(torch.zeros(5))
     with pytest.raises(ValueError, match="a bucket of 4 elements; its size is at least that of its parameters, 5"):
         Bucket([param], 4, Three(), torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def _checked(rank: int, world_size: int, store: Store, prefix: str, names: list[str], other: list[str]) -> str:
+    groups = connect(store, prefix, rank, Placement.balanced(1, world_size), "gloo")
+    try:
+        check_order(other if rank == 1 else names, "mine:build", groups.exchange, torch.device("cpu"))
+    except EntrypointError as error:
+        return error.message
+    return ""
+
+
+def test_a_rank_that_would_send_others_is_named_before_anybody_waits(ranks: Ranks) -> None:
+    names = ["a (3,), b (2,)", "c (4,)"]
+    assert ranks.run(_checked, 3, names, names) == [""] * 3
+    for other in (names[::-1], names[:1], [*names, "d (1,)"]):
+        for message in ranks.run(_checked, 3, names, other):
+            assert "mine:build has other parameters, or another order of them, on rank 1 than on rank 0" in message

@@ -11,6 +11,8 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
 from orchestrator.protocol.messages import Phase, Restore, StepRecord
+from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.job import JobSpec
 from tests.support.crew import Crew
 from tests.support.texts import small_job
 
@@ -27,16 +29,22 @@ def _train(crew: Crew, restore: Restore | None = None) -> None:
 def _commit(crew: Crew, step: int) -> Path:
     """Mark the checkpoint of `step` complete, as a controller does."""
     shards = [shard for report in crew.final.values() for shard in report.shards if shard.step == step]
-    shapes = {name: tuple(shape) for name, shape in json.loads(shards[0].meta)["shapes"].items()}
+    shapes = {name: (stop,) for shard in shards for name, _, start, stop in shard.entries if start == 0}
+    shapes |= {name: tuple(shape) for name, shape in json.loads(shards[0].meta)["shapes"].items()}
     manifest = manifest_of(shards, run_id="test", epoch=1, shapes=shapes)
     return commit(Path(crew.job.storage_dir) / "checkpoints", manifest, epoch=1)
+
+
+def _job(texts: Path, compression: str = "none", **train: Any) -> JobSpec:
+    communication = CommunicationSpec.model_validate({"compression": compression})
+    return small_job(texts, **train).model_copy(update={"communication": communication})
 
 
 def _saved(
     texts: Path, store_dir: Path, directory: Path, size: int, at: int = SAVED, **train: Any
 ) -> tuple[Restore, Records]:
     """A run of `size` workers that was never broken: a checkpoint from its middle, and all of its steps."""
-    job = small_job(texts, **train)
+    job = _job(texts, **train)
     job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": at + 1})})
     with Crew(job, store_dir, directory, size=size) as crew:
         _train(crew)
@@ -57,6 +65,29 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
         assert old.manifest.tensors.keys() == new.manifest.tensors.keys()
         for name, entry in old.manifest.tensors.items():
             np.testing.assert_array_equal(old.read(name, 0, entry.numel), new.read(name, 0, entry.numel))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_what_was_not_sent_goes_on_at_any_world_size(texts: Path, store_dir: Path, tmp_path: Path, size: int) -> None:
+    restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, compression="topk")
+    job = _job(texts, "topk", steps=SAVED + 1)
+    with Crew(job, store_dir, tmp_path / "second", size=size) as crew:
+        _train(crew, restore)  # nothing is left to do: it writes what it has read
+        again = _commit(crew, SAVED)
+    with CheckpointReader(Path(restore.path)) as old, CheckpointReader(again) as new:
+        names = {name.partition("#")[0] for name in old.manifest.tensors if name.startswith("residual/")}
+        assert names and not any("norm" in name or "router" in name or "experts." in name for name in names)
+        for name in names:
+            before, after = _parts(old, name, 3), _parts(new, name, size)
+            assert np.abs(before).sum() > 0
+            np.testing.assert_allclose(after.sum(0), before.sum(0), rtol=0, atol=1e-6 * np.abs(before).max())
+            if size == 3:
+                np.testing.assert_array_equal(after, before)
+
+
+def _parts(reader: CheckpointReader, name: str, size: int) -> Any:
+    numel = reader.manifest.tensors[f"{name}#0"].numel
+    return np.stack([reader.read(f"{name}#{rank}", 0, numel) for rank in range(size)])
 
 
 def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:

@@ -187,6 +187,15 @@ def test_older_generations_go() -> None:
     assert vault.holdings() == () and vault.num_bytes() == 0
 
 
+def test_parts_of_a_sum_are_added_up() -> None:
+    parts = [NamedRanges(), NamedRanges()]
+    for number, part in enumerate(parts, 1):
+        part.add("residual/dense", 0, torch.full((40,), float(number)))
+    both = joined(parts)
+    assert both.spans("residual/dense") == [(0, 40)] and both.view("residual/dense", 0, 40).tolist() == [3.0] * 40
+    assert parts[0].view("residual/dense", 0, 1).tolist() == [1.0]
+
+
 def test_shards_are_joined_and_the_first_one_counts_twice_held() -> None:
     both = joined([_shard(0, 1.0), _shard(1, 2.0)])
     assert len(both.spans("exp_avg/dense")) == 2
