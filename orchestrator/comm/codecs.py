@@ -136,7 +136,7 @@ class TopK(Codec):
         return value.view(shape), payload_WP[:, 2 * num_values :].reshape(shape)
 
 
-def codec_of(compression: CompressionSpec, num_updates: int) -> Codec:
+def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int) -> Codec:
     """For the update after so many. Not for `none` and `powersgd`, which are no codecs."""
     match compression.scheme:
         case "bf16":
@@ -146,8 +146,7 @@ def codec_of(compression: CompressionSpec, num_updates: int) -> Codec:
         case "int8":
             return Scaled(torch.int8, 127.0)
         case "topk":
-            share = warmed_up(compression, num_updates)
-            return TopK(max(1, int(share * BLOCK * 4 / SPARSE_BYTES)))
+            return TopK(compression.kept_per_block(num_ranks, warmed_up(compression, num_updates)))
     raise ValueError(f"{compression.scheme} is no codec; bf16, fp16, int8 and topk are")
 
 

@@ -107,7 +107,7 @@ class Gradients:
             reducer = PowerSGD(group.ranks, True, matrices, compression.error_feedback)
             reducer.thin_MK = [torch.zeros(m.columns, m.rank, device=device) for m in matrices]
         else:
-            codec = codec_of(compression, self._num_updates)
+            codec = codec_of(compression, group.ranks.size(), self._num_updates)
             reducer = Compressed(group.ranks, True, codec, compression.error_feedback)
         feedback, momentum = compression.error_feedback, compression.momentum
         return Bucket(group.params, group.numel, reducer, device, feedback, momentum)
@@ -125,7 +125,7 @@ class Gradients:
         self._num_updates = num_updates
         if self._compression.warmup_steps:
             for reducer in self._reducers(Compressed):
-                reducer.codec = codec_of(self._compression, num_updates)
+                reducer.codec = codec_of(self._compression, reducer.num_pieces, num_updates)
 
     def _reducers(self, kind: type[Any]) -> list[Any]:
         return [bucket.reduction for bucket in self._buckets if isinstance(bucket.reduction, kind)]

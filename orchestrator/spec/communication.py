@@ -10,6 +10,7 @@ from orchestrator.spec.section import Broken, Section
 BUCKET_MB = 25.0  # as in DistributedDataParallel (Li et al., 2020)
 BLOCK = 256  # elements that share a scale, or of which the largest are sent: their numbers fit a byte
 SPARSE_BYTES = 3  # of an element that top-k sends: its number in its block, and its value in bf16
+MANY = 1_000_000  # ranks
 SHARING = ("topk", "powersgd")  # schemes whose bytes are a share that one may choose
 
 
@@ -26,8 +27,8 @@ class CompressionSpec(Section):
         default=0.05,
         gt=0,
         le=0.5,
-        description="Bytes sent over those of fp32, of what is compressed, indices included; for topk and powersgd, "
-        "whose rank is 1 at least.",
+        description="For topk and powersgd: bytes that each worker sends, indices included, over those of what is "
+        "compressed in fp32, at any number of workers. PowerSGD sends one column at least.",
     )
     error_feedback: bool = Field(
         default_factory=lambda known: known.get("scheme") in SHARING,
@@ -60,13 +61,18 @@ class CompressionSpec(Section):
             kept.append(f"thin matrices of share {self.share}")
         return f"{self.scheme}: {', '.join(kept)}" if kept else ""
 
-    @property
-    def kept_per_block(self) -> int:
-        """Elements that topk sends of each block."""
-        return int(self.share * BLOCK * 4 / SPARSE_BYTES)
+    def kept_per_block(self, num_ranks: int, share: float | None = None) -> int:
+        """Elements that topk sends of each block: fewer the more ranks there are, since a piece of its own is what a
+        rank doesn't send.
+
+        Args:
+            share: of bytes; None for what was asked for.
+        """
+        density = (share or self.share) * 4 / SPARSE_BYTES * num_ranks / max(num_ranks - 1, 1)
+        return min(BLOCK, int(density * BLOCK))
 
     def broken_rules(self) -> Iterator[Broken]:
-        if self.scheme == "topk" and not self.kept_per_block:
+        if self.scheme == "topk" and not self.kept_per_block(MANY):
             least = SPARSE_BYTES / (4 * BLOCK)
             rule = f"share must leave one of {BLOCK} elements, {least:.5f} at least; got {self.share}"
             yield Broken((("share",), ("scheme",)), rule)

@@ -13,7 +13,7 @@ SCHEMES = ("bf16", "fp16", "int8", "topk")
 
 
 def _codec(scheme: str) -> Codec:
-    return codec_of(CompressionSpec(scheme=scheme), 0)  # type: ignore[arg-type]
+    return codec_of(CompressionSpec(scheme=scheme), 1_000, 0)  # type: ignore[arg-type]
 
 
 def _gradients(pieces: int = 3, blocks: int = 5, seed: int = 0) -> Tensor:
@@ -92,6 +92,12 @@ def test_the_share_falls_to_what_was_asked_for() -> None:
     assert shares[0] == 0.5 and shares[4:] == [0.01, 0.01]
     factors = [later / earlier for earlier, later in pairwise(shares[:5])]
     assert factors == pytest.approx([factors[0]] * 4)
+
+
+def test_ranks_send_as_many_bytes_whatever_their_number() -> None:
+    compression = CompressionSpec(scheme="topk", share=0.05)
+    sent = [compression.kept_per_block(size) * 3 * (size - 1) / size for size in (2, 4, 8, 64, 1024)]
+    assert max(sent) < 1.1 * min(sent) and max(sent) <= 0.05 * BLOCK * 4
 
 
 def test_a_block_has_so_many_elements() -> None:
