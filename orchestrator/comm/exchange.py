@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.comm import ledger, pulse
+from orchestrator.comm.wire import Wire, decode, encode
 from orchestrator.protocol.traffic import TrafficKind
 
 
@@ -31,12 +32,19 @@ class Journey:
         received_W: rows from each rank, ordered likewise.
         group: the world; None means a world of one, where nothing moves.
         kind: what the rows are, for the ledger.
+        wire: how they travel.
     """
 
     def __init__(
-        self, sent_W: Sequence[int], received_W: Sequence[int], group: dist.ProcessGroup | None, kind: TrafficKind
+        self,
+        sent_W: Sequence[int],
+        received_W: Sequence[int],
+        group: dist.ProcessGroup | None,
+        kind: TrafficKind,
+        wire: Wire = "exact",
     ) -> None:
-        self._sent_W, self._received_W, self._group, self._kind = list(sent_W), list(received_W), group, kind
+        self._sent_W, self._received_W, self._group = list(sent_W), list(received_W), group
+        self._kind, self._wire = kind, wire
         self._transfer: _Transfer | None = None
 
     def begin(self, x_ND: Tensor) -> Tensor:
@@ -62,12 +70,15 @@ class Journey:
         sent_W, received_W = (self._received_W, self._sent_W) if home else (self._sent_W, self._received_W)
         assert self._group is not None  # in a world of one nothing departs
         pulse.enter()
-        x_ND = x_ND.contiguous()
-        received_MD = x_ND.new_empty(sum(received_W), *x_ND.shape[1:])
-        work = dist.all_to_all_single(received_MD, x_ND, received_W, sent_W, group=self._group, async_op=True)
+        sent = encode(x_ND, self._wire)
+        received = sent.new_empty(sum(received_W), *sent.shape[1:])
+        work = dist.all_to_all_single(received, sent, received_W, sent_W, group=self._group, async_op=True)
         leaving = sum(sent_W) - sent_W[self._group.rank()]
-        ledger.enter(self._kind, leaving * x_ND.shape[1:].numel() * x_ND.element_size())
-        self._transfer = _Transfer(work, x_ND, received_MD)
+        row_bytes = [rows.shape[1:].numel() * rows.element_size() for rows in (sent, x_ND)]
+        ledger.enter(self._kind, leaving * row_bytes[0], raw=leaving * row_bytes[1])
+        same = received.dtype == x_ND.dtype
+        received_MD = received if same else x_ND.new_empty(len(received), *x_ND.shape[1:])
+        self._transfer = _Transfer(work, sent, received, received_MD)
         return received_MD
 
     def arrive(self) -> Tensor:
@@ -77,15 +88,18 @@ class Journey:
             raise ValueError("a journey was ended that had not begun; begin() and end() go in pairs, once")
         with pulse.waiting():
             transfer.work.wait()
+        if transfer.received is not transfer.received_MD:
+            transfer.received_MD.copy_(decode(transfer.received, self._wire, transfer.received_MD.dtype))
         return transfer.received_MD
 
 
 @dataclass(frozen=True)
 class _Transfer:
-    """An all-to-all under way, with the memory that it reads and writes."""
+    """An all-to-all under way, with the memory that it reads and writes, and that of the rows as they are to be."""
 
     work: dist.Work
-    sent_ND: Tensor
+    sent: Tensor
+    received: Tensor
     received_MD: Tensor
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.comm.exchange import Journey, gather_counts
+from orchestrator.comm.wire import Wire
 from orchestrator.elastic.placement import Placement
 from orchestrator.model.experts import GatedMLP, run_experts
 from orchestrator.model.router import Router
@@ -30,11 +31,13 @@ class ExpertHome:
         placement: which ranks hold which expert.
         rank: this rank.
         group: the world; None for a world of one.
+        wire: how tokens and results travel.
     """
 
     placement: Placement
     rank: int
     group: dist.ProcessGroup | None
+    wire: Wire = "exact"
 
     @property
     def local_experts(self) -> tuple[int, ...]:
@@ -112,7 +115,7 @@ class MoELayer(nn.Module):
         arriving_WL = (counts_WE * self._expects_WE)[:, list(self.home.local_experts)]
         received_W = arriving_WL.sum(-1)
 
-        there = Journey(sent_W.tolist(), received_W.tolist(), self.home.group, TrafficKind.DISPATCH)
+        there = Journey(sent_W.tolist(), received_W.tolist(), self.home.group, TrafficKind.DISPATCH, self.home.wire)
         on_the_way_MD = there.begin(x_ND[token_R])
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
         received_MD = there.end(on_the_way_MD)
@@ -120,7 +123,7 @@ class MoELayer(nn.Module):
         by_expert_M = expert_major(arriving_WL).to(x_ND.device)
         results_MD = run_experts(received_MD, by_expert_M, arriving_WL.sum(0).tolist(), self._local_experts)
 
-        back = Journey(received_W.tolist(), sent_W.tolist(), self.home.group, TrafficKind.COMBINE)
+        back = Journey(received_W.tolist(), sent_W.tolist(), self.home.group, TrafficKind.COMBINE, self.home.wire)
         on_the_way_RD = back.begin(results_MD)
         y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
         returned_RD = back.end(on_the_way_RD)

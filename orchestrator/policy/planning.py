@@ -233,7 +233,7 @@ def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layou
         elsewhere = 1.0 - len(placement.experts_of(rank)) / model.num_experts
         copies += round(tokens * model.top_k * elsewhere)
     again = model.recompute != "none"  # computed again in the backward pass, so sent again
-    one_way = copies * moe_layers * model.hidden_size * item_bytes(train)
+    one_way = copies * moe_layers * _token_bytes(job)
     passes = max_slots(size, slots) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
     vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size + 3 * len(TrafficKind))
@@ -248,6 +248,12 @@ def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layou
         control=counts + vote,
         snapshots=_shared_bytes(job, layout),
     )
+
+
+def _token_bytes(job: JobSpec) -> int:
+    """Of one token on its way to an expert."""
+    size, plain = job.model.hidden_size, item_bytes(job.train)
+    return {"exact": size * plain, "bf16": 2 * size, "int8": size + 4}[job.communication.tokens]
 
 
 def _shared_bytes(job: JobSpec, layout: Layout) -> int:

@@ -109,6 +109,11 @@ class CommunicationSpec(Section):
         description="true: a bucket's gradients travel while the backward pass computes the next ones. false: they "
         "wait for its end; the result has the same bits.",
     )
+    tokens: Literal["exact", "bf16", "int8"] = Field(
+        default="exact",
+        description="How tokens travel to experts on other workers, results back, and their gradients. exact: in the "
+        "number format that they are computed in. int8 has a scale for each token.",
+    )
     compression: Compression = Field(
         default=CompressionSpec(), description="How dense gradients are compressed: a scheme, or a mapping."
     )

@@ -128,7 +128,7 @@ class Workshop:
     def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""
         with self.device:
-            home = ExpertHome(plan.placement, groups.rank, groups.exchange)
+            home = ExpertHome(plan.placement, groups.rank, groups.exchange, self.spec.communication.tokens)
             model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
         check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.comm.exchange import Journey, gather_counts
+from orchestrator.comm.wire import Wire, decode, encode
 from orchestrator.protocol.traffic import TrafficKind
 from tests.unit.comm.threads import on_ranks
 
@@ -87,3 +88,34 @@ def test_every_rank_sees_every_ranks_counts(world_size: int) -> None:
         return counts
 
     assert on_ranks(world_size, run) == [[[rank, 7 * rank] for rank in range(world_size)]] * world_size
+
+
+@pytest.mark.parametrize(("wire", "error"), [("bf16", 2**-8), ("int8", 0.5 / 127)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_fewer_bytes_are_nearly_the_same_both_ways(wire: Wire, error: float, dtype: torch.dtype) -> None:
+    sent_WW = ((1, 0, 2), (3, 1, 0), (2, 2, 2))
+
+    def run(rank: int, group: dist.ProcessGroup | None) -> None:
+        counts, arriving = sent_WW[rank], [sent_WW[source][rank] for source in range(3)]
+        x_ND = torch.linspace(-3, 5, sum(counts) * 8).view(-1, 8).to(dtype).requires_grad_()
+        journey = Journey(counts, arriving, group, KIND, wire)
+        received_MD = journey.end(journey.begin(x_ND))
+        back = Journey(arriving, counts, group, KIND)
+        returned_ND = back.end(back.begin(received_MD))
+        (returned_ND.float() * torch.arange(8.0)).sum().backward()
+        assert returned_ND.dtype == dtype and x_ND.grad is not None
+        rounding = error + (2**-8 if dtype == torch.bfloat16 else 0)
+        bound = rounding * x_ND.detach().float().abs().amax(-1, keepdim=True)
+        assert ((returned_ND - x_ND).detach().float().abs() <= 1.001 * bound).all()
+        assert ((x_ND.grad.float() - torch.arange(8.0)).abs() <= 7.001 * rounding).all()
+
+    on_ranks(3, run)
+
+
+def test_a_row_that_is_not_finite_stays_so() -> None:
+    x_ND = torch.ones(3, 8)
+    x_ND[1, 2], x_ND[2, 0] = float("nan"), float("inf")
+    for wire in ("bf16", "int8"):
+        read_ND = decode(encode(x_ND, wire), wire, torch.float32)  # type: ignore[arg-type]
+        assert read_ND[0].isfinite().all() and not read_ND[1].isfinite().all() and not read_ND[2].isfinite().all()
+    assert decode(encode(torch.zeros(0, 8), "int8"), "int8", torch.float32).shape == (0, 8)
