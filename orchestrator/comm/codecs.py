@@ -84,6 +84,27 @@ class Scaled(Codec):
         return torch.mul(numbers_WBE, scale_WB1).view(len(payload_WP), -1)
 
 
+class Nibbles(Codec):
+    """Blocks of whole numbers from -7 to 7, two to a byte, each block with a scale of its own in fp32."""
+
+    LARGEST = 7
+
+    def encode(self, x_WS: Tensor) -> Tensor:
+        x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
+        scale_WB1 = x_WBE.abs().amax(-1, keepdim=True).div_(self.LARGEST)
+        scaled_WBE = (x_WBE / torch.where(scale_WB1 == 0, 1.0, scale_WB1)).round_().nan_to_num_()
+        low, high = scaled_WBE.add_(self.LARGEST).to(torch.uint8).view(len(x_WS), -1, 2).unbind(-1)
+        return torch.cat([low + (high << 4), scale_WB1.view(len(x_WS), -1).view(torch.uint8)], dim=1)
+
+    def decode(self, payload_WP: Tensor) -> Tensor:
+        num_blocks = payload_WP.shape[1] // (BLOCK // 2 + 4)
+        split = num_blocks * BLOCK // 2
+        pairs = payload_WP[:, :split]
+        numbers = torch.stack([pairs & 15, pairs >> 4], dim=-1).to(torch.float32).sub_(self.LARGEST)
+        scale_WB1 = payload_WP[:, split:].contiguous().view(torch.float32)[..., None]
+        return numbers.view(len(payload_WP), num_blocks, BLOCK).mul_(scale_WB1).view(len(payload_WP), -1)
+
+
 class TopK(Codec):
     """Of each block the K largest, in bf16, and where they lie in it, a byte each.
 
@@ -145,9 +166,11 @@ def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int) -> 
             return Scaled(torch.float16, 32_768.0)
         case "int8":
             return Scaled(torch.int8, 127.0)
+        case "int4":
+            return Nibbles()
         case "topk":
             return TopK(compression.kept_per_block(num_ranks, warmed_up(compression, num_updates)))
-    raise ValueError(f"{compression.scheme} is no codec; bf16, fp16, int8 and topk are")
+    raise ValueError(f"{compression.scheme} is no codec; bf16, fp16, int8, int4 and topk are")
 
 
 def warmed_up(compression: CompressionSpec, num_updates: int) -> float:

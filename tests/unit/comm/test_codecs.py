@@ -9,7 +9,7 @@ from torch import Tensor
 from orchestrator.comm.codecs import Codec, TopK, codec_of, warmed_up
 from orchestrator.spec.communication import BLOCK, CompressionSpec
 
-SCHEMES = ("bf16", "fp16", "int8", "topk")
+SCHEMES = ("bf16", "fp16", "int8", "int4", "topk")
 
 
 def _codec(scheme: str) -> Codec:
@@ -31,7 +31,9 @@ def test_what_is_sent_and_what_is_left_make_the_whole(scheme: str) -> None:
     torch.testing.assert_close(codec.decode(payload_WP) + rest_WS, x_WS, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("scheme", "share"), [("bf16", 0.5), ("fp16", 0.504), ("int8", 0.254), ("topk", 0.05)])
+@pytest.mark.parametrize(
+    ("scheme", "share"), [("bf16", 0.5), ("fp16", 0.504), ("int8", 0.254), ("int4", 0.129), ("topk", 0.05)]
+)
 def test_a_payload_is_as_small_as_it_says(scheme: str, share: float) -> None:
     x_WS = _gradients()
     payload_WP = _codec(scheme).encode(x_WS)
@@ -39,7 +41,9 @@ def test_a_payload_is_as_small_as_it_says(scheme: str, share: float) -> None:
     assert payload_WP.nbytes / x_WS.nbytes == pytest.approx(share, rel=0.01)
 
 
-@pytest.mark.parametrize(("scheme", "error"), [("bf16", 2**-8), ("fp16", 2**-11), ("int8", 0.5 / 127)])
+@pytest.mark.parametrize(
+    ("scheme", "error"), [("bf16", 2**-8), ("fp16", 2**-11), ("int8", 0.5 / 127), ("int4", 0.5 / 7)]
+)
 def test_rounding_is_within_the_format(scheme: str, error: float) -> None:
     """fp16 and int8 of each block's largest, bf16 of each number."""
     x_WS, codec = _gradients(), _codec(scheme)
