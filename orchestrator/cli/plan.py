@@ -11,13 +11,15 @@ from orchestrator.cli.output import Format, say, show, show_json, show_table
 from orchestrator.cli.wording import NONE, size
 from orchestrator.errors import UsageError
 from orchestrator.policy.fitting import check_memory, crowding
-from orchestrator.policy.planning import JobPlan
+from orchestrator.policy.planning import JobPlan, WorldPlan
 from orchestrator.spec.job import BY_DOCUMENT, JobSpec
 
+LINK_BYTES_PER_S = 125e6
 NOTES = (
     "Memory is of the worker that holds most; bytes per step are what all workers together send to others, collectives "
     "as in a ring. Estimates: gradients, activations, loss, dispatch and combine (experts equally popular), and the "
-    "stall (constants of 2 cores and loopback at 0.5 GB/s). The tokenizer may find fewer tokens than data.vocab_size."
+    "stall (constants of 2 cores and loopback at 0.5 GB/s). Seconds beside gradients are what one worker's take on a "
+    "link of 1 Gbit/s; with overlap a step waits for less. The tokenizer may find fewer tokens than data.vocab_size."
 )
 
 
@@ -75,7 +77,7 @@ def _show(planned: JobPlan) -> None:
         ("experts per worker", [_spread(world.experts) for world in worlds]),
         ("slots per worker", [_spread(world.slots) for world in worlds]),
     ]
-    state, work = ("weights", "masters", "moments", "buffers"), ("gradients", "activations", "loss")
+    state, work = ("weights", "masters", "moments", "buffers", "kept"), ("gradients", "activations", "loss")
     parts = (*state, *work, "snapshots", "deltas", "process")
     memory = [(part, [_size(getattr(world.memory, part)) for world in worlds]) for part in parts]
     memory += [
@@ -87,6 +89,8 @@ def _show(planned: JobPlan) -> None:
     _section("WORKERS", head, layout)
     _section("MEMORY", head, memory)
     _section("BYTES PER STEP", head, traffic)
+    if any(world.world_size > 1 for world in worlds):
+        _section("GRADIENTS BY COMPRESSION", head, _by_scheme(worlds))
     rescales = [
         (f"{world.world_size} -> {to.to_size}", size(to.moved_bytes), size(to.busiest_bytes), f"{to.stall_s:.2f} s")
         for world in worlds
@@ -94,6 +98,19 @@ def _show(planned: JobPlan) -> None:
     ]
     if rescales:
         show_table(("RESCALE", "MOVED", "BUSIEST WORKER", "STALL"), rescales)
+
+
+def _by_scheme(worlds: tuple[WorldPlan, ...]) -> list[tuple[str, list[str]]]:
+    """What each scheme would send, and how long one worker's part of it takes on a link."""
+    rows = []
+    for place, (scheme, _) in enumerate(worlds[0].traffic.gradients_by_scheme):
+        cells = []
+        for world in worlds:
+            num_bytes = world.traffic.gradients_by_scheme[place][1]
+            seconds = num_bytes / world.world_size / LINK_BYTES_PER_S
+            cells.append(f"{size(num_bytes)}, {seconds:.3f} s")
+        rows.append((scheme, cells))
+    return rows
 
 
 def _section(title: str, head: list[str], rows: list[tuple[str, list[str]]]) -> None:

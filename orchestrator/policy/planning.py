@@ -21,13 +21,11 @@ from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.curriculum import longest_row
-from orchestrator.policy.limits import slot_of
-from orchestrator.protocol.traffic import TrafficKind
-from orchestrator.sampling.slots import cut_into_slots, max_slots, slots_of
+from orchestrator.policy.traffic import TrafficPlan, num_slots, traffic_of
+from orchestrator.sampling.slots import slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import interval_of, whole_every
 
-VOICES = 6  # numbers that each rank adds to a vote (orchestrator.worker.vote)
 PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
 # Constants of the stall, from `python -m benchmarks.rescale` and the demo on 2 cores, over loopback.
 FIXED_STALL_S = 0.08  # vote, engine, activation
@@ -43,23 +41,20 @@ class StatePlan:
     buffers: tuple[tuple[str, int], ...]
     vocab_size: int
 
-    @property
-    def num_moe_layers(self) -> int:
-        return len({param.name.partition(".experts.")[0] for param in self.params if param.expert is not None})
-
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of the worker that holds most. `activations` and `loss` are None for a model that isn't ours. `fence` is
-    the largest second shard that it holds while it moves to a neighbouring size, or recovers at its own. `snapshots`
-    are two of its own and two of its ward's, `deltas` what lies between them; at a fence those of the next world are
-    there too.
+    """Bytes of the worker that holds most. `kept` is what compression of gradients keeps. `activations` and `loss` are
+    None for a model that isn't ours. `fence` is the largest second shard that it holds while it moves to a neighbouring
+    size, or recovers at its own. `snapshots` are two of its own and two of its ward's, `deltas` what lies between them;
+    at a fence those of the next world are there too.
     """
 
     weights: int
     masters: int
     moments: int
     buffers: int
+    kept: int
     gradients: int
     activations: int | None
     loss: int | None
@@ -70,38 +65,15 @@ class MemoryPlan:
 
     @property
     def training(self) -> int:
-        state = self.weights + self.masters + self.moments + self.buffers
+        state = self.weights + self.masters + self.moments + self.buffers + self.kept
         work = self.gradients + (self.activations or 0) + (self.loss or 0)
         return state + work + self.snapshots + self.deltas + self.process
 
     @property
     def peak(self) -> int:
         """Activations, loss and gradients are gone at a fence."""
-        state = self.weights + self.masters + self.moments + self.buffers
+        state = self.weights + self.masters + self.moments + self.buffers + self.kept
         return max(self.training, state + self.fence + 2 * (self.snapshots + self.deltas) + self.process)
-
-
-@dataclass(frozen=True)
-class TrafficPlan:
-    """Bytes that leave a worker for another in one step, of all workers together. Of collectives as in a ring.
-
-    `snapshots` is what buddies get after a step, divided by the steps between two snapshots.
-
-    `dispatch` is copies of tokens on their way to experts, and their gradients on the way back; `combine` is results
-    and theirs. `control` is expert counts and votes.
-    """
-
-    gradients_reduced: int
-    parameters_gathered: int
-    dispatch: int
-    combine: int
-    control: int
-    snapshots: int = 0
-
-    @property
-    def total(self) -> int:
-        reduced = self.gradients_reduced + self.parameters_gathered
-        return reduced + self.dispatch + self.combine + self.control + self.snapshots
 
 
 @dataclass(frozen=True)
@@ -163,15 +135,9 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
         experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
         slots=tuple(len(slots_of(rank, size, num_slots(job))) for rank in range(size)),
         memory=_memory(job, state, layout, placement, max(seconds, default=0), ours),
-        traffic=_traffic(job, state, placement, layout),
+        traffic=traffic_of(job, state.params, placement, _shared_bytes(job, layout)),
         rescales=tuple(rescale for rescale, _ in moved),
     )
-
-
-def num_slots(job: JobSpec) -> int:
-    """Slots of a step whose rows are all as long as there may be any; of fitted ones, as many as at first."""
-    lengths_R = np.full(job.train.global_batch_size, job.train.sequence_length)
-    return len(cut_into_slots(lengths_R, slot_of(job)))
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -196,6 +162,7 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
         masters=held.get("master", partition),  # fp32 weights are their own; ZeRO keeps its partition once more
         moments=held["exp_avg"] + held["exp_avg_sq"],
         buffers=held.get("buffer", 0),
+        kept=sum(held.get(part, 0) for part in ("residual", "velocity", "powersgd")),
         gradients=gradients,
         activations=activation_bytes(job.model, job.train, crowding) if ours else None,
         loss=loss_bytes(job.model, job.train, state.vocab_size) if ours else None,
@@ -221,39 +188,7 @@ def bytes_by_part(layout: Layout) -> dict[str, IntArray]:
     return held
 
 
-# -- traffic -----------------------------------------------------------------------------------------------------------
-
-
-def _traffic(job: JobSpec, state: StatePlan, placement: Placement, layout: Layout) -> TrafficPlan:
-    size, train, model, slots = placement.world_size, job.train, job.model, num_slots(job)
-    moe_layers = state.num_moe_layers
-    copies = 0  # of a step, per layer, that leave their rank
-    for rank in range(size):
-        tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
-        elsewhere = 1.0 - len(placement.experts_of(rank)) / model.num_experts
-        copies += round(tokens * model.top_k * elsewhere)
-    again = model.recompute != "none"  # computed again in the backward pass, so sent again
-    one_way = copies * moe_layers * _token_bytes(job)
-    passes = max_slots(size, slots) * (1 + again)
-    counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
-    vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size + 3 * len(TrafficKind))
-    reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
-    reduced = reductions * sum(p.numel * 4 * (_holders(p, placement) - 1) for p in state.params)
-    gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in state.params)
-    return TrafficPlan(
-        gradients_reduced=reduced,
-        parameters_gathered=gathered,
-        dispatch=(2 + again) * one_way,
-        combine=(2 + again) * one_way,
-        control=counts + vote,
-        snapshots=_shared_bytes(job, layout),
-    )
-
-
-def _token_bytes(job: JobSpec) -> int:
-    """Of one token on its way to an expert."""
-    size, plain = job.model.hidden_size, item_bytes(job.train)
-    return {"exact": size * plain, "bf16": 2 * size, "int8": size + 4}[job.communication.tokens]
+# -- snapshots ---------------------------------------------------------------------------------------------------------
 
 
 def _shared_bytes(job: JobSpec, layout: Layout) -> int:
@@ -280,10 +215,6 @@ def _snapshot_bytes(job: JobSpec, layout: Layout, rank: int) -> tuple[int, int]:
 
 def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int) -> int:
     return formats[rank].total_bytes + max(form.shared_bytes for form in formats)
-
-
-def _holders(param: ParamSpec, placement: Placement) -> int:
-    return placement.world_size if param.expert is None else len(placement.replica_set(param.expert))
 
 
 def _is_shared(param: ParamSpec, rank: int, placement: Placement) -> bool:

@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import HashStore
 
+from orchestrator.elastic.layout import kept_tensors
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect, disconnect
@@ -33,11 +34,12 @@ def memory_of_a_world(spec: JobSpec, vocab_size: int) -> int:
     dense = sum(p.numel for p in params if p.expert is None)
     experts = sum(p.numel for p in params if p.expert is not None) / min(world_size, spec.model.num_experts)
     weight_bytes = 2 if spec.train.precision == "bf16" else 4
-    state = (dense + experts) * weight_bytes + 3 * 4 * (dense / world_size + experts)
+    feedback = sum(4 * numel for _, numel, _ in kept_tensors(params, spec.communication))
+    state = (dense + experts) * weight_bytes + 3 * 4 * (dense / world_size + experts) + feedback
     own = 2 * state  # two snapshots, the one being written included
-    kept = 2 * (3 * 4 * (dense / world_size + experts) + experts * weight_bytes)
+    kept = 2 * (3 * 4 * (dense / world_size + experts) + experts * weight_bytes + feedback)
     if (every := whole_every(spec.protection, spec.recovery.whole_every)) > 1:
-        delta = 4 * (dense / world_size + experts)
+        delta = 4 * (dense / world_size + experts) + feedback
         own, kept = own + every * (delta + dense * weight_bytes) + delta, kept + every * delta
     gradients = (dense + experts) * weight_bytes
     return int(state + gradients + (own + kept if spec.protection != OFF and spec.workers.max > 1 else 0))

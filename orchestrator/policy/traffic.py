@@ -1,0 +1,125 @@
+"""What the workers of a job send one another in a step, and what it would be by other schemes of compression. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.elastic.buckets import is_compressed, rank_of_product
+from orchestrator.elastic.params import ParamSpec
+from orchestrator.elastic.placement import Placement
+from orchestrator.policy.activations import item_bytes
+from orchestrator.policy.limits import slot_of
+from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.sampling.slots import cut_into_slots, max_slots, slots_of
+from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
+from orchestrator.spec.job import JobSpec
+
+VOICES = 6  # numbers that each rank adds to a vote (orchestrator.worker.vote)
+SCHEMES = ("none", "bf16", "int8", "int4", "topk", "powersgd")  # that a plan tells of, beside the job's own
+
+
+@dataclass(frozen=True)
+class TrafficPlan:
+    """Bytes that leave a worker for another in one step, of all workers together. Of collectives as in a ring.
+
+    `snapshots` is what buddies get after a step, divided by the steps between two snapshots.
+
+    `gradients_by_scheme` is what `gradients_reduced` would be with another `communication.compression`.
+
+    `dispatch` is copies of tokens on their way to experts, and their gradients on the way back; `combine` is results
+    and theirs. `control` is expert counts and votes.
+    """
+
+    gradients_reduced: int
+    parameters_gathered: int
+    dispatch: int
+    combine: int
+    control: int
+    snapshots: int = 0
+    gradients_by_scheme: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        reduced = self.gradients_reduced + self.parameters_gathered
+        return reduced + self.dispatch + self.combine + self.control + self.snapshots
+
+
+def num_slots(job: JobSpec) -> int:
+    """Slots of a step whose rows are all as long as there may be any; of fitted ones, as many as at first."""
+    lengths_R = np.full(job.train.global_batch_size, job.train.sequence_length)
+    return len(cut_into_slots(lengths_R, slot_of(job)))
+
+
+def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, snapshots: int) -> TrafficPlan:
+    """
+    Args:
+        params: every parameter of the whole model.
+        snapshots: bytes that buddies get per step.
+    """
+    size, train, model, slots = placement.world_size, job.train, job.model, num_slots(job)
+    moe_layers = len({param.name.partition(".experts.")[0] for param in params if param.expert is not None})
+    copies = 0  # of a step, per layer, that leave their rank
+    for rank in range(size):
+        tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
+        elsewhere = 1.0 - len(placement.experts_of(rank)) / model.num_experts
+        copies += round(tokens * model.top_k * elsewhere)
+    again = model.recompute != "none"  # computed again in the backward pass, so sent again
+    one_way = copies * moe_layers * _token_bytes(job)
+    passes = max_slots(size, slots) * (1 + again)
+    counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
+    vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size + 3 * len(TrafficKind))
+    reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
+    compression = job.communication.compression
+    others = [CompressionSpec.model_validate({"scheme": scheme, "share": compression.share}) for scheme in SCHEMES]
+    gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in params)
+    return TrafficPlan(
+        gradients_reduced=reductions * gradient_bytes(params, placement, compression),
+        parameters_gathered=gathered,
+        dispatch=(2 + again) * one_way,
+        combine=(2 + again) * one_way,
+        control=counts + vote,
+        snapshots=snapshots,
+        gradients_by_scheme=tuple(
+            (other.scheme, reductions * gradient_bytes(params, placement, other)) for other in others
+        ),
+    )
+
+
+def gradient_bytes(params: Sequence[ParamSpec], placement: Placement, compression: CompressionSpec) -> int:
+    """Of one sum of all gradients, that all ranks together send."""
+    size, sent = placement.world_size, 0.0
+    for param in params:
+        share = sent_share(param, compression, size) if is_compressed(param, compression) else 1.0
+        sent += param.numel * 4 * (_holders(param, placement) - 1) * share
+    return round(sent)
+
+
+def sent_share(param: ParamSpec, compression: CompressionSpec, num_ranks: int) -> float:
+    """Bytes over fp32 of a compressed parameter's gradients on their way between so many ranks."""
+    scale = 4 / (4 * BLOCK)
+    match compression.scheme:
+        case "bf16":
+            return 0.5
+        case "fp16":
+            return 0.5 + scale
+        case "int8":
+            return 0.25 + scale
+        case "int4":
+            return 0.125 + scale
+        case "topk":
+            return compression.kept_per_block(num_ranks) * SPARSE_BYTES / (4 * BLOCK)
+        case "powersgd":
+            rank = rank_of_product(param, compression)
+            return 2 * rank * (param.rows + param.numel // param.rows) / param.numel
+    return 1.0
+
+
+def _holders(param: ParamSpec, placement: Placement) -> int:
+    return placement.world_size if param.expert is None else len(placement.replica_set(param.expert))
+
+
+def _token_bytes(job: JobSpec) -> int:
+    """Of one token on its way to an expert."""
+    size, plain = job.model.hidden_size, item_bytes(job.train)
+    return {"exact": size * plain, "bf16": 2 * size, "int8": size + 4}[job.communication.tokens]

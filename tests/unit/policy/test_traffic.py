@@ -1,0 +1,32 @@
+"""What schemes of compression are said to send."""
+
+import pytest
+
+from orchestrator.elastic.params import ParamSpec
+from orchestrator.elastic.placement import Placement
+from orchestrator.policy.traffic import gradient_bytes, sent_share
+from orchestrator.spec.communication import CompressionSpec
+
+MATRIX, NORM = ParamSpec("layers.0.attention.query", 64 * 256, None, 64), ParamSpec("layers.0.norm", 64, None)
+ROUTER = ParamSpec("layers.1.router.weight", 64 * 64, None, 64)
+EXPERT = ParamSpec("layers.1.experts.0.down", 64 * 64, 0, 64)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "share"), [("bf16", 0.5), ("fp16", 0.504), ("int8", 0.254), ("int4", 0.129), ("powersgd", 0.039)]
+)
+def test_a_matrix_shrinks_and_the_rest_stays(scheme: str, share: float) -> None:
+    compression = CompressionSpec(scheme=scheme)  # type: ignore[arg-type]
+    assert sent_share(MATRIX, compression, 4) == pytest.approx(share, rel=0.01)
+    placement = Placement(1, 4, ((0, 1),))
+    plain = gradient_bytes([MATRIX, NORM, ROUTER, EXPERT], placement, CompressionSpec())
+    assert plain == 4 * 3 * (MATRIX.numel + NORM.numel + ROUTER.numel) + 4 * EXPERT.numel
+    sent = gradient_bytes([MATRIX, NORM, ROUTER, EXPERT], placement, compression)
+    assert plain - sent == pytest.approx(4 * 3 * MATRIX.numel * (1 - share), rel=0.01)
+
+
+def test_topk_sends_its_share_of_a_whole_copy_at_any_number_of_ranks() -> None:
+    compression = CompressionSpec(scheme="topk", share=0.1)
+    for size in (2, 4, 8, 64):
+        sent = gradient_bytes([MATRIX], Placement.balanced(1, size), compression) / size
+        assert sent == pytest.approx(0.1 * 4 * MATRIX.numel, rel=0.05)
