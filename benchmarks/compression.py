@@ -146,9 +146,7 @@ def _result(
         at_least("gradient_bytes_saved", 0.85, table[BEST]["gradient_bytes_saved"]),
         at_most("loss_gap", 0.005, table[BEST]["loss_gap"]),
         at_least("loss_gap_without_feedback", 0.02, table[f"{BEST} alone"]["loss_gap"]),
-        at_most(
-            "bytes_per_rank_topk_most_over_least", 1.2, max(per_rank["topk"].values()) / min(per_rank["topk"].values())
-        ),
+        at_most("bytes_per_rank_topk_most_over_least", 1.2, max(of_topk) / min(of_topk)),
         at_most("residual_sum_error", 1e-6, moved.residual_error),
         equals("scaled_within_spread", True, moved.loss <= max(spread) + (max(spread) - min(spread))),
     )

@@ -110,11 +110,40 @@ def test_workers_on_three_hosts_train_over_the_network(
         connected = _sockets(hosts, index, pid)
         gloo = [(here, there) for here, there in connected if {here, there} & listening]
         streams = [pair for pair in connected if pair not in gloo]
-        for pairs in (gloo, streams):  # to either peer; from its ward and to its buddy
+        for pairs, number in ((gloo, 4), (streams, 2)):  # two groups, to either peer; from its ward and to its buddy
             assert {here.partition(":")[0] for here, _ in pairs} == {hosts.addresses[index]}
-            assert {there.partition(":")[0] for _, there in pairs} == others and len(pairs) == 2
+            assert {there.partition(":")[0] for _, there in pairs} == others and len(pairs) == number
     ended = _cancel(driver, run)
     assert ended.loss is not None and ended.first_loss is not None and ended.loss < ended.first_loss
+
+
+OVERHEAD = 200_000  # bytes per second and host: Ray, the rendezvous store, reports
+
+
+def test_the_ledger_agrees_with_the_interfaces(hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path) -> None:
+    job = _job("counted", texts, tmp_path)
+    larger = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 4, "expert_intermediate_size": 128}
+    model = job.model.model_copy(update=larger)
+    run = _trained_a_little(driver, job.model_copy(update={"model": model}))
+    first, began = _sent_by_hosts(hosts), time.time()
+    status = _until(driver, run, lambda s: True)
+    _until(driver, run, lambda s: s.step > status.step + 100)
+    last, ended = _sent_by_hosts(hosts), time.time()
+    _cancel(driver, run)
+    records = [r for r in RunFiles(Path(status.run_dir)).steps() if began < r.vote_time <= ended]
+    kinds = {kind for record in records for kind in record.traffic}
+    assert kinds == {"gradient", "parameter", "dispatch", "combine", "protection", "control"}
+    counted = sum(traffic.sent for record in records for traffic in record.traffic.values())
+    measured, overhead = last - first, OVERHEAD * len(hosts.addresses) * (ended - began)
+    one_step = 2 * counted / len(records)  # that was under way at either end
+    assert counted - one_step < measured < 1.05 * counted + overhead + one_step
+    assert counted > 5 * overhead  # else this would show nothing
+
+
+def _sent_by_hosts(hosts: Hosts) -> int:
+    """Bytes that the interfaces of all hosts have sent."""
+    counter = "/sys/class/net/eth0/statistics/tx_bytes"
+    return sum(int(hosts.run(index, ["cat", counter])) for index in range(len(hosts.addresses)))
 
 
 def _events(driver: Driver, run: str) -> list[dict[str, Any]]:
