@@ -153,7 +153,7 @@ class Buckets:
 
     def __init__(self, buckets: Sequence[Bucket], every_slot: bool, overlap: bool) -> None:
         self.buckets = buckets
-        self._every_slot, self._overlap = every_slot, overlap
+        self._every_slot, self.overlap = every_slot, overlap
         self._sends = False  # in this slot
         self._next = 0
         self._travelling: list[Bucket] = []
@@ -193,7 +193,7 @@ class Buckets:
     def _hook(self, bucket: Bucket, nth: int) -> Callable[[Tensor], None]:
         def taken(_: Tensor) -> None:
             bucket.take(nth)
-            if self._sends and self._overlap and bucket.is_complete:
+            if self._sends and self.overlap and bucket.is_complete:
                 complete = self._next
                 while complete < len(self.buckets) and self.buckets[complete].is_complete:
                     complete += 1

@@ -46,6 +46,16 @@ class Codec(ABC):
         total_S.add_(self.decode(payload_P[None])[0])
 
 
+class Exact(Codec):
+    """As they are."""
+
+    def encode(self, x_WS: Tensor) -> Tensor:
+        return x_WS.clone().view(torch.uint8)
+
+    def decode(self, payload_WP: Tensor) -> Tensor:
+        return payload_WP.view(torch.float32)
+
+
 class Bf16(Codec):
     """Half the bytes, 8 bits of mantissa."""
 
@@ -157,9 +167,15 @@ class TopK(Codec):
         return value.view(shape), payload_WP[:, 2 * num_values :].reshape(shape)
 
 
-def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int) -> Codec:
-    """For the update after so many. Not for `none` and `powersgd`, which are no codecs."""
-    match compression.scheme:
+def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int, scheme: str | None = None) -> Codec:
+    """For the update after so many. Not for `powersgd`, which is no codec.
+
+    Args:
+        scheme: what `auto` has chosen; None for what the job says.
+    """
+    match scheme or compression.scheme:
+        case "none" | "auto":
+            return Exact()
         case "bf16":
             return Bf16()
         case "fp16":
@@ -170,7 +186,7 @@ def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int) -> 
             return Nibbles()
         case "topk":
             return TopK(compression.kept_per_block(num_ranks, warmed_up(compression, num_updates)))
-    raise ValueError(f"{compression.scheme} is no codec; bf16, fp16, int8, int4 and topk are")
+    raise ValueError(f"{compression.scheme} is no codec; none, bf16, fp16, int8, int4 and topk are")
 
 
 def warmed_up(compression: CompressionSpec, num_updates: int) -> float:

@@ -120,6 +120,11 @@ class DeepSpeedEngineAdapter:
         self._ranges = self._collect_ranges()
 
     @property
+    def gradients(self) -> Gradients:
+        """How they travel, for whoever chooses that."""
+        return self._gradients
+
+    @property
     def order(self) -> list[str]:
         """Buckets of dense gradients as they are sent, each by its parameters: the same on all ranks."""
         return self._gradients.order

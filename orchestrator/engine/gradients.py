@@ -1,11 +1,13 @@
 """An engine's gradients: a bucket for each parameter group, how it is summed, and what compression keeps for later."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orchestrator.comm import pulse
 from orchestrator.comm.buckets import Bucket, Buckets
 from orchestrator.comm.codecs import codec_of
 from orchestrator.comm.powersgd import Matrix, PowerSGD, first_thin
@@ -38,6 +40,9 @@ class Gradients:
         self._compression, self._num_updates = communication.compression, 0
         self._buckets = [self._bucket(group, device) for group in groups]
         self._all = Buckets(self._buckets, every_slot, communication.overlap)
+        self._began_s = self._waited_s = self._ended_s = 0.0
+        # Of the newest slot's backward pass, waits apart, and from its end until all sums were there; seconds.
+        self.backward_s = self.after_backward_s = 0.0
 
     @property
     def order(self) -> list[str]:
@@ -47,15 +52,36 @@ class Gradients:
 
     def begin_slot(self, last: bool) -> None:
         """Called before a slot's backward pass; `last` of its step."""
+        self._began_s, self._waited_s = time.perf_counter(), pulse.waited_s()
         self._all.begin_slot(last)
 
     def end_slot(self) -> None:
         """Called after it."""
+        self._ended_s = time.perf_counter()
+        self.backward_s = self._ended_s - self._began_s - (pulse.waited_s() - self._waited_s)
         self._all.end_slot()
 
     def sums(self) -> list[Tensor]:
         """This rank's piece of each group's sum, fp32. Called once, after a step's last slot."""
-        return self._all.sums()
+        sums = self._all.sums()
+        self.after_backward_s = time.perf_counter() - self._ended_s
+        return sums
+
+    def use(self, scheme: str, overlap: bool) -> None:
+        """For a job whose compression is `auto`: how gradients travel from now on. The same on all ranks."""
+        self._all.overlap = overlap
+        for reducer in self._reducers(Compressed):
+            reducer.codec = codec_of(self._compression, reducer.num_pieces, self._num_updates, scheme)
+
+    @property
+    def num_compressed(self) -> int:
+        """Elements that are compressed, padding included."""
+        return sum(group.numel for group in self._groups if group.is_compressed)
+
+    @property
+    def num_buckets(self) -> int:
+        """That travel between all ranks."""
+        return sum(group.is_dense for group in self._groups)
 
     def settle(self, applied: bool) -> None:
         """The step's update was applied, or left out: then what is kept is as it was before."""

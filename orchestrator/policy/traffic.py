@@ -15,7 +15,7 @@ from orchestrator.sampling.slots import cut_into_slots, max_slots, slots_of
 from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
 from orchestrator.spec.job import JobSpec
 
-VOICES = 6  # numbers that each rank adds to a vote (orchestrator.worker.vote)
+VOICES = 7  # numbers that each rank adds to a vote (orchestrator.worker.vote)
 SCHEMES = ("none", "bf16", "int8", "int4", "topk", "powersgd")  # that a plan tells of, beside the job's own
 
 

@@ -209,6 +209,7 @@ class StepRecord:
     num_slots: int = 0  # of all workers together
     padding: float = 0.0  # share of the slots' tokens
     traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, what all workers sent since the vote before
+    compression: str = ""  # of its gradients; empty in records of before there was any
 
 
 @dataclass(frozen=True)

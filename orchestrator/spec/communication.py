@@ -11,17 +11,18 @@ BUCKET_MB = 25.0  # as in DistributedDataParallel (Li et al., 2020)
 BLOCK = 256  # elements that share a scale, or of which the largest are sent: their numbers fit a byte
 SPARSE_BYTES = 3  # of an element that top-k sends: its number in its block, and its value in bf16
 MANY = 1_000_000  # ranks
-COARSE = ("int4", "topk", "powersgd")  # schemes that lose too much to do without error feedback
+COARSE = ("int4", "topk", "powersgd", "auto")  # schemes that lose too much to do without error feedback
 
 
 class CompressionSpec(Section):
     """What dense gradients are turned into before they travel. Norms, biases, routers and small tensors never are, nor
     are gradients of experts."""
 
-    scheme: Literal["none", "fp16", "bf16", "int8", "int4", "topk", "powersgd"] = Field(
+    scheme: Literal["none", "fp16", "bf16", "int8", "int4", "topk", "powersgd", "auto"] = Field(
         default="none",
         description="none: fp32. fp16, int8 and int4 have a scale for each 256 elements. topk: of each 256 elements "
-        "the largest, in bf16. powersgd: two thin matrices whose product is nearest (Vogels et al., 2019).",
+        "the largest, in bf16. powersgd: two thin matrices whose product is nearest (Vogels et al., 2019). auto: none, "
+        "bf16, int8 or int4, whichever the first steps of a generation show to be fastest.",
     )
     share: float = Field(
         default=0.05,
@@ -33,7 +34,7 @@ class CompressionSpec(Section):
     error_feedback: bool = Field(
         default_factory=lambda known: known.get("scheme") in COARSE,
         description="true: what a step didn't send is added to the next step's gradients, so nothing is lost for good. "
-        "Default: true for int4, topk and powersgd. Takes 4 bytes per dense parameter on each worker.",
+        "Default: true for int4, topk, powersgd and auto. Takes 4 bytes per dense parameter on each worker.",
     )
     warmup_steps: int = Field(
         default=0,

@@ -25,6 +25,7 @@ from orchestrator.sampling.slots import SlotSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import whole_every
 from orchestrator.worker.agreement import check_order
+from orchestrator.worker.choosing import Choosing
 from orchestrator.worker.protection import Protection
 
 
@@ -56,6 +57,7 @@ class Shard:
 
     Args:
         slot: how much a slot takes.
+        choosing: how gradients are compressed, where the job leaves that open.
         skips: steps whose batches are left out.
     """
 
@@ -65,6 +67,7 @@ class Shard:
     model: TrainableModel
     engine: Engine
     slot: SlotSize
+    choosing: Choosing
     skips: frozenset[int]
 
     @property
@@ -132,5 +135,6 @@ class Workshop:
             model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
         check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
-        slot = plan.slot or slot_of(self.spec)
-        return Shard(plan.epoch, plan.world, groups, model, engine, slot, frozenset(plan.skips))
+        slot, communication = plan.slot or slot_of(self.spec), self.spec.communication
+        choosing = Choosing(engine.gradients, communication.compression, communication.overlap, plan.world.size)
+        return Shard(plan.epoch, plan.world, groups, model, engine, slot, choosing, frozenset(plan.skips))

@@ -13,6 +13,7 @@ from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.model.router import corrected_bias, max_violation
 from orchestrator.policy.stragglers import slowest
 from orchestrator.protocol.messages import SlotMemory, StepRecord
+from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.feed import Feed, StepFeed
@@ -95,6 +96,9 @@ class Stepper:
         updated = time.perf_counter()
         busy_s = updated - started - (pulse.waited_s() - waited_s)
         share = feed.share
+        traffic, chosen = self._ledger.look(), shard.choosing.scheme
+        if not skipped:
+            shard.choosing.observe(busy_s, traffic[TrafficKind.GRADIENT].sent)
         voice = speak()
         protection_wait_s = time.perf_counter() - updated
         ballot = Ballot(
@@ -107,9 +111,11 @@ class Stepper:
             interval=voice.interval,
             busy_s=busy_s / share if share else 0.0,
             stages=voice.stages,
-            traffic=self._ledger.look(),
+            traffic=traffic,
+            compression=shard.choosing.proposal,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
+        shard.choosing.agree(outcome.compression)
         self._balance(shard, outcome)
         rank, slowness = slowest(outcome.busy_s)
         record = StepRecord(
@@ -136,6 +142,7 @@ class Stepper:
             num_slots=feed.num_slots,
             padding=feed.padding,
             traffic=outcome.traffic,
+            compression=chosen,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),

@@ -6,7 +6,8 @@ losses per slot stay apart until they are summed in slot order, whatever the wor
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
 slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
 finish, steps that it would have between two snapshots, seconds that it computed for a slot, version of the decided
-stages that it has seen. Last, bytes by kind that all ranks have sent since their last votes, which are summed.
+stages that it has seen, number of the compression that it would have. Last, bytes by kind that all ranks have sent
+since their last votes, which are summed.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from orchestrator.comm import ledger, pulse
 from orchestrator.protocol.traffic import Traffic, TrafficKind
 
 NO_FENCE = -1
-NUM_VOICES = 6
+NUM_VOICES = 7
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Ballot:
         busy_s: how long it computed for one of its slots, waits for peers apart; 0 without a slot.
         stages: version of the decided stages that it has seen.
         traffic: what it has sent since its last vote.
+        compression: number of the scheme that it would have; -1 for none that it knows of.
     """
 
     slot_losses: NDArray[np.float64]
@@ -52,6 +54,7 @@ class Ballot:
     busy_s: float = 0.0
     stages: int = 0
     traffic: Mapping[TrafficKind, Traffic] = field(default_factory=dict)
+    compression: int = -1
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Outcome:
         busy_s: by rank.
         stages: version of the decided stages that every rank has seen; -1 if they have seen different ones.
         traffic: of all ranks together, by kind; kinds of which nothing was sent are left out.
+        compression: number of the coarsest scheme that any rank would have; -1 as long as one doesn't know.
     """
 
     loss_sum: float
@@ -81,6 +85,7 @@ class Outcome:
     busy_s: tuple[float, ...]
     stages: int
     traffic: dict[str, Traffic]
+    compression: int
 
 
 def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
@@ -88,7 +93,8 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
     counts_shape, num_counts = ballot.counts_LE.shape, ballot.counts_LE.numel()
     voices = np.zeros((world_size, NUM_VOICES))
-    voices[rank] = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
+    said = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
+    voices[rank] = (*said, ballot.compression)
     sent = [ballot.traffic.get(kind, Traffic()) for kind in TrafficKind]
     traffic = np.array([[each.raw, each.payload, each.index] for each in sent], dtype=np.float64).reshape(-1)
     vector = torch.cat(
@@ -106,7 +112,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         ledger.enter_reduced(TrafficKind.CONTROL, vector, world_size)
     sizes = [num_slots, num_validation, num_counts, NUM_VOICES * world_size, len(traffic)]
     parts = torch.split(vector.cpu(), sizes)
-    applied, fences, finish, intervals, busy_s, stages = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
+    applied, fences, finish, intervals, busy_s, stages, schemes = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
     return Outcome(
         loss_sum=sum(parts[0].tolist()),
         validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
@@ -122,4 +128,5 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
             for kind, numbers in zip(TrafficKind, parts[4].to(torch.int64).view(-1, 3).tolist(), strict=True)
             if any(numbers)
         },
+        compression=int(max(schemes)) if min(schemes) >= 0 else -1,
     )

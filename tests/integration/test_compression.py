@@ -12,9 +12,11 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.layout import Kind
 from orchestrator.elastic.placement import Placement
+from orchestrator.policy.compression import CANDIDATES
 from orchestrator.protocol.messages import GenerationPlan, Handover
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
+from orchestrator.worker.choosing import PROBES, SKIPPED
 from tests.support import small
 from tests.support.crew import Crew
 from tests.support.ranks import Ranks
@@ -200,3 +202,21 @@ def test_what_a_dead_worker_had_not_sent_is_with_its_buddy(job: JobSpec, store_d
         crew.await_finished()
     assert sorted(crew.records) == list(range(STEPS))
     assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5
+
+
+def test_auto_chooses_alike_on_all_ranks_and_anew_in_each_world(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    communication = CommunicationSpec.model_validate({"compression": "auto", "bucket_mb": 0.05})
+    job = small_job(texts).model_copy(update={"communication": communication})
+    with Crew(job, store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        crew.await_step(12)
+        plan = crew.rescale(crew.ids)
+        assert all(h.state_identical for h in _handovers(crew, plan))
+        crew.await_finished()
+    records = [record for _, record in sorted(crew.records.items())]
+    assert len(records) == STEPS and all(record.applied for record in records)
+    for generation in (0, plan.generation):
+        schemes = [record.compression for record in records if record.generation == generation]
+        assert schemes[: SKIPPED + PROBES] == ["none"] * (SKIPPED + PROBES)
+        assert len(set(schemes[SKIPPED + PROBES :])) == 1 and schemes[-1] in CANDIDATES
+    assert records[-1].loss < records[0].loss - 0.5

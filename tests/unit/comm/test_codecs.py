@@ -9,7 +9,7 @@ from torch import Tensor
 from orchestrator.comm.codecs import Codec, TopK, codec_of, warmed_up
 from orchestrator.spec.communication import BLOCK, CompressionSpec
 
-SCHEMES = ("bf16", "fp16", "int8", "int4", "topk")
+SCHEMES = ("none", "bf16", "fp16", "int8", "int4", "topk")
 
 
 def _codec(scheme: str) -> Codec:
