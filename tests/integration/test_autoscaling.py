@@ -18,7 +18,7 @@ from tests.support.hosts import until
 
 pytestmark = pytest.mark.ray
 
-SOON_S = 20.0
+SOON_S = 60.0
 
 
 @pytest.fixture(scope="module", autouse=True)

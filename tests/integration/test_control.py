@@ -102,14 +102,15 @@ def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
 @pytest.mark.parametrize("moment", [pytest.param("prepared", marks=pytest.mark.slow), "moving"])
 def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> None:
     name = f"newcomer-{moment}"
-    on.submit(name, train=_steps(200), envs={"SIM_STEP_S": "0.02", "SIM_DIE": f"w2:{moment}"})
+    on.submit(name, train=_steps(100_000), envs={"SIM_STEP_S": "0.02", "SIM_DIE": f"w2:{moment}"})
     on.until(name, lambda s: s.step > 0)
     on.ask("scale", name, 3)
     on.until(name, lambda s: s.workers_now == 3)
+    on.ask("cancel", name)
     status = on.end_of(name)
-    assert status.phase is RunPhase.SUCCEEDED, status
+    assert status.phase is RunPhase.CANCELLED, status
     assert "move_abandoned" in on.kinds(name)
-    on.assert_every_step_once(name, 200)
+    on.assert_every_step_once(name, status.step)
     assert on.sizes(name)[-1] == 3
 
 
