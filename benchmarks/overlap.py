@@ -3,7 +3,7 @@
     python -m benchmarks.overlap [--quick]
 
 Four hosts, made of network namespaces (Linux, root), with a rank of the product's engine on each, and links that let
-200 Mbit/s through; then the same without a limit. Every rank has an engine for each arm, in one process: `free`, whose
+150 Mbit/s through; then the same without a limit. Every rank has an engine for each arm, in one process: `free`, whose
 gradients go nowhere (each rank takes its own for the sum), `blocking`, whose buckets leave after the backward pass,
 `overlapped`, whose buckets leave during it, and `compressed`, which sends the largest of them besides. They take turns.
 
@@ -19,7 +19,7 @@ from benchmarks.support.reduction_arms import ARMS, COMPRESSION, LENGTH, ROWS, S
 from tests.support.host_ranks import HostRanks
 from tests.support.hosts import Hosts
 
-RANKS, MBIT = 4, 200.0
+RANKS, MBIT = 4, 150.0
 ROUNDS, QUICK_ROUNDS = 8, 1
 MODEL: dict[str, Any] = {
     "hidden_size": 256,

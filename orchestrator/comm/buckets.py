@@ -3,7 +3,7 @@
 Each parameter's gradient is added to its bucket as soon as autograd has it, in fp32. In the last slot of a step a
 bucket that is complete is under way at once, so that all but the last of them travel while others are computed. Ranks
 begin them in one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong
-together, or wait for ever.
+together, or wait for ever. Tokens go before them (`orchestrator.comm.turns`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from orchestrator.comm import turns
 from orchestrator.comm.reduction import Reducer, Reduction
 from orchestrator.elastic.buckets import UNDER_WAY
 
@@ -156,6 +157,7 @@ class Buckets:
         self._every_slot, self.overlap = every_slot, overlap
         self._sends = False  # in this slot
         self._next = 0
+        self._stop_listening = turns.listen(self._send_complete)
         self._travelling: list[Bucket] = []
         self._begun: list[Bucket] = []  # whose second collective hasn't begun, if they have one
         self._hooks = [
@@ -174,6 +176,7 @@ class Buckets:
         """Called after it: what it brought no gradient for is sent too."""
         if self._sends:
             self._send(len(self.buckets))
+            self._sends = False
             while self._begun:
                 self._begun.pop(0).go_on()
 
@@ -187,19 +190,25 @@ class Buckets:
             bucket.settle(applied)
 
     def close(self) -> None:
+        self._stop_listening()
         for hook in self._hooks:
             hook.remove()
 
     def _hook(self, bucket: Bucket, nth: int) -> Callable[[Tensor], None]:
         def taken(_: Tensor) -> None:
             bucket.take(nth)
-            if self._sends and self.overlap and bucket.is_complete:
-                complete = self._next
-                while complete < len(self.buckets) and self.buckets[complete].is_complete:
-                    complete += 1
-                self._send(complete)
+            if bucket.is_complete and not turns.to_come():
+                self._send_complete()
 
         return taken
+
+    def _send_complete(self) -> None:
+        """What the backward pass has come to, in the order of the list."""
+        if self._sends and self.overlap:
+            complete = self._next
+            while complete < len(self.buckets) and self.buckets[complete].is_complete:
+                complete += 1
+            self._send(complete)
 
     def _send(self, until: int) -> None:
         for bucket in self.buckets[self._next : until]:

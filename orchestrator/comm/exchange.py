@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import ledger, pulse
+from orchestrator.comm import ledger, pulse, turns
 from orchestrator.comm.wire import Wire, decode, encode
 from orchestrator.protocol.traffic import TrafficKind
 
@@ -107,11 +107,14 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, journey: Journey) -> Tensor:
         ctx.journey = journey
+        turns.will_return()
         return journey.depart(x_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.journey.arrive(), None  # what was passed here is what `_End` was given: the same before its journey
+        home = ctx.journey.arrive()  # what was passed here is what `_End` was given: the same before its journey
+        turns.has_returned()
+        return home, None
 
 
 class _End(torch.autograd.Function):

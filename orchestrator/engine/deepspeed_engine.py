@@ -29,7 +29,7 @@ from deepspeed.utils import groups as registry
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from orchestrator.comm import pulse
+from orchestrator.comm import pulse, turns
 from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.gradients import Gradients
@@ -134,6 +134,7 @@ class DeepSpeedEngineAdapter:
     def accumulate(
         self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
     ) -> tuple[Tensor, Tensor]:
+        turns.begin()
         loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         counts_LE = self._model.expert_counts()
         before_backward()
