@@ -79,7 +79,7 @@ def measure(quick: bool) -> Result:
         def trained(name: str, arm: str, seed: int, steps: int, size: int = WORKERS, *sizes: int) -> Trained:
             directory = workspace / name
             directory.mkdir()
-            done = train(_job(ARMS[arm], seed, steps, data), store, directory, size, sizes)
+            done = train(job_of({"compression": ARMS[arm]}, seed, steps, data), store, directory, size, sizes)
             say(f"{name}: validation loss {done.loss:.4f}")
             return done
 
@@ -165,7 +165,7 @@ def _result(
     )
 
 
-def _job(compression: dict[str, Any], seed: int, steps: int, data: DataSpec) -> JobSpec:
+def job_of(communication: dict[str, Any], seed: int, steps: int, data: DataSpec) -> JobSpec:
     return JobSpec.model_validate(
         {
             "name": "compression",
@@ -174,7 +174,7 @@ def _job(compression: dict[str, Any], seed: int, steps: int, data: DataSpec) -> 
             "eval": {"every": steps, "rows": 256},
             "data": data,
             "protection": "off",
-            "communication": {"compression": compression},
+            "communication": communication,
         }
     )
 

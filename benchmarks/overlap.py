@@ -5,7 +5,8 @@
 Four hosts, made of network namespaces (Linux, root), with a rank of the product's engine on each, and links that let
 150 Mbit/s through; then the same without a limit. Every rank has an engine for each arm, in one process: `free`, whose
 gradients go nowhere (each rank takes its own for the sum), `blocking`, whose buckets leave after the backward pass,
-`overlapped`, whose buckets leave during it, and `compressed`, which sends the largest of them besides. They take turns.
+`overlapped`, whose buckets leave during it, `compressed`, which sends them in int4 besides, and `topk`, which sends the
+largest. They take turns.
 
 - `exposed`: one less the step of `free` over that of the arm: the part of a step that gradients are waited for, or
   worked on. Tokens and weights travel in all arms alike.
@@ -15,7 +16,7 @@ gradients go nowhere (each rank takes its own for the sum), `blocking`, whose bu
 from typing import Any
 
 from benchmarks.harness import Interval, Result, Spread, at_least, at_most, median_interval, ratios, run, say
-from benchmarks.support.reduction_arms import ARMS, COMPRESSION, LENGTH, ROWS, Settings, steps_of_arms
+from benchmarks.support.reduction_arms import FREE, LENGTH, ROWS, Settings, steps_of_arms
 from tests.support.host_ranks import HostRanks
 from tests.support.hosts import Hosts
 
@@ -35,19 +36,26 @@ MODEL: dict[str, Any] = {
 }
 QUICK_MODEL = MODEL | {"hidden_size": 32, "intermediate_size": 64, "expert_intermediate_size": 32, "num_layers": 3}
 BUCKET_MB, QUICK_BUCKET_MB = 4.0, 0.1
+ARMS: dict[str, dict[str, Any]] = {
+    FREE: {},
+    "blocking": {"overlap": False},
+    "overlapped": {},
+    "compressed": {"compression": "int4"},
+    "topk": {"compression": {"scheme": "topk", "share": 0.05}},
+}
 
 
 def measure(quick: bool) -> Result:
     if (why := Hosts.available()) is not None:
         raise SystemExit(f"this benchmark needs hosts of its own: {why}")
-    full, small = Settings(MODEL, BUCKET_MB, ROUNDS), Settings(QUICK_MODEL, QUICK_BUCKET_MB, QUICK_ROUNDS)
+    full, small = Settings(ARMS, MODEL, BUCKET_MB, ROUNDS), Settings(ARMS, QUICK_MODEL, QUICK_BUCKET_MB, QUICK_ROUNDS)
     settings = small if quick else full
     found = {}
     with Hosts(RANKS) as hosts, HostRanks(hosts) as ranks:
-        found["unlimited"] = _figures(ranks.run(steps_of_arms, settings, timeout_s=1200.0)[0], "unlimited")
+        found["unlimited"] = _figures(ranks.run(steps_of_arms, settings, timeout_s=1200.0)[0][0], "unlimited")
         for index in range(RANKS):
             hosts.limit(index, MBIT)
-        found["limited"] = _figures(ranks.run(steps_of_arms, settings, timeout_s=1200.0)[0], "limited")
+        found["limited"] = _figures(ranks.run(steps_of_arms, settings, timeout_s=1200.0)[0][0], "limited")
     limited = found["limited"]
     return Result(
         name="overlap",
@@ -60,7 +68,7 @@ def measure(quick: bool) -> Result:
             "rows": ROWS,
             "sequence_length": LENGTH,
             "bucket_mb": settings.bucket_mb,
-            "compression": COMPRESSION,
+            "arms": ARMS,
         },
         rounds=settings.rounds,
         metrics=found,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import alternate
+from orchestrator.comm import ledger
 from orchestrator.comm.reduction import Alone, Reducer, Reduction
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
@@ -18,25 +19,25 @@ from orchestrator.engine.groups import connect
 from orchestrator.model.batch import MicroBatch
 from orchestrator.model.moe import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.train import TrainSpec
 
 VOCAB, ROWS, LENGTH = 2048, 4, 128
 STEPS = 2  # of an arm in a round
-COMPRESSION = {"scheme": "topk", "share": 0.05}
-ARMS: dict[str, dict[str, Any]] = {
-    "free": {},
-    "blocking": {"overlap": False},
-    "overlapped": {},
-    "compressed": {"compression": COMPRESSION},
-}
+FREE = "free"  # the arm whose gradients go nowhere
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every rank is told."""
+    """What every rank is told.
 
+    Args:
+        arms: by name, what a job would say of `communication`.
+    """
+
+    arms: dict[str, dict[str, Any]]
     model: dict[str, Any]
     bucket_mb: float
     rounds: int
@@ -51,25 +52,29 @@ class Free(Reducer):
 
 def steps_of_arms(
     rank: int, world_size: int, store: Store, prefix: str, address: str, settings: Settings
-) -> dict[str, list[float]]:
-    """Seconds of a step by arm and round, as this rank sees them."""
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of a step by arm and round, and bytes of tokens that this rank sends in a step, by arm."""
     placement = Placement.balanced(settings.model["num_experts"], world_size)
     groups = connect(store, prefix, rank, placement, "gloo", address=address)
     model_spec = ModelSpec(**settings.model)
     arms: dict[str, Callable[[], float]] = {}
-    for name, changes in ARMS.items():
+    for name, changes in settings.arms.items():
         spec = CommunicationSpec.model_validate({"bucket_mb": settings.bucket_mb, **changes})
-        model = MoELanguageModel(model_spec, VOCAB, ExpertHome(placement, rank, groups.exchange))
+        model = MoELanguageModel(model_spec, VOCAB, ExpertHome(placement, rank, groups.exchange, spec.tokens))
         engine = DeepSpeedEngineAdapter(model, TrainSpec(sequence_length=LENGTH), groups, torch.device("cpu"), spec)
         model.init_weights(0)
         engine.seeded()
-        if name == "free":
+        if name == FREE:
             for bucket in engine._gradients._buckets:
                 bucket.reduction = Free(bucket.reduction._group, False)
         arms[name] = _stepper(engine, rank)
-    for step in arms.values():
+    tokens = {}
+    for name, step in arms.items():
+        since = ledger.Since()
         step()  # memory and routes are not those of the first step any more
-    return alternate(arms, settings.rounds)
+        seen = since.look()
+        tokens[name] = (seen[TrafficKind.DISPATCH].sent + seen[TrafficKind.COMBINE].sent) // STEPS
+    return alternate(arms, settings.rounds), tokens
 
 
 def _stepper(engine: DeepSpeedEngineAdapter, rank: int) -> Callable[[], float]:

@@ -185,3 +185,25 @@ def test_ray_train_recovers_from_its_last_checkpoint(tmp_path: Path) -> None:
     (found,) = recoveries("ray_train_recovery", 1, tmp_path)
     assert 0 < found["detect_s"] < found["restart_s"] <= found["stall_s"]
     assert 0 <= found["steps_replayed"] <= 10  # the controller may not have seen the last checkpoint yet
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compression_counts_bytes_and_moves_what_is_kept() -> None:
+    line = quick("compression")
+    arms = line["metrics"]["arms"]
+    assert arms["none"]["gradient_bytes_saved"] == 0 and arms["int4"]["gradient_bytes_saved"] > 0.85
+    assert arms["int8"]["gradient_bytes_saved"] > 0.7 and arms["bf16"]["gradient_bytes_saved"] > 0.48
+    bars = {bar["name"]: bar for bar in line["bars"]}
+    assert bars["residual_sum_error"]["met"] and bars["bytes_per_rank_topk_most_over_least"]["met"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(Hosts.available() is not None, reason=str(Hosts.available()))
+@pytest.mark.parametrize("name", ["overlap", "dispatch"])
+def test_hosts_with_slow_links_do_steps(name: str) -> None:
+    line = quick(name)
+    assert len(line["bars"]) >= 2
+    if name == "dispatch":
+        assert line["metrics"]["arms"]["int8"]["bytes"] < 0.4 and line["metrics"]["arms"]["bf16"]["bytes"] == 0.5
