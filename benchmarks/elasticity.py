@@ -17,8 +17,11 @@ third host joins the cluster, is drained with a deadline of 10 s, and taken away
 
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.harness import Result, Spread, at_most, equals, median_interval, run, say
 from benchmarks.recovery import job_of
@@ -131,7 +134,7 @@ def drain(hosts: Hosts, live: HostedRun, index: int) -> Drain:
     noticed = hosts.drain(index, DEADLINE_S) - DEADLINE_S
 
     def is_left() -> bool:
-        return not any(process.name().startswith("ray::Host") for process in hosts.processes(index))
+        return not any(_name(process).startswith("ray::Host") for process in hosts.processes(index))
 
     until(is_left, PATIENCE_S, f"the run to leave host {index}")
     off_s = time.time() - noticed
@@ -140,6 +143,12 @@ def drain(hosts: Hosts, live: HostedRun, index: int) -> Drain:
     recoveries = live.status().recoveries[before:]
     lost = rescale.steps_lost + sum(r.steps_lost + r.steps_replayed for r in recoveries)
     return Drain(off_s, float(rescale.stall_s or 0.0), lost)
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+        return str(process.name())
+    return ""
 
 
 def _settled(live: HostedRun, known: int, size: int) -> Rescale:
