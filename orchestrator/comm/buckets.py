@@ -141,6 +141,10 @@ class Bucket:
         return ((param, slice(*span)) for param, span in zip(self.params, self._spans, strict=True))
 
 
+def nothing() -> None:
+    """What is left to do."""
+
+
 class Buckets:
     """All gradients of a rank.
 
@@ -190,9 +194,12 @@ class Buckets:
             bucket.settle(applied)
 
     def close(self) -> None:
+        """Let go of everything: connections end once nothing refers to their groups."""
         self._stop_listening()
+        self._stop_listening = nothing
         for hook in self._hooks:
             hook.remove()
+        self._hooks, self.buckets, self._travelling, self._begun = [], [], [], []
 
     def _hook(self, bucket: Bucket, nth: int) -> Callable[[Tensor], None]:
         def taken(_: Tensor) -> None:

@@ -107,7 +107,8 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, journey: Journey) -> Tensor:
         ctx.journey = journey
-        turns.will_return()
+        if ctx.needs_input_grad[0]:  # not in a pass that is computed again later
+            turns.will_return()
         return journey.depart(x_ND)
 
     @staticmethod

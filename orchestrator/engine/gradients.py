@@ -122,6 +122,7 @@ class Gradients:
 
     def close(self) -> None:
         self._all.close()
+        self._buckets, self._groups = [], ()
 
     def _bucket(self, group: ParamGroup, device: torch.device) -> Bucket:
         compression = self._compression

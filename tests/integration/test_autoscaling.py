@@ -94,12 +94,12 @@ def test_a_lost_place_is_not_waited_for(on: Cluster) -> None:
 def test_stages_name_their_workers_and_ray_is_asked_for_nodes(on: Cluster) -> None:
     stages = [
         {"name": "few", "workers": 1, "until": {"steps": 150}},
-        {"name": "many", "workers": "2..6", "until": {"steps": 150}},
+        {"name": "many", "workers": "2..6", "until": {"steps": 1000}},
         {"name": "some", "workers": 2},
     ]
     workers = {"min": 1, "max": 6, "initial": 1}
     job = _job("stage", workers=workers, curriculum={"signal": "length", "stages": stages})
-    job["envs"] = {"SIM_STEP_S": "0.02", "SIM_STAGES": json.dumps({"few": 0, "many": 150, "some": 400})}
+    job["envs"] = {"SIM_STEP_S": "0.02", "SIM_STAGES": json.dumps({"few": 0, "many": 150, "some": 1150})}
     on.submit("staged", **job)
     status = on.until("staged", lambda s: s.stage == "many")
     assert status.workers_now == 1
