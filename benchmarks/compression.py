@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.curriculum import MODEL
 from benchmarks.harness import Bar, Result, at_least, at_most, equals, median_interval, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.environment import environment, worker_environment
@@ -34,17 +35,6 @@ WORKERS, SIZES = 4, (2, 4, 8)
 SEEDS, QUICK_SEEDS = 3, 1
 STEPS, QUICK_STEPS = 360, 12
 SHORT = 6  # steps in which bytes are counted
-MODEL = {
-    "hidden_size": 64,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "intermediate_size": 192,
-    "num_dense_layers": 1,
-    "num_experts": 8,
-    "top_k": 2,
-    "expert_intermediate_size": 64,
-}
 BATCH = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 128, "lr": 2e-3}
 NONE, BEST = "none", "int4"
 ARMS: dict[str, dict[str, Any]] = {

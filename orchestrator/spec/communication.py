@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.section import Broken, Section
+from orchestrator.spec.section import Broken, Path, Section
 
 BUCKET_MB = 25.0  # as in DistributedDataParallel (Li et al., 2020)
 BLOCK = 256  # elements that share a scale, or of which the largest are sent: their numbers fit a byte
@@ -82,7 +82,8 @@ class CompressionSpec(Section):
                 rule = f"{key} is for scheme topk alone; got {getattr(self, key)} and {self.scheme}"
                 yield Broken(((key,), ("scheme",)), rule)
         if self.momentum and not self.error_feedback:
-            yield Broken((("momentum",), ("error_feedback",)), "momentum needs error_feedback; got false")
+            keys: tuple[Path, ...] = (("momentum",), ("error_feedback",), ("scheme",))  # whose default follows from it
+            yield Broken(keys, "momentum needs error_feedback; got false")
         if self.error_feedback and not self.is_active:
             yield Broken((("error_feedback",), ("scheme",)), "error_feedback needs a scheme; got none")
 
