@@ -33,6 +33,7 @@ class Journey:
         group: the world; None means a world of one, where nothing moves.
         kind: what the rows are, for the ledger.
         wire: how they travel.
+        whole: so many elements at the end of each row travel exactly, whatever `wire` says.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Journey:
         group: dist.ProcessGroup | None,
         kind: TrafficKind,
         wire: Wire = "exact",
+        whole: int = 0,
     ) -> None:
         self._sent_W, self._received_W, self._group = list(sent_W), list(received_W), group
-        self._kind, self._wire = kind, wire
+        self._kind, self._wire, self._whole = kind, wire, whole
         self._transfer: _Transfer | None = None
 
     def begin(self, x_ND: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class Journey:
         sent_W, received_W = (self._received_W, self._sent_W) if home else (self._sent_W, self._received_W)
         assert self._group is not None  # in a world of one nothing departs
         pulse.enter()
-        sent = encode(x_ND, self._wire)
+        sent = encode(x_ND, self._wire, self._whole)
         received = sent.new_empty(sum(received_W), *sent.shape[1:])
         work = dist.all_to_all_single(received, sent, received_W, sent_W, group=self._group, async_op=True)
         leaving = sum(sent_W) - sent_W[self._group.rank()]
@@ -89,7 +91,8 @@ class Journey:
         with pulse.waiting():
             transfer.work.wait()
         if transfer.received is not transfer.received_MD:
-            transfer.received_MD.copy_(decode(transfer.received, self._wire, transfer.received_MD.dtype))
+            received_MD = transfer.received_MD
+            received_MD.copy_(decode(transfer.received, self._wire, received_MD.dtype, self._whole))
         return transfer.received_MD
 
 
@@ -130,14 +133,12 @@ class _End(torch.autograd.Function):
         return grads[0], None
 
 
-def gather_counts(counts_E: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Every rank's expert counts (W, E) from this rank's (E)."""
-    if group is None:
-        return counts_E[None]
+def gather_counts(sent_W: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """How many rows each rank sends to each (W, W), from how many this one sends to each (W)."""
     world_size = dist.get_world_size(group)
-    counts_WE = counts_E.new_empty(world_size, counts_E.numel())
+    counts_WW = sent_W.new_empty(world_size, sent_W.numel())
     pulse.enter()
     with pulse.waiting():
-        dist.all_gather_single(counts_WE, counts_E[None], group=group)
-    ledger.enter_gathered(TrafficKind.CONTROL, counts_WE, world_size)
-    return counts_WE
+        dist.all_gather_single(counts_WW, sent_W[None], group=group)
+    ledger.enter_gathered(TrafficKind.CONTROL, counts_WW, world_size)
+    return counts_WW

@@ -12,18 +12,43 @@ Wire = Literal["exact", "bf16", "int8"]
 SCALE_BYTES = 4
 
 
-def encode(x_ND: Tensor, wire: Wire) -> Tensor:
-    """Rows as they travel: as they are, in bf16, or in int8 with a scale for each row (N, P)."""
-    if wire == "int8":
+def encode(x_ND: Tensor, wire: Wire, whole: int = 0) -> Tensor:
+    """Rows as they travel: as they are, or in bytes (N, P), in bf16, or in int8 with a scale for each row.
+
+    Args:
+        whole: so many elements at the end of each row travel as they are in any case.
+    """
+    if _is_whole(wire, x_ND.dtype):
+        return x_ND.contiguous()
+    x_ND, whole_NL = torch.split(x_ND, [x_ND.shape[1] - whole, whole], dim=1)
+    if wire == "bf16":
+        parts = [x_ND.to(torch.bfloat16)]
+    else:
         scale_N1 = x_ND.abs().amax(-1, keepdim=True).float().div_(127.0)
         scaled_ND = (x_ND / torch.where(scale_N1 == 0, 1.0, scale_N1)).round_().nan_to_num_()  # the scale tells of NaN
-        return torch.cat([scaled_ND.to(torch.int8).view(torch.uint8), scale_N1.view(torch.uint8)], dim=1)
-    return x_ND.to(torch.bfloat16) if wire == "bf16" else x_ND.contiguous()
+        parts = [scaled_ND.to(torch.int8), scale_N1]
+    if whole:
+        parts.append(whole_NL)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
 
 
-def decode(rows: Tensor, wire: Wire, dtype: torch.dtype) -> Tensor:
-    """What `encode` was given, as near as it comes, in `dtype`."""
-    if wire == "int8":
-        scale_N1 = rows[:, -SCALE_BYTES:].contiguous().view(torch.float32)
-        return rows[:, :-SCALE_BYTES].view(torch.int8).to(torch.float32).mul_(scale_N1).to(dtype)
-    return rows.to(dtype)
+def decode(rows: Tensor, wire: Wire, dtype: torch.dtype, whole: int = 0) -> Tensor:
+    """What `encode` was given, as near as it comes, in `dtype`, which was its own."""
+    if _is_whole(wire, dtype):
+        return rows
+    size = whole * dtype.itemsize
+    rows, whole_bytes = torch.split(rows, [rows.shape[1] - size, size], dim=1)
+    if wire == "bf16":
+        x_ND = _read(rows, torch.bfloat16).to(dtype)
+    else:
+        x_ND = _read(rows[:, :-SCALE_BYTES], torch.int8).float().mul_(_read(rows[:, -SCALE_BYTES:], torch.float32))
+    return torch.cat([x_ND.to(dtype), _read(whole_bytes, dtype)], dim=1) if whole else x_ND.to(dtype)
+
+
+def _read(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.contiguous().view(dtype)
+
+
+def _is_whole(wire: Wire, dtype: torch.dtype) -> bool:
+    """Nothing is lost, so rows travel as they are."""
+    return wire == "exact" or (wire == "bf16" and dtype == torch.bfloat16)

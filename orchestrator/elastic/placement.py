@@ -8,8 +8,9 @@ sizes of the experts' replica sets differ by at most one. Both are one problem: 
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Self
 
 from orchestrator.elastic.world import World
@@ -101,6 +102,11 @@ class Placement:
         """The ranks that hold `expert`, ascending."""
         return self.holders[expert]
 
+    def destinations(self, rank: int) -> tuple[int, ...]:
+        """Where `rank` sends tokens for each expert: nowhere if it holds the expert itself, else to one of its holders,
+        chosen so that the senders spread over the replicas."""
+        return tuple(rank if rank in ranks else ranks[rank % len(ranks)] for ranks in self.holders)
+
     def groups(self) -> tuple[tuple[ReplicaSet, ...], ...]:
         """The distinct replica sets by colour: sets of one colour share no rank, sorted within a colour.
 
@@ -123,6 +129,15 @@ class Placement:
         """The index in `groups()` of the colour that holds the replica set of `expert`."""
         replicas = self.holders[expert]
         return next(c for c, sets in enumerate(self.groups()) if replicas in sets)
+
+
+def groups_open(sizes: Iterable[int], asked: int, top_k: int) -> int:
+    """Groups of experts, of these sizes, that a token may visit: `asked`, or as many more as hold `top_k` experts
+    whichever they are. All of them where they don't."""
+    ascending = sorted(sizes)
+    held = list(accumulate(ascending))
+    enough = next((number for number, experts in enumerate(held, 1) if experts >= top_k), len(held))
+    return min(max(asked, enough), len(held))
 
 
 def _deal(wanted: Sequence[Sequence[int]], num_bins: int) -> list[int]:

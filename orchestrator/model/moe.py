@@ -1,13 +1,15 @@
 """The mixture-of-experts layer: experts spread over ranks unevenly, tokens sent to them and back, none dropped.
 
-A token's k copies are sorted by the rank and expert they go to, exchanged by an uneven all-to-all, run through the
-experts in contiguous runs, and sent back. Experts are keyed by their global id, so a parameter's name says which
+A token is sent once to each rank that holds experts of its choice, by an uneven all-to-all, runs through them there and
+comes back as the sum of what they made of it. Experts are keyed by their global id, so a parameter's name says which
 expert it is whatever rank holds it.
 
-Shape legend: N = local tokens, K = experts per token, R = N * K copies sent, M = copies received, D = hidden size,
-H = expert intermediate size, E = experts, W = world size.
+Shape legend: N = local tokens, K = experts per token, R = N * K copies, S = rows sent, M = rows received, D = hidden
+size, H = expert intermediate size, E = experts, W = world size.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 
 from orchestrator.comm.exchange import Journey, gather_counts
 from orchestrator.comm.wire import Wire
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.placement import Placement, groups_open
+from orchestrator.model.dispatch import Dispatch
 from orchestrator.model.experts import GatedMLP, run_experts
-from orchestrator.model.router import Router
+from orchestrator.model.router import Limit, Router
 from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.spec.model import ModelSpec
 
@@ -32,24 +35,32 @@ class ExpertHome:
         rank: this rank.
         group: the world; None for a world of one.
         wire: how tokens and results travel.
+        ranks_per_token: ranks whose experts a token may choose among, None for all; as many as hold enough experts.
+        nodes: by rank, the node that it lives on; empty where that isn't known.
+        nodes_per_token: the same for nodes.
     """
 
     placement: Placement
     rank: int
     group: dist.ProcessGroup | None
     wire: Wire = "exact"
+    ranks_per_token: int | None = None
+    nodes: tuple[str, ...] = ()
+    nodes_per_token: int | None = None
 
     @property
     def local_experts(self) -> tuple[int, ...]:
         return self.placement.experts_of(self.rank)
 
-    def destinations(self) -> Tensor:
-        """The rank to which this rank sends tokens for each expert (E): itself if it holds the expert, else one of
-        its holders, chosen so that the senders spread over the replicas."""
-        ranks = []
-        for holders in self.placement.holders:
-            ranks.append(self.rank if self.rank in holders else holders[self.rank % len(holders)])
-        return torch.tensor(ranks, dtype=torch.int64, device="cpu")
+    def limits(self, top_k: int) -> list[Limit]:
+        """What a token that visits `top_k` experts may choose among, nodes first."""
+        ranks = self.placement.destinations(self.rank)
+        limits: list[Limit] = []
+        if self.nodes_per_token is not None and self.nodes:
+            limits.append(_limit([self.nodes[rank] for rank in ranks], self.nodes_per_token, top_k))
+        if self.ranks_per_token is not None:
+            limits.append(_limit(ranks, self.ranks_per_token, top_k))
+        return limits
 
 
 class MoELayer(nn.Module):
@@ -65,19 +76,11 @@ class MoELayer(nn.Module):
         num_experts, size, inner = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
         self.num_experts = num_experts
         self.top_k = spec.top_k
-        self.router = Router(spec)
+        self.router = Router(spec, home.limits(spec.top_k))
         self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
         self.shared = GatedMLP(size, spec.num_shared_experts * inner) if spec.num_shared_experts else None
         self.home = home
-        # Order in which copies leave: by destination rank, then by expert. Fixed for the life of a generation.
-        destination_E = home.destinations()
-        expert_order = sorted(range(num_experts), key=lambda e: (int(destination_E[e]), e))
-        place_E = [0] * num_experts
-        for place, expert in enumerate(expert_order):
-            place_E[expert] = place
-        self._send_order_E = torch.tensor(place_E)
-        self._destination_E = destination_E
-        self._expects_WE = _expected(home, num_experts)
+        self._dispatch = Dispatch(home.placement, home.rank)
         self.real_N: Tensor | None = None  # given, the numbers of the tokens that aren't padding, which isn't routed
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_balance_loss: Tensor | None = None
@@ -94,60 +97,45 @@ class MoELayer(nn.Module):
         counts_E = torch.bincount(flat_ids_R, minlength=self.num_experts)
         self.last_counts_E, self.last_balance_loss = counts_E, routing.balance_loss
 
-        order_R = self._send_order_E[flat_ids_R].argsort(stable=True)
-        token_R = order_R.div(self.top_k, rounding_mode="floor")
-        gates_R = routing.gates_NK.reshape(-1)[order_R].to(x_ND.dtype)
-        run = self._run_here if self.home.group is None else self._run_everywhere
-        return run(x_ND, token_R, gates_R, counts_E)
+        gates_NK = routing.gates_NK.to(x_ND.dtype)
+        if self.home.group is None:
+            return self._run_here(x_ND, routing.expert_ids_NK, gates_NK, counts_E)
+        return self._run_everywhere(x_ND, routing.expert_ids_NK, gates_NK, self.home.group)
 
-    def _run_here(self, x_ND: Tensor, token_R: Tensor, gates_R: Tensor, counts_E: Tensor) -> Tensor:
+    def _run_here(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, counts_E: Tensor) -> Tensor:
         """A world of one: nothing travels, and experts read the tokens where they are."""
-        y_ND = run_experts(x_ND, token_R, counts_E.tolist(), self._local_experts, gates_R)
+        order_R = expert_ids_NK.reshape(-1).argsort(stable=True)
+        token_R = order_R.div(self.top_k, rounding_mode="floor")
+        y_ND = run_experts(x_ND, token_R, counts_E.tolist(), self._local_experts, gates_NK.reshape(-1)[order_R])
         return y_ND if self.shared is None else y_ND + self.shared(x_ND)
 
-    def _run_everywhere(self, x_ND: Tensor, token_R: Tensor, gates_R: Tensor, counts_E: Tensor) -> Tensor:
-        """Send the copies to their experts and bring the results back in the same order. While they travel, either
-        way and in the backward pass too, the shared experts are computed, half each."""
-        counts_WE = gather_counts(counts_E, self.home.group).cpu()
-        sent_W = torch.zeros(len(counts_WE), dtype=torch.int64).index_add_(
-            0, self._destination_E, counts_WE[self.home.rank]
-        )
-        arriving_WL = (counts_WE * self._expects_WE)[:, list(self.home.local_experts)]
-        received_W = arriving_WL.sum(-1)
+    def _run_everywhere(
+        self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:
+        """Send tokens to their experts and bring the results back. While they travel, either way and in the backward
+        pass too, the shared experts are computed, half each."""
+        rows, columns = self._dispatch.rows(expert_ids_NK, gates_NK), self._dispatch.num_columns
+        counts_WW = gather_counts(rows.sent_W, group).cpu()
+        sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
 
-        there = Journey(sent_W.tolist(), received_W.tolist(), self.home.group, TrafficKind.DISPATCH, self.home.wire)
-        on_the_way_MD = there.begin(x_ND[token_R])
+        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, self.home.wire, whole=columns)
+        on_the_way = there.begin(torch.cat([x_ND.index_select(0, rows.token_S), rows.gates_SL], dim=1))
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
-        received_MD = there.end(on_the_way_MD)
+        received_MD, gates_ML = torch.split(there.end(on_the_way), [x_ND.shape[1], columns], dim=1)
 
-        by_expert_M = expert_major(arriving_WL).to(x_ND.device)
-        results_MD = run_experts(received_MD, by_expert_M, arriving_WL.sum(0).tolist(), self._local_experts)
+        row_R, counts, gates_R = self._dispatch.copies(gates_ML)
+        results_MD = run_experts(received_MD, row_R, counts, self._local_experts, gates_R)
 
-        back = Journey(received_W.tolist(), sent_W.tolist(), self.home.group, TrafficKind.COMBINE, self.home.wire)
-        on_the_way_RD = back.begin(results_MD)
+        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, self.home.wire)
+        on_the_way_SD = back.begin(results_MD)
         y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
-        returned_RD = back.end(on_the_way_RD)
-        return y_ND.index_add(0, token_R, returned_RD * gates_R[:, None])
+        return y_ND.index_add(0, rows.token_S, back.end(on_the_way_SD))
 
     @property
     def _local_experts(self) -> list[GatedMLP]:
         return list(self.experts.values())  # type: ignore[arg-type]
 
 
-def expert_major(arriving_WL: Tensor) -> Tensor:
-    """Rows arrive by source rank, then expert: their numbers (M) by expert, then source rank."""
-    arriving_LW = arriving_WL.T
-    begin_LW = (arriving_WL.reshape(-1).cumsum(0) - arriving_WL.reshape(-1)).view_as(arriving_WL).T
-    place_LW = (arriving_LW.reshape(-1).cumsum(0) - arriving_LW.reshape(-1)).view_as(arriving_LW)
-    shift_M = (begin_LW - place_LW).reshape(-1).repeat_interleave(arriving_LW.reshape(-1))
-    return torch.arange(len(shift_M)) + shift_M
-
-
-def _expected(home: ExpertHome, num_experts: int) -> Tensor:
-    """1 where rank w's tokens for expert e come to this rank (W, E)."""
-    placement = home.placement
-    expects_WE = torch.zeros(placement.world_size, num_experts, dtype=torch.int64, device="cpu")
-    for source in range(placement.world_size):
-        destination_E = ExpertHome(placement, source, None).destinations()
-        expects_WE[source] = (destination_E == home.rank).to(torch.int64)
-    return expects_WE
+def _limit(groups: Sequence[int | str], asked: int, top_k: int) -> Limit:
+    top = groups_open(Counter(groups).values(), asked, top_k)
+    return Limit(groups, top, best=-(-top_k // top))

@@ -4,11 +4,13 @@ Two kinds. Sigmoid scores are balanced without an auxiliary loss, as in DeepSeek
 the bias takes part in the selection only, and moves by a fixed speed against each expert's load, which is counted over
 the whole global batch. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961, section
 2.2), taken over each slot, so that it doesn't depend on the world size. Either may choose among the experts of the best
-groups only (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's two best scores as in V3).
+groups only (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in V3, section 2.1.2).
 
-Shape legend: N = tokens, D = hidden size, E = experts, K = experts per token, G = groups of experts.
+Shape legend: N = tokens, D = hidden size, E = experts, K = experts per token, G = groups of experts, e = experts of the
+largest group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,19 +35,50 @@ class Routing:
     balance_loss: Tensor | None = None
 
 
+class Limit:
+    """A token chooses among the experts of its best groups only.
+
+    Args:
+        groups: by expert, its group, by any name.
+        top: groups that a token may visit.
+        best: a group is as good as so many of its best experts together.
+    """
+
+    def __init__(self, groups: Sequence[int | str], top: int, best: int) -> None:
+        members = [[e for e, mine in enumerate(groups) if mine == group] for group in dict.fromkeys(groups)]
+        size, nobody = max(map(len, members)), len(groups)
+        self.top, self._best = min(top, len(members)), min(best, size)
+        self._member_Ge = torch.tensor([mine + [nobody] * (size - len(mine)) for mine in members])
+        self._group_E = torch.tensor([next(g for g, mine in enumerate(members) if e in mine) for e in range(nobody)])
+
+    def best_only(self, choice_NE: Tensor) -> Tensor:
+        """The scores with those of all but a token's best groups at -inf."""
+        with_nobody = F.pad(choice_NE, (0, 1), value=float("-inf"))
+        choice_NGe = with_nobody[:, self._member_Ge]
+        first_NG, *others = choice_NGe.topk(self._best, dim=-1).values.unbind(-1)
+        goodness_NG = sum((other.masked_fill(other == float("-inf"), 0.0) for other in others), first_NG)
+        best_NG = torch.zeros_like(goodness_NG).scatter_(1, goodness_NG.topk(self.top, dim=-1).indices, 1.0)
+        return choice_NE.masked_fill(best_NG[:, self._group_E] == 0, float("-inf"))
+
+
 class Router(nn.Module):
     """Scores every expert for every token in fp32, whatever the precision of the model.
 
     Args:
         spec: kind, sizes, groups and the weight of the auxiliary loss.
+        limits: by where experts lie, beside the model's own.
     """
 
     correction_bias_E: Tensor
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, limits: Sequence[Limit] = ()) -> None:
         super().__init__()
         self.spec = spec
         self.top_k = spec.top_k
+        self._limits = list(limits)
+        if spec.num_expert_groups > 1:
+            size = spec.num_experts // spec.num_expert_groups
+            self._limits.append(Limit([e // size for e in range(spec.num_experts)], spec.top_k_groups, best=2))
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
         self.register_buffer("correction_bias_E", torch.zeros(spec.num_experts, dtype=torch.float32))
 
@@ -53,23 +86,14 @@ class Router(nn.Module):
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if self.spec.router == "sigmoid" else logits_NE.softmax(-1)
         choice_NE = scores_NE.detach() + self.correction_bias_E
-        if self.spec.num_expert_groups > 1:
-            choice_NE = best_groups_only(choice_NE, self.spec.num_expert_groups, self.spec.top_k_groups)
+        for limit in self._limits:
+            choice_NE = limit.best_only(choice_NE)
         expert_ids_NK = choice_NE.topk(self.top_k, dim=-1).indices
         gates_NK = scores_NE.gather(1, expert_ids_NK)
         gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20) * self.spec.routed_scaling_factor
         weight = self.spec.balance_loss_weight
         loss = weight * balance_loss(scores_NE, expert_ids_NK) if self.spec.router == "softmax" and weight else None
         return Routing(expert_ids_NK, gates_NK, loss)
-
-
-def best_groups_only(choice_NE: Tensor, num_groups: int, top_k_groups: int) -> Tensor:
-    """The scores with those of all but a token's best groups at -inf; a group is as good as its two best experts."""
-    num_tokens, num_experts = choice_NE.shape
-    choice_NGe = choice_NE.view(num_tokens, num_groups, num_experts // num_groups)
-    goodness_NG = choice_NGe.topk(min(2, choice_NGe.shape[-1]), dim=-1).values.sum(-1)
-    best_NG = torch.zeros_like(goodness_NG).scatter_(1, goodness_NG.topk(top_k_groups, dim=-1).indices, 1.0)
-    return choice_NGe.masked_fill((best_NG == 0)[..., None], float("-inf")).view(num_tokens, num_experts)
 
 
 def balance_loss(scores_NE: Tensor, expert_ids_NK: Tensor) -> Tensor:

@@ -62,5 +62,5 @@ def _mlp(spec: ModelSpec, index: int, item: int, crowding: float) -> int:
     shared = item * 4 * spec.num_shared_experts * spec.expert_intermediate_size
     scores = 4 * spec.num_experts + 32 * spec.top_k + (4 * spec.hidden_size if item == 2 else 0)  # in fp32
     inner = 2 * spec.top_k * (crowding or 1.0) * spec.expert_intermediate_size  # gate and up
-    travelled = spec.top_k * (crowding + 1.0) * spec.hidden_size if crowding else 0.0  # copies in, results back
+    travelled = spec.top_k * crowding * spec.hidden_size  # what has come in; less where several copies came as one
     return shared + scores + math.ceil(item * (inner + travelled))

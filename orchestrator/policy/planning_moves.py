@@ -109,6 +109,7 @@ def with_plan(
 ) -> Decision:
     """The state with this generation as the next one. There must be a rendezvous store."""
     assert seen.store_address is not None
+    nodes = tuple(seen.nodes.get(worker, "") for worker in world.members)
     plan = GenerationPlan(
         epoch=seen.epoch,
         world=world,
@@ -116,10 +117,11 @@ def with_plan(
         source=source,
         store_prefix=f"{seen.epoch}/{world.generation}",
         store_address=seen.store_address,
-        buddies=buddies_of([seen.nodes.get(w, "") for w in world.members]) if limits.protected else (),
+        buddies=buddies_of(nodes) if limits.protected else (),
         restore=state.restore if source is None else None,
         slot=slot_for(limits, state, world),
         skips=state.skips,
+        nodes=nodes,
     )
     fields = {"generation": world.generation, "members": list(world.members), "first_step": change.first_step}
     planned = replace(

@@ -19,6 +19,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
         "step": done,
         "checkpoint": order.restore.path if order.restore else None,
         "workers": workers,
+        "residuals": "left behind" if order.restore and order.restore.reset_residuals else None,
     }
     begun = RunState(
         target=replace(

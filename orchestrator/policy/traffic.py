@@ -1,5 +1,7 @@
 """What the workers of a job send one another in a step, and what it would be by other schemes of compression. Pure."""
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,7 +9,7 @@ import numpy as np
 
 from orchestrator.elastic.buckets import is_compressed, rank_of_product
 from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.placement import Placement, groups_open
 from orchestrator.policy.activations import item_bytes
 from orchestrator.policy.limits import slot_of
 from orchestrator.protocol.traffic import TrafficKind
@@ -27,8 +29,8 @@ class TrafficPlan:
 
     `gradients_by_scheme` is what `gradients_reduced` would be with another `communication.compression`.
 
-    `dispatch` is copies of tokens on their way to experts, and their gradients on the way back; `combine` is results
-    and theirs. `control` is expert counts and votes.
+    `dispatch` is tokens on their way to experts, and their gradients on the way back; `combine` is results and theirs;
+    as many as there would be if all experts were as likely. `control` is counts of tokens and votes.
     """
 
     gradients_reduced: int
@@ -59,15 +61,15 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
     """
     size, train, model, slots = placement.world_size, job.train, job.model, num_slots(job)
     moe_layers = len({param.name.partition(".experts.")[0] for param in params if param.expert is not None})
-    copies = 0  # of a step, per layer, that leave their rank
+    rows = 0.0  # of a step, per layer, that leave their rank
     for rank in range(size):
         tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
-        elsewhere = 1.0 - len(placement.experts_of(rank)) / model.num_experts
-        copies += round(tokens * model.top_k * elsewhere)
+        rows += tokens * ranks_visited(placement, rank, model.top_k, job.communication.ranks_per_token)
     again = model.recompute != "none"  # computed again in the backward pass, so sent again
-    one_way = copies * moe_layers * _token_bytes(job)
+    journeys = round(rows) * moe_layers * (2 + again)
+    gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
     passes = max_slots(size, slots) * (1 + again)
-    counts = passes * moe_layers * size * (size - 1) * model.num_experts * 8
+    counts = passes * moe_layers * size * (size - 1) * size * 8
     vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size + 3 * len(TrafficKind))
     reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
     compression = job.communication.compression
@@ -76,14 +78,27 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
     return TrafficPlan(
         gradients_reduced=reductions * gradient_bytes(params, placement, compression),
         parameters_gathered=gathered,
-        dispatch=(2 + again) * one_way,
-        combine=(2 + again) * one_way,
+        dispatch=journeys * (_token_bytes(job) + gates),
+        combine=journeys * _token_bytes(job),
         control=counts + vote,
         snapshots=snapshots,
         gradients_by_scheme=tuple(
             (other.scheme, reductions * gradient_bytes(params, placement, other)) for other in others
         ),
     )
+
+
+def ranks_visited(placement: Placement, rank: int, top_k: int, ranks_per_token: int | None = None) -> float:
+    """Other ranks that a token of `rank` is sent to, on average, if every choice of experts is as likely.
+
+    Args:
+        ranks_per_token: ranks that it may choose among, any as likely; None for all.
+    """
+    experts = Counter(placement.destinations(rank))
+    in_reach = groups_open(experts.values(), ranks_per_token or len(experts), top_k) / len(experts)
+    pool = max(top_k, round(in_reach * placement.num_experts))
+    missed = {to: math.comb(max(pool - held, 0), top_k) / math.comb(pool, top_k) for to, held in experts.items()}
+    return in_reach * sum(1.0 - share for to, share in missed.items() if to != rank)
 
 
 def gradient_bytes(params: Sequence[ParamSpec], placement: Placement, compression: CompressionSpec) -> int:

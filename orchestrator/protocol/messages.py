@@ -93,7 +93,7 @@ class GenerationPlan:
     keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
     holds epoch and generation, so nobody of the past can meet this world. All meet in the store at `store_address`; a
     world that has met needs it no more. `slot` is how much a slot takes, as the job says if it says nothing; `skips`
-    are steps whose batches are left out.
+    are steps whose batches are left out. `nodes` names by rank the node that it lives on; empty where nobody knows.
     """
 
     epoch: int
@@ -107,6 +107,7 @@ class GenerationPlan:
     restore: Restore | None = None
     slot: SlotSize = UNSAID
     skips: tuple[int, ...] = ()
+    nodes: tuple[str, ...] = ()
 
     @property
     def generation(self) -> int:

@@ -116,6 +116,15 @@ class CommunicationSpec(Section):
         description="How tokens travel to experts on other workers, results back, and their gradients. exact: in the "
         "number format that they are computed in. int8 has a scale for each token.",
     )
+    ranks_per_token: int | None = Field(
+        default=None,
+        ge=1,
+        description="Workers whose experts a token may visit: the best ones for it, and as many as hold top_k experts. "
+        "null: all. What is chosen then depends on where experts lie, so on the number of workers too.",
+    )
+    nodes_per_token: int | None = Field(
+        default=None, ge=1, description="The same for nodes, whose workers' experts a token may visit."
+    )
     compression: Compression = Field(
         default=CompressionSpec(), description="How dense gradients are compressed: a scheme, or a mapping."
     )

@@ -224,6 +224,11 @@ class JobSpec(Section):
             rule = "momentum of compression takes the place of the optimizer's, once per step: it needs betas[0] 0 and "
             got = f"got {self.train.optimizer.betas[0]} and {self.train.zero_stage}"
             yield Broken((of, ("train", "optimizer", "betas"), ("train", "zero_stage")), f"{rule}zero_stage 1; {got}")
+        for key in ("ranks_per_token", "nodes_per_token"):
+            if getattr(self.communication, key) is not None and self.model.num_expert_groups > 1:
+                rule = f"{key} and num_expert_groups both limit what a token may visit: leave one out; got "
+                got = f"{getattr(self.communication, key)} and {self.model.num_expert_groups}"
+                yield Broken((("communication", key), ("model", "num_expert_groups")), rule + got)
         for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
             if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"

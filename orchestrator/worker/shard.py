@@ -131,10 +131,22 @@ class Workshop:
     def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""
         with self.device:
-            home = ExpertHome(plan.placement, groups.rank, groups.exchange, self.spec.communication.tokens)
+            home = self._home(plan, groups)
             model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
         check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
         slot, communication = plan.slot or slot_of(self.spec), self.spec.communication
         choosing = Choosing(engine.gradients, communication.compression, communication.overlap, plan.world.size)
         return Shard(plan.epoch, plan.world, groups, model, engine, slot, choosing, frozenset(plan.skips))
+
+    def _home(self, plan: GenerationPlan, groups: Groups) -> ExpertHome:
+        wanted = self.spec.communication
+        return ExpertHome(
+            plan.placement,
+            groups.rank,
+            groups.exchange,
+            wanted.tokens,
+            wanted.ranks_per_token,
+            plan.nodes,
+            wanted.nodes_per_token,
+        )

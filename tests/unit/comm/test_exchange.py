@@ -81,13 +81,13 @@ def test_a_journey_ends_once() -> None:
     assert len(set(on_ranks(3, run))) == 1
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_every_rank_sees_every_ranks_counts(world_size: int) -> None:
+def test_every_rank_sees_every_ranks_counts() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[list[int]]:
-        counts: list[list[int]] = gather_counts(torch.tensor([rank, 7 * rank]), group).tolist()
+        assert group is not None
+        counts: list[list[int]] = gather_counts(torch.tensor([rank, 7 * rank, 0]), group).tolist()
         return counts
 
-    assert on_ranks(world_size, run) == [[[rank, 7 * rank] for rank in range(world_size)]] * world_size
+    assert on_ranks(3, run) == [[[rank, 7 * rank, 0] for rank in range(3)]] * 3
 
 
 @pytest.mark.parametrize(("wire", "error"), [("bf16", 2**-8), ("int8", 0.5 / 127)])
@@ -119,3 +119,12 @@ def test_a_row_that_is_not_finite_stays_so() -> None:
         read_ND = decode(encode(x_ND, wire), wire, torch.float32)  # type: ignore[arg-type]
         assert read_ND[0].isfinite().all() and not read_ND[1].isfinite().all() and not read_ND[2].isfinite().all()
     assert decode(encode(torch.zeros(0, 8), "int8"), "int8", torch.float32).shape == (0, 8)
+
+
+@pytest.mark.parametrize("wire", ["exact", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_that_travel_whole_keep_all_bits(wire: Wire, dtype: torch.dtype) -> None:
+    x_ND = torch.linspace(-7, 11, 5 * 11).view(5, 11).to(dtype)
+    read_ND = decode(encode(x_ND, wire, 3), wire, dtype, 3)
+    assert torch.equal(read_ND[:, 8:], x_ND[:, 8:]) and read_ND.dtype == dtype
+    assert torch.equal(read_ND[:, :8], decode(encode(x_ND[:, :8], wire), wire, dtype))

@@ -1,18 +1,23 @@
-"""The mixture-of-experts layer in a world of one against a loop over tokens, and who sends to whom in larger worlds."""
+"""The mixture-of-experts layer in a world of one against a loop over tokens, and in larger worlds against that."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from orchestrator.elastic.placement import Placement
+from orchestrator.model.dispatch import Dispatch
 from orchestrator.model.experts import GatedMLP
-from orchestrator.model.moe import ExpertHome, MoELayer, _expected, expert_major
+from orchestrator.model.moe import ExpertHome, MoELayer
+from orchestrator.model.router import Router
 from orchestrator.spec.model import ModelSpec
+from tests.unit.comm.threads import on_ranks
 
 HIDDEN, INNER = 6, 10
 
@@ -127,31 +132,104 @@ def _placements(draw: st.DrawFn) -> Placement:
 @given(_placements())
 def test_tokens_go_to_a_holder_and_stay_home_where_they_can(placement: Placement) -> None:
     for rank in range(placement.world_size):
-        destination_E = ExpertHome(placement, rank, None).destinations()
-        for expert, holders in enumerate(placement.holders):
-            destination = int(destination_E[expert])
+        for destination, holders in zip(placement.destinations(rank), placement.holders, strict=True):
             assert destination in holders
             assert destination == rank or rank not in holders
 
 
-@given(_placements())
-def test_what_a_rank_expects_is_what_the_others_send(placement: Placement) -> None:
-    world = range(placement.world_size)
-    expects_RWE = torch.stack([_expected(ExpertHome(placement, rank, None), placement.num_experts) for rank in world])
-    assert bool((expects_RWE.sum(0) == 1).all())
-    for source in world:
-        assert torch.equal(expects_RWE[:, source].argmax(0), ExpertHome(placement, source, None).destinations())
-
-
-def test_rows_by_source_and_expert_are_found_by_expert_and_source() -> None:
-    arriving_WL = torch.tensor([[2, 0, 1], [1, 3, 0]])
-    rows = [(expert, source) for source in range(2) for expert in range(3) for _ in range(arriving_WL[source, expert])]
-    assert [rows[row] for row in expert_major(arriving_WL).tolist()] == sorted(rows)
-    assert expert_major(arriving_WL).tolist() == [0, 1, 3, 4, 5, 6, 2]
-    assert expert_major(arriving_WL[:, :0]).tolist() == []
-
-
 def test_senders_spread_over_the_replicas() -> None:
     placement = Placement(1, 6, ((0, 3),))
-    destinations = [int(ExpertHome(placement, rank, None).destinations()[0]) for rank in range(6)]
-    assert destinations == [0, 3, 0, 3, 0, 3]
+    assert [placement.destinations(rank)[0] for rank in range(6)] == [0, 3, 0, 3, 0, 3]
+
+
+SPREAD = Placement(5, 3, ((1,), (0, 2), (0,), (0,), (1,)))  # rank 2 holds one expert, of which rank 0 has a copy
+EMPTY = Placement(5, 3, ((0,), (0,), (1,), (0,), (1,)))
+
+
+@pytest.mark.parametrize("placement", [SPREAD, EMPTY, Placement.balanced(5, 3), Placement.balanced(2, 3)])
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+def test_layers_over_ranks_compute_what_one_layer_does(placement: Placement, num_shared_experts: int) -> None:
+    whole = _layer(placement.num_experts, 2, num_shared_experts)
+    wanted = []
+    for rank in range(3):
+        x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
+        y_BTD = whole(x_BTD)
+        wanted.append((y_BTD.detach(), _gradients(whole, y_BTD, x_BTD)))
+
+    def run(rank: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+        layer = MoELayer(whole.router.spec, ExpertHome(placement, rank, group)).double()
+        layer.load_state_dict(whole.state_dict(), strict=False)
+        x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
+        y_BTD = layer(x_BTD)
+        torch.testing.assert_close(y_BTD, wanted[rank][0], rtol=1e-6, atol=1e-9)
+        return _gradients(layer, y_BTD, x_BTD)
+
+    found = on_ranks(3, run)
+    for name in wanted[0][1]:
+        if name == "x":
+            continue
+        total = sum(gradients[name] for gradients in found if name in gradients)  # of every rank that has it
+        theirs = sum(gradients[name] for _, gradients in wanted)
+        torch.testing.assert_close(total, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    for ours, (_, theirs_) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours["x"], theirs_["x"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_goes_once_to_a_rank_with_its_gates_for_that_ranks_experts() -> None:
+    dispatch = Dispatch(Placement(4, 3, ((0,), (0,), (1,), (2,))), 2)
+    expert_ids_NK, gates_NK = torch.tensor([[1, 0], [2, 0], [3, 1]]), torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    rows = dispatch.rows(expert_ids_NK, gates_NK)
+    assert rows.sent_W.tolist() == [3, 1, 1]
+    assert rows.token_S.tolist() == [0, 1, 2, 1, 2]
+    wanted_SL = [[0.2, 0.1], [0.4, 0.0], [0.0, 0.6], [0.3, 0.0], [0.5, 0.0]]
+    torch.testing.assert_close(rows.gates_SL, torch.tensor(wanted_SL))
+    there = Dispatch(Placement(4, 3, ((0,), (0,), (1,), (2,))), 0)
+    row_R, counts, gates_R = there.copies(rows.gates_SL[:3])
+    assert (row_R.tolist(), counts) == ([0, 1, 0, 2], [2, 2])
+    torch.testing.assert_close(gates_R, torch.tensor([0.2, 0.4, 0.1, 0.6]))
+
+
+def test_a_gate_that_is_not_a_number_is_computed() -> None:
+    dispatch = Dispatch(Placement.balanced(2, 2), 0)
+    _, counts, gates_R = dispatch.copies(torch.tensor([[float("nan")], [0.0]]))
+    assert counts == [1] and gates_R.isnan().all()
+
+
+def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:
+    layer = _layer(6, 2, 0)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, HIDDEN))
+    x_BTD = torch.ones(1, 4, HIDDEN, dtype=torch.float64) / HIDDEN
+
+    def chosen(**limits: Any) -> list[int]:
+        home = ExpertHome(Placement(6, 3, ((0,), (0,), (1,), (1,), (2,), (2,))), 0, None, **limits)
+        router = Router(layer.router.spec, home.limits(2))
+        router.load_state_dict(layer.router.state_dict())
+        ids: list[list[int]] = router(x_BTD[0]).expert_ids_NK.sort().values.tolist()
+        assert ids == [ids[0]] * 4
+        return ids[0]
+
+    assert chosen() == [0, 3]
+    assert chosen(ranks_per_token=1) == [2, 3]  # the best one, 0, is alone on its rank
+    assert chosen(ranks_per_token=2) == [0, 3]
+    assert chosen(nodes_per_token=1, nodes=("a", "b", "a")) == [2, 3]
+    assert chosen(nodes_per_token=1, nodes=("a", "a", "b")) == [0, 3]
+    assert chosen(nodes_per_token=1, ranks_per_token=1, nodes=("a", "a", "b")) == [2, 3]
+    assert chosen(nodes_per_token=1) == [0, 3]  # nobody knows the nodes
+
+
+@given(_placements(), st.integers(1, 6), st.integers(1, 4), st.data())
+def test_a_limit_leaves_enough_experts_to_choose_from(
+    placement: Placement, top_k: int, asked: int, data: st.DataObject
+) -> None:
+    top_k = min(top_k, placement.num_experts)
+    rank = data.draw(st.integers(0, placement.world_size - 1))
+    (limit,) = ExpertHome(placement, rank, None, ranks_per_token=asked).limits(top_k)
+    ranks = placement.destinations(rank)
+    assert limit.top <= max(asked, top_k)
+    choice_NE = torch.randn(7, placement.num_experts, generator=torch.Generator().manual_seed(top_k))
+    assert limit.best_only(choice_NE[:0]).shape == (0, placement.num_experts)
+    for open_E in limit.best_only(choice_NE).isfinite():
+        visited = {to for to, is_open in zip(ranks, open_E.tolist(), strict=True) if is_open}
+        assert int(open_E.sum()) >= top_k and len(visited) == limit.top
+        assert all(is_open == (to in visited) for to, is_open in zip(ranks, open_E.tolist(), strict=True))

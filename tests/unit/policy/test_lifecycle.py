@@ -459,6 +459,9 @@ def test_a_resumed_run_begins_from_its_checkpoint_with_new_workers_and_numbers()
     decision = resumed(limits, before, order)
     state = decision.state
     assert [(n.kind, n.fields["step"]) for n in decision.actions if isinstance(n, Note)] == [("resumed", done)]
+    assert decision.actions[0].fields["residuals"] is None  # type: ignore[union-attr]
+    without = resumed(limits, before, replace(order, restore=Restore(done, "/checkpoint", reset_residuals=True)))
+    assert without.actions[0].fields["residuals"] == "left behind"  # type: ignore[union-attr]
     assert (state.crew, state.current, state.outcome) == ((), None, None)
     assert state.seq > before.seq and state.target.seq > before.target.seq and state.checkpoint_done == done
     seen = Observation(1, 0.0, state.target, Progress(watermark=done), store_address=life.store)

@@ -36,7 +36,9 @@ def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
     """Not as `num_layers` says, which means nothing to a user's own model."""
     train = {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 8}
     traffic = _plan(ours=False, **train).worlds[1].traffic
-    assert traffic.dispatch == traffic.combine == 2 * (4 * 8 * 2 // 2) * 128 * 4  # there and back, half stays
+    rows = round(4 * 8 * (1 - 6 / 28))  # tokens of which both experts are at home stay there
+    assert traffic.combine == 2 * rows * 128 * 4  # results, and their gradients
+    assert traffic.dispatch == 2 * rows * (128 + 4) * 4  # with a gate for each expert of the receiver
 
 
 def test_stage_two_reduces_after_every_slot() -> None:

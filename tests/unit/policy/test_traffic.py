@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
-from orchestrator.policy.traffic import gradient_bytes, sent_share
+from orchestrator.policy.traffic import gradient_bytes, ranks_visited, sent_share
 from orchestrator.spec.communication import CompressionSpec
 
 MATRIX, NORM = ParamSpec("layers.0.attention.query", 64 * 256, None, 64), ParamSpec("layers.0.norm", 64, None)
@@ -30,3 +30,19 @@ def test_topk_sends_its_share_of_a_whole_copy_at_any_number_of_ranks() -> None:
     for size in (2, 4, 8, 64):
         sent = gradient_bytes([MATRIX], Placement.balanced(1, size), compression) / size
         assert sent == pytest.approx(0.1 * 4 * MATRIX.numel, rel=0.05)
+
+
+def test_a_token_goes_once_to_a_rank_however_many_of_its_experts_are_there() -> None:
+    one_each, two_each = Placement.balanced(4, 4), Placement.balanced(8, 4)
+    assert ranks_visited(one_each, 0, 2) == pytest.approx(2 * 3 / 4)
+    assert ranks_visited(two_each, 0, 2) == pytest.approx(3 * (1 - 15 / 28))
+    assert ranks_visited(two_each, 0, 8) == pytest.approx(3)
+    assert ranks_visited(Placement.balanced(8, 1), 0, 2) == 0
+    assert ranks_visited(Placement.balanced(2, 6), 0, 2) == pytest.approx(1)  # the other expert is elsewhere
+
+
+def test_a_token_goes_to_no_more_ranks_than_it_may() -> None:
+    placement = Placement.balanced(16, 8)
+    visited = [ranks_visited(placement, 0, 4, limit) for limit in (1, 2, 3, 8, None)]
+    assert visited == sorted(visited) and visited[0] == visited[1] <= 2 and visited[3] == visited[4]
+    assert ranks_visited(placement, 0, 1, 1) == pytest.approx(7 / 8)

@@ -1,0 +1,39 @@
+"""Tokens on their way to experts in a run of real workers: what the job file says of them holds through rescales."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.job import EvalSpec
+from tests.support.crew import Crew
+from tests.support.texts import STEPS, small_job
+
+
+@pytest.mark.parametrize("limit", ["ranks_per_token", "nodes_per_token"])
+def test_a_limited_token_goes_to_one_place_in_every_world(
+    limit: str, texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    communication = CommunicationSpec.model_validate({"tokens": "int8", limit: 1})
+    job = small_job(texts, {"num_experts": 8}).model_copy(update={"communication": communication, "eval": EvalSpec()})
+    nodes = ("a", "a", "b", "b")
+    with Crew(job, store_dir, tmp_path, size=4) as crew:
+        plans = [crew.plan(crew.ids, nodes=nodes)]
+        crew.start(plans[0])
+        for size in (2, 3):
+            crew.await_step(crew.newest_step + 4)
+            plans.append(crew.rescale(crew.ids[:size], nodes=nodes[:size]))
+        crew.await_finished()
+    records = [record for _, record in sorted(crew.records.items())]
+    assert len(records) == STEPS and all(record.applied for record in records)
+    assert records[-1].loss < records[0].loss - 0.5
+    placements = {plan.generation: plan.placement for plan in plans}
+    model = job.model
+    layers = model.num_layers - model.num_dense_layers
+    for record in records:
+        places = 1 if limit == "ranks_per_token" else 2  # ranks of a node
+        rows = 2 * layers * record.tokens * places  # there and back
+        gates = 4 * max(len(placements[record.generation].experts_of(rank)) for rank in range(record.world_size))
+        assert 0 < record.traffic[TrafficKind.DISPATCH].sent <= rows * (model.hidden_size + 4 + gates)
+        assert 0 < record.traffic[TrafficKind.COMBINE].sent <= rows * (model.hidden_size + 4)
