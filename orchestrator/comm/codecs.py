@@ -66,53 +66,83 @@ class Bf16(Codec):
         return payload_WP.view(torch.bfloat16).float()
 
 
-class Scaled(Codec):
-    """Blocks of numbers of a small format, each block with a scale of its own in fp32.
+class Fp16(Codec):
+    """Blocks of fp16, each with a scale of its own in fp32, so that none is too large or too small for it."""
 
-    Args:
-        dtype: of the numbers.
-        largest: what a block's largest number becomes.
-    """
-
-    def __init__(self, dtype: torch.dtype, largest: float) -> None:
-        self._dtype, self._largest, self._itemsize = dtype, largest, dtype.itemsize
+    LARGEST = 32_768.0
 
     def encode(self, x_WS: Tensor) -> Tensor:
-        x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
-        scale_WB1 = x_WBE.abs().amax(-1, keepdim=True).div_(self._largest)
-        scaled_WBE = x_WBE / torch.where(scale_WB1 == 0, 1.0, scale_WB1)
-        if not self._dtype.is_floating_point:
-            scaled_WBE.round_().nan_to_num_()  # the scale says that it isn't finite
-        numbers = scaled_WBE.to(self._dtype).view(len(x_WS), -1).view(torch.uint8)
-        return torch.cat([numbers, scale_WB1.view(len(x_WS), -1).view(torch.uint8)], dim=1)
+        scale_WB1, scaled_WBE = _scaled(x_WS, self.LARGEST)
+        return _joined(scaled_WBE.to(torch.float16), scale_WB1)
 
     def decode(self, payload_WP: Tensor) -> Tensor:
-        num_blocks = payload_WP.shape[1] // (BLOCK * self._itemsize + 4)
-        split = num_blocks * BLOCK * self._itemsize
-        numbers_WBE = payload_WP[:, :split].contiguous().view(self._dtype).view(-1, num_blocks, BLOCK)
-        scale_WB1 = payload_WP[:, split:].contiguous().view(torch.float32)[..., None]
-        return torch.mul(numbers_WBE, scale_WB1).view(len(payload_WP), -1)
+        numbers_WBn, scale_WB1 = _parted(payload_WP, 2 * BLOCK)
+        return torch.mul(numbers_WBn.view(torch.float16), scale_WB1).view(len(payload_WP), -1)
 
 
-class Nibbles(Codec):
-    """Blocks of whole numbers from -7 to 7, two to a byte, each block with a scale of its own in fp32."""
+class Int8(Codec):
+    """Blocks of whole numbers from -127 to 127, each block with a scale of its own in fp32."""
 
-    LARGEST = 7
+    LARGEST, NUM_BYTES = 127, BLOCK  # of a block
 
     def encode(self, x_WS: Tensor) -> Tensor:
-        x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
-        scale_WB1 = x_WBE.abs().amax(-1, keepdim=True).div_(self.LARGEST)
-        scaled_WBE = (x_WBE / torch.where(scale_WB1 == 0, 1.0, scale_WB1)).round_().nan_to_num_()
-        low, high = scaled_WBE.add_(self.LARGEST).to(torch.uint8).view(len(x_WS), -1, 2).unbind(-1)
-        return torch.cat([low + (high << 4), scale_WB1.view(len(x_WS), -1).view(torch.uint8)], dim=1)
+        scale_WB1, scaled_WBE = _scaled(x_WS, self.LARGEST)
+        return _joined(self._pack(scaled_WBE.round_().to(torch.int8)), scale_WB1)
 
     def decode(self, payload_WP: Tensor) -> Tensor:
-        num_blocks = payload_WP.shape[1] // (BLOCK // 2 + 4)
-        split = num_blocks * BLOCK // 2
-        pairs = payload_WP[:, :split]
-        numbers = torch.stack([pairs & 15, pairs >> 4], dim=-1).to(torch.float32).sub_(self.LARGEST)
-        scale_WB1 = payload_WP[:, split:].contiguous().view(torch.float32)[..., None]
-        return numbers.view(len(payload_WP), num_blocks, BLOCK).mul_(scale_WB1).view(len(payload_WP), -1)
+        numbers_WBE, scale_WB1 = self._read(payload_WP)
+        return numbers_WBE.mul_(scale_WB1).view(len(payload_WP), -1)
+
+    def take(self, x_WS: Tensor) -> Tensor:
+        scale_WB1, numbers_WBE = _scaled(x_WS, self.LARGEST)
+        payload_WP = _joined(self._pack(numbers_WBE.round_().to(torch.int8)), scale_WB1)
+        x_WS.sub_(numbers_WBE.mul_(scale_WB1).view_as(x_WS))  # what `decode` says
+        return payload_WP
+
+    def _read(self, payload_WP: Tensor) -> tuple[Tensor, Tensor]:
+        packed_WBn, scale_WB1 = _parted(payload_WP, self.NUM_BYTES)
+        return self._unpack(packed_WBn.view(torch.int8)).float(), scale_WB1
+
+    def _pack(self, numbers_WBE: Tensor) -> Tensor:
+        return numbers_WBE
+
+    def _unpack(self, packed_WBn: Tensor) -> Tensor:
+        return packed_WBn
+
+
+class Int4(Int8):
+    """Whole numbers from -7 to 7, two to a byte: one of the block's first half, and one of its second."""
+
+    LARGEST, NUM_BYTES = 7, BLOCK // 2
+
+    def _pack(self, numbers_WBE: Tensor) -> Tensor:
+        first_WBn, second_WBn = numbers_WBE.chunk(2, -1)
+        return (first_WBn & 15).bitwise_or_(second_WBn << 4)
+
+    def _unpack(self, packed_WBn: Tensor) -> Tensor:
+        return torch.cat([(packed_WBn << 4) >> 4, packed_WBn >> 4], dim=-1)  # a shift to the right keeps the sign
+
+
+def _scaled(x_WS: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Scales by block (W, B, 1), and the blocks (W, B, E) with their largest numbers at `largest`. Where a number isn't
+    finite the scale isn't either, so whatever becomes of the number is read as not finite."""
+    x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
+    scale_WB1 = x_WBE.abs().amax(-1, keepdim=True).div_(largest)
+    return scale_WB1, x_WBE / torch.where(scale_WB1 == 0, 1.0, scale_WB1)
+
+
+def _joined(numbers_WBn: Tensor, scale_WB1: Tensor) -> Tensor:
+    """A payload: all numbers, then all scales."""
+    parts = [part.view(len(scale_WB1), -1).view(torch.uint8) for part in (numbers_WBn, scale_WB1)]
+    return torch.cat(parts, dim=1)
+
+
+def _parted(payload_WP: Tensor, num_bytes: int) -> tuple[Tensor, Tensor]:
+    """Of `_joined`, the blocks, each of so many bytes, and the scales."""
+    num_blocks = payload_WP.shape[1] // (num_bytes + 4)
+    numbers, scales = torch.split(payload_WP, [num_blocks * num_bytes, num_blocks * 4], dim=1)
+    scale_WB1 = scales.contiguous().view(torch.float32)[..., None]
+    return numbers.contiguous().view(len(payload_WP), num_blocks, num_bytes), scale_WB1
 
 
 class TopK(Codec):
@@ -179,11 +209,11 @@ def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int, sch
         case "bf16":
             return Bf16()
         case "fp16":
-            return Scaled(torch.float16, 32_768.0)
+            return Fp16()
         case "int8":
-            return Scaled(torch.int8, 127.0)
+            return Int8()
         case "int4":
-            return Nibbles()
+            return Int4()
         case "topk":
             return TopK(compression.kept_per_block(num_ranks, warmed_up(compression, num_updates)))
     raise ValueError(f"{compression.scheme} is no codec; none, bf16, fp16, int8, int4 and topk are")

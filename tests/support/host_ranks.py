@@ -13,10 +13,11 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+from orchestrator.control.crew import WORKER_ENV
 from tests.support.hosts import Hosts
 
 PATIENCE_S = 300.0
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | WORKER_ENV  # memory as the product's workers have it
 
 
 class HostRanks:
