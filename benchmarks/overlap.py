@@ -21,7 +21,7 @@ from tests.support.host_ranks import HostRanks
 from tests.support.hosts import Hosts
 
 RANKS, MBIT = 4, 150.0
-ROUNDS, QUICK_ROUNDS = 8, 1
+ROUNDS, QUICK_ROUNDS = 20, 1
 MODEL: dict[str, Any] = {
     "hidden_size": 256,
     "num_layers": 6,
