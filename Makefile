@@ -1,6 +1,7 @@
 # A virtual environment of its own in .venv, installed once and again when the dependencies change.
 #   make demo      install, then train one small run, scale it, kill a worker in it and summarise
 #   make test      install what tests need, then run them
+#   make journeys  runs on a real cluster from beginning to end, as their users have them
 #   make test-all  all tests, slow ones, several hosts and injected faults included
 #   make check     format, lint, types and architecture: what CI runs first
 #   make bench     every benchmark but false_alarms, which takes half an hour
@@ -11,13 +12,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py),$(wildcard benchmarks/*.py)))
 
-.PHONY: demo test test-all check bench install clean
+.PHONY: demo test journeys test-all check bench install clean
 
 demo: $(VENV)/run.stamp
 	$(BIN)/orchestrator run jobs/quickstart.yaml --local --kill-at 90 --name quickstart-$$(date +%m%d-%H%M%S)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest tests/unit tests/architecture tests/integration -m "not slow"
+	$(BIN)/pytest tests/unit tests/architecture tests/integration -m "not slow and not journey"
+
+journeys: $(VENV)/dev.stamp
+	$(BIN)/pytest tests/integration -m "journey and not slow"
 
 test-all: $(VENV)/dev.stamp
 	$(BIN)/pytest

@@ -14,10 +14,14 @@ from orchestrator.checkpoint.manifest import step_name
 from orchestrator.checkpoint.read import list_steps, read_manifest
 from orchestrator.client import OrchestratorClient
 from orchestrator.control.journal import read_events
+from orchestrator.control.memory import read_steps
 from orchestrator.control.run_files import RunFiles
 from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec, RecoverySpec, WorkersSpec
+from orchestrator.spec.protection import OFF
+from orchestrator.worker.choosing import PROBES, SKIPPED
 from tests.support.driver import Driver
 from tests.support.hosts import Hosts, until
 from tests.support.texts import small_job
@@ -306,3 +310,16 @@ def test_a_worker_that_was_cut_off_comes_back_ends_and_has_written_nothing(
     assert metrics.execute("SELECT count(*) FROM metrics WHERE key = 'train/loss'").fetchone()[0] > recovery.step
     twice = "SELECT key, step FROM metrics WHERE key NOT LIKE 'system/%' GROUP BY key, step HAVING count(*) > 1"
     assert metrics.execute(twice).fetchall() == []
+
+
+def test_auto_compresses_on_a_slow_link(hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path) -> None:
+    communication = CommunicationSpec.model_validate({"compression": "auto", "bucket_mb": 0.05})
+    job = _job("slow", texts, tmp_path).model_copy(update={"communication": communication, "protection": OFF})
+    for index in range(3):
+        hosts.limit(index, 10.0)
+    run = str(driver.call(OrchestratorClient.submit, job))
+    _until(driver, run, lambda s: s.step > SKIPPED + PROBES + 2)
+    ended = _cancel(driver, run)
+    schemes = [record.compression for record in read_steps(Path(ended.run_dir))]
+    assert schemes[: SKIPPED + PROBES] == ["none"] * (SKIPPED + PROBES)
+    assert set(schemes[SKIPPED + PROBES :]) == {"int4"}

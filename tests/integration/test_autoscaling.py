@@ -53,6 +53,7 @@ def _whys(on: Cluster, name: str) -> list[str]:
     return [event["why"] for event in on.ask("events", name) if event["kind"] == "target"]
 
 
+@pytest.mark.journey
 def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -> None:
     on.submit("free", **_job("available"))
     on.until("free", lambda s: s.workers_now == 4)
@@ -77,6 +78,7 @@ def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -
     until(lambda: _demand() == 0, SOON_S, "Ray's autoscaler to be asked for nothing any more")
 
 
+@pytest.mark.journey
 def test_a_lost_place_is_not_waited_for(on: Cluster) -> None:
     """A worker is lost, and somebody else is in its place: the run wants no more than it can have, until that goes."""
     on.submit("squeezed", **_job("available"))
@@ -91,6 +93,7 @@ def test_a_lost_place_is_not_waited_for(on: Cluster) -> None:
     on.assert_every_step_once("squeezed", on.end_of("squeezed").step)
 
 
+@pytest.mark.journey
 def test_stages_name_their_workers_and_ray_is_asked_for_nodes(on: Cluster) -> None:
     stages = [
         {"name": "few", "workers": 1, "until": {"steps": 150}},

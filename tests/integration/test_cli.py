@@ -120,6 +120,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     local_cluster.down()
 
 
+@pytest.mark.journey
 def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     job = here.job("steered", train=JOB["train"] | {"steps": 2000})
     assert here("submit", job).stdout == "steered\n"
@@ -149,6 +150,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
         assert "Did you mean `steered`?" in here(*verb, "steerd", expect=102).stderr
 
 
+@pytest.mark.journey
 def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     slow = {"train": JOB["train"] | {"steps": 300}, "envs": {"SIM_STEP_S": "0.05"}, "checkpoint": {"every": 10}}
     here("submit", here.job("sleeper", **slow))
@@ -235,6 +237,7 @@ def test_a_failed_run_exits_100_and_names_the_reason(here: Here) -> None:
     assert "broken failed" in failed.stderr and "Traceback" not in failed.stderr
 
 
+@pytest.mark.journey
 def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
     done = alone("run", alone.job("whole"), "--local")
     assert "whole: succeeded" in done.stdout
@@ -245,6 +248,7 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
     assert "each exactly once" in alone("audit", "whole").stdout
 
 
+@pytest.mark.journey
 def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
     process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"steps": 900}))
     _await_line(process, "lasting training")
@@ -259,6 +263,7 @@ def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
     assert local_cluster.status() is None
 
 
+@pytest.mark.journey
 def test_a_cluster_that_dies_ends_the_command_and_leaves_what_is_known(alone: Here) -> None:
     process = alone.start("run", alone.job("orphaned", train=JOB["train"] | {"steps": 5000}))
     _await_line(process, "orphaned training")

@@ -50,6 +50,7 @@ def contents(store: TokenStore) -> dict[str, bytes]:
 
 
 @pytest.mark.ray
+@pytest.mark.journey
 @pytest.mark.parametrize("difficulty", ["diversity", "reference_loss"])
 def test_the_store_is_that_of_one_process(ray: None, corpus: Path, tmp_path: Path, difficulty: str) -> None:
     request = Request((str(corpus),), vocab_size=300, deduplicate=False, difficulty=difficulty)

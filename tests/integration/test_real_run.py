@@ -36,7 +36,7 @@ from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import ROOT, linear, own_spec
 from tests.support.texts import HOLDOUT, VOCAB, small_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
