@@ -17,7 +17,7 @@ import typer
 
 from orchestrator.cli.options import Name, Set, overrides_of
 from orchestrator.cli.output import say, show
-from orchestrator.control.job_port import LEFT_OUT, MARK, MARKED, JobPort, is_url
+from orchestrator.control.job_port import LEFT_OUT, MARK, MARKED, OURS, JobPort, is_url
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
 
@@ -64,7 +64,7 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     def look(line: str) -> bool:
         if line == BEGUN:
             begun.append(line)
-        elif line.startswith((MARK, "error")):
+        elif line.startswith(MARK) and line != OURS:
             write(line)
         return not begun
 
@@ -72,7 +72,9 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     if dry_run:
         say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
         return run_id
-    job_id = port.start(command, Path.cwd(), {}, run_id, look)
+    job_id, refused = port.start(command, Path.cwd(), {}, run_id, look)
+    if refused is not None:
+        raise typer.Exit(refused)
     say(f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is.")
     return run_id
 
@@ -156,6 +158,8 @@ class Marked:
 def mark_stderr() -> None:
     """In a job in the cluster."""
     if os.environ.pop(MARKED, None):
+        show(OURS)
+        sys.stdout.flush()
         sys.stderr = Marked(sys.stderr)
 
 

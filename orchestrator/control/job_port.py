@@ -6,6 +6,7 @@ marked, since a job has one log for both.
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import time
@@ -20,6 +21,7 @@ from orchestrator.errors import ClusterUnreachable, NotAllowed, UsageError
 
 MARK = "\x1f"  # begins a line that was written to stderr
 MARKED = "ORCHESTRATOR_MARK_STDERR"
+OURS = f"{MARK}{MARK}ours"  # the line after Ray's own
 PYTHON = "ORCHESTRATOR_PYTHON"  # in the head's environment: the interpreter that has us installed, if not `python`
 LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", ".*_cache", "node_modules"]
 MOST_BYTES = 100 << 20  # that are sent with a job
@@ -51,6 +53,8 @@ class JobPort:
             raise UsageError(f"cluster address {url} is no URL of a Jobs API", remedy=REACH)
         from ray.job_submission import JobSubmissionClient
 
+        for module in ("dashboard_sdk", "job.sdk"):  # tell of every upload
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)  # Ray would take these instead of what it is told
         self._client = self._asked(lambda: JobSubmissionClient(url))
@@ -58,10 +62,26 @@ class JobPort:
     def run(self, command: list[str], on_line: Callable[[str], None]) -> int:
         """Run a command of ours in the cluster, hand each line of its output on, and return its exit code."""
         job = self._submit(command, {}, {"orchestrator": "command"})
+        before: list[str] = []
+        is_ours = False
+
+        def look(line: str) -> None:
+            nonlocal is_ours
+            if is_ours:
+                on_line(line)
+            else:
+                is_ours = line == OURS
+                before.append(line)
+
         try:
-            asyncio.run(self._follow(job, on_line))
-            code = self._ended(job).driver_exit_code
-            return 1 if code is None else int(code)
+            asyncio.run(self._follow(job, look))
+            ended = self._ended(job)
+            if is_ours and ended.driver_exit_code is not None:
+                return int(ended.driver_exit_code)
+            said = "\n".join(line for line in before[-5:] if line != OURS)
+            raise ClusterUnreachable(
+                f"the cluster's job {job} {ended.status.lower()}: {ended.message}\n{said}".rstrip()
+            )
         except KeyboardInterrupt:
             self._asked(lambda: self._client.stop_job(job))
             raise
@@ -70,11 +90,11 @@ class JobPort:
 
     def start(
         self, command: list[str], directory: Path, envs: Mapping[str, str], name: str, on_line: Callable[[str], bool]
-    ) -> str:
+    ) -> tuple[str, int | None]:
         """Start a driver of ours in a copy of `directory`; hand lines of its output on until `on_line` says no more.
 
         Returns:
-            the job's id. It goes on.
+            the job's id, and None: it goes on; or the exit code with which it has refused, and is forgotten.
 
         Raises:
             UsageError: the directory is too large to be sent.
@@ -90,12 +110,15 @@ class JobPort:
             lines = self._asked(lambda: self._client.get_job_logs(job)).splitlines()
             for line in lines[seen:]:
                 if not on_line(line):
-                    return job
+                    return job, None
             seen = len(lines)
             if info.status.is_terminal():
+                self._asked(lambda: self._client.delete_job(job))
+                if OURS in lines and info.driver_exit_code is not None:
+                    return job, int(info.driver_exit_code)
                 raise ClusterUnreachable(
                     f"job {job} {info.status.lower()} before it had begun: {info.message}",
-                    remedy=f"`ray job logs {job} --address {self.url}` may tell more.",
+                    unchanged="Nothing was started.",
                 )
             if seen == 0 and time.monotonic() > deadline_s:
                 self._client.stop_job(job)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -81,14 +82,14 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     submitted = far("submit", job, "--workers", "2..3", "--set", "eval.every=5")
     assert submitted.stdout == "distant\n" and "is submitted as job distant-" in submitted.stderr
     far.until("distant", lambda s: s["step"] > 5 and s["workers_now"] == 2)
-    assert "NameTaken" not in far("submit", job, expect=2).stderr
+    told = far("submit", job, expect=2).stderr.splitlines()
+    assert told[0].endswith("a run's name must be new in its storage") and told[2:] == ["Nothing was started."]
     far("scale", "distant", "-n", "3")
     far.until("distant", lambda s: bool(s["rescales"]) and s["rescales"][-1]["stall_s"] is not None)
     assert "generation_planned" in far("events", "distant").stdout
     assert "no run 'distand'" in far("status", "distand", expect=102).stderr
 
-    listed = far.ray("list")
-    (job_id,) = {word for word in listed.replace("'", " ").split() if word.startswith("distant-")}
+    (job_id,) = set(re.findall(r"submission_id='(distant-[^']+)'", far.ray("list")))
     assert "generation" in far.ray("logs", job_id)
     far.ray("stop", job_id, "--no-wait")
     ended = far.until("distant", lambda s: s["phase"] == "cancelled")
