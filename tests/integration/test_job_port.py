@@ -113,3 +113,11 @@ def test_a_directory_that_is_too_large_is_not_sent(far: Far, texts: Path, tmp_pa
     told = large("submit", job, expect=2).stderr
     assert "can't be sent to the cluster" in told and "Nothing was started." in told
     assert not (tmp_path / "shared").exists() and "heavy-" not in far.ray("list")
+
+
+def test_a_secret_that_is_not_there_ends_the_run_and_leaves_nothing(far: Far, texts: Path, tmp_path: Path) -> None:
+    job = _job(far, texts, tmp_path / "shared", "careless", secrets={"API_KEY": "env:NO_SUCH_KEY"})
+    far("submit", job)
+    ended = far.until("careless", lambda s: s["phase"] == "failed")
+    assert "secret API_KEY is to come from the environment variable NO_SUCH_KEY" in ended["error"]
+    assert not [name for name in json.loads(far("list", "-o", "json").stdout) if name["phase"] == "training"]
