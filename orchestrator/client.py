@@ -14,7 +14,7 @@ calls go through `OrchestratorClient._ask`: a client that reaches the cluster an
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class OrchestratorClient:
         job: JobSpec | str | os.PathLike[str],
         *,
         name: str | None = None,
+        overrides: Sequence[str] = (),
         timeout_s: float = 0.0,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
@@ -72,6 +73,7 @@ class OrchestratorClient:
 
         Args:
             name: the run's name, in place of the job's.
+            overrides: of a job file, each `KEY=VALUE`, a dotted key and YAML, in place of what the file says.
             timeout_s: how long to wait for room in the cluster, if it has none now.
             on_wait: called once with what is missing, if it has none now and is waited for.
             options: passed on to `Scheduler.submit`.
@@ -86,7 +88,7 @@ class OrchestratorClient:
             NameTaken: the storage or the cluster has a run of this name.
             JobDoesNotFit: the cluster has no room for the first workers, for `timeout_s`.
         """
-        order = order_of(job, name)
+        order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
         return self._when_there_is_room(timeout_s, on_wait, lambda: str(self._ask("submit", *args, **options)))
 
@@ -256,9 +258,9 @@ class OrchestratorClient:
         return ask(self._scheduler, method, *args, timeout_s=ANSWER_TIMEOUT_S, **kwargs)
 
 
-def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None) -> JobSpec:
+def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None, overrides: Sequence[str] = ()) -> JobSpec:
     """The job, if it could be submitted as far as is known without a cluster. Raises what `submit` raises."""
-    return order_of(job, name).spec
+    return order_of(job, name, overrides).spec
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:

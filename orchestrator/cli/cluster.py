@@ -24,12 +24,16 @@ def up(
             "Default: 8, or the machine's if it has more.",
         ),
     ] = None,
+    jobs_port: Annotated[
+        int | None,
+        typer.Option("--jobs-port", min=1, max=65535, help="Serve Ray's Jobs API and dashboard too, on loopback."),
+    ] = None,
     output: Output = Format.TEXT,
 ) -> None:
     """Start it, unless it is up. It outlives this terminal."""
     from orchestrator.control import local_cluster
 
-    started = local_cluster.up(cpus or default_cpus())
+    started = local_cluster.up(cpus or default_cpus(), jobs_port)
     record = started.record
     if started.fresh:
         say(f"The local cluster is up: {record.num_cpus} logical CPUs. End it with `orchestrator cluster down`.")

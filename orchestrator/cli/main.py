@@ -20,6 +20,7 @@ from orchestrator.cli import (
     models,
     plan,
     records,
+    remote,
     run,
     runs,
     tracking,
@@ -45,13 +46,18 @@ inference.register(app)
 doctor.register(app)
 job_files.register(app)
 plan.register(app)
+remote.register(app)
 app.add_typer(data.app, name="data", rich_help_panel="Job files")
 app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
 
 
 def main() -> None:
     """Run the command line; ends the process with the exit code."""
+    remote.mark_stderr()
     try:
+        code = remote.forwarded(sys.argv[1:])
+        if code is not None:
+            sys.exit(code)
         app()
     except OrchestratorError as error:
         show_error(error)

@@ -14,6 +14,26 @@ Name = Annotated[
 ]
 
 
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="In place of what the job file says, like train.steps=200. May be given several times.",
+        show_default=False,
+    ),
+]
+Range = Annotated[
+    str | None,
+    typer.Option("--workers", metavar="N|MIN..MAX", help="The same as --set workers=…", show_default=False),
+]
+
+
+def overrides_of(settings: list[str] | None, workers: str | None) -> list[str]:
+    """What --set and --workers say of a job file."""
+    return [*(settings or []), *([f"workers={workers}"] if workers is not None else [])]
+
+
 def _known_runs(incomplete: str) -> list[str]:
     """What a shell offers for RUN: runs in ./runs."""
     from orchestrator.control.run_files import runs_in
@@ -28,9 +48,10 @@ Address = Annotated[
     str | None,
     typer.Option(
         "--address",
-        metavar="HOST:PORT",
+        metavar="HOST:PORT|URL",
         envvar="RAY_ADDRESS",
-        help="Head of the Ray cluster. Default: the local one of `orchestrator cluster up`.",
+        help="Head of the Ray cluster, or the URL of its Jobs API, like http://10.0.0.5:8265. Default: the local one "
+        "of `orchestrator cluster up`.",
     ),
 ]
 Storage = Annotated[

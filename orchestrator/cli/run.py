@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, JobFile, Name, Output, Timeout
+from orchestrator.cli.options import Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
 from orchestrator.cli.output import Format, say, show, show_json, tell_wait
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 from orchestrator.protocol.codec import to_plain
@@ -20,6 +20,8 @@ from orchestrator.spec.job import JobSpec
 def run(
     job: JobFile,
     name: Name = None,
+    settings: Set = None,
+    workers: Range = None,
     timeout: Timeout = 0.0,
     local: Annotated[bool, typer.Option("--local", help="On this machine, whatever RAY_ADDRESS says.")] = False,
     keep_cluster: Annotated[
@@ -40,10 +42,11 @@ def run(
     from orchestrator.cli.summary import aligned, summary
     from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
 
-    spec = check_job(job, name)  # before any cluster is looked for, or started
+    overrides = overrides_of(settings, workers)
+    spec = check_job(job, name, overrides)  # before any cluster is looked for, or started
     with _cluster(spec, None if local else address, keep_cluster) as place:
         client = OrchestratorClient(place.address)
-        run_id = client.submit(job, name=name, timeout_s=timeout, on_wait=tell_wait)
+        run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=tell_wait)
         say(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
         live = LiveProgress()
         victims = [kill_at] if kill_at is not None else []

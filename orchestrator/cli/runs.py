@@ -5,22 +5,54 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Address, JobFile, Name, Output, RunId, Storage, Timeout, Watch
+from orchestrator.cli.options import (
+    Address,
+    JobFile,
+    Name,
+    Output,
+    Range,
+    RunId,
+    Set,
+    Storage,
+    Timeout,
+    Watch,
+    overrides_of,
+)
 from orchestrator.cli.output import Format, say, show, show_json, show_line, show_table, tell_wait
+from orchestrator.cli.remote import submit_by_url
 from orchestrator.cli.wording import NONE, counted, moment, number
+from orchestrator.control.job_port import is_url
 from orchestrator.errors import UsageError
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.messages import Target
 
 
 def submit(
-    job: JobFile, name: Name = None, timeout: Timeout = 0.0, address: Address = None, output: Output = Format.TEXT
+    job: JobFile,
+    name: Name = None,
+    settings: Set = None,
+    workers: Range = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the job, and where it would go.")] = False,
+    timeout: Timeout = 0.0,
+    address: Address = None,
+    output: Output = Format.TEXT,
 ) -> None:
-    """Start a run and return; prints its name."""
+    """Start a run and return; prints its name. To the URL of a Jobs API it sends the current directory too."""
     from orchestrator.client import OrchestratorClient, check_job
 
-    check_job(job, name)  # before any cluster is looked for
-    run_id = OrchestratorClient(address).submit(job, name=name, timeout_s=timeout, on_wait=tell_wait)
+    overrides = overrides_of(settings, workers)
+    if is_url(address):
+        _show_name(submit_by_url(str(address), job, name, overrides, dry_run), output)
+        return
+    spec = check_job(job, name, overrides)  # before any cluster is looked for
+    client = OrchestratorClient(address)
+    if dry_run:
+        say(
+            f"Run {spec.name} would be submitted to {client.address} and stored in {spec.storage}. Nothing was started."
+        )
+        _show_name(spec.name, output)
+        return
+    run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=tell_wait)
     say(f"Run {run_id} is submitted. Follow it with `orchestrator logs {run_id} -f`.")
     _show_name(run_id, output)
 

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import psutil
 
+from orchestrator.control.job_port import PYTHON
 from orchestrator.control.processes import Process, describe, end_session, is_running, living_of
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 from orchestrator.protocol.codec import from_plain, to_plain
@@ -65,8 +66,11 @@ def state_dir() -> Path:
     return (Path(home).expanduser() if home else Path.home() / ".orchestrator").absolute() / "clusters" / "local"
 
 
-def up(num_cpus: int) -> Up:
+def up(num_cpus: int, jobs_port: int | None = None) -> Up:
     """Start a cluster with `num_cpus` logical CPUs, unless one is up already: then that one is left as it is.
+
+    Args:
+        jobs_port: of Ray's Jobs API and dashboard, on loopback; None for none.
 
     Raises:
         ClusterUnreachable: Ray did not start; what was begun has been removed again.
@@ -76,7 +80,7 @@ def up(num_cpus: int) -> Up:
         present = _present(directory)
         if present is not None:
             return Up(present, fresh=False)
-        return Up(_start(directory, num_cpus), fresh=True)
+        return Up(_start(directory, num_cpus, jobs_port), fresh=True)
 
 
 def status() -> ClusterRecord | None:
@@ -129,13 +133,13 @@ def _present(directory: Path) -> ClusterRecord | None:
     return None
 
 
-def _start(directory: Path, num_cpus: int) -> ClusterRecord:
+def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterRecord:
     token_path, log_path = directory / "token", directory / "head.log"
     _write_secret(token_path)
     temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))
     with log_path.open("wb") as log:
         head = subprocess.Popen(
-            _head_command(temp_dir, num_cpus),
+            _head_command(temp_dir, num_cpus, jobs_port),
             env=_head_environment(token_path),
             cwd=directory,
             stdin=subprocess.DEVNULL,
@@ -161,13 +165,15 @@ def _start(directory: Path, num_cpus: int) -> ClusterRecord:
     return record
 
 
-def _head_command(temp_dir: Path, num_cpus: int) -> list[str]:
+def _head_command(temp_dir: Path, num_cpus: int, jobs_port: int | None) -> list[str]:
     options = {
         "node-ip-address": "127.0.0.1",
         "port": 0,
         "ray-client-server-port": _free_port(),
         "dashboard-agent-listen-port": 0,
-        "include-dashboard": "false",
+        "include-dashboard": "false" if jobs_port is None else "true",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": jobs_port or 0,
         "num-cpus": num_cpus,
         "temp-dir": temp_dir,
     }
@@ -187,6 +193,7 @@ def _head_environment(token_path: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback, see `environment`
         "RAY_USAGE_STATS_ENABLED": "0",
+        PYTHON: sys.executable,
         "NO_COLOR": "1",
     }
 

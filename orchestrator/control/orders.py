@@ -1,6 +1,7 @@
 """A job made ready to be handed to the cluster: read, renamed, every path absolute, checked as far as is known here."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +37,13 @@ class Order:
         return self.spec.model_dump_json(by_alias=True)
 
 
-def order_of(job: JobSpec | str | os.PathLike[str], name: str | None) -> Order:
-    """Read and resolve a job; checked as far as is possible from here."""
+def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides: Sequence[str] = ()) -> Order:
+    """Read and resolve a job, checked as far as is possible from here; `overrides` of a job file as in `load_job`."""
     if isinstance(job, JobSpec):
         spec, text = job, yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False)
     else:
-        spec, text = load_job(job), Path(job).read_text(encoding="utf-8")
+        spec, text = load_job(job, overrides), Path(job).read_text(encoding="utf-8")
+        text += "".join(f"\n# --set {override}" for override in overrides)
     if name is not None:
         spec = _renamed(spec, name)
     run_dir = spec.storage_path / spec.name

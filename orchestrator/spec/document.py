@@ -41,6 +41,7 @@ class Document:
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     refused: set[Path] = field(default_factory=set)  # keys whose value is not to be read any further
+    overrides: dict[Path, str] = field(default_factory=dict)  # keys that were set from outside, and how
 
     def written(self, path: Path) -> Path:
         """`path`, or the nearest path above it that stands in the file; () for the whole file."""
@@ -50,8 +51,25 @@ class Document:
 
     def problem(self, path: Path, message: str) -> Problem:
         """A problem with the key at `path`; it is placed where the key, or what should hold it, stands."""
-        line, column = self.places.get(self.written(path), (1, 1))
-        return Problem(self.file, line, column, dotted(path), message)
+        written = self.written(path)
+        line, column = self.places.get(written, (1, 1))
+        return Problem(self.overrides.get(written, self.file), line, column, dotted(path), message)
+
+    def put(self, path: Path, value: Any, said: str) -> None:
+        """Set the key at `path`, whatever the file says of it; `said` is named in errors in place of the file."""
+        section = self.value
+        for depth, part in enumerate(path[:-1], 1):
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+                self._place(path[:depth], said)
+            section = section[part]
+        section[path[-1]] = value
+        for known in [known for known in self.places if known[: len(path)] == path]:
+            del self.places[known]
+        self._place(path, said)
+
+    def _place(self, path: Path, said: str) -> None:
+        self.places[path], self.overrides[path] = (1, 1), said
 
 
 def read_document(text: str, file: str) -> Document:

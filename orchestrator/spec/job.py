@@ -203,6 +203,11 @@ class JobSpec(Section):
         description="Environment variables of the workers. Visible to everyone who sees the cluster: put no secret "
         "here. LD_*, PYTHON* and RAY_* are refused, and OMP_NUM_THREADS, which follows from cores and workers.",
     )
+    secrets: dict[str, str] = Field(
+        default={},
+        description="Environment variables of the workers whose values are read on each worker's node: file:PATH, "
+        "absolute, or env:NAME, of Ray's own environment there. The job holds no value, and logs don't show it.",
+    )
 
     @property
     def storage_path(self) -> FilePath:
@@ -233,18 +238,27 @@ class JobSpec(Section):
             if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
                 yield Broken((("curriculum", "stages", i, "until"), ("eval", "every")), rule)
-        for name, value in self.envs.items():
+        yield from self._broken_environment()
+
+    def _broken_environment(self) -> Iterator[Broken]:
+        for name, reference in self.secrets.items():
+            if not re.fullmatch(r"file:/.+|env:[A-Za-z_][A-Za-z0-9_]*", reference):
+                yield Broken((("secrets", name),), "must be file:PATH with an absolute path, or env:NAME")
+            if name in self.envs:
+                yield Broken((("secrets", name), ("envs", name)), f"{name} is in envs too: leave one out")
+        of_both = (("envs", self.envs), ("secrets", self.secrets))
+        for section, name, value in ((section, *item) for section, values in of_both for item in values.items()):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                yield Broken((("envs", name),), "a name must be of letters, digits and _, and not begin with a digit")
+                yield Broken(((section, name),), "a name must be of letters, digits and _, and not begin with a digit")
             elif name.upper().startswith(REFUSED_ENVS):
                 refused = ", ".join(f"{prefix}*" for prefix in REFUSED_ENVS)
-                yield Broken((("envs", name),), f"{refused} must not be set: the runtime sets these itself")
+                yield Broken(((section, name),), f"{refused} must not be set: the runtime sets these itself")
             elif name == "OMP_NUM_THREADS":
                 yield Broken(
-                    (("envs", name),), "must not be set: each worker gets the machine's cores / workers.initial"
+                    ((section, name),), "must not be set: each worker gets the machine's cores / workers.initial"
                 )
             elif "\0" in value:
-                yield Broken((("envs", name),), "a value must not hold a NUL character")
+                yield Broken(((section, name),), "a value must not hold a NUL character")
 
     def _broken_sizes(self) -> Iterator[Broken]:
         """Rules of who decides the number of workers."""

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -21,11 +21,14 @@ MAX_BYTES = 2**20
 MAX_PROBLEMS = 100  # a file with more is something else than a job file; the first ones say so
 
 
-def load_job(path: str | os.PathLike[str]) -> JobSpec:
+def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobSpec:
     """Reads a job file.
 
+    Args:
+        overrides: each `KEY=VALUE`, a dotted key and YAML, in place of what the file says.
+
     Raises:
-        UsageError: the file can't be read, or is larger than 1 MiB.
+        UsageError: the file can't be read, is larger than 1 MiB, or an override is no `KEY=VALUE`.
         SpecError: it has mistakes; all of them are listed, up to MAX_PROBLEMS.
     """
     file = os.fspath(path)
@@ -47,11 +50,11 @@ def load_job(path: str | os.PathLike[str]) -> JobSpec:
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
         message = f"must be UTF-8; found the byte 0x{raw[error.start]:02x} at offset {error.start}"
         raise SpecError((Problem(file, line, column, "", message),)) from None
-    return parse_job(text, file)
+    return parse_job(text, file, overrides)
 
 
-def parse_job(text: str, file: str = "<string>") -> JobSpec:
-    """Reads a job from YAML text; `file` is only named in errors.
+def parse_job(text: str, file: str = "<string>", overrides: Sequence[str] = ()) -> JobSpec:
+    """Reads a job from YAML text; `file` is only named in errors, `overrides` as in `load_job`.
 
     Raises:
         SpecError: the text has mistakes; all of them are listed, up to MAX_PROBLEMS.
@@ -60,11 +63,27 @@ def parse_job(text: str, file: str = "<string>") -> JobSpec:
     if not isinstance(document.value, dict):
         rule = f"must be a mapping of keys, beginning with `schema: v1`; got {_shown(document.value)}"
         raise SpecError((*document.problems, document.problem((), rule)))
+    for override in overrides:
+        _apply(document, override)
     job, problems = _validated(document)
     if job is None or problems:
         in_order = sorted(set(problems), key=lambda p: (p.line, p.column, p.path, p.message))
         raise SpecError(tuple(in_order[:MAX_PROBLEMS]))
     return job
+
+
+def _apply(document: Document, override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise UsageError(
+            f"--set {override} sets nothing; it must be KEY=VALUE with a dotted key, like train.steps=200",
+            unchanged="Nothing was started.",
+        )
+    said = f"--set {override}"
+    value = read_document(text, said)
+    document.problems += value.problems
+    document.put(path, value.value, said)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ import torch
 
 from orchestrator.comm import pulse
 from orchestrator.data.store import TokenStore
-from orchestrator.errors import EntrypointError
+from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.rehearsal import rehearse
 from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.feed import Feed
+from orchestrator.worker.secrets import redacted, take_secrets
 from orchestrator.worker.shard import Workshop
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.warming import ReservedMemory, memory_of_a_world, warm_up
@@ -57,9 +58,10 @@ class Worker:
                 self._desk.publish(phase=Phase.WARMING)
                 try:
                     self._start(job)
-                except EntrypointError as error:
-                    log.error("%s\n%s", error.traceback, error)
-                    self._desk.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), error.traceback))
+                except UsageError as error:  # the user's own model, or a secret that isn't there
+                    told = error.traceback if isinstance(error, EntrypointError) else ""
+                    log.error("%s\n%s", told, error)
+                    self._desk.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), told))
                 except Exception:
                     log.exception("%s could not warm up", self._id)  # the caller gets the error, the log its traceback
                     raise
@@ -79,6 +81,9 @@ class Worker:
         self._heard()
         report = self._desk.report(after_step, known_version, timeout_s)
         self._heard()
+        if (error := report.error) is not None:
+            message, traceback = redacted(error.message), redacted(error.traceback)
+            report = replace(report, error=replace(error, message=message, traceback=traceback))
         return replace(report, rss_bytes=self._process.memory_info().rss, collective=pulse.entered())
 
     def shutdown(self) -> None:
@@ -89,6 +94,7 @@ class Worker:
     def _start(self, job: WorkerJob) -> None:
         torch.set_num_threads(job.threads)
         spec = JobSpec.model_validate_json(job.job_json)
+        take_secrets(spec.secrets)
         device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
         store = TokenStore.open(Path(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size

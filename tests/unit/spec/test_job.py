@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from orchestrator.errors import SpecError
 from orchestrator.spec.job import JobSpec, WorkersSpec
 from orchestrator.spec.loading import parse_job
 from orchestrator.spec.model import ModelSpec
@@ -217,3 +218,22 @@ def test_a_registered_model_may_have_an_alias() -> None:
 def test_names_that_mlflow_would_refuse_are_refused_here(tracking: dict[str, str], rule: str) -> None:
     with pytest.raises(ValidationError, match=rule):
         job(tracking=tracking)
+
+
+@pytest.mark.parametrize(
+    ("secrets", "rule"),
+    [
+        ("{KEY: hunter22}", "must be file:PATH with an absolute path, or env:NAME"),
+        ("{KEY: file:relative}", "must be file:PATH with an absolute path, or env:NAME"),
+        ("{KEY: env:a-b}", "must be file:PATH with an absolute path, or env:NAME"),
+        ("{LD_PRELOAD: env:A}", "must not be set: the runtime sets these itself"),
+        ("{TWICE: env:A}", "TWICE is in envs too"),
+    ],
+)
+def test_a_secret_is_named_and_not_said(secrets: str, rule: str) -> None:
+    with pytest.raises(SpecError, match=rule):
+        parse_job(f"schema: v1\nname: try\nenvs: {{TWICE: b}}\nsecrets: {secrets}\n")
+    assert (
+        parse_job("schema: v1\nname: try\nsecrets: {KEY: file:/run/key, OTHER: env:KEY}\n").secrets["OTHER"]
+        == "env:KEY"
+    )

@@ -299,3 +299,28 @@ def test_any_text_gives_a_job_or_a_spec_error(text: str) -> None:
     for candidate in (text, f"{HEAD}{text}", f"{HEAD}workers: {text}"):
         with suppress(SpecError):
             parse_job(candidate)
+
+
+def test_what_is_set_from_outside_takes_the_place_of_what_the_file_says() -> None:
+    text = f"{HEAD}train: {{steps: 7, lr: 1e-3}}\nworkers: {{min: 1, max: 2}}\n"
+    job = parse_job(text, "job.yaml", ["train.steps=9", "workers=2..4", "eval.every=3", "name=other", "envs={A: b}"])
+    assert (job.train.steps, job.train.lr, job.eval.every, job.name, job.envs) == (9, 1e-3, 3, "other", {"A": "b"})
+    assert (job.workers.min, job.workers.max) == (2, 4)
+
+
+def test_a_mistake_that_was_set_is_said_to_be_there() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_job(f"{HEAD}train: {{steps: 7}}\n", "job.yaml", ["train.steps=-1", "trian.lr=2"])
+    told = {(problem.file, problem.path) for problem in caught.value.problems}
+    assert told == {("--set train.steps=-1", "train.steps"), ("--set trian.lr=2", "trian")}
+
+
+def test_a_value_that_is_no_yaml_is_told() -> None:
+    with pytest.raises(SpecError, match="--set envs={A"):
+        parse_job(HEAD, "job.yaml", ["envs={A"])
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", ".steps=3", "train..steps=3"])
+def test_what_sets_nothing_is_refused(override: str) -> None:
+    with pytest.raises(UsageError, match="it must be KEY=VALUE"):
+        parse_job(HEAD, "job.yaml", [override])

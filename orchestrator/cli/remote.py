@@ -1,0 +1,181 @@
+"""Commands for a cluster of which one reaches nothing but its Jobs API, at both ends.
+
+Here: `forwarded` has a command run in the cluster, as a short job. There: `drive` is the driver of a submitted job: it
+keeps the code that came with it in run storage, submits the run and stays until its end, so that Ray shows both as one.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import uuid
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import typer
+
+from orchestrator.cli.options import Name, Set, overrides_of
+from orchestrator.cli.output import say, show
+from orchestrator.control.job_port import LEFT_OUT, MARK, MARKED, OURS, JobPort, is_url
+from orchestrator.errors import UsageError
+from orchestrator.spec.job import JobSpec
+
+# What reads or steers runs. The rest works on files of this machine.
+FORWARDED = (
+    *("list", "status", "scale", "stage", "kill", "cancel", "pause", "resume"),
+    *("events", "audit", "logs", "checkpoints", "verify"),
+)
+BEGUN = f"{MARK}{MARK}begun"  # the driver's word that the run is submitted
+PACKAGES = ".packages"  # in run storage: what came with submitted jobs
+
+
+def forwarded(arguments: list[str]) -> int | None:
+    """Run a command in the cluster if it names one by URL. Returns its exit code; None for a command to run here."""
+    if not arguments or arguments[0] not in FORWARDED:
+        return None
+    rest, url = _without_address(arguments)
+    if not is_url(url):
+        return None
+    return JobPort(str(url)).run(rest, write)
+
+
+def write(line: str) -> None:
+    """A line of a command in the cluster, to where it belongs."""
+    text = line.lstrip(MARK)
+    print(text, file=sys.stderr if line.startswith(MARK) else sys.stdout, flush=True)
+
+
+def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], dry_run: bool) -> str:
+    """Send a job and the current directory to a cluster. Returns the run's name once it is submitted there.
+
+    Raises:
+        SpecError, UsageError: as far as can be known here: the job file, and where it is.
+        OrchestratorError: what the cluster says.
+    """
+    from orchestrator.spec.loading import load_job
+
+    spec = load_job(job, overrides)
+    run_id = name or spec.name
+    _check_for_elsewhere(spec, job)
+    command = ["drive", str(job), "--name", run_id, *(word for text in overrides for word in ("--set", text))]
+    begun: list[str] = []
+
+    def look(line: str) -> bool:
+        if line == BEGUN:
+            begun.append(line)
+        elif line.startswith(MARK) and line != OURS:
+            write(line)
+        return not begun
+
+    port = JobPort(url)
+    if dry_run:
+        say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
+        return run_id
+    job_id, refused = port.start(command, Path.cwd(), {}, run_id, look)
+    if refused is not None:
+        raise typer.Exit(refused)
+    say(f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is.")
+    return run_id
+
+
+def _check_for_elsewhere(spec: JobSpec, job: Path) -> None:
+    """Raise UsageError for what can't be meant of another machine."""
+    unchanged = "Nothing was started."
+    if job.is_absolute() or ".." in job.parts:
+        raise UsageError(
+            f"job file {job} is not in the current directory, which is what is sent to the cluster",
+            remedy="Go to the directory that holds it and the code it needs, and name it from there.",
+            unchanged=unchanged,
+        )
+    if not Path(spec.storage).is_absolute():
+        raise UsageError(
+            f"storage {spec.storage} is relative; a cluster needs an absolute path that all its nodes share",
+            remedy="Say storage: /shared/runs in the job file, or --set storage=/shared/runs.",
+            unchanged=unchanged,
+        )
+
+
+def drive(job: Path, name: Name = None, settings: Set = None) -> None:
+    """Submit a job from within the cluster and stay until the run's end."""
+    from orchestrator.client import OrchestratorClient, raise_unless_succeeded
+    from orchestrator.spec.loading import load_job
+
+    overrides = overrides_of(settings, None)
+    package = _kept(Path(load_job(job, overrides).storage))
+    try:
+        os.chdir(package)
+        client = OrchestratorClient()
+        run_id = client.submit(job, name=name, overrides=overrides)
+    except BaseException:
+        shutil.rmtree(package, ignore_errors=True)
+        raise
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        client.cancel(run_id)  # Ray ends this process in 3 s; the controller writes the checkpoint
+        raise SystemExit(103)
+
+    signal.signal(signal.SIGTERM, cancel)
+    show(BEGUN)
+    sys.stdout.flush()
+    for line in client.logs(run_id, follow=True):
+        show(f"{line.stamp}  {line.source:<12}  {line.text}")
+        sys.stdout.flush()
+    raise_unless_succeeded(client.get(run_id))
+
+
+def _kept(storage: Path) -> Path:
+    """What came with this job, copied to where all nodes see it, as long as the run is there."""
+    package = storage / PACKAGES / uuid.uuid4().hex
+    try:
+        shutil.copytree(Path.cwd(), package, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    except OSError as error:
+        shutil.rmtree(package, ignore_errors=True)
+        raise UsageError(
+            f"storage {storage} can't be written in the cluster: {error.strerror or error}",
+            remedy="Name a directory that all its nodes share and may write.",
+            unchanged="Nothing was started.",
+        ) from error
+    return package
+
+
+class Marked:
+    """A stream whose lines are marked as those of stderr, for who reads both in one log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._begins = stream, True
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self._stream.write(MARK + line if self._begins else line)
+            self._begins = line.endswith("\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def mark_stderr() -> None:
+    """In a job in the cluster."""
+    if os.environ.pop(MARKED, None):
+        show(OURS)
+        sys.stdout.flush()
+        sys.stderr = Marked(sys.stderr)
+
+
+def _without_address(arguments: list[str]) -> tuple[list[str], str | None]:
+    """A command without --address, and that or RAY_ADDRESS."""
+    rest: list[str] = []
+    url, words = os.environ.get("RAY_ADDRESS"), iter(arguments)
+    for word in words:
+        if word == "--address":
+            url = next(words, None)
+        elif word.startswith("--address="):
+            url = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, url
+
+
+def register(app: typer.Typer) -> None:
+    app.command(hidden=True)(drive)

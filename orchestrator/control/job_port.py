@@ -1,0 +1,207 @@
+"""Ray's Jobs API: how a cluster is reached by who reaches nothing of it but one HTTP port.
+
+A job is submitted as a Ray job whose driver (`orchestrator.cli.remote`) stays until the run's end. All other commands
+run in the cluster as jobs of a few seconds, which are forgotten afterwards. What such a command writes to stderr comes
+marked, since a job has one log for both.
+"""
+
+import asyncio
+import logging
+import os
+import shlex
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orchestrator.errors import ClusterUnreachable, NotAllowed, UsageError
+
+MARK = "\x1f"  # begins a line that was written to stderr
+MARKED = "ORCHESTRATOR_MARK_STDERR"
+OURS = f"{MARK}{MARK}ours"  # the line after Ray's own
+PYTHON = "ORCHESTRATOR_PYTHON"  # in the head's environment: the interpreter that has us installed, if not `python`
+LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", ".*_cache", "node_modules"]
+MOST_BYTES = 100 << 20  # that are sent with a job
+PATIENCE_S = 60.0  # for a job to begin
+LOOK_EVERY_S = 0.2
+REACH = "Name the port of the cluster's Jobs API, like http://10.0.0.5:8265."
+
+
+def is_url(address: str | None) -> bool:
+    return address is not None and "://" in address
+
+
+class JobPort:
+    """A cluster's Jobs API.
+
+    Args:
+        url: http://HOST:PORT, or https.
+
+    Raises:
+        UsageError: it is no such URL.
+        ClusterUnreachable: nobody answers there, or something else.
+        NotAllowed: the cluster wants a token, or another one.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"cluster address {url} is no URL of a Jobs API", remedy=REACH)
+        from ray.job_submission import JobSubmissionClient
+
+        for module in ("dashboard_sdk", "job.sdk"):  # tell of every upload
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+            os.environ.pop(name, None)  # Ray would take these instead of what it is told
+        self._client = self._asked(lambda: JobSubmissionClient(url))
+
+    def run(self, command: list[str], on_line: Callable[[str], None]) -> int:
+        """Run a command of ours in the cluster, hand each line of its output on, and return its exit code."""
+        job = self._submit(command, {}, {"orchestrator": "command"})
+        before: list[str] = []
+        is_ours = False
+
+        def look(line: str) -> None:
+            nonlocal is_ours
+            if is_ours:
+                on_line(line)
+            else:
+                is_ours = line == OURS
+                before.append(line)
+
+        try:
+            asyncio.run(self._follow(job, look))
+            ended = self._ended(job)
+            if is_ours and ended.driver_exit_code is not None:
+                return int(ended.driver_exit_code)
+            said = "\n".join(line for line in before[-5:] if line != OURS)
+            raise ClusterUnreachable(
+                f"the cluster's job {job} {ended.status.lower()}: {ended.message}\n{said}".rstrip()
+            )
+        except KeyboardInterrupt:
+            self._asked(lambda: self._client.stop_job(job))
+            raise
+        finally:
+            self._forget(job)
+
+    def start(
+        self, command: list[str], directory: Path, envs: Mapping[str, str], name: str, on_line: Callable[[str], bool]
+    ) -> tuple[str, int | None]:
+        """Start a driver of ours in a copy of `directory`; hand lines of its output on until `on_line` says no more.
+
+        Returns:
+            the job's id, and None: it goes on; or the exit code with which it has refused, and is forgotten.
+
+        Raises:
+            UsageError: the directory is too large to be sent.
+            ClusterUnreachable: the job ended, or did not begin in time.
+        """
+        _check_size(directory)
+        os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what was generated may be needed, too
+        runtime_env = {"working_dir": str(directory), "excludes": LEFT_OUT, "env_vars": dict(envs)}
+        job = self._submit(command, runtime_env, {"orchestrator": "run", "run": name}, name)
+        seen, deadline_s = 0, time.monotonic() + PATIENCE_S
+        while True:
+            info = self._asked(lambda: self._client.get_job_info(job))
+            lines = self._asked(lambda: self._client.get_job_logs(job)).splitlines()
+            for line in lines[seen:]:
+                if not on_line(line):
+                    return job, None
+            seen = len(lines)
+            if info.status.is_terminal():
+                self._asked(lambda: self._client.delete_job(job))
+                if OURS in lines and info.driver_exit_code is not None:
+                    return job, int(info.driver_exit_code)
+                raise ClusterUnreachable(
+                    f"job {job} {info.status.lower()} before it had begun: {info.message}",
+                    unchanged="Nothing was started.",
+                )
+            if seen == 0 and time.monotonic() > deadline_s:
+                self._client.stop_job(job)
+                raise ClusterUnreachable(f"job {job} has not begun within {PATIENCE_S:.0f} s: {info.message}")
+            time.sleep(LOOK_EVERY_S)
+
+    def _submit(
+        self, command: list[str], runtime_env: dict[str, Any], metadata: dict[str, str], name: str = "command"
+    ) -> str:
+        entrypoint = f"${{{PYTHON}:-python}} -m orchestrator.cli.main {shlex.join(command)}"
+        environment = {**runtime_env.get("env_vars", {}), MARKED: "1"}
+        job = self._asked(
+            lambda: self._client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=f"{name}-{uuid.uuid4().hex[:8]}",
+                runtime_env={**runtime_env, "env_vars": environment},
+                metadata=metadata,
+            )
+        )
+        return str(job)
+
+    async def _follow(self, job: str, on_line: Callable[[str], None]) -> None:
+        rest, chunks = "", self._client.tail_job_logs(job)
+        async for chunk in _without_failures(chunks):
+            *lines, rest = (rest + chunk).split("\n")
+            for line in lines:
+                on_line(line)
+        if rest:
+            on_line(rest)
+
+    def _ended(self, job: str) -> Any:
+        while not (info := self._asked(lambda: self._client.get_job_info(job))).status.is_terminal():
+            time.sleep(LOOK_EVERY_S)
+        return info
+
+    def _forget(self, job: str) -> None:
+        self._ended(job)
+        self._asked(lambda: self._client.delete_job(job))
+
+    def _asked(self, ask: Callable[[], Any]) -> Any:
+        from ray.exceptions import AuthenticationError
+        from requests import RequestException
+
+        try:
+            return ask()
+        except AuthenticationError:
+            raise NotAllowed(
+                f"the cluster at {self.url} refused this process: its token is missing or another one",
+                remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
+            ) from None
+        except (ConnectionError, RequestException) as error:
+            raise ClusterUnreachable(f"no cluster answers at {self.url}", remedy=REACH) from error
+        except RuntimeError as error:
+            told = str(error).splitlines()[0]
+            raise ClusterUnreachable(f"the cluster at {self.url} answered: {told}", remedy=REACH) from error
+
+
+def _check_size(directory: Path) -> None:
+    """Raise UsageError if what would be sent is too much."""
+    sizes: dict[Path, int] = {}
+    for folder, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if not _is_left_out(name)]
+        paths = [Path(folder) / name for name in files if not _is_left_out(name)]
+        sizes |= {path: path.lstat().st_size for path in paths}
+    if (total := sum(sizes.values())) > MOST_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise UsageError(
+            f"{directory} can't be sent to the cluster: it holds {total >> 20} MiB, of {MOST_BYTES >> 20} MiB at most; "
+            f"{largest.relative_to(directory)} alone {sizes[largest] >> 20} MiB",
+            remedy="Submit from a directory with the job file and the code it needs; leave data where the cluster's "
+            "nodes see it.",
+            unchanged="Nothing was started.",
+        )
+
+
+def _is_left_out(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
+
+
+async def _without_failures(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """What comes until the connection ends; a job that has ended breaks it at times."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except RuntimeError:
+        return

@@ -1,0 +1,65 @@
+"""Secrets of a job: read where the worker lives, given to its environment, and kept out of what it says.
+
+The job only names where a secret is. So none is in the job file, in run storage, in Ray's listings or in MLflow.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.errors import UsageError
+
+SHORTEST = 6  # characters; what is shorter is a word that logs may hold for other reasons
+HIDDEN = "***"
+
+_known: set[str] = set()
+
+
+def take_secrets(secrets: Mapping[str, str]) -> None:
+    """Set environment variables to the secrets that a job names: `file:PATH` or `env:NAME`, on this node.
+
+    Raises:
+        UsageError: one isn't there, or can't be read. No value is told.
+    """
+    for name, reference in secrets.items():
+        kind, _, where = reference.partition(":")
+        value = os.environ.get(where) if kind == "env" else _read(name, Path(where))
+        if value is None:
+            raise UsageError(
+                f"secret {name} is to come from the environment variable {where}, which this node doesn't have",
+                remedy="Set it where Ray is started on every node, or name a file: file:/run/secrets/…",
+            )
+        os.environ[name] = value
+        if len(value) >= SHORTEST:
+            _known.add(value)
+    if _known:
+        for handler in logging.getLogger("orchestrator").handlers:
+            handler.setFormatter(_Redacting(handler.formatter or logging.Formatter()))
+
+
+def redacted(text: str) -> str:
+    """A text without the secrets that this process knows."""
+    for value in _known:
+        text = text.replace(value, HIDDEN)
+    return text
+
+
+def _read(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        raise UsageError(
+            f"secret {name} can't be read from {path} on this node: {reason}",
+            remedy="Every node that may have a worker needs the file, readable for who runs Ray there.",
+        ) from None
+
+
+class _Redacting(logging.Formatter):
+    def __init__(self, plain: logging.Formatter) -> None:
+        super().__init__()
+        self._plain = plain
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(self._plain.format(record))
