@@ -69,7 +69,7 @@ def probe(address: str, patience_s: float = 0.0) -> None:
             remedy="From outside the cluster use `orchestrator submit`, and `status`, `logs -f` and so on afterwards.",
             unchanged="Nothing was changed.",
         )
-    if not host or not port.isdigit():
+    if "://" in address or not host or not port.isdigit():
         raise UsageError(
             f"cluster address {address} is not HOST:PORT of a Ray head", remedy="Name it like 10.0.0.5:6379."
         )
