@@ -58,7 +58,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$private/token RAY_USAGE_STATS_EN
 on_node='
   directory=/tmp/orc-$SLURM_JOB_ID
   mkdir -m 0700 "$directory" || exit 1
-  ray start --block --temp-dir="$directory/ray" "$@" &
+  env --unset=RAY_ADDRESS ray start --block --temp-dir="$directory/ray" "$@" &
   ray=$!
   trap "kill -TERM $ray" TERM INT
   wait "$ray" || code=$?
@@ -77,7 +77,8 @@ srun --nodes=1 --ntasks=1 --nodelist="$head_node" --cpus-per-task="$cpus" \
   --include-dashboard=false &
 steps+=($!)
 deadline=$((SECONDS + start_timeout_s))
-until ray health-check --address "$address" > /dev/null 2>&1; do
+export RAY_ADDRESS=$address
+until orchestrator list > /dev/null 2>&1; do
   kill -0 "${steps[0]}" 2> /dev/null || { echo "Ray's head has ended on $head_node" >&2; exit 69; }
   ((SECONDS < deadline)) || { echo "Ray's head did not start on $head_node in $start_timeout_s s" >&2; exit 69; }
   sleep 1
@@ -91,7 +92,6 @@ if ((${#nodes[@]} > 1)); then # a step per node: the end of one is not the end o
   done
 fi
 
-export RAY_ADDRESS=$address
 run=$(orchestrator "$@" --timeout "$room_timeout_s")
 trap 'orchestrator pause "$run" || true' USR1
 orchestrator status "$run" --watch &
