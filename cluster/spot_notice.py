@@ -1,7 +1,7 @@
 """Drains this node of a Ray cluster when AWS says that it takes the spot instance back: `python spot_notice.py`.
 
 It asks the instance's metadata service every few seconds, which costs nothing. A drained node gets no workers any more,
-and runs move theirs elsewhere before the instance is gone, two minutes after the notice. It ends with that, or with Ray.
+and runs move theirs elsewhere before the instance is gone, two minutes after the notice. With that it ends.
 """
 
 import argparse
