@@ -26,7 +26,7 @@ fi
 
 start_timeout_s=180 # of the head
 room_timeout_s=600  # until there is room for the run's first workers
-end_timeout_s=60    # of Ray's processes
+end_timeout_s=90    # Ray's head takes up to 30 s to end
 cpus=${SLURM_CPUS_PER_TASK:-1}
 port=$((20000 + SLURM_JOB_ID % 10000)) # above the ports of Ray's workers
 
@@ -36,15 +36,15 @@ mkdir -p "$(dirname "$private")"
 mkdir -m 0700 "$private"
 steps=()
 
-end_cluster() { # what this script has started, by process id, and nothing else
+end_cluster() { # what this script has started, and nothing else: nodes stop when the token is gone
   trap - EXIT
+  rm -rf "$private"
   local step deadline=$((SECONDS + end_timeout_s))
-  for step in "${steps[@]}"; do kill -TERM "$step" 2> /dev/null || true; done
   for step in "${steps[@]}"; do
     while kill -0 "$step" 2> /dev/null && ((SECONDS < deadline)); do sleep 0.2; done
-    kill -KILL "$step" 2> /dev/null || true
+    kill -TERM "$step" 2> /dev/null || true # srun then kills what is left of its step
   done
-  rm -rf "$private"
+  for step in "${steps[@]}"; do wait "$step" 2> /dev/null || true; done
 }
 trap end_cluster EXIT
 trap 'exit 100' TERM INT
@@ -54,17 +54,19 @@ unset RAY_ADDRESS RAY_AUTH_TOKEN
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$private/token RAY_USAGE_STATS_ENABLED=0
 
 # On each node: Ray's files lie in a directory of yours alone on the node's own disk, and go with it. Ray makes its own
-# directory open to all users, hence one around it.
+# directory open to all users, hence one around it. Opening the token asks a file system of the network for news.
 on_node='
-  directory=/tmp/orc-$SLURM_JOB_ID
-  mkdir -m 0700 "$directory" || exit 1
+  directory=$(mktemp -d /tmp/orc-XXXXXXXX) || exit 1
   env --unset=RAY_ADDRESS ray start --block --temp-dir="$directory/ray" "$@" &
   ray=$!
-  trap "kill -TERM $ray" TERM INT
+  while kill -0 "$ray" 2> /dev/null; do
+    { : < "$RAY_AUTH_TOKEN_PATH"; } 2> /dev/null || kill -TERM "$ray"
+    sleep 1
+  done
+  code=0
   wait "$ray" || code=$?
-  while kill -0 "$ray" 2> /dev/null; do wait "$ray" || code=$?; done
   rm -rf "$directory"
-  exit "${code:-0}"
+  exit "$code"
 '
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -74,7 +76,7 @@ address=$head_ip:$port
 
 srun --nodes=1 --ntasks=1 --nodelist="$head_node" --cpus-per-task="$cpus" \
   bash -c "$on_node" ray --head --node-ip-address="$head_ip" --port="$port" --num-cpus="$cpus" \
-  --include-dashboard=false &
+  --include-dashboard=false < /dev/null &
 steps+=($!)
 deadline=$((SECONDS + start_timeout_s))
 export RAY_ADDRESS=$address
@@ -87,7 +89,7 @@ done
 if ((${#nodes[@]} > 1)); then # a step per node: the end of one is not the end of the others
   for node in "${nodes[@]:1}"; do
     srun --nodes=1 --ntasks=1 --nodelist="$node" --cpus-per-task="$cpus" \
-      bash -c "$on_node" ray --address="$address" --num-cpus="$cpus" &
+      bash -c "$on_node" ray --address="$address" --num-cpus="$cpus" < /dev/null &
     steps+=($!)
   done
 fi

@@ -109,6 +109,12 @@ def test_hosts_share_a_token_that_is_a_file() -> None:
     assert all(command.startswith(". ~/orchestrator-env && ") for command in starts)
 
 
+def test_hosts_of_ones_own_have_the_first_autoscaler() -> None:
+    """The second, which `ray up` switches on before the command, never starts a worker there (Ray 2.60)."""
+    (head,) = _config("on-premises.yaml")["head_start_ray_commands"]
+    assert head.index("export RAY_enable_autoscaler_v2=0") < head.index("ray start")
+
+
 def test_containers_share_a_token_that_is_a_file() -> None:
     config = _config("aws-spot.yaml")
     options = config["docker"]["run_options"]
