@@ -106,7 +106,7 @@ def test_hosts_share_a_token_that_is_a_file() -> None:
     (environment,) = [command for command in config["setup_commands"] if "orchestrator-env" in command]
     assert f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={directory.replace('~', '$HOME')}/token" in environment
     starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
-    assert all(command.startswith(". ~/orchestrator-env && ") for command in starts)
+    assert all(command.startswith(". ~/orchestrator-env; ") for command in starts)
 
 
 def test_hosts_of_ones_own_have_the_first_autoscaler() -> None:
