@@ -6,8 +6,8 @@
 #   sbatch cluster/slurm.sh resume books --storage /shared/runs
 #
 # Before the time is over the run is paused, with a checkpoint; `resume` in a job of any size lets it go on. A node that
-# is lost costs its workers, not the job, unless it is the first: there Ray's head lives. The exit code is 0 if the run has
-# succeeded, 101 if it is paused, 100 otherwise.
+# is lost costs its workers, not the job, unless it is the first: there Ray's head lives. The exit code is 0 if the run
+# has succeeded, 101 if it is paused, 100 otherwise.
 #SBATCH --job-name=orchestrator
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=1
