@@ -103,7 +103,7 @@ def test_hosts_share_a_token_that_is_a_file() -> None:
     config = _config("on-premises.yaml")
     directory = "~/.orchestrator/clusters/on-premises"
     assert config["file_mounts"][directory] == directory
-    (environment,) = [command for command in config["setup_commands"] if "orchestrator-env" in command]
+    (environment,) = [command for command in config["setup_commands"] if "cat > ~/orchestrator-env" in command]
     assert f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={directory.replace('~', '$HOME')}/token" in environment
     starts = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     assert all(command.startswith(". ~/orchestrator-env; ") for command in starts)
