@@ -34,11 +34,12 @@ port=$((20000 + SLURM_JOB_ID % 10000)) # above the ports of Ray's workers
 private=${ORCHESTRATOR_HOME:-$HOME/.orchestrator}/clusters/slurm-$SLURM_JOB_ID
 mkdir -p "$(dirname "$private")"
 mkdir -m 0700 "$private"
-steps=()
+steps=() watching=
 
 end_cluster() { # what this script has started, and nothing else: nodes stop when the token is gone
   trap - EXIT
   rm -rf "$private"
+  [[ -z $watching ]] || kill -TERM "$watching" 2> /dev/null || true
   local step deadline=$((SECONDS + end_timeout_s))
   for step in "${steps[@]}"; do
     while kill -0 "$step" 2> /dev/null && ((SECONDS < deadline)); do sleep 0.2; done
