@@ -20,6 +20,7 @@ from orchestrator.cli import (
     models,
     plan,
     records,
+    report,
     run,
     runs,
     tracking,
@@ -38,6 +39,7 @@ app = typer.Typer(
 run.register(app)
 runs.register(app)
 records.register(app)
+report.register(app)
 checkpoints.register(app)
 tracking.register(app)
 models.register(app)
