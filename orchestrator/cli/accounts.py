@@ -27,7 +27,7 @@ def tables(reports: Sequence[RunReport]) -> tuple[Table, ...]:
         _table(("RUN", *names), reports, _RUN),
         _time(reports),
         _table(("WORKERS", *names), reports, _WORKERS, (_HOURS,)),
-        _table(("ENERGY, COST, WORK", *names), reports, _COSTS, (_FLOPS,)),
+        _table(("ENERGY, COST, WORK", *names), reports, _COSTS, (*_energy_notes(reports), _FLOPS)),
         *(_moves(report) for report in reports if report.moves),
     )
 
@@ -82,7 +82,7 @@ def _move(move: Move) -> tuple[str, ...]:
 
 
 def _share(seconds: float, elapsed_s: float) -> str:
-    return f"{seconds:.2f} s" + (f"  {seconds / elapsed_s:.1%}" if elapsed_s else "")
+    return f"{seconds:9.2f} s" + (f"  {seconds / elapsed_s:6.1%}" if elapsed_s else "")
 
 
 def _hours(hours: float) -> str:
@@ -106,9 +106,14 @@ def _tokens(report: RunReport) -> str:
     return f"{report.tokens:,}" + (f" and {report.wasted_tokens:,} wasted" if report.wasted_tokens else "")
 
 
+def _energy_notes(reports: Sequence[RunReport]) -> list[str]:
+    """How it was found, once if that was one way."""
+    return [f"Energy: {method}." for method in dict.fromkeys(report.energy.method for report in reports)]
+
+
 def _energy(report: RunReport) -> str:
     kwh = report.energy.kwh
-    return report.energy.method if kwh is None else f"{kwh:.4g} kWh ({report.energy.method})"
+    return NOT_MEASURED if kwh is None else f"{kwh:.4g} kWh, by a model"
 
 
 def _flops(report: RunReport) -> str:
@@ -134,7 +139,7 @@ def _speed(report: RunReport) -> str:
 
 def _cost(report: RunReport) -> str:
     total = report.cost.total
-    return "no price was given: --cost-per-worker-hour" if total is None else f"{total:.6g}"
+    return "no price given" if total is None else f"{total:.6g}"
 
 
 _RUN: tuple[tuple[str, Callable[[RunReport], str]], ...] = (
@@ -164,7 +169,7 @@ _COSTS: tuple[tuple[str, Callable[[RunReport], str]], ...] = (
     ("active parameters", _active),
     ("FLOPs, parameters", _flops),
     ("FLOPs, attention", _attention),
-    ("per member-second", _speed),
+    ("per member", _speed),
 )
 _HOURS = (
     "Members train; held are also standbys and workers that start or wait for room. Pauses are in none of these hours."

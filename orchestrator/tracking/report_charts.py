@@ -28,6 +28,7 @@ COLOURS = {
     Use.REBUILD: "#a3c09c",
     Use.END: "#8595a3",
 }
+DARK = (Use.COMPUTE, Use.WASTED, Use.DETECT, Use.TRANSFER)
 PARTS_OF_MOVE = (Use.DETECT, Use.RENDEZVOUS, Use.TRANSFER, Use.REBUILD, Use.WASTED)
 LABELLED = 0.045  # of the bar: smaller parts get no number
 MOST_MOVES = 40  # the newest
@@ -51,7 +52,9 @@ def time_figure(reports: Sequence[RunReport]) -> Figure:
         axes.barh(names, shares, left=starts, color=COLOURS[use], height=0.62)
         for row, (start, share) in enumerate(zip(starts, shares, strict=True)):
             if share >= LABELLED:
-                axes.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color=INK)
+                ink = "white" if use in DARK else INK
+                axes.text(start + share / 2, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
+    axes.set_ylim(len(names) - 0.5, -0.5)  # the first one above
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("share of the elapsed time, pauses apart", color=INK)
@@ -60,27 +63,25 @@ def time_figure(reports: Sequence[RunReport]) -> Figure:
 
 
 def workers_figure(report: RunReport) -> Figure:
-    """Members and all workers held, over the time since the run began; pauses are gaps."""
+    """Members and all workers held, over the time of the run's attempts; what lies between them is cut out."""
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()
     plain(axes)
-    begun_s = report.attempts[0].began_s
-    unit, scale = _scale(report.attempts[-1].ended_s - begun_s)
-    times = [(count.time_s - begun_s) / scale for count in report.headcounts]
+    unit, scale = _scale(report.elapsed_s)
+    times = [_elapsed_s(report, count.time_s) / scale for count in report.headcounts]
     held, members = ([getattr(count, kind) for count in report.headcounts] for kind in ("held", "members"))
     axes.fill_between(times, held, step="post", color=FAINT, alpha=0.25, linewidth=0, label="held")
     axes.step(times, members, where="post", color=WORLD, linewidth=1.6, label="members")
-    for move in report.moves:
-        if move.kind == "recovery":
-            axes.axvline((move.began_s - begun_s) / scale, color=LOST, linewidth=0.8, alpha=0.6)
-    if any(move.kind == "recovery" for move in report.moves):
-        axes.plot([], [], color=LOST, linewidth=0.8, label="a loss")
+    losses = [_elapsed_s(report, move.began_s) / scale for move in report.moves if move.kind == "recovery"]
+    resumed = [_elapsed_s(report, span.began_s) / scale for span in report.attempts[1:]]
+    _upright(axes, losses, LOST, "-", "a loss")
+    _upright(axes, resumed, INK, ":", "it ended here, and went on later")
     axes.set_ylim(0, max(held, default=1) * 1.2 + 0.1)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     axes.set_ylabel("workers", color=INK)
-    axes.set_xlabel(f"time since the run began ({unit})", color=INK)
+    axes.set_xlabel(f"time, pauses apart ({unit})", color=INK)
     axes.set_title(report.run_id, loc="left", color=INK, fontsize=10)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
@@ -113,6 +114,17 @@ def _bars(count: int) -> tuple[Figure, Axes]:
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.grid(visible=False, axis="y")
     return figure, axes
+
+
+def _elapsed_s(report: RunReport, time_s: float) -> float:
+    """How much of the run's attempts was over at this time of day."""
+    return sum(max(0.0, min(time_s, span.ended_s) - span.began_s) for span in report.attempts)
+
+
+def _upright(axes: Axes, places: Sequence[float], colour: str, style: str, meaning: str) -> None:
+    """Lines across the axes, one of them in the legend."""
+    for place in places:
+        axes.axvline(place, color=colour, linewidth=0.9, linestyle=style, label=meaning if place is places[0] else None)
 
 
 def _legend(figure: Figure, uses: Sequence[Use]) -> None:
