@@ -151,13 +151,13 @@ def report_of(
     slices = [part for parts, _ in accounts for part in parts]
     moves = tuple(move for _, moved in accounts for move in moved)
     headcounts = tuple(count for attempt in attempts for count in headcounts_of(attempt))
-    hours = worker_hours(headcounts, sum(part.seconds * part.workers for part in slices), gpus_per_worker)
-    elapsed_s = sum(attempt.ended_s - attempt.began_s for attempt in attempts)
+    hours = worker_hours(headcounts, math.fsum(part.seconds * part.workers for part in slices), gpus_per_worker)
+    elapsed_s = math.fsum(attempt.ended_s - attempt.began_s for attempt in attempts)
     done = [record for attempt in attempts for record in attempt.steps]
     counted = [record for attempt in attempts for record in attempt.steps if attempt.counts(record)]
     kept = [record for attempt in attempts for record in attempt.steps if record.step <= attempt.counts_to]
     tokens = sum(record.tokens for record in counted)
-    productive_s = sum(part.seconds for part in slices if part.use in PRODUCTIVE)
+    productive_s = math.fsum(part.seconds for part in slices if part.use in PRODUCTIVE)
     validations = [r.validation_loss for r in kept if r.validation_loss is not None]
     paused_s, down_s = _between(attempts)
     return RunReport(
@@ -193,7 +193,7 @@ def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence
     silent_moves = sum(move.transfer_s is None for move in moves)
     spent = []
     for use in Use:
-        seconds: float | None = sum(part.seconds for part in slices if part.use is use)
+        seconds: float | None = math.fsum(part.seconds for part in slices if part.use is use)
         note = ""
         if use is Use.COMMUNICATION:
             seconds, note = _as_known(seconds, silent_steps, len(counted), "steps", Use.COMPUTE)
@@ -216,7 +216,7 @@ def _between(attempts: Sequence[Attempt]) -> tuple[float, float]:
     gaps = [
         (before.outcome == "paused", max(0.0, after.began_s - before.ended_s)) for before, after in pairwise(attempts)
     ]
-    return sum(s for paused, s in gaps if paused), sum(s for paused, s in gaps if not paused)
+    return math.fsum(s for paused, s in gaps if paused), math.fsum(s for paused, s in gaps if not paused)
 
 
 def _energy(hours: WorkerHours, rates: Rates) -> Energy:

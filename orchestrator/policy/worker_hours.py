@@ -1,5 +1,6 @@
 """How many workers a run had, and for how long, as the events of its journal tell. Pure."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -88,4 +89,4 @@ def _hours(headcounts: Sequence[Headcount], workers: Iterable[int]) -> float:
     """Each number of workers lasts until the next headcount."""
     times_s = [count.time_s for count in headcounts]
     lasting_s = (after - before for before, after in pairwise(times_s))
-    return sum(number * seconds for number, seconds in zip(workers, lasting_s, strict=False)) / 3600
+    return math.fsum(number * seconds for number, seconds in zip(workers, lasting_s, strict=False)) / 3600
