@@ -1,6 +1,5 @@
 """The report of a real run: its accounts agree with one another."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from orchestrator.control.connection import disconnect
 from orchestrator.control.memory import read_steps
 from orchestrator.control.reporting import read_report
 from orchestrator.policy.report import Rates
-from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
 from tests.support.texts import small_job
@@ -75,11 +73,12 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
     ended = client.wait(run, timeout_s=60.0)
 
     told = read_report(run_dir, Rates(cost_per_worker_hour=1.0, watts_per_worker=100.0))
-    print(json.dumps(to_plain(told), indent=1))
     assert told.workers.difference is not None and abs(told.workers.difference) <= 0.01
     assert told.workers.held >= told.workers.members > 0.0
     assert [span.outcome for span in told.attempts] == ["paused", "cancelled"] and told.paused_s > 3.0
-    assert told.steps + sum(not record.applied for record in read_steps(run_dir)) == ended.step
+    steps = read_steps(run_dir)
+    assert told.steps + sum(not record.applied for record in steps) == ended.step
+    assert all(0.0 <= (record.communication_wait_s or -1.0) <= record.step_s for record in steps)
     known = [spent.seconds for spent in told.time if spent.seconds is not None]
     assert sum(known) == pytest.approx(told.elapsed_s) and len(known) == len(told.time)  # all of it was measured
     assert told.goodput is not None and 0.0 < told.goodput < 1.0
