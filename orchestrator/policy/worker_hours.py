@@ -26,8 +26,9 @@ class Headcount:
 
 @dataclass(frozen=True)
 class WorkerHours:
-    """Hours times workers. `members` and `held` are those of `Headcount`; `by_steps` is what step records and their
-    votes make of members' hours, with no look at the events: a second account of the same thing.
+    """Hours times workers. `members` and `held` are those of `Headcount`; `by_steps` is what step records, their votes
+    and world sizes, make of members' hours: a second account of the same thing. All that it has from events is when an
+    attempt ended: its last world lasts until then.
 
     Args:
         difference: of `by_steps` from `members`, as a share of the larger; None where there were no members.
