@@ -21,6 +21,7 @@ from orchestrator.cli import (
     plan,
     records,
     remote,
+    report,
     run,
     runs,
     tracking,
@@ -39,6 +40,7 @@ app = typer.Typer(
 run.register(app)
 runs.register(app)
 records.register(app)
+report.register(app)
 checkpoints.register(app)
 tracking.register(app)
 models.register(app)

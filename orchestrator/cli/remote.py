@@ -24,7 +24,7 @@ from orchestrator.spec.job import JobSpec
 # What reads or steers runs. The rest works on files of this machine.
 FORWARDED = (
     *("list", "status", "scale", "stage", "kill", "cancel", "pause", "resume"),
-    *("events", "audit", "logs", "checkpoints", "verify"),
+    *("events", "audit", "logs", "checkpoints", "report"),
 )
 BEGUN = f"{MARK}{MARK}begun"  # the driver's word that the run is submitted
 PACKAGES = ".packages"  # in run storage: what came with submitted jobs

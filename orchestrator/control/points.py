@@ -32,6 +32,8 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "perf/slots": record.num_slots,
             "moe/max_violation": record.max_violation,
         }
+        if record.communication_wait_s is not None:
+            values["perf/communication_wait_s"] = record.communication_wait_s
         if record.traffic:
             values |= {f"comm/{kind}_bytes": traffic.sent for kind, traffic in record.traffic.items()}
             values["comm/sent_bytes"] = sum(traffic.sent for traffic in record.traffic.values())

@@ -28,7 +28,7 @@ from orchestrator.policy.progress import stall_s, typical_step_s
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import SizeChange, next_change, wanted_size, wish_holds
 from orchestrator.policy.stragglers import is_to_be_replaced
-from orchestrator.protocol.messages import Fence, Handover, Phase
+from orchestrator.protocol.messages import Fence, GenerationPlan, Handover, Phase
 from orchestrator.protocol.status import Recovery, Rescale
 from orchestrator.sampling.slots import UNSAID
 
@@ -36,6 +36,7 @@ Change = TypeVar("Change", Rescale, Recovery)
 
 HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and no less than HORIZON_STEPS
 HORIZON_STEPS = 8
+MOVE_PARTS = ("connect_s", "build_s", "transfer_s", "digest_s")  # of a `Handover`
 
 
 def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -143,8 +144,8 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         slot=UNSAID,
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )
-    note = Note("activated", asdict(rescale) | {"members": list(plan.world.members)})
-    return Decision(activated, (note,))
+    fields = asdict(rescale) | {"members": list(plan.world.members)} | _move_took(plan, seen)
+    return Decision(activated, (Note("activated", fields),))
 
 
 def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -211,6 +212,18 @@ def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Cha
 def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
     report = seen.reports.get(worker)
     return report is not None and report.phase is Phase.READY and report.generation == generation
+
+
+def _move_took(plan: GenerationPlan, seen: Observation) -> dict[str, float]:
+    """Seconds by part of the member that took longest; of one member, so that they add up."""
+    handovers = [
+        handover
+        for worker in plan.world.members
+        for handover in seen.reports[worker].handovers
+        if handover.generation == plan.generation
+    ]
+    took = [{part: float(getattr(handover, part)) for part in MOVE_PARTS} for handover in handovers]
+    return max(took, key=lambda parts: sum(parts.values()), default={})
 
 
 def _handed_over(state: RunState, seen: Observation) -> tuple[int, bool | None]:

@@ -211,6 +211,7 @@ class StepRecord:
     padding: float = 0.0  # share of the slots' tokens
     traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, what all workers sent since the vote before
     compression: str = ""  # of its gradients; empty in records of before there was any
+    communication_wait_s: float | None = None  # of step_s, how long it waited for peers; None: it was not measured
 
 
 @dataclass(frozen=True)

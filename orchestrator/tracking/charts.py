@@ -71,7 +71,7 @@ def figure_of(history: History, title: str) -> Figure:
     train = finite(history.curves["train/loss"])
     validation = finite(history.curves["eval/loss"])
     for axes in (loss_axes, world_axes):
-        _plain(axes)
+        plain(axes)
     _draw_loss(loss_axes, train, validation)
     world = history.curves["elastic/world_size"]
     world_axes.step(*_columns(world), where="post", color=WORLD, linewidth=1.6)
@@ -193,7 +193,8 @@ def _columns(curve: Curve) -> tuple[list[int], list[float]]:
     return [step for step, _ in curve], [value for _, value in curve]
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """No frame, faint lines across."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)

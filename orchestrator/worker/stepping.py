@@ -94,13 +94,14 @@ class Stepper:
         validation = self._validate(shard, step)
 
         updated = time.perf_counter()
-        busy_s = updated - started - (pulse.waited_s() - waited_s)
+        peers_s = pulse.waited_s() - waited_s
+        busy_s = updated - started - peers_s
         share = feed.share
         traffic, chosen = self._ledger.look(), shard.choosing.scheme
         if not skipped:
             shard.choosing.observe(busy_s, traffic[TrafficKind.GRADIENT].sent)
         voice = speak()
-        protection_wait_s = time.perf_counter() - updated
+        spoken = time.perf_counter()
         ballot = Ballot(
             slot_losses=losses,
             validation_losses=validation[0],
@@ -115,6 +116,7 @@ class Stepper:
             compression=shard.choosing.proposal,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
+        communication_wait_s = peers_s + time.perf_counter() - spoken
         shard.choosing.agree(outcome.compression)
         self._balance(shard, outcome)
         rank, slowness = slowest(outcome.busy_s)
@@ -134,7 +136,8 @@ class Stepper:
             step_s=time.perf_counter() - started,
             vote_time=time.time(),
             data_wait_s=data_wait_s,
-            protection_wait_s=protection_wait_s,
+            protection_wait_s=spoken - updated,
+            communication_wait_s=communication_wait_s,
             slowest=rank,
             slowness=slowness,
             stage=feed.stage,

@@ -112,12 +112,14 @@ def test_no_status_before_the_end(tmp_path: Path) -> None:
 
 def test_points_of_steps_count_on() -> None:
     before = Progress(watermark=4, tokens=500, skipped=1)
-    skipped = record(6, applied=False, grad_norm=float("inf"), validation_loss=2.5)
+    skipped = record(6, applied=False, grad_norm=float("inf"), validation_loss=2.5, communication_wait_s=0.25)
     points = {(p.name, p.step): p.value for p in points_of_steps(before, [record(5), skipped])}
     assert points["train/tokens", 5] == 600 and points["train/tokens", 6] == 700
     assert points["train/skipped", 5] == 1 and points["train/skipped", 6] == 2
     assert ("train/grad_norm", 5) in points and ("train/grad_norm", 6) not in points
     assert points["eval/loss", 6] == 2.5 and ("eval/loss", 5) not in points
+    name = "perf/communication_wait_s"
+    assert points[name, 6] == 0.25 and (name, 5) not in points  # an older journal doesn't tell
 
 
 def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:

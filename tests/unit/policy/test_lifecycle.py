@@ -11,7 +11,7 @@ from orchestrator.policy.limits import ScheduledSize
 from orchestrator.policy.progress import Progress, absorb
 from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Note, Observation
-from orchestrator.protocol.messages import Fence, Finish, Phase, Report, Restore, ResumeOrder, WorkerError
+from orchestrator.protocol.messages import Fence, Finish, Handover, Phase, Report, Restore, ResumeOrder, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -44,6 +44,20 @@ def test_activation_waits_for_the_last_member() -> None:
         life.tick()
     assert life.reports["w0"].phase is Phase.READY
     assert life.state.activated == -1
+
+
+def test_an_activation_tells_what_the_slowest_member_took() -> None:
+    life = Life(limits_of())
+    life.run_until(lambda: life.state.next is not None)
+    life.frozen = {"w1"}
+    for _ in range(5):
+        life.tick()
+    handover = Handover(0, -1, 0.1, 0.2, 0.3, 0.4, 0, 0, None)
+    life.say("w1", phase=Phase.READY, generation=0, handovers=(handover,))
+    life.tick()
+    (note,) = [note for note in life.notes if note.kind == "activated"]
+    parts = {part: note.fields[part] for part in ("connect_s", "build_s", "transfer_s", "digest_s")}
+    assert parts == {"connect_s": 0.1, "build_s": 0.2, "transfer_s": 0.3, "digest_s": 0.4}
 
 
 def test_a_wish_grows_the_world_without_a_lost_step() -> None:

@@ -1,0 +1,94 @@
+"""The report of a real run: its accounts agree with one another."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.client import OrchestratorClient
+from orchestrator.control import local_cluster
+from orchestrator.control.connection import disconnect
+from orchestrator.control.memory import read_steps
+from orchestrator.control.reporting import read_report
+from orchestrator.policy.report import Rates
+from orchestrator.protocol.status import RunStatus
+from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from tests.support.texts import small_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
+
+STRETCH_S = 12.0  # of training between two events: moves and ends take tenths of a second, which are not to count
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path_factory.mktemp("home")))
+        up = local_cluster.up(4)
+        try:
+            yield OrchestratorClient(up.record.address)
+        finally:
+            disconnect()
+            local_cluster.down()
+
+
+def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
+    deadline_s = time.monotonic() + 120.0
+    while not condition(status := client.get(run)):
+        assert time.monotonic() < deadline_s and not status.phase.ended, status
+        time.sleep(0.1)
+    return status
+
+
+def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_pause(
+    client: OrchestratorClient, texts: Path, tmp_path: Path
+) -> None:
+    changes = {
+        "name": "accounted",
+        "workers": WorkersSpec(min=1, max=3, initial=3),
+        "storage": str(tmp_path / "runs"),
+        "checkpoint": CheckpointSpec(every=50, keep_last=2),
+    }
+    job: JobSpec = small_job(texts, steps=100_000).model_copy(update=changes)
+    run = client.submit(job)
+    _until(client, run, lambda s: s.step > 0)
+    time.sleep(STRETCH_S)
+    client.scale(run, 2)
+    _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
+    time.sleep(STRETCH_S)
+    client.kill_worker(run, 1)
+    _until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
+    time.sleep(STRETCH_S)
+    client.pause(run)
+    paused = client.wait(run, timeout_s=60.0)
+    run_dir = Path(paused.run_dir)
+    time.sleep(3.0)
+    client.resume(run, workers=2)
+    _until(client, run, lambda s: s.step > paused.step + 1)
+    going_on = read_report(run_dir, Rates())  # while it trains
+    assert going_on.outcome == "" and going_on.steps >= paused.step
+    time.sleep(STRETCH_S)
+    client.cancel(run)
+    ended = client.wait(run, timeout_s=60.0)
+
+    told = read_report(run_dir, Rates(cost_per_worker_hour=1.0, watts_per_worker=100.0))
+    assert told.workers.difference is not None and abs(told.workers.difference) <= 0.01
+    assert told.workers.held >= told.workers.members > 0.0
+    assert [span.outcome for span in told.attempts] == ["paused", "cancelled"] and told.paused_s > 3.0
+    steps = read_steps(run_dir)
+    assert told.steps + sum(not record.applied for record in steps) == ended.step
+    assert all(0.0 <= (record.communication_wait_s or -1.0) <= record.step_s for record in steps)
+    known = [spent.seconds for spent in told.time if spent.seconds is not None]
+    assert sum(known) == pytest.approx(told.elapsed_s) and len(known) == len(told.time)  # all of it was measured
+    assert told.goodput is not None and 0.0 < told.goodput < 1.0
+    kinds = [move.kind for move in told.moves]
+    assert kinds.count("recovery") == 1 and kinds[0] == "rescale"
+    (recovery,) = [move for move in told.moves if move.kind == "recovery"]
+    assert recovery.detect_s > 0.0 and recovery.transfer_s and recovery.rebuild_s
+    for move in told.moves:
+        assert move.total_s < 10.0
+    measured = {change.step + 1: change.stall_s for change in (*paused.rescales, *paused.recoveries)}
+    for move in told.moves:  # the status counts from vote to vote, less a typical step
+        assert move.total_s == pytest.approx(measured[move.step], abs=0.5)
+    assert told.flops is not None and told.flops.parameters > 0 and told.cost.per_million_tokens is not None

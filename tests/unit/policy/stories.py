@@ -1,0 +1,118 @@
+"""Journals of imagined runs, told event by event with a clock of their own."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.spec.job import JobSpec
+from tests.unit.policy.imagined import record
+
+MOVE = {"connect_s": 0.01, "build_s": 0.05, "transfer_s": 0.02, "digest_s": 0.03}
+WAITS = {"communication_wait_s": 0.2, "data_wait_s": 0.05, "protection_wait_s": 0.05}
+
+
+@dataclass
+class Story:
+    """A run on workers w0, w1, and so on. `now_s` is the time of day."""
+
+    now_s: float = 1_000_000.0
+    events: list[dict[str, Any]] = field(default_factory=list)
+    crew: list[str] = field(default_factory=list)
+    members: list[str] = field(default_factory=list)
+    spawned: int = 0
+    generation: int = -1
+    step: int = 0
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        self.events.append({"seq": len(self.events), "epoch": 1, "time": self.now_s, "kind": kind, **fields})
+
+    def spawn(self, count: int) -> None:
+        names = [f"w{self.spawned + number}" for number in range(count)]
+        self.spawned += count
+        self.crew += names
+        self.tell("workers_spawned", workers=names)
+
+    def start(self, workers: int, warm_s: float = 8.0) -> None:
+        self.tell("submitted", workers=workers)
+        self._begin(workers, warm_s)
+
+    def _begin(self, workers: int, warm_s: float) -> None:
+        self.crew, self.members = [], []
+        self.spawn(workers)
+        self.now_s += warm_s
+        self.activate(workers)
+
+    def activate(self, workers: int, **took: float) -> None:
+        self.generation += 1
+        self.members = self.crew[:workers]
+        self.tell("activated", generation=self.generation, to_size=workers, members=list(self.members), **took)
+
+    def train(self, steps: int, step_s: float = 1.0, between_s: float = 0.0, **changes: Any) -> None:
+        """Steps of the current world, journalled together."""
+        done: list[StepRecord] = []
+        for _ in range(steps):
+            self.now_s += step_s + between_s
+            size = {"world_size": len(self.members)}
+            done.append(record(self.step, self.generation, self.now_s, step_s, **{**WAITS, **size, **changes}))
+            self.step += 1
+        self.tell("steps", records=[to_plain(one) for one in done])
+
+    def rescale(self, workers: int, stall_s: float = 0.3) -> None:
+        missing = workers - len(self.crew)
+        if missing > 0:
+            self.spawn(missing)
+        self.now_s += stall_s
+        self.activate(workers, **MOVE)
+        if surplus := self.crew[workers:]:
+            self.crew = self.crew[:workers]
+            self.tell("workers_released", workers=surplus)
+
+    def kill(self, detect_s: float = 0.1, recover_s: float = 0.25) -> None:
+        """The last member dies, the others go on without it."""
+        self.now_s += detect_s
+        lost = self.members[-1]
+        self.tell("generation_aborted", generation=self.generation, step=self.step - 1, why=f"{lost} died")
+        self.crew.remove(lost)
+        self.tell("worker_lost", worker=lost, member=True, why="died")
+        self.now_s += recover_s
+        self.activate(len(self.members) - 1, **MOVE)
+
+    def end(self, outcome: str, after_s: float = 0.2) -> None:
+        self.now_s += after_s
+        self.tell("ended", outcome=outcome, why="")
+
+    def resume(self, workers: int, after_s: float = 600.0, step: int | None = None) -> None:
+        self.now_s += after_s
+        done = self.step - 1 if step is None else step
+        self.tell("resumed", token=str(len(self.events)), step=done, workers=workers)
+        self.step = done + 1
+        self._begin(workers, 8.0)
+
+
+def eventful() -> Story:
+    """Three workers, one is killed, two become three again, a pause of ten minutes, two more minutes of training."""
+    story = Story()
+    story.start(3)
+    story.train(60)
+    story.kill()
+    story.train(40)
+    story.rescale(3)
+    story.train(40)
+    story.end("paused")
+    story.resume(2)
+    story.train(60)
+    story.end("succeeded")
+    return story
+
+
+def write(story: Story, run_dir: Path, job: JobSpec) -> Path:
+    """The run's directory in run storage, as its controller would have left it at those times of day."""
+    (run_dir / "journal").mkdir(parents=True)
+    (run_dir / "epochs").mkdir()
+    (run_dir / "epochs" / "000001").touch()
+    (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
+    (run_dir / "journal" / "000001-00000000.json").write_text(json.dumps({"events": story.events}))
+    return run_dir
