@@ -139,7 +139,7 @@ def _all_have_samples(prometheus: Prometheus, queries: list[str]) -> bool:
 
 
 def _tested_by_promtool() -> set[str]:
-    """Names of the alerts with a case that fires and one that doesn't; none unless `promtool` finds all of them right."""
+    """Names of the alerts with a case that fires and one that doesn't; none unless `promtool` finds all right."""
     done = subprocess.run(["promtool", "test", "rules", "alerts_test.yml"], cwd=FOLDER, capture_output=True, text=True)
     if done.returncode != 0:
         say(done.stdout + done.stderr)

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -15,7 +16,13 @@ from grafana_foundation_sdk.builders.common import ReduceDataOptions, StackingCo
 from grafana_foundation_sdk.builders.prometheus import Dataquery
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common
-from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, DataSourceRef, VariableRefresh, VariableSort
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DataSourceRef,
+    VariableOption,
+    VariableRefresh,
+    VariableSort,
+)
 
 from dashboards.alerts import ALERTS, Alert
 from dashboards.panels import BOARDS, Board, Chart, Query
@@ -75,6 +82,7 @@ def _runs() -> boards.QueryVariable:
         .multi(True)
         .include_all(True)
         .all_value(".+")
+        .current(VariableOption(text="All", value="$__all"))
     )
 
 
@@ -121,7 +129,7 @@ def _targets(queries: tuple[Query, ...]) -> list[Dataquery]:
 
 
 FILES: Mapping[str, Callable[[], str]] = {
-    **{f"{board.name}.json": lambda board=board: dashboard(board) for board in BOARDS},
+    **{f"{board.name}.json": partial(dashboard, board) for board in BOARDS},
     "alerts.yml": rules,
 }
 
