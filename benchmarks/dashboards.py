@@ -8,6 +8,7 @@ query of `dashboards/*.json`, as the files are, is asked over Prometheus' HTTP A
 package `prometheus` has both programs that are needed.
 
 - `panels_with_samples`: panels of which every query returned a number. Grafana's variables are filled in as it would.
+- `agrees`: what Prometheus has of workers, rescales and recoveries is what `orchestrator status` says.
 - `alerts_tested`: alerts that were evaluated without an error, whose verdict (1 fires, 0 doesn't) was there, and that
   fire and keep still when they should by `promtool test rules`.
 - `gone_s`: from the end of the run until Prometheus had no series of it.
@@ -61,7 +62,7 @@ def measure(quick: bool) -> Result:
             with Prometheus(workspace / "prometheus", targets, FOLDER / "alerts.yml", SCRAPE_EVERY_S) as prometheus:
                 live = LiveRun(product.client, job_of(data_spec(quick, workspace), storage, quick))
                 live_through(live, product)
-                found = ask_everything(prometheus)
+                found = ask_everything(prometheus) | {"agrees": comes_to_agree(prometheus, live)}
                 version = prometheus.version()
                 live.cancel()
                 found["gone_s"] = until_gone(prometheus)
@@ -75,6 +76,7 @@ def measure(quick: bool) -> Result:
         bars=(
             equals("panels_with_samples", found["panels"], found["panels_with_samples"]),
             equals("alerts_tested", found["alerts"], found["alerts_tested"]),
+            equals("agrees", True, found["agrees"]),
         ),
     )
 
@@ -116,6 +118,24 @@ def ask_everything(prometheus: Prometheus) -> dict[str, Any]:
         "alerts_that_would_fire": [a.name for a in ALERTS if any(prometheus.values(a.verdict))],
         "series_of_the_run": len(prometheus.values('{__name__=~"ray_orchestrator_.+"}')),
     }
+
+
+def comes_to_agree(prometheus: Prometheus, live: LiveRun) -> bool:
+    """Whether Prometheus' figures become those of the run's status while nothing changes any more."""
+    status = live.status()
+    wanted = {
+        "elastic/world_size": status.workers_now,
+        "elastic/rescales": len(status.rescales),
+        "elastic/recoveries": len(status.recoveries),
+        "elastic/generation": status.generation,
+    }
+    deadline_s = time.monotonic() + PATIENCE_S
+    while (seen := {name: prometheus.values(series(name)) for name in wanted}) != {n: [v] for n, v in wanted.items()}:
+        if time.monotonic() > deadline_s:
+            say(f"the status says {wanted}, Prometheus {seen}")
+            return False
+        time.sleep(LOOK_EVERY_S)
+    return True
 
 
 def panels_of_files() -> dict[str, list[str]]:
