@@ -30,7 +30,6 @@ class Chart:
     queries: tuple[Query, ...]
     number: bool = False
     stacked: bool = False
-    log_scale: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A controller that Ray has started again is another series of the same run for some seconds, hence `max by (run)`.
 """
 
-from orchestrator.metrics import Kind, Metric, metric
+from orchestrator.metrics import Kind, metric
 
 RUNS = 'run=~"$run"'  # those chosen in the dashboard
 INTERVAL = "$__rate_interval"
@@ -22,7 +22,8 @@ def newest(name: str, selector: str = "", by: str = "run") -> str:
 
 def rate(name: str, selector: str = RUNS, window: str = INTERVAL) -> str:
     """The rise per second, per run. Raises NotFound; ValueError if the metric doesn't add up."""
-    _check_adds_up(metric(name))
+    if metric(name).kind is Kind.GAUGE:
+        raise ValueError(f"{name} is a gauge: it has no rate")
     return f"sum by (run) (rate({series(name, selector)}[{window}]))"
 
 
@@ -35,8 +36,3 @@ def rise(name: str, window: str, selector: str = "") -> str:
         raise ValueError(f"{name} is a {metric(name).kind}; only a counter's values are those of the whole run")
     whole = f"{series(name, selector)}[{window}]"
     return f"max by (run) (max_over_time({whole})) - min by (run) (min_over_time({whole}))"
-
-
-def _check_adds_up(declared: Metric) -> None:
-    if declared.kind is Kind.GAUGE:
-        raise ValueError(f"{declared.name} is a gauge: it has no rate")
