@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.metrics import DECLARED
+from orchestrator.metrics import DECLARED, Metric
 from orchestrator.spec.job import JobSpec
 
 DIRECTORY = Path(__file__).parent
@@ -39,7 +39,17 @@ METRICS_HEAD = """\
 *Written by `python docs/generate.py` from `orchestrator/metrics.py`; change the code, not this page.*
 
 A run has one MLflow run for its whole life, and one process that writes to it. Each metric has one value per step;
-nothing is published before its step is committed. A gauge's values stand alone, a counter only grows within a run.
+nothing is published before its step is committed. A gauge's values stand alone, a counter only grows within a run, an
+amount is that of one step, so those of several add up.
+
+Prometheus has the newest value of each, under the name in the third column, with the label `run`; of an amount it has
+the sum since the start of the run's controller ([operating.md](operating.md#prometheus-and-grafana)).
+"""
+
+LIVE_HEAD = """\
+## Of the moment
+
+These belong to no step. Only Prometheus has them, from the beginning of a run's controller to its end.
 """
 
 
@@ -53,9 +63,18 @@ def job_file() -> str:
 
 
 def metrics() -> str:
-    """Every declared metric."""
-    rows = [(f"`{m.name}`", m.unit, m.kind.value, m.meaning) for m in DECLARED]
-    return "\n".join([METRICS_HEAD, _table(("metric", "unit", "kind", "meaning"), rows)])
+    """Every declared metric: those of steps, then those of the moment."""
+    of_steps, live = ([m for m in DECLARED if m.live is wanted] for wanted in (False, True))
+    return "\n".join([METRICS_HEAD, _metric_table(of_steps), LIVE_HEAD, _metric_table(live)])
+
+
+def _metric_table(declared: Sequence[Metric]) -> str:
+    rows = [(f"`{m.name}`", m.unit, _prometheus_name(m), m.kind.value, m.meaning) for m in declared]
+    return _table(("metric", "unit", "in Prometheus", "kind", "meaning"), rows)
+
+
+def _prometheus_name(declared: Metric) -> str:
+    return f"`ray_{declared.prometheus}`" + (f" {{{declared.label}}}" if declared.label else "")
 
 
 PAGES: Mapping[str, Callable[[], str]] = {"job-file.md": job_file, "metrics.md": metrics}

@@ -1,6 +1,7 @@
 """The metric registry: every number that a run publishes, declared once with its unit, kind and meaning.
 
-Writers and readers name a metric by `metric(name)`, so that a misspelt name is an error and not an empty chart.
+Writers and readers name a metric by `metric(name)`, so that a misspelt name is an error and not an empty chart. What a
+metric is called in Prometheus follows from its declaration (`Metric.prometheus`).
 """
 
 from collections.abc import Mapping
@@ -17,16 +18,49 @@ class Kind(StrEnum):
 
     GAUGE = "gauge"  # each value stands alone
     COUNTER = "counter"  # only grows within a run
+    AMOUNT = "amount"  # of one step: those of several steps add up
+
+
+UNIX_S = "s since 1970"
+
+# Prometheus wants base units, at a name's end: what a name ends in here, what there, and what a value is multiplied by.
+_ENDINGS: Mapping[str, tuple[str, str, float]] = MappingProxyType(
+    {
+        "s": ("_s", "_seconds", 1.0),
+        "%": ("_percent", "_ratio", 0.01),
+        UNIX_S: ("_time", "_timestamp_seconds", 1.0),
+    }
+)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One declared metric. `name` is `group/what`; a name of a duration or size ends in its unit."""
+    """One declared metric. `name` is `group/what`; a name of a duration or size ends in its unit.
+
+    `label` is what tells several values of one run apart. `live`: of the moment and not of a step, so Prometheus has it
+    and MLflow hasn't.
+    """
 
     name: str
     unit: str
     kind: Kind
     meaning: str
+    label: str = ""
+    live: bool = False
+
+    @property
+    def prometheus(self) -> str:
+        """Its name in Prometheus, without the `ray_` that Ray puts before it. What adds up ends in `_total`."""
+        own, theirs, _ = _ENDINGS.get(self.unit, ("", "", 1.0))
+        stem = self.name.replace("/", "_").removesuffix(own) + theirs
+        numbers_something = self.kind is Kind.COUNTER and self.unit == "1"
+        total = "" if self.kind is Kind.GAUGE or numbers_something else "_total"
+        return f"orchestrator_{stem}{total}"
+
+    @property
+    def factor(self) -> float:
+        """What a value is multiplied by for Prometheus: shares are of 1 there and not of 100."""
+        return _ENDINGS.get(self.unit, ("", "", 1.0))[2]
 
 
 DECLARED = (
@@ -45,7 +79,7 @@ DECLARED = (
     Metric("perf/padding", "1", Kind.GAUGE, "share of the tokens of the step's slots that is padding, not computed on"),
     Metric("perf/slots", "slots", Kind.GAUGE, "micro-batches of the step, of all workers together"),
     *(
-        Metric(f"comm/{kind}_bytes", "bytes", Kind.GAUGE, f"sent between workers since the vote before: {meaning}")
+        Metric(f"comm/{kind}_bytes", "bytes", Kind.AMOUNT, f"sent between workers since the vote before: {meaning}")
         for kind, meaning in (
             ("gradient", "pieces of gradients, indices included"),
             ("parameter", "updated weights"),
@@ -56,30 +90,80 @@ DECLARED = (
             ("control", "votes, expert counts and norms"),
         )
     ),
-    Metric("comm/sent_bytes", "bytes", Kind.GAUGE, "all of these together"),
-    Metric("comm/raw_bytes", "bytes", Kind.GAUGE, "what they would be without compression"),
+    Metric("comm/sent_bytes", "bytes", Kind.AMOUNT, "all of these together"),
+    Metric("comm/raw_bytes", "bytes", Kind.AMOUNT, "what they would be without compression"),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
     Metric("elastic/snapshot_interval", "steps", Kind.GAUGE, "steps between two snapshots; 0 where none are taken"),
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),
-    Metric("elastic/rescale_stall_s", "s", Kind.GAUGE, "training time lost to a rescale, at its first step"),
+    Metric("elastic/rescale_stall_s", "s", Kind.AMOUNT, "training time lost to a rescale, at its first step"),
     Metric(
         "elastic/recovery_stall_s",
         "s",
-        Kind.GAUGE,
+        Kind.AMOUNT,
         "training time lost to the loss of workers, at the first step after",
     ),
     Metric(
         "elastic/moved_bytes",
         "bytes",
-        Kind.GAUGE,
+        Kind.AMOUNT,
         "state sent between workers in a rescale or recovery, at its first step",
     ),
-    Metric("system/cpu_percent", "%", Kind.GAUGE, "processor time in use on a node, of all its cores; one per node"),
-    Metric("system/memory_bytes", "bytes", Kind.GAUGE, "memory in use on a node; one per node"),
-    Metric("system/disk_percent", "%", Kind.GAUGE, "how full the file system of the run storage is; one per node"),
-    Metric("system/sent_bytes_per_second", "bytes/s", Kind.GAUGE, "network traffic sent by a node; one per node"),
-    Metric("system/received_bytes_per_second", "bytes/s", Kind.GAUGE, "network traffic received; one per node"),
+    *(
+        Metric(f"system/{what}", unit, Kind.GAUGE, f"{meaning}; one per node", label="node")
+        for what, unit, meaning in (
+            ("cpu_percent", "%", "processor time in use on a node, of all its cores"),
+            ("memory_bytes", "bytes", "memory in use on a node"),
+            ("disk_percent", "%", "how full the file system of the run storage is"),
+            ("sent_bytes_per_second", "bytes/s", "network traffic sent by a node"),
+            ("received_bytes_per_second", "bytes/s", "network traffic received"),
+        )
+    ),
     Metric("moe/max_violation", "1", Kind.GAUGE, "MaxVio: max over layers of (largest expert load / mean load - 1)"),
+    *(
+        Metric(name, unit, kind, meaning, live=True)
+        for name, unit, kind, meaning in (
+            ("run/wanted_steps", "steps", Kind.GAUGE, "how many the job wants"),
+            ("run/finished_steps", "steps", Kind.COUNTER, "done, as far as any worker has told"),
+            (
+                "run/committed_steps",
+                "steps",
+                Kind.COUNTER,
+                "those on record that can't be lost any more: the watermark",
+            ),
+            ("run/committed_time", UNIX_S, Kind.GAUGE, "when the newest of these was done, or the run last began"),
+            (
+                "run/checkpoint_time",
+                UNIX_S,
+                Kind.GAUGE,
+                "when the newest checkpoint was complete, or the run last began",
+            ),
+            ("elastic/workers_wanted", "workers", Kind.GAUGE, "how many workers the run should have"),
+            ("elastic/standbys", "workers", Kind.GAUGE, "warm workers that hold no state"),
+            ("elastic/rescales", "rescales", Kind.COUNTER, "changes of the members without a loss"),
+            ("elastic/recoveries", "recoveries", Kind.COUNTER, "times that the run went on after a loss"),
+            (
+                "elastic/quarantined_nodes",
+                "nodes",
+                Kind.GAUGE,
+                "nodes that get no new workers, as too many failed there",
+            ),
+            ("elastic/draining_nodes", "nodes", Kind.GAUGE, "nodes that will soon be taken away"),
+            (
+                "moe/collapse",
+                "1",
+                Kind.GAUGE,
+                "moe/max_violation over what it would be if all tokens went to the same experts; 0 without experts",
+            ),
+        )
+    ),
+    Metric(
+        "run/phase",
+        "1",
+        Kind.GAUGE,
+        "where the run is: 1 for this phase, 0 for the others",
+        label="phase",
+        live=True,
+    ),
 )
 
 METRICS: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in DECLARED})

@@ -63,6 +63,7 @@ def status(output: Output = Format.TEXT) -> None:
     show(f"cpus       {record.num_cpus} logical")
     show(f"since      {moment(record.started_time)}")
     show(f"processes  {running} of {len(record.processes)} that it began with, head {record.head.pid}")
+    show(f"metrics    http://{record.metrics_address}/metrics")
     show(f"files      {record.temp_dir}")
     show(f"log        {record.log_path}")
 

@@ -11,11 +11,14 @@ from typing import Any
 
 from orchestrator.control.crew import Crew
 from orchestrator.control.memory import RunMemory
+from orchestrator.control.points import points_of_event, points_of_steps
+from orchestrator.control.prometheus import Exporter
 from orchestrator.control.tracker_link import TrackerLink
 from orchestrator.errors import StorageError
 from orchestrator.policy.endings import complete_checkpoints, publishable
 from orchestrator.policy.run_state import Observation
 from orchestrator.protocol.messages import StepRecord
+from orchestrator.tracking.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
 
@@ -26,8 +29,9 @@ STAMPS = ("seq", "epoch", "time")  # the log has its own
 class Account:
     """Of one run, kept by its controller."""
 
-    def __init__(self, run_id: str, memory: RunMemory, crew: Crew, tracker: TrackerLink) -> None:
-        self._run_id, self._memory, self._crew, self._tracker = run_id, memory, crew, tracker
+    def __init__(self, run_id: str, memory: RunMemory, crew: Crew, tracker: TrackerLink, exporter: Exporter) -> None:
+        self._run_id, self._memory, self._crew = run_id, memory, crew
+        self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last asked for; inf while they are
         self._tracking_fails = False  # and users were told
 
@@ -49,7 +53,9 @@ class Account:
         with suppress(StorageError):  # they are asked for again
             before = self._memory.progress
             fresh, begun = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
-            self._tracker.publish_steps(before, fresh)
+            points = points_of_steps(before, fresh)
+            self._tracker.publish_steps(points, after=before.watermark)
+            self._exporter.show(points)
             for event in begun:
                 self.tell(event)
         self._tracker.look()
@@ -62,6 +68,12 @@ class Account:
         """Tell users of an event that is in the journal."""
         log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in STAMPS})
         self._tracker.publish_event(event)
+        self._exporter.show(points_of_event(event))
+
+    def show(self, readings: Sequence[MetricPoint]) -> None:
+        """Publish values that the journal doesn't hold."""
+        self._tracker.publish(readings)
+        self._exporter.show(readings)
 
     def tell_of_tracking(self) -> None:
         """Write down when metrics begin to wait, and when they arrive again."""

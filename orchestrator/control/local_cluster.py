@@ -7,6 +7,7 @@ only, asks for a token, and keeps its files in a temporary directory of its own.
       cluster.json   the `ClusterRecord`: address, processes with their start times
       token          the secret, readable by its owner only
       head.log       what Ray's processes said while they started
+      scrape.json    where Prometheus finds its metrics, in the form that `file_sd_configs` reads
 
 `down` ends the processes of that record and everything in their session, and nothing else: a pid that was given to
 another process since is told by its start time.
@@ -35,6 +36,7 @@ from orchestrator.protocol.codec import from_plain, to_plain
 
 START_TIMEOUT_S = 60.0
 TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
+RAY_DIR = "ray"  # in the temporary directory
 STARTED = "Ray runtime started"
 
 
@@ -50,6 +52,7 @@ class ClusterRecord:
     started_time: float
     head: Process
     processes: tuple[Process, ...]  # what came up with the head; workers come and go
+    metrics_address: str = ""  # where Prometheus scrapes; empty in records of before there were metrics
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,13 @@ def _present(directory: Path) -> ClusterRecord | None:
 
 def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterRecord:
     token_path, log_path = directory / "token", directory / "head.log"
+    metrics_port = _free_port()
+    metrics_address = f"127.0.0.1:{metrics_port}"
     _write_secret(token_path)
-    temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))
+    temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))  # ours alone; Ray opens its own to everybody
     with log_path.open("wb") as log:
         head = subprocess.Popen(
-            _head_command(temp_dir, num_cpus, jobs_port),
+            _head_command(temp_dir, num_cpus, metrics_port, jobs_port),
             env=_head_environment(token_path),
             cwd=directory,
             stdin=subprocess.DEVNULL,
@@ -159,23 +164,34 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
         raise
     processes = tuple(describe(process) for process in living_of(leader, (leader,)))
     record = ClusterRecord(
-        address, num_cpus, str(temp_dir), str(token_path), str(log_path), started_time, leader, processes
+        address,
+        num_cpus,
+        str(temp_dir),
+        str(token_path),
+        str(log_path),
+        started_time,
+        leader,
+        processes,
+        metrics_address,
     )
     _save(directory, record)
+    # Ray writes such a list too, but only with its dashboard. The port is another each time, the file's place is not.
+    _replace(directory / "scrape.json", [{"targets": [metrics_address], "labels": {"job": "ray"}}])
     return record
 
 
-def _head_command(temp_dir: Path, num_cpus: int, jobs_port: int | None) -> list[str]:
+def _head_command(temp_dir: Path, num_cpus: int, metrics_port: int, jobs_port: int | None) -> list[str]:
     options = {
         "node-ip-address": "127.0.0.1",
         "port": 0,
         "ray-client-server-port": _free_port(),
         "dashboard-agent-listen-port": 0,
+        "metrics-export-port": metrics_port,
         "include-dashboard": "false" if jobs_port is None else "true",
         "dashboard-host": "127.0.0.1",
         "dashboard-port": jobs_port or 0,
         "num-cpus": num_cpus,
-        "temp-dir": temp_dir,
+        "temp-dir": temp_dir / RAY_DIR,
     }
     ray_cli = [sys.executable, "-m", "ray.scripts.scripts"]
     return [*ray_cli, "start", "--head", "--block", *(f"--{key}={value}" for key, value in options.items())]
@@ -199,7 +215,7 @@ def _head_environment(token_path: Path) -> dict[str, str]:
 
 
 def _await_address(head: "subprocess.Popen[bytes]", temp_dir: Path, log_path: Path) -> str:
-    deadline, written = time.monotonic() + START_TIMEOUT_S, temp_dir / "ray_current_cluster"
+    deadline, written = time.monotonic() + START_TIMEOUT_S, temp_dir / RAY_DIR / "ray_current_cluster"
     while time.monotonic() < deadline and head.poll() is None:
         if STARTED in log_path.read_text(errors="replace"):
             with suppress(FileNotFoundError):  # Ray may say so before it has written where
@@ -227,15 +243,20 @@ def _end(record: ClusterRecord) -> None:
 
 
 def _save(directory: Path, record: ClusterRecord) -> None:
-    temporary = directory / ".cluster.json"
-    temporary.write_text(json.dumps(to_plain(record), indent=2) + "\n")
-    temporary.replace(directory / "cluster.json")
+    _replace(directory / "cluster.json", to_plain(record))
+
+
+def _replace(path: Path, content: object) -> None:
+    """Write JSON that nobody ever reads half of."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def _forget(directory: Path, record: ClusterRecord) -> None:
     shutil.rmtree(record.temp_dir, ignore_errors=True)
-    (directory / "token").unlink(missing_ok=True)
-    (directory / "cluster.json").unlink(missing_ok=True)
+    for name in ("token", "scrape.json", "cluster.json"):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _write_secret(path: Path) -> None:

@@ -46,13 +46,14 @@ class Recollection:
         self.progress = Progress()
         self.data: PreparedData | None = None
         self.times: dict[str, float] = {}  # of the first event of each kind
+        self.newest_times: dict[str, float] = {}  # of the newest one
         self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):
             self._recall(event)
 
     def _recall(self, event: Mapping[str, Any]) -> None:
         kind = event["kind"]
-        self.times.setdefault(kind, event["time"])
+        self._date(event)
         if kind == "state":
             self.state = from_plain(RunState, event["state"])
         elif kind == "prepared":
@@ -61,6 +62,10 @@ class Recollection:
             self.progress = absorb(self.progress, _records_of(event))
         elif kind == "resumed":
             self._go_back(event)
+
+    def _date(self, event: Mapping[str, Any]) -> None:
+        self.times.setdefault(event["kind"], event["time"])
+        self.newest_times[event["kind"]] = event["time"]
 
     def _go_back(self, event: Mapping[str, Any]) -> None:
         """The run went on from a checkpoint: what came after it is done again."""
@@ -133,7 +138,7 @@ class RunMemory(Recollection):
         with self._writing():
             written = self._journal.append(events)
         for event in written:
-            self.times.setdefault(event["kind"], event["time"])
+            self._date(event)
         return written
 
     @contextmanager

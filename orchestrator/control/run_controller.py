@@ -29,12 +29,14 @@ from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import STATUS_FILE, RunMemory, insist
 from orchestrator.control.node_watch import NodeWatch
 from orchestrator.control.parts import Parts
+from orchestrator.control.prometheus import Exporter
+from orchestrator.control.run_values import values_of_run
 from orchestrator.control.status import status_of, to_json
 from orchestrator.control.store_link import head_address
 from orchestrator.control.wishes import Wishes, member_of_rank
 from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
 from orchestrator.policy.autoscaling import scale_of
-from orchestrator.policy.lifecycle import decide, directive_of
+from orchestrator.policy.lifecycle import decide, directive_of, phase_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, ended
@@ -71,7 +73,8 @@ class RunController:
         self._nodes = NodeWatch(self._run_dir, self._inbox)
         self._drains = DrainWatch(self._inbox)
         self._checkpointed = self._memory.state.checkpoint_done
-        self._account = Account(run_id, self._memory, self._crew, self._facilities.tracker)
+        self._exporter = Exporter(run_id)
+        self._account = Account(run_id, self._memory, self._crew, self._facilities.tracker, self._exporter)
         self._wishes = Wishes(run_id, self._memory, self._inbox)
         self._faults: list[str] = []
         self._closed = False
@@ -201,17 +204,21 @@ class RunController:
         now_s = time.monotonic()
         state = self._memory.state
         self._crew.poll(now_s, eager=state.next is not None or state.is_recovering)
-        self._account.ask(self._observe(), now_s)
+        seen = self._observe()
+        self._account.ask(seen, now_s)
         self._facilities.tend(now_s)
         self._nodes.poll(now_s, self._crew.handles)
         self._account.tell_of_tracking()
+        if self._exporter.is_due(now_s):
+            values = values_of_run(self._limits, self._job.model, self._memory, seen)
+            self._exporter.show_run(now_s, values, phase_of(state, seen))
         return bool(answers)
 
     def _take(self, answer: Answer) -> None:
         if answer.of in NAMES:
             return self._facilities.take(answer)
         if answer.method == NodeWatch.READ:
-            return self._facilities.tracker.publish(self._nodes.take(answer, self._memory.progress.watermark))
+            return self._account.show(self._nodes.take(answer, self._memory.progress.watermark))
         if answer.method == Crew.RECORDS:
             self._account.answered()
         report = self._crew.take(answer)

@@ -13,12 +13,10 @@ from orchestrator.control.crew import Answer, Inbox, post
 from orchestrator.control.host import Handle, Seat, find, start_host
 from orchestrator.control.journal import read_events
 from orchestrator.control.memory import committed_steps, user_events
-from orchestrator.control.points import points_after, points_of_event, points_of_steps
+from orchestrator.control.points import points_after, points_of_event
 from orchestrator.control.preparation import PreparedData
 from orchestrator.control.tracker_setup import tracker_setup
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.progress import Progress
-from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import MetricPoint
 
@@ -78,9 +76,10 @@ class TrackerLink:
         if points and self._is_current:
             self._send([("publish", (list(points),))])
 
-    def publish_steps(self, before: Progress, records: Sequence[StepRecord]) -> None:
-        if records and self._is_current:
-            self._send([("publish", (points_of_steps(before, list(records)), before.watermark))])
+    def publish_steps(self, points: Sequence[MetricPoint], after: int) -> None:
+        """All values of the steps after this one."""
+        if points and self._is_current:
+            self._send([("publish", (list(points), after))])
 
     def publish_event(self, event: Mapping[str, Any]) -> None:
         if self._is_current:

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.rescale import job_of
 from benchmarks.support.confinement import why_not
 from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.prometheus import missing_programs
 from tests.support.hosts import Hosts
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +131,17 @@ def test_prepare_compares_equal_stores() -> None:
     met = {bar["name"]: bar["met"] for bar in line["bars"]}
     assert met.keys() == {"speedup", "peak_memory_ratio", "stores_equal"} and met["stores_equal"]
     assert line["metrics"]["peak_bytes"]["4"] > line["metrics"]["peak_bytes_without_ray"]["4"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(bool(missing_programs()), reason="Prometheus isn't installed (Debian: prometheus)")
+def test_dashboards_have_samples_of_everything() -> None:
+    line = quick("dashboards")
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met == {"panels_with_samples": True, "alerts_tested": True, "agrees": True}
+    assert line["metrics"]["panels"] >= 40 and line["metrics"]["alerts"] == 7 and line["metrics"]["gone_s"] < 60.0
 
 
 @pytest.mark.ray

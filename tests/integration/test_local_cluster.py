@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,11 @@ def test_up_and_down_leave_nothing(home: Path) -> None:
     assert record.num_cpus == 6 and all(is_running(process) for process in record.processes)
     assert stat.S_IMODE(os.stat(record.token_path).st_mode) == 0o600
     assert only_loopback(record)
+    scrape = home / "clusters" / "local" / "scrape.json"
+    (group,) = json.loads(scrape.read_text())
+    assert group["targets"] == [record.metrics_address]
+    with urllib.request.urlopen(f"http://{record.metrics_address}/metrics", timeout=10.0) as answer:
+        assert answer.status == 200  # without a token: Prometheus has none
 
     done = python(CONNECT.format(address=None) + START_ACTOR, ORCHESTRATOR_HOME=str(home))
     assert done.returncode == 0, done.stderr
@@ -72,7 +78,7 @@ def test_up_and_down_leave_nothing(home: Path) -> None:
     pids = members(record)
     assert local_cluster.down() == record
     assert members(record) == [] and [pid for pid in pids if psutil.pid_exists(pid)] == []
-    assert not Path(record.temp_dir).exists() and not Path(record.token_path).exists()
+    assert not Path(record.temp_dir).exists() and not Path(record.token_path).exists() and not scrape.exists()
     assert local_cluster.status() is None and local_cluster.down() is None
 
 
@@ -128,7 +134,7 @@ def test_a_record_of_a_process_that_is_another_now_harms_nobody(home: Path, tmp_
 
 
 def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(temp_dir: Path, num_cpus: int) -> list[str]:
+    def broken(temp_dir: Path, num_cpus: int, metrics_port: int) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit('no room')"]
 
     monkeypatch.setattr(local_cluster, "_head_command", broken)

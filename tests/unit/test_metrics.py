@@ -34,3 +34,30 @@ def test_unknown_name_gives_the_nearest() -> None:
 def test_name_near_to_nothing_lists_all() -> None:
     with pytest.raises(NotFound, match="train/loss, .*moe/max_violation"):
         metric("zzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "in_prometheus"),
+    [
+        ("train/loss", "orchestrator_train_loss"),
+        ("train/tokens", "orchestrator_train_tokens_total"),
+        ("perf/step_s", "orchestrator_perf_step_seconds"),
+        ("comm/sent_bytes", "orchestrator_comm_sent_bytes_total"),
+        ("elastic/generation", "orchestrator_elastic_generation"),
+        ("elastic/recovery_stall_s", "orchestrator_elastic_recovery_stall_seconds_total"),
+        ("system/cpu_percent", "orchestrator_system_cpu_ratio"),
+        ("run/checkpoint_time", "orchestrator_run_checkpoint_timestamp_seconds"),
+    ],
+)
+def test_names_in_prometheus_follow_its_conventions(name: str, in_prometheus: str) -> None:
+    assert metric(name).prometheus == in_prometheus
+
+
+def test_names_in_prometheus_are_valid_and_unique() -> None:
+    names = [declared.prometheus for declared in DECLARED]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in names)
+
+
+def test_shares_are_of_one_in_prometheus() -> None:
+    assert metric("system/cpu_percent").factor == 0.01 and metric("system/memory_bytes").factor == 1.0

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[3]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("cluster/*.md")])
+FOLDERS = (".", "docs", "benchmarks", "cluster", "dashboards")
+PAGES = sorted(page for folder in FOLDERS for page in (ROOT / folder).glob("*.md"))
 MENTION = re.compile(r"`((?:[\w.-]+/)*[\w.-]+\.py)(?::([\w.]+))?`")
 METHOD = re.compile(r"`([A-Z]\w+\.\w+)`")
 TEST_NAME = re.compile(r"`(test_\w+)`")

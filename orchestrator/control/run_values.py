@@ -1,0 +1,44 @@
+"""What is so of a run at one moment, as values of live metrics: where it is, and what its alerts are about."""
+
+from orchestrator.control.memory import Recollection
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.planning_moves import warm_standbys
+from orchestrator.policy.run_state import Observation
+from orchestrator.policy.schedule import wanted_size
+from orchestrator.spec.model import ModelSpec
+
+BEGINNINGS = ("submitted", "activated", "resumed")  # events from which a run's clocks run
+
+
+def values_of_run(limits: RunLimits, model: ModelSpec, memory: Recollection, seen: Observation) -> dict[str, float]:
+    """By names of metrics. Times are `time.time()` seconds, and those of the run's last beginning until there is more
+    to tell; a run that was resumed begins anew. Counters are those of the whole run, also before the first step of a
+    controller: they must not seem to fall and rise again.
+    """
+    state, progress = memory.state, memory.progress
+    first = (memory.times.get(kind, 0.0) for kind in BEGINNINGS)
+    began_time = max(*first, memory.newest_times.get("resumed", 0.0))
+    newest = progress.recent[-1] if progress.recent else None
+    return {
+        "train/tokens": progress.tokens,
+        "train/skipped": progress.skipped,
+        "elastic/generation": state.activated,
+        "run/wanted_steps": limits.steps,
+        "run/finished_steps": seen.step + 1,
+        "run/committed_steps": progress.watermark + 1,
+        "run/committed_time": max(began_time, newest.vote_time if newest else 0.0),
+        "run/checkpoint_time": max(began_time, memory.newest_times.get("checkpoint", 0.0)),
+        "elastic/workers_wanted": wanted_size(limits, state.wish, seen.step + 1),
+        "elastic/standbys": len(warm_standbys(state, seen)),
+        "elastic/rescales": len(state.rescales),
+        "elastic/recoveries": len(state.recoveries),
+        "elastic/quarantined_nodes": len(state.quarantine),
+        "elastic/draining_nodes": len(state.draining),
+        "moe/collapse": collapse(model, newest.max_violation if newest else 0.0),
+    }
+
+
+def collapse(model: ModelSpec, max_violation: float) -> float:
+    """MaxVio over its largest value, which is that of all tokens at the same experts: 0 where loads are equal."""
+    largest = model.num_experts / model.top_k - 1.0
+    return max_violation / largest if largest > 0 else 0.0
