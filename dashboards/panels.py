@@ -174,12 +174,13 @@ RUN = Board(
         simple("Tokens", "train/tokens", "short", number=True),
         Chart(
             "Step",
-            "Duration of a step, and the parts of it that rank 0 waited for rows and for its buddy.",
+            "Duration of a step, and the parts of it that rank 0 waited for rows, its peers and its buddy.",
             "s",
             (
                 of("perf/step_s", "{{run}} step"),
                 of("perf/data_wait_s", "{{run}} waits for rows"),
                 of("perf/protection_wait_s", "{{run}} waits for its buddy"),
+                of("perf/communication_wait_s", "{{run}} waits for its peers"),
             ),
         ),
         Chart(
