@@ -15,6 +15,8 @@ import pytest
 
 from orchestrator.control import local_cluster
 from orchestrator.control.connection import disconnect
+from orchestrator.control.run_files import RunFiles
+from orchestrator.protocol.status import RunPhase, RunStatus
 from tests.support.own_models import linear, own_spec
 from tests.support.texts import small_job
 
@@ -40,13 +42,16 @@ class Far:
     def ray(self, *args: str) -> str:
         return str(self("job", *args, module="ray.scripts.scripts").stdout)
 
-    def until(self, run: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        deadline_s = time.monotonic() + 120.0
-        while True:
-            status: dict[str, Any] = json.loads(self("status", run, "-o", "json").stdout)
-            if condition(status):
-                return status
-            assert time.monotonic() < deadline_s, status
+
+def _until(run_dir: Path, condition: Callable[[RunStatus], bool]) -> RunStatus:
+    """As whoever sees run storage sees it: a question by URL takes seconds."""
+    deadline_s = time.monotonic() + 120.0
+    while True:
+        status = RunFiles(run_dir).status()
+        if condition(status):
+            return status
+        assert time.monotonic() < deadline_s, status
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +86,21 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     assert "Nothing was started" in dry.stderr and not storage.exists()
     submitted = far("submit", job, "--workers", "2..3", "--set", "eval.every=5")
     assert submitted.stdout == "distant\n" and "is submitted as job distant-" in submitted.stderr
-    far.until("distant", lambda s: s["step"] > 5 and s["workers_now"] == 2)
+    run_dir = storage / "distant"
+    _until(run_dir, lambda s: s.step > 5)
+    assert json.loads(far("status", "distant", "-o", "json").stdout)["workers_now"] == 2
     told = far("submit", job, expect=2).stderr.splitlines()
     assert told[0].endswith("a run's name must be new in its storage") and told[2:] == ["Nothing was started."]
     far("scale", "distant", "-n", "3")
-    far.until("distant", lambda s: bool(s["rescales"]) and s["rescales"][-1]["stall_s"] is not None)
+    _until(run_dir, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     assert "generation_planned" in far("events", "distant").stdout
     assert "no run 'distand'" in far("status", "distand", expect=102).stderr
 
     (job_id,) = set(re.findall(r"submission_id='(distant-[^']+)'", far.ray("list")))
     assert "generation" in far.ray("logs", job_id)
     far.ray("stop", job_id, "--no-wait")
-    ended = far.until("distant", lambda s: s["phase"] == "cancelled")
-    assert ended["checkpoint_step"] == ended["step"] - 1
+    ended = _until(run_dir, lambda s: s.phase is RunPhase.CANCELLED)
+    assert ended.checkpoint_step == ended.step - 1
     assert json.loads(far("audit", "distant", "-o", "json").stdout)["ok"]
     assert far.ray("list").count("command-") == 0  # what was asked is forgotten
     assert len(list((storage / ".packages").iterdir())) == 1  # the code of the run that was not refused
@@ -118,6 +125,7 @@ def test_a_directory_that_is_too_large_is_not_sent(far: Far, texts: Path, tmp_pa
 def test_a_secret_that_is_not_there_ends_the_run_and_leaves_nothing(far: Far, texts: Path, tmp_path: Path) -> None:
     job = _job(far, texts, tmp_path / "shared", "careless", secrets={"API_KEY": "env:NO_SUCH_KEY"})
     far("submit", job)
-    ended = far.until("careless", lambda s: s["phase"] == "failed")
-    assert "secret API_KEY is to come from the environment variable NO_SUCH_KEY" in ended["error"]
-    assert not [name for name in json.loads(far("list", "-o", "json").stdout) if name["phase"] == "training"]
+    ended = _until(tmp_path / "shared" / "careless", lambda s: s.phase is RunPhase.FAILED)
+    assert "secret API_KEY is to come from the environment variable NO_SUCH_KEY" in str(ended.error)
+    (listed,) = [run for run in json.loads(far("list", "-o", "json").stdout) if run["run_id"] == "careless"]
+    assert listed["phase"] == "failed" and listed["workers_now"] == 0

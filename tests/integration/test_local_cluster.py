@@ -134,7 +134,7 @@ def test_a_record_of_a_process_that_is_another_now_harms_nobody(home: Path, tmp_
 
 
 def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(temp_dir: Path, num_cpus: int, metrics_port: int) -> list[str]:
+    def broken(*_: object) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit('no room')"]
 
     monkeypatch.setattr(local_cluster, "_head_command", broken)
