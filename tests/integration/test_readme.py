@@ -60,6 +60,7 @@ def test_the_readme_has_every_verb() -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.journey
 def test_commands_of_the_readme_run(tmp_path: Path) -> None:
     readme = [command for page, command in COMMANDS if page == "README.md"]
     chosen = [command for command in readme if command.removeprefix("orchestrator ").startswith(RUN)]
