@@ -7,7 +7,8 @@ import sys
 import time
 
 from orchestrator.control import local_cluster
-from orchestrator.errors import ClusterUnreachable, NotAllowed, UsageError
+from orchestrator.control.job_port import token_refused
+from orchestrator.errors import ClusterUnreachable, UsageError
 
 NAMESPACE = "orchestrator"
 PROBE_TIMEOUT_S = 2.0
@@ -104,9 +105,6 @@ def _join(address: str) -> None:
         GcsClient(address=address)  # says at once what ray.init says after 20 tries
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError:
-        raise NotAllowed(
-            f"the cluster at {address} refused this process: its token is missing or another one",
-            remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
-        ) from None
+        raise token_refused(address) from None
     except (ConnectionError, RuntimeError) as error:
         raise ClusterUnreachable(f"no cluster answers at {address}: {error}", remedy=START_ONE) from error

@@ -165,15 +165,19 @@ class JobPort:
         try:
             return ask()
         except AuthenticationError:
-            raise NotAllowed(
-                f"the cluster at {self.url} refused this process: its token is missing or another one",
-                remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
-            ) from None
+            raise token_refused(self.url) from None
         except (ConnectionError, RequestException) as error:
             raise ClusterUnreachable(f"no cluster answers at {self.url}", remedy=REACH) from error
         except RuntimeError as error:
             told = str(error).splitlines()[0]
             raise ClusterUnreachable(f"the cluster at {self.url} answered: {told}", remedy=REACH) from error
+
+
+def token_refused(address: str) -> NotAllowed:
+    return NotAllowed(
+        f"the cluster at {address} refused this process: its token is missing or another one",
+        remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
+    )
 
 
 def _check_size(directory: Path) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.checkpoint.exporting import export_hf
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
 from orchestrator.control.calls import ask
-from orchestrator.control.connection import disconnect
 from orchestrator.control.host import find, names_of
 from orchestrator.control.inference import ask_model
 from orchestrator.control.memory import read_steps
@@ -34,6 +32,7 @@ from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
 from orchestrator.worker.faults import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import ROOT, linear, own_spec
+from tests.support.real_runs import own_cluster, until
 from tests.support.texts import HOLDOUT, VOCAB, small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
@@ -41,22 +40,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path_factory.mktemp("home")))
-        up = local_cluster.up(4)
-        try:
-            yield OrchestratorClient(up.record.address)
-        finally:
-            disconnect()
-            local_cluster.down()
-
-
-def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
-    deadline_s = time.monotonic() + 120.0
-    while not condition(status := client.get(run)):
-        assert time.monotonic() < deadline_s and not status.phase.ended, status
-        time.sleep(0.1)
-    return status
+    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
+        yield client
 
 
 def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
@@ -68,22 +53,22 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     changes = {"name": "mortal", "workers": workers, "storage": str(tmp_path / "runs"), "checkpoint": checkpoint}
     job: JobSpec = plain.model_copy(update=changes)
     run = client.submit(job)
-    _until(client, run, lambda s: s.step > 9)
+    until(client, run, lambda s: s.step > 9)
     pids = {w: ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0).pid for w in ("w0", "w1", "w2")}
     os.kill(ask(find(f"{run}/rendezvous"), "pid"), signal.SIGKILL)  # the next generations meet in another one
     client.scale(run, 2)
-    scaled = _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
+    scaled = until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     assert scaled.rescales[-1].to_size == 2 and scaled.rescales[-1].state_identical
 
     os.kill(pids["w1"], signal.SIGKILL)
-    recovered = _until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
+    recovered = until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
     (recovery,) = recovered.recoveries
     assert (recovery.lost, recovery.cause, recovery.source) == (("w1",), "worker", "memory")
     assert recovery.steps_lost == 0 and recovery.steps_replayed <= 1 and recovery.state_identical
     assert recovery.stall_s is not None and recovery.stall_s < 10.0
-    whole = _until(client, run, lambda s: s.workers_now == 2 and s.step > recovery.step + 20)
+    whole = until(client, run, lambda s: s.workers_now == 2 and s.step > recovery.step + 20)
     assert client.kill_worker(run, 0) in ("w0", "w2", "w3")
-    _until(client, run, lambda s: len(s.recoveries) == 2 and s.step > whole.step)
+    until(client, run, lambda s: len(s.recoveries) == 2 and s.step > whole.step)
     client.pause(run)
     stopped = client.wait(run, timeout_s=60.0)
     account = client.audit(run)
@@ -91,7 +76,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
 
     # It goes on from its newest checkpoint, in another world, in the same MLflow run.
     client.resume(run, workers=3)
-    resumed = _until(client, run, lambda s: s.step > account.steps + 20)
+    resumed = until(client, run, lambda s: s.step > account.steps + 20)
     assert resumed.workers_now == 3
     client.pause(run)
     paused = client.wait(run, timeout_s=60.0)
@@ -123,10 +108,10 @@ def test_a_member_that_is_told_to_end_leaves_at_a_fence(
     workers = WorkersSpec(min=2, max=3, initial=2)
     changes = {"name": "polite", "workers": workers, "storage": str(tmp_path / "runs")}
     run = client.submit(small_job(texts, steps=100_000).model_copy(update=changes))
-    _until(client, run, lambda s: s.step > 9)
+    until(client, run, lambda s: s.step > 9)
     pid = ask(find(f"{run}/worker/w1"), "call", "report", None, -1, 0.0).pid
     os.kill(pid, signal.SIGTERM)
-    status = _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
+    status = until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     (rescale,) = status.rescales
     assert (rescale.from_size, rescale.to_size) == (2, 2) and rescale.state_identical and not status.recoveries
     assert rescale.why == "w1 must leave: it was told to end"
@@ -157,21 +142,21 @@ def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(
         "checkpoint": CheckpointSpec(every=8, keep_last=2),
     }
     run = client.submit(small_job(texts, steps=100_000).model_copy(update=changes))
-    _until(client, run, lambda s: s.stage == "opening")
+    until(client, run, lambda s: s.stage == "opening")
     with pytest.raises(UsageError, match="its stages are easy, opening, all"):
         client.stage(run, "hard")
     log = (tmp_path / "runs" / run / "logs" / "controller.log").read_text()
     os.kill(int(re.findall(r"controller of epoch \d+, pid (\d+)", log)[-1]), signal.SIGKILL)
-    _until(client, run, lambda s: s.step > 0)
+    until(client, run, lambda s: s.step > 0)
     client.stage(run, "next")
-    began = _until(client, run, lambda s: s.stage == "all")
+    began = until(client, run, lambda s: s.stage == "all")
     client.kill_worker(run, 1)
-    _until(client, run, lambda s: len(s.recoveries) == 1 and s.step > began.step + 10)
+    until(client, run, lambda s: len(s.recoveries) == 1 and s.step > began.step + 10)
     client.pause(run)
     paused = client.wait(run, timeout_s=60.0)
     assert paused.phase is RunPhase.PAUSED and client.audit(run).ok
     client.resume(run)
-    _until(client, run, lambda s: s.step > paused.step + 10)
+    until(client, run, lambda s: s.step > paused.step + 10)
     client.cancel(run)
     over = client.wait(run, timeout_s=60.0)
     assert over.stage == "all" and client.audit(run).ok
@@ -199,12 +184,12 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     run = client.submit(_quick_example("dense", texts, tmp_path))
-    _until(client, run, lambda s: s.step > 20)
+    until(client, run, lambda s: s.step > 20)
     client.pause(run)
     paused = client.wait(run, timeout_s=60.0)
     assert paused.phase is RunPhase.PAUSED and paused.checkpoint_step == paused.step - 1
     client.resume(run, workers=2)
-    resumed = _until(client, run, lambda s: s.step > paused.step + 50)
+    resumed = until(client, run, lambda s: s.step > paused.step + 50)
     assert resumed.workers_now == 2
     assert resumed.loss is not None and resumed.loss < math.log(VOCAB) - 1.0
     client.cancel(run)
@@ -249,7 +234,7 @@ def test_slots_by_document_grow_until_every_worker_has_one(
     changes = {"name": "fitted", "workers": workers, "storage": str(tmp_path / "runs"), "data": data}
     run = client.submit(plain.model_copy(update=changes))
     run_dir = Path(client.get(run).run_dir)
-    _until(client, run, lambda s: s.step > 40 and read_steps(run_dir)[-1].num_slots == 2)
+    until(client, run, lambda s: s.step > 40 and read_steps(run_dir)[-1].num_slots == 2)
     client.cancel(run)
     ended = client.wait(run, timeout_s=120.0)
     assert ended.phase is RunPhase.CANCELLED and not ended.recoveries, ended

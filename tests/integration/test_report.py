@@ -1,19 +1,17 @@
 """The report of a real run: its accounts agree with one another."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
-from orchestrator.control.connection import disconnect
 from orchestrator.control.memory import read_steps
 from orchestrator.control.reporting import read_report
 from orchestrator.policy.report import Rates
-from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
@@ -23,22 +21,8 @@ STRETCH_S = 12.0  # of training between two events: moves and ends take tenths o
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorClient]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path_factory.mktemp("home")))
-        up = local_cluster.up(4)
-        try:
-            yield OrchestratorClient(up.record.address)
-        finally:
-            disconnect()
-            local_cluster.down()
-
-
-def _until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
-    deadline_s = time.monotonic() + 120.0
-    while not condition(status := client.get(run)):
-        assert time.monotonic() < deadline_s and not status.phase.ended, status
-        time.sleep(0.1)
-    return status
+    with own_cluster(tmp_path_factory.mktemp("home"), cpus=4) as client:
+        yield client
 
 
 def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_pause(
@@ -52,20 +36,20 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
     }
     job: JobSpec = small_job(texts, steps=100_000).model_copy(update=changes)
     run = client.submit(job)
-    _until(client, run, lambda s: s.step > 0)
+    until(client, run, lambda s: s.step > 0)
     time.sleep(STRETCH_S)
     client.scale(run, 2)
-    _until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
+    until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     time.sleep(STRETCH_S)
     client.kill_worker(run, 1)
-    _until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
+    until(client, run, lambda s: bool(s.recoveries) and s.recoveries[-1].stall_s is not None)
     time.sleep(STRETCH_S)
     client.pause(run)
     paused = client.wait(run, timeout_s=60.0)
     run_dir = Path(paused.run_dir)
     time.sleep(3.0)
     client.resume(run, workers=2)
-    _until(client, run, lambda s: s.step > paused.step + 1)
+    until(client, run, lambda s: s.step > paused.step + 1)
     going_on = read_report(run_dir, Rates())  # while it trains
     assert going_on.outcome == "" and going_on.steps >= paused.step
     time.sleep(STRETCH_S)
