@@ -1,8 +1,8 @@
 """Ray's Jobs API: how a cluster is reached by who reaches nothing of it but one HTTP port.
 
 A job is submitted as a Ray job whose driver (`orchestrator.cli.remote`) stays until the run's end. All other commands
-run in the cluster as jobs of a few seconds, which are forgotten afterwards. What such a command writes to stderr comes
-marked, since a job has one log for both.
+run in the cluster as jobs of a few seconds; the next one has Ray forget those before it. What such a command writes to
+stderr comes marked, since a job has one log for both.
 """
 
 import asyncio
@@ -12,12 +12,14 @@ import shlex
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.errors import ClusterUnreachable, NotAllowed, UsageError
+from orchestrator.errors import ClusterUnreachable, NotAllowed, OrchestratorError, UsageError
 
 MARK = "\x1f"  # begins a line that was written to stderr
 MARKED = "ORCHESTRATOR_MARK_STDERR"
@@ -27,6 +29,8 @@ LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", "
 MOST_BYTES = 100 << 20  # that are sent with a job
 PATIENCE_S = 60.0  # for a job to begin
 LOOK_EVERY_S = 0.2
+WATCHED_S = 3.0  # for so long Ray looks after a job that has ended, and one that it is to forget comes back as failed
+COMMAND = "command"
 REACH = "Name the port of the cluster's Jobs API, like http://10.0.0.5:8265."
 
 
@@ -61,7 +65,8 @@ class JobPort:
 
     def run(self, command: list[str], on_line: Callable[[str], None]) -> int:
         """Run a command of ours in the cluster, hand each line of its output on, and return its exit code."""
-        job = self._submit(command, {}, {"orchestrator": "command"})
+        job = self._submit(command, {}, {"orchestrator": COMMAND}, COMMAND)
+        self._forget_earlier(job)
         before: list[str] = []
         is_ours = False
 
@@ -85,8 +90,6 @@ class JobPort:
         except KeyboardInterrupt:
             self._asked(lambda: self._client.stop_job(job))
             raise
-        finally:
-            self._forget(job)
 
     def start(
         self, command: list[str], directory: Path, envs: Mapping[str, str], name: str, on_line: Callable[[str], bool]
@@ -113,6 +116,7 @@ class JobPort:
                     return job, None
             seen = len(lines)
             if info.status.is_terminal():
+                time.sleep(WATCHED_S)
                 self._asked(lambda: self._client.delete_job(job))
                 if OURS in lines and info.driver_exit_code is not None:
                     return job, int(info.driver_exit_code)
@@ -125,9 +129,7 @@ class JobPort:
                 raise ClusterUnreachable(f"job {job} has not begun within {PATIENCE_S:.0f} s: {info.message}")
             time.sleep(LOOK_EVERY_S)
 
-    def _submit(
-        self, command: list[str], runtime_env: dict[str, Any], metadata: dict[str, str], name: str = "command"
-    ) -> str:
+    def _submit(self, command: list[str], runtime_env: dict[str, Any], metadata: dict[str, str], name: str) -> str:
         entrypoint = f"${{{PYTHON}:-python}} -m orchestrator.cli.main {shlex.join(command)}"
         environment = {**runtime_env.get("env_vars", {}), MARKED: "1"}
         job = self._asked(
@@ -154,9 +156,14 @@ class JobPort:
             time.sleep(LOOK_EVERY_S)
         return info
 
-    def _forget(self, job: str) -> None:
-        self._ended(job)
-        self._asked(lambda: self._client.delete_job(job))
+    def _forget_earlier(self, job: str) -> None:
+        """Have Ray forget commands that had ended well before this one began, by the cluster's own clock."""
+        began_ms = self._asked(lambda: self._client.get_job_info(job)).start_time
+        for info in self._asked(self._client.list_jobs):
+            name, ended_ms = info.submission_id or "", info.end_time
+            if name.startswith(f"{COMMAND}-") and ended_ms and ended_ms + WATCHED_S * 1000 < began_ms:
+                with suppress(OrchestratorError):  # another one was faster
+                    self._asked(partial(self._client.delete_job, name))
 
     def _asked(self, ask: Callable[[], Any]) -> Any:
         from ray.exceptions import AuthenticationError
