@@ -26,6 +26,7 @@ FORWARDED = (
     *("list", "status", "scale", "stage", "kill", "cancel", "pause", "resume"),
     *("events", "audit", "logs", "checkpoints", "report"),
 )
+STAYS = frozenset({"-f", "--follow", "-w", "--watch"})
 BEGUN = f"{MARK}{MARK}begun"  # the driver's word that the run is submitted
 PACKAGES = ".packages"  # in run storage: what came with submitted jobs
 
@@ -37,7 +38,7 @@ def forwarded(arguments: list[str]) -> int | None:
     rest, url = _without_address(arguments)
     if not is_url(url):
         return None
-    return JobPort(str(url)).run(rest, write)
+    return JobPort(str(url)).run(rest, write, stays=not STAYS.isdisjoint(rest))
 
 
 def write(line: str) -> None:

@@ -63,8 +63,12 @@ class JobPort:
             os.environ.pop(name, None)  # Ray would take these instead of what it is told
         self._client = self._asked(lambda: JobSubmissionClient(url))
 
-    def run(self, command: list[str], on_line: Callable[[str], None]) -> int:
-        """Run a command of ours in the cluster, hand each line of its output on, and return its exit code."""
+    def run(self, command: list[str], on_line: Callable[[str], None], stays: bool = False) -> int:
+        """Run a command of ours in the cluster, hand each line of its output on, and return its exit code.
+
+        Args:
+            stays: it goes on until it is interrupted or a run ends, and may say much.
+        """
         job = self._submit(command, {}, {"orchestrator": COMMAND}, COMMAND)
         self._forget_earlier(job)
         before: list[str] = []
@@ -79,8 +83,12 @@ class JobPort:
                 before.append(line)
 
         try:
-            asyncio.run(self._follow(job, look))
+            if stays:
+                asyncio.run(self._follow(job, look))
             ended = self._ended(job)
+            if not stays:  # a connection for its output is closed some seconds after its end
+                for line in self._asked(lambda: self._client.get_job_logs(job)).splitlines():
+                    look(line)
             if is_ours and ended.driver_exit_code is not None:
                 return int(ended.driver_exit_code)
             said = "\n".join(line for line in before[-5:] if line != OURS)
