@@ -232,8 +232,8 @@ def result_of(
     transitions = []
     for request in elastic.requests:
         plan = elastic.plans[request.rescale.generation]
-        assert plan.source is not None and plan.source_placement is not None
-        sides = (plan.source, plan.source_placement, plan.world, plan.placement)
+        assert plan.source is not None
+        sides = (plan.source.world, plan.source.placement, plan.world, plan.placement)
         least_bytes = minimum_bytes(params, sum(numel for _, numel in buffers), *sides)
         transitions.append(transition_of(request, elastic.votes, plan, least_bytes))
     warm_s = [
