@@ -73,7 +73,7 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     if dry_run:
         say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
         return run_id
-    job_id, refused = port.start(command, Path.cwd(), {}, run_id, look)
+    job_id, refused = port.start(command, Path.cwd(), run_id, look)
     if refused is not None:
         raise typer.Exit(refused)
     say(f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is.")

@@ -11,7 +11,7 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -100,7 +100,7 @@ class JobPort:
             raise
 
     def start(
-        self, command: list[str], directory: Path, envs: Mapping[str, str], name: str, on_line: Callable[[str], bool]
+        self, command: list[str], directory: Path, name: str, on_line: Callable[[str], bool]
     ) -> tuple[str, int | None]:
         """Start a driver of ours in a copy of `directory`; hand lines of its output on until `on_line` says no more.
 
@@ -113,7 +113,7 @@ class JobPort:
         """
         _check_size(directory)
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what was generated may be needed, too
-        runtime_env = {"working_dir": str(directory), "excludes": LEFT_OUT, "env_vars": dict(envs)}
+        runtime_env = {"working_dir": str(directory), "excludes": LEFT_OUT}
         job = self._submit(command, runtime_env, {"orchestrator": "run", "run": name}, name)
         seen, deadline_s = 0, time.monotonic() + PATIENCE_S
         while True:
@@ -134,17 +134,20 @@ class JobPort:
                 )
             if seen == 0 and time.monotonic() > deadline_s:
                 self._client.stop_job(job)
-                raise ClusterUnreachable(f"job {job} has not begun within {PATIENCE_S:.0f} s: {info.message}")
+                raise ClusterUnreachable(
+                    f"job {job} has not begun within {PATIENCE_S:.0f} s: {info.message}",
+                    remedy="See with `ray status` what keeps the cluster from starting a process on its head.",
+                    unchanged="The job was stopped.",
+                )
             time.sleep(LOOK_EVERY_S)
 
     def _submit(self, command: list[str], runtime_env: dict[str, Any], metadata: dict[str, str], name: str) -> str:
         entrypoint = f"${{{PYTHON}:-python}} -m orchestrator.cli.main {shlex.join(command)}"
-        environment = {**runtime_env.get("env_vars", {}), MARKED: "1"}
         job = self._asked(
             lambda: self._client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=f"{name}-{uuid.uuid4().hex[:8]}",
-                runtime_env={**runtime_env, "env_vars": environment},
+                runtime_env={**runtime_env, "env_vars": {MARKED: "1"}},
                 metadata=metadata,
             )
         )
