@@ -236,7 +236,17 @@ class Scheduler:
                 remedy="Ask for less, or add nodes to the cluster first.",
                 unchanged="Nothing was started.",
             )
-        newcomer = RunScale(run_id, MANUAL, request, wanted, least, wanted, priority=job.priority, queued_s=time.time())
+        newcomer = RunScale(
+            run_id,
+            MANUAL,
+            request,
+            wanted,
+            least,
+            wanted,
+            priority=job.priority,
+            submitted_s=time.time(),
+            queued_s=time.time(),
+        )
         deadline_s = time.monotonic() + SETTLE_S
         while not wait and not (share := self._autoscaler.share_of(newcomer)).places:
             if time.monotonic() > deadline_s:
