@@ -34,9 +34,11 @@ def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     if before.workers == 0:  # it waits for something else now
         return Decision(granted, (Note("queued", {"why": grant.why}),))
     waits = replace(granted, queued_s=seen.now_s)
-    if state.current is None:
-        waits = replace(waits, crew=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
-    return Decision(waits, (Note("preempted", fields | {"step": seen.step}),))
+    note = Note("preempted", fields | {"step": seen.step})
+    if state.current is not None:
+        return Decision(waits, (note,))
+    waits = replace(waits, crew=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
+    return Decision(waits, (note, Note("workers_released", {"workers": list(state.crew)})))
 
 
 def suspended(state: RunState, seen: Observation) -> Decision:

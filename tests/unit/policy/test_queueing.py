@@ -120,6 +120,7 @@ def test_a_run_that_only_starts_gives_its_places_back_at_once() -> None:
     life.grant = OUT
     life.tick()
     assert life.state.crew == () and life.state.next is None
+    assert life.of_kind("workers_released")[0].fields == {"workers": ["w0", "w1", "w2", "w3"]}
     life.grant = ROOM
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and len(life.sizes) == 60
