@@ -10,7 +10,8 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Sparkline, Static
 
 from orchestrator.cli.top_feed import Feed
-from orchestrator.cli.top_screen import Confirmation, RunScreen, RunsScreen, TopApp
+from orchestrator.cli.top_screen import RunScreen, RunsScreen, TopApp
+from orchestrator.cli.top_steering import Confirmation
 from orchestrator.errors import NotFound
 from tests.unit.cli.recorded_client import ENDED, RESCALING, RecordedClient
 
@@ -78,7 +79,8 @@ def test_what_changes_is_shown_and_the_choice_stays(client: RecordedClient) -> N
     client.now = RESCALING
 
     async def script(pilot: Pilot[None]) -> None:
-        await until(pilot, lambda: "rescaling" in str(pilot.app.screen.query_one(DataTable).get_row("quickstart")[1]))
+        await until(pilot, lambda: "2 runs" in text(pilot, "title"))
+        assert str(pilot.app.screen.query_one(DataTable).get_row("quickstart")[1]) == "rescaling"
         await pilot.press("down")
         client.now = ENDED
         await until(pilot, lambda: "0 going on" in text(pilot, "title"))
