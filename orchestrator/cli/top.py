@@ -24,14 +24,19 @@ def top(
             unchanged="Nothing was changed.",
         )
     from orchestrator.cli.top_feed import Feed
-    from orchestrator.client import OrchestratorClient
+    from orchestrator.cli.top_link import ClusterLink
 
-    feed = Feed(lambda: OrchestratorClient(address))
-    if run is not None:
-        feed.check(run)
-    from orchestrator.cli.top_screen import TopApp  # Textual, once it is known that there is something to show
+    link = ClusterLink(address)
+    try:
+        if run is None:
+            link.list()  # what is wrong from the beginning is an error as of any command
+        else:
+            link.get(run)
+        from orchestrator.cli.top_screen import TopApp  # Textual, once it is known that there is something to show
 
-    TopApp(feed, run).run()
+        TopApp(Feed(link), run).run()
+    finally:
+        link.close()
 
 
 def register(app: typer.Typer) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.cli.wording import counted
-from orchestrator.control.connection import disconnect
 from orchestrator.control.journal import read_events
 from orchestrator.control.memory import INTERNAL
 from orchestrator.errors import OrchestratorError, ProtocolError
@@ -29,7 +28,8 @@ GOODPUT_REST = 20  # after so many times what it took
 class Client(Protocol):
     """What is needed of an `OrchestratorClient`."""
 
-    address: str
+    @property
+    def address(self) -> str: ...
 
     def list(self) -> tuple[RunStatus, ...]: ...
     def get(self, run_id: str) -> RunStatus: ...
@@ -99,31 +99,22 @@ class Feed:
     """Of one cluster.
 
     Args:
-        connect: makes a client, and another one when the cluster has been away.
+        client: finds the cluster again by itself.
     """
 
-    def __init__(self, connect: Callable[[], Client]) -> None:
-        self._connect, self._client = connect, connect()
-        self._address = self._client.address
-        self._is_lost = False
+    def __init__(self, client: Client) -> None:
+        self._client = client
         self._last: tuple[RunStatus, ...] = ()
         self._tails: dict[str, JournalTail] = {}
         self._goodput: dict[str, float | None] = {}
         self._goodput_due_s: dict[str, float] = {}
 
-    def check(self, run_id: str) -> None:
-        """Raise NotFound, with the nearest names, if there is no such run."""
-        self._client.get(run_id)
-
     def look(self, opened: str | None) -> Look:
         """All runs; and of the one that is `opened` what it has written down."""
         trouble, before = "", {status.run_id: status for status in self._last}
         try:
-            if self._is_lost:
-                self._reconnect()
             self._last = tuple(self._client.list())
-        except Exception as error:  # whatever Ray throws while a cluster goes or comes: the next look tries again
-            self._is_lost = True
+        except Exception as error:  # the next look tries again
             trouble = _line(error)
         newest = {}
         for status in self._last:
@@ -134,7 +125,7 @@ class Feed:
                 newest[status.run_id] = tail.events[-1]
         shown = next((status for status in self._last if status.run_id == opened), None)
         records = self._records(shown) if shown is not None else RunRecords()
-        return Look(self._address, self._last, trouble, newest, records)
+        return Look(self._client.address, self._last, trouble, newest, records)
 
     def scale_by(self, run_id: str, change: int) -> Answer:
         """Want more workers, or fewer."""
@@ -159,11 +150,6 @@ class Feed:
             return f"{run_id} ends after its current step"
 
         return _answer(wish)
-
-    def _reconnect(self) -> None:
-        disconnect()
-        self._client = self._connect()
-        self._address, self._is_lost = self._client.address, False
 
     def _tail(self, status: RunStatus) -> JournalTail:
         return self._tails.setdefault(status.run_id, JournalTail(Path(status.run_dir)))

@@ -41,7 +41,7 @@ def test_a_run_is_opened_scaled_and_cancelled_by_keys(texts: Path, tmp_path: Pat
     job: JobSpec = small_job(texts, steps=100_000).model_copy(update=changes)
 
     async def live(client: OrchestratorClient) -> None:
-        app = TopApp(Feed(lambda: client))
+        app = TopApp(Feed(client))
 
         async def until(name: str, words: str) -> None:
             deadline_s = time.monotonic() + PATIENCE_S

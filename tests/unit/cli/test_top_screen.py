@@ -12,7 +12,6 @@ from textual.widgets import DataTable, Sparkline, Static
 from orchestrator.cli.top_feed import Feed
 from orchestrator.cli.top_screen import RunScreen, RunsScreen, TopApp
 from orchestrator.cli.top_steering import Confirmation
-from orchestrator.errors import NotFound
 from tests.unit.cli.recorded_client import ENDED, RESCALING, RecordedClient
 
 PATIENCE_S = 20.0
@@ -45,7 +44,7 @@ def client(tmp_path: Path) -> RecordedClient:
 
 def drive(client: RecordedClient, script: Drive, run: str | None = None, size: tuple[int, int] = (80, 24)) -> TopApp:
     """Run the screen while the script lasts."""
-    app = TopApp(Feed(lambda: client), run, look_every_s=0.05)
+    app = TopApp(Feed(client), run, look_every_s=0.05)
 
     async def live() -> None:
         async with app.run_test(size=size) as pilot:
@@ -172,8 +171,3 @@ def test_no_line_is_wider_than_a_small_terminal(client: RecordedClient) -> None:
             assert region.width == 80 and region.height > 0 and region.bottom <= 24
 
     drive(client, script, "quickstart")
-
-
-def test_a_run_that_is_not_there_is_refused_before_the_screen(client: RecordedClient) -> None:
-    with pytest.raises(NotFound, match="no run 'nobody'"):
-        Feed(lambda: client).check("nobody")
