@@ -45,7 +45,7 @@ class Steering(Screen[None]):
         Binding("minus", "scale(-1)", "Fewer workers", key_display="-"),
         Binding("p", "pause", "Pause"),
         Binding("c", "cancel", "Cancel"),
-        Binding("q", "app.quit", "Quit"),
+        Binding("q,ctrl+c", "app.quit", "Quit", key_display="q"),
     ]
 
     def __init__(self, feed: Feed) -> None:

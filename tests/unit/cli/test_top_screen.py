@@ -74,6 +74,16 @@ def test_runs_are_listed_and_one_is_opened_and_left(client: RecordedClient) -> N
     assert drive(client, script).return_code == 0
 
 
+@pytest.mark.parametrize("key", ["q", "ctrl+c"])
+def test_one_key_quits_from_either_screen(client: RecordedClient, key: str) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "112/180" in text(pilot, "head"))
+        await pilot.press(key)
+
+    app = drive(client, script, "quickstart")
+    assert app.return_code == 0  # None if it had gone on
+
+
 def test_what_changes_is_shown_and_the_choice_stays(client: RecordedClient) -> None:
     client.now = RESCALING
 
