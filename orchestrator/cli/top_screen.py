@@ -28,6 +28,7 @@ BAR = 24  # cells
 GAP = 2  # that a table's column takes beside its own
 GREEN, FAINT = "#8fce7e", "#8595a3"
 COLOURS = {
+    RunPhase.QUEUED: "#e8c15f",
     RunPhase.STARTING: "#7fb0dc",
     RunPhase.TRAINING: GREEN,
     RunPhase.RESCALING: "#e8c15f",

@@ -194,6 +194,8 @@ def _figures(status: RunStatus, records: Sequence[StepRecord], goodput: float | 
         left_s = (status.steps - status.step) * median(record.step_s for record in records[-RECENT:])
         parts.append(f"{duration(left_s)} to go")
     world = [_world(status)]
+    if status.priority:
+        world.append(f"priority {status.priority}")
     if status.stage:
         world.append(f"stage {status.stage}")
     world.append(f"checkpoint of step {status.checkpoint_step}" if status.checkpoint else "no checkpoint yet")

@@ -10,8 +10,9 @@ from textual.pilot import Pilot
 from textual.widgets import DataTable, Sparkline, Static
 
 from orchestrator.cli.top_feed import Feed
-from orchestrator.cli.top_screen import RunScreen, RunsScreen, TopApp
+from orchestrator.cli.top_screen import COLOURS, RunScreen, RunsScreen, TopApp
 from orchestrator.cli.top_steering import Confirmation
+from orchestrator.protocol.status import RunPhase
 from tests.unit.cli.recorded_client import ENDED, RESCALING, RecordedClient
 
 PATIENCE_S = 20.0
@@ -181,3 +182,7 @@ def test_no_line_is_wider_than_a_small_terminal(client: RecordedClient) -> None:
             assert region.width == 80 and region.height > 0 and region.bottom <= 24
 
     drive(client, script, "quickstart")
+
+
+def test_every_phase_has_its_colour() -> None:
+    assert set(COLOURS) == set(RunPhase)

@@ -122,7 +122,8 @@ def test_waits_and_what_is_sent_are_those_of_the_newest_steps() -> None:
     assert told["snapshots"] == "each 4 steps" and told["compression"] == "int8"
     assert told["sent"] == "1.0 MB a step" and told["gradient"] == "1.0 MB of 4.0 MB"
     assert "goodput 81.5%" in view.figures[0] and "3 min 20 s to go" in view.figures[0]
-    assert view.speed == (50.0,) * 40
+    assert view.speed == (50.0,) * 40 and "priority" not in view.figures[1]
+    assert "priority 5" in view_of(status(priority=5), [], records, None).figures[1]
     silent = [record(1, 0, 1000.0, 2.0)]
     assert "next to nothing" in view_of(status(), [], silent, None).traffic[1]
 
