@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from orchestrator.cli.wording import NONE, counted, duration, number, rate
+from orchestrator.policy.energy import EnergyMethod
 from orchestrator.policy.report import RunReport
 from orchestrator.policy.time_account import MEANINGS, Move, Use
 from orchestrator.policy.worker_hours import RECONCILES
 
 NOT_MEASURED = "not measured"
+
+Row = tuple[str, Callable[[RunReport], str]]  # its heading, and what it says of a report
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ def tables(reports: Sequence[RunReport]) -> tuple[Table, ...]:
         _table(("RUN", *names), reports, _RUN),
         _time(reports),
         _table(("WORKERS", *names), reports, _WORKERS, (_HOURS,)),
-        _table(("ENERGY, COST, WORK", *names), reports, _COSTS, (*_energy_notes(reports), _FLOPS)),
+        _table(("ENERGY, COST, WORK", *names), reports, _energy(reports) + _COSTS, (*_energy_notes(reports), _FLOPS)),
         *(_moves(report) for report in reports if report.moves),
     )
 
@@ -49,7 +53,7 @@ def warnings(report: RunReport) -> list[str]:
 def _table(
     header: tuple[str, ...],
     reports: Sequence[RunReport],
-    rows: Sequence[tuple[str, Callable[[RunReport], str]]],
+    rows: Sequence[Row],
     notes: tuple[str, ...] = (),
 ) -> Table:
     return Table(header, tuple((name, *(cell(report) for report in reports)) for name, cell in rows), notes)
@@ -106,14 +110,22 @@ def _tokens(report: RunReport) -> str:
     return f"{report.tokens:,}" + (f" and {report.wasted_tokens:,} wasted" if report.wasted_tokens else "")
 
 
+def _energy(reports: Sequence[RunReport]) -> tuple[Row, ...]:
+    """A row for each method that found any, in any report."""
+    used = {energy.method for report in reports for energy in report.energy}
+    rows = tuple((f"energy, {method}", partial(_kwh, method)) for method in EnergyMethod if method in used)
+    return rows or (("energy", lambda _: NOT_MEASURED),)
+
+
+def _kwh(method: EnergyMethod, report: RunReport) -> str:
+    return next((f"{energy.kwh:.4g} kWh" for energy in report.energy if energy.method is method), NOT_MEASURED)
+
+
 def _energy_notes(reports: Sequence[RunReport]) -> list[str]:
-    """How it was found, once if that was one way."""
-    return [f"Energy: {method}." for method in dict.fromkeys(report.energy.method for report in reports)]
-
-
-def _energy(report: RunReport) -> str:
-    kwh = report.energy.kwh
-    return NOT_MEASURED if kwh is None else f"{kwh:.4g} kWh, by a model"
+    """What each method is, of each run; once if that is the same."""
+    notes = [f"Energy, {energy.method}: {energy.note}." for report in reports for energy in report.energy]
+    lacking = [f"Energy: {report.energy_note}." for report in reports if report.energy_note]
+    return list(dict.fromkeys(notes + lacking))
 
 
 def _flops(report: RunReport) -> str:
@@ -142,7 +154,7 @@ def _cost(report: RunReport) -> str:
     return "no price given" if total is None else f"{total:.6g}"
 
 
-_RUN: tuple[tuple[str, Callable[[RunReport], str]], ...] = (
+_RUN: tuple[Row, ...] = (
     ("attempts", _attempts),
     ("elapsed", lambda r: duration(r.elapsed_s)),
     ("in the queue", lambda r: duration(r.queued_s)),
@@ -156,15 +168,14 @@ _RUN: tuple[tuple[str, Callable[[RunReport], str]], ...] = (
     ("validation loss", lambda r: number(r.validation_loss)),
     ("moves", lambda r: counted(len(r.moves), "move")),
 )
-_WORKERS: tuple[tuple[str, Callable[[RunReport], str]], ...] = (
+_WORKERS: tuple[Row, ...] = (
     ("members, by events", lambda r: _hours(r.workers.members)),
     ("members, by steps", lambda r: _hours(r.workers.by_steps)),
     ("these differ by", _difference),
     ("held", lambda r: _hours(r.workers.held)),
     ("GPU-hours, held", lambda r: _hours(r.workers.gpu)),
 )
-_COSTS: tuple[tuple[str, Callable[[RunReport], str]], ...] = (
-    ("energy", _energy),
+_COSTS: tuple[Row, ...] = (
     ("cost of hours held", _cost),
     ("per million tokens", lambda r: NONE if r.cost.per_million_tokens is None else f"{r.cost.per_million_tokens:.6g}"),
     ("active parameters", _active),

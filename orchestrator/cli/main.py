@@ -24,6 +24,7 @@ from orchestrator.cli import (
     report,
     run,
     runs,
+    top,
     tracking,
 )
 from orchestrator.cli.output import show_error
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 run.register(app)
 runs.register(app)
+top.register(app)
 records.register(app)
 report.register(app)
 checkpoints.register(app)

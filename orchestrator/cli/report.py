@@ -27,7 +27,7 @@ def report(
     ] = None,
     watts_per_worker: Annotated[
         float | None,
-        typer.Option("--watts-per-worker", metavar="W", help="Models the energy, which isn't measured."),
+        typer.Option("--watts-per-worker", metavar="W", help="Adds a model of the energy to what was measured."),
     ] = None,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FILE", help="Of html. Default: report.html in the run's directory.")

@@ -108,9 +108,14 @@ def recovery(change: Recovery) -> str:
 
 def event(fields: dict[str, Any]) -> str:
     """An event of the journal as one line: time, kind, and its other fields."""
+    return f"{moment(fields['time'])}  {happening(fields, kind_width=18)}"
+
+
+def happening(fields: Mapping[str, Any], kind_width: int = 0) -> str:
+    """What an event says but for when."""
     shown = {key: value for key, value in fields.items() if key not in STAMPS and value is not None}
     told = "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
-    return f"{moment(fields['time'])}  {fields['kind']:<18}  {told}".rstrip()
+    return f"{fields['kind']:<{kind_width}}  {told}".rstrip()
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,9 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from orchestrator.control.energy import EnergyMeter
 from orchestrator.control.system import Reading, read_system
+from orchestrator.protocol.energy import EnergyReading
 
 NAMESPACE = "orchestrator"
 CALLS_AT_ONCE = 16
@@ -41,6 +43,7 @@ class Host:
     def __init__(self, target: str, args: tuple[Any, ...], log_file: str | None) -> None:
         if log_file is not None:
             log_to(Path(log_file))
+        self._energy = EnergyMeter(os.environ.get("CUDA_VISIBLE_DEVICES"))
         module, _, name = target.partition(":")
         self._object = getattr(importlib.import_module(module), name)(*args)
         self._lock, self._held = threading.Lock(), threading.Event()
@@ -58,6 +61,11 @@ class Host:
     def read_system(self, directory: str) -> Reading:
         """How busy this node is; `directory` lies in the file system whose room counts."""
         return read_system(str(ray.util.get_node_ip_address()), directory)  # type: ignore[no-untyped-call]
+
+    def read_energy(self, gpus: float) -> EnergyReading:
+        """What this process has used so far; `gpus` are those that it reserves."""
+        with self._lock:
+            return self._energy.read(gpus)
 
     def hold(self) -> None:
         """Doesn't return: the call's error is how the caller hears of this process's end, within milliseconds.

@@ -6,6 +6,7 @@
     steps     {"records": [...]}      finished steps, once each: the account that `audit` balances
     state     {"state": {...}}        the decisions so far; the newest counts
     prepared  {"data": {...}}         the token store
+    energy    {"workers": {...}}      what each worker has used since its beginning
 """
 
 import json
@@ -30,7 +31,7 @@ from orchestrator.protocol.status import RunStatus
 
 log = logging.getLogger("orchestrator.control")
 
-INTERNAL = ("state", "steps", "prepared")  # events that users don't read as events
+INTERNAL = ("state", "steps", "prepared", "energy")  # events that users don't read as events
 STATUS_FILE = "status.json"
 WRITE_AGAIN_S = 1.0
 

@@ -23,6 +23,7 @@ from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpo
 from orchestrator.control.closing import await_gone, hear_last_words, remove_groups
 from orchestrator.control.crew import Answer, Crew, Inbox
 from orchestrator.control.drain_watch import DrainWatch
+from orchestrator.control.energy_watch import EnergyWatch
 from orchestrator.control.facilities import NAMES, Facilities
 from orchestrator.control.host import find, log_to
 from orchestrator.control.journal import acquire_epoch
@@ -74,6 +75,7 @@ class RunController:
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
+        self._energy = EnergyWatch(self._job.resources.gpus, self._memory, self._inbox)
         self._drains = DrainWatch(self._inbox)
         self._checkpointed = self._memory.state.checkpoint_done
         self._exporter = Exporter(run_id)
@@ -217,6 +219,7 @@ class RunController:
         self._account.ask(seen, now_s)
         self._facilities.tend(now_s)
         self._nodes.poll(now_s, self._crew.handles)
+        self._energy.poll(now_s, self._crew.handles)
         self._account.tell_of_tracking()
         if self._exporter.is_due(now_s):
             values = values_of_run(self._limits, self._job.model, self._memory, seen)
@@ -228,6 +231,8 @@ class RunController:
             return self._facilities.take(answer)
         if answer.method == NodeWatch.READ:
             return self._account.show(self._nodes.take(answer, self._memory.progress.watermark))
+        if answer.method == EnergyWatch.READ:
+            return self._energy.take(answer)
         if answer.method == Crew.RECORDS:
             self._account.answered()
         report = self._crew.take(answer)
@@ -312,6 +317,7 @@ class RunController:
         """End and remove everything of the run, then leave its last status in run storage."""
         state = self._memory.state
         hear_last_words(self._crew, self._inbox, state.members, self._memory.progress.watermark, self._take)
+        self._energy.close(self._crew.handles)
         self._crew.reconcile(())
         remove_groups(self._run_id, state.num_spawned)
         self._facilities.close(str(state.outcome), state.why, self._memory.progress.watermark)

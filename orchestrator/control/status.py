@@ -11,10 +11,10 @@ from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import tokens_per_second, traffic_per_step
-from orchestrator.policy.run_state import Observation
+from orchestrator.policy.run_state import Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.codec import to_plain
-from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
 from orchestrator.spec.job import JobSpec
 
 
@@ -66,8 +66,17 @@ def status_of(
         ended_time=memory.times.get("ended"),
         stage=progress.stage,
         traffic=traffic_per_step(progress),
+        crew=_crew(state, seen),
         priority=limits.priority,
     )
+
+
+def _crew(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:
+    """Workers that aren't known to be lost; all of them are let go at the end."""
+    ranks = {worker: rank for rank, worker in enumerate(state.members)}
+    others = [worker for worker in state.crew if worker not in ranks]
+    there = [worker for worker in (*state.members, *others) if worker in state.crew and worker not in seen.lost]
+    return tuple(WorkerStatus(w, ranks.get(w), seen.phase(w), seen.nodes.get(w, "")) for w in there)
 
 
 def status_from_journal(run_dir: Path) -> RunStatus:
@@ -77,7 +86,7 @@ def status_from_journal(run_dir: Path) -> RunStatus:
     memory = Recollection(run_dir, limits)
     seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
     status = status_of(limits, memory, seen, run_dir=run_dir, closed=False)
-    return replace(status, why="it has not ended, says its journal; only the run's cluster knows more")
+    return replace(status, crew=(), why="it has not ended, says its journal; only the run's cluster knows more")
 
 
 def to_json(status: RunStatus) -> str:

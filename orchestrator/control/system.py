@@ -23,17 +23,30 @@ class Reading:
     received_bytes: int
 
 
+@dataclass(frozen=True)
+class Processors:
+    """Processor time since the node's start, summed over cores: in use, and all."""
+
+    busy_s: float
+    total_s: float
+
+
+def read_processors() -> Processors:
+    times = psutil.cpu_times()
+    idle_s = times.idle + getattr(times, "iowait", 0.0)
+    total_s = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # in user's already
+    return Processors(total_s - idle_s, total_s)
+
+
 def read_system(node: str, directory: str) -> Reading:
     """A reading of this machine, in about a millisecond. `directory` lies in the file system whose room counts."""
-    times = psutil.cpu_times()
+    processors = read_processors()
     network = psutil.net_io_counters()
-    idle_s = times.idle + getattr(times, "iowait", 0.0)
-    counted_s = sum(times) - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)  # in user's already
     return Reading(
         node=node,
         time=time.time(),
-        busy_s=counted_s - idle_s,
-        total_s=counted_s,
+        busy_s=processors.busy_s,
+        total_s=processors.total_s,
         memory_bytes=psutil.virtual_memory().used,
         disk_percent=psutil.disk_usage(directory).percent,
         sent_bytes=network.bytes_sent if network else 0,

@@ -12,11 +12,11 @@ from itertools import pairwise
 
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.attempts import Attempt, Event, attempts_of
+from orchestrator.policy.energy import NOT_MEASURED, Energy, energy_of
 from orchestrator.policy.flops import Flops, ModelSize, flops_of
 from orchestrator.policy.time_account import PRODUCTIVE, Move, Slice, Use, account_of
 from orchestrator.policy.worker_hours import Headcount, WorkerHours, headcounts_of, worker_hours
 
-NO_ENERGY = "not measured: the journal holds no samples of NVML or RAPL; --watts-per-worker W models it"
 MOVED = (Use.TRANSFER, Use.REBUILD)
 
 
@@ -61,14 +61,6 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Energy:
-    """`kwh` is None where nothing is known. `method` says how it was found."""
-
-    kwh: float | None
-    method: str
-
-
-@dataclass(frozen=True)
 class Cost:
     """In the currency of the price, for all hours of all workers that were held; None without a price, or tokens."""
 
@@ -89,6 +81,7 @@ class RunReport:
         steps: that count: not done again later, and their update was made. `wasted_steps` are the others that the
             journal holds.
         tokens: target tokens of the steps that count.
+        energy: by method; empty where `energy_note` says why.
         loss, validation_loss: the newest.
         flops: None where `flops_note` says why.
         headcounts: over time, the numbers of workers.
@@ -104,7 +97,8 @@ class RunReport:
     goodput: float | None
     time: tuple[Spent, ...]
     workers: WorkerHours
-    energy: Energy
+    energy: tuple[Energy, ...]
+    energy_note: str
     steps: int
     wasted_steps: int
     tokens: int
@@ -154,6 +148,7 @@ def report_of(
     moves = tuple(move for _, moved in accounts for move in moved)
     headcounts = tuple(count for attempt in attempts for count in headcounts_of(attempt))
     hours = worker_hours(headcounts, math.fsum(part.seconds * part.workers for part in slices), gpus_per_worker)
+    energy = energy_of(attempts, hours.held, rates.watts_per_worker)
     elapsed_s = math.fsum(attempt.ended_s - attempt.began_s for attempt in attempts)
     done = [record for attempt in attempts for record in attempt.steps]
     counted = [record for attempt in attempts for record in attempt.steps if attempt.counts(record)]
@@ -173,7 +168,8 @@ def report_of(
         goodput=productive_s / elapsed_s if elapsed_s else None,
         time=_spent(attempts, slices, moves),
         workers=hours,
-        energy=_energy(hours, rates),
+        energy=energy,
+        energy_note="" if energy else NOT_MEASURED,
         steps=len(counted),
         wasted_steps=len(done) - len(counted),
         tokens=tokens,
@@ -220,13 +216,6 @@ def _between(attempts: Sequence[Attempt]) -> tuple[float, float]:
         (before.outcome == "paused", max(0.0, after.asked_s - before.ended_s)) for before, after in pairwise(attempts)
     ]
     return math.fsum(s for paused, s in gaps if paused), math.fsum(s for paused, s in gaps if not paused)
-
-
-def _energy(hours: WorkerHours, rates: Rates) -> Energy:
-    watts = rates.watts_per_worker
-    if watts is None:
-        return Energy(None, NO_ENERGY)
-    return Energy(watts * hours.held / 1000, f"a model, not measured: {watts:g} W per worker x worker-hours held")
 
 
 def _cost(hours: WorkerHours, rates: Rates, tokens: int) -> Cost:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.traffic import Traffic
 
 
@@ -71,6 +72,16 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class WorkerStatus:
+    """A worker and what it does. `rank` is None for one that is no member; `node` is Ray's id, empty until known."""
+
+    worker: str
+    rank: int | None
+    phase: Phase
+    node: str = ""
+
+
+@dataclass(frozen=True)
 class RunStatus:
     """A run at one moment. Steps and losses are those of the watermark: nothing beyond it is shown.
 
@@ -105,6 +116,7 @@ class RunStatus:
     recoveries: tuple[Recovery, ...] = ()
     stage: str = ""  # of the curriculum; empty without one
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
+    crew: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; nobody after the end
     priority: int = 0
 
     @property

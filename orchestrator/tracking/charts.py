@@ -5,12 +5,9 @@
 Importing this module imports matplotlib (0.5 s).
 """
 
-import html
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -19,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from orchestrator.tracking.history import Curve, History, RunEvent, rows_of
+from orchestrator.tracking.page import page_of, svg_of, table_of
 
 PNG_FILE, HTML_FILE = "story.png", "story.html"
 
@@ -59,9 +57,10 @@ def draw(history: History, title: str, directory: Path) -> tuple[Path, Path]:
     figure = figure_of(history, title)
     figure.savefig(png, dpi=140)
     figure.axes[0].set_title("", loc="left")  # the page has it as its heading
-    svg = io.StringIO()
-    figure.savefig(svg, format="svg")
-    page.write_text(page_of(history, title, svg.getvalue()), encoding="utf-8")
+    head, *rows = [[str(cell) for cell in row] for row in rows_of(history)]
+    events = table_of(head, rows[::-1])
+    body = f"{svg_of(figure)}<h2>Events, the newest first</h2>\n{events}"
+    page.write_text(page_of(title, _told(history), body), encoding="utf-8")
     return png, page
 
 
@@ -150,23 +149,6 @@ def _draw_marks(loss_axes: Axes, world_axes: Axes, events: Sequence[RunEvent]) -
     return list(used.values())
 
 
-def page_of(history: History, title: str, svg: str) -> str:
-    """The picture and the events as one file that needs nothing else."""
-    head, *rows = rows_of(history)
-    cells = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in reversed(rows)
-    )
-    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return PAGE.format(
-        title=html.escape(title),
-        told=html.escape(_told(history)),
-        svg=svg[svg.index("<svg") :],
-        head="".join(f"<th>{html.escape(str(cell))}</th>" for cell in head),
-        rows=cells,
-        written=written,
-    )
-
-
 def finite(curve: Curve) -> Curve:
     return tuple((step, value) for step, value in curve if math.isfinite(value))
 
@@ -202,35 +184,3 @@ def plain(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
- body {{ margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #22303c;
-        font: 15px/1.5 system-ui, "Segoe UI", sans-serif }}
- h1 {{ font-size: 1.4rem; margin: 0 }}
- p {{ margin: .2rem 0 1rem; color: #5c6b78 }}
- svg {{ width: 100%; height: auto }}
- table {{ border-collapse: collapse; width: 100%; font-size: 13px }}
- th {{ text-align: left; border-bottom: 2px solid #e4e9ed }}
- td {{ border-bottom: 1px solid #e4e9ed; vertical-align: top }}
- th, td {{ padding: .3rem .8rem .3rem 0 }}
- td:nth-child(1), td:nth-child(3) {{ white-space: nowrap }}
- td:nth-child(2) {{ text-align: right; font-variant-numeric: tabular-nums }}
- td:nth-child(4) {{ color: #5c6b78; overflow-wrap: anywhere }}
-</style>
-<h1>{title}</h1>
-<p>{told}</p>
-{svg}
-<h2>Events, the newest first</h2>
-<table>
-<tr>{head}</tr>
-{rows}
-</table>
-<p>Written {written}.</p>
-</html>
-"""

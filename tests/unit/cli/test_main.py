@@ -64,7 +64,7 @@ def test_what_needs_no_cluster_starts_without_ray(here: Path, args: list[str]) -
         "import sys; from orchestrator.cli.main import main\n"
         "try: main()\n"
         "except SystemExit as end: code = end.code\n"
-        "heavy = {'ray', 'torch', 'mlflow', 'deepspeed'} & sys.modules.keys()\n"
+        "heavy = {'ray', 'torch', 'mlflow', 'deepspeed', 'textual', 'pynvml'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
         "sys.exit(code)\n"
     )

@@ -38,17 +38,31 @@ def test_text_has_every_account(runs: Path, orchestrator: Command) -> None:
     assert lines["goodput"].endswith("82.9%") and lines["attempts"].endswith("2: paused, succeeded")
     assert "140.00 s   64.5%" in lines["compute"] and "40.00 s   18.4%" in lines["exposed communication"]
     assert lines["these differ by"].split()[-1] == "0.05%" and lines["GPU-hours, held"].endswith(" h")
-    assert lines["energy"].endswith("kWh, by a model")
-    assert "Energy: a model, not measured: 250 W per worker x worker-hours held." in done.stdout
+    assert lines["energy, a model"].endswith("kWh") and "energy, RAPL" not in lines
+    assert "Energy, a model: not measured: 250 W per worker x worker-hours held." in done.stdout
     assert float(lines["per million tokens"].split()[-1]) == pytest.approx(23.6, abs=1.0)
     assert "recovery" in lines and "rescale" in lines and "3 -> 2" in lines["recovery"]
+
+
+def test_what_was_measured_stands_beside_what_was_not(runs: Path, orchestrator: Command) -> None:
+    story = Story()
+    story.start(2)
+    story.train(30)
+    story.tell("energy", workers={"w0": {"cpu_j": 3.6e6}, "w1": {"cpu_j": 1.8e6}})
+    story.end("succeeded")
+    write(story, runs / "metered", JOB)
+    done = orchestrator("report", "metered", "books")
+    (energy,) = [line for line in done.stdout.splitlines() if line.startswith("energy")]
+    assert energy.split("  ")[0] == "energy, RAPL" and "1.5 kWh" in energy and energy.endswith("not measured")
+    assert "Energy, RAPL: measured: processors" in done.stdout and "of 2 of 2 workers" in done.stdout
+    assert "Energy: not measured: no worker could read" in done.stdout
+    assert "energy, RAPL" in orchestrator("report", "metered").stdout
 
 
 def test_json_is_the_report_and_of_two_runs_a_list(runs: Path, orchestrator: Command) -> None:
     told = json.loads(orchestrator("report", "books", "-o", "json").stdout)
     assert told["run_id"] == "books" and told["cost"]["total"] is None
-    assert told["energy"] == {"kwh": None, "method": told["energy"]["method"]}
-    assert told["energy"]["method"].startswith("not measured")
+    assert told["energy"] == [] and told["energy_note"].startswith("not measured")
     parts = {part["use"]: part["seconds"] for part in told["time"]}
     assert sum(parts.values()) == pytest.approx(told["elapsed_s"])
     assert told["flops"]["parameters"] == pytest.approx(6 * told["flops"]["active_parameters"] * told["tokens"])

@@ -12,8 +12,8 @@ from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.progress import Progress, absorb
 from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Note, Observation, RunState, ended
-from orchestrator.protocol.messages import Restore, ResumeOrder
-from orchestrator.protocol.status import Rescale, RunPhase, RunStatus
+from orchestrator.protocol.messages import Phase, Restore, ResumeOrder
+from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
 from tests.unit.policy.imagined import Life, limits_of, record
 
 LIMITS = limits_of(steps=30)
@@ -103,6 +103,19 @@ def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
     assert (status.phase, status.error, status.step) == (RunPhase.FAILED, "w1 died", 2)
     write_atomically(tmp_path / STATUS_FILE, to_json(status))
     assert read_status(tmp_path) == status
+
+
+def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_path: Path) -> None:
+    life = Life(LIMITS)
+    life.run_until(lambda: life.step == 3)
+    memory = remembered(tmp_path)
+    first, second, *others = life.state.members + tuple(w for w in life.state.crew if w not in life.state.members)
+    memory.decided(replace(life.state, crew=(*life.state.crew, "w9")), [])
+    seen = life.seen(nodes={first: "here"}, lost={second: "it died"})
+    crew = status_of(LIMITS, memory, seen, run_dir=tmp_path, closed=False).crew
+    assert crew[0] == WorkerStatus(first, 0, Phase.TRAINING, "here")
+    assert [worker.worker for worker in crew[1:]] == [*others, "w9"]
+    assert crew[-1] == WorkerStatus("w9", None, Phase.COLD)
 
 
 def test_no_status_before_the_end(tmp_path: Path) -> None:

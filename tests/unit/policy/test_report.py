@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.params import ParamSpec
 from orchestrator.errors import NotFinished, UsageError
+from orchestrator.policy.energy import EnergyMethod
 from orchestrator.policy.flops import ModelSize, size_of
 from orchestrator.policy.report import Rates, RunReport, report_of
 from orchestrator.policy.time_account import Use
@@ -216,13 +217,15 @@ def test_rates_that_are_none_are_refused(name: str, value: float) -> None:
 
 def test_money_and_energy_only_where_a_rate_is_given() -> None:
     plain = report(eventful())
-    assert plain.cost.total is plain.cost.per_million_tokens is plain.energy.kwh is None
-    assert plain.energy.method.startswith("not measured")
+    assert plain.cost.total is plain.cost.per_million_tokens is None
+    assert plain.energy == () and plain.energy_note.startswith("not measured")
     told = report(eventful(), Rates(cost_per_worker_hour=3.0, watts_per_worker=250.0))
     assert told.cost.total == pytest.approx(3.0 * told.workers.held)
     assert told.cost.per_million_tokens == pytest.approx(told.cost.total / 20_000 * 1e6)  # type: ignore[operator]
-    assert told.energy.kwh == pytest.approx(0.25 * told.workers.held)
-    assert told.energy.method == "a model, not measured: 250 W per worker x worker-hours held"
+    (model,) = told.energy
+    assert (model.method, told.energy_note) == (EnergyMethod.MODEL, "")
+    assert model.kwh == pytest.approx(0.25 * told.workers.held)
+    assert model.note == "not measured: 250 W per worker x worker-hours held"
 
 
 def test_operations_follow_from_active_parameters_and_tokens() -> None:

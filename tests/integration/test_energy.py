@@ -1,0 +1,97 @@
+"""What living processes have used is journalled, and what a dead one has said stays. Real Ray, made-up counters."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.control.crew import Inbox
+from orchestrator.control.energy import EnergyMeter, ProcessorTime
+from orchestrator.control.energy_watch import EnergyWatch
+from orchestrator.control.host import Host
+from orchestrator.control.journal import acquire_epoch, read_events
+from orchestrator.control.memory import RunMemory, user_events
+from orchestrator.policy.limits import RunLimits
+from orchestrator.spec.job import JobSpec
+from tests.support.control import local_ray
+from tests.support.powercap import write_zone
+
+pytestmark = pytest.mark.ray
+
+
+class Metered(Host):
+    """A host whose process uses a quarter of its node's processor time, and a reading later as much again."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__("builtins:dict", (), None)
+        self._readings = 0
+        self._energy = EnergyMeter(root=Path(root), processor_time=self._time)
+
+    def _time(self) -> ProcessorTime:
+        self._readings += 1
+        return ProcessorTime(1.0 * self._readings, 4.0 * self._readings)
+
+
+@pytest.fixture(scope="module")
+def own_ray() -> Iterator[None]:
+    with local_ray(num_cpus=2):
+        yield
+
+
+def energy_in(run_dir: Path) -> list[dict[str, Any]]:
+    return [event["workers"] for event in read_events(run_dir) if event["kind"] == "energy"]
+
+
+def answers(watch: EnergyWatch, inbox: Inbox, count: int) -> None:
+    for _ in range(count):
+        answer = inbox.get(timeout=60.0)
+        assert answer is not None and answer.method == EnergyWatch.READ
+        watch.take(answer)
+
+
+def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, tmp_path: Path) -> None:
+    run_dir, root = tmp_path / "run", tmp_path / "powercap"
+    counter = write_zone(root, "intel-rapl:0", "package-0", 0)
+    limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
+    memory = RunMemory(run_dir, acquire_epoch(run_dir), limits)
+    inbox: Inbox = SimpleQueue()
+    watch = EnergyWatch(0.0, memory, inbox)
+    handles: dict[str, Any] = {name: ray.remote(Metered).remote(str(root)) for name in ("w0", "w1")}
+    ray.get([handle.pid.remote() for handle in handles.values()])  # from now on they count
+
+    counter.write_text("4000000\n")
+    watch.poll(0.0, handles)
+    answers(watch, inbox, 2)
+    watch.poll(9.0, handles)  # too soon to ask again, or to write
+    assert inbox.empty() and energy_in(run_dir) == []
+    watch.poll(31.0, handles)
+    answers(watch, inbox, 2)
+    one = {"gpu_j": None, "cpu_j": 1.0}
+    assert energy_in(run_dir) == [{"w0": one, "w1": one}]
+    assert user_events(run_dir) == []  # bookkeeping
+
+    lost = handles.pop("w1")
+    ray.kill(lost)
+    counter.write_text("12000000\n")
+    watch.close(handles)
+    w0_j = energy_in(run_dir)[-1]["w0"]["cpu_j"]
+    assert w0_j == pytest.approx(3.0) and energy_in(run_dir)[-1]["w1"] == one
+    ray.kill(handles["w0"])
+
+
+def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray: None, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
+    memory = RunMemory(run_dir, acquire_epoch(run_dir), limits)
+    inbox: Inbox = SimpleQueue()
+    watch = EnergyWatch(0.0, memory, inbox)
+    handles: dict[str, Any] = {"w0": ray.remote(Metered).remote(str(tmp_path / "nowhere"))}
+    for now_s in (0.0, 40.0, 80.0):
+        watch.poll(now_s, handles)
+        answers(watch, inbox, 1)
+    watch.close(handles)
+    assert read_events(run_dir) == []
+    ray.kill(handles["w0"])

@@ -1,0 +1,148 @@
+"""The live screen of a real cluster: in this process, led by Textual's pilot, and on a terminal of its own."""
+
+import asyncio
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import Static
+
+from orchestrator.cli.top_feed import Feed
+from orchestrator.cli.top_screen import TopApp
+from orchestrator.client import OrchestratorClient
+from orchestrator.control import local_cluster
+from orchestrator.spec.job import JobSpec, WorkersSpec
+from tests.support.real_runs import own_cluster
+from tests.support.texts import small_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+PATIENCE_S = 120.0
+ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[()][A-Z0-9]|\x1b[=>78]")
+
+
+@pytest.mark.journey
+def test_a_run_is_opened_scaled_and_cancelled_by_keys(texts: Path, tmp_path: Path) -> None:
+    workers = WorkersSpec(min=1, max=3, initial=2)
+    changes = {"name": "watched", "workers": workers, "storage": str(tmp_path / "runs")}
+    job: JobSpec = small_job(texts, steps=100_000).model_copy(update=changes)
+
+    async def live(client: OrchestratorClient) -> None:
+        app = TopApp(Feed(client))
+
+        async def until(name: str, words: str) -> None:
+            deadline_s = time.monotonic() + PATIENCE_S
+            while words not in _text(pilot, name):
+                assert time.monotonic() < deadline_s, (words, _text(pilot, name))
+                await pilot.pause(0.05)
+
+        async with app.run_test(size=(120, 40)) as pilot:
+            await until("title", "1 run, 1 going on")
+            await pilot.press("enter")
+            await until("head", "2 workers, ")
+            await until("traffic-text", "snapshots    each step")
+            await pilot.press("plus")
+            await until("head", "3 workers, ")
+            assert "rank 2   training" in _text(pilot, "workers-text")
+            await until("events-text", "rescaled  2 -> 3 workers")
+            await pilot.press("plus")
+            await pilot.pause()
+            await pilot.press("c", "y")
+            await until("head", "cancelled")
+            await until("workers-text", "nobody: the run has ended")
+            refused = [note.message for note in app._notifications if note.severity == "error"]
+            assert refused and "4" in refused[0]  # more than workers.max
+
+    with own_cluster(tmp_path / "home", cpus=4) as client:
+        client.submit(job)
+        asyncio.run(live(client))
+        assert client.get("watched").rescales[-1].to_size == 3
+
+
+@pytest.mark.journey
+def test_a_cluster_that_dies_is_a_line_and_its_successor_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    first = local_cluster.up(2)
+    try:
+        with _terminal("top") as (process, until):
+            until("no run yet")
+            os.kill(first.record.head.pid, signal.SIGKILL)
+            until("No answer, trying again")
+            second = local_cluster.up(2)
+            until(second.record.address)
+            os.write(process.terminal, b"q")
+            process.child.wait(timeout=30)
+            seen = process.seen()
+        assert process.child.returncode == 0 and "Traceback" not in seen and "Error" not in seen
+    finally:
+        local_cluster.down()
+
+
+@pytest.mark.parametrize("verb", [["top"], ["top", "watched"]])
+def test_without_a_terminal_the_screen_is_refused_with_a_remedy(verb: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "orchestrator.cli.main", *verb], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert (
+        "top draws on a terminal" in done.stderr and "-o json" in done.stderr and "Nothing was changed" in done.stderr
+    )
+
+
+def _text(pilot: Pilot[None], name: str) -> str:
+    found = pilot.app.screen.query(f"#{name}")
+    return str(found.first(Static).render()) if found else ""
+
+
+class OnTerminal:
+    """A command on a terminal of 80 by 24, and all that it wrote there."""
+
+    def __init__(self, child: subprocess.Popen[bytes], terminal: int) -> None:
+        self.child, self.terminal, self._written = child, terminal, b""
+
+    def seen(self) -> str:
+        while select.select([self.terminal], [], [], 0.1)[0]:
+            try:
+                self._written += os.read(self.terminal, 65536)
+            except OSError:  # it has ended
+                break
+        return ESCAPES.sub("", self._written.decode(errors="replace"))
+
+
+@contextmanager
+def _terminal(*arguments: str) -> Iterator[tuple[OnTerminal, Callable[[str], None]]]:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = os.environ | {"TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "orchestrator.cli.main", *arguments]
+    child = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    process = OnTerminal(child, ours)
+
+    def until(words: str) -> None:
+        deadline_s = time.monotonic() + PATIENCE_S
+        while words not in (seen := process.seen()):
+            assert time.monotonic() < deadline_s and child.poll() is None, seen[-3000:]
+
+    try:
+        yield process, until
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
