@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.train import Checkpoint, UserCallback
-from ray.train.v2._internal.execution.context import (
-    TrainRunContext,
-)  # what a callback is given; Ray has it nowhere else
+from ray.train import Checkpoint
+from ray.train.v2._internal.execution.context import TrainRunContext  # what callbacks get: Ray has it nowhere else
+from ray.train.v2.api.callback import UserCallback
 
 from orchestrator.control.journal import read_events
 from orchestrator.control.memory import committed_steps
@@ -21,13 +20,17 @@ Event = Mapping[str, Any]
 
 
 class CallbackError(Exception):
-    """A user's callback raised; its error is the cause."""
+    """A user's callback raised."""
+
+    def __init__(self, message: str, raised: Exception) -> None:
+        super().__init__(message)
+        self.raised = raised
 
 
 class Follower:
     """Tells callbacks what a run commits and whom it loses, from the moment on when this is made.
 
-    `failures` are the newest failures of members: rank in the world that they ended, and how.
+    `failures` are those of members after which no step was done: rank in the world that they ended, and how.
 
     Args:
         run_dir: the run's directory in run storage; it may not be there yet.
@@ -35,6 +38,7 @@ class Follower:
 
     def __init__(self, run_dir: Path, callbacks: Sequence[UserCallback], context: TrainRunContext) -> None:
         self.failures: dict[int, Exception] = {}
+        self._failed_after = -1  # the step
         self._run_dir = run_dir
         self._callbacks: Sequence[UserCallback] = ()
         self._context = context
@@ -68,6 +72,8 @@ class Follower:
             self._rows[record.step] = [row] * record.world_size
             self._call("after_report", metrics=_copies(self._rows[record.step]), checkpoint=None)
         self._progress = absorb(self._progress, records)
+        if self._progress.watermark > self._failed_after:
+            self.failures = {}
         for step in list(self._rows)[:-RECENT_STEPS]:
             del self._rows[step]
 
@@ -85,6 +91,7 @@ class Follower:
         if fresh:
             ranks = {loss.worker: before.members.index(loss.worker) for loss in fresh}
             self.failures = {ranks[loss.worker]: _error_of(loss.worker, loss.cause, state) for loss in fresh}
+            self._failed_after = fresh[-1].step
             self._call("after_exception", worker_exceptions=dict(self.failures))
 
     def _call(self, method: str, **arguments: Any) -> None:
@@ -92,7 +99,7 @@ class Follower:
             try:
                 getattr(callback, method)(run_context=self._context, **arguments)
             except Exception as error:
-                raise CallbackError(f"{type(callback).__name__}.{method} failed: {error!r}") from error
+                raise CallbackError(f"{type(callback).__name__}.{method} failed: {error!r}", error) from error
 
 
 def _copies(rows: Sequence[Row]) -> list[Row]:

@@ -32,9 +32,10 @@ from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.result import Result
 
-from orchestrator.client import OrchestratorClient, raise_unless_succeeded
+from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
 from orchestrator.control import local_cluster
 from orchestrator.control.connection import disconnect
+from orchestrator.control.job_files import read_job
 from orchestrator.control.orders import resolved
 from orchestrator.control.run_files import RunFiles, holds_run
 from orchestrator.errors import JobDoesNotFit, NotFound, OrchestratorError, RunFailed, UsageError
@@ -105,7 +106,9 @@ class ElasticTrainer:
         """
         if self.run_config.logging_config not in (None, LoggingConfig()):
             log.setLevel(self.run_config.logging_config.log_level)
-        if self._has_succeeded():
+        if not holds_run(self.run_dir):
+            check_job(self.job)  # before any cluster is looked for, or started
+        elif self._has_succeeded():
             log.info("run %s has succeeded already", self.job.name)
             return self._result()
         with _client(self._address, self.job) as client:
@@ -120,17 +123,14 @@ class ElasticTrainer:
         return self._result()
 
     def _has_succeeded(self) -> bool:
-        """Whether the run is over for good. Raises UsageError if it is a run of another job."""
-        if not holds_run(self.run_dir):
-            return False
-        files = RunFiles(self.run_dir)
-        if different := _differences(files.job(), resolved(self.job)):
+        """Whether the run that is there is over for good. Raises UsageError if it is a run of another job."""
+        if different := _differences(read_job(self.run_dir), resolved(self.job)):
             raise UsageError(
                 f"{self.run_dir} is a run of another job: {'; '.join(different)}",
                 remedy="A run goes on with the job that it began with: give this one another name, or that job.",
                 unchanged="Nothing was started.",
             )
-        return files.status().phase is RunPhase.SUCCEEDED
+        return RunFiles(self.run_dir).status().phase is RunPhase.SUCCEEDED
 
     def _start(self, client: OrchestratorClient) -> None:
         name = self.job.name
@@ -143,7 +143,8 @@ class ElasticTrainer:
             log.info("run %s is submitted, its files are in %s", name, self.run_dir)
             return
         with suppress(NotFound):  # this cluster may not know it
-            if not client.get(name).phase.ended:
+            status = client.get(name)
+            if not status.phase.ended and status.run_dir == str(self.run_dir):
                 log.info("run %s is going on, and is followed", name)
                 return
         client.resume(name, storage=self.job.storage_path, wait=True)
@@ -164,7 +165,7 @@ class ElasticTrainer:
                 client.cancel(name)
             client.wait(name, timeout_s=CANCEL_S)
             if isinstance(error, CallbackError):
-                raise ControllerError(error) from error
+                raise ControllerError(error.raised) from error.raised
             raise
 
     def _context(self) -> TrainRunContext:
@@ -215,14 +216,23 @@ def _client(address: str | None, job: JobSpec) -> Iterator[OrchestratorClient]:
         return
     workers = job.workers.max + max(1, job.workers.standby)
     cpus = max(LOCAL_CPUS, os.cpu_count() or 1, math.ceil(job.resources.cpus * workers))
-    client = OrchestratorClient(local_cluster.up(cpus).record.address)
+    up = local_cluster.up(cpus)
     try:
-        yield client
+        yield OrchestratorClient(up.record.address)
     finally:
-        goes_on = any(not status.phase.ended for status in client.list())
+        is_needed = not up.fresh or _is_busy(up.record.address)
         disconnect()
-        if not goes_on:
+        if not is_needed:
             local_cluster.down()
+
+
+def _is_busy(address: str) -> bool:
+    """Whether a run goes on there, or might."""
+    try:
+        return any(not status.phase.ended for status in OrchestratorClient(address).list())
+    except OrchestratorError as error:
+        log.warning("the local cluster stays up, as it can't tell its runs: %s", error)
+        return True
 
 
 def _check_type(name: str, config: Any, wanted: type) -> None:

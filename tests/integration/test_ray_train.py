@@ -153,6 +153,20 @@ def test_a_failure_is_ray_trains_and_the_next_fit_goes_on(
     assert len(recorder.exceptions) == 2 and recorder.steps[-1] == 59
 
 
+def test_a_callback_that_raises_ends_the_run(client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
+    class Picky(UserCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            if metrics[0]["step"] == 3:
+                raise LookupError("not the third")
+
+    job = job_of(texts, name="picky", storage=str(tmp_path / "runs"))
+    job["train"] |= {"steps": 100_000}
+    with pytest.raises(ray.train.ControllerError) as failed:
+        ElasticTrainer(job, run_config=RunConfig(callbacks=[Picky()])).fit()
+    assert isinstance(failed.value.controller_failure, LookupError)
+    assert client.get("picky").phase is RunPhase.CANCELLED and client.audit("picky").ok
+
+
 def test_the_example_of_the_page_runs_without_a_cluster(texts: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "ray-train.md").read_text(encoding="utf-8")
     (example,) = [block for block in page.split("```python\n")[1:] if ".fit()" in block]
