@@ -239,6 +239,7 @@ def _check_type(name: str, config: Any, wanted: type) -> None:
     if config is not None and not isinstance(config, wanted):
         raise UsageError(
             f"{name} must be a ray.train.{wanted.__name__}; got {type(config).__module__}.{type(config).__qualname__}",
+            remedy="Import it from ray.train, where RAY_TRAIN_V2_ENABLED isn't 0.",
             unchanged="Nothing was started.",
         )
 
