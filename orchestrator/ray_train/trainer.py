@@ -38,7 +38,7 @@ from orchestrator.control.connection import disconnect
 from orchestrator.control.job_files import read_job
 from orchestrator.control.orders import resolved
 from orchestrator.control.run_files import RunFiles, holds_run
-from orchestrator.errors import JobDoesNotFit, NotFound, OrchestratorError, RunFailed, UsageError
+from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, OrchestratorError, RunFailed, UsageError
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 from orchestrator.ray_train.following import CallbackError, Follower
 from orchestrator.ray_train.mapping import settings_of
@@ -155,15 +155,16 @@ class ElasticTrainer:
 
         def look(status: RunStatus) -> None:
             told.tell(status)
-            follower.read_on()
+            if self.run_config.callbacks or status.phase.ended:
+                follower.read_on()
 
         try:
             return client.wait(name, on_status=look)
         except (KeyboardInterrupt, CallbackError) as error:
             log.warning("run %s is cancelled: %s", name, error or "interrupted")
-            with suppress(UsageError):  # it has just ended
+            with suppress(UsageError, NotFinished):  # it has just ended, or takes long
                 client.cancel(name)
-            client.wait(name, timeout_s=CANCEL_S)
+                client.wait(name, timeout_s=CANCEL_S)
             if isinstance(error, CallbackError):
                 raise ControllerError(error.raised) from error.raised
             raise
