@@ -38,7 +38,7 @@ from orchestrator.control.connection import disconnect
 from orchestrator.control.job_files import read_job
 from orchestrator.control.orders import resolved
 from orchestrator.control.run_files import RunFiles, holds_run
-from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, OrchestratorError, RunFailed, UsageError
+from orchestrator.errors import NotFinished, NotFound, OrchestratorError, RunFailed, UsageError
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 from orchestrator.ray_train.following import CallbackError, Follower
 from orchestrator.ray_train.mapping import settings_of
@@ -135,11 +135,7 @@ class ElasticTrainer:
     def _start(self, client: OrchestratorClient) -> None:
         name = self.job.name
         if not holds_run(self.run_dir):
-            try:
-                client.submit(self.job)
-            except JobDoesNotFit as error:
-                log.warning("run %s waits for room: %s", name, error.message)
-                client.submit(self.job, wait=True)
+            client.submit(self.job)
             log.info("run %s is submitted, its files are in %s", name, self.run_dir)
             return
         with suppress(NotFound):  # this cluster may not know it
@@ -147,7 +143,7 @@ class ElasticTrainer:
             if not status.phase.ended and status.run_dir == str(self.run_dir):
                 log.info("run %s is going on, and is followed", name)
                 return
-        client.resume(name, storage=self.job.storage_path, wait=True)
+        client.resume(name, storage=self.job.storage_path)
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:
