@@ -79,16 +79,18 @@ def test_a_fit_is_scaled_and_loses_a_member(client: OrchestratorClient, texts: P
         return ElasticTrainer(job, scaling_config=ScalingConfig(num_workers=(1, 2)), run_config=run)
 
     failures = FailureConfig(max_failures=3)
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         fitted = pool.submit(trainer(job, callbacks=[recorder], failure_config=failures).fit)
         _await(lambda: _is_known(client, "fitted") or fitted.done())
         until(client, "fitted", lambda s: s.step > 1)
+        late = Recorder()
+        followed = pool.submit(trainer(job, callbacks=[late], failure_config=failures).fit)  # of the run that goes on
         client.scale("fitted", 2)
         until(client, "fitted", lambda s: s.workers_now == 2 and s.phase is RunPhase.TRAINING)
         client.kill_worker("fitted", 1)
         until(client, "fitted", lambda s: len(s.recoveries) == 1 and s.phase is RunPhase.TRAINING)
         go.touch()
-        result = fitted.result(timeout=PATIENCE_S)
+        result, same = fitted.result(timeout=PATIENCE_S), followed.result(timeout=PATIENCE_S)
 
     assert isinstance(result, ray.train.Result) and result.error is None
     assert result.path == str(storage / "fitted")
@@ -115,6 +117,9 @@ def test_a_fit_is_scaled_and_loses_a_member(client: OrchestratorClient, texts: P
     assert recorder.checkpoints[-1][1] == result.checkpoint.path
     assert [list(failed) for failed in recorder.exceptions] == [[1]]
     assert "died" in str(recorder.exceptions[0][1])
+
+    assert same.metrics == result.metrics and late.exceptions and 0 < len(late.steps) < STEPS
+    assert late.steps == recorder.steps[-len(late.steps) :]
 
     again = trainer(job, callbacks=[recorder], failure_config=failures).fit()  # it has succeeded: nothing is begun
     assert again.checkpoint is not None and again.checkpoint.path == result.checkpoint.path
