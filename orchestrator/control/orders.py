@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.checkpoint.pretrained import open_pretrained, resolved
+from orchestrator.checkpoint.pretrained import open_pretrained
+from orchestrator.checkpoint.pretrained import resolved as resolved_model
 from orchestrator.control.entrypoint import check_entrypoint
 from orchestrator.control.listing import plan_of
 from orchestrator.data.files import KINDS, suffix_of
@@ -53,14 +54,20 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
             remedy="Choose another name (--name) or storage, or move that directory away.",
             unchanged="Nothing was started.",
         )
-    spec = with_pretrained(spec)
-    data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
-    changes = {"storage": str(spec.storage_path), "data": data, "model": _absolute_code(spec.model)}
-    spec = spec.model_copy(update=changes)
+    spec = resolved(spec)
     check_entrypoint(spec)
     if spec.resources.memory is not None:  # else nothing would be refused, and a process with torch takes seconds
         check_memory(spec, plan_of(spec))
     return Order(spec, text)
+
+
+def resolved(spec: JobSpec) -> JobSpec:
+    """The job as run storage keeps it: it stands for itself, and every path is absolute. Raises as `with_pretrained`,
+    and DataError if there is no such text."""
+    spec = with_pretrained(spec)
+    data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
+    changes = {"storage": str(spec.storage_path), "data": data, "model": _absolute_code(spec.model)}
+    return spec.model_copy(update=changes)
 
 
 def with_pretrained(spec: JobSpec) -> JobSpec:
@@ -74,7 +81,7 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
     model, tokenizer = spec.model, spec.data.tokenizer
     if model.init_from is not None:
         directory = Path(model.init_from).expanduser().absolute()
-        model = resolved(model, directory)
+        model = resolved_model(model, directory)
         open_pretrained(directory).check(model)
         tokenizer = tokenizer or str(directory / "tokenizer.json")
     if tokenizer is None:

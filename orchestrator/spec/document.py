@@ -55,6 +55,13 @@ class Document:
         line, column = self.places.get(written, (1, 1))
         return Problem(self.overrides.get(written, self.file), line, column, dotted(path), message)
 
+    def says(self, path: Path) -> bool:
+        """Whether there is a value at `path` that isn't null or empty."""
+        value = self.value
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        return value not in (None, [], {})
+
     def put(self, path: Path, value: Any, said: str) -> None:
         """Set the key at `path`, whatever the file says of it; `said` is named in errors in place of the file."""
         section = self.value

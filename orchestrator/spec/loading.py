@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -21,11 +21,26 @@ MAX_BYTES = 2**20
 MAX_PROBLEMS = 100  # a file with more is something else than a job file; the first ones say so
 
 
-def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> JobSpec:
+@dataclass(frozen=True)
+class Setting:
+    """A value in place of what a job says at `key`.
+
+    Args:
+        said: who says so, which errors name in place of the file.
+        unless: keys; where the job says something at one of them, this says nothing.
+    """
+
+    key: Path
+    value: Any
+    said: str
+    unless: tuple[Path, ...] = ()
+
+
+def load_job(path: str | os.PathLike[str], overrides: Sequence[str | Setting] = ()) -> JobSpec:
     """Reads a job file.
 
     Args:
-        overrides: each `KEY=VALUE`, a dotted key and YAML, in place of what the file says.
+        overrides: in place of what the file says; text is `KEY=VALUE`, a dotted key and YAML.
 
     Raises:
         UsageError: the file can't be read, is larger than 1 MiB, or an override is no `KEY=VALUE`.
@@ -53,18 +68,38 @@ def load_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
     return parse_job(text, file, overrides)
 
 
-def parse_job(text: str, file: str = "<string>", overrides: Sequence[str] = ()) -> JobSpec:
+def parse_job(text: str, file: str = "<string>", overrides: Sequence[str | Setting] = ()) -> JobSpec:
     """Reads a job from YAML text; `file` is only named in errors, `overrides` as in `load_job`.
 
     Raises:
         SpecError: the text has mistakes; all of them are listed, up to MAX_PROBLEMS.
     """
-    document = read_document(text, file)
+    return _job_of(read_document(text, file), overrides)
+
+
+def job_from(values: Mapping[str, Any], file: str = "job", overrides: Sequence[Setting] = ()) -> JobSpec:
+    """A job from values as a job file would hold them, tuples and paths too; `file` is only named in errors.
+
+    Raises:
+        SpecError: the values have mistakes; all of them are listed, up to MAX_PROBLEMS.
+    """
+    try:
+        plain = json.loads(json.dumps(values, default=os.fspath, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        rule = f"must hold only what a job file can: mappings, lists, text, numbers, booleans, None and paths; {error}"
+        raise SpecError((Problem(file, 1, 1, "", rule),)) from None
+    return _job_of(Document(file, plain), overrides)
+
+
+def _job_of(document: Document, overrides: Sequence[str | Setting]) -> JobSpec:
     if not isinstance(document.value, dict):
         rule = f"must be a mapping of keys, beginning with `schema: v1`; got {_shown(document.value)}"
         raise SpecError((*document.problems, document.problem((), rule)))
     for override in overrides:
-        _apply(document, override)
+        if isinstance(override, str):
+            _apply(document, override)
+        elif not any(document.says(key) for key in override.unless):
+            document.put(override.key, override.value, override.said)
     job, problems = _validated(document)
     if job is None or problems:
         in_order = sorted(set(problems), key=lambda p: (p.line, p.column, p.path, p.message))

@@ -23,10 +23,10 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"control", "worker"}),
     frozenset({"client"}),
-    frozenset({"cli"}),
+    frozenset({"cli", "ray_train"}),
 )
 PURE = ("errors", "metrics", "spec", "elastic", "sampling", "protocol", "policy")
-NO_TORCH = (*PURE, "data", "checkpoint", "tracking", "control", "client", "cli")
+NO_TORCH = (*PURE, "data", "checkpoint", "tracking", "control", "client", "cli", "ray_train")
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
 LONG_FILE, LONGEST_FILE = 300, 400  # lines
 
@@ -34,7 +34,7 @@ MODULES = read_package(PACKAGE)
 
 
 def level(room: str) -> int:
-    """The line of LAYERS that a room stands in. The package's own `__init__` is empty, below everything."""
+    """The line of LAYERS that a room stands in. The package's own `__init__` imports nothing by itself: below all."""
     return -1 if room == "" else next(i for i, rooms in enumerate(LAYERS) if room in rooms)
 
 
@@ -84,7 +84,10 @@ def test_what_starts_first_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+ROOMS = sorted(set(PACKAGE.rglob("__init__.py")) - {PACKAGE / "__init__.py"})
+
+
+@pytest.mark.parametrize("file", ROOMS, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_init_files_are_empty(file: Path) -> None:
     assert file.read_bytes() == b""
 

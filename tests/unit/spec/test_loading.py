@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.loading import MAX_PROBLEMS, load_job, parse_job
+from orchestrator.spec.loading import MAX_PROBLEMS, Setting, job_from, load_job, parse_job
 
 HEAD = "schema: v1\nname: try\n"
 
@@ -324,3 +324,48 @@ def test_a_value_that_is_no_yaml_is_told() -> None:
 def test_what_sets_nothing_is_refused(override: str) -> None:
     with pytest.raises(UsageError, match="it must be KEY=VALUE"):
         parse_job(HEAD, "job.yaml", [override])
+
+
+def test_values_of_python_are_a_job() -> None:
+    values = {"schema": "v1", "name": "try", "storage": Path("a"), "train": {"optimizer": {"betas": (0.8, 0.9)}}}
+    job = job_from(values)
+    assert (job.storage, job.train.optimizer.betas) == ("a", (0.8, 0.9))
+    assert values["storage"] == Path("a")  # they are left as they are
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, float("nan")], ids=str)
+def test_what_no_file_could_hold_is_refused(value: object) -> None:
+    with pytest.raises(SpecError, match="job:1:1: must hold only what a job file can"):
+        job_from({"schema": "v1", "name": "try", "envs": value})
+    endless: dict[str, object] = {}
+    endless["envs"] = endless
+    with pytest.raises(SpecError, match="Circular"):
+        job_from(endless)
+
+
+def test_a_setting_counts_in_place_of_a_file_and_is_named_in_errors() -> None:
+    settings = [
+        Setting(("train", "steps"), 9, "config(9)"),
+        Setting(("workers", "max"), 3, "config(3)"),
+        "train.lr=1e-3",
+    ]
+    job = parse_job(f"{HEAD}train: {{steps: 7}}\nworkers: 2\n", "job.yaml", settings)
+    assert (job.train.steps, job.train.lr, job.workers.max) == (9, 1e-3, 3)
+    with pytest.raises(SpecError, match=r"config\(-1\):1:1: train\.steps: must be"):
+        parse_job(HEAD, "job.yaml", [Setting(("train", "steps"), -1, "config(-1)")])
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("", 9),
+        ("eval: {every: 3}", 1000),
+        ("eval: {every: null}", 9),
+        ("eval: {rows: 3}", 9),
+        ("workers: {schedule: []}", 9),
+        ("workers: 2", 9),
+    ],
+)
+def test_a_setting_may_yield_to_what_a_job_says_elsewhere(text: str, steps: int) -> None:
+    unless = (("eval", "every"), ("workers", "schedule"))
+    assert parse_job(f"{HEAD}{text}", "job.yaml", [Setting(("train", "steps"), 9, "it", unless)]).train.steps == steps

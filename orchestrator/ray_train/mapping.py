@@ -1,0 +1,167 @@
+"""What Ray Train's configs say of a job, as settings in place of what the job says itself. Pure.
+
+    settings_of(ScalingConfig(num_workers=(2, 8)), RunConfig(name="try"))
+
+Ray Train's configs can't tell a default from a value that was written down. So a field that has its default says
+nothing and leaves the key to the job, except for `num_workers`, which always counts. A field that asks for what can't
+be done here is refused: nothing is left out silently.
+
+The classes are those of `ray.train`, imported from where Ray defines them, as type checkers see older ones there.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ray.train.constants import DEFAULT_STORAGE_PATH
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+
+from orchestrator.errors import UsageError, nearest
+from orchestrator.metrics import METRICS
+from orchestrator.spec.autoscale import AVAILABLE, MANUAL
+from orchestrator.spec.loading import Setting
+from orchestrator.spec.recovery import MAX_BUDGET
+from orchestrator.spec.section import Path
+
+VALIDATION = "eval/loss"  # the metric by which checkpoints can be kept
+# What Ray Train counts as failures of workers. Explosions of the loss and of the storage it doesn't know.
+WORKER_FAILURES = ("worker", "node", "network", "hang", "user_error", "out_of_memory", "internal")
+GENERATED_NAME = re.compile(r"ray_train_run-\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A field that asks for what can't be done: the rule and the remedy."""
+
+    said: str
+    rule: str
+
+
+_Said = Iterator[Setting | _Refusal]
+
+
+def settings_of(scaling: ScalingConfig | None, run: RunConfig | None) -> tuple[Setting, ...]:
+    """What the configs say, in place of the job; None says nothing.
+
+    Raises:
+        UsageError: they ask for what can't be done here; all such fields are named.
+    """
+    said = [*(_of_scaling(scaling) if scaling is not None else ()), *(_of_run(run) if run is not None else ())]
+    refused = [f"{one.said}: {one.rule}" for one in said if isinstance(one, _Refusal)]
+    if refused:
+        raise UsageError("\n".join(refused), unchanged="Nothing was started.")
+    return tuple(one for one in said if isinstance(one, Setting))
+
+
+def _of_scaling(config: ScalingConfig) -> _Said:
+    yield from _sizes(config)
+    yield from _resources(config)
+    if config.placement_strategy != "PACK":
+        rule = "workers are placed one by one, so that each can come and go, with a buddy on another node: leave it out"
+        yield _Refusal(_said(config, "placement_strategy"), rule)
+    for field, rule in (
+        ("accelerator_type", "workers reserve CPUs, GPUs and memory, of any type: use a cluster of that type"),
+        ("label_selector", "workers take any node that has room: leave it out"),
+        ("use_tpu", "training runs on CPUs and NVIDIA GPUs: leave it out"),
+        ("topology", "training runs on CPUs and NVIDIA GPUs: leave it out"),
+    ):
+        if getattr(config, field):
+            yield _Refusal(_said(config, field), rule)
+
+
+def _sizes(config: ScalingConfig) -> _Said:
+    said = _said(config, "num_workers")
+    yield Setting(("workers", "min"), config.min_workers, said)
+    yield Setting(("workers", "max"), config.max_workers, said)
+    policy: Path = ("autoscale", "policy")
+    if config.min_workers == config.max_workers:
+        yield Setting(("workers", "initial"), config.max_workers, said)
+        yield Setting(("workers", "schedule"), [], said)
+        yield Setting(policy, MANUAL, said)
+        return
+    yield Setting(policy, AVAILABLE, said, unless=(policy, ("workers", "schedule")))
+    interval = "elastic_resize_monitor_interval_s"
+    if getattr(config, interval) != ScalingConfig.elastic_resize_monitor_interval_s:
+        yield Setting(("autoscale", "cooldown_s"), getattr(config, interval), _said(config, interval))
+
+
+def _resources(config: ScalingConfig) -> _Said:
+    said = _said(config, "use_gpu", "resources_per_worker")
+    asked: dict[str, Any] = {**({"GPU": 1} if config.use_gpu else {}), **(_dict(config.resources_per_worker))}
+    for name, amount in asked.items():
+        if name in ("CPU", "GPU"):
+            yield Setting(("resources", f"{name.lower()}s"), amount, said)
+        elif name == "memory":
+            yield Setting(("resources", "memory"), f"{amount / 1e6:.6f}".rstrip("0").rstrip(".") + "MB", said)
+        else:
+            yield _Refusal(said, f"workers reserve CPU, GPU and memory, {name} is none of them: leave it out")
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return dict(value or {})
+
+
+def _of_run(config: RunConfig) -> _Said:
+    if config.name and not GENERATED_NAME.fullmatch(config.name):
+        yield Setting(("name",), config.name, _said(config, "name"))
+    if config.storage_path != DEFAULT_STORAGE_PATH:
+        yield Setting(("storage",), config.storage_path, _said(config, "storage_path"))
+    if config.storage_filesystem is not None:
+        rule = "run storage is a directory that all nodes see: name it by storage_path"
+        yield _Refusal(_said(config, "storage_filesystem"), rule)
+    yield from _failures(config.failure_config or FailureConfig())
+    yield from _checkpoints(config.checkpoint_config or CheckpointConfig())
+    yield from _environment(config)
+    for callback in config.callbacks or ():
+        if not isinstance(callback, UserCallback):
+            rule = "only callbacks of the kind ray.train.UserCallback are called: leave it out"
+            yield _Refusal(f"RunConfig(callbacks=[{type(callback).__name__}])", rule)
+
+
+def _failures(config: FailureConfig) -> _Said:
+    if config.max_failures:
+        budget = MAX_BUDGET if config.max_failures == -1 else config.max_failures
+        for kind in WORKER_FAILURES:
+            yield Setting(("recovery", "budgets", kind), budget, _said(config, "max_failures"))
+    if config.max_preemption_failures != -1:
+        budget, said = config.max_preemption_failures, _said(config, "max_preemption_failures")
+        yield Setting(("recovery", "budgets", "preemption"), budget, said)
+    if config.controller_failure_limit != -1:
+        rule = "a controller that dies is always started again, and training goes on meanwhile: leave it out"
+        yield _Refusal(_said(config, "controller_failure_limit"), rule)
+    for field in ("relax_collectives_on_preemption", "preemption_grace_s"):
+        if getattr(config, field):
+            rule = "workers leave a node that is taken away at a fence, and nobody waits for them: leave it out"
+            yield _Refusal(_said(config, field), rule)
+
+
+def _checkpoints(config: CheckpointConfig) -> _Said:
+    metric, count = config.checkpoint_score_attribute, config.num_to_keep
+    if metric is not None and (metric not in METRICS or METRICS[metric].live):
+        of_steps = [name for name, declared in METRICS.items() if not declared.live]
+        rule = f"must be a metric of steps. {nearest(metric, of_steps)}docs/metrics.md lists them"
+        yield _Refusal(_said(config, "checkpoint_score_attribute"), rule)
+    elif metric is not None and count is not None and (metric, config.checkpoint_score_order) != (VALIDATION, "min"):
+        rule = f'checkpoints are kept for a low {VALIDATION}: name that with checkpoint_score_order="min", or neither'
+        yield _Refusal(f"{_said(config, 'checkpoint_score_attribute', 'checkpoint_score_order', 'num_to_keep')}", rule)
+    elif count is not None:
+        last, best = (count, 0) if metric is None else (1, count)
+        yield Setting(("checkpoint", "keep_last"), last, _said(config, "num_to_keep"))
+        yield Setting(("checkpoint", "keep_best"), best, _said(config, "num_to_keep"))
+
+
+def _environment(config: RunConfig) -> _Said:
+    for key, value in _dict(config.worker_runtime_env).items():
+        if key == "env_vars":
+            for name, text in value.items():
+                yield Setting(("envs", name), text, f"RunConfig(worker_runtime_env={{'env_vars': {{{name!r}: …}}}})")
+        else:
+            rule = f"workers get environment variables only (env_vars), not {key}: install it in the image, or on nodes"
+            yield _Refusal(f"RunConfig(worker_runtime_env={{{key!r}: …}})", rule)
+
+
+def _said(config: Any, *fields: str) -> str:
+    """As a user writes it: `ScalingConfig(num_workers=(2, 8))`."""
+    return f"{type(config).__name__}({', '.join(f'{field}={getattr(config, field)!r}' for field in fields)})"

@@ -1,0 +1,88 @@
+"""What a run has left in run storage, as Ray Train's `Result`.
+
+Metrics are those of committed steps, under the names of docs/metrics.md, and `step`, counted from 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ray.train import Checkpoint
+from ray.train.v2.api.config import CheckpointConfig
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.result import Result
+
+from orchestrator.checkpoint.manifest import step_name
+from orchestrator.checkpoint.read import list_steps
+from orchestrator.control.checkpoints import DIRECTORY
+from orchestrator.control.points import points_of_event, points_of_steps
+from orchestrator.control.run_files import RunFiles
+from orchestrator.policy.progress import Progress
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.tracking.sink import MetricPoint
+
+Row = dict[str, Any]
+VALIDATION = "eval/loss"
+
+
+def result_of(
+    run_dir: Path, config: CheckpointConfig | None = None, error: TrainingFailedError | None = None
+) -> Result:
+    """The run as far as it is.
+
+    `metrics` are those of the newest committed step, with the newest validation. `metrics_dataframe` has a row per
+    committed step. `best_checkpoints` are all that are kept, the best one last by the config's score, else the newest.
+
+    Args:
+        run_dir: the run's directory in run storage.
+        error: that the run has ended with.
+
+    Raises:
+        NotFound: the directory holds no run.
+    """
+    files = RunFiles(run_dir)
+    rows = rows_of(Progress(), files.steps(), files.events())
+    rated = with_validations(rows)
+    kept = list_steps(run_dir / DIRECTORY)
+    checkpoints = [
+        (Checkpoint.from_directory(run_dir / DIRECTORY / step_name(step)), rated.get(step, {})) for step in kept
+    ]
+    return Result(
+        metrics=next(reversed(rated.values()), None),
+        checkpoint=checkpoints[-1][0] if checkpoints else None,
+        error=error,
+        path=str(run_dir),
+        metrics_dataframe=pd.DataFrame(rows) if rows else None,
+        best_checkpoints=_ranked(checkpoints, config or CheckpointConfig()),
+    )
+
+
+def rows_of(before: Progress, steps: Sequence[StepRecord], events: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
+    """Metrics of these steps, which follow upon `before`; those of events that belong to one of them are added."""
+    rows = {record.step: Row(step=record.step) for record in steps}
+    points: list[MetricPoint] = points_of_steps(before, list(steps))
+    for event in events:
+        points += points_of_event(event)
+    for point in points:
+        if point.step in rows:
+            rows[point.step][point.name] = point.value
+    return list(rows.values())
+
+
+def with_validations(rows: Sequence[Row]) -> dict[int, Row]:
+    """The rows by step, each with the newest validation up to it: by that checkpoints are kept."""
+    known: Row = {}
+    found = {}
+    for row in rows:
+        known = {VALIDATION: row[VALIDATION]} if VALIDATION in row else known
+        found[row["step"]] = row | known
+    return found
+
+
+def _ranked(checkpoints: Sequence[tuple[Checkpoint, Row]], config: CheckpointConfig) -> list[tuple[Checkpoint, Row]]:
+    """Worst first; a checkpoint without the score is worse than any."""
+    metric, sign = config.checkpoint_score_attribute, 1 if config.checkpoint_score_order == "max" else -1
+    if metric is None:
+        return list(checkpoints)
+    return sorted(checkpoints, key=lambda one: sign * one[1][metric] if metric in one[1] else float("-inf"))

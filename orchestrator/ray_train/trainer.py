@@ -1,0 +1,261 @@
+"""Ray Train's way to run a job: `ElasticTrainer(job, scaling_config=…, run_config=…).fit()`.
+
+    from orchestrator import ElasticTrainer
+    from ray.train import RunConfig, ScalingConfig
+
+    trainer = ElasticTrainer(
+        "jobs/quickstart.yaml",
+        scaling_config=ScalingConfig(num_workers=(2, 8)),
+        run_config=RunConfig(name="quickstart-1"),
+    )
+    result = trainer.fit()
+
+The configs and the `Result` are Ray Train's own; the training loop is the job's. docs/ray-train.md says what maps to
+what. Nothing is printed: what happens is told by `logging`, under `orchestrator.ray_train`.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import BackendConfig, DataConfig
+from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2.api.callback import UserCallback
+from ray.train.v2.api.config import LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.result import Result
+
+from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
+from orchestrator.control import local_cluster
+from orchestrator.control.connection import disconnect
+from orchestrator.control.job_files import read_job
+from orchestrator.control.orders import resolved
+from orchestrator.control.run_files import RunFiles, holds_run
+from orchestrator.errors import NotFinished, NotFound, OrchestratorError, RunFailed, UsageError
+from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
+from orchestrator.ray_train.following import CallbackError, Follower
+from orchestrator.ray_train.mapping import settings_of
+from orchestrator.ray_train.results import result_of
+from orchestrator.spec.document import dotted
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.loading import job_from, load_job
+from orchestrator.spec.section import Path as Key
+
+log = logging.getLogger("orchestrator.ray_train")
+
+CANCEL_S = 120.0  # how long a cancelled run may take to write its checkpoint and end
+LOCAL_CPUS = 8  # logical, at least, of a cluster that is started for a run
+
+
+class ElasticTrainer:
+    """A job with Ray Train's configs, ready to be run.
+
+    Args:
+        job: a job file, the same as a dict, or a JobSpec. What the configs say counts in its place.
+        scaling_config: how many workers, and what each reserves; None for what the job says.
+        run_config: name, storage, failures, checkpoints, callbacks; None for what the job says.
+        address: HOST:PORT of the cluster's head; None for the one that this process is connected to, RAY_ADDRESS, or
+            the local cluster. Without any, one is started on this machine for the run.
+
+    Raises:
+        UsageError: a config asks for what can't be done here, or is none of Ray Train's.
+        SpecError: the job, with what the configs say, has mistakes.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec | Mapping[str, Any] | str | os.PathLike[str],
+        *,
+        scaling_config: ScalingConfig | None = None,
+        run_config: RunConfig | None = None,
+        address: str | None = None,
+    ) -> None:
+        _check_type("scaling_config", scaling_config, ScalingConfig)
+        _check_type("run_config", run_config, RunConfig)
+        settings = settings_of(scaling_config, run_config)
+        if isinstance(job, JobSpec):
+            job = {"schema": job.version, **job.model_dump(mode="json", by_alias=True, exclude_unset=True)}
+        self.job = job_from(job, "job", settings) if isinstance(job, Mapping) else load_job(job, settings)
+        self.scaling_config = scaling_config or ScalingConfig(num_workers=(self.job.workers.min, self.job.workers.max))
+        self.run_config = replace(run_config or RunConfig(), name=self.job.name, storage_path=self.job.storage)
+        self._address = address
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory in run storage."""
+        return self.job.storage_path / self.job.name
+
+    def fit(self) -> Result:
+        """Run the job and wait for its end. A run of this name that is in the storage goes on: from its newest
+        checkpoint, or, if the cluster is at it already, where it is. One that has succeeded is not begun again.
+
+        Ctrl-C cancels the run, which writes a checkpoint, and is raised once it has ended.
+
+        Raises:
+            ray.train.TrainingFailedError: the run did not succeed; our error is its cause. WorkerGroupError where a
+                failure of workers ended it, else ControllerError.
+            UsageError: the run of this name is one of another job.
+            OrchestratorError: whatever else keeps it from being started, as `OrchestratorClient` says.
+        """
+        if self.run_config.logging_config not in (None, LoggingConfig()):
+            log.setLevel(self.run_config.logging_config.log_level)
+        if not holds_run(self.run_dir):
+            check_job(self.job)  # before any cluster is looked for, or started
+        elif self._has_succeeded():
+            log.info("run %s has succeeded already", self.job.name)
+            return self._result()
+        with _client(self._address, self.job) as client:
+            callbacks = [c for c in self.run_config.callbacks or () if isinstance(c, UserCallback)]
+            follower = Follower(self.run_dir, callbacks, self._context())
+            self._start(client)
+            status = self._follow(client, follower)
+        try:
+            raise_unless_succeeded(status)
+        except OrchestratorError as error:
+            raise _training_failed(error, follower.failures) from error
+        return self._result()
+
+    def _has_succeeded(self) -> bool:
+        """Whether the run that is there is over for good. Raises UsageError if it is a run of another job."""
+        if different := _differences(read_job(self.run_dir), resolved(self.job)):
+            raise UsageError(
+                f"{self.run_dir} is a run of another job: {'; '.join(different)}",
+                remedy="A run goes on with the job that it began with: give this one another name, or that job.",
+                unchanged="Nothing was started.",
+            )
+        return RunFiles(self.run_dir).status().phase is RunPhase.SUCCEEDED
+
+    def _start(self, client: OrchestratorClient) -> None:
+        name = self.job.name
+        if not holds_run(self.run_dir):
+            client.submit(self.job)
+            log.info("run %s is submitted, its files are in %s", name, self.run_dir)
+            return
+        with suppress(NotFound):  # this cluster may not know it
+            status = client.get(name)
+            if not status.phase.ended and status.run_dir == str(self.run_dir):
+                log.info("run %s is going on, and is followed", name)
+                return
+        client.resume(name, storage=self.job.storage_path)
+        log.info("run %s goes on", name)
+
+    def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:
+        name, told = self.job.name, _Told()
+
+        def look(status: RunStatus) -> None:
+            told.tell(status)
+            if self.run_config.callbacks or status.phase.ended:
+                follower.read_on()
+
+        try:
+            return client.wait(name, on_status=look)
+        except (KeyboardInterrupt, CallbackError) as error:
+            log.warning("run %s is cancelled: %s", name, error or "interrupted")
+            with suppress(UsageError, NotFinished):  # it has just ended, or takes long
+                client.cancel(name)
+                client.wait(name, timeout_s=CANCEL_S)
+            if isinstance(error, CallbackError):
+                raise ControllerError(error.raised) from error.raised
+            raise
+
+    def _context(self) -> TrainRunContext:
+        return TrainRunContext(
+            run_config=self.run_config,
+            train_loop_config=None,
+            scaling_config=self.scaling_config,
+            backend_config=BackendConfig(),
+            dataset_config=DataConfig(),
+        )
+
+    def _result(self) -> Result:
+        return result_of(self.run_dir, self.run_config.checkpoint_config)
+
+
+class _Told:
+    """What has been logged of a run."""
+
+    def __init__(self) -> None:
+        self._phase: RunPhase | None = None
+        self._changes = 0
+
+    def tell(self, status: RunStatus) -> None:
+        if status.phase is not self._phase:
+            log.info(
+                "run %s is %s at step %d of %d: %s", status.run_id, status.phase, status.step, status.steps, status.why
+            )
+        both: tuple[Rescale | Recovery, ...] = (*status.rescales, *status.recoveries)
+        changes = sorted(both, key=lambda change: change.generation)
+        for change in changes[self._changes :]:
+            log.info(
+                "run %s: %d -> %d workers after step %d: %s",
+                status.run_id,
+                change.from_size,
+                change.to_size,
+                change.step,
+                change.why,
+            )
+        self._phase, self._changes = status.phase, len(changes)
+
+
+@contextmanager
+def _client(address: str | None, job: JobSpec) -> Iterator[OrchestratorClient]:
+    """A client of the cluster that there is; without any, of one on this machine that is ended again."""
+    is_there = address or os.environ.get("RAY_ADDRESS") or ray.is_initialized() or local_cluster.status() is not None
+    if is_there:
+        yield OrchestratorClient(address)
+        return
+    workers = job.workers.max + max(1, job.workers.standby)
+    cpus = max(LOCAL_CPUS, os.cpu_count() or 1, math.ceil(job.resources.cpus * workers))
+    up = local_cluster.up(cpus)
+    try:
+        yield OrchestratorClient(up.record.address)
+    finally:
+        is_needed = not up.fresh or _is_busy(up.record.address)
+        disconnect()
+        if not is_needed:
+            local_cluster.down()
+
+
+def _is_busy(address: str) -> bool:
+    """Whether a run goes on there, or might."""
+    try:
+        return any(not status.phase.ended for status in OrchestratorClient(address).list())
+    except OrchestratorError as error:
+        log.warning("the local cluster stays up, as it can't tell its runs: %s", error)
+        return True
+
+
+def _check_type(name: str, config: Any, wanted: type) -> None:
+    if config is not None and not isinstance(config, wanted):
+        raise UsageError(
+            f"{name} must be a ray.train.{wanted.__name__}; got {type(config).__module__}.{type(config).__qualname__}",
+            remedy="Import it from ray.train, where RAY_TRAIN_V2_ENABLED isn't 0.",
+            unchanged="Nothing was started.",
+        )
+
+
+def _training_failed(error: OrchestratorError, failures: Mapping[int, Exception]) -> TrainingFailedError:
+    if not isinstance(error, RunFailed) or not failures:
+        return ControllerError(error)
+    return WorkerGroupError(f"{error}\n{error.traceback}".strip(), dict(failures))
+
+
+def _differences(stored: JobSpec, wanted: JobSpec) -> list[str]:
+    """The keys in which two jobs differ, with both values."""
+    old, new = (json.loads(job.model_dump_json(by_alias=True)) for job in (stored, wanted))
+    return [f"{dotted(key)} was {before!r}, not {after!r}" for key, before, after in _unequal(old, new, ())]
+
+
+def _unequal(old: Any, new: Any, key: Key) -> Iterator[tuple[Key, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for part in dict.fromkeys((*old, *new)):
+            yield from _unequal(old.get(part), new.get(part), (*key, part))
+    elif old != new:
+        yield key, old, new

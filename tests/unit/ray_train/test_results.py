@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+from ray.train import CheckpointConfig
+
+from orchestrator.control.journal import acquire_epoch
+from orchestrator.control.memory import RunMemory
+from orchestrator.errors import NotFound
+from orchestrator.policy.progress import Progress
+from orchestrator.policy.run_state import Note
+from orchestrator.ray_train.results import result_of, rows_of, with_validations
+from tests.unit.policy.imagined import limits_of, record
+
+LOSSES = {0: 5.0, 2: 3.0, 4: 4.0}
+
+
+def run_with(run_dir: Path, *checkpoints: int) -> RunMemory:
+    memory = RunMemory(run_dir, acquire_epoch(run_dir), limits_of(steps=30))
+    memory.absorb([record(step, validation_loss=LOSSES.get(step)) for step in range(6)], up_to=100)
+    memory.note("rescaled", step=2, stall_s=0.25, moved_bytes=7)
+    for step in checkpoints:
+        (run_dir / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    (run_dir / "checkpoints" / ".incomplete-00000009-000001-000001").mkdir(parents=True)
+    return memory
+
+
+def test_a_row_per_step_with_what_changed_before_it(tmp_path: Path) -> None:
+    memory = run_with(tmp_path)
+    memory.decided(memory.state, [Note("resumed", {"step": 3, "token": "t", "checkpoint": None, "workers": 2})])
+    memory.absorb([record(4, loss=1.0), record(5)], up_to=100)
+    frame = result_of(tmp_path).metrics_dataframe
+    assert frame is not None and list(frame["step"]) == [0, 1, 2, 3, 4, 5]
+    assert frame["train/loss"][4] == 1.0 and list(frame["train/tokens"]) == [100.0 * n for n in range(1, 7)]
+    assert frame["elastic/rescale_stall_s"].dropna().to_dict() == {3: 0.25}
+    assert frame["eval/loss"].dropna().to_dict() == {0: 5.0, 2: 3.0}
+
+
+def test_metrics_are_the_newest_with_the_newest_validation(tmp_path: Path) -> None:
+    run_with(tmp_path, 1, 3)
+    result = result_of(tmp_path)
+    assert result.metrics is not None
+    assert (result.metrics["step"], result.metrics["eval/loss"]) == (5, 4.0)
+    assert result.path == str(tmp_path) and result.error is None and result.return_value is None
+    assert result.checkpoint is not None and result.checkpoint.path == str(tmp_path / "checkpoints" / "step-00000003")
+
+
+@pytest.mark.parametrize(
+    ("config", "order"),
+    [
+        (None, [1, 3, 5, 9]),
+        (CheckpointConfig(checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"), [9, 1, 5, 3]),
+        (CheckpointConfig(checkpoint_score_attribute="eval/loss", checkpoint_score_order="max"), [9, 3, 5, 1]),
+        (CheckpointConfig(checkpoint_score_attribute="train/loss", checkpoint_score_order="min"), [9, 1, 3, 5]),
+    ],
+    ids=["by step", "low validation", "high validation", "low loss"],
+)
+def test_best_checkpoints_are_in_ray_trains_order(
+    tmp_path: Path, config: CheckpointConfig | None, order: list[int]
+) -> None:
+    """The best one last. Of step 9 nothing is on record."""
+    run_with(tmp_path, 1, 3, 5, 9)
+    result = result_of(tmp_path, config)
+    assert result.best_checkpoints is not None
+    assert [int(checkpoint.path[-8:]) for checkpoint, _ in result.best_checkpoints] == order
+    best = result.get_best_checkpoint("eval/loss", "min")
+    assert best is not None and best.path.endswith("step-00000003")
+
+
+def test_a_run_without_a_step_has_no_metrics(tmp_path: Path) -> None:
+    RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of(steps=30))
+    result = result_of(tmp_path)
+    assert (result.metrics, result.checkpoint, result.metrics_dataframe) == (None, None, None)
+    assert result.best_checkpoints == []
+    with pytest.raises(NotFound, match="holds no run"):
+        result_of(tmp_path / "nothing")
+
+
+def test_validations_are_carried_to_the_steps_after_them() -> None:
+    rows = rows_of(Progress(), [record(step, validation_loss=LOSSES.get(step)) for step in range(5)])
+    rated = with_validations(rows)
+    assert [rated[step]["eval/loss"] for step in range(5)] == [5.0, 5.0, 3.0, 3.0, 4.0]
+    assert "eval/loss" not in rows[1] and "eval/loss" not in with_validations(rows[1:2])[1]
