@@ -21,7 +21,7 @@ from orchestrator.control.crew import request_of
 from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.control.job_files import read_job, write_job
 from orchestrator.control.journal import newest_epoch
-from orchestrator.control.memory import Recollection, read_status, user_events
+from orchestrator.control.memory import STATUS_FILE, Recollection, read_status, user_events
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
 from orchestrator.control.run_files import RunFiles
@@ -219,7 +219,8 @@ class Scheduler:
 
     def _refuse_taken(self, run_id: str, directory: Path) -> None:
         remedy = "Choose another name, or move that run's directory away."
-        if find(f"{run_id}/controller") is not None:
+        is_over = (directory / STATUS_FILE).exists()  # its controller may be about to leave
+        if find(f"{run_id}/controller") is not None and not is_over:
             raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
         if newest_epoch(directory) > 0 or (directory / "job.json").exists():
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")

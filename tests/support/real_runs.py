@@ -1,11 +1,11 @@
 """Runs as users have them: a local cluster of one's own, and looks at it until something is so."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
+from unittest.mock import patch
 
 from orchestrator.client import OrchestratorClient
 from orchestrator.control import local_cluster
@@ -17,9 +17,9 @@ PATIENCE_S = 120.0
 
 @contextmanager
 def own_cluster(home: Path, cpus: int) -> Iterator[OrchestratorClient]:
-    """A local cluster that is recorded in `home` while this lasts, and a client of it."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("ORCHESTRATOR_HOME", str(home))
+    """A local cluster that is recorded in `home` while this lasts, and a client of it. What connecting puts into the
+    environment is taken back."""
+    with patch.dict(os.environ, {"ORCHESTRATOR_HOME": str(home)}):
         up = local_cluster.up(cpus)
         try:
             yield OrchestratorClient(up.record.address)
