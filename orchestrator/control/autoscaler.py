@@ -16,8 +16,11 @@ from ray.util import placement_group_table
 
 from orchestrator.control.drain_watch import draining_nodes
 from orchestrator.control.host import NAMESPACE, find
+from orchestrator.control.nodes import gpus_of_nodes, labels_of_nodes
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.autoscaling import Resize, Resources, decide_sizes, demand
+from orchestrator.policy.autoscaling import Demand, Resize, Resources, decide_sizes, demand
+from orchestrator.policy.capacity import DEVICES
+from orchestrator.policy.pools import confined
 from orchestrator.protocol.scaling import RunScale
 from orchestrator.spec.autoscale import MANUAL
 
@@ -35,7 +38,7 @@ class Autoscaler:
     def __init__(self) -> None:
         self._known: dict[str, RunScale] = {}  # what each controller said last
         self._since_s: dict[tuple[str, int], float] = {}  # what is decided again and again, since when
-        self._demand: tuple[Resources, ...] | None = None
+        self._demand: tuple[Demand, ...] | None = None
         self._has_failed = False
 
     def start(self) -> None:
@@ -57,12 +60,13 @@ class Autoscaler:
     def _turn(self) -> bool:
         """Returns whether any run leaves its size to us."""
         answered = self._ask_all()
-        runs = [self._known[run] for run in sorted(self._known)]
+        labels = labels_of_nodes()
+        runs = [confined(self._known[run], labels) for run in sorted(self._known)]
         self._ask_for(demand(runs))
         if all(run.policy == MANUAL for run in runs):
             self._since_s = {}
             return False
-        staying = set(_alive()) - set(draining_nodes())
+        staying = set(labels) - set(draining_nodes())
         decided = decide_sizes(runs, _placed(staying), free_on_nodes(staying))
         now_s = time.monotonic()
         # What is free and what is placed aren't told at one moment: only what is seen twice, at least, is so.
@@ -75,7 +79,7 @@ class Autoscaler:
                 self._wish(resize)
         return True
 
-    def _ask_for(self, demand: tuple[Resources, ...]) -> None:
+    def _ask_for(self, demand: tuple[Demand, ...]) -> None:
         """Tell Ray's autoscaler, which keeps the newest request for ever, whoever made it: one that isn't ours is left
         alone as long as we have none."""
         if self._demand is None:  # ours, or that of a scheduler before us
@@ -83,7 +87,8 @@ class Autoscaler:
         if demand == self._demand:
             return
         internal_kv._internal_kv_put(ASKED, b"", overwrite=True, namespace=KV_NAMESPACE)
-        request_resources(bundles=[dict(request) for request in demand])
+        bundles, selectors = [dict(place.request) for place in demand], [dict(place.selector) for place in demand]
+        request_resources(bundles=bundles, bundle_label_selectors=selectors)
         if not demand:
             internal_kv._internal_kv_del(ASKED, namespace=KV_NAMESPACE)
         self._demand = demand
@@ -121,14 +126,11 @@ def _controlled() -> list[str]:
 
 
 def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:
-    """What is free on each node, or on those among `nodes`."""
+    """What is free on each node, or on those among `nodes`, and how many GPUs it has."""
     free: dict[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
-
-
-def _alive() -> list[str]:
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["NodeID"] for node in nodes if node["Alive"]]
+    gpus = gpus_of_nodes()
+    chosen = {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
+    return {node: {**amounts, DEVICES: gpus.get(node, 0.0)} for node, amounts in chosen.items()}
 
 
 def _placed(nodes: set[str]) -> dict[str, int]:

@@ -28,6 +28,7 @@ from orchestrator.control.host import find, log_to
 from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import STATUS_FILE, RunMemory, insist
 from orchestrator.control.node_watch import NodeWatch
+from orchestrator.control.nodes import cores_of_nodes
 from orchestrator.control.parts import Parts
 from orchestrator.control.prometheus import Exporter
 from orchestrator.control.run_values import values_of_run
@@ -36,6 +37,7 @@ from orchestrator.control.store_link import head_address
 from orchestrator.control.wishes import Wishes, member_of_rank
 from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
 from orchestrator.policy.autoscaling import scale_of
+from orchestrator.policy.capacity import threads_of
 from orchestrator.policy.lifecycle import decide, directive_of, phase_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import resumed
@@ -67,7 +69,8 @@ class RunController:
         self._memory = insist(lambda: RunMemory(self._run_dir, self._epoch, self._limits))
         if order is not None and order.token != self._memory.resumed_by:
             insist(lambda: self._resume(order))
-        self._threads = max(1, (os.cpu_count() or 1) // self._limits.initial_workers)
+        cores = cores_of_nodes(self._job.workers.label_selector)
+        self._threads = threads_of(cores, self._limits.initial_workers)
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
@@ -125,7 +128,8 @@ class RunController:
         state = self._memory.state
         if state.outcome is not None:
             return None
-        return scale_of(self._limits, state, self._observe(verifies=False), self._crew.request)
+        seen, selector = self._observe(verifies=False), self._job.workers.label_selector
+        return scale_of(self._limits, state, seen, self._crew.request, selector)
 
     def stage(self, name: str, reason: str) -> Target:
         """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.

@@ -22,12 +22,14 @@ from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.control.job_files import read_job, write_job
 from orchestrator.control.journal import newest_epoch
 from orchestrator.control.memory import Recollection, read_status, user_events
+from orchestrator.control.nodes import labels_of_nodes
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
 from orchestrator.control.run_files import RunFiles
 from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.capacity import places
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.pools import check_pool, pool_of
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
 from orchestrator.protocol.status import RunStatus
@@ -223,9 +225,10 @@ class Scheduler:
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
     def _refuse_unfit(self, job: JobSpec, workers: int) -> None:
-        request = request_of(job.resources)
+        request, selector = request_of(job.resources), job.workers.label_selector
+        check_pool(selector, labels_of_nodes())
         deadline_s = time.monotonic() + SETTLE_S
-        while places(free := list(free_on_nodes().values()), request) < workers:
+        while places(free := list(free_on_nodes(pool_of(selector, labels_of_nodes())).values()), request) < workers:
             if time.monotonic() > deadline_s:
                 raise JobDoesNotFit(
                     f"{workers} workers of {_amounts(request)} asked for; the cluster has room for "

@@ -10,7 +10,7 @@ more than that many are tried until the stage changes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from orchestrator.policy.capacity import places, without
@@ -42,7 +42,17 @@ class Resize:
     patience_s: float = 0.0
 
 
-def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Resources) -> RunScale:
+@dataclass(frozen=True)
+class Demand:
+    """A place that one worker needs: what is reserved for it, on a node with such labels."""
+
+    request: Resources
+    selector: Mapping[str, str] = field(default_factory=dict)
+
+
+def scale_of(
+    limits: RunLimits, state: RunState, seen: Observation, request: Resources, selector: Mapping[str, str]
+) -> RunScale:
     """What decides over the run's size, out of its state."""
     spec, progress = limits.autoscale, seen.progress
     wanted = wanted_size(limits, state.wish, seen.step + 1)
@@ -70,6 +80,7 @@ def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Res
         stall_s=max(stalls, default=STALL_S),
         left_s=None if step_s is None else step_s * (limits.steps - 1 - seen.step),
         avoid=state.quarantine,
+        selector=selector,
     )
 
 
@@ -117,7 +128,8 @@ def decide_sizes(
         resize = _decide(run, sure, left)
         if resize is not None:
             decided.append(resize)
-            free = without(free, run.request, resize.workers - max(run.wanted, placed.get(run.run_id, 0)))
+            added = resize.workers - max(run.wanted, placed.get(run.run_id, 0))
+            free = without(free, run.request, added, run.avoid)
     return tuple(decided)
 
 
@@ -126,7 +138,7 @@ def _set_aside(
 ) -> Mapping[str, Resources]:
     """What is free once these runs have all that they are to have."""
     for run in runs:
-        free = without(free, run.request, run.wanted + run.standby - placed.get(run.run_id, 0))
+        free = without(free, run.request, run.wanted + run.standby - placed.get(run.run_id, 0), run.avoid)
     return free
 
 
@@ -136,13 +148,13 @@ def _room(run: RunScale, placed: Mapping[str, int], free: Mapping[str, Resources
     return placed.get(run.run_id, 0) + places(usable, run.request)
 
 
-def demand(runs: Sequence[RunScale]) -> tuple[Resources, ...]:
+def demand(runs: Sequence[RunScale]) -> tuple[Demand, ...]:
     """What Ray's autoscaler is asked to have room for, one entry per worker: those that runs are to have, and those
     that they would have if there were room. Nothing where no run leaves its size open: Ray sees whoever waits for a
     place by itself, and what others have asked it for is left alone."""
     if all(run.policy == MANUAL for run in runs):
         return ()
-    return tuple(run.request for run in runs for _ in range(_hoped(run) + run.standby))
+    return tuple(Demand(run.request, run.selector) for run in runs for _ in range(_hoped(run) + run.standby))
 
 
 def _decide(run: RunScale, sure: int, left: int) -> Resize | None:

@@ -9,6 +9,7 @@ from orchestrator.policy.autoscaling import (
     FREED_S,
     MIN_STEPS,
     START_S,
+    Demand,
     Resize,
     bounds,
     decide_sizes,
@@ -89,6 +90,18 @@ def test_nodes_on_which_a_run_puts_nobody_have_no_room_for_it() -> None:
     assert decide_sizes(runs[:1], placed, {"bad": {"CPU": 1.0}}) == ()
 
 
+def test_places_that_a_run_is_to_have_are_taken_where_it_may_have_them() -> None:
+    """The first run waits for a worker that may not live on the node that has room."""
+    free = {"a": {"CPU": 1.0}, "b": {"CPU": 1.0}}
+    waits = _run(run_id="first", policy="manual", wanted=3, is_steady=False)
+    placed = {"first": 2, "second": 2}
+    for avoid, found in ((("a",), ("second", 3)), ((), ("second", 3)), (("a", "b"), ("second", 4))):
+        runs = [replace(waits, avoid=avoid), _run(run_id="second")]
+        assert [(resize.run_id, resize.workers) for resize in decide_sizes(runs, placed, free)] == [found]
+    runs = [replace(waits, avoid=("a",)), _run(run_id="second", avoid=("a",))]
+    assert decide_sizes(runs, placed, free) == ()
+
+
 def test_a_place_that_another_run_is_to_have_is_not_free() -> None:
     """Whoever has lost a worker, or waits for its first ones, gets its places before another one grows."""
     free = {"node": {"CPU": 1.0}}
@@ -155,13 +168,18 @@ def test_what_a_rescale_costs_has_to_come_back() -> None:
     ],
 )
 def test_demand_is_what_runs_would_have_if_there_were_room(run: RunScale, workers: int) -> None:
-    assert demand([run]) == (CPU,) * workers
+    assert demand([run]) == (Demand(CPU),) * workers
 
 
 def test_what_others_have_asked_for_is_left_alone_where_no_run_leaves_its_size_open() -> None:
     by_hand = _run(policy="manual", wanted=3)
     assert demand([]) == demand([by_hand]) == ()
-    assert demand([by_hand, _run()]) == (CPU,) * 5  # all that there is to be room for
+    assert demand([by_hand, _run()]) == (Demand(CPU),) * 5  # all that there is to be room for
+
+
+def test_demand_is_for_nodes_of_the_runs_pool() -> None:
+    runs = [_run(wanted=1, selector={"pool": "a"}), _run(wanted=2)]
+    assert demand(runs) == (Demand(CPU, {"pool": "a"}), Demand(CPU), Demand(CPU))
 
 
 # -- what is known of a run ------------------------------------------------------------------------------------------
@@ -194,7 +212,7 @@ def _told(life: Life, workers: int, by_hand: bool) -> None:
 
 
 def _scale(life: Life) -> RunScale:
-    return scale_of(life.limits, life.state, life.seen(), CPU)
+    return scale_of(life.limits, life.state, life.seen(), CPU, {})
 
 
 def test_what_is_told_of_a_run() -> None:
@@ -242,9 +260,9 @@ def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() ->
     seen = life.seen(target=Target(seq=9, workers=2, by_hand=False))
     capped = heed_target(limits, life.state, seen).state
     assert capped.wish is not None and (capped.wish.cap, capped.wish.cap_stage) == (2, "")
-    assert scale_of(limits, capped, seen, CPU).most == 2
+    assert scale_of(limits, capped, seen, CPU, {}).most == 2
     elsewhere = life.seen(progress=_progress((2, 40, 0.25, "b")))
-    assert scale_of(limits, capped, elsewhere, CPU).most == 4
+    assert scale_of(limits, capped, elsewhere, CPU, {}).most == 4
 
 
 def test_a_size_and_a_stage_may_be_asked_for_at_once() -> None:
