@@ -10,7 +10,7 @@ from dashboards.queries import newest, rise
 from orchestrator.protocol.status import RunPhase
 
 # One of the cluster's runs that has its workers: whoever waits for room is not to be woken up for.
-STARTING = f'phase="{RunPhase.STARTING}"'
+STARTING = f'phase=~"{RunPhase.QUEUED}|{RunPhase.STARTING}"'
 STARTED = f"(1 - {newest('run/phase', STARTING)})"
 LOSS = newest("train/loss")
 # A router's bias moves by a small constant a step. A healthy run of 8 experts was seen above 0.7 for its first 200

@@ -6,7 +6,7 @@ some workers of this kind would take, as if they had taken it. On a node where a
 """
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 DEVICES = "GPU devices"  # beside Ray's own names: how many GPUs a node has, if that is known
 EPSILON = 1e-9
@@ -38,14 +38,6 @@ def threads_of(cores: Sequence[int], workers: int) -> int:
     return max(1, least // math.ceil(workers / nodes))
 
 
-def without(
-    free: Mapping[str, Mapping[str, float]], request: Mapping[str, float], workers: int, avoid: Container[str] = ()
-) -> dict[str, Mapping[str, float]]:
-    """What is left on each node once so many workers of `request`, or as many as fit, have a place there, and none on
-    the nodes to `avoid`."""
-    left: dict[str, Mapping[str, float]] = {}
-    for node, amounts in free.items():
-        taken = 0 if node in avoid else min(max(0, workers), places([amounts], request))
-        workers -= taken
-        left[node] = {name: amount - taken * request.get(name, 0.0) for name, amount in amounts.items()}
-    return left
+def fits(node: Mapping[str, float], request: Mapping[str, float]) -> bool:
+    """Whether a worker of `request` fits, given what is free on a node."""
+    return all(_fit(node, name, amount) > 0 for name, amount in request.items() if amount > 0)

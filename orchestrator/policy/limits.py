@@ -1,6 +1,7 @@
 """What decisions need to know of a job: the sizes it may have, when, and how long it runs."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 from orchestrator.errors import UsageError
@@ -46,6 +47,8 @@ class RunLimits:
     by_document: bool = False
     curriculum: CurriculumSpec | None = None
     autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
+    priority: int = 0
+    label_selector: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -66,6 +69,8 @@ class RunLimits:
             by_document=job.data.rows == BY_DOCUMENT,
             curriculum=job.curriculum,
             autoscale=job.autoscale,
+            priority=job.priority,
+            label_selector=job.workers.label_selector,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

@@ -36,7 +36,7 @@ def check_pool(selector: Labels, nodes: Mapping[str, Labels]) -> None:
     raise JobDoesNotFit(
         f"workers.label_selector {shown(selector)} fits none of the cluster's {len(nodes)} nodes; "
         f"labels there are: {labels_shown(nodes.values())}",
-        remedy="Name labels that nodes have (`ray start --labels key=value`), or wait for such nodes with --timeout.",
+        remedy="Name labels that nodes have, or add such nodes first (`ray start --labels KEY=VALUE`).",
         unchanged="Nothing was started.",
     )
 

@@ -77,8 +77,10 @@ def test_a_run_uses_its_pool_and_no_more(on: Cluster) -> None:
     on.ask("kill_worker", "pooled")
     on.until("pooled", lambda s: bool(s.recoveries) and s.workers_now == 3)
     assert _pools("pooled") == ["a"] * 3
-    with pytest.raises(JobDoesNotFit, match="1 workers of 1 CPU asked for; the cluster has room for 0"):
-        on.submit("second", **_job({"zone": "in(east,west)"}))
+    with pytest.raises(JobDoesNotFit, match=r"there is no room for 3 workers of 1 CPU; free are nothing"):
+        on.submit("second", **_job({}, workers={"min": 3, "label_selector": {"zone": "in(east,west)"}}))
+    with pytest.raises(JobDoesNotFit, match=r"room for 2 if nothing else runs: its nodes of \{pool: b\} have 2 CPU"):
+        on.submit("second", **_job({}, workers={"min": 3, "label_selector": {"pool": "b"}}))
     on.submit("elsewhere", **_job({"pool": "!a"}, workers={"min": 3, "label_selector": {"pool": "!a"}}))
     on.until("elsewhere", lambda s: s.workers_now == 3)
     assert sorted(map(str, _pools("elsewhere"))) == ["None", "b", "b"]
@@ -88,13 +90,13 @@ def test_a_run_uses_its_pool_and_no_more(on: Cluster) -> None:
 
 
 @pytest.mark.journey
-def test_a_pool_that_is_not_there_is_told_at_once_and_may_be_waited_for(on: Cluster) -> None:
+def test_a_pool_that_is_not_there_is_told_at_once(on: Cluster) -> None:
     with pytest.raises(JobDoesNotFit) as told:
-        on.submit("early", **_job({"pool": "c"}))
+        on.submit("early", wait=True, **_job({"pool": "c"}))
     assert "{pool: c} fits none of the cluster's 3 nodes; labels there are: pool: a, b; zone: east" in str(told.value)
     assert not names_of("early") and not (on.storage / "early").exists()
-    on.submit("early", wait=True, **_job({"pool": "c"}))
     with another_node(1, pool="c"):
+        on.submit("early", **_job({"pool": "c"}))
         on.until("early", lambda s: s.step > 0)
         assert _pools("early") == ["c"]
         on.ask("cancel", "early")
