@@ -318,9 +318,15 @@ COMMUNICATION = Board(
         ),
         Chart(
             "Bytes per step",
-            "All that workers send one another.",
+            "All that workers send one another, and what of their tokens and results goes to other nodes.",
             "bytes",
-            (Query(f"{rate('comm/sent_bytes')} / {rate('run/committed_steps')}"),),
+            (
+                Query(f"{rate('comm/sent_bytes')} / {rate('run/committed_steps')}"),
+                Query(
+                    f"{rate('comm/tokens_across_nodes_bytes')} / {rate('run/committed_steps')}",
+                    "{{run}} tokens to other nodes",
+                ),
+            ),
         ),
         Chart(
             "Bytes per token",

@@ -92,6 +92,12 @@ DECLARED = (
     ),
     Metric("comm/sent_bytes", "bytes", Kind.AMOUNT, "all of these together"),
     Metric("comm/raw_bytes", "bytes", Kind.AMOUNT, "what they would be without compression"),
+    Metric(
+        "comm/tokens_across_nodes_bytes",
+        "bytes",
+        Kind.AMOUNT,
+        "of tokens and results, and their gradients, those sent to another node",
+    ),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
     Metric("elastic/snapshot_interval", "steps", Kind.GAUGE, "steps between two snapshots; 0 where none are taken"),
     Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),

@@ -4,7 +4,7 @@ import typer
 
 from orchestrator.cli.options import JobFile, Output
 from orchestrator.cli.output import Format, say, show_json
-from orchestrator.cli.wording import counted
+from orchestrator.cli.wording import counted, pool
 
 
 def validate(job: JobFile, output: Output = Format.TEXT) -> None:
@@ -21,7 +21,7 @@ def validate(job: JobFile, output: Output = Format.TEXT) -> None:
     workers = spec.workers
     say(
         f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {counted(workers.initial, 'worker')} at first "
-        f"({workers.min} to {workers.max}), {spec.model.num_experts} experts"
+        f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.num_experts} experts"
     )
 
 

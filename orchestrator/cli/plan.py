@@ -8,7 +8,7 @@ import typer
 
 from orchestrator.cli.options import JobFile, Output
 from orchestrator.cli.output import Format, say, show, show_json, show_table
-from orchestrator.cli.wording import NONE, size
+from orchestrator.cli.wording import NONE, pool, size
 from orchestrator.errors import UsageError
 from orchestrator.policy.fitting import check_memory, crowding
 from orchestrator.policy.planning import JobPlan, WorldPlan
@@ -55,14 +55,16 @@ def plan(
     if output is Format.JSON:
         show_json(asdict(planned))
     else:
-        say(" ".join([NOTES, *_notes_on_rows(spec)]))
+        say(" ".join([NOTES, *_notes(spec)]))
         _show(planned)
     check_memory(spec, planned)  # told after the figures, which show why
     if warning := crowding(spec, planned, psutil.virtual_memory().total):
         say(f"Warning: {warning}")
 
 
-def _notes_on_rows(spec: JobSpec) -> Iterator[str]:
+def _notes(spec: JobSpec) -> Iterator[str]:
+    if spec.workers.label_selector:
+        yield f"Workers live{pool(spec.workers)} only."
     if spec.train.fits_memory:
         yield "micro_batch_size is auto: slots begin with one row, as told here, and grow to what the memory takes."
     if spec.data.rows == BY_DOCUMENT:

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
+from orchestrator.policy.pools import shown
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
 from orchestrator.protocol.traffic import Traffic
+from orchestrator.spec.workers import WorkersSpec
 
 NONE = "-"
 STAMPS = ("seq", "epoch", "time", "kind")  # of an event
@@ -17,6 +19,11 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def pool(workers: WorkersSpec) -> str:
+    """Where workers may live, after what is told of them; empty for anywhere."""
+    return f" on nodes with labels {shown(workers.label_selector)}" if workers.label_selector else ""
 
 
 def rate(tokens_per_second: float | None) -> str:

@@ -34,6 +34,7 @@ class Journey:
         kind: what the rows are, for the ledger.
         wire: how they travel.
         whole: so many elements at the end of each row travel exactly, whatever `wire` says.
+        is_far_W: by rank, whether it lives on another node, for the ledger; empty where that isn't known.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Journey:
         kind: TrafficKind,
         wire: Wire = "exact",
         whole: int = 0,
+        is_far_W: Sequence[bool] = (),
     ) -> None:
         self._sent_W, self._received_W, self._group = list(sent_W), list(received_W), group
         self._kind, self._wire, self._whole = kind, wire, whole
+        self._far = [rank for rank, is_far in enumerate(is_far_W) if is_far]
         self._transfer: _Transfer | None = None
 
     def begin(self, x_ND: Tensor) -> Tensor:
@@ -77,7 +80,8 @@ class Journey:
         work = dist.all_to_all_single(received, sent, received_W, sent_W, group=self._group, async_op=True)
         leaving = sum(sent_W) - sent_W[self._group.rank()]
         row_bytes = [rows.shape[1:].numel() * rows.element_size() for rows in (sent, x_ND)]
-        ledger.enter(self._kind, leaving * row_bytes[0], raw=leaving * row_bytes[1])
+        across = sum(sent_W[rank] for rank in self._far) * row_bytes[0]
+        ledger.enter(self._kind, leaving * row_bytes[0], raw=leaving * row_bytes[1], across=across)
         same = received.dtype == x_ND.dtype
         received_MD = received if same else x_ND.new_empty(len(received), *x_ND.shape[1:])
         self._transfer = _Transfer(work, sent, received, received_MD)

@@ -15,9 +15,9 @@ _lock = threading.Lock()
 _totals = dict.fromkeys(TrafficKind, Traffic())
 
 
-def enter(kind: TrafficKind, payload: int, index: int = 0, raw: int | None = None) -> None:
-    """Bytes that leave this process for other workers. From any thread."""
-    traffic = Traffic(payload + index if raw is None else raw, payload, index)
+def enter(kind: TrafficKind, payload: int, index: int = 0, raw: int | None = None, across: int = 0) -> None:
+    """Bytes that leave this process for other workers, `across` of them to other nodes. From any thread."""
+    traffic = Traffic(payload + index if raw is None else raw, payload, index, across)
     with _lock:
         _totals[kind] += traffic
 

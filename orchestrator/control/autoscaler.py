@@ -20,8 +20,11 @@ from ray.util import placement_group_table
 
 from orchestrator.control.drain_watch import draining_nodes
 from orchestrator.control.host import NAMESPACE, find
+from orchestrator.control.nodes import gpus_of_nodes, labels_of_nodes
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.autoscaling import Resources, claim_of, decide_sizes, demand
+from orchestrator.policy.autoscaling import Demand, Resources, claim_of, decide_sizes, demand
+from orchestrator.policy.capacity import DEVICES
+from orchestrator.policy.pools import Labels, confined, matches
 from orchestrator.policy.sharing import Share, divide
 from orchestrator.protocol.scaling import RunScale
 from orchestrator.spec.autoscale import MANUAL
@@ -41,7 +44,7 @@ class Autoscaler:
     def __init__(self) -> None:
         self._known: dict[str, RunScale] = {}  # what each controller said last
         self._since_s: dict[tuple[str, str, int | None], float] = {}  # what is decided again and again, since when
-        self._demand: tuple[Resources, ...] | None = None
+        self._demand: tuple[Demand, ...] | None = None
         self._has_failed = False
         self._stirred = threading.Event()
 
@@ -118,7 +121,7 @@ class Autoscaler:
         self._since_s[what] = before.get(what, now_s)
         return what in before and now_s - before[what] >= patience_s
 
-    def _ask_for(self, demand: tuple[Resources, ...]) -> None:
+    def _ask_for(self, demand: tuple[Demand, ...]) -> None:
         """Tell Ray's autoscaler, which keeps the newest request for ever, whoever made it: one that isn't ours is left
         alone as long as we have none."""
         if self._demand is None:  # ours, or that of a scheduler before us
@@ -126,7 +129,8 @@ class Autoscaler:
         if demand == self._demand:
             return
         internal_kv._internal_kv_put(ASKED, b"", overwrite=True, namespace=KV_NAMESPACE)
-        request_resources(bundles=[dict(request) for request in demand])
+        bundles, selectors = [dict(place.request) for place in demand], [dict(place.selector) for place in demand]
+        request_resources(bundles=bundles, bundle_label_selectors=selectors)
         if not demand:
             internal_kv._internal_kv_del(ASKED, namespace=KV_NAMESPACE)
         self._demand = demand
@@ -156,7 +160,8 @@ class Autoscaler:
 
 
 def _divide(runs: Sequence[RunScale]) -> dict[str, Share]:
-    staying = set(_alive()) - set(draining_nodes())
+    labels = labels_of_nodes()
+    staying, runs = set(labels) - set(draining_nodes()), [confined(run, labels) for run in runs]
     claims = {run.run_id: claim_of(run) for run in runs}
     return divide(runs, claims, _homes(staying), free_on_nodes(staying), time.time())
 
@@ -169,15 +174,17 @@ def _controlled() -> list[str]:
 
 
 def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:
-    """What is free on each node, or on those among `nodes`."""
+    """What is free on each node, or on those among `nodes`, and how many GPUs it has."""
     free: dict[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    return {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
+    gpus = gpus_of_nodes()
+    chosen = {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
+    return {node: {**amounts, DEVICES: gpus.get(node, 0.0)} for node, amounts in chosen.items()}
 
 
-def whole_nodes() -> list[Resources]:
-    """What each node would have free if nothing ran there."""
+def whole_nodes(selector: Labels) -> list[Resources]:
+    """What each node with labels like these would have free if nothing ran there."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
+    return [node["Resources"] for node in nodes if node["Alive"] and matches(node["Labels"], selector)]
 
 
 def may_grow() -> bool:
@@ -185,11 +192,6 @@ def may_grow() -> bool:
     status = get_cluster_status(ray.get_runtime_context().gcs_address)
     nodes = (*status.active_nodes, *status.idle_nodes, *status.pending_nodes)
     return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
-
-
-def _alive() -> list[str]:
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["NodeID"] for node in nodes if node["Alive"]]
 
 
 def _homes(nodes: set[str]) -> dict[str, list[str]]:

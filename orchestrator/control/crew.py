@@ -20,13 +20,13 @@ from orchestrator.control.calls import cause_of, reason_of
 from orchestrator.control.host import Handle, Seat, find, kill_on_node, names_of, start_host
 from orchestrator.protocol.messages import Directive, Report, WorkerJob
 from orchestrator.spec.job import JobSpec, ResourcesSpec
+from orchestrator.spec.labels import NODE_ID
 
 log = logging.getLogger("orchestrator.control")
 
 POLL_S = 0.5  # how long a worker may wait for news before it answers
 POLL_PAUSE_S = 0.25  # between an answer and the next question, unless a rescale waits for it
 SILENCE_S = 60.0  # a cold worker that answered before and lets a poll hang this long is as good as dead
-NODE_LABEL = "ray.io/node-id"  # Ray gives it to every node
 QUIET_S = 1.0  # without an answer, or without anything new: then time itself may decide something
 
 # A worker keeps the memory that it has freed (glibc's mallopt variables): every step and every fence allocates tens of
@@ -219,8 +219,8 @@ class Crew:
     def _start(self, worker: str, avoid: tuple[str, ...]) -> None:
         resources = self._job.resources
         name = f"{self._run_id}/worker/{worker}"
-        elsewhere = {NODE_LABEL: f"!in({','.join(avoid)})"} if avoid else {}
-        group = placement_group([self.request], name=name, lifetime="detached", bundle_label_selector=[elsewhere])
+        selector = self._job.workers.label_selector | ({NODE_ID: f"!in({','.join(avoid)})"} if avoid else {})
+        group = placement_group([self.request], name=name, lifetime="detached", bundle_label_selector=[selector])
         env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
         env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
         seat = Seat(

@@ -37,6 +37,7 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
         if record.traffic:
             values |= {f"comm/{kind}_bytes": traffic.sent for kind, traffic in record.traffic.items()}
             values["comm/sent_bytes"] = sum(traffic.sent for traffic in record.traffic.values())
+            values["comm/tokens_across_nodes_bytes"] = sum(traffic.across for traffic in record.traffic.values())
             values["comm/raw_bytes"] = sum(traffic.raw for traffic in record.traffic.values())
         if record.applied:
             values["train/grad_norm"] = record.grad_norm

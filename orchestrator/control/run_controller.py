@@ -29,6 +29,7 @@ from orchestrator.control.host import find, log_to
 from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import STATUS_FILE, RunMemory, insist
 from orchestrator.control.node_watch import NodeWatch
+from orchestrator.control.nodes import cores_of_nodes
 from orchestrator.control.parts import Parts
 from orchestrator.control.prometheus import Exporter
 from orchestrator.control.run_values import values_of_run
@@ -37,6 +38,7 @@ from orchestrator.control.store_link import head_address
 from orchestrator.control.wishes import Wishes, member_of_rank
 from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
 from orchestrator.policy.autoscaling import scale_of
+from orchestrator.policy.capacity import threads_of
 from orchestrator.policy.lifecycle import decide, directive_of, phase_of
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.queueing import queued
@@ -71,7 +73,8 @@ class RunController:
             insist(lambda: self._resume(order))
         elif "submitted" not in self._memory.times:
             insist(lambda: self._memory.decided(queued(self._memory.state, time.time()), []))
-        self._threads = max(1, (os.cpu_count() or 1) // self._limits.initial_workers)
+        cores = cores_of_nodes(self._job.workers.label_selector)
+        self._threads = threads_of(cores, self._limits.initial_workers)
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)

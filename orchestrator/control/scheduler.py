@@ -22,12 +22,14 @@ from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.control.job_files import read_job, write_job
 from orchestrator.control.journal import newest_epoch
 from orchestrator.control.memory import STATUS_FILE, Recollection, read_status, user_events
+from orchestrator.control.nodes import labels_of_nodes
 from orchestrator.control.parts import Parts
 from orchestrator.control.run_controller import RunController
 from orchestrator.control.run_files import RunFiles
 from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.capacity import places
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.pools import Labels, check_pool, pool_of, shown
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
 from orchestrator.protocol.scaling import RunScale
@@ -228,11 +230,13 @@ class Scheduler:
     def _refuse_unfit(self, run_id: str, job: JobSpec, least: int, wanted: int, wait: bool) -> None:
         """Raise JobDoesNotFit for a run that could never have its least, or, unless it may wait, has no room now."""
         request = request_of(job.resources)
-        whole = whole_nodes()
+        selector, labels = job.workers.label_selector, labels_of_nodes()
+        whole = whole_nodes(selector)
         if places(whole, request) < least and not may_grow():
+            check_pool(selector, labels)
             raise JobDoesNotFit(
                 f"{least} workers of {_amounts(request)} is the least that {run_id} may have; the cluster has room for "
-                f"{places(whole, request)} if nothing else runs: its nodes have "
+                f"{places(whole, request)} if nothing else runs: its nodes{_of(selector)} have "
                 + "; ".join(_amounts(node) for node in whole),
                 remedy="Ask for less, or add nodes to the cluster first.",
                 unchanged="Nothing was started.",
@@ -247,11 +251,12 @@ class Scheduler:
             priority=job.priority,
             submitted_s=time.time(),
             queued_s=time.time(),
+            selector=selector,
         )
         deadline_s = time.monotonic() + SETTLE_S
         while not wait and not (share := self._autoscaler.share_of(newcomer)).places:
             if time.monotonic() > deadline_s:
-                free = list(free_on_nodes().values())
+                free = list(free_on_nodes(pool_of(selector, labels)).values())
                 raise JobDoesNotFit(
                     f"{run_id} would have to wait: {share.grant.why} of {_amounts(request)}; free are "
                     + "; ".join(_amounts(node) for node in free),
@@ -297,10 +302,14 @@ def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrde
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    shown = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
     if resources.get("memory"):
-        shown.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
-    return ", ".join(shown) or "nothing"
+        parts.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
+    return ", ".join(parts) or "nothing"
+
+
+def _of(selector: Labels) -> str:
+    return f" of {shown(selector)}" if selector else ""
 
 
 def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:

@@ -4,10 +4,12 @@ Two rules make a placement *balanced*. With at least as many experts as ranks, e
 the ranks' expert counts differ by at most one. With more ranks than experts, every rank holds one expert and the
 sizes of the experts' replica sets differ by at most one. Both are one problem: deal the items of the longer side
 (experts or ranks) into the bins of the shorter side so that the bins' sizes differ by at most one.
+
+Replicas of an expert lie on different nodes as far as that goes, so that a node has as many experts as it can: a token
+is sent to another node only for what its own doesn't have.
 """
 
-import heapq
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -49,20 +51,33 @@ class Placement:
                 )
 
     @classmethod
-    def balanced(cls, num_experts: int, world_size: int) -> Self:
-        """Contiguous blocks: of experts per rank, or of ranks per expert where ranks outnumber experts."""
+    def balanced(cls, num_experts: int, world_size: int, nodes: Sequence[str] = ()) -> Self:
+        """Contiguous blocks: of experts per rank, or of ranks per expert where ranks outnumber experts. There, if the
+        ranks live on several nodes, they take experts in turn, node by node: no node has an expert twice before it has
+        all of them.
+
+        Args:
+            nodes: by rank, the node that it lives on; empty where that isn't known.
+        """
         if num_experts < 1 or world_size < 1:
             raise ValueError(f"{num_experts} experts on {world_size} ranks; a placement needs one of each")
+        if num_experts < world_size and len(set(nodes)) > 1:
+            turns = sorted(range(world_size), key=lambda rank: nodes.index(nodes[rank]))
+            return cls._from_bins(num_experts, world_size, [turns.index(r) % num_experts for r in range(world_size)])
         num_items, num_bins = max(num_experts, world_size), min(num_experts, world_size)
         size, larger = divmod(num_items, num_bins)
         bins = [b for b in range(num_bins) for _ in range(size + (b < larger))]
         return cls._from_bins(num_experts, world_size, bins)
 
     @classmethod
-    def rebalanced(cls, previous: "Placement", old: World, new: World) -> Self:
-        """The balanced placement on `new` that gives the fewest experts to workers that lacked them in `old`.
+    def rebalanced(cls, previous: "Placement", old: World, new: World, nodes: Sequence[str] = ()) -> Self:
+        """A balanced placement on `new` that gives the fewest experts to workers that lacked them in `old`: to each one
+        that its node has fewest of.
 
         Deterministic. A worker is known by its id, so a survivor keeps its experts whatever its new rank is.
+
+        Args:
+            nodes: by rank of `new`, the node that it lives on; empty where that isn't known.
 
         Raises:
             ValueError: `previous` is not a placement on `old`.
@@ -81,7 +96,7 @@ class Placement:
             for expert, ranks in enumerate(survivors):
                 for rank in ranks:
                     held[rank].append(expert)
-            bins = _deal(held, num_experts)
+            bins = _deal(held, num_experts, nodes)
         return cls._from_bins(num_experts, new.size, bins)
 
     @classmethod
@@ -102,10 +117,16 @@ class Placement:
         """The ranks that hold `expert`, ascending."""
         return self.holders[expert]
 
-    def destinations(self, rank: int) -> tuple[int, ...]:
-        """Where `rank` sends tokens for each expert: nowhere if it holds the expert itself, else to one of its holders,
-        chosen so that the senders spread over the replicas."""
-        return tuple(rank if rank in ranks else ranks[rank % len(ranks)] for ranks in self.holders)
+    def destinations(self, nodes: Sequence[str] = ()) -> list[tuple[int, ...]]:
+        """[sender][expert]: the rank that a sender's tokens for an expert go to. Itself if it holds the expert, else a
+        holder on its own node, else, where that has none, any holder. Senders spread over those that they may choose
+        among.
+
+        Args:
+            nodes: by rank, the node that it lives on; empty where that isn't known, and all are near each other.
+        """
+        homes = tuple(nodes) or ("",) * self.world_size
+        return list(zip(*(_receivers(ranks, homes) for ranks in self.holders), strict=True))
 
     def groups(self) -> tuple[tuple[ReplicaSet, ...], ...]:
         """The distinct replica sets by colour: sets of one colour share no rank, sorted within a colour.
@@ -140,11 +161,30 @@ def groups_open(sizes: Iterable[int], asked: int, top_k: int) -> int:
     return min(max(asked, enough), len(held))
 
 
-def _deal(wanted: Sequence[Sequence[int]], num_bins: int) -> list[int]:
-    """Deal items into bins whose sizes differ by at most one, as many items as possible into a bin they want.
+def _receivers(holders: ReplicaSet, nodes: Sequence[str]) -> list[int]:
+    """By sender, the holder of an expert that it sends to. Those who have no choice but within their node come first;
+    everybody takes the one with the fewest senders so far, itself included."""
+    if len(holders) == 1:
+        return list(holders) * len(nodes)
+    near: dict[str, list[int]] = {}
+    for holder in holders:
+        near.setdefault(nodes[holder], []).append(holder)
+    receivers = [rank if rank in holders else -1 for rank in range(len(nodes))]
+    senders = Counter(holders)
+    others = [rank for rank, to in enumerate(receivers) if to < 0]
+    for rank in sorted(others, key=lambda rank: nodes[rank] not in near):
+        receivers[rank] = min(near.get(nodes[rank], holders), key=senders.__getitem__)
+        senders[receivers[rank]] += 1
+    return receivers
+
+
+def _deal(wanted: Sequence[Sequence[int]], num_bins: int, nodes: Sequence[str] = ()) -> list[int]:
+    """Deal items into bins whose sizes differ by at most one, as many items as possible into a bin they want, and the
+    others where fewest of their node are.
 
     Args:
         wanted: per item, the bins it wants; at least `num_bins` items.
+        nodes: per item, where it lives; empty if that doesn't matter.
 
     Returns:
         The bin of every item.
@@ -152,12 +192,14 @@ def _deal(wanted: Sequence[Sequence[int]], num_bins: int) -> list[int]:
     size, larger = divmod(len(wanted), num_bins)
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     unplaced = [item for item in range(len(wanted)) if not _place(item, wanted, bins, size, larger)]
-    emptiest = [(len(items), b) for b, items in enumerate(bins)]
-    heapq.heapify(emptiest)
-    for item in unplaced:
-        load, b = emptiest[0]
+    homes = tuple(nodes) or ("",) * len(wanted)
+    there = Counter((homes[item], b) for b, items in enumerate(bins) for item in items)
+    for item in sorted(unplaced, key=lambda item: -homes.count(homes[item])):  # full nodes have least to choose from
+        spare = larger - sum(len(items) > size for items in bins)
+        open_bins = [b for b, items in enumerate(bins) if len(items) < size + (spare > 0)]
+        b = min(open_bins, key=lambda b: (there[homes[item], b], len(bins[b])))
         bins[b].append(item)
-        heapq.heapreplace(emptiest, (load + 1, b))
+        there[homes[item], b] += 1
     bin_of = [0] * len(wanted)
     for b, items in enumerate(bins):
         for item in items:

@@ -100,7 +100,7 @@ class DeepSpeedEngineAdapter:
         for_deepspeed = [group.for_deepspeed() for group in param_groups]
         self._adamw = AdamW(for_deepspeed, train)
         config = _config(train)
-        os.environ.setdefault("LOCAL_RANK", "0")  # Ray shows each worker its own devices, so the first is ours
+        os.environ["LOCAL_RANK"] = "0"  # Ray shows each worker its own devices, so the first is ours
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
         _count_waits(deepspeed.comm.comm.cdb)
         self._core = _Core(

@@ -7,6 +7,7 @@ Shape legend: N = local tokens, K = experts per token, S = rows sent, M = rows r
 E = experts, W = world size, L = experts of the rank that holds most of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +37,14 @@ class Dispatch:
 
     Args:
         rank: this rank.
+        destinations: by expert, the rank that its tokens go to.
     """
 
-    def __init__(self, placement: Placement, rank: int) -> None:
+    def __init__(self, placement: Placement, rank: int, destinations: Sequence[int]) -> None:
         self.world_size = placement.world_size
         held = [placement.experts_of(other) for other in range(placement.world_size)]
         self.num_columns = max(map(len, held))
         self.num_local = len(held[rank])
-        destinations = placement.destinations(rank)
         self._destination_E = torch.tensor(destinations)
         self._column_E = torch.tensor(
             [to * self.num_columns + held[to].index(expert) for expert, to in enumerate(destinations)]

@@ -11,6 +11,7 @@ size, H = expert intermediate size, E = experts, W = world size.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -52,9 +53,19 @@ class ExpertHome:
     def local_experts(self) -> tuple[int, ...]:
         return self.placement.experts_of(self.rank)
 
+    @cached_property
+    def destinations(self) -> tuple[int, ...]:
+        """By expert, the rank that this rank's tokens for it go to: itself, else one on its node, if one has it."""
+        return self.placement.destinations(self.nodes)[self.rank]
+
+    @cached_property
+    def is_far_W(self) -> tuple[bool, ...]:
+        """By rank, whether it is known to live on another node."""
+        return tuple(node != self.nodes[self.rank] for node in self.nodes)
+
     def limits(self, top_k: int) -> list[Limit]:
         """What a token that visits `top_k` experts may choose among, nodes first."""
-        ranks = self.placement.destinations(self.rank)
+        ranks = self.destinations
         limits: list[Limit] = []
         if self.nodes_per_token is not None and self.nodes:
             limits.append(_limit([self.nodes[rank] for rank in ranks], self.nodes_per_token, top_k))
@@ -80,7 +91,7 @@ class MoELayer(nn.Module):
         self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
         self.shared = GatedMLP(size, spec.num_shared_experts * inner) if spec.num_shared_experts else None
         self.home = home
-        self._dispatch = Dispatch(home.placement, home.rank)
+        self._dispatch = Dispatch(home.placement, home.rank, home.destinations)
         self.real_N: Tensor | None = None  # given, the numbers of the tokens that aren't padding, which isn't routed
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_balance_loss: Tensor | None = None
@@ -118,7 +129,8 @@ class MoELayer(nn.Module):
         counts_WW = gather_counts(rows.sent_W, group).cpu()
         sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
 
-        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, self.home.wire, whole=columns)
+        wire, is_far_W = self.home.wire, self.home.is_far_W
+        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, wire, columns, is_far_W)
         on_the_way = there.begin(torch.cat([x_ND.index_select(0, rows.token_S), rows.gates_SL], dim=1))
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
         received_MD, gates_ML = torch.split(there.end(on_the_way), [x_ND.shape[1], columns], dim=1)
@@ -126,7 +138,7 @@ class MoELayer(nn.Module):
         row_R, counts, gates_R = self._dispatch.copies(gates_ML)
         results_MD = run_experts(received_MD, row_R, counts, self._local_experts, gates_R)
 
-        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, self.home.wire)
+        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, wire, is_far_W=is_far_W)
         on_the_way_SD = back.begin(results_MD)
         y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
         return y_ND.index_add(0, rows.token_S, back.end(on_the_way_SD))

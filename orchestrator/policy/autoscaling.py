@@ -9,7 +9,7 @@ turns out to add too little goes again, and no more than that many are tried unt
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
 from orchestrator.policy.limits import RunLimits
@@ -36,6 +36,14 @@ class Resize:
     run_id: str
     workers: int
     why: str
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A place that one worker needs: what is reserved for it, on a node with such labels."""
+
+    request: Resources
+    selector: Mapping[str, str] = field(default_factory=dict)
 
 
 def scale_of(
@@ -71,6 +79,7 @@ def scale_of(
         stall_s=max(stalls, default=STALL_S),
         left_s=None if step_s is None else step_s * (limits.steps - 1 - seen.step),
         avoid=state.quarantine,
+        selector=limits.label_selector,
         priority=limits.priority,
         submitted_s=submitted_s,
         grant=state.grant,
@@ -117,13 +126,13 @@ def claim_of(run: RunScale) -> int:
     return max(run.least, (max(run.wanted, run.most) if grows else _hoped(run)) + run.standby)
 
 
-def demand(runs: Sequence[RunScale]) -> tuple[Resources, ...]:
+def demand(runs: Sequence[RunScale]) -> tuple[Demand, ...]:
     """What Ray's autoscaler is asked to have room for, one entry per worker: those that runs are to have, and those
     that they would have if there were room. Nothing where no run leaves its size open or lacks anything: Ray sees
     whoever waits for a place by itself, and what others have asked it for is left alone."""
     if all(run.policy == MANUAL and run.grant.workers is None for run in runs):
         return ()
-    return tuple(run.request for run in runs for _ in range(_hoped(run) + run.standby))
+    return tuple(Demand(run.request, run.selector) for run in runs for _ in range(_hoped(run) + run.standby))
 
 
 def _decide(run: RunScale, share: Share) -> Resize | None:

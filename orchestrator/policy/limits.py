@@ -1,6 +1,7 @@
 """What decisions need to know of a job: the sizes it may have, when, and how long it runs."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Self
 
 from orchestrator.errors import UsageError
@@ -47,6 +48,7 @@ class RunLimits:
     curriculum: CurriculumSpec | None = None
     autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
     priority: int = 0
+    label_selector: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -68,6 +70,7 @@ class RunLimits:
             curriculum=job.curriculum,
             autoscale=job.autoscale,
             priority=job.priority,
+            label_selector=job.workers.label_selector,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

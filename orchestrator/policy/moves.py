@@ -18,6 +18,8 @@ from orchestrator.policy.planning_moves import (
     given_up,
     is_blame_due,
     members_for,
+    node_by_node,
+    nodes_of,
     planned_move,
     prepared,
     warm_standbys,
@@ -171,11 +173,11 @@ def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
         return Decision(state)
     size = wanted_size(limits, state.wish, seen.step + 1, state.grant)
-    members = warm_standbys(state, seen)[:size]
+    members = node_by_node(seen, warm_standbys(state, seen)[:size])
     if not size or len(members) < size:
         return Decision(state)
     world = World(state.num_generations, members)
-    placement = Placement.balanced(limits.num_experts, size)
+    placement = Placement.balanced(limits.num_experts, size, nodes_of(seen, members))
     why = f"goes on after step {state.restore.step}" if state.restore else "the run starts"
     return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why)
 

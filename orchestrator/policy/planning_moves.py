@@ -1,5 +1,6 @@
 """How the next generation is put together: members, placement, source, buddies. Used by the rules that plan one."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from orchestrator.elastic.buddies import buddies_of
@@ -24,6 +25,18 @@ def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
     return tuple(w for w in state.crew if w not in out and seen.phase(w) in idle)
 
 
+def nodes_of(seen: Observation, workers: Iterable[str]) -> tuple[str, ...]:
+    """The node that each of them lives on; empty text where that isn't known."""
+    return tuple(seen.nodes.get(worker, "") for worker in workers)
+
+
+def node_by_node(seen: Observation, workers: Sequence[str]) -> tuple[str, ...]:
+    """In the order in which they become ranks together: weights are gathered from neighbour to neighbour, so few of
+    these should live on two nodes."""
+    first = list(nodes_of(seen, workers))
+    return tuple(sorted(workers, key=lambda worker: first.index(seen.nodes.get(worker, ""))))
+
+
 def can_plan(state: RunState, seen: Observation) -> bool:
     """Whether another generation may be planned now: all members train, and nothing else is under way."""
     if state.current is None or state.next is not None or state.is_ending or state.is_recovering:
@@ -33,14 +46,14 @@ def can_plan(state: RunState, seen: Observation) -> bool:
 
 def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...] | None:
     """A world of `size`: old members keep their order, those who are to leave go first, then the last, and warm
-    standbys follow. None: too few are warm."""
+    standbys follow, node by node. None: too few are warm."""
     missing = size - len(state.members)
     if missing <= 0:
         leaving = leavers(state, seen)
         kept = sorted(state.members, key=lambda worker: worker in leaving)[:size]
         return tuple(worker for worker in state.members if worker in kept)
     newcomers = warm_standbys(state, seen)
-    return state.members + newcomers[:missing] if len(newcomers) >= missing else None
+    return state.members + node_by_node(seen, newcomers[:missing]) if len(newcomers) >= missing else None
 
 
 def prepared(seen: Observation, worker: str) -> int:
@@ -80,8 +93,9 @@ def planned_move(
     assert state.current is not None
     old, new = state.current.world, World(state.num_generations, members)
     unchanged = members == old.members
-    placement = state.current.placement if unchanged else Placement.rebalanced(state.current.placement, old, new)
-    source = Source(old, state.current.placement, holders=old.members)
+    was = state.current.placement
+    placement = was if unchanged else Placement.rebalanced(was, old, new, nodes_of(seen, members))
+    source = Source(old, was, holders=old.members)
     return with_plan(limits, state, seen, new, placement, source, change, why)
 
 
@@ -109,7 +123,7 @@ def with_plan(
 ) -> Decision:
     """The state with this generation as the next one. There must be a rendezvous store."""
     assert seen.store_address is not None
-    nodes = tuple(seen.nodes.get(worker, "") for worker in world.members)
+    nodes = nodes_of(seen, world.members)
     plan = GenerationPlan(
         epoch=seen.epoch,
         world=world,

@@ -1,7 +1,7 @@
 """How far a run is, in the steps whose records were received: the watermark, and figures over the newest steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from statistics import median
 
 from orchestrator.errors import ProtocolError
@@ -100,10 +100,7 @@ def traffic_per_step(progress: Progress, num_steps: int = 20) -> dict[str, Traff
     newest = progress.recent[-num_steps:]
     kinds = [kind.value for kind in TrafficKind if any(kind.value in record.traffic for record in newest)]
     sums = {kind: sum((r.traffic.get(kind, Traffic()) for r in newest), Traffic()) for kind in kinds}
-    return {
-        kind: Traffic(total.raw // len(newest), total.payload // len(newest), total.index // len(newest))
-        for kind, total in sums.items()
-    }
+    return {kind: Traffic(*(total // len(newest) for total in astuple(sums[kind]))) for kind in kinds}
 
 
 def stall_s(progress: Progress, generation: int, last_word: bool) -> float | None:

@@ -16,7 +16,7 @@ from orchestrator.policy.failures import MAX_LOSSES, PLACE, held_back_s, overdra
 from orchestrator.policy.leavers import leavers
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.losses import has_stopped
-from orchestrator.policy.planning_moves import warm_standbys, with_plan
+from orchestrator.policy.planning_moves import node_by_node, nodes_of, warm_standbys, with_plan
 from orchestrator.policy.run_state import USER_ERROR, Decision, Loss, Note, Observation, RunState, ended
 from orchestrator.policy.schedule import SizeChange, wanted_size
 from orchestrator.protocol.messages import Phase, Source
@@ -44,7 +44,8 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     standbys = warm_standbys(state, seen)
     leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
-    members = (stay + standbys)[: max(wanted, limits.min_workers)]
+    chosen = (stay + standbys)[: max(wanted, limits.min_workers)]
+    members = chosen[: len(stay)] + node_by_node(seen, chosen[len(stay) :])
     members += leave[: max(0, limits.min_workers - len(members))]
     if len(members) < limits.min_workers or seen.store_address is None:
         return Decision(state)
@@ -73,7 +74,8 @@ def _planned_from(
     if members == origin.world.members and cut.holders == members:
         placement = origin.placement
     else:
-        placement = Placement.rebalanced(placement_of_cut(origin.placement, cut.holders), holders, world)
+        held = placement_of_cut(origin.placement, cut.holders)
+        placement = Placement.rebalanced(held, holders, world, nodes_of(seen, members))
     source = Source(origin.world, origin.placement, cut.holders, cut.step)
     state = replace(_blamed(state, seen), recovery=_account(state, seen, cut.step, "memory"))
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"

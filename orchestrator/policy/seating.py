@@ -2,6 +2,8 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+from orchestrator.policy.capacity import fits
+
 Resources = Mapping[str, float]
 Ledger = dict[str, dict[str, float]]
 
@@ -53,7 +55,7 @@ class Seating:
         homes = self._homes.get(run, ())
         while self.seats(run) < workers and self._kept[run] < len(homes):
             node = homes[self._kept[run]]
-            if node in self._avoid[run] or not _fits(self._left[node], self._requests[run]):
+            if node in self._avoid[run] or not fits(self._left[node], self._requests[run]):
                 return
             _take(self._left[node], self._requests[run])
             self._kept[run] += 1
@@ -100,12 +102,12 @@ class Seating:
         for other, kept in self._kept.items():
             for node in (*self._homes.get(other, ())[:kept], *self._new[other]):
                 _add(whole[node], self._requests[other])
-        return {n for n, amounts in whole.items() if n not in self._avoid[run] and _fits(amounts, self._requests[run])}
+        return {n for n, amounts in whole.items() if n not in self._avoid[run] and fits(amounts, self._requests[run])}
 
     def _give(self, run: str, node: str, ledger: Ledger) -> bool:
         """Give the run a place on a node, out of what nobody holds first. Args: ledger: in which it has to fit, too."""
         request, left = self._requests[run], self._left.get(node)
-        if left is None or node in self._avoid[run] or not (_fits(left, request) and _fits(ledger[node], request)):
+        if left is None or node in self._avoid[run] or not (fits(left, request) and fits(ledger[node], request)):
             return False
         _take(left, request)
         free = self._free.setdefault(node, {})
@@ -113,10 +115,6 @@ class Seating:
             free[name] = max(0.0, free.get(name, 0.0) - amount)
         self._new[run].append(node)
         return True
-
-
-def _fits(amounts: Resources, request: Resources) -> bool:
-    return all(amounts.get(name, 0.0) + 1e-9 >= amount for name, amount in request.items())
 
 
 def _take(amounts: dict[str, float], request: Resources) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement, groups_open
 from orchestrator.policy.activations import item_bytes
 from orchestrator.policy.limits import slot_of
-from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.protocol.traffic import Traffic, TrafficKind
 from orchestrator.sampling.slots import cut_into_slots, max_slots, slots_of
 from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
 from orchestrator.spec.job import JobSpec
@@ -62,15 +62,21 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
     size, train, model, slots = placement.world_size, job.train, job.model, num_slots(job)
     moe_layers = len({param.name.partition(".experts.")[0] for param in params if param.expert is not None})
     rows = 0.0  # of a step, per layer, that leave their rank
+    destinations = placement.destinations()
     for rank in range(size):
         tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
-        rows += tokens * ranks_visited(placement, rank, model.top_k, job.communication.ranks_per_token)
+        rows += tokens * ranks_visited(destinations[rank], rank, model.top_k, job.communication.ranks_per_token)
     again = model.recompute != "none"  # computed again in the backward pass, so sent again
     journeys = round(rows) * moe_layers * (2 + again)
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
     passes = max_slots(size, slots) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * size * 8
-    vote = 2 * (size - 1) * 8 * (slots + moe_layers * model.num_experts + VOICES * size + 3 * len(TrafficKind))
+    vote = (
+        2
+        * (size - 1)
+        * 8
+        * (slots + moe_layers * model.num_experts + VOICES * size + len(fields(Traffic)) * len(TrafficKind))
+    )
     reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
     compression = job.communication.compression
     others = [CompressionSpec.model_validate({"scheme": scheme, "share": compression.share}) for scheme in SCHEMES]
@@ -88,15 +94,16 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
     )
 
 
-def ranks_visited(placement: Placement, rank: int, top_k: int, ranks_per_token: int | None = None) -> float:
+def ranks_visited(destinations: Sequence[int], rank: int, top_k: int, ranks_per_token: int | None = None) -> float:
     """Other ranks that a token of `rank` is sent to, on average, if every choice of experts is as likely.
 
     Args:
+        destinations: by expert, the rank that its tokens for it go to.
         ranks_per_token: ranks that it may choose among, any as likely; None for all.
     """
-    experts = Counter(placement.destinations(rank))
+    experts = Counter(destinations)
     in_reach = groups_open(experts.values(), ranks_per_token or len(experts), top_k) / len(experts)
-    pool = max(top_k, round(in_reach * placement.num_experts))
+    pool = max(top_k, round(in_reach * len(destinations)))
     missed = {to: math.comb(max(pool - held, 0), top_k) / math.comb(pool, top_k) for to, held in experts.items()}
     return in_reach * sum(1.0 - share for to, share in missed.items() if to != rank)
 

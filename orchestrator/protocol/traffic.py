@@ -1,6 +1,6 @@
 """What workers send one another, by kind: the account that every step closes."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import StrEnum
 
 
@@ -24,18 +24,20 @@ class Traffic:
         raw: what they would be without compression.
         payload: values, scales included.
         index: where values belong, if only some of them are sent.
+        across: those of tokens and results that go to another node; 0 for other kinds, or if nobody knows the nodes.
     """
 
     raw: int = 0
     payload: int = 0
     index: int = 0
+    across: int = 0
 
     @property
     def sent(self) -> int:
         return self.payload + self.index
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.raw + other.raw, self.payload + other.payload, self.index + other.index)
+        return Traffic(*(mine + others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: "Traffic") -> "Traffic":
-        return Traffic(self.raw - other.raw, self.payload - other.payload, self.index - other.index)
+        return Traffic(*(mine - others for mine, others in zip(astuple(self), astuple(other), strict=True)))

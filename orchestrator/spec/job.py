@@ -63,7 +63,13 @@ class ResourcesSpec(Section):
     """What Ray reserves for each worker, standbys included. Logical: nothing is enforced by the operating system."""
 
     cpus: float = Field(default=1, gt=0, description="CPUs of each worker; fractions are allowed.")
-    gpus: float = Field(default=0, ge=0, description="GPUs of each worker; fractions are allowed.")
+    gpus: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="GPUs of each worker: one, none, or a part of one, which other jobs may have the rest of. A worker "
+        "trains on one GPU; for more of them have more workers, of which a node may hold several.",
+    )
     memory: Annotated[str, AfterValidator(_memory)] | None = Field(
         default=None,
         description='Memory of each worker, as in "2GiB". A job whose workers would need more is refused. null: '
@@ -230,6 +236,14 @@ class JobSpec(Section):
         if self.checkpoint.keep_best and self.eval.every is None:
             rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
             yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
+        most = self.workers.max + self.workers.standby
+        if 0 < self.resources.gpus <= 0.5 and most > 1:
+            rule = (
+                "two workers must not fit on one GPU, which NCCL refuses: more than half of one each, or one worker; "
+            )
+            got = f"got {self.resources.gpus:g} and up to {most} workers with standbys"
+            of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
+            yield Broken((("resources", "gpus"), *of_workers), rule + got)
         momentum = self.communication.compression.momentum
         if momentum and (self.train.optimizer.betas[0] or self.train.zero_stage != 1):
             of: Path = ("communication", "compression", "momentum")
@@ -262,7 +276,8 @@ class JobSpec(Section):
                 yield Broken(((section, name),), f"{refused} must not be set: the runtime sets these itself")
             elif name == "OMP_NUM_THREADS":
                 yield Broken(
-                    ((section, name),), "must not be set: each worker gets the machine's cores / workers.initial"
+                    ((section, name),),
+                    "must not be set: workers share the cores of their node, as many as run at first",
                 )
             elif "\0" in value:
                 yield Broken(((section, name),), "a value must not hold a NUL character")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from orchestrator.spec.labels import LabelSelector
 from orchestrator.spec.section import Broken, Path, Section, refuse
 
 
@@ -33,6 +34,12 @@ class WorkersSpec(Section):
     schedule: tuple[ScheduledScale, ...] = Field(
         default=(),
         description="Changes of the number of workers at known steps, in ascending order.",
+    )
+
+    label_selector: LabelSelector = Field(
+        default={},
+        description='Labels of the nodes that workers may live on, as in {pool: gpu, zone: "in(a,b)", spot: "!yes"}: '
+        "value, !value, in(a,b) or !in(a,b). All must hold; {} is any node.",
     )
 
     def broken_rules(self) -> Iterator[Broken]:

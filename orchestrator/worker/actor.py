@@ -22,6 +22,7 @@ from orchestrator.model.rehearsal import rehearse
 from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
+from orchestrator.worker.device import device_of
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.secrets import redacted, take_secrets
 from orchestrator.worker.shard import Workshop
@@ -95,7 +96,7 @@ class Worker:
         torch.set_num_threads(job.threads)
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
-        device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
+        device = device_of(spec.resources.gpus, torch.cuda.device_count())
         store = TokenStore.open(Path(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
         workshop = Workshop(self._id, job, spec, vocab_size, device)

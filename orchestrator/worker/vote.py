@@ -11,7 +11,7 @@ since their last votes, which are summed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     said = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
     voices[rank] = (*said, ballot.compression)
     sent = [ballot.traffic.get(kind, Traffic()) for kind in TrafficKind]
-    traffic = np.array([[each.raw, each.payload, each.index] for each in sent], dtype=np.float64).reshape(-1)
+    traffic = np.array([astuple(each) for each in sent], dtype=np.float64).reshape(-1)
     vector = torch.cat(
         [
             torch.from_numpy(ballot.slot_losses),
@@ -125,7 +125,9 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         stages=int(stages[0]) if min(stages) == max(stages) else -1,
         traffic={
             kind.value: Traffic(*numbers)
-            for kind, numbers in zip(TrafficKind, parts[4].to(torch.int64).view(-1, 3).tolist(), strict=True)
+            for kind, numbers in zip(
+                TrafficKind, parts[4].to(torch.int64).view(len(TrafficKind), -1).tolist(), strict=True
+            )
             if any(numbers)
         },
         compression=int(max(schemes)) if min(schemes) >= 0 else -1,

@@ -31,9 +31,10 @@ def _losses(
     precision: str,
     stage: int,
     bucket_mb: float = 25.0,
+    nodes: tuple[str, ...] = (),
 ) -> list[float]:
     train = small.train_spec(precision, stage)
-    groups, _, engine = small.build(kind, store, prefix, rank, placement, train, bucket_mb=bucket_mb)
+    groups, _, engine = small.build(kind, store, prefix, rank, placement, train, nodes=nodes, bucket_mb=bucket_mb)
     losses = small.train_steps(engine, groups, range(STEPS))
     engine.close()
     return losses
@@ -70,6 +71,15 @@ def test_ranks_with_more_experts_reduce_the_same_gradients_together(
 ) -> None:
     """As in a large model: gradients fill many buckets."""
     for losses in ranks.run(_losses, 3, "deepspeed", Placement.balanced(4, 3), "fp32", stage, 0.02):
+        assert losses == pytest.approx(oracle, rel=1e-5)
+
+
+@pytest.mark.parametrize("nodes", [tuple("xxxyyy"), tuple("xxxxxy"), tuple("xyxzyx")], ids="".join)
+def test_losses_don_t_depend_on_which_replica_a_token_is_sent_to(
+    ranks: Ranks, oracle: list[float], nodes: tuple[str, ...]
+) -> None:
+    placement = Placement.balanced(4, 6, nodes)
+    for losses in ranks.run(_losses, 6, "deepspeed", placement, "fp32", 1, 25.0, nodes):
         assert losses == pytest.approx(oracle, rel=1e-5)
 
 

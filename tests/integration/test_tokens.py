@@ -37,3 +37,25 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
         gates = 4 * max(len(placements[record.generation].experts_of(rank)) for rank in range(record.world_size))
         assert 0 < record.traffic[TrafficKind.DISPATCH].sent <= rows * (model.hidden_size + 4 + gates)
         assert 0 < record.traffic[TrafficKind.COMBINE].sent <= rows * (model.hidden_size + 4)
+
+
+def test_tokens_leave_their_node_only_for_what_it_lacks(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    job = small_job(texts, {"num_experts": 2}).model_copy(update={"eval": EvalSpec()})
+    nodes = ("a", "a", "b", "b")
+    with Crew(job, store_dir, tmp_path, size=4) as crew:
+        plans = [crew.plan(crew.ids, nodes=nodes)]
+        crew.start(plans[0])
+        for size in (3, 4):
+            crew.await_step(crew.newest_step + 4)
+            plans.append(crew.rescale(crew.ids[:size], nodes=nodes[:size]))
+        crew.await_finished()
+    assert [len(plan.world.members) for plan in plans] == [4, 3, 4]
+    seen: dict[int, set[bool]] = {}
+    for record in crew.records.values():
+        sent, across = (
+            sum(getattr(record.traffic[kind], what) for kind in (TrafficKind.DISPATCH, TrafficKind.COMBINE))
+            for what in ("sent", "across")
+        )
+        assert 0 <= across < sent
+        seen.setdefault(record.world_size, set()).add(across > 0)
+    assert seen == {4: {False}, 3: {True}}  # a node of one worker lacks the other expert

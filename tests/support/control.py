@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from orchestrator.control.parts import Parts
 from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.job import JobSpec
+from tests.support.hosts import until
 from tests.support.simulated_worker import simulated_parts
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +46,30 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def another_node(num_cpus: int, **labels: str) -> Iterator[None]:
+    """A further node of this process's Ray, on this machine too, while this lasts."""
+    address = ray.get_runtime_context().gcs_address
+    options = {"address": address, "num-cpus": num_cpus, "object-store-memory": 80_000_000}
+    options |= {"labels": ",".join(f"{key}={value}" for key, value in labels.items())} if labels else {}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+    command += [f"--{key}={value}" for key, value in options.items()]
+    before = _living()
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: _living() > before, PATIENCE_S, "a further node")
+        yield
+    finally:
+        process.terminate()
+        process.wait(timeout=PATIENCE_S)
+        until(lambda: _living() <= before, PATIENCE_S, "a node's end")
+
+
+def _living() -> int:
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 class Cluster:

@@ -180,11 +180,11 @@ class Crew:
         **more: Any,
     ) -> GenerationPlan:
         """`more`: other fields of the plan."""
-        world = World(generation, tuple(members))
+        world, nodes = World(generation, tuple(members)), more.get("nodes", ())
         if source is None:
-            placement = Placement.balanced(self.num_experts, world.size)
+            placement = Placement.balanced(self.num_experts, world.size, nodes)
         else:
-            placement = Placement.rebalanced(source.placement, source.world, world)
+            placement = Placement.rebalanced(source.placement, source.world, world, nodes)
         return GenerationPlan(
             epoch=1,
             world=world,

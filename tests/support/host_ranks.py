@@ -1,14 +1,14 @@
-"""Ranks of a world on hosts of `tests.support.hosts`, one on each, without Ray.
+"""Ranks of a world on hosts of `tests.support.hosts`, without Ray.
 
 with Hosts(4) as hosts, HostRanks(hosts) as ranks:
-    results = ranks.run(function, *args)   # function(rank, world_size, store, prefix, address, *args) on each host
+    results = ranks.run(function, *args)   # function(rank, world_size, store, prefix, address, *args) on each rank
 """
 
 import itertools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
@@ -21,13 +21,18 @@ ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | WORKER_ENV  # 
 
 
 class HostRanks:
-    """Starts a process on each host; the first call waits for them."""
+    """Starts a process on each host, or those that are asked for; the first call waits for them.
 
-    def __init__(self, hosts: Hosts) -> None:
+    Args:
+        homes: by rank, its host; the first one is host 0.
+    """
+
+    def __init__(self, hosts: Hosts, homes: Sequence[int] | None = None) -> None:
         self._hosts, self._numbers = hosts, itertools.count()
+        self._homes = tuple(homes or range(len(hosts.addresses)))
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for index in range(len(hosts.addresses)):
+        for index in self._homes:
             ours, theirs = Pipe()
             with theirs:
                 command = [sys.executable, "-m", "tests.support.host_ranks", str(theirs.fileno())]
@@ -41,7 +46,7 @@ class HostRanks:
         """What `function` returned on every rank. AssertionError with the traceback if it raised on any."""
         prefix, head = f"run/{next(self._numbers)}", self._hosts.addresses[0]
         for rank, pipe in enumerate(self._pipes):
-            where = (rank, len(self._pipes), head, self._port, prefix, self._hosts.addresses[rank])
+            where = (rank, len(self._pipes), head, self._port, prefix, self._hosts.addresses[self._homes[rank]])
             pipe.send((function, where, args))
         return [self._answer(rank, timeout_s) for rank in range(len(self._pipes))]
 

@@ -57,11 +57,13 @@ def build(
     placement: Placement,
     train: TrainSpec,
     seed: int = 0,
+    nodes: tuple[str, ...] = (),
     **communication: Any,
 ) -> tuple[Groups, MoELanguageModel, Engine]:
     """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed."""
     groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
-    model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, ExpertHome(placement, rank, groups.exchange))
+    home = ExpertHome(placement, rank, groups.exchange, nodes=nodes)
+    model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, home)
     engine: Engine
     if kind == "reference":
         model.init_weights(seed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orchestrator.cli.main import main
 
@@ -75,6 +76,16 @@ def test_what_needs_no_cluster_starts_without_ray(here: Path, args: list[str]) -
 def test_validate_prints_the_whole_job_as_json(here: Path, orchestrator: Callable[..., Done]) -> None:
     told = json.loads(orchestrator("validate", "job.yaml", "-o", "json").stdout)
     assert told["schema"] == "v1" and told["model"]["top_k"] == 2 and told["train"]["lr"] > 0
+
+
+def test_validate_and_plan_tell_where_workers_may_live(here: Path, orchestrator: Callable[..., Done]) -> None:
+    job = yaml.safe_load((here / "job.yaml").read_text())
+    workers = {"min": 1, "max": 2, "label_selector": {"pool": "in(a, b)", "spot": "!yes"}}
+    (here / "pools.yaml").write_text(yaml.safe_dump(job | {"workers": workers}))
+    for verb in ("validate", "plan"):
+        assert "on nodes with labels {pool: in(a,b), spot: !yes}" in " ".join(
+            orchestrator(verb, "pools.yaml").stderr.split()
+        )
 
 
 def test_validate_tells_every_problem_and_its_place(here: Path, orchestrator: Callable[..., Done]) -> None:

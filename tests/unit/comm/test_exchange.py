@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.comm import ledger
 from orchestrator.comm.exchange import Journey, gather_counts
 from orchestrator.comm.wire import Wire, decode, encode
 from orchestrator.protocol.traffic import TrafficKind
@@ -29,6 +30,28 @@ def test_rows_arrive_by_source_in_their_order() -> None:
 
     for rank, rows in enumerate(on_ranks(3, run)):
         assert rows == [[source, rank, nth] for source in range(3) for nth in range(SENT_WW[source][rank])]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rows"),
+    [
+        pytest.param("", 0, id="nobody knows the nodes"),
+        pytest.param("xxx", 0, id="one"),
+        pytest.param("xxy", 2, id="two"),  # rank 0 sends two rows to rank 2
+        pytest.param("xyz", 5, id="three"),
+    ],
+)
+def test_the_ledger_tells_what_goes_to_other_nodes(nodes: str, rows: int) -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> None:
+        received_W = [SENT_WW[source][rank] for source in range(3)]
+        is_far_W = [node != nodes[rank] for node in nodes]
+        journey = Journey(SENT_WW[rank], received_W, group, KIND, is_far_W=is_far_W)
+        journey.end(journey.begin(_rows(rank).requires_grad_())).sum().backward()
+
+    since = ledger.Since()
+    on_ranks(3, run)
+    sent = since.look()[KIND]
+    assert (sent.payload, sent.across) == (2 * 5 * 24, 2 * rows * 24)  # there and back, three numbers of 8 bytes a row
 
 
 def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:

@@ -1,7 +1,8 @@
 """Balanced placements, and the fewest new (expert, worker) pairs, against brute force."""
 
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -79,6 +80,43 @@ def test_balanced_is_balanced_and_has_one_colour(num_experts: int, world_size: i
     assert placement.groups() == (tuple(sorted(set(placement.holders))),)
 
 
+def lacking(placement: Placement, nodes: Sequence[str]) -> int:
+    """Experts that nodes lack, of those that they could have."""
+    held = {(nodes[rank], expert) for expert, ranks in enumerate(placement.holders) for rank in ranks}
+    could = sum(min(number, placement.num_experts) for number in Counter(nodes).values())
+    return could - len(held)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.lists(st.sampled_from("xyz"), min_size=1, max_size=24))
+def test_balanced_gives_every_node_as_many_experts_as_it_can_have(num_experts: int, nodes: list[str]) -> None:
+    placement = Placement.balanced(num_experts, len(nodes), nodes)
+    assert is_balanced(placement)
+    if num_experts < len(nodes) and len(set(nodes)) > 1:
+        assert lacking(placement, nodes) == 0
+    else:
+        assert placement == Placement.balanced(num_experts, len(nodes))
+
+
+@pytest.mark.parametrize(
+    ("old_nodes", "new_nodes"),
+    [
+        pytest.param("xxyy", "xxyyxxyy", id="doubled"),
+        pytest.param("xxxx", "xxxxyyyy", id="another node"),
+        pytest.param("xx", "xxzzyy", id="from one expert each"),
+        pytest.param("x", "xyxzyx", id="from one rank"),
+        pytest.param("xxxyyy", "xxxy", id="shrunk"),
+    ],
+)
+@pytest.mark.parametrize("num_experts", [2, 3, 4])
+def test_newcomers_take_what_their_node_lacks(num_experts: int, old_nodes: str, new_nodes: str) -> None:
+    old, new = World(0, tuple("abcdefgh"[: len(old_nodes)])), World(1, tuple("abcdefgh"[: len(new_nodes)]))
+    previous = Placement.balanced(num_experts, old.size, old_nodes)
+    placement = Placement.rebalanced(previous, old, new, new_nodes)
+    assert is_balanced(placement)
+    assert lacking(placement, new_nodes) == 0
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_rebalanced_places_the_fewest_new_pairs(data: st.DataObject) -> None:
@@ -87,7 +125,8 @@ def test_rebalanced_places_the_fewest_new_pairs(data: st.DataObject) -> None:
     previous = data.draw(placements(num_experts, old.size) | st.just(Placement.balanced(num_experts, old.size)))
     held = pairs(previous, old)
 
-    placement = Placement.rebalanced(previous, old, new)
+    nodes = data.draw(st.just([]) | st.lists(st.sampled_from("xyz"), min_size=new.size, max_size=new.size))
+    placement = Placement.rebalanced(previous, old, new, nodes)
 
     assert is_balanced(placement)
     fewest = min(len(pairs(other, new) - held) for other in every_balanced(num_experts, new.size))
@@ -124,6 +163,43 @@ def test_holders_make_room_for_each_other(holders: tuple[tuple[int, ...], ...], 
     world = World(0, tuple(WORKERS[: 1 + max(max(ranks) for ranks in holders)]))
     previous = Placement(len(holders), world.size, holders)
     assert Placement.rebalanced(previous, world, world).holders == kept
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 7), st.data())
+def test_tokens_stay_on_their_rank_or_else_on_their_node_where_they_can(
+    num_experts: int, world_size: int, data: st.DataObject
+) -> None:
+    placement = data.draw(placements(num_experts, world_size))
+    nodes = data.draw(st.lists(st.sampled_from("xyz"), min_size=world_size, max_size=world_size))
+    destinations = placement.destinations(nodes)
+    assert len(destinations) == world_size
+    for rank, receivers in enumerate(destinations):
+        for receiver, holders in zip(receivers, placement.holders, strict=True):
+            assert receiver in holders
+            assert receiver == rank or rank not in holders
+            is_near = {nodes[holder] == nodes[rank] for holder in holders}
+            assert nodes[receiver] == nodes[rank] or True not in is_near
+    for expert, holders in enumerate(placement.holders):  # senders on a node are spread over its holders
+        for node in {nodes[holder] for holder in holders}:
+            senders = [receivers[expert] for rank, receivers in enumerate(destinations) if nodes[rank] == node]
+            counts = [senders.count(holder) for holder in holders if nodes[holder] == node]
+            assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("holders", "nodes", "receivers"),
+    [
+        pytest.param((0, 3), "", (0, 0, 3, 3, 0, 3), id="nobody knows the nodes"),
+        pytest.param((0, 3), "xyyyxx", (0, 3, 3, 3, 0, 0), id="each to its node's"),
+        pytest.param((0, 3), "xxxyyy", (0, 0, 0, 3, 3, 3), id="halves"),
+        pytest.param((0, 3), "xxxyzz", (0, 0, 0, 3, 3, 3), id="a node without goes where fewest do"),
+        pytest.param((0, 1, 5), "xxxxxy", (0, 1, 0, 1, 0, 5), id="a node has more than it needs"),
+    ],
+)
+def test_senders_spread_over_the_replicas(holders: tuple[int, ...], nodes: str, receivers: tuple[int, ...]) -> None:
+    destinations = Placement(1, 6, (holders,)).destinations(nodes)
+    assert tuple(to for (to,) in destinations) == receivers
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.policy.autoscaling import (
     MIN_STEPS,
+    Demand,
     bounds,
     claim_of,
     decide_sizes,
@@ -169,14 +170,20 @@ def test_what_a_rescale_costs_has_to_come_back() -> None:
     ],
 )
 def test_demand_is_what_runs_would_have_if_there_were_room(run: RunScale, workers: int) -> None:
-    assert demand([run]) == (CPU,) * workers
+    assert demand([run]) == (Demand(CPU),) * workers
 
 
 def test_what_others_have_asked_for_is_left_alone_where_no_run_leaves_its_size_open() -> None:
     by_hand = _run(policy="manual", wanted=3)
     assert demand([]) == demand([by_hand]) == ()
-    assert demand([by_hand, _run()]) == (CPU,) * 5  # all that there is to be room for
-    assert demand([replace(by_hand, grant=Grant(1))]) == (CPU,) * 3  # it waits for more, and Ray doesn't see that
+    assert demand([by_hand, _run()]) == (Demand(CPU),) * 5  # all that there is to be room for
+    more = replace(by_hand, grant=Grant(1))  # it waits for more, and Ray doesn't see that
+    assert demand([more]) == (Demand(CPU),) * 3
+
+
+def test_demand_is_for_nodes_of_the_runs_pool() -> None:
+    runs = [_run(wanted=1, selector={"pool": "a"}), _run(wanted=2)]
+    assert demand(runs) == (Demand(CPU, {"pool": "a"}), Demand(CPU), Demand(CPU))
 
 
 # -- what is known of a run ------------------------------------------------------------------------------------------

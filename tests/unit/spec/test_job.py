@@ -38,6 +38,51 @@ def test_workers_that_make_no_sense(workers: Any) -> None:
         job(workers=workers)
 
 
+@pytest.mark.parametrize("condition", ["a", "!a", "in(a,b)", "in(a, b.c)", "!in(a-1 , b_2)", "a" * 63])
+def test_label_selectors(condition: str) -> None:
+    selector = {"pool": condition, "example.com/zone": "x"}
+    assert job(workers={"label_selector": selector}).workers.label_selector == {
+        "pool": condition.replace(" ", ""),  # with which Ray finds no node
+        "example.com/zone": "x",
+    }
+
+
+@pytest.mark.parametrize(
+    ("selector", "rule"),
+    [
+        *(
+            ({"pool": text}, "must say of each label")
+            for text in ("", "!", "in()", "in(a,)", "(a)", "-a", "a b!", "!!a")
+        ),
+        ({"pool": "a" * 64}, "must say of each label"),
+        ({"": "a"}, "must name labels of letters"),
+        ({"a b": "a"}, "must name labels of letters"),
+        ({"ray.io/node-id": "a"}, "must not name ray.io/node-id"),
+    ],
+)
+def test_label_selectors_refused(selector: dict[str, str], rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        job(workers={"label_selector": selector})
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, 4), (1, 8), (0.75, "2..4"), (0.5, 1)])
+def test_gpus(gpus: float, workers: Any) -> None:
+    assert job(resources={"gpus": gpus}, workers=workers).resources.gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "rule"),
+    [
+        (2, 1, "less than or equal to 1"),
+        (0.5, 2, "two workers must not fit on one GPU"),
+        (0.25, {"min": 1, "standby": 1}, r"got 0\.25 and up to 2 workers with standbys"),
+    ],
+)
+def test_gpus_refused(gpus: float, workers: Any, rule: str) -> None:
+    with pytest.raises(ValidationError, match=rule):
+        job(resources={"gpus": gpus}, workers=workers)
+
+
 @pytest.mark.parametrize("name", ["a", "a1", "quick-start", "a" * 40])
 def test_names(name: str) -> None:
     assert job(name=name).name == name

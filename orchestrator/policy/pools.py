@@ -1,0 +1,60 @@
+"""Which nodes the workers of a run may live on: those whose labels are as its job says."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from orchestrator.errors import JobDoesNotFit
+from orchestrator.protocol.scaling import RunScale
+from orchestrator.spec.labels import NODE_ID, Condition
+
+Labels = Mapping[str, str]
+MAX_SHOWN = 8  # values of a label, in an error
+
+
+def matches(labels: Labels, selector: Labels) -> bool:
+    """Whether a node with these labels is as a `workers.label_selector` says; what Ray decides when it places a worker.
+    A label that isn't there is as good as none of the values."""
+    conditions = [(labels.get(key), Condition.of(text)) for key, text in selector.items()]
+    return all(which is not None and (label in which.values) != which.is_negated for label, which in conditions)
+
+
+def pool_of(selector: Labels, nodes: Mapping[str, Labels]) -> set[str]:
+    """The nodes that match, by id."""
+    return {node for node, labels in nodes.items() if matches(labels, selector)}
+
+
+def confined(run: RunScale, nodes: Mapping[str, Labels]) -> RunScale:
+    """The run, as one that avoids the nodes outside of its pool too."""
+    outside = nodes.keys() - pool_of(run.selector, nodes)
+    return replace(run, avoid=(*run.avoid, *sorted(outside)))
+
+
+def check_pool(selector: Labels, nodes: Mapping[str, Labels]) -> None:
+    """Raises JobDoesNotFit if no node of the cluster matches."""
+    if pool_of(selector, nodes):
+        return
+    raise JobDoesNotFit(
+        f"workers.label_selector {shown(selector)} fits none of the cluster's {len(nodes)} nodes; "
+        f"labels there are: {labels_shown(nodes.values())}",
+        remedy="Name labels that nodes have, or add such nodes first (`ray start --labels KEY=VALUE`).",
+        unchanged="Nothing was started.",
+    )
+
+
+def shown(selector: Labels) -> str:
+    return "{" + ", ".join(f"{key}: {condition}" for key, condition in selector.items()) + "}"
+
+
+def labels_shown(nodes: Collection[Labels]) -> str:
+    """All labels of these nodes but their ids, by key."""
+    values: dict[str, set[str]] = {}
+    for labels in nodes:
+        for key, value in labels.items():
+            values.setdefault(key, set()).add(value)
+    values.pop(NODE_ID, None)
+    return "; ".join(f"{key}: {_few(sorted(found))}" for key, found in sorted(values.items())) or "none"
+
+
+def _few(values: list[str]) -> str:
+    more = len(values) - MAX_SHOWN
+    return ", ".join(values[:MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
