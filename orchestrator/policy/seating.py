@@ -18,7 +18,7 @@ class Seating:
         free: what nobody holds, by node.
         homes: nodes of the workers that each run has now, oldest first; what they hold is given away anew.
         requests: what a worker of each run takes.
-        avoid: nodes on which a run puts nobody.
+        avoid: nodes on which a run puts nobody new.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Seating:
         homes = self._homes.get(run, ())
         while self.seats(run) < workers and self._kept[run] < len(homes):
             node = homes[self._kept[run]]
-            if node in self._avoid[run] or not fits(self._left[node], self._requests[run]):
+            if not fits(self._left[node], self._requests[run]):
                 return
             _take(self._left[node], self._requests[run])
             self._kept[run] += 1
