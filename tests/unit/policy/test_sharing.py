@@ -335,6 +335,8 @@ def test_whose_places_are_not_there_waits_again() -> None:
 def test_a_run_gets_no_place_on_a_node_that_it_avoids() -> None:
     run = _new("a", 2, 1, avoid=("n",))
     assert _granted(_divide([run], 4.0)) == {"a": 0}
+    stays = _run("a", 3, 1, avoid=("n",))  # whoever lives there already may stay
+    assert _granted(_divide([stays], 4.0, {"a": 2})) == {"a": 2}
 
 
 @pytest.mark.parametrize(("wanted", "granted"), [(4, 3), (2, 2)])
