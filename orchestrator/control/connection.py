@@ -7,7 +7,7 @@ import sys
 import time
 
 from orchestrator.control import local_cluster
-from orchestrator.control.job_port import token_refused
+from orchestrator.control.access import check_head, check_token_file, token_refused
 from orchestrator.errors import ClusterUnreachable, UsageError
 
 NAMESPACE = "orchestrator"
@@ -24,10 +24,11 @@ def connect(address: str | None = None) -> str:
     Raises:
         UsageError: the address is none.
         ClusterUnreachable: nobody answers there, or there is no cluster.
-        NotAllowed: the cluster refused our token.
+        NotAllowed: the cluster refused our token, or asks for none although more than this machine reaches it.
     """
-    if "ray" in sys.modules and _connected_to() is not None:
-        return str(_connected_to())
+    if "ray" in sys.modules and (joined := _connected_to()) is not None:
+        check_head(joined)
+        return joined
     record = local_cluster.status()
     wanted = address or os.environ.get("RAY_ADDRESS") or (record.address if record is not None else None)
     if wanted is None:
@@ -35,6 +36,8 @@ def connect(address: str | None = None) -> str:
     probe(wanted)
     if record is not None and wanted == record.address:
         os.environ.update(local_cluster.environment(record))
+    check_token_file()
+    check_head(wanted)
     _join(wanted)
     return wanted
 

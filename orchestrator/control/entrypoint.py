@@ -1,13 +1,17 @@
-"""A user's own model tried out before its run is submitted, in a process of its own: control never imports torch."""
+"""A user's own code looked for before its run is submitted. A model is also tried out, in a process of its own: control
+never imports torch."""
 
 import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from orchestrator.errors import EntrypointError
+from orchestrator.errors import DataError, EntrypointError, UsageError
+from orchestrator.own_code import place_of
+from orchestrator.secrets import read_secret, without
 from orchestrator.spec.job import JobSpec
 
 TIMEOUT_S = 120.0
@@ -15,15 +19,23 @@ REHEARSAL = "orchestrator.model.rehearsal"
 UNCHANGED = "Nothing was started."
 
 
-def check_entrypoint(job: JobSpec) -> None:
-    """Import and build the job's own model as a worker would; nothing for a job without one.
-
-    Args:
-        job: with absolute paths.
+def check_own_code(job: JobSpec) -> None:
+    """See that a scoring function is in the job's directory, and import and build its own model as a worker would.
+    Nothing for a job without either.
 
     Raises:
-        EntrypointError: it can't be trained. Carries the traceback of the user's code.
+        DataError: there is no module with such a scoring function.
+        EntrypointError: the model can't be trained. Carries the traceback of the user's code.
     """
+    if job.curriculum is not None and ":" in job.curriculum.signal:
+        try:
+            place_of(job.curriculum.signal.partition(":")[0], Path(job.curriculum.code_dir))
+        except ImportError as error:
+            raise DataError(
+                f"curriculum.signal {job.curriculum.signal} can't be imported: {error}",
+                remedy="Name a function of a module in the current directory, or in curriculum.code_dir.",
+                unchanged=UNCHANGED,
+            ) from None
     if job.model.entrypoint is not None:
         _rehearse(job.model_dump_json(by_alias=True))
 
@@ -33,6 +45,7 @@ def _rehearse(job_json: str) -> None:
     job = JobSpec.model_validate_json(job_json)
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    secrets, missing = _secrets_here(job)
     try:
         # -P: the current directory is searched only where the job says so, as in a worker.
         done = subprocess.run(
@@ -40,7 +53,7 @@ def _rehearse(job_json: str) -> None:
             input=job_json,
             capture_output=True,
             text=True,
-            env={**os.environ, **job.envs, "PYTHONPATH": path},
+            env={**os.environ, **job.envs, **secrets, "PYTHONPATH": path},
             timeout=TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
@@ -52,9 +65,21 @@ def _rehearse(job_json: str) -> None:
     if done.returncode != 0:
         raise EntrypointError(
             f"the process that built model.entrypoint {job.model.entrypoint} ended with code {done.returncode}",
-            traceback=done.stderr,
+            traceback=without(done.stderr, secrets.values()),
             unchanged=UNCHANGED,
         )
-    fault = json.loads(done.stdout)
+    fault: dict[str, str] | None = json.loads(done.stdout)
     if fault is not None:
-        raise EntrypointError(**fault, unchanged=UNCHANGED)
+        told = {key: without(text, secrets.values()) for key, text in fault.items()}
+        if missing:
+            told["remedy"] += f" The job's secrets that are not on this machine were not there: {', '.join(missing)}."
+        raise EntrypointError(**told, unchanged=UNCHANGED)
+
+
+def _secrets_here(job: JobSpec) -> tuple[dict[str, str], list[str]]:
+    """The job's secrets, and the names of those that only nodes of the cluster have."""
+    found: dict[str, str] = {}
+    for name, reference in job.secrets.items():
+        with suppress(UsageError):
+            found[name] = read_secret(name, reference)
+    return found, [name for name in job.secrets if name not in found]

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.errors import ClusterUnreachable, NotAllowed, OrchestratorError, UsageError
+from orchestrator.control.access import ALLOW_NO_TOKEN, check_jobs_port, check_token_file, token_refused
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 
 MARK = "\x1f"  # begins a line that was written to stderr
 MARKED = "ORCHESTRATOR_MARK_STDERR"
@@ -47,7 +48,7 @@ class JobPort:
     Raises:
         UsageError: it is no such URL.
         ClusterUnreachable: nobody answers there, or something else.
-        NotAllowed: the cluster wants a token, or another one.
+        NotAllowed: the cluster wants a token, or another one; or it asks for none and isn't on loopback.
     """
 
     def __init__(self, url: str) -> None:
@@ -61,6 +62,8 @@ class JobPort:
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
             os.environ.pop(name, None)  # Ray would take these instead of what it is told
+        check_token_file()
+        self._asked(lambda: check_jobs_port(url))
         self._client = self._asked(lambda: JobSubmissionClient(url))
 
     def run(self, command: list[str], on_line: Callable[[str], None], stays: bool = False) -> int:
@@ -147,7 +150,7 @@ class JobPort:
             lambda: self._client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=f"{name}-{uuid.uuid4().hex[:8]}",
-                runtime_env={**runtime_env, "env_vars": {MARKED: "1"}},
+                runtime_env={**runtime_env, "env_vars": {MARKED: "1"} | _allowance()},
                 metadata=metadata,
             )
         )
@@ -191,13 +194,6 @@ class JobPort:
             raise ClusterUnreachable(f"the cluster at {self.url} answered: {told}", remedy=REACH) from error
 
 
-def token_refused(address: str) -> NotAllowed:
-    return NotAllowed(
-        f"the cluster at {address} refused this process: its token is missing or another one",
-        remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
-    )
-
-
 def _check_size(directory: Path) -> None:
     """Raise UsageError if what would be sent is too much."""
     sizes: dict[Path, int] = {}
@@ -214,6 +210,11 @@ def _check_size(directory: Path) -> None:
             "nodes see it.",
             unchanged="Nothing was started.",
         )
+
+
+def _allowance() -> dict[str, str]:
+    """What the user has said aloud here holds for what we start there, too."""
+    return {name: value for name, value in os.environ.items() if name == ALLOW_NO_TOKEN}
 
 
 def _is_left_out(name: str) -> bool:

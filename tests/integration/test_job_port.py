@@ -109,6 +109,7 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
 
 def test_a_wrong_token_is_told(far: Far, tmp_path: Path) -> None:
     token = tmp_path / "token"
+    token.touch(mode=0o600)
     token.write_text("0" * 64)
     assert "refused this process" in Far(far.directory, far.url, str(token))("list", expect=77).stderr
 

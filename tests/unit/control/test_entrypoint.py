@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.entrypoint import check_entrypoint
+from orchestrator.control.entrypoint import check_own_code
 from orchestrator.control.orders import order_of
 from orchestrator.errors import EntrypointError
 from orchestrator.spec.job import JobSpec
@@ -43,4 +43,4 @@ def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_ours_needs_no_look() -> None:
-    check_entrypoint(JobSpec(name="ours"))
+    check_own_code(JobSpec(name="ours"))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import secrets
 from orchestrator.control.host import log_to
 from orchestrator.errors import UsageError
-from orchestrator.worker import secrets
-from orchestrator.worker.secrets import redacted, take_secrets
+from orchestrator.secrets import redacted, take_secrets
 
 
 @pytest.fixture(autouse=True)
