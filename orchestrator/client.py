@@ -22,7 +22,7 @@ from orchestrator.checkpoint.read import choose, read_manifest
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import connect, probe
 from orchestrator.control.orders import order_of
-from orchestrator.control.run_files import LogLine, RunFiles
+from orchestrator.control.run_files import LogLine, RunFiles, run_dir_in
 from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.errors import (
     JobDoesNotFit,
@@ -228,12 +228,12 @@ class OrchestratorClient:
 
     def _run_dir(self, run_id: str, storage: str | os.PathLike[str] | None) -> Path:
         if storage is not None:
-            return RunFiles(Path(storage).absolute() / run_id).run_dir
+            return RunFiles(run_dir_in(Path(storage), run_id)).run_dir
         try:
             return Path(self.get(run_id).run_dir)
         except NotFound as error:
             try:
-                return RunFiles(Path("runs").absolute() / run_id).run_dir
+                return RunFiles(run_dir_in(Path("runs"), run_id)).run_dir
             except NotFound:
                 error.remedy += " A run of another cluster is found by its run storage: --storage DIR."
                 raise error from None

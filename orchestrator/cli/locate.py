@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.run_files import RunFiles, holds_run, runs_in
+from orchestrator.control.run_files import RunFiles, holds_run, run_dir_in, runs_in
 from orchestrator.errors import ClusterUnreachable, NotFound, nearest
 from orchestrator.protocol.status import RunStatus
 
@@ -32,7 +32,7 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
         ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
-        return FoundRun(run_id, RunFiles(storage.absolute() / run_id), None)
+        return FoundRun(run_id, RunFiles(run_dir_in(storage, run_id)), None)
     try:
         client = OrchestratorClient(address)
         return FoundRun(run_id, RunFiles(Path(client.get(run_id).run_dir)), client)
@@ -40,7 +40,7 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
         if address is not None:
             raise
         here = DEFAULT_STORAGE.absolute()
-        if holds_run(here / run_id):
+        if holds_run(run_dir_in(here, run_id)):
             return FoundRun(run_id, RunFiles(here / run_id), None)
         if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
             raise NotFound(

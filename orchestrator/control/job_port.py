@@ -111,10 +111,10 @@ class JobPort:
             the job's id, and None: it goes on; or the exit code with which it has refused, and is forgotten.
 
         Raises:
-            UsageError: the directory is too large to be sent.
+            UsageError: the directory is too large to be sent, or has links that lead out of it.
             ClusterUnreachable: the job ended, or did not begin in time.
         """
-        _check_size(directory)
+        _check_directory(directory)
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what was generated may be needed, too
         runtime_env = {"working_dir": str(directory), "excludes": LEFT_OUT}
         job = self._submit(command, runtime_env, {"orchestrator": "run", "run": name}, name)
@@ -194,13 +194,15 @@ class JobPort:
             raise ClusterUnreachable(f"the cluster at {self.url} answered: {told}", remedy=REACH) from error
 
 
-def _check_size(directory: Path) -> None:
-    """Raise UsageError if what would be sent is too much."""
+def _check_directory(directory: Path) -> None:
+    """Raise UsageError if what would be sent is too much, or not in there: Ray sends what links lead to."""
     sizes: dict[Path, int] = {}
     for folder, folders, files in os.walk(directory):
         folders[:] = [name for name in folders if not _is_left_out(name)]
         paths = [Path(folder) / name for name in files if not _is_left_out(name)]
-        sizes |= {path: path.lstat().st_size for path in paths}
+        for path in (*paths, *(Path(folder) / name for name in folders)):
+            _check_link(path, directory)
+        sizes |= {path: path.stat().st_size for path in paths}
     if (total := sum(sizes.values())) > MOST_BYTES:
         largest = max(sizes, key=lambda path: sizes[path])
         raise UsageError(
@@ -210,6 +212,25 @@ def _check_size(directory: Path) -> None:
             "nodes see it.",
             unchanged="Nothing was started.",
         )
+
+
+def _check_link(path: Path, directory: Path) -> None:
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    if not target.is_relative_to(directory.resolve()):
+        wrong = f"leads out of it, to {target}"
+    elif target.is_dir():
+        wrong = f"leads to a directory, {target}"
+    elif not target.exists():
+        wrong = "leads nowhere"
+    else:
+        return
+    raise UsageError(
+        f"{directory} can't be sent to the cluster: the link {path.relative_to(directory)} {wrong}",
+        remedy="Put a copy in its place, or remove it.",
+        unchanged="Nothing was started.",
+    )
 
 
 def _allowance() -> dict[str, str]:
