@@ -5,10 +5,10 @@ keeps the code that came with it in run storage, submits the run and stays until
 """
 
 import os
-import shutil
 import signal
 import sys
-import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -17,7 +17,7 @@ import typer
 
 from orchestrator.cli.options import Name, Set, overrides_of
 from orchestrator.cli.output import say, show
-from orchestrator.control.job_port import LEFT_OUT, MARK, MARKED, OURS, JobPort, is_url
+from orchestrator.control.job_port import MARK, MARKED, OURS, JobPort, is_url
 from orchestrator.errors import UsageError
 from orchestrator.spec.job import JobSpec
 
@@ -28,7 +28,7 @@ FORWARDED = (
 )
 STAYS = frozenset({"-f", "--follow", "-w", "--watch"})
 BEGUN = f"{MARK}{MARK}begun"  # the driver's word that the run is submitted
-PACKAGES = ".packages"  # in run storage: what came with submitted jobs
+CANCELLED = 103
 
 
 def forwarded(arguments: list[str]) -> int | None:
@@ -99,45 +99,62 @@ def _check_for_elsewhere(spec: JobSpec, job: Path) -> None:
 
 def drive(job: Path, name: Name = None, settings: Set = None) -> None:
     """Submit a job from within the cluster and stay until the run's end."""
-    from orchestrator.client import OrchestratorClient, raise_unless_succeeded
+    from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
+    from orchestrator.control.packages import discard, keep, sweep
     from orchestrator.spec.loading import load_job
 
+    stopped = _Stopped()
     overrides = overrides_of(settings, None)
-    package = _kept(Path(load_job(job, overrides).storage))
+    storage = Path(load_job(job, overrides).storage)
+    package = keep(Path.cwd(), storage)
     try:
         os.chdir(package)
+        check_job(job, name, overrides)  # takes long with a model of one's own
         client = OrchestratorClient()
-        run_id = client.submit(job, name=name, overrides=overrides)
+        with stopped.later():
+            run_id = client.submit(job, name=name, overrides=overrides)
     except BaseException:
-        shutil.rmtree(package, ignore_errors=True)
+        os.chdir("/")
+        discard(package)
         raise
-
-    def cancel(number: int, frame: FrameType | None) -> None:
-        client.cancel(run_id)  # Ray ends this process in 3 s; the controller writes the checkpoint
-        raise SystemExit(103)
-
-    signal.signal(signal.SIGTERM, cancel)
+    stopped.then(lambda: client.cancel(run_id))  # Ray ends us in 3 s; the controller writes the checkpoint
     show(BEGUN)
     sys.stdout.flush()
+    sweep(storage)
     for line in client.logs(run_id, follow=True):
         show(f"{line.stamp}  {line.source:<12}  {line.text}")
         sys.stdout.flush()
     raise_unless_succeeded(client.get(run_id))
 
 
-def _kept(storage: Path) -> Path:
-    """What came with this job, copied to where all nodes see it, as long as the run is there."""
-    package = storage / PACKAGES / uuid.uuid4().hex
-    try:
-        shutil.copytree(Path.cwd(), package, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    except OSError as error:
-        shutil.rmtree(package, ignore_errors=True)
-        raise UsageError(
-            f"storage {storage} can't be written in the cluster: {error.strerror or error}",
-            remedy="Name a directory that all its nodes share and may write.",
-            unchanged="Nothing was started.",
-        ) from error
-    return package
+class _Stopped:
+    """What SIGTERM leads to, by which `ray job stop` is heard: this process ends, once what has to be done before is
+    done. It never falls between a run's submission and our knowledge of it."""
+
+    def __init__(self) -> None:
+        self._waits, self._heard = False, False
+        self._before_end: Callable[[], object] = lambda: None
+        signal.signal(signal.SIGTERM, self._hear)
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """What is heard within is acted upon once `then` has said how."""
+        self._waits = True
+        yield
+
+    def then(self, before_end: Callable[[], object]) -> None:
+        self._before_end, self._waits = before_end, False
+        if self._heard:
+            self._end()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True
+        if not self._waits:
+            self._end()
+
+    def _end(self) -> None:
+        self._before_end()
+        raise SystemExit(CANCELLED)
 
 
 class Marked:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.remote import Marked, _without_address, forwarded, submit_by_url, write
-from orchestrator.control.job_port import MARK, JobPort, _check_directory
+from orchestrator.control.job_port import MARK, JobPort
 from orchestrator.errors import ClusterUnreachable, UsageError
 
 
@@ -69,24 +69,3 @@ def test_paths_of_this_machine_are_refused_before_anything_is_sent(
         submit_by_url("http://127.0.0.1:9", tmp_path / "job.yaml", None, ["storage=/shared"], False)
     with pytest.raises(ClusterUnreachable):
         submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, ["storage=/shared"], False)
-
-
-def test_links_that_lead_out_are_not_sent(tmp_path: Path) -> None:
-    """Ray would send what they lead to: a key of the user's, say."""
-    here, key = tmp_path / "here", tmp_path / "key"
-    (here / "code").mkdir(parents=True)
-    key.write_text("private")
-    (here / "real.py").touch()
-    (here / "code" / "same.py").symlink_to(here / "real.py")
-    (here / ".venv").symlink_to(tmp_path)  # left out
-    _check_directory(here)
-    for name, target, wrong in (
-        ("key", key, f"leads out of it, to {key}"),
-        ("up", tmp_path, "leads out of it"),
-        ("code/round", here, "leads to a directory"),
-        ("gone", here / "nowhere", "leads nowhere"),
-    ):
-        (here / name).symlink_to(target)
-        with pytest.raises(UsageError, match=f"the link {name} {wrong}.*Nothing was started"):
-            _check_directory(here)
-        (here / name).unlink()

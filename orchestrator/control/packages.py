@@ -1,0 +1,104 @@
+"""What came with submitted jobs, in run storage: each in a directory that all nodes see, as long as a run refers to it.
+
+STORAGE/.packages/ID/     a copy of the directory that was sent
+"""
+
+import os
+import shutil
+import time
+import uuid
+from fnmatch import fnmatch
+from pathlib import Path
+
+from orchestrator.errors import UsageError
+
+PACKAGES = ".packages"
+LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", ".*_cache", "node_modules"]
+MOST_BYTES = 100 << 20
+YOUNG_S = 3600.0  # a submission takes minutes at most: younger ones may be of one that is under way
+
+
+def check(directory: Path) -> None:
+    """Raise UsageError if what would be sent is too much, or not in there: Ray sends what links lead to."""
+    sizes: dict[Path, int] = {}
+    for folder, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if not _is_left_out(name)]
+        paths = [Path(folder) / name for name in files if not _is_left_out(name)]
+        for path in (*paths, *(Path(folder) / name for name in folders)):
+            _check_link(path, directory)
+        sizes |= {path: path.stat().st_size for path in paths}
+    if (total := sum(sizes.values())) > MOST_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise UsageError(
+            f"{directory} can't be sent to the cluster: it holds {total >> 20} MiB, of {MOST_BYTES >> 20} MiB at most; "
+            f"{largest.relative_to(directory)} alone {sizes[largest] >> 20} MiB",
+            remedy="Submit from a directory with the job file and the code it needs; leave data where the cluster's "
+            "nodes see it.",
+            unchanged="Nothing was started.",
+        )
+
+
+def _check_link(path: Path, directory: Path) -> None:
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    if not target.is_relative_to(directory.resolve()):
+        wrong = f"leads out of it, to {target}"
+    elif target.is_dir():
+        wrong = f"leads to a directory, {target}"
+    elif not target.exists():
+        wrong = "leads nowhere"
+    else:
+        return
+    raise UsageError(
+        f"{directory} can't be sent to the cluster: the link {path.relative_to(directory)} {wrong}",
+        remedy="Put a copy in its place, or remove it.",
+        unchanged="Nothing was started.",
+    )
+
+
+def _is_left_out(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
+
+
+def keep(directory: Path, storage: Path) -> Path:
+    """Copy what came with a job to run storage. Raises UsageError if that can't be written."""
+    package = storage / PACKAGES / uuid.uuid4().hex
+    try:
+        shutil.copytree(directory, package, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        os.utime(package)  # it is as old as its being here
+    except OSError as error:
+        discard(package)
+        raise UsageError(
+            f"storage {storage} can't be written in the cluster: {error.strerror or error}",
+            remedy="Name a directory that all its nodes share and may write.",
+            unchanged="Nothing was started.",
+        ) from error
+    return package
+
+
+def discard(package: Path) -> None:
+    """Remove a package, and the directories above it that were made for it alone."""
+    shutil.rmtree(package, ignore_errors=True)
+    for folder in (package.parent, package.parent.parent):
+        try:
+            folder.rmdir()
+        except OSError:  # others are in there
+            return
+
+
+def sweep(storage: Path, now: float | None = None) -> list[Path]:
+    """Remove packages that no run in the storage refers to. Returns those.
+
+    Args:
+        now: `time.time()` seconds.
+    """
+    old = (time.time() if now is None else now) - YOUNG_S
+    packages = [path for path in (storage / PACKAGES).glob("*") if path.is_dir() and path.stat().st_mtime < old]
+    if not packages:
+        return []
+    jobs = [path.read_text(encoding="utf-8") for path in storage.glob("*/job.json")]
+    unused = [package for package in packages if not any(package.name in job for job in jobs)]
+    for package in unused:
+        shutil.rmtree(package, ignore_errors=True)
+    return unused
