@@ -107,7 +107,8 @@ class ClusterUnreachable(OrchestratorError):
 
 
 class NotAllowed(OrchestratorError):
-    """The cluster refused: a wrong or missing token, or a run of somebody else."""
+    """The cluster refused a wrong or missing token; or we do: others reach it and it asks for none, or others may read
+    the token."""
 
     exit_code = 77
 

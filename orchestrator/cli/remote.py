@@ -38,7 +38,13 @@ def forwarded(arguments: list[str]) -> int | None:
     rest, url = _without_address(arguments)
     if not is_url(url):
         return None
-    return JobPort(str(url)).run(rest, write, stays=not STAYS.isdisjoint(rest))
+    stays = not STAYS.isdisjoint(rest)
+    try:
+        return JobPort(str(url)).run(rest, write, stays)
+    except KeyboardInterrupt:
+        if stays:
+            return 0  # how one stops following
+        raise
 
 
 def write(line: str) -> None:
