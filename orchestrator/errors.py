@@ -161,6 +161,12 @@ class RunCancelled(OrchestratorError):
     exit_code = 103
 
 
+def of_code(exit_code: int) -> type[OrchestratorError]:
+    """The most general error that a command ends with that way."""
+    general = (UsageError, ClusterUnreachable, NotAllowed, RunFailed, NotFinished, NotFound, RunCancelled)
+    return next((kind for kind in general if kind.exit_code == exit_code), OrchestratorError)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that offers the known names that are like this one; empty if none is."""
     found = [f"`{near}`" for near in get_close_matches(name, sorted(known), n=3, cutoff=0.5)]

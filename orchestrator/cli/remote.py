@@ -18,8 +18,7 @@ import typer
 from orchestrator.cli.options import Name, Set, overrides_of
 from orchestrator.cli.output import say, show
 from orchestrator.control.job_port import MARK, MARKED, OURS, JobPort, is_url
-from orchestrator.errors import UsageError
-from orchestrator.spec.job import JobSpec
+from orchestrator.control.sending import BEGUN, load_for_elsewhere, send
 
 # What reads or steers runs. The rest works on files of this machine.
 FORWARDED = (
@@ -27,7 +26,6 @@ FORWARDED = (
     *("events", "audit", "logs", "checkpoints", "report"),
 )
 STAYS = frozenset({"-f", "--follow", "-w", "--watch"})
-BEGUN = f"{MARK}{MARK}begun"  # the driver's word that the run is submitted
 CANCELLED = 103
 
 
@@ -53,54 +51,36 @@ def write(line: str) -> None:
     print(text, file=sys.stderr if line.startswith(MARK) else sys.stdout, flush=True)
 
 
-def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], dry_run: bool) -> str:
-    """Send a job and the current directory to a cluster. Returns the run's name once it is submitted there.
+def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], dry_run: bool) -> tuple[str, str]:
+    """Send a job and the current directory to a cluster. Returns the names of the run and of its job once the run is
+    submitted there.
 
     Raises:
         SpecError, UsageError: as far as can be known here: the job file, and where it is.
         OrchestratorError: what the cluster says.
     """
-    from orchestrator.spec.loading import load_job
-
-    spec = load_job(job, overrides)
+    spec = load_for_elsewhere(job, overrides)
     run_id = name or spec.name
-    _check_for_elsewhere(spec, job)
-    command = ["drive", str(job), "--name", run_id, *(word for text in overrides for word in ("--set", text))]
-    begun: list[str] = []
-
-    def look(line: str) -> bool:
-        if line == BEGUN:
-            begun.append(line)
-        elif line.startswith(MARK) and line != OURS:
-            write(line)
-        return not begun
-
     port = JobPort(url)
     if dry_run:
         say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
-        return run_id
-    job_id, refused = port.start(command, Path.cwd(), run_id, look)
+        return run_id, ""
+    job_id, refused = send(port, job, run_id, overrides, write)
     if refused is not None:
         raise typer.Exit(refused)
     say(f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is.")
-    return run_id
+    return run_id, job_id
 
 
-def _check_for_elsewhere(spec: JobSpec, job: Path) -> None:
-    """Raise UsageError for what can't be meant of another machine."""
-    unchanged = "Nothing was started."
-    if job.is_absolute() or ".." in job.parts:
-        raise UsageError(
-            f"job file {job} is not in the current directory, which is what is sent to the cluster",
-            remedy="Go to the directory that holds it and the code it needs, and name it from there.",
-            unchanged=unchanged,
-        )
-    if not Path(spec.storage).is_absolute():
-        raise UsageError(
-            f"storage {spec.storage} is relative; a cluster needs an absolute path that all its nodes share",
-            remedy="Say storage: /shared/runs in the job file, or --set storage=/shared/runs.",
-            unchanged=unchanged,
-        )
+def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> None:
+    """Send a job, show the log lines of its run and end as the run does. Ctrl-C detaches: the run goes on."""
+    run_id, job_id = submit_by_url(url, job, name, overrides, dry_run=False)
+    try:
+        code = JobPort(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
+    except KeyboardInterrupt:
+        say(f"Detached; run {run_id} goes on. `orchestrator cancel {run_id} --address {url}` ends it.")
+        raise typer.Exit(101) from None
+    raise typer.Exit(code)
 
 
 def drive(job: Path, name: Name = None, settings: Set = None) -> None:
@@ -201,5 +181,13 @@ def _without_address(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, url
 
 
+def answer(method: str, arguments: str) -> None:
+    """Ask the cluster's Scheduler from within; prints a line of JSON."""
+    from orchestrator.control import asking
+
+    show(asking.answer(method, arguments))
+
+
 def register(app: typer.Typer) -> None:
     app.command(hidden=True)(drive)
+    app.command(hidden=True)(answer)

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from orchestrator.errors import DataError, EntrypointError, UsageError
+from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.own_code import place_of
 from orchestrator.secrets import read_secret, without
 from orchestrator.spec.job import JobSpec
@@ -20,24 +21,37 @@ UNCHANGED = "Nothing was started."
 
 
 def check_own_code(job: JobSpec) -> None:
-    """See that a scoring function is in the job's directory, and import and build its own model as a worker would.
-    Nothing for a job without either.
+    """See that the user's own code is in the job's directory, and import and build its model as a worker would. Nothing
+    for a job without any.
 
     Raises:
-        DataError: there is no module with such a scoring function.
-        EntrypointError: the model can't be trained. Carries the traceback of the user's code.
+        EntrypointError: there is no such module, or the model can't be trained. Carries the traceback of the user's
+            code.
     """
-    if job.curriculum is not None and ":" in job.curriculum.signal:
-        try:
-            place_of(job.curriculum.signal.partition(":")[0], Path(job.curriculum.code_dir))
-        except ImportError as error:
-            raise DataError(
-                f"curriculum.signal {job.curriculum.signal} can't be imported: {error}",
-                remedy="Name a function of a module in the current directory, or in curriculum.code_dir.",
-                unchanged=UNCHANGED,
-            ) from None
+    check_places(job)
     if job.model.entrypoint is not None:
         _rehearse(job.model_dump_json(by_alias=True))
+
+
+def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
+    """Of each function of the user's own: its key in the job file, its name, the directory that it comes from."""
+    if job.model.entrypoint is not None:
+        yield "model.entrypoint", job.model.entrypoint, job.model.code_dir
+    if job.curriculum is not None and ":" in job.curriculum.signal:
+        yield "curriculum.signal", job.curriculum.signal, job.curriculum.code_dir
+
+
+def check_places(job: JobSpec) -> None:
+    """See that modules of the user's own are where the job says, without running them. Raises EntrypointError."""
+    for key, name, directory in own_code_of(job):
+        try:
+            place_of(name.partition(":")[0], Path(directory).expanduser().absolute())
+        except ImportError as error:
+            raise EntrypointError(
+                f"{key} {name} can't be imported: {type(error).__name__}: {error}",
+                remedy=f"Name a function of a module in the current directory, or in {key.partition('.')[0]}.code_dir.",
+                unchanged=UNCHANGED,
+            ) from None
 
 
 @cache  # a command checks a job before it looks for a cluster, and again as it submits it

@@ -60,11 +60,10 @@ class JobPort:
 
         for module in ("dashboard_sdk", "job.sdk"):  # tell of every upload
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-            os.environ.pop(name, None)  # Ray would take these instead of what it is told
         check_token_file()
         self._asked(lambda: check_jobs_port(url))
-        self._client = self._asked(lambda: JobSubmissionClient(url))
+        with _no_other_address():
+            self._client = self._asked(lambda: JobSubmissionClient(url))
 
     def run(self, command: list[str], on_line: Callable[[str], None], stays: bool = False) -> int:
         """Run a command of ours in the cluster, hand each line of its output on, and return its exit code.
@@ -233,6 +232,17 @@ class _Lines:
             self.are_ours = True
         else:
             self.before.append(line)
+
+
+@contextmanager
+def _no_other_address() -> Iterator[None]:
+    """Without what Ray would take instead of the address that it is told."""
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _allowance() -> dict[str, str]:
