@@ -84,6 +84,14 @@ def check_token_file() -> None:
         )
 
 
+def reread_environment() -> None:
+    """Have Ray take the environment of now: whoever imported it before us made it read that of then."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 def token_refused(address: str) -> NotAllowed:
     return NotAllowed(
         f"the cluster at {address} refused this process: its token is missing or another one",

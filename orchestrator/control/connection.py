@@ -7,7 +7,7 @@ import sys
 import time
 
 from orchestrator.control import local_cluster
-from orchestrator.control.access import check_head, check_token_file, token_refused
+from orchestrator.control.access import check_head, check_token_file, reread_environment, token_refused
 from orchestrator.errors import ClusterUnreachable, UsageError
 
 NAMESPACE = "orchestrator"
@@ -92,18 +92,16 @@ def probe(address: str, patience_s: float = 0.0) -> None:
 def _join(address: str) -> None:
     import ray
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     # Else Ray ends this whole process, and its last words, a minute after the cluster went away.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
-    # Whoever imported Ray before us made it read the environment of then.
+    reread_environment()
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1") not in (
         "0",
         "false",
     )
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
     try:
         GcsClient(address=address)  # says at once what ray.init says after 20 tries
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.control.access import ALLOW_NO_TOKEN, check_jobs_port, check_token_file, token_refused
+from orchestrator.control.access import (
+    ALLOW_NO_TOKEN,
+    check_jobs_port,
+    check_token_file,
+    reread_environment,
+    token_refused,
+)
 from orchestrator.control.packages import LEFT_OUT, check
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 
@@ -62,6 +68,7 @@ class JobPort:
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         check_token_file()
         self._asked(lambda: check_jobs_port(url))
+        reread_environment()
         with _no_other_address():
             self._client = self._asked(lambda: JobSubmissionClient(url))
 
