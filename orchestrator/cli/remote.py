@@ -86,7 +86,7 @@ def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> N
 def drive(job: Path, name: Name = None, settings: Set = None) -> None:
     """Submit a job from within the cluster and stay until the run's end."""
     from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
-    from orchestrator.control.packages import discard, keep, sweep
+    from orchestrator.control.packages import keep, sweep
     from orchestrator.spec.loading import load_job
 
     stopped = _Stopped()
@@ -94,14 +94,14 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
     storage = Path(load_job(job, overrides).storage)
     package = keep(Path.cwd(), storage)
     try:
-        os.chdir(package)
+        os.chdir(package.path)
         check_job(job, name, overrides)  # takes long with a model of one's own
         client = OrchestratorClient()
         with stopped.later():
             run_id = client.submit(job, name=name, overrides=overrides)
     except BaseException:
         os.chdir("/")
-        discard(package)
+        package.discard()
         raise
     stopped.then(lambda: client.cancel(run_id))  # Ray ends us in 3 s; the controller writes the checkpoint
     show(BEGUN)

@@ -7,6 +7,8 @@ import os
 import shutil
 import time
 import uuid
+from contextlib import suppress
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -61,30 +63,36 @@ def _is_left_out(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
 
 
-def keep(directory: Path, storage: Path) -> Path:
+@dataclass(frozen=True)
+class Package:
+    """A copy in run storage. `is_first` if the storage was made for it."""
+
+    path: Path
+    is_first: bool
+
+    def discard(self) -> None:
+        """Remove it, and what was made for it alone."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        above = [self.path.parent, *([self.path.parent.parent] if self.is_first else [])]
+        with suppress(OSError):  # others are in there by now
+            for directory in above:
+                directory.rmdir()
+
+
+def keep(directory: Path, storage: Path) -> Package:
     """Copy what came with a job to run storage. Raises UsageError if that can't be written."""
-    package = storage / PACKAGES / uuid.uuid4().hex
+    package = Package(storage / PACKAGES / uuid.uuid4().hex, not storage.exists())
     try:
-        shutil.copytree(directory, package, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        os.utime(package)  # it is as old as its being here
+        shutil.copytree(directory, package.path, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        os.utime(package.path)  # it is as old as its being here
     except OSError as error:
-        discard(package)
+        package.discard()
         raise UsageError(
             f"storage {storage} can't be written in the cluster: {error.strerror or error}",
             remedy="Name a directory that all its nodes share and may write.",
             unchanged="Nothing was started.",
         ) from error
     return package
-
-
-def discard(package: Path) -> None:
-    """Remove a package, and the directories above it that were made for it alone."""
-    shutil.rmtree(package, ignore_errors=True)
-    for folder in (package.parent, package.parent.parent):
-        try:
-            folder.rmdir()
-        except OSError:  # others are in there
-            return
 
 
 def sweep(storage: Path, now: float | None = None) -> list[Path]:

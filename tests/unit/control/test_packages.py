@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.packages import YOUNG_S, check, discard, keep, sweep
+from orchestrator.control.packages import YOUNG_S, check, keep, sweep
 from orchestrator.errors import UsageError
 
 
@@ -19,7 +19,7 @@ def sent(tmp_path: Path) -> Path:
 
 def test_one_that_no_run_refers_to_is_removed_when_it_is_old(sent: Path, tmp_path: Path) -> None:
     storage = tmp_path / "runs"
-    used, unused = (keep(sent, storage) for _ in range(2))
+    used, unused = (keep(sent, storage).path for _ in range(2))
     assert [path.name for path in used.iterdir()] == ["mine.py"]
     (storage / "mine").mkdir()
     (storage / "mine" / "job.json").write_text(json.dumps({"model": {"code_dir": f"{used}/code"}}))
@@ -36,8 +36,11 @@ def test_a_storage_without_any_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_nothing_stays_of_one_that_was_refused(sent: Path, tmp_path: Path) -> None:
-    discard(keep(sent, tmp_path / "new" / "runs"))
-    assert not (tmp_path / "new" / "runs").exists()
+    keep(sent, tmp_path / "runs").discard()
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs").mkdir()  # the user's
+    keep(sent, tmp_path / "runs").discard()
+    assert list((tmp_path / "runs").iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="can't be written in the cluster"):
         keep(sent, tmp_path / "file")
