@@ -66,19 +66,20 @@ class OrchestratorClient:
         *,
         name: str | None = None,
         overrides: Sequence[str] = (),
-        timeout_s: float = 0.0,
+        timeout_s: float | None = None,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
     ) -> str:
-        """Start a run of a job, or of a job file. Paths in it are taken from the current directory.
+        """Put a run of a job, or of a job file, into the queue: it starts when the cluster has room for its least.
+        Paths in it are taken from the current directory.
 
         By URL it must be a job file in the current directory, which is sent along; `timeout_s` has no meaning then.
 
         Args:
             name: the run's name, in place of the job's.
             overrides: of a job file, each `KEY=VALUE`, a dotted key and YAML, in place of what the file says.
-            timeout_s: how long to wait for room in the cluster, if it has none now.
-            on_wait: called once with what is missing, if it has none now and is waited for.
+            timeout_s: don't leave it in the queue: if there is no room within so long, submit nothing.
+            on_wait: called once with what is missing, if there is no room now and a `timeout_s`.
             options: passed on to `Scheduler.submit`.
 
         Returns:
@@ -89,13 +90,13 @@ class OrchestratorClient:
             DataError: there is no such corpus.
             EntrypointError: the job's own model can't be trained.
             NameTaken: the storage or the cluster has a run of this name.
-            JobDoesNotFit: the cluster has no room for the first workers, for `timeout_s`.
+            JobDoesNotFit: the cluster is too small for `workers.min`, or has had no room for `timeout_s`.
         """
         if self._port is not None:
             return submit_file(self._port, job, name, overrides)
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
-        return self._when_there_is_room(timeout_s, on_wait, lambda: str(self._ask("submit", *args, **options)))
+        return self._when_there_is_room(timeout_s, on_wait, "submit", *args, **options)
 
     def list(self) -> tuple[RunStatus, ...]:
         """Every run that the cluster has seen, the newest last."""
@@ -159,7 +160,7 @@ class OrchestratorClient:
         from_step: int | None = None,
         workers: int | None = None,
         reset_residuals: bool = False,
-        timeout_s: float = 0.0,
+        timeout_s: float | None = None,
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
     ) -> str:
@@ -172,22 +173,20 @@ class OrchestratorClient:
             from_step: of the checkpoint; None for the newest. Without any checkpoint the run begins again.
             workers: how many; None for as many as were wanted last.
             reset_residuals: leave what compression of gradients had not sent yet; without compression there is none.
-            timeout_s: how long to wait for room in the cluster, if it has none now.
+            timeout_s: don't leave it in the queue: if there is no room within so long, resume nothing.
 
         Raises:
             NotFound: there is no such run, or no checkpoint of this step.
             CheckpointCorrupt: the checkpoint isn't as it was written; the message names the one before.
             UsageError: the run goes on, has done all its steps, may not have so many workers, or compresses otherwise.
-            JobDoesNotFit: the cluster has no room, for `timeout_s`.
+            JobDoesNotFit: the cluster is too small for it, or has had no room for `timeout_s`.
         """
         refuse_by_url(self._port, "resume")
         run_dir = self._run_dir(run_id, storage)
         path = choose(run_dir / "checkpoints", from_step)
         restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
         order = ResumeOrder(uuid.uuid4().hex, restore, workers)
-        return self._when_there_is_room(
-            timeout_s, on_wait, lambda: str(self._ask("resume", run_id, str(run_dir), order, **options))
-        )
+        return self._when_there_is_room(timeout_s, on_wait, "resume", run_id, str(run_dir), order, **options)
 
     def wait(
         self, run_id: str, *, timeout_s: float | None = None, on_status: Callable[[RunStatus], None] | None = None
@@ -246,12 +245,19 @@ class OrchestratorClient:
                 raise error from None
 
     def _when_there_is_room(
-        self, timeout_s: float, on_wait: Callable[[JobDoesNotFit], None] | None, start: Callable[[], str]
+        self,
+        timeout_s: float | None,
+        on_wait: Callable[[JobDoesNotFit], None] | None,
+        method: str,
+        *args: Any,
+        **options: Any,
     ) -> str:
+        if timeout_s is None:
+            return str(self._ask(method, *args, **options))
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:
-                return start()
+                return str(self._ask(method, *args, **({"wait": False} | options)))
             except JobDoesNotFit as error:
                 if time.monotonic() + RETRY_EVERY_S > deadline_s:
                     raise

@@ -145,6 +145,7 @@ def _cost(report: RunReport) -> str:
 _RUN: tuple[tuple[str, Callable[[RunReport], str]], ...] = (
     ("attempts", _attempts),
     ("elapsed", lambda r: duration(r.elapsed_s)),
+    ("in the queue", lambda r: duration(r.queued_s)),
     ("paused", lambda r: duration(r.paused_s)),
     ("down", lambda r: duration(r.down_s)),
     ("goodput", lambda r: NONE if r.goodput is None else f"{r.goodput:.1%}"),

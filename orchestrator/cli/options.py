@@ -67,8 +67,12 @@ Watch = Annotated[
     bool, typer.Option("-w", "--watch", help="Go on showing it until the end; with -o json a line per change.")
 ]
 Timeout = Annotated[
-    float,
+    float | None,
     typer.Option(
-        "--timeout", min=0, metavar="SECONDS", help="How long to wait for room in the cluster before giving up."
+        "--timeout",
+        min=0,
+        metavar="SECONDS",
+        help="Start nothing if the cluster has no room within so long. Default: wait in the queue.",
+        show_default=False,
     ),
 ]

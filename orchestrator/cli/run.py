@@ -24,7 +24,7 @@ def run(
     name: Name = None,
     settings: Set = None,
     workers: Range = None,
-    timeout: Timeout = 0.0,
+    timeout: Timeout = None,
     local: Annotated[bool, typer.Option("--local", help="On this machine, whatever RAY_ADDRESS says.")] = False,
     keep_cluster: Annotated[
         bool, typer.Option("--keep-cluster", help="Leave the local cluster up that this command started.")

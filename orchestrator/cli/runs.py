@@ -33,7 +33,7 @@ def submit(
     settings: Set = None,
     workers: Range = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the job, and where it would go.")] = False,
-    timeout: Timeout = 0.0,
+    timeout: Timeout = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
@@ -72,9 +72,17 @@ def list_runs(watch: Watch = False, address: Address = None, output: Output = Fo
     if output is Format.JSON:
         show_json([to_plain(status) for status in found])
         return
-    header = ("RUN", "PHASE", "STEP", "LOSS", "WORKERS", "SUBMITTED")
+    header = ("RUN", "PRIORITY", "PHASE", "STEP", "LOSS", "WORKERS", "SUBMITTED")
     rows = [
-        (s.run_id, s.phase, f"{s.step}/{s.steps}", number(s.loss), str(s.workers_now or NONE), moment(s.submitted_time))
+        (
+            s.run_id,
+            str(s.priority),
+            s.phase,
+            f"{s.step}/{s.steps}",
+            number(s.loss),
+            str(s.workers_now or NONE),
+            moment(s.submitted_time),
+        )
         for s in found
     ]
     show_table(header, rows)
@@ -195,7 +203,7 @@ def resume(
         Path | None,
         typer.Option("--storage", metavar="DIR", help="Run storage with the run, if this cluster has never seen it."),
     ] = None,
-    timeout: Timeout = 0.0,
+    timeout: Timeout = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:

@@ -37,6 +37,7 @@ def details(status: RunStatus) -> list[tuple[str, str]]:
     return [
         *summary(status),
         ("state", status.why or NONE),
+        ("priority", str(status.priority)),
         ("workers", workers(status) if status.workers_now else NONE),
         ("traffic", traffic(status.traffic)),
         ("generation", str(status.generation) if status.generation >= 0 else NONE),

@@ -72,7 +72,7 @@ def progress(status: RunStatus) -> str:
         parts.append(rate(status.tokens_per_second))
     if status.workers_now:
         parts.append(workers(status))
-    if status.phase in (RunPhase.STARTING, RunPhase.RECOVERING) and status.why:
+    if status.phase in (RunPhase.QUEUED, RunPhase.STARTING, RunPhase.RECOVERING) and status.why:
         parts.append(status.why)
     return "  ".join(parts)
 

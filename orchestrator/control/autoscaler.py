@@ -1,4 +1,5 @@
-"""The part of the Scheduler that runs by itself: how many workers runs are to have, and for how many Ray has to care.
+"""The part of the Scheduler that runs by itself: how a cluster is divided among its runs, how many workers runs are to
+have, and for how many Ray has to care.
 
 It keeps nothing that matters: what it decides is journalled by the run's controller, and what it has asked of Ray's
 autoscaler is asked again by its successor, or taken back.
@@ -7,17 +8,21 @@ autoscaler is asked again by its successor, or taken back.
 import logging
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
 from orchestrator.control.drain_watch import draining_nodes
 from orchestrator.control.host import NAMESPACE, find
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.autoscaling import Resize, Resources, decide_sizes, demand
+from orchestrator.policy.autoscaling import Resources, claim_of, decide_sizes, demand
+from orchestrator.policy.sharing import Share, divide
 from orchestrator.protocol.scaling import RunScale
 from orchestrator.spec.autoscale import MANUAL
 
@@ -25,7 +30,8 @@ log = logging.getLogger("orchestrator.control")
 
 KV_NAMESPACE = b"orchestrator-demand"
 ASKED = b"asked"  # there while Ray's autoscaler has a request of ours
-EVERY_S, IDLE_S = 0.5, 3.0  # between two looks, and where no run leaves its size to us
+SETTLING_S, EVERY_S, IDLE_S = 0.2, 0.5, 3.0  # between two looks: where something is to change, could, or isn't up to us
+FREED_S = 5.0  # what a lost worker has freed is counted as free within this
 PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the next time
 
 
@@ -34,46 +40,83 @@ class Autoscaler:
 
     def __init__(self) -> None:
         self._known: dict[str, RunScale] = {}  # what each controller said last
-        self._since_s: dict[tuple[str, int], float] = {}  # what is decided again and again, since when
+        self._since_s: dict[tuple[str, str, int | None], float] = {}  # what is decided again and again, since when
         self._demand: tuple[Resources, ...] | None = None
         self._has_failed = False
+        self._stirred = threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._live, name="autoscaler", daemon=True).start()
 
+    def stir(self) -> None:
+        """Look now: something has changed."""
+        self._stirred.set()
+
+    def share_of(self, newcomer: RunScale) -> Share:
+        """What a run would get if it were submitted now."""
+        runs = [*self._known.values(), newcomer]
+        return _divide(runs)[newcomer.run_id]
+
     def _live(self) -> None:
+        pause_s = IDLE_S
         while True:
+            self._stirred.wait(pause_s)
+            self._stirred.clear()
             try:
-                has_work = self._turn()
+                pause_s = self._turn()
                 self._has_failed = False
             except Exception:  # the cluster is going away, or something of it doesn't answer: the next turn tries again
-                has_work = True
+                pause_s = EVERY_S
                 self._since_s = {}
                 if not self._has_failed:
                     log.exception("the sizes of runs could not be looked at")
                 self._has_failed = True
-            time.sleep(EVERY_S if has_work else IDLE_S)
 
-    def _turn(self) -> bool:
-        """Returns whether any run leaves its size to us."""
+    def _turn(self) -> float:
+        """Returns how long nobody has to look again, seconds."""
         answered = self._ask_all()
         runs = [self._known[run] for run in sorted(self._known)]
         self._ask_for(demand(runs))
-        if all(run.policy == MANUAL for run in runs):
+        if not runs:
             self._since_s = {}
-            return False
-        staying = set(_alive()) - set(draining_nodes())
-        decided = decide_sizes(runs, _placed(staying), free_on_nodes(staying))
-        now_s = time.monotonic()
-        # What is free and what is placed aren't told at one moment: only what is seen twice, at least, is so.
+            return IDLE_S
+        shares = _divide(runs)
         before, self._since_s = self._since_s, {}
-        for resize in decided:
-            what = (resize.run_id, resize.workers)
-            self._since_s[what] = before.get(what, now_s)
-            is_sure = what in before and now_s - before[what] >= resize.patience_s
+        now_s = time.monotonic()
+        lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
+        for run in runs:
+            grant = shares[run.run_id].grant
+            waits_on = grant.workers == 0 and grant.why != run.grant.why
+            if (grant.workers == run.grant.workers and not waits_on) or run.run_id not in answered:
+                continue
+            is_less = grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
+            is_lack = is_less and not lets_in  # a place was lost, or somebody wants more: that has to last
+            if len(runs) == 1 and not is_less:  # nobody else can be meant
+                self._tell(run.run_id, "grant", grant)
+            elif self._is_sure(before, ("grant", run.run_id, grant.workers), now_s, FREED_S if is_lack else 0.0):
+                log.info("run %s: %s workers granted: %s", run.run_id, grant.workers, grant.why)
+                self._tell(run.run_id, "grant", grant)
+        for resize in decide_sizes(runs, shares):
+            is_sure = self._is_sure(before, ("size", resize.run_id, resize.workers), now_s)
             if is_sure and resize.run_id in answered:
-                self._wish(resize)
-        return True
+                log.info("run %s: %d workers: %s", resize.run_id, resize.workers, resize.why)
+                self._tell(resize.run_id, "scale", resize.workers, resize.why, False)
+        if self._since_s:
+            return SETTLING_S
+        is_still = all(run.policy == MANUAL and run.grant.workers is None for run in runs)
+        return IDLE_S if is_still else EVERY_S
+
+    def _is_sure(
+        self,
+        before: Mapping[tuple[str, str, int | None], float],
+        what: tuple[str, str, int | None],
+        now_s: float,
+        patience_s: float = 0.0,
+    ) -> bool:
+        """Whether this was decided before, and for so long. What is free and what is placed aren't told at one moment:
+        only what is seen twice, at least, is so."""
+        self._since_s[what] = before.get(what, now_s)
+        return what in before and now_s - before[what] >= patience_s
 
     def _ask_for(self, demand: tuple[Resources, ...]) -> None:
         """Tell Ray's autoscaler, which keeps the newest request for ever, whoever made it: one that isn't ours is left
@@ -102,15 +145,20 @@ class Autoscaler:
         self._known = {run: scale for run, scale in known.items() if scale is not None}
         return {run for run, scale in heard.items() if scale is not None}
 
-    def _wish(self, resize: Resize) -> None:
-        log.info("run %s: %d workers: %s", resize.run_id, resize.workers, resize.why)
-        handle = find(f"{resize.run_id}/controller")
+    def _tell(self, run_id: str, method: str, *args: Any) -> None:
+        handle = find(f"{run_id}/controller")
         if handle is None:
             return
         try:
-            ray.get(handle.scale.remote(resize.workers, resize.why, False), timeout=PATIENCE_S)
+            ray.get(getattr(handle, method).remote(*args), timeout=PATIENCE_S)
         except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
-            log.info("run %s was not asked: %s", resize.run_id, error)
+            log.info("run %s was not told: %s", run_id, error)
+
+
+def _divide(runs: Sequence[RunScale]) -> dict[str, Share]:
+    staying = set(_alive()) - set(draining_nodes())
+    claims = {run.run_id: claim_of(run) for run in runs}
+    return divide(runs, claims, _homes(staying), free_on_nodes(staying), time.time())
 
 
 def _controlled() -> list[str]:
@@ -126,17 +174,31 @@ def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:
     return {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
 
 
+def whole_nodes() -> list[Resources]:
+    """What each node would have free if nothing ran there."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def may_grow() -> bool:
+    """Whether something may add nodes by itself. Where nothing does, Ray names a node's type after the node."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = (*status.active_nodes, *status.idle_nodes, *status.pending_nodes)
+    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
+
+
 def _alive() -> list[str]:
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["NodeID"] for node in nodes if node["Alive"]]
 
 
-def _placed(nodes: set[str]) -> dict[str, int]:
-    """How many workers of each run have a place on one of these nodes; Ray reserves it before the worker starts."""
-    placed: dict[str, int] = {}
+def _homes(nodes: set[str]) -> dict[str, list[str]]:
+    """Which of these nodes each run's workers have their places on, oldest first; Ray reserves them before a worker
+    starts."""
+    placed: dict[str, list[tuple[int, str]]] = {}
     for group in placement_group_table().values():
-        run, is_worker, _ = group["name"].partition("/worker/")
-        homes = group["bundles_to_node_id"].values()
-        if is_worker and group["state"] == "CREATED" and nodes.issuperset(homes):
-            placed[run] = placed.get(run, 0) + 1
-    return placed
+        run, is_worker, worker = group["name"].partition("/worker/w")
+        for home in group["bundles_to_node_id"].values():
+            if is_worker and group["state"] == "CREATED" and home in nodes:
+                placed.setdefault(run, []).append((int(worker), home))
+    return {run: [home for _, home in sorted(found)] for run, found in placed.items()}

@@ -38,10 +38,11 @@ from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
 from orchestrator.policy.autoscaling import scale_of
 from orchestrator.policy.lifecycle import decide, directive_of, phase_of
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.queueing import queued
 from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, ended
 from orchestrator.protocol.messages import Finish, ResumeOrder, Target
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import Grant, RunScale
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
 
@@ -67,6 +68,8 @@ class RunController:
         self._memory = insist(lambda: RunMemory(self._run_dir, self._epoch, self._limits))
         if order is not None and order.token != self._memory.resumed_by:
             insist(lambda: self._resume(order))
+        elif "submitted" not in self._memory.times:
+            insist(lambda: self._memory.decided(queued(self._memory.state, time.time()), []))
         self._threads = max(1, (os.cpu_count() or 1) // self._limits.initial_workers)
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
@@ -83,7 +86,8 @@ class RunController:
 
     def _resume(self, order: ResumeOrder) -> None:
         decision = resumed(self._limits, self._memory.state, order)
-        self._memory.decided(decision.state, [a for a in decision.actions if isinstance(a, Note)])
+        notes = [action for action in decision.actions if isinstance(action, Note)]
+        self._memory.decided(queued(decision.state, time.time()), notes)
         leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch)
         (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its former end
 
@@ -125,7 +129,12 @@ class RunController:
         state = self._memory.state
         if state.outcome is not None:
             return None
-        return scale_of(self._limits, state, self._observe(verifies=False), self._crew.request)
+        submitted_s = self._memory.times.get("submitted", 0.0)
+        return scale_of(self._limits, state, self._observe(verifies=False), self._crew.request, submitted_s)
+
+    def grant(self, grant: Grant) -> None:
+        """Hear what the Scheduler lets the run hold. Returns when it is written down; raises NotFinished."""
+        self._wishes.granted(grant)
 
     def stage(self, name: str, reason: str) -> Target:
         """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.
@@ -263,6 +272,7 @@ class RunController:
             store_address=self._facilities.store.address,
             faults=(*self._faults, *self._facilities.faults),
             draining=self._drains.nodes,
+            grant=self._wishes.grant,
         )
 
     def _warm(self) -> None:

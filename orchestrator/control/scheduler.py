@@ -15,7 +15,7 @@ import ray
 from ray.experimental import internal_kv
 
 from orchestrator.checkpoint.read import read_manifest
-from orchestrator.control.autoscaler import Autoscaler, free_on_nodes
+from orchestrator.control.autoscaler import Autoscaler, free_on_nodes, may_grow, whole_nodes
 from orchestrator.control.calls import ask
 from orchestrator.control.crew import request_of
 from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
@@ -30,6 +30,7 @@ from orchestrator.policy.capacity import places
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
+from orchestrator.protocol.scaling import RunScale
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult
 from orchestrator.spec.autoscale import MANUAL
@@ -56,50 +57,52 @@ class Scheduler:
 
     def __init__(self) -> None:
         self._submitting = threading.Lock()
-        Autoscaler().start()
+        self._autoscaler = Autoscaler()
+        self._autoscaler.start()
 
     def submit(
-        self, job_json: str, run_id: str, run_dir: str, job_text: str, wait: bool = False, parts: Parts | None = None
+        self, job_json: str, run_id: str, run_dir: str, job_text: str, wait: bool = True, parts: Parts | None = None
     ) -> str:
-        """Start a run: write its job into run storage and give it a controller.
+        """Put a run into the queue: write its job into run storage and give it a controller. It starts when it has
+        its place.
 
         Args:
             job_json: the resolved `JobSpec`.
             run_dir: the run's directory in run storage, absolute; made here.
             job_text: the job file as the user wrote it.
-            wait: submit even if the cluster has no room now; the run starts when it has.
+            wait: even if it would have to wait for room.
             parts: other classes than the product's, for tests.
 
         Raises:
             NameTaken: the cluster or the storage has a run of this name.
-            JobDoesNotFit: the cluster has no room for the first workers.
+            JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
             StorageError: the run's directory can't be written.
         """
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
             self._refuse_taken(run_id, directory)
-            if not wait:
-                self._refuse_unfit(job, job.workers.initial)
+            self._refuse_unfit(run_id, job, job.workers.min, job.workers.initial, wait)
             write_job(directory, job_json, job_text)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts())
+        self._autoscaler.stir()
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
 
     def resume(
-        self, run_id: str, run_dir: str, order: ResumeOrder, wait: bool = False, parts: Parts | None = None
+        self, run_id: str, run_dir: str, order: ResumeOrder, wait: bool = True, parts: Parts | None = None
     ) -> str:
         """Give a run that has ended, or has lost its cluster, a controller again.
 
         Args:
             run_dir: the run's directory in run storage, absolute.
-            wait: resume even if the cluster has no room now.
+            wait: even if it would have to wait for room.
 
         Raises:
             NotFound: the directory holds no run.
             UsageError: the run goes on, or has done all its steps, or may not have so many workers, or compresses its
                 gradients otherwise than when it wrote the checkpoint.
-            JobDoesNotFit: the cluster has no room for its workers.
+            JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
         directory = Path(run_dir)
         with self._submitting:
@@ -123,12 +126,10 @@ class Scheduler:
                 limits.check_size(order.workers)
             memory = Recollection(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.wish, done)
-            if not wait:
-                pinned = order.workers is not None or (memory.state.wish is not None and memory.state.wish.by_hand)
-                finds_its_size = job.autoscale.policy != MANUAL and not pinned
-                self._refuse_unfit(job, limits.min_workers if finds_its_size else workers)
+            self._refuse_unfit(run_id, job, limits.min_workers, workers, wait)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts(), order)
+        self._autoscaler.stir()
         log.info("run %s: resumed after step %d", run_id, done - 1)
         return run_id
 
@@ -159,6 +160,7 @@ class Scheduler:
         """Want another number of workers; None leaves it to the job's `autoscale`. Raises UsageError out of min..max,
         or if the run has ended; NotFound."""
         target: Target = self._wish(run_id, "scale", workers, reason)
+        self._autoscaler.stir()
         return target
 
     def stage(self, run_id: str, name: str, reason: str = "asked for") -> Target:
@@ -222,15 +224,37 @@ class Scheduler:
         if newest_epoch(directory) > 0 or (directory / "job.json").exists():
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
-    def _refuse_unfit(self, job: JobSpec, workers: int) -> None:
+    def _refuse_unfit(self, run_id: str, job: JobSpec, least: int, wanted: int, wait: bool) -> None:
+        """Raise JobDoesNotFit for a run that could never have its least, or, unless it may wait, has no room now."""
         request = request_of(job.resources)
+        whole = whole_nodes()
+        if places(whole, request) < least and not may_grow():
+            raise JobDoesNotFit(
+                f"{least} workers of {_amounts(request)} is the least that {run_id} may have; the cluster has room for "
+                f"{places(whole, request)} if nothing else runs: its nodes have "
+                + "; ".join(_amounts(node) for node in whole),
+                remedy="Ask for less, or add nodes to the cluster first.",
+                unchanged="Nothing was started.",
+            )
+        newcomer = RunScale(
+            run_id,
+            MANUAL,
+            request,
+            wanted,
+            least,
+            wanted,
+            priority=job.priority,
+            submitted_s=time.time(),
+            queued_s=time.time(),
+        )
         deadline_s = time.monotonic() + SETTLE_S
-        while places(free := list(free_on_nodes().values()), request) < workers:
+        while not wait and not (share := self._autoscaler.share_of(newcomer)).places:
             if time.monotonic() > deadline_s:
+                free = list(free_on_nodes().values())
                 raise JobDoesNotFit(
-                    f"{workers} workers of {_amounts(request)} asked for; the cluster has room for "
-                    f"{places(free, request)}: free are " + "; ".join(_amounts(node) for node in free),
-                    remedy="End a run, ask for less, or wait for room with --timeout.",
+                    f"{run_id} would have to wait: {share.grant.why} of {_amounts(request)}; free are "
+                    + "; ".join(_amounts(node) for node in free),
+                    remedy="Leave --timeout out and it waits in the queue, or give it a higher priority or less.",
                     unchanged="Nothing was started.",
                 )
             time.sleep(0.2)

@@ -7,6 +7,7 @@ from orchestrator.control.crew import Inbox
 from orchestrator.control.memory import RunMemory
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.protocol.messages import Finish, Target
+from orchestrator.protocol.scaling import Grant
 
 PATIENCE_S = 10.0
 LATER = "Look at its status, and try again in a moment."
@@ -30,6 +31,7 @@ class Wishes:
         self._run_id, self._memory, self._inbox = run_id, memory, inbox
         self._turned = threading.Condition()
         self.newest = memory.state.target
+        self.grant = memory.state.grant
 
     def aim(
         self,
@@ -62,6 +64,18 @@ class Wishes:
                 why = self._memory.trouble or "it is busy"
                 raise NotFinished(f"run {self._run_id} has not written the wish down yet: {why}", remedy=LATER)
             return target
+
+    def granted(self, grant: Grant) -> None:
+        """Hear what the Scheduler lets the run hold. Returns when it is written down.
+
+        Raises:
+            NotFinished: it was not written down in time.
+        """
+        with self._turned:
+            self.grant = grant
+            self._inbox.put(None)
+            if not self._turned.wait_for(lambda: self._memory.state.grant == self.grant, PATIENCE_S):
+                raise NotFinished(f"run {self._run_id} has not written down what it is granted", remedy=LATER)
 
     def turned(self) -> None:
         """A turn has ended: what was wanted before it is written down, if it could be."""

@@ -2,22 +2,21 @@
 
     RunState, Observation -> scale_of -> RunScale -> decide_sizes -> a wish for each run that is to change
 
-Runs are served in the order in which they are given, and no run gets a place that another one is to have already. A
-run is made smaller once there has been no room for it for a while, or its stage wants fewer; it is made larger only
-when it is steady and has rested. With `throughput` it grows by one worker at a time, while the last one has added
-enough and the time saved is more than a rescale costs. A worker that turns out to add too little goes again, and no
-more than that many are tried until the stage changes.
+How a cluster is divided among runs is `sharing`'s; here a run that finds its size wants what it gets there. It is made
+larger only when it is steady and has rested, and smaller where its stage wants fewer. With `throughput` it grows by one
+worker at a time, while the last one has added enough and the time saved is more than a rescale costs. A worker that
+turns out to add too little goes again, and no more than that many are tried until the stage changes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from orchestrator.policy.capacity import places, without
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, typical_step_s
 from orchestrator.policy.run_state import Observation, RunState
 from orchestrator.policy.schedule import wanted_size
+from orchestrator.policy.sharing import Share
 from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.scaling import RunScale
@@ -26,24 +25,23 @@ from orchestrator.spec.autoscale import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 MIN_STEPS = 12  # of a size, before its speed is known
 STALL_S = 1.0  # what a rescale is taken to cost before one was seen
 NOISE = 0.03  # of a speed: what it may be wrong by, where that takes a worker away
-FREED_S = 5.0  # what a lost worker has freed is counted as free within this
-START_S = 120.0  # a run that has not begun waits this long for nodes, before it begins with fewer workers
 
 Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Resize:
-    """A run is to have another size, if that has been decided again and again for `patience_s`."""
+    """A run is to have another size."""
 
     run_id: str
     workers: int
     why: str
-    patience_s: float = 0.0
 
 
-def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Resources) -> RunScale:
-    """What decides over the run's size, out of its state."""
+def scale_of(
+    limits: RunLimits, state: RunState, seen: Observation, request: Resources, submitted_s: float = 0.0
+) -> RunScale:
+    """What decides over the run's size, out of its state. `submitted_s`: `time.time()` then."""
     spec, progress = limits.autoscale, seen.progress
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     least, most = bounds(limits, progress.stage)
@@ -62,7 +60,10 @@ def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Res
         most=most,
         standby=limits.standby + is_to_be_replaced(limits, state),
         min_gain=spec.min_gain,
-        is_steady=trains and state.next is None and not state.is_ending and len(state.members) == wanted,
+        is_steady=trains
+        and state.next is None
+        and not state.is_ending
+        and len(state.members) == state.grant.of(wanted),
         has_begun=state.current is not None,
         is_pinned=(state.wish is not None and state.wish.by_hand) or state.is_ending,
         rests=grown_s is not None and seen.now_s - grown_s < spec.cooldown_s,
@@ -70,6 +71,11 @@ def scale_of(limits: RunLimits, state: RunState, seen: Observation, request: Res
         stall_s=max(stalls, default=STALL_S),
         left_s=None if step_s is None else step_s * (limits.steps - 1 - seen.step),
         avoid=state.quarantine,
+        priority=limits.priority,
+        submitted_s=submitted_s,
+        grant=state.grant,
+        queued_s=state.queued_s,
+        admitted_s=state.admitted_s,
     )
 
 
@@ -99,69 +105,40 @@ def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
     return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
 
 
-def decide_sizes(
-    runs: Sequence[RunScale], placed: Mapping[str, int], free: Mapping[str, Resources]
-) -> tuple[Resize, ...]:
-    """The runs that are to change, and to what.
-
-    Args:
-        placed: workers of each run that have a place on a node that stays.
-        free: what is free on each node that stays.
-    """
-    decided: list[Resize] = []
-    for number, run in enumerate(runs):
-        # Those before it, and those who don't give way, come first; it grows only into what nobody else is to have.
-        first = [r for i, r in enumerate(runs) if i != number and (i < number or r.policy == MANUAL or r.is_pinned)]
-        others = [r for i, r in enumerate(runs) if i != number]
-        sure, left = (_room(run, placed, _set_aside(who, placed, free)) for who in (first, others))
-        resize = _decide(run, sure, left)
-        if resize is not None:
-            decided.append(resize)
-            free = without(free, run.request, resize.workers - max(run.wanted, placed.get(run.run_id, 0)))
-    return tuple(decided)
+def decide_sizes(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[Resize, ...]:
+    """The runs that are to change, and to what, given what each gets of the cluster."""
+    found = (_decide(run, shares[run.run_id]) for run in runs)
+    return tuple(resize for resize in found if resize is not None)
 
 
-def _set_aside(
-    runs: Sequence[RunScale], placed: Mapping[str, int], free: Mapping[str, Resources]
-) -> Mapping[str, Resources]:
-    """What is free once these runs have all that they are to have."""
-    for run in runs:
-        free = without(free, run.request, run.wanted + run.standby - placed.get(run.run_id, 0))
-    return free
-
-
-def _room(run: RunScale, placed: Mapping[str, int], free: Mapping[str, Resources]) -> int:
-    """How many workers it could have, standbys included."""
-    usable = [amounts for node, amounts in free.items() if node not in run.avoid]
-    return placed.get(run.run_id, 0) + places(usable, run.request)
+def claim_of(run: RunScale) -> int:
+    """How many workers it would have if there were room, standbys included."""
+    grows = run.policy == AVAILABLE and not run.is_pinned
+    return max(run.least, (max(run.wanted, run.most) if grows else _hoped(run)) + run.standby)
 
 
 def demand(runs: Sequence[RunScale]) -> tuple[Resources, ...]:
     """What Ray's autoscaler is asked to have room for, one entry per worker: those that runs are to have, and those
-    that they would have if there were room. Nothing where no run leaves its size open: Ray sees whoever waits for a
-    place by itself, and what others have asked it for is left alone."""
-    if all(run.policy == MANUAL for run in runs):
+    that they would have if there were room. Nothing where no run leaves its size open or lacks anything: Ray sees
+    whoever waits for a place by itself, and what others have asked it for is left alone."""
+    if all(run.policy == MANUAL and run.grant.workers is None for run in runs):
         return ()
     return tuple(run.request for run in runs for _ in range(_hoped(run) + run.standby))
 
 
-def _decide(run: RunScale, sure: int, left: int) -> Resize | None:
-    """Args: room for workers and standbys, `sure` whatever happens, and `left` once all others have what they want."""
-    if run.policy == MANUAL or run.is_pinned:
+def _decide(run: RunScale, share: Share) -> Resize | None:
+    if run.policy == MANUAL or run.is_pinned or run.queued_s is not None:
         return None
     if run.wanted > run.most and run.is_steady:
         return Resize(run.run_id, run.most, f"no more than {run.most} are wanted now")
     if run.wanted < run.least and not run.rests:
         return Resize(run.run_id, run.least, f"at least {run.least} are wanted now")
-    if sure < run.wanted and run.wanted > run.least:
-        patience_s = FREED_S if run.has_begun else START_S
-        return Resize(run.run_id, max(run.least, sure), f"there is room for {max(0, sure)}", patience_s)
     gain = _gain_of(run.speeds, run.wanted, NOISE)
     is_measured = run.policy == THROUGHPUT and run.is_steady and not run.rests and run.wanted > run.least
     if is_measured and gain is not None and gain < run.min_gain:
         return Resize(run.run_id, run.wanted - 1, f"the last worker added {gain:.2f} of what each had done, at most")
-    room = left - run.standby
-    if not run.is_steady or run.rests or min(room, run.most) <= run.wanted:
+    room = share.places - run.standby
+    if run.grant.workers is not None or not run.is_steady or run.rests or min(room, run.most) <= run.wanted:
         return None
     if run.policy in (AVAILABLE, STAGE):
         return Resize(run.run_id, min(room, run.most), f"there is room for {room}")

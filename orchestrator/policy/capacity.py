@@ -7,15 +7,3 @@ def places(free: Sequence[Mapping[str, float]], request: Mapping[str, float]) ->
     """How many workers of `request` fit, given what is free on each node."""
     wanted = {name: amount for name, amount in request.items() if amount > 0}
     return sum(int(min(node.get(name, 0.0) / amount + 1e-9 for name, amount in wanted.items())) for node in free)
-
-
-def without(
-    free: Mapping[str, Mapping[str, float]], request: Mapping[str, float], workers: int
-) -> dict[str, Mapping[str, float]]:
-    """What is left on each node once so many workers of `request`, or as many as fit, have a place there."""
-    left: dict[str, Mapping[str, float]] = {}
-    for node, amounts in free.items():
-        taken = min(max(0, workers), places([amounts], request))
-        workers -= taken
-        left[node] = {name: amount - taken * request.get(name, 0.0) for name, amount in amounts.items()}
-    return left

@@ -78,7 +78,8 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if state.is_ending and not state.is_recovering:
         return Decision(state)
     leaving = leavers(state, seen)
-    wanted = workers_to_hold(limits, state.wish, seen.step + 1) + is_to_be_replaced(limits, state)
+    wanted = workers_to_hold(limits, state.wish, seen.step + 1, state.grant)
+    wanted = state.grant.of(wanted + is_to_be_replaced(limits, state))
     if state.is_ending:
         wanted = limits.min_workers
     missing = wanted - (len(state.crew) - len(leaving))

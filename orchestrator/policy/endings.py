@@ -5,6 +5,7 @@ from dataclasses import replace
 from orchestrator.policy.crew import traceback_of, why_gone
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import MAX_FAILED_MOVES
+from orchestrator.policy.queueing import suspended
 from orchestrator.policy.run_state import USER_ERROR, Commit, Decision, Observation, RunState, ended
 from orchestrator.protocol.messages import Finish, Phase, ShardWritten
 from orchestrator.protocol.status import RunPhase
@@ -31,6 +32,7 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Turn a wish to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
+    A preempted run stops in the same way, to go on later.
 
     Behind a raised fence the move is finished first: it can't be called back.
     """
@@ -38,9 +40,10 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         outcome = OUTCOMES[state.target.finish]
         done = f"after step {state.restore.step}" if state.restore else "before the first step"
         return ended(state, outcome, state.target.reason or f"{outcome} {done}")
-    if state.target.finish is Finish.NO or state.finish is not Finish.NO or state.fence is not None:
+    asked = Finish.PAUSE if state.is_preempted and state.target.finish is Finish.NO else state.target.finish
+    if asked is Finish.NO or state.finish is not Finish.NO or state.fence is not None:
         return Decision(state)
-    return Decision(replace(state, finish=state.target.finish, next=None, next_first_step=None, next_why=""))
+    return Decision(replace(state, finish=asked, next=None, next_first_step=None, next_why=""))
 
 
 def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -65,10 +68,12 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     if last_step + 1 >= limits.steps:
         return ended(state, RunPhase.SUCCEEDED, f"all {limits.steps} steps are done")
-    if state.finish is not Finish.NO:
-        outcome = OUTCOMES[state.finish]
+    if state.target.finish is not Finish.NO:
+        outcome = OUTCOMES[state.target.finish]
         why = state.target.reason or str(outcome)
         return ended(state, outcome, f"{why}, after {last_step + 1} of {limits.steps} steps")
+    if state.finish is not Finish.NO:
+        return suspended(state, seen)
     return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps}, unasked")
 
 

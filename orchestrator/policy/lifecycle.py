@@ -4,6 +4,7 @@
     rescale  warm standbys -> plan g+1 -> all connected -> fence -> all READY -> activate
     mend     a newcomer is lost on the way -> the old world goes on, or is rebuilt from its own shards
     recover  a member is lost -> all stop -> plan g+1 from what the survivors hold -> all READY -> activate
+    preempt  all FINISHED, checkpoint marked -> nobody in the crew, waits in the queue -> start from the checkpoint
     end      all FINISHED, last checkpoint marked -> succeeded or cancelled
 
 The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.crew` exists
@@ -24,18 +25,21 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.losses import bury_members, hear_errors, notice_loss, restart_first
 from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
 from orchestrator.policy.planning_moves import warm_standbys
+from orchestrator.policy.queueing import heed_grant
 from orchestrator.policy.recovery import recover
 from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.policy.stages import decide_stages
 from orchestrator.policy.stragglers import watch_stragglers
 from orchestrator.protocol.messages import Directive, Finish, Phase, Target
+from orchestrator.protocol.scaling import UNLIMITED
 from orchestrator.protocol.status import RunPhase
 
 Rule = Callable[[RunLimits, RunState, Observation], Decision]
 
 RULES: tuple[Rule, ...] = (
     heed_target,
+    heed_grant,
     watch_drains,
     fail_run,
     measure_stalls,
@@ -105,7 +109,9 @@ def phase_of(state: RunState, seen: Observation) -> RunPhase:
     if state.is_recovering or (state.current is None and state.recovery is not None):
         return RunPhase.RECOVERING
     if state.current is None:
-        return RunPhase.STARTING
+        return RunPhase.QUEUED if state.grant.workers == 0 else RunPhase.STARTING
+    if state.is_preempted:
+        return RunPhase.RESCALING
     if state.finish is not Finish.NO or all(seen.phase(w) is Phase.FINISHED for w in state.members):
         return RunPhase.FINISHING
     stopped = (Phase.MOVING, Phase.READY, Phase.STRANDED)
@@ -118,6 +124,8 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     """One sentence: what the run waits for, or how it ended."""
     if state.outcome is not None:
         return state.why
+    if state.is_preempted and state.target.finish is Finish.NO:
+        return f"gives its places away at the next fence, with a checkpoint: {state.grant.why}"
     if state.is_ending:
         return "ends at the next fence with a checkpoint"
     if state.is_recovering and state.next is None:
@@ -126,15 +134,19 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         return f"generation {state.next.generation} with {state.next.world.size} workers: {state.next_why}"
     if leaving := [w for w in leavers(state, seen) if w in state.members]:
         return f"{why_leaving(state, seen, leaving)}; waits for others to take over"
-    wanted = wanted_size(limits, state.wish, seen.step + 1)
+    if state.grant.workers == 0:
+        return f"waits in the queue: {state.grant.why}"
+    asked, wanted = (wanted_size(limits, state.wish, seen.step + 1, grant) for grant in (UNLIMITED, state.grant))
+    held = f", {wanted} of {asked}: {state.grant.why}" * (wanted < asked)
     missing = wanted - len(state.members) - len(warm_standbys(state, seen))
     if missing <= 0:
         slow = f"; {state.straggler} is much slower than the others" * (state.straggler in state.members)
-        return (f"as many workers train as are wanted: {wanted}" if state.current else "all workers are warm") + slow
+        trains = f"as many workers train as are {'granted' if held else 'wanted'}{held or f': {wanted}'}"
+        return (trains if state.current else "all workers are warm") + slow
     unplaced = sum(worker not in seen.reports for worker in state.crew)
     avoided = f"; nodes that get none after failures: {len(state.quarantine)}" * bool(state.quarantine)
     placed = (f"; {unplaced} have no place yet" + avoided) * bool(unplaced)
-    return f"waits for {missing} of {wanted} workers to get warm" + placed
+    return f"waits for {missing} of {wanted} workers to get warm" + placed + f"; granted{held}" * bool(held)
 
 
 def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:

@@ -46,6 +46,7 @@ class RunLimits:
     by_document: bool = False
     curriculum: CurriculumSpec | None = None
     autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
+    priority: int = 0
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -66,6 +67,7 @@ class RunLimits:
             by_document=job.data.rows == BY_DOCUMENT,
             curriculum=job.curriculum,
             autoscale=job.autoscale,
+            priority=job.priority,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

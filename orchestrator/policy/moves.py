@@ -45,7 +45,7 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         return _plan_first(limits, state, seen)
     if not can_plan(state, seen):
         return Decision(state)
-    change = next_change(limits, state.wish, len(state.members), seen.step, _horizon_steps(seen))
+    change = next_change(limits, state.wish, len(state.members), seen.step, _horizon_steps(seen), state.grant)
     if change is None and is_to_be_replaced(limits, state):
         return _plan_replacement(limits, state, seen)
     members = members_for(state, seen, change.workers) if change else None
@@ -170,9 +170,9 @@ def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
         return Decision(state)
-    size = wanted_size(limits, state.wish, seen.step + 1)
+    size = wanted_size(limits, state.wish, seen.step + 1, state.grant)
     members = warm_standbys(state, seen)[:size]
-    if len(members) < size:
+    if not size or len(members) < size:
         return Decision(state)
     world = World(state.num_generations, members)
     placement = Placement.balanced(limits.num_experts, size)
@@ -191,9 +191,15 @@ def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> 
 
 
 def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:
-    if wish_holds(limits, state.wish, seen.step + 1):
-        return state.target.reason or "asked for"
-    return "scheduled"
+    step = seen.step + 1
+    by_wish = state.wish is not None and wish_holds(limits, state.wish, step)
+    due = (
+        [state.wish.since_step] if by_wish and state.wish else [e.at_step for e in limits.schedule if e.at_step <= step]
+    )
+    is_held = wanted_size(limits, state.wish, step, state.grant) < wanted_size(limits, state.wish, step)
+    if is_held or state.granted_since > max(due, default=0):
+        return state.grant.why
+    return (state.target.reason or "asked for") if by_wish else "scheduled"
 
 
 def _horizon_steps(seen: Observation) -> int:

@@ -40,7 +40,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     cut = newest_cut(_worlds(state), _held(state, seen))
     if cut is None:
         return _fall_back(limits, state, seen)
-    wanted = wanted_size(limits, state.wish, seen.step + 1)
+    wanted = wanted_size(limits, state.wish, seen.step + 1, state.grant)
     standbys = warm_standbys(state, seen)
     leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))

@@ -83,6 +83,7 @@ class RunReport:
     Args:
         outcome: of the newest attempt.
         elapsed_s: length of all attempts together; the parts of `time` add up to it.
+        queued_s: waiting in the queue, before attempts.
         paused_s: between attempts, after a pause; `down_s` after any other end.
         goodput: share of `elapsed_s` spent computing and communicating in steps that count.
         steps: that count: not done again later, and their update was made. `wasted_steps` are the others that the
@@ -97,6 +98,7 @@ class RunReport:
     outcome: str
     attempts: tuple[Span, ...]
     elapsed_s: float
+    queued_s: float
     paused_s: float
     down_s: float
     goodput: float | None
@@ -165,6 +167,7 @@ def report_of(
         outcome=attempts[-1].outcome,
         attempts=tuple(Span(attempt.began_s, attempt.ended_s, attempt.outcome) for attempt in attempts),
         elapsed_s=elapsed_s,
+        queued_s=math.fsum(attempt.began_s - attempt.asked_s for attempt in attempts),
         paused_s=paused_s,
         down_s=down_s,
         goodput=productive_s / elapsed_s if elapsed_s else None,
@@ -214,7 +217,7 @@ def _as_known(seconds: float | None, silent: int, among: int, what: str, instead
 def _between(attempts: Sequence[Attempt]) -> tuple[float, float]:
     """Seconds between attempts: after a pause, after any other end."""
     gaps = [
-        (before.outcome == "paused", max(0.0, after.began_s - before.ended_s)) for before, after in pairwise(attempts)
+        (before.outcome == "paused", max(0.0, after.asked_s - before.ended_s)) for before, after in pairwise(attempts)
     ]
     return math.fsum(s for paused, s in gaps if paused), math.fsum(s for paused, s in gaps if not paused)
 

@@ -1,11 +1,11 @@
-"""A run that goes on from a checkpoint after it has ended or has lost its cluster."""
+"""A run that goes on from a checkpoint, after it has ended, has lost its cluster, or has given its places away."""
 
 from dataclasses import replace
 
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.run_state import Decision, Note, RunState
 from orchestrator.policy.schedule import Wish, wanted_size
-from orchestrator.protocol.messages import Finish, ResumeOrder
+from orchestrator.protocol.messages import Finish, Restore, ResumeOrder
 
 
 def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
@@ -21,25 +21,36 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
         "workers": workers,
         "residuals": "left behind" if order.restore and order.restore.reset_residuals else None,
     }
-    begun = RunState(
-        target=replace(
-            state.target,
-            seq=state.target.seq + 1,
-            workers=workers,
-            finish=Finish.NO,
-            reason="resumed",
-            stage_wishes=state.stage_wishes,
-        ),
+    target = replace(
+        state.target,
+        seq=state.target.seq + 1,
+        workers=workers,
+        finish=Finish.NO,
+        reason="resumed",
+        stage_wishes=state.stage_wishes,
+    )
+    begun = replace(begun_again(state, order.restore), target=target, wish=wish)
+    return Decision(begun, (Note("resumed", fields),))
+
+
+def begun_again(state: RunState, restore: Restore | None) -> RunState:
+    """The state with nobody in the crew and no generation, to begin from this checkpoint; None: from the seed."""
+    done = restore.step if restore else -1
+    return RunState(
+        target=state.target,
         seq=state.seq + 1,
-        wish=wish,
+        wish=state.wish,
+        grant=state.grant,
+        granted_since=state.granted_since,
+        queued_s=state.queued_s,
+        admitted_s=state.admitted_s,
         num_spawned=state.num_spawned,
         num_generations=state.num_generations,
         activated=state.activated,
         checkpoint_done=done,
         rescales=tuple(r for r in state.rescales if r.step < done),
-        restore=order.restore,
+        restore=restore,
         stages=state.stages,
         stages_version=state.stages_version + bool(state.stages),
         stage_wishes=state.stage_wishes,
     )
-    return Decision(begun, (Note("resumed", fields),))

@@ -23,6 +23,7 @@ from orchestrator.protocol.messages import (
     StoreAddress,
     Target,
 )
+from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
 from orchestrator.sampling.slots import UNSAID, SlotSize
 
@@ -73,11 +74,18 @@ class RunState:
     `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone, `leaving` workers that
     are to leave, `straggler` one that is much slower than the others. `stages` are those that were decided,
     `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
+
+    `grant` is what the Scheduler lets the run hold, heard before step `granted_since` was done. `queued_s` is since
+    when it waits for its place in the cluster, None if it doesn't, `admitted_s` when it was last given one.
     """
 
     target: Target
     seq: int = 0
     wish: Wish | None = None
+    grant: Grant = UNLIMITED
+    granted_since: int = 0
+    queued_s: float | None = None
+    admitted_s: float | None = None
     crew: tuple[str, ...] = ()
     num_spawned: int = 0
     num_generations: int = 0
@@ -124,6 +132,11 @@ class RunState:
         return any(finish is not Finish.NO for finish in (self.target.finish, self.finish))
 
     @property
+    def is_preempted(self) -> bool:
+        """It trains, and is to give all its places away."""
+        return self.grant.workers == 0 and self.current is not None
+
+    @property
     def members(self) -> tuple[str, ...]:
         return self.current.world.members if self.current else ()
 
@@ -153,6 +166,7 @@ class Observation:
     long no worker has said anything new. `store_address` is the rendezvous store's, None while there is none: no
     generation can be planned then. `faults` are things outside the workers without which the run can't go on.
     `draining` holds the cluster's nodes that will be taken away, with `time.time()` of the deadline, 0 without one.
+    `grant` is the newest one of the Scheduler.
     """
 
     epoch: int
@@ -170,6 +184,7 @@ class Observation:
     store_address: StoreAddress | None = None
     faults: tuple[str, ...] = ()
     draining: Mapping[str, float] = field(default_factory=dict)
+    grant: Grant = UNLIMITED
 
     def phase(self, worker: str) -> Phase:
         """COLD too if the worker never answered."""

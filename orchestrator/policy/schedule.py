@@ -1,11 +1,13 @@
 """Which world size is wanted at which step: the job's schedule, and wishes that came meanwhile.
 
-The newest of the two wins: a wish holds until the next scheduled change.
+The newest of the two wins: a wish holds until the next scheduled change. Neither is more than what the Scheduler
+grants the run.
 """
 
 from dataclasses import dataclass
 
 from orchestrator.policy.limits import RunLimits
+from orchestrator.protocol.scaling import UNLIMITED, Grant
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class SizeChange:
     first_step: int | None
 
 
-def wanted_size(limits: RunLimits, wish: Wish | None, step: int) -> int:
-    """How many workers should do step `step`."""
+def wanted_size(limits: RunLimits, wish: Wish | None, step: int, grant: Grant = UNLIMITED) -> int:
+    """How many workers should do step `step`; 0 while the run waits for its place in the cluster."""
     if wish is not None and wish_holds(limits, wish, step):
-        return wish.workers
+        return grant.of(wish.workers)
     due = [entry.workers for entry in limits.schedule if entry.at_step <= step]
-    return due[-1] if due else limits.initial_workers
+    return grant.of(due[-1] if due else limits.initial_workers)
 
 
 def wish_holds(limits: RunLimits, wish: Wish | None, step: int) -> bool:
@@ -45,7 +47,9 @@ def wish_holds(limits: RunLimits, wish: Wish | None, step: int) -> bool:
     return wish is not None and not any(wish.since_step < entry.at_step <= step for entry in limits.schedule)
 
 
-def next_change(limits: RunLimits, wish: Wish | None, size: int, step: int, horizon_steps: int) -> SizeChange | None:
+def next_change(
+    limits: RunLimits, wish: Wish | None, size: int, step: int, horizon_steps: int, grant: Grant = UNLIMITED
+) -> SizeChange | None:
     """The change to prepare now, given a world of `size` that has finished `step`; None if there is none.
 
     A scheduled change is prepared when it is at most `horizon_steps` away: earlier, its half-made generation would
@@ -53,10 +57,11 @@ def next_change(limits: RunLimits, wish: Wish | None, size: int, step: int, hori
     """
     if step + 1 >= limits.steps:
         return None
-    wanted = wanted_size(limits, wish, step + 1)
+    wanted = wanted_size(limits, wish, step + 1, grant)
     if wanted != size:
         return SizeChange(wanted, None)
     for entry in limits.schedule:
-        if step + 1 < entry.at_step <= step + 1 + horizon_steps and entry.workers != size:
-            return SizeChange(entry.workers, entry.at_step)
+        coming = grant.of(entry.workers)
+        if step + 1 < entry.at_step <= step + 1 + horizon_steps and coming != size:
+            return SizeChange(coming, entry.at_step)
     return None

@@ -39,7 +39,7 @@ MEANINGS = {
     Use.PROTECTION: "of these steps, waits for a snapshot to be with its buddy",
     Use.BETWEEN: "from a vote to the next step of the same world: copies for checkpoints and snapshots begin",
     Use.WASTED: "steps that were done again after a checkpoint, or whose update was left out",
-    Use.START: "from submission or the order to go on to the first step: room, data, warm workers, first engines",
+    Use.START: "from when it was let in to the first step: data, warm workers, first engines",
     Use.DETECT: "from the last step that counts to the end of its generation; what was computed since is in it",
     Use.RENDEZVOUS: "stopping, waiting for enough workers, planning, connecting, activating",
     Use.TRANSFER: "state on its way between workers, and its digests",

@@ -7,8 +7,10 @@ from orchestrator.protocol.traffic import Traffic
 
 
 class RunPhase(StrEnum):
-    """Where a run is in its life. The last four hold nothing of a cluster any more; `resume` leads out of three."""
+    """Where a run is in its life. One that is queued holds no worker yet, or none any more. The last four hold nothing
+    of a cluster any more; `resume` leads out of three."""
 
+    QUEUED = "queued"
     STARTING = "starting"
     TRAINING = "training"
     RESCALING = "rescaling"
@@ -103,6 +105,7 @@ class RunStatus:
     recoveries: tuple[Recovery, ...] = ()
     stage: str = ""  # of the curriculum; empty without one
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
+    priority: int = 0
 
     @property
     def last_rescale(self) -> Rescale | None:

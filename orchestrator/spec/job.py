@@ -178,6 +178,13 @@ class JobSpec(Section):
     workers: Workers = Field(
         default=WorkersSpec(), description='Number of workers: 2, a range "2..4", or a mapping. Default: 1.'
     )
+    priority: int = Field(
+        default=0,
+        ge=-100,
+        le=100,
+        description="Who gets places first when several runs share a cluster: a higher one shrinks lower ones to their "
+        "workers.min, and pauses them where that is not enough.",
+    )
     autoscale: AutoscaleSpec = Field(
         default=AutoscaleSpec(), description="Whether and how the number of workers changes by itself."
     )

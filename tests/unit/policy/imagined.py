@@ -30,6 +30,7 @@ from orchestrator.protocol.messages import (
     Target,
     WorkerError,
 )
+from orchestrator.protocol.scaling import UNLIMITED, Grant
 
 FIRST_STORE = StoreAddress("10.0.0.1", 1)
 
@@ -95,6 +96,7 @@ class Life:
     slow: dict[str, float] = field(default_factory=dict)  # times the others' time for a step
     store: StoreAddress | None = FIRST_STORE
     measured: Callable[[str, GenerationPlan], SlotMemory] | None = None  # what a worker says its slots take
+    grant: Grant = UNLIMITED
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +118,7 @@ class Life:
             restorable=Restore(self.committed, f"step-{self.committed}") if self.committed >= 0 else None,
             store_address=self.store,
             draining=dict(self.draining),
+            grant=self.grant,
         )
         return replace(plain, **changes)  # type: ignore[arg-type]
 

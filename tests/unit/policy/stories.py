@@ -45,6 +45,20 @@ class Story:
         self.now_s += warm_s
         self.activate(workers)
 
+    def wait(self, seconds: float) -> None:
+        """In the queue, until it is let in."""
+        self.tell("queued", why="there is no room for 1 worker")
+        self.now_s += seconds
+        self.tell("admitted", workers=None, wanted=2, why="there is room for all 2", waited_s=seconds)
+
+    def give_way(self, queued_s: float, workers: int) -> None:
+        """All places are given away, with a checkpoint, and come back."""
+        self.tell("preempted", workers=0, wanted=workers, why="high needs its places", step=self.step - 1)
+        self.now_s += 0.5
+        self.tell("suspended", step=self.step - 1, checkpoint="somewhere")
+        self.wait(queued_s)
+        self._begin(workers, 8.0)
+
     def activate(self, workers: int, **took: float) -> None:
         self.generation += 1
         self.members = self.crew[:workers]

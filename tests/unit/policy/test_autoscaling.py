@@ -1,27 +1,26 @@
 """How many workers runs get, from what is free, what their stage names and what they were measured to gain."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from orchestrator.policy.autoscaling import (
-    FREED_S,
     MIN_STEPS,
-    START_S,
-    Resize,
     bounds,
+    claim_of,
     decide_sizes,
     demand,
     scale_of,
     speeds,
 )
-from orchestrator.policy.capacity import places, without
 from orchestrator.policy.crew import heed_target
 from orchestrator.policy.progress import Progress, absorb
 from orchestrator.policy.schedule import Wish
+from orchestrator.policy.sharing import Share, divide
 from orchestrator.protocol.messages import StepRecord, Target
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import UNLIMITED, Grant, RunScale
 from orchestrator.spec.autoscale import AutoscaleSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from tests.unit.policy.imagined import Life, limits_of, record
@@ -34,32 +33,56 @@ def _run(**changes: Any) -> RunScale:
     return replace(plain, **changes)
 
 
+def _shares(runs: Sequence[RunScale], homes: dict[str, int], free: dict[str, dict[str, float]]) -> dict[str, Share]:
+    """Args: how many workers of each run are placed, on no node that is free."""
+    claims = {run.run_id: claim_of(run) for run in runs}
+    return divide(runs, claims, {run: ["elsewhere"] * n for run, n in homes.items()}, free, 0.0)
+
+
 def _decide(run: RunScale, free: float, placed: int | None = None) -> tuple[int, str] | None:
     """With `free` processors free, and as many workers placed as are wanted unless told."""
-    found = decide_sizes([run], {"run": run.wanted if placed is None else placed}, {"node": {"CPU": free}})
+    homes = {"run": run.wanted + run.standby if placed is None else placed}
+    found = decide_sizes([run], _shares([run], homes, {"node": {"CPU": free}}))
     return (found[0].workers, found[0].why) if found else None
+
+
+def _changes(
+    runs: Sequence[RunScale], homes: dict[str, int], free: dict[str, dict[str, float]]
+) -> list[tuple[str, int]]:
+    return [(resize.run_id, resize.workers) for resize in decide_sizes(runs, _shares(runs, homes, free))]
 
 
 def test_what_is_free_is_used_up_to_the_most() -> None:
     assert _decide(_run(), 0.0) is None
     assert _decide(_run(), 1.0) == (3, "there is room for 3")
-    assert _decide(_run(), 9.0) == (4, "there is room for 11")
+    assert _decide(_run(), 9.0) == (4, "there is room for 4")
     assert _decide(_run(wanted=4), 9.0) is None
-    assert _decide(_run(standby=1), 1.0, placed=3) == (3, "there is room for 3")
-    assert _decide(_run(standby=1), 0.0, placed=3) is None
+    assert _decide(_run(standby=1), 1.0) == (3, "there is room for 3")
+    assert _decide(_run(standby=1), 0.0) is None
 
 
-@pytest.mark.parametrize("changes", [{"is_steady": False}, {"rests": True}, {"is_pinned": True}, {"policy": "manual"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_steady": False},
+        {"rests": True},
+        {"is_pinned": True},
+        {"policy": "manual"},
+        {"queued_s": 0.0},
+        {"grant": Grant(2)},
+    ],
+)
 def test_a_run_grows_only_when_it_may(changes: dict[str, Any]) -> None:
     assert _decide(_run(**changes), 9.0) is None
 
 
 def test_workers_that_have_no_place_are_not_waited_for() -> None:
-    assert _decide(_run(wanted=4, is_steady=False, rests=True), 0.0, placed=2) == (2, "there is room for 2")
-    assert _decide(_run(wanted=4, is_steady=False), 1.0, placed=2) == (3, "there is room for 3")
-    assert _decide(_run(wanted=4, is_steady=False, least=3), 0.0, placed=1) == (3, "there is room for 1")
-    assert _decide(_run(wanted=3, least=3), 0.0, placed=1) is None  # fewer it may not have
-    assert _decide(_run(wanted=4, is_pinned=True), 0.0, placed=2) is None
+    """What a run wants stays; it is held to what there is."""
+    run = _run(wanted=4, is_steady=False, rests=True)
+    shares = _shares([run], {"run": 2}, {})
+    assert shares["run"] == Share(2, Grant(2, "there is room for 2")) and decide_sizes([run], shares) == ()
+    fewest = _shares([_run(wanted=4, least=3)], {"run": 1}, {})
+    assert fewest["run"].grant.workers == 3  # fewer it may not have
 
 
 def test_a_stage_bounds_the_size_at_once() -> None:
@@ -68,45 +91,36 @@ def test_a_stage_bounds_the_size_at_once() -> None:
 
 
 def test_the_first_run_is_served_first() -> None:
-    runs = [_run(run_id="a"), _run(run_id="b", request={"CPU": 2.0})]
-    assert decide_sizes(runs, {"a": 2, "b": 2}, {"node": {"CPU": 3.0}}) == (Resize("a", 4, "there is room for 5"),)
-    assert decide_sizes(runs, {"a": 2, "b": 2}, {"node": {"CPU": 4.0}})[1:] == (Resize("b", 3, "there is room for 3"),)
-
-
-def test_room_that_was_given_away_is_gone_from_its_node() -> None:
-    nodes = {"a": {"CPU": 2.0, "memory": 10.0}, "b": {"CPU": 1.0}}
-    left = without(nodes, CPU, 2)
-    assert left == {"a": {"CPU": 0.0, "memory": 10.0}, "b": {"CPU": 1.0}} and places(list(left.values()), CPU) == 1
-    assert without(nodes, CPU, -3) == nodes
-    assert places(list(without(nodes, CPU, 9).values()), CPU) == 0
+    runs = [_run(run_id="a"), _run(run_id="b", request={"CPU": 2.0}, submitted_s=1.0)]
+    assert _changes(runs, {"a": 2, "b": 2}, {"node": {"CPU": 3.0}}) == [("a", 4)]
+    assert _changes(runs, {"a": 2, "b": 2}, {"node": {"CPU": 4.0}}) == [("a", 4), ("b", 3)]
+    assert _changes([runs[0], replace(runs[1], priority=1)], {"a": 2, "b": 2}, {"node": {"CPU": 3.0}}) == [
+        ("a", 3),
+        ("b", 3),
+    ]
 
 
 def test_nodes_on_which_a_run_puts_nobody_have_no_room_for_it() -> None:
     free = {"good": {"CPU": 1.0}, "bad": {"CPU": 1.0}}
     runs = [_run(run_id="a", avoid=("bad",)), _run(run_id="b")]
-    placed = {"a": 2, "b": 2}
-    assert [(r.run_id, r.workers) for r in decide_sizes(runs, placed, free)] == [("a", 3), ("b", 3)]
-    assert decide_sizes(runs[:1], placed, {"bad": {"CPU": 1.0}}) == ()
+    homes = {"a": 2, "b": 2}
+    assert _changes(runs, homes, free) == [("a", 3), ("b", 3)]
+    assert _changes(runs[:1], homes, {"bad": {"CPU": 1.0}}) == []
 
 
 def test_a_place_that_another_run_is_to_have_is_not_free() -> None:
     """Whoever has lost a worker, or waits for its first ones, gets its places before another one grows."""
     free = {"node": {"CPU": 1.0}}
     for policy in ("manual", "available"):
-        runs = [_run(run_id="a"), _run(run_id="b", policy=policy, wanted=3, is_steady=False)]
-        assert decide_sizes(runs, {"a": 2, "b": 2}, free) == ()
-        assert decide_sizes(runs, {"a": 2, "b": 3}, free) == (Resize("a", 3, "there is room for 3"),)
-
-
-def test_a_lack_of_room_has_to_last() -> None:
-    """What a lost worker has freed is counted late, and a run that has not begun waits for nodes that may come."""
-    (lost,) = decide_sizes([_run(wanted=3, is_steady=False)], {"run": 2}, {})
-    (begins,) = decide_sizes([_run(wanted=3, is_steady=False, has_begun=False)], {"run": 2}, {})
-    assert (lost.workers, lost.patience_s, begins.patience_s) == (2, FREED_S, START_S)
+        runs = [_run(run_id="a"), _run(run_id="b", policy=policy, wanted=3, most=3, is_steady=False, submitted_s=1.0)]
+        assert _changes(runs, {"a": 2, "b": 2}, free) == []
+        assert _changes(runs, {"a": 2, "b": 3}, free) == [("a", 3)]
 
 
 def test_a_member_is_not_given_up_for_a_standby() -> None:
-    assert decide_sizes([_run(standby=1)], {"run": 2}, {}) == ()
+    run = _run(standby=1)
+    shares = _shares([run], {"run": 2}, {})
+    assert shares["run"].grant.of(run.wanted) == 2 and decide_sizes([run], shares) == ()
 
 
 # -- by throughput ---------------------------------------------------------------------------------------------------
@@ -162,6 +176,7 @@ def test_what_others_have_asked_for_is_left_alone_where_no_run_leaves_its_size_o
     by_hand = _run(policy="manual", wanted=3)
     assert demand([]) == demand([by_hand]) == ()
     assert demand([by_hand, _run()]) == (CPU,) * 5  # all that there is to be room for
+    assert demand([replace(by_hand, grant=Grant(1))]) == (CPU,) * 3  # it waits for more, and Ray doesn't see that
 
 
 # -- what is known of a run ------------------------------------------------------------------------------------------
@@ -230,7 +245,7 @@ def test_an_ending_run_is_left_alone() -> None:
     life.holds_still = True
     life.cancel()
     life.tick()
-    assert decide_sizes([_scale(life)], {"run": 1}, {}) == ()
+    assert decide_sizes([_scale(life)], {"run": Share(9, UNLIMITED)}) == ()
 
 
 def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() -> None:

@@ -41,6 +41,34 @@ def test_worker_hours_reconcile_across_a_kill_a_rescale_and_a_pause() -> None:
     assert [span.outcome for span in told.attempts] == ["paused", "succeeded"]
 
 
+def test_time_in_the_queue_is_nobodys() -> None:
+    """Before the first step and after the places were given away; worker-hours reconcile beside it."""
+    story = Story()
+    story.tell("submitted", workers=2)
+    story.wait(50.0)
+    story._begin(2, 8.0)
+    story.train(60)
+    story.give_way(300.0, 2)
+    story.train(60)
+    story.end("succeeded")
+    told = report(story)
+    assert told.queued_s == pytest.approx(350.0) and (told.paused_s, told.down_s) == (0.0, 0.0)
+    assert told.elapsed_s == known_seconds(told) == pytest.approx(8 + 60 + 0.5 + 8 + 60 + 0.2)
+    assert [span.outcome for span in told.attempts] == ["suspended", "succeeded"]
+    assert told.workers.members == pytest.approx(2 * (60.5 + 60.2) / 3600) and told.workers.reconciles
+    assert told.steps == 120 and told.wasted_steps == 0
+
+
+def test_a_run_that_was_never_let_in_took_no_time() -> None:
+    story = Story()
+    story.tell("submitted", workers=2)
+    story.tell("queued", why="there is no room for 2 workers")
+    story.now_s += 30.0
+    story.end("cancelled", 0.0)
+    told = report(story)
+    assert (told.queued_s, told.elapsed_s, told.workers.held) == (30.0, 0.0, 0.0)
+
+
 def test_time_is_split_as_records_and_events_tell() -> None:
     told = report(eventful())
     assert known_seconds(told) == pytest.approx(told.elapsed_s)

@@ -1,0 +1,51 @@
+"""What a run makes of its grant: it waits for its place in the cluster, gets one, holds fewer workers than are wanted,
+or gives them all away and waits again. Rules of `lifecycle`; who is granted what is decided by `sharing`.
+
+A run that gives its places away writes a checkpoint first, and goes on from it: it costs no step.
+"""
+
+from dataclasses import replace
+
+from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.resuming import begun_again
+from orchestrator.policy.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.schedule import wanted_size
+from orchestrator.protocol.scaling import Grant
+
+
+def queued(state: RunState, now_s: float) -> RunState:
+    """A run that was just submitted, or is to go on: the Scheduler lets it in."""
+    return replace(state, grant=Grant(0, "it was just submitted"), queued_s=now_s)
+
+
+def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Take in the newest grant. A run without a world gives its places back at once."""
+    grant, before = seen.grant, state.grant
+    if grant == before:
+        return Decision(state)
+    fields = {"workers": grant.workers, "wanted": wanted_size(limits, state.wish, seen.step + 1), "why": grant.why}
+    granted = replace(state, grant=grant, granted_since=seen.step + 1)
+    if grant.workers != 0 and before.workers != 0:
+        return Decision(granted, (Note("granted", fields),))
+    if grant.workers != 0:
+        waited_s = seen.now_s - (seen.now_s if state.queued_s is None else state.queued_s)
+        let_in = replace(granted, queued_s=None, admitted_s=seen.now_s)
+        return Decision(let_in, (Note("admitted", fields | {"waited_s": waited_s}),))
+    if before.workers == 0:  # it waits for something else now
+        return Decision(granted, (Note("queued", {"why": grant.why}),))
+    waits = replace(granted, queued_s=seen.now_s)
+    note = Note("preempted", fields | {"step": seen.step})
+    if state.current is not None:
+        return Decision(waits, (note,))
+    waits = replace(waits, crew=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
+    return Decision(waits, (note, Note("workers_released", {"workers": list(state.crew)})))
+
+
+def suspended(state: RunState, seen: Observation) -> Decision:
+    """All members of a preempted run have written its checkpoint: they go, and it waits for its place again."""
+    if not state.wants_restore:
+        return Decision(replace(state, wants_restore=True))
+    step = seen.restorable.step if seen.restorable else -1
+    path = seen.restorable.path if seen.restorable else None
+    waits = replace(begun_again(state, seen.restorable), losses=state.losses, recoveries=state.recoveries)
+    return Decision(waits, (Note("suspended", {"step": step, "checkpoint": path}),))

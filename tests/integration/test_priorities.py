@@ -1,0 +1,150 @@
+"""Several runs on one cluster, on real Ray with simulated workers: who is let in, shrunk, preempted, and comes back."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.control.scheduler import get_or_create_scheduler
+from orchestrator.errors import JobDoesNotFit
+from orchestrator.protocol.status import RunPhase
+from tests.support.control import Cluster, local_ray
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with local_ray(num_cpus=4):
+        yield
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
+
+
+def _job(workers: str, priority: int = 0, **changes: Any) -> dict[str, Any]:
+    """Workers of a whole processor each, of which there are four."""
+    least, most = workers.split("..")
+    return {
+        "workers": {"min": int(least), "max": int(most), "initial": int(most)},
+        "priority": priority,
+        "resources": {"cpus": 1},
+        "train": {"steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
+        **changes,
+    }
+
+
+def _events(on: Cluster, name: str, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in on.ask("events", name) if event["kind"] in kinds]
+
+
+def test_a_higher_priority_shrinks_a_lower_run_which_grows_back(on: Cluster) -> None:
+    on.submit("low", **_job("1..4"))
+    on.until("low", lambda s: s.workers_now == 4)
+    on.submit("high", wait=True, **_job("2..2", priority=5))
+    on.until("high", lambda s: s.phase is RunPhase.TRAINING and s.workers_now == 2)
+    shrunk = on.status("low")
+    assert (shrunk.workers_now, shrunk.workers_wanted) == (2, 2)
+    assert shrunk.why == (
+        "as many workers train as are granted, 2 of 4: there is room for 2; high of priority 5 comes first"
+    )
+    on.ask("cancel", "high")
+    on.end_of("high")
+    grown = on.until("low", lambda s: s.workers_now == 4)
+    assert [r.why for r in grown.rescales] == [
+        "there is room for 2; high of priority 5 comes first",
+        "there is room for all 4",
+    ]
+    assert not grown.recoveries and sum(rescale.steps_lost for rescale in grown.rescales) == 0
+    assert [e["workers"] for e in _events(on, "low", "admitted", "granted")] == [None, 2, None]
+    on.ask("cancel", "low")
+    ended = on.end_of("low")
+    on.assert_every_step_once("low", ended.step)
+
+
+def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
+    on.submit("first", **_job("3..3"))
+    on.until("first", lambda s: s.phase is RunPhase.TRAINING)
+    on.submit("second", wait=True, **_job("2..2"))
+    on.submit("third", wait=True, **_job("1..1"))
+    waiting = on.until("third", lambda s: "behind second" in s.why)
+    assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
+    assert waiting.why == "waits in the queue: there is no room for 1 worker; behind second in the queue"
+    names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
+    assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # nobody else holds a place
+    with pytest.raises(JobDoesNotFit, match=r"fourth would have to wait: there is no room for 1 worker"):
+        on.submit("fourth", **_job("1..1"))
+    on.ask("cancel", "first")
+    for name in ("second", "third"):
+        on.until(name, lambda s: s.phase is RunPhase.TRAINING)
+    (let_in,) = _events(on, "second", "admitted")
+    assert let_in["waited_s"] > 0 and let_in["why"] == "there is room for all 2"
+    for name in ("second", "third"):
+        on.ask("cancel", name)
+        on.end_of(name)
+
+
+def test_a_run_that_waits_may_be_cancelled_and_leaves_nothing(on: Cluster) -> None:
+    on.submit("here", **_job("4..4"))
+    on.until("here", lambda s: s.phase is RunPhase.TRAINING)
+    on.submit("waits", wait=True, **_job("1..1"))
+    on.until("waits", lambda s: s.why.startswith("waits in the queue: there is no room"))
+    on.ask("cancel", "waits")
+    assert on.end_of("waits").phase is RunPhase.CANCELLED
+    on.assert_nothing_left("waits", [])
+    on.ask("cancel", "here")
+    on.end_of("here")
+
+
+@pytest.mark.journey
+def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Cluster) -> None:
+    on.submit("low", **_job("3..4"))
+    on.until("low", lambda s: s.step > 20)
+    low = on.ask("events", "low")
+    until_preemptible_s = 60.0  # a run that was just let in keeps its places for so long: policy/sharing.py
+    on.submit("high", wait=True, **_job("3..3", priority=5))
+    on.until("high", lambda s: s.phase is RunPhase.QUEUED and "no room" in s.why)
+    assert on.status("low").workers_now == 4  # it isn't shrunk in vain
+    on.until("high", lambda s: s.phase is RunPhase.TRAINING)
+    (admitted,) = _events(on, "low", "admitted")
+    (preempted,) = _events(on, "low", "preempted")
+    assert low and preempted["time"] - admitted["time"] >= until_preemptible_s - 1.0
+    waiting = on.status("low")
+    assert waiting.phase is RunPhase.QUEUED and waiting.checkpoint_step == waiting.step - 1
+    on.ask("cancel", "high")
+    on.end_of("high")
+    step = on.until("low", lambda s: s.workers_now == 4).step
+    on.until("low", lambda s: s.step > step + 20)
+    on.ask("cancel", "low")
+    ended = on.end_of("low")
+    on.assert_every_step_once("low", ended.step)
+
+
+@pytest.mark.journey
+def test_a_scheduler_that_dies_takes_nothing_with_it(on: Cluster) -> None:
+    """Grants are the runs' own; its successor goes on where it was."""
+    on.submit("low", **_job("1..4"))
+    on.until("low", lambda s: s.workers_now == 4)
+    on.submit("high", wait=True, **_job("2..2", priority=5))
+    on.until("high", lambda s: s.phase is RunPhase.TRAINING)
+    ray.kill(on.scheduler, no_restart=False)
+    on.scheduler = get_or_create_scheduler()
+    on.ask("cancel", "high")
+    on.end_of("high")
+    on.until("low", lambda s: s.workers_now == 4)
+    on.ask("cancel", "low")
+    on.end_of("low")
+
+
+def test_a_job_that_the_cluster_can_never_hold_is_refused(on: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(JobDoesNotFit) as refused:
+        on.submit("huge", wait=True, **_job("5..8"))
+    assert refused.value.message.startswith(
+        "5 workers of 1 CPU is the least that huge may have; the cluster has room for 4 if nothing else runs"
+    )
+    assert not (tmp_path / "huge").exists()
+    on.assert_nothing_left("huge", [])
