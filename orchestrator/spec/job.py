@@ -46,9 +46,7 @@ BY_DOCUMENT = "documents"  # of data.rows
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 # What changes how a process is loaded, or how Ray and we behave: by how a name begins, and whole.
 REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
-REFUSED_NAMES = frozenset(
-    {"GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES", "BASH_ENV", "ENV"}
-)
+REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
 BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
