@@ -125,6 +125,7 @@ class _Stopped:
     @contextmanager
     def later(self) -> Iterator[None]:
         """What is heard within is acted upon once `then` has said how."""
+        signal.signal(signal.SIGTERM, self._hear)  # again: Ray takes the signal for itself when it connects
         self._waits = True
         yield
 

@@ -92,7 +92,8 @@ def test_the_python_api_does_it_too(far: Far, client: OrchestratorClient, texts:
     until_stored(tmp_path / "python", lambda s: s.phase is RunPhase.PAUSED)
     assert [found.run_id for found in client.list()] == ["python"]
     assert client.audit("python").ok
-    client.cancel("python")
+    with pytest.raises(UsageError, match="run python has ended: it is paused"):
+        client.cancel("python")
 
 
 def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path, tmp_path: Path) -> None:
@@ -154,6 +155,6 @@ def test_nothing_is_left_of_a_submission_that_is_interrupted(far: Far, texts: Pa
     submitting.communicate(timeout=60.0)
     assert submitting.returncode == 130
     until(lambda: not storage.exists(), 10.0, "what was sent to be removed again")
-    assert _left(far, storage) == before
+    until(lambda: _left(far, storage) == before, 15.0, "Ray to end what looks after its job")
     (job,) = [job for job in far.ray("list").split("JobDetails(") if "hasty" in job]
     assert "STOPPED" in job
