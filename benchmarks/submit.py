@@ -108,7 +108,9 @@ def _here(folder: Path) -> Iterator[Place]:
 
     def command(address: str, *arguments: str) -> None:
         words = [sys.executable, "-m", "orchestrator.cli.main", *arguments, "--address", address]
-        subprocess.run(words, cwd=laptop, env=env, check=True, capture_output=True, timeout=PATIENCE_S)
+        done = subprocess.run(words, cwd=laptop, env=env, capture_output=True, text=True, timeout=PATIENCE_S)
+        if done.returncode != 0:
+            raise SystemExit(f"{arguments} ended with {done.returncode}: {done.stderr}")
 
     try:
         yield Place(
