@@ -7,8 +7,9 @@
     client.scale(run_id, workers=3)
     print(client.wait(run_id).validation_loss)
 
-A client talks to the cluster's Scheduler through Ray. Everything that passes between them is a plain value, and all
-calls go through `OrchestratorClient._ask`: a client that reaches the cluster another way replaces that one method.
+A client talks to the cluster's Scheduler through Ray, or through the HTTP port of its Jobs API, where each question is
+a job of some seconds. Everything that passes between them is a plain value, and all calls go through
+`OrchestratorClient._ask`, which knows both ways.
 """
 
 import os
@@ -19,18 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.read import choose, read_manifest
+from orchestrator.control.asking import ask_by_url, refuse_by_url
 from orchestrator.control.calls import ask
 from orchestrator.control.connection import connect, probe
+from orchestrator.control.job_port import JobPort, is_url
 from orchestrator.control.orders import order_of
-from orchestrator.control.run_files import LogLine, RunFiles
+from orchestrator.control.run_files import LogLine, RunFiles, run_dir_in
 from orchestrator.control.scheduler import get_or_create_scheduler
-from orchestrator.errors import (
-    JobDoesNotFit,
-    NotFinished,
-    NotFound,
-    RunCancelled,
-    RunFailed,
-)
+from orchestrator.control.sending import submit_file
+from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunCancelled, RunFailed
 from orchestrator.protocol.messages import Restore, ResumeOrder, Target
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.sampling.ledger import AuditResult
@@ -48,7 +46,8 @@ class OrchestratorClient:
     """Submit runs to a cluster, watch and steer them.
 
     Args:
-        address: HOST:PORT of the cluster's head; None for RAY_ADDRESS, else the local cluster.
+        address: HOST:PORT of the cluster's head, or the URL of its Jobs API; None for RAY_ADDRESS, else the local
+            cluster. By URL, `resume` and `logs` are refused: they are commands of `orchestrator` only.
 
     Raises:
         ClusterUnreachable: there is none, or it doesn't answer.
@@ -56,8 +55,10 @@ class OrchestratorClient:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        self.address = connect(address)
-        self._scheduler = get_or_create_scheduler()
+        named = address or os.environ.get("RAY_ADDRESS")
+        self._port = JobPort(str(named)) if is_url(named) else None
+        self.address = connect(address) if self._port is None else self._port.url
+        self._scheduler = get_or_create_scheduler() if self._port is None else None
 
     def submit(
         self,
@@ -71,6 +72,8 @@ class OrchestratorClient:
     ) -> str:
         """Put a run of a job, or of a job file, into the queue: it starts when the cluster has room for its least.
         Paths in it are taken from the current directory.
+
+        By URL it must be a job file in the current directory, which is sent along; `timeout_s` has no meaning then.
 
         Args:
             name: the run's name, in place of the job's.
@@ -89,6 +92,8 @@ class OrchestratorClient:
             NameTaken: the storage or the cluster has a run of this name.
             JobDoesNotFit: the cluster is too small for `workers.min`, or has had no room for `timeout_s`.
         """
+        if self._port is not None:
+            return submit_file(self._port, job, name, overrides)
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
         return self._when_there_is_room(timeout_s, on_wait, "submit", *args, **options)
@@ -176,6 +181,7 @@ class OrchestratorClient:
             UsageError: the run goes on, has done all its steps, may not have so many workers, or compresses otherwise.
             JobDoesNotFit: the cluster is too small for it, or has had no room for `timeout_s`.
         """
+        refuse_by_url(self._port, "resume")
         run_dir = self._run_dir(run_id, storage)
         path = choose(run_dir / "checkpoints", from_step)
         restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
@@ -222,17 +228,18 @@ class OrchestratorClient:
 
     def logs(self, run_id: str, *, follow: bool = False) -> Iterator[LogLine]:
         """Log lines of all the run's processes, merged by time; with `follow` until the run has ended."""
+        refuse_by_url(self._port, "logs")
         files = RunFiles(Path(self.get(run_id).run_dir))
         return files.logs((lambda: self.get(run_id).phase.ended) if follow else None)
 
     def _run_dir(self, run_id: str, storage: str | os.PathLike[str] | None) -> Path:
         if storage is not None:
-            return RunFiles(Path(storage).absolute() / run_id).run_dir
+            return RunFiles(run_dir_in(Path(storage), run_id)).run_dir
         try:
             return Path(self.get(run_id).run_dir)
         except NotFound as error:
             try:
-                return RunFiles(Path("runs").absolute() / run_id).run_dir
+                return RunFiles(run_dir_in(Path("runs"), run_id)).run_dir
             except NotFound:
                 error.remedy += " A run of another cluster is found by its run storage: --storage DIR."
                 raise error from None
@@ -260,6 +267,8 @@ class OrchestratorClient:
             time.sleep(RETRY_EVERY_S)
 
     def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        if self._port is not None:
+            return ask_by_url(self._port, method, *args)
         probe(self.address, patience_s=HEAD_PATIENCE_S)
         return ask(self._scheduler, method, *args, timeout_s=ANSWER_TIMEOUT_S, **kwargs)
 

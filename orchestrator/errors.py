@@ -107,7 +107,8 @@ class ClusterUnreachable(OrchestratorError):
 
 
 class NotAllowed(OrchestratorError):
-    """The cluster refused: a wrong or missing token, or a run of somebody else."""
+    """The cluster refused a wrong or missing token; or we do: others reach it and it asks for none, or others may read
+    the token."""
 
     exit_code = 77
 
@@ -158,6 +159,12 @@ class RunCancelled(OrchestratorError):
     """The run was cancelled."""
 
     exit_code = 103
+
+
+def of_code(exit_code: int) -> type[OrchestratorError]:
+    """The most general error that a command ends with that way."""
+    general = (UsageError, ClusterUnreachable, NotAllowed, RunFailed, NotFinished, NotFound, RunCancelled)
+    return next((kind for kind in general if kind.exit_code == exit_code), OrchestratorError)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

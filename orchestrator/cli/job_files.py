@@ -10,12 +10,12 @@ from orchestrator.cli.wording import counted, pool
 def validate(job: JobFile, output: Output = Format.TEXT) -> None:
     """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing. With -o json
     prints the job with every default."""
-    from orchestrator.control.entrypoint import check_entrypoint
+    from orchestrator.control.entrypoint import check_own_code
     from orchestrator.control.orders import with_pretrained
     from orchestrator.spec.loading import load_job
 
     spec = with_pretrained(load_job(job))
-    check_entrypoint(spec)
+    check_own_code(spec)
     if output is Format.JSON:
         show_json(spec.model_dump(mode="json", by_alias=True))
     workers = spec.workers

@@ -1,10 +1,12 @@
 """Where a run can be read: in the cluster while that is up, in run storage at any time."""
 
+import os
 from pathlib import Path
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.run_files import RunFiles, holds_run, runs_in
-from orchestrator.errors import ClusterUnreachable, NotFound, nearest
+from orchestrator.control.job_port import is_url
+from orchestrator.control.run_files import RunFiles, holds_run, run_dir_in, runs_in
+from orchestrator.errors import ClusterUnreachable, NotFound, UsageError, nearest
 from orchestrator.protocol.status import RunStatus
 
 DEFAULT_STORAGE = Path("runs")
@@ -29,10 +31,17 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
 
     Raises:
         NotFound: there is no such run; the message gives the nearest names.
+        UsageError: the cluster is named by URL, which shows no files.
         ClusterUnreachable: neither storage nor address named one, and ./runs doesn't hold the run either.
     """
     if storage is not None:
-        return FoundRun(run_id, RunFiles(storage.absolute() / run_id), None)
+        return FoundRun(run_id, RunFiles(run_dir_in(storage, run_id)), None)
+    if is_url(named := address or os.environ.get("RAY_ADDRESS")):
+        raise UsageError(
+            f"{named} is the URL of a Jobs API; this command needs the run's files, or the cluster itself",
+            remedy="Call it in the cluster, or name run storage that is seen here: --storage DIR.",
+            unchanged="Nothing was started.",
+        )
     try:
         client = OrchestratorClient(address)
         return FoundRun(run_id, RunFiles(Path(client.get(run_id).run_dir)), client)
@@ -40,7 +49,7 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
         if address is not None:
             raise
         here = DEFAULT_STORAGE.absolute()
-        if holds_run(here / run_id):
+        if holds_run(run_dir_in(here, run_id)):
             return FoundRun(run_id, RunFiles(here / run_id), None)
         if isinstance(error, ClusterUnreachable) and (known := runs_in(here)):
             raise NotFound(

@@ -31,6 +31,7 @@ from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
 
 INTERNAL_ERROR = 70
+INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,6 +67,8 @@ def main() -> None:
     except OrchestratorError as error:
         show_error(error)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -37,13 +37,13 @@ def plan(
     """
     import psutil
 
-    from orchestrator.control.entrypoint import check_entrypoint
+    from orchestrator.control.entrypoint import check_own_code
     from orchestrator.control.listing import plan_of
     from orchestrator.control.orders import with_pretrained
     from orchestrator.spec.loading import load_job
 
     spec = with_pretrained(load_job(job))
-    check_entrypoint(spec)
+    check_own_code(spec)
     bounds = spec.workers
     if workers is not None and not bounds.min <= workers <= bounds.max:
         raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")

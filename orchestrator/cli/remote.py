@@ -5,10 +5,10 @@ keeps the code that came with it in run storage, submits the run and stays until
 """
 
 import os
-import shutil
 import signal
 import sys
-import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TextIO
@@ -17,9 +17,8 @@ import typer
 
 from orchestrator.cli.options import Name, Set, overrides_of
 from orchestrator.cli.output import say, show
-from orchestrator.control.job_port import LEFT_OUT, MARK, MARKED, OURS, JobPort, is_url
-from orchestrator.errors import UsageError
-from orchestrator.spec.job import JobSpec
+from orchestrator.control.job_port import MARK, MARKED, OURS, JobPort, is_url
+from orchestrator.control.sending import BEGUN, load_for_elsewhere, send
 
 # What reads or steers runs. The rest works on files of this machine.
 FORWARDED = (
@@ -27,8 +26,7 @@ FORWARDED = (
     *("events", "audit", "logs", "checkpoints", "report"),
 )
 STAYS = frozenset({"-f", "--follow", "-w", "--watch"})
-BEGUN = f"{MARK}{MARK}begun"  # the driver's word that the run is submitted
-PACKAGES = ".packages"  # in run storage: what came with submitted jobs
+CANCELLED = 103
 
 
 def forwarded(arguments: list[str]) -> int | None:
@@ -38,7 +36,13 @@ def forwarded(arguments: list[str]) -> int | None:
     rest, url = _without_address(arguments)
     if not is_url(url):
         return None
-    return JobPort(str(url)).run(rest, write, stays=not STAYS.isdisjoint(rest))
+    stays = not STAYS.isdisjoint(rest)
+    try:
+        return JobPort(str(url)).run(rest, write, stays)
+    except KeyboardInterrupt:
+        if stays:
+            return 0  # how one stops following
+        raise
 
 
 def write(line: str) -> None:
@@ -47,97 +51,97 @@ def write(line: str) -> None:
     print(text, file=sys.stderr if line.startswith(MARK) else sys.stdout, flush=True)
 
 
-def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], dry_run: bool) -> str:
-    """Send a job and the current directory to a cluster. Returns the run's name once it is submitted there.
+def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], dry_run: bool) -> tuple[str, str]:
+    """Send a job and the current directory to a cluster. Returns the names of the run and of its job once the run is
+    submitted there.
 
     Raises:
         SpecError, UsageError: as far as can be known here: the job file, and where it is.
         OrchestratorError: what the cluster says.
     """
-    from orchestrator.spec.loading import load_job
-
-    spec = load_job(job, overrides)
+    spec = load_for_elsewhere(job, overrides)
     run_id = name or spec.name
-    _check_for_elsewhere(spec, job)
-    command = ["drive", str(job), "--name", run_id, *(word for text in overrides for word in ("--set", text))]
-    begun: list[str] = []
-
-    def look(line: str) -> bool:
-        if line == BEGUN:
-            begun.append(line)
-        elif line.startswith(MARK) and line != OURS:
-            write(line)
-        return not begun
-
     port = JobPort(url)
     if dry_run:
         say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
-        return run_id
-    job_id, refused = port.start(command, Path.cwd(), run_id, look)
+        return run_id, ""
+    job_id, refused = send(port, job, run_id, overrides, write)
     if refused is not None:
         raise typer.Exit(refused)
     say(f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is.")
-    return run_id
+    return run_id, job_id
 
 
-def _check_for_elsewhere(spec: JobSpec, job: Path) -> None:
-    """Raise UsageError for what can't be meant of another machine."""
-    unchanged = "Nothing was started."
-    if job.is_absolute() or ".." in job.parts:
-        raise UsageError(
-            f"job file {job} is not in the current directory, which is what is sent to the cluster",
-            remedy="Go to the directory that holds it and the code it needs, and name it from there.",
-            unchanged=unchanged,
-        )
-    if not Path(spec.storage).is_absolute():
-        raise UsageError(
-            f"storage {spec.storage} is relative; a cluster needs an absolute path that all its nodes share",
-            remedy="Say storage: /shared/runs in the job file, or --set storage=/shared/runs.",
-            unchanged=unchanged,
-        )
+def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> None:
+    """Send a job, show the log lines of its run and end as the run does. Ctrl-C detaches: the run goes on."""
+    run_id, job_id = submit_by_url(url, job, name, overrides, dry_run=False)
+    try:
+        code = JobPort(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
+    except KeyboardInterrupt:
+        say(f"Detached; run {run_id} goes on. `orchestrator cancel {run_id} --address {url}` ends it.")
+        raise typer.Exit(101) from None
+    raise typer.Exit(code)
 
 
 def drive(job: Path, name: Name = None, settings: Set = None) -> None:
     """Submit a job from within the cluster and stay until the run's end."""
-    from orchestrator.client import OrchestratorClient, raise_unless_succeeded
+    from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
+    from orchestrator.control.packages import keep, sweep
     from orchestrator.spec.loading import load_job
 
+    stopped = _Stopped()
     overrides = overrides_of(settings, None)
-    package = _kept(Path(load_job(job, overrides).storage))
+    storage = Path(load_job(job, overrides).storage)
+    package = keep(Path.cwd(), storage)
     try:
-        os.chdir(package)
+        os.chdir(package.path)
+        check_job(job, name, overrides)  # takes long with a model of one's own
         client = OrchestratorClient()
-        run_id = client.submit(job, name=name, overrides=overrides)
+        with stopped.later():
+            run_id = client.submit(job, name=name, overrides=overrides)
     except BaseException:
-        shutil.rmtree(package, ignore_errors=True)
+        os.chdir("/")
+        package.discard()
         raise
-
-    def cancel(number: int, frame: FrameType | None) -> None:
-        client.cancel(run_id)  # Ray ends this process in 3 s; the controller writes the checkpoint
-        raise SystemExit(103)
-
-    signal.signal(signal.SIGTERM, cancel)
+    stopped.then(lambda: client.cancel(run_id))  # Ray ends us in 3 s; the controller writes the checkpoint
     show(BEGUN)
     sys.stdout.flush()
+    sweep(storage)
     for line in client.logs(run_id, follow=True):
         show(f"{line.stamp}  {line.source:<12}  {line.text}")
         sys.stdout.flush()
     raise_unless_succeeded(client.get(run_id))
 
 
-def _kept(storage: Path) -> Path:
-    """What came with this job, copied to where all nodes see it, as long as the run is there."""
-    package = storage / PACKAGES / uuid.uuid4().hex
-    try:
-        shutil.copytree(Path.cwd(), package, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    except OSError as error:
-        shutil.rmtree(package, ignore_errors=True)
-        raise UsageError(
-            f"storage {storage} can't be written in the cluster: {error.strerror or error}",
-            remedy="Name a directory that all its nodes share and may write.",
-            unchanged="Nothing was started.",
-        ) from error
-    return package
+class _Stopped:
+    """What SIGTERM leads to, by which `ray job stop` is heard: this process ends, once what has to be done before is
+    done. It never falls between a run's submission and our knowledge of it."""
+
+    def __init__(self) -> None:
+        self._waits, self._heard = False, False
+        self._before_end: Callable[[], object] = lambda: None
+        signal.signal(signal.SIGTERM, self._hear)
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """What is heard within is acted upon once `then` has said how."""
+        signal.signal(signal.SIGTERM, self._hear)  # again: Ray takes the signal for itself when it connects
+        self._waits = True
+        yield
+
+    def then(self, before_end: Callable[[], object]) -> None:
+        self._before_end, self._waits = before_end, False
+        if self._heard:
+            self._end()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True
+        if not self._waits:
+            self._end()
+
+    def _end(self) -> None:
+        self._before_end()
+        raise SystemExit(CANCELLED)
 
 
 class Marked:
@@ -178,5 +182,13 @@ def _without_address(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, url
 
 
+def answer(method: str, arguments: str) -> None:
+    """Ask the cluster's Scheduler from within; prints a line of JSON."""
+    from orchestrator.control import asking
+
+    show(asking.answer(method, arguments))
+
+
 def register(app: typer.Typer) -> None:
     app.command(hidden=True)(drive)
+    app.command(hidden=True)(answer)

@@ -11,7 +11,9 @@ import typer
 
 from orchestrator.cli.options import Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
 from orchestrator.cli.output import Format, say, show, show_json, tell_wait
-from orchestrator.errors import ClusterUnreachable, OrchestratorError
+from orchestrator.cli.remote import run_by_url, submit_by_url
+from orchestrator.control.job_port import is_url
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.spec.job import JobSpec
@@ -31,23 +33,42 @@ def run(
         int | None,
         typer.Option("--kill-at", min=1, metavar="STEP", help="Kill one worker's process when so many steps are done."),
     ] = None,
+    detach: Annotated[
+        bool, typer.Option("-d", "--detach", help="Return once the run is submitted; a cluster of its own stays up.")
+    ] = False,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
     """Run a job and watch it to its end.
 
     Without a cluster, one is started on this machine, and ended afterwards. Ctrl-C detaches: the run goes on.
+    To the URL of a Jobs API it sends the current directory, and shows the run's log lines.
     """
     from orchestrator.cli.live import LiveProgress
     from orchestrator.cli.summary import aligned, summary
     from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
 
     overrides = overrides_of(settings, workers)
+    if is_url(address) and not local:
+        if kill_at is not None:
+            raise UsageError(
+                "--kill-at needs the cluster itself, not the URL of its Jobs API",
+                remedy="`orchestrator kill RUN --address URL` kills a worker by hand.",
+                unchanged="Nothing was started.",
+            )
+        if detach:
+            submit_by_url(str(address), job, name, overrides, dry_run=False)
+        else:
+            run_by_url(str(address), job, name, overrides)
+        return
     spec = check_job(job, name, overrides)  # before any cluster is looked for, or started
-    with _cluster(spec, None if local else address, keep_cluster) as place:
+    with _cluster(spec, None if local else address, keep_cluster or detach) as place:
         client = OrchestratorClient(place.address)
         run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=tell_wait)
         say(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
+        if detach:
+            say(_detached(run_id))
+            return
         live = LiveProgress()
         victims = [kill_at] if kill_at is not None else []
 

@@ -42,7 +42,8 @@ def submit(
 
     overrides = overrides_of(settings, workers)
     if is_url(address):
-        _show_name(submit_by_url(str(address), job, name, overrides, dry_run), output)
+        run_id, _ = submit_by_url(str(address), job, name, overrides, dry_run)
+        _show_name(run_id, output)
         return
     spec = check_job(job, name, overrides)  # before any cluster is looked for
     client = OrchestratorClient(address)

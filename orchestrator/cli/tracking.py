@@ -20,6 +20,10 @@ def ui(
     host: Annotated[
         str, typer.Option("--host", help="Anyone who reaches another than the default may read and change everything.")
     ] = "127.0.0.1",
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="A further name by which browsers reach it, as by a proxy."),
+    ] = None,
     storage: Annotated[
         Path | None, typer.Option("--storage", metavar="DIR", help="Run storage. Default: ./runs.")
     ] = None,
@@ -37,7 +41,8 @@ def ui(
         return
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        with MlflowServer(uri, host=host, port=port, artifacts=str(place / "mlflow-artifacts")) as server:
+        artifacts = str(place / "mlflow-artifacts")
+        with MlflowServer(uri, host=host, port=port, artifacts=artifacts, names=names or ()) as server:
             show(server.url)
             say("Ctrl-C ends it.")
             server.wait()

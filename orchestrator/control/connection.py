@@ -7,7 +7,7 @@ import sys
 import time
 
 from orchestrator.control import local_cluster
-from orchestrator.control.job_port import token_refused
+from orchestrator.control.access import check_head, check_token_file, reread_environment, token_refused
 from orchestrator.errors import ClusterUnreachable, UsageError
 
 NAMESPACE = "orchestrator"
@@ -24,10 +24,11 @@ def connect(address: str | None = None) -> str:
     Raises:
         UsageError: the address is none.
         ClusterUnreachable: nobody answers there, or there is no cluster.
-        NotAllowed: the cluster refused our token.
+        NotAllowed: the cluster refused our token, or asks for none although more than this machine reaches it.
     """
-    if "ray" in sys.modules and _connected_to() is not None:
-        return str(_connected_to())
+    if "ray" in sys.modules and (joined := _connected_to()) is not None:
+        check_head(joined)
+        return joined
     record = local_cluster.status()
     wanted = address or os.environ.get("RAY_ADDRESS") or (record.address if record is not None else None)
     if wanted is None:
@@ -35,6 +36,8 @@ def connect(address: str | None = None) -> str:
     probe(wanted)
     if record is not None and wanted == record.address:
         os.environ.update(local_cluster.environment(record))
+    check_token_file()
+    check_head(wanted)
     _join(wanted)
     return wanted
 
@@ -89,18 +92,16 @@ def probe(address: str, patience_s: float = 0.0) -> None:
 def _join(address: str) -> None:
     import ray
     from ray._private import ray_constants
-    from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     # Else Ray ends this whole process, and its last words, a minute after the cluster went away.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
-    # Whoever imported Ray before us made it read the environment of then.
+    reread_environment()
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1") not in (
         "0",
         "false",
     )
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
     try:
         GcsClient(address=address)  # says at once what ray.init says after 20 tries
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)

@@ -11,23 +11,30 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
-from fnmatch import fnmatch
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orchestrator.errors import ClusterUnreachable, NotAllowed, OrchestratorError, UsageError
+from orchestrator.control.access import (
+    ALLOW_NO_TOKEN,
+    check_jobs_port,
+    check_token_file,
+    reread_environment,
+    token_refused,
+)
+from orchestrator.control.packages import LEFT_OUT, check
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 
 MARK = "\x1f"  # begins a line that was written to stderr
 MARKED = "ORCHESTRATOR_MARK_STDERR"
 OURS = f"{MARK}{MARK}ours"  # the line after Ray's own
 PYTHON = "ORCHESTRATOR_PYTHON"  # in the head's environment: the interpreter that has us installed, if not `python`
-LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", ".*_cache", "node_modules"]
-MOST_BYTES = 100 << 20  # that are sent with a job
 PATIENCE_S = 60.0  # for a job to begin
+SUBMITTED_S = 300.0  # for a run to be submitted by then: a model of the user's own may be tried out for two minutes
+LONGEST_S = 3600.0  # for a command that doesn't stay: it may wait for room
 LOOK_EVERY_S = 0.2
 WATCHED_S = 3.0  # for so long Ray looks after a job that has ended, and one that it is to forget comes back as failed
 COMMAND = "command"
@@ -47,7 +54,7 @@ class JobPort:
     Raises:
         UsageError: it is no such URL.
         ClusterUnreachable: nobody answers there, or something else.
-        NotAllowed: the cluster wants a token, or another one.
+        NotAllowed: the cluster wants a token, or another one; or it asks for none and isn't on loopback.
     """
 
     def __init__(self, url: str) -> None:
@@ -59,9 +66,11 @@ class JobPort:
 
         for module in ("dashboard_sdk", "job.sdk"):  # tell of every upload
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-            os.environ.pop(name, None)  # Ray would take these instead of what it is told
-        self._client = self._asked(lambda: JobSubmissionClient(url))
+        check_token_file()
+        self._asked(lambda: check_jobs_port(url))
+        reread_environment()
+        with _no_other_address():
+            self._client = self._asked(lambda: JobSubmissionClient(url))
 
     def run(self, command: list[str], on_line: Callable[[str], None], stays: bool = False) -> int:
         """Run a command of ours in the cluster, hand each line of its output on, and return its exit code.
@@ -70,34 +79,26 @@ class JobPort:
             stays: it goes on until it is interrupted or a run ends, and may say much.
         """
         job = self._submit(command, {}, {"orchestrator": COMMAND}, COMMAND)
-        self._forget_earlier(job)
-        before: list[str] = []
-        is_ours = False
-
-        def look(line: str) -> None:
-            nonlocal is_ours
-            if is_ours:
-                on_line(line)
-            else:
-                is_ours = line == OURS
-                before.append(line)
-
-        try:
+        with self._stopped_with_us(job):
+            self._forget_earlier(job)
             if stays:
-                asyncio.run(self._follow(job, look))
-            ended = self._ended(job)
-            if not stays:  # a connection for its output is closed some seconds after its end
-                for line in self._asked(lambda: self._client.get_job_logs(job)).splitlines():
-                    look(line)
-            if is_ours and ended.driver_exit_code is not None:
-                return int(ended.driver_exit_code)
-            said = "\n".join(line for line in before[-5:] if line != OURS)
-            raise ClusterUnreachable(
-                f"the cluster's job {job} {ended.status.lower()}: {ended.message}\n{said}".rstrip()
-            )
-        except KeyboardInterrupt:
-            self._asked(lambda: self._client.stop_job(job))
-            raise
+                return self.follow(job, on_line)
+            ended = self._ended(job, LONGEST_S)
+            # a connection for its output would be closed some seconds after its end only
+            lines = _Lines(on_line)
+            for line in self._logs(job):
+                lines.take(line)
+            return self._exit_code(job, ended, lines)
+
+    def follow(self, job: str, on_line: Callable[[str], None]) -> int:
+        """Hand the lines of a job of ours on until it ends, and return its exit code."""
+        lines = _Lines(on_line)
+        while True:
+            asyncio.run(self._follow(job, lines))
+            info = self._asked(lambda: self._client.get_job_info(job))
+            if info.status.is_terminal():
+                return self._exit_code(job, info, lines)
+            time.sleep(LOOK_EVERY_S)  # the connection was lost, or Ray is about to say that it has ended
 
     def start(
         self, command: list[str], directory: Path, name: str, on_line: Callable[[str], bool]
@@ -108,38 +109,52 @@ class JobPort:
             the job's id, and None: it goes on; or the exit code with which it has refused, and is forgotten.
 
         Raises:
-            UsageError: the directory is too large to be sent.
+            UsageError: the directory is too large to be sent, or has links that lead out of it.
             ClusterUnreachable: the job ended, or did not begin in time.
         """
-        _check_size(directory)
+        check(directory)
         os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what was generated may be needed, too
         runtime_env = {"working_dir": str(directory), "excludes": LEFT_OUT}
         job = self._submit(command, runtime_env, {"orchestrator": "run", "run": name}, name)
-        seen, deadline_s = 0, time.monotonic() + PATIENCE_S
+        with self._stopped_with_us(job):
+            return job, self._await_begin(job, on_line)
+
+    def _await_begin(self, job: str, on_line: Callable[[str], bool]) -> int | None:
+        seen, began_s = 0, time.monotonic()
         while True:
             info = self._asked(lambda: self._client.get_job_info(job))
-            lines = self._asked(lambda: self._client.get_job_logs(job)).splitlines()
+            lines = self._logs(job)
             for line in lines[seen:]:
                 if not on_line(line):
-                    return job, None
+                    return None
             seen = len(lines)
             if info.status.is_terminal():
                 time.sleep(WATCHED_S)
                 self._asked(lambda: self._client.delete_job(job))
                 if OURS in lines and info.driver_exit_code is not None:
-                    return job, int(info.driver_exit_code)
+                    return int(info.driver_exit_code)
                 raise ClusterUnreachable(
                     f"job {job} {info.status.lower()} before it had begun: {info.message}",
                     unchanged="Nothing was started.",
                 )
-            if seen == 0 and time.monotonic() > deadline_s:
-                self._client.stop_job(job)
+            if time.monotonic() - began_s > (patience_s := PATIENCE_S if seen == 0 else SUBMITTED_S):
                 raise ClusterUnreachable(
-                    f"job {job} has not begun within {PATIENCE_S:.0f} s: {info.message}",
+                    f"job {job} has not {'begun' if seen == 0 else 'submitted its run'} within {patience_s:.0f} s: "
+                    f"{info.message}",
                     remedy="See with `ray status` what keeps the cluster from starting a process on its head.",
                     unchanged="The job was stopped.",
                 )
             time.sleep(LOOK_EVERY_S)
+
+    @contextmanager
+    def _stopped_with_us(self, job: str) -> Iterator[None]:
+        """Have Ray stop the job if we are interrupted or give it up meanwhile."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OrchestratorError):  # it has ended, or the cluster is away
+                self._asked(lambda: self._client.stop_job(job))
+            raise
 
     def _submit(self, command: list[str], runtime_env: dict[str, Any], metadata: dict[str, str], name: str) -> str:
         entrypoint = f"${{{PYTHON}:-python}} -m orchestrator.cli.main {shlex.join(command)}"
@@ -147,25 +162,42 @@ class JobPort:
             lambda: self._client.submit_job(
                 entrypoint=entrypoint,
                 submission_id=f"{name}-{uuid.uuid4().hex[:8]}",
-                runtime_env={**runtime_env, "env_vars": {MARKED: "1"}},
+                runtime_env={**runtime_env, "env_vars": {MARKED: "1"} | _allowance()},
                 metadata=metadata,
             )
         )
         return str(job)
 
-    async def _follow(self, job: str, on_line: Callable[[str], None]) -> None:
-        rest, chunks = "", self._client.tail_job_logs(job)
-        async for chunk in _without_failures(chunks):
-            *lines, rest = (rest + chunk).split("\n")
-            for line in lines:
-                on_line(line)
-        if rest:
-            on_line(rest)
+    async def _follow(self, job: str, lines: "_Lines") -> None:
+        rest, known, chunks = "", lines.taken, self._client.tail_job_logs(job)
+        async for chunk in _without_failures(chunks):  # from the first line on, whatever was handed on before
+            *whole, rest = (rest + chunk).split("\n")
+            for line in whole[known:]:
+                lines.take(line)
+            known = max(0, known - len(whole))
+        if rest and not known:
+            lines.take(rest)
 
-    def _ended(self, job: str) -> Any:
+    def _logs(self, job: str) -> list[str]:
+        return str(self._asked(lambda: self._client.get_job_logs(job))).splitlines()
+
+    def _ended(self, job: str, patience_s: float) -> Any:
+        deadline_s = time.monotonic() + patience_s
         while not (info := self._asked(lambda: self._client.get_job_info(job))).status.is_terminal():
+            if time.monotonic() > deadline_s:
+                raise ClusterUnreachable(
+                    f"job {job} has not ended within {patience_s:.0f} s: {info.message}",
+                    remedy="See with `ray job logs` what it waits for.",
+                    unchanged="The job was stopped.",
+                )
             time.sleep(LOOK_EVERY_S)
         return info
+
+    def _exit_code(self, job: str, ended: Any, lines: "_Lines") -> int:
+        if lines.are_ours and ended.driver_exit_code is not None:
+            return int(ended.driver_exit_code)
+        said = "\n".join(lines.before[-5:])
+        raise ClusterUnreachable(f"the cluster's job {job} {ended.status.lower()}: {ended.message}\n{said}".rstrip())
 
     def _forget_earlier(self, job: str) -> None:
         """Have Ray forget commands that had ended well before this one began, by the cluster's own clock."""
@@ -191,33 +223,38 @@ class JobPort:
             raise ClusterUnreachable(f"the cluster at {self.url} answered: {told}", remedy=REACH) from error
 
 
-def token_refused(address: str) -> NotAllowed:
-    return NotAllowed(
-        f"the cluster at {address} refused this process: its token is missing or another one",
-        remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
-    )
+class _Lines:
+    """A job's lines, handed on from ours on; those before are Ray's."""
+
+    def __init__(self, on_line: Callable[[str], None]) -> None:
+        self._on_line = on_line
+        self.taken, self.are_ours = 0, False
+        self.before: list[str] = []
+
+    def take(self, line: str) -> None:
+        self.taken += 1
+        if self.are_ours:
+            self._on_line(line)
+        elif line == OURS:
+            self.are_ours = True
+        else:
+            self.before.append(line)
 
 
-def _check_size(directory: Path) -> None:
-    """Raise UsageError if what would be sent is too much."""
-    sizes: dict[Path, int] = {}
-    for folder, folders, files in os.walk(directory):
-        folders[:] = [name for name in folders if not _is_left_out(name)]
-        paths = [Path(folder) / name for name in files if not _is_left_out(name)]
-        sizes |= {path: path.lstat().st_size for path in paths}
-    if (total := sum(sizes.values())) > MOST_BYTES:
-        largest = max(sizes, key=lambda path: sizes[path])
-        raise UsageError(
-            f"{directory} can't be sent to the cluster: it holds {total >> 20} MiB, of {MOST_BYTES >> 20} MiB at most; "
-            f"{largest.relative_to(directory)} alone {sizes[largest] >> 20} MiB",
-            remedy="Submit from a directory with the job file and the code it needs; leave data where the cluster's "
-            "nodes see it.",
-            unchanged="Nothing was started.",
-        )
+@contextmanager
+def _no_other_address() -> Iterator[None]:
+    """Without what Ray would take instead of the address that it is told."""
+    names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
-def _is_left_out(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
+def _allowance() -> dict[str, str]:
+    """What the user has said aloud here holds for what we start there, too."""
+    return {name: value for name, value in os.environ.items() if name == ALLOW_NO_TOKEN}
 
 
 async def _without_failures(chunks: AsyncIterator[str]) -> AsyncIterator[str]:

@@ -275,7 +275,8 @@ def _free_port() -> int:
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """One starts or stops at a time: two `up` at once must not start two clusters."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o700)  # whoever made it, and with whatever umask
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

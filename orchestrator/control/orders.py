@@ -4,13 +4,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from orchestrator.checkpoint.pretrained import open_pretrained
 from orchestrator.checkpoint.pretrained import resolved as resolved_model
-from orchestrator.control.entrypoint import check_entrypoint
+from orchestrator.control.entrypoint import check_own_code
 from orchestrator.control.listing import plan_of
 from orchestrator.data.files import KINDS, suffix_of
 from orchestrator.data.folders import text_files
@@ -19,7 +20,6 @@ from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.policy.fitting import check_memory
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
-from orchestrator.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
             unchanged="Nothing was started.",
         )
     spec = resolved(spec)
-    check_entrypoint(spec)
+    check_own_code(spec)
     if spec.resources.memory is not None:  # else nothing would be refused, and a process with torch takes seconds
         check_memory(spec, plan_of(spec))
     return Order(spec, text)
@@ -66,7 +66,7 @@ def resolved(spec: JobSpec) -> JobSpec:
     and DataError if there is no such text."""
     spec = with_pretrained(spec)
     data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
-    changes = {"storage": str(spec.storage_path), "data": data, "model": _absolute_code(spec.model)}
+    changes = {"storage": str(spec.storage_path), "data": data, **_with_absolute_code(spec)}
     return spec.model_copy(update=changes)
 
 
@@ -92,10 +92,18 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
     return spec.model_copy(update={"model": model, "data": data})
 
 
-def _absolute_code(model: ModelSpec) -> ModelSpec:
-    if model.entrypoint is None:
-        return model
-    return model.model_copy(update={"code_dir": str(Path(model.code_dir).expanduser().absolute())})
+def _with_absolute_code(spec: JobSpec) -> dict[str, Any]:
+    """Sections that name code of the user's own, with the directory that it comes from as an absolute path."""
+    changed: dict[str, Any] = {}
+    if spec.model.entrypoint is not None:
+        changed["model"] = spec.model.model_copy(update={"code_dir": _absolute(spec.model.code_dir)})
+    if spec.curriculum is not None and ":" in spec.curriculum.signal:
+        changed["curriculum"] = spec.curriculum.model_copy(update={"code_dir": _absolute(spec.curriculum.code_dir)})
+    return changed
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _renamed(spec: JobSpec, name: str) -> JobSpec:

@@ -47,6 +47,7 @@ class Preparation:
             text_key=data.text_key,
             tokenizer=None if data.tokenizer is None else Path(data.tokenizer),
             difficulty=None if job.curriculum is None else job.curriculum.signal,
+            code_dir=Path("." if job.curriculum is None else job.curriculum.code_dir),
         )
         check_vocabulary(job.model.vocab_size, store.vocab_size)
         check_enough(

@@ -14,7 +14,7 @@ from orchestrator.errors import NotFound, nearest
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult, audit
-from orchestrator.spec.job import JobSpec
+from orchestrator.spec.job import RUN_NAME, JobSpec
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message
@@ -100,13 +100,24 @@ class RunFiles:
         offsets: dict[Path, int] = {}
         while True:
             last_look = is_over is None or is_over()  # asked before reading: what is written before the end is read
-            paths = sorted(self.run_dir.glob(f"logs/{source or '*'}.log"))
+            paths = sorted(path for path in self.run_dir.glob("logs/*.log") if source in (None, path.stem))
             fresh = sorted((line for path in paths for line in _read_on(path, offsets)), key=lambda line: line.stamp)
             yield from fresh if tail is None else fresh[len(fresh) - min(tail, len(fresh)) :]
             tail = None
             if last_look:
                 return
             time.sleep(LOOK_EVERY_S)
+
+
+def run_dir_in(storage: Path, run_id: str) -> Path:
+    """Where a run of that name is in run storage, if it is there. Raises NotFound for what can't be a run's name, and
+    might lead out of the storage."""
+    if not RUN_NAME.fullmatch(run_id):
+        raise NotFound(
+            f"no run can be called {run_id!r}",
+            remedy=f"{nearest(run_id, runs_in(storage))}A name is of a-z, 0-9 and -; directories go to --storage.",
+        )
+    return storage.absolute() / run_id
 
 
 def holds_run(run_dir: Path) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.corpus import find_files
-from orchestrator.data.difficulty import check_signal
+from orchestrator.data.difficulty import HERE, check_signal
 from orchestrator.data.encoding import (
     EncodeTask,
     SampleTask,
@@ -52,7 +52,7 @@ class Request:
 
     Args:
         sources: see `open_corpus`.
-        vocab_size, holdout, text_key, tokenizer, difficulty: as for `prepare`.
+        vocab_size, holdout, text_key, tokenizer, difficulty, code_dir: as for `prepare`.
         min_chars, max_chars: shorter and longer documents are left out.
         deduplicate: of documents with equal texts the first is kept.
         weights: shares of the sources in the training split's tokens; None to take all there is.
@@ -70,6 +70,7 @@ class Request:
     deduplicate: bool = True
     weights: tuple[float, ...] | None = None
     max_bad: float = 0.001
+    code_dir: Path = HERE
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def check(request: Request) -> None:
     """Raises DataError for an option out of range, or a source that isn't there."""
     check_holdout(request.holdout)
     if request.difficulty is not None:
-        check_signal(request.difficulty)
+        check_signal(request.difficulty, request.code_dir)
     low, high, weights = request.min_chars, request.max_chars, request.weights
     if (low is not None and low < 1) or (high is not None and high < max(1, low or 1)):
         raise _refused(
@@ -207,7 +208,7 @@ class _Making:
         footers = self._footers(tokenizer)
         left_out_D = self._surplus(footers)
         with published(final, self.parts.assembly) as partial:
-            writer = StoreWriter(partial, tokenizer)
+            writer = StoreWriter(partial, tokenizer, self.request.code_dir)
             try:
                 self._write(writer, footers, left_out_D)
                 ids.seek(0)
@@ -233,8 +234,11 @@ class _Making:
 
     def _encode(self, tokenizer: TextTokenizer, path: Path) -> None:
         signal = signal_here(self.options.difficulty)
+        code_dir = str(self.request.code_dir.absolute())
         tasks = [
-            saved(EncodeTask(block, str(self.parts.path_of(block.number)), str(path), tokenizer.digest, signal))
+            saved(
+                EncodeTask(block, str(self.parts.path_of(block.number)), str(path), tokenizer.digest, signal, code_dir)
+            )
             for block in self.found.blocks
         ]
         done = 0

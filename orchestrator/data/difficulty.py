@@ -3,11 +3,11 @@
 Which of them helps a model learn is a question for measurement; a curriculum uses only the order that they give.
 """
 
-import importlib
 import math
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from orchestrator.data.reference_model import PairCounts, reference_loss
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
+from orchestrator.own_code import imported
 from orchestrator.spec.curriculum import SIGNALS
 
 WINDOW = 50  # tokens
+HERE = Path()
 LARGEST = float(np.finfo(np.float32).max)  # that the index holds
 Tokens = NDArray[np.integer]
 Signal = Callable[[Tokens], float]
@@ -29,6 +31,7 @@ def signal_of(
     counts: Callable[[], NDArray[np.int64]],
     pairs: Callable[[], PairCounts],
     is_training: bool,
+    code_dir: Path = HERE,
 ) -> Signal:
     """What scores a document from its tokens.
 
@@ -37,12 +40,13 @@ def signal_of(
         counts: how often each token of the vocabulary occurs in the training split; asked for if it is needed.
         pairs: how often tokens follow one another in the training split's documents; asked for if it is needed.
         is_training: the documents to score are those of the training split.
+        code_dir: the directory that a function of the user's own comes from.
 
     Raises:
         DataError: there is no such function.
     """
     if ":" in name:
-        function = _imported(name)
+        function = _imported(name, code_dir)
         return lambda tokens: float(function(_text(tokenizer, tokens)))
     if name == "length":
         return lambda tokens: float(len(tokens))
@@ -58,10 +62,10 @@ def signal_of(
     raise ValueError(f"there is no signal {name}")
 
 
-def check_signal(name: str) -> None:
+def check_signal(name: str, code_dir: Path = HERE) -> None:
     """Raises DataError if there is no such signal."""
     if ":" in name:
-        _imported(name)
+        _imported(name, code_dir)
     elif name not in SIGNALS:
         raise DataError(
             f"curriculum.signal {name}: it must be {', '.join(SIGNALS)} or a function as package.module:score",
@@ -118,14 +122,14 @@ def _text(tokenizer: TextTokenizer, tokens: Tokens) -> str:
     return tokenizer.decode(tokens[1:].tolist())
 
 
-def _imported(name: str) -> Callable[[str], float]:
+def _imported(name: str, code_dir: Path) -> Callable[[str], float]:
     module, _, attribute = name.partition(":")
     try:
-        function: Callable[[str], float] = getattr(importlib.import_module(module), attribute)
+        function: Callable[[str], float] = getattr(imported(module, code_dir), attribute)
     except Exception as error:  # whatever the module does when it is imported
         raise DataError(
             f"curriculum.signal {name} can't be imported: {error}",
-            remedy="Name a function of a module that is importable where the run's data is prepared.",
+            remedy="Name a function of a module in the current directory, or in curriculum.code_dir.",
             unchanged="Nothing was written.",
         ) from error
     return function

@@ -45,6 +45,7 @@ class EncodeTask:
     tokenizer: str  # file
     tokenizer_digest: str
     signal: str | None  # that documents are scored by here
+    code_dir: str = "."  # where a signal of the user's own comes from
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,9 @@ def _encode(task: EncodeTask) -> Outcome:
     if footer is not None:
         return Outcome(task.block.number, num_tokens=footer.num_tokens)
     tokenizer, encode = _loaded(task.tokenizer, task.tokenizer_digest)
-    signal = None if task.signal is None else signal_of(task.signal, tokenizer, _no_counts, _no_counts, False)
+    signal = None
+    if task.signal is not None:
+        signal = signal_of(task.signal, tokenizer, _no_counts, _no_counts, False, Path(task.code_dir))
     with written(path, made, token_dtype(tokenizer)) as part:
         for batch in _batches(documents_of(task.block)):
             for item, tokens in zip(batch, encode([item.document.text for item in batch]), strict=True):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.data.corpus import Corpus, Document, open_corpus
+from orchestrator.data.difficulty import HERE
 from orchestrator.data.manifest import PrepareOptions, Source, Split, is_store, store_key
 from orchestrator.data.splits import fraction_of, split_documents
 from orchestrator.data.store import TokenStore
@@ -33,6 +34,7 @@ def prepare(
     text_key: str = "text",
     tokenizer: Path | None = None,
     difficulty: str | None = None,
+    code_dir: Path = HERE,
 ) -> TokenStore:
     """The store of `source` below `directory`: found, or made now.
 
@@ -44,6 +46,7 @@ def prepare(
         text_key: key or column of the text in files that have rows.
         tokenizer: a `tokenizer.json` to use instead of learning one; `vocab_size` has no meaning then.
         difficulty: the signal that documents are scored by (`orchestrator.data.difficulty`); None for no scores.
+        code_dir: the directory that a signal of the user's own comes from.
         progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
 
     Raises:
@@ -74,7 +77,7 @@ def prepare(
         used = given or TextTokenizer.train(_training_texts(corpus, splits, options, tell), vocab_size)
         try:
             with published(final) as partial:
-                _write(corpus, splits, options, used, partial, tell)
+                _write(corpus, splits, options, used, StoreWriter(partial, used, code_dir), tell)
         except OSError as error:
             raise DataError(
                 f"the token store can't be written to {directory}: {error}",
@@ -201,11 +204,10 @@ def _write(
     splits: Sequence[Split],
     options: PrepareOptions,
     tokenizer: TextTokenizer,
-    directory: Path,
+    writer: StoreWriter,
     tell: Progress,
 ) -> None:
     source = Source(name=corpus.name, digest=corpus.digest, num_documents=len(corpus.ids), num_bytes=corpus.num_bytes)
-    writer = StoreWriter(directory, tokenizer)
     try:
         number = 0
         for batch in _batches(corpus):

@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.difficulty import scores, signal_of
+from orchestrator.data.difficulty import HERE, scores, signal_of
 from orchestrator.data.manifest import (
     DOCUMENTS,
     FORMAT_VERSION,
@@ -47,10 +47,13 @@ class StoreWriter:
     """Writes the files of one store into an empty directory: `add` every document, then `finish`.
 
     Of each document it keeps a record of the index in memory, 28 bytes.
+
+    Args:
+        code_dir: where a function of the user's own comes from that scores documents.
     """
 
-    def __init__(self, directory: Path, tokenizer: TextTokenizer) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, tokenizer: TextTokenizer, code_dir: Path = HERE) -> None:
+        self._directory, self._code_dir = directory, code_dir
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer)
         self._tokens: dict[Split, BinaryIO] = {split: (directory / tokens_file(split)).open("xb") for split in SPLITS}
@@ -113,7 +116,8 @@ class StoreWriter:
                 self._ids(index_D["document"]), index_D.tolist(), strict=True
             )
         )
-        signal = signal_of(name, self._tokenizer, self._counts, lambda: self._pairs, split == "train")
+        is_training = split == "train"
+        signal = signal_of(name, self._tokenizer, self._counts, lambda: self._pairs, is_training, self._code_dir)
         return scores(signal, name, documents)
 
     def _ids(self, numbers_D: NDArray[np.int64]) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """A user's code: imported and called so that what it raises is told as its own."""
 
 import importlib
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from orchestrator import own_code
 from orchestrator.errors import EntrypointError
 from orchestrator.model.moe import ExpertHome
 from orchestrator.spec.model import ModelSpec
@@ -52,15 +52,12 @@ def calling_user(what: str) -> Iterator[None]:
 
 
 def _loaded(spec: ModelSpec) -> Build:
-    """The function that the entrypoint names. Its directory is searched first, as `python -m` does."""
+    """The function that the entrypoint names."""
     assert spec.entrypoint is not None
-    directory = str(Path(spec.code_dir).absolute())
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
-        importlib.invalidate_caches()
+    directory = Path(spec.code_dir).absolute()
     module_name, _, name = spec.entrypoint.partition(":")
     try:
-        module = importlib.import_module(module_name)
+        module = own_code.imported(module_name, directory)
     except (Exception, SystemExit) as error:
         raise EntrypointError(
             f"model.entrypoint {spec.entrypoint} can't be imported: {type(error).__name__}: {error}",
@@ -92,4 +89,5 @@ def _traceback_of(error: BaseException) -> str:
 
 def _is_ours(frames: Any) -> bool:
     file: str = frames.tb_frame.f_code.co_filename
-    return file.startswith(("<frozen importlib", str(Path(__file__).parent), str(Path(importlib.__file__).parent)))
+    ours = (str(Path(__file__).parent), str(Path(importlib.__file__).parent), str(own_code.__file__))
+    return file.startswith(("<frozen importlib", *ours))

@@ -29,8 +29,8 @@ class RunScale:
     nothing is about to change, pinned if its user has asked for this size or it is about to end, and it rests for a
     while after it was made larger. `speeds` are target tokens per second by world size, of the present stage's newest
     steps, `stall_s` what a rescale costs, and `left_s` how long the rest takes at the present speed. `selector`
-    says what labels of a node must be for its workers to live there, and `avoid` names nodes on which it puts nobody new
-    whatever their labels.
+    says what labels of a node must be for its workers to live there, and `avoid` names nodes on which it puts nobody
+    new, whatever their labels.
 
     Times are `time.time()` seconds: `queued_s` is since when it waits in the queue, None if it does not, `admitted_s`
     when it was let out of it last.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from orchestrator.spec.section import Broken, Section, refuse
+from orchestrator.spec.section import HERE, Broken, Section, refuse
 from orchestrator.spec.workers import Range
 
 SIGNALS = ("length", "compression", "rarity", "diversity", "reference_loss")
@@ -107,6 +107,11 @@ class CurriculumSpec(Section):
         "50), reference_loss (mean loss of its tokens under a bigram model of the training split without it), or a "
         "function of yours, package.module:score, from its text to a number.",
     )
+    code_dir: str = Field(
+        default=HERE,
+        min_length=1,
+        description="Directory from which a function of yours is imported, on every node; relative to the current one.",
+    )
     on_exhausted: Literal["next", "relax", "fail"] = Field(
         default="relax",
         description="When nothing is left of what a stage admits: the next stage begins, whatever is left of the epoch "
@@ -118,6 +123,9 @@ class CurriculumSpec(Section):
         if not self.stages:
             yield Broken((("stages",),), "a curriculum needs at least one stage; got none")
             return
+        if self.code_dir != HERE and ":" not in self.signal:
+            rule = "code_dir has a meaning with a signal of your own only; remove it"
+            yield Broken((("code_dir",), ("signal",)), rule)
         for i, stage in enumerate(self.stages):
             if stage.name == "next":
                 rule = "no stage is called next: that is the one behind the present one"

@@ -43,12 +43,15 @@ __all__ = [
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
 BY_DOCUMENT = "documents"  # of data.rows
-REFUSED_ENVS = ("LD_", "PYTHON", "RAY_")
+RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
+# What changes how a process is loaded, or how Ray and we behave: by how a name begins, and whole.
+REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
+REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
 BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _name(name: str) -> str:
-    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
+    if not RUN_NAME.fullmatch(name):
         raise refuse("must be 1 to 40 of a-z, 0-9 and -, begin with a letter and not end with -")
     return name
 
@@ -214,7 +217,8 @@ class JobSpec(Section):
     envs: dict[str, str] = Field(
         default={},
         description="Environment variables of the workers. Visible to everyone who sees the cluster: put no secret "
-        "here. LD_*, PYTHON* and RAY_* are refused, and OMP_NUM_THREADS, which follows from cores and workers.",
+        "here. What changes how a process is loaded (LD_*, PYTHON*, GLIBC_TUNABLES and such) or how Ray and we behave "
+        "(RAY_*, ORCHESTRATOR_*) is refused, and OMP_NUM_THREADS, which follows from cores and workers.",
     )
     secrets: dict[str, str] = Field(
         default={},
@@ -271,9 +275,10 @@ class JobSpec(Section):
         for section, name, value in ((section, *item) for section, values in of_both for item in values.items()):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 yield Broken(((section, name),), "a name must be of letters, digits and _, and not begin with a digit")
-            elif name.upper().startswith(REFUSED_ENVS):
-                refused = ", ".join(f"{prefix}*" for prefix in REFUSED_ENVS)
-                yield Broken(((section, name),), f"{refused} must not be set: the runtime sets these itself")
+            elif name.upper().startswith(REFUSED_ENVS) or name.upper() in REFUSED_NAMES:
+                refused = ", ".join([*(f"{prefix}*" for prefix in REFUSED_ENVS), *REFUSED_NAMES])
+                rule = f"{refused} must not be set: they change how processes are loaded, or how Ray behaves"
+                yield Broken(((section, name),), rule)
             elif name == "OMP_NUM_THREADS":
                 yield Broken(
                     ((section, name),),

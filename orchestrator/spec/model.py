@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
-from orchestrator.spec.section import Broken, Section, directory, refuse
+from orchestrator.spec.section import HERE, Broken, Section, directory, refuse
 
-HERE = "."
 # What a directory's config.json says as well.
 IN_CONFIG = frozenset(
     {

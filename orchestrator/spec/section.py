@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 Path = tuple[str | int, ...]
+HERE = "."  # the directory in which a job is submitted
 
 
 @dataclass(frozen=True)

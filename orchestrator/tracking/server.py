@@ -12,15 +12,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
+
+import psutil
 
 from orchestrator.errors import OrchestratorError, UsageError
 from orchestrator.tracking.sink import artifact_root, check_uri, redacted, with_driver
 
 START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
+LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
+EVERYWHERE = ("0.0.0.0", "::")
 PRIORITY = 15  # that of Ray's workers: pages that somebody looks at don't slow a run on the same machine
 
 
@@ -31,6 +36,7 @@ class MlflowServer:
         uri: of the database.
         port: 0 for any that is free.
         artifacts: where files lie if they don't lie beside an sqlite file.
+        names: under which browsers may ask for it, beside `host`.
 
     Raises:
         UsageError: the URI is none of a database, or the port is taken.
@@ -38,7 +44,14 @@ class MlflowServer:
     """
 
     def __init__(
-        self, uri: str, *, host: str = "127.0.0.1", port: int = 0, artifacts: str = "", log: Path | None = None
+        self,
+        uri: str,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        artifacts: str = "",
+        log: Path | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         check_uri(uri)
         root = artifact_root(uri, artifacts)
@@ -48,10 +61,15 @@ class MlflowServer:
         self.url = f"http://{host}:{self.port}"
         command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(self.port)]
         command += ["--default-artifact-root", root, "--workers", "1"]
+        places = [f"{name}:{self.port}" for name in (*names_of(host), *names)]
+        # MLflow's own choice would let in 10.evil.example, which is a name and no address of a private network.
+        command += ["--allowed-hosts", ",".join(places)]
+        command += ["--cors-allowed-origins", ",".join(f"http://{place}" for place in places)]
         variables = {
             "MLFLOW_BACKEND_STORE_URI": with_driver(uri),  # not on the command line, which others can read
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",  # whatever our own environment says
         }
         sink = log.open("ab") if log is not None else None
         try:
@@ -110,6 +128,19 @@ class MlflowServer:
                 return
             time.sleep(0.1)
         raise OrchestratorError(f"the MLflow server did not answer within {START_TIMEOUT_S:.0f} s")
+
+
+def names_of(host: str) -> list[str]:
+    """What a browser may call a server that listens at `host`: pages of other sites, which a name of theirs has led
+    here, call it otherwise."""
+    if host not in EVERYWHERE:
+        return LOOPBACK if host in LOOPBACK else [f"[{host}]" if ":" in host else host]
+    found = [address for addresses in psutil.net_if_addrs().values() for address in addresses]
+    v4 = [address.address for address in found if address.family == socket.AF_INET]
+    v6 = [
+        f"[{address.address}]" for address in found if address.family == socket.AF_INET6 and "%" not in address.address
+    ]
+    return list(dict.fromkeys([*LOOPBACK, socket.gethostname(), *v4, *v6]))
 
 
 def _free_port(host: str, port: int) -> int:

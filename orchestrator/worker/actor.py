@@ -20,11 +20,11 @@ from orchestrator.data.store import TokenStore
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.rehearsal import rehearse
 from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
+from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.device import device_of
 from orchestrator.worker.feed import Feed
-from orchestrator.worker.secrets import redacted, take_secrets
 from orchestrator.worker.shard import Workshop
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.warming import ReservedMemory, memory_of_a_world, warm_up
@@ -63,8 +63,10 @@ class Worker:
                     told = error.traceback if isinstance(error, EntrypointError) else ""
                     log.error("%s\n%s", told, error)
                     self._desk.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), told))
-                except Exception:
+                except Exception as error:
                     log.exception("%s could not warm up", self._id)  # the caller gets the error, the log its traceback
+                    if (told := redacted(str(error))) != str(error):
+                        raise RuntimeError(f"{type(error).__name__}: {told}") from None
                     raise
         return self.report(None, -1, 0.0)
 

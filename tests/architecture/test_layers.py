@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "orchestrator"
 # From the lowest to the highest. A room imports only rooms of lower lines; rooms of one line do not import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"spec", "metrics"}),
+    frozenset({"spec", "metrics", "secrets", "own_code"}),
     frozenset({"elastic", "sampling"}),
     frozenset({"protocol"}),
     frozenset({"policy"}),

@@ -62,6 +62,8 @@ def test_up_and_down_leave_nothing(home: Path) -> None:
     assert local_cluster.status() == record
     assert record.num_cpus == 6 and all(is_running(process) for process in record.processes)
     assert stat.S_IMODE(os.stat(record.token_path).st_mode) == 0o600
+    assert stat.S_IMODE((home / "clusters" / "local").stat().st_mode) == 0o700
+    assert stat.S_IMODE(os.stat(record.temp_dir).st_mode) == 0o700
     assert only_loopback(record)
     scrape = home / "clusters" / "local" / "scrape.json"
     (group,) = json.loads(scrape.read_text())
@@ -97,11 +99,14 @@ def test_only_who_has_the_token_gets_in(home: Path, tmp_path: Path) -> None:
     record = local_cluster.up(2).record
     whoever = {"ORCHESTRATOR_HOME": str(tmp_path / "elsewhere"), **environment(record)}
     script = CONNECT.format(address=record.address) + "print('in')"
-    (tmp_path / "wrong").write_text("0" * 64)
-    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
-    for env in ({"RAY_AUTH_MODE": "disabled"}, wrong):
+    token = tmp_path / "wrong"
+    token.write_text("0" * 64)
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    for env, mode in (({"RAY_AUTH_MODE": "disabled"}, 0o600), (wrong, 0o600), (wrong, 0o644)):
+        token.chmod(mode)
         refused = python(script, **whoever | env)
         assert "NotAllowed" in refused.stderr and "in" not in refused.stdout
+        assert ("may be read by others" in refused.stderr) is (mode == 0o644)
     assert python(script, **whoever).stdout == "in\n"
     # one who imported Ray before with another idea of authentication gets in too
     early = python("import ray; " + script, ORCHESTRATOR_HOME=str(home), RAY_AUTH_MODE="disabled")

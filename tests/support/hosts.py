@@ -15,6 +15,7 @@ collide with any of its networks. Hosts can't reach the machine's network, and t
 
 import functools
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+
+from orchestrator.control.job_port import PYTHON
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("ip", "tc", "env", "mount", "nsenter", "setpriv", "unshare")
@@ -130,9 +133,14 @@ class Namespaces:
 
 
 class Hosts:
-    """`count` hosts with one network between them, 10.77.0.1 and up; host 0 is the first."""
+    """`count` hosts with one network between them, 10.77.0.1 and up; host 0 is the first.
 
-    def __init__(self, count: int) -> None:
+    Args:
+        asks: Ray asks for a token, since hosts reach one another's ports.
+    """
+
+    def __init__(self, count: int, asks: bool = True) -> None:
+        self._asks = asks
         self.addresses = tuple(f"10.77.0.{i + 1}" for i in range(count))
         self._ends = ExitStack()
 
@@ -156,8 +164,9 @@ class Hosts:
         with ExitStack() as ends:
             self.directory = Path(tempfile.mkdtemp(prefix="orch-", dir=TEMP_ROOT))
             ends.callback(shutil.rmtree, self.directory, ignore_errors=True)
-            self._switch = _made(ends)
-            self._hosts = [_made(ends) for _ in self.addresses]
+            self._write_token()
+            self._switch = made(ends)
+            self._hosts = [made(ends) for _ in self.addresses]
             self._switch.run(["ip", "link", "add", "bridge", "type", "bridge"])
             self._switch.run(["ip", "link", "set", "bridge", "up"])
             for index in range(len(self.addresses)):
@@ -172,7 +181,7 @@ class Hosts:
         """A further host, on which Ray doesn't run yet: `join` starts it. Returns its index."""
         index = len(self._hosts)
         self.addresses += (f"10.77.0.{index + 1}",)
-        self._hosts.append(_made(self._ends))
+        self._hosts.append(made(self._ends))
         self._connect(index)
         return index
 
@@ -180,11 +189,11 @@ class Hosts:
 
     def popen(self, index: int, command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
         """Start a command on a host. Killing what is returned kills it; it ends with its host in any case."""
-        return self._hosts[index].popen(command, **{"env": self._environment(), **options})
+        return self._hosts[index].popen(command, **{"env": self.environment(), **options})
 
     def run(self, index: int, command: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """What a command prints on a host. Raises AssertionError if it fails or takes longer than `timeout_s`."""
-        return self._hosts[index].run(command, timeout_s, env=self._environment())
+        return self._hosts[index].run(command, timeout_s, env=self.environment())
 
     def processes(self, index: int) -> list[psutil.Process]:
         """What runs on a host, by the ids that this process knows; on the host itself they have other ones."""
@@ -220,9 +229,10 @@ class Hosts:
         """HOST:PORT of the cluster that `start_ray` starts."""
         return f"{self.addresses[0]}:{HEAD_PORT}"
 
-    def start_ray(self, cpus: int = 1) -> str:
-        """Start Ray on every host, each with `cpus` logical CPUs; host 0 is the head. Returns the head's HOST:PORT."""
-        self.join(0, cpus)
+    def start_ray(self, cpus: int = 1, jobs_port: int | None = None) -> str:
+        """Start Ray on every host, each with `cpus` logical CPUs; host 0 is the head, and serves Ray's Jobs API at
+        `jobs_port`. Returns the head's HOST:PORT."""
+        self._await_ray(0, self._begin_ray(0, cpus, jobs_port))
         starting = [(index, self._begin_ray(index, cpus)) for index in range(1, len(self.addresses))]
         for index, process in starting:
             self._await_ray(index, process)
@@ -257,7 +267,7 @@ class Hosts:
         """What `ray start` has said on a host."""
         return self.directory / f"ray-{index}.log"
 
-    def _begin_ray(self, index: int, cpus: int) -> "subprocess.Popen[Any]":
+    def _begin_ray(self, index: int, cpus: int, jobs_port: int | None = None) -> "subprocess.Popen[Any]":
         options = {
             "node-ip-address": self.addresses[index],
             "num-cpus": cpus,
@@ -265,14 +275,18 @@ class Hosts:
             "temp-dir": self.directory / str(index),
         }
         if index == 0:
-            role, options = ["--head"], {**options, "port": HEAD_PORT, "include-dashboard": "false"}
+            dashboard = {"include-dashboard": "false"}
+            if jobs_port is not None:
+                here = self.addresses[0]
+                dashboard = {"include-dashboard": "true", "dashboard-host": here, "dashboard-port": str(jobs_port)}
+            role, options = ["--head"], {**options, "port": HEAD_PORT, **dashboard}
         else:
             role = [f"--address={self.head}"]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role]
         with self.ray_log(index).open("wb") as log:
             return self._hosts[index].popen(
                 [*command, *(f"--{key}={value}" for key, value in options.items())],
-                env=_without_ray(),
+                env=self._auth(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -310,9 +324,26 @@ class Hosts:
             file.write_text(Path("/etc/hosts").read_text() + "".join(known))
         return file
 
-    def _environment(self) -> dict[str, str]:
+    @property
+    def token(self) -> Path:
+        """The file with what Ray asks for."""
+        return self.directory / "token"
+
+    def host(self, index: int) -> Namespaces:
+        return self._hosts[index]
+
+    def _write_token(self) -> None:
+        self.token.touch(mode=0o600)
+        self.token.write_text(secrets.token_hex(32))
+
+    def environment(self) -> dict[str, str]:
         """A process with it finds this cluster, and none of the machine's."""
-        return {**_without_ray(), "RAY_ADDRESS": self.head, "ORCHESTRATOR_HOME": str(self.directory / "home")}
+        return {**self._auth(), "RAY_ADDRESS": self.head, "ORCHESTRATOR_HOME": str(self.directory / "home")}
+
+    def _auth(self) -> dict[str, str]:
+        if not self._asks:
+            return {**without_ray(), "RAY_AUTH_MODE": "disabled"}
+        return {**without_ray(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
 
 
 def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -323,7 +354,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
         time.sleep(0.02)
 
 
-def _made(ends: ExitStack) -> Namespaces:
+def made(ends: ExitStack) -> Namespaces:
     namespaces = Namespaces()
     ends.callback(namespaces.kill)
     return namespaces
@@ -336,14 +367,14 @@ def _pid_namespace(pid: int) -> str:
         return ""
 
 
-def _without_ray() -> dict[str, str]:
+def without_ray() -> dict[str, str]:
     """Our environment, less what would change how Ray starts; everything must import this very package."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     path = [str(ROOT), *(entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry)]
     return {
         **kept,
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
-        "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        PYTHON: sys.executable,
         "NO_COLOR": "1",
     }

@@ -67,3 +67,10 @@ def test_spec_error_lists_all_problems_and_survives_a_process_border() -> None:
         "job.yaml:9:1: bad file",
         "2 problems; `orchestrator schema` lists every key. Nothing was started.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("code", "name"), [(2, "UsageError"), (69, "ClusterUnreachable"), (77, "NotAllowed"), (1, "OrchestratorError")]
+)
+def test_an_exit_code_stands_for_an_error(code: int, name: str) -> None:
+    assert errors.of_code(code) is getattr(errors, name)

@@ -1,6 +1,7 @@
 """What of a command goes to a cluster that is named by URL, and what comes back."""
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,21 @@ def test_paths_of_this_machine_are_refused_before_anything_is_sent(
         submit_by_url("http://127.0.0.1:9", tmp_path / "job.yaml", None, ["storage=/shared"], False)
     with pytest.raises(ClusterUnreachable):
         submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, ["storage=/shared"], False)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"entrypoint": "mine:build", "code_dir": "/usr/lib"}, "comes from /usr/lib, which is not in the current"),
+        ({"entrypoint": "mine:build", "code_dir": "../code"}, r"comes from ../code, which is not in the current"),
+        ({"entrypoint": "os:system"}, "No module named 'os'"),
+    ],
+)
+def test_code_that_would_not_be_sent_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: dict[str, str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    job = {"schema": "v1", "name": "far", "storage": "/shared", "model": model}
+    (tmp_path / "job.yaml").write_text(json.dumps(job))
+    with pytest.raises(UsageError, match=told):
+        submit_by_url("http://127.0.0.1:9", Path("job.yaml"), None, [], False)

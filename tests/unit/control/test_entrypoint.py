@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.entrypoint import check_entrypoint
+from orchestrator.control.entrypoint import check_own_code
 from orchestrator.control.orders import order_of
 from orchestrator.errors import EntrypointError
 from orchestrator.spec.job import JobSpec
 
 
 def _job(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
+    (tmp_path / "code").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "code").mkdir()
     (tmp_path / "code" / "mine.py").write_text(source)
     model = {"entrypoint": "mine:build", "code_dir": "code"}
     return JobSpec.model_validate({"schema": "v1", "name": "own", "model": model, "envs": {"WIDTH": "8"}})
@@ -43,4 +43,34 @@ def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_ours_needs_no_look() -> None:
-    check_entrypoint(JobSpec(name="ours"))
+    check_own_code(JobSpec(name="ours"))
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "torch.nn:Linear", "no_such:build"])
+@pytest.mark.parametrize("key", ["entrypoint", "signal"])
+def test_code_that_was_not_submitted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = {"model": {"entrypoint": name}}
+    if key == "signal":
+        section = {"curriculum": {"signal": name, "stages": [{"name": "all"}]}}  # type: ignore[dict-item]
+    job = JobSpec.model_validate({"schema": "v1", "name": "own", **section})
+    for check in (check_own_code, lambda job: order_of(job, None)):
+        with pytest.raises(EntrypointError, match=f"{key} {name} can't be imported: ModuleNotFoundError: No module"):
+            check(job)
+
+
+def test_a_check_has_the_secrets_and_hides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("hunter22\n")
+    secrets = {"API_KEY": f"file:{tmp_path}/key", "FAR": "env:NO_SUCH_KEY"}
+    for source, code in (
+        ("raise RuntimeError(f'no access with {key}')", 0),
+        ("os.write(2, key.encode()), os._exit(7)", 7),
+    ):
+        job = _job(tmp_path / str(code), f"import os\nkey = os.environ['API_KEY']\n{source}\n", monkeypatch)
+        with pytest.raises(EntrypointError) as caught:
+            check_own_code(job.model_copy(update={"secrets": secrets}))
+        told = f"{caught.value}\n{caught.value.traceback}"
+        assert "hunter22" not in told and "***" in told
+        assert ("secrets that are not on this machine were not there: FAR" in told) is (code == 0)

@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.control.journal import Journal, acquire_epoch
 from orchestrator.control.memory import RunMemory
-from orchestrator.control.run_files import RunFiles
+from orchestrator.control.run_files import RunFiles, run_dir_in
 from orchestrator.errors import NotFound
 from orchestrator.policy.limits import RunLimits
 from orchestrator.protocol.status import RunPhase
@@ -84,3 +84,10 @@ def test_runs_of_like_names_are_named(tmp_path: Path) -> None:
         RunFiles(tmp_path / "bookz")
     with pytest.raises(NotFound, match="holds no run. Name the run storage"):
         RunFiles(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", "..", ".data", "a/b", "", "A"])
+def test_a_name_that_leads_out_of_the_storage_is_no_run(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NotFound, match="no run can be called"):
+        run_dir_in(tmp_path, name)
+    assert run_dir_in(tmp_path, "mine") == tmp_path / "mine"

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.data.prepare import prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
+from orchestrator.own_code import imported
 
 PLAIN = Request(("",), vocab_size=300, holdout=0.3, deduplicate=False)
 
@@ -342,10 +342,10 @@ def test_the_prepare_of_a_job_names_what_is_bad_too(corpus: Path, tmp_path: Path
 
 
 @pytest.fixture
-def own_signal(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = ModuleType("own_bulk_signal")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
+def own_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.chdir(tmp_path)
+    Path("own_bulk_signal.py").touch()
+    return imported("own_bulk_signal", tmp_path)
 
 
 @pytest.mark.parametrize(

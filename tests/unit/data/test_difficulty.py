@@ -12,6 +12,7 @@ from orchestrator.data.difficulty import WINDOW, Signal, diversity, signal_of
 from orchestrator.data.prepare import prepare
 from orchestrator.data.reference_model import PairCounts
 from orchestrator.errors import DataError
+from orchestrator.own_code import imported
 from orchestrator.spec.curriculum import SIGNALS
 from tests.unit.data.stores import BYTES_ONLY
 
@@ -52,10 +53,10 @@ def test_repetition_is_easy() -> None:
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    made = ModuleType("my_scores")
-    monkeypatch.setitem(__import__("sys").modules, "my_scores", made)
-    return made
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.chdir(tmp_path)
+    Path("my_scores.py").touch()
+    return imported("my_scores", tmp_path)
 
 
 def _texts(directory: Path) -> str:

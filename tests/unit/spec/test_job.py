@@ -271,7 +271,7 @@ def test_names_that_mlflow_would_refuse_are_refused_here(tracking: dict[str, str
         ("{KEY: hunter22}", "must be file:PATH with an absolute path, or env:NAME"),
         ("{KEY: file:relative}", "must be file:PATH with an absolute path, or env:NAME"),
         ("{KEY: env:a-b}", "must be file:PATH with an absolute path, or env:NAME"),
-        ("{LD_PRELOAD: env:A}", "must not be set: the runtime sets these itself"),
+        ("{LD_PRELOAD: env:A}", "must not be set: they change how processes are loaded, or how Ray behaves"),
         ("{TWICE: env:A}", "TWICE is in envs too"),
     ],
 )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import secrets
 from orchestrator.control.host import log_to
 from orchestrator.errors import UsageError
-from orchestrator.worker import secrets
-from orchestrator.worker.secrets import redacted, take_secrets
+from orchestrator.secrets import redacted, take_secrets, without
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +50,9 @@ def test_one_that_is_not_there_is_named(reference: str) -> None:
     with pytest.raises(UsageError, match="secret API_KEY") as error:
         take_secrets({"API_KEY": reference})
     assert reference.partition(":")[2] in str(error.value)
+
+
+def test_a_secret_within_another_and_one_of_several_lines_are_hidden() -> None:
+    key = "-----BEGIN KEY-----\nabcdefgh\nxy\n-----END KEY-----"
+    text = f"{key} abcdefgh hunter22 hunter2222 xy"
+    assert without(text, [key, "hunter22", "hunter2222", "xy"]) == "*** *** *** *** xy"  # what is short is a word

@@ -1,11 +1,11 @@
-"""Secrets of a job: read where the worker lives, given to its environment, and kept out of what it says.
+"""Secrets of a job: read where the job's code runs, given to its environment, and kept out of what it says.
 
 The job only names where a secret is. So none is in the job file, in run storage, in Ray's listings or in MLflow.
 """
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from orchestrator.errors import UsageError
@@ -23,16 +23,8 @@ def take_secrets(secrets: Mapping[str, str]) -> None:
         UsageError: one isn't there, or can't be read. No value is told.
     """
     for name, reference in secrets.items():
-        kind, _, where = reference.partition(":")
-        value = os.environ.get(where) if kind == "env" else _read(name, Path(where))
-        if value is None:
-            raise UsageError(
-                f"secret {name} is to come from the environment variable {where}, which this node doesn't have",
-                remedy="Set it where Ray is started on every node, or name a file: file:/run/secrets/…",
-            )
-        os.environ[name] = value
-        if len(value) >= SHORTEST:
-            _known.add(value)
+        value = os.environ[name] = read_secret(name, reference)
+        _known.add(value)
     if _known:
         for handler in logging.getLogger("orchestrator").handlers:
             handler.setFormatter(_Redacting(handler.formatter or logging.Formatter()))
@@ -40,9 +32,27 @@ def take_secrets(secrets: Mapping[str, str]) -> None:
 
 def redacted(text: str) -> str:
     """A text without the secrets that this process knows."""
-    for value in _known:
-        text = text.replace(value, HIDDEN)
+    return without(text, _known)
+
+
+def without(text: str, values: Iterable[str]) -> str:
+    """A text without these values; those of several lines are hidden line by line too."""
+    parts = {part for value in values for part in (value, *value.splitlines()) if len(part) >= SHORTEST}
+    for part in sorted(parts, key=len, reverse=True):  # one may hold another
+        text = text.replace(part, HIDDEN)
     return text
+
+
+def read_secret(name: str, reference: str) -> str:
+    """The value that `file:PATH` or `env:NAME` stands for on this node. Raises UsageError, without any value."""
+    kind, _, where = reference.partition(":")
+    value = os.environ.get(where) if kind == "env" else _read(name, Path(where))
+    if value is None:
+        raise UsageError(
+            f"secret {name} is to come from the environment variable {where}, which this node doesn't have",
+            remedy="Set it where Ray is started on every node, or name a file: file:/run/secrets/…",
+        )
+    return value
 
 
 def _read(name: str, path: Path) -> str:

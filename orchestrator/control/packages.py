@@ -1,0 +1,112 @@
+"""What came with submitted jobs, in run storage: each in a directory that all nodes see, as long as a run refers to it.
+
+STORAGE/.packages/ID/     a copy of the directory that was sent
+"""
+
+import os
+import shutil
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from orchestrator.errors import UsageError
+
+PACKAGES = ".packages"
+LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", ".*_cache", "node_modules"]
+MOST_BYTES = 100 << 20
+YOUNG_S = 3600.0  # a submission takes minutes at most: younger ones may be of one that is under way
+
+
+def check(directory: Path) -> None:
+    """Raise UsageError if what would be sent is too much, or not in there: Ray sends what links lead to."""
+    sizes: dict[Path, int] = {}
+    for folder, folders, files in os.walk(directory):
+        folders[:] = [name for name in folders if not _is_left_out(name)]
+        paths = [Path(folder) / name for name in files if not _is_left_out(name)]
+        for path in (*paths, *(Path(folder) / name for name in folders)):
+            _check_link(path, directory)
+        sizes |= {path: path.stat().st_size for path in paths}
+    if (total := sum(sizes.values())) > MOST_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise UsageError(
+            f"{directory} can't be sent to the cluster: it holds {total >> 20} MiB, of {MOST_BYTES >> 20} MiB at most; "
+            f"{largest.relative_to(directory)} alone {sizes[largest] >> 20} MiB",
+            remedy="Submit from a directory with the job file and the code it needs; leave data where the cluster's "
+            "nodes see it.",
+            unchanged="Nothing was started.",
+        )
+
+
+def _check_link(path: Path, directory: Path) -> None:
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    if not target.is_relative_to(directory.resolve()):
+        wrong = f"leads out of it, to {target}"
+    elif target.is_dir():
+        wrong = f"leads to a directory, {target}"
+    elif not target.exists():
+        wrong = "leads nowhere"
+    else:
+        return
+    raise UsageError(
+        f"{directory} can't be sent to the cluster: the link {path.relative_to(directory)} {wrong}",
+        remedy="Put a copy in its place, or remove it.",
+        unchanged="Nothing was started.",
+    )
+
+
+def _is_left_out(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in LEFT_OUT)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A copy in run storage. `is_first` if the storage was made for it."""
+
+    path: Path
+    is_first: bool
+
+    def discard(self) -> None:
+        """Remove it, and what was made for it alone."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        above = [self.path.parent, *([self.path.parent.parent] if self.is_first else [])]
+        with suppress(OSError):  # others are in there by now
+            for directory in above:
+                directory.rmdir()
+
+
+def keep(directory: Path, storage: Path) -> Package:
+    """Copy what came with a job to run storage. Raises UsageError if that can't be written."""
+    package = Package(storage / PACKAGES / uuid.uuid4().hex, not storage.exists())
+    try:
+        shutil.copytree(directory, package.path, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        os.utime(package.path)  # it is as old as its being here
+    except OSError as error:
+        package.discard()
+        raise UsageError(
+            f"storage {storage} can't be written in the cluster: {error.strerror or error}",
+            remedy="Name a directory that all its nodes share and may write.",
+            unchanged="Nothing was started.",
+        ) from error
+    return package
+
+
+def sweep(storage: Path, now: float | None = None) -> list[Path]:
+    """Remove packages that no run in the storage refers to. Returns those.
+
+    Args:
+        now: `time.time()` seconds.
+    """
+    old = (time.time() if now is None else now) - YOUNG_S
+    packages = [path for path in (storage / PACKAGES).glob("*") if path.is_dir() and path.stat().st_mtime < old]
+    if not packages:
+        return []
+    jobs = [path.read_text(encoding="utf-8") for path in storage.glob("*/job.json")]
+    unused = [package for package in packages if not any(package.name in job for job in jobs)]
+    for package in unused:
+        shutil.rmtree(package, ignore_errors=True)
+    return unused

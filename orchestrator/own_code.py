@@ -1,0 +1,78 @@
+"""Functions of a user's own, which a job names as "package.module:function": a model, a score.
+
+They come from the directory that was submitted with the job and from nowhere else. A job file that somebody was given
+can't name what Python and its installed packages bring along, as `os:system` would.
+"""
+
+import importlib
+import sys
+import sysconfig
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+_from: dict[str, Path] = {}  # where the packages lie that were imported here, by their first name
+
+
+class Elsewhere(ImportError):
+    """The module is there, but not in the user's directory."""
+
+
+def place_of(module: str, directory: Path) -> Path:
+    """The file of a module, found without running any code.
+
+    Args:
+        module: its dotted name.
+        directory: where the user's code lies.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+        Elsewhere: it lies outside of the directory: by a link, or since that is a directory of Python itself.
+    """
+    importlib.invalidate_caches()  # it may have been written just now
+    search, name = [str(directory.absolute())], ""
+    found: ModuleSpec | None = None
+    for part in module.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        found = PathFinder.find_spec(part, search)
+        if found is None:
+            raise ModuleNotFoundError(f"No module named {name!r} in {directory}", name=name)
+        search = [f"{parent}/{part}" for parent in search]
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"{module} in {directory} is a directory without code", name=module)
+    file = Path(found.origin).resolve()
+    if not file.is_relative_to(directory.resolve()):
+        raise Elsewhere(f"{module} in {directory} is a link to {file}, outside of it")
+    if any(file.is_relative_to(Path(sysconfig.get_path(kind)).resolve()) for kind in ("stdlib", "purelib", "platlib")):
+        raise Elsewhere(f"{module} in {directory} is not the user's: it belongs to Python or to an installed package")
+    return file
+
+
+def imported(module: str, directory: Path) -> ModuleType:
+    """The module, from that directory, which is searched first for whatever it imports itself.
+
+    Raises:
+        ModuleNotFoundError, Elsewhere: as `place_of`; or another module of its name is in use.
+        Exception: whatever it raises.
+    """
+    place_of(module, directory)
+    top, root = module.partition(".")[0], directory.absolute()
+    if _from.get(top, root) != root:  # another job's, in a process that serves several
+        _forget(top)
+    _from[top] = root
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    found = importlib.import_module(module)
+    file = Path(found.__file__ or "").resolve()
+    if not file.is_relative_to(root.resolve()):
+        raise Elsewhere(f"{module} in {root} can't be imported: {file} goes by this name already; rename yours")
+    return found
+
+
+def _forget(top: str) -> None:
+    with_dot = f"{top}."
+    for name in [name for name in sys.modules if name == top or name.startswith(with_dot)]:
+        del sys.modules[name]
+    left = str(_from.pop(top))
+    if left in sys.path and left not in map(str, _from.values()):
+        sys.path.remove(left)

@@ -1,0 +1,160 @@
+"""By URL: the Python API, `run`, what is followed; and that nothing is left of what is refused or interrupted."""
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.experimental import internal_kv
+
+from orchestrator.client import OrchestratorClient
+from orchestrator.control.connection import connect
+from orchestrator.errors import NameTaken, NotFound, UsageError
+from orchestrator.protocol.status import RunPhase
+from orchestrator.spec.job import JobSpec
+from tests.support.far import Far, far_cluster, until_stored
+from tests.support.hosts import until
+from tests.support.own_models import linear
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
+SECRET = "correct-horse-battery"
+TELLS = linear(
+    init="self.calls = 0",
+    forward="""
+        import os
+        self.calls += 1
+        if self.calls > 40:
+            raise RuntimeError("no access with " + os.environ["API_KEY"])
+        return self.head(self.embedding(tokens))""",
+)
+SLOW = "import time\ntime.sleep(60)\n" + linear()
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
+    home, laptop = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("laptop")
+    with far_cluster(home, laptop, {"TEAM_API_KEY": SECRET}) as far:
+        yield far
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is in a cluster, and in a storage."""
+
+    actors: list[str]
+    groups: list[str]
+    demand: bytes | None
+    files: list[str]
+
+
+def _left(far: Far, storage: Path) -> Left:
+    connect(far.record.address)
+    actors = [actor["Name"] for actor in ray._private.state.actors().values() if actor["State"] != "DEAD"]
+    groups = [key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"]
+    demand = internal_kv._internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    files = [str(path) for path in storage.rglob("*")] if storage.exists() else []
+    return Left(sorted(filter(None, actors)), sorted(groups), demand, sorted(files))
+
+
+@pytest.fixture
+def client(far: Far, monkeypatch: pytest.MonkeyPatch) -> OrchestratorClient:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, far.env[name])
+    monkeypatch.chdir(far.directory)
+    return OrchestratorClient(far.url)
+
+
+def test_the_python_api_does_it_too(far: Far, client: OrchestratorClient, texts: Path, tmp_path: Path) -> None:
+    job = far.job(texts, tmp_path, "python")
+    assert client.submit(job, overrides=["eval.every=5"]) == "python"
+    until_stored(tmp_path / "python", lambda s: s.step > 5)
+    status = client.get("python")
+    assert status.phase is RunPhase.TRAINING and status.workers_now == 1
+    assert client.scale("python", 2).workers == 2
+    until_stored(tmp_path / "python", lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
+    assert "generation_planned" in [event["kind"] for event in client.events("python")]
+    with pytest.raises(NotFound, match="no run 'pythn'.*Did you mean `python`"):
+        client.get("pythn")
+    with pytest.raises(UsageError, match="max"):
+        client.scale("python", 9)
+    with pytest.raises((NameTaken, UsageError), match="a run's name must be new in its storage"):
+        client.submit(job)
+    with pytest.raises(UsageError, match="as a file of the current directory"):
+        client.submit(JobSpec(name="plain"))
+    with pytest.raises(UsageError, match="`orchestrator resume … --address http"):
+        client.resume("python")
+    client.pause("python")
+    until_stored(tmp_path / "python", lambda s: s.phase is RunPhase.PAUSED)
+    assert [found.run_id for found in client.list()] == ["python"]
+    assert client.audit("python").ok
+    with pytest.raises(UsageError, match="run python has ended: it is paused"):
+        client.cancel("python")
+
+
+def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path, tmp_path: Path) -> None:
+    done = far("run", far.job(texts, tmp_path, "short", steps=20))
+    assert "is submitted as job short-" in done.stderr and "generation" in done.stdout
+    assert until_stored(tmp_path / "short", lambda s: True).phase is RunPhase.SUCCEEDED
+    assert "succeeded" in far("status", "short", "--watch").stdout
+    code = far("run", "-d", far.job(texts, tmp_path, "apart")).returncode
+    assert code == 0 and until_stored(tmp_path / "apart", lambda s: s.step > 2).phase is RunPhase.TRAINING
+    assert "needs the run's files" in far("generate", "apart", "--prompt", "a", expect=2).stderr
+    far("cancel", "apart")
+    assert "cancelled" in far("events", "apart", "-f").stdout  # and it comes back
+
+
+def test_a_secret_shows_nowhere(far: Far, texts: Path, tmp_path: Path) -> None:
+    job = far.job(texts, tmp_path, "tells", source=TELLS, secrets={"API_KEY": "env:TEAM_API_KEY"})
+    told = far("run", job, expect=100)
+    failed = until_stored(tmp_path / "tells", lambda s: s.phase is RunPhase.FAILED)
+    assert "no access with ***" in str(failed.error) and "no access with ***" in str(failed.traceback)
+    (job_id,) = set(re.findall(r"submission_id='(tells-[^']+)'", far.ray("list")))
+    said = [told.stdout, told.stderr, far.ray("list"), far.ray("logs", job_id)]
+    said += [far(verb, "tells").stdout for verb in ("status", "events", "logs", "report")]
+    assert SECRET not in "".join(said) and "***" in "".join(said)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "mlflow.db" for path in files) and len(files) > 10
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_nothing_is_left_of_what_is_refused(far: Far, texts: Path, tmp_path: Path) -> None:
+    far("list")  # the Scheduler is there from now on
+    storage = tmp_path / "shared"
+    before = _left(far, storage)
+    token = tmp_path / "token"
+    token.touch(mode=0o600)
+    token.write_text("0" * 64)
+    job = far.job(texts, storage, "refused")
+    stranger = Far(far.directory, far.url, far.record, str(token))
+    assert "refused this process" in stranger("submit", job, expect=77).stderr
+    token.chmod(0o644)
+    assert "may be read by others" in stranger("submit", job, expect=77).stderr
+    nowhere = Far(far.directory, "http://127.0.0.1:9", far.record)
+    said = nowhere("submit", job, expect=69).stderr
+    assert "no cluster answers at http://127.0.0.1:9" in said and "Name the port of the cluster's Jobs API" in said
+    foreign = json.loads((far.directory / job).read_text())
+    foreign["model"]["entrypoint"] = "os:system"
+    (far.directory / "foreign.yaml").write_text(json.dumps(foreign))
+    assert "No module named 'os'" in far("submit", "foreign.yaml", expect=2).stderr
+    broken = far.job(texts, storage, "broken", source="raise RuntimeError('mine')")
+    assert "RuntimeError: mine" in far("submit", broken, expect=2).stderr
+    assert _left(far, storage) == before and not storage.exists()
+
+
+def test_nothing_is_left_of_a_submission_that_is_interrupted(far: Far, texts: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "shared"
+    before = _left(far, storage)
+    submitting = far.popen("submit", far.job(texts, storage, "hasty", source=SLOW))
+    until(lambda: any((storage / ".packages").glob("*/hasty.yaml")), 60.0, "the driver to have what was sent")
+    submitting.send_signal(signal.SIGINT)
+    submitting.communicate(timeout=60.0)
+    assert submitting.returncode == 130
+    until(lambda: not storage.exists(), 10.0, "what was sent to be removed again")
+    until(lambda: _left(far, storage) == before, 15.0, "Ray to end what looks after its job")
+    (job,) = [job for job in far.ray("list").split("JobDetails(") if "hasty" in job]
+    assert "STOPPED" in job
