@@ -48,8 +48,9 @@ def attempts_of(events: Sequence[Event]) -> tuple[Attempt, ...]:
     attempts: list[Attempt] = []
     for number, group in enumerate(groups):
         after = [_goes_on_after(groups[n - 1], groups[n]) for n in range(number + 1, len(groups))]
-        asked_s = attempts[-1].ended_s if attempts and attempts[-1].outcome == SUSPENDED else group[0]["time"]
-        attempts.append(_attempt(group, asked_s, after))
+        was_suspended = bool(attempts) and attempts[-1].outcome == SUSPENDED
+        asked_s = attempts[-1].ended_s if was_suspended else group[0]["time"]
+        attempts.append(_attempt(group, asked_s, was_suspended, after))
     return tuple(attempts)
 
 
@@ -59,7 +60,7 @@ def _goes_on_after(before: Sequence[Event], group: Sequence[Event]) -> int:
     return step
 
 
-def _attempt(events: Sequence[Event], asked_s: float, later: Sequence[int]) -> Attempt:
+def _attempt(events: Sequence[Event], asked_s: float, was_suspended: bool, later: Sequence[int]) -> Attempt:
     """Args: steps after which later attempts went on."""
     plain = [record for event in events if event["kind"] == "steps" for record in event["records"]]
     steps = tuple(from_plain(StepRecord, record) for record in plain)
@@ -70,7 +71,7 @@ def _attempt(events: Sequence[Event], asked_s: float, later: Sequence[int]) -> A
     newest = steps[-1].step if steps else -1
     return Attempt(
         asked_s=asked_s,
-        began_s=min(_let_in_s(events, asked_s, ended_s), ended_s),
+        began_s=min(_let_in_s(events, asked_s, ended_s, was_suspended), ended_s),
         ended_s=ended_s,
         outcome=end.get("outcome", SUSPENDED) if end is not None else "",
         events=tuple(events),
@@ -79,11 +80,11 @@ def _attempt(events: Sequence[Event], asked_s: float, later: Sequence[int]) -> A
     )
 
 
-def _let_in_s(events: Sequence[Event], asked_s: float, ended_s: float) -> float:
+def _let_in_s(events: Sequence[Event], asked_s: float, ended_s: float, is_queued: bool) -> float:
     """When it was given its place the last time before it trained. Journals of before there was a queue tell nothing
     of it; one that does, and was not let in, waited all the time."""
     start = next((n for n, event in enumerate(events) if event["kind"] == "activated"), len(events))
     let_in = [event["time"] for event in events[:start] if event["kind"] == "admitted"]
     if let_in:
         return float(let_in[-1])
-    return ended_s if any(event["kind"] == "queued" for event in events[:start]) else asked_s
+    return ended_s if is_queued or any(event["kind"] == "queued" for event in events[:start]) else asked_s

@@ -17,6 +17,7 @@ from orchestrator.policy.progress import Progress, typical_step_s
 from orchestrator.policy.run_state import Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.policy.sharing import Share
+from orchestrator.policy.standby import workers_to_hold
 from orchestrator.policy.stragglers import is_to_be_replaced
 from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.scaling import RunScale
@@ -53,6 +54,8 @@ def scale_of(
     spec, progress = limits.autoscale, seen.progress
     wanted = wanted_size(limits, state.wish, seen.step + 1)
     least, most = bounds(limits, progress.stage)
+    if state.wish is not None and state.wish.by_hand:  # whatever the stage says
+        least = min(least, wanted)
     if state.wish is not None and state.wish.cap is not None and state.wish.cap_stage == progress.stage:
         most = max(least, min(most, state.wish.cap))
     trains = bool(state.members) and all(seen.phase(worker) is Phase.TRAINING for worker in state.members)
@@ -66,7 +69,7 @@ def scale_of(
         wanted=wanted,
         least=least,
         most=most,
-        standby=limits.standby + is_to_be_replaced(limits, state),
+        standby=workers_to_hold(limits, state.wish, seen.step + 1) - wanted + is_to_be_replaced(limits, state),
         min_gain=spec.min_gain,
         is_steady=trains
         and state.next is None
@@ -83,8 +86,9 @@ def scale_of(
         priority=limits.priority,
         submitted_s=submitted_s,
         grant=state.grant,
-        queued_s=state.queued_s,
+        queued_s=state.queued_s if state.grant.workers == 0 else None,
         admitted_s=state.admitted_s,
+        begun_s=state.begun_s,
     )
 
 

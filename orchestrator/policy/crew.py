@@ -74,8 +74,8 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Spawn the workers that will be needed, and let go of standbys that won't, or that are to leave. A run that is to
-    end needs no more, unless it has lost what it would end with."""
-    if state.is_ending and not state.is_recovering:
+    end needs no more, unless it has lost what it would end with; one that gives way gets none in any case."""
+    if state.gives_way or (state.is_ending and not state.is_recovering):
         return Decision(state)
     leaving = leavers(state, seen)
     wanted = workers_to_hold(limits, state.wish, seen.step + 1, state.grant)
@@ -100,7 +100,7 @@ def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> D
     """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
     after = limits.recovery.quarantine_after
     nodes = {node for worker, node in seen.nodes.items() if worker in state.crew and worker not in seen.lost}
-    now = quarantined(state.losses, seen.now_s, after, nodes) if state.losses else ()
+    now = quarantined(state.losses, seen.now_s, after, nodes, state.quarantine) if state.losses else ()
     if now == state.quarantine:
         return Decision(state)
     counts = failures_by_node(state.losses, seen.now_s)

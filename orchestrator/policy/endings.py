@@ -40,9 +40,11 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         outcome = OUTCOMES[state.target.finish]
         done = f"after step {state.restore.step}" if state.restore else "before the first step"
         return ended(state, outcome, state.target.reason or f"{outcome} {done}")
-    asked = Finish.PAUSE if state.is_preempted and state.target.finish is Finish.NO else state.target.finish
+    asked = Finish.PAUSE if state.gives_way else state.target.finish
     if asked is Finish.NO or state.finish is not Finish.NO or state.fence is not None:
         return Decision(state)
+    if state.is_recovering:  # on its way to the world that is to end
+        return Decision(replace(state, finish=asked))
     return Decision(replace(state, finish=asked, next=None, next_first_step=None, next_why=""))
 
 
@@ -72,7 +74,7 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         outcome = OUTCOMES[state.target.finish]
         why = state.target.reason or str(outcome)
         return ended(state, outcome, f"{why}, after {last_step + 1} of {limits.steps} steps")
-    if state.finish is not Finish.NO:
+    if state.gives_way:
         return suspended(state, seen)
     return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps}, unasked")
 

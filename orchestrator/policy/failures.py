@@ -76,15 +76,20 @@ def held_back_s(losses: Sequence[Loss], now_s: float) -> float:
     return max(0.0, newest + delay_s(losses, now_s) - now_s)
 
 
-def quarantined(losses: Sequence[Loss], now_s: float, after: int | None, nodes: Collection[str]) -> tuple[str, ...]:
+def quarantined(
+    losses: Sequence[Loss], now_s: float, after: int | None, nodes: Collection[str], before: Collection[str] = ()
+) -> tuple[str, ...]:
     """Nodes that get no new workers: so many failures that may be their fault lie within the window.
 
     Args:
         after: how many; None for never.
-        nodes: where workers are known to live. One of them at least is never quarantined: the run needs a place.
+        nodes: where workers are known to live. One of them at least is never quarantined: the run needs a place. While
+            nobody lives anywhere, no node is added to those `before`.
     """
     counts = failures_by_node(losses, now_s)
     bad = tuple(sorted(node for node, count in counts.items() if after is not None and count >= after))
+    if not nodes:
+        return tuple(node for node in bad if node in before)
     return bad if set(nodes) - set(bad) else ()
 
 

@@ -106,11 +106,13 @@ def phase_of(state: RunState, seen: Observation) -> RunPhase:
     """The word for where the run is. RESCALING only while training waits for it."""
     if state.outcome is not None:
         return state.outcome
+    if state.is_queued:
+        return RunPhase.QUEUED
     if state.is_recovering or (state.current is None and state.recovery is not None):
         return RunPhase.RECOVERING
     if state.current is None:
-        return RunPhase.QUEUED if state.grant.workers == 0 else RunPhase.STARTING
-    if state.is_preempted:
+        return RunPhase.STARTING
+    if state.gives_way:
         return RunPhase.RESCALING
     if state.finish is not Finish.NO or all(seen.phase(w) is Phase.FINISHED for w in state.members):
         return RunPhase.FINISHING
@@ -124,8 +126,8 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     """One sentence: what the run waits for, or how it ended."""
     if state.outcome is not None:
         return state.why
-    if state.is_preempted and state.target.finish is Finish.NO:
-        return f"gives its places away at the next fence, with a checkpoint: {state.grant.why}"
+    if state.gives_way:
+        return f"gives its places away at the next fence, with a checkpoint, and goes on later: {state.grant.why}"
     if state.is_ending:
         return "ends at the next fence with a checkpoint"
     if state.is_recovering and state.next is None:
@@ -134,7 +136,7 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         return f"generation {state.next.generation} with {state.next.world.size} workers: {state.next_why}"
     if leaving := [w for w in leavers(state, seen) if w in state.members]:
         return f"{why_leaving(state, seen, leaving)}; waits for others to take over"
-    if state.grant.workers == 0:
+    if state.is_queued:
         return f"waits in the queue: {state.grant.why}"
     asked, wanted = (wanted_size(limits, state.wish, seen.step + 1, grant) for grant in (UNLIMITED, state.grant))
     held = f", {wanted} of {asked}: {state.grant.why}" * (wanted < asked)

@@ -87,6 +87,8 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         return Decision(state)
     gone = {w: why for w in state.crew if w in state.members and (why := why_gone(seen, w))}
     rest = [w for w in state.crew if w in state.members and w not in gone and not has_stopped(state, seen, w)]
+    if state.next is not None:  # all had stopped when it was planned, and are on their way to it
+        rest = []
     if seen.now_s - state.aborted_s >= STOP_S:
         gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in rest}
     elif seen.now_s - state.aborted_s >= SILENT_WHEN_STOPPING_S:

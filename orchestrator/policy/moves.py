@@ -143,6 +143,8 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         recovery=None,
         recoveries=recoveries,
         failed_spawns=0,
+        queued_s=None,
+        begun_s=seen.now_s if state.current is None else state.begun_s,
         slot=UNSAID,
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )

@@ -19,7 +19,7 @@ from orchestrator.policy.losses import has_stopped
 from orchestrator.policy.planning_moves import node_by_node, nodes_of, warm_standbys, with_plan
 from orchestrator.policy.run_state import USER_ERROR, Decision, Loss, Note, Observation, RunState, ended
 from orchestrator.policy.schedule import SizeChange, wanted_size
-from orchestrator.protocol.messages import Phase, Source
+from orchestrator.protocol.messages import Finish, Phase, Source
 from orchestrator.protocol.status import Recovery, RunPhase
 
 MAX_USER_ERRORS = 2  # in the same step: then it is no accident
@@ -44,10 +44,13 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     standbys = warm_standbys(state, seen)
     leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
-    chosen = (stay + standbys)[: max(wanted, limits.min_workers)]
+    least = limits.min_workers
+    if state.gives_way:  # whoever is left is enough for a checkpoint, and nobody else has a place
+        wanted, least = len(survivors), 1
+    chosen = (stay + standbys)[: max(wanted, least)]
     members = chosen[: len(stay)] + node_by_node(seen, chosen[len(stay) :])
-    members += leave[: max(0, limits.min_workers - len(members))]
-    if len(members) < limits.min_workers or seen.store_address is None:
+    members += leave[: max(0, least - len(members))]
+    if len(members) < least or seen.store_address is None:
         return Decision(state)
     return _planned_from(limits, state, seen, cut, members)
 
@@ -128,8 +131,12 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         "why": state.why,
     }
     account = _account(state, seen, done, "checkpoint")
+    note = Note("rolled_back", fields)
     begun = replace(state, previous=state.current, current=None, restore=restore, recovery=account, wants_restore=False)
-    return Decision(begun, (Note("rolled_back", fields),))
+    if not state.gives_way:
+        return Decision(begun, (note,))
+    gone = Note("workers_released", {"workers": list(state.crew)})
+    return Decision(replace(begun, finish=Finish.NO, crew=()), (note, gone))
 
 
 def _worlds(state: RunState) -> Iterable[World]:

@@ -43,7 +43,6 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         grant=state.grant,
         granted_since=state.granted_since,
         queued_s=state.queued_s,
-        admitted_s=state.admitted_s,
         num_spawned=state.num_spawned,
         num_generations=state.num_generations,
         activated=state.activated,

@@ -76,7 +76,8 @@ class RunState:
     `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
 
     `grant` is what the Scheduler lets the run hold, heard before step `granted_since` was done. `queued_s` is since
-    when it waits for its place in the cluster, None if it doesn't, `admitted_s` when it was last given one.
+    when it has waited for a world of its own, None once it has one; `admitted_s` is when it was last given its place in
+    the cluster, `begun_s` when it first had a world there.
     """
 
     target: Target
@@ -86,6 +87,7 @@ class RunState:
     granted_since: int = 0
     queued_s: float | None = None
     admitted_s: float | None = None
+    begun_s: float | None = None
     crew: tuple[str, ...] = ()
     num_spawned: int = 0
     num_generations: int = 0
@@ -132,9 +134,16 @@ class RunState:
         return any(finish is not Finish.NO for finish in (self.target.finish, self.finish))
 
     @property
-    def is_preempted(self) -> bool:
-        """It trains, and is to give all its places away."""
-        return self.grant.workers == 0 and self.current is not None
+    def is_queued(self) -> bool:
+        """It waits for its place in the cluster, and holds nobody."""
+        return self.grant.workers == 0 and self.current is None
+
+    @property
+    def gives_way(self) -> bool:
+        """It has a world, and stops to give all its places away and go on later. It finishes that once it has begun,
+        whatever is granted meanwhile."""
+        stops = self.grant.workers == 0 or self.finish is not Finish.NO
+        return self.current is not None and self.target.finish is Finish.NO and stops
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from orchestrator.policy.capacity import fits
+from orchestrator.policy.capacity import fits, places
 
 Resources = Mapping[str, float]
 Ledger = dict[str, dict[str, float]]
@@ -87,22 +87,42 @@ class Seating:
         """Where the places are that the run has been given, apart from those that it has."""
         return tuple(self._new[run])
 
+    def places(self, run: str) -> tuple[str, ...]:
+        """Where all the places are that the run has been given."""
+        return (*self._homes.get(run, ())[: self._kept[run]], *self._new[run])
+
+    def has_homes(self, run: str) -> bool:
+        """Whether it has workers somewhere, whatever they are given now."""
+        return bool(self._homes.get(run, ()))
+
+    def withhold(self, nodes: Collection[str]) -> None:
+        """Give nothing away that is left on these nodes; what is taken back from a run there may be given again."""
+        for ledger in (self._free, self._left):
+            ledger.update({node: {} for node in nodes})
+
     def unseat(self, run: str) -> None:
         """Take all its places away again."""
-        for node in self._homes.get(run, ())[: self._kept[run]]:
+        for node in self.places(run):
             _add(self._left[node], self._requests[run])
         for node in self._new[run]:
-            _add(self._left[node], self._requests[run])
             _add(self._free[node], self._requests[run])
         self._kept[run], self._new[run] = 0, []
 
     def usable(self, run: str) -> set[str]:
         """Nodes that could hold a worker of the run if nobody else were there."""
+        return {n for n, amounts in self._whole(run).items() if fits(amounts, self._requests[run])}
+
+    def capacity(self, run: str) -> int:
+        """How many workers of the run the cluster could hold if nobody else were there."""
+        return places(list(self._whole(run).values()), self._requests[run])
+
+    def _whole(self, run: str) -> Ledger:
+        """What there is on the nodes that the run may use."""
         whole = {node: dict(amounts) for node, amounts in self._left.items()}
-        for other, kept in self._kept.items():
-            for node in (*self._homes.get(other, ())[:kept], *self._new[other]):
+        for other in self._requests:
+            for node in self.places(other):
                 _add(whole[node], self._requests[other])
-        return {n for n, amounts in whole.items() if n not in self._avoid[run] and fits(amounts, self._requests[run])}
+        return {node: amounts for node, amounts in whole.items() if node not in self._avoid[run]}
 
     def _give(self, run: str, node: str, ledger: Ledger) -> bool:
         """Give the run a place on a node, out of what nobody holds first. Args: ledger: in which it has to fit, too."""

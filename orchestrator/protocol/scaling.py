@@ -33,7 +33,7 @@ class RunScale:
     new, whatever their labels.
 
     Times are `time.time()` seconds: `queued_s` is since when it waits in the queue, None if it does not, `admitted_s`
-    when it was let out of it last.
+    when it was let out of it last, and `begun_s` when it first had a world then.
     """
 
     run_id: str
@@ -58,6 +58,7 @@ class RunScale:
     grant: Grant = UNLIMITED
     queued_s: float | None = None
     admitted_s: float | None = None
+    begun_s: float | None = None
 
     @property
     def full(self) -> int:

@@ -17,6 +17,7 @@ from orchestrator.policy.autoscaling import (
     speeds,
 )
 from orchestrator.policy.crew import heed_target
+from orchestrator.policy.limits import ScheduledSize
 from orchestrator.policy.progress import Progress, absorb
 from orchestrator.policy.schedule import Wish
 from orchestrator.policy.sharing import Share, divide
@@ -244,6 +245,22 @@ def test_what_is_told_of_a_run() -> None:
     _told(life, 4, by_hand=False)
     life.tick()
     assert not _scale(life).is_pinned and _scale(life).wanted == 4
+
+
+def test_workers_of_a_size_to_come_are_told_of() -> None:
+    """They are held from the beginning on: nobody else gets their places."""
+    life = Life(limits_of(steps=90, initial_workers=1, schedule=(ScheduledSize(50, 4),)))
+    life.run_until(lambda: life.step == 10)
+    assert len(life.state.crew) == 4 and _scale(life).full == 4
+
+
+def test_a_size_by_hand_is_the_least_that_is_kept_for_a_run() -> None:
+    life = Life(limits_of(steps=90, initial_workers=4, autoscale=AutoscaleSpec(policy="stage")))
+    life.run_until(lambda: life.step == 3)
+    assert _scale(life).least == 4
+    _told(life, 2, by_hand=True)
+    life.run_until(lambda: life.sizes[-1] == 2)
+    assert (_scale(life).least, claim_of(_scale(life))) == (2, 2)
 
 
 def test_an_ending_run_is_left_alone() -> None:

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.limits import ScheduledSize
 from orchestrator.policy.queueing import queued
-from orchestrator.protocol.messages import Finish, Phase, Target
+from orchestrator.policy.run_state import Loss
+from orchestrator.protocol.messages import Finish, Phase, Target, WorkerError
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
+from orchestrator.sampling.slots import SlotSize
 from tests.unit.policy.imagined import Life, limits_of
 
 ROOM = Grant(None, "there is room for all 4")
@@ -149,17 +151,106 @@ def test_a_preempted_run_may_be_ended(finish: Finish, outcome: RunPhase, is_out:
     assert life.state.outcome is outcome and life.committed == life.step
 
 
-def test_a_member_that_dies_while_the_run_stops_costs_no_step() -> None:
-    life = _life()
+@pytest.mark.parametrize("least", [1, 4])
+def test_a_member_that_dies_while_the_run_stops_costs_no_step(least: int) -> None:
+    """The others write the checkpoint, even if they are fewer than it may have: nobody else has a place."""
+    life = _life(min_workers=least)
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
     life.run_until(lambda: life.state.finish is Finish.PAUSE)
     life.kill(life.state.members[-1])
     life.run_until(lambda: life.state.current is None)
-    assert life.committed >= 16
+    assert life.committed >= 16 and life.state.crew == () and life.state.num_spawned == 4
     life.grant = ROOM
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and len(life.sizes) == 60
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+@pytest.mark.parametrize("changes", [{"initial_workers": 1}, {"initial_workers": 3, "protected": False}])
+def test_a_run_that_loses_its_state_while_it_stops_goes_on_from_its_checkpoint(
+    changes: dict[str, object], comes_back: bool
+) -> None:
+    life = _life(**changes)
+    life.run_until(lambda: life.step == 17)
+    life.grant = OUT
+    life.run_until(lambda: life.state.finish is Finish.PAUSE)
+    if comes_back:
+        life.grant = ROOM
+    life.kill(life.state.members[-1])
+    life.run_until(lambda: life.state.current is None)
+    if not comes_back:
+        life.tick()
+        assert life.state.crew == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
+    life.grant = ROOM
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+
+
+def test_a_run_that_recovers_gives_way_once_it_has() -> None:
+    life = _life()
+    life.run_until(lambda: life.step == 17)
+    life.kill(life.state.members[-1])
+    life.run_until(lambda: life.state.is_recovering and life.state.next is not None)
+    life.grant = OUT
+    life.run_until(lambda: life.state.current is None)
+    assert life.state.crew == () and len(life.of_kind("worker_lost")) == 1
+    assert len(life.of_kind("generation_planned")) == 2  # the one that recovers was not thrown away
+    life.grant = ROOM
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.SUCCEEDED
+
+
+def test_the_words_for_a_run_that_stops() -> None:
+    life = _life()
+    life.run_until(lambda: life.step == 17)
+    life.grant = OUT
+    life.run_until(lambda: life.state.finish is Finish.PAUSE)
+    life.grant = ROOM
+    life.tick()
+    told = explain(life.limits, life.state, life.seen())
+    assert life.state.current is not None and "goes on later" in told  # it finishes what it has begun
+    life.cancel()
+    life.tick()
+    assert phase_of(life.state, life.seen()) is RunPhase.FINISHING
+    assert explain(life.limits, life.state, life.seen()) == "ends at the next fence with a checkpoint"
+
+
+def test_whoever_is_put_out_before_it_has_begun_has_waited_all_the_time() -> None:
+    life = _queued()
+    for _ in range(10):
+        life.tick()
+    life.grant = ROOM
+    life.tick()
+    life.grant = Grant(0, "there is no room for 1 worker")
+    life.tick()
+    assert life.state.queued_s == 0.0 and life.of_kind("preempted") == []
+    life.grant = ROOM
+    life.run_until(lambda: life.step == 3)
+    assert life.state.queued_s is None and life.state.begun_s is not None
+
+
+def test_what_failures_have_taught_is_kept() -> None:
+    """A smaller slot, and the nodes where nobody is put."""
+    life = _life(initial_workers=3, slot=SlotSize(rows=4))
+    life.nodes = {f"w{number}": "good" for number in range(9)}
+    life.run_until(lambda: life.step == 12)
+    for member in life.state.members:
+        life.stop(member)
+    life.say(life.state.members[0], error=WorkerError("out_of_memory", "no"))
+    life.run_until(lambda: life.state.current is not None and life.state.current.slot.rows == 2)
+    losses = tuple(Loss(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5))
+    life.state = replace(life.state, losses=losses)
+    life.run_until(lambda: life.state.quarantine == ("bad",))
+    life.run_until(lambda: life.step == 20)
+    life.grant = OUT
+    life.run_until(lambda: life.state.current is None)
+    life.tick()
+    life.grant = ROOM
+    life.tick()
+    assert life.state.crew and life.state.quarantine == ("bad",)
+    life.run_until(lambda: life.state.current is not None)
+    assert life.state.current is not None and life.state.current.slot.rows == 2
 
 
 def test_who_is_lost_is_replaced_only_within_the_grant() -> None:
@@ -171,6 +262,32 @@ def test_who_is_lost_is_replaced_only_within_the_grant() -> None:
     life.run_until(lambda: len(life.state.recoveries) == 1)
     life.run_until(lambda: life.sizes[-1] == 2)
     assert max(life.sizes[7:]) <= 3 and life.sizes[-1] == 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whoever_is_out_holds_nobody_whatever_was_lost(data: st.DataObject) -> None:
+    """Grants come and go and workers die, with and without snapshots: without a grant a run gives all back in the
+    end, and with one it goes on."""
+    least = data.draw(st.integers(1, 3))
+    size, protected = data.draw(st.integers(3, 4)), data.draw(st.booleans())
+    life = _queued(steps=50, min_workers=least, protected=protected, initial_workers=size)
+    for _ in range(data.draw(st.integers(3, 12))):
+        life.grant = Grant(data.draw(st.sampled_from([0, 0, least, 3, None])), "so it was decided")
+        for _ in range(data.draw(st.integers(1, 10))):
+            if life.state.outcome is None:
+                life.tick()
+                if life.state.crew and data.draw(st.integers(0, 15)) == 0:
+                    life.kill(data.draw(st.sampled_from(list(life.state.crew))))
+    life.grant = OUT
+    for _ in range(80):
+        if life.state.outcome is None:
+            life.tick()
+    if life.state.outcome is not None:
+        return  # too many were killed in a row, or it was done
+    assert life.state.crew == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
+    life.grant = UNLIMITED
+    life.run_until(lambda: life.state.outcome is not None, max_ticks=400)
 
 
 @settings(max_examples=150, deadline=None)

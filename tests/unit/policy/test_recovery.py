@@ -287,3 +287,18 @@ def test_every_step_is_published_once_whoever_dies_when(
         had_buddies = recovery.from_size > 1
         assert recovery.source == "checkpoint" or recovery.steps_lost == 0 or not had_buddies
     assert sorted(r.generation for r in life.state.recoveries) == [r.generation for r in life.state.recoveries]
+
+
+def test_who_is_on_the_way_to_the_world_that_recovers_has_not_hung() -> None:
+    """However long its state takes to come."""
+    life = Life(limits_of(steps=60, initial_workers=4))
+    life.run_until(lambda: life.step == 17)
+    life.kill(life.state.members[-1])
+    life.run_until(lambda: life.state.is_recovering and life.state.next is not None)
+    assert life.state.next is not None
+    for worker in life.state.next.world.members:
+        life.frozen.add(worker)
+        life.say(worker, phase=Phase.MOVING, error=None)
+    for _ in range(8):
+        life.tick()
+    assert len(life.of_kind("worker_lost")) == 1

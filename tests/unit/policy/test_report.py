@@ -60,6 +60,20 @@ def test_time_in_the_queue_is_nobodys() -> None:
     assert told.steps == 120 and told.wasted_steps == 0
 
 
+def test_a_run_that_ends_in_the_queue_waited_to_its_end() -> None:
+    """The reason for which it waits may be told before it has stopped."""
+    story = Story()
+    story.start(2)
+    story.train(10)
+    story.tell("preempted", workers=0, wanted=2, why="high needs its places", step=9)
+    story.tell("queued", why="there is no room for 2 workers")
+    story.now_s += 0.5
+    story.tell("suspended", step=9, checkpoint="somewhere")
+    story.now_s += 30.0
+    story.end("cancelled", 0.0)
+    assert report(story).queued_s == pytest.approx(30.0)
+
+
 def test_a_run_that_was_never_let_in_took_no_time() -> None:
     story = Story()
     story.tell("submitted", workers=2)

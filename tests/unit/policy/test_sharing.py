@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.autoscaling import claim_of
-from orchestrator.policy.sharing import AGE_S, PROTECTED_S, Share, divide, has, is_loose, rank_of
+from orchestrator.policy.sharing import AGE_S, PROTECTED_S, STARTING_S, Share, divide, has, is_loose, rank_of
 from orchestrator.protocol.scaling import UNLIMITED, Grant, RunScale
 
 CPU = {"CPU": 1.0}
@@ -44,7 +44,9 @@ def _granted(shares: Mapping[str, Share]) -> dict[str, int | None]:
 def test_alone_a_run_gets_all_that_there_is() -> None:
     assert _divide([_new("a")], 4.0) == {"a": Share(4, Grant(None, "there is room for all 4"))}
     assert _divide([_new("a")], 3.0) == {"a": Share(3, Grant(3, "there is room for 3"))}
-    assert _divide([_new("a", least=2)], 1.0) == {"a": Share(0, Grant(0, "there is no room for 2 workers"))}
+    assert _divide([_new("a", least=2)], 1.0)["a"].grant == Grant(
+        0, "the cluster has room for 1 of its workers at most, and 2 are its least"
+    )
 
 
 def test_a_higher_priority_shrinks_a_lower_one_to_its_minimum_and_no_further() -> None:
@@ -102,11 +104,13 @@ def test_who_is_preempted() -> None:
     }
 
 
-def test_who_was_just_let_in_is_not_preempted() -> None:
+@pytest.mark.parametrize(("is_long", "granted"), [(False, {"low": None, "high": 0}), (True, {"low": 0, "high": None})])
+def test_who_was_just_let_in_is_not_preempted(is_long: bool, granted: dict[str, int | None]) -> None:
+    """Nor who has not begun yet, unless that takes too long."""
     high = _new("high", 1, 1, priority=5)
-    for waited_s, low in ((PROTECTED_S - 1, None), (PROTECTED_S, 0)):
-        runs = [_run("low", 1, 1, admitted_s=NOW_S - waited_s), high]
-        assert _granted(_divide(runs)) == {"low": low, "high": None if low == 0 else 0}
+    trains = _run("low", 1, 1, admitted_s=NOW_S - 500.0, begun_s=NOW_S - PROTECTED_S + (not is_long))
+    starts = _run("low", 1, 1, admitted_s=NOW_S - STARTING_S + (not is_long), has_begun=False)
+    assert _granted(_divide([trains, high])) == _granted(_divide([starts, high])) == granted
 
 
 def test_the_first_in_the_queue_is_not_overtaken() -> None:
@@ -121,6 +125,42 @@ def test_the_first_in_the_queue_is_not_overtaken() -> None:
     claims = {"old": 3, "big": 2, "small": 1}
     shares = divide([runs[0], gpu, runs[2]], claims, places, free, NOW_S)
     assert _granted(shares) == {"old": None, "big": 0, "small": None}
+
+
+def test_what_is_taken_from_a_lower_run_is_not_kept_for_who_waits() -> None:
+    """One that has waited long comes first in the queue, but could not have preempted that run itself."""
+    waits = _new("waits", 1, 1, queued_s=NOW_S - 11 * AGE_S)
+    runs = [waits, _run("middle", 4, 4, priority=1), _new("high", 4, 4, priority=9)]
+    assert _granted(_divide(runs)) == {"waits": 0, "middle": 0, "high": None}
+
+
+def test_who_could_never_be_let_in_is_not_in_the_way() -> None:
+    """A node has gone since it was submitted."""
+    shares = _divide([_new("big", 5, 5), _new("small", 1, 1, submitted_s=NOW_S + 1)], 4.0)
+    assert _granted(shares) == {"big": 0, "small": None}
+    assert shares["big"].grant.why == "the cluster has room for 4 of its workers at most, and 5 are its least"
+
+
+def test_who_gives_way_knows_for_whom() -> None:
+    """Until it has done so, whatever else is true by then; and nobody waits behind it."""
+    low, high = _run("low", 3, 3), _new("high", 3, 3, priority=5)
+    out = _divide([low, high], 1.0)["low"].grant
+    assert out.why == "high of priority 5 needs its places"
+    stops = replace(low, grant=out, queued_s=NOW_S)
+    starts = replace(high, grant=UNLIMITED, queued_s=None, admitted_s=NOW_S, has_begun=False)
+    assert _divide([stops, starts], 1.0, {"low": 3, "high": 0})["low"].grant == out
+    runs = [_run("v", 2, 2, submitted_s=1.0), _run("w", 2, 2, priority=9), _new("h", 2, 2, priority=5)]
+    shares = _divide([*runs, _new("x", 1, 1, priority=1), _new("y", 1, 1)])
+    assert shares["v"].grant.workers == 0 and "behind x in the queue" in shares["y"].grant.why
+
+
+def test_whoever_has_nothing_to_do_with_it_is_not_named() -> None:
+    low, high = _run("low", 4, 1, grant=Grant(2)), _run("high", 2, 1, priority=5, request={"GPU": 1.0})
+    homes = {"low": ["n"] * 2, "high": ["g"] * 2}
+    shares = divide([low, high], {"low": 4, "high": 2}, homes, {"n": {"CPU": 0.0}, "g": {"GPU": 0.0}}, NOW_S)
+    assert shares["low"].grant.why == "there is room for 2"
+    waits = _divide([low, _new("big", 4, 4)], 2.0)
+    assert waits["low"].grant.why == "there is room for 2; big waits for its place"
 
 
 def test_a_run_of_higher_priority_grows_past_the_queue() -> None:
@@ -162,7 +202,9 @@ REQUESTS = ({"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 1.0, "GPU": 1.0})
 
 
 @st.composite
-def _clusters(draw: st.DrawFn, are_alike: bool = False) -> tuple[list[RunScale], dict[str, list[str]], dict[str, dict[str, float]]]:
+def _clusters(
+    draw: st.DrawFn, are_alike: bool = False
+) -> tuple[list[RunScale], dict[str, list[str]], dict[str, dict[str, float]]]:
     """Runs that train where they fit, runs that wait, and what is left. Args: whether all workers are alike."""
     free = {n: {"CPU": float(draw(st.integers(0, 6))), "GPU": float(draw(st.integers(0, 2)))} for n in NODES}
     runs: list[RunScale] = []
@@ -292,8 +334,9 @@ def _placed(
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_nobody_starves(data: st.DataObject) -> None:
-    """However many runs of a higher priority keep coming: a low one gets its turn, and keeps it long enough to work."""
-    size = data.draw(st.integers(2, 4))
+    """However many runs of a higher priority keep coming: a low one gets its turn, and keeps it long enough to work,
+    however long runs take to start."""
+    size, start_s = data.draw(st.integers(2, 4)), data.draw(st.sampled_from([0.0, 90.0]))
     now_s, number = 0.0, 0
     needs = {"low": data.draw(st.sampled_from([30.0, 300.0]))}  # seconds of work
     runs = {"low": _new("low", size, size, queued_s=0.0, submitted_s=0.0)}
@@ -312,11 +355,15 @@ def test_nobody_starves(data: st.DataObject) -> None:
             grant = shares[name].grant
             if grant.workers == 0:
                 since_s = now_s if run.queued_s is None else run.queued_s
-                runs[name] = replace(run, grant=grant, queued_s=since_s, admitted_s=None)
+                runs[name] = replace(run, grant=grant, queued_s=since_s, admitted_s=None, begun_s=None, has_begun=False)
                 continue
             let_in_s = now_s if run.queued_s is not None else run.admitted_s
-            runs[name] = replace(run, grant=grant, queued_s=None, admitted_s=let_in_s)
-            needs[name] -= 30.0
+            has_begun = let_in_s is not None and now_s - let_in_s >= start_s
+            begun_s = run.begun_s if run.begun_s is not None or not has_begun else now_s
+            runs[name] = replace(
+                run, grant=grant, queued_s=None, admitted_s=let_in_s, begun_s=begun_s, has_begun=has_begun
+            )
+            needs[name] -= 30.0 * has_begun
             if needs[name] <= 0:
                 done.append(name)
                 del runs[name]
