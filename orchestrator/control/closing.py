@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from contextlib import suppress
 from queue import Empty
 
@@ -32,10 +32,11 @@ def hear_last_words(
                     take(answer)
 
 
-def remove_groups(run_id: str, num_spawned: int) -> None:
+def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> None:
     """Free what workers had reserved, those of an earlier controller included."""
-    for number in range(num_spawned):
-        remove_group(f"{run_id}/worker/w{number}")
+    for worker in (f"w{number}" for number in range(num_spawned)):
+        if worker not in keep:
+            remove_group(f"{run_id}/worker/{worker}")
 
 
 def await_gone(run_id: str) -> None:

@@ -73,6 +73,8 @@ class RunController:
             insist(lambda: self._resume(order))
         elif "submitted" not in self._memory.times:
             insist(lambda: self._memory.decided(queued(self._memory.state, time.time()), []))
+        if self._memory.state.current is None:  # whoever was here before may not have come to it
+            insist(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch))
         cores = cores_of_nodes(self._job.workers.label_selector)
         self._threads = threads_of(cores, self._limits.initial_workers)
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
@@ -93,7 +95,6 @@ class RunController:
         decision = resumed(self._limits, self._memory.state, order)
         notes = [action for action in decision.actions if isinstance(action, Note)]
         self._memory.decided(queued(decision.state, time.time()), notes)
-        leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch)
         (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its former end
 
     # -- what others ask ---------------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ class RunController:
         return status_of(
             self._limits,
             self._memory,
-            self._observe(),
+            self._observe(verifies=False),
             run_dir=self._run_dir,
             tracking_url=self._facilities.tracker.url,
             warning=self._memory.trouble or self._facilities.tracker.warning,
@@ -134,7 +135,7 @@ class RunController:
         state = self._memory.state
         if state.outcome is not None:
             return None
-        submitted_s = self._memory.times.get("submitted", 0.0)
+        submitted_s = self._memory.times.get("submitted", time.time())
         return scale_of(self._limits, state, self._observe(verifies=False), self._crew.request, submitted_s)
 
     def grant(self, grant: Grant) -> None:
@@ -187,6 +188,7 @@ class RunController:
         while self._memory.state.outcome is None:
             state = self._memory.state
             waits_for_time = state.is_recovering or state.broken_s is not None or self._crew.is_quiet()
+            waits_for_time = waits_for_time and not state.is_queued
             if self._listen() or waits_for_time or self._memory.trouble is not None:
                 with suppress(StorageError):  # nothing was decided then, and the next turn decides it
                     self._turn()
@@ -199,6 +201,7 @@ class RunController:
             self._facilities.start(self._memory.data)
         self._drains.start()
         self._crew.adopt(state.crew)
+        remove_groups(self._run_id, state.num_spawned, keep=self._crew.handles)  # which the one before may have left
         self._inbox.put(None)  # the first turn
 
     def _listen(self) -> bool:
@@ -218,7 +221,7 @@ class RunController:
         now_s = time.monotonic()
         state = self._memory.state
         self._crew.poll(now_s, eager=state.next is not None or state.is_recovering)
-        seen = self._observe()
+        seen = self._observe(verifies=False)
         self._account.ask(seen, now_s)
         self._facilities.tend(now_s)
         self._nodes.poll(now_s, self._crew.handles)
