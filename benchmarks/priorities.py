@@ -30,7 +30,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.job import DataSpec, JobSpec
 
 PLACES = 2
-STEPS = 60  # of the high run
+STEPS = 20  # of the high run
 ROUNDS, QUICK_ROUNDS = 7, 1
 
 Event = dict[str, Any]

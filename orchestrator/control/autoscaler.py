@@ -26,7 +26,7 @@ from orchestrator.policy.autoscaling import Demand, Resources, claim_of, decide_
 from orchestrator.policy.capacity import DEVICES
 from orchestrator.policy.pools import Labels, confined, matches
 from orchestrator.policy.sharing import Share, divide
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import Grant, RunScale
 from orchestrator.spec.autoscale import MANUAL
 
 log = logging.getLogger("orchestrator.control")
@@ -87,12 +87,13 @@ class Autoscaler:
         before, self._since_s = self._since_s, {}
         now_s = time.monotonic()
         lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
-        for run in runs:
+        # Whoever is to give places away hears of it first: that takes longer than to have a worker started.
+        for run in sorted(runs, key=lambda run: not _is_less(run, shares[run.run_id].grant)):
             grant = shares[run.run_id].grant
             waits_on = grant.workers == 0 and grant.why != run.grant.why
             if (grant.workers == run.grant.workers and not waits_on) or run.run_id not in answered:
                 continue
-            is_less = grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
+            is_less = _is_less(run, grant)
             is_lack = is_less and not lets_in  # a place was lost, or somebody wants more: that has to last
             if len(runs) == 1 and not is_less:  # nobody else can be meant
                 self._tell(run.run_id, "grant", grant)
@@ -157,6 +158,11 @@ class Autoscaler:
             ray.get(getattr(handle, method).remote(*args), timeout=PATIENCE_S)
         except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
             log.info("run %s was not told: %s", run_id, error)
+
+
+def _is_less(run: RunScale, grant: Grant) -> bool:
+    """Than what it may hold now."""
+    return grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
 
 
 def _divide(runs: Sequence[RunScale]) -> dict[str, Share]:
