@@ -58,17 +58,26 @@ def settings_of(scaling: ScalingConfig | None, run: RunConfig | None) -> tuple[S
 def _of_scaling(config: ScalingConfig) -> _Said:
     yield from _sizes(config)
     yield from _resources(config)
+    yield from _labels(config)
     if config.placement_strategy != "PACK":
         rule = "workers are placed one by one, so that each can come and go, with a buddy on another node: leave it out"
         yield _Refusal(_said(config, "placement_strategy"), rule)
     for field, rule in (
         ("accelerator_type", "workers reserve CPUs, GPUs and memory, of any type: use a cluster of that type"),
-        ("label_selector", "workers take any node that has room: leave it out"),
         ("use_tpu", "training runs on CPUs and NVIDIA GPUs: leave it out"),
         ("topology", "training runs on CPUs and NVIDIA GPUs: leave it out"),
     ):
         if getattr(config, field):
             yield _Refusal(_said(config, field), rule)
+
+
+def _labels(config: ScalingConfig) -> _Said:
+    """One selector for all workers; one for each would name workers that come and go."""
+    said = _said(config, "label_selector")
+    if isinstance(config.label_selector, dict):
+        yield Setting(("workers", "label_selector"), config.label_selector, said)
+    elif config.label_selector:
+        yield _Refusal(said, "workers are alike, as they come and go: name one selector for all of them")
 
 
 def _sizes(config: ScalingConfig) -> _Said:

@@ -147,6 +147,16 @@ def test_dashboards_have_samples_of_everything() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_a_low_run_gives_way_and_comes_back() -> None:
+    line = quick("priorities")
+    met = {bar["name"]: bar["met"] for bar in line["bars"]}
+    assert met.keys() == {"shrink_s", "steps_lost", "grow_back_s"} and met["steps_lost"]
+    assert line["metrics"]["recoveries"] == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_tracking_has_every_value_once() -> None:
     line = quick("tracking")
     met = {bar["name"]: bar["met"] for bar in line["bars"]}

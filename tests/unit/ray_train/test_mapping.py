@@ -57,6 +57,7 @@ ONE = {"workers.min": 1, "workers.max": 1, **FIXED}
             ONE | {"resources.cpus": 3, "resources.gpus": 0.5, "resources.memory": "1500MB"},
         ),
         (ScalingConfig(placement_strategy="PACK"), ONE),
+        (ScalingConfig(label_selector={"pool": "a"}), ONE | {"workers.label_selector": {"pool": "a"}}),
         (RunConfig(name="new"), {"name": "new"}),
         (RunConfig(storage_path="/data/runs"), {"storage": "/data/runs"}),
         (RunConfig(callbacks=[UserCallback()], logging_config=LoggingConfig(log_level="DEBUG")), {}),
@@ -84,7 +85,7 @@ def test_what_a_field_says(config: Any, wanted: Job) -> None:
     [
         (ScalingConfig(placement_strategy="SPREAD"), r"ScalingConfig\(placement_strategy='SPREAD'\): .*leave it out"),
         (ScalingConfig(accelerator_type="A100"), r"accelerator_type='A100'\): .*cluster of that type"),
-        (ScalingConfig(label_selector={"pool": "a"}), r"label_selector=\{'pool': 'a'\}\): "),
+        (ScalingConfig(num_workers=2, label_selector=[{"pool": "a"}] * 2), r"label_selector=.*one selector for all"),
         (ScalingConfig(use_tpu=True), r"use_tpu=True\): training runs on CPUs"),
         (ScalingConfig(topology="2x2"), r"topology='2x2'\): training runs on CPUs"),
         (ScalingConfig(resources_per_worker={"CPU": 1, "disk": 1}), "disk is none of them"),
