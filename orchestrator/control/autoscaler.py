@@ -14,17 +14,15 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
 from orchestrator.control.drain_watch import draining_nodes
 from orchestrator.control.host import NAMESPACE, find
-from orchestrator.control.nodes import gpus_of_nodes, labels_of_nodes
+from orchestrator.control.nodes import free_on_nodes, labels_of_nodes
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.autoscaling import Demand, Resources, claim_of, decide_sizes, demand
-from orchestrator.policy.capacity import DEVICES
-from orchestrator.policy.pools import Labels, confined, matches
+from orchestrator.policy.autoscaling import Demand, claim_of, decide_sizes, demand
+from orchestrator.policy.pools import confined
 from orchestrator.policy.sharing import Share, divide
 from orchestrator.protocol.scaling import Grant, RunScale
 from orchestrator.spec.autoscale import MANUAL
@@ -177,27 +175,6 @@ def _controlled() -> list[str]:
     actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
     return [name.removesuffix("/controller") for name in names if name.endswith("/controller")]
-
-
-def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:
-    """What is free on each node, or on those among `nodes`, and how many GPUs it has."""
-    free: dict[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
-    gpus = gpus_of_nodes()
-    chosen = {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
-    return {node: {**amounts, DEVICES: gpus.get(node, 0.0)} for node, amounts in chosen.items()}
-
-
-def whole_nodes(selector: Labels) -> list[Resources]:
-    """What each node with labels like these would have free if nothing ran there."""
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"] and matches(node["Labels"], selector)]
-
-
-def may_grow() -> bool:
-    """Whether something may add nodes by itself. Where nothing does, Ray names a node's type after the node."""
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    nodes = (*status.active_nodes, *status.idle_nodes, *status.pending_nodes)
-    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
 
 
 def _homes(nodes: set[str]) -> dict[str, list[str]]:

@@ -4,8 +4,11 @@ import os
 from typing import Any
 
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
 
-from orchestrator.policy.pools import Labels, pool_of
+from orchestrator.policy.capacity import DEVICES
+from orchestrator.policy.pools import Labels, matches, pool_of
+from orchestrator.policy.seating import Resources
 
 
 def labels_of_nodes() -> dict[str, dict[str, str]]:
@@ -26,6 +29,26 @@ def cores_of_nodes(selector: Labels) -> list[int]:
         return [os.cpu_count() or 1]
     pool = pool_of(selector, {node["NodeID"]: node["Labels"] for node in nodes})
     return [int(node["Resources"].get("CPU", 0.0)) for node in nodes if node["NodeID"] in pool]
+
+
+def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:
+    """What is free on each node, or on those among `nodes`, and how many GPUs it has."""
+    free: dict[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]
+    gpus = gpus_of_nodes()
+    chosen = {node: amounts for node, amounts in free.items() if nodes is None or node in nodes}
+    return {node: {**amounts, DEVICES: gpus.get(node, 0.0)} for node, amounts in chosen.items()}
+
+
+def whole_nodes(selector: Labels) -> list[Resources]:
+    """What each node with labels like these would have free if nothing ran there."""
+    return [node["Resources"] for node in _alive() if matches(node["Labels"], selector)]
+
+
+def may_grow() -> bool:
+    """Whether something may add nodes by itself. Where nothing does, Ray names a node's type after the node."""
+    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    nodes = (*status.active_nodes, *status.idle_nodes, *status.pending_nodes)
+    return any(node.ray_node_type_name != f"node_{node.node_id}" for node in nodes)
 
 
 def _alive() -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ storage, which Ray's store of the cluster holds too; after a restart it finds ev
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +14,28 @@ import ray
 from ray.experimental import internal_kv
 
 from orchestrator.checkpoint.read import read_manifest
-from orchestrator.control.autoscaler import Autoscaler, free_on_nodes, may_grow, whole_nodes
+from orchestrator.control.autoscaler import Autoscaler
 from orchestrator.control.calls import ask
-from orchestrator.control.crew import request_of
 from orchestrator.control.host import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.control.job_files import read_job, write_job
 from orchestrator.control.journal import newest_epoch
 from orchestrator.control.memory import STATUS_FILE, Recollection, read_status, user_events
-from orchestrator.control.nodes import labels_of_nodes
 from orchestrator.control.parts import Parts
+from orchestrator.control.room import refuse_unfit
 from orchestrator.control.run_controller import RunController
 from orchestrator.control.run_files import RunFiles
-from orchestrator.errors import ClusterUnreachable, JobDoesNotFit, NameTaken, NotFound, UsageError, nearest
-from orchestrator.policy.capacity import places
+from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.pools import Labels, check_pool, pool_of, shown
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
-from orchestrator.protocol.scaling import RunScale
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult
-from orchestrator.spec.autoscale import MANUAL
 from orchestrator.spec.job import JobSpec
 
 log = logging.getLogger("orchestrator.control")
 
 NAME = "scheduler"
 KV_NAMESPACE = b"orchestrator-runs"
-SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
 PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time
 MAX_CALLS_AT_ONCE = 32
 
@@ -83,7 +76,7 @@ class Scheduler:
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
             self._refuse_taken(run_id, directory)
-            self._refuse_unfit(run_id, job, job.workers.min, job.workers.initial, wait)
+            refuse_unfit(run_id, job, job.workers.min, job.workers.initial, None if wait else self._autoscaler)
             write_job(directory, job_json, job_text)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts())
@@ -128,7 +121,7 @@ class Scheduler:
                 limits.check_size(order.workers)
             memory = Recollection(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.wish, done)
-            self._refuse_unfit(run_id, job, limits.min_workers, workers, wait)
+            refuse_unfit(run_id, job, limits.min_workers, workers, None if wait else self._autoscaler)
             internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
             _start_controller(run_id, run_dir, parts or Parts(), order)
         self._autoscaler.stir()
@@ -227,44 +220,6 @@ class Scheduler:
         if newest_epoch(directory) > 0 or (directory / "job.json").exists():
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
-    def _refuse_unfit(self, run_id: str, job: JobSpec, least: int, wanted: int, wait: bool) -> None:
-        """Raise JobDoesNotFit for a run that could never have its least, or, unless it may wait, has no room now."""
-        request = request_of(job.resources)
-        selector, labels = job.workers.label_selector, labels_of_nodes()
-        whole = whole_nodes(selector)
-        if places(whole, request) < least and not may_grow():
-            check_pool(selector, labels)
-            raise JobDoesNotFit(
-                f"{least} workers of {_amounts(request)} is the least that {run_id} may have; the cluster has room for "
-                f"{places(whole, request)} if nothing else runs: its nodes{_of(selector)} have "
-                + "; ".join(_amounts(node) for node in whole),
-                remedy="Ask for less, or add nodes to the cluster first.",
-                unchanged="Nothing was started.",
-            )
-        newcomer = RunScale(
-            run_id,
-            MANUAL,
-            request,
-            wanted,
-            least,
-            wanted,
-            priority=job.priority,
-            submitted_s=time.time(),
-            queued_s=time.time(),
-            selector=selector,
-        )
-        deadline_s = time.monotonic() + SETTLE_S
-        while not wait and not (share := self._autoscaler.share_of(newcomer)).places:
-            if time.monotonic() > deadline_s:
-                free = list(free_on_nodes(pool_of(selector, labels)).values())
-                raise JobDoesNotFit(
-                    f"{run_id} would have to wait: {share.grant.why} of {_amounts(request)}; free are "
-                    + "; ".join(_amounts(node) for node in free),
-                    remedy="Leave --timeout out and it waits in the queue, or give it a higher priority or less.",
-                    unchanged="Nothing was started.",
-                )
-            time.sleep(0.2)
-
 
 def known_runs() -> list[str]:
     """Names of all runs that this cluster has seen."""
@@ -299,17 +254,6 @@ def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrde
         "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
     }
     ray.remote(RunController).options(**options).remote(run_id, run_dir, parts, order)
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
-    if resources.get("memory"):
-        parts.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
-    return ", ".join(parts) or "nothing"
-
-
-def _of(selector: Labels) -> str:
-    return f" of {shown(selector)}" if selector else ""
 
 
 def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:

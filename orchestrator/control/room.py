@@ -1,0 +1,70 @@
+"""Whether the cluster has room for a run: said when it is submitted, or is to go on."""
+
+import time
+from collections.abc import Mapping
+
+from orchestrator.control.autoscaler import Autoscaler
+from orchestrator.control.crew import request_of
+from orchestrator.control.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
+from orchestrator.errors import JobDoesNotFit
+from orchestrator.policy.capacity import places
+from orchestrator.policy.pools import Labels, check_pool, pool_of, shown
+from orchestrator.protocol.scaling import RunScale
+from orchestrator.spec.autoscale import MANUAL
+from orchestrator.spec.job import JobSpec
+
+SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
+
+
+def refuse_unfit(run_id: str, job: JobSpec, least: int, wanted: int, now: Autoscaler | None = None) -> None:
+    """Raise JobDoesNotFit for a run that could never have its least, or has no room now.
+
+    Args:
+        now: who knows what other runs have and want; None if the run may wait.
+    """
+    request = request_of(job.resources)
+    selector, labels = job.workers.label_selector, labels_of_nodes()
+    whole = whole_nodes(selector)
+    if places(whole, request) < least and not may_grow():
+        check_pool(selector, labels)
+        raise JobDoesNotFit(
+            f"{least} workers of {_amounts(request)} is the least that {run_id} may have; the cluster has room for "
+            f"{places(whole, request)} if nothing else runs: its nodes{_of(selector)} have "
+            + "; ".join(_amounts(node) for node in whole),
+            remedy="Ask for less, or add nodes to the cluster first.",
+            unchanged="Nothing was started.",
+        )
+    newcomer = RunScale(
+        run_id,
+        MANUAL,
+        request,
+        wanted,
+        least,
+        wanted,
+        priority=job.priority,
+        submitted_s=time.time(),
+        queued_s=time.time(),
+        selector=selector,
+    )
+    deadline_s = time.monotonic() + SETTLE_S
+    while now is not None and not (share := now.share_of(newcomer)).places:
+        if time.monotonic() > deadline_s:
+            free = list(free_on_nodes(pool_of(selector, labels)).values())
+            raise JobDoesNotFit(
+                f"{run_id} would have to wait: {share.grant.why} of {_amounts(request)}; free are "
+                + "; ".join(_amounts(node) for node in free),
+                remedy="Leave --timeout out and it waits in the queue, or give it a higher priority or less.",
+                unchanged="Nothing was started.",
+            )
+        time.sleep(0.2)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    if resources.get("memory"):
+        parts.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
+    return ", ".join(parts) or "nothing"
+
+
+def _of(selector: Labels) -> str:
+    return f" of {shown(selector)}" if selector else ""
