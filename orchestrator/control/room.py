@@ -28,8 +28,8 @@ def refuse_unfit(run_id: str, job: JobSpec, least: int, wanted: int, now: Autosc
     if places(whole, request) < least and not may_grow():
         check_pool(selector, labels)
         raise JobDoesNotFit(
-            f"{least} workers of {_amounts(request)} is the least that {run_id} may have; the cluster has room for "
-            f"{places(whole, request)} if nothing else runs: its nodes{_of(selector)} have "
+            f"{least} worker{'s' * (least > 1)} of {_amounts(request)} is the least that {run_id} may have; "
+            f"the cluster has room for {places(whole, request)} if nothing else runs: its nodes{_of(selector)} have "
             + "; ".join(_amounts(node) for node in whole),
             remedy="Ask for less, or add nodes to the cluster first.",
             unchanged="Nothing was started.",

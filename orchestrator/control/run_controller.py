@@ -100,6 +100,9 @@ class RunController:
     # -- what others ask ---------------------------------------------------------------------------------------
 
     def status(self) -> RunStatus:
+        return self._status(self._closed)
+
+    def _status(self, closed: bool) -> RunStatus:
         return status_of(
             self._limits,
             self._memory,
@@ -108,7 +111,7 @@ class RunController:
             tracking_url=self._facilities.tracker.url,
             warning=self._memory.trouble or self._facilities.tracker.warning,
             preparing=self._facilities.preparing,
-            closed=self._closed,
+            closed=closed,
         )
 
     def limits(self) -> RunLimits:
@@ -328,8 +331,8 @@ class RunController:
         remove_groups(self._run_id, state.num_spawned)
         self._facilities.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
-        self._closed = True
-        insist(lambda: self._memory.conclude(to_json(self.status())))
+        insist(lambda: self._memory.conclude(to_json(self._status(closed=True))))
+        self._closed = True  # said only once run storage says so too
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 
     def _exit(self) -> None:

@@ -1,5 +1,6 @@
 """Controllers on real Ray, led through their scheduler, with simulated workers."""
 
+import gc
 import json
 import os
 import shutil
@@ -44,7 +45,10 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()
+        gc.disable()  # a reference that some thread collects during the shutdown would have Ray end this process
         ray.shutdown()
+        gc.enable()
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -5,7 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
+
+import pytest
 
 from orchestrator.client import OrchestratorClient
 from orchestrator.control import local_cluster
@@ -17,9 +18,13 @@ PATIENCE_S = 120.0
 
 @contextmanager
 def own_cluster(home: Path, cpus: int) -> Iterator[OrchestratorClient]:
-    """A local cluster that is recorded in `home` while this lasts, and a client of it. What connecting puts into the
-    environment is taken back."""
-    with patch.dict(os.environ, {"ORCHESTRATOR_HOME": str(home)}):
+    """A local cluster that is recorded in `home` while this lasts, and a client of it. What says whom this process
+    connects to is taken out of the environment again."""
+    kept = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, value in kept.items():  # noted, and put back at the end
+            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("ORCHESTRATOR_HOME", str(home))
         up = local_cluster.up(cpus)
         try:
             yield OrchestratorClient(up.record.address)
