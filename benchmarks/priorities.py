@@ -31,7 +31,7 @@ from orchestrator.spec.job import DataSpec, JobSpec
 
 PLACES = 2
 STEPS = 20  # of the high run
-ROUNDS, QUICK_ROUNDS = 7, 1
+ROUNDS, QUICK_ROUNDS = 5, 1
 
 Event = dict[str, Any]
 
