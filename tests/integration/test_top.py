@@ -56,7 +56,7 @@ def test_a_run_is_opened_scaled_and_cancelled_by_keys(texts: Path, tmp_path: Pat
             await until("traffic-text", "snapshots    each step")
             await pilot.press("plus")
             await until("head", "3 workers, ")
-            assert "rank 2   training" in _text(pilot, "workers-text")
+            await until("workers-text", "rank 2   training")
             await until("events-text", "rescaled  2 -> 3 workers")
             await pilot.press("plus")
             await pilot.pause()
