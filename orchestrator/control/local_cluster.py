@@ -31,13 +31,14 @@ import psutil
 
 from orchestrator.control.job_port import PYTHON
 from orchestrator.control.processes import Process, describe, end_session, is_running, living_of
-from orchestrator.errors import ClusterUnreachable, OrchestratorError
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 from orchestrator.protocol.codec import from_plain, to_plain
 
 START_TIMEOUT_S = 60.0
 TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
 RAY_DIR = "ray"  # in the temporary directory
 STARTED = "Ray runtime started"
+WORKER_PORTS = range(10002, 20000)  # Ray's default
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def up(num_cpus: int, jobs_port: int | None = None) -> Up:
         jobs_port: of Ray's Jobs API and dashboard, on loopback; None for none.
 
     Raises:
+        UsageError: the port is taken, or one of those that Ray gives to its workers.
         ClusterUnreachable: Ray did not start; what was begun has been removed again.
     """
     directory = state_dir()
@@ -83,6 +85,8 @@ def up(num_cpus: int, jobs_port: int | None = None) -> Up:
         present = _present(directory)
         if present is not None:
             return Up(present, fresh=False)
+        if jobs_port is not None:
+            _check_free(jobs_port)
         return Up(_start(directory, num_cpus, jobs_port), fresh=True)
 
 
@@ -178,6 +182,23 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
     # Ray writes such a list too, but only with its dashboard. The port is another each time, the file's place is not.
     _replace(directory / "scrape.json", [{"targets": [metrics_address], "labels": {"job": "ray"}}])
     return record
+
+
+def _check_free(jobs_port: int) -> None:
+    if jobs_port in WORKER_PORTS:
+        wrong = f"Ray gives ports {WORKER_PORTS.start} to {WORKER_PORTS.stop - 1} to its workers"
+    else:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                return probe.bind(("127.0.0.1", jobs_port))
+            except OSError as error:
+                wrong = f"it can't be had: {error.strerror}"
+    raise UsageError(
+        f"port {jobs_port} for the Jobs API: {wrong}",
+        remedy="Name another one, like 8265, Ray's own choice.",
+        unchanged="Nothing was started.",
+    )
 
 
 def _head_command(temp_dir: Path, num_cpus: int, metrics_port: int, jobs_port: int | None) -> list[str]:

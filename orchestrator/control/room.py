@@ -51,7 +51,7 @@ def refuse_unfit(run_id: str, job: JobSpec, least: int, wanted: int, now: Autosc
         if time.monotonic() > deadline_s:
             free = list(free_on_nodes(pool_of(selector, labels)).values())
             raise JobDoesNotFit(
-                f"{run_id} would have to wait: {share.grant.why} of {_amounts(request)}; free are "
+                f"{run_id}, whose workers take {_amounts(request)}, would have to wait: {share.grant.why}; free are "
                 + "; ".join(_amounts(node) for node in free),
                 remedy="Leave --timeout out and it waits in the queue, or give it a higher priority or less.",
                 unchanged="Nothing was started.",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from orchestrator.control import local_cluster
 from orchestrator.control.local_cluster import ClusterRecord, environment
 from orchestrator.control.processes import Process, is_running, living_of
+from orchestrator.errors import UsageError
 from orchestrator.protocol.codec import to_plain
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -147,6 +149,16 @@ def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.
         local_cluster.up(2)
     assert local_cluster.status() is None
     assert not (home / "clusters" / "local" / "token").exists()
+
+
+def test_a_port_that_cannot_be_had_is_told_before_anything_starts(home: Path) -> None:
+    with pytest.raises(UsageError, match="port 18265 for the Jobs API: Ray gives ports 10002 to 19999 to its workers"):
+        local_cluster.up(2, jobs_port=18265)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} for the Jobs API: it can't be had: Address already in use"):
+            local_cluster.up(2, jobs_port=port)
+    assert local_cluster.status() is None
 
 
 def only_loopback(record: ClusterRecord) -> bool:

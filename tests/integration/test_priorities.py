@@ -76,7 +76,7 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     assert waiting.why == "waits in the queue: there is no room for 1 worker; behind second in the queue"
     names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
     assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # nobody else holds a place
-    with pytest.raises(JobDoesNotFit, match=r"fourth would have to wait: there is no room for 1 worker"):
+    with pytest.raises(JobDoesNotFit, match=r"fourth, whose workers take 1 CPU, would have to wait: there is no"):
         on.submit("fourth", **_job("1..1"))
     on.ask("cancel", "first")
     for name in ("second", "third"):

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +20,7 @@ from orchestrator.client import OrchestratorClient
 from orchestrator.control.run_files import RunFiles, holds_run
 from orchestrator.errors import NotFound, RunFailed, UsageError
 from orchestrator.protocol.status import RunPhase
+from tests.support.hosts import until as await_event
 from tests.support.own_models import ROOT, linear, own_spec
 from tests.support.real_runs import PATIENCE_S, own_cluster, until
 from tests.support.texts import small_job
@@ -81,7 +81,7 @@ def test_a_fit_is_scaled_and_loses_a_member(client: OrchestratorClient, texts: P
     failures = FailureConfig(max_failures=3)
     with ThreadPoolExecutor(2) as pool:
         fitted = pool.submit(trainer(job, callbacks=[recorder], failure_config=failures).fit)
-        _await(lambda: _is_known(client, "fitted") or fitted.done())
+        await_event(lambda: _is_known(client, "fitted") or fitted.done(), PATIENCE_S, "the run to be known")
         until(client, "fitted", lambda s: s.step > 1)
         late = Recorder()
         followed = pool.submit(trainer(job, callbacks=[late], failure_config=failures).fit)  # of the run that goes on
@@ -191,7 +191,11 @@ def test_ctrl_c_cancels_the_run(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     done = _script(tmp_path, "from orchestrator import ElasticTrainer\nElasticTrainer('job.yaml').fit()\n", texts)
     run_dir = tmp_path / "runs" / "stopped"
-    _await(lambda: (holds_run(run_dir) and RunFiles(run_dir).status().step > 3) or done.poll() is not None)
+    await_event(
+        lambda: (holds_run(run_dir) and RunFiles(run_dir).status().step > 3) or done.poll() is not None,
+        PATIENCE_S,
+        "steps to be on record",
+    )
     done.send_signal(signal.SIGINT)
     _, errors = done.communicate(timeout=PATIENCE_S)
     assert done.returncode != 0 and "KeyboardInterrupt" in errors
@@ -220,10 +224,3 @@ def _is_known(client: OrchestratorClient, run: str) -> bool:
         return not client.get(run).phase.ended
     except NotFound:
         return False
-
-
-def _await(condition: Any) -> None:
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
