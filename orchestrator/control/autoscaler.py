@@ -23,8 +23,8 @@ from orchestrator.control.nodes import free_on_nodes, labels_of_nodes
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.autoscaling import Demand, claim_of, decide_sizes, demand
 from orchestrator.policy.pools import confined
-from orchestrator.policy.sharing import Share, divide
-from orchestrator.protocol.scaling import Grant, RunScale
+from orchestrator.policy.sharing import Share, divide, new_grants
+from orchestrator.protocol.scaling import RunScale
 from orchestrator.spec.autoscale import MANUAL
 
 log = logging.getLogger("orchestrator.control")
@@ -32,7 +32,6 @@ log = logging.getLogger("orchestrator.control")
 KV_NAMESPACE = b"orchestrator-demand"
 ASKED = b"asked"  # there while Ray's autoscaler has a request of ours
 SETTLING_S, EVERY_S, IDLE_S = 0.2, 0.5, 3.0  # between two looks: where something is to change, could, or isn't up to us
-FREED_S = 5.0  # what a lost worker has freed is counted as free within this
 PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the next time
 
 
@@ -84,20 +83,12 @@ class Autoscaler:
         shares = _divide(runs)
         before, self._since_s = self._since_s, {}
         now_s = time.monotonic()
-        lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
-        # Whoever is to give places away hears of it first: that takes longer than to have a worker started.
-        for run in sorted(runs, key=lambda run: not _is_less(run, shares[run.run_id].grant)):
-            grant = shares[run.run_id].grant
-            waits_on = grant.workers == 0 and grant.why != run.grant.why
-            if (grant.workers == run.grant.workers and not waits_on) or run.run_id not in answered:
-                continue
-            is_less = _is_less(run, grant)
-            is_lack = is_less and not lets_in  # a place was lost, or somebody wants more: that has to last
-            if len(runs) == 1 and not is_less:  # nobody else can be meant
-                self._tell(run.run_id, "grant", grant)
-            elif self._is_sure(before, ("grant", run.run_id, grant.workers), now_s, FREED_S if is_lack else 0.0):
-                log.info("run %s: %s workers granted: %s", run.run_id, grant.workers, grant.why)
-                self._tell(run.run_id, "grant", grant)
+        for new in new_grants(runs, shares):
+            what = ("grant", new.run_id, new.grant.workers)
+            is_sure = new.patience_s is None or self._is_sure(before, what, now_s, new.patience_s)
+            if is_sure and new.run_id in answered:
+                log.info("run %s: %s workers granted: %s", new.run_id, new.grant.workers, new.grant.why)
+                self._tell(new.run_id, "grant", new.grant)
         for resize in decide_sizes(runs, shares):
             is_sure = self._is_sure(before, ("size", resize.run_id, resize.workers), now_s)
             if is_sure and resize.run_id in answered:
@@ -156,11 +147,6 @@ class Autoscaler:
             ray.get(getattr(handle, method).remote(*args), timeout=PATIENCE_S)
         except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
             log.info("run %s was not told: %s", run_id, error)
-
-
-def _is_less(run: RunScale, grant: Grant) -> bool:
-    """Than what it may hold now."""
-    return grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
 
 
 def _divide(runs: Sequence[RunScale]) -> dict[str, Share]:

@@ -1,6 +1,6 @@
 """How a cluster's places are divided among its runs.
 
-    RunScale of each run, who is where, what is free -> divide -> a Share for each run
+    RunScale of each run, who is where, what is free -> divide -> a Share for each run -> new_grants
 
 In this order:
 
@@ -28,6 +28,7 @@ from orchestrator.spec.autoscale import MANUAL
 AGE_S = 600.0
 PROTECTED_S = 60.0
 STARTING_S = 600.0  # a run that was let in and has no world by then is not protected any more
+FREED_S = 5.0  # what a lost worker has freed is counted as free within this
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,41 @@ class Share:
 
     places: int
     grant: Grant
+
+
+@dataclass(frozen=True)
+class NewGrant:
+    """A run is to hold another number of workers, or waits for something else, if that has been decided again and again
+    for `patience_s`; None: at once."""
+
+    run_id: str
+    grant: Grant
+    patience_s: float | None
+
+
+def new_grants(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
+    """What runs are to be told. Whoever is to give places away comes first: that takes longer than to have a worker
+    started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in."""
+    lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
+    found: list[NewGrant] = []
+    for run in runs:
+        grant = shares[run.run_id].grant
+        waits_on = grant.workers == 0 and grant.why != run.grant.why
+        if grant.workers == run.grant.workers and not waits_on:
+            continue
+        patience_s: float | None = 0.0
+        if _is_less(grant, run):
+            patience_s = 0.0 if lets_in else FREED_S
+        elif len(runs) == 1:  # nobody else can be meant by what is free
+            patience_s = None
+        found.append(NewGrant(run.run_id, grant, patience_s))
+    known = {run.run_id: run for run in runs}
+    return tuple(sorted(found, key=lambda new: not _is_less(new.grant, known[new.run_id])))
+
+
+def _is_less(grant: Grant, run: RunScale) -> bool:
+    """Than the run may hold now."""
+    return grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
 
 
 def rank_of(run: RunScale, now_s: float) -> int:

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.autoscaling import claim_of
-from orchestrator.policy.sharing import AGE_S, PROTECTED_S, STARTING_S, Share, divide, has, is_loose, rank_of
+from orchestrator.policy.sharing import (
+    AGE_S,
+    FREED_S,
+    PROTECTED_S,
+    STARTING_S,
+    Share,
+    divide,
+    has,
+    is_loose,
+    new_grants,
+    rank_of,
+)
 from orchestrator.protocol.scaling import UNLIMITED, Grant, RunScale
 
 CPU = {"CPU": 1.0}
@@ -193,6 +204,38 @@ def test_the_oldest_workers_keep_their_places() -> None:
     high = _new("high", 1, 1, priority=1, request=gpu)
     shares = divide([low, high], claims, {"low": ["a", "b", "b"]}, free, NOW_S)
     assert _granted(shares) == {"low": 2, "high": None}
+
+
+# -- what runs are told ----------------------------------------------------------------------------------------------
+
+
+def _told(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> list[tuple[str, int | None, float | None]]:
+    return [(new.run_id, new.grant.workers, new.patience_s) for new in new_grants(runs, shares)]
+
+
+def test_whoever_gives_way_hears_of_it_first() -> None:
+    runs = [_new("high", 2, 2, priority=5), _run("low", 4, 1)]
+    assert _told(runs, _divide(runs)) == [("low", 2, 0.0), ("high", None, 0.0)]
+
+
+def test_a_place_has_to_be_missing_for_a_while_unless_somebody_is_let_in() -> None:
+    runs = [_run("low", 3, 1), _run("high", 4, 1, priority=5)]
+    assert _told(runs, _divide(runs, 0.0, {"low": 3, "high": 2})) == [("low", 1, FREED_S)]
+    alone = [_run("low", 3, 1)]
+    assert _told(alone, _divide(alone, 0.0, {"low": 2})) == [("low", 2, FREED_S)]
+
+
+def test_a_run_that_is_alone_is_let_in_at_once() -> None:
+    assert _told([_new("a")], _divide([_new("a")], 4.0)) == [("a", None, None)]
+
+
+def test_nothing_is_told_twice() -> None:
+    """But what a run waits for, when that is something else."""
+    waits = _new("b", 2, 2)
+    runs = [_run("a", 2, 2), waits]
+    shares = _divide(runs)
+    assert _told(runs, shares) == [("b", 0, 0.0)]
+    assert _told([runs[0], replace(waits, grant=shares["b"].grant)], shares) == []
 
 
 # -- whatever the cluster and its runs are like ----------------------------------------------------------------------
