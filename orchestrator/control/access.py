@@ -86,8 +86,10 @@ def check_token_file() -> None:
 
 def reread_environment() -> None:
     """Have Ray take the environment of now: whoever imported it before us made it read that of then."""
+    from ray._private import ray_constants as constants
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+    constants.ENABLE_RAY_CLUSTER = os.environ.get(constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1") not in ("0", "false")
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 

@@ -91,17 +91,12 @@ def probe(address: str, patience_s: float = 0.0) -> None:
 
 def _join(address: str) -> None:
     import ray
-    from ray._private import ray_constants
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     # Else Ray ends this whole process, and its last words, a minute after the cluster went away.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
     reread_environment()
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, "1") not in (
-        "0",
-        "false",
-    )
     try:
         GcsClient(address=address)  # says at once what ray.init says after 20 tries
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)

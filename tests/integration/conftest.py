@@ -1,5 +1,6 @@
 """Ranks and data shared by the integration tests."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import pytest
 from tests.support.crew import Crew
 from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_in_the_environment() -> Iterator[None]:
+    """What a test leaves there decides how all Ray of later ones starts."""
+    yield
+    told = {name: value for name, value in os.environ.items() if name.startswith(("RAY_AUTH", "RAY_ADDRESS", "ORCH"))}
+    assert told == {"RAY_AUTH_MODE": "disabled"}
 
 
 @pytest.fixture(scope="session")

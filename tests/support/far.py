@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from orchestrator.control import local_cluster
 from orchestrator.control.connection import disconnect
 from orchestrator.control.run_files import RunFiles
 from orchestrator.protocol.status import RunStatus
 from tests.support.own_models import linear, own_spec
+from tests.support.real_runs import at_home
 from tests.support.texts import small_job
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +60,8 @@ class Far:
 @contextmanager
 def far_cluster(home: Path, directory: Path, variables: Mapping[str, str] = {}) -> Iterator[Far]:
     """A local cluster with a Jobs API while this lasts. `variables` are in the environment of all its processes."""
-    with pytest.MonkeyPatch.context() as monkeypatch, socket.socket() as probe:
-        monkeypatch.setenv("ORCHESTRATOR_HOME", str(home))
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
+    with at_home(home), socket.socket() as probe:
+        os.environ.update(variables)
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
         probe.close()

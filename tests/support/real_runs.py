@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
+from unittest.mock import patch
 
 from orchestrator.client import OrchestratorClient
 from orchestrator.control import local_cluster
+from orchestrator.control.access import reread_environment
 from orchestrator.control.connection import disconnect
 from orchestrator.protocol.status import RunStatus
 
@@ -17,14 +17,22 @@ PATIENCE_S = 120.0
 
 
 @contextmanager
+def at_home(home: Path) -> Iterator[None]:
+    """Look for local clusters in `home` while this lasts. At the end this process is connected to none, and its
+    environment, which says to whom and how, is as it was before."""
+    with patch.dict(os.environ, ORCHESTRATOR_HOME=str(home)):
+        os.environ.pop("RAY_ADDRESS", None)
+        try:
+            yield
+        finally:
+            disconnect()
+    reread_environment()
+
+
+@contextmanager
 def own_cluster(home: Path, cpus: int) -> Iterator[OrchestratorClient]:
-    """A local cluster that is recorded in `home` while this lasts, and a client of it. What says whom this process
-    connects to is taken out of the environment again."""
-    kept = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        for name, value in kept.items():  # noted, and put back at the end
-            monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("ORCHESTRATOR_HOME", str(home))
+    """A local cluster that is recorded in `home` while this lasts, and a client of it."""
+    with at_home(home):
         up = local_cluster.up(cpus)
         try:
             yield OrchestratorClient(up.record.address)
