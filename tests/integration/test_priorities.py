@@ -10,7 +10,7 @@ import ray
 from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.errors import JobDoesNotFit
 from orchestrator.protocol.status import RunPhase
-from tests.support.control import Cluster, local_ray
+from tests.support.control import PATIENCE_S, Cluster, local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -109,7 +109,7 @@ def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Clu
     on.submit("high", wait=True, **_job("3..3", priority=5))
     on.until("high", lambda s: s.phase is RunPhase.QUEUED and "no room" in s.why)
     assert on.status("low").workers_now == 4  # it isn't shrunk in vain
-    on.until("high", lambda s: s.phase is RunPhase.TRAINING)
+    on.until("high", lambda s: s.phase is RunPhase.TRAINING, until_preemptible_s + PATIENCE_S)
     (admitted,) = _events(on, "low", "admitted")
     (preempted,) = _events(on, "low", "preempted")
     assert low and preempted["time"] - admitted["time"] >= until_preemptible_s - 1.0

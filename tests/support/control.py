@@ -114,8 +114,8 @@ class Cluster:
         status: RunStatus = self.ask("status", name)
         return status
 
-    def until(self, name: str, condition: Callable[[RunStatus], bool]) -> RunStatus:
-        deadline_s = time.monotonic() + PATIENCE_S
+    def until(self, name: str, condition: Callable[[RunStatus], bool], patience_s: float = PATIENCE_S) -> RunStatus:
+        deadline_s = time.monotonic() + patience_s
         while not condition(status := self.status(name)):
             if status.phase.ended or time.monotonic() > deadline_s:
                 log = (self.storage / name / "logs" / "controller.log").read_text()
