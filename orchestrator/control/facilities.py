@@ -1,7 +1,7 @@
 """What a run has besides workers, each in a process of its own: data preparation, rendezvous store and tracker.
 
-All of them are started at once, while workers start. Tracker and store may be away at any time, and come back; what
-can't be had shows as a fault.
+All of them are started while workers start; the tracker, for whom nobody waits, a little later. Tracker and store may
+be away at any time, and come back; what can't be had shows as a fault.
 """
 
 import logging
@@ -27,6 +27,7 @@ log = logging.getLogger("orchestrator.control")
 PREPARATION = "preparation"
 NAMES = (PREPARATION, STORE, TRACKER)
 LOOK_EVERY_S = 1.0
+TRACKER_AFTER_S = 10.0  # by then MLflow shows a run that waits in the queue
 
 
 class Facilities:
@@ -36,6 +37,7 @@ class Facilities:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._parts, self._epoch, self._inbox = parts, epoch, inbox
         self._handles: dict[str, Handle] = {}
+        self._made_s = time.monotonic()
         self.data: PreparedData | None = None
         self.preparing = ""  # how far the data is, in words; empty once it is there
         self._asked_s = 0.0  # when its progress was last asked for
@@ -51,7 +53,6 @@ class Facilities:
     def start(self, data: PreparedData | None) -> None:
         """Start what isn't there. `data` is what an earlier controller has prepared, made anew if it is gone."""
         self._known_data = data
-        self.tracker.start()
         self.data = data if data is not None and Path(data.store_dir).is_dir() else None
         if self.data is not None:
             self.tracker.prepared(self.data)
@@ -62,9 +63,12 @@ class Facilities:
             self._call(PREPARATION, "prepare", self._job.model_dump_json(by_alias=True), str(self._run_dir), data_dir)
         self.store.tend(time.monotonic())
 
-    def tend(self, now_s: float) -> None:
-        """Look after all of them, and ask how far the data is, once in a while."""
+    def tend(self, now_s: float, has_places: bool) -> None:
+        """Look after all of them, and ask how far the data is, once in a while. `has_places`: of the run's workers, any
+        has its place. Until then another run may be making room, which a tracker's start would slow."""
         self.store.tend(now_s)
+        if has_places or now_s - self._made_s >= TRACKER_AFTER_S:
+            self.tracker.start()
         self.tracker.tend(now_s)
         if PREPARATION in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
             self._asked_s = now_s

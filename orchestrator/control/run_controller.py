@@ -226,7 +226,7 @@ class RunController:
         self._crew.poll(now_s, eager=state.next is not None or state.is_recovering)
         seen = self._observe(verifies=False)
         self._account.ask(seen, now_s)
-        self._facilities.tend(now_s)
+        self._facilities.tend(now_s, has_places=bool(self._crew.nodes))
         self._nodes.poll(now_s, self._crew.handles)
         self._energy.poll(now_s, self._crew.handles)
         self._account.tell_of_tracking()

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.control.calls import ask, reason_of
 from orchestrator.control.crew import Answer, Inbox, post
-from orchestrator.control.host import Handle, Seat, find, start_host
+from orchestrator.control.host import Handle, Seat, start_host
 from orchestrator.control.journal import read_events
 from orchestrator.control.memory import committed_steps, user_events
 from orchestrator.control.points import points_after, points_of_event
@@ -48,7 +48,10 @@ class TrackerLink:
         self.url: str | None = None
         self.warning: str | None = None  # values that don't arrive
 
-    def start(self) -> None:
+    def start(self) -> Handle:
+        """Start the tracker, or find it, unless that was done."""
+        if self._handle is not None:
+            return self._handle
         seat = Seat(
             log_file=self._run_dir / "logs" / f"{NAME}.log",
             # One call at once: what was published before `finish` is published. It may come back as often as it dies.
@@ -57,6 +60,7 @@ class TrackerLink:
         )
         setup = tracker_setup(self._run_id, self._run_dir, self._job)
         self._handle = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), seat)
+        return self._handle
 
     def tend(self, now_s: float) -> None:
         """Ask a tracker that lacks something what it has, now and then."""
@@ -108,10 +112,8 @@ class TrackerLink:
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Let the tracker have everything and send it. What MLflow doesn't take in time stays on disk."""
-        tracker = find(f"{self._run_id}/{NAME}")
-        if tracker is None:
-            return
-        self._handle, self._is_current, arrived = tracker, True, False
+        tracker = self.start()
+        self._is_current, arrived = True, False
         try:
             for _ in range(LAST_TRIES):
                 position = ask(tracker, "call", "position", timeout_s=FINISH_S)

@@ -8,6 +8,7 @@ import gc
 import os
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -24,11 +25,21 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import OFF, whole_every
 
 
-def memory_of_a_world(spec: JobSpec, vocab_size: int) -> int:
-    """Bytes that a worker needs in one world: its shard, its gradients, and the snapshots that it keeps.
+@dataclass(frozen=True)
+class WorldMemory:
+    """Bytes that a worker needs in one world.
 
-    Of a world of `workers.initial`; a smaller one may have to ask the system for more.
+    Args:
+        trained: its shard and its gradients, which its first fence fills.
+        kept: the snapshots of its own and of others that it keeps, which the steps after it fill.
     """
+
+    trained: int
+    kept: int
+
+
+def memory_of_a_world(spec: JobSpec, vocab_size: int) -> WorldMemory:
+    """Of a world of `workers.initial`; a smaller one may have to ask the system for more."""
     params, _, _ = catalogue(spec.model, vocab_size)
     world_size = spec.workers.initial
     dense = sum(p.numel for p in params if p.expert is None)
@@ -42,22 +53,26 @@ def memory_of_a_world(spec: JobSpec, vocab_size: int) -> int:
         delta = 4 * (dense / world_size + experts) + feedback
         own, kept = own + every * (delta + dense * weight_bytes) + delta, kept + every * delta
     gradients = (dense + experts) * weight_bytes
-    return int(state + gradients + (own + kept if spec.protection != OFF and spec.workers.max > 1 else 0))
+    protected = spec.protection != OFF and spec.workers.max > 1
+    return WorldMemory(int(state + gradients), int(own + kept) if protected else 0)
 
 
 class ReservedMemory:
     """Memory that was asked of the system and touched, and given back to the allocator, before anybody waits for it.
 
     Workers keep what they have freed (`orchestrator.control.crew`), so no fence waits for the kernel to find and clear
-    pages. A newcomer's first fence needs one world's memory, its second one an old and a new world's: that part is
-    touched at the lowest priority, while the worker has joined or stands by.
+    pages, which takes a virtual machine a second per GB where its host has to find them first. What a newcomer's first
+    fence fills is touched at once. What the steps after it need, and its second fence, with an old and a new world, is
+    touched at the lowest priority, while the worker stands by or has joined: piece by piece, each given back as soon as
+    it is touched.
     """
 
-    SLICE = 1 << 25  # bytes touched at once
+    PIECE = 1 << 25  # bytes touched at once
 
-    def __init__(self, num_bytes: int) -> None:
-        first = torch.empty(num_bytes, dtype=torch.uint8)
-        self._second: torch.Tensor | None = torch.empty(num_bytes, dtype=torch.uint8)  # behind it; untouched yet
+    def __init__(self, world: WorldMemory) -> None:
+        first = torch.empty(world.trained, dtype=torch.uint8)
+        later = world.trained + 2 * world.kept
+        self._later = [torch.empty(self.PIECE, dtype=torch.uint8) for _ in range(later // self.PIECE)]  # behind it
         first.fill_(1)
 
     def touch_the_rest(self) -> None:
@@ -67,10 +82,9 @@ class ReservedMemory:
     def _touch(self) -> None:
         with suppress(AttributeError, OSError):  # of this thread alone; Linux only
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        assert self._second is not None
-        for start in range(0, len(self._second), self.SLICE):
-            self._second[start : start + self.SLICE].fill_(1)
-        self._second = None
+        self._later.reverse()
+        while self._later:
+            self._later.pop().fill_(1)
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:
