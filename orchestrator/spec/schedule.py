@@ -13,7 +13,7 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     """
     schedule = train.schedule
     if step < schedule.warmup_steps:
-        return train.lr * (step + 1) / schedule.warmup_steps
+        return train.lr * ((step + 1) / schedule.warmup_steps)  # exactly lr at its end
     if schedule.kind == "constant":
         return train.lr
     peak_step = max(schedule.warmup_steps - 1, 0)
