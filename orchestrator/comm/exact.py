@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 GRID = 2.0**-44  # terms are multiples of it: fp32 has coarser ones above 1e-6
-LARGEST_SUM = 2.0**8  # of absolute values; half of what 53 bits hold
-_ROUNDING = 1.5 * 2.0**52 * GRID  # added and taken away again, it rounds what is below 2**50 * GRID to the grid
+LARGEST_SUM = 2.0**7  # of absolute values; a quarter of what 53 bits hold
+_ROUNDING = 1.5 * 2.0**52 * GRID  # added and taken away again, it rounds what is at most 2**51 * GRID to the grid
 CHUNK = 1 << 15  # elements at once, so that what lies between stays in a core's cache
 
 # Squares are split over three grids, each with what the one before has left: sums of up to 2**28 of them are exact.

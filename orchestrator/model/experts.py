@@ -38,7 +38,7 @@ class GatedMLP(nn.Module):
         return F.linear(inner_NH, self.down)
 
 
-# Takes a parameter's gradient in parts, as they are computed. A parameter has one as its `gradient_sink` where its parts
+# Takes a parameter's gradient in parts, as they are computed. A parameter has one as its `gradient_sink` where parts
 # are to be added up by something else than autograd (`orchestrator.comm.exact`), which then finds no gradient.
 GradientSink = Callable[[Tensor], None]
 
@@ -74,7 +74,6 @@ class _Experts(torch.autograd.Function):
         before: list[Tensor] = []  # gate and up, before the activation: all that is kept
         parts = zip(*_by_expert(counts, token_R, gates_R), gate_ups, downs, strict=True)
         for token_C, gates_C1, gate_up, down in parts:
-            # Each in memory of its own: where a matrix begins decides the bits of products with it.
             before_CH = torch.mm(x_ND.index_select(0, token_C), gate_up.t())
             before.append(before_CH)
             gate_CH, up_CH = before_CH.chunk(2, 1)

@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 from orchestrator.comm.rendezvous import RendezvousServer
+from orchestrator.control.crew import EXACT_ENV
 from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.cut import newest_cut, placement_of_cut, world_of
 from orchestrator.elastic.placement import Placement
@@ -84,7 +86,8 @@ class Member:
         self._pipe, theirs = context.Pipe()
         self._lock = threading.Lock()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        with patch.dict(os.environ, EXACT_ENV):  # as a run's controller starts those of exact jobs
+            self.process.start()
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:
