@@ -46,8 +46,8 @@ WORKER_ENV = {
 NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
-# Where bits are to be the same, libraries must not choose by what they find at a moment, or by where memory lies. On one
-# processor 166 of 400 shapes of fp32 products had other bits if a matrix began elsewhere, and none with MKL_CBWR,
+# Where bits are to be the same, libraries must not choose by what they find at a moment, or by where memory lies. On
+# one processor 166 of 400 shapes of fp32 products had other bits if a matrix began elsewhere, and none with MKL_CBWR,
 # which cost nothing (a scratch script).
 EXACT_ENV = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # as torch.use_deterministic_algorithms wants it

@@ -79,14 +79,19 @@ class NoCut(RuntimeError):
 
 
 class Member:
-    """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds."""
+    """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds.
 
-    def __init__(self) -> None:
+    Args:
+        is_exact: of jobs with `train.determinism: exact`, whose processes have their own environment.
+    """
+
+    def __init__(self, is_exact: bool) -> None:
+        self.is_exact = is_exact
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._lock = threading.Lock()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with patch.dict(os.environ, EXACT_ENV):  # as a run's controller starts those of exact jobs
+        with patch.dict(os.environ, EXACT_ENV if is_exact else {}):
             self.process.start()
         theirs.close()
 
@@ -140,7 +145,7 @@ class Crew:
             threads=threads,
             orphan_s=3600.0,
         )
-        self.num_experts = job.model.num_experts
+        self.num_experts, self._is_exact = job.model.num_experts, job.train.is_exact
         self.members: dict[str, Member] = {}
         self.directive = Directive(epoch=1, seq=0)
         self.newest_generation = -1  # of all that were planned
@@ -152,7 +157,10 @@ class Crew:
         """More workers, warmed in parallel."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
-            self.members[worker] = _idle.pop() if _idle else Member()
+            idle = next((member for member in _idle if member.is_exact == self._is_exact), None)
+            if idle is not None:
+                _idle.remove(idle)
+            self.members[worker] = idle or Member(self._is_exact)
         with ThreadPoolExecutor(len(new)) as pool:
             list(pool.map(self._warm, new))
         return new
