@@ -152,7 +152,7 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
     own = item * weights  # in buckets, in fp32 or fp64; the last one of a step, or each slot's, travels
     shared = sum(item * p.numel for p in state.params if _is_shared(p, fullest, placement))
     under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
-    gradients = own + under_way + (partition if job.train.zero_stage == 2 else 0)
+    gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
     snapshots, deltas = _snapshot_bytes(job, layout, fullest)

@@ -272,7 +272,7 @@ class JobSpec(Section):
         sent, compression = self.communication, self.communication.compression
         wrong: list[tuple[Path, object, str]] = []
         if compression.is_active:
-            key: Path = ("communication", "compression", "scheme")
+            key: Path = ("communication", "compression")
             wrong.append((key, compression.scheme, "what is lost depends on the number of workers"))
         if sent.tokens != "exact":
             wrong.append((("communication", "tokens"), sent.tokens, "what stays on a worker loses nothing"))

@@ -1,17 +1,23 @@
 """`train.determinism: exact` with real workers in real processes: the same bits whatever the world was."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch._C._distributed_c10d import Store
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
+from orchestrator.elastic.placement import Placement
 from orchestrator.model.building import catalogue
 from orchestrator.spec.job import JobSpec
+from tests.support import small
 from tests.support.crew import Crew
+from tests.support.ranks import Ranks
 from tests.support.texts import STEPS, VOCAB, small_job
 
 WORLDS: list[list[int]] = [[1], [2], [3], [4], [2, 4, 3, 1, 2]]
@@ -80,3 +86,59 @@ def test_without_it_worlds_differ(texts: Path, store_dir: Path, tmp_path: Path) 
     runs = [_run(job, store_dir, tmp_path / str(number), [size]) for number, size in enumerate((1, 3))]
     steps, names = _differences(*runs)
     assert steps and names
+
+
+def _weights(
+    rank: int, world_size: int, store: Store, prefix: str, placement: Placement, stage: int
+) -> dict[str, torch.Tensor]:
+    """This rank's, after some steps."""
+    train = small.train_spec(zero_stage=stage, determinism="exact")
+    groups, _, engine = small.build("deepspeed", store, prefix, rank, placement, train, bucket_mb=0.01)
+    small.train_steps(engine, groups, range(4))
+    found = {name: held.data.clone() for name, held in engine.ranges() if name.startswith("param/")}
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        pytest.param(Placement(4, 3, ((0,), (0,), (0,), (2,))), id="a rank without experts"),
+        pytest.param(Placement(4, 3, ((0, 1), (1, 2), (0,), (0, 2))), id="overlapping replica sets"),
+        pytest.param(Placement.balanced(4, 5), id="more ranks than experts"),
+    ],
+)
+def test_where_experts_lie_changes_no_bit(ranks: Ranks, placement: Placement, stage: int) -> None:
+    (alone,) = ranks.run(_weights, 1, Placement.balanced(4, 1), stage)
+    for weights in ranks.run(_weights, placement.world_size, placement, stage):
+        assert [name for name in weights if not torch.equal(weights[name], alone[name])] == []
+
+
+def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str]]:
+    """One rank's slot brings a gradient that no exact sum may have: what all ranks do, and what it says."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("orchestrator.worker").addHandler(handler)
+    train = small.train_spec(determinism="exact")
+    placement = Placement.balanced(4, world_size)
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
+    small.train_steps(engine, groups, range(1))
+    before = [(name, held.data.clone()) for name, held in engine.ranges()]
+    hook = model.head.register_hook(lambda grad: grad * 1e6) if rank == 1 else None
+    engine.accumulate(small.slot(1, rank), 100, last=True)
+    outcome = engine.step(3e-3)
+    same = all(torch.equal(old, held.data) for (_, old), (_, held) in zip(before, engine.ranges(), strict=True))
+    if hook is not None:
+        hook.remove()
+    small.train_steps(engine, groups, range(1, 2))  # and the next one is sound
+    engine.close()
+    logging.getLogger("orchestrator.worker").removeHandler(handler)
+    return outcome.applied, same, said
+
+
+def test_a_gradient_too_large_for_an_exact_sum_is_left_out_by_all_and_named(ranks: Ranks) -> None:
+    (first, unchanged, silent), (second, unchanged_too, (said,)) = ranks.run(_too_large, 2)
+    assert not first and not second and unchanged and unchanged_too and silent == []
+    assert "the gradient of head is over" in said

@@ -82,7 +82,7 @@ def _lost_nothing(crew: Crew, undisturbed: Crew, loss: Loss) -> None:
 
 
 def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
-    """Every step from `first` on once, with the same samples in the same order, and the same bits of losses and norms."""
+    """Every step from `first` on once, the same samples in the same order, the same bits of losses and norms."""
     records = {step: record for step, record in sorted(crew.records.items()) if step >= first}
     assert list(records) == list(range(first, STEPS))
     assert first > 0 or audit([(r.step, r.first_position, r.num_positions) for r in records.values()]).ok
