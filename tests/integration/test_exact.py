@@ -12,12 +12,16 @@ from torch._C._distributed_c10d import Store
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
+from orchestrator.client import OrchestratorClient
+from orchestrator.control.memory import read_steps
 from orchestrator.elastic.placement import Placement
 from orchestrator.model.building import catalogue
-from orchestrator.spec.job import JobSpec
+from orchestrator.protocol.status import RunStatus
+from orchestrator.spec.job import JobSpec, WorkersSpec
 from tests.support import small
 from tests.support.crew import Crew
 from tests.support.ranks import Ranks
+from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, VOCAB, small_job
 
 WORLDS: list[list[int]] = [[1], [2], [3], [4], [2, 4, 3, 1, 2]]
@@ -142,3 +146,48 @@ def test_a_gradient_too_large_for_an_exact_sum_is_left_out_by_all_and_named(rank
     (first, unchanged, silent), (second, unchanged_too, (said,)) = ranks.run(_too_large, 2)
     assert not first and not second and unchanged and unchanged_too and silent == []
     assert "the gradient of head is over" in said
+
+
+def _ended(client: OrchestratorClient, run: str) -> tuple[RunStatus, Run]:
+    status = client.wait(run, timeout_s=120.0)
+    steps = [(r.loss, r.grad_norm, r.validation_loss, r.applied) for r in read_steps(Path(status.run_dir))]
+    with CheckpointReader(Path(str(status.checkpoint))) as reader:
+        assert reader.manifest.meta["numerics"]["threads"] == 1  # type: ignore[index]
+        tensors = {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
+    return status, (steps, tensors)
+
+
+@pytest.mark.ray
+@pytest.mark.journey
+@pytest.mark.timeout(300)
+def test_a_run_that_was_scaled_killed_paused_and_resumed_ends_with_the_bits_of_one_that_was_not(
+    texts: Path, tmp_path: Path
+) -> None:
+    plain = small_job(texts, steps=300, determinism="exact")
+    with own_cluster(tmp_path / "home", cpus=4) as client:
+
+        def submit(name: str, initial: int) -> str:
+            changes = {"name": name, "storage": str(tmp_path / "runs")}
+            return client.submit(
+                plain.model_copy(update={**changes, "workers": WorkersSpec(min=1, max=3, initial=initial)})
+            )
+
+        run = submit("eventful", 2)
+        until(client, run, lambda s: s.step > 10)
+        client.scale(run, 3)
+        step = until(client, run, lambda s: s.workers_now == 3).step
+        until(client, run, lambda s: s.step > step + 10)
+        client.kill_worker(run, 1)
+        killed = until(client, run, lambda s: bool(s.recoveries) and s.workers_now == 3)
+        assert len(killed.recoveries) == 1
+        until(client, run, lambda s: s.step > killed.step + 10)
+        client.pause(run)
+        assert client.wait(run, timeout_s=60.0).step < 300
+        client.resume(run, workers=1)
+        step = until(client, run, lambda s: s.workers_now == 1).step
+        client.scale(run, 2)
+        eventful, told = _ended(client, run)
+        assert {r.world_size for r in read_steps(Path(eventful.run_dir))} == {1, 2, 3}
+        assert [e["kind"] for e in client.events(run) if e["kind"].startswith("numerics")] == ["numerics"]
+        _, calm = _ended(client, submit("calm", 1))
+    assert len(told[0]) == 300 and _differences(told, calm) == ([], [])
