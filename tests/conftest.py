@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -12,3 +13,6 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # A busy machine makes single examples slow; pytest-timeout still ends a test that hangs.
 settings.register_profile("orchestrator", deadline=None)
 settings.load_profile("orchestrator")
+
+# Whoever starts the tests in the background may have them ignore it, and their processes with them: Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
