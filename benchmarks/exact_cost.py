@@ -30,7 +30,7 @@ SLOT = {"micro_batch_size": 4, "sequence_length": 256}
 ROWS = {2: 16, 3: 24}  # two slots for each rank
 QUICK_SLOT = {"micro_batch_size": 2, "sequence_length": 32}
 THREADS = 1
-ROUNDS, BLOCK_STEPS = 10, 2
+ROUNDS, BLOCK_STEPS = 8, 2
 QUICK_ROUNDS = 2
 TOKENS = (TrafficKind.DISPATCH, TrafficKind.COMBINE)
 

@@ -68,10 +68,14 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
     [
         ({}, {"precision": "fp32", "zero_stage": 1}),
         ({"top_k": 3, "num_shared_experts": 1}, {"precision": "fp32", "zero_stage": 2}),
-        ({}, {"precision": "bf16", "zero_stage": 1}),
+        pytest.param({}, {"precision": "bf16", "zero_stage": 1}, marks=pytest.mark.slow),
         ({"expert_intermediate_size": 36, "hidden_size": 40}, {"precision": "bf16", "zero_stage": 2}),
         ({"hidden_size": 36, "num_heads": 2, "num_kv_heads": 1, "expert_intermediate_size": 33}, {}),  # no alignment
-        ({"expert_intermediate_size": 33, "router": "softmax", "top_k": 4}, {"gradient_clipping": 0.1}),
+        pytest.param(
+            {"expert_intermediate_size": 33, "router": "softmax", "top_k": 4},
+            {"gradient_clipping": 0.1},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_all_worlds_end_with_the_same_bits(
