@@ -20,6 +20,7 @@ from benchmarks.harness import ROOT
 from benchmarks.support.environment import environment, worker_environment
 from orchestrator.control.account import RECORDS_EVERY_S
 from orchestrator.control.crew import POLL_PAUSE_S, POLL_S
+from orchestrator.protocol.traffic import Traffic
 from orchestrator.spec.job import JobSpec
 from tests.support.crew import Crew, MemberDied
 
@@ -100,6 +101,7 @@ class OurLoop(Arm):
     def __init__(self, job: JobSpec, store_dir: Path, run_dir: Path, world_size: int, threads: int) -> None:
         super().__init__()
         self.snapshot_interval = 0  # of the newest step
+        self.traffic: dict[str, Traffic] = {}  # sent in the newest step by all ranks, by kind
         with environment(worker_environment(threads, keep_memory=True)):
             self._crew = Crew(job, store_dir, run_dir, size=world_size, threads=threads)
         try:
@@ -128,6 +130,7 @@ class OurLoop(Arm):
                     asked_s = time.monotonic()
                     for record in member.call("report", newest, -1, 0.0).records:
                         newest, self.snapshot_interval = record.step, record.snapshot_interval
+                        self.traffic = record.traffic
                         self.tell(record.step, record.vote_time, record.loss)
             except (MemberDied, OSError):
                 return self.end()

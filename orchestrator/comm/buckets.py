@@ -3,16 +3,19 @@
 Each parameter's gradient is added to its bucket as soon as autograd has it, in fp32. In the last slot of a step a
 bucket that is complete is under way at once, so that all but the last of them travel while others are computed. Ranks
 begin them in one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong
-together, or wait for ever. Tokens go before them (`orchestrator.comm.turns`).
+together, or wait for ever. Tokens go before them (`orchestrator.comm.turns`). Where sums must be exact, gradients are
+rounded as they are added, and sums are made in fp64 (`orchestrator.comm.exact`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.comm import turns
+from orchestrator.comm.exact import add_rounded
 from orchestrator.comm.reduction import Reducer, Reduction
 from orchestrator.elastic.buckets import UNDER_WAY
 
@@ -28,6 +31,8 @@ class Bucket:
         reduction: over the ranks that have these parameters.
         feedback: what was not sent is kept for the next step.
         momentum: of gradients as they are gathered, where not 0.
+        largest_term: given, the sum is one of `orchestrator.comm.exact`, and fp64 travels. It is NaN where a gradient
+            of one slot is larger.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Bucket:
         device: torch.device,
         feedback: bool = False,
         momentum: float = 0.0,
+        largest_term: float | None = None,
     ) -> None:
         ends = [0]
         for param in params:
@@ -53,6 +59,9 @@ class Bucket:
         self.residual = torch.zeros(numel, dtype=torch.float32, device=device) if feedback else None
         self.velocity = torch.zeros(numel, dtype=torch.float32, device=device) if momentum else None
         self._momentum = momentum
+        self._largest_term, self._dtype = largest_term, torch.float32 if largest_term is None else torch.float64
+        self._too_large = torch.zeros(len(params), dtype=torch.bool, device=device)
+        self.saturated: list[nn.Parameter] = []  # of the newest sum: a gradient was larger than a term may be
         self._rest: Tensor | None = None  # what takes their place once the step's update is applied
         self._moving: Tensor | None = None
         self._flat: Tensor | None = None
@@ -60,6 +69,11 @@ class Bucket:
         self._missing = len(params)  # gradients that this slot has not brought yet
         self._under_way: Reduction | None = None
         self._sum: Tensor | None = None
+
+    @property
+    def is_in_parts(self) -> bool:
+        """Whether a slot may bring several parts of a gradient."""
+        return self._largest_term is not None
 
     @property
     def is_complete(self) -> bool:
@@ -70,29 +84,42 @@ class Bucket:
         self._missing = len(self.params)
 
     def take(self, nth: int) -> None:
-        """Add the gradient that autograd has just left with the n-th parameter."""
+        """Add the gradient that autograd has just left with the n-th parameter, if it wasn't brought in parts: this
+        slot has no more of it."""
         param = self.params[nth]
-        assert param.grad is not None
-        if self._flat is None:
-            self._flat = torch.empty(self._numel, dtype=torch.float32, device=self._device)
-        here = self._flat[slice(*self._spans[nth])]
-        if self._filled[nth]:
-            here.add_(param.grad.view(-1))
-        else:
-            here.copy_(param.grad.view(-1))
-        self._filled[nth] = True
+        if param.grad is not None:
+            self.add(nth, param.grad)
         self._missing -= 1
         param.grad = None
+
+    def add(self, nth: int, grad: Tensor) -> None:
+        """Add a part of the n-th parameter's gradient. Without `largest_term` there is one in a slot."""
+        if self._flat is None:
+            self._flat = torch.empty(self._numel, dtype=self._dtype, device=self._device)
+        here, term = self._flat[slice(*self._spans[nth])], grad.view(-1)
+        if self._largest_term is not None:
+            if not self._filled[nth]:
+                here.zero_()
+            add_rounded(here, term)
+            low, high = term.aminmax()
+            self._too_large[nth].logical_or_(torch.maximum(-low, high) > self._largest_term)
+        elif self._filled[nth]:
+            here.add_(term)
+        else:
+            here.copy_(term)
+        self._filled[nth] = True
 
     def start(self) -> None:
         """Send what there is; a parameter without a gradient has one of zeros."""
         if self._flat is None:
-            self._flat = torch.zeros(self._numel, dtype=torch.float32, device=self._device)
+            self._flat = torch.zeros(self._numel, dtype=self._dtype, device=self._device)
         else:
             self._flat[self._end :].zero_()
             for filled, span in zip(self._filled, self._spans, strict=True):
                 if not filled:
                     self._flat[slice(*span)].zero_()
+        if self._largest_term is not None:
+            self._give_up(self._flat)
         if self.velocity is not None:
             self._moving = self._flat.add_(self.velocity, alpha=self._momentum).clone()
         if self.residual is not None:
@@ -101,6 +128,13 @@ class Bucket:
         self._under_way = self.reduction.start(self._flat, self._moving)
         self._flat = None
         self._filled = [False] * len(self.params)
+
+    def _give_up(self, flat: Tensor) -> None:
+        """Where a term was too large, every rank is to know that the sum can't be had."""
+        for nth in self._too_large.nonzero().flatten().tolist():
+            flat[self._spans[nth][0]] = float("nan")
+            self.saturated.append(self.params[nth])
+        self._too_large.zero_()
 
     @property
     def is_under_way(self) -> bool:
@@ -122,11 +156,11 @@ class Bucket:
             self._sum = total if self._sum is None else self._sum.add_(total)
 
     def take_sum(self) -> Tensor:
-        """This rank's piece of the sum over ranks and slots. The next one begins from nothing."""
+        """This rank's piece of the sum over ranks and slots, fp32. The next one begins from nothing."""
         self.end()
         total, self._sum = self._sum, None
         assert total is not None, "a bucket was asked for its sum before it was started"
-        return total
+        return total.float()
 
     def settle(self, applied: bool) -> None:
         """The step's update was applied, or wasn't: then what it had taken of the residual is there again."""
@@ -164,6 +198,9 @@ class Buckets:
         self._stop_listening = turns.listen(self._send_complete)
         self._travelling: list[Bucket] = []
         self._begun: list[Bucket] = []  # whose second collective hasn't begun, if they have one
+        for bucket in buckets:
+            for nth, param in enumerate(bucket.params if bucket.is_in_parts else ()):
+                param.gradient_sink = partial(bucket.add, nth)  # type: ignore[attr-defined]
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(bucket, nth))  # type: ignore[no-untyped-call]
             for bucket in buckets
@@ -199,6 +236,9 @@ class Buckets:
         self._stop_listening = nothing
         for hook in self._hooks:
             hook.remove()
+        for bucket in self.buckets:
+            for param in bucket.params if bucket.is_in_parts else ():
+                del param.gradient_sink  # type: ignore[attr-defined]
         self._hooks, self.buckets, self._travelling, self._begun = [], [], [], []
 
     def _hook(self, bucket: Bucket, nth: int) -> Callable[[Tensor], None]:

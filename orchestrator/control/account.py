@@ -3,6 +3,7 @@
 All of it is journalled, then published. What can't be written down is fetched, or said, again.
 """
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ class Account:
         self._run_id, self._memory, self._crew = run_id, memory, crew
         self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last asked for; inf while they are
+        self._numerics: dict[str, str] = {}  # by worker, as it was written down
         self._tracking_fails = False  # and users were told
 
     def ask(self, seen: Observation, now_s: float) -> None:
@@ -70,6 +72,19 @@ class Account:
         self._tracker.publish_event(event)
         self._exporter.show(points_of_event(event))
 
+    def hear_numerics(self, worker: str, told: str) -> None:
+        """Write down what decides the bits of the run's results, and every worker that has something else."""
+        if not told or self._numerics.get(worker) == told:
+            return
+        fingerprint = json.loads(told)
+        with suppress(StorageError):  # heard again with its next answer
+            if self._memory.numerics is None:
+                self._memory.numerics = fingerprint
+                self.note("numerics", fingerprint=fingerprint)
+            elif differs := differences(self._memory.numerics, fingerprint):
+                self.note("numerics_differ", worker=worker, differs=differs)
+            self._numerics[worker] = told
+
     def show(self, readings: Sequence[MetricPoint]) -> None:
         """Publish values that the journal doesn't hold."""
         self._tracker.publish(readings)
@@ -84,3 +99,9 @@ class Account:
                 event = event or self._memory.note("tracking_works")
                 self._tracking_fails = warning is not None
                 self.tell(event)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """In words, by key."""
+    keys = sorted(before.keys() | now.keys())
+    return {key: f"{before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}

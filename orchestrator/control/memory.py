@@ -48,6 +48,7 @@ class Recollection:
         self.data: PreparedData | None = None
         self.times: dict[str, float] = {}  # of the first event of each kind
         self.newest_times: dict[str, float] = {}  # of the newest one
+        self.numerics: dict[str, Any] | None = None  # of its first worker, where the run is exact
         self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):
             self._recall(event)
@@ -61,6 +62,8 @@ class Recollection:
             self.data = from_plain(PreparedData, event["data"])
         elif kind == "steps":
             self.progress = absorb(self.progress, _records_of(event))
+        elif kind == "numerics":
+            self.numerics = event["fingerprint"]
         elif kind == "resumed":
             self._go_back(event)
 

@@ -77,6 +77,8 @@ class RunController:
             insist(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch))
         cores = cores_of_nodes(self._job.workers.label_selector)
         self._threads = threads_of(cores, self._limits.initial_workers)
+        if self._job.train.is_exact:  # they must not depend on what the cluster happens to be
+            self._threads = max(1, int(self._job.resources.cpus))
         self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
@@ -245,6 +247,8 @@ class RunController:
         if answer.method == Crew.RECORDS:
             self._account.answered()
         report = self._crew.take(answer)
+        if report is not None:
+            self._account.hear_numerics(answer.of, report.numerics)
         if report is not None and report.records:
             self._account.enter(report.records, self._observe())
         return None

@@ -30,6 +30,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from orchestrator.comm import pulse, turns
+from orchestrator.comm.exact import largest_term
 from orchestrator.engine.adamw import AdamW
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.gradients import Gradients
@@ -112,8 +113,9 @@ class DeepSpeedEngineAdapter:
             config_class=DeepSpeedConfig(config),
         )
         self._zero = self._core.optimizer
-        self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device)
-        self._seam = Seam(self._zero, groups.exchange)
+        largest = largest_term(train.most_slots) if train.is_exact else None
+        self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device, largest)
+        self._seam = Seam(self._zero, groups.exchange, train.is_exact)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._make_optimizer_state()
         self._owned = self._find_owned()

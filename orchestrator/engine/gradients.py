@@ -1,5 +1,6 @@
 """An engine's gradients: a bucket for each parameter group, how it is summed, and what compression keeps for later."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.state.ranges import NamedRanges
 
+log = logging.getLogger("orchestrator.worker")
+
 
 class Gradients:
     """Adds gradients up over the slots of a step and the ranks of each group.
@@ -25,6 +28,7 @@ class Gradients:
     Args:
         groups: in DeepSpeed's order.
         every_slot: send what each slot brings (ZeRO 2), not once per step.
+        largest_term: given, sums are exact (`orchestrator.comm.exact`).
     """
 
     def __init__(
@@ -34,10 +38,12 @@ class Gradients:
         communication: CommunicationSpec,
         every_slot: bool,
         device: torch.device,
+        largest_term: float | None = None,
     ) -> None:
         self._names = {id(param): name for name, param in model.named_parameters()}
         self._groups = groups
         self._compression, self._num_updates = communication.compression, 0
+        self._largest_term = largest_term
         self._buckets = [self._bucket(group, device) for group in groups]
         self._all = Buckets(self._buckets, every_slot, communication.overlap)
         self._began_s = self._waited_s = self._ended_s = 0.0
@@ -65,6 +71,11 @@ class Gradients:
         """This rank's piece of each group's sum, fp32. Called once, after a step's last slot."""
         sums = self._all.sums()
         self.after_backward_s = time.perf_counter() - self._ended_s
+        for bucket in self._buckets:
+            for param in bucket.saturated:
+                name = self._names[id(param)]
+                log.warning("the gradient of %s is over %g in one slot, so no exact sum", name, self._largest_term)
+            bucket.saturated.clear()
         return sums
 
     def use(self, scheme: str, overlap: bool) -> None:
@@ -127,7 +138,8 @@ class Gradients:
     def _bucket(self, group: ParamGroup, device: torch.device) -> Bucket:
         compression = self._compression
         if not group.is_compressed:
-            return Bucket(group.params, group.numel, ReduceScatter(group.ranks, group.is_dense), device)
+            plain = ReduceScatter(group.ranks, group.is_dense)
+            return Bucket(group.params, group.numel, plain, device, largest_term=self._largest_term)
         reducer: Reducer
         if compression.scheme == "powersgd":
             matrices = self._matrices(group.params)

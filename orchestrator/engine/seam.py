@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPar
 from torch import Tensor
 
 from orchestrator.comm import ledger, pulse
+from orchestrator.comm.exact import square_sums, total_square
 from orchestrator.protocol.traffic import TrafficKind
 
 INVALID = -1.0  # DeepSpeed's word for a norm that is not finite
@@ -26,12 +27,13 @@ class Seam:
     Args:
         zero: fresh; its hooks are taken off.
         world: all ranks; None for a world of one.
+        is_exact: the norm has the same bits however the pieces are cut.
     """
 
-    def __init__(self, zero: Any, world: dist.ProcessGroup | None) -> None:
+    def __init__(self, zero: Any, world: dist.ProcessGroup | None, is_exact: bool = False) -> None:
         if not isinstance(zero, DeepSpeedZeroOptimizer):
             raise TypeError(f"DeepSpeed made a {type(zero).__name__}; this seam is for DeepSpeedZeroOptimizer")
-        self._zero, self._world = zero, world
+        self._zero, self._world, self._is_exact = zero, world, is_exact
         self._norm = torch.zeros(())
         for hook in zero._grad_acc_hooks:
             hook.remove()
@@ -60,11 +62,15 @@ class Seam:
 
     def _global_norm(self, sums: Sequence[Tensor]) -> Tensor:
         """Each element's square counts once, on the rank that updates it."""
-        squares = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64).square() for piece in sums]).sum()
+        if self._is_exact:
+            squares = square_sums(sums)
+        else:
+            norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in sums]
+            squares = torch.stack([norm.square() for norm in norms]).sum()
         if self._world is not None:
             pulse.enter()
             with pulse.waiting():
                 dist.all_reduce(squares, group=self._world)
             ledger.enter_reduced(TrafficKind.CONTROL, squares, dist.get_world_size(self._world))
-        norm = squares.sqrt().float()
+        norm = (total_square(squares) if self._is_exact else squares).sqrt().float()
         return norm if torch.isfinite(norm) else torch.full_like(norm, INVALID)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from orchestrator.comm.exchange import Journey, gather_counts
 from orchestrator.comm.wire import Wire
 from orchestrator.elastic.placement import Placement, groups_open
-from orchestrator.model.dispatch import Dispatch
+from orchestrator.model.dispatch import Apart, Dispatch
 from orchestrator.model.experts import GatedMLP, run_experts
 from orchestrator.model.router import Limit, Router
 from orchestrator.protocol.traffic import TrafficKind
@@ -39,6 +39,7 @@ class ExpertHome:
         ranks_per_token: ranks whose experts a token may choose among, None for all; as many as hold enough experts.
         nodes: by rank, the node that it lives on; empty where that isn't known.
         nodes_per_token: the same for nodes.
+        is_exact: what comes out, and every gradient, has the same bits wherever the experts are, for the same rows.
     """
 
     placement: Placement
@@ -48,6 +49,7 @@ class ExpertHome:
     ranks_per_token: int | None = None
     nodes: tuple[str, ...] = ()
     nodes_per_token: int | None = None
+    is_exact: bool = False
 
     @property
     def local_experts(self) -> tuple[int, ...]:
@@ -109,6 +111,8 @@ class MoELayer(nn.Module):
         self.last_counts_E, self.last_balance_loss = counts_E, routing.balance_loss
 
         gates_NK = routing.gates_NK.to(x_ND.dtype)
+        if self.home.is_exact:
+            return self._run_exactly(x_ND, routing.expert_ids_NK, gates_NK)
         if self.home.group is None:
             return self._run_here(x_ND, routing.expert_ids_NK, gates_NK, counts_E)
         return self._run_everywhere(x_ND, routing.expert_ids_NK, gates_NK, self.home.group)
@@ -142,6 +146,30 @@ class MoELayer(nn.Module):
         on_the_way_SD = back.begin(results_MD)
         y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
         return y_ND.index_add(0, rows.token_S, back.end(on_the_way_SD))
+
+    def _run_exactly(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor) -> Tensor:
+        """The same with each copy sent by itself, and no product that mixes the tokens of two ranks: these are the
+        operations of a world of one, whatever the world."""
+        rows, order_S = self._dispatch.rows_apart(expert_ids_NK, gates_NK)
+        apart, columns, group = Apart(order_S, self.top_k), self._dispatch.num_columns, self.home.group
+        counts_WW = rows.sent_W[None] if group is None else gather_counts(rows.sent_W, group).cpu()
+        sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
+
+        is_far_W = self.home.is_far_W
+        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, is_far_W=is_far_W)
+        on_the_way = there.begin(torch.cat([apart.spread(x_ND), rows.gates_SL], dim=1))
+        inner_NH = None if self.shared is None else self.shared.inner(x_ND)
+        received_MD, gates_ML = torch.split(there.end(on_the_way), [x_ND.shape[1], columns], dim=1)
+
+        row_R, counts, gates_R = self._dispatch.copies(gates_ML, received_W)
+        by_rank = [expert for expert in self._local_experts for _ in received_W]
+        results_MD = run_experts(received_MD, row_R, counts, by_rank, gates_R)
+
+        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, is_far_W=is_far_W)
+        on_the_way_SD = back.begin(results_MD)
+        shared_ND = None if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
+        y_ND = apart.add_up(back.end(on_the_way_SD))
+        return y_ND if shared_ND is None else y_ND + shared_ND
 
     @property
     def _local_experts(self) -> list[GatedMLP]:

@@ -42,10 +42,14 @@ def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
             param.data = param.data.bfloat16()
     for num_rows in (1, 0):
         tokens_BT = torch.zeros(num_rows, job.train.sequence_length, dtype=torch.int64, device=device)
-        _pass(model, tokens_BT, tokens_BT if job.data.isolate_documents else None)
+        documents_BT = tokens_BT if job.data.isolate_documents else None
+        first = _pass(model, tokens_BT, documents_BT)
+        if job.train.is_exact and num_rows:
+            _check_repeats(model, first, _pass(model, tokens_BT, documents_BT))
 
 
-def _pass(model: TrainableModel, tokens_BT: Tensor, documents_BT: Tensor | None) -> None:
+def _pass(model: TrainableModel, tokens_BT: Tensor, documents_BT: Tensor | None) -> dict[str, Tensor]:
+    """Gradients by parameter."""
     rows = "a row" if len(tokens_BT) else "no rows"
     try:
         with calling_user(f"a pass of {model.spec.entrypoint} on {rows}"):
@@ -57,12 +61,25 @@ def _pass(model: TrainableModel, tokens_BT: Tensor, documents_BT: Tensor | None)
                 "sizes out where view or reshape has to guess a -1."
             )
         raise
-    without = [name for name, p in model.named_parameters() if p.grad is None or p.grad.is_sparse]
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and not p.grad.is_sparse}
+    without = [name for name, _ in model.named_parameters() if name not in grads]
     model.zero_grad(set_to_none=True)
     if without:
         raise EntrypointError(
             f"parameters {shown(without)} of {model.spec.entrypoint} have no dense gradient after a pass on {rows}",
             remedy="Every parameter must take part in every pass, since ranks add up gradients. Remove unused ones.",
+        )
+    return grads
+
+
+def _check_repeats(model: TrainableModel, first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    differing = [name for name, grad in first.items() if not torch.equal(grad, second[name])]
+    if differing:
+        raise EntrypointError(
+            f"parameters {shown(differing)} of {model.spec.entrypoint} have another gradient in a second pass on the "
+            "same row, and train.determinism is exact",
+            remedy="Draw no random numbers in a pass (dropout does), use only deterministic operations, or set "
+            "train.determinism: fast.",
         )
 
 

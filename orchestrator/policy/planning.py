@@ -148,10 +148,11 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
     held = {part: int(ranks[fullest]) for part, ranks in bytes_by_part(layout).items()}
     partition = held["exp_avg"]  # fp32, as masters are
     weights = held["param"] // item_bytes(job.train)  # elements
-    own = 4 * weights  # in buckets, in fp32; the last one of a step, or each slot's, travels
-    shared = sum(4 * p.numel for p in state.params if _is_shared(p, fullest, placement))
-    under_way = min(shared, UNDER_WAY * 4 * capacity(job.communication, layout.world.size))
-    gradients = own + under_way + (partition if job.train.zero_stage == 2 else 0)
+    item = 8 if job.train.is_exact else 4
+    own = item * weights  # in buckets, in fp32 or fp64; the last one of a step, or each slot's, travels
+    shared = sum(item * p.numel for p in state.params if _is_shared(p, fullest, placement))
+    under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
+    gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)
     share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
     snapshots, deltas = _snapshot_bytes(job, layout, fullest)

@@ -65,7 +65,11 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
     destinations = placement.destinations()
     for rank in range(size):
         tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
-        rows += tokens * ranks_visited(destinations[rank], rank, model.top_k, job.communication.ranks_per_token)
+        to, limit = destinations[rank], job.communication.ranks_per_token
+        if train.is_exact:  # each choice is a row
+            rows += tokens * model.top_k * sum(other != rank for other in to) / len(to)
+        else:
+            rows += tokens * ranks_visited(to, rank, model.top_k, limit)
     again = model.recompute != "none"  # computed again in the backward pass, so sent again
     journeys = round(rows) * moe_layers * (2 + again)
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
@@ -78,6 +82,8 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
         * (slots + moe_layers * model.num_experts + VOICES * size + len(fields(Traffic)) * len(TrafficKind))
     )
     reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
+    if train.is_exact:
+        reductions *= 2  # of fp64
     compression = job.communication.compression
     others = [CompressionSpec.model_validate({"scheme": scheme, "share": compression.share}) for scheme in SCHEMES]
     gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in params)

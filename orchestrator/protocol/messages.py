@@ -315,6 +315,7 @@ class Report:
     rss_bytes: int = 0
     collective: int = 0  # collectives that its training thread has entered in this generation
     slots: SlotMemory | None = None
+    numerics: str = ""  # what decides the bits of its results, where they are to be exact
     leaving: bool = False  # it was told to end (SIGTERM), and soon will be made to
     extra: dict[str, float] = field(default_factory=dict)
 

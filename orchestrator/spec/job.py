@@ -259,11 +259,36 @@ class JobSpec(Section):
                 rule = f"{key} and num_expert_groups both limit what a token may visit: leave one out; got "
                 got = f"{getattr(self.communication, key)} and {self.model.num_expert_groups}"
                 yield Broken((("communication", key), ("model", "num_expert_groups")), rule + got)
+        if self.train.is_exact:
+            yield from self._inexact()
         for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
             if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
                 yield Broken((("curriculum", "stages", i, "until"), ("eval", "every")), rule)
         yield from self._broken_environment()
+
+    def _inexact(self) -> Iterator[Broken]:
+        """What makes results depend on the number of workers, on where experts lie, or on measured time."""
+        sent, compression = self.communication, self.communication.compression
+        wrong: list[tuple[Path, object, str]] = []
+        if compression.is_active:
+            key: Path = ("communication", "compression")
+            wrong.append((key, compression.scheme, "what is lost depends on the number of workers"))
+        if sent.tokens != "exact":
+            wrong.append((("communication", "tokens"), sent.tokens, "what stays on a worker loses nothing"))
+        for name in ("ranks_per_token", "nodes_per_token"):
+            if (limit := getattr(sent, name)) is not None:
+                wrong.append((("communication", name), limit, "a token's choice depends on where experts lie"))
+        if self.train.fits_memory:
+            wrong.append((("train", "micro_batch_size"), "auto", "what fits is found by measuring"))
+        for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
+            for name in ("validation_below", "plateau"):
+                if stage.until is not None and (end := getattr(stage.until, name)) is not None:
+                    key = ("curriculum", "stages", i, "until", name)
+                    wrong.append((key, end, "when its end is noticed depends on time"))
+        for key, value, why in wrong:
+            rule = f"must not be {value} where train.determinism is exact: {why}"
+            yield Broken((key, ("train", "determinism")), rule)
 
     def _broken_environment(self) -> Iterator[Broken]:
         for name, reference in self.secrets.items():

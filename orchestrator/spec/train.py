@@ -58,6 +58,22 @@ class TrainSpec(Section):
         default=1, description="What the workers share out: 1 optimizer state, 2 gradients as well."
     )
 
+    determinism: Literal["fast", "exact"] = Field(
+        default="fast",
+        description="exact: the same job ends with the same bits whatever its workers went through and however many "
+        "they were, on the same kind of processor with the same versions and threads; takes longer. fast: rounding may "
+        "differ.",
+    )
+
+    @property
+    def is_exact(self) -> bool:
+        return self.determinism == "exact"
+
+    @property
+    def most_slots(self) -> int:
+        """Slots of a step at most: each has a row."""
+        return self.global_batch_size // (self.slot_rows or 1)
+
     @property
     def slot_rows(self) -> int:
         """Rows of a slot; 0 where it is measured in tokens."""

@@ -17,6 +17,7 @@ import torch
 
 from orchestrator.comm import pulse
 from orchestrator.data.store import TokenStore
+from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.rehearsal import rehearse
 from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
@@ -99,6 +100,9 @@ class Worker:
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
         device = device_of(spec.resources.gpus, torch.cuda.device_count())
+        if spec.train.is_exact:
+            pin(device)
+            self._desk.publish(numerics=fingerprint(device))
         store = TokenStore.open(Path(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
         workshop = Workshop(self._id, job, spec, vocab_size, device)

@@ -29,6 +29,7 @@ class Saver:
         checkpoints: the run's directory of checkpoints.
         shapes: of every tensor in a checkpoint, for its readers.
         keeps: what compression of gradients keeps, as `CompressionSpec.keeps` says it.
+        numerics: as a worker's report has it.
         done: called from the writing thread with what was written.
         failed: called from it with what went wrong.
     """
@@ -38,10 +39,11 @@ class Saver:
         checkpoints: Path,
         shapes: Mapping[str, tuple[int, ...]],
         keeps: str,
+        numerics: str,
         done: Callable[[ShardWritten], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._shapes, self._keeps = shapes, keeps
+        self._shapes, self._keeps, self._numerics = shapes, keeps, numerics
         self._checkpoints, self._done, self._failed = checkpoints, done, failed
         self._thread: threading.Thread | None = None
 
@@ -73,6 +75,7 @@ class Saver:
                         **asdict(progress),
                         "shapes": self._shapes,
                         "compression": self._keeps,
+                        **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
                         "world_size": shard.world.size,
                     },
                     sort_keys=True,

@@ -149,4 +149,5 @@ class Workshop:
             wanted.ranks_per_token,
             plan.nodes,
             wanted.nodes_per_token,
+            self.spec.train.is_exact,
         )

@@ -50,7 +50,8 @@ class Trainer:
         self._preparations = Preparations(workshop, desk)
         checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
         keeps = self._spec.communication.compression.keeps
-        self._saver = Saver(checkpoints, workshop.saved_shapes(), keeps, self._saved, self._not_saved)
+        numerics = desk.state.numerics
+        self._saver = Saver(checkpoints, workshop.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
         self._shard: Shard | None = None
         self._keeping = Keeping(workshop.me, self._spec.protection, self._spec.train.steps - 1)
         self._engagement = Engagement((shut_connections, abort_collectives, self._keeping.shut))

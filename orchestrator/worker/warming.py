@@ -52,7 +52,7 @@ def memory_of_a_world(spec: JobSpec, vocab_size: int) -> WorldMemory:
     if (every := whole_every(spec.protection, spec.recovery.whole_every)) > 1:
         delta = 4 * (dense / world_size + experts) + feedback
         own, kept = own + every * (delta + dense * weight_bytes) + delta, kept + every * delta
-    gradients = (dense + experts) * weight_bytes
+    gradients = (dense + experts) * (8 if spec.train.is_exact else weight_bytes)
     protected = spec.protection != OFF and spec.workers.max > 1
     return WorldMemory(int(state + gradients), int(own + kept) if protected else 0)
 

@@ -39,7 +39,7 @@ def store_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
     """A run in a world of one from beginning to end, to compare others with."""
-    with Crew(small_job(texts), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
+    with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
         crew.start(crew.plan(crew.ids))
         crew.await_finished()
     return crew

@@ -222,6 +222,21 @@ def test_compression_counts_bytes_and_moves_what_is_kept() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_exact_costs_bytes() -> None:
+    metrics = quick("exact_cost")["metrics"]["2_workers"]
+    assert metrics["gradient_bytes"] == 2.0 and 1.0 < metrics["token_bytes"] < 2.0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_exact_runs_are_equal_and_fast_ones_are_not() -> None:
+    line = quick("exact")
+    assert all(bar["met"] for bar in line["bars"]) and line["metrics"]["fp32-1"]["digests"] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(Hosts.available() is not None, reason=str(Hosts.available()))
 @pytest.mark.parametrize("name", ["overlap", "dispatch"])
 def test_hosts_with_slow_links_do_steps(name: str) -> None:

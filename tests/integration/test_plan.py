@@ -18,8 +18,8 @@ from tests.support import small
 from tests.support.ranks import Ranks
 
 
-def _plan(world_size: int, precision: str, stage: int) -> WorldPlan:
-    train = small.train_spec(precision, stage)
+def _plan(world_size: int, precision: str, stage: int, determinism: str) -> WorldPlan:
+    train = small.train_spec(precision, stage, determinism=determinism)
     workers = WorkersSpec(min=world_size, max=world_size)
     job = JobSpec(name="planned", model=small.model_spec(), train=train, workers=workers)
     params, buffers, _ = catalogue(job.model, small.VOCAB)
@@ -88,11 +88,11 @@ def _leaves(x: torch.Tensor, sent: list[int] | None, group: Any) -> float:
 
 
 def _measured(
-    rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int
+    rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int, determinism: str
 ) -> tuple[dict[str, int], int, int, Counter[str]]:
     """Bytes of state by part, of all tensors after building and before an update, and what was sent in a step."""
     before = _tensor_bytes()
-    train = small.train_spec(precision, stage)
+    train = small.train_spec(precision, stage, determinism=determinism)
     with pytest.MonkeyPatch.context() as patch:
         counted = _Counted(patch)
         groups, _, engine = small.build("deepspeed", store, prefix, rank, Placement.balanced(4, world_size), train)
@@ -110,12 +110,15 @@ def _measured(
     return dict(parts), built, accumulated, counted.sent
 
 
+@pytest.mark.parametrize("determinism", ["fast", "exact"])
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_plan_says_what_ranks_hold_and_send(ranks: Ranks, world_size: int, precision: str, stage: int) -> None:
-    plan = _plan(world_size, precision, stage)
-    measured = ranks.run(_measured, world_size, precision, stage)
+def test_a_plan_says_what_ranks_hold_and_send(
+    ranks: Ranks, world_size: int, precision: str, stage: int, determinism: str
+) -> None:
+    plan = _plan(world_size, precision, stage, determinism)
+    measured = ranks.run(_measured, world_size, precision, stage, determinism)
     memory = plan.memory
     parts, built, accumulated, _ = max(measured, key=lambda found: sum(found[0].values()))
     assert memory.weights == parts["param"]

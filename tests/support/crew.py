@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import patch
 
 from orchestrator.comm.rendezvous import RendezvousServer
+from orchestrator.control.crew import EXACT_ENV
 from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.cut import newest_cut, placement_of_cut, world_of
 from orchestrator.elastic.placement import Placement
@@ -77,14 +79,20 @@ class NoCut(RuntimeError):
 
 
 class Member:
-    """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds."""
+    """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds.
 
-    def __init__(self) -> None:
+    Args:
+        is_exact: of jobs with `train.determinism: exact`, whose processes have their own environment.
+    """
+
+    def __init__(self, is_exact: bool) -> None:
+        self.is_exact = is_exact
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._lock = threading.Lock()
         self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        with patch.dict(os.environ, EXACT_ENV if is_exact else {}):
+            self.process.start()
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:
@@ -137,7 +145,7 @@ class Crew:
             threads=threads,
             orphan_s=3600.0,
         )
-        self.num_experts = job.model.num_experts
+        self.num_experts, self._is_exact = job.model.num_experts, job.train.is_exact
         self.members: dict[str, Member] = {}
         self.directive = Directive(epoch=1, seq=0)
         self.newest_generation = -1  # of all that were planned
@@ -149,7 +157,10 @@ class Crew:
         """More workers, warmed in parallel."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
-            self.members[worker] = _idle.pop() if _idle else Member()
+            idle = next((member for member in _idle if member.is_exact == self._is_exact), None)
+            if idle is not None:
+                _idle.remove(idle)
+            self.members[worker] = idle or Member(self._is_exact)
         with ThreadPoolExecutor(len(new)) as pool:
             list(pool.map(self._warm, new))
         return new

@@ -37,7 +37,12 @@ def model_spec(num_experts: int = 4) -> ModelSpec:
     )
 
 
-def train_spec(precision: str = "fp32", zero_stage: int = 1, betas: tuple[float, float] = (0.9, 0.95)) -> TrainSpec:
+def train_spec(
+    precision: str = "fp32",
+    zero_stage: int = 1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    determinism: str = "fast",
+) -> TrainSpec:
     return TrainSpec(
         steps=100,
         global_batch_size=NUM_SLOTS * ROWS,
@@ -46,6 +51,7 @@ def train_spec(precision: str = "fp32", zero_stage: int = 1, betas: tuple[float,
         precision=precision,
         zero_stage=zero_stage,
         optimizer=OptimizerSpec(betas=betas),
+        determinism=determinism,
     )
 
 
@@ -62,7 +68,7 @@ def build(
 ) -> tuple[Groups, MoELanguageModel, Engine]:
     """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed."""
     groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
-    home = ExpertHome(placement, rank, groups.exchange, nodes=nodes)
+    home = ExpertHome(placement, rank, groups.exchange, nodes=nodes, is_exact=train.is_exact)
     model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, home)
     engine: Engine
     if kind == "reference":

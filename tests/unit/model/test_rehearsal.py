@@ -17,8 +17,8 @@ from tests.support.own_models import ROOT, example, linear, own_spec
 CPU = torch.device("cpu")
 
 
-def _job(model: Any, precision: str = "fp32", isolated: bool = False) -> JobSpec:
-    sizes = {"sequence_length": 16, "precision": precision}
+def _job(model: Any, precision: str = "fp32", isolated: bool = False, determinism: str = "fast") -> JobSpec:
+    sizes = {"sequence_length": 16, "precision": precision, "determinism": determinism}
     data = {"vocab_size": 300, "isolate_documents": isolated}
     return JobSpec.model_validate({"schema": "v1", "name": "own", "model": model, "train": sizes, "data": data})
 
@@ -50,6 +50,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_fails_in_a_pass_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(EntrypointError, match=message):
         rehearse(_job(own_spec(tmp_path, linear(**change))), 300, CPU)
+
+
+def test_a_model_that_draws_random_numbers_is_refused_where_bits_count(tmp_path: Path) -> None:
+    model = own_spec(tmp_path, linear(forward="return self.head(nn.functional.dropout(self.embedding(tokens)))"))
+    rehearse(_job(model), 300, CPU)
+    with pytest.raises(EntrypointError, match=r"head.weight.* have another gradient in a second pass.*determinism"):
+        rehearse(_job(model, determinism="exact"), 300, CPU)
+    rehearse(_job(example("moe"), determinism="exact"), 300, CPU)
 
 
 def test_isolated_documents_need_a_model_that_takes_them(tmp_path: Path) -> None:

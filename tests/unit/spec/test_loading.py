@@ -121,6 +121,25 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
             "workers.schedule.0.at_step",
             "less than train.steps; got 5 and 5",
         ),
+        (
+            "train: {determinism: exact}\ncommunication: {compression: int8}",
+            "communication.compression",
+            "must not be int8 where train.determinism is exact: what is lost depends on the number of workers",
+        ),
+        ("train: {determinism: exact}\ncommunication: {compression: auto}", "communication.compression", "not be auto"),
+        ("train: {determinism: exact}\ncommunication: {tokens: bf16}", "communication.tokens", "must not be bf16"),
+        (
+            "train: {determinism: exact}\ncommunication: {ranks_per_token: 1}",
+            "communication.ranks_per_token",
+            "depends on where experts lie",
+        ),
+        ("train: {determinism: exact, micro_batch_size: auto}", "train.micro_batch_size", "found by measuring"),
+        (
+            "train: {determinism: exact}\neval: {every: 1}\n"
+            "curriculum: {stages: [{name: a, until: {plateau: 2, max_steps: 9}}, {name: b}]}",
+            "curriculum.stages.0.until.plateau",
+            "depends on time",
+        ),
         ("envs: {LD_PRELOAD: x}", "envs.LD_PRELOAD", "must not be set"),
         ("envs: {RAY_AUTH_MODE: x}", "envs.RAY_AUTH_MODE", "must not be set"),
         ("envs: {pythonpath: x}", "envs.pythonpath", "must not be set"),

@@ -94,7 +94,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     progress = Progress(11, 10, "{}")
     written: list[ShardWritten] = []
     for rank, ranges in enumerate(ranks):
-        saver = Saver(tmp_path, SHAPES, "", written.append, pytest.fail)
+        saver = Saver(tmp_path, SHAPES, "", "", written.append, pytest.fail)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
@@ -115,7 +115,7 @@ def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     _, (ranges,) = _state(placement, False)
     failures: list[Exception] = []
     saver = Saver(
-        tmp_path / "occupied", SHAPES, "", lambda written: pytest.fail("nothing was written"), failures.append
+        tmp_path / "occupied", SHAPES, "", "", lambda written: pytest.fail("nothing was written"), failures.append
     )
     saver.save(_shard(ranges, placement, 0), Progress(0, 1, "{}"))
     saver.wait()

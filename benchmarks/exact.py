@@ -1,0 +1,170 @@
+"""Whether exact runs end with the same bits, and how long fast ones agree.
+
+    python -m benchmarks.exact [--quick]
+
+For both precisions and both ZeRO stages, runs of 1,000 steps of the same job on a local cluster: with 1, 2, 3, 4 and 6
+workers to which nothing happens, and one that is scaled, loses workers and goes on elsewhere, over and over. Then two
+fast runs, with 1 worker and with 3.
+
+- `digests_equal`: at every checkpoint, one each 100 steps, all tensors of all runs have the same bits.
+- `loss_differences`: steps in which any of a run's losses or norms has another bit than the first run's.
+- `events`: rescales, killed workers and resumes that the eventful run went through.
+- `fast_first_difference_step`: the first step whose loss isn't the same in the two fast runs.
+"""
+
+import hashlib
+import tempfile
+from itertools import count, cycle
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Bar, Result, at_least, equals, run, say
+from benchmarks.rescale import QUICK_MODEL
+from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.product import LiveRun, Product
+from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
+from orchestrator.client import OrchestratorClient
+from orchestrator.control.memory import read_steps
+from orchestrator.spec.job import DataSpec, JobSpec
+
+MODEL = {
+    "hidden_size": 96,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 256,
+    "num_experts": 16,
+    "top_k": 2,
+    "expert_intermediate_size": 128,
+}
+BATCH = {"global_batch_size": 6, "micro_batch_size": 1, "sequence_length": 48}
+WORLDS, QUICK_WORLDS = (1, 2, 3, 4, 6), (1, 2)
+KINDS = [(precision, stage) for precision in ("fp32", "bf16") for stage in (1, 2)]
+STEPS, QUICK_STEPS = 1000, 60
+CHECKPOINT_EVERY, QUICK_CHECKPOINT_EVERY = 100, 20
+EVENTS, QUICK_EVENTS = 24, 4
+SIZES = (1, 3, 4, 2)  # that the eventful run is scaled to, with a killed worker after every second one
+PATIENCE_S = 3600.0
+
+Checkpoints = dict[str, str]  # by name of step and tensor: a digest
+Steps = list[tuple[Any, ...]]
+
+
+def measure(quick: bool) -> Result:
+    metrics: dict[str, Any] = {}
+    bars: list[Bar] = []
+    with tempfile.TemporaryDirectory(prefix="exact-") as folder:
+        workspace = Path(folder)
+        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
+        prepared(data, stores)
+        storage = workspace / "runs"
+        storage.mkdir()
+        (storage / ".data").symlink_to(stores)
+        with Product(workspace / "home", num_cpus=max(WORLDS)) as product:
+            for precision, stage in KINDS[:1] if quick else KINDS:
+                name = f"{precision}-{stage}"
+                metrics[name], of_kind = compare(product.client, name, precision, stage, data, storage, quick)
+                bars += of_kind
+            fast = [
+                steps_of(calm(product.client, job_of(f"fast-{size}", size, data, storage, quick, determinism="fast")))
+                for size in (QUICK_WORLDS if quick else (1, 3))
+            ]
+        differing = (step for step, (one, other) in enumerate(zip(*fast, strict=True)) if one != other)
+        metrics["fast_first_difference_step"] = next(differing, None)
+    return Result(
+        name="exact",
+        seed=0,
+        settings={"quick": quick, "model": QUICK_MODEL if quick else MODEL, **BATCH, "worlds": WORLDS},
+        rounds=1,
+        metrics=metrics,
+        bars=tuple(bars),
+    )
+
+
+def compare(
+    client: OrchestratorClient, name: str, precision: str, stage: int, data: DataSpec, storage: Path, quick: bool
+) -> tuple[dict[str, Any], list[Bar]]:
+    """All runs of one kind with the first of them."""
+    kind = {"determinism": "exact", "precision": precision, "zero_stage": stage}
+    found: dict[str, tuple[Steps, Checkpoints]] = {}
+    for size in QUICK_WORLDS if quick else WORLDS:
+        run_dir = calm(client, job_of(f"{name}-{size}", size, data, storage, quick, **kind))
+        found[str(size)] = steps_of(run_dir), digests_of(run_dir)
+        say(f"{name}: {size} workers have ended")
+    run_dir, events = eventful(client, job_of(f"{name}-eventful", None, data, storage, quick, **kind), quick)
+    found["eventful"] = steps_of(run_dir), digests_of(run_dir)
+    (steps, digests), *others = found.values()
+    differences = sum(one != other for their_steps, _ in others for one, other in zip(steps, their_steps, strict=True))
+    equal = all(theirs == digests for _, theirs in others)
+    say(f"{name}: digests equal {equal}, {differences} losses differ, {events} events")
+    metrics = {"digests_equal": equal, "digests": len(digests), "loss_differences": differences, "events": events}
+    bars = [
+        equals(f"digests_equal_{name}", True, equal),
+        equals(f"loss_differences_{name}", 0, differences),
+        at_least(f"events_{name}", QUICK_EVENTS if quick else 20, events),
+    ]
+    return metrics, bars
+
+
+def job_of(name: str, size: int | None, data: DataSpec, storage: Path, quick: bool, **train: Any) -> JobSpec:
+    """`size`: of a world that stays as it is; None for one that is scaled."""
+    workers = {"min": 1, "max": max(SIZES), "initial": 2} if size is None else {"min": size, "max": size}
+    steps, every = (QUICK_STEPS, QUICK_CHECKPOINT_EVERY) if quick else (STEPS, CHECKPOINT_EVERY)
+    return JobSpec.model_validate(
+        {
+            "name": name,
+            "workers": workers,
+            "resources": {"cpus": 1},
+            "model": QUICK_MODEL if quick else MODEL,
+            "train": {**BATCH, "steps": steps, "lr": 2e-3, **train},
+            "data": data,
+            "checkpoint": {"every": every},
+            "storage": str(storage),
+        }
+    )
+
+
+def calm(client: OrchestratorClient, job: JobSpec) -> Path:
+    """A run to which nothing happens."""
+    return Path(client.wait(client.submit(job), timeout_s=PATIENCE_S).run_dir)
+
+
+def eventful(client: OrchestratorClient, job: JobSpec, quick: bool) -> tuple[Path, int]:
+    """A run that is scaled and killed, and in its middle paused and resumed; and how often."""
+    live = LiveRun(client, job)
+    wanted, sizes = QUICK_EVENTS if quick else EVENTS, cycle(SIZES)
+    apart = job.train.steps // (wanted + 2)
+    for number in count():
+        live.until(lambda s, due=apart * (number + 1): s.step >= due, "the next event is due")  # type: ignore[misc]
+        if number == wanted:
+            break
+        if number == wanted // 2:
+            client.pause(job.name)
+            client.wait(job.name, timeout_s=PATIENCE_S)
+            client.resume(job.name, workers=3)
+            live.until(lambda s: s.workers_now == 3, "it has been resumed")
+        elif number % 3 == 2:
+            known = len(live.status().recoveries)
+            client.kill_worker(job.name, number % 2)
+            live.until(lambda s, known=known: len(s.recoveries) > known, "it has recovered")  # type: ignore[misc]
+        else:
+            live.scale(next(sizes), measured=False)
+    return Path(client.wait(job.name, timeout_s=PATIENCE_S).run_dir), wanted
+
+
+def steps_of(run_dir: Path) -> Steps:
+    return [(record.loss, record.grad_norm, record.applied) for record in read_steps(run_dir)]
+
+
+def digests_of(run_dir: Path) -> Checkpoints:
+    found: Checkpoints = {}
+    for path in list_checkpoints(run_dir / "checkpoints"):
+        with CheckpointReader(path) as reader:
+            for name, tensor in reader.manifest.tensors.items():
+                values = reader.read(name, 0, tensor.numel)
+                found[f"{path.name}/{name}"] = hashlib.sha256(values.tobytes()).hexdigest()
+    return found
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)

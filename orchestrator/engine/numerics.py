@@ -1,0 +1,53 @@
+"""What decides the bits of a computation beside the job: pinned, where `train.determinism` is exact, and told.
+
+The contract: the same job, and the same fingerprint, give the same bits.
+"""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+
+def pin(device: torch.device) -> None:
+    """Have torch use only operations that give the same bits at every call.
+
+    What has to be there before libraries are loaded is in a worker's environment (`orchestrator.control.crew`).
+    """
+    torch.backends.cudnn.benchmark = False  # it would choose algorithms by measured time
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+
+
+def fingerprint(device: torch.device) -> str:
+    """As JSON: versions, kind of processor and threads. Threads count, as they cut sums into parts."""
+    found = {
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+        "mkl": version_of_mkl(),
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
+    return json.dumps(found, sort_keys=True)
+
+
+def version_of_mkl() -> str:
+    """Of the library that torch was built with; empty for another one."""
+    lines = (line.strip("- ") for line in torch.__config__.show().splitlines())
+    return next((line for line in lines if "Math Kernel Library" in line), "")
+
+
+def processor() -> str:
+    """Its name, as far as the system tells; libraries choose their code by it."""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() in ("model name", "Model", "Hardware"):
+                    return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,197 @@
+"""`train.determinism: exact` with real workers in real processes: the same bits whatever the world was."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch._C._distributed_c10d import Store
+
+from orchestrator.checkpoint.manifest import manifest_of
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.checkpoint.write import commit
+from orchestrator.client import OrchestratorClient
+from orchestrator.control.memory import read_steps
+from orchestrator.elastic.placement import Placement
+from orchestrator.model.building import catalogue
+from orchestrator.protocol.status import RunStatus
+from orchestrator.spec.job import JobSpec, WorkersSpec
+from tests.support import small
+from tests.support.crew import Crew
+from tests.support.ranks import Ranks
+from tests.support.real_runs import own_cluster, until
+from tests.support.texts import STEPS, VOCAB, small_job
+
+WORLDS: list[list[int]] = [[1], [2], [3], [4], [2, 4, 3, 1, 2]]
+Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
+
+
+def _told(crew: Crew) -> list[tuple[Any, ...]]:
+    assert sorted(crew.records) == list(range(STEPS))
+    records = [record for _, record in sorted(crew.records.items())]
+    return [(r.loss, r.grad_norm, r.validation_loss, r.max_violation, r.applied) for r in records]
+
+
+def _state(crew: Crew, job: JobSpec) -> dict[str, bytes]:
+    """Every tensor of the checkpoint after the last step."""
+    members = crew.directive.current.world.members if crew.directive.current else ()
+    shards = [crew.final[w].shards[-1] for w in members]
+    params, buffers, shapes = catalogue(job.model, VOCAB)
+    wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
+    wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
+    directory = Path(crew.job.storage_dir) / "checkpoints"
+    path = commit(directory, manifest_of(shards, run_id="test", epoch=1, shapes=wanted), epoch=1)
+    with CheckpointReader(path) as reader:
+        return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
+
+
+def _run(job: JobSpec, store_dir: Path, directory: Path, worlds: list[int]) -> Run:
+    with Crew(job, store_dir, directory, size=max(worlds)) as crew:
+        crew.start(crew.plan(crew.ids[: worlds[0]]))
+        for size in worlds[1:]:
+            crew.await_step(crew.newest_step + 3)
+            crew.rescale(crew.ids[-size:])
+        crew.await_finished()
+        return _told(crew), _state(crew, job)
+
+
+def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
+    steps = [step for step, (a, b) in enumerate(zip(one[0], other[0], strict=True)) if a != b]
+    assert one[1].keys() == other[1].keys()
+    return steps, [name for name in one[1] if one[1][name] != other[1][name]]
+
+
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [
+        ({}, {"precision": "fp32", "zero_stage": 1}),
+        ({"top_k": 3, "num_shared_experts": 1}, {"precision": "fp32", "zero_stage": 2}),
+        pytest.param({}, {"precision": "bf16", "zero_stage": 1}, marks=pytest.mark.slow),
+        ({"expert_intermediate_size": 36, "hidden_size": 40}, {"precision": "bf16", "zero_stage": 2}),
+        ({"hidden_size": 36, "num_heads": 2, "num_kv_heads": 1, "expert_intermediate_size": 33}, {}),  # no alignment
+        pytest.param(
+            {"expert_intermediate_size": 33, "router": "softmax", "top_k": 4},
+            {"gradient_clipping": 0.1},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_all_worlds_end_with_the_same_bits(
+    texts: Path, store_dir: Path, tmp_path: Path, model: dict[str, Any], train: dict[str, Any]
+) -> None:
+    job = small_job(texts, model, determinism="exact", **train)
+    runs = [_run(job, store_dir, tmp_path / str(number), worlds) for number, worlds in enumerate(WORLDS)]
+    for worlds, run in zip(WORLDS[1:], runs[1:], strict=True):
+        assert _differences(runs[0], run) == ([], []), worlds
+    assert runs[0][0][-1][0] < runs[0][0][0][0] - 0.3 and np.isfinite(runs[0][0][-1][1])
+
+
+def test_without_it_worlds_differ(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    """Else the test above would show nothing."""
+    job = small_job(texts)
+    runs = [_run(job, store_dir, tmp_path / str(number), [size]) for number, size in enumerate((1, 3))]
+    steps, names = _differences(*runs)
+    assert steps and names
+
+
+def _weights(
+    rank: int, world_size: int, store: Store, prefix: str, placement: Placement, stage: int
+) -> dict[str, torch.Tensor]:
+    """This rank's, after some steps."""
+    train = small.train_spec(zero_stage=stage, determinism="exact")
+    groups, _, engine = small.build("deepspeed", store, prefix, rank, placement, train, bucket_mb=0.01)
+    small.train_steps(engine, groups, range(4))
+    found = {name: held.data.clone() for name, held in engine.ranges() if name.startswith("param/")}
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        pytest.param(Placement(4, 3, ((0,), (0,), (0,), (2,))), id="a rank without experts"),
+        pytest.param(Placement(4, 3, ((0, 1), (1, 2), (0,), (0, 2))), id="overlapping replica sets"),
+        pytest.param(Placement.balanced(4, 5), id="more ranks than experts"),
+    ],
+)
+def test_where_experts_lie_changes_no_bit(ranks: Ranks, placement: Placement, stage: int) -> None:
+    (alone,) = ranks.run(_weights, 1, Placement.balanced(4, 1), stage)
+    for weights in ranks.run(_weights, placement.world_size, placement, stage):
+        assert [name for name in weights if not torch.equal(weights[name], alone[name])] == []
+
+
+def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str]]:
+    """One rank's slot brings a gradient that no exact sum may have: what all ranks do, and what it says."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("orchestrator.worker").addHandler(handler)
+    train = small.train_spec(determinism="exact")
+    placement = Placement.balanced(4, world_size)
+    groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
+    small.train_steps(engine, groups, range(1))
+    before = [(name, held.data.clone()) for name, held in engine.ranges()]
+    hook = model.head.register_hook(lambda grad: grad * 1e6) if rank == 1 else None
+    engine.accumulate(small.slot(1, rank), 100, last=True)
+    outcome = engine.step(3e-3)
+    same = all(torch.equal(old, held.data) for (_, old), (_, held) in zip(before, engine.ranges(), strict=True))
+    if hook is not None:
+        hook.remove()
+    small.train_steps(engine, groups, range(1, 2))  # and the next one is sound
+    engine.close()
+    logging.getLogger("orchestrator.worker").removeHandler(handler)
+    return outcome.applied, same, said
+
+
+def test_a_gradient_too_large_for_an_exact_sum_is_left_out_by_all_and_named(ranks: Ranks) -> None:
+    (first, unchanged, silent), (second, unchanged_too, (said,)) = ranks.run(_too_large, 2)
+    assert not first and not second and unchanged and unchanged_too and silent == []
+    assert "the gradient of head is over" in said
+
+
+def _ended(client: OrchestratorClient, run: str) -> tuple[RunStatus, Run]:
+    status = client.wait(run, timeout_s=120.0)
+    steps = [(r.loss, r.grad_norm, r.validation_loss, r.applied) for r in read_steps(Path(status.run_dir))]
+    with CheckpointReader(Path(str(status.checkpoint))) as reader:
+        assert reader.manifest.meta["numerics"]["threads"] == 1  # type: ignore[index]
+        tensors = {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
+    return status, (steps, tensors)
+
+
+@pytest.mark.ray
+@pytest.mark.journey
+@pytest.mark.timeout(300)
+def test_a_run_that_was_scaled_killed_paused_and_resumed_ends_with_the_bits_of_one_that_was_not(
+    texts: Path, tmp_path: Path
+) -> None:
+    plain = small_job(texts, steps=300, determinism="exact")
+    with own_cluster(tmp_path / "home", cpus=4) as client:
+
+        def submit(name: str, initial: int) -> str:
+            changes = {"name": name, "storage": str(tmp_path / "runs")}
+            return client.submit(
+                plain.model_copy(update={**changes, "workers": WorkersSpec(min=1, max=3, initial=initial)})
+            )
+
+        run = submit("eventful", 2)
+        until(client, run, lambda s: s.step > 10)
+        client.scale(run, 3)
+        step = until(client, run, lambda s: s.workers_now == 3).step
+        until(client, run, lambda s: s.step > step + 10)
+        client.kill_worker(run, 1)
+        killed = until(client, run, lambda s: bool(s.recoveries) and s.workers_now == 3)
+        assert len(killed.recoveries) == 1
+        until(client, run, lambda s: s.step > killed.step + 10)
+        client.pause(run)
+        assert client.wait(run, timeout_s=60.0).step < 300
+        client.resume(run, workers=1)
+        step = until(client, run, lambda s: s.workers_now == 1).step
+        client.scale(run, 2)
+        eventful, told = _ended(client, run)
+        assert {r.world_size for r in read_steps(Path(eventful.run_dir))} == {1, 2, 3}
+        assert [e["kind"] for e in client.events(run) if e["kind"].startswith("numerics")] == ["numerics"]
+        _, calm = _ended(client, submit("calm", 1))
+    assert len(told[0]) == 300 and _differences(told, calm) == ([], [])
