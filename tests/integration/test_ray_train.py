@@ -17,12 +17,13 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from orchestrator import ElasticTrainer
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
+from orchestrator.control import local_cluster
 from orchestrator.control.run_files import RunFiles, holds_run
 from orchestrator.errors import NotFound, RunFailed, UsageError
 from orchestrator.protocol.status import RunPhase
 from tests.support.hosts import until as await_event
 from tests.support.own_models import ROOT, linear, own_spec
-from tests.support.real_runs import PATIENCE_S, own_cluster, until
+from tests.support.real_runs import PATIENCE_S, at_home, own_cluster, until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(300)]
@@ -196,12 +197,16 @@ def test_ctrl_c_cancels_the_run(texts: Path, tmp_path: Path) -> None:
         PATIENCE_S,
         "steps to be on record",
     )
-    done.send_signal(signal.SIGINT)
-    _, errors = done.communicate(timeout=PATIENCE_S)
-    assert done.returncode != 0 and "KeyboardInterrupt" in errors
+    try:
+        done.send_signal(signal.SIGINT)
+        _, errors = done.communicate(timeout=PATIENCE_S)
+    finally:  # whatever went wrong, its cluster is not left behind
+        done.kill()
+        with at_home(tmp_path):
+            left = local_cluster.down()
+    assert done.returncode != 0 and "KeyboardInterrupt" in errors and left is None
     status = RunFiles(run_dir).status()
     assert status.phase is RunPhase.CANCELLED and status.checkpoint_step == status.step - 1
-    assert not (tmp_path / "clusters" / "local" / "cluster.json").exists()
 
 
 def _script(directory: Path, text: str, texts: Path) -> "subprocess.Popen[str]":
