@@ -22,6 +22,7 @@ from benchmarks.harness import Bar, Result, at_least, equals, run, say
 from benchmarks.rescale import QUICK_MODEL
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from benchmarks.support.product import LiveRun, Product
+from orchestrator.checkpoint.manifest import parse_step_name
 from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
 from orchestrator.client import OrchestratorClient
 from orchestrator.control.memory import read_steps
@@ -40,8 +41,8 @@ MODEL = {
 BATCH = {"global_batch_size": 6, "micro_batch_size": 1, "sequence_length": 48}
 WORLDS, QUICK_WORLDS = (1, 2, 3, 4, 6), (1, 2)
 KINDS = [(precision, stage) for precision in ("fp32", "bf16") for stage in (1, 2)]
-STEPS, QUICK_STEPS = 1000, 60
-CHECKPOINT_EVERY, QUICK_CHECKPOINT_EVERY = 100, 20
+STEPS, QUICK_STEPS = 1000, 300
+CHECKPOINT_EVERY, QUICK_CHECKPOINT_EVERY = 100, 75
 EVENTS, QUICK_EVENTS = 24, 4
 SIZES = (1, 3, 4, 2)  # that the eventful run is scaled to, with a killed worker after every second one
 PATIENCE_S = 3600.0
@@ -89,10 +90,10 @@ def compare(
     found: dict[str, tuple[Steps, Checkpoints]] = {}
     for size in QUICK_WORLDS if quick else WORLDS:
         run_dir = calm(client, job_of(f"{name}-{size}", size, data, storage, quick, **kind))
-        found[str(size)] = steps_of(run_dir), digests_of(run_dir)
+        found[str(size)] = steps_of(run_dir), digests_of(run_dir, quick)
         say(f"{name}: {size} workers have ended")
     run_dir, events = eventful(client, job_of(f"{name}-eventful", None, data, storage, quick, **kind), quick)
-    found["eventful"] = steps_of(run_dir), digests_of(run_dir)
+    found["eventful"] = steps_of(run_dir), digests_of(run_dir, quick)
     (steps, digests), *others = found.values()
     differences = sum(one != other for their_steps, _ in others for one, other in zip(steps, their_steps, strict=True))
     equal = all(theirs == digests for _, theirs in others)
@@ -107,8 +108,8 @@ def compare(
 
 
 def job_of(name: str, size: int | None, data: DataSpec, storage: Path, quick: bool, **train: Any) -> JobSpec:
-    """`size`: of a world that stays as it is; None for one that is scaled."""
-    workers = {"min": 1, "max": max(SIZES), "initial": 2} if size is None else {"min": size, "max": size}
+    """`size`: of a world that stays as it is; None for one that is scaled, and has standbys to be quick about it."""
+    workers = {"min": 1, "max": max(SIZES), "initial": 2, "standby": 2} if size is None else {"min": size, "max": size}
     steps, every = (QUICK_STEPS, QUICK_CHECKPOINT_EVERY) if quick else (STEPS, CHECKPOINT_EVERY)
     return JobSpec.model_validate(
         {
@@ -156,9 +157,13 @@ def steps_of(run_dir: Path) -> Steps:
     return [(record.loss, record.grad_norm, record.applied) for record in read_steps(run_dir)]
 
 
-def digests_of(run_dir: Path) -> Checkpoints:
+def digests_of(run_dir: Path, quick: bool) -> Checkpoints:
+    """Of the checkpoints that all runs have: a pause writes one more."""
+    every = QUICK_CHECKPOINT_EVERY if quick else CHECKPOINT_EVERY
     found: Checkpoints = {}
     for path in list_checkpoints(run_dir / "checkpoints"):
+        if ((parse_step_name(path.name) or 0) + 1) % every:
+            continue
         with CheckpointReader(path) as reader:
             for name, tensor in reader.manifest.tensors.items():
                 values = reader.read(name, 0, tensor.numel)
