@@ -79,8 +79,8 @@ class Account:
         fingerprint = json.loads(told)
         with suppress(StorageError):  # heard again with its next answer
             if self._memory.numerics is None:
-                self._memory.numerics = fingerprint
                 self.note("numerics", fingerprint=fingerprint)
+                self._memory.numerics = fingerprint
             elif differs := differences(self._memory.numerics, fingerprint):
                 self.note("numerics_differ", worker=worker, differs=differs)
             self._numerics[worker] = told
