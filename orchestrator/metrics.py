@@ -146,7 +146,12 @@ DECLARED = (
             ("elastic/workers_wanted", "workers", Kind.GAUGE, "how many workers the run should have"),
             ("elastic/standbys", "workers", Kind.GAUGE, "warm workers that hold no state"),
             ("elastic/rescales", "rescales", Kind.COUNTER, "changes of the members without a loss"),
-            ("elastic/recoveries", "recoveries", Kind.COUNTER, "times that the run went on after a loss"),
+            (
+                "elastic/recoveries",
+                "recoveries",
+                Kind.COUNTER,
+                "times that a generation ended by a loss, and the run went on",
+            ),
             (
                 "elastic/quarantined_nodes",
                 "nodes",
@@ -154,6 +159,8 @@ DECLARED = (
                 "nodes that get no new workers, as too many failed there",
             ),
             ("elastic/draining_nodes", "nodes", Kind.GAUGE, "nodes that will soon be taken away"),
+            ("verify/checks", "checks", Kind.COUNTER, "times that a standby did steps again"),
+            ("verify/differences", "checks", Kind.COUNTER, "of these, those that came to other bits"),
             (
                 "moe/collapse",
                 "1",

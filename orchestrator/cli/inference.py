@@ -68,7 +68,7 @@ def evaluate(
     )
     text = where or f"{request.split} split"
     say(f"{checkpoint.name} of run {run} on {text}.")
-    with _until_interrupted(), _in_words_of_options():
+    with until_interrupted(), _in_words_of_options():
         for answer in ask_model(request):
             if isinstance(answer, Remark):
                 say(answer.text)
@@ -122,7 +122,7 @@ def generate(
     checkpoint = checkpoint_to_ask(run, run_dir, step)
     seed = secrets.randbits(31) if seed is None else seed
     request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed)
-    with _until_interrupted():
+    with until_interrupted():
         for answer in ask_model(request):
             if isinstance(answer, Remark):
                 say(answer.text)
@@ -153,7 +153,7 @@ def _absolute(corpus: str | None) -> str | None:
 
 
 @contextmanager
-def _until_interrupted() -> Iterator[None]:
+def until_interrupted() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:

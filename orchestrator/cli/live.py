@@ -64,7 +64,7 @@ class LiveProgress:
         self._stream = stream if stream is not None else sys.stderr
         self._refreshes = self._stream.isatty()
         self._told_rescales = self._told_recoveries = 0
-        self._warned = False
+        self._warning: str | None = None  # as it was shown last
         self._phase: RunPhase | None = None
         self._line = ""
         self._written_s = 0.0
@@ -80,9 +80,9 @@ class LiveProgress:
                 break
             self._told_recoveries += 1
             self.keep(f"{status.run_id} recovered: {recovery(loss)}")
-        if status.warning and not self._warned:
+        if status.warning and status.warning != self._warning:
             self.keep(f"{status.run_id} goes on, but {status.warning}")
-        self._warned = bool(status.warning)
+        self._warning = status.warning
         line = progress(status)
         if self._refreshes:
             width = shutil.get_terminal_size().columns - 1

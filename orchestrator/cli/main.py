@@ -26,6 +26,7 @@ from orchestrator.cli import (
     runs,
     top,
     tracking,
+    verify,
 )
 from orchestrator.cli.output import show_error
 from orchestrator.errors import OrchestratorError
@@ -43,6 +44,7 @@ run.register(app)
 runs.register(app)
 top.register(app)
 records.register(app)
+verify.register(app)
 report.register(app)
 checkpoints.register(app)
 tracking.register(app)

@@ -12,7 +12,8 @@ from orchestrator.cli.wording import NONE, pool, size
 from orchestrator.errors import UsageError
 from orchestrator.policy.fitting import check_memory, crowding
 from orchestrator.policy.planning import JobPlan, WorldPlan
-from orchestrator.spec.job import BY_DOCUMENT, JobSpec
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
 
 LINK_BYTES_PER_S = 125e6
 NOTES = (

@@ -201,8 +201,8 @@ def _figures(status: RunStatus, records: Sequence[StepRecord], goodput: float | 
     world.append(f"checkpoint of step {status.checkpoint_step}" if status.checkpoint else "no checkpoint yet")
     world.append(f"last stall {_stall(status)}")
     lines = ["  ".join(parts), "  ".join(world)]
-    note = f"warning: {status.warning}" if status.warning else status.error or status.why
-    return (*lines, note) if note else tuple(lines)
+    lines += [note for note in (status.error or status.why,) if note]
+    return (*lines, f"warning: {status.warning}") if status.warning else tuple(lines)
 
 
 def _world(status: RunStatus) -> str:

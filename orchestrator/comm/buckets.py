@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.comm import turns
-from orchestrator.comm.exact import add_rounded
+from orchestrator.comm.exact import add_rounded, put_rounded
 from orchestrator.comm.reduction import Reducer, Reduction
 from orchestrator.elastic.buckets import UNDER_WAY
 
@@ -98,9 +98,7 @@ class Bucket:
             self._flat = torch.empty(self._numel, dtype=self._dtype, device=self._device)
         here, term = self._flat[slice(*self._spans[nth])], grad.view(-1)
         if self._largest_term is not None:
-            if not self._filled[nth]:
-                here.zero_()
-            add_rounded(here, term)
+            (add_rounded if self._filled[nth] else put_rounded)(here, term)
             low, high = term.aminmax()
             self._too_large[nth].logical_or_(torch.maximum(-low, high) > self._largest_term)
         elif self._filled[nth]:

@@ -7,9 +7,12 @@ pre-rounding, as in Demmel and Nguyen, "Fast Reproducible Floating-Point Summati
 known beforehand.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 GRID = 2.0**-44  # terms are multiples of it: fp32 has coarser ones above 1e-6
@@ -17,9 +20,11 @@ LARGEST_SUM = 2.0**7  # of absolute values; a quarter of what 53 bits hold
 _ROUNDING = 1.5 * 2.0**52 * GRID  # added and taken away again, it rounds what is at most 2**51 * GRID to the grid
 CHUNK = 1 << 15  # elements at once, so that what lies between stays in a core's cache
 
-# Squares are split over three grids, each with what the one before has left: sums of up to 2**28 of them are exact.
-_SQUARE_GRIDS = (2.0**-24, 2.0**-48, 2.0**-72)
-LARGEST_SQUARE_SUM = 2.0**28
+_SQUARE_BITS = 23  # of the largest element, for the norm: as many as fp32 has
+_BLOCK = 128  # squares of so many bits, which add up exactly in fp64
+_SQUARES_AT_ONCE = 1 << 24  # elements, so that what lies between takes little memory
+_SQUARES_AT_ONCE_ON_CPU = 1 << 17  # so that a cache holds most of it
+_WORD = 26  # bits of the lower word of a sum of squares
 
 
 def largest_term(num_terms: int) -> float:
@@ -27,45 +32,85 @@ def largest_term(num_terms: int) -> float:
     return LARGEST_SUM / max(num_terms, 1)
 
 
+def put_rounded(total_N: Tensor, term_N: Tensor) -> None:
+    """Begin a sum with its first term, rounded to the grid.
+
+    Args:
+        total_N: fp64.
+        term_N: of any floating-point format; what is not finite stays so.
+    """
+    if total_N.is_cpu:
+        for total_C, term_C in _chunks(total_N, term_N):
+            _round(total_C, term_C)
+    else:
+        total_N.copy_(term_N).add_(_ROUNDING).sub_(_ROUNDING)
+
+
 def add_rounded(total_N: Tensor, term_N: Tensor) -> None:
-    """Add a term, rounded to the grid, to a sum.
+    """Add a term, rounded to the grid, to a sum of such.
 
     Args:
         total_N: fp64, multiples of the grid.
         term_N: of any floating-point format; what is not finite stays so.
     """
-    if total_N.device.type != "cpu":
-        total_N.add_(rounded(term_N))
-        return
-    for total_C, term_C in zip(torch.split(total_N, CHUNK), torch.split(term_N, CHUNK), strict=True):
-        total_C.add_(rounded(term_C))
+    if total_N.is_cpu:
+        spare_C = np.empty(min(CHUNK, len(total_N)))
+        for total_C, term_C in _chunks(total_N, term_N):
+            rounded_C = spare_C[: len(term_C)]
+            _round(rounded_C, term_C)
+            with np.errstate(invalid="ignore"):  # two infinities of opposite signs are a step that isn't finite
+                np.add(total_C, rounded_C, out=total_C)
+    else:
+        total_N.add_(term_N.to(torch.float64, copy=True).add_(_ROUNDING).sub_(_ROUNDING))
 
 
-def rounded(term_N: Tensor) -> Tensor:
-    """To the grid, as fp64."""
-    return term_N.to(torch.float64, copy=True).add_(_ROUNDING).sub_(_ROUNDING)
+def _chunks(total_N: Tensor, term_N: Tensor) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """Parts that a core's cache holds. NumPy's, whose operations take less time to begin than torch's."""
+    total, term = total_N.numpy(), (term_N.float() if term_N.dtype is torch.bfloat16 else term_N).detach().numpy()
+    for start in range(0, len(total), CHUNK):
+        yield total[start : start + CHUNK], term[start : start + CHUNK]
 
 
-def square_sums(pieces: Sequence[Tensor]) -> Tensor:
-    """Sums of squares, as fp64 for each of three grids (3): those of several calls may be added up in any order, over
+def _round(out_C: NDArray[Any], term_C: NDArray[Any]) -> None:
+    np.copyto(out_C, term_C)
+    np.add(out_C, _ROUNDING, out=out_C)
+    np.subtract(out_C, _ROUNDING, out=out_C)
+
+
+def largest_of(pieces: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value in all of them, fp32: 0 if there is nothing, infinity if something is not finite."""
+    ends = [torch.stack(piece.aminmax()) for piece in pieces if piece.numel()]
+    if not ends:
+        return torch.zeros((), device=pieces[0].device if pieces else None)
+    return torch.cat(ends).abs().max().nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def square_sums(pieces: Sequence[Tensor], largest: Tensor) -> Tensor:
+    """Sums of squares, as two words of an integer (2,) int64: those of several calls may be added up in any order, over
     ranks too, and `total_square` makes one number of them.
 
     Args:
         pieces: fp32.
+        largest: absolute value, of all elements of all calls whose sums are added up. They are rounded to multiples of
+            a power of two that leaves it 23 bits, so that their squares are integers.
     """
-    sums = torch.zeros(len(_SQUARE_GRIDS), dtype=torch.float64, device=pieces[0].device if pieces else None)
-    for piece in pieces:
-        for part in torch.split(piece.view(-1), CHUNK if piece.device.type == "cpu" else max(piece.numel(), 1)):
-            rest = part.double().square_()  # exact: twice 24 bits
-            for nth, grid in enumerate(_SQUARE_GRIDS):
-                rounding = 1.5 * 2.0**52 * grid
-                on_grid = (rest + rounding).sub_(rounding)
-                sums[nth] += on_grid.sum()
-                rest.sub_(on_grid)  # exact, too
-    return sums
+    scale = torch.ldexp(torch.ones_like(largest), _exponent(largest))
+    sums = [torch.zeros(1, dtype=torch.float64, device=largest.device)]
+    at_once = _SQUARES_AT_ONCE_ON_CPU if largest.is_cpu else _SQUARES_AT_ONCE
+    for part_C in (part_C for piece in pieces for part_C in torch.split(piece.view(-1), at_once)):
+        squares_C = (part_C * scale).round_().double().square_()
+        whole = len(squares_C) // _BLOCK * _BLOCK
+        sums += [squares_C[:whole].view(-1, _BLOCK).sum(1), squares_C[whole:].sum()[None]]
+    sums_B = torch.cat(sums).long()
+    return torch.stack([(sums_B >> _WORD).sum(), (sums_B & ((1 << _WORD) - 1)).sum()])
 
 
-def total_square(sums: Tensor) -> Tensor:
-    """What `square_sums` have come to, fp64. NaN where squares were not finite, or too large to be added exactly."""
-    total = sums[0] + (sums[1] + sums[2])
-    return torch.where(total < LARGEST_SQUARE_SUM, total, torch.full_like(total, float("nan")))
+def total_square(words: Tensor, largest: Tensor) -> Tensor:
+    """What `square_sums` have come to, fp64. NaN where an element was not finite."""
+    total = torch.ldexp(words[0].double() * 2.0**_WORD + words[1].double(), -2 * _exponent(largest))
+    return torch.where(torch.isfinite(largest), total, torch.full_like(total, float("nan")))
+
+
+def _exponent(largest: Tensor) -> Tensor:
+    """Of the power of two by which elements are multiplied before they are rounded; one that fp32 has."""
+    return (_SQUARE_BITS - torch.frexp(largest).exponent).clamp(-126, 126)

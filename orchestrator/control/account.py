@@ -18,7 +18,7 @@ from orchestrator.control.tracker_link import TrackerLink
 from orchestrator.errors import StorageError
 from orchestrator.policy.endings import complete_checkpoints, publishable
 from orchestrator.policy.run_state import Observation
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.messages import Saturation, StepRecord
 from orchestrator.tracking.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
@@ -81,9 +81,19 @@ class Account:
             if self._memory.numerics is None:
                 self.note("numerics", fingerprint=fingerprint)
                 self._memory.numerics = fingerprint
-            elif differs := differences(self._memory.numerics, fingerprint):
+            differs = differences(self._memory.numerics, fingerprint)
+            if differs and self._memory.differing.get(worker) != differs:
                 self.note("numerics_differ", worker=worker, differs=differs)
+                self._memory.differing[worker] = differs
             self._numerics[worker] = told
+
+    def hear_saturation(self, worker: str, told: Saturation | None) -> None:
+        """Write down whose gradient was too large for an exact sum."""
+        if told is None or (worker, told.step) in self._memory.saturated:
+            return
+        with suppress(StorageError):  # heard again with its next answer
+            self.note("gradient_saturated", worker=worker, step=told.step, parameters=list(told.parameters))
+            self._memory.saturated.add((worker, told.step))
 
     def show(self, readings: Sequence[MetricPoint]) -> None:
         """Publish values that the journal doesn't hold."""

@@ -14,6 +14,7 @@ import ray
 from orchestrator.control.calls import reason_of
 from orchestrator.control.crew import Answer, Inbox, post
 from orchestrator.control.host import Handle, Seat, find, start_host
+from orchestrator.control.memory import insist
 from orchestrator.control.parts import Parts
 from orchestrator.control.preparation import PreparedData
 from orchestrator.control.store_link import NAME as STORE
@@ -53,7 +54,7 @@ class Facilities:
     def start(self, data: PreparedData | None) -> None:
         """Start what isn't there. `data` is what an earlier controller has prepared, made anew if it is gone."""
         self._known_data = data
-        self.data = data if data is not None and Path(data.store_dir).is_dir() else None
+        self.data = data if data is not None and insist(Path(data.store_dir).is_dir) else None
         if self.data is not None:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent

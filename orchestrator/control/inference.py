@@ -16,7 +16,7 @@ from orchestrator import errors
 from orchestrator.checkpoint.read import choose
 from orchestrator.control.journal import read_events
 from orchestrator.errors import DataError, NotFound, OrchestratorError
-from orchestrator.protocol.inference import Answer, Fault, Request, from_line, to_line
+from orchestrator.protocol.inference import LINES, Answer, Fault, Request
 
 MODULE = "orchestrator.worker.inference"
 SHOWN_LINES = 20  # of what a process said that ended by itself
@@ -40,11 +40,11 @@ def ask_model(request: Request) -> Iterator[Answer]:
         try:
             assert process.stdin is not None and process.stdout is not None
             with process.stdin as asked:
-                asked.write(to_line(request))
+                asked.write(LINES.write(request))
             for line in process.stdout:
-                answer: Answer = from_line(line)
+                answer: Answer = LINES.read(line)
                 if isinstance(answer, Fault):
-                    raise _error_of(answer)
+                    raise error_of(answer)
                 yield answer
             if process.wait() != 0:
                 said.seek(0)
@@ -80,7 +80,8 @@ def store_of(run_id: str, run_dir: Path) -> str:
     return str(prepared[-1])
 
 
-def _error_of(fault: Fault) -> OrchestratorError:
+def error_of(fault: Fault) -> OrchestratorError:
+    """What a process ran into, as the error that it was there."""
     cls = getattr(errors, fault.kind, OrchestratorError)
     error: OrchestratorError = cls(fault.message, remedy=fault.remedy, unchanged=fault.unchanged)
     if isinstance(error, errors.EntrypointError):

@@ -10,6 +10,7 @@ first event claims already.
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,9 +108,9 @@ def write_atomically(path: Path, text: str) -> None:
 def _objects(run_dir: Path) -> Iterator[tuple[int, int, Path]]:
     journal = run_dir / "journal"
     if journal.is_dir():
-        for path in journal.glob("*-*.json"):
-            epoch, first_seq = path.stem.split("-")
-            yield int(epoch), int(first_seq), path
+        for name in os.listdir(journal):  # not by `glob`, for which a directory that can't be read is an empty one
+            if (numbers := re.fullmatch(r"(\d+)-(\d+)\.json", name)) is not None:
+                yield int(numbers[1]), int(numbers[2]), journal / name
 
 
 def _create(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -48,7 +49,10 @@ class Recollection:
         self.data: PreparedData | None = None
         self.times: dict[str, float] = {}  # of the first event of each kind
         self.newest_times: dict[str, float] = {}  # of the newest one
+        self.counts: Counter[str] = Counter()  # of events, by kind
         self.numerics: dict[str, Any] | None = None  # of its first worker, where the run is exact
+        self.differing: dict[str, Any] = {}  # by worker, how its numerics are others
+        self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were told
         self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):
             self._recall(event)
@@ -64,12 +68,17 @@ class Recollection:
             self.progress = absorb(self.progress, _records_of(event))
         elif kind == "numerics":
             self.numerics = event["fingerprint"]
+        elif kind == "numerics_differ":
+            self.differing[event["worker"]] = event["differs"]
+        elif kind == "gradient_saturated":
+            self.saturated.add((event["worker"], event["step"]))
         elif kind == "resumed":
             self._go_back(event)
 
     def _date(self, event: Mapping[str, Any]) -> None:
         self.times.setdefault(event["kind"], event["time"])
         self.newest_times[event["kind"]] = event["time"]
+        self.counts[event["kind"]] += 1
 
     def _go_back(self, event: Mapping[str, Any]) -> None:
         """The run went on from a checkpoint: what came after it is done again."""
@@ -160,7 +169,7 @@ class RunMemory(Recollection):
 
 
 def insist(write: Callable[[], T]) -> T:
-    """What `write` returns, tried again until run storage can be written: for what nothing can go on without."""
+    """What `write` returns, tried again until run storage lets it: for what nothing can go on without."""
     while True:
         try:
             return write()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from orchestrator.data.order import Orders
 from orchestrator.data.prepare import check_enough, check_vocabulary, prepare
-from orchestrator.spec.job import BY_DOCUMENT, JobSpec
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import Dataset
 
 

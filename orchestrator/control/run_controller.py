@@ -19,7 +19,7 @@ from queue import Empty
 import ray
 
 from orchestrator.control.account import Account
-from orchestrator.control.checkpoints import commit_checkpoint, drop_old_checkpoints, leave_behind, newest_good
+from orchestrator.control.checkpoints import LookBack, commit_checkpoint, drop_old_checkpoints, leave_behind
 from orchestrator.control.closing import await_gone, hear_last_words, remove_groups
 from orchestrator.control.crew import Answer, Crew, Inbox
 from orchestrator.control.drain_watch import DrainWatch
@@ -63,8 +63,8 @@ class RunController:
 
     def __init__(self, run_id: str, run_dir: str, parts: Parts, order: ResumeOrder | None = None) -> None:
         self._run_id, self._run_dir = run_id, Path(run_dir)
-        log_to(self._run_dir / "logs" / "controller.log")
-        self._job = JobSpec.model_validate_json((self._run_dir / "job.json").read_text())
+        insist(lambda: log_to(self._run_dir / "logs" / "controller.log"))
+        self._job = JobSpec.model_validate_json(insist((self._run_dir / "job.json").read_text))
         self._limits = RunLimits.of(run_id, self._job)
         self._inbox = Inbox()
         self._epoch = insist(lambda: acquire_epoch(self._run_dir))
@@ -84,7 +84,7 @@ class RunController:
         self._nodes = NodeWatch(self._run_dir, self._inbox)
         self._energy = EnergyWatch(self._job.resources.gpus, self._memory, self._inbox)
         self._drains = DrainWatch(self._inbox)
-        self._checkpointed = self._memory.state.checkpoint_done
+        self._checkpointed, self._back = self._memory.state.checkpoint_done, LookBack(self._run_dir)
         self._exporter = Exporter(run_id)
         self._account = Account(run_id, self._memory, self._crew, self._facilities.tracker, self._exporter)
         self._wishes = Wishes(run_id, self._memory, self._inbox)
@@ -105,13 +105,14 @@ class RunController:
         return self._status(self._closed)
 
     def _status(self, closed: bool) -> RunStatus:
+        seen = self._observe(verifies=False)
         return status_of(
             self._limits,
             self._memory,
-            self._observe(verifies=False),
+            seen,
             run_dir=self._run_dir,
             tracking_url=self._facilities.tracker.url,
-            warning=self._memory.trouble or self._facilities.tracker.warning,
+            warning=self._memory.trouble or seen.unreadable or self._facilities.tracker.warning,
             preparing=self._facilities.preparing,
             closed=closed,
         )
@@ -192,7 +193,9 @@ class RunController:
         self._begin()
         while self._memory.state.outcome is None:
             state = self._memory.state
-            waits_for_time = state.is_recovering or state.broken_s is not None or self._crew.is_quiet()
+            waits_for_time = (
+                state.is_recovering or state.wants_restore or state.broken_s is not None or self._crew.is_quiet()
+            )
             waits_for_time = waits_for_time and not state.is_queued
             if self._listen() or waits_for_time or self._memory.trouble is not None:
                 with suppress(StorageError):  # nothing was decided then, and the next turn decides it
@@ -249,8 +252,9 @@ class RunController:
         report = self._crew.take(answer)
         if report is not None:
             self._account.hear_numerics(answer.of, report.numerics)
+            self._account.hear_saturation(answer.of, report.saturated)
         if report is not None and report.records:
-            self._account.enter(report.records, self._observe())
+            self._account.enter(report.records, self._observe(verifies=False))
         return None
 
     def _turn(self) -> None:
@@ -274,6 +278,8 @@ class RunController:
 
     def _observe(self, verifies: bool = True) -> Observation:
         """Args: whether checkpoints are looked through, which may take long, if they are wanted."""
+        wanted = self._memory.state.wants_restore
+        restorable = self._back.newest_good(time.monotonic()) if verifies and wanted else None
         return Observation(
             epoch=self._epoch,
             now_s=time.time(),
@@ -282,7 +288,8 @@ class RunController:
             reports=dict(self._crew.reports),
             lost=dict(self._crew.lost),
             checkpointed=self._checkpointed,
-            restorable=newest_good(self._run_dir) if verifies and self._memory.state.wants_restore else None,
+            restorable=restorable,
+            unreadable=self._back.trouble if wanted else "",
             causes=dict(self._crew.causes),
             nodes=dict(self._crew.nodes),
             silence_s=self._crew.silence_s(time.monotonic()),

@@ -30,10 +30,12 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: Recollection, see
         "run/checkpoint_time": max(began_time, memory.newest_times.get("checkpoint", 0.0)),
         "elastic/workers_wanted": wanted_size(limits, state.wish, seen.step + 1, state.grant),
         "elastic/standbys": len(warm_standbys(state, seen)),
-        "elastic/rescales": len(state.rescales),
-        "elastic/recoveries": len(state.recoveries),
+        "elastic/rescales": memory.counts["rescaled"],
+        "elastic/recoveries": memory.counts["generation_aborted"],
         "elastic/quarantined_nodes": len(state.quarantine),
         "elastic/draining_nodes": len(state.draining),
+        "verify/checks": memory.counts["checked"],
+        "verify/differences": memory.counts["state_differs"],
         "moe/collapse": collapse(model, newest.max_violation if newest else 0.0),
     }
 

@@ -58,7 +58,7 @@ def status_of(
         checkpoint=str(checkpoint) if checkpoint else None,
         checkpoint_step=state.checkpoint_done if checkpoint else None,
         tracking_url=tracking_url,
-        warning=warning,
+        warning="; ".join(told for told in (warning, _doubt(state)) if told) or None,
         error=state.why if state.outcome is RunPhase.FAILED else None,
         traceback=(state.traceback or None) if state.outcome is RunPhase.FAILED else None,
         submitted_time=memory.times.get("submitted"),
@@ -68,6 +68,17 @@ def status_of(
         traffic=traffic_per_step(progress),
         crew=_crew(state, seen),
         priority=limits.priority,
+    )
+
+
+def _doubt(state: RunState) -> str | None:
+    """What checks have found, and the steps since are made of."""
+    if not state.differences:
+        return None
+    return (
+        f"step {min(state.differences)} came out otherwise when a standby did it again: some processor or memory is "
+        "wrong; `orchestrator events` says more. To go back, pause the run if it trains, and resume it --from a "
+        "checkpoint before that step"
     )
 
 

@@ -5,6 +5,7 @@ of reach, has not acknowledged is read there and published again. Nobody waits f
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from orchestrator.control.calls import ask, reason_of
 from orchestrator.control.crew import Answer, Inbox, post
 from orchestrator.control.host import Handle, Seat, start_host
 from orchestrator.control.journal import read_events
-from orchestrator.control.memory import committed_steps, user_events
+from orchestrator.control.memory import committed_steps, insist, user_events
 from orchestrator.control.points import points_after, points_of_event
 from orchestrator.control.preparation import PreparedData
 from orchestrator.control.tracker_setup import tracker_setup
@@ -104,9 +105,7 @@ class TrackerLink:
             self._is_current = False
             self._failed(answer.method, reason_of(error))
         elif answer.method == "position":
-            self._is_current = True
-            self.warning = None
-            self._send(missing_calls(self._run_dir, answer.future.result(), self._data))
+            self._catch_up(answer.future.result())
         elif answer.method == "describe":
             self._described(answer.future.result())
 
@@ -117,7 +116,7 @@ class TrackerLink:
         try:
             for _ in range(LAST_TRIES):
                 position = ask(tracker, "call", "position", timeout_s=FINISH_S)
-                for method, args in missing_calls(self._run_dir, position, self._data):
+                for method, args in insist(partial(self._missing, position)):
                     ask(tracker, "call", method, self._epoch, *args, timeout_s=FINISH_S)
                 arrived = ask(tracker, "call", "finish", self._epoch, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
                 state = ask(tracker, "call", "describe", timeout_s=5.0)
@@ -132,19 +131,35 @@ class TrackerLink:
         if self.warning:
             log.warning(self.warning)
 
+    def _catch_up(self, position: int) -> None:
+        self._is_current = True
+        try:
+            self._send(missing_calls(self._run_dir, position, self._data))
+        except OSError as error:  # it is asked again what it has, and told the rest once the journal can be read
+            self._is_current = False
+            self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
+        else:
+            self.warning = None
+
+    def _missing(self, position: int) -> list[Call]:
+        return list(missing_calls(self._run_dir, position, self._data))
+
     def _failed(self, method: str, why: str) -> None:
         """Users hear of a tracker that can't even say what it has: it is gone, and may be on its way back."""
         if method != "position":
             log.warning("tracker: %s failed: %s", method, why)
             return
-        warning = f"metrics wait in the journal, the tracker doesn't answer: {why}"
+        self._warn(f"metrics wait in the journal, the tracker doesn't answer: {why}")
+
+    def _warn(self, warning: str) -> None:
         if warning != self.warning:
             log.warning(warning)
         self.warning = warning
 
     def _described(self, state: Mapping[str, Any]) -> None:
         self.url = state["url"] or self.url
-        self.warning = f"metrics wait on disk: {state['error']}" if state["error"] else None
+        if state["error"] or self._is_current:  # else it is well, and lacks what waits in the journal
+            self.warning = f"metrics wait on disk: {state['error']}" if state["error"] else None
 
     def _send(self, calls: Sequence[Call] | Iterator[Call]) -> None:
         for method, args in calls:

@@ -11,7 +11,8 @@ from orchestrator.sampling.chunks import Chunks
 from orchestrator.sampling.curriculum import CurriculumState
 from orchestrator.sampling.order import CurriculumOrder, Order, RowOrder
 from orchestrator.sampling.sampler import SamplerState
-from orchestrator.spec.job import BY_DOCUMENT, JobSpec
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
 
 
 class Orders:

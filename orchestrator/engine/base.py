@@ -18,11 +18,13 @@ class StepOutcome:
         applied: False when the gradients were not finite; then no rank changed anything.
         grad_norm: global norm before clipping; inf when not applied.
         gradients: if they were to be kept and were applied: `grad/NAME`, fp32, of what this rank updates; clipped.
+        saturated: parameters whose gradient was too large on this rank for an exact sum; no rank applies it then.
     """
 
     applied: bool
     grad_norm: float
     gradients: NamedRanges | None = None
+    saturated: tuple[str, ...] = ()
 
 
 def nothing() -> None:
@@ -64,6 +66,10 @@ class Engine(Protocol):
 
     def ranges(self) -> NamedRanges:
         """All state of this rank, as views."""
+        ...
+
+    def at_rest(self) -> NamedRanges:
+        """All memory that nobody writes to between two updates, as views: `ranges`, and what is derived from it."""
         ...
 
     def seeded(self) -> None:

@@ -151,7 +151,8 @@ class DeepSpeedEngineAdapter:
         applied, norm = self._seam.step(self._gradients.sums(), lr)
         self._gradients.settle(applied)
         kept, self._adamw.gradients = self._adamw.gradients, None
-        return StepOutcome(applied, norm, self._updated(kept) if applied and kept is not None else None)
+        updated = self._updated(kept) if applied and kept is not None else None
+        return StepOutcome(applied, norm, updated, self._gradients.saturated)
 
     def _updated(self, kept: dict[int, Tensor]) -> NamedRanges:
         ranges = NamedRanges()
@@ -174,6 +175,13 @@ class DeepSpeedEngineAdapter:
             return self._ranges
         ranges = self._ranges.detached()
         self._gradients.add_to(ranges)
+        return ranges
+
+    def at_rest(self) -> NamedRanges:
+        ranges = self._ranges.detached()
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            for name, start, here in [] if self._mixed else self._owned[index]:
+                ranges.add(f"master/{name}", start, master.detach()[here])
         return ranges
 
     @torch.no_grad()

@@ -46,6 +46,7 @@ class Gradients:
         self._largest_term = largest_term
         self._buckets = [self._bucket(group, device) for group in groups]
         self._all = Buckets(self._buckets, every_slot, communication.overlap)
+        self.saturated: tuple[str, ...] = ()  # of the newest sums: parameters with too large a gradient on this rank
         self._began_s = self._waited_s = self._ended_s = 0.0
         # Of the newest slot's backward pass, waits apart, and from its end until all sums were there; seconds.
         self.backward_s = self.after_backward_s = 0.0
@@ -71,10 +72,10 @@ class Gradients:
         """This rank's piece of each group's sum, fp32. Called once, after a step's last slot."""
         sums = self._all.sums()
         self.after_backward_s = time.perf_counter() - self._ended_s
+        self.saturated = tuple(self._names[id(p)] for bucket in self._buckets for p in bucket.saturated)
+        for name in self.saturated:
+            log.warning("the gradient of %s is over %g in one slot, so no exact sum", name, self._largest_term)
         for bucket in self._buckets:
-            for param in bucket.saturated:
-                name = self._names[id(param)]
-                log.warning("the gradient of %s is over %g in one slot, so no exact sum", name, self._largest_term)
             bucket.saturated.clear()
         return sums
 

@@ -86,6 +86,9 @@ class ReferenceEngine:
         self._model.train()
         return loss
 
+    def at_rest(self) -> NamedRanges:
+        return self.ranges()
+
     def ranges(self) -> NamedRanges:
         ranges = NamedRanges()
         for name, param in self._named.items():

@@ -2,7 +2,7 @@
 
 It finds this rank's pieces of the summed gradients where its compiled passes leave theirs, as flat partitions; its
 hooks and its own reduction do nothing any more. The global norm is one small sum over the ranks in place of two per
-parameter group; gradients that are not finite show in it.
+parameter group, in exact runs a maximum too; gradients that are not finite show in it.
 `tests/integration/test_engine.py` compares with stock DeepSpeed, and fails when an upgrade moves any of this.
 """
 
@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPar
 from torch import Tensor
 
 from orchestrator.comm import ledger, pulse
-from orchestrator.comm.exact import square_sums, total_square
+from orchestrator.comm.exact import largest_of, square_sums, total_square
 from orchestrator.protocol.traffic import TrafficKind
 
 INVALID = -1.0  # DeepSpeed's word for a norm that is not finite
@@ -62,15 +62,22 @@ class Seam:
 
     def _global_norm(self, sums: Sequence[Tensor]) -> Tensor:
         """Each element's square counts once, on the rank that updates it."""
-        if self._is_exact:
-            squares = square_sums(sums)
-        else:
-            norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in sums]
-            squares = torch.stack([norm.square() for norm in norms]).sum()
+        squares = self._exact_square(sums) if self._is_exact else self._square(sums)
+        norm = squares.sqrt().float()
+        return norm if torch.isfinite(norm) else torch.full_like(norm, INVALID)
+
+    def _square(self, sums: Sequence[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in sums]
+        return self._over_ranks(torch.stack([norm.square() for norm in norms]).sum(), dist.ReduceOp.SUM)
+
+    def _exact_square(self, sums: Sequence[Tensor]) -> Tensor:
+        largest = self._over_ranks(largest_of(sums), dist.ReduceOp.MAX)
+        return total_square(self._over_ranks(square_sums(sums, largest), dist.ReduceOp.SUM), largest)
+
+    def _over_ranks(self, mine: Tensor, op: Any) -> Tensor:
         if self._world is not None:
             pulse.enter()
             with pulse.waiting():
-                dist.all_reduce(squares, group=self._world)
-            ledger.enter_reduced(TrafficKind.CONTROL, squares, dist.get_world_size(self._world))
-        norm = (total_square(squares) if self._is_exact else squares).sqrt().float()
-        return norm if torch.isfinite(norm) else torch.full_like(norm, INVALID)
+                dist.all_reduce(mine, op, group=self._world)
+            ledger.enter_reduced(TrafficKind.CONTROL, mine, dist.get_world_size(self._world))
+        return mine

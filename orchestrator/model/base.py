@@ -102,5 +102,10 @@ def draw_normal(param: Tensor, name: str, seed: int, std: float) -> None:
     param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
 
 
+def seed_draws(seed: int, step: int, slot: int) -> None:
+    """From now on torch draws the numbers of a slot's pass: the same whichever rank does it."""
+    torch.manual_seed(_key(seed, f"step {step}, slot {slot}"))
+
+
 def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")

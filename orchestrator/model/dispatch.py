@@ -98,8 +98,9 @@ class Apart:
     """
 
     def __init__(self, order_S: Tensor, top_k: int) -> None:
-        self._order_S, self._token_S = order_S, order_S.div(top_k, rounding_mode="floor")
-        self._top_k = top_k
+        self._token_S = order_S.div(top_k, rounding_mode="floor")
+        row_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        self._row_KN = row_S.view(len(order_S) // top_k, top_k).t().contiguous()
 
     def spread(self, x_ND: Tensor) -> Tensor:
         """(N, D) to (S, D)."""
@@ -115,12 +116,10 @@ class Apart:
         return x_ND.index_select(0, self._token_S)
 
     def to_tokens(self, x_SD: Tensor) -> Tensor:
-        first_ND, *others = (
-            torch.empty_like(x_SD).index_copy_(0, self._order_S, x_SD).view(-1, self._top_k, x_SD.shape[1]).unbind(1)
-        )
-        total_ND = first_ND.clone()
-        for other_ND in others:
-            total_ND.add_(other_ND)
+        first_N, *others = self._row_KN
+        total_ND = x_SD.index_select(0, first_N)
+        for other_N in others:
+            total_ND.add_(x_SD.index_select(0, other_N))
         return total_ND
 
 

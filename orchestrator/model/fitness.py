@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from orchestrator.model.base import TrainableModel, expert_of
@@ -21,12 +20,6 @@ def broken_rules(model: TrainableModel, home: ExpertHome) -> Iterator[str]:
         yield (
             f"buffers {shown(buffers)} are not float32; make those that build computes anew non-persistent, "
             "register_buffer(..., persistent=False), and the others float32"
-        )
-    dropped = [name for name, m in model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]
-    if dropped:
-        yield (
-            f"{shown(dropped)} drop at random; what a step computes must not depend on which rank computes it: "
-            "take them out, or set their p to 0"
         )
 
 

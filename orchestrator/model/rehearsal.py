@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.errors import EntrypointError
-from orchestrator.model.base import TrainableModel
+from orchestrator.model.base import TrainableModel, seed_draws
 from orchestrator.model.building import alone, build_model, catalogue
 from orchestrator.model.entrypoint import calling_user
 from orchestrator.model.fitness import shown
@@ -43,8 +43,10 @@ def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
     for num_rows in (1, 0):
         tokens_BT = torch.zeros(num_rows, job.train.sequence_length, dtype=torch.int64, device=device)
         documents_BT = tokens_BT if job.data.isolate_documents else None
+        before = {name: buffer.clone() for name, buffer in model.state_buffers()}
         first = _pass(model, tokens_BT, documents_BT)
         if job.train.is_exact and num_rows:
+            _check_buffers(model, before)
             _check_repeats(model, first, _pass(model, tokens_BT, documents_BT))
 
 
@@ -52,7 +54,8 @@ def _pass(model: TrainableModel, tokens_BT: Tensor, documents_BT: Tensor | None)
     """Gradients by parameter."""
     rows = "a row" if len(tokens_BT) else "no rows"
     try:
-        with calling_user(f"a pass of {model.spec.entrypoint} on {rows}"):
+        with torch.random.fork_rng(), calling_user(f"a pass of {model.spec.entrypoint} on {rows}"):
+            seed_draws(0, 0, 0)
             model(tokens_BT, tokens_BT, documents_BT).backward()
     except EntrypointError as error:
         if not len(tokens_BT):
@@ -72,14 +75,24 @@ def _pass(model: TrainableModel, tokens_BT: Tensor, documents_BT: Tensor | None)
     return grads
 
 
+def _check_buffers(model: TrainableModel, before: dict[str, Tensor]) -> None:
+    changed = [name for name, buffer in model.state_buffers() if not torch.equal(buffer, before[name])]
+    if changed:
+        raise EntrypointError(
+            f"a pass of {model.spec.entrypoint} changes buffers {shown(changed)}, so ranks would have different ones, "
+            "and train.determinism is exact",
+            remedy="Leave buffers as they are in a pass, or set train.determinism: fast.",
+        )
+
+
 def _check_repeats(model: TrainableModel, first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     differing = [name for name, grad in first.items() if not torch.equal(grad, second[name])]
     if differing:
         raise EntrypointError(
             f"parameters {shown(differing)} of {model.spec.entrypoint} have another gradient in a second pass on the "
             "same row, and train.determinism is exact",
-            remedy="Draw no random numbers in a pass (dropout does), use only deterministic operations, or set "
-            "train.determinism: fast.",
+            remedy="Draw random numbers in a pass from torch's own generator, as dropout does, and from no other; use "
+            "only deterministic operations; or set train.determinism: fast.",
         )
 
 

@@ -34,11 +34,14 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     """Turn a wish to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
     A preempted run stops in the same way, to go on later.
 
-    Behind a raised fence the move is finished first: it can't be called back.
+    Behind a raised fence the move is finished first: it can't be called back. Where nobody has a whole state, and
+    checkpoints can't be read, nothing is waited for.
     """
-    if state.target.finish is not Finish.NO and state.current is None:
+    is_lost = state.wants_restore and bool(seen.unreadable)
+    if state.target.finish is not Finish.NO and (state.current is None or is_lost):
         outcome = OUTCOMES[state.target.finish]
         done = f"after step {state.restore.step}" if state.restore else "before the first step"
+        done = f"while {seen.unreadable}" if is_lost else done
         return ended(state, outcome, state.target.reason or f"{outcome} {done}")
     asked = Finish.PAUSE if state.gives_way else state.target.finish
     if asked is Finish.NO or state.finish is not Finish.NO or state.fence is not None:

@@ -18,7 +18,14 @@ BURST_S = 60.0  # failures within this are in a row
 FREE_FAILURES = 3  # in a row, before replacements are held back
 FIRST_DELAY_S, MAX_DELAY_S = 1.0, 30.0
 
-PLACE = ("worker", "node", "network", "hang", "preemption")  # where it happened may be to blame, not the run itself
+PLACE = (
+    "worker",
+    "node",
+    "network",
+    "hang",
+    "preemption",
+    "corrupted",
+)  # where it happened may be to blame, not the run itself
 REMEDIES = {
     "worker": "Look at the end of the workers' logs, and at the system log for processes that were killed.",
     "node": "Look at the nodes.",
@@ -29,6 +36,7 @@ REMEDIES = {
     "out_of_memory": "Ask for more memory per worker, for more workers, or for shorter rows.",
     "numeric": "Lower train.lr, or look at the data of the steps that were left out.",
     "storage": "Look at the run storage.",
+    "corrupted": "Test the memory of the nodes.",
     "internal": "This is an error of the orchestrator: report it with the traceback.",
 }
 

@@ -31,6 +31,7 @@ from orchestrator.policy.run_state import Decision, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.policy.stages import decide_stages
 from orchestrator.policy.stragglers import watch_stragglers
+from orchestrator.policy.verifying import watch_checks
 from orchestrator.protocol.messages import Directive, Finish, Phase, Target
 from orchestrator.protocol.scaling import UNLIMITED
 from orchestrator.protocol.status import RunPhase
@@ -63,6 +64,7 @@ RULES: tuple[Rule, ...] = (
     watch_stragglers,
     quarantine_nodes,
     hold_crew,
+    watch_checks,
 )
 
 
@@ -99,6 +101,7 @@ def directive_of(state: RunState, epoch: int, seq: int | None = None) -> Directi
         checkpoint_done=state.checkpoint_done,
         stages=state.stages,
         stages_version=state.stages_version,
+        check=state.check,
     )
 
 
@@ -152,6 +155,8 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
 
 
 def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:
+    if seen.unreadable:
+        return f"{state.why}; {seen.unreadable}"
     survivors = [w for w in state.members if w in state.crew]
     there = len(survivors) + len(warm_standbys(state, seen))
     missing = limits.min_workers - there

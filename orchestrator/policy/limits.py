@@ -8,12 +8,15 @@ from orchestrator.errors import UsageError
 from orchestrator.sampling.slots import ONE_ROW, SlotSize
 from orchestrator.spec.autoscale import MANUAL, AutoscaleSpec
 from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.job import BY_DOCUMENT, JobSpec
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import OFF
 from orchestrator.spec.recovery import RecoverySpec
+from orchestrator.spec.verify import VerifySpec
 
 DEFAULT_RECOVERY = RecoverySpec()
 DEFAULT_AUTOSCALE = AutoscaleSpec()
+DEFAULT_VERIFY = VerifySpec()
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class RunLimits:
     autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
     priority: int = 0
     label_selector: Mapping[str, str] = field(default_factory=dict)
+    verify: VerifySpec = DEFAULT_VERIFY
 
     @classmethod
     def of(cls, run_id: str, job: JobSpec) -> Self:
@@ -71,6 +75,7 @@ class RunLimits:
             autoscale=job.autoscale,
             priority=job.priority,
             label_selector=job.workers.label_selector,
+            verify=job.verify,
             schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
         )
 

@@ -5,7 +5,7 @@ aborted. What members say of themselves is entered, and whoever doesn't stop as 
 `orchestrator.policy.recovery`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from orchestrator.policy.crew import why_gone
@@ -18,6 +18,7 @@ from orchestrator.policy.run_state import Decision, Dismiss, Loss, Note, Observa
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import Recovery
 
+OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of whoever tells them
 STOP_S = 3.0  # a member whose generation was aborted stops within this, or is taken for hung
 
 
@@ -166,7 +167,7 @@ def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     if not lost and not why and not is_blame_due(state, seen):
         return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
-    why = why or (f"{', '.join(lost)} was lost" if lost else f"{', '.join(failed)} could not reach it")
+    why = why or (f"{', '.join(lost)} was lost" if lost else _could_not_reach("it", failed, seen))
     again = replace(state, aborted=state.next.generation, aborted_s=seen.now_s, next=None, next_why="", broken_s=None)
     return _abandoned(again, seen, state.next.generation, why)
 
@@ -182,7 +183,12 @@ def _broken_behind_fence(state: RunState, seen: Observation) -> str:
     if lost:
         return f"{', '.join(lost)} was lost"
     failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
-    return f"{', '.join(failed)} could not reach generation {state.next.generation}" if failed else ""
+    return _could_not_reach(f"generation {state.next.generation}", failed, seen) if failed else ""
+
+
+def _could_not_reach(where: str, failed: Sequence[str], seen: Observation) -> str:
+    error = seen.reports[failed[0]].error
+    return f"{', '.join(failed)} could not reach {where}" + (f": {error.message}" if error is not None else "")
 
 
 def _stopped_in(seen: Observation, worker: str) -> int:
@@ -191,9 +197,9 @@ def _stopped_in(seen: Observation, worker: str) -> int:
 
 
 def _own_errors(seen: Observation, workers: Iterable[str]) -> list[tuple[str, WorkerError]]:
-    """Errors of these workers that are more than a lost peer."""
+    """Errors of these workers that are their own: more than a lost peer, or a state that others have brought."""
     errors = [(worker, report.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
-    return [(worker, error) for worker, error in errors if error is not None and error.kind != "peer_lost"]
+    return [(worker, error) for worker, error in errors if error is not None and error.kind not in OTHERS]
 
 
 def _failed_generation(seen: Observation, worker: str) -> int:

@@ -46,6 +46,8 @@ def suspended(state: RunState, seen: Observation) -> Decision:
     failures have taught is remembered."""
     if not state.wants_restore:
         return Decision(replace(state, wants_restore=True))
+    if seen.unreadable:
+        return Decision(state)
     assert state.current is not None
     step = seen.restorable.step if seen.restorable else -1
     path = seen.restorable.path if seen.restorable else None

@@ -123,6 +123,8 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     """Nobody reachable has a whole state: begin again from a checkpoint, or from the seed if there is none."""
     if not state.wants_restore:
         return Decision(replace(state, wants_restore=True))
+    if seen.unreadable:  # one that is good may be there
+        return Decision(state)
     restore = seen.restorable
     done = restore.step if restore else -1
     fields = {
@@ -132,7 +134,15 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     }
     account = _account(state, seen, done, "checkpoint")
     note = Note("rolled_back", fields)
-    begun = replace(state, previous=state.current, current=None, restore=restore, recovery=account, wants_restore=False)
+    begun = replace(
+        state,
+        previous=state.current,
+        current=None,
+        restore=restore,
+        recovery=account,
+        wants_restore=False,
+        differences=state.differences_in(done),
+    )
     if not state.gives_way:
         return Decision(begun, (note,))
     gone = Note("workers_released", {"workers": list(state.crew)})

@@ -49,6 +49,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         checkpoint_done=done,
         rescales=tuple(r for r in state.rescales if r.step < done),
         restore=restore,
+        differences=state.differences_in(done),
         stages=state.stages,
         stages_version=state.stages_version + bool(state.stages),
         stage_wishes=state.stage_wishes,

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.policy.progress import Progress
 from orchestrator.policy.schedule import Wish
 from orchestrator.protocol.messages import (
+    Check,
     Fence,
     Finish,
     GenerationPlan,
@@ -75,6 +76,9 @@ class RunState:
     are to leave, `straggler` one that is much slower than the others. `stages` are those that were decided,
     `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
 
+    `check` is what a standby does again, `num_checks` counts those that were begun, `check_step` is the step after
+    which the last one began, and `differences` are the steps that didn't come out again as they had.
+
     `grant` is what the Scheduler lets the run hold, heard before step `granted_since` was done. `queued_s` is since
     when it has waited for a world of its own, None once it has one; `admitted_s` is when it was last given its place in
     the cluster, `begun_s` when it first had a world there.
@@ -119,6 +123,10 @@ class RunState:
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
     stage_wishes: int = 0
+    check: Check | None = None
+    num_checks: int = 0
+    check_step: int = -1
+    differences: tuple[int, ...] = ()
     recovery: Recovery | None = None
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
@@ -159,6 +167,10 @@ class RunState:
         """The current generation is over, and no other one has begun."""
         return self.current is not None and self.aborted >= self.current.generation
 
+    def differences_in(self, step: int) -> tuple[int, ...]:
+        """Those that the state after this step is made of."""
+        return tuple(differing for differing in self.differences if differing <= step)
+
     @property
     def involved(self) -> tuple[str, ...]:
         """Members of the current world, and whoever has a part in the move to the next one."""
@@ -171,11 +183,11 @@ class Observation:
 
     `lost` holds workers of the crew whose process has ended, `causes` the class of that failure where it is known.
     `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good one, if `wants_restore`
-    asked for it. `nodes` tells where workers live, `silence_s` for how long they haven't answered, and `idle_s` for how
-    long no worker has said anything new. `store_address` is the rendezvous store's, None while there is none: no
-    generation can be planned then. `faults` are things outside the workers without which the run can't go on.
-    `draining` holds the cluster's nodes that will be taken away, with `time.time()` of the deadline, 0 without one.
-    `grant` is the newest one of the Scheduler.
+    asked for it; `unreadable` says why that can't be known now. `nodes` tells where workers live, `silence_s` for how
+    long they haven't answered, and `idle_s` for how long no worker has said anything new. `store_address` is the
+    rendezvous store's, None while there is none: no generation can be planned then. `faults` are things outside the
+    workers without which the run can't go on. `draining` holds the cluster's nodes that will be taken away, with
+    `time.time()` of the deadline, 0 without one. `grant` is the newest one of the Scheduler.
     """
 
     epoch: int
@@ -186,6 +198,7 @@ class Observation:
     lost: Mapping[str, str] = field(default_factory=dict)
     checkpointed: int = -1
     restorable: Restore | None = None
+    unreadable: str = ""
     causes: Mapping[str, str] = field(default_factory=dict)
     nodes: Mapping[str, str] = field(default_factory=dict)
     silence_s: Mapping[str, float] = field(default_factory=dict)

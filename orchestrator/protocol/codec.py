@@ -7,18 +7,23 @@ of another type, is an error, because a half-understood state must not be acted 
 
 import dataclasses
 import types
+from collections.abc import Callable
 from enum import Enum
+from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from orchestrator.errors import ProtocolError
 
 T = TypeVar("T")
+SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def to_plain(value: Any) -> Any:
     """Dataclasses to dicts, tuples to lists, enums to their values; what JSON knows stays as it is."""
+    if type(value) in SCALARS:
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, tuple | list):
@@ -28,68 +33,131 @@ def to_plain(value: Any) -> Any:
     return value
 
 
+@cache
+def _names(cls: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls))
+
+
 def from_plain(cls: type[T], plain: Any) -> T:
     """The dataclass `cls` whose `to_plain` is `plain`.
 
     Raises:
         ProtocolError: an unknown or missing key, or a value that does not fit its type hint.
     """
-    return _read(cls, plain, cls.__name__)  # type: ignore[no-any-return]
+    try:
+        return _reader(cls)(plain)  # type: ignore[no-any-return, arg-type]
+    except _Unfit as unfit:
+        raise ProtocolError(f"{cls.__name__}{''.join(reversed(unfit.at))} {unfit.rule}") from unfit.__cause__
 
 
-def _read(hint: Any, plain: Any, where: str) -> Any:
+class _Unfit(Exception):
+    """A value isn't what its type hint says. `at` is where, the innermost first."""
+
+    def __init__(self, rule: str) -> None:
+        self.rule = rule
+        self.at: list[str] = []
+
+
+Reader = Callable[[Any], Any]  # of a plain value
+
+
+@cache
+def _reader(hint: Any) -> Reader:
+    """What reads values of this type, made once: journals have many."""
     if hint is Any:
-        return plain
+        return _as_it_is
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        return _read_optional(hint, plain, where)
+        return _optional_reader(hint)
     if origin is tuple:
-        return _read_tuple(get_args(hint), plain, where)
+        return _tuple_reader(get_args(hint))
     if origin is dict:
-        _, item = get_args(hint)
-        return {key: _read(item, value, f"{where}.{key}") for key, value in _expect(plain, dict, where).items()}
+        return _dict_reader(get_args(hint)[1])
     if dataclasses.is_dataclass(hint):
-        return _read_dataclass(hint, plain, where)
+        return _dataclass_reader(hint)
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint(plain)
-    return _read_scalar(hint, plain, where)
+        return _enum_reader(hint)
+    return _scalar_reader(hint)
 
 
-def _read_dataclass(cls: Any, plain: Any, where: str) -> Any:
-    names = {f.name for f in dataclasses.fields(cls)}
-    unknown = set(_expect(plain, dict, where)) - names
-    if unknown:
-        raise ProtocolError(f"{where} has no field {', '.join(sorted(unknown))}; was it written by another version?")
+def _as_it_is(plain: Any) -> Any:
+    return plain
+
+
+def _dataclass_reader(cls: Any) -> Reader:
     hints = get_type_hints(cls)
+    readers = {f.name: _reader(hints[f.name]) for f in dataclasses.fields(cls)}
+
+    def read(plain: Any) -> Any:
+        unknown = _expect(plain, dict).keys() - readers.keys()
+        if unknown:
+            raise _Unfit(f"has no field {', '.join(sorted(unknown))}; was it written by another version?")
+        key, values = "", {}
+        try:
+            for key, value in plain.items():
+                values[key] = readers[key](value)
+        except _Unfit as unfit:
+            unfit.at.append(f".{key}")
+            raise
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise _Unfit(f"can't be read: {error}") from error
+
+    return read
+
+
+def _optional_reader(hint: Any) -> Reader:
+    (only,) = (_reader(arg) for arg in get_args(hint) if arg is not type(None))
+    return lambda plain: None if plain is None else only(plain)
+
+
+def _dict_reader(hint: Any) -> Reader:
+    reader = _reader(hint)
+    return lambda plain: {key: _read_at(f".{key}", reader, value) for key, value in _expect(plain, dict).items()}
+
+
+def _tuple_reader(hints: tuple[Any, ...]) -> Reader:
+    if hints[-1] is Ellipsis:
+        of_each = _reader(hints[0])
+        return lambda plain: tuple([_read_at(i, of_each, item) for i, item in enumerate(_expect(plain, list))])
+    readers = [_reader(hint) for hint in hints]
+
+    def read(plain: Any) -> Any:
+        items = _expect(plain, list)
+        if len(items) != len(readers):
+            raise _Unfit(f"has {len(items)} items; it needs {len(readers)}")
+        return tuple([_read_at(i, *both) for i, both in enumerate(zip(readers, items, strict=True))])
+
+    return read
+
+
+def _read_at(place: int | str, reader: Reader, plain: Any) -> Any:
     try:
-        return cls(**{key: _read(hints[key], value, f"{where}.{key}") for key, value in plain.items()})
-    except TypeError as error:
-        raise ProtocolError(f"{where} can't be read: {error}") from error
+        return reader(plain)
+    except _Unfit as unfit:
+        unfit.at.append(f"[{place}]" if isinstance(place, int) else place)
+        raise
 
 
-def _read_optional(hint: Any, plain: Any, where: str) -> Any:
-    if plain is None:
-        return None
-    (only,) = (arg for arg in get_args(hint) if arg is not type(None))
-    return _read(only, plain, where)
+def _enum_reader(cls: type[Enum]) -> Reader:
+    def read(plain: Any) -> Enum:
+        try:
+            return cls(plain)
+        except ValueError:
+            raise _Unfit(f"is {plain!r}; it must be one of {', '.join(str(member.value) for member in cls)}") from None
+
+    return read
 
 
-def _read_tuple(args: tuple[Any, ...], plain: Any, where: str) -> tuple[Any, ...]:
-    items = _expect(plain, list, where)
-    hints = [args[0]] * len(items) if args[-1] is Ellipsis else list(args)
-    if len(hints) != len(items):
-        raise ProtocolError(f"{where} has {len(items)} items; it needs {len(hints)}")
-    return tuple(_read(hint, item, f"{where}[{i}]") for i, (hint, item) in enumerate(zip(hints, items, strict=True)))
+def _scalar_reader(hint: Any) -> Reader:
+    if hint is float:
+        return lambda plain: float(plain) if type(plain) is int else _expect(plain, float)
+    return lambda plain: _expect(plain, hint)
 
 
-def _read_scalar(hint: Any, plain: Any, where: str) -> Any:
-    if hint is float and isinstance(plain, int) and not isinstance(plain, bool):
-        return float(plain)
-    return _expect(plain, hint, where)
-
-
-def _expect(plain: Any, hint: Any, where: str) -> Any:
+def _expect(plain: Any, hint: Any) -> Any:
     wrong_bool = isinstance(plain, bool) and hint is not bool  # bool is an int to isinstance
     if wrong_bool or not isinstance(plain, hint):
-        raise ProtocolError(f"{where} is {plain!r}; it must be {hint.__name__}")
+        raise _Unfit(f"is {plain!r}; it must be {hint.__name__}")
     return plain

@@ -1,12 +1,9 @@
 """What is asked of a run's model outside of training: frozen values that cross to a process with torch."""
 
-import json
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
-from orchestrator.errors import ProtocolError
-from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.lines import Lines
 
 
 class Split(StrEnum):
@@ -109,21 +106,4 @@ class Fault:
 
 Request = Evaluation | Generation
 Answer = Piece | Remark | Fault | EvaluationResult | GenerationResult
-_KINDS: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Evaluation, Generation, Piece, Remark, Fault, EvaluationResult, GenerationResult)
-}
-
-
-def to_line(message: Request | Answer) -> str:
-    """A message as one line of JSON, without its end."""
-    return json.dumps({"kind": type(message).__name__, "value": to_plain(message)})
-
-
-def from_line(line: str) -> Any:
-    """The message that `to_line` wrote. Raises ProtocolError if it is none."""
-    try:
-        content = json.loads(line)
-        cls = _KINDS[content["kind"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ProtocolError(f"{line[:200]!r} is no message about a model: {error!r}") from error
-    return from_plain(cls, content["value"])
+LINES = Lines(Evaluation, Generation, Piece, Remark, Fault, EvaluationResult, GenerationResult)

@@ -77,6 +77,27 @@ class Source:
 
 
 @dataclass(frozen=True)
+class PastWorld:
+    """A world that has trained steps, from `first_step` on until the next one did, where its experts were, and how much
+    its slots took."""
+
+    first_step: int
+    world: World
+    placement: Placement
+    slot: SlotSize = UNSAID
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a step that is done again has to come to, bit by bit: fields as in `StepRecord`."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    digests: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StoreAddress:
     """Where the run's rendezvous store listens. One that comes back after its death listens elsewhere."""
 
@@ -94,6 +115,8 @@ class GenerationPlan:
     holds epoch and generation, so nobody of the past can meet this world. All meet in the store at `store_address`; a
     world that has met needs it no more. `slot` is how much a slot takes, as the job says if it says nothing; `skips`
     are steps whose batches are left out. `nodes` names by rank the node that it lives on; empty where nobody knows.
+    `replayed`: worlds whose steps this one does again, to be compared: the digests of its steps are those of their
+    ranks.
     """
 
     epoch: int
@@ -108,6 +131,7 @@ class GenerationPlan:
     slot: SlotSize = UNSAID
     skips: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
+    replayed: tuple[PastWorld, ...] = ()
 
     @property
     def generation(self) -> int:
@@ -140,6 +164,20 @@ class StageStart:
 
 
 @dataclass(frozen=True)
+class Check:
+    """The wish that a standby does steps again, alone, from the checkpoint after `step` on up to `last_step`. `worlds`
+    did them first, without the batches of `skips`, and came to `findings`. `number` tells one check from another."""
+
+    number: int
+    worker: str
+    step: int
+    last_step: int
+    worlds: tuple[PastWorld, ...]
+    findings: tuple[Finding, ...] = ()
+    skips: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Directive:
     """The whole desired state of a worker.
 
@@ -165,6 +203,7 @@ class Directive:
     checkpoint_done: int = -1
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
+    check: Check | None = None
 
 
 class Phase(StrEnum):
@@ -212,6 +251,7 @@ class StepRecord:
     traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, what all workers sent since the vote before
     compression: str = ""  # of its gradients; empty in records of before there was any
     communication_wait_s: float | None = None  # of step_s, how long it waited for peers; None: it was not measured
+    digests: tuple[str, ...] = ()  # by rank, of the state that it led to; where training is exact
 
 
 @dataclass(frozen=True)
@@ -245,6 +285,24 @@ class ShardWritten:
 
 
 @dataclass(frozen=True)
+class Checked:
+    """What a standby has to say of a check: the steps that it has done again, all or, where it was needed elsewhere,
+    the first ones; or why it couldn't."""
+
+    number: int
+    findings: tuple[Finding, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Saturation:
+    """Parameters whose gradient was too large on a worker for an exact sum; the step's update was left out."""
+
+    step: int
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SlotMemory:
     """What the slots of a generation took on a worker, since rows had this length; asked for where slots are fitted.
 
@@ -275,7 +333,8 @@ class SlotMemory:
 
 @dataclass(frozen=True)
 class WorkerError:
-    """Why a worker failed. `kind` is a stable word: peer_lost, user_error, numeric, out_of_memory, internal."""
+    """Why a worker failed. `kind` is a stable word: peer_lost, user_error, numeric, out_of_memory, corrupted,
+    doubtful (a state that others have brought), internal."""
 
     kind: str
     message: str
@@ -315,6 +374,8 @@ class Report:
     rss_bytes: int = 0
     collective: int = 0  # collectives that its training thread has entered in this generation
     slots: SlotMemory | None = None
+    checked: Checked | None = None
+    saturated: Saturation | None = None  # the newest
     numerics: str = ""  # what decides the bits of its results, where they are to be exact
     leaving: bool = False  # it was told to end (SIGTERM), and soon will be made to
     extra: dict[str, float] = field(default_factory=dict)

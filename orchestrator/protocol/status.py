@@ -111,7 +111,7 @@ class RunStatus:
     submitted_time: float | None
     started_time: float | None  # the first generation was activated
     ended_time: float | None
-    warning: str | None = None  # what does not work although the run goes on, or did not until its end
+    warning: str | None = None  # what does not work, or is in doubt, although the run goes on; or was so until its end
     traceback: str | None = None  # of the worker's error that ended the run
     recoveries: tuple[Recovery, ...] = ()
     stage: str = ""  # of the curriculum; empty without one

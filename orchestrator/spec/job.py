@@ -7,21 +7,24 @@ default.
 
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from orchestrator.spec.autoscale import MANUAL, STAGE, AutoscaleSpec
+from orchestrator.spec.checkpoint import CheckpointSpec
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.curriculum import CurriculumSpec
+from orchestrator.spec.data import DataSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.protection import EVERY_STEP, Protection
 from orchestrator.spec.recovery import RecoverySpec
+from orchestrator.spec.resources import ResourcesSpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
+from orchestrator.spec.verify import VerifySpec
 from orchestrator.spec.workers import ScheduledScale, Workers, WorkersSpec
 
 __all__ = [
@@ -38,16 +41,14 @@ __all__ = [
     "ScheduledScale",
     "TrackingSpec",
     "TrainSpec",
+    "VerifySpec",
     "WorkersSpec",
 ]
 
-BUILTIN_CORPORA = ("stdlib", "pydocs")
-BY_DOCUMENT = "documents"  # of data.rows
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 # What changes how a process is loaded, or how Ray and we behave: by how a name begins, and whole.
 REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
 REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
-BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _name(name: str) -> str:
@@ -56,111 +57,11 @@ def _name(name: str) -> str:
     return name
 
 
-def _memory(size: str) -> str:
-    if not re.fullmatch(rf"\d{{1,9}}(\.\d{{1,9}})? ?({'|'.join(BYTES)})", size):
-        raise refuse(f'must be a number and a unit ({", ".join(BYTES)}), as in "2GiB"')
-    return size
-
-
-class ResourcesSpec(Section):
-    """What Ray reserves for each worker, standbys included. Logical: nothing is enforced by the operating system."""
-
-    cpus: float = Field(default=1, gt=0, description="CPUs of each worker; fractions are allowed.")
-    gpus: float = Field(
-        default=0,
-        ge=0,
-        le=1,
-        description="GPUs of each worker: one, none, or a part of one, which other jobs may have the rest of. A worker "
-        "trains on one GPU; for more of them have more workers, of which a node may hold several.",
-    )
-    memory: Annotated[str, AfterValidator(_memory)] | None = Field(
-        default=None,
-        description='Memory of each worker, as in "2GiB". A job whose workers would need more is refused. null: '
-        "nothing is reserved.",
-    )
-
-    @property
-    def memory_bytes(self) -> int | None:
-        if self.memory is None:
-            return None
-        unit = self.memory.lstrip("0123456789. ")
-        return int(float(self.memory.removesuffix(unit)) * BYTES[unit])
-
-
 class EvalSpec(Section):
     """Validation on the held-out documents."""
 
     every: int | None = Field(default=None, ge=1, description="Steps between two validations. null: no validation.")
     rows: int = Field(default=64, ge=1, description="Rows of the held-out split that each validation reads, at most.")
-
-
-def _source(source: str) -> str:
-    kind, colon, name = source.partition(":")
-    if kind == "builtin" and colon:
-        if name not in BUILTIN_CORPORA:
-            nearest = get_close_matches(name, BUILTIN_CORPORA, n=1) or BUILTIN_CORPORA
-            raise refuse(f"must be a built-in corpus that exists (nearest: builtin:{nearest[0]}) or a path")
-        return source
-    return directory(source)
-
-
-class DataSpec(Section):
-    """The text to train on, and how it becomes tokens."""
-
-    source: Annotated[str, AfterValidator(_source)] = Field(
-        default="builtin:stdlib",
-        description="`builtin:stdlib` (the running Python's own library), `builtin:pydocs` (Python's manual, of "
-        "Debian's python3.13-doc), one file, or a folder of files: .txt or .jsonl, both also as .gz, .parquet or "
-        ".arrow. Of a folder that the datasets library saved, the files that it names are read in its order; of one "
-        "with several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written.",
-    )
-    text_key: str = Field(
-        default="text", min_length=1, description="Key or column that holds the text, in files that have rows."
-    )
-    vocab_size: int = Field(
-        default=2048,
-        ge=257,
-        description="Tokens of the byte-level BPE tokenizer, at most; 256 bytes and one border included. Without "
-        "meaning with a tokenizer that is given.",
-    )
-    tokenizer: Annotated[str, AfterValidator(directory)] | None = Field(
-        default=None,
-        description="A tokenizer.json to use instead of training one; the files beside it name the token that begins a "
-        "document. null: that of model.init_from, else a trained one.",
-    )
-    holdout: float = Field(
-        default=0.05, gt=0, lt=1, description="Fraction of the documents that is kept for validation."
-    )
-    rows: Literal["packed", "documents"] = Field(
-        default="packed",
-        description="packed: documents lie back to back and are cut into rows of one length, without padding. "
-        "documents: a row is a document, or a piece of a long one, so rows are of unequal length; in a slot they are "
-        "padded to its longest.",
-    )
-    isolate_documents: bool = Field(
-        default=False, description="true: attention stops at the borders of documents. The loss never crosses them."
-    )
-
-    def broken_rules(self) -> Iterator[Broken]:
-        if self.rows == BY_DOCUMENT and self.isolate_documents:
-            rule = "isolate_documents has no meaning with rows: documents, which hold one document each: leave it out"
-            yield Broken((("isolate_documents",), ("rows",)), rule)
-
-
-class CheckpointSpec(Section):
-    """Durable copies of the training state. One after the last step is always written."""
-
-    every: int | None = Field(
-        default=None, ge=1, description="Steps between two checkpoints. null: only the final one."
-    )
-    keep_last: int | None = Field(
-        default=None, ge=1, description="How many of the newest checkpoints are kept. null: all."
-    )
-    keep_best: int = Field(
-        default=0,
-        ge=0,
-        description="How many more are kept for their validation loss, the lowest ones. Needs eval.every.",
-    )
 
 
 Storage = Annotated[
@@ -210,6 +111,7 @@ class JobSpec(Section):
         'at any moment: every_step, "every N" (N steps), auto (as often as costs under 3 % of a step) or off.',
     )
     recovery: RecoverySpec = Field(default=RecoverySpec(), description="What failures lead to.")
+    verify: VerifySpec = Field(default=VerifySpec(), description="Doing steps again, to compare them.")
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
     storage: Storage = Field(
         default="./runs", description="Directory of the run storage, relative to the current one. null: ./runs."
@@ -261,6 +163,8 @@ class JobSpec(Section):
                 yield Broken((("communication", key), ("model", "num_expert_groups")), rule + got)
         if self.train.is_exact:
             yield from self._inexact()
+        if self.verify.every is not None:
+            yield from self._unverifiable()
         for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
             if stage.until is not None and stage.until.max_steps is not None and self.eval.every is None:
                 rule = f"the end of stage {stage.name} needs validations: set eval.every; got null"
@@ -289,6 +193,22 @@ class JobSpec(Section):
         for key, value, why in wrong:
             rule = f"must not be {value} where train.determinism is exact: {why}"
             yield Broken((key, ("train", "determinism")), rule)
+
+    def _unverifiable(self) -> Iterator[Broken]:
+        """What a check needs: steps that give the same bits again, somebody who does them, and where to begin."""
+        needs: tuple[tuple[Path, object, bool, str], ...] = (
+            (("train", "determinism"), self.train.determinism, self.train.is_exact, "exact"),
+            (("workers", "standby"), self.workers.standby, self.workers.standby > 0, "at least 1"),
+            (("checkpoint", "every"), "null", self.checkpoint.every is not None, "a number of steps"),
+        )
+        for key, value, there, wanted in needs:
+            if not there:
+                rule = f"verify.every needs {'.'.join(map(str, key))} to be {wanted}; got {value}"
+                yield Broken((("verify", "every"), key), rule)
+        if self.checkpoint.every is not None and self.verify.steps >= self.checkpoint.every:
+            rule = "verify.steps must be less than checkpoint.every: they follow the newest checkpoint; "
+            got = f"got {self.verify.steps} and {self.checkpoint.every}"
+            yield Broken((("verify", "steps"), ("checkpoint", "every")), rule + got)
 
     def _broken_environment(self) -> Iterator[Broken]:
         for name, reference in self.secrets.items():

@@ -25,6 +25,7 @@ class BudgetsSpec(Section):
     out_of_memory: int = _budget(10, "Workers without memory; each time the micro-batch gets smaller")
     numeric: int = _budget(5, "Explosions of the loss")
     storage: int = _budget(20, "Checkpoints that could not be written")
+    corrupted: int = _budget(5, "Workers whose state had changed by itself, which verify.every looks for")
     internal: int = _budget(5, "Errors of the training loop itself")
 
 

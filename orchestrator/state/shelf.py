@@ -191,6 +191,7 @@ class Vault:
 
     def __init__(self) -> None:
         self._shelves: tuple[Shelf, ...] = ()
+        self._distrusted: frozenset[tuple[int, int]] = frozenset()
         self._changing = threading.Lock()
 
     def add(self, shelf: Shelf) -> Shelf:
@@ -203,13 +204,19 @@ class Vault:
         with self._changing:
             self._shelves = tuple(shelf for shelf in self._shelves if shelf.generation >= generation)
 
+    def distrust(self, generation: int, step: int) -> None:
+        """A state is not what it was: it counts as not held. From any thread."""
+        with self._changing:
+            self._distrusted |= {(generation, step)}
+
     def holdings(self) -> tuple[Holding, ...]:
         held = {Holding(shelf.generation, step, shelf.rank) for shelf in self._shelves for step in shelf.steps()}
+        held = {holding for holding in held if (holding.generation, holding.step) not in self._distrusted}
         return tuple(sorted(held, key=lambda h: (h.generation, h.step, h.rank)))
 
     def find(self, holding: Holding) -> Snapshot:
         """Raises KeyError if it isn't held."""
-        for shelf in self._shelves:
+        for shelf in self._shelves if (holding.generation, holding.step) not in self._distrusted else ():
             if (shelf.generation, shelf.rank) == (holding.generation, holding.rank) and holding.step in shelf.steps():
                 return shelf.state(holding.step)
         raise KeyError(f"{holding} is not held here; held: {self.holdings()}")

@@ -40,6 +40,7 @@ MARKS = {
     "rescaled": Mark("rescale", WORLD, "v", has_line=True),
     "recovered": Mark("recovery", WORLD, "P", has_line=False),
     "worker_lost": Mark("worker lost", LOST, "X", has_line=True),
+    "state_differs": Mark("other bits when done again", LOST, "*", has_line=True),
     "batch_skipped": Mark("batch left out", LOST, "s", has_line=False),
     "micro_batch_reduced": Mark("smaller micro-batch", INK, "1", has_line=False),
     "micro_batch_fitted": Mark("micro-batch fitted", INK, "+", has_line=False),

@@ -43,7 +43,8 @@ class Desk:
                 )
             if (directive.epoch, directive.seq) > (self._directive.epoch, self._directive.seq):
                 self._directive = directive
-                self._publish(epoch=directive.epoch, seen=directive.seq)
+                answered = {} if directive.check is not None else {"checked": None}  # nobody asks for it any more
+                self._publish(epoch=directive.epoch, seen=directive.seq, **answered)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
         """The worker's visible state, as soon as its version is above `known_version` or `timeout_s` have passed.
@@ -95,7 +96,7 @@ class Desk:
     def go_back_to(self, step: int, known: Sequence[StepRecord] = ()) -> None:
         """Forget steps after `step`: the run goes on from there. `known` are steps up to it that others have done."""
         with self._changed:
-            records = {record.step: record for record in (*known, *self._records) if record.step <= step}
+            records = {record.step: record for record in (*self._records, *known) if record.step <= step}
             self._records = [records[number] for number in sorted(records)]
             self._publish(step=step, committed=min(step, self._report.committed))
 

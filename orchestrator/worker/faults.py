@@ -17,10 +17,22 @@ class LossExploded(RuntimeError):
     """A step's loss tells that it must be undone, and its batch left out."""
 
 
+class StateCorrupted(RuntimeError):
+    """This process's memory has changed by itself."""
+
+
+class StateDoubtful(RuntimeError):
+    """The state that a move has brought isn't what the run had then."""
+
+
 def kind_of(error: Exception) -> str:
     """The word for it that WorkerError has."""
     if isinstance(error, LossExploded):
         return "numeric"
+    if isinstance(error, StateCorrupted):
+        return "corrupted"
+    if isinstance(error, StateDoubtful):
+        return "doubtful"
     # Also where it came through a user's module, on its way from our MoE layer.
     if isinstance(error, GenerationAborted) or _is_peer_loss(error):
         return "peer_lost"

@@ -16,7 +16,8 @@ from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks, Spans
 from orchestrator.sampling.order import RowSpans
 from orchestrator.sampling.slots import SlotSize, cut_into_slots, max_slots, padded_tokens, slots_of
-from orchestrator.spec.job import BY_DOCUMENT, JobSpec
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import CheckpointCorrupt, EntrypointError, OrchestratorError
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.building import alone, build_model
-from orchestrator.protocol.inference import Answer, Evaluation, Fault, Request, from_line, to_line
+from orchestrator.protocol.inference import LINES, Answer, Evaluation, Fault, Request
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.evaluating import evaluate
 from orchestrator.worker.generating import generate
@@ -64,12 +64,12 @@ def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> Tra
 
 
 def _write(answer: Answer) -> None:
-    print(to_line(answer), flush=True)
+    print(LINES.write(answer), flush=True)
 
 
 def main() -> None:
     """Read one request, write its answers."""
-    request: Request = from_line(sys.stdin.read())
+    request: Request = LINES.read(sys.stdin.read())
     try:
         for answer in answers(request):
             _write(answer)

@@ -142,6 +142,12 @@ class Keeping:
         """Keep the shard's state, whose engine is about to go."""
         self.held = Held(shard.world.generation, shard.rank, progress, shard.engine.ranges().detached())
 
+    def distrust(self, generation: int, step: int) -> None:
+        """The state after a step has turned out not to be what it was: nobody is to go on from it."""
+        self._vault.distrust(generation, step)
+        if self.held is not None and (self.held.generation, self.held.progress.step) == (generation, step):
+            self.held = None
+
     def holdings(self) -> tuple[Holding, ...]:
         held = set(self._vault.holdings())
         if self.held is not None:

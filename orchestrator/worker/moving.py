@@ -9,9 +9,13 @@ those of the survivors and the snapshots that they keep for the dead; the rest i
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.peers import PeerGroup
@@ -19,20 +23,24 @@ from orchestrator.comm.rendezvous import connect_store
 from orchestrator.elastic.cut import layout_of_cut
 from orchestrator.elastic.layout import Kind
 from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.engine.base import nothing
 from orchestrator.engine.groups import Meeting
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan, Handover, StepRecord
 from orchestrator.state.digest import PartSums, StateDigests, change, differing
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import carry_out
+from orchestrator.state.witness import whole
 from orchestrator.worker.agreement import check_agreement
 from orchestrator.worker.beginning import read_pretrained
+from orchestrator.worker.faults import StateDoubtful
 from orchestrator.worker.protection import Protection
 from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
 
 ASK_AGAIN_S = 0.01
 ROUNDING = 1e-6  # what sums of ranks' parts may move by
+UNKNOWN = torch.iinfo(torch.int64).min
 TOLD_RECORDS = 256  # finished steps that newcomers hear of, in case that only they are left to tell them
 
 
@@ -134,9 +142,14 @@ def announced(prepared: Prepared, timeout_s: float) -> Standing | None:
     return Standing(Progress.from_json(told["progress"]), records)
 
 
-def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[Shard, Progress, Handover]:
+def first_shard(
+    workshop: Workshop, prepared: Prepared, sampler: str, between: Callable[[], None] = nothing
+) -> tuple[Shard, Progress, Handover]:
     """The first generation's shard: made from the seed, read from another's model, or from a checkpoint. Collective
     over its members.
+
+    Args:
+        between: called before each piece of the checkpoint; what it raises ends it.
 
     Raises:
         UsageError: the directory of another's model isn't there.
@@ -148,49 +161,67 @@ def first_shard(workshop: Workshop, prepared: Prepared, sampler: str) -> tuple[S
     groups = prepared.meeting.adopt()
     clock.lap("connect")
     shard = workshop.build(prepared.plan, groups)
-    restore = prepared.plan.restore
-    if restore is None:
-        progress = Progress(-1, 0, sampler)
-        if workshop.spec.model.init_from is None:
-            shard.model.init_weights(workshop.spec.train.seed)
-            if workshop.spec.model.entrypoint is not None:
-                check_agreement(shard.model, groups.exchange)
-            shard.engine.seeded()
-        else:
-            read_pretrained(workshop.spec.model, shard.engine.ranges())
-            shard.engine.loaded(progress.num_updates)
-    else:
-        shard.engine.seeded()  # for what the checkpoint doesn't have
-        world = prepared.plan.world
-        progress = read_state(restore, shard.engine.ranges(), sampler, shard.rank, world.size)
-        shard.engine.loaded(progress.num_updates)
+    with _closed_if_not_filled(shard):
+        progress = _fill_first(workshop, prepared.plan, shard, sampler, between)
     clock.lap("build")
     return shard, progress, _handover(prepared, progress, clock, identical=None)
 
 
+def _fill_first(
+    workshop: Workshop, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
+) -> Progress:
+    progress = Progress(-1, 0, sampler)
+    if plan.restore is not None:
+        shard.engine.seeded()  # for what the checkpoint doesn't have
+        progress = read_state(plan.restore, shard.engine.ranges(), sampler, shard.rank, plan.world.size, between)
+    elif workshop.spec.model.init_from is not None:
+        read_pretrained(workshop.spec.model, shard.engine.ranges())
+    else:
+        shard.model.init_weights(workshop.spec.train.seed)
+        if workshop.spec.model.entrypoint is not None:
+            check_agreement(shard.model, shard.groups.exchange)
+        shard.engine.seeded()
+        return progress
+    shard.engine.loaded(progress.num_updates)
+    return progress
+
+
+@contextmanager
+def _closed_if_not_filled(shard: Shard | None) -> Iterator[None]:
+    """An engine that nobody will close otherwise is closed, or its weights and groups would stay for ever."""
+    try:
+        yield
+    except BaseException:
+        if shard is not None:
+            shard.engine.close()
+        raise
+
+
 def move(
-    workshop: Workshop, prepared: Prepared, held: Held | None, progress: Progress
+    workshop: Workshop, prepared: Prepared, held: Held | None, progress: Progress, recorded: StepRecord | None
 ) -> tuple[Shard | None, Handover]:
     """Build the new shard and fill it. Collective over the old and the new members.
 
     Args:
         held: this worker's old shard; None for a newcomer. Only read.
         progress: where training stood at the fence.
+        recorded: the step that the state is of; None if it isn't known here.
 
     Returns:
         the new shard (None for a worker that leaves), not yet activated, and what the move took.
 
     Raises:
         RuntimeError: a peer was lost. `held` is untouched.
+        StateDoubtful: the state is not the one that the step's record tells of. Likewise, and on all workers.
     """
     plan, peers, transfer = prepared.plan, prepared.peers, prepared.transfer
     assert peers is not None and transfer is not None
     old = held.ranges if held is not None else None
     clock = _Clock()
     # What ranks' parts add up to is no bit pattern that a digest could see: sums are rounded.
-    whole = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if not adds]
+    whole_names = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if not adds]
     partial = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if adds]
-    before = StateDigests(whole, prepared.replicated, old) if plan.verify_digests else None
+    before = StateDigests(whole_names, prepared.replicated, old) if plan.verify_digests else None
     sums = PartSums(partial, old)
     clock.lap("digest")
     peers.barrier()  # nobody builds before all are past the fence; a newcomer that died makes it fail at once
@@ -199,17 +230,35 @@ def move(
     shard = workshop.build(plan, groups) if groups is not None else None
     new = shard.engine.ranges() if shard is not None else None
     clock.lap("build")
-    carry_out(transfer, workshop.me, old, new, peers)
-    if shard is not None:
-        shard.engine.loaded(progress.num_updates)
-    clock.lap("transfer")
     identical, moved = None, 0.0
-    if before is not None:
-        after = StateDigests(whole, prepared.replicated, new)
-        moved = change(sums, PartSums(partial, new), peers) if partial else 0.0
-        identical = not differing(whole, before, after, peers) and moved <= ROUNDING
+    with _closed_if_not_filled(shard):
+        carry_out(transfer, workshop.me, old, new, peers)
+        if shard is not None:
+            shard.engine.loaded(progress.num_updates)
+        clock.lap("transfer")
+        if before is not None:
+            after = StateDigests(whole_names, prepared.replicated, new)
+            moved = change(sums, PartSums(partial, new), peers) if partial else 0.0
+            identical = not differing(whole_names, before, after, peers) and moved <= ROUNDING
+        if workshop.spec.train.is_exact:
+            _check_record(shard, recorded, peers)
     clock.lap("digest")
     return shard, _handover(prepared, progress, clock, identical, moved)
+
+
+def _check_record(shard: Shard | None, recorded: StepRecord | None, peers: PeerGroup) -> None:
+    """The same state as when the step was done, which may be long ago for a snapshot. Collective; where no record tells
+    a digest it says nothing. Raises StateDoubtful."""
+    witness = shard.witness(0) if shard is not None else None
+    now = int(witness.look().sum()) if witness is not None else 0
+    told = int(whole(recorded.digests), 16) if recorded is not None and recorded.digests else None
+    found = torch.from_numpy(np.array([now], dtype=np.uint64).view(np.int64).copy())
+    known = torch.tensor([UNKNOWN if told is None else told - (told >> 63 << 64)])
+    peers.reduce(found, dist.ReduceOp.SUM)
+    peers.reduce(known, dist.ReduceOp.MAX)
+    if known.item() not in (UNKNOWN, found.item()):
+        step = recorded.step if recorded is not None else "the move"
+        raise StateDoubtful(f"the state after step {step} is no longer what it was when the step was done")
 
 
 class _Clock:

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from orchestrator.protocol.messages import Directive, GenerationPlan
 from orchestrator.worker.desk import Desk
@@ -41,10 +42,22 @@ class Preparations:
         with self._lock:
             return self._ready.pop(generation)
 
-    def await_next(self) -> Prepared:
-        """The next plan with a place for this worker, once it is prepared; plans given up before are passed over."""
+    def is_awaited(self, directive: Directive) -> bool:
+        """Whether a plan with a place for this worker is prepared."""
+        return self._is_ready(directive.next) or self._is_ready(directive.current)
+
+    def is_wanted(self, directive: Directive) -> bool:
+        """Whether there is a plan with a place for this worker, prepared or not."""
+        plans = (plan for plan in (directive.next, directive.current) if plan is not None)
+        return any(self._concerns_me(plan) and plan.generation > directive.activated for plan in plans)
+
+    def await_next(self, meanwhile: Callable[[Directive], bool]) -> Prepared | None:
+        """The next plan with a place for this worker, once it is prepared; plans given up before are passed over. None
+        as soon as a directive asks for something to be done meanwhile."""
         while True:
-            directive = self._desk.wait(lambda d: self._is_ready(d.next) or self._is_ready(d.current))
+            directive = self._desk.wait(lambda d: self.is_awaited(d) or meanwhile(d))
+            if not self.is_awaited(directive) and meanwhile(directive):
+                return None
             for plan in (directive.next, directive.current):
                 if plan is not None and self._is_ready(plan):
                     return self.take(plan.generation)

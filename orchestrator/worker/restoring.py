@@ -4,11 +4,13 @@ Checkpoints hold the fp32 masters; weights in lower precision are made from them
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.engine.base import nothing
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
 from orchestrator.protocol.messages import Restore
 from orchestrator.state.ranges import NamedRanges
@@ -21,13 +23,21 @@ PARAM, MASTER, THIN = "param/", "master/", "powersgd/"
 
 
 @torch.no_grad()
-def read_state(restore: Restore, ranges: NamedRanges, sampler: str, rank: int, world_size: int) -> Progress:
+def read_state(
+    restore: Restore,
+    ranges: NamedRanges,
+    sampler: str,
+    rank: int,
+    world_size: int,
+    between: Callable[[], None] = nothing,
+) -> Progress:
     """Fill this rank's ranges. What compression keeps stays as it is where the checkpoint has none of it, or it is to
     be reset.
 
     Args:
         sampler: the order of samples that follows from the job and its data; the checkpoint must have the same, apart
             from stages of a curriculum, which may have been decided while it trained.
+        between: called before each piece is read.
 
     Returns:
         where training stood.
@@ -59,6 +69,7 @@ def read_state(restore: Restore, ranges: NamedRanges, sampler: str, rank: int, w
                 continue
             stored = MASTER + name.removeprefix(PARAM) if name.startswith(PARAM) else name
             for start in range(held.start, held.stop, CHUNK):
+                between()
                 stop = min(start + CHUNK, held.stop)
                 try:
                     values = reader.read(stored, start, stop)

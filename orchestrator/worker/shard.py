@@ -20,10 +20,11 @@ from orchestrator.model.base import TrainableModel
 from orchestrator.model.building import build_model, catalogue
 from orchestrator.model.moe import ExpertHome
 from orchestrator.policy.limits import slot_of
-from orchestrator.protocol.messages import GenerationPlan, WorkerJob
+from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
 from orchestrator.sampling.slots import SlotSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import whole_every
+from orchestrator.state.witness import Seal, Witness
 from orchestrator.worker.agreement import check_order
 from orchestrator.worker.choosing import Choosing
 from orchestrator.worker.protection import Protection
@@ -59,6 +60,8 @@ class Shard:
         slot: how much a slot takes.
         choosing: how gradients are compressed, where the job leaves that open.
         skips: steps whose batches are left out.
+        witnesses: where training is exact, who tells the digests of each step, from which step on.
+        seal: of the state between two updates, where that is watched.
     """
 
     epoch: int  # of the controller that planned it
@@ -69,10 +72,16 @@ class Shard:
     slot: SlotSize
     choosing: Choosing
     skips: frozenset[int]
+    witnesses: tuple[tuple[int, Witness], ...] = ()
+    seal: Seal | None = None
 
     @property
     def rank(self) -> int:
         return self.groups.rank
+
+    def witness(self, step: int) -> Witness | None:
+        """Who tells the digests of this step."""
+        return next((witness for first_step, witness in reversed(self.witnesses) if first_step <= step), None)
 
 
 class Workshop:
@@ -137,7 +146,23 @@ class Workshop:
         check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
         slot, communication = plan.slot or slot_of(self.spec), self.spec.communication
         choosing = Choosing(engine.gradients, communication.compression, communication.overlap, plan.world.size)
-        return Shard(plan.epoch, plan.world, groups, model, engine, slot, choosing, frozenset(plan.skips))
+        return Shard(
+            epoch=plan.epoch,
+            world=plan.world,
+            groups=groups,
+            model=model,
+            engine=engine,
+            slot=slot,
+            choosing=choosing,
+            skips=frozenset(plan.skips),
+            witnesses=self._witnesses(plan, engine) if self.spec.train.is_exact else (),
+            seal=Seal(engine.at_rest()) if self.spec.verify.every is not None else None,
+        )
+
+    def _witnesses(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, Witness], ...]:
+        asked_for = plan.replayed or (PastWorld(0, plan.world, plan.placement),)
+        ranges = engine.ranges()
+        return tuple((past.first_step, Witness(ranges, self.layout(past.world, past.placement))) for past in asked_for)
 
     def _home(self, plan: GenerationPlan, groups: Groups) -> ExpertHome:
         wanted = self.spec.communication

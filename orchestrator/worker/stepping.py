@@ -1,5 +1,6 @@
 """One step: slots, update, vote. After it every member knows that all have finished the step."""
 
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,17 +11,19 @@ from numpy.typing import NDArray
 
 from orchestrator.comm import ledger, pulse
 from orchestrator.engine.base import StepOutcome, nothing
+from orchestrator.model.base import seed_draws
 from orchestrator.model.router import corrected_bias, max_violation
 from orchestrator.policy.stragglers import slowest
 from orchestrator.protocol.messages import SlotMemory, StepRecord
 from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.worker.faults import StateCorrupted
 from orchestrator.worker.feed import Feed, StepFeed
 from orchestrator.worker.gauge import Gauge
 from orchestrator.worker.prefetch import Prefetch
 from orchestrator.worker.shard import Progress, Shard, Workshop
-from orchestrator.worker.vote import Ballot, Outcome, vote
+from orchestrator.worker.vote import NO_DIGESTS, Ballot, Outcome, vote
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Stepped:
     Args:
         gradients: of its update, if there was one and they were to be kept.
         memory: what its generation's slots take, if that is asked for.
+        saturated: parameters whose gradient was too large here for an exact sum; its update is left out then.
     """
 
     outcome: Outcome
@@ -47,12 +51,21 @@ class Stepped:
     record: StepRecord
     gradients: NamedRanges | None
     memory: SlotMemory | None
+    saturated: tuple[str, ...] = ()
 
 
 class Stepper:
-    """Does steps on whatever shard there is."""
+    """Does steps on whatever shard there is.
 
-    def __init__(self, workshop: Workshop, feed: Feed) -> None:
+    Args:
+        before_slot: called before each slot of a step.
+        validates: as often as the job says; else never.
+    """
+
+    def __init__(
+        self, workshop: Workshop, feed: Feed, before_slot: Callable[[], None] = nothing, validates: bool = True
+    ) -> None:
+        self._before_slot, self._validates = before_slot, validates
         self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
         self._prefetch = Prefetch(feed, workshop.spec.train.steps)
         self._ledger = ledger.Since()
@@ -82,16 +95,22 @@ class Stepper:
         counts_LE = torch.zeros(len(shard.model.moe_layers), self._spec.model.num_experts, dtype=torch.int64)
         lr, skipped = learning_rate(self._spec.train, step), step in shard.skips
         if skipped:
-            losses, update = self._evaluated(shard, feed), StepOutcome(applied=False, grad_norm=float("inf"))
+            self._open_seal(shard, step)
+            losses, update = self._evaluated(shard, feed, step), StepOutcome(applied=False, grad_norm=float("inf"))
         else:
             for number, slot in enumerate(feed.slots, 1):
+                self._before_slot()
                 last, before_backward = number == len(feed.slots), self._measured()
+                seed_draws(self._spec.train.seed, step, slot.number or 0)
                 loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens, last, before_backward)
                 if slot.number is not None:
                     losses[slot.number] = float(loss)
                     counts_LE += slot_counts_LE.cpu()
+            self._open_seal(shard, step)
             update = shard.engine.step(lr, before_update, keep_gradients)
         validation = self._validate(shard, step)
+        witness = shard.witness(step)
+        digests = witness.look() if witness is not None else NO_DIGESTS
 
         updated = time.perf_counter()
         peers_s = pulse.waited_s() - waited_s
@@ -114,11 +133,14 @@ class Stepper:
             stages=voice.stages,
             traffic=traffic,
             compression=shard.choosing.proposal,
+            digests=digests,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
         communication_wait_s = peers_s + time.perf_counter() - spoken
         shard.choosing.agree(outcome.compression)
         self._balance(shard, outcome)
+        if shard.seal is not None:
+            shard.seal.close()
         rank, slowness = slowest(outcome.busy_s)
         record = StepRecord(
             step=step,
@@ -146,6 +168,7 @@ class Stepper:
             padding=feed.padding,
             traffic=outcome.traffic,
             compression=chosen,
+            digests=outcome.digests,
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),
@@ -153,7 +176,17 @@ class Stepper:
         moved_on = replace(progress, step=step, num_updates=progress.num_updates + int(outcome.applied))
         gradients = update.gradients if outcome.applied else None
         memory = self._gauge.end_step(shard.world.generation, feed) if self._gauge is not None else None
-        return Stepped(outcome, moved_on, record, gradients, memory)
+        return Stepped(outcome, moved_on, record, gradients, memory, update.saturated)
+
+    def _open_seal(self, shard: Shard, step: int) -> None:
+        """Before anything is made of a state that has changed by itself. Raises StateCorrupted."""
+        changed = shard.seal.open() if shard.seal is not None else []
+        if changed:
+            more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
+            raise StateCorrupted(
+                f"{changed[0]}{more} of rank {shard.rank} on {platform.node()} changed between the ends of steps "
+                f"{step - 1} and {step}, where nobody writes to it"
+            )
 
     def _measured(self) -> Callable[[], None]:
         """Called before a slot; what it returns, between its forward and its backward pass."""
@@ -165,15 +198,17 @@ class Stepper:
     def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
         """Loss sums per validation slot, and the targets in all of them; empty in most steps."""
         every, last = self._spec.eval.every, self._spec.train.steps - 1
-        if every is None or ((step + 1) % every and step not in (0, last)):
+        if every is None or not self._validates or ((step + 1) % every and step not in (0, last)):
             return np.zeros(0), 0
         feed = self._feed.validation(shard.rank, shard.world.size, shard.slot)
-        return self._evaluated(shard, feed), feed.global_tokens
+        return self._evaluated(shard, feed, step), feed.global_tokens
 
-    def _evaluated(self, shard: Shard, feed: StepFeed) -> NDArray[np.float64]:
+    def _evaluated(self, shard: Shard, feed: StepFeed, step: int) -> NDArray[np.float64]:
         """Loss sums per slot, 0 where the slot is another rank's."""
         losses = np.zeros(feed.num_slots)
         for slot in feed.slots:
+            self._before_slot()
+            seed_draws(self._spec.train.seed, step, slot.number or 0)
             loss = shard.engine.evaluate(slot.batch)
             if slot.number is not None:
                 losses[slot.number] = float(loss)

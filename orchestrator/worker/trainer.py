@@ -15,10 +15,19 @@ from orchestrator.comm import pulse
 from orchestrator.comm.sockets import shut_connections
 from orchestrator.engine.groups import abort_collectives, disconnect
 from orchestrator.policy.explosion import explosion
-from orchestrator.protocol.messages import Finish, GenerationPlan, Phase, ShardWritten, WorkerError
+from orchestrator.protocol.messages import (
+    Directive,
+    Finish,
+    GenerationPlan,
+    Phase,
+    Saturation,
+    ShardWritten,
+    WorkerError,
+)
+from orchestrator.worker.checking import Checks
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.engagement import Engagement
-from orchestrator.worker.faults import GenerationAborted, LossExploded, kind_of
+from orchestrator.worker.faults import GenerationAborted, LossExploded, StateCorrupted, StateDoubtful, kind_of
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.keeping import Keeping
 from orchestrator.worker.moving import Prepared, announce, announced, first_shard, move
@@ -48,6 +57,7 @@ class Trainer:
         self._spec = workshop.spec
         self._stepper = Stepper(workshop, feed)
         self._preparations = Preparations(workshop, desk)
+        self._checks = Checks(workshop, feed, desk, self._preparations)
         checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
         keeps = self._spec.communication.compression.keeps
         numerics = desk.state.numerics
@@ -88,6 +98,8 @@ class Trainer:
             if fence is not None:
                 return fence
             self._finish(shard)
+        except StateCorrupted:  # nothing that lies in this process is to be trusted: its buddy has what it had
+            raise
         except Exception as error:
             del shard
             self._stop(error)
@@ -108,6 +120,8 @@ class Trainer:
         """Step after step until all members agree on a fence. None when there is no step left, or the run shall end."""
         self._engagement.begin(shard.world.generation)
         pulse.reset()
+        if shard.seal is not None:
+            shard.seal.close()
         self._keeping.take(shard, self._progress)
         self._desk.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
         while self._progress.step + 1 < self._spec.train.steps:
@@ -148,6 +162,8 @@ class Trainer:
         self._progress, self._between_steps = self._stages.agree(outcome, stepped.progress), True
         is_due = is_due or outcome.finish or outcome.fence != NO_FENCE
         record = replace(stepped.record, snapshot_interval=self._keeping.interval)
+        if stepped.saturated:
+            self._desk.publish(saturated=Saturation(step, stepped.saturated))
         self._desk.record(record, slots=stepped.memory, **self._keeping.committed(generation, step, is_due))
         self._keeping.agree(outcome.interval, record.step_s, is_due)
         if is_due:
@@ -159,11 +175,18 @@ class Trainer:
     def _await_move(self) -> Prepared:
         """Stand by, or stranded, until a plan has a place for this worker and its move can begin."""
         while True:
-            prepared = self._preparations.await_next()
+            prepared = self._preparations.await_next(meanwhile=self._may_check)
+            if prepared is None:
+                self._checks.run()
+                continue
             source = prepared.plan.source
             if source is None or self._workshop.me in source.holders or self._await_fence(prepared):
                 return prepared
             prepared.close()
+
+    def _may_check(self, directive: Directive) -> bool:
+        """A check is asked for, and this worker holds nothing that it would have to make room beside."""
+        return self._desk.state.phase is Phase.STANDBY and self._checks.is_asked(directive)
 
     def _await_fence(self, prepared: Prepared) -> bool:
         """Wait for the old world to reach its fence. False if the plan is given up before, or can't be heard of."""
@@ -188,6 +211,8 @@ class Trainer:
         except Exception as error:
             if plan.source is None and kind_of(error) != "peer_lost":
                 raise
+            if plan.source is not None and isinstance(error, StateDoubtful):
+                self._keeping.distrust(plan.source.world.generation, self._progress.step)
             prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
             self._strand(plan, error)
             return False
@@ -213,7 +238,8 @@ class Trainer:
                 self._desk.go_back_to(held.progress.step)
             if source.holders[0] == self._workshop.me:
                 announce(prepared, self._progress, self._desk.records)
-            self._shard, handover = move(self._workshop, prepared, held, self._progress)
+            recorded = next((r for r in reversed(self._desk.records) if r.step == self._progress.step), None)
+            self._shard, handover = move(self._workshop, prepared, held, self._progress, recorded)
         self._keeping.acknowledged()  # in the old world: what was begun at the fence
         prepared.close_transfer()
         log.info("generation %d is ready: %s", plan.generation, handover)
@@ -267,8 +293,9 @@ class Trainer:
         self._free_peers(error)
         self._engagement.end()
         holdings = self._keeping.holdings()
+        was_member = plan.source is not None and self._workshop.me in plan.source.world
         self._desk.publish(
-            phase=Phase.STRANDED if holdings else Phase.STANDBY,
+            phase=Phase.STRANDED if holdings or was_member else Phase.STANDBY,
             failed_generation=plan.generation,
             holdings=holdings,
             error=None if kind == "peer_lost" else WorkerError(kind, str(error), text),
@@ -327,6 +354,8 @@ class Trainer:
     def _fail(self, error: Exception) -> None:
         text = "".join(traceback.format_exception(error))
         kind = kind_of(error)
+        shut_connections()  # peers may wait for this worker
+        abort_collectives()
         self._drop()
         self._free_peers(error)
         log.error("%s\n%s after step %d: %s", text.rstrip(), kind, self._progress.step, error)

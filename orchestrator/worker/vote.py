@@ -6,8 +6,8 @@ losses per slot stay apart until they are summed in slot order, whatever the wor
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
 slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
 finish, steps that it would have between two snapshots, seconds that it computed for a slot, version of the decided
-stages that it has seen, number of the compression that it would have. Last, bytes by kind that all ranks have sent
-since their last votes, which are summed.
+stages that it has seen, number of the compression that it would have. Last, what is summed over the ranks: bytes by
+kind that they have sent since their last votes, and their parts of digests, in halves of 32 bits.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,8 @@ from orchestrator.protocol.traffic import Traffic, TrafficKind
 
 NO_FENCE = -1
 NUM_VOICES = 7
+NO_DIGESTS = np.zeros(0, dtype=np.uint64)
+HALF = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Ballot:
         stages: version of the decided stages that it has seen.
         traffic: what it has sent since its last vote.
         compression: number of the scheme that it would have; -1 for none that it knows of.
+        digests: by rank of the world that is asked for, this rank's part (`orchestrator.state.witness`).
     """
 
     slot_losses: NDArray[np.float64]
@@ -55,6 +58,7 @@ class Ballot:
     stages: int = 0
     traffic: Mapping[TrafficKind, Traffic] = field(default_factory=dict)
     compression: int = -1
+    digests: NDArray[np.uint64] = field(default_factory=NO_DIGESTS.copy)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Outcome:
         stages: version of the decided stages that every rank has seen; -1 if they have seen different ones.
         traffic: of all ranks together, by kind; kinds of which nothing was sent are left out.
         compression: number of the coarsest scheme that any rank would have; -1 as long as one doesn't know.
+        digests: by rank, in 16 hexadecimal digits; empty where nobody took any.
     """
 
     loss_sum: float
@@ -86,6 +91,7 @@ class Outcome:
     stages: int
     traffic: dict[str, Traffic]
     compression: int
+    digests: tuple[str, ...] = ()
 
 
 def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
@@ -97,6 +103,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     voices[rank] = (*said, ballot.compression)
     sent = [ballot.traffic.get(kind, Traffic()) for kind in TrafficKind]
     traffic = np.array([astuple(each) for each in sent], dtype=np.float64).reshape(-1)
+    halves = np.stack([ballot.digests // HALF, ballot.digests % HALF]).astype(np.float64)
     vector = torch.cat(
         [
             torch.from_numpy(ballot.slot_losses),
@@ -104,13 +111,14 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
             ballot.counts_LE.reshape(-1).to(torch.float64).cpu(),
             torch.from_numpy(voices).reshape(-1),
             torch.from_numpy(traffic),
+            torch.from_numpy(halves).reshape(-1),
         ]
     ).to(device)
     pulse.enter()
     if group is not None:
         dist.all_reduce(vector, group=group)
         ledger.enter_reduced(TrafficKind.CONTROL, vector, world_size)
-    sizes = [num_slots, num_validation, num_counts, NUM_VOICES * world_size, len(traffic)]
+    sizes = [num_slots, num_validation, num_counts, NUM_VOICES * world_size, len(traffic), halves.size]
     parts = torch.split(vector.cpu(), sizes)
     applied, fences, finish, intervals, busy_s, stages, schemes = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
     return Outcome(
@@ -131,4 +139,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
             if any(numbers)
         },
         compression=int(max(schemes)) if min(schemes) >= 0 else -1,
+        digests=tuple(
+            f"{(int(high) * HALF + int(low)) % HALF**2:016x}" for high, low in parts[5].reshape(2, -1).T.tolist()
+        ),
     )

@@ -1,7 +1,5 @@
 """Connections of a world that was adopted by torch, and what a rank can do to them on its own."""
 
-import gc
-
 import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
@@ -13,7 +11,7 @@ from tests.support.ranks import Ranks
 
 
 def _shut(rank: int, world_size: int, store: Store, prefix: str, who: int) -> int:
-    gc.collect()  # engines of tests before are full of cycles, which keep their connections
+    shut_connections()  # what tests before have left: engines are full of cycles, which keep theirs
     connect(store, prefix, rank, Placement.balanced(4, world_size), "gloo")
     dist.barrier()
     if rank != who:

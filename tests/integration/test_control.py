@@ -22,7 +22,7 @@ from orchestrator.control.parts import Parts
 from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, UsageError
 from orchestrator.protocol.status import RunPhase
-from tests.support.control import Cluster, local_ray
+from tests.support.control import UNHURRIED, Cluster, local_ray
 from tests.support.simulated_worker import simulated_parts
 
 pytestmark = pytest.mark.ray
@@ -43,11 +43,11 @@ def on(tmp_path: Path) -> Cluster:
 
 
 def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
-    on.submit("whole", checkpoint={"every": 20})
+    on.submit("whole", checkpoint={"every": 20}, envs={"SIM_STEP_S": "0.5"})
     on.until("whole", lambda s: s.step > 0)
     pids = [on.pid_of(name) for name in names_of("whole") if not name.endswith("controller")]
     assert len(pids) == 4  # two workers, rendezvous, tracker
-    status = on.end_of("whole")
+    status = on.end_of("whole", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     assert (status.step, status.checkpoint_step, status.workers_now) == (60, 59, 0)
     assert status.loss is not None and status.first_loss is not None and status.loss < status.first_loss
@@ -68,22 +68,22 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
 
 
 def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
-    schedule = [{"at_step": 40, "workers": 3}, {"at_step": 70, "workers": 1}]
-    on.submit(
-        "planned", workers={"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}, train=_steps(100)
-    )
-    status = on.end_of("planned")
+    schedule = [{"at_step": 20, "workers": 3}, {"at_step": 40, "workers": 1}]
+    workers = {"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}
+    on.submit("planned", workers=workers, train=_steps(300), envs=UNHURRIED)
+    on.until("planned", lambda s: len(s.rescales) == 2)
+    status = on.end_of("planned", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     sizes = on.sizes("planned")
     # Never before its step; later only if a busy machine did not get a worker warm in time.
-    assert sizes.index(3) >= 40 and sizes[-1] == 1
+    assert sizes.index(3) >= 20 and sizes.index(1) >= 40 and sizes[-1] == 1
     assert [(r.from_size, r.to_size) for r in status.rescales] == [(2, 3), (3, 1)]
     assert all(r.state_identical and r.stall_s is not None and r.stall_s < 2.0 for r in status.rescales)
-    on.assert_every_step_once("planned", 100)
+    on.assert_every_step_once("planned", 300)
 
 
 def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
-    on.submit("wish", train=_steps(250))
+    on.submit("wish", train=_steps(250), envs=UNHURRIED)
     on.until("wish", lambda s: s.step > 0)
     with pytest.raises(UsageError, match="9 workers asked for; wish allows 1 to 4"):
         on.ask("scale", "wish", 9)
@@ -91,7 +91,7 @@ def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
     on.until("wish", lambda s: s.workers_now == 4)
     on.ask("scale", "wish", 1)
     on.until("wish", lambda s: s.workers_now == 1)
-    status = on.end_of("wish")
+    status = on.end_of("wish", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     on.assert_every_step_once("wish", 250)
     with pytest.raises(UsageError, match="it is succeeded"):
@@ -146,7 +146,7 @@ def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluste
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
     parts = replace(simulated_parts(), tracker=Parts().tracker)
-    on.submit("phoenix", train=_steps(300), parts=parts, checkpoint={"every": 100, "keep_last": 1})
+    on.submit("phoenix", train=_steps(300), parts=parts, envs=UNHURRIED, checkpoint={"every": 100, "keep_last": 1})
     on.until("phoenix", lambda s: s.step > 5)
     os.kill(on.pid_of("phoenix/tracker"), signal.SIGKILL)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
@@ -156,7 +156,8 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     on.until("phoenix", lambda s: s.step > killed_at)
     assert [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")] == workers
     on.ask("scale", "phoenix", 3)
-    status = on.end_of("phoenix")
+    on.until("phoenix", lambda s: s.workers_now == 3)
+    status = on.end_of("phoenix", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     assert (on.storage / "phoenix/epochs/000002").exists()
     assert status.warning is None
@@ -175,7 +176,7 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
 
 
 def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -> None:
-    on.submit("patient", train=_steps(200))
+    on.submit("patient", train=_steps(200), envs=UNHURRIED)
     on.until("patient", lambda s: s.step > 5)
     journal = on.storage / "patient" / "journal"
     away = journal.rename(journal.with_name("away"))
@@ -184,7 +185,7 @@ def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -
     assert "run storage can't be written" in str(stuck.warning) and stuck.phase is RunPhase.TRAINING
     journal.unlink()
     away.rename(journal)
-    status = on.end_of("patient")
+    status = on.end_of("patient", hurried=True)
     assert (status.phase, status.warning) == (RunPhase.SUCCEEDED, None), status
     on.assert_every_step_once("patient", 200)
 
@@ -202,11 +203,11 @@ def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
 
 @pytest.mark.slow
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
-    on.submit("kept", train=_steps(300))
+    on.submit("kept", train=_steps(300), envs=UNHURRIED)
     on.until("kept", lambda s: s.step > 0)
     ray.kill(on.scheduler, no_restart=False)
     on.scheduler = get_or_create_scheduler()
-    status = on.end_of("kept")
+    status = on.end_of("kept", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     on.scheduler = get_or_create_scheduler()
     assert on.status("kept").step == 300

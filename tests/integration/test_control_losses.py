@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.protocol.status import RunPhase, RunStatus
-from tests.support.control import Cluster, local_ray
+from tests.support.control import UNHURRIED, Cluster, local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -32,13 +32,13 @@ def _steps(steps: int) -> dict[str, Any]:
 def _four(on: Cluster, name: str, steps: int = 300, **changes: Any) -> dict[str, int]:
     """A run of four members, and their process ids."""
     workers = {"min": 1, "max": 4, "initial": 4}
-    on.submit(name, **({"workers": workers, "train": _steps(steps)} | changes))
+    on.submit(name, **({"workers": workers, "train": _steps(steps), "envs": UNHURRIED} | changes))
     on.until(name, lambda s: s.step > 5)
     return {worker: on.pid_of(f"{name}/worker/{worker}") for worker in ("w0", "w1", "w2", "w3")}
 
 
 def _ended_well(on: Cluster, name: str, steps: int = 300) -> RunStatus:
-    status = on.end_of(name)
+    status = on.end_of(name, hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, (status.error, status.traceback)
     on.assert_every_step_once(name, steps)
     on.assert_nothing_left(name, [])
@@ -55,7 +55,7 @@ def test_survivors_go_on_and_the_lost_are_replaced(on: Cluster, victims: tuple[s
     pids = _four(on, name)
     for victim in victims:
         os.kill(pids[victim], signal.SIGKILL)
-    on.until(name, lambda s: bool(s.recoveries))
+    on.until(name, lambda s: bool(s.recoveries) and s.workers_now == 4)
     status = _ended_well(on, name)
     (recovery,) = status.recoveries
     assert set(recovery.lost) == set(victims) and (recovery.cause, recovery.source) == ("worker", "memory")
@@ -76,6 +76,7 @@ def test_without_a_whole_state_in_memory_the_newest_checkpoint_serves(on: Cluste
     on.until(name, lambda s: s.checkpoint_step is not None)
     for victim in victims:
         os.kill(pids[victim], signal.SIGKILL)
+    on.until(name, lambda s: bool(s.recoveries))
     status = _ended_well(on, name)
     assert status.recoveries[0].source == "checkpoint" and status.recoveries[0].step % 10 == 9
     assert "rolled_back" in on.kinds(name)
@@ -94,6 +95,7 @@ def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
     shard.write_bytes(content)
     for pid in pids.values():
         os.kill(pid, signal.SIGKILL)
+    on.until("corrupt", lambda s: bool(s.recoveries))
     after = _ended_well(on, "corrupt")
     assert status.checkpoint_step is not None
     assert after.recoveries[0].source == "checkpoint" and f"step-{after.recoveries[0].step:08d}" < newest.name
@@ -101,7 +103,7 @@ def test_a_corrupt_checkpoint_is_passed_over(on: Cluster) -> None:
 
 def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster) -> None:
     workers = {"min": 3, "max": 3, "initial": 3}
-    on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 2.5})
+    on.submit("least", workers=workers, train=_steps(200), resources={"cpus": 2.5}, envs=UNHURRIED)
     on.until("least", lambda s: s.step > 5)
     on.submit("other", workers=1, resources={"cpus": 0.5}, train=_steps(100_000))
     os.kill(on.pid_of("least/worker/w1"), signal.SIGKILL)
@@ -116,7 +118,8 @@ def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster
 
 @pytest.mark.slow
 def test_a_member_lost_in_a_rescale(on: Cluster) -> None:
-    on.submit("between", train=_steps(400), workers={"min": 1, "max": 4, "initial": 3, "standby": 1})
+    workers = {"min": 1, "max": 4, "initial": 3, "standby": 1}
+    on.submit("between", train=_steps(400), workers=workers, envs=UNHURRIED)
     on.until("between", lambda s: s.step > 5 and s.standbys == 1)
     pid = on.pid_of(f"between/worker/{on.members('between')[1]}")
     on.ask("scale", "between", 4)
@@ -128,8 +131,9 @@ def test_a_member_lost_in_a_rescale(on: Cluster) -> None:
 
 @pytest.mark.slow
 def test_a_death_while_the_run_recovers_from_another(on: Cluster) -> None:
-    pids = _four(on, "twice", envs={"SIM_STEP_S": "0.02", "SIM_DIE": "w3:moving-on"})
+    pids = _four(on, "twice", envs={**UNHURRIED, "SIM_DIE": "w3:moving-on"})
     os.kill(pids["w1"], signal.SIGKILL)
+    on.until("twice", lambda s: bool(s.recoveries))
     status = _ended_well(on, "twice")
     assert set(status.recoveries[0].lost) == {"w1", "w3"}
     assert status.recoveries[0].steps_lost == 0
@@ -138,6 +142,7 @@ def test_a_death_while_the_run_recovers_from_another(on: Cluster) -> None:
 def test_a_stopped_member_is_found_and_left_behind(on: Cluster) -> None:
     pids = _four(on, "frozen")
     os.kill(pids["w2"], signal.SIGSTOP)
+    on.until("frozen", lambda s: bool(s.recoveries))
     status = _ended_well(on, "frozen")
     (recovery,) = status.recoveries
     assert (recovery.lost, recovery.cause, recovery.steps_lost) == (("w2",), "hang", 0)

@@ -18,7 +18,7 @@ from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.errors import ClusterUnreachable
 from orchestrator.protocol.messages import Report
 from orchestrator.protocol.status import RunPhase
-from tests.support.control import PATIENCE_S, Cluster, local_ray
+from tests.support.control import PATIENCE_S, UNHURRIED, Cluster, local_ray
 
 pytestmark = pytest.mark.ray
 
@@ -129,12 +129,14 @@ def test_a_member_lost_with_the_rendezvous_store_is_recovered_from_once_that_is_
         run,
         train={"steps": 300, "global_batch_size": 16, "micro_batch_size": 4},
         workers={"min": 1, "max": 3, "initial": 3},
+        envs=UNHURRIED,
     )
     on.until(run, lambda s: s.step > 5)
     pids = [on.pid_of(f"{run}/{name}") for name in ("rendezvous", "worker/w1")]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    status = on.end_of(run)
+    on.until(run, lambda s: bool(s.recoveries))
+    status = on.end_of(run, hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     (recovery,) = status.recoveries
     assert recovery.lost == ("w1",) and recovery.source == "memory" and recovery.steps_lost == 0

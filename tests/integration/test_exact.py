@@ -18,8 +18,10 @@ from orchestrator.elastic.placement import Placement
 from orchestrator.model.building import catalogue
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.state.witness import whole
 from tests.support import small
 from tests.support.crew import Crew
+from tests.support.own_models import linear, own_spec
 from tests.support.ranks import Ranks
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, VOCAB, small_job
@@ -31,7 +33,8 @@ Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 def _told(crew: Crew) -> list[tuple[Any, ...]]:
     assert sorted(crew.records) == list(range(STEPS))
     records = [record for _, record in sorted(crew.records.items())]
-    return [(r.loss, r.grad_norm, r.validation_loss, r.max_violation, r.applied) for r in records]
+    assert all(len(r.digests) == (r.world_size if crew.is_exact else 0) for r in records)
+    return [(r.loss, r.grad_norm, r.validation_loss, r.max_violation, r.applied, whole(r.digests)) for r in records]
 
 
 def _state(crew: Crew, job: JobSpec) -> dict[str, bytes]:
@@ -88,6 +91,19 @@ def test_all_worlds_end_with_the_same_bits(
     assert runs[0][0][-1][0] < runs[0][0][0][0] - 0.3 and np.isfinite(runs[0][0][-1][1])
 
 
+def test_dropout_of_a_user_s_model_is_the_same_in_every_world(texts: Path, store_dir: Path, tmp_path: Path) -> None:
+    layers, forward = "self.drop = nn.Dropout(0.2)", "return self.head(self.drop(self.embedding(tokens)))"
+    models = [
+        own_spec(tmp_path, linear(layers=layers.replace("0.2", rate), forward=forward)) for rate in ("0.2", "0.0")
+    ]
+    with_it, without = (small_job(texts, determinism="exact").model_copy(update={"model": model}) for model in models)
+    first, *others = [
+        _run(with_it, store_dir, tmp_path / str(n), worlds) for n, worlds in enumerate(([1], [3], [2, 3, 1]))
+    ]
+    assert all(_differences(first, other) == ([], []) for other in others)
+    assert _run(without, store_dir, tmp_path / "without", [1])[0][-1] != first[0][-1]
+
+
 def test_without_it_worlds_differ(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     """Else the test above would show nothing."""
     job = small_job(texts)
@@ -123,7 +139,7 @@ def test_where_experts_lie_changes_no_bit(ranks: Ranks, placement: Placement, st
         assert [name for name in weights if not torch.equal(weights[name], alone[name])] == []
 
 
-def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str]]:
+def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str], tuple[str, ...]]:
     """One rank's slot brings a gradient that no exact sum may have: what all ranks do, and what it says."""
     said: list[str] = []
     handler = logging.Handler()
@@ -134,7 +150,7 @@ def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[b
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
     small.train_steps(engine, groups, range(1))
     before = [(name, held.data.clone()) for name, held in engine.ranges()]
-    hook = model.head.register_hook(lambda grad: grad * 1e6) if rank == 1 else None
+    hook = model.head.register_hook(lambda grad: grad * 1e6) if rank == 1 else None  # type: ignore[no-untyped-call]
     engine.accumulate(small.slot(1, rank), 100, last=True)
     outcome = engine.step(3e-3)
     same = all(torch.equal(old, held.data) for (_, old), (_, held) in zip(before, engine.ranges(), strict=True))
@@ -143,12 +159,12 @@ def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[b
     small.train_steps(engine, groups, range(1, 2))  # and the next one is sound
     engine.close()
     logging.getLogger("orchestrator.worker").removeHandler(handler)
-    return outcome.applied, same, said
+    return outcome.applied, same, said, outcome.saturated
 
 
 def test_a_gradient_too_large_for_an_exact_sum_is_left_out_by_all_and_named(ranks: Ranks) -> None:
-    (first, unchanged, silent), (second, unchanged_too, (said,)) = ranks.run(_too_large, 2)
-    assert not first and not second and unchanged and unchanged_too and silent == []
+    (first, unchanged, silent, _), (second, unchanged_too, (said,), names) = ranks.run(_too_large, 2)
+    assert not first and not second and unchanged and unchanged_too and silent == [] and names == ("head",)
     assert "the gradient of head is over" in said
 
 

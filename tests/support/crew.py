@@ -78,6 +78,10 @@ class NoCut(RuntimeError):
     """Nobody has a whole state: only a checkpoint can help."""
 
 
+class MoveFailed(RuntimeError):
+    """A member could not reach its next generation."""
+
+
 class Member:
     """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds.
 
@@ -145,7 +149,7 @@ class Crew:
             threads=threads,
             orphan_s=3600.0,
         )
-        self.num_experts, self._is_exact = job.model.num_experts, job.train.is_exact
+        self.num_experts, self.is_exact = job.model.num_experts, job.train.is_exact
         self.members: dict[str, Member] = {}
         self.directive = Directive(epoch=1, seq=0)
         self.newest_generation = -1  # of all that were planned
@@ -157,10 +161,10 @@ class Crew:
         """More workers, warmed in parallel."""
         new = [f"w{len(self.members) + i}" for i in range(count)]
         for worker in new:
-            idle = next((member for member in _idle if member.is_exact == self._is_exact), None)
+            idle = next((member for member in _idle if member.is_exact == self.is_exact), None)
             if idle is not None:
                 _idle.remove(idle)
-            self.members[worker] = idle or Member(self._is_exact)
+            self.members[worker] = idle or Member(self.is_exact)
         with ThreadPoolExecutor(len(new)) as pool:
             list(pool.map(self._warm, new))
         return new
@@ -289,6 +293,7 @@ class Crew:
         Raises:
             NoCut: nobody has a whole state.
             MemberDied: somebody has died meanwhile.
+            MoveFailed: a member could not take the state over.
         """
         old = self.directive.current
         assert old is not None
@@ -325,6 +330,8 @@ class Crew:
         def is_ready(report: Report) -> bool:
             if dead := [w for w in members if w not in self.living]:
                 raise MemberDied(f"{dead} died on the way to generation {plan.generation}")
+            if report.failed_generation == plan.generation:
+                raise MoveFailed(f"{report.worker} could not reach generation {plan.generation}: {report.error}")
             return report.phase is Phase.READY and report.generation == plan.generation
 
         self.await_all(members, is_ready)

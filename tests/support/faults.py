@@ -37,7 +37,8 @@ class Moment(StrEnum):
 class Fault:
     """The rank is that of the generation in which the step is done, or of the one to come.
 
-    A `step` or `generation` of None is any.
+    A `step` or `generation` of None is any. `flips`: the process lives on, and a bit of its first element of this
+    tensor (a prefix of its name) has changed, once.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Fault:
     step: int | None = None
     generation: int | None = None
     by: signal.Signals = signal.SIGKILL
+    flips: str = ""
 
 
 _armed: tuple[Fault, ...] = ()
@@ -73,9 +75,21 @@ def _due(rank: int, moment: Moment, step: int | None = None, generation: int | N
     return None
 
 
-def _strike(rank: int, moment: Moment, **at: int) -> None:
-    if (fault := _due(rank, moment, **at)) is not None:
+def _strike(rank: int, moment: Moment, shard: Any = None, **at: int) -> None:
+    global _armed
+    if (fault := _due(rank, moment, **at)) is None:
+        return
+    if not fault.flips:
         os.kill(os.getpid(), fault.by)
+    _armed = tuple(other for other in _armed if other != fault)  # the step may be done again
+    flip_bit(next(held.data for name, held in shard.engine.at_rest() if name.startswith(fault.flips)))
+
+
+def flip_bit(values: Any, bit: int = 10) -> None:
+    """Change a bit of the mantissa of a flat fp32 tensor's first element."""
+    import torch
+
+    values.view(torch.int32)[0] ^= 1 << bit
 
 
 # -- the moments -----------------------------------------------------------------------------------------------------
@@ -99,23 +113,23 @@ def _wrap() -> None:
 
 
 def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Any, shard: Any, progress: Any, before_update: Any, speak: Any, *rest: Any) -> Any:
+    def step(self: Any, shard: Any, progress: Any, before_update: Any, speak: Any, keep_gradients: bool) -> Any:
         global _rank
         _rank = shard.rank
         at = {"step": progress.step + 1, "generation": shard.world.generation}
-        _strike(_rank, Moment.FORWARD, **at)
+        _strike(_rank, Moment.FORWARD, shard, **at)
 
         def updating() -> None:
             before_update()
-            _strike(_rank, Moment.UPDATE, **at)
+            _strike(_rank, Moment.UPDATE, shard, **at)
 
         def speaking() -> Any:
             voice = speak()
-            _strike(_rank, Moment.VOTE, **at)
+            _strike(_rank, Moment.VOTE, shard, **at)
             return voice
 
-        stepped = original(self, shard, progress, updating, speaking, *rest)
-        _strike(_rank, Moment.VOTED, **at)
+        stepped = original(self, shard, progress, updating, speaking, keep_gradients)
+        _strike(_rank, Moment.VOTED, shard, **at)
         return stepped
 
     return step

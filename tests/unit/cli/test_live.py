@@ -46,8 +46,9 @@ def test_a_rescale_is_told_once_when_it_has_been_measured() -> None:
 def test_a_warning_is_told_once() -> None:
     file = io.StringIO()
     live = LiveProgress(file)
-    for error in (None, "nobody answers", "nobody answers"):
+    for error in (None, "nobody answers", "nobody answers", "step 7 differs", "step 7 differs"):
         live.show(status(warning=error))
+    assert file.getvalue().count("try goes on, but step 7 differs") == 1
     assert file.getvalue().count("try goes on, but nobody answers") == 1
 
 

@@ -86,6 +86,11 @@ def test_remarks_say_what_the_row_has_no_room_for() -> None:
     assert remarks(status(), None) == ("goes on",)
 
 
+def test_a_warning_hides_nothing() -> None:
+    failed = status(phase=RunPhase.FAILED, error="w1 died", warning="step 7 came out otherwise")
+    assert view_of(failed, [], [], None).figures[-2:] == ("w1 died", "warning: step 7 came out otherwise")
+
+
 def test_events_that_say_much_are_told_in_words() -> None:
     told = event_line(event("rescaled", **vars(MEASURED)))
     assert told.endswith("rescaled  2 -> 3 workers at step 60: stall 0.62 s, 0 steps lost, 14.1 MB moved, "

@@ -105,6 +105,16 @@ def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
     assert read_status(tmp_path) == status
 
 
+def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> None:
+    state = RunState(target=Life(LIMITS).target, differences=(9, 7))
+    warning = status_after(tmp_path, state, closed=False).warning
+    assert warning is not None and warning.startswith("step 7 came out otherwise") and "resume it --from" in warning
+    memory = remembered(tmp_path)
+    seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
+    both = status_of(LIMITS, memory, seen, run_dir=tmp_path, closed=False, warning="metrics wait on disk").warning
+    assert both == f"metrics wait on disk; {warning}"
+
+
 def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_path: Path) -> None:
     life = Life(LIMITS)
     life.run_until(lambda: life.step == 3)

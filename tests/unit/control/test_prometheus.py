@@ -14,7 +14,7 @@ from orchestrator.control.prometheus import EVERY_S, Exporter
 from orchestrator.control.run_values import collapse, values_of_run
 from orchestrator.metrics import DECLARED, Kind, Metric, metric
 from orchestrator.policy.progress import Progress
-from orchestrator.policy.run_state import Observation
+from orchestrator.policy.run_state import Note, Observation
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.traffic import Traffic
 from orchestrator.spec.model import ModelSpec
@@ -107,12 +107,20 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     assert later["run/committed_steps"] == 1 and later["run/committed_time"] == vote_time
     assert later["run/checkpoint_time"] == checkpoint >= submitted
     assert later["moe/collapse"] == 0.5 and later["train/skipped"] == 1
+    assert later["verify/checks"] == later["verify/differences"] == 0
+    memory.decided(memory.state, [Note("checked", {"equal": False}), Note("state_differs", {"step": 0})])
+    assert values()["verify/checks"] == values()["verify/differences"] == 1
+    assert later["elastic/rescales"] == later["elastic/recoveries"] == 0
+    memory.decided(memory.state, [Note("rescaled", {}), *2 * [Note("generation_aborted", {})]])
+    assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)
 
     successor = RunMemory(tmp_path, acquire_epoch(tmp_path), limits)
     assert successor.newest_times == memory.newest_times and successor.times == memory.times
     resumed = successor.note("resumed", step=0, token="t")["time"]
     memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits)
     assert values()["run/checkpoint_time"] == resumed and values()["train/skipped"] == 1
+    assert values()["verify/checks"] == values()["verify/differences"] == 1
+    assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)  # what happened isn't undone
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
 """What a tracker that was away is told, from the journal alone."""
 
 import os
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
+from orchestrator.control.crew import Answer
 from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import RunMemory
 from orchestrator.control.preparation import PreparedData
 from orchestrator.control.system import Reading, points_of_readings, read_system
-from orchestrator.control.tracker_link import POINTS_PER_CALL, missing_calls
+from orchestrator.control.tracker_link import POINTS_PER_CALL, TrackerLink, missing_calls
 from orchestrator.control.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.outbox import Outbox
@@ -46,6 +51,50 @@ def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, positio
     assert [step for step, _ in history.curves["train/loss"]] == list(range(STEPS))
     assert [event.kind for event in history.events] == ["submitted", "rescaled", "checkpoint"]
     assert outbox.num_waiting == len(have) + 2 + 1  # the cost of the rescale, and the checkpoint
+
+
+@dataclass
+class Told:
+    """In place of a tracker's handle: what it was called with."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @property
+    def call(self) -> "Told":
+        return self
+
+    def remote(self, *call: Any) -> "Told":
+        self.calls.append(call)
+        return self
+
+    def future(self) -> "Future[None]":
+        return Future()
+
+
+def _has_steps_up_to(step: int) -> Answer:
+    answer: Future[int] = Future()
+    answer.set_result(step)
+    return Answer("tracker", "position", answer)
+
+
+def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) -> None:
+    link = TrackerLink("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, SimpleQueue())
+    link._handle = tracker = Told()
+    path = max((run_dir / "journal").iterdir())
+    away = path.rename(run_dir / "away")
+    path.mkdir()
+    link.take(_has_steps_up_to(-1))
+    assert link.warning == "metrics wait in the journal, which can't be read: Is a directory"
+    assert "publish" not in [method for method, *_ in tracker.calls]
+    path.rmdir()
+    away.rename(path)
+    link._num_open = 0  # what it was sent is answered
+    link.tend(now_s=10.0)
+    assert tracker.calls[-1] == ("position",)
+    link.take(_has_steps_up_to(-1))
+    assert link.warning is None
+    steps = [point.step for method, *args in tracker.calls if method == "publish" for point in args[1]]
+    assert set(steps) == set(range(STEPS))
 
 
 def test_files_and_data_are_told_too(run_dir: Path) -> None:

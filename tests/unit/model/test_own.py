@@ -153,7 +153,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"layers": "self.register_buffer('mask', torch.ones(4).bool())"},
         r"buffers mask are not float32.*persistent=False",
     ),
-    "dropout": ({"layers": "self.drop = nn.Dropout(0.1)"}, r"drop drop at random.*set their p to 0"),
     "batch norm": ({"layers": "self.norm = nn.BatchNorm1d(2)"}, r"buffers norm.num_batches_tracked are not float32"),
     "experts by name": (
         {"layers": "self.a = nn.Module(); self.a.experts = nn.ModuleList([nn.Linear(2, 2)])"},
@@ -174,10 +173,6 @@ def test_what_cannot_be_trained_is_refused_by_name(tmp_path: Path, change: dict[
 
 def _arguments(spec: ModelSpec) -> tuple[ModelSpec, int, ExpertHome]:
     return spec, VOCAB, alone(spec)
-
-
-def test_dropout_at_a_rate_of_zero_is_none(tmp_path: Path) -> None:
-    _model(own_spec(tmp_path, linear(layers="self.drop = nn.Dropout(0.0)")))
 
 
 NO_MODEL = {

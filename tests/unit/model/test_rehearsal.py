@@ -53,11 +53,23 @@ def test_what_fails_in_a_pass_is_named(tmp_path: Path, change: dict[str, Any], m
 
 
 def test_a_model_that_draws_random_numbers_is_refused_where_bits_count(tmp_path: Path) -> None:
-    model = own_spec(tmp_path, linear(forward="return self.head(nn.functional.dropout(self.embedding(tokens)))"))
+    dropout = own_spec(tmp_path, linear(forward="return self.head(nn.functional.dropout(self.embedding(tokens)))"))
+    rehearse(_job(dropout, determinism="exact"), 300, CPU)  # torch's own generator, which is seeded
+    drawn = "torch.rand(1, generator=self.dice)"
+    init, forward = "self.dice = torch.Generator()", f"return self.head(self.embedding(tokens) * {drawn})"
+    model = own_spec(tmp_path, linear(init=init, forward=forward))
     rehearse(_job(model), 300, CPU)
     with pytest.raises(EntrypointError, match=r"head.weight.* have another gradient in a second pass.*determinism"):
         rehearse(_job(model, determinism="exact"), 300, CPU)
     rehearse(_job(example("moe"), determinism="exact"), 300, CPU)
+
+
+def test_a_model_whose_pass_changes_a_buffer_is_refused_where_bits_count(tmp_path: Path) -> None:
+    init = "self.register_buffer('mean', torch.zeros(2))"
+    model = own_spec(tmp_path, linear(init=init, forward="self.mean += 1.0; return self.head(self.embedding(tokens))"))
+    rehearse(_job(model), 300, CPU)
+    with pytest.raises(EntrypointError, match=r"changes buffers mean, so ranks would have different ones"):
+        rehearse(_job(model, determinism="exact"), 300, CPU)
 
 
 def test_isolated_documents_need_a_model_that_takes_them(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ class Life:
     lost: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     committed: int = -1  # newest marked checkpoint
+    unreadable: str = ""  # why checkpoints can't be read
     now_s: float = 0.0
     pending: dict[int, StepRecord] = field(default_factory=dict)  # finished, but not known to be committed
     done_by: list[tuple[str, ...]] = field(default_factory=list)  # per step, who did it last
@@ -115,12 +116,17 @@ class Life:
             nodes=dict(self.nodes),
             causes=dict(self.causes),
             checkpointed=self.committed,
-            restorable=Restore(self.committed, f"step-{self.committed}") if self.committed >= 0 else None,
+            restorable=self._restorable(),
+            unreadable=self.unreadable if self.state.wants_restore else "",
             store_address=self.store,
             draining=dict(self.draining),
             grant=self.grant,
         )
         return replace(plain, **changes)  # type: ignore[arg-type]
+
+    def _restorable(self) -> Restore | None:
+        there = self.committed >= 0 and not self.unreadable
+        return Restore(self.committed, f"step-{self.committed}") if there else None
 
     def tick(self) -> None:
         """The controller decides, then every worker does one thing."""

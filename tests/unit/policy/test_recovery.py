@@ -1,5 +1,7 @@
 """Members are lost at every moment of a run's life: what is decided, and what it costs."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,9 +67,11 @@ def test_a_rank_lost_with_its_buddy_sends_the_run_back_to_a_checkpoint(with_chec
     current = life.state.current
     assert current is not None
     buddy = current.world.members[current.buddies[1]]
+    life.state = replace(life.state, differences=(3, 8))
     life.kill("w1")
     life.kill(buddy)
     life.run_until(lambda: life.state.activated == 1)
+    assert life.state.differences == ((3,) if with_checkpoint else ())  # the rest is done again
     (recovery,) = life.state.recoveries
     assert recovery.source == "checkpoint" and recovery.step == (7 if with_checkpoint else -1)
     assert recovery.steps_lost == 8 - recovery.step
@@ -86,6 +90,37 @@ def test_the_loss_of_everybody_sends_the_run_back_to_a_checkpoint() -> None:
     life.run_to_the_end()
     _trained(life)
     assert life.state.recoveries[0].step == 7
+
+
+def _without_anybody_or_checkpoints() -> Life:
+    """All members are lost, and storage is out of reach."""
+    life = Life(limits_of(steps=40), checkpoint_every=4)
+    life.run_until(lambda: life.step == 9)
+    life.unreadable = "checkpoints can't be read: Stale file handle"
+    life.kill("w0")
+    life.kill("w1")
+    return life
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_waited_for() -> None:
+    life = _without_anybody_or_checkpoints()
+    for _ in range(10):
+        life.tick()
+    assert phase_of(life.state, life.seen()) is RunPhase.RECOVERING and life.of_kind("rolled_back") == []
+    assert "Stale file handle" in explain(life.limits, life.state, life.seen())
+    life.unreadable = ""
+    life.run_to_the_end()
+    _trained(life)
+    assert life.state.recoveries[0].step == 7
+
+
+def test_whoever_waits_for_a_checkpoint_may_be_cancelled() -> None:
+    life = _without_anybody_or_checkpoints()
+    life.run_until(lambda: life.state.wants_restore)
+    life.cancel()
+    life.run_to_the_end()
+    assert life.state.outcome is RunPhase.CANCELLED and "while checkpoints can't be read" in life.state.why
+    assert life.of_kind("rolled_back") == [] and life.committed == 7
 
 
 def test_below_the_least_number_of_workers_the_run_waits_and_says_so() -> None:

@@ -40,12 +40,24 @@ def test_values_survive_json() -> None:
         ({"seq": "1", "workers": 2}, "Target.seq is '1'; it must be int"),
         ({"seq": True, "workers": 2}, "Target.seq is True"),
         ([], "Target is"),
+        ({"seq": 1, "workers": 2, "finish": "soon"}, "Target.finish is 'soon'; it must be one of "),
     ],
-    ids=["unknown", "missing", "type", "bool for int", "no object"],
+    ids=["unknown", "missing", "type", "bool for int", "no object", "no such word"],
 )
 def test_what_does_not_fit_is_refused(plain: object, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         from_plain(Target, plain)
+
+
+def test_where_something_does_not_fit_is_told() -> None:
+    plain = to_plain(DIRECTIVE)
+    plain["next"]["world"]["members"][1] = 7
+    with pytest.raises(ProtocolError, match=r"^Directive\.next\.world\.members\[1\] is 7; it must be str"):
+        from_plain(Directive, plain)
+    plain = to_plain(DIRECTIVE)
+    plain["next"]["world"]["colour"] = "red"
+    with pytest.raises(ProtocolError, match=r"^Directive\.next\.world has no field colour; "):
+        from_plain(Directive, plain)
 
 
 def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:

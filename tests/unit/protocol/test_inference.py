@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.inference import (
+    LINES,
     Answer,
     Evaluation,
     EvaluationResult,
@@ -14,8 +15,6 @@ from orchestrator.protocol.inference import (
     Remark,
     Request,
     Split,
-    from_line,
-    to_line,
 )
 
 
@@ -33,12 +32,12 @@ from orchestrator.protocol.inference import (
     ids=lambda message: type(message).__name__,
 )
 def test_a_message_is_one_line_and_comes_back(message: Request | Answer) -> None:
-    line = to_line(message)
+    line = LINES.write(message)
     assert "\n" not in line
-    assert from_line(line) == message
+    assert LINES.read(line) == message
 
 
 @pytest.mark.parametrize("line", ["", "{}", "[1]", '{"kind": "Order", "value": {}}', '{"kind": "Piece", "value": {}}'])
 def test_other_lines_are_refused(line: str) -> None:
     with pytest.raises(ProtocolError):
-        from_line(line)
+        LINES.read(line)

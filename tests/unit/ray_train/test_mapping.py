@@ -74,7 +74,6 @@ ONE = {"workers.min": 1, "workers.max": 1, **FIXED}
         ),
         (keeping(checkpoint_score_attribute="perf/tokens_per_second"), {}),
     ],
-    ids=str,
 )
 def test_what_a_field_says(config: Any, wanted: Job) -> None:
     assert said(config) == wanted
@@ -106,7 +105,6 @@ def test_what_a_field_says(config: Any, wanted: Job) -> None:
             "low eval/loss",
         ),
     ],
-    ids=str,
 )
 def test_what_cannot_be_done_is_refused_by_name(config: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words) as refused:
@@ -171,7 +169,6 @@ def test_a_fixed_number_ends_whatever_would_change_it() -> None:
         ({"workers": {"max": 3, "schedule": [{"at_step": 5, "workers": 3}]}}, "manual"),
         ({"workers": {"max": 3, "schedule": []}}, "available"),
     ],
-    ids=str,
 )
 def test_a_range_grows_by_itself_unless_the_job_says_otherwise(job: Job, policy: str) -> None:
     assert job_of(ScalingConfig(num_workers=(1, 4)), **job).autoscale.policy == policy
@@ -207,7 +204,6 @@ def test_a_config_counts_in_place_of_the_job_and_leaves_the_rest() -> None:
             "keep_best needs validations: set eval.every",
         ),
     ],
-    ids=str,
 )
 def test_what_the_job_does_not_allow_is_an_error_that_names_the_config(config: Any, job: Job, words: str) -> None:
     scaling, run = (config, None) if isinstance(config, ScalingConfig) else (None, config)

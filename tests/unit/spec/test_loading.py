@@ -47,7 +47,7 @@ def test_a_float_may_be_written_as_a_whole_number() -> None:
     [
         pytest.param("wokers: 2", "3:1: wokers: unknown key; nearest known key: workers", id="unknown"),
         pytest.param("lr: 1", "3:1: lr: unknown key; nearest known key: train.lr", id="elsewhere"),
-        pytest.param("version: v1", "3:1: version: unknown key; known here: schema, name, work", id="far"),
+        pytest.param("zzz: v1", "3:1: zzz: unknown key; known here: schema, name, work", id="far"),
         pytest.param("train: {stepps: 9}", "3:9: train.stepps: unknown key; nearest known key: train.steps", id="deep"),
         pytest.param(
             "workers: {max: 2, schedule: [{at_step: 1, worker: 2, workers: 2}]}",
@@ -132,6 +132,27 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
             "train: {determinism: exact}\ncommunication: {ranks_per_token: 1}",
             "communication.ranks_per_token",
             "depends on where experts lie",
+        ),
+        (
+            "verify: {every: 5}\nworkers: {max: 2, standby: 1}\ncheckpoint: {every: 50}",
+            "verify.every",
+            "needs train.determinism to be exact; got fast",
+        ),
+        (
+            "verify: {every: 5}\ntrain: {determinism: exact}\ncheckpoint: {every: 50}",
+            "verify.every",
+            "needs workers.standby to be at least 1; got 0",
+        ),
+        (
+            "verify: {every: 5}\ntrain: {determinism: exact}\nworkers: {max: 2, standby: 1}",
+            "verify.every",
+            "needs checkpoint.every to be a number of steps; got null",
+        ),
+        (
+            "verify: {every: 5, steps: 9}\ntrain: {determinism: exact}\nworkers: {max: 2, standby: 1}\n"
+            "checkpoint: {every: 9}",
+            "verify.steps",
+            "must be less than checkpoint.every: they follow the newest checkpoint; got 9 and 9",
         ),
         ("train: {determinism: exact, micro_batch_size: auto}", "train.micro_batch_size", "found by measuring"),
         (
@@ -358,7 +379,7 @@ def test_values_of_python_are_a_job() -> None:
     assert values["storage"] == Path("a")  # they are left as they are
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, float("nan")], ids=str)
+@pytest.mark.parametrize("value", [object(), {1, 2}, float("nan")], ids=["object", "set", "nan"])
 def test_what_no_file_could_hold_is_refused(value: object) -> None:
     with pytest.raises(SpecError, match="job:1:1: must hold only what a job file can"):
         job_from({"schema": "v1", "name": "try", "envs": value})

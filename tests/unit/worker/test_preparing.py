@@ -108,7 +108,7 @@ def test_a_standby_waits_for_a_plan_that_names_it(workshop: Workshop, desk: Desk
     preparations = Preparations(workshop, desk)
     desk.put(Directive(1, 0, next=_plan(1, "w1")))
     found: list[GenerationPlan] = []
-    waiter = threading.Thread(target=lambda: found.append(preparations.await_next().plan), daemon=True)
+    waiter = threading.Thread(target=lambda: found.append(preparations.await_next(lambda _: False).plan), daemon=True)
     waiter.start()
     plan = _plan(2, "w0")
     desk.put(Directive(1, 1, next=plan))
@@ -122,7 +122,7 @@ def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(workshop: Worksh
     alone = World(0, ("w0",))
     desk.put(Directive(1, 0, next=_plan(1, "w0", "w1", source=alone)))
     desk.put(Directive(1, 1, next=_plan(2, "w0", source=alone)))
-    assert preparations.await_next().plan.generation == 2
+    assert preparations.await_next(lambda _: False).plan.generation == 2
     preparations.close()
 
 
@@ -159,7 +159,7 @@ def test_waiting_for_activation_ends_with_it_or_with_another_plan(
 ) -> None:
     preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
     desk.put(Directive(1, 0, next=plan, activated=0))
-    assert preparations.await_next().plan == plan
+    assert preparations.await_next(lambda _: False).plan == plan
     found: list[int] = []
     waiter = threading.Thread(target=lambda: found.append(preparations.await_activation(plan)), daemon=True)
     waiter.start()
@@ -173,6 +173,6 @@ def test_waiting_for_activation_ends_with_it_or_with_another_plan(
 def test_a_newcomer_hears_that_the_run_went_on_without_it(workshop: Workshop, desk: Desk) -> None:
     preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
     desk.put(Directive(1, 0, next=plan))
-    assert preparations.await_next().plan == plan
+    assert preparations.await_next(lambda _: False).plan == plan
     desk.put(Directive(1, 1, current=_plan(2, "w1"), activated=2))
     assert preparations.await_activation(plan) == 2

@@ -1,0 +1,65 @@
+"""The `data` section: the text to train on."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from orchestrator.spec.section import Broken, Section, directory, refuse
+
+BUILTIN_CORPORA = ("stdlib", "pydocs")
+BY_DOCUMENT = "documents"  # of data.rows
+
+
+def _source(source: str) -> str:
+    kind, colon, name = source.partition(":")
+    if kind == "builtin" and colon:
+        if name not in BUILTIN_CORPORA:
+            nearest = get_close_matches(name, BUILTIN_CORPORA, n=1) or BUILTIN_CORPORA
+            raise refuse(f"must be a built-in corpus that exists (nearest: builtin:{nearest[0]}) or a path")
+        return source
+    return directory(source)
+
+
+class DataSpec(Section):
+    """The text to train on, and how it becomes tokens."""
+
+    source: Annotated[str, AfterValidator(_source)] = Field(
+        default="builtin:stdlib",
+        description="`builtin:stdlib` (the running Python's own library), `builtin:pydocs` (Python's manual, of "
+        "Debian's python3.13-doc), one file, or a folder of files: .txt or .jsonl, both also as .gz, .parquet or "
+        ".arrow. Of a folder that the datasets library saved, the files that it names are read in its order; of one "
+        "with several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written.",
+    )
+    text_key: str = Field(
+        default="text", min_length=1, description="Key or column that holds the text, in files that have rows."
+    )
+    vocab_size: int = Field(
+        default=2048,
+        ge=257,
+        description="Tokens of the byte-level BPE tokenizer, at most; 256 bytes and one border included. Without "
+        "meaning with a tokenizer that is given.",
+    )
+    tokenizer: Annotated[str, AfterValidator(directory)] | None = Field(
+        default=None,
+        description="A tokenizer.json to use instead of training one; the files beside it name the token that begins a "
+        "document. null: that of model.init_from, else a trained one.",
+    )
+    holdout: float = Field(
+        default=0.05, gt=0, lt=1, description="Fraction of the documents that is kept for validation."
+    )
+    rows: Literal["packed", "documents"] = Field(
+        default="packed",
+        description="packed: documents lie back to back and are cut into rows of one length, without padding. "
+        "documents: a row is a document, or a piece of a long one, so rows are of unequal length; in a slot they are "
+        "padded to its longest.",
+    )
+    isolate_documents: bool = Field(
+        default=False, description="true: attention stops at the borders of documents. The loss never crosses them."
+    )
+
+    def broken_rules(self) -> Iterator[Broken]:
+        if self.rows == BY_DOCUMENT and self.isolate_documents:
+            rule = "isolate_documents has no meaning with rows: documents, which hold one document each: leave it out"
+            yield Broken((("isolate_documents",), ("rows",)), rule)

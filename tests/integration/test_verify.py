@@ -1,0 +1,290 @@
+"""Steps that are done again, and bits that flip: real workers, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.control.checkpoints import commit_checkpoint
+from orchestrator.control.run_files import RunFiles
+from orchestrator.policy.run_state import Commit
+from orchestrator.policy.verifying import Difference, first_difference
+from orchestrator.protocol.messages import Check, Checked, PastWorld, Phase, StepRecord
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.job import CheckpointSpec, EvalSpec, JobSpec, VerifySpec, WorkersSpec
+from orchestrator.state.witness import whole
+from tests.support.crew import Crew, MoveFailed
+from tests.support.faults import Fault, Moment
+from tests.support.own_models import linear, own_spec
+from tests.support.real_runs import own_cluster, until
+from tests.support.texts import STEPS, small_job
+
+EVERY = 5  # steps between checkpoints
+
+
+def _job(texts: Path) -> JobSpec:
+    changes = {
+        "checkpoint": CheckpointSpec(every=EVERY),
+        "verify": VerifySpec(every=EVERY, steps=EVERY - 1),
+        "workers": WorkersSpec(min=1, max=3, initial=2, standby=1),
+    }
+    return small_job(texts, determinism="exact").model_copy(update=changes)
+
+
+@pytest.fixture
+def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    with Crew(_job(texts), store_dir, tmp_path, size=3) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        yield crew
+
+
+@pytest.fixture(scope="module")
+def calm(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[StepRecord]:
+    """The steps of a run to which nothing happens, each with the digest of the whole state."""
+    with Crew(_job(texts), store_dir, tmp_path_factory.mktemp("calm"), size=1) as crew:
+        crew.start(crew.plan(crew.ids))
+        crew.await_finished()
+    return _wholes(crew)
+
+
+def _commit(crew: Crew, step: int) -> None:
+    """Mark the checkpoint of this step, as the controller would."""
+    assert crew.directive.current is not None
+    members = list(crew.directive.current.world.members)
+    crew.await_all(members, lambda r: any(shard.step == step for shard in r.shards))
+    written = [shard for w in members for shard in crew.members[w].report().shards if shard.step == step]
+    commit_checkpoint("test", Path(crew.job.storage_dir), 1, Commit(step, 1, 0, tuple(written)))
+
+
+def _check(crew: Crew, step: int, last_step: int, number: int = 0) -> Check:
+    plan = crew.directive.current
+    assert plan is not None
+    check = Check(number, crew.ids[2], step, last_step, (PastWorld(0, plan.world, plan.placement),))
+    crew.send(check=check)
+    return check
+
+
+def _wholes(crew: Crew) -> list[StepRecord]:
+    """With one digest, that of the whole state."""
+    return [replace(record, digests=(whole(record.digests),)) for record in crew.records.values()]
+
+
+def _answer(crew: Crew, check: Check) -> Checked:
+    crew.await_all([check.worker], lambda r: r.checked is not None and r.checked.number == check.number)
+    answer = crew.members[check.worker].report().checked
+    assert answer is not None and not answer.error
+    return answer
+
+
+def test_a_standby_does_steps_again_and_finds_them_equal(crew: Crew) -> None:
+    crew.await_step(14)
+    _commit(crew, 4)
+    answer = _answer(crew, _check(crew, 4, 14))
+    assert [finding.step for finding in answer.findings] == list(range(5, 15))
+    assert first_difference(list(crew.records.values()), answer.findings) is None
+    digests = {digest for finding in answer.findings for digest in finding.digests}
+    assert len(digests) == 20 and all(len(finding.digests) == 2 for finding in answer.findings)
+    assert crew.members["w2"].report().phase is Phase.STANDBY
+    again = _answer(crew, _check(crew, 4, 6, number=1))  # and what was there before is in nobody's way
+    assert [finding.digests for finding in again.findings] == [crew.records[step].digests for step in (5, 6)]
+    crew.await_finished()
+
+
+@pytest.mark.parametrize("tensor", ["exp_avg/", "master/"])
+def test_a_bit_that_flips_in_an_update_is_found_with_its_step_and_rank(crew: Crew, tensor: str) -> None:
+    crew.arm(Fault(1, Moment.UPDATE, step=8, flips=tensor))
+    crew.await_step(14)
+    _commit(crew, 4)
+    answer = _answer(crew, _check(crew, 4, 14))
+    assert first_difference(list(crew.records.values()), answer.findings) == Difference(8, ("state",), (1,))
+    crew.await_finished()
+
+
+@pytest.mark.parametrize("tensor", ["param/", "exp_avg_sq/", "master/"])
+def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(crew: Crew, calm: list[StepRecord], tensor: str) -> None:
+    crew.arm(Fault(1, Moment.FORWARD, step=8, generation=0, flips=tensor))
+    crew.await_all(["w1"], lambda r: r.phase is Phase.FAILED)
+    error = crew.members["w1"].report().error
+    assert error is not None and error.kind == "corrupted"
+    assert tensor in error.message and "of rank 1 on" in error.message and "steps 7 and 8" in error.message
+    crew.members["w1"].kill()  # as the controller does with whoever has failed
+    with suppress(MoveFailed):  # if the flipped bit came into the newest snapshot, which was being taken
+        crew.recover(["w0", "w2"])
+    if crew.directive.next is not None:
+        told = crew.members["w0"].report().error
+        assert told is not None and "the state after step 7 is no longer what it was" in told.message
+        plan = crew.recover(["w0", "w2"])
+        assert plan.source is not None and plan.source.step == 6
+    crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+    assert first_difference(_wholes(crew), calm) is None
+
+
+def test_a_check_gives_way_to_a_plan(crew: Crew) -> None:
+    crew.await_step(5)
+    _commit(crew, 4)
+    check = _check(crew, 4, STEPS - 1)
+    plan = crew.rescale(crew.ids)
+    answer = _answer(crew, check)
+    assert len(answer.findings) < STEPS - 5
+    assert crew.members["w2"].report().generation == plan.generation
+    crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+    assert first_difference(list(crew.records.values()), answer.findings) is None
+
+
+def test_a_check_whose_checkpoint_is_gone_says_so_and_harms_nobody(crew: Crew) -> None:
+    crew.await_step(5)
+    check = _check(crew, 3, 5)  # never marked
+    crew.await_all([check.worker], lambda r: r.checked is not None)
+    report = crew.members[check.worker].report()
+    assert report.checked is not None and "step-00000003" in report.checked.error and report.phase is Phase.STANDBY
+    crew.rescale(crew.ids)
+    crew.await_finished()
+    assert sorted(crew.records) == list(range(STEPS))
+
+
+# -- with a cluster --------------------------------------------------------------------------------------------------
+
+FLIPS = """
+        for name in ("rest", "gradient"):
+            if (MARKS / name).exists():
+                (MARKS / name).rename(MARKS / f"{name}.done")  # one process only
+                if name == "rest":
+                    self.head.weight.data.view(torch.int32)[3, 2] ^= 1 << 12
+                else:
+                    self.head.weight.register_hook(lambda gradient: flip(gradient.clone()))
+        return self.head(self.embedding(tokens))
+"""
+FLIP = """
+from pathlib import Path
+
+MARKS = Path("{marks}")
+
+def flip(gradient):  # an element's would hardly show in the norm
+    gradient.view(torch.int32).bitwise_xor_(1 << 22)
+    return gradient
+
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.journey
+@pytest.mark.timeout(300)
+def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(texts: Path, tmp_path: Path) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    source = linear(forward=FLIPS.strip(), methods=FLIP.format(marks=marks))
+    job = _job(texts)
+    changes = {
+        "model": own_spec(tmp_path, source),
+        "storage": str(tmp_path / "runs"),
+        "train": job.train.model_copy(update={"steps": 2000}),
+        "verify": VerifySpec(every=10, steps=10),
+        "checkpoint": CheckpointSpec(every=20, keep_last=3),
+    }
+    with own_cluster(tmp_path / "home", cpus=4) as client:
+        run = client.submit(job.model_copy(update=changes))
+
+        def told(kind: str, after: int = -1) -> list[dict[str, Any]]:
+            return [event for event in client.events(run, after=after) if event["kind"] == kind]
+
+        until(client, run, lambda s: bool(told("checked")))
+        (marks / "rest").touch()
+        until(client, run, lambda s: bool(told("worker_lost")) and not s.phase.ended and s.workers_now == 2)
+        (lost,) = told("worker_lost")
+        assert lost["cause"] == "corrupted" and "param/model.head.weight of rank" in lost["why"]
+        until(client, run, lambda s: bool(told("checked", after=lost["seq"])))
+        assert all(event["equal"] for event in told("checked")) and told("state_differs") == []
+
+        (marks / "gradient").touch()
+        until(client, run, lambda s: bool(told("state_differs")))
+        client.cancel(run)
+        status = client.wait(run, timeout_s=60.0)
+        wrong = told("state_differs")[0]
+    # All ranks take a gradient over, so it can't be told whose it was.
+    assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.CANCELLED
+    assert status.warning is not None and f"step {wrong['step']} came out otherwise" in status.warning
+    unequal = next(event for event in _events(status) if event["kind"] == "checked" and not event["equal"])
+    assert unequal["first_step"] <= wrong["step"] <= unequal["last_step"]
+
+
+def _events(status: RunStatus) -> list[dict[str, Any]]:
+    return RunFiles(Path(status.run_dir)).events()
+
+
+@pytest.mark.parametrize("worlds", [[2, 1], [3, 2]])
+def test_nothing_differs_in_runs_with_all_that_steps_may_have(
+    texts: Path, store_dir: Path, tmp_path: Path, worlds: list[int]
+) -> None:
+    """bf16, ZeRO 2, more ranks than experts, a batch left out, validations; across a checkpoint of another world."""
+    train = {"precision": "bf16", "zero_stage": 2, "determinism": "exact"}
+    plain = small_job(texts, {"num_experts": 2, "top_k": 2}, **train)
+    job = plain.model_copy(update={"checkpoint": CheckpointSpec(every=EVERY), "eval": EvalSpec(every=2)})
+    with Crew(job, store_dir, tmp_path, size=4) as crew:
+        crew.start(crew.plan(crew.ids[: worlds[0]], skips=(7,)))
+        crew.await_step(5)
+        _commit(crew, 4)
+        first = crew.directive.current
+        second = crew.rescale(crew.ids[: worlds[1]], skips=(7,))
+        crew.await_finished()
+        assert first is not None and crew.records[7].skipped
+        began = next(r.step for r in sorted(crew.records.values(), key=lambda r: r.step) if r.generation == 1)
+        past = (PastWorld(0, first.world, first.placement), PastWorld(began, second.world, second.placement))
+        check = Check(0, crew.ids[3], 4, STEPS - 1, past, skips=(7,))
+        crew.send(check=check)
+        answer = _answer(crew, check)
+    assert len(answer.findings) == STEPS - 5
+    assert first_difference(list(crew.records.values()), answer.findings) is None
+    assert {len(finding.digests) for finding in answer.findings} == set(worlds)
+
+
+@pytest.mark.ray
+@pytest.mark.journey
+@pytest.mark.timeout(200)
+def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    changes = {
+        "storage": str(storage),
+        "name": "proof",
+        "verify": VerifySpec(),
+        "workers": WorkersSpec(min=1, max=2, standby=1),
+    }
+    with own_cluster(tmp_path / "home", cpus=3) as client:
+        run = client.submit(_job(texts).model_copy(update=changes))
+        until(client, run, lambda s: s.step > 2)
+        client.scale(run, 2)
+        run_dir = Path(client.wait(run, timeout_s=100.0).run_dir)
+
+    def verify(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "verify", "proof"]
+        done = subprocess.run([*command, "--storage", str(storage), *args], capture_output=True, text=True, timeout=100)
+        assert done.returncode == expect, f"{args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        return done
+
+    told = verify()
+    assert "Steps 25 to 29 of run proof" in told.stderr and "step-00000024" in told.stderr
+    assert "5 steps: losses, norms and states are the same, bit for bit." in told.stdout
+
+    found = json.loads(verify("--from", "-1", "--steps", "40", "--workers", "3", "-o", "json").stdout)
+    assert found | {"equal": True, "first_step": 0, "last_step": 29, "workers": 3, "difference": None} == found
+
+    (path,) = [p for p in run_dir.glob("journal/*.json") if '"step":27,' in p.read_text()]
+    record = next(r for r in RunFiles(run_dir).steps() if r.step == 27)
+    assert record.world_size == 2
+    wrong = f"{int(record.digests[1], 16) ^ 1:016x}"
+    path.write_text(path.read_text().replace(record.digests[1], wrong))
+    told = verify("--workers", "1", expect=100)
+    assert "Step 27 differs: the state that it led to, of rank 1 (w" in told.stdout
+
+    assert "has no step after 29; its newest committed one is 29" in verify("--from", "29", expect=2).stderr
+    assert "no checkpoint of step 7; it holds 4, 9, 14, 19, 24, 29" in verify("--from", "7", expect=102).stderr
+    job_file = run_dir / "job.json"
+    job_file.write_text(job_file.read_text().replace('"exact"', '"fast"', 1))
+    assert "train.determinism of run proof is fast" in verify(expect=2).stderr
