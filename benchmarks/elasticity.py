@@ -26,7 +26,7 @@ import psutil
 from benchmarks.harness import Result, Spread, at_most, equals, median_interval, run, say
 from benchmarks.recovery import job_of
 from benchmarks.rescale import MODEL, QUICK_MODEL
-from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.data import prepared_storage
 from benchmarks.support.host_losses import HostedRun, hosted_run
 from orchestrator.control.journal import read_events
 from orchestrator.control.run_files import RunFiles
@@ -62,11 +62,8 @@ def measure(quick: bool) -> Result:
     joins, drains = list[Join](), list[Drain]()
     with tempfile.TemporaryDirectory(prefix="elasticity-") as folder:
         workspace = Path(folder)
-        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
-        prepared(data, stores)
-        storage = workspace / "runs"
-        storage.mkdir()
-        (storage / ".data").symlink_to(stores)
+        there = prepared_storage(quick, workspace)
+        data, storage = there.data, there.storage
         changes = {
             "name": "elastic",
             "workers": WorkersSpec(min=1, max=WORKERS + 1, initial=WORKERS),

@@ -7,9 +7,10 @@ workers to which nothing happens, and one that is scaled, loses workers and goes
 fast runs, with 1 worker and with 3.
 
 - `digests_equal`: at every checkpoint, one each 100 steps, all tensors of all runs have the same bits.
-- `loss_differences`: steps in which any of a run's losses or norms has another bit than the first run's.
+- `loss_differences`: steps in which a run's loss, its gradients' norm, or the digest of the state that it led to has
+  another bit than the first run's.
 - `events`: rescales, killed workers and resumes that the eventful run went through.
-- `fast_first_difference_step`: the first step whose loss isn't the same in the two fast runs.
+- `fast_first_difference_step`: the first step whose loss or norm isn't the same in the two fast runs.
 """
 
 import hashlib
@@ -20,27 +21,28 @@ from typing import Any
 
 from benchmarks.harness import Bar, Result, at_least, equals, run, say
 from benchmarks.rescale import QUICK_MODEL
-from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.checkpoint.manifest import parse_step_name
 from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
 from orchestrator.client import OrchestratorClient
 from orchestrator.control.memory import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.state.witness import whole
 
 MODEL = {
     "hidden_size": 96,
-    "num_layers": 4,
+    "num_layers": 2,
     "num_heads": 4,
     "num_kv_heads": 2,
     "intermediate_size": 256,
     "num_experts": 16,
     "top_k": 2,
-    "expert_intermediate_size": 128,
+    "expert_intermediate_size": 256,
 }
-BATCH = {"global_batch_size": 6, "micro_batch_size": 1, "sequence_length": 48}
+BATCH = {"global_batch_size": 6, "micro_batch_size": 1, "sequence_length": 32}
 WORLDS, QUICK_WORLDS = (1, 2, 3, 4, 6), (1, 2)
-KINDS = [(precision, stage) for precision in ("fp32", "bf16") for stage in (1, 2)]
+KINDS = [(precision, stage) for precision in ("bf16", "fp32") for stage in (1, 2)]
 STEPS, QUICK_STEPS = 1000, 300
 CHECKPOINT_EVERY, QUICK_CHECKPOINT_EVERY = 100, 75
 EVENTS, QUICK_EVENTS = 24, 4
@@ -56,11 +58,8 @@ def measure(quick: bool) -> Result:
     bars: list[Bar] = []
     with tempfile.TemporaryDirectory(prefix="exact-") as folder:
         workspace = Path(folder)
-        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
-        prepared(data, stores)
-        storage = workspace / "runs"
-        storage.mkdir()
-        (storage / ".data").symlink_to(stores)
+        there = prepared_storage(quick, workspace)
+        data, storage = there.data, there.storage
         with Product(workspace / "home", num_cpus=max(WORLDS)) as product:
             for precision, stage in KINDS[:1] if quick else KINDS:
                 name = f"{precision}-{stage}"
@@ -108,7 +107,8 @@ def compare(
 
 
 def job_of(name: str, size: int | None, data: DataSpec, storage: Path, quick: bool, **train: Any) -> JobSpec:
-    """`size`: of a world that stays as it is; None for one that is scaled, and has standbys to be quick about it."""
+    """`size`: of a world that stays as it is, and needs no snapshots; None for one that is scaled, and has standbys, to
+    be quick about it."""
     workers = {"min": 1, "max": max(SIZES), "initial": 2, "standby": 2} if size is None else {"min": size, "max": size}
     steps, every = (QUICK_STEPS, QUICK_CHECKPOINT_EVERY) if quick else (STEPS, CHECKPOINT_EVERY)
     return JobSpec.model_validate(
@@ -120,6 +120,7 @@ def job_of(name: str, size: int | None, data: DataSpec, storage: Path, quick: bo
             "train": {**BATCH, "steps": steps, "lr": 2e-3, **train},
             "data": data,
             "checkpoint": {"every": every},
+            "protection": "every_step" if size is None else "off",
             "storage": str(storage),
         }
     )
@@ -154,7 +155,7 @@ def eventful(client: OrchestratorClient, job: JobSpec, quick: bool) -> tuple[Pat
 
 
 def steps_of(run_dir: Path) -> Steps:
-    return [(record.loss, record.grad_norm, record.applied) for record in read_steps(run_dir)]
+    return [(r.loss, r.grad_norm, r.applied, whole(r.digests)) for r in read_steps(run_dir)]
 
 
 def digests_of(run_dir: Path, quick: bool) -> Checkpoints:

@@ -7,6 +7,8 @@ The same job with `train.determinism` fast and exact, 16 M parameters, 1,024 tok
 processors, in both arms alike.
 
 - `overhead`: the time of an exact step over that of a fast one, less one.
+- `cpu_overhead`: the same of the processors' time that all ranks together use per step, over all rounds. It doesn't
+  tell who waited for whom, and is steadier.
 - `gradient_bytes`: sent by all ranks in a step, exact over fast. `token_bytes` likewise: copies travel apart.
 - `memory_mb`: resident, of the rank that has most, exact less fast.
 """
@@ -30,7 +32,8 @@ SLOT = {"micro_batch_size": 4, "sequence_length": 256}
 ROWS = {2: 16, 3: 24}  # two slots for each rank
 QUICK_SLOT = {"micro_batch_size": 2, "sequence_length": 32}
 THREADS = 1
-ROUNDS, BLOCK_STEPS = 8, 2
+ROUNDS, BLOCK_STEPS = 40, 4
+WARM_STEPS, QUICK_WARM_STEPS = 24, 4  # until workers have touched the memory that they keep for what may come
 QUICK_ROUNDS = 2
 TOKENS = (TrafficKind.DISPATCH, TrafficKind.COMBINE)
 
@@ -80,17 +83,21 @@ def compare(
         for name in ("fast", "exact"):
             job = job_of(name, size, data, quick)
             arms[name] = alive.enter_context(OurLoop(job, store_dir, directory / name, size, THREADS))
-            arms[name].run_block(BLOCK_STEPS, START_TIMEOUT_S)
+            arms[name].run_block(QUICK_WARM_STEPS if quick else WARM_STEPS, START_TIMEOUT_S)
             say(f"{size} workers: {name} is warm")
+        before = {key: used(arm) for key, arm in arms.items()}
         speeds = alternate({key: lambda arm=arm: arm.run_block(BLOCK_STEPS) for key, arm in arms.items()}, rounds)  # type: ignore[misc]
+        after = {key: used(arm) for key, arm in arms.items()}
         memory = {key: max(psutil.Process(pid).memory_info().rss for pid in arm.pids) for key, arm in arms.items()}
         sent = {key: arm.traffic for key, arm in arms.items()}
+    cpu_s = {key: (after[key][0] - before[key][0]) / (after[key][1] - before[key][1]) for key in arms}
     slowdown = median_interval([ratio - 1.0 for ratio in ratios(speeds["fast"], speeds["exact"])])
     gradients = sent["exact"]["gradient"].payload / sent["fast"]["gradient"].payload
     tokens = {key: sum(traffic[kind.value].payload for kind in TOKENS) for key, traffic in sent.items()}
     say(f"{size} workers: overhead {slowdown.median:.3f} [{slowdown.low:.3f}, {slowdown.high:.3f}]")
     metrics = {
         "overhead": slowdown,
+        "cpu_overhead": cpu_s["exact"] / cpu_s["fast"] - 1.0,
         "gradient_bytes": gradients,
         "token_bytes": tokens["exact"] / tokens["fast"],
         "memory_mb": (memory["exact"] - memory["fast"]) / 2**20,
@@ -101,6 +108,12 @@ def compare(
         at_most(f"gradient_bytes_{size}", 2.0, gradients),
     ]
     return metrics, bars
+
+
+def used(arm: OurLoop) -> tuple[float, int]:
+    """The processors' time of all its ranks so far in seconds, and its steps."""
+    times = [psutil.Process(pid).cpu_times() for pid in arm.pids]
+    return sum(time.user + time.system for time in times), len(arm.losses)
 
 
 if __name__ == "__main__":

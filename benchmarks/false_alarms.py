@@ -29,7 +29,7 @@ import psutil
 from benchmarks.harness import Result, equals, quantile, run, say
 from benchmarks.recovery import QUICK_WORKERS, WORKERS, job_of
 from benchmarks.rescale import MODEL, QUICK_MODEL
-from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.control.calls import ask
 from orchestrator.control.host import Handle, find, names_of
@@ -50,11 +50,8 @@ def measure(quick: bool) -> Result:
     duration_s = QUICK_S if quick else 60.0 * MINUTES
     with tempfile.TemporaryDirectory(prefix="false-alarms-") as folder:
         workspace = Path(folder)
-        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
-        prepared(data, stores)
-        storage = workspace / "runs"
-        storage.mkdir()
-        (storage / ".data").symlink_to(stores)
+        there = prepared_storage(quick, workspace)
+        data, storage = there.data, there.storage
         job = job_of(data, storage, quick).model_copy(update={"name": "healthy"})
         with Product(workspace / "home", num_cpus=WORKERS + 2) as product:
             live = LiveRun(product.client, job)

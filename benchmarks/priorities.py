@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.harness import Result, at_most, equals, median_interval, run, say
 from benchmarks.rescale import BATCH, MODEL, NEVER, QUICK_MODEL
-from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.control.journal import read_events
 from orchestrator.control.memory import read_steps
@@ -56,11 +56,8 @@ def measure(quick: bool) -> Result:
     found: list[Round] = []
     with tempfile.TemporaryDirectory(prefix="priorities-") as folder:
         workspace = Path(folder)
-        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
-        prepared(data, stores)
-        storage = workspace / "runs"
-        storage.mkdir()
-        (storage / ".data").symlink_to(stores)
+        there = prepared_storage(quick, workspace)
+        data, storage = there.data, there.storage
         with Product(workspace / "home", num_cpus=PLACES) as product:
             low = LiveRun(product.client, job_of("low", f"1..{PLACES}", 0, NEVER, data, storage, quick))
             low.until(lambda s: s.step > 20 and s.workers_now == PLACES, "the low run trains")

@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, Bar, Interval, Result, Spread, at_least, at_most, equals, median_interval, run, say
 from benchmarks.rescale import BATCH, MODEL, NEVER, QUICK_MODEL, ratio_of
-from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.data import prepared_storage
 from benchmarks.support.host_losses import HOST_FAULTS, hosted_run
 from benchmarks.support.losses import STEADY_STEPS, Fault, after_loss, full, once, typical_step_s, within_a_step
 from benchmarks.support.product import LiveRun, Product
@@ -53,11 +53,8 @@ def measure(quick: bool) -> Result:
     kinds = ("sigkill",) if quick else tuple(FAULTS)
     with tempfile.TemporaryDirectory(prefix="recovery-") as folder:
         workspace = Path(folder)
-        data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
-        store = prepared(data, stores)
-        storage = workspace / "runs"
-        storage.mkdir()
-        (storage / ".data").symlink_to(stores)
+        there = prepared_storage(quick, workspace)
+        data, store, storage = there.data, there.store, there.storage
         job = job_of(data, storage, quick)
         with Product(workspace / "home", num_cpus=WORKERS + 2) as product:
             live = LiveRun(product.client, job)

@@ -38,7 +38,7 @@ from benchmarks.harness import (
     say,
     theil_sen,
 )
-from benchmarks.support.data import data_spec, prepared, stores_dir
+from benchmarks.support.data import prepared_storage
 from benchmarks.support.minimum import minimum_bytes
 from benchmarks.support.product import LiveRun, Product, Request
 from orchestrator.control.memory import read_steps
@@ -105,12 +105,8 @@ def measure(quick: bool) -> Result:
     size = QUICK if quick else FULL
     with tempfile.TemporaryDirectory(prefix="rescale-") as folder:
         workspace = Path(folder)
-        data = data_spec(quick, workspace)
-        stores = stores_dir(quick, workspace)
-        store = prepared(data, stores)
-        storage = workspace / "runs"
-        storage.mkdir()
-        (storage / ".data").symlink_to(stores)  # where the product prepares its data, and finds it now
+        there = prepared_storage(quick, workspace)
+        data, store, storage = there.data, there.store, there.storage
         with Product(workspace / "home", num_cpus=LARGEST + 2) as product:
             elastic = run_elastic(LiveRun(product.client, job_of("elastic", LARGEST, data, storage, quick)), size)
             fixed = run_fixed(LiveRun(product.client, job_of("fixed", INITIAL, data, storage, quick)), size)

@@ -97,6 +97,16 @@ ALERTS = (
         "`orchestrator events` names the node and the failures; replace it.",
     ),
     Alert(
+        "StateDiffers",
+        rise("verify/differences", "1h"),
+        0.0,
+        "0m",
+        "page",
+        "steps came out otherwise when a standby did them again: some processor or memory is wrong",
+        "`orchestrator events` names the step and, where it can be told, ranks and nodes: drain these, pause the run, "
+        "and resume it --from a checkpoint before that step.",
+    ),
+    Alert(
         "WatermarkLag",
         f"({newest('run/finished_steps')} - {newest('run/committed_steps')}) * {newest('perf/step_s')}",
         60.0,

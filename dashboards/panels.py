@@ -197,6 +197,12 @@ RUN = Board(
             (Query(f"{newest('run/finished_steps', RUNS)} - {newest('run/committed_steps', RUNS)}"),),
         ),
         Chart(
+            "Steps done again",
+            "How often a standby did steps again, and how often it came to other bits (verify.every of the job).",
+            "short",
+            (of("verify/checks", "{{run}} checks"), of("verify/differences", "{{run}} differences")),
+        ),
+        Chart(
             "Since the newest",
             "Time since the newest committed step was done, and since the newest checkpoint was complete.",
             "s",

@@ -2,6 +2,7 @@
 
 import sysconfig
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.data.prepare import prepare
@@ -34,3 +35,22 @@ def stores_dir(quick: bool, workspace: Path) -> Path:
 
 def prepared(spec: DataSpec, directory: Path) -> TokenStore:
     return prepare(spec.source, spec.vocab_size, spec.holdout, directory)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus as jobs name it, its store, and run storage in which the product finds that."""
+
+    data: DataSpec
+    store: TokenStore
+    storage: Path
+
+
+def prepared_storage(quick: bool, workspace: Path) -> Prepared:
+    """Run storage in `workspace` whose runs have nothing to prepare."""
+    data, stores = data_spec(quick, workspace), stores_dir(quick, workspace)
+    store = prepared(data, stores)
+    storage = workspace / "runs"
+    storage.mkdir()
+    (storage / ".data").symlink_to(stores)
+    return Prepared(data, store, storage)
