@@ -40,6 +40,7 @@ class Autoscaler:
 
     def __init__(self) -> None:
         self._known: dict[str, RunScale] = {}  # what each controller said last
+        self._expected: dict[str, RunScale] = {}  # what is known of runs whose new controller has said nothing yet
         self._since_s: dict[tuple[str, str, int | None], float] = {}  # what is decided again and again, since when
         self._demand: tuple[Demand, ...] | None = None
         self._has_failed = False
@@ -54,8 +55,13 @@ class Autoscaler:
 
     def share_of(self, newcomer: RunScale) -> Share:
         """What a run would get if it were submitted now."""
-        runs = [*self._known.values(), newcomer]
-        return _divide(runs)[newcomer.run_id]
+        others = self._known | self._expected
+        return _divide([*others.values(), newcomer])[newcomer.run_id]
+
+    def expect(self, newcomer: RunScale) -> None:
+        """Count with a run whose controller was just started: whoever comes after it must not be let in before it only
+        because that one's controller is the first to speak."""
+        self._expected[newcomer.run_id] = newcomer
 
     def _live(self) -> None:
         pause_s = IDLE_S
@@ -128,6 +134,7 @@ class Autoscaler:
     def _ask_all(self) -> set[str]:
         """Hear what controllers say of their runs; who they are. A run whose controller doesn't answer just now is
         remembered as it was."""
+        expected = dict(self._expected)
         handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
         calls = {handle.scaling.remote(): run for run, handle in handles.items()}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
@@ -135,8 +142,11 @@ class Autoscaler:
         for call in answered:
             with suppress(ray.exceptions.RayError):  # it ends, or comes back
                 heard[calls[call]] = ray.get(call)
-        known = {run: heard.get(run, self._known.get(run)) for run in handles}
+        known = {run: heard.get(run, expected.get(run, self._known.get(run))) for run in handles}
         self._known = {run: scale for run, scale in known.items() if scale is not None}
+        for run in expected:
+            if run in heard or run not in handles:
+                self._expected.pop(run, None)
         return {run for run, scale in heard.items() if scale is not None}
 
     def _tell(self, run_id: str, method: str, *args: Any) -> None:

@@ -9,21 +9,40 @@ from orchestrator.control.nodes import free_on_nodes, labels_of_nodes, may_grow,
 from orchestrator.errors import JobDoesNotFit
 from orchestrator.policy.capacity import places
 from orchestrator.policy.pools import Labels, check_pool, pool_of, shown
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import JUST_COME, RunScale
 from orchestrator.spec.autoscale import MANUAL
 from orchestrator.spec.job import JobSpec
 
 SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
 
 
-def refuse_unfit(run_id: str, job: JobSpec, least: int, wanted: int, now: Autoscaler | None = None) -> None:
-    """Raise JobDoesNotFit for a run that could never have its least, or has no room now.
+def newcomer(run_id: str, job: JobSpec, least: int, wanted: int) -> RunScale:
+    """A run that comes into the queue now, as the Scheduler sees it until its controller speaks for it."""
+    now_s = time.time()
+    return RunScale(
+        run_id,
+        MANUAL,
+        request_of(job.resources),
+        wanted,
+        least,
+        wanted,
+        has_begun=False,
+        priority=job.priority,
+        submitted_s=now_s,
+        grant=JUST_COME,
+        queued_s=now_s,
+        selector=job.workers.label_selector,
+    )
+
+
+def refuse_unfit(run: RunScale, now: Autoscaler | None = None) -> None:
+    """Raise JobDoesNotFit for a newcomer that could never have its least, or has no room now.
 
     Args:
         now: who knows what other runs have and want; None if the run may wait.
     """
-    request = request_of(job.resources)
-    selector, labels = job.workers.label_selector, labels_of_nodes()
+    run_id, request, least = run.run_id, run.request, run.least
+    selector, labels = run.selector, labels_of_nodes()
     whole = whole_nodes(selector)
     if places(whole, request) < least and not may_grow():
         check_pool(selector, labels)
@@ -34,20 +53,8 @@ def refuse_unfit(run_id: str, job: JobSpec, least: int, wanted: int, now: Autosc
             remedy="Ask for less, or add nodes to the cluster first.",
             unchanged="Nothing was started.",
         )
-    newcomer = RunScale(
-        run_id,
-        MANUAL,
-        request,
-        wanted,
-        least,
-        wanted,
-        priority=job.priority,
-        submitted_s=time.time(),
-        queued_s=time.time(),
-        selector=selector,
-    )
     deadline_s = time.monotonic() + SETTLE_S
-    while now is not None and not (share := now.share_of(newcomer)).places:
+    while now is not None and not (share := now.share_of(run)).places:
         if time.monotonic() > deadline_s:
             free = list(free_on_nodes(pool_of(selector, labels)).values())
             raise JobDoesNotFit(

@@ -59,9 +59,18 @@ class RunController:
 
     Args:
         order: to go on from a checkpoint; obeyed once, whatever incarnation reads it.
+        since_s: `time.time()` when this was asked for, and the run came into the queue; None for now.
     """
 
-    def __init__(self, run_id: str, run_dir: str, parts: Parts, order: ResumeOrder | None = None) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        run_dir: str,
+        parts: Parts,
+        order: ResumeOrder | None = None,
+        since_s: float | None = None,
+    ) -> None:
+        since_s = time.time() if since_s is None else since_s
         self._run_id, self._run_dir = run_id, Path(run_dir)
         insist(lambda: log_to(self._run_dir / "logs" / "controller.log"))
         self._job = JobSpec.model_validate_json(insist((self._run_dir / "job.json").read_text))
@@ -70,9 +79,9 @@ class RunController:
         self._epoch = insist(lambda: acquire_epoch(self._run_dir))
         self._memory = insist(lambda: RunMemory(self._run_dir, self._epoch, self._limits))
         if order is not None and order.token != self._memory.resumed_by:
-            insist(lambda: self._resume(order))
+            insist(lambda: self._resume(order, since_s))
         elif "submitted" not in self._memory.times:
-            insist(lambda: self._memory.decided(queued(self._memory.state, time.time()), []))
+            insist(lambda: self._memory.decided(queued(self._memory.state, since_s), []))
         if self._memory.state.current is None:  # whoever was here before may not have come to it
             insist(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch))
         cores = cores_of_nodes(self._job.workers.label_selector)
@@ -93,10 +102,10 @@ class RunController:
         log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
         threading.Thread(target=self._live, name="run", daemon=True).start()
 
-    def _resume(self, order: ResumeOrder) -> None:
+    def _resume(self, order: ResumeOrder, since_s: float) -> None:
         decision = resumed(self._limits, self._memory.state, order)
         notes = [action for action in decision.actions if isinstance(action, Note)]
-        self._memory.decided(queued(decision.state, time.time()), notes)
+        self._memory.decided(queued(decision.state, since_s), notes)
         (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its former end
 
     # -- what others ask ---------------------------------------------------------------------------------------

@@ -21,13 +21,14 @@ from orchestrator.control.job_files import read_job, write_job
 from orchestrator.control.journal import newest_epoch
 from orchestrator.control.memory import STATUS_FILE, Recollection, read_status, user_events
 from orchestrator.control.parts import Parts
-from orchestrator.control.room import refuse_unfit
+from orchestrator.control.room import newcomer, refuse_unfit
 from orchestrator.control.run_controller import RunController
 from orchestrator.control.run_files import RunFiles
 from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
+from orchestrator.protocol.scaling import RunScale
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.ledger import AuditResult
 from orchestrator.spec.job import JobSpec
@@ -76,11 +77,10 @@ class Scheduler:
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
             self._refuse_taken(run_id, directory)
-            refuse_unfit(run_id, job, job.workers.min, job.workers.initial, None if wait else self._autoscaler)
+            run = newcomer(run_id, job, job.workers.min, job.workers.initial)
+            refuse_unfit(run, None if wait else self._autoscaler)
             write_job(directory, job_json, job_text)
-            internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
-            _start_controller(run_id, run_dir, parts or Parts())
-        self._autoscaler.stir()
+            self._start_controller(run, run_dir, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
 
@@ -121,10 +121,9 @@ class Scheduler:
                 limits.check_size(order.workers)
             memory = Recollection(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.wish, done)
-            refuse_unfit(run_id, job, limits.min_workers, workers, None if wait else self._autoscaler)
-            internal_kv._internal_kv_put(run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
-            _start_controller(run_id, run_dir, parts or Parts(), order)
-        self._autoscaler.stir()
+            run = newcomer(run_id, job, limits.min_workers, workers)
+            refuse_unfit(run, None if wait else self._autoscaler)
+            self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, done - 1)
         return run_id
 
@@ -186,6 +185,25 @@ class Scheduler:
         """Whether the run's account of samples balances. Raises NotFound."""
         return RunFiles(self._directory_of(run_id)).audit()
 
+    def _start_controller(
+        self, run: RunScale, run_dir: str, parts: Parts | None, order: ResumeOrder | None = None
+    ) -> None:
+        internal_kv._internal_kv_put(run.run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
+        options = {
+            "name": f"{run.run_id}/controller",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": 0,
+            "resources": ON_HEAD,
+            "max_restarts": -1,
+            "max_concurrency": 16,
+            "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
+        }
+        controller = ray.remote(RunController).options(**options)
+        controller.remote(run.run_id, run_dir, parts or Parts(), order, run.queued_s)
+        self._autoscaler.expect(run)
+        self._autoscaler.stir()
+
     def _wish(self, run_id: str, method: str, *args: Any) -> Any:
         handle = find(f"{run_id}/controller")
         if handle is not None:
@@ -240,20 +258,6 @@ def get_or_create_scheduler() -> Handle:
         "max_concurrency": MAX_CALLS_AT_ONCE,
     }
     return ray.remote(Scheduler).options(**options).remote()
-
-
-def _start_controller(run_id: str, run_dir: str, parts: Parts, order: ResumeOrder | None = None) -> None:
-    options = {
-        "name": f"{run_id}/controller",
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "num_cpus": 0,
-        "resources": ON_HEAD,
-        "max_restarts": -1,
-        "max_concurrency": 16,
-        "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
-    }
-    ray.remote(RunController).options(**options).remote(run_id, run_dir, parts, order)
 
 
 def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:

@@ -10,12 +10,12 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.resuming import begun_again
 from orchestrator.policy.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.schedule import wanted_size
-from orchestrator.protocol.scaling import Grant
+from orchestrator.protocol.scaling import JUST_COME
 
 
-def queued(state: RunState, now_s: float) -> RunState:
-    """A run that was just submitted, or is to go on: the Scheduler lets it in."""
-    return replace(state, grant=Grant(0, "it has only just come"), queued_s=now_s, admitted_s=None, begun_s=None)
+def queued(state: RunState, since_s: float) -> RunState:
+    """A run that was submitted at `since_s`, or is to go on since then: the Scheduler lets it in."""
+    return replace(state, grant=JUST_COME, queued_s=since_s, admitted_s=None, begun_s=None)
 
 
 def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

@@ -18,6 +18,7 @@ class Grant:
 
 
 UNLIMITED = Grant(None)
+JUST_COME = Grant(0, "it has only just come")
 
 
 @dataclass(frozen=True)

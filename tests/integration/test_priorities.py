@@ -1,5 +1,6 @@
 """Several runs on one cluster, on real Ray with simulated workers: who is let in, shrunk, preempted, and comes back."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,29 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     (let_in,) = _events(on, "second", "admitted")
     assert let_in["waited_s"] > 0 and let_in["why"] == "there is room for all 2"
     for name in ("second", "third"):
+        on.ask("cancel", name)
+        on.end_of(name)
+
+
+def test_nobody_overtakes_a_run_whose_controller_is_slow_to_come(on: Cluster) -> None:
+    on.submit("first", **_job("3..3"))
+    on.until("first", lambda s: s.phase is RunPhase.TRAINING)
+    on.submit("slow", wait=True, **_job("2..2"))
+    job = on.storage / "slow" / "job.json"
+    text = job.read_text()
+    job.unlink()
+    os.mkfifo(job)  # its controller, whose process is just starting, waits for somebody who writes here
+    on.submit("third", wait=True, **_job("1..1"))
+    on.until("third", lambda s: "behind slow in the queue" in s.why)
+    with pytest.raises(JobDoesNotFit, match="behind slow in the queue"):
+        on.submit("fourth", **_job("1..1"))
+    job.write_text(text)
+    on.until("slow", lambda s: s.phase is RunPhase.QUEUED)
+    third = on.until("third", lambda s: s.submitted_time is not None)
+    assert third.phase is RunPhase.QUEUED
+    on.ask("cancel", "first")
+    for name in ("slow", "third"):
+        on.until(name, lambda s: s.phase is RunPhase.TRAINING)
         on.ask("cancel", name)
         on.end_of(name)
 
