@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,13 +142,13 @@ def _present(directory: Path) -> ClusterRecord | None:
 
 def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterRecord:
     token_path, log_path = directory / "token", directory / "head.log"
-    metrics_port = _free_port()
+    metrics_port, client_port = _free_ports(2)
     metrics_address = f"127.0.0.1:{metrics_port}"
     _write_secret(token_path)
     temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))  # ours alone; Ray opens its own to everybody
     with log_path.open("wb") as log:
         head = subprocess.Popen(
-            _head_command(temp_dir, num_cpus, metrics_port, jobs_port),
+            _head_command(temp_dir, num_cpus, metrics_port, client_port, jobs_port),
             env=_head_environment(token_path),
             cwd=directory,
             stdin=subprocess.DEVNULL,
@@ -201,11 +201,13 @@ def _check_free(jobs_port: int) -> None:
     )
 
 
-def _head_command(temp_dir: Path, num_cpus: int, metrics_port: int, jobs_port: int | None) -> list[str]:
+def _head_command(
+    temp_dir: Path, num_cpus: int, metrics_port: int, client_port: int, jobs_port: int | None
+) -> list[str]:
     options = {
         "node-ip-address": "127.0.0.1",
         "port": 0,
-        "ray-client-server-port": _free_port(),
+        "ray-client-server-port": client_port,
         "dashboard-agent-listen-port": 0,
         "metrics-export-port": metrics_port,
         "include-dashboard": "false" if jobs_port is None else "true",
@@ -287,10 +289,13 @@ def _write_secret(path: Path) -> None:
         file.write(os.urandom(32).hex())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    """So many different ones: each is held until all are found."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 @contextmanager
