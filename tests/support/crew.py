@@ -6,7 +6,6 @@ with Crew(job, store_dir, run_dir, size=3) as crew:
 """
 
 import atexit
-import multiprocessing
 import os
 import signal
 import threading
@@ -16,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
-from unittest.mock import patch
 
 from orchestrator.comm.rendezvous import RendezvousServer
 from orchestrator.control.crew import EXACT_ENV
@@ -38,12 +36,13 @@ from orchestrator.protocol.messages import (
     WorkerJob,
 )
 from orchestrator.spec.job import JobSpec
+from tests.support import forks
 
 PATIENCE_S = 60.0
 
 
-def _serve(pipe: Connection) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def _serve(pipe: Connection, env: dict[str, str]) -> None:
+    forks.begin(env)
     from orchestrator.worker.actor import Worker
     from tests.support import faults
 
@@ -83,7 +82,7 @@ class MoveFailed(RuntimeError):
 
 
 class Member:
-    """A worker process. It may be one worker after another: importing torch and deepspeed takes seconds.
+    """A worker process. It may be one worker after another.
 
     Args:
         is_exact: of jobs with `train.determinism: exact`, whose processes have their own environment.
@@ -91,12 +90,11 @@ class Member:
 
     def __init__(self, is_exact: bool) -> None:
         self.is_exact = is_exact
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        self._pipe, theirs = forks.context.Pipe()
         self._lock = threading.Lock()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with patch.dict(os.environ, EXACT_ENV if is_exact else {}):
-            self.process.start()
+        env = EXACT_ENV if is_exact else {}
+        self.process = forks.context.Process(target=_serve, args=(theirs, env), daemon=True)
+        self.process.start()
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:

@@ -5,18 +5,17 @@ results = ranks.run(function, world_size, *args)   # function(rank, world_size, 
 
 import contextlib
 import itertools
-import multiprocessing
-import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests.support import forks
+
 PATIENCE_S = 120.0
 
 
 def _serve(pipe: Connection) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
     torch.set_num_threads(1)
@@ -43,7 +42,6 @@ class Ranks:
         from orchestrator.comm.rendezvous import RendezvousServer
 
         self._server = RendezvousServer("127.0.0.1")
-        self._context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
         self._numbers = itertools.count()
@@ -51,8 +49,8 @@ class Ranks:
     def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any."""
         while len(self._pipes) < world_size:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = forks.context.Pipe()
+            process = forks.context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
