@@ -27,13 +27,13 @@ def on(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-def _job(workers: str, priority: int = 0, **changes: Any) -> dict[str, Any]:
-    """Workers of a whole processor each, of which there are four."""
+def _job(workers: str, priority: int = 0, cpus: int = 1, **changes: Any) -> dict[str, Any]:
+    """Workers of so many processors each, of which there are four."""
     least, most = workers.split("..")
     return {
         "workers": {"min": int(least), "max": int(most), "initial": int(most)},
         "priority": priority,
-        "resources": {"cpus": 1},
+        "resources": {"cpus": cpus},
         "train": {"steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
         **changes,
     }
@@ -68,9 +68,9 @@ def test_a_higher_priority_shrinks_a_lower_run_which_grows_back(on: Cluster) -> 
 
 
 def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
-    on.submit("first", **_job("3..3"))
+    on.submit("first", **_job("1..1", cpus=3))
     on.until("first", lambda s: s.phase is RunPhase.TRAINING)
-    on.submit("second", wait=True, **_job("2..2"))
+    on.submit("second", wait=True, **_job("1..1", cpus=2))
     on.submit("third", wait=True, **_job("1..1"))
     waiting = on.until("third", lambda s: "behind second" in s.why)
     assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
@@ -83,16 +83,16 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     for name in ("second", "third"):
         on.until(name, lambda s: s.phase is RunPhase.TRAINING)
     (let_in,) = _events(on, "second", "admitted")
-    assert let_in["waited_s"] > 0 and let_in["why"] == "there is room for all 2"
+    assert let_in["waited_s"] > 0 and let_in["why"] == "there is room for all 1"
     for name in ("second", "third"):
         on.ask("cancel", name)
         on.end_of(name)
 
 
 def test_nobody_overtakes_a_run_whose_controller_is_slow_to_come(on: Cluster) -> None:
-    on.submit("first", **_job("3..3"))
+    on.submit("first", **_job("1..1", cpus=3))
     on.until("first", lambda s: s.phase is RunPhase.TRAINING)
-    on.submit("slow", wait=True, **_job("2..2"))
+    on.submit("slow", wait=True, **_job("1..1", cpus=2))
     job = on.storage / "slow" / "job.json"
     text = job.read_text()
     job.unlink()
@@ -113,7 +113,7 @@ def test_nobody_overtakes_a_run_whose_controller_is_slow_to_come(on: Cluster) ->
 
 
 def test_a_run_that_waits_may_be_cancelled_and_leaves_nothing(on: Cluster) -> None:
-    on.submit("here", **_job("4..4"))
+    on.submit("here", **_job("1..1", cpus=4))
     on.until("here", lambda s: s.phase is RunPhase.TRAINING)
     on.submit("waits", wait=True, **_job("1..1"))
     on.until("waits", lambda s: s.why.startswith("waits in the queue: there is no room"))
