@@ -144,9 +144,9 @@ class Autoscaler:
                 heard[calls[call]] = ray.get(call)
         known = {run: heard.get(run, expected.get(run, self._known.get(run))) for run in handles}
         self._known = {run: scale for run, scale in known.items() if scale is not None}
-        for run in expected:
-            if run in heard or run not in handles:
-                self._expected.pop(run, None)
+        for run, newcomer in expected.items():
+            if (run in heard or run not in handles) and self._expected.get(run) is newcomer:
+                del self._expected[run]
         return {run for run, scale in heard.items() if scale is not None}
 
     def _tell(self, run_id: str, method: str, *args: Any) -> None:

@@ -58,7 +58,7 @@ def status_of(
         checkpoint=str(checkpoint) if checkpoint else None,
         checkpoint_step=state.checkpoint_done if checkpoint else None,
         tracking_url=tracking_url,
-        warning="; ".join(told for told in (warning, _doubt(state)) if told) or None,
+        warning="; ".join(told for told in (warning, _doubt(state), _unlike(memory)) if told) or None,
         error=state.why if state.outcome is RunPhase.FAILED else None,
         traceback=(state.traceback or None) if state.outcome is RunPhase.FAILED else None,
         submitted_time=memory.times.get("submitted"),
@@ -80,6 +80,18 @@ def _doubt(state: RunState) -> str | None:
         "wrong; `orchestrator events` says more. To go back, pause the run if it trains, and resume it --from a "
         "checkpoint before that step"
     )
+
+
+def _unlike(memory: Recollection) -> str | None:
+    """Who of the crew computes other bits than the run's first worker, where that matters."""
+    told = [
+        f"{worker} ({', '.join(f'{key}: {values}' for key, values in memory.differing[worker].items())})"
+        for worker in memory.state.crew
+        if worker in memory.differing
+    ]
+    if not told:
+        return None
+    return f"workers whose numerics are not the run's: {', '.join(told)}; while they train its bits are others"
 
 
 def _crew(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:

@@ -6,7 +6,8 @@ The contract: the same job, and the same fingerprint, give the same bits.
 import json
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -24,6 +25,7 @@ def pin(device: torch.device) -> None:
 def fingerprint(device: torch.device) -> str:
     """As JSON: versions, kind of processor and threads. Threads count, as they cut sums into parts."""
     found = {
+        "orchestrator": version_of_ours(),
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
         "mkl": version_of_mkl(),
@@ -34,6 +36,13 @@ def fingerprint(device: torch.device) -> str:
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or ""}
     return json.dumps(found, sort_keys=True)
+
+
+def version_of_ours() -> str:
+    """Of this package; empty if it isn't installed but only found."""
+    with suppress(PackageNotFoundError):
+        return version("elastic-orchestrator")
+    return ""
 
 
 def version_of_mkl() -> str:

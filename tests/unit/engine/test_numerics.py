@@ -1,0 +1,32 @@
+"""The numerics fingerprint, of this processor and of what is another one to torch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from orchestrator.control.account import differences
+from orchestrator.engine.numerics import fingerprint
+
+CPU = torch.device("cpu")
+
+
+def test_the_same_machine_tells_the_same() -> None:
+    told = json.loads(fingerprint(CPU))
+    assert told == json.loads(fingerprint(CPU))
+    assert set(told) == {"orchestrator", "torch", "deepspeed", "mkl", "processor", "instructions", "threads"}
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="it has no more than that")
+def test_a_processor_with_fewer_instructions_is_another_one() -> None:
+    program = (
+        "import torch; from orchestrator.engine.numerics import fingerprint;"
+        f"torch.set_num_threads({torch.get_num_threads()}); print(fingerprint(torch.device('cpu')))"
+    )
+    env = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    said = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    here = json.loads(fingerprint(CPU))
+    assert differences(here, json.loads(said.stdout)) == {"instructions": f"{here['instructions']} -> DEFAULT"}
