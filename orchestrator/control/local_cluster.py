@@ -232,6 +232,9 @@ def _head_environment(token_path: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback, see `environment`
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Else Ray starts a process per CPU for its first driver's tasks, just when a run's own processes start. None of
+        # them would do: each of ours has an environment of its own.
+        "RAY_prestart_worker_first_driver": "0",
         PYTHON: sys.executable,
         "NO_COLOR": "1",
     }
