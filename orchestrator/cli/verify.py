@@ -41,8 +41,8 @@ def verify(
     For runs with train.determinism exact. Nothing of the run changes, and it may go on meanwhile.
     """
     from orchestrator.cli.locate import find_run
-    from orchestrator.control.account import differences
     from orchestrator.control.verification import done_again, numerics_here, what_to_verify
+    from orchestrator.policy.numerics import differences, shown
     from orchestrator.policy.verifying import first_difference, told_of
     from orchestrator.protocol.replay import Numerics
 
@@ -65,12 +65,21 @@ def verify(
             if (difference := first_difference(order.records, [answer])) is not None:
                 break
     if elsewhere:
-        told = "; ".join(f"{key}: {change}" for key, change in elsewhere.items())
-        say(f"This process's numerics are not the run's, which may be all that differs. {told}")
+        say(f"Numerics are not the run's, which may be all that differs: {shown({'this process': elsewhere})}.")
+    if order.differing:
+        say(f"Numerics were not the run's, which may be all that differs: {shown(order.differing)}.")
     where = told_of(difference, order.worlds, {}) if difference is not None else None
     if output is Format.JSON:
         summary = {"run": run, "first_step": first, "last_step": again[-1].step, "workers": order.workers}
-        show_json(summary | {"equal": where is None, "difference": where, "numerics_differ": elsewhere})
+        show_json(
+            summary
+            | {
+                "equal": where is None,
+                "difference": where,
+                "numerics_differ": elsewhere,
+                "workers_differ": order.differing,
+            }
+        )
     elif difference is None:
         what = "losses, norms and states" if all(record.digests for record in order.records) else "losses and norms"
         show(f"{counted(len(again), 'step')}: {what} are the same, bit for bit.")

@@ -17,6 +17,7 @@ from orchestrator.control.prometheus import Exporter
 from orchestrator.control.tracker_link import TrackerLink
 from orchestrator.errors import StorageError
 from orchestrator.policy.endings import complete_checkpoints, publishable
+from orchestrator.policy.numerics import differences
 from orchestrator.policy.run_state import Observation
 from orchestrator.protocol.messages import Saturation, StepRecord
 from orchestrator.tracking.sink import MetricPoint
@@ -109,9 +110,3 @@ class Account:
                 event = event or self._memory.note("tracking_works")
                 self._tracking_fails = warning is not None
                 self.tell(event)
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """In words, by key."""
-    keys = sorted(before.keys() | now.keys())
-    return {key: f"{before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}

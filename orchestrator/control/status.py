@@ -9,6 +9,7 @@ from orchestrator.control.checkpoints import DIRECTORY
 from orchestrator.control.memory import Recollection
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.limits import RunLimits
+from orchestrator.policy.numerics import shown
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import tokens_per_second, traffic_per_step
 from orchestrator.policy.run_state import Observation, RunState
@@ -84,14 +85,10 @@ def _doubt(state: RunState) -> str | None:
 
 def _unlike(memory: Recollection) -> str | None:
     """Who of the crew computes other bits than the run's first worker, where that matters."""
-    told = [
-        f"{worker} ({', '.join(f'{key}: {values}' for key, values in memory.differing[worker].items())})"
-        for worker in memory.state.crew
-        if worker in memory.differing
-    ]
-    if not told:
+    differing = {worker: memory.differing[worker] for worker in memory.state.crew if worker in memory.differing}
+    if not differing:
         return None
-    return f"workers whose numerics are not the run's: {', '.join(told)}; while they train its bits are others"
+    return f"workers whose numerics are not the run's: {shown(differing)}; while they train its bits are others"
 
 
 def _crew(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:

@@ -25,6 +25,7 @@ from orchestrator.control.memory import committed_steps
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.errors import NotFinished, OrchestratorError, UsageError
+from orchestrator.policy.numerics import Differences
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.inference import Fault
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, Restore, StepRecord, StoreAddress, WorkerJob
@@ -49,6 +50,7 @@ class Verification:
         workers: that are to do them again.
         checkpoint: after which they come; None for the beginning.
         numerics: what decided the bits of the run's first worker; None where that isn't known.
+        differing: workers of `worlds` that came to other bits than that one, and what of their numerics is another.
     """
 
     run_id: str
@@ -60,6 +62,7 @@ class Verification:
     checkpoint: Path | None
     store_dir: str
     numerics: Mapping[str, Any] | None
+    differing: Mapping[str, Differences]
 
 
 def what_to_verify(
@@ -118,7 +121,15 @@ def what_to_verify(
         checkpoint=checkpoint,
         store_dir=store_of(run_id, run_dir),
         numerics=next((event["fingerprint"] for event in events if event["kind"] == "numerics"), None),
+        differing=differing_workers(events, worlds),
     )
+
+
+def differing_workers(events: Sequence[Event], worlds: Sequence[PastWorld]) -> dict[str, Differences]:
+    """Who of these worlds had other numerics than the run's first worker."""
+    members = {worker for past in worlds for worker in past.world.members}
+    told = (event for event in events if event["kind"] == "numerics_differ")
+    return {event["worker"]: event["differs"] for event in told if event["worker"] in members}
 
 
 def past_worlds(events: Sequence[Event], records: Sequence[StepRecord]) -> tuple[PastWorld, ...]:

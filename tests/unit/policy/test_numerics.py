@@ -1,0 +1,25 @@
+"""Whose numerics are not the run's, in words."""
+
+from orchestrator.control.verification import differing_workers
+from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.policy.numerics import differences, shown
+from orchestrator.protocol.messages import PastWorld
+
+
+def test_what_differs_is_shown_by_worker() -> None:
+    differs = differences({"threads": 1, "mkl": "m", "torch": "2"}, {"threads": 2, "mkl": "m", "gpu": "g"})
+    assert differs == {"gpu": "None -> g", "threads": "1 -> 2", "torch": "2 -> None"}
+    assert shown({"w1": {"threads": "1 -> 2", "gpu": "None -> g"}, "w2": {"threads": "1 -> 3"}}) == (
+        "w1 (threads: 1 -> 2, gpu: None -> g), w2 (threads: 1 -> 3)"
+    )
+
+
+def test_only_workers_that_did_the_steps_count() -> None:
+    told = [{"kind": "numerics_differ", "worker": worker, "differs": {"threads": "1 -> 2"}} for worker in ("w1", "w3")]
+    worlds = [
+        PastWorld(first_step, World(generation, members), Placement.balanced(4, len(members)))
+        for generation, (first_step, members) in enumerate([(0, ("w0",)), (5, ("w0", "w1"))])
+    ]
+    assert differing_workers(told, worlds) == {"w1": {"threads": "1 -> 2"}}
+    assert differing_workers(told, worlds[:1]) == {}
