@@ -130,8 +130,9 @@ class SimulatedWorker:
     def _train(self, plan: GenerationPlan) -> bool:
         """Step after step, through all generations that this worker is a member of. False at the end of the run."""
         while True:
-            self._desk.publish(phase=Phase.TRAINING, generation=plan.generation)
             try:
+                self._keep_beginning(plan)
+                self._desk.publish(phase=Phase.TRAINING, generation=plan.generation)
                 following = self._train_to_fence(plan)
                 if following is None and self._finish(plan):
                     return False
@@ -276,7 +277,6 @@ class SimulatedWorker:
             self._desk.publish(phase=Phase.STANDBY, generation=-1)
             return False
         self._desk.publish(holdings=())
-        self._keep_beginning(plan)
         return True
 
     def _keep_beginning(self, plan: GenerationPlan) -> None:
