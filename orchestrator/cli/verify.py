@@ -42,7 +42,7 @@ def verify(
     """
     from orchestrator.cli.locate import find_run
     from orchestrator.control.verification import done_again, numerics_here, what_to_verify
-    from orchestrator.policy.numerics import differences, shown
+    from orchestrator.policy.numerics import differences, doubt
     from orchestrator.policy.verifying import first_difference, told_of
     from orchestrator.protocol.replay import Numerics
 
@@ -64,10 +64,9 @@ def verify(
                 said_s = time.monotonic()
             if (difference := first_difference(order.records, [answer])) is not None:
                 break
-    if elsewhere:
-        say(f"Numerics are not the run's, which may be all that differs: {shown({'this process': elsewhere})}.")
-    if order.differing:
-        say(f"Numerics were not the run's, which may be all that differs: {shown(order.differing)}.")
+    members = list(dict.fromkeys(worker for past in order.worlds for worker in past.world.members))
+    if told := doubt(members, order.differing, elsewhere):
+        say(told)
     where = told_of(difference, order.worlds, {}) if difference is not None else None
     if output is Format.JSON:
         summary = {"run": run, "first_step": first, "last_step": again[-1].step, "workers": order.workers}

@@ -8,7 +8,7 @@ autoscaler is asked again by its successor, or taken back.
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -33,6 +33,8 @@ KV_NAMESPACE = b"orchestrator-demand"
 ASKED = b"asked"  # there while Ray's autoscaler has a request of ours
 SETTLING_S, EVERY_S, IDLE_S = 0.2, 0.5, 3.0  # between two looks: where something is to change, could, or isn't up to us
 PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the next time
+EXPECTED_S = 30.0  # who has not spoken by then holds nobody up any more
+SUCCESSION_S = 10.0  # a new scheduler decides nothing until it has heard all controllers that it finds, or is so old
 
 
 class Autoscaler:
@@ -42,6 +44,7 @@ class Autoscaler:
         self._known: dict[str, RunScale] = {}  # what each controller said last
         self._expected: dict[str, RunScale] = {}  # what is known of runs whose new controller has said nothing yet
         self._since_s: dict[tuple[str, str, int | None], float] = {}  # what is decided again and again, since when
+        self._began_s = time.monotonic()
         self._demand: tuple[Demand, ...] | None = None
         self._has_failed = False
         self._stirred = threading.Event()
@@ -55,12 +58,12 @@ class Autoscaler:
 
     def share_of(self, newcomer: RunScale) -> Share:
         """What a run would get if it were submitted now."""
-        others = self._known | self._expected
-        return _divide([*others.values(), newcomer])[newcomer.run_id]
+        runs = self._known | self._expected | {newcomer.run_id: newcomer}
+        return _divide(list(runs.values()))[newcomer.run_id]
 
     def expect(self, newcomer: RunScale) -> None:
-        """Count with a run whose controller was just started: whoever comes after it must not be let in before it only
-        because that one's controller is the first to speak."""
+        """Know of a run whose controller was just started: whoever comes after it must not be let in before it only
+        because that one's controller is the first to speak. That is all it gets before it speaks: nobody makes room."""
         self._expected[newcomer.run_id] = newcomer
 
     def _live(self) -> None:
@@ -80,13 +83,15 @@ class Autoscaler:
 
     def _turn(self) -> float:
         """Returns how long nobody has to look again, seconds."""
-        answered = self._ask_all()
+        answered, unheard = self._ask_all()
+        if unheard and time.monotonic() - self._began_s < SUCCESSION_S:
+            return SETTLING_S
         runs = [self._known[run] for run in sorted(self._known)]
         self._ask_for(demand(runs))
         if not runs:
             self._since_s = {}
-            return IDLE_S
-        shares = _divide(runs)
+            return EVERY_S if self._expected else IDLE_S
+        shares = _shares(runs, list(self._expected.values()))
         before, self._since_s = self._since_s, {}
         now_s = time.monotonic()
         for new in new_grants(runs, shares):
@@ -103,7 +108,7 @@ class Autoscaler:
         if self._since_s:
             return SETTLING_S
         is_still = all(run.policy == MANUAL and run.grant.workers is None for run in runs)
-        return IDLE_S if is_still else EVERY_S
+        return IDLE_S if is_still and not self._expected else EVERY_S
 
     def _is_sure(
         self,
@@ -131,9 +136,9 @@ class Autoscaler:
             internal_kv._internal_kv_del(ASKED, namespace=KV_NAMESPACE)
         self._demand = demand
 
-    def _ask_all(self) -> set[str]:
-        """Hear what controllers say of their runs; who they are. A run whose controller doesn't answer just now is
-        remembered as it was."""
+    def _ask_all(self) -> tuple[set[str], set[str]]:
+        """Hear what controllers say of their runs. Who has answered, and of whom nothing is known. A run whose
+        controller doesn't answer just now is remembered as it was."""
         expected = dict(self._expected)
         handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
         calls = {handle.scaling.remote(): run for run, handle in handles.items()}
@@ -142,12 +147,21 @@ class Autoscaler:
         for call in answered:
             with suppress(ray.exceptions.RayError):  # it ends, or comes back
                 heard[calls[call]] = ray.get(call)
-        known = {run: heard.get(run, expected.get(run, self._known.get(run))) for run in handles}
+        self._forget(expected, heard, handles)
+        remembered = {run: scale for run, scale in self._known.items() if run in handles and run not in self._expected}
+        known = remembered | heard
         self._known = {run: scale for run, scale in known.items() if scale is not None}
+        speaking = {run for run, scale in heard.items() if scale is not None}
+        return speaking, set(handles) - set(known) - set(self._expected)
+
+    def _forget(self, expected: Mapping[str, RunScale], heard: Collection[str], there: Collection[str]) -> None:
+        """Expect nobody any more who has spoken, is gone, or is too late."""
         for run, newcomer in expected.items():
-            if (run in heard or run not in handles) and self._expected.get(run) is newcomer:
+            is_late = run in there and run not in heard and time.time() - (newcomer.queued_s or 0.0) > EXPECTED_S
+            if is_late:
+                log.warning("run %s: its controller hasn't spoken within %.0f s", run, EXPECTED_S)
+            if (is_late or run in heard or run not in there) and self._expected.get(run) is newcomer:
                 del self._expected[run]
-        return {run for run, scale in heard.items() if scale is not None}
 
     def _tell(self, run_id: str, method: str, *args: Any) -> None:
         handle = find(f"{run_id}/controller")
@@ -157,6 +171,16 @@ class Autoscaler:
             ray.get(getattr(handle, method).remote(*args), timeout=PATIENCE_S)
         except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
             log.info("run %s was not told: %s", run_id, error)
+
+
+def _shares(runs: Sequence[RunScale], expected: Sequence[RunScale]) -> dict[str, Share]:
+    """The share of each of `runs`. Who is expected is only in the way of whoever is behind it in the queue."""
+    shares = _divide(runs)
+    if not expected:
+        return shares
+    waiting = {run.run_id for run in runs if run.queued_s is not None}
+    behind = {run: share for run, share in _divide([*runs, *expected]).items() if run in waiting and not share.places}
+    return shares | behind
 
 
 def _divide(runs: Sequence[RunScale]) -> dict[str, Share]:

@@ -52,6 +52,9 @@ class Recollection:
         self.counts: Counter[str] = Counter()  # of events, by kind
         self.numerics: dict[str, Any] | None = None  # of its first worker, where the run is exact
         self.differing: dict[str, Any] = {}  # by worker, how its numerics are others
+        self.first_steps: dict[
+            str, int
+        ] = {}  # by worker, which step it may have been the first to train, of those kept
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were told
         self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):
@@ -61,7 +64,7 @@ class Recollection:
         kind = event["kind"]
         self._date(event)
         if kind == "state":
-            self.state = from_plain(RunState, event["state"])
+            self._become(from_plain(RunState, event["state"]))
         elif kind == "prepared":
             self.data = from_plain(PreparedData, event["data"])
         elif kind == "steps":
@@ -75,6 +78,11 @@ class Recollection:
         elif kind == "resumed":
             self._go_back(event)
 
+    def _become(self, state: RunState) -> None:
+        self.state = state
+        for worker in state.members:
+            self.first_steps.setdefault(worker, self.progress.watermark + 1)
+
     def _date(self, event: Mapping[str, Any]) -> None:
         self.times.setdefault(event["kind"], event["time"])
         self.newest_times[event["kind"]] = event["time"]
@@ -86,6 +94,7 @@ class Recollection:
         self.times.pop("ended", None)
         before = takewhile(lambda e: e["seq"] <= event["seq"], read_events(self._run_dir))
         self.progress = absorb(Progress(), committed_steps(before))
+        self.first_steps = {w: step for w, step in self.first_steps.items() if step <= self.progress.watermark}
 
 
 class RunMemory(Recollection):
@@ -109,7 +118,7 @@ class RunMemory(Recollection):
         events: list[dict[str, Any]] = [{"kind": note.kind, **note.fields} for note in notes]
         changed = [{"kind": "state", "state": to_plain(state)}] if state != self.state else []
         written = self._append(events + changed)
-        self.state = state
+        self._become(state)
         for event in written:
             if event["kind"] == "resumed":
                 self._go_back(event)

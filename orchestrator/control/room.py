@@ -7,7 +7,9 @@ from orchestrator.control.autoscaler import Autoscaler
 from orchestrator.control.crew import request_of
 from orchestrator.control.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
 from orchestrator.errors import JobDoesNotFit
+from orchestrator.policy.autoscaling import bounds
 from orchestrator.policy.capacity import places
+from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.pools import Labels, check_pool, pool_of, shown
 from orchestrator.protocol.scaling import JUST_COME, RunScale
 from orchestrator.spec.autoscale import MANUAL
@@ -16,11 +18,19 @@ from orchestrator.spec.job import JobSpec
 SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
 
 
-def newcomer(run_id: str, job: JobSpec, least: int, wanted: int) -> RunScale:
-    """A run that comes into the queue now, as the Scheduler sees it until its controller speaks for it."""
+def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_hand: bool = False) -> RunScale:
+    """A run that comes into the queue now, as the Scheduler sees it until its controller speaks for it.
+
+    Args:
+        wanted: how many workers; `by_hand` if a user has said so just now.
+        stage: of the curriculum, in which it begins; empty for the first one.
+    """
     now_s = time.time()
+    least, _ = bounds(limits, stage)
+    if by_hand:
+        least = min(least, wanted)
     return RunScale(
-        run_id,
+        limits.run_id,
         MANUAL,
         request_of(job.resources),
         wanted,

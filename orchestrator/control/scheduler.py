@@ -77,7 +77,7 @@ class Scheduler:
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
             self._refuse_taken(run_id, directory)
-            run = newcomer(run_id, job, job.workers.min, job.workers.initial)
+            run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
             refuse_unfit(run, None if wait else self._autoscaler)
             write_job(directory, job_json, job_text)
             self._start_controller(run, run_dir, parts)
@@ -121,7 +121,7 @@ class Scheduler:
                 limits.check_size(order.workers)
             memory = Recollection(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.wish, done)
-            run = newcomer(run_id, job, limits.min_workers, workers)
+            run = newcomer(limits, job, workers, memory.progress.stage, order.workers is not None)
             refuse_unfit(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, done - 1)

@@ -84,11 +84,11 @@ def _doubt(state: RunState) -> str | None:
 
 
 def _unlike(memory: Recollection) -> str | None:
-    """Who of the crew computes other bits than the run's first worker, where that matters."""
-    differing = {worker: memory.differing[worker] for worker in memory.state.crew if worker in memory.differing}
+    """Who has trained and computes other bits than the run's first worker, where that matters."""
+    differing = {worker: memory.differing[worker] for worker in memory.first_steps if worker in memory.differing}
     if not differing:
         return None
-    return f"workers whose numerics are not the run's: {shown(differing)}; while they train its bits are others"
+    return f"workers have trained whose numerics are not the run's: {shown(differing)}; its bits are others since"
 
 
 def _crew(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:

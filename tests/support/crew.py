@@ -93,8 +93,7 @@ class Member:
         self._pipe, theirs = forks.context.Pipe()
         self._lock = threading.Lock()
         env = EXACT_ENV if is_exact else {}
-        self.process = forks.context.Process(target=_serve, args=(theirs, env), daemon=True)
-        self.process.start()
+        self.process = forks.start(_serve, theirs, env)
         theirs.close()
 
     def call(self, method: str, *args: Any) -> Any:

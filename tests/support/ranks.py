@@ -16,6 +16,7 @@ PATIENCE_S = 120.0
 
 
 def _serve(pipe: Connection) -> None:
+    forks.begin({})
     import torch
 
     torch.set_num_threads(1)
@@ -50,8 +51,7 @@ class Ranks:
         """What `function` returned on every rank. AssertionError with the tracebacks if it raised on any."""
         while len(self._pipes) < world_size:
             ours, theirs = forks.context.Pipe()
-            process = forks.context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
+            process = forks.start(_serve, theirs)
             self._pipes.append(ours)
             self._processes.append(process)
         _, port = self._server.address()

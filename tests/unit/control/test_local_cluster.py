@@ -5,4 +5,5 @@ from orchestrator.control.local_cluster import _free_ports
 
 def test_no_two_ports_of_a_cluster_are_the_same() -> None:
     """Chosen one by one, two of so many would be: Ray does not start then."""
-    assert len(set(_free_ports(500))) == 500
+    for _ in range(30):
+        assert len(set(_free_ports(100))) == 100

@@ -3,16 +3,27 @@
 from orchestrator.control.verification import differing_workers
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
-from orchestrator.policy.numerics import differences, shown
+from orchestrator.policy.numerics import differences, doubt, shown
 from orchestrator.protocol.messages import PastWorld
 
 
 def test_what_differs_is_shown_by_worker() -> None:
     differs = differences({"threads": 1, "mkl": "m", "torch": "2"}, {"threads": 2, "mkl": "m", "gpu": "g"})
     assert differs == {"gpu": "None -> g", "threads": "1 -> 2", "torch": "2 -> None"}
-    assert shown({"w1": {"threads": "1 -> 2", "gpu": "None -> g"}, "w2": {"threads": "1 -> 3"}}) == (
-        "w1 (threads: 1 -> 2, gpu: None -> g), w2 (threads: 1 -> 3)"
+    more = {"threads": "1 -> 2", "gpu": "None -> g"}
+    assert shown({"w1": more, "w2": {"threads": "1 -> 3"}, "w4": more}) == (
+        "w1, w4 (threads: 1 -> 2, gpu: None -> g); w2 (threads: 1 -> 3)"
     )
+
+
+def test_steps_are_doubted_only_if_somebody_else_than_here_did_them() -> None:
+    other = {"threads": "1 -> 2"}
+    assert doubt(["w0", "w1"], {}, {}) == ""
+    assert doubt(["w2", "w3"], {"w2": other, "w3": other}, other) == ""  # the run went on elsewhere, and here is there
+    mixed = doubt(["w0", "w2"], {"w2": other}, {})
+    assert mixed.endswith("not those here, which may be all that differs: w2 (threads: 1 -> 2).")
+    assert doubt(["w0"], {}, other).endswith("differs: this process (threads: 1 -> 2).")
+    assert doubt(["w0", "w2"], {"w2": other}, other).endswith("differs: w2, this process (threads: 1 -> 2).")
 
 
 def test_only_workers_that_did_the_steps_count() -> None:
