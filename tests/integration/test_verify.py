@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.control.checkpoints import commit_checkpoint
+from orchestrator.control.journal import Journal, acquire_epoch
 from orchestrator.control.run_files import RunFiles
 from orchestrator.policy.run_state import Commit
 from orchestrator.policy.verifying import Difference, first_difference
@@ -281,7 +282,13 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     wrong = f"{int(record.digests[1], 16) ^ 1:016x}"
     path.write_text(path.read_text().replace(record.digests[1], wrong))
     told = verify("--workers", "1", expect=100)
-    assert "Step 27 differs: the state that it led to, of rank 1 (w" in told.stdout
+    assert "Step 27 differs: the state that it led to, of rank 1 (w" in told.stdout and "numerics" not in told.stderr
+    worker = told.stdout.split("of rank 1 (")[1].split(")")[0]
+    differs = {"processor": "a -> b"}
+    Journal(run_dir, acquire_epoch(run_dir)).append([{"kind": "numerics_differ", "worker": worker, "differs": differs}])
+    told = verify("--workers", "1", expect=100)
+    assert f"which may be all that differs: {worker} (processor: a -> b)." in told.stderr
+    assert json.loads(verify("-o", "json", expect=100).stdout)["workers_differ"] == {worker: differs}
 
     assert "has no step after 29; its newest committed one is 29" in verify("--from", "29", expect=2).stderr
     assert "no checkpoint of step 7; it holds 4, 9, 14, 19, 24, 29" in verify("--from", "7", expect=102).stderr
