@@ -159,7 +159,11 @@ class Autoscaler:
         for run, newcomer in expected.items():
             is_late = run in there and run not in heard and time.time() - (newcomer.queued_s or 0.0) > EXPECTED_S
             if is_late:
-                log.warning("run %s: its controller hasn't spoken within %.0f s", run, EXPECTED_S)
+                log.warning(
+                    "run %s: its controller hasn't spoken within %.0f s; nobody behind it waits any longer",
+                    run,
+                    EXPECTED_S,
+                )
             if (is_late or run in heard or run not in there) and self._expected.get(run) is newcomer:
                 del self._expected[run]
 

@@ -52,9 +52,7 @@ class Recollection:
         self.counts: Counter[str] = Counter()  # of events, by kind
         self.numerics: dict[str, Any] | None = None  # of its first worker, where the run is exact
         self.differing: dict[str, Any] = {}  # by worker, how its numerics are others
-        self.first_steps: dict[
-            str, int
-        ] = {}  # by worker, which step it may have been the first to train, of those kept
+        self.first_steps: dict[str, int] = {}  # by worker, the first that it may have trained of the steps that count
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were told
         self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):

@@ -88,7 +88,11 @@ def _unlike(memory: Recollection) -> str | None:
     differing = {worker: memory.differing[worker] for worker in memory.first_steps if worker in memory.differing}
     if not differing:
         return None
-    return f"workers have trained whose numerics are not the run's: {shown(differing)}; its bits are others since"
+    return (
+        f"workers have trained whose numerics are not the run's: {shown(differing)}; its bits are others since. For "
+        "those that it would have had, pause the run if it trains, and resume it --from a checkpoint before, on "
+        "machines like its first one"
+    )
 
 
 def _crew(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:
