@@ -124,7 +124,17 @@ DECLARED = (
             ("received_bytes_per_second", "bytes/s", "network traffic received"),
         )
     ),
-    Metric("moe/max_violation", "1", Kind.GAUGE, "MaxVio: max over layers of (largest expert load / mean load - 1)"),
+    Metric("moe/max_violation", "1", Kind.GAUGE, "MaxVio: largest expert load / mean load - 1, mean over layers"),
+    Metric("moe/worst_violation", "1", Kind.GAUGE, "MaxVio of the layer where it is largest"),
+    Metric("moe/utilisation", "1", Kind.GAUGE, "mean expert load / largest, mean over layers: 1 where loads are equal"),
+    Metric("moe/dead_experts", "1", Kind.GAUGE, "share of all layers' experts that no token of the step chose"),
+    Metric("moe/choice_entropy", "1", Kind.GAUGE, "entropy of the choices of experts over its largest value, log E"),
+    Metric(
+        "moe/load_swing",
+        "1",
+        Kind.GAUGE,
+        "share of experts that went from well above the mean load to well below it, or back, since the step before",
+    ),
     *(
         Metric(name, unit, kind, meaning, live=True)
         for name, unit, kind, meaning in (
@@ -165,7 +175,7 @@ DECLARED = (
                 "moe/collapse",
                 "1",
                 Kind.GAUGE,
-                "moe/max_violation over what it would be if all tokens went to the same experts; 0 without experts",
+                "moe/worst_violation over what it would be if all tokens chose the same experts; 0 without experts",
             ),
         )
     ),

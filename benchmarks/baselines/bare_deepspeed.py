@@ -30,7 +30,7 @@ from orchestrator.data.store import TokenStore
 from orchestrator.elastic.placement import Placement
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.router import corrected_bias
+from orchestrator.model.balance import RoutingCounts, next_bias
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.sampling.slots import slots_of
@@ -103,20 +103,24 @@ def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engi
     while True:
         rows = sample(sampler, step).rows
         tokens = store.target_count("train", store.spans("train", rows, length))
-        loss_sum, counts_LE = 0.0, torch.zeros(0)
+        loss_sum, routed = 0.0, RoutingCounts.zeros(len(model.moe_layers), job.model)
         for number in mine:
             slot = store.rows("train", rows[number * train.micro_batch_size :][: train.micro_batch_size], length)
             loss = engine(torch.from_numpy(slot.inputs_RT), torch.from_numpy(slot.targets_RT))
             # DeepSpeed takes the mean over ranks; what is wanted is the mean over the batch's tokens.
             engine.backward(loss * (size / tokens))
             loss_sum += float(loss.detach())
-            counts_LE = counts_LE + model.expert_counts() if counts_LE.numel() else model.expert_counts()
+            routed.add(model.routing_counts())
         engine.step()
-        told = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), counts_LE.reshape(-1).double()])
+        counted = [routed.counts_LE, routed.margins_LEM]
+        told = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), *(c.reshape(-1).double() for c in counted)])
         dist.all_reduce(told)
-        for layer, counts_E in zip(model.moe_layers, told[1:].view(counts_LE.shape), strict=True):
-            bias_E = layer.router.correction_bias_E
-            bias_E.copy_(corrected_bias(bias_E, counts_E, job.model.bias_update_speed))
+        parts = torch.split(told[1:].long(), [c.numel() for c in counted])
+        routed = RoutingCounts(*(part.view(c.shape) for part, c in zip(parts, counted, strict=True)))
+        bias_LE = torch.stack([layer.router.correction_bias_E for layer in model.moe_layers])
+        bias_LE = next_bias(bias_LE, routed, job.model, decay=1.0)
+        for layer, bias_E in zip(model.moe_layers, bias_LE, strict=True):
+            layer.router.correction_bias_E.copy_(bias_E)
         if rank == 0:
             print(json.dumps({"step": step, "end_time": time.time(), "loss": float(told[0]) / tokens}), flush=True)
         step += 1

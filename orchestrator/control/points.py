@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.policy.progress import Progress, absorb
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.messages import ExpertLoad, StepRecord
 from orchestrator.tracking.sink import MetricPoint
 
 
@@ -30,8 +30,9 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "elastic/snapshot_interval": record.snapshot_interval,
             "perf/padding": record.padding,
             "perf/slots": record.num_slots,
-            "moe/max_violation": record.max_violation,
         }
+        if record.experts.worst_layer >= 0:
+            values |= values_of_experts(record.experts)
         if record.communication_wait_s is not None:
             values["perf/communication_wait_s"] = record.communication_wait_s
         if record.traffic:
@@ -45,6 +46,18 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             values["eval/loss"] = record.validation_loss
         points += [MetricPoint(name, float(value), record.step, record.vote_time) for name, value in values.items()]
     return points
+
+
+def values_of_experts(load: ExpertLoad) -> dict[str, float]:
+    """What a chart shows of the experts' loads in a step that had any."""
+    values = {
+        "moe/max_violation": load.max_violation,
+        "moe/worst_violation": load.worst_violation,
+        "moe/utilisation": load.utilisation,
+        "moe/dead_experts": load.dead,
+        "moe/choice_entropy": load.entropy,
+    }
+    return values if load.swing is None else values | {"moe/load_swing": load.swing}
 
 
 def points_after(records: list[StepRecord], step: int) -> list[MetricPoint]:

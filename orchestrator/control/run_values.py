@@ -1,6 +1,7 @@
 """What is so of a run at one moment, as values of live metrics: where it is, and what its alerts are about."""
 
 from orchestrator.control.memory import Recollection
+from orchestrator.policy.expert_load import largest_violation
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.run_state import Observation
@@ -36,11 +37,11 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: Recollection, see
         "elastic/draining_nodes": len(state.draining),
         "verify/checks": memory.counts["checked"],
         "verify/differences": memory.counts["state_differs"],
-        "moe/collapse": collapse(model, newest.max_violation if newest else 0.0),
+        "moe/collapse": collapse(model, newest.experts.worst_violation if newest else 0.0),
     }
 
 
-def collapse(model: ModelSpec, max_violation: float) -> float:
-    """MaxVio over its largest value, which is that of all tokens at the same experts: 0 where loads are equal."""
-    largest = model.num_experts / model.top_k - 1.0
-    return max_violation / largest if largest > 0 else 0.0
+def collapse(model: ModelSpec, worst_violation: float) -> float:
+    """MaxVio of the worst layer over its largest value: 0 where loads are equal, 1 where all tokens chose the same."""
+    largest = largest_violation(model.num_experts, model.top_k)
+    return worst_violation / largest if largest > 0 else 0.0

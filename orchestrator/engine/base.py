@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from orchestrator.model.balance import RoutingCounts
 from orchestrator.model.batch import MicroBatch
 from orchestrator.state.ranges import NamedRanges
 
@@ -36,7 +37,7 @@ class Engine(Protocol):
 
     def accumulate(
         self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, RoutingCounts]:
         """Forward and backward of one slot: its loss sum divided by `global_tokens` is backpropagated and added up.
 
         Every rank calls it equally often per step; a rank without a slot passes one with no rows.
@@ -46,7 +47,7 @@ class Engine(Protocol):
             before_backward: called between the two.
 
         Returns:
-            the slot's loss sum (scalar, fp32, detached) and expert counts (L, E), int64.
+            the slot's loss sum (scalar, fp32, detached), and what its routers counted.
         """
         ...
 

@@ -37,6 +37,7 @@ from orchestrator.engine.gradients import Gradients
 from orchestrator.engine.groups import Groups
 from orchestrator.engine.param_groups import group_name, groups_of, is_filler
 from orchestrator.engine.seam import Seam
+from orchestrator.model.balance import RoutingCounts
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.batch import MicroBatch
 from orchestrator.spec.communication import CommunicationSpec
@@ -135,15 +136,15 @@ class DeepSpeedEngineAdapter:
 
     def accumulate(
         self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, RoutingCounts]:
         turns.begin()
         loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
-        counts_LE = self._model.expert_counts()
+        routed = self._model.routing_counts()
         before_backward()
         self._gradients.begin_slot(last)
         (loss / global_tokens).backward()
         self._gradients.end_slot()
-        return loss.detach(), counts_LE
+        return loss.detach(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
         self._adamw.before_update = before_update

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.groups import Groups
+from orchestrator.model.balance import RoutingCounts
 from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.batch import MicroBatch
 from orchestrator.spec.job import TrainSpec
@@ -42,12 +43,12 @@ class ReferenceEngine:
 
     def accumulate(
         self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, RoutingCounts]:
         loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
-        counts_LE = self._model.expert_counts()
+        routed = self._model.routing_counts()
         before_backward()
         (loss / global_tokens).backward()
-        return loss.detach(), counts_LE
+        return loss.detach(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
         square = torch.zeros((), dtype=torch.float64)

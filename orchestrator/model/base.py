@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.elastic.params import ParamSpec
+from orchestrator.model.balance import RoutingCounts
 from orchestrator.model.moe import MoELayer
 from orchestrator.spec.model import ModelSpec
 
@@ -62,6 +63,12 @@ class TrainableModel(nn.Module, ABC):
         if not layers:
             return torch.zeros(0, self.spec.num_experts, dtype=torch.int64)
         return torch.stack([m.last_counts_E for m in layers])
+
+    def routing_counts(self) -> RoutingCounts:
+        """What the routers of this rank counted in its last forward pass, a training pass."""
+        margins = [m.last_margins_EM for m in self.moe_layers if m.last_margins_EM is not None]
+        counts_LE = self.expert_counts()
+        return RoutingCounts(counts_LE, torch.stack(margins) if margins else counts_LE.new_zeros(*counts_LE.shape, 0))
 
     def with_balance_losses(self, loss: Tensor) -> Tensor:
         """The loss as it is, with the gradients of the routers' auxiliary losses of the last forward pass added."""

@@ -96,6 +96,7 @@ class MoELayer(nn.Module):
         self._dispatch = Dispatch(home.placement, home.rank, home.destinations)
         self.real_N: Tensor | None = None  # given, the numbers of the tokens that aren't padding, which isn't routed
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
+        self.last_margins_EM: Tensor | None = None
         self.last_balance_loss: Tensor | None = None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -108,7 +109,8 @@ class MoELayer(nn.Module):
         routing = self.router(x_ND)
         flat_ids_R = routing.expert_ids_NK.reshape(-1)
         counts_E = torch.bincount(flat_ids_R, minlength=self.num_experts)
-        self.last_counts_E, self.last_balance_loss = counts_E, routing.balance_loss
+        self.last_counts_E, self.last_margins_EM = counts_E, routing.margins_EM
+        self.last_balance_loss = routing.balance_loss
 
         gates_NK = routing.gates_NK.to(x_ND.dtype)
         if self.home.is_exact:

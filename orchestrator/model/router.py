@@ -1,13 +1,13 @@
 """The router: scores for every expert, top-k by score plus a correction bias, gates normalised over the chosen.
 
 Two kinds. Sigmoid scores are balanced without an auxiliary loss, as in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2):
-the bias takes part in the selection only, and moves by a fixed speed against each expert's load, which is counted over
-the whole global batch. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961, section
+the bias takes part in the selection only, and moves after each update (`orchestrator.model.balance`) by what the whole
+global batch has shown. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961, section
 2.2), taken over each slot, so that it doesn't depend on the world size. Either may choose among the experts of the best
 groups only (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in V3, section 2.1.2).
 
-Shape legend: N = tokens, D = hidden size, E = experts, K = experts per token, G = groups of experts, e = experts of the
-largest group.
+Shape legend: N = tokens, D = hidden size, E = experts, K = experts per token, M = bins of margins, G = groups of experts,
+e = experts of the largest group.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orchestrator.model.balance import margin_histogram
 from orchestrator.spec.model import ModelSpec
 
 
@@ -28,11 +29,13 @@ class Routing:
         expert_ids_NK: chosen experts, global ids.
         gates_NK: weights of their outputs; sum to the scaling factor per token.
         balance_loss: to be added to the sum of the tokens' losses; None where balance needs no loss.
+        margins_EM: histogram of the tokens by their margin at each expert; None where balance needs none.
     """
 
     expert_ids_NK: Tensor
     gates_NK: Tensor
     balance_loss: Tensor | None = None
+    margins_EM: Tensor | None = None
 
 
 class Limit:
@@ -75,6 +78,7 @@ class Router(nn.Module):
         super().__init__()
         self.spec = spec
         self.top_k = spec.top_k
+        self.counts_margins = spec.counts_margins
         self._limits = list(limits)
         if spec.num_expert_groups > 1:
             size = spec.num_experts // spec.num_expert_groups
@@ -88,12 +92,16 @@ class Router(nn.Module):
         choice_NE = scores_NE.detach() + self.correction_bias_E
         for limit in self._limits:
             choice_NE = limit.best_only(choice_NE)
-        expert_ids_NK = choice_NE.topk(self.top_k, dim=-1).indices
+        if self.counts_margins and self.training:
+            best = choice_NE.topk(self.top_k + 1, dim=-1)
+            expert_ids_NK, margins_EM = best.indices[:, : self.top_k], margin_histogram(choice_NE, best.values)
+        else:
+            expert_ids_NK, margins_EM = choice_NE.topk(self.top_k, dim=-1).indices, None
         gates_NK = scores_NE.gather(1, expert_ids_NK)
         gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20) * self.spec.routed_scaling_factor
         weight = self.spec.balance_loss_weight
         loss = weight * balance_loss(scores_NE, expert_ids_NK) if self.spec.router == "softmax" and weight else None
-        return Routing(expert_ids_NK, gates_NK, loss)
+        return Routing(expert_ids_NK, gates_NK, loss, margins_EM)
 
 
 def balance_loss(scores_NE: Tensor, expert_ids_NK: Tensor) -> Tensor:
@@ -103,23 +111,3 @@ def balance_loss(scores_NE: Tensor, expert_ids_NK: Tensor) -> Tensor:
     counts_E = torch.bincount(expert_ids_NK.reshape(-1), minlength=num_experts).to(scores_NE.dtype)
     share_E = counts_E / max(expert_ids_NK.numel(), 1)
     return num_experts * (share_E * scores_NE.sum(0)).sum()
-
-
-def corrected_bias(bias_LE: Tensor, counts_LE: Tensor, speed: float) -> Tensor:
-    """The bias for the next step: down for experts with more than the mean load, up for those with less.
-
-    Args:
-        bias_LE: correction bias per MoE layer and expert.
-        counts_LE: tokens routed to each expert over the whole global batch.
-        speed: the size of a move (DeepSeek-V3 uses 1e-3).
-    """
-    counts_LE = counts_LE.to(torch.float64)
-    return bias_LE + speed * torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE).to(bias_LE.dtype)
-
-
-def max_violation(counts_LE: Tensor) -> float:
-    """MaxVio (arXiv:2408.15664, section 2.1): the largest over layers of max load / mean load - 1."""
-    counts_LE = counts_LE.to(torch.float64)
-    if not counts_LE.any():  # no experts, or nothing routed
-        return 0.0
-    return float((counts_LE.amax(-1) / counts_LE.mean(-1) - 1.0).max())

@@ -210,14 +210,15 @@ class MoELanguageModel(TrainableModel):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal weights with std `init_std`, scaled down by depth for what writes into the residual stream
-        (GPT-2), ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
+        (GPT-2), `embedding_init_std` for the embedding, ones for norms, zeros for biases. A tensor's values depend on
+        (seed, name) alone."""
         residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
         for name, param in self.named_parameters():
             if "norm" in name or name.endswith("_bias"):
                 param.fill_(1.0 if "norm" in name else 0.0)
                 continue
             std = residual_std if name.endswith((".output", ".down")) else self.spec.init_std
-            draw_normal(param, name, seed, std)
+            draw_normal(param, name, seed, self.spec.embedding_init_std if param is self.embedding.weight else std)
         for layer in self.moe_layers:
             layer.router.correction_bias_E.zero_()
 

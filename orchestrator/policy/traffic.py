@@ -11,6 +11,7 @@ from orchestrator.elastic.buckets import is_compressed, rank_of_product
 from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement, groups_open
 from orchestrator.policy.activations import item_bytes
+from orchestrator.policy.expert_load import NUM_MARGIN_BINS
 from orchestrator.policy.limits import slot_of
 from orchestrator.protocol.traffic import Traffic, TrafficKind
 from orchestrator.sampling.slots import cut_into_slots, max_slots, slots_of
@@ -75,11 +76,12 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
     passes = max_slots(size, slots) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * size * 8
+    margins = NUM_MARGIN_BINS if model.counts_margins else 0
     vote = (
         2
         * (size - 1)
         * 8
-        * (slots + moe_layers * model.num_experts + VOICES * size + len(fields(Traffic)) * len(TrafficKind))
+        * (slots + moe_layers * model.num_experts * (1 + margins) + VOICES * size + len(fields(Traffic)) * len(TrafficKind))
     )
     reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
     if train.is_exact:

@@ -35,6 +35,8 @@ IN_CONFIG = frozenset(
     }
 )
 
+BIAS_UPDATE_SPEED = {"quantile": 0.5, "sign": 1e-3}
+
 
 def _entrypoint(entrypoint: str) -> str:
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", entrypoint):
@@ -99,12 +101,25 @@ class ModelSpec(Section):
         "and experts (selective), all within about sqrt(num_layers) runs of layers (sqrt), or within each layer "
         "(full). The last three send tokens to experts once more.",
     )
-    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+    init_std: float = Field(
+        default=0.02, gt=0, description="Standard deviation of the initial weights, the embedding's apart."
+    )
+    embedding_init_std: float = Field(
+        default=0.2,
+        gt=0,
+        description="Standard deviation of the initial embedding. Where it is far below 1, the first updates drown "
+        "what tells tokens apart, and routers send all of them to the same experts (docs/balance.md).",
+    )
+    bias_update: Literal["quantile", "sign"] = Field(
+        default="quantile",
+        description="How the router's load-balancing bias moves after each update. quantile: by a share of the way to "
+        "the mean load, which the scores of the step's tokens tell. sign: by a fixed step against the load.",
+    )
     bias_update_speed: float = Field(
-        default_factory=lambda known: 1e-3 if known["router"] == "sigmoid" else 0.0,
+        default_factory=lambda known: BIAS_UPDATE_SPEED[known["bias_update"]] if known["router"] == "sigmoid" else 0.0,
         ge=0,
-        description="Step of the router's load-balancing bias after each update. 0: no bias. Default: 0.001, with a "
-        "softmax router 0.",
+        description="Size of a move: with quantile the share of the way, with sign the step in units of a score. "
+        "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with a softmax router.",
     )
 
     entrypoint: Annotated[str, AfterValidator(_entrypoint)] | None = Field(
@@ -124,8 +139,17 @@ class ModelSpec(Section):
         """Width of the rotated part of a head."""
         return round(self.head_size * self.rope_fraction)
 
+    @property
+    def counts_margins(self) -> bool:
+        """Whether routers count what the bias's quantile rule needs: nothing where every token visits all experts."""
+        return self.bias_update == "quantile" and self.bias_update_speed > 0 and self.top_k < self.num_experts
+
     def broken_rules(self) -> Iterator[Broken]:
         yield from self._broken_entrypoint_rules()
+        if self.bias_update == "quantile" and self.bias_update_speed > 1:
+            keys = (("bias_update_speed",), ("bias_update",))
+            rule = f"bias_update_speed must be at most 1 with bias_update: quantile; got {self.bias_update_speed:g}"
+            yield Broken(keys, rule)
         if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()

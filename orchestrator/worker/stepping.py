@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from orchestrator.comm import ledger, pulse
 from orchestrator.engine.base import StepOutcome, nothing
+from orchestrator.model.balance import RoutingCounts, next_bias
 from orchestrator.model.base import seed_draws
-from orchestrator.model.router import corrected_bias, max_violation
+from orchestrator.policy.expert_load import expert_load, is_shown
 from orchestrator.policy.stragglers import slowest
-from orchestrator.protocol.messages import SlotMemory, StepRecord
+from orchestrator.protocol.messages import ExpertLoad, SlotMemory, StepRecord
 from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
@@ -69,6 +71,7 @@ class Stepper:
         self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
         self._prefetch = Prefetch(feed, workshop.spec.train.steps)
         self._ledger = ledger.Since()
+        self._counted: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step and loads of the newest step
         self._gauge = Gauge(workshop.device) if workshop.spec.train.fits_memory else None
 
     def close(self) -> None:
@@ -92,7 +95,7 @@ class Stepper:
         feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.slot)
         data_wait_s = time.perf_counter() - started
         losses = np.zeros(feed.num_slots)
-        counts_LE = torch.zeros(len(shard.model.moe_layers), self._spec.model.num_experts, dtype=torch.int64)
+        routed = RoutingCounts.zeros(len(shard.model.moe_layers), self._spec.model)
         lr, skipped = learning_rate(self._spec.train, step), step in shard.skips
         if skipped:
             self._open_seal(shard, step)
@@ -102,10 +105,10 @@ class Stepper:
                 self._before_slot()
                 last, before_backward = number == len(feed.slots), self._measured()
                 seed_draws(self._spec.train.seed, step, slot.number or 0)
-                loss, slot_counts_LE = shard.engine.accumulate(slot.batch, feed.global_tokens, last, before_backward)
+                loss, slot_routed = shard.engine.accumulate(slot.batch, feed.global_tokens, last, before_backward)
                 if slot.number is not None:
                     losses[slot.number] = float(loss)
-                    counts_LE += slot_counts_LE.cpu()
+                    routed.add(slot_routed)
             self._open_seal(shard, step)
             update = shard.engine.step(lr, before_update, keep_gradients)
         validation = self._validate(shard, step)
@@ -124,7 +127,7 @@ class Stepper:
         ballot = Ballot(
             slot_losses=losses,
             validation_losses=validation[0],
-            counts_LE=counts_LE,
+            routed=routed,
             applied=update.applied,
             fence=voice.fence,
             finish=voice.finish,
@@ -138,10 +141,11 @@ class Stepper:
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
         communication_wait_s = peers_s + time.perf_counter() - spoken
         shard.choosing.agree(outcome.compression)
-        self._balance(shard, outcome)
+        self._balance(shard, outcome, lr)
         if shard.seal is not None:
             shard.seal.close()
         rank, slowness = slowest(outcome.busy_s)
+        counts_LE = outcome.routed.counts_LE
         record = StepRecord(
             step=step,
             generation=shard.world.generation,
@@ -152,7 +156,6 @@ class Stepper:
             grad_norm=update.grad_norm if outcome.applied else float("inf"),
             applied=outcome.applied,
             skipped=skipped,
-            max_violation=0.0 if skipped else max_violation(outcome.counts_LE),
             first_position=feed.first_position,
             num_positions=feed.num_positions,
             step_s=time.perf_counter() - started,
@@ -169,6 +172,8 @@ class Stepper:
             traffic=outcome.traffic,
             compression=chosen,
             digests=outcome.digests,
+            experts=self._load(shard.world.generation, step, counts_LE),
+            loads=tuple(map(tuple, counts_LE.tolist())) if is_shown(step, self._spec.train.steps) else (),
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),
@@ -214,11 +219,19 @@ class Stepper:
                 losses[slot.number] = float(loss)
         return losses
 
-    def _balance(self, shard: Shard, outcome: Outcome) -> None:
-        """Move the routers' biases by the global counts. A skipped update moves nothing."""
-        speed = self._spec.model.bias_update_speed
-        if not outcome.applied or not speed:
+    def _load(self, generation: int, step: int, counts_LE: Tensor) -> ExpertLoad:
+        """The load of each expert, summarised; beside that of the step before where this generation did it."""
+        before = self._counted[2] if self._counted is not None and self._counted[:2] == (generation, step - 1) else None
+        counts = counts_LE.numpy()
+        self._counted = (generation, step, counts)
+        return expert_load(counts, before)
+
+    def _balance(self, shard: Shard, outcome: Outcome, lr: float) -> None:
+        """Move the routers' biases by what the global batch has shown. A skipped update moves nothing."""
+        model, layers = self._spec.model, shard.model.moe_layers
+        if not outcome.applied or not model.bias_update_speed or not layers:
             return
-        for layer, counts_E in zip(shard.model.moe_layers, outcome.counts_LE, strict=True):
-            bias_E = layer.router.correction_bias_E
-            bias_E.copy_(corrected_bias(bias_E, counts_E.to(bias_E.device), speed))
+        bias_LE = torch.stack([layer.router.correction_bias_E for layer in layers])
+        bias_LE = next_bias(bias_LE.cpu(), outcome.routed, model, lr / self._spec.train.lr)
+        for layer, bias_E in zip(layers, bias_LE, strict=True):
+            layer.router.correction_bias_E.copy_(bias_E)

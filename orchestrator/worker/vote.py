@@ -4,7 +4,7 @@ Every rank fills its own places in a vector of zeros, so the sum holds what each
 losses per slot stay apart until they are summed in slot order, whatever the world size.
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
-slot, expert counts per (layer, expert), then per rank: update applied, generation of the fence it has seen, wish to
+slot, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per rank: update applied, generation of the fence it has seen, wish to
 finish, steps that it would have between two snapshots, seconds that it computed for a slot, version of the decided
 stages that it has seen, number of the compression that it would have. Last, what is summed over the ranks: bytes by
 kind that they have sent since their last votes, and their parts of digests, in halves of 32 bits.
@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 
 from orchestrator.comm import ledger, pulse
+from orchestrator.model.balance import RoutingCounts
 from orchestrator.protocol.traffic import Traffic, TrafficKind
 
 NO_FENCE = -1
@@ -35,7 +35,7 @@ class Ballot:
     Args:
         slot_losses: [S], loss sums of this rank's slots, 0 elsewhere.
         validation_losses: [S'], likewise; empty in a step without validation.
-        counts_LE: this rank's expert counts.
+        routed: what this rank's routers counted.
         applied: whether its optimizer updated.
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
         finish: it has seen the wish to end the run.
@@ -49,7 +49,7 @@ class Ballot:
 
     slot_losses: NDArray[np.float64]
     validation_losses: NDArray[np.float64]
-    counts_LE: Tensor
+    routed: RoutingCounts
     applied: bool
     fence: int = NO_FENCE
     finish: bool = False
@@ -68,7 +68,7 @@ class Outcome:
     Args:
         loss_sum: over all slots in slot order, nats.
         validation_loss_sum: None in a step without validation.
-        counts_LE: tokens routed to each expert over the whole global batch, int64.
+        routed: what all routers counted over the whole global batch.
         applied: every rank updated.
         fence: the generation to hand over to now: every rank named the same one. Else `NO_FENCE`.
         finish: every rank has seen the wish to end.
@@ -82,7 +82,7 @@ class Outcome:
 
     loss_sum: float
     validation_loss_sum: float | None
-    counts_LE: Tensor
+    routed: RoutingCounts
     applied: bool
     fence: int
     finish: bool
@@ -97,7 +97,7 @@ class Outcome:
 def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
     """Collective over the world. `group` is None in a world of one."""
     num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
-    counts_shape, num_counts = ballot.counts_LE.shape, ballot.counts_LE.numel()
+    counts_LE, margins_LEM = ballot.routed.counts_LE, ballot.routed.margins_LEM
     voices = np.zeros((world_size, NUM_VOICES))
     said = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
     voices[rank] = (*said, ballot.compression)
@@ -108,7 +108,8 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         [
             torch.from_numpy(ballot.slot_losses),
             torch.from_numpy(ballot.validation_losses),
-            ballot.counts_LE.reshape(-1).to(torch.float64).cpu(),
+            counts_LE.reshape(-1).to(torch.float64).cpu(),
+            margins_LEM.reshape(-1).to(torch.float64).cpu(),
             torch.from_numpy(voices).reshape(-1),
             torch.from_numpy(traffic),
             torch.from_numpy(halves).reshape(-1),
@@ -118,13 +119,16 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     if group is not None:
         dist.all_reduce(vector, group=group)
         ledger.enter_reduced(TrafficKind.CONTROL, vector, world_size)
-    sizes = [num_slots, num_validation, num_counts, NUM_VOICES * world_size, len(traffic), halves.size]
+    num_counts, num_margins = counts_LE.numel(), margins_LEM.numel()
+    sizes = [num_slots, num_validation, num_counts, num_margins, NUM_VOICES * world_size, len(traffic), halves.size]
     parts = torch.split(vector.cpu(), sizes)
-    applied, fences, finish, intervals, busy_s, stages, schemes = parts[3].reshape(world_size, NUM_VOICES).T.tolist()
+    applied, fences, finish, intervals, busy_s, stages, schemes = parts[4].reshape(world_size, NUM_VOICES).T.tolist()
     return Outcome(
         loss_sum=sum(parts[0].tolist()),
         validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
-        counts_LE=parts[2].to(torch.int64).reshape(counts_shape),
+        routed=RoutingCounts(
+            parts[2].to(torch.int64).view(counts_LE.shape), parts[3].to(torch.int64).view(margins_LEM.shape)
+        ),
         applied=all(applied),
         fence=int(fences[0]) if min(fences) == max(fences) else NO_FENCE,
         finish=all(finish),
@@ -134,12 +138,12 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
         traffic={
             kind.value: Traffic(*numbers)
             for kind, numbers in zip(
-                TrafficKind, parts[4].to(torch.int64).view(len(TrafficKind), -1).tolist(), strict=True
+                TrafficKind, parts[5].to(torch.int64).view(len(TrafficKind), -1).tolist(), strict=True
             )
             if any(numbers)
         },
         compression=int(max(schemes)) if min(schemes) >= 0 else -1,
         digests=tuple(
-            f"{(int(high) * HALF + int(low)) % HALF**2:016x}" for high, low in parts[5].reshape(2, -1).T.tolist()
+            f"{(int(high) * HALF + int(low)) % HALF**2:016x}" for high, low in parts[6].reshape(2, -1).T.tolist()
         ),
     )

@@ -117,7 +117,7 @@ def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, 
         crew.await_finished()
         assert sorted(crew.records) == list(range(STEPS))
         assert crew.records[STEPS - 1].loss < crew.records[0].loss
-        assert {r.max_violation for r in crew.records.values()} == {0.0}
+        assert {r.experts.max_violation for r in crew.records.values()} == {0.0}
 
 
 def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(crew: Crew) -> None:

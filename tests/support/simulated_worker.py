@@ -237,7 +237,6 @@ class SimulatedWorker:
                 lr=self._spec.train.lr,
                 grad_norm=1.0,
                 applied=True,
-                max_violation=0.0,
                 first_position=self._step * rows,
                 num_positions=rows,
                 step_s=time.time() - started,

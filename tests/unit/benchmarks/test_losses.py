@@ -19,7 +19,6 @@ def vote(step: int, generation: int, vote_time: float) -> StepRecord:
         lr=1e-3,
         grad_norm=1.0,
         applied=True,
-        max_violation=0.0,
         first_position=0,
         num_positions=1,
         step_s=0.5,

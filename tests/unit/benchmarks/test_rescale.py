@@ -30,7 +30,6 @@ def vote(step: int, generation: int, vote_time: float, step_s: float = 1.0) -> S
         lr=1e-3,
         grad_norm=1.0,
         applied=True,
-        max_violation=0.0,
         first_position=0,
         num_positions=1,
         step_s=step_s,

@@ -15,6 +15,7 @@ from orchestrator.control.run_values import collapse, values_of_run
 from orchestrator.metrics import DECLARED, Kind, Metric, metric
 from orchestrator.policy.progress import Progress
 from orchestrator.policy.run_state import Note, Observation
+from orchestrator.protocol.messages import ExpertLoad
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.traffic import Traffic
 from orchestrator.spec.model import ModelSpec
@@ -101,7 +102,7 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     assert first["elastic/workers_wanted"] == 2 and first["elastic/quarantined_nodes"] == 0
 
     vote_time = submitted + 50.0
-    memory.absorb([replace(record(0), max_violation=1.5, applied=False, vote_time=vote_time)], up_to=0)
+    memory.absorb([replace(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0)
     checkpoint = memory.note("checkpoint", step=0, path="/c/0")["time"]
     later = values()
     assert later["run/committed_steps"] == 1 and later["run/committed_time"] == vote_time
@@ -124,7 +125,7 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("experts", "top_k", "max_violation", "share"), [(8, 2, 3.0, 1.0), (8, 2, 0.0, 0.0), (1, 1, 0.0, 0.0)]
+    ("experts", "top_k", "worst_violation", "share"), [(8, 2, 3.0, 1.0), (8, 2, 0.0, 0.0), (1, 1, 0.0, 0.0)]
 )
-def test_collapse(experts: int, top_k: int, max_violation: float, share: float) -> None:
-    assert collapse(ModelSpec(num_experts=experts, top_k=top_k), max_violation) == share
+def test_collapse(experts: int, top_k: int, worst_violation: float, share: float) -> None:
+    assert collapse(ModelSpec(num_experts=experts, top_k=top_k), worst_violation) == share

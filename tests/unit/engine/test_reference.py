@@ -72,11 +72,11 @@ def test_a_non_finite_update_changes_nothing_and_is_forgotten(alone: Groups) -> 
 
 def test_evaluation_leaves_no_trace(alone: Groups) -> None:
     model, engine = _engine(alone)
-    loss, counts_LE = engine.accumulate(slot(0, 0), TOKENS, last=True)
+    loss, routed = engine.accumulate(slot(0, 0), TOKENS, last=True)
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     assert engine.evaluate(slot(0, 0)).item() == pytest.approx(loss.item())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
-    assert counts_LE.sum().item() == 64 * SPEC.top_k
+    assert routed.counts_LE.sum().item() == 64 * SPEC.top_k
 
 
 def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: Groups) -> None:

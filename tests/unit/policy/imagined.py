@@ -61,7 +61,6 @@ def record(
         lr=0.1,
         grad_norm=1.0,
         applied=True,
-        max_violation=0.0,
         first_position=step * 16,
         num_positions=16,
         step_s=step_s,

@@ -11,7 +11,7 @@ from orchestrator.worker.desk import MAX_RECORDS, Desk
 
 
 def _record(step: int) -> StepRecord:
-    return StepRecord(step, 0, 1, 1.0, 10, 0.1, 1.0, True, 0.0, step, 1, 0.1, 0.0)
+    return StepRecord(step, 0, 1, 1.0, 10, 0.1, 1.0, True, step, 1, 0.1, 0.0)
 
 
 def test_the_newest_directive_wins() -> None:

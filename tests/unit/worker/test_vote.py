@@ -6,17 +6,23 @@ import numpy as np
 import pytest
 import torch
 
+from orchestrator.model.balance import RoutingCounts
 from orchestrator.worker.vote import NO_FENCE, Ballot, Outcome, vote
 from tests.unit.comm.threads import on_ranks
 
 CPU = torch.device("cpu")
 
 
+def _routed(counts: list[list[int]], margins: list[list[list[int]]] | None = None) -> RoutingCounts:
+    counts_LE = torch.tensor(counts)
+    return RoutingCounts(counts_LE, counts_LE.new_zeros(*counts_LE.shape, 0) if margins is None else torch.tensor(margins))
+
+
 def _ballot(losses: list[float], **changes: Any) -> Ballot:
     fields: dict[str, Any] = {
         "slot_losses": np.array(losses),
         "validation_losses": np.zeros(0),
-        "counts_LE": torch.tensor([[1, 2], [3, 4]]),
+        "routed": _routed([[1, 2], [3, 4]]),
         "applied": True,
     }
     return Ballot(**{**fields, **changes})
@@ -30,7 +36,7 @@ def _together(ballots: list[Ballot]) -> list[Outcome]:
 def test_a_world_of_one_hears_itself() -> None:
     outcome = vote(_ballot([1.5, 2.5], validation_losses=np.array([0.25, 0.5]), fence=7, finish=True), 0, 1, None, CPU)
     assert (outcome.loss_sum, outcome.validation_loss_sum) == (4.0, 0.75)
-    assert outcome.counts_LE.tolist() == [[1, 2], [3, 4]]
+    assert outcome.routed.counts_LE.tolist() == [[1, 2], [3, 4]]
     assert (outcome.applied, outcome.fence, outcome.finish) == (True, 7, True)
     assert vote(_ballot([1.0]), 0, 1, None, CPU).validation_loss_sum is None
 
@@ -39,7 +45,7 @@ def test_all_ranks_conclude_the_same() -> None:
     ballots = [_ballot([1.0, 0.0, 0.0]), _ballot([0.0, 2.0, 4.0])]
     one, other = _together(ballots)
     assert one.loss_sum == other.loss_sum == 7.0
-    assert one.counts_LE.tolist() == other.counts_LE.tolist() == [[2, 4], [6, 8]]
+    assert one.routed.counts_LE.tolist() == other.routed.counts_LE.tolist() == [[2, 4], [6, 8]]
 
 
 def test_the_sum_is_in_slot_order_whoever_had_the_slots() -> None:
@@ -69,7 +75,7 @@ def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> 
         _ballot(
             [10.0 + rank if slot == rank else 0.0 for slot in range(4)],
             validation_losses=np.array([100.0 if slot == rank else 0.0 for slot in range(2)]),
-            counts_LE=torch.tensor([[2**40 + rank, 0, 5]]),
+            routed=_routed([[2**40 + rank, 0, 5]], [[[7, rank], [0, 2**41], [1, 1]]]),
             fence=6,
             finish=True,
         )
@@ -78,8 +84,11 @@ def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> 
     for outcome in _together(ballots):
         assert outcome.loss_sum == sum(10.0 + rank for rank in range(world_size))
         assert outcome.validation_loss_sum == 100.0 * min(world_size, 2)
-        assert outcome.counts_LE.tolist() == [[2**40 * world_size + sum(range(world_size)), 0, 5 * world_size]]
-        assert outcome.counts_LE.dtype == torch.int64
+        assert outcome.routed.counts_LE.tolist() == [[2**40 * world_size + sum(range(world_size)), 0, 5 * world_size]]
+        assert outcome.routed.counts_LE.dtype == outcome.routed.margins_LEM.dtype == torch.int64
+        ranks = sum(range(world_size))
+        margins = [[[7 * world_size, ranks], [0, 2**41 * world_size], [world_size, world_size]]]
+        assert outcome.routed.margins_LEM.tolist() == margins
         assert (outcome.applied, outcome.fence, outcome.finish) == (True, 6, True)
 
 
@@ -88,8 +97,8 @@ def test_a_loss_that_is_not_finite_is_not_hidden() -> None:
 
 
 def test_a_model_without_experts_votes_too() -> None:
-    outcomes = _together([_ballot([1.0], counts_LE=torch.zeros(0, 8, dtype=torch.int64))] * 2)
-    assert [tuple(outcome.counts_LE.shape) for outcome in outcomes] == [(0, 8), (0, 8)]
+    outcomes = _together([_ballot([1.0], routed=RoutingCounts(torch.zeros(0, 8, dtype=torch.int64), torch.zeros(0, 8, 0, dtype=torch.int64)))] * 2)
+    assert [tuple(outcome.routed.counts_LE.shape) for outcome in outcomes] == [(0, 8), (0, 8)]
 
 
 def test_the_longest_interval_wins() -> None:
