@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("ray", "torch", "deepspeed", "mlflow", "numpy")
 CONFIDENCE = 0.95
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # of Student's t, by degrees of freedom from 1
 
 # -- measuring -------------------------------------------------------------------------------------------------------
 
@@ -102,6 +103,18 @@ def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     return Interval(quantile(ordered, 0.5), ordered[rank - 1], ordered[n - rank])
 
 
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of a few values with its 95 % interval by Student's t, for pairs of runs that differ by their seed only.
+
+    Raises ValueError for fewer than 2 values, or more than there are quantiles for.
+    """
+    n = len(values)
+    if not 2 <= n <= len(T_975) + 1:
+        raise ValueError(f"an interval of the mean of {n} values was asked for; it needs 2 to {len(T_975) + 1}")
+    half = T_975[n - 2] * stdev(values) / math.sqrt(n)
+    return Interval(fmean(values), fmean(values) - half, fmean(values) + half)
+
+
 def theil_sen(points: Sequence[tuple[float, float]]) -> float:
     """The slope of y over x as the median of the slopes of all pairs (Sen, 1968): single steps don't bend it.
 
@@ -158,10 +171,10 @@ class Result:
 
 def line_of(result: Result, duration_s: float) -> dict[str, Any]:
     """The result as the object that is printed, with what is needed to judge and to repeat it."""
-    commit, dirty = _commit()
+    checked_out, dirty = commit()
     return {
         "name": result.name,
-        "commit": commit,
+        "commit": checked_out,
         "dirty": dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": _cpu(),
@@ -205,7 +218,7 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _commit() -> tuple[str | None, bool | None]:
+def commit() -> tuple[str | None, bool | None]:
     """The commit that is checked out, and whether files differ from it. None for both where git can't tell."""
     git = ["git", "-C", str(ROOT)]
     try:

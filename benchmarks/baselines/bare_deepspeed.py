@@ -28,9 +28,9 @@ from torch import nn
 
 from orchestrator.data.store import TokenStore
 from orchestrator.elastic.placement import Placement
+from orchestrator.model.balance import RoutingCounts, next_bias
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe import ExpertHome
-from orchestrator.model.balance import RoutingCounts, next_bias
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.sampling.slots import slots_of

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator.policy.progress import Progress, absorb
-from orchestrator.protocol.messages import ExpertLoad, StepRecord
+from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.messages import StepRecord
 from orchestrator.tracking.sink import MetricPoint
 
 

@@ -82,7 +82,9 @@ def margin_histogram(choice_NE: Tensor, best_NK: Tensor) -> Tensor:
     # An expert out of reach has no margin (-inf, or NaN where too few are in reach): the lowest bin.
     bin_NE = torch.bucketize(margin_NE.nan_to_num(nan=-2.0, neginf=-2.0), edges)
     bin_NE += torch.arange(num_experts, device=bin_NE.device) * NUM_MARGIN_BINS
-    return torch.bincount(bin_NE.reshape(-1), minlength=num_experts * NUM_MARGIN_BINS).view(num_experts, NUM_MARGIN_BINS)
+    return torch.bincount(bin_NE.reshape(-1), minlength=num_experts * NUM_MARGIN_BINS).view(
+        num_experts, NUM_MARGIN_BINS
+    )
 
 
 def quantile_bias(bias_LE: Tensor, margins_LEM: Tensor, top_k: int, speed: float) -> Tensor:

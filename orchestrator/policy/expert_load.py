@@ -8,7 +8,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.protocol.messages import ExpertLoad
+from orchestrator.protocol.expert_load import ExpertLoad
 
 # Edges of the bins by which routers count margins (orchestrator.model.balance): 0, and magnitudes of half-octaves from
 # 2^-11 to 1, which is as far as sigmoid scores lie apart.

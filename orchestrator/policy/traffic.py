@@ -81,7 +81,12 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, 
         2
         * (size - 1)
         * 8
-        * (slots + moe_layers * model.num_experts * (1 + margins) + VOICES * size + len(fields(Traffic)) * len(TrafficKind))
+        * (
+            slots
+            + moe_layers * model.num_experts * (1 + margins)
+            + VOICES * size
+            + len(fields(Traffic)) * len(TrafficKind)
+        )
     )
     reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
     if train.is_exact:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from orchestrator.elastic.cut import Holding
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
+from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.traffic import Traffic
 from orchestrator.sampling.slots import UNSAID, SlotSize
 
@@ -221,31 +222,6 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
-class ExpertLoad:
-    """How evenly the tokens of a step's global batch were spread over the experts. All 0 without experts or tokens.
-
-    Args:
-        max_violation: MaxVio (arXiv:2408.15664, section 2.1), max load / mean load - 1 of a layer; mean over layers.
-        worst_violation: the same of the layer where it is largest.
-        worst_layer: that layer, counted from 0 among the MoE layers; -1 without any.
-        utilisation: mean load / max load, mean over layers: the share of the time that experts on ranks of their own
-            would be busy.
-        dead: share of all layers' experts that no token chose.
-        entropy: of the distribution of choices over its largest value, log E; mean over layers.
-        swing: share of experts whose load changed from well above the mean to well below it or back since the step
-            before; None in the first step of a generation.
-    """
-
-    max_violation: float = 0.0
-    worst_violation: float = 0.0
-    worst_layer: int = -1
-    utilisation: float = 0.0
-    dead: float = 0.0
-    entropy: float = 0.0
-    swing: float | None = None
-
-
-@dataclass(frozen=True)
 class StepRecord:
     """One finished step as every member knows it. Times are `time.time()` seconds."""
 
@@ -276,7 +252,7 @@ class StepRecord:
     compression: str = ""  # of its gradients; empty in records of before there was any
     communication_wait_s: float | None = None  # of step_s, how long it waited for peers; None: it was not measured
     digests: tuple[str, ...] = ()  # by rank, of the state that it led to; where training is exact
-    experts: ExpertLoad = ExpertLoad()
+    experts: ExpertLoad = field(default_factory=ExpertLoad)
     loads: tuple[tuple[int, ...], ...] = ()  # by MoE layer, tokens of each expert; in steps that a heat map shows
 
 

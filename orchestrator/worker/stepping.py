@@ -16,7 +16,8 @@ from orchestrator.model.balance import RoutingCounts, next_bias
 from orchestrator.model.base import seed_draws
 from orchestrator.policy.expert_load import expert_load, is_shown
 from orchestrator.policy.stragglers import slowest
-from orchestrator.protocol.messages import ExpertLoad, SlotMemory, StepRecord
+from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.messages import SlotMemory, StepRecord
 from orchestrator.protocol.traffic import TrafficKind
 from orchestrator.spec.schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges

@@ -4,10 +4,11 @@ Every rank fills its own places in a vector of zeros, so the sum holds what each
 losses per slot stay apart until they are summed in slot order, whatever the world size.
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
-slot, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per rank: update applied, generation of the fence it has seen, wish to
-finish, steps that it would have between two snapshots, seconds that it computed for a slot, version of the decided
-stages that it has seen, number of the compression that it would have. Last, what is summed over the ranks: bytes by
-kind that they have sent since their last votes, and their parts of digests, in halves of 32 bits.
+slot, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per rank: update applied,
+generation of the fence it has seen, wish to finish, steps that it would have between two snapshots, seconds that it
+computed for a slot, version of the decided stages that it has seen, number of the compression that it would have.
+Last, what is summed over the ranks: bytes by kind that they have sent since their last votes, and their parts of
+digests, in halves of 32 bits.
 """
 
 from collections.abc import Mapping

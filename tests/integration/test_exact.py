@@ -35,7 +35,10 @@ def _told(crew: Crew) -> list[tuple[Any, ...]]:
     assert sorted(crew.records) == list(range(STEPS))
     records = [record for _, record in sorted(crew.records.items())]
     assert all(len(r.digests) == (r.world_size if crew.is_exact else 0) for r in records)
-    return [(r.loss, r.grad_norm, r.validation_loss, replace(r.experts, swing=None), r.applied, whole(r.digests)) for r in records]
+    return [
+        (r.loss, r.grad_norm, r.validation_loss, replace(r.experts, swing=None), r.applied, whole(r.digests))
+        for r in records
+    ]
 
 
 def _state(crew: Crew, job: JobSpec) -> dict[str, bytes]:

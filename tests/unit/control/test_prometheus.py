@@ -15,7 +15,7 @@ from orchestrator.control.run_values import collapse, values_of_run
 from orchestrator.metrics import DECLARED, Kind, Metric, metric
 from orchestrator.policy.progress import Progress
 from orchestrator.policy.run_state import Note, Observation
-from orchestrator.protocol.messages import ExpertLoad
+from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.traffic import Traffic
 from orchestrator.spec.model import ModelSpec
@@ -102,7 +102,9 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     assert first["elastic/workers_wanted"] == 2 and first["elastic/quarantined_nodes"] == 0
 
     vote_time = submitted + 50.0
-    memory.absorb([replace(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0)
+    memory.absorb(
+        [replace(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
+    )
     checkpoint = memory.note("checkpoint", step=0, path="/c/0")["time"]
     later = values()
     assert later["run/committed_steps"] == 1 and later["run/committed_time"] == vote_time

@@ -102,7 +102,9 @@ def test_experts_out_of_reach_give_finite_moves() -> None:
 
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 4), (1, 1)])
-def test_where_every_token_visits_all_experts_nothing_is_counted_and_nothing_moves(num_experts: int, top_k: int) -> None:
+def test_where_every_token_visits_all_experts_nothing_is_counted_and_nothing_moves(
+    num_experts: int, top_k: int
+) -> None:
     spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=num_experts, top_k=top_k)
     routing = _router(spec)(torch.randn(10, 8))
     assert routing.margins_EM is None and routing.gates_NK.isfinite().all()

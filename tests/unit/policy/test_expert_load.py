@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.policy.expert_load import SHOWN_STEPS, expert_load, is_shown, largest_violation
-from orchestrator.protocol.messages import ExpertLoad
+from orchestrator.protocol.expert_load import ExpertLoad
 
 
 def _counts(rows: list[list[int]]) -> np.ndarray:
