@@ -1,4 +1,4 @@
-"""Real workers of two threads each: however many threads of Python, Ray and gloo they have, one computes in parallel."""
+"""Real workers that compute with two threads: of all that they have otherwise, one thread computes in parallel."""
 
 import time
 from pathlib import Path
