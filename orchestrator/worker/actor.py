@@ -62,9 +62,7 @@ class Worker:
             if self._desk.state.phase is Phase.COLD:
                 self._desk.publish(phase=Phase.WARMING)
                 standby: Future[None] = Future()
-                self._training = threading.Thread(
-                    target=self._live, args=(job, standby), name="training", daemon=True
-                )
+                self._training = threading.Thread(target=self._live, args=(job, standby), name="training", daemon=True)
                 self._training.start()
                 try:
                     standby.result()
