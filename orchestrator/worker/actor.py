@@ -1,6 +1,7 @@
 """The worker: what a Ray actor process hosts (see `orchestrator.control.host`), and the control thread's face.
 
-Every method returns at once or within the caller's timeout; training runs in a thread of its own.
+Every method but `warm` returns at once or within the caller's timeout. All that computes runs in a thread of its own,
+the training thread, from warm-up on (`orchestrator.engine.threads`).
 """
 
 import logging
@@ -8,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from orchestrator.comm import pulse
 from orchestrator.data.store import TokenStore
 from orchestrator.engine.numerics import fingerprint, pin
+from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.rehearsal import rehearse
 from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
@@ -58,8 +61,11 @@ class Worker:
         with self._warming:
             if self._desk.state.phase is Phase.COLD:
                 self._desk.publish(phase=Phase.WARMING)
+                standby: Future[None] = Future()
+                self._training = threading.Thread(target=self._live, args=(job, standby), name="training", daemon=True)
+                self._training.start()
                 try:
-                    self._start(job)
+                    standby.result()
                 except UsageError as error:  # the user's own model, or a secret that isn't there
                     told = error.traceback if isinstance(error, EntrypointError) else ""
                     log.error("%s\n%s", told, error)
@@ -95,8 +101,19 @@ class Worker:
         log.info("%s shuts down", self._id)
         os._exit(0)
 
-    def _start(self, job: WorkerJob) -> None:
-        torch.set_num_threads(job.threads)
+    def _live(self, job: WorkerJob, standby: "Future[None]") -> None:
+        """The training thread: warms up, and then trains to the end of the run."""
+        try:
+            trainer = self._become_standby(job)
+        except BaseException as error:  # whatever it is, `warm` waits for it
+            standby.set_exception(error)
+            return
+        standby.set_result(None)
+        trainer.run()
+
+    def _become_standby(self, job: WorkerJob) -> Trainer:
+        """All that `warm` promises, in the training thread: warm-up computes in parallel as steps do."""
+        compute_here(job.threads)
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
         device = device_of(spec.resources.gpus, torch.cuda.device_count())
@@ -111,14 +128,12 @@ class Worker:
             rehearse(spec, vocab_size, device)
         warm_up(spec, vocab_size, device, workshop.address)
         memory = ReservedMemory(memory_of_a_world(spec, vocab_size)) if device.type == "cpu" else None
-        trainer = Trainer(self._desk, workshop, feed)
+        self._trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
         if memory is not None:
             memory.touch_the_rest()
-        self._trainer = trainer
-        self._training = threading.Thread(target=trainer.run, name="training", daemon=True)
-        self._training.start()
         threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
+        return self._trainer
 
     def _hear_sigterm(self, before: Any) -> None:
         """This process was told to end, and will be made to: its controller lets it go once others have its shard. Told

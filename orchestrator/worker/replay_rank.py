@@ -18,6 +18,7 @@ import torch
 from orchestrator.comm.rendezvous import RendezvousServer
 from orchestrator.data.store import TokenStore
 from orchestrator.engine.numerics import fingerprint, pin
+from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, OrchestratorError
 from orchestrator.protocol.inference import Fault
 from orchestrator.protocol.messages import StepRecord, StoreAddress
@@ -39,7 +40,7 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
         server = RendezvousServer(plan.store_address.host)
         plan = replace(plan, store_address=StoreAddress(*server.address()))
         yield plan.store_address
-    torch.set_num_threads(order.job.threads)
+    compute_here(order.job.threads)
     take_secrets(spec.secrets)
     device = device_of(spec.resources.gpus, torch.cuda.device_count())
     pin(device)

@@ -3,6 +3,9 @@
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["GOMP_SPINCOUNT"] = (
+    "0"  # more workers than cores: a thread that spins would hold up the one that it waits for
+)
 
 import deepspeed  # noqa: F401
 import torch  # noqa: F401

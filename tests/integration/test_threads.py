@@ -1,0 +1,41 @@
+"""Real workers that compute with two threads: of all that they have otherwise, one thread computes in parallel."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.protocol.messages import Phase
+from tests.support import pools
+from tests.support.crew import Crew
+from tests.support.texts import small_job
+
+THREADS = 2
+# Large enough for torch to cut a copy of its tensors, and the exchange of a few tokens, into parts for two threads.
+LARGE = {"hidden_size": 256, "num_heads": 4, "intermediate_size": 512, "expert_intermediate_size": 256}
+
+
+@pytest.mark.skipif(not pools.CAN_TELL, reason="this system doesn't tell where a thread waits")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_thread_of_a_worker_computes_in_parallel(
+    texts: Path, store_dir: Path, tmp_path: Path, precision: str
+) -> None:
+    """Protection, checkpoints, a rescale, a loss and the recovery from it leave one pool of threads in each worker."""
+    job = small_job(texts, LARGE, precision=precision, steps=10, global_batch_size=6)
+    job = job.model_copy(
+        update={"protection": "every_step", "checkpoint": job.checkpoint.model_copy(update={"every": 4})}
+    )
+    with Crew(job, store_dir, tmp_path, size=3, threads=THREADS) as crew:
+        crew.start(crew.plan(crew.ids[:2]))
+        crew.await_step(2)
+        crew.rescale(crew.ids)
+        crew.await_step(4)
+        crew.members[crew.ids[2]].kill()
+        survivors = crew.ids[:2]
+        crew.await_all(survivors, lambda report: report.phase is Phase.STRANDED)
+        crew.recover(survivors)
+        crew.await_finished()
+        time.sleep(0.5)  # pool threads spin for a while before they rest
+        for worker in survivors:
+            found = pools.pool_threads(crew.members[worker].process.pid or 0)
+            assert len(found) == THREADS - 1, f"{worker} has {len(found)} threads in libgomp's pools"

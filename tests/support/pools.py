@@ -1,0 +1,26 @@
+"""libgomp's pool threads of a process: those that rest between two parallel regions."""
+
+import os
+from pathlib import Path
+
+CAN_TELL = Path(f"/proc/self/task/{os.getpid()}/syscall").exists()  # Linux only, and not in every sandbox
+
+
+def pool_threads(pid: int) -> set[int]:
+    """Ids of the threads that wait within libgomp. Of a process that computes nothing now, since a thread that computes
+    waits there for its pool too.
+
+    libgomp makes its system calls itself, not through libc, so a thread that waits in one of them stands in its code.
+    """
+    code = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        span, permissions, *_ = line.split()
+        if "libgomp" in line and "x" in permissions:
+            code.append(range(*(int(address, 16) for address in span.split("-"))))
+    assert code, f"process {pid} has no libgomp"
+    found = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        *_, counter = (task / "syscall").read_text().split()  # the last one: where in its code; "running" has none
+        if counter != "running" and any(int(counter, 16) in span for span in code):
+            found.add(int(task.name))
+    return found
