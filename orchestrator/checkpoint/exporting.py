@@ -64,7 +64,7 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
         with CheckpointReader(checkpoint) as reader:
             reader.verify()
             _check_sizes(reader, {"master/head": (vocab_size, job.model.hidden_size)})
-            num_bytes = _write_weights(_tensors(reader), DTYPES[dtype], partial)
+            num_bytes = _write_weights(_tensors(reader, job.model.embedding_scale), DTYPES[dtype], partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_tokenizer(tokenizer, library, job.train.sequence_length, partial)
         if to.exists():
@@ -83,12 +83,12 @@ def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -
             raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer say {shape}")
 
 
-def _tensors(reader: CheckpointReader) -> Iterator[tuple[str, Array]]:
+def _tensors(reader: CheckpointReader, embedding_scale: float) -> Iterator[tuple[str, Array]]:
     """Weights and buffers under their names, fp32."""
     for key, entry in reader.manifest.tensors.items():
         kind, _, name = key.partition("/")
         if kind in ("master", "buffer"):
-            yield from renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape))
+            yield from renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
 
 
 def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: Path) -> int:

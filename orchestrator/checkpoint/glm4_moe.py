@@ -1,7 +1,7 @@
 """Our model in Hugging Face's format: the names, the split and the configuration of `Glm4MoeForCausalLM`.
 
-The maths is the same, so weights are only renamed, and the joint gate-and-up matrices cut in two, or put together
-again where such a directory is read (`orchestrator.checkpoint.pretrained`). Experts are written one by one,
+The maths is the same, so weights are only renamed, the embedding multiplied by its scale, and the joint gate-and-up
+matrices cut in two, or put together again where such a directory is read (`orchestrator.checkpoint.pretrained`). Experts are written one by one,
 `experts.7.gate_proj.weight`, as published checkpoints of this architecture have them.
 `tests/integration/test_glm4_moe.py` compares logits and gradients with transformers.
 """
@@ -102,9 +102,11 @@ def stacked_name(name: str) -> tuple[str, int] | None:
     return (f"model.layers.{expert[1]}.mlp.experts.{expert[3]}_proj", int(expert[2])) if expert else None
 
 
-def renamed(name: str, tensor: npt.NDArray[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """A tensor of ours under their names. Raises KeyError: we have no tensor of this name."""
+def renamed(name: str, tensor: npt.NDArray[Any], embedding_scale: float) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """A tensor of ours under their names, as it is there. Raises KeyError: we have no tensor of this name."""
     names = their_names(name)
+    if name == "embedding.weight":
+        tensor = tensor * np.float32(embedding_scale)
     yield from zip(names, np.split(tensor, len(names)), strict=True)
 
 

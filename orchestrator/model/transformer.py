@@ -164,7 +164,7 @@ class MoELanguageModel(TrainableModel):
         if padding is not None:
             inputs_BT = padding.unpad(inputs_BT)[None]
             targets_BT = None if targets_BT is None else padding.unpad(targets_BT)[None]
-        x_BTD = self._run_layers(self.embedding(inputs_BT), rotary, mask_B1TT, padding)
+        x_BTD = self._run_layers(self._embedded(inputs_BT), rotary, mask_B1TT, padding)
         x_BTD = self.norm(x_BTD)
         if targets_BT is None:
             logits_BTV = F.linear(x_BTD, self.head)
@@ -182,10 +182,16 @@ class MoELanguageModel(TrainableModel):
         if before and length > 1:  # each sees all that came before it; one token alone sees everything anyway
             seen_TC = torch.ones(length, before + length, dtype=torch.bool, device=inputs_BT.device)
             mask_11TC = seen_TC.tril(before)[None, None]
-        x_BTD = self.embedding(inputs_BT)
+        x_BTD = self._embedded(inputs_BT)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_BTD = layer(x_BTD, rotary, mask_11TC, layer_cache)
         return F.linear(self.norm(x_BTD[:, -1]), self.head)
+
+    def _embedded(self, inputs_BT: Tensor) -> Tensor:
+        """Tokens as they enter the first layer. Scaled (arXiv:1706.03762, section 3.4), so that what tells them apart
+        outweighs what the layers write at first, which is nearly the same for all of them."""
+        embedded_BTD: Tensor = self.embedding(inputs_BT)
+        return embedded_BTD * self.spec.embedding_scale
 
     def _run_layers(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None, padding: Padding | None
@@ -210,15 +216,14 @@ class MoELanguageModel(TrainableModel):
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal weights with std `init_std`, scaled down by depth for what writes into the residual stream
-        (GPT-2), `embedding_init_std` for the embedding, ones for norms, zeros for biases. A tensor's values depend on
-        (seed, name) alone."""
+        (GPT-2), ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
         residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
         for name, param in self.named_parameters():
             if "norm" in name or name.endswith("_bias"):
                 param.fill_(1.0 if "norm" in name else 0.0)
                 continue
             std = residual_std if name.endswith((".output", ".down")) else self.spec.init_std
-            draw_normal(param, name, seed, self.spec.embedding_init_std if param is self.embedding.weight else std)
+            draw_normal(param, name, seed, std)
         for layer in self.moe_layers:
             layer.router.correction_bias_E.zero_()
 

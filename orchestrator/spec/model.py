@@ -35,6 +35,7 @@ IN_CONFIG = frozenset(
     }
 )
 
+EMBEDDING_SCALE = 8.0  # a power of two, so that an export can multiply weights by it without rounding
 BIAS_UPDATE_SPEED = {"quantile": 0.5, "sign": 1e-3}
 
 
@@ -101,14 +102,13 @@ class ModelSpec(Section):
         "and experts (selective), all within about sqrt(num_layers) runs of layers (sqrt), or within each layer "
         "(full). The last three send tokens to experts once more.",
     )
-    init_std: float = Field(
-        default=0.02, gt=0, description="Standard deviation of the initial weights, the embedding's apart."
-    )
-    embedding_init_std: float = Field(
-        default=0.2,
+    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+    embedding_scale: float = Field(
+        default_factory=lambda known: EMBEDDING_SCALE if known["init_from"] is None else 1.0,
         gt=0,
-        description="Standard deviation of the initial embedding. Where it is far below 1, the first updates drown "
-        "what tells tokens apart, and routers send all of them to the same experts (docs/balance.md).",
+        description="Factor on the embedding where it enters the first layer. With 1, at high learning rates, the "
+        "first updates drown what tells tokens apart, and routers send all of them to the same experts "
+        "(docs/balance.md). Default: 8, with init_from 1.",
     )
     bias_update: Literal["quantile", "sign"] = Field(
         default="quantile",
@@ -150,6 +150,9 @@ class ModelSpec(Section):
             keys = (("bias_update_speed",), ("bias_update",))
             rule = f"bias_update_speed must be at most 1 with bias_update: quantile; got {self.bias_update_speed:g}"
             yield Broken(keys, rule)
+        if self.init_from is not None and self.embedding_scale != 1.0:
+            rule = f"embedding_scale must be 1 with init_from, as its weights have it; got {self.embedding_scale:g}"
+            yield Broken((("embedding_scale",), ("init_from",)), rule)
         if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()

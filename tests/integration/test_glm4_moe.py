@@ -72,7 +72,7 @@ def _copy(ours: MoELanguageModel, theirs: Glm4MoeForCausalLM) -> None:
     state = theirs.state_dict()
     filled = set()
     for name, tensor in [*ours.named_parameters(), *ours.named_buffers()]:
-        for their_name, part in renamed(name, tensor.detach().numpy()):
+        for their_name, part in renamed(name, tensor.detach().numpy(), ours.spec.embedding_scale):
             filled |= _put(state, their_name, torch.from_numpy(part))
     assert filled == set(state), set(state) ^ filled
 
@@ -105,7 +105,9 @@ def test_logits_and_gradients_equal_transformers(variant: str) -> None:
     wanted = {name: torch.zeros_like(grad) for name, grad in gradients.items() if grad is not None}
     for name, param in ours.named_parameters():
         assert param.grad is not None, name
-        for their_name, part in renamed(name, param.grad.numpy()):
+        for their_name, part in renamed(
+            name, param.grad.numpy(), 1.0 / ours.spec.embedding_scale
+        ):  # a factor of ours alone
             _put(wanted, their_name, torch.from_numpy(part))
     for name, grad in wanted.items():
         scale = gradients[name].abs().max().item()  # type: ignore[union-attr]
