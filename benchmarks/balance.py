@@ -10,8 +10,8 @@ learning rates, and at the higher one with three controls:
 - `none`: no balancing,
 - `softmax`: a softmax router with its auxiliary loss.
 
-A run that has been measured at this commit is not trained again: results lie in a file beside the prepared text, so
-the benchmark may be stopped and goes on where it was. Two cases are trained by the product on Ray as well.
+A run that has been measured with the same sources is not trained again: results lie in a file beside the prepared text,
+so the benchmark may be stopped and goes on where it was. Two cases are trained by the product on Ray as well.
 
 MaxVio is that of single steps unless it says otherwise: of a layer the largest load over the mean load, less one; mean
 over layers, then the median over the steps of a stretch, `early` (steps 30 to 100) or `late` (the last fifth).
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.harness import Bar, Result, at_least, at_most, commit, equals, mean_interval, run, say
+from benchmarks.harness import ROOT, Bar, Result, at_least, at_most, equals, mean_interval, run, say
 from benchmarks.support.data import data_spec, prepared, prepared_storage, stores_dir
 from benchmarks.support.product import Product
 from orchestrator.control.memory import read_steps
@@ -53,6 +53,7 @@ ROWS, LENGTH = 16, 128
 LRS = (3e-3, 1e-3)  # the controls are trained at the first
 PROCESSES = 2
 VALIDATION_ROWS = 512
+SOURCES = ("model", "spec", "sampling", "policy/expert_load.py")  # that decide how a run ends
 
 OURS = "ours"
 CONTROLS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,6 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "none": {"bias_update_speed": 0.0},
     "softmax": {"router": "softmax"},
 }
-LARGE = ("early", "late", "summed")
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,11 @@ def train_all(arms: Sequence[Arm], steps: int, data: DataSpec, store: Path, resu
 
 def _results_file(directory: Path, data: DataSpec, steps: int) -> Path:
     """Named by all that the results depend on."""
-    of = f"{commit()} {data.model_dump_json()} {steps} {CASES} {CONTROLS}"
-    return directory / f"balance-{hashlib.sha256(of.encode()).hexdigest()[:12]}.jsonl"
+    of = hashlib.sha256(f"{data.model_dump_json()} {steps} {CASES} {CONTROLS}".encode())
+    for source in (Path(__file__), *(ROOT / "orchestrator" / room for room in SOURCES)):
+        for file in sorted(source.glob("*.py")) if source.is_dir() else [source]:
+            of.update(file.read_bytes())
+    return directory / f"balance-{of.hexdigest()[:12]}.jsonl"
 
 
 def job_of(arm: Arm, steps: int, data: DataSpec) -> JobSpec:
@@ -326,7 +329,8 @@ def result_of(quick: bool, steps: int, found: dict[Arm, Measured], on_ray: dict[
         bars.append(at_least(f"utilisation over none, {of_case}", 1.3, min(gains)))
         for kind in CONTROLS:
             gaps = [ours[arm].loss / by_pair[arm.pair, kind].loss - 1 for arm in paired]
-            bars.append(at_most(f"loss over {kind}, {of_case}", 0.005, mean_interval(gaps)))
+            gap = mean_interval(gaps) if len(gaps) > 1 else gaps[0]
+            bars.append(at_most(f"loss over {kind}, {of_case}", 0.005, gap))
     for name, shown in on_ray.items():
         case = next(case for case in CASES if case.name == name)
         bars += [at_most(f"{what}, {name} on Ray", getattr(case, what), shown[what]) for what in ("early", "late")]

@@ -171,7 +171,7 @@ class Result:
 
 def line_of(result: Result, duration_s: float) -> dict[str, Any]:
     """The result as the object that is printed, with what is needed to judge and to repeat it."""
-    checked_out, dirty = commit()
+    checked_out, dirty = _commit()
     return {
         "name": result.name,
         "commit": checked_out,
@@ -218,7 +218,7 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def commit() -> tuple[str | None, bool | None]:
+def _commit() -> tuple[str | None, bool | None]:
     """The commit that is checked out, and whether files differ from it. None for both where git can't tell."""
     git = ["git", "-C", str(ROOT)]
     try:

@@ -1,8 +1,8 @@
 """Our model in Hugging Face's format: the names, the split and the configuration of `Glm4MoeForCausalLM`.
 
 The maths is the same, so weights are only renamed, the embedding multiplied by its scale, and the joint gate-and-up
-matrices cut in two, or put together again where such a directory is read (`orchestrator.checkpoint.pretrained`). Experts are written one by one,
-`experts.7.gate_proj.weight`, as published checkpoints of this architecture have them.
+matrices cut in two, or put together again where such a directory is read (`orchestrator.checkpoint.pretrained`).
+Experts are written one by one, `experts.7.gate_proj.weight`, as published checkpoints of this architecture have them.
 `tests/integration/test_glm4_moe.py` compares logits and gradients with transformers.
 """
 

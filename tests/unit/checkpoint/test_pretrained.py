@@ -24,7 +24,8 @@ def _spec(directory: Path, **keys: Any) -> ModelSpec:
 def test_sizes_come_from_the_directory(tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "hf")
     found = resolved(_spec(directory, bias_update_speed=0.5), directory)
-    assert found == SPEC.model_copy(update={"init_from": str(directory), "bias_update_speed": 0.5})
+    taken = {"init_from": str(directory), "bias_update_speed": 0.5, "embedding_scale": 1.0}
+    assert found == SPEC.model_copy(update=taken)
     open_pretrained(directory).check(found)
     assert resolved(found, directory) == found  # what a stored job says
 
