@@ -16,7 +16,9 @@ from torch import Tensor
 
 Block = NDArray[np.uint8]
 
-MOST_SPARE = 1.25  # times what is asked for: a larger block is left to a larger buffer
+# A block may be so many times what is asked for. Enough for worlds of 2 and 3 workers to use each other's: where one
+# rebuild follows another at once, the free blocks are those of a world of the other size.
+MOST_SPARE = 1.6
 
 
 class Buffers:
