@@ -1,6 +1,7 @@
 """Where snapshots lie: a shelf for each rank whose snapshots a worker has, and the vault with all its shelves.
 
-Buffers are used again and again, so a step allocates nothing. While a snapshot is written the two states before it, or
+Buffers are used again and again, so a step allocates nothing, and the next generation's shelves get those of one that
+is over (`orchestrator.state.buffers`). While a snapshot is written the two states before it, or
 at least the one, stay: a state that is complete somewhere is never given up for one that isn't yet.
 
     whole 4   delta 5   delta 6   delta 7   whole 8   delta 9     after 9 the newest states are 8 and 9, and 4 .. 7 go
@@ -15,6 +16,7 @@ from torch import Tensor
 from orchestrator.elastic.cut import Holding
 from orchestrator.elastic.layout import Layout
 from orchestrator.elastic.snapshot import SnapshotFormat
+from orchestrator.state.buffers import Buffers
 from orchestrator.state.snapshot import Replay, Snapshot, Update, views
 
 KEPT = 2  # states: whoever has finished a step later than others may have to go back to theirs
@@ -41,6 +43,7 @@ class Shelf:
         whole_every: every so many snapshots one is whole, the others are deltas; 1: all are whole.
         replay: does the updates of deltas again.
         pinned: buffers that a GPU can be copied to without a stop.
+        buffers: where others come from.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class Shelf:
         whole_every: int = 1,
         replay: Replay | None = None,
         pinned: bool = False,
+        buffers: Buffers | None = None,
     ) -> None:
         self.generation, self.rank, self.shared_only = generation, rank, shared_only
         self._whole_every, self._replay = whole_every, replay
         self._lock = threading.Lock()
         self._bases: list[_Base] = []
+        self._buffers = buffers or Buffers()
         # All buffers at once, so that memory that doesn't suffice shows before the first step, not in the middle.
         self._whole_format, self._delta_format = SnapshotFormat.of(layout, rank), SnapshotFormat.of_delta(layout, rank)
         num_deltas = whole_every if whole_every > 1 else 0  # all of a base, and the first one of the next
@@ -180,7 +185,9 @@ class Shelf:
         (self._free_whole if snapshot.update is None else self._free_deltas).append(snapshot.buffer)
 
     def _buffer(self, form: SnapshotFormat, pinned: bool) -> Tensor:
-        return torch.empty(self._of(form), dtype=torch.uint8, pin_memory=pinned)
+        if pinned:  # torch keeps these for the next ones itself
+            return torch.empty(self._of(form), dtype=torch.uint8, pin_memory=True)
+        return self._buffers.take(self._of(form))
 
     def _of(self, form: SnapshotFormat) -> int:
         return form.shared_bytes if self.shared_only else form.total_bytes

@@ -20,6 +20,7 @@ from orchestrator.comm.stream import Listener, Stream, StreamClosed, dial
 from orchestrator.elastic.layout import Layout
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.shelf import Shelf, Vault
 from orchestrator.state.snapshot import Replay, Snapshot, Update, copy_into
@@ -38,6 +39,7 @@ class Protection:
         pinned: snapshots are of a GPU's memory.
         whole_every: one of so many snapshots is whole, the others are deltas.
         replay: does the updates of deltas again.
+        buffers: of this worker, for the snapshots of all its generations.
 
     Raises:
         StreamClosed: buddy or ward did not come.
@@ -53,12 +55,14 @@ class Protection:
         pinned: bool,
         whole_every: int,
         replay: Replay,
+        buffers: Buffers,
     ) -> None:
         self.generation = plan.generation
         buddy, ward = plan.buddies[rank], plan.buddies.index(rank)
         prefix = f"{plan.store_prefix}/protection"
-        self._own = Shelf(plan.generation, rank, layout, False, whole_every, replay, pinned)
-        self._kept = Shelf(plan.generation, ward, layout, True, whole_every, replay)
+        self._own = Shelf(plan.generation, rank, layout, False, whole_every, replay, pinned, buffers)
+        self._kept = Shelf(plan.generation, ward, layout, True, whole_every, replay, buffers=buffers)
+        buffers.drop_free()
         listener = Listener(address)
         try:
             store.set(f"{prefix}/{rank}", listener.address)

@@ -24,6 +24,7 @@ from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
 from orchestrator.sampling.slots import SlotSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import whole_every
+from orchestrator.state.buffers import Buffers
 from orchestrator.state.witness import Seal, Witness
 from orchestrator.worker.agreement import check_order
 from orchestrator.worker.choosing import Choosing
@@ -100,6 +101,7 @@ class Workshop:
         self.address = local_address(job.head_host)
         self.params: Sequence[ParamSpec]
         self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
+        self._snapshot_memory = Buffers()
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor in a checkpoint, by name."""
@@ -135,6 +137,7 @@ class Workshop:
             pinned,
             whole_every(self.spec.protection, self.spec.recovery.whole_every),
             Replayer(self.spec.train, self.device),
+            self._snapshot_memory,
         )
 
     def build(self, plan: GenerationPlan, groups: Groups) -> Shard:

@@ -18,9 +18,9 @@ from tests.support.hosts import Hosts
 ROOT = Path(__file__).parents[2]
 
 
-def quick(name: str) -> dict[str, Any]:
+def quick(name: str, *options: str) -> dict[str, Any]:
     """The line that a smoke run prints last."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick"]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -51,6 +51,17 @@ def test_planning() -> None:
     line = quick("planning")
     assert [bar["name"] for bar in line["bars"]] == ["plan_s"]
     assert line["metrics"]["grow"]["moved_bytes"] > 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stalls_compares_commits_by_the_same_job() -> None:
+    line = quick("stalls", "--rescale-against", "HEAD", "--recovery-against", "HEAD")
+    assert [bar["name"] for bar in line["bars"]] == ["rescale_stall_ratio", "recovery_stall_ratio"]
+    for what, kinds in (("rescale", {"2 -> 4", "4 -> 3", "3 -> 1", "1 -> 2"}), ("recovery", {"sigkill"})):
+        for arm in ("old", "now"):
+            assert set(line["metrics"][what][arm]["by_kind"]) == kinds
 
 
 @pytest.mark.slow

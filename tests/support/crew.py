@@ -6,12 +6,14 @@ with Crew(job, store_dir, run_dir, size=3) as crew:
 """
 
 import atexit
+import gc
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -53,6 +55,9 @@ def _serve(pipe: Connection, env: dict[str, str]) -> None:
             faults.arm(args)
             pipe.send((True, None))
             continue
+        if method == "memory":
+            pipe.send((True, _memory_of(worker)))
+            continue
         if method == "renew":
             faults.disarm()
             _await_end(worker)
@@ -61,6 +66,24 @@ def _serve(pipe: Connection, env: dict[str, str]) -> None:
             pipe.send((True, getattr(worker, method)(*args)))
         except Exception as error:
             pipe.send((False, error))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a worker's process has in use, and what its snapshots have asked of malloc so far, in bytes."""
+
+    allocated: int
+    made_for_snapshots: int
+
+
+def _memory_of(worker: Any) -> Memory:
+    import torch
+
+    from orchestrator.worker.memory import allocated_bytes
+
+    gc.collect()
+    made = worker._trainer._workshop._snapshot_memory.made_bytes
+    return Memory(allocated_bytes(torch.device("cpu")), made)
 
 
 def _await_end(worker: Any) -> None:

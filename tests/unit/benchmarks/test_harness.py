@@ -15,6 +15,7 @@ from benchmarks.harness import (
     equals,
     line_of,
     median_interval,
+    median_ratio_interval,
     quantile,
     ratios,
     theil_sen,
@@ -44,6 +45,26 @@ def test_alternation_cancels_a_drift() -> None:
     clock = iter(range(100, 200))
     measured = alternate({"a": lambda: next(clock), "b": lambda: next(clock)}, rounds=10)
     assert sum(measured["a"]) == sum(measured["b"])
+
+
+def test_a_ratio_of_medians_has_the_true_one_in_its_interval() -> None:
+    chance = random.Random(3)
+
+    def arm(scale: float) -> dict[str, list[float]]:
+        return {
+            kind: [scale * chance.gauss(mean, 0.02) for _ in range(40)] for kind, mean in (("up", 0.45), ("down", 0.5))
+        }
+
+    found = median_ratio_interval(arm(1.2), arm(1.0), draws=500)
+    assert found.low < 1.2 < found.high
+    assert found.low <= found.median <= found.high
+    alike = arm(1.0)
+    assert median_ratio_interval(alike, alike, draws=500).median == 1.0
+
+
+def test_kinds_of_a_ratio_are_drawn_apart() -> None:
+    ours, theirs = {"short": [1.0, 1.0], "long": [9.0, 9.0]}, {"short": [2.0, 2.0], "long": [8.0, 8.0]}
+    assert median_ratio_interval(ours, theirs, draws=50) == Interval(1.0, 1.0, 1.0)
 
 
 def test_ratios_need_pairs() -> None:

@@ -1,0 +1,59 @@
+"""Memory of snapshots that goes from one generation to the next.
+
+Each generation keeps several hundred megabytes of snapshots, in a dozen buffers, and two generations' are there while
+one follows the other. Asked of malloc anew each time, they leave holes that the next ones don't quite fit, so the heap
+grows with every rebuild although nothing more is in use.
+"""
+
+import threading
+import weakref
+from collections import deque
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Block = NDArray[np.uint8]
+
+# A block may be so many times what is asked for. Enough for worlds of 2 and 3 workers to use each other's: where one
+# rebuild follows another at once, the free blocks are those of a world of the other size.
+MOST_SPARE = 1.6
+
+
+class Buffers:
+    """Hands out buffers in host memory, and takes each back when no tensor or array refers to it any more, whoever had
+    it: a thread that still fills a buffer of an ended generation can't meet the next one's in it. From any thread."""
+
+    def __init__(self) -> None:
+        self._taking = threading.Lock()
+        self._free: list[Block] = []
+        # Entered by finalizers, which may run in any thread at any moment, one that is taking a buffer included: they
+        # must not wait for the lock.
+        self._returned: deque[Block] = deque()
+        self.made_bytes = 0  # asked of malloc so far
+
+    def take(self, num_bytes: int) -> Tensor:
+        """A flat buffer of bytes with any content: in the smallest free block where one fits, else in a new one."""
+        with self._taking:
+            self._collect()
+            fitting = [block for block in self._free if num_bytes <= len(block) <= MOST_SPARE * num_bytes]
+            if fitting:
+                block = min(fitting, key=len)
+                self._free = [free for free in self._free if free is not block]
+            else:
+                block = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+                self.made_bytes += num_bytes
+        lent = block[:]  # the only view of the block, and it lives as long as whatever is made of it
+        weakref.finalize(lent, self._returned.append, block).atexit = False
+        return torch.from_numpy(lent)[:num_bytes]
+
+    def drop_free(self) -> None:
+        """Give the blocks back to malloc that nobody uses: those of a world of another size, say."""
+        with self._taking:
+            self._collect()
+            self._free.clear()
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
