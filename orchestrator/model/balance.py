@@ -39,11 +39,11 @@ class RoutingCounts:
     margins_LEM: Tensor
 
     @classmethod
-    def zeros(cls, num_layers: int, spec: ModelSpec) -> "RoutingCounts":
-        """Counts of no tokens, on the CPU."""
-        sizes = (num_layers, spec.num_experts)
+    def zeros(cls, num_layers: int, spec: ModelSpec, device: torch.device | None = None) -> "RoutingCounts":
+        """Counts of no tokens."""
+        counts_LE = torch.zeros(num_layers, spec.num_experts, dtype=torch.int64, device=device)
         num_bins = NUM_MARGIN_BINS if spec.counts_margins else 0
-        return cls(torch.zeros(sizes, dtype=torch.int64), torch.zeros(*sizes, num_bins, dtype=torch.int64))
+        return cls(counts_LE, counts_LE.new_zeros(*counts_LE.shape, num_bins))
 
     def add(self, other: "RoutingCounts") -> None:
         """Add what other tokens have shown, from whatever device."""

@@ -65,10 +65,14 @@ class TrainableModel(nn.Module, ABC):
         return torch.stack([m.last_counts_E for m in layers])
 
     def routing_counts(self) -> RoutingCounts:
-        """What the routers of this rank counted in its last forward pass, a training pass."""
-        margins = [m.last_margins_EM for m in self.moe_layers if m.last_margins_EM is not None]
-        counts_LE = self.expert_counts()
-        return RoutingCounts(counts_LE, torch.stack(margins) if margins else counts_LE.new_zeros(*counts_LE.shape, 0))
+        """What the routers of this rank counted in its last forward pass, a training pass. The histogram of a layer
+        whose router counts no margins is empty, so the quantile rule leaves its bias as it is."""
+        routed = RoutingCounts.zeros(len(self.moe_layers), self.spec, next(self.parameters()).device)
+        for layer, counts_E, margins_EM in zip(self.moe_layers, routed.counts_LE, routed.margins_LEM, strict=True):
+            counts_E.copy_(layer.last_counts_E)
+            if layer.last_margins_EM is not None:
+                margins_EM.copy_(layer.last_margins_EM)
+        return routed
 
     def with_balance_losses(self, loss: Tensor) -> Tensor:
         """The loss as it is, with the gradients of the routers' auxiliary losses of the last forward pass added."""
