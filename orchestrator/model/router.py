@@ -94,7 +94,8 @@ class Router(nn.Module):
             choice_NE = limit.best_only(choice_NE)
         if self.counts_margins and self.training:
             best = choice_NE.topk(self.top_k + 1, dim=-1)
-            expert_ids_NK, margins_EM = best.indices[:, : self.top_k], margin_histogram(choice_NE, best.values)
+            expert_ids_NK = best.indices[:, : self.top_k].contiguous()  # kept for the backward pass, the rest isn't
+            margins_EM = margin_histogram(choice_NE, best.values)
         else:
             expert_ids_NK, margins_EM = choice_NE.topk(self.top_k, dim=-1).indices, None
         gates_NK = scores_NE.gather(1, expert_ids_NK)

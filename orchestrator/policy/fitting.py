@@ -50,15 +50,15 @@ def crowding(job: JobSpec, plan: JobPlan, node_bytes: int) -> str:
 def _parts(memory: MemoryPlan) -> str:
     """What the peak is made of. Gradients, activations and loss are gone where a second shard is there."""
     state = {part: getattr(memory, part) for part in ("weights", "masters", "moments", "buffers")}
+    snapshots, deltas = "its own snapshots and its ward's", "gradients of the steps between two of them"
     if memory.training == memory.peak:
         rest = {part: getattr(memory, part) for part in ("gradients", "activations", "loss")}
-        rest["its own snapshots and its ward's"] = memory.snapshots
-        rest["gradients of the steps between two of them"] = memory.deltas
+        rest |= {snapshots: memory.snapshots, deltas: memory.deltas}
     else:
         rest = {
             "a second shard at a fence": memory.fence,
-            "its own snapshots and its ward's, of two worlds": 2 * memory.snapshots,
-            "gradients of the steps between two of them": 2 * memory.deltas,
+            f"{snapshots}, the first ones of a second world too": memory.snapshots + memory.first_snapshots,
+            deltas: memory.deltas,
         }
     parts = state | rest | {"process": memory.process}
     return ", ".join(f"{part} {_amount(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)

@@ -44,10 +44,14 @@ class StatePlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of the worker that holds most. `kept` is what compression of gradients keeps. `activations` and `loss` are
-    None for a model that isn't ours. `fence` is the largest second shard that it holds while it moves to a neighbouring
-    size, or recovers at its own. `snapshots` are two of its own and two of its ward's, `deltas` what lies between them;
-    at a fence those of the next world are there too.
+    """Bytes of the worker that holds most.
+
+    Args:
+        kept: what compression of gradients keeps.
+        activations, loss: None for a model that isn't ours.
+        fence: the largest second shard that it holds while it moves to a neighbouring size, or recovers at its own.
+        snapshots: two of its own and two of its ward's.
+        deltas: what lies between them.
     """
 
     weights: int
@@ -64,16 +68,35 @@ class MemoryPlan:
     process: int = PROCESS_BYTES
 
     @property
+    def state(self) -> int:
+        """The shard, as an engine holds it."""
+        return self.weights + self.masters + self.moments + self.buffers + self.kept
+
+    @property
+    def engine(self) -> int:
+        """What an engine holds from its first step on."""
+        return self.state + self.gradients
+
+    @property
     def training(self) -> int:
-        state = self.weights + self.masters + self.moments + self.buffers + self.kept
-        work = self.gradients + (self.activations or 0) + (self.loss or 0)
-        return state + work + self.snapshots + self.deltas + self.process
+        work = (self.activations or 0) + (self.loss or 0)
+        return self.engine + work + self.snapshots + self.deltas + self.process
+
+    @property
+    def at_fence(self) -> int:
+        """Activations, loss and gradients are gone. The first whole snapshots of the next world are taken before this
+        world's go; all others lie where this world's lay (`orchestrator.state.buffers`)."""
+        snapshots = self.snapshots + self.first_snapshots + self.deltas
+        return self.state + self.fence + snapshots + self.process
+
+    @property
+    def first_snapshots(self) -> int:
+        """One whole one of its own, and one of its ward's."""
+        return self.snapshots // 2
 
     @property
     def peak(self) -> int:
-        """Activations, loss and gradients are gone at a fence."""
-        state = self.weights + self.masters + self.moments + self.buffers + self.kept
-        return max(self.training, state + self.fence + 2 * (self.snapshots + self.deltas) + self.process)
+        return max(self.training, self.at_fence)
 
 
 @dataclass(frozen=True)
@@ -111,9 +134,7 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
     Args:
         ours: the model is the product's own, so what its forward pass keeps is known.
     """
-    if job.curriculum is not None:  # memory is that of the longest rows, bytes of dispatch too
-        longest = {"sequence_length": longest_row(job.curriculum, job.train)}
-        job = job.model_copy(update={"train": job.train.model_copy(update=longest)})
+    job = _with_longest_rows(job)
     sizes = range(job.workers.min, job.workers.max + 1)
     return JobPlan(
         num_parameters=sum(param.numel for param in state.params),
@@ -122,22 +143,40 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
     )
 
 
+def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:
+    """The memory of a worker in a world of one size, with arguments as `plan_job` takes them."""
+    job = _with_longest_rows(job)
+    placement = Placement.balanced(job.model.num_experts, size)
+    layout = _layout(job, state, placement, _world(0, size))
+    seconds = [_second_shard(layout, _next_layout(job, state, layout, placement, to)) for to in _neighbours(job, size)]
+    if size > 1:  # a lost worker may be replaced before the others go on
+        seconds.append(int(layout.bytes_per_rank().max()))
+    return _memory(job, state, layout, placement, max(seconds, default=0), ours)
+
+
 def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldPlan:
     placement = Placement.balanced(job.model.num_experts, size)
     layout = _layout(job, state, placement, _world(0, size))
-    neighbours = [n for n in (size - 1, size + 1) if job.workers.min <= n <= job.workers.max]
-    moved = [_plan_rescale(job, state, layout, placement, neighbour) for neighbour in neighbours]
-    seconds = [second for _, second in moved]
-    if size > 1:  # whoever is lost may be replaced before the others go on
-        seconds.append(int(layout.bytes_per_rank().max()))
     return WorldPlan(
         world_size=size,
         experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
         slots=tuple(len(slots_of(rank, size, num_slots(job))) for rank in range(size)),
-        memory=_memory(job, state, layout, placement, max(seconds, default=0), ours),
+        memory=plan_memory(job, state, size, ours),
         traffic=traffic_of(job, state.params, placement, _shared_bytes(job, layout)),
-        rescales=tuple(rescale for rescale, _ in moved),
+        rescales=tuple(_plan_rescale(job, state, layout, placement, to) for to in _neighbours(job, size)),
     )
+
+
+def _with_longest_rows(job: JobSpec) -> JobSpec:
+    """Memory is that of a curriculum's longest rows, and bytes of dispatch too."""
+    if job.curriculum is None:
+        return job
+    longest = {"sequence_length": longest_row(job.curriculum, job.train)}
+    return job.model_copy(update={"train": job.train.model_copy(update=longest)})
+
+
+def _neighbours(job: JobSpec, size: int) -> list[int]:
+    return [n for n in (size - 1, size + 1) if job.workers.min <= n <= job.workers.max]
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -229,12 +268,8 @@ def _is_shared(param: ParamSpec, rank: int, placement: Placement) -> bool:
 # -- rescale -----------------------------------------------------------------------------------------------------------
 
 
-def _plan_rescale(
-    job: JobSpec, state: StatePlan, old: Layout, placement: Placement, to_size: int
-) -> tuple[RescalePlan, int]:
-    """The rescale, and the largest new shard of a worker that holds an old one."""
-    world = _world(1, to_size)
-    new = _layout(job, state, Placement.rebalanced(placement, old.world, world), world)
+def _plan_rescale(job: JobSpec, state: StatePlan, old: Layout, placement: Placement, to_size: int) -> RescalePlan:
+    new = _next_layout(job, state, old, placement, to_size)
     plan = TransferPlan.between(old, new)
     num_bytes = (plan.moves[:, 2] - plan.moves[:, 1]) * plan.itemsize[plan.moves[:, 0]]
     busy = np.zeros(len(plan.workers), dtype=np.int64)
@@ -243,8 +278,18 @@ def _plan_rescale(
     digested = (int(old.bytes_per_rank().max()) + int(new.bytes_per_rank().max())) / 4  # elements, nearly
     busiest = int(busy.max())
     stall_s = FIXED_STALL_S + digested * DIGEST_S_PER_ELEMENT + busiest / LINK_BYTES_PER_S
-    both = min(old.world.size, to_size)  # survivors come first
-    return RescalePlan(to_size, plan.moved_bytes, busiest, round(stall_s, 3)), int(new.bytes_per_rank()[:both].max())
+    return RescalePlan(to_size, plan.moved_bytes, busiest, round(stall_s, 3))
+
+
+def _next_layout(job: JobSpec, state: StatePlan, old: Layout, placement: Placement, to_size: int) -> Layout:
+    world = _world(1, to_size)
+    return _layout(job, state, Placement.rebalanced(placement, old.world, world), world)
+
+
+def _second_shard(old: Layout, new: Layout) -> int:
+    """Bytes of the largest new shard of a worker that holds an old one. Survivors come first."""
+    both = min(old.world.size, new.world.size)
+    return int(new.bytes_per_rank()[:both].max())
 
 
 def _layout(job: JobSpec, state: StatePlan, placement: Placement, world: World) -> Layout:

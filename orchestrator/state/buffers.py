@@ -28,6 +28,7 @@ class Buffers:
     def __init__(self) -> None:
         self._taking = threading.Lock()
         self._free: list[Block] = []
+        self._idle: list[Block] = []  # those of them that have been free since the last `drop_idle`
         # Entered by finalizers, which may run in any thread at any moment, one that is taking a buffer included: they
         # must not wait for the lock.
         self._returned: deque[Block] = deque()
@@ -40,7 +41,7 @@ class Buffers:
             fitting = [block for block in self._free if num_bytes <= len(block) <= MOST_SPARE * num_bytes]
             if fitting:
                 block = min(fitting, key=len)
-                self._free = [free for free in self._free if free is not block]
+                self._free, self._idle = _without(block, self._free), _without(block, self._idle)
             else:
                 block = torch.empty(num_bytes, dtype=torch.uint8).numpy()
                 self.made_bytes += num_bytes
@@ -48,12 +49,19 @@ class Buffers:
         weakref.finalize(lent, self._returned.append, block).atexit = False
         return torch.from_numpy(lent)[:num_bytes]
 
-    def drop_free(self) -> None:
-        """Give the blocks back to malloc that nobody uses: those of a world of another size, say."""
+    def drop_idle(self) -> None:
+        """Give the blocks back to malloc that nothing has used since the last call: those of a world of another size,
+        say."""
         with self._taking:
             self._collect()
-            self._free.clear()
+            for block in self._idle:
+                self._free = _without(block, self._free)
+            self._idle = list(self._free)
 
     def _collect(self) -> None:
         while self._returned:
             self._free.append(self._returned.popleft())
+
+
+def _without(block: Block, blocks: list[Block]) -> list[Block]:
+    return [other for other in blocks if other is not block]

@@ -1,8 +1,9 @@
 """Where snapshots lie: a shelf for each rank whose snapshots a worker has, and the vault with all its shelves.
 
-Buffers are used again and again, so a step allocates nothing, and the next generation's shelves get those of one that
-is over (`orchestrator.state.buffers`). While a snapshot is written the two states before it, or
-at least the one, stay: a state that is complete somewhere is never given up for one that isn't yet.
+Buffers are taken when they are first needed and then used again and again. Those that a generation leaves free when it
+ends, and all of them once it is settled, are the next generation's (`orchestrator.state.buffers`). While a snapshot is
+written the two states before it, or at least the one, stay: a state that is complete somewhere is never given up for
+one that isn't yet.
 
     whole 4   delta 5   delta 6   delta 7   whole 8   delta 9     after 9 the newest states are 8 and 9, and 4 .. 7 go
 """
@@ -62,11 +63,13 @@ class Shelf:
         self._lock = threading.Lock()
         self._bases: list[_Base] = []
         self._buffers = buffers or Buffers()
-        # All buffers at once, so that memory that doesn't suffice shows before the first step, not in the middle.
         self._whole_format, self._delta_format = SnapshotFormat.of(layout, rank), SnapshotFormat.of_delta(layout, rank)
         num_deltas = whole_every if whole_every > 1 else 0  # all of a base, and the first one of the next
-        self._free_whole = [self._buffer(self._whole_format, pinned) for _ in range(2)]
-        self._free_deltas = [self._buffer(self._delta_format, pinned) for _ in range(num_deltas)]
+        # None: not taken yet.
+        self._free_whole: list[Tensor | None] = [self._pinned(self._whole_format) if pinned else None for _ in range(2)]
+        self._free_deltas: list[Tensor | None] = [
+            self._pinned(self._delta_format) if pinned else None for _ in range(num_deltas)
+        ]
 
     def begin(self, step: int, note: str, update: Update | None = None) -> Snapshot:
         """A snapshot to be filled; `finish` enters it. The oldest whole one gives its memory if there are two.
@@ -82,12 +85,12 @@ class Shelf:
             if update is None:
                 if not self._free_whole:
                     self._drop(self._bases[0])
-                buffer, form = self._free_whole.pop(), self._whole_format
+                buffer, form = self._take(self._free_whole, self._whole_format), self._whole_format
             else:
                 base = self._bases[-1] if self._bases else None
                 if base is None or base.newest != step - 1 or len(base.deltas) >= self._whole_every - 1:
                     raise ValueError(f"a delta of step {step} doesn't follow {self._steps()}")
-                buffer, form = self._free_deltas.pop(), self._delta_format
+                buffer, form = self._take(self._free_deltas, self._delta_format), self._delta_format
         return Snapshot(holding, note, buffer, views(form, buffer, self.shared_only), update)
 
     def finish(self, snapshot: Snapshot) -> None:
@@ -105,6 +108,12 @@ class Shelf:
         """It won't be whole: its memory is free again."""
         with self._lock:
             self._release(snapshot)
+
+    def leave_free(self) -> None:
+        """Leave the buffers that hold nothing to others. They are taken anew should they be needed after all."""
+        with self._lock:
+            self._free_whole = [None] * len(self._free_whole)
+            self._free_deltas = [None] * len(self._free_deltas)
 
     def shared(self, snapshot: Snapshot) -> memoryview:
         """The buddy's part, as bytes."""
@@ -133,7 +142,7 @@ class Shelf:
             raise KeyError(f"step {step} of rank {self.rank} is not held here; held: {self._steps()}")
 
     def num_bytes(self) -> int:
-        """All buffers together."""
+        """All buffers together, once all were needed."""
         of_delta = self._of(self._delta_format) * self._whole_every if self._whole_every > 1 else 0
         return 2 * self._of(self._whole_format) + of_delta
 
@@ -155,7 +164,7 @@ class Shelf:
         assert self._replay is not None
         deltas = base.deltas[: step - base.whole.holding.step]
         in_place = not self._free_whole
-        buffer = base.whole.buffer if in_place else self._free_whole.pop()
+        buffer = base.whole.buffer if in_place else self._take(self._free_whole, self._whole_format)
         try:
             if not in_place:
                 buffer.copy_(base.whole.buffer)
@@ -184,10 +193,14 @@ class Shelf:
     def _release(self, snapshot: Snapshot) -> None:
         (self._free_whole if snapshot.update is None else self._free_deltas).append(snapshot.buffer)
 
-    def _buffer(self, form: SnapshotFormat, pinned: bool) -> Tensor:
-        if pinned:  # torch keeps these for the next ones itself
-            return torch.empty(self._of(form), dtype=torch.uint8, pin_memory=True)
-        return self._buffers.take(self._of(form))
+    def _take(self, free: list[Tensor | None], form: SnapshotFormat) -> Tensor:
+        """The buffer that became free last."""
+        buffer = free.pop()
+        return self._buffers.take(self._of(form)) if buffer is None else buffer
+
+    def _pinned(self, form: SnapshotFormat) -> Tensor:
+        """Made at once, since that takes long. torch keeps it for the next shelf itself."""
+        return torch.empty(self._of(form), dtype=torch.uint8, pin_memory=True)
 
     def _of(self, form: SnapshotFormat) -> int:
         return form.shared_bytes if self.shared_only else form.total_bytes
@@ -205,6 +218,11 @@ class Vault:
         with self._changing:
             self._shelves = (*self._shelves, shelf)
         return shelf
+
+    def leave_free(self) -> None:
+        """A generation ends: what holds none of its snapshots is for the next one. From any thread."""
+        for shelf in self._shelves:
+            shelf.leave_free()
 
     def drop_before(self, generation: int) -> None:
         """Forget older generations. From any thread."""

@@ -31,7 +31,7 @@ from orchestrator.worker.device import device_of
 from orchestrator.worker.feed import Feed
 from orchestrator.worker.shard import Workshop
 from orchestrator.worker.trainer import Trainer
-from orchestrator.worker.warming import ReservedMemory, memory_of_a_world, warm_up
+from orchestrator.worker.warming import ReservedMemory, warm_up
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -127,7 +127,7 @@ class Worker:
         if spec.model.entrypoint is not None:
             rehearse(spec, vocab_size, device)
         warm_up(spec, vocab_size, device, workshop.address)
-        memory = ReservedMemory(memory_of_a_world(spec, vocab_size)) if device.type == "cpu" else None
+        memory = ReservedMemory(workshop.planned_memory()) if device.type == "cpu" else None
         self._trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
         if memory is not None:

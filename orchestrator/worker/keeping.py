@@ -56,6 +56,7 @@ class Keeping:
         if self._protection is not None:
             self._protection.close()
             self._protection = None
+            self._vault.leave_free()
 
     def shut(self) -> None:
         """Free whoever waits for buddy or ward. From any thread."""
@@ -140,6 +141,7 @@ class Keeping:
 
     def hold(self, shard: Shard, progress: Progress) -> None:
         """Keep the shard's state, whose engine is about to go."""
+        self._vault.leave_free()
         self.held = Held(shard.world.generation, shard.rank, progress, shard.engine.ranges().detached())
 
     def distrust(self, generation: int, step: int) -> None:

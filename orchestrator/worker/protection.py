@@ -62,7 +62,7 @@ class Protection:
         prefix = f"{plan.store_prefix}/protection"
         self._own = Shelf(plan.generation, rank, layout, False, whole_every, replay, pinned, buffers)
         self._kept = Shelf(plan.generation, ward, layout, True, whole_every, replay, buffers=buffers)
-        buffers.drop_free()
+        buffers.drop_idle()
         listener = Listener(address)
         try:
             store.set(f"{prefix}/{rank}", listener.address)

@@ -20,6 +20,7 @@ from orchestrator.model.base import TrainableModel
 from orchestrator.model.building import build_model, catalogue
 from orchestrator.model.moe import ExpertHome
 from orchestrator.policy.limits import slot_of
+from orchestrator.policy.planning import MemoryPlan, StatePlan, plan_memory
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
 from orchestrator.sampling.slots import SlotSize
 from orchestrator.spec.job import JobSpec
@@ -116,6 +117,12 @@ class Workshop:
         """Which rank holds what in a world; every worker computes the same."""
         mixed = self.spec.train.precision == "bf16"
         return training_layout(self.params, placement, world, mixed, self.buffers, self.spec.communication)
+
+    def planned_memory(self) -> MemoryPlan:
+        """What a worker takes in the run's first world; in a smaller one it may take more."""
+        state = StatePlan(tuple(self.params), tuple(self.buffers), self.vocab_size)
+        is_ours = self.spec.model.entrypoint is None
+        return plan_memory(self.spec, state, self.spec.workers.initial, is_ours)
 
     def meet(self, store: Store, plan: GenerationPlan) -> Meeting:
         """Connect to the other members of a generation. Collective over them."""

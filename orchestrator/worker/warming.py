@@ -4,76 +4,50 @@ Imports, the first engine of the process (1.5 s; later ones take a few hundredth
 frozen garbage collector, so that a collection doesn't walk through DeepSpeed's and torch's modules again and again.
 """
 
+import ctypes
 import gc
+import mmap
 import os
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.elastic.layout import kept_tensors
 from orchestrator.elastic.placement import Placement
 from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect, disconnect
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.building import alone, catalogue
+from orchestrator.model.building import alone
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.policy.planning import MemoryPlan
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.protection import OFF, whole_every
 
-
-@dataclass(frozen=True)
-class WorldMemory:
-    """Bytes that a worker needs in one world.
-
-    Args:
-        trained: its shard and its gradients, which its first fence fills.
-        kept: the snapshots of its own and of others that it keeps, which the steps after it fill.
-    """
-
-    trained: int
-    kept: int
-
-
-def memory_of_a_world(spec: JobSpec, vocab_size: int) -> WorldMemory:
-    """Of a world of `workers.initial`; a smaller one may have to ask the system for more."""
-    params, _, _ = catalogue(spec.model, vocab_size)
-    world_size = spec.workers.initial
-    dense = sum(p.numel for p in params if p.expert is None)
-    experts = sum(p.numel for p in params if p.expert is not None) / min(world_size, spec.model.num_experts)
-    weight_bytes = 2 if spec.train.precision == "bf16" else 4
-    feedback = sum(4 * numel for _, numel, _ in kept_tensors(params, spec.communication))
-    state = (dense + experts) * weight_bytes + 3 * 4 * (dense / world_size + experts) + feedback
-    own = 2 * state  # two snapshots, the one being written included
-    kept = 2 * (3 * 4 * (dense / world_size + experts) + experts * weight_bytes + feedback)
-    if (every := whole_every(spec.protection, spec.recovery.whole_every)) > 1:
-        delta = 4 * (dense / world_size + experts) + feedback
-        own, kept = own + every * (delta + dense * weight_bytes) + delta, kept + every * delta
-    gradients = (dense + experts) * (8 if spec.train.is_exact else weight_bytes)
-    protected = spec.protection != OFF and spec.workers.max > 1
-    return WorldMemory(int(state + gradients), int(own + kept) if protected else 0)
+MADV_POPULATE_WRITE = 23  # Linux 5.14: pages are there as after a write, and keep what they hold
 
 
 class ReservedMemory:
-    """Memory that was asked of the system and touched, and given back to the allocator, before anybody waits for it.
+    """Memory that the system has given this process before a fence or a step waits for it.
 
     Workers keep what they have freed (`orchestrator.control.crew`), so no fence waits for the kernel to find and clear
     pages, which takes a virtual machine a second per GB where its host has to find them first. What a newcomer's first
-    fence fills is touched at once. What the steps after it need, and its second fence, with an old and a new world, is
-    touched at the lowest priority, while the worker stands by or has joined: piece by piece, each given back as soon as
-    it is touched.
+    fence fills is touched at once. What it will have beside that at most is touched at the lowest priority, while it
+    stands by or has joined, and is free meanwhile: whatever is allocated there first keeps its content.
+
+    Args:
+        planned: of the world that the worker is for, as `orchestrator plan` shows it.
     """
 
-    PIECE = 1 << 25  # bytes touched at once
+    PIECE = 1 << 22  # bytes touched at once
 
-    def __init__(self, world: WorldMemory) -> None:
-        first = torch.empty(world.trained, dtype=torch.uint8)
-        later = world.trained + 2 * world.kept
-        self._later = [torch.empty(self.PIECE, dtype=torch.uint8) for _ in range(later // self.PIECE)]  # behind it
+    def __init__(self, planned: MemoryPlan) -> None:
+        first = torch.empty(planned.engine, dtype=torch.uint8)
+        later = torch.empty(planned.peak - planned.process - planned.engine, dtype=torch.uint8)  # behind it
         first.fill_(1)
+        page = mmap.PAGESIZE
+        begin = -(-later.data_ptr() // page) * page
+        self._pieces = range(begin, (later.data_ptr() + len(later)) // page * page, self.PIECE)
 
     def touch_the_rest(self) -> None:
         """Returns at once."""
@@ -82,9 +56,11 @@ class ReservedMemory:
     def _touch(self) -> None:
         with suppress(AttributeError, OSError):  # of this thread alone; Linux only
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        self._later.reverse()
-        while self._later:
-            self._later.pop().fill_(1)
+        libc = ctypes.CDLL(None)
+        for begin in self._pieces:
+            size = min(self.PIECE, self._pieces.stop - begin)
+            if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_POPULATE_WRITE):
+                return  # an older kernel: the rest is touched by those who use it
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:

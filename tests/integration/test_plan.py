@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.placement import Placement
 from orchestrator.model.building import catalogue
+from orchestrator.policy.expert_load import NUM_MARGIN_BINS
 from orchestrator.policy.planning import StatePlan, WorldPlan, plan_job
 from orchestrator.spec.job import JobSpec, WorkersSpec
 from tests.support import small
@@ -35,6 +36,9 @@ def _tensor_bytes() -> int:
                 if tensor is not None:
                     found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(found.values())
+
+
+COUNTED_BYTES = 2 * 4 * NUM_MARGIN_BINS * 8  # by the routers of the last slot: 2 layers, 4 experts
 
 
 class _Counted:
@@ -127,7 +131,7 @@ def test_a_plan_says_what_ranks_hold_and_send(
     state = memory.weights + memory.masters + memory.moments + memory.buffers
     assert built == pytest.approx(state, rel=0.02)  # padding, and what isn't state
     if stage == 1:
-        assert accumulated - built == pytest.approx(memory.gradients, rel=0.01)
+        assert accumulated - built == pytest.approx(memory.gradients, rel=0.01, abs=COUNTED_BYTES)
     else:  # the bucket is gone again
         assert 0 < accumulated - built <= memory.gradients
 

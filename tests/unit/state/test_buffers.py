@@ -45,14 +45,19 @@ def test_a_much_larger_buffer_is_left_to_a_larger_one() -> None:
     assert buffers.take(4000).data_ptr() == address
 
 
-def test_free_buffers_can_be_dropped_and_others_stay() -> None:
+def test_buffers_that_nothing_has_used_for_a_while_can_be_dropped() -> None:
     buffers = Buffers()
-    kept, other = buffers.take(1000), buffers.take(1000)
+    kept, idle, used = buffers.take(1000), buffers.take(2000), buffers.take(4000)
     kept.fill_(7)
-    del other
-    buffers.drop_free()
-    buffers.take(1000)
-    assert buffers.made_bytes == 3000
+    del idle, used
+    buffers.drop_idle()  # both were in use before
+    buffers.take(4000)
+    assert buffers.made_bytes == 7000
+    buffers.drop_idle()  # of the two free ones, one was used since
+    buffers.take(4000)
+    assert buffers.made_bytes == 7000
+    buffers.take(2000)
+    assert buffers.made_bytes == 9000
     assert bool((kept == 7).all())
 
 

@@ -12,6 +12,7 @@ from orchestrator.elastic.layout import training_layout
 from orchestrator.elastic.params import ParamSpec
 from orchestrator.elastic.placement import Placement
 from orchestrator.elastic.world import World
+from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.shelf import Shelf, Vault
 from orchestrator.state.snapshot import Snapshot, Update, copy_into, joined
@@ -45,8 +46,10 @@ def _add_gradients(state: NamedRanges, deltas: Sequence[Snapshot]) -> None:
             state.view(name, held.start, held.stop).copy_(held.data)
 
 
-def _shelf(rank: int, shared_only: bool, whole_every: int = 1) -> Shelf:
-    return Shelf(4, rank, LAYOUT, shared_only, whole_every, _add_gradients)
+def _shelf(
+    rank: int, shared_only: bool, whole_every: int = 1, buffers: Buffers | None = None, generation: int = 4
+) -> Shelf:
+    return Shelf(generation, rank, LAYOUT, shared_only, whole_every, _add_gradients, buffers=buffers)
 
 
 def _put(shelf: Shelf, step: int, update: Update | None = None) -> None:
@@ -164,16 +167,39 @@ def test_a_replay_that_fails_loses_no_memory_and_no_other_state(in_place: bool) 
 
 
 def test_memory_is_what_was_said_and_never_grows() -> None:
-    shelf = _shelf(0, False, EVERY)
-    buffers = {id(b) for b in (*shelf._free_whole, *shelf._free_deltas)}
-    assert shelf.num_bytes() == sum(b.numel() for b in (*shelf._free_whole, *shelf._free_deltas))
-    seen = set()
+    buffers = Buffers()
+    shelf = _shelf(0, False, EVERY, buffers)
+    assert buffers.made_bytes == 0  # nothing before it is needed
+    made = []
     for step in range(20):
-        snapshot = shelf.begin(step, "", UPDATE if step % EVERY else None)
-        seen.add(id(snapshot.buffer))
-        shelf.finish(snapshot)
+        shelf.finish(shelf.begin(step, "", UPDATE if step % EVERY else None))
         shelf.state(step)
-    assert seen <= buffers
+        made.append(buffers.made_bytes)
+    assert 0 < made[0] < made[EVERY] == made[-1] <= shelf.num_bytes()
+
+
+def test_what_a_shelf_leaves_free_the_next_one_takes_and_the_newest_state_stays() -> None:
+    buffers, vault = Buffers(), Vault()
+    old = vault.add(_shelf(0, False, EVERY, buffers))
+    for step in range(2 * EVERY):
+        snapshot = old.begin(step, "", UPDATE if step % EVERY else None)
+        for _, held in snapshot.ranges:
+            held.data.fill_(step)
+        old.finish(snapshot)
+    made, newest = buffers.made_bytes, old.steps()[-1]
+    held = {id(snapshot.buffer) for base in old._bases for snapshot in (base.whole, *base.deltas)}
+    del snapshot
+    vault.leave_free()
+    assert old.steps()[-1] == newest and len(held) >= 2
+    new = vault.add(_shelf(0, False, EVERY, buffers, generation=5))
+    new.finish(new.begin(2 * EVERY, ""))
+    assert buffers.made_bytes == made
+    assert all(bool((r.data == EVERY).all()) for _, r in old._bases[-1].whole.ranges)
+    vault.drop_before(5)
+    del old
+    for step in range(2 * EVERY + 1, 4 * EVERY):
+        new.finish(new.begin(step, "", UPDATE if step % EVERY else None))
+    assert buffers.made_bytes == made
 
 
 def test_older_generations_go() -> None:
