@@ -131,7 +131,7 @@ def test_a_plan_says_what_ranks_hold_and_send(
     state = memory.weights + memory.masters + memory.moments + memory.buffers
     assert built == pytest.approx(state, rel=0.02)  # padding, and what isn't state
     if stage == 1:
-        assert accumulated - built == pytest.approx(memory.gradients, rel=0.01, abs=COUNTED_BYTES)
+        assert accumulated - built == pytest.approx(memory.gradients, abs=0.01 * memory.gradients + COUNTED_BYTES)
     else:  # the bucket is gone again
         assert 0 < accumulated - built <= memory.gradients
 
