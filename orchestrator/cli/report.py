@@ -41,7 +41,7 @@ def report(
     """Account for a run: goodput, where time went, worker-hours, energy, tokens, FLOPs, cost. Two runs side by side."""
     from orchestrator.cli.accounts import tables, warnings
     from orchestrator.cli.locate import find_run
-    from orchestrator.control.reporting import read_report
+    from orchestrator.control.reporting import read_load_map, read_report
     from orchestrator.errors import UsageError
     from orchestrator.policy.report import Rates
     from orchestrator.protocol.codec import to_plain
@@ -65,7 +65,7 @@ def report(
 
         name = "report.html" if other is None else f"report-with-{other}.html"
         page = to.absolute() if to is not None else directories[0] / name
-        write_page(page, reports, tables(reports))
+        write_page(page, reports, tables(reports), [read_load_map(directory) for directory in directories])
         show(str(page))
     else:
         for table in tables(reports):

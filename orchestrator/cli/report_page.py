@@ -8,18 +8,25 @@ from orchestrator.cli.accounts import Table, warnings
 from orchestrator.cli.wording import NONE
 from orchestrator.control.journal import write_atomically
 from orchestrator.errors import StorageError
+from orchestrator.policy.expert_load import LoadMap
 from orchestrator.policy.report import RunReport
+from orchestrator.tracking.load_chart import load_figure
 from orchestrator.tracking.page import page_of, svg_of, table_of
 from orchestrator.tracking.report_charts import moves_figure, time_figure, workers_figure
 
 
-def write_page(path: Path, reports: Sequence[RunReport], tables: Sequence[Table]) -> None:
+def write_page(
+    path: Path, reports: Sequence[RunReport], tables: Sequence[Table], load_maps: Sequence[LoadMap | None]
+) -> None:
     """Write the page, in place of an older one.
+
+    Args:
+        load_maps: of the experts of each report's run; None for one without.
 
     Raises:
         StorageError: the file can't be written.
     """
-    text = _page(reports, tables)
+    text = _page(reports, tables, load_maps)
     try:
         write_atomically(path, text)
     except OSError as error:
@@ -30,12 +37,13 @@ def write_page(path: Path, reports: Sequence[RunReport], tables: Sequence[Table]
         ) from error
 
 
-def _page(reports: Sequence[RunReport], tables: Sequence[Table]) -> str:
+def _page(reports: Sequence[RunReport], tables: Sequence[Table], load_maps: Sequence[LoadMap | None]) -> str:
     """Figures first, then the tables that the terminal shows too."""
     figures = [time_figure(reports)]
-    for report in reports:
+    for report, load_map in zip(reports, load_maps, strict=True):
         figures.append(workers_figure(report))
         figures += [moves_figure(report)] if report.moves else []
+        figures += [load_figure(load_map, report.run_id)] if load_map is not None else []
     parts = [f'<p class="warning">{html.escape(line)}</p>\n' for report in reports for line in warnings(report)]
     parts += map(svg_of, figures)
     parts += [table_of(table.header, table.rows, table.notes) for table in tables]

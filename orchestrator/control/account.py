@@ -17,6 +17,7 @@ from orchestrator.control.prometheus import Exporter
 from orchestrator.control.tracker_link import TrackerLink
 from orchestrator.errors import StorageError
 from orchestrator.policy.endings import complete_checkpoints, publishable
+from orchestrator.policy.expert_load import shown_loads
 from orchestrator.policy.numerics import differences
 from orchestrator.policy.run_state import Observation
 from orchestrator.protocol.messages import Saturation, StepRecord
@@ -57,7 +58,7 @@ class Account:
             before = self._memory.progress
             fresh, begun = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
             points = points_of_steps(before, fresh)
-            self._tracker.publish_steps(points, after=before.watermark)
+            self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))
             self._exporter.show(points)
             for event in begun:
                 self.tell(event)

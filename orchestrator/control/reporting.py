@@ -6,8 +6,10 @@ from typing import Any
 
 from orchestrator.control.journal import read_events
 from orchestrator.control.listing import state_of
+from orchestrator.control.memory import read_steps
 from orchestrator.control.run_files import RunFiles
 from orchestrator.errors import UsageError
+from orchestrator.policy.expert_load import LoadMap, load_map, shown_loads
 from orchestrator.policy.flops import ModelSize, size_of
 from orchestrator.policy.report import Rates, RunReport, report_of
 from orchestrator.spec.job import JobSpec
@@ -27,6 +29,11 @@ def read_report(run_dir: Path, rates: Rates) -> RunReport:
     job = files.job()
     size, note = _size(job, events)
     return report_of(run_dir.name, events, gpus_per_worker=job.resources.gpus, size=size, size_note=note, rates=rates)
+
+
+def read_load_map(run_dir: Path) -> LoadMap | None:
+    """The loads of the run's experts over its steps; None if it has none."""
+    return load_map(shown_loads(read_steps(run_dir)))
 
 
 def _size(job: JobSpec, events: Iterable[Mapping[str, Any]]) -> tuple[ModelSize | None, str]:

@@ -18,6 +18,7 @@ from orchestrator.control.points import points_after, points_of_event
 from orchestrator.control.preparation import PreparedData
 from orchestrator.control.tracker_setup import tracker_setup
 from orchestrator.errors import OrchestratorError
+from orchestrator.policy.expert_load import Loads, shown_loads
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import MetricPoint
 
@@ -81,10 +82,10 @@ class TrackerLink:
         if points and self._is_current:
             self._send([("publish", (list(points),))])
 
-    def publish_steps(self, points: Sequence[MetricPoint], after: int) -> None:
-        """All values of the steps after this one."""
+    def publish_steps(self, points: Sequence[MetricPoint], after: int, loads: Mapping[int, Loads]) -> None:
+        """All values of the steps after this one, and the loads of their experts."""
         if points and self._is_current:
-            self._send([("publish", (list(points), after))])
+            self._send([("publish", (list(points), after, loads))])
 
     def publish_event(self, event: Mapping[str, Any]) -> None:
         if self._is_current:
@@ -181,11 +182,12 @@ def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> It
         yield from _calls_for_data(data)
     for event in user_events(run_dir):
         yield "event", (event, points_of_event(event))
-    points, after = points_after(committed_steps(read_events(run_dir)), position), position
+    steps = committed_steps(read_events(run_dir))
+    points, loads, after = points_after(steps, position), shown_loads(steps), position
     while points:
         last = points[min(POINTS_PER_CALL, len(points)) - 1].step  # a step's values stay together
         batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
-        yield "publish", (batch, after)
+        yield "publish", (batch, after, {step: loads[step] for step in loads if after < step <= last})
         points, after = points[len(batch) :], last
 
 

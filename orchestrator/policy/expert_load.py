@@ -1,14 +1,17 @@
 """How evenly a step's tokens are spread over experts. Pure.
 
-Shape legend: L = MoE layers, E = experts.
+Shape legend: L = MoE layers, E = experts, S = steps.
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.messages import StepRecord
 
 # Edges of the bins by which routers count margins (orchestrator.model.balance): 0, and magnitudes of half-octaves from
 # 2^-11 to 1, which is as far as sigmoid scores lie apart.
@@ -18,6 +21,21 @@ NUM_MARGIN_BINS = len(MARGIN_EDGES) + 1
 
 SHOWN_STEPS = 200  # columns of the heat map of a whole run
 LARGE_SWING = 0.25  # of the mean load, below which loads that change sides are noise
+
+Loads = tuple[tuple[int, ...], ...]  # of a step: by MoE layer, tokens of each expert
+
+
+@dataclass(frozen=True)
+class LoadMap:
+    """The loads of a run's experts over its steps.
+
+    Args:
+        steps: of the columns, ascending.
+        load_LES: by MoE layer, expert and column, load / mean load; NaN where a layer had no tokens.
+    """
+
+    steps: tuple[int, ...]
+    load_LES: NDArray[np.float64]
 
 
 def expert_load(counts_LE: NDArray[np.int64], before_LE: NDArray[np.int64] | None = None) -> ExpertLoad:
@@ -63,3 +81,18 @@ def is_shown(step: int, num_steps: int) -> bool:
 def largest_violation(num_experts: int, top_k: int) -> float:
     """MaxVio where all tokens choose the same `top_k` experts; 0 where they have no choice."""
     return num_experts / top_k - 1.0
+
+
+def shown_loads(records: Iterable[StepRecord]) -> dict[int, Loads]:
+    """By step, the loads that stand in records."""
+    return {record.step: record.loads for record in records if record.loads}
+
+
+def load_map(loads: Mapping[int, Loads]) -> LoadMap | None:
+    """What a heat map shows of the loads of these steps; None where no token was routed in any of them."""
+    if not any(any(tokens_E) for tokens_LE in loads.values() for tokens_E in tokens_LE):
+        return None
+    steps = tuple(sorted(loads))
+    counts_LES = np.array([loads[step] for step in steps], dtype=np.float64).transpose(1, 2, 0)
+    mean_L1S = counts_LES.mean(1, keepdims=True)
+    return LoadMap(steps, np.divide(counts_LES, mean_L1S, out=np.full_like(counts_LES, np.nan), where=mean_L1S > 0))

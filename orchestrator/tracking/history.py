@@ -3,10 +3,12 @@
 import json
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from orchestrator.policy.expert_load import Loads
 
 CURVES = ("train/loss", "eval/loss", "elastic/world_size")
 TABLE_FILE = "events.json"
@@ -30,6 +32,7 @@ class RunEvent:
 class History:
     curves: Mapping[str, Curve]
     events: tuple[RunEvent, ...]
+    loads: Mapping[int, Loads] = field(default_factory=dict)  # by step, of its experts
 
 
 def read_history(db: sqlite3.Connection) -> History:
@@ -38,7 +41,8 @@ def read_history(db: sqlite3.Connection) -> History:
     for seq, step, body in db.execute("SELECT seq, step, body FROM events ORDER BY seq"):
         fields = json.loads(body)
         events.append(RunEvent(seq, step, float(fields.pop("time", 0.0)), fields.pop("kind"), fields))
-    return History({name: _curve(db, name) for name in CURVES}, tuple(events))
+    loads = {step: json.loads(body) for step, body in db.execute("SELECT step, body FROM loads")}
+    return History({name: _curve(db, name) for name in CURVES}, tuple(events), loads)
 
 
 def _curve(db: sqlite3.Connection, name: str) -> Curve:

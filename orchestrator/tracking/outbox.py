@@ -3,6 +3,7 @@
     waiting   items in their order, until the tracker has taken them
     taken     the newest step of every metric that was ever put here: older or equal ones are repeats
     curves    what the run's chart shows, for good
+    loads     tokens of each expert in the steps that its heat map shows, for good
     events    what happened to the run, for good
 
 What `put…` has returned from is on disk. So a metric has one value per step, whatever is replayed or sent again: a
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import NotFinished, ProtocolError
+from orchestrator.policy.expert_load import Loads
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.tracking.history import CURVES, History, read_history
 from orchestrator.tracking.sink import (
@@ -45,6 +47,7 @@ CREATE TABLE IF NOT EXISTS waiting (id INTEGER PRIMARY KEY AUTOINCREMENT, kind T
 CREATE TABLE IF NOT EXISTS taken (key TEXT PRIMARY KEY, step INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS curves (name TEXT, step INTEGER, value REAL, time REAL, PRIMARY KEY (name, step))
     WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS loads (step INTEGER PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, step INTEGER NOT NULL, body TEXT NOT NULL,
     announced INTEGER NOT NULL DEFAULT 0);
 """
@@ -86,11 +89,14 @@ class Outbox:
         with self._writing():
             self._append(items)
 
-    def put_points(self, points: Sequence[MetricPoint], after: int | None = None) -> None:
+    def put_points(
+        self, points: Sequence[MetricPoint], after: int | None = None, loads: Mapping[int, Loads] = {}
+    ) -> None:
         """Put values; those of a step that their metric had before are repeats, and left out.
 
         Args:
             after: the points are those of all steps after this one, up to their newest.
+            loads: by step, those of its experts. What was put for a step stays.
 
         Raises:
             ProtocolError: steps before them are missing; nothing was put.
@@ -105,6 +111,8 @@ class Outbox:
             self._append(fresh)
             curves = [(p.name, p.step, p.value, p.time) for p in fresh if p.name in CURVES]
             self._db.executemany("INSERT OR IGNORE INTO curves VALUES (?, ?, ?, ?)", curves)
+            rows = [(step, json.dumps(shown)) for step, shown in loads.items()]
+            self._db.executemany("INSERT OR IGNORE INTO loads VALUES (?, ?)", rows)
             if after is not None and points:
                 self._take(_POSITION, max(point.step for point in points))
                 self._announce()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from orchestrator.errors import EpochSuperseded, NotFound
+from orchestrator.policy.expert_load import Loads
 from orchestrator.tracking.history import History, write_table
 from orchestrator.tracking.outbox import FILE, Outbox
 from orchestrator.tracking.publisher import Publisher, Reporting
@@ -70,18 +71,21 @@ class Tracker:
         """The newest step up to which the values of every step were published; -1 before any."""
         return self._outbox.position
 
-    def publish(self, epoch: int, points: Sequence[MetricPoint], after: int | None = None) -> None:
+    def publish(
+        self, epoch: int, points: Sequence[MetricPoint], after: int | None = None, loads: Mapping[int, Loads] = {}
+    ) -> None:
         """Take values. Of each metric, steps not newer than its newest one are dropped as repeats.
 
         Args:
             after: the points are all those of the steps after this one.
+            loads: by step, those of its experts, where a heat map shows them.
 
         Raises:
             ProtocolError: steps before those are missing; see `position`. Nothing was taken.
             EpochSuperseded: a controller with a higher epoch has published here. The same holds for all below.
         """
         self._admit(epoch)
-        self._outbox.put_points(points, after)
+        self._outbox.put_points(points, after, loads)
         self._publisher.wake()
 
     def event(self, epoch: int, fields: Mapping[str, object], points: Sequence[MetricPoint] = ()) -> None:
@@ -163,8 +167,9 @@ def publisher_of(setup: TrackerSetup, outbox: Outbox) -> Publisher:
 
     def charts(history: History) -> Sequence[Path]:
         from orchestrator.tracking.charts import draw  # and with it matplotlib
+        from orchestrator.tracking.load_chart import draw_loads
 
-        return draw(history, setup.run.name, directory)
+        return [*draw(history, setup.run.name, directory), *draw_loads(history.loads, setup.run.name, directory)]
 
     reporting = Reporting(table=lambda history: write_table(history, directory), charts=charts)
     return Publisher(outbox, connect, setup.run, reporting, explain)

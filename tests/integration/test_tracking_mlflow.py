@@ -77,7 +77,7 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
     (directory / "tokenizer" / "tokenizer.json").write_text("{}")
     setup = setup_of(directory, uri)
     first = Tracker(setup)
-    first.publish(1, points("train/loss", range(1200), 5.0), after=-1)
+    first.publish(1, points("train/loss", range(1200), 5.0), after=-1, loads={0: ((5, 1),), 600: ((3, 3),)})
     first.publish(1, [MetricPoint("train/grad_norm", float("inf"), 0, time.time())])
     first.publish(1, [MetricPoint("system/cpu_percent", 50.0, 3, time.time(), node="10.0.0.7")])
     first.artifact(1, str(directory / "job.yaml"))
@@ -138,6 +138,7 @@ def check_whole_life(client: Any, run: Any, artifacts: Path) -> None:
     table = json.loads((folder / "events.json").read_text())
     assert [row[2] for row in table["data"]].count("checkpoint") == 4
     assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": "events.json", "type": "table"}]
+    assert (folder / "experts.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "story.png").stat().st_size > 10_000 and "<svg" in (folder / "story.html").read_text()
 
 

@@ -94,6 +94,17 @@ def test_the_page_needs_nothing_else_and_its_path_is_printed(runs: Path, orchest
     assert gone.returncode == 2 and "can't be written" in gone.stderr and "Nothing was written" in gone.stderr
 
 
+def test_the_page_shows_the_loads_of_experts_of_a_run_that_has_them(runs: Path, orchestrator: Command) -> None:
+    story = Story()
+    story.start(2)
+    story.train(30, loads=((3, 1), (0, 4)))
+    write(story, runs / "routed", JOB)
+    text = (page := Path(orchestrator("report", "poems", "routed", "-o", "html").stdout.strip())).read_text()
+    assert page.name == "report-with-routed.html"
+    assert text.count("<svg") == 1 + 2 + 1 and text.count("<!-- MoE layer") == 2
+    assert "routed: loads of experts" in text and "poems: loads of experts" not in text
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [

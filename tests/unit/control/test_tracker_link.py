@@ -22,6 +22,8 @@ from orchestrator.tracking.sink import Dataset
 from tests.unit.policy.imagined import limits_of, record
 
 STEPS = 500
+LOADS = ((3, 1), (0, 4))  # of the experts, in steps that the heat map shows
+SHOWN = (0, 123, STEPS - 1)
 DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "train", "abc", "/t", 1, 2),))
 
 
@@ -29,7 +31,7 @@ DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "t
 def run_dir(tmp_path: Path) -> Path:
     memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of(steps=STEPS))
     memory.note("submitted", run_id="run")
-    memory.absorb([record(step) for step in range(STEPS)], up_to=10_000)
+    memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
     memory.note("rescaled", generation=1, from_size=2, to_size=3, step=40, stall_s=0.3, moved_bytes=7)
     memory.note("checkpoint", step=99, path="/c/99")
     return tmp_path
@@ -39,7 +41,8 @@ def run_dir(tmp_path: Path) -> Path:
 def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, position: int) -> None:
     outbox = Outbox(run_dir / "tracking")
     have = [point for method, args in missing_calls(run_dir, -1, None) if method == "publish" for point in args[0]]
-    outbox.put_points([point for point in have if point.step <= position], after=-1)
+    known = {step: LOADS for step in SHOWN if step <= position}
+    outbox.put_points([point for point in have if point.step <= position], after=-1, loads=known)
     for method, args in [*missing_calls(run_dir, position, DATA), *missing_calls(run_dir, STEPS - 1, DATA)]:
         if method == "publish":
             assert len(args[0]) <= POINTS_PER_CALL + 20
@@ -50,6 +53,7 @@ def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, positio
     assert outbox.position == STEPS - 1
     assert [step for step, _ in history.curves["train/loss"]] == list(range(STEPS))
     assert [event.kind for event in history.events] == ["submitted", "rescaled", "checkpoint"]
+    assert history.loads == {step: [[3, 1], [0, 4]] for step in SHOWN}
     assert outbox.num_waiting == len(have) + 2 + 1  # the cost of the rescale, and the checkpoint
 
 

@@ -5,8 +5,16 @@ import math
 import numpy as np
 import pytest
 
-from orchestrator.policy.expert_load import SHOWN_STEPS, expert_load, is_shown, largest_violation
+from orchestrator.policy.expert_load import (
+    SHOWN_STEPS,
+    expert_load,
+    is_shown,
+    largest_violation,
+    load_map,
+    shown_loads,
+)
 from orchestrator.protocol.expert_load import ExpertLoad
+from tests.unit.policy.imagined import record
 
 
 def _counts(rows: list[list[int]]) -> np.ndarray:
@@ -67,3 +75,33 @@ def test_the_heat_map_has_about_as_many_columns_for_long_runs_as_for_short_ones(
 def test_largest_violation(experts: int, top_k: int, wanted: float) -> None:
     one_sided = _counts([[100] * top_k + [0] * (experts - top_k)])
     assert expert_load(one_sided).max_violation == largest_violation(experts, top_k) == wanted
+
+
+def test_a_map_has_a_column_for_each_step_with_loads_and_is_empty_where_a_layer_had_no_tokens() -> None:
+    records = [
+        record(0, loads=((2, 2), (4, 0))),
+        record(1),
+        record(3, loads=((0, 0), (0, 0))),  # its batch was left out
+        record(6, loads=((3, 1), (0, 0))),
+    ]
+    found = load_map(shown_loads(records))
+    assert found is not None and found.steps == (0, 3, 6)
+    gap = math.nan
+    wanted = [[[1.0, gap, 1.5], [1.0, gap, 0.5]], [[2.0, gap, gap], [0.0, gap, gap]]]
+    np.testing.assert_array_equal(found.load_LES, wanted)
+
+
+@pytest.mark.parametrize(
+    "loads",
+    [
+        pytest.param({}, id="no step yet"),
+        pytest.param({0: ((0, 0),)}, id="nothing routed yet"),
+        pytest.param({0: (), 5: ()}, id="no MoE layers"),
+    ],
+)
+def test_no_loads_are_no_map(loads: dict[int, tuple[tuple[int, ...], ...]]) -> None:
+    assert load_map(loads) is None
+
+
+def test_a_model_without_experts_has_no_loads_to_show() -> None:
+    assert shown_loads([record(0), record(1, loads=())]) == {}

@@ -86,6 +86,14 @@ def test_a_step_that_was_done_again_keeps_its_first_value(tmp_path: Path) -> Non
     assert ("eval/loss", 2, 1.0) in taken
 
 
+def test_loads_of_experts_are_kept_as_they_came_first(tmp_path: Path) -> None:
+    outbox = Outbox(tmp_path)
+    outbox.put_points(points("train/loss", range(5)), after=-1, loads={0: ((1, 3),), 4: ((2, 2),)})
+    outbox.put_points(points("train/loss", range(2, 7)), after=1, loads={4: ((9, 9),), 6: ((4, 0),)})
+    outbox.close()
+    assert Outbox(tmp_path).history().loads == {0: [[1, 3]], 4: [[2, 2]], 6: [[4, 0]]}
+
+
 def test_nodes_have_values_of_their_own(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     both = [MetricPoint("system/cpu_percent", 1.0, 3, 0.0, node) for node in ("a", "b")]

@@ -1,0 +1,98 @@
+"""The loads of experts over a run's steps as a heat map: one panel per MoE layer.
+
+    draw_loads(history.loads, "my-run", directory)      # writes experts.png
+
+Importing this module imports matplotlib (0.5 s).
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from orchestrator.policy.expert_load import LoadMap, Loads, load_map
+from orchestrator.tracking.charts import FAINT, GRID, INK
+
+FILE = "experts.png"
+MOST_LAYERS = 12
+MOST_IN_COLUMN = 4
+MOST_LOAD = 3.0  # over the mean: what is larger has the same colour
+COLOURS = "RdBu_r"  # blue below the mean, white at it, red above
+EXPERT_INCHES, PANEL_INCHES, EDGE_INCHES = 0.14, (1.3, 2.4), 1.2
+
+
+def draw_loads(loads: Mapping[int, Loads], title: str, directory: Path) -> tuple[Path, ...]:
+    """Write the picture. Returns where it is; nothing where no tokens went to experts."""
+    found = load_map(loads)
+    if found is None:
+        return ()
+    path = directory / FILE
+    load_figure(found, title).savefig(path, dpi=140)
+    return (path,)
+
+
+def load_figure(loads: LoadMap, title: str) -> Figure:
+    """The panels of all layers or, of more than `MOST_LAYERS`, of the least even ones, in the order of the model."""
+    num_layers, num_experts, _ = loads.load_LES.shape
+    layers = _least_even(loads.load_LES)
+    columns = math.ceil(len(layers) / MOST_IN_COLUMN)
+    rows = math.ceil(len(layers) / columns)
+    panel_inches = float(np.clip(EXPERT_INCHES * num_experts, *PANEL_INCHES))
+    figure = Figure(figsize=(10, EDGE_INCHES + panel_inches * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=MOST_LOAD)
+    edges = _edges(loads.steps)
+    for place, axes in enumerate(panels.T.flat):
+        if place >= len(layers):
+            axes.set_visible(False)
+            continue
+        _draw_layer(axes, edges, loads.load_LES[layers[place]], norm)
+        axes.set_title(f"MoE layer {layers[place]}", loc="left", color=INK, fontsize=9)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("expert", color=INK, fontsize=9)
+    for column in range(columns):
+        lowest = panels[min(rows, len(layers) - column * rows) - 1, column]
+        lowest.set_xlabel("step", color=INK)
+        lowest.tick_params(labelbottom=True)
+    bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=panels, ticks=range(4), extend="max", shrink=0.8, aspect=30)
+    bar.set_label("load of an expert / mean load", color=INK)
+    bar.ax.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)
+    left_out = f", the {len(layers)} least even of {num_layers} MoE layers" if len(layers) < num_layers else ""
+    figure.suptitle(f"{title}: loads of experts{left_out}", x=0.01, ha="left", color=INK, fontsize=12)
+    return figure
+
+
+def _draw_layer(axes: Axes, edges: NDArray[np.float64], load_ES: NDArray[np.float64], norm: TwoSlopeNorm) -> None:
+    """A step that has no tokens stays grey."""
+    axes.set_facecolor(GRID)
+    rows = np.arange(len(load_ES) + 1) - 0.5
+    # As pixels: in SVG each cell would be a path of its own.
+    axes.pcolormesh(edges, rows, np.ma.masked_invalid(load_ES), cmap=COLOURS, norm=norm, rasterized=True)
+    axes.set_ylim(len(load_ES) - 0.5, -0.5)  # expert 0 above
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=8)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _least_even(load_LES: NDArray[np.float64]) -> list[int]:
+    """At most `MOST_LAYERS` layers, those whose fullest experts are fullest over all steps, ascending."""
+    fullest_L = np.nansum(np.nan_to_num(load_LES).max(1), axis=-1)
+    return sorted(np.argsort(-fullest_L, kind="stable")[:MOST_LAYERS].tolist())
+
+
+def _edges(steps: tuple[int, ...]) -> NDArray[np.float64]:
+    """Where columns begin and end: half-way between steps. The outer halves are as wide as the inner ones."""
+    middles = np.asarray(steps, dtype=np.float64)
+    if len(middles) == 1:
+        return np.array([middles[0] - 0.5, middles[0] + 0.5])
+    between = (middles[1:] + middles[:-1]) / 2
+    return np.array([2 * middles[0] - between[0], *between, 2 * middles[-1] - between[-1]])
