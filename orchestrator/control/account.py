@@ -19,8 +19,10 @@ from orchestrator.errors import StorageError
 from orchestrator.policy.endings import complete_checkpoints, publishable
 from orchestrator.policy.expert_load import shown_loads
 from orchestrator.policy.numerics import differences
+from orchestrator.policy.routing_trouble import routing_news
 from orchestrator.policy.run_state import Observation
 from orchestrator.protocol.messages import Saturation, StepRecord
+from orchestrator.spec.model import ModelSpec
 from orchestrator.tracking.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
@@ -32,8 +34,10 @@ STAMPS = ("seq", "epoch", "time")  # the log has its own
 class Account:
     """Of one run, kept by its controller."""
 
-    def __init__(self, run_id: str, memory: RunMemory, crew: Crew, tracker: TrackerLink, exporter: Exporter) -> None:
-        self._run_id, self._memory, self._crew = run_id, memory, crew
+    def __init__(
+        self, run_id: str, model: ModelSpec, memory: RunMemory, crew: Crew, tracker: TrackerLink, exporter: Exporter
+    ) -> None:
+        self._run_id, self._model, self._memory, self._crew = run_id, model, memory, crew
         self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last asked for; inf while they are
         self._numerics: dict[str, str] = {}  # by worker, as it was written down
@@ -62,7 +66,15 @@ class Account:
             self._exporter.show(points)
             for event in begun:
                 self.tell(event)
+            self._judge_routing()
         self._tracker.look()
+
+    def _judge_routing(self) -> None:
+        """Write down when experts collapse or their loads swing, and when that is over."""
+        for news in routing_news(self._model, self._memory.progress.recent, self._memory.troubles):
+            event = self._memory.note(news.kind, **news.fields)
+            self._memory.hear_of_experts(event)
+            self.tell(event)
 
     def note(self, kind: str, **fields: Any) -> None:
         """Write down something that no decision made, and tell it. Raises StorageError."""

@@ -25,6 +25,7 @@ from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.progress import Progress, absorb, stages_begun
+from orchestrator.policy.routing_trouble import ENDS, Trouble
 from orchestrator.policy.run_state import Note, RunState
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import StepRecord
@@ -54,6 +55,9 @@ class Recollection:
         self.differing: dict[str, Any] = {}  # by worker, how its numerics are others
         self.first_steps: dict[str, int] = {}  # by worker, the first that it may have trained of the steps that count
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were told
+        self.troubles: dict[
+            str, Mapping[str, Any]
+        ] = {}  # of its experts that go on: by kind, the event that told of it
         self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):
             self._recall(event)
@@ -75,6 +79,16 @@ class Recollection:
             self.saturated.add((event["worker"], event["step"]))
         elif kind == "resumed":
             self._go_back(event)
+        else:
+            self.hear_of_experts(event)
+
+    def hear_of_experts(self, event: Mapping[str, Any]) -> None:
+        """Keep an event with which a trouble of the experts begins; forget one that is over."""
+        for trouble in Trouble:
+            if event["kind"] == trouble:
+                self.troubles[trouble] = event
+            elif event["kind"] == ENDS[trouble]:
+                self.troubles.pop(trouble, None)
 
     def _become(self, state: RunState) -> None:
         self.state = state
@@ -93,6 +107,7 @@ class Recollection:
         before = takewhile(lambda e: e["seq"] <= event["seq"], read_events(self._run_dir))
         self.progress = absorb(Progress(), committed_steps(before))
         self.first_steps = {w: step for w, step in self.first_steps.items() if step <= self.progress.watermark}
+        self.troubles = {kind: told for kind, told in self.troubles.items() if told["step"] <= self.progress.watermark}
 
 
 class RunMemory(Recollection):

@@ -95,7 +95,9 @@ class RunController:
         self._drains = DrainWatch(self._inbox)
         self._checkpointed, self._back = self._memory.state.checkpoint_done, LookBack(self._run_dir)
         self._exporter = Exporter(run_id)
-        self._account = Account(run_id, self._memory, self._crew, self._facilities.tracker, self._exporter)
+        self._account = Account(
+            run_id, self._job.model, self._memory, self._crew, self._facilities.tracker, self._exporter
+        )
         self._wishes = Wishes(run_id, self._memory, self._inbox)
         self._faults: list[str] = []
         self._closed = False
@@ -117,6 +119,7 @@ class RunController:
         seen = self._observe(verifies=False)
         return status_of(
             self._limits,
+            self._job.model,
             self._memory,
             seen,
             run_dir=self._run_dir,

@@ -12,15 +12,18 @@ from orchestrator.policy.limits import RunLimits
 from orchestrator.policy.numerics import shown
 from orchestrator.policy.planning_moves import warm_standbys
 from orchestrator.policy.progress import tokens_per_second, traffic_per_step
+from orchestrator.policy.routing_trouble import routing_warnings
 from orchestrator.policy.run_state import Observation, RunState
 from orchestrator.policy.schedule import wanted_size
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.model import ModelSpec
 
 
 def status_of(
     limits: RunLimits,
+    model: ModelSpec,
     memory: Recollection,
     seen: Observation,
     *,
@@ -59,7 +62,12 @@ def status_of(
         checkpoint=str(checkpoint) if checkpoint else None,
         checkpoint_step=state.checkpoint_done if checkpoint else None,
         tracking_url=tracking_url,
-        warning="; ".join(told for told in (warning, _doubt(state), _unlike(memory)) if told) or None,
+        warning="; ".join(
+            told
+            for told in (warning, _doubt(state), _unlike(memory), *routing_warnings(model, memory.troubles))
+            if told
+        )
+        or None,
         error=state.why if state.outcome is RunPhase.FAILED else None,
         traceback=(state.traceback or None) if state.outcome is RunPhase.FAILED else None,
         submitted_time=memory.times.get("submitted"),
@@ -109,7 +117,7 @@ def status_from_journal(run_dir: Path) -> RunStatus:
     limits = RunLimits.of(run_dir.name, job)
     memory = Recollection(run_dir, limits)
     seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
-    status = status_of(limits, memory, seen, run_dir=run_dir, closed=False)
+    status = status_of(limits, job.model, memory, seen, run_dir=run_dir, closed=False)
     return replace(status, crew=(), why="it has not ended, says its journal; only the run's cluster knows more")
 
 

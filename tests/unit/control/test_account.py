@@ -11,6 +11,7 @@ from orchestrator.control.account import Account
 from orchestrator.control.journal import acquire_epoch
 from orchestrator.control.memory import RunMemory, user_events
 from orchestrator.protocol.messages import Saturation
+from orchestrator.spec.model import ModelSpec
 from tests.unit.policy.imagined import limits_of
 
 FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
@@ -19,7 +20,7 @@ FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
 def _account(run_dir: Path) -> Account:
     """Of a controller that has just come."""
     memory = RunMemory(run_dir, acquire_epoch(run_dir), limits_of())
-    return Account("run", memory, Mock(), Mock(), Mock())
+    return Account("run", ModelSpec(), memory, Mock(), Mock(), Mock())
 
 
 def _told(run_dir: Path) -> list[tuple[Any, ...]]:

@@ -14,9 +14,11 @@ from orchestrator.policy.resuming import resumed
 from orchestrator.policy.run_state import Note, Observation, RunState, ended
 from orchestrator.protocol.messages import Phase, Restore, ResumeOrder
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
+from orchestrator.spec.model import ModelSpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
 LIMITS = limits_of(steps=30)
+MODEL = ModelSpec()
 
 
 def remembered(run_dir: Path) -> RunMemory:
@@ -93,7 +95,7 @@ def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
     memory.absorb([record(0), record(1)], up_to=10_000)
     memory.decided(state, [])
     seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
-    return status_of(LIMITS, memory, seen, run_dir=tmp_path, closed=closed)
+    return status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=closed)
 
 
 def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
@@ -111,7 +113,9 @@ def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> No
     assert warning is not None and warning.startswith("step 7 came out otherwise") and "resume it --from" in warning
     memory = remembered(tmp_path)
     seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
-    both = status_of(LIMITS, memory, seen, run_dir=tmp_path, closed=False, warning="metrics wait on disk").warning
+    both = status_of(
+        LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False, warning="metrics wait on disk"
+    ).warning
     assert both == f"metrics wait on disk; {warning}"
 
 
@@ -122,7 +126,7 @@ def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_pa
     first, second, *others = life.state.members + tuple(w for w in life.state.crew if w not in life.state.members)
     memory.decided(replace(life.state, crew=(*life.state.crew, "w9")), [])
     seen = life.seen(nodes={first: "here"}, lost={second: "it died"})
-    crew = status_of(LIMITS, memory, seen, run_dir=tmp_path, closed=False).crew
+    crew = status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False).crew
     assert crew[0] == WorkerStatus(first, 0, Phase.TRAINING, "here")
     assert [worker.worker for worker in crew[1:]] == [*others, "w9"]
     assert crew[-1] == WorkerStatus("w9", None, Phase.COLD)
