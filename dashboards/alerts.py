@@ -6,17 +6,16 @@ isn't there is found before it is missed.
 
 from dataclasses import dataclass
 
-from dashboards.queries import newest, rise
+from dashboards.queries import mean, newest, rise
+from orchestrator.policy.routing_trouble import COLLAPSED, LASTING_STEPS, SETTLED_STEPS, SWINGING
 from orchestrator.protocol.status import RunPhase
 
 # One of the cluster's runs that has its workers: whoever waits for room is not to be woken up for.
 STARTING = f'phase=~"{RunPhase.QUEUED}|{RunPhase.STARTING}"'
 STARTED = f"(1 - {newest('run/phase', STARTING)})"
 LOSS = newest("train/loss")
-# A router's bias moves by a small constant a step. A healthy run of 8 experts was seen above 0.7 for its first 200
-# steps, above 0.5 for 300, and at 0.12 after 430.
-SETTLED_STEPS = 1000
-SETTLED = f"({newest('run/committed_steps')} > bool {SETTLED_STEPS})"
+# Bounds are those of the warnings of `orchestrator status`, so that the two say the same of a run.
+SETTLED = f"({newest('run/committed_steps')} > bool {SETTLED_STEPS + LASTING_STEPS})"
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,23 @@ ALERTS = (
     Alert(
         "ExpertCollapse",
         f"{newest('moe/collapse')} * {SETTLED}",
-        0.5,
+        COLLAPSED,
         "10m",
         "ticket",
-        "the fullest expert is at {{ $value | humanizePercentage }} of the way from an even load to all tokens",
-        "Look at moe/max_violation since the start; raise `model.bias_update_speed`, or resume from before it began.",
+        "a layer's fullest expert is at {{ $value | humanizePercentage }} of the way from an even load to all tokens",
+        "`orchestrator status` names the layer. Routers that collapse at the start need `model.embedding_scale` (8 by "
+        "default), `model.bias_update: quantile` or a larger `model.bias_update_speed`; later, a lower learning rate: "
+        "resume --from a checkpoint before it began.",
+    ),
+    Alert(
+        "ExpertLoadsSwing",
+        f"{mean('moe/load_swing', '10m')} * {SETTLED}",
+        SWINGING,
+        "5m",
+        "ticket",
+        "{{ $value | humanizePercentage }} of the experts go from well above the mean load to well below it, or back, "
+        "within a step",
+        "The routers' bias moves too far at once: lower `model.bias_update_speed`.",
     ),
     Alert(
         "RecoveryStorm",

@@ -219,13 +219,22 @@ EXPERTS = Board(
     "Experts",
     "Whether tokens are spread over the experts, and what it costs to bring them there.",
     (
-        simple("Largest violation", "moe/max_violation", "short"),
+        Chart(
+            "MaxVio",
+            "Largest expert load / mean load - 1: mean over the MoE layers, and of the layer where it is largest.",
+            "short",
+            (of("moe/max_violation", "{{run}} mean"), of("moe/worst_violation", "{{run}} worst layer")),
+        ),
         Chart(
             "Collapse",
-            "The same over what it would be if all tokens went to the same experts: 0 even, 1 collapsed.",
+            "MaxVio of the worst layer over what it is where all tokens choose the same experts: 0 even, 1 collapsed.",
             "percentunit",
             (of("moe/collapse"),),
         ),
+        simple("Utilisation", "moe/utilisation", "percentunit"),
+        simple("Dead experts", "moe/dead_experts", "percentunit"),
+        simple("Entropy of choices", "moe/choice_entropy", "percentunit"),
+        simple("Swing of loads", "moe/load_swing", "percentunit"),
         Chart(
             "Tokens on their way",
             "To their experts and back, results and gradients: bytes per second between workers.",

@@ -20,6 +20,11 @@ def newest(name: str, selector: str = "", by: str = "run") -> str:
     return f"max by ({by}) ({series(name, selector)})"
 
 
+def mean(name: str, window: str, selector: str = "") -> str:
+    """The mean of a gauge over a window, per run. Raises NotFound."""
+    return f"max by (run) (avg_over_time({series(name, selector)}[{window}]))"
+
+
 def rate(name: str, selector: str = RUNS, window: str = INTERVAL) -> str:
     """The rise per second, per run. Raises NotFound; ValueError if the metric doesn't add up."""
     if metric(name).kind is Kind.GAUGE:
