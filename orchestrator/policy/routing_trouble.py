@@ -70,8 +70,8 @@ def _news(
     if was_bad:
         return [Note(ENDS[trouble], {"step": first})]
     if trouble is Trouble.SWING:
-        return [Note(trouble, {"step": first, "swing": newest.swing})]
-    return [Note(trouble, {"step": first, "layer": newest.worst_layer, "max_violation": newest.worst_violation})]
+        return [Note(trouble.value, {"step": first, "swing": newest.swing})]
+    return [Note(trouble.value, {"step": first, "layer": newest.worst_layer, "max_violation": newest.worst_violation})]
 
 
 def routing_warnings(model: ModelSpec, events: Mapping[str, Mapping[str, Any]]) -> list[str]:

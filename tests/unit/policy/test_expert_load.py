@@ -77,6 +77,7 @@ def test_largest_violation(experts: int, top_k: int, wanted: float) -> None:
     assert expert_load(one_sided).max_violation == largest_violation(experts, top_k) == wanted
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_map_has_a_column_for_each_step_with_loads_and_is_empty_where_a_layer_had_no_tokens() -> None:
     records = [
         record(0, loads=((2, 2), (4, 0))),
