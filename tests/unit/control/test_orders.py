@@ -23,7 +23,7 @@ def test_the_order_holds_sizes_and_tokenizer(tmp_path: Path, monkeypatch: pytest
         order = order_of(_job(tmp_path, "{init_from: hf, top_k: 2}"), name)
         job = JobSpec.model_validate_json(order.job_json)
         assert job == order.spec
-        assert job.model == SPEC.model_copy(update={"init_from": str(directory)})
+        assert job.model == SPEC.model_copy(update={"init_from": str(directory), "embedding_scale": 1.0})
         assert job.data.tokenizer == str(directory / "tokenizer.json")
 
 
