@@ -98,7 +98,7 @@ def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engi
         sequence_length=length,
         num_rows=store.num_rows("train", length),
     )
-    mine = slots_of(rank, size, train.num_slots)
+    mine = slots_of(rank, size, train.most_slots)
     step = 0
     while True:
         rows = sample(sampler, step).rows
@@ -130,9 +130,9 @@ def main() -> None:
     job_file, store_dir, meeting_file = (Path(arg) for arg in sys.argv[1:4])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = JobSpec.model_validate_json(job_file.read_text())
-    if job.train.num_slots % size:
+    if job.train.most_slots % size:
         sys.exit(
-            f"{job.train.num_slots} slots on {size} ranks: every rank needs as many, or their exchanges don't meet"
+            f"{job.train.most_slots} slots on {size} ranks: every rank needs as many, or their exchanges don't meet"
         )
     store = TokenStore.open(store_dir)
     dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=size)

@@ -1,0 +1,117 @@
+"""The loop that somebody would write with transformers alone: its own Glm4Moe, AdamW, nothing else.
+
+    python -m benchmarks.baselines.plain_transformers MODEL_DIR STORE_DIR JOB.json STEPS
+
+Its best settings, of those tried: experts by `grouped_mm`, scaled dot product attention, fused AdamW. With precision
+bf16 the weights of forward and backward are bf16, and the optimizer has masters and moments in fp32. The router's bias
+stays as it is: transformers doesn't move it. Rows and micro-batches are those of the job. Prints a line of JSON.
+"""
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from benchmarks.baselines.bare_engine import WARM_STEPS
+from benchmarks.support.memory import peak_bytes, proportional_bytes
+from orchestrator.data.store import TokenStore
+from orchestrator.sampling.sampler import SamplerState, sample
+from orchestrator.spec.job import JobSpec
+
+
+class Loads:
+    """The loads of a step, counted where routers choose."""
+
+    def __init__(self, model: nn.Module, num_experts: int) -> None:
+        self.counts: dict[int, Tensor] = {}
+        self._num_experts = num_experts
+        self.is_counting = False
+        for number, layer in enumerate(m for m in model.modules() if type(m).__name__ == "Glm4MoeNaiveMoe"):
+            layer.register_forward_pre_hook(lambda _, args, number=number: self._count(number, args[1]))
+
+    def _count(self, number: int, chosen: Tensor) -> None:
+        if self.is_counting:
+            counts = torch.bincount(chosen.reshape(-1), minlength=self._num_experts)
+            self.counts[number] = self.counts.get(number, torch.zeros_like(counts)) + counts
+
+    def max_violation(self) -> float:
+        found = [float(counts.max() / counts.double().mean() - 1) for counts in self.counts.values()]
+        return sum(found) / len(found)
+
+
+class Updates:
+    """AdamW in fp32: on the weights, or on masters of bf16 ones."""
+
+    def __init__(self, model: nn.Module, job: JobSpec) -> None:
+        self._weights = list(model.parameters())
+        self._mixed = job.train.precision == "bf16"
+        self._masters = [p.detach().float().requires_grad_() for p in self._weights] if self._mixed else self._weights
+        options = job.train.optimizer
+        self._adamw = torch.optim.AdamW(
+            self._masters, job.train.lr, options.betas, options.eps, options.weight_decay, fused=True
+        )
+
+    def step(self, max_norm: float) -> None:
+        if self._mixed:
+            for master, weight in zip(self._masters, self._weights, strict=True):
+                master.grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
+        nn.utils.clip_grad_norm_(self._masters, max_norm)
+        self._adamw.step()
+        self._adamw.zero_grad()
+        if self._mixed:
+            with torch.no_grad():
+                for master, weight in zip(self._masters, self._weights, strict=True):
+                    weight.copy_(master)
+
+
+def main() -> None:
+    model_dir, store = sys.argv[1], TokenStore.open(Path(sys.argv[2]))
+    job, steps = JobSpec.model_validate_json(Path(sys.argv[3]).read_text()), int(sys.argv[4])
+    train, length = job.train, job.train.sequence_length
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, experts_implementation="grouped_mm")
+    model.train()
+    loads, updates = Loads(model, job.model.num_experts), Updates(model, job)
+    sampler = SamplerState.of_one_stage(
+        seed=train.seed,
+        global_batch_size=train.global_batch_size,
+        sequence_length=length,
+        num_rows=store.num_rows("train", length),
+    )
+    gc.collect()
+    gc.freeze()
+    tokens, loss_sum, began_s = 0, 0.0, 0.0
+    for step in range(steps + WARM_STEPS):
+        if step == WARM_STEPS:
+            tokens, began_s = 0, time.perf_counter()
+        loads.is_counting = step == WARM_STEPS + steps - 1
+        rows = sample(sampler, step).rows
+        num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
+        for number in range(train.most_slots):
+            slot = store.rows("train", rows[number * train.slot_rows :][: train.slot_rows], length)
+            logits = model(input_ids=torch.from_numpy(slot.inputs_RT), use_cache=False).logits
+            targets_N = torch.from_numpy(slot.targets_RT).reshape(-1)
+            loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets_N, reduction="sum")
+            (loss / num_targets).backward()
+            loss_sum += float(loss.detach())
+        updates.step(train.gradient_clipping)
+        tokens, loss_sum = tokens + num_targets, loss_sum / num_targets
+    told = {
+        "tokens_per_s": tokens / (time.perf_counter() - began_s),
+        "loss": loss_sum,
+        "max_violation": loads.max_violation(),
+        "proportional_bytes": proportional_bytes(),
+        "peak_bytes": peak_bytes(),
+    }
+    print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
