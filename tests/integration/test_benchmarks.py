@@ -255,3 +255,25 @@ def test_hosts_with_slow_links_do_steps(name: str) -> None:
     assert len(line["bars"]) >= 2
     if name == "dispatch":
         assert line["metrics"]["arms"]["int8"]["bytes"] < 0.4 and line["metrics"]["arms"]["bf16"]["bytes"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_balance_trains_each_arm_and_judges_it() -> None:
+    line = quick("balance")
+    arms = line["metrics"]["arms"]
+    assert [name.split(" lr ")[0] for name in arms] == [f"2 of 8 {kind}" for kind in ("none", "old", "ours", "softmax")]
+    assert all(measured["loss"] > 0 and 0 < measured["utilisation"] <= 1 for measured in arms.values())
+    assert {"early, 2 of 8", "dead, 2 of 8", "loss over old, 2 of 8"} <= {bar["name"] for bar in line["bars"]}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_throughput_measures_all_arms_with_the_same_weights() -> None:
+    line = quick("throughput")
+    measured = line["metrics"]["fp32"]
+    assert set(measured["tokens_per_s"]) == {"one", "two", "engine", "transformers"}
+    losses = measured["loss"].values()
+    assert max(losses) - min(losses) < 0.1 * min(losses)  # after a few steps from the same weights
+    assert all(num_bytes > 100_000_000 for num_bytes in measured["memory_bytes"].values())

@@ -50,15 +50,16 @@ def test_who_comes_before_it_does_not_wait() -> None:
 
 
 def test_it_is_expected_until_it_has_spoken_is_gone_or_is_too_late() -> None:
-    scaler, late = Autoscaler(), _run("late", 1, NOW_S - EXPECTED_S - 1.0)
+    now_s = time.time()  # not when this file was read, which may be long ago
+    scaler, late = Autoscaler(), _run("late", 1, now_s - EXPECTED_S - 1.0)
     runs = {
-        run.run_id: run for run in (_run("heard", 1, NOW_S), _run("gone", 1, NOW_S), _run("starts", 1, NOW_S), late)
+        run.run_id: run for run in (_run("heard", 1, now_s), _run("gone", 1, now_s), _run("starts", 1, now_s), late)
     }
     for run in runs.values():
         scaler.expect(run)
     scaler._forget(runs, {"heard"}, {"heard", "starts", "late"})
     assert set(scaler._expected) == {"starts"}
-    again = replace(runs["starts"], queued_s=NOW_S + 1.0)  # submitted anew while the old one was asked for
+    again = replace(runs["starts"], queued_s=now_s + 1.0)  # submitted anew while the old one was asked for
     scaler.expect(again)
     scaler._forget(runs, {"starts"}, set())
     assert scaler._expected == {"starts": again}
