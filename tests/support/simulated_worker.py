@@ -431,7 +431,7 @@ class FileTracker:
     def position(self) -> int:
         return self._position
 
-    def publish(self, epoch: int, points: list[Any], after: int | None = None) -> None:
+    def publish(self, epoch: int, points: list[Any], after: int | None = None, loads: Any = None) -> None:
         if after is not None:
             points = [p for p in points if p.step > self._position]
             self._position = max([self._position, *(p.step for p in points)])
