@@ -43,7 +43,7 @@ from orchestrator.model.building import alone, build_model
 from orchestrator.policy.expert_load import expert_load
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import DataSpec, JobSpec
-from orchestrator.spec.schedule import learning_rate
+from orchestrator.spec.schedule import decay, learning_rate
 
 STEPS, QUICK_STEPS = 300, 12
 SEEDS, QUICK_SEEDS = 3, 1
@@ -221,7 +221,7 @@ def train(arm: Arm, steps: int, data: DataSpec, store_dir: Path) -> Measured:
         if job.model.bias_update_speed:
             routers = [layer.router for layer in model.moe_layers]
             bias_LE = torch.stack([router.correction_bias_E for router in routers])
-            for router, bias_E in zip(routers, next_bias(bias_LE, routed, job.model, lr / spec.lr), strict=True):
+            for router, bias_E in zip(routers, next_bias(bias_LE, routed, job.model, decay(spec, step)), strict=True):
                 router.correction_bias_E.copy_(bias_E)
         counts.append(routed.counts_LE.numpy())
     loss_value, validation = validated(model, store)

@@ -57,8 +57,8 @@ def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: fl
     Args:
         bias_LE: correction bias of each MoE layer, with which the step's tokens chose.
         routed: counts of the whole global batch, on the bias's device.
-        decay: the learning rate over its highest. The quantile rule's share falls with it, to a tenth at most: scores
-            move as fast as weights do, and a smaller share follows the noise of a single batch less.
+        decay: the learning rate over its highest, once that is reached. The quantile rule's share falls with it, to a
+            tenth at most: scores move as fast as weights do, and a smaller share follows the noise of a batch less.
     """
     speed = spec.bias_update_speed
     if spec.bias_update == "sign":

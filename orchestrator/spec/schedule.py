@@ -20,3 +20,8 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     progress = min((step - peak_step) / max(train.steps - 1 - peak_step, 1), 1.0)
     remaining = 1.0 - progress if schedule.kind == "linear" else (1.0 + math.cos(math.pi * progress)) / 2.0
     return train.lr * (schedule.final_fraction + (1.0 - schedule.final_fraction) * remaining)
+
+
+def decay(train: TrainSpec, step: int) -> float:
+    """The learning rate of `step` over its highest, and 1 in the warm-up, which leads there."""
+    return 1.0 if step < train.schedule.warmup_steps else learning_rate(train, step) / train.lr

@@ -19,7 +19,7 @@ from orchestrator.policy.stragglers import slowest
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import SlotMemory, StepRecord
 from orchestrator.protocol.traffic import TrafficKind
-from orchestrator.spec.schedule import learning_rate
+from orchestrator.spec.schedule import decay, learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.faults import StateCorrupted
 from orchestrator.worker.feed import Feed, StepFeed
@@ -142,7 +142,7 @@ class Stepper:
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
         communication_wait_s = peers_s + time.perf_counter() - spoken
         shard.choosing.agree(outcome.compression)
-        self._balance(shard, outcome, lr)
+        self._balance(shard, outcome, step)
         if shard.seal is not None:
             shard.seal.close()
         rank, slowness = slowest(outcome.busy_s)
@@ -227,12 +227,12 @@ class Stepper:
         self._counted = (generation, step, counts)
         return expert_load(counts, before)
 
-    def _balance(self, shard: Shard, outcome: Outcome, lr: float) -> None:
+    def _balance(self, shard: Shard, outcome: Outcome, step: int) -> None:
         """Move the routers' biases by what the global batch has shown. A skipped update moves nothing."""
         model, layers = self._spec.model, shard.model.moe_layers
         if not outcome.applied or not model.bias_update_speed or not layers:
             return
         bias_LE = torch.stack([layer.router.correction_bias_E for layer in layers])
-        bias_LE = next_bias(bias_LE.cpu(), outcome.routed, model, lr / self._spec.train.lr)
+        bias_LE = next_bias(bias_LE.cpu(), outcome.routed, model, decay(self._spec.train, step))
         for layer, bias_E in zip(layers, bias_LE, strict=True):
             layer.router.correction_bias_E.copy_(bias_E)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.spec.schedule import learning_rate
+from orchestrator.spec.schedule import decay, learning_rate
 from orchestrator.spec.train import TrainSpec
 
 
@@ -49,3 +49,10 @@ def test_peak_and_last_step(kind: str, steps: int, warmup_fraction: float, final
 
 def test_run_of_one_step() -> None:
     assert learning_rate(train(1, kind="cosine"), 0) == 1.0
+
+
+def test_the_decay_is_1_until_the_peak_and_falls_with_the_learning_rate() -> None:
+    spec = train(steps=100, lr=0.02, warmup_steps=10, final_fraction=0.1)
+    assert [decay(spec, step) for step in (0, 5, 9)] == [1.0, 1.0, 1.0]
+    later = [decay(spec, step) for step in range(9, 100)]
+    assert later == sorted(later, reverse=True) and later[-1] == pytest.approx(0.1)
