@@ -33,6 +33,7 @@ class Buffers:
         # must not wait for the lock.
         self._returned: deque[Block] = deque()
         self.made_bytes = 0  # asked of malloc so far
+        self.held_bytes = 0  # of them, those that are lent or wait for the next one
 
     def take(self, num_bytes: int) -> Tensor:
         """A flat buffer of bytes with any content: in the smallest free block where one fits, else in a new one."""
@@ -45,6 +46,7 @@ class Buffers:
             else:
                 block = torch.empty(num_bytes, dtype=torch.uint8).numpy()
                 self.made_bytes += num_bytes
+                self.held_bytes += num_bytes
         lent = block[:]  # the only view of the block, and it lives as long as whatever is made of it
         weakref.finalize(lent, self._returned.append, block).atexit = False
         return torch.from_numpy(lent)[:num_bytes]
@@ -56,6 +58,7 @@ class Buffers:
             self._collect()
             for block in self._idle:
                 self._free = _without(block, self._free)
+                self.held_bytes -= len(block)
             self._idle = list(self._free)
 
     def _collect(self) -> None:

@@ -70,10 +70,10 @@ def _serve(pipe: Connection, env: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a worker's process has in use, and what its snapshots have asked of malloc so far, in bytes."""
+    """What a worker's process has in use, and what of it is kept for snapshots, in bytes."""
 
     allocated: int
-    made_for_snapshots: int
+    kept_for_snapshots: int
 
 
 def _memory_of(worker: Any) -> Memory:
@@ -82,8 +82,8 @@ def _memory_of(worker: Any) -> Memory:
     from orchestrator.worker.memory import allocated_bytes
 
     gc.collect()
-    made = worker._trainer._workshop._snapshot_memory.made_bytes
-    return Memory(allocated_bytes(torch.device("cpu")), made)
+    kept = worker._trainer._workshop._snapshot_memory.held_bytes
+    return Memory(allocated_bytes(torch.device("cpu")), kept)
 
 
 def _await_end(worker: Any) -> None:

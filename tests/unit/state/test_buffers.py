@@ -56,6 +56,7 @@ def test_buffers_that_nothing_has_used_for_a_while_can_be_dropped() -> None:
     buffers.drop_idle()  # of the two free ones, one was used since
     buffers.take(4000)
     assert buffers.made_bytes == 7000
+    assert buffers.held_bytes == 5000
     buffers.take(2000)
     assert buffers.made_bytes == 9000
     assert bool((kept == 7).all())
