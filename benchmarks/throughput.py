@@ -139,8 +139,10 @@ class Bench:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        told = json.loads(done.stdout.splitlines()[-1])
-        return Measured(told["tokens_per_s"], told["loss"], told["max_violation"], told["proportional_bytes"])
+        reported = json.loads(done.stdout.splitlines()[-1])
+        return Measured(
+            reported["tokens_per_s"], reported["loss"], reported["max_violation"], reported["proportional_bytes"]
+        )
 
     def _job_file(self, precision: str) -> Path:
         path = self._workspace / f"{precision}.json"

@@ -113,16 +113,16 @@ def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engi
             routed.add(model.routing_counts())
         engine.step()
         counted = [routed.counts_LE, routed.margins_LEM]
-        told = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), *(c.reshape(-1).double() for c in counted)])
-        dist.all_reduce(told)
-        parts = torch.split(told[1:].long(), [c.numel() for c in counted])
+        summed = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), *(c.reshape(-1).double() for c in counted)])
+        dist.all_reduce(summed)
+        parts = torch.split(summed[1:].long(), [c.numel() for c in counted])
         routed = RoutingCounts(*(part.view(c.shape) for part, c in zip(parts, counted, strict=True)))
         bias_LE = torch.stack([layer.router.correction_bias_E for layer in model.moe_layers])
         bias_LE = next_bias(bias_LE, routed, job.model, decay=1.0)
         for layer, bias_E in zip(model.moe_layers, bias_LE, strict=True):
             layer.router.correction_bias_E.copy_(bias_E)
         if rank == 0:
-            print(json.dumps({"step": step, "end_time": time.time(), "loss": float(told[0]) / tokens}), flush=True)
+            print(json.dumps({"step": step, "end_time": time.time(), "loss": float(summed[0]) / tokens}), flush=True)
         step += 1
 
 

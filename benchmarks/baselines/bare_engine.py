@@ -69,14 +69,14 @@ def main() -> None:
             router.correction_bias_E.copy_(bias_E)
         tokens, loss_sum = tokens + num_targets, loss_sum / num_targets
         violation = expert_load(routed.counts_LE.numpy()).max_violation
-    told = {
+    reported = {
         "tokens_per_s": tokens / (time.perf_counter() - began_s),
         "loss": loss_sum,
         "max_violation": violation,
         "proportional_bytes": proportional_bytes(),
         "peak_bytes": peak_bytes(),
     }
-    print(json.dumps(told), flush=True)
+    print(json.dumps(reported), flush=True)
 
 
 if __name__ == "__main__":

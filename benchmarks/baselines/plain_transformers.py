@@ -103,14 +103,14 @@ def main() -> None:
             loss_sum += float(loss.detach())
         updates.step(train.gradient_clipping)
         tokens, loss_sum = tokens + num_targets, loss_sum / num_targets
-    told = {
+    reported = {
         "tokens_per_s": tokens / (time.perf_counter() - began_s),
         "loss": loss_sum,
         "max_violation": loads.max_violation(),
         "proportional_bytes": proportional_bytes(),
         "peak_bytes": peak_bytes(),
     }
-    print(json.dumps(told), flush=True)
+    print(json.dumps(reported), flush=True)
 
 
 if __name__ == "__main__":
