@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.policy.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS
-from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.model import BIAS_UPDATE_SPEED, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class RoutingCounts:
 
 
 def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: float) -> Tensor:
-    """The bias for the next step, by the rule of the job.
+    """The bias for the next step, by the rule of the job. A layer whose router counts no margins follows the sign rule:
+    one that may choose among some of the experts only (`orchestrator.model.router.Limit`), or a user's own.
 
     Args:
         bias_LE: correction bias of each MoE layer, with which the step's tokens chose.
@@ -65,22 +66,23 @@ def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: fl
         return sign_bias(bias_LE, routed.counts_LE, speed)
     if not spec.counts_margins:
         return bias_LE
-    return quantile_bias(bias_LE, routed.margins_LEM, spec.top_k, speed * max(decay, 0.1))
+    by_quantile_LE = quantile_bias(bias_LE, routed.margins_LEM, spec.top_k, speed * max(decay, 0.1))
+    by_sign_LE = sign_bias(bias_LE, routed.counts_LE, BIAS_UPDATE_SPEED["sign"])
+    return torch.where(routed.margins_LEM.any(-1).any(-1)[:, None], by_quantile_LE, by_sign_LE)
 
 
 def margin_histogram(choice_NE: Tensor, best_NK: Tensor) -> Tensor:
     """Histogram (E, M) of tokens by their margin at each expert, int64.
 
     Args:
-        choice_NE: score + bias, -inf for an expert that the token may not choose.
+        choice_NE: score + bias.
         best_NK: the K + 1 largest of each token, in descending order (so the last dimension is K + 1).
     """
     num_experts = choice_NE.shape[1]
     last_in_N1, first_out_N1 = best_NK[:, -2:-1], best_NK[:, -1:]
     margin_NE = choice_NE - torch.where(choice_NE >= last_in_N1, first_out_N1, last_in_N1)
     edges = torch.tensor(MARGIN_EDGES, dtype=choice_NE.dtype, device=choice_NE.device)
-    # An expert out of reach has no margin (-inf, or NaN where too few are in reach): the lowest bin.
-    bin_NE = torch.bucketize(margin_NE.nan_to_num(nan=-2.0, neginf=-2.0), edges)
+    bin_NE = torch.bucketize(margin_NE, edges)
     bin_NE += torch.arange(num_experts, device=bin_NE.device) * NUM_MARGIN_BINS
     return torch.bincount(bin_NE.reshape(-1), minlength=num_experts * NUM_MARGIN_BINS).view(
         num_experts, NUM_MARGIN_BINS

@@ -66,7 +66,7 @@ class TrainableModel(nn.Module, ABC):
 
     def routing_counts(self) -> RoutingCounts:
         """What the routers of this rank counted in its last forward pass, a training pass. The histogram of a layer
-        whose router counts no margins is empty, so the quantile rule leaves its bias as it is."""
+        whose router counts no margins is empty."""
         routed = RoutingCounts.zeros(len(self.moe_layers), self.spec, next(self.parameters()).device)
         for layer, counts_E, margins_EM in zip(self.moe_layers, routed.counts_LE, routed.margins_LEM, strict=True):
             counts_E.copy_(layer.last_counts_E)

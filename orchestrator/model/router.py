@@ -78,11 +78,12 @@ class Router(nn.Module):
         super().__init__()
         self.spec = spec
         self.top_k = spec.top_k
-        self.counts_margins = spec.counts_margins
         self._limits = list(limits)
         if spec.num_expert_groups > 1:
             size = spec.num_experts // spec.num_expert_groups
             self._limits.append(Limit([e // size for e in range(spec.num_experts)], spec.top_k_groups, best=2))
+        # Out of reach an expert has no margin, and one whose group is out of reach says nothing of its own score.
+        self.counts_margins = spec.counts_margins and not self._limits
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
         self.register_buffer("correction_bias_E", torch.zeros(spec.num_experts, dtype=torch.float32))
 

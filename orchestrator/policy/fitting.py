@@ -50,16 +50,15 @@ def crowding(job: JobSpec, plan: JobPlan, node_bytes: int) -> str:
 def _parts(memory: MemoryPlan) -> str:
     """What the peak is made of. Gradients, activations and loss are gone where a second shard is there."""
     state = {part: getattr(memory, part) for part in ("weights", "masters", "moments", "buffers")}
-    snapshots, deltas = "its own snapshots and its ward's", "gradients of the steps between two of them"
-    if memory.training == memory.peak:
-        rest = {part: getattr(memory, part) for part in ("gradients", "activations", "loss")}
-        rest |= {snapshots: memory.snapshots, deltas: memory.deltas}
+    if memory.at_fence == memory.peak:
+        rest = {"a second shard at a fence": memory.fence}
     else:
-        rest = {
-            "a second shard at a fence": memory.fence,
-            f"{snapshots}, the first ones of a second world too": memory.snapshots + memory.first_snapshots,
-            deltas: memory.deltas,
-        }
+        rest = {part: getattr(memory, part) for part in ("gradients", "activations", "loss")}
+        rest["the first snapshots of a second world"] = memory.first_snapshots
+    rest |= {
+        "its own snapshots and its ward's": memory.snapshots,
+        "gradients of the steps between two of them": memory.deltas,
+    }
     parts = state | rest | {"process": memory.process}
     return ", ".join(f"{part} {_amount(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)
 

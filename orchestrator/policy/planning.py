@@ -84,10 +84,14 @@ class MemoryPlan:
 
     @property
     def at_fence(self) -> int:
-        """Activations, loss and gradients are gone. The first whole snapshots of the next world are taken before this
-        world's go; all others lie where this world's lay (`orchestrator.state.buffers`)."""
-        snapshots = self.snapshots + self.first_snapshots + self.deltas
-        return self.state + self.fence + snapshots + self.process
+        """Activations, loss and gradients are gone, a second shard is there."""
+        return self.state + self.fence + self.snapshots + self.deltas + self.process
+
+    @property
+    def after_fence(self) -> int:
+        """The first step of a new world: its first whole snapshots are taken, and the old world's stay until they are
+        acknowledged. All others lie where the old world's lay (`orchestrator.state.buffers`)."""
+        return self.training + self.first_snapshots
 
     @property
     def first_snapshots(self) -> int:
@@ -96,7 +100,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        return max(self.training, self.at_fence)
+        return max(self.at_fence, self.after_fence)
 
 
 @dataclass(frozen=True)

@@ -108,12 +108,13 @@ class ModelSpec(Section):
         gt=0,
         description="Factor on the embedding where it enters the first layer. With 1, at high learning rates, the "
         "first updates drown what tells tokens apart, and routers send all of them to the same experts "
-        "(docs/balance.md). Default: 8, with init_from 1.",
+        "(docs/balance.md). Default: 8, with init_from 1. Without meaning for entrypoint.",
     )
     bias_update: Literal["quantile", "sign"] = Field(
         default="quantile",
         description="How the router's load-balancing bias moves after each update. quantile: by a share of the way to "
-        "the mean load, which the scores of the step's tokens tell. sign: by a fixed step against the load.",
+        "the mean load, which the scores of the step's tokens show; where a token may choose among some experts only, as "
+        "sign. sign: by a fixed step against the load.",
     )
     bias_update_speed: float = Field(
         default_factory=lambda known: BIAS_UPDATE_SPEED[known["bias_update"]] if known["router"] == "sigmoid" else 0.0,

@@ -194,9 +194,12 @@ class Shelf:
         (self._free_whole if snapshot.update is None else self._free_deltas).append(snapshot.buffer)
 
     def _take(self, free: list[Tensor | None], form: SnapshotFormat) -> Tensor:
-        """The buffer that became free last."""
-        buffer = free.pop()
-        return self._buffers.take(self._of(form)) if buffer is None else buffer
+        """The buffer that became free last. If there is no memory for a new one, as many may be taken as before."""
+        buffer = free[-1]
+        if buffer is None:
+            buffer = self._buffers.take(self._of(form))
+        free.pop()
+        return buffer
 
     def _pinned(self, form: SnapshotFormat) -> Tensor:
         """Made at once, since that takes long. torch keeps it for the next shelf itself."""

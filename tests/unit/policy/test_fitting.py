@@ -67,7 +67,7 @@ def test_the_amount_that_is_named_is_enough() -> None:
 
 def test_a_size_that_fits_is_named() -> None:
     told = _refusal(*_job("6GB"))
-    assert "set workers.min to 3, for 5.47 GB" in told.remedy
+    assert "set workers.min to 3, for 5.11 GB" in told.remedy
     check_memory(*_job("6GB", workers="3..5"))
 
 
@@ -81,5 +81,5 @@ def test_without_a_limit_too_small_a_machine_is_a_warning() -> None:
     check_memory(job, plan)
     needed = max(world.world_size * world.memory.peak for world in plan.worlds)
     assert crowding(job, plan, needed) == ""
-    assert "3 workers need 16.40 GB, and this machine has 16.40 GB" in crowding(job, plan, needed - 1)
+    assert "3 workers need 15.32 GB, and this machine has 15.32 GB" in crowding(job, plan, needed - 1)
     assert crowding(*_job("1GB"), GIB) == ""
