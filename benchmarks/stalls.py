@@ -28,7 +28,7 @@ from benchmarks.harness import ROOT, Bar, Result, Spread, alternate, at_most, me
 from benchmarks.support.data import data_spec
 from orchestrator.spec.job import JobSpec
 
-RESCALES_OF, RECOVERIES_OF = "1aebb70", "f9f86ac"  # the last commits whose README told stalls within the bars
+RESCALES_OF, RECOVERIES_OF = "1aebb70", "f9f86ac"  # the last commits whose README shows stalls within the bars
 WORST_RATIO = 1.10
 LEFT_OUT = "-"
 DRIVER = ROOT / "benchmarks" / "support" / "stall_driver.py"

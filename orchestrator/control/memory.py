@@ -55,9 +55,8 @@ class Recollection:
         self.differing: dict[str, Any] = {}  # by worker, how its numerics are others
         self.first_steps: dict[str, int] = {}  # by worker, the first that it may have trained of the steps that count
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were told
-        self.troubles: dict[
-            str, Mapping[str, Any]
-        ] = {}  # of its experts that go on: by kind, the event that told of it
+        # Troubles of its experts that go on: by kind, the event with which each began.
+        self.troubles: dict[str, Mapping[str, Any]] = {}
         self.resumed_by = ""  # token of the newest order to go on
         for event in read_events(run_dir):
             self._recall(event)
@@ -107,7 +106,8 @@ class Recollection:
         before = takewhile(lambda e: e["seq"] <= event["seq"], read_events(self._run_dir))
         self.progress = absorb(Progress(), committed_steps(before))
         self.first_steps = {w: step for w, step in self.first_steps.items() if step <= self.progress.watermark}
-        self.troubles = {kind: told for kind, told in self.troubles.items() if told["step"] <= self.progress.watermark}
+        watermark = self.progress.watermark
+        self.troubles = {kind: event for kind, event in self.troubles.items() if event["step"] <= watermark}
 
 
 class RunMemory(Recollection):

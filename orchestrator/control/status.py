@@ -63,9 +63,9 @@ def status_of(
         checkpoint_step=state.checkpoint_done if checkpoint else None,
         tracking_url=tracking_url,
         warning="; ".join(
-            told
-            for told in (warning, _doubt(state), _unlike(memory), *routing_warnings(model, memory.troubles))
-            if told
+            text
+            for text in (warning, _doubt(state), _unlike(memory), *routing_warnings(model, memory.troubles))
+            if text
         )
         or None,
         error=state.why if state.outcome is RunPhase.FAILED else None,

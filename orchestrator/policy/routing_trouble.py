@@ -77,8 +77,8 @@ def _news(
 def routing_warnings(model: ModelSpec, events: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a user should know of troubles that go on, from the events with which they began, by kind."""
     swings = Trouble.SWING in events
-    told = [_collapse(model, events[Trouble.COLLAPSE], swings)] if Trouble.COLLAPSE in events else []
-    return told + ([_swing(model, events[Trouble.SWING])] if swings else [])
+    warnings = [_collapse(model, events[Trouble.COLLAPSE], swings)] if Trouble.COLLAPSE in events else []
+    return warnings + ([_swing(model, events[Trouble.SWING])] if swings else [])
 
 
 def _collapse(model: ModelSpec, event: Mapping[str, Any], swings: bool) -> str:

@@ -1,6 +1,7 @@
 """libgomp's pool threads of a process: those that rest between two parallel regions."""
 
 import os
+import time
 from pathlib import Path
 
 CAN_TELL = Path(f"/proc/self/task/{os.getpid()}/syscall").exists()  # Linux only, and not in every sandbox
@@ -24,3 +25,17 @@ def pool_threads(pid: int) -> set[int]:
         if counter != "running" and any(int(counter, 16) in span for span in code):
             found.add(int(task.name))
     return found
+
+
+def resting_pool_threads(pid: int, patience_s: float = 20.0) -> set[int]:
+    """The same once none of the process's threads runs, since pool threads spin for a while before they rest."""
+    deadline_s = time.monotonic() + patience_s
+    while any(_runs(task) for task in Path(f"/proc/{pid}/task").iterdir()):
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"threads of process {pid} still run after {patience_s:.0f} s")
+        time.sleep(0.05)
+    return pool_threads(pid)
+
+
+def _runs(task: Path) -> bool:
+    return (task / "syscall").read_text().startswith("running")
