@@ -39,7 +39,7 @@ def main() -> None:
     groups = connect(meeting, "bare", 0, Placement.balanced(job.model.num_experts, 1), "gloo")
     model = build_model(job.model, store.vocab_size, alone(job.model))
     engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), job.communication)
-    read_pretrained(job.model, engine.ranges())
+    read_pretrained(job.model.model_copy(update={"vocab_size": store.vocab_size}), engine.ranges())
     engine.loaded(0)
     sampler = SamplerState.of_one_stage(
         seed=train.seed,

@@ -32,7 +32,8 @@ class Loads:
         self.counts: dict[int, Tensor] = {}
         self._num_experts = num_experts
         self.is_counting = False
-        for number, layer in enumerate(m for m in model.modules() if type(m).__name__ == "Glm4MoeNaiveMoe"):
+        layers = [module for name, module in model.named_modules() if name.endswith(".mlp.experts")]
+        for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda _, args, number=number: self._count(number, args[1]))
 
     def _count(self, number: int, chosen: Tensor) -> None:
