@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput [--quick]
 
-Four arms take turns, each begun anew every round and measured over the same number of steps after a few:
+Four arms take turns, a few steps each; the others are stopped meanwhile (`benchmarks.support.arms`):
 
 - `one`: a run on Ray with one worker of two threads, tracking and snapshots on, as a user has it,
 - `two`: the same with two workers of one thread,
@@ -10,38 +10,31 @@ Four arms take turns, each begun anew every round and measured over the same num
 - `transformers`: `benchmarks.baselines.plain_transformers`, the same, with transformers' own model.
 
 All begin with the same weights and router biases: those of a run of 200 steps, which is trained once and kept beside
-the prepared text. With `bf16`, all arms have masters and moments in fp32. An arm's memory is its proportional share
-(PSS) at the end.
+the prepared text. With `bf16` all arms have masters and moments in fp32, and a quarter of the rows: processors without
+instructions for bf16 take twenty times as long. `max_violation` is that of each arm's last step (MaxVio, mean over
+layers): transformers' loop moves no router bias.
 """
 
 import hashlib
-import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from benchmarks.harness import ROOT, Bar, Interval, Result, Spread, at_least, median_interval, ratios, run, say
+from benchmarks.harness import Bar, Interval, Result, Spread, alternate, at_least, median_interval, ratios, run, say
+from benchmarks.support.arms import START_TIMEOUT_S, Arm, Loop, WholeProduct
 from benchmarks.support.data import stores_dir
-from benchmarks.support.environment import environment, worker_environment
-from benchmarks.support.memory import proportional_bytes
-from benchmarks.support.product import LiveRun, Product
+from benchmarks.support.environment import worker_environment
+from benchmarks.support.product import Product
 from orchestrator.checkpoint.exporting import export_hf
-from orchestrator.control.memory import read_steps
 from orchestrator.data.prepare import prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.spec.job import DataSpec, JobSpec
 
-ROUNDS, QUICK_ROUNDS = 6, 1
-STEPS, QUICK_STEPS = 20, 3
-BALANCED_STEPS, QUICK_BALANCED_STEPS = 200, 4
-WARM_STEPS = 5
 NEVER = 1_000_000
 THREADS = 2
+WARM_STEPS = 3
 
 MODEL = {
     "hidden_size": 256,
@@ -55,111 +48,103 @@ MODEL = {
     "num_shared_experts": 1,
 }
 QUICK_MODEL = MODEL | {"hidden_size": 64, "num_layers": 2, "expert_intermediate_size": 32, "intermediate_size": 64}
-BATCH = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 256}
 DATA = DataSpec(source="builtin:stdlib", vocab_size=4096)
 WANTED = {("one", "engine"): 0.95, ("two", "engine"): 0.92, ("one", "transformers"): 1.05, ("two", "transformers"): 1.0}
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One block of an arm.
+class Size:
+    """How much is measured."""
 
-    Args:
-        memory_bytes: of all its training processes together.
-    """
+    rounds: int
+    steps: int  # of a turn
+    batch: dict[str, int]
 
-    tokens_per_s: float
-    loss: float
-    max_violation: float
-    memory_bytes: int
+
+BATCH = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 256}
+SIZES = {"fp32": Size(24, 4, BATCH), "bf16": Size(6, 2, BATCH | {"global_batch_size": 4, "micro_batch_size": 2})}
+QUICK_SIZES = {"fp32": Size(2, 2, BATCH | {"sequence_length": 64})}
+BALANCED_STEPS, QUICK_BALANCED_STEPS = 200, 4
 
 
 def measure(quick: bool) -> Result:
-    rounds, steps = (QUICK_ROUNDS, QUICK_STEPS) if quick else (ROUNDS, STEPS)
+    sizes = QUICK_SIZES if quick else SIZES
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        bench = Bench(Path(folder), quick, steps)
-        found: dict[str, dict[str, list[Measured]]] = {}
-        for precision in ("fp32",) if quick else ("bf16", "fp32"):
-            arms: dict[str, Callable[[], Measured]] = {
-                "one": lambda p=precision: bench.product(1, THREADS, p),  # type: ignore[misc]
-                "two": lambda p=precision: bench.product(2, THREADS // 2, p),  # type: ignore[misc]
-                "engine": lambda p=precision: bench.engine(p),  # type: ignore[misc]
-                "transformers": lambda p=precision: bench.transformers(p),  # type: ignore[misc]
-            }
-            found[precision] = {name: [] for name in arms}
-            for number in range(rounds):
-                for name in list(arms)[:: 1 if number % 2 == 0 else -1]:
-                    measured = arms[name]()
-                    found[precision][name].append(measured)
-                    say(f"{precision} {name}: {measured}")
-    return result_of(quick, rounds, steps, found)
+        bench = Bench(Path(folder), quick)
+        found = {precision: bench.compare(precision, size) for precision, size in sizes.items()}
+    bars: list[Bar] = []
+    for precision, figures in found.items():
+        of_pairs: dict[str, Interval] = figures["ratios"]
+        bars += [at_least(f"{p}, {precision}", w, of_pairs[p]) for p, w in zip(of_pairs, WANTED.values(), strict=True)]
+    return Result(
+        name="throughput",
+        seed=0,
+        settings={"quick": quick, "model": bench.model, "sizes": {key: vars(size) for key, size in sizes.items()}},
+        rounds=sum(size.rounds for size in sizes.values()),
+        metrics=found,
+        baselines={
+            "engine": "benchmarks.baselines.bare_engine",
+            "transformers": "benchmarks.baselines.plain_transformers",
+        },
+        bars=tuple(bars),
+    )
 
 
 class Bench:
-    """What all arms begin with, and the arms."""
+    """What all arms begin with, and their comparison."""
 
-    def __init__(self, workspace: Path, quick: bool, steps: int) -> None:
-        self._workspace, self._quick, self._steps = workspace, quick, steps
+    def __init__(self, workspace: Path, quick: bool) -> None:
+        self.model = QUICK_MODEL if quick else MODEL
+        self._workspace, self._quick = workspace, quick
         self._stores = stores_dir(False, workspace)
         self._store: TokenStore = prepare(DATA.source, DATA.vocab_size, DATA.holdout, self._stores)
         self._storage = workspace / "runs"
         self._storage.mkdir()
         (self._storage / ".data").symlink_to(self._stores)
-        self._count = 0
         self._weights = self._balanced()
 
-    def product(self, workers: int, threads: int, precision: str) -> Measured:
-        """A block of a run on Ray."""
-        with Product(self._workspace / "home", num_cpus=workers * threads + 2) as product:
-            live = LiveRun(product.client, self._job(precision, self._weights, workers, threads))
-            last = WARM_STEPS + self._steps
-            live.until(lambda status: status.step >= last, f"step {last} is done")
-            records = [record for record in read_steps(live.run_dir) if WARM_STEPS <= record.step <= last]
-            pids = [pid for name, pid in live.pids().items() if name.startswith("worker/")]
-            memory = sum(proportional_bytes(pid) for pid in pids)
-            live.cancel()
-        tokens = sum(record.tokens for record in records[1:])
-        return Measured(
-            tokens / (records[-1].vote_time - records[0].vote_time),
-            records[-1].loss,
-            records[-1].experts.max_violation,
-            memory,
-        )
+    def compare(self, precision: str, size: Size) -> dict[str, Any]:
+        """Metrics of all arms."""
+        with ExitStack() as alive:
+            arms: dict[str, Arm] = {}
 
-    def engine(self, precision: str) -> Measured:
-        job = self._job_file(precision)
-        return self._block("bare_engine", job, self._store.directory)
+            def add(name: str, arm: Arm) -> None:
+                arms[name] = alive.enter_context(arm)
+                arm.run_block(WARM_STEPS, START_TIMEOUT_S)
+                say(f"{precision}: {name} is warm")
 
-    def transformers(self, precision: str) -> Measured:
-        return self._block("plain_transformers", self._weights, self._store.directory, self._job_file(precision))
+            for name, workers, threads in (("one", 1, THREADS), ("two", THREADS, 1)):
+                job = self.job(size.batch, precision, self._weights, workers, threads)
+                add(name, WholeProduct(job, self._workspace / f"{precision}-{name}", workers * threads + 2))
+            job_file = self._workspace / f"{precision}.json"
+            job_file.write_text(self.job(size.batch, precision, self._weights).model_dump_json())
+            variables = worker_environment(THREADS, keep_memory=True)
+            for name, module in (("engine", "bare_engine"), ("transformers", "plain_transformers")):
+                command = [f"benchmarks.baselines.{module}", str(job_file), str(self._store.directory)]
+                add(name, Loop(command, 1, variables))
+            tokens = size.batch["global_batch_size"] * size.batch["sequence_length"]
+            turns = {name: lambda arm=arm: tokens * arm.run_block(size.steps) for name, arm in arms.items()}  # type: ignore[misc]
+            speeds = alternate(turns, size.rounds)
+            violations = {name: last_violation(arm) for name, arm in arms.items()}
+        of_pairs = {f"{a} over {b}": median_interval(ratios(speeds[a], speeds[b])) for a, b in WANTED}
+        for pair, ratio in of_pairs.items():
+            say(f"{precision}: {pair} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
+        return {
+            "tokens_per_s": {name: Spread.of(values) for name, values in speeds.items()},
+            "ratios": of_pairs,
+            "max_violation": violations,
+        }
 
-    def _block(self, baseline: str, *arguments: Path) -> Measured:
-        command = [sys.executable, "-m", f"benchmarks.baselines.{baseline}", *map(str, arguments), str(self._steps)]
-        with environment(worker_environment(THREADS, keep_memory=True)):
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        reported = json.loads(done.stdout.splitlines()[-1])
-        return Measured(
-            reported["tokens_per_s"], reported["loss"], reported["max_violation"], reported["proportional_bytes"]
-        )
-
-    def _job_file(self, precision: str) -> Path:
-        path = self._workspace / f"{precision}.json"
-        path.write_text(self._job(precision, self._weights).model_dump_json())
-        return path
-
-    def _job(self, precision: str, weights: Path | None, workers: int = 1, threads: int = THREADS) -> JobSpec:
-        self._count += 1
-        model = QUICK_MODEL if self._quick else MODEL
-        batch = BATCH | ({"sequence_length": 64} if self._quick else {})
+    def job(
+        self, batch: dict[str, int], precision: str, weights: Path | None, workers: int = 1, threads: int = THREADS
+    ) -> JobSpec:
         schedule = {"lr": 1e-3, "schedule": {"kind": "constant"}}
         return JobSpec.model_validate(
             {
-                "name": f"throughput-{self._count}",
+                "name": f"{precision}-{workers}-workers" if weights else "balanced",
                 "workers": workers,
                 "resources": {"cpus": threads},
-                "model": model | ({} if weights is None else {"init_from": str(weights)}),
+                "model": self.model | ({} if weights is None else {"init_from": str(weights)}),
                 "train": {**batch, **schedule, "steps": NEVER, "precision": precision},
                 "data": DATA.model_dump(),
                 "storage": str(self._storage),
@@ -173,7 +158,7 @@ class Bench:
         directory = self._workspace / "weights" if self._quick else self._stores / f"throughput-{of}"
         if directory.exists():
             return directory
-        job = self._job("fp32", None)
+        job = self.job(BATCH, "fp32", None)
         job = job.model_copy(update={"train": job.train.model_copy(update={"steps": steps})})
         with Product(self._workspace / "home", num_cpus=THREADS + 2) as product:
             run_id = product.client.submit(job)
@@ -185,35 +170,11 @@ class Bench:
         return directory
 
 
-def result_of(quick: bool, rounds: int, steps: int, found: dict[str, dict[str, list[Measured]]]) -> Result:
-    metrics: dict[str, Any] = {}
-    bars: list[Bar] = []
-    for precision, arms in found.items():
-        speeds = {name: [m.tokens_per_s for m in blocks] for name, blocks in arms.items()}
-        of_pairs: dict[tuple[str, str], Interval] = {
-            (ours, theirs): median_interval(ratios(speeds[ours], speeds[theirs])) for ours, theirs in WANTED
-        }
-        metrics[precision] = {
-            "tokens_per_s": {name: Spread.of(values) for name, values in speeds.items()},
-            "ratios": {f"{ours} over {theirs}": interval for (ours, theirs), interval in of_pairs.items()},
-            "max_violation": {name: mean(m.max_violation for m in blocks) for name, blocks in arms.items()},
-            "loss": {name: mean(m.loss for m in blocks) for name, blocks in arms.items()},
-            "memory_bytes": {name: max(m.memory_bytes for m in blocks) for name, blocks in arms.items()},
-        }
-        if precision == "bf16" or quick:
-            bars += [at_least(f"{a} over {b}", WANTED[a, b], interval) for (a, b), interval in of_pairs.items()]
-    return Result(
-        name="throughput",
-        seed=0,
-        settings={"quick": quick, "model": QUICK_MODEL if quick else MODEL, "batch": BATCH, "steps": steps},
-        rounds=rounds,
-        metrics=metrics,
-        baselines={
-            "engine": "benchmarks.baselines.bare_engine",
-            "transformers": "benchmarks.baselines.plain_transformers",
-        },
-        bars=tuple(bars),
-    )
+def last_violation(arm: Arm) -> float:
+    if isinstance(arm, WholeProduct):
+        return arm.records[max(arm.records)].experts.max_violation
+    assert isinstance(arm, Loop)
+    return float(arm.last["max_violation"])
 
 
 if __name__ == "__main__":

@@ -13,18 +13,29 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from benchmarks.harness import ROOT
 from benchmarks.support.environment import environment, worker_environment
+from benchmarks.support.product import LiveRun
+from orchestrator.client import OrchestratorClient
+from orchestrator.control import local_cluster
 from orchestrator.control.account import RECORDS_EVERY_S
+from orchestrator.control.connection import disconnect
 from orchestrator.control.crew import POLL_PAUSE_S, POLL_S
+from orchestrator.control.journal import read_events
+from orchestrator.control.memory import committed_steps
+from orchestrator.control.processes import living_of
+from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.traffic import Traffic
 from orchestrator.spec.job import JobSpec
 from tests.support.crew import Crew, MemberDied
 
 START_TIMEOUT_S = 120.0
+JOURNAL_EVERY_S = 0.5
 BLOCK_TIMEOUT_S = 50.0  # below the minute after which gloo, or a worker without a controller, would give up
 
 
@@ -137,21 +148,68 @@ class OurLoop(Arm):
             time.sleep(POLL_PAUSE_S)
 
 
-class BareLoop(Arm):
-    """`benchmarks.baselines.bare_deepspeed`, one process per rank."""
+class WholeProduct(Arm):
+    """A run on a local cluster of its own, as a user has it: Ray, controller, scheduler, tracker and workers. Nobody
+    asks for its status; steps are read from its journal."""
 
-    def __init__(self, job: JobSpec, store_dir: Path, world_size: int, threads: int, keep_memory: bool) -> None:
+    def __init__(self, job: JobSpec, home: Path, num_cpus: int) -> None:
         super().__init__()
-        self._meeting = tempfile.TemporaryDirectory(prefix="meet-")
-        meeting = Path(self._meeting.name)
-        (meeting / "job.json").write_text(job.model_dump_json(by_alias=True))
-        command = [sys.executable, "-m", "benchmarks.baselines.bare_deepspeed"]
-        command += [str(meeting / "job.json"), str(store_dir), str(meeting / "store")]
-        variables = os.environ | worker_environment(threads, keep_memory) | {"WORLD_SIZE": str(world_size)}
+        self.records: dict[int, StepRecord] = {}
+        self._home, self._is_paused = home, threading.Event()
+        with self._at_home():
+            self._cluster = local_cluster.up(num_cpus).record
+            try:
+                self._run_dir = LiveRun(OrchestratorClient(self._cluster.address), job).run_dir
+            except BaseException:
+                self.close()
+                raise
+            finally:
+                disconnect()
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in living_of(self._cluster.head, self._cluster.processes)]
+
+    def pause(self) -> None:
+        self._is_paused.set()
+        super().pause()
+
+    def resume(self) -> None:
+        super().resume()
+        self._is_paused.clear()
+
+    def close(self) -> None:
+        self.resume()
+        with self._at_home():
+            local_cluster.down()
+
+    def _at_home(self) -> AbstractContextManager[None]:
+        return environment({"ORCHESTRATOR_HOME": str(self._home)})
+
+    def _follow(self) -> None:
+        seq = -1
+        while not self._over:
+            time.sleep(JOURNAL_EVERY_S)
+            if self._is_paused.is_set():
+                continue
+            events = read_events(self._run_dir, seq)
+            for record in committed_steps(events):
+                self.records[record.step] = record
+                self.tell(record.step, record.vote_time, record.loss)
+            seq = max((event["seq"] for event in events), default=seq)
+
+
+class Loop(Arm):
+    """One process per rank, of which the first prints a line of JSON for every step: `step`, `end_time`, `loss`."""
+
+    def __init__(self, command: Sequence[str], world_size: int, variables: Mapping[str, str]) -> None:
+        super().__init__()
+        self.last: dict[str, Any] = {}  # line
         self._ranks = [
             subprocess.Popen(
-                command,
-                env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                [sys.executable, "-m", *command],
+                env=os.environ | variables | {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=ROOT,
                 text=True,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
@@ -168,13 +226,27 @@ class BareLoop(Arm):
         for rank in self._ranks:
             rank.kill()
             rank.wait()
-        self._meeting.cleanup()
 
     def _follow(self) -> None:
         output = self._ranks[0].stdout
         assert output is not None
         for line in output:
             if line.startswith("{"):
-                told = json.loads(line)
-                self.tell(told["step"], told["end_time"], told["loss"])
+                self.last = json.loads(line)
+                self.tell(self.last["step"], self.last["end_time"], self.last["loss"])
         self.end()
+
+
+class BareLoop(Loop):
+    """`benchmarks.baselines.bare_deepspeed`, one process per rank."""
+
+    def __init__(self, job: JobSpec, store_dir: Path, world_size: int, threads: int, keep_memory: bool) -> None:
+        self._meeting = tempfile.TemporaryDirectory(prefix="meet-")
+        meeting = Path(self._meeting.name)
+        (meeting / "job.json").write_text(job.model_dump_json(by_alias=True))
+        command = ["benchmarks.baselines.bare_deepspeed", str(meeting / "job.json"), str(store_dir)]
+        super().__init__([*command, str(meeting / "store")], world_size, worker_environment(threads, keep_memory))
+
+    def close(self) -> None:
+        super().close()
+        self._meeting.cleanup()
