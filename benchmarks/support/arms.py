@@ -36,7 +36,7 @@ from tests.support.crew import Crew, MemberDied
 
 START_TIMEOUT_S = 120.0
 JOURNAL_EVERY_S = 0.5
-BLOCK_TIMEOUT_S = 50.0  # below the minute after which gloo, or a worker without a controller, would give up
+BLOCK_TIMEOUT_S = 50.0  # below the minute after which gloo would give up
 
 
 class Arm(ABC):

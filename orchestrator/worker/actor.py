@@ -35,6 +35,8 @@ from orchestrator.worker.warming import ReservedMemory, warm_up
 
 log = logging.getLogger("orchestrator.worker")
 
+ORPHAN_TICK_S = 1.0
+
 
 class Worker:
     """One worker of one run.
@@ -150,8 +152,15 @@ class Worker:
         self._last_heard = time.monotonic()
 
     def _watch_controller(self, orphan_s: float) -> None:
-        """A worker that no controller asks for any more has been forgotten; it must not stay."""
-        while (quiet_s := time.monotonic() - self._last_heard) < orphan_s:
-            time.sleep(max(orphan_s - quiet_s, 0.1))
+        """A worker that no controller asks for any more has been forgotten; it must not stay.
+
+        Ticks are counted and not the clock: while the process is stopped (a paused container, a suspended machine) it
+        can't hear, and its controller may well have been stopped with it.
+        """
+        heard, quiet_s = self._last_heard, 0.0
+        while quiet_s < orphan_s:
+            time.sleep(ORPHAN_TICK_S)
+            quiet_s = quiet_s + ORPHAN_TICK_S if self._last_heard == heard else 0.0
+            heard = self._last_heard
         log.error("%s heard from no controller for %.0f s and exits", self._id, quiet_s)
         os._exit(1)
