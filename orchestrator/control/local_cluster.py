@@ -210,6 +210,7 @@ def _head_command(
         "ray-client-server-port": client_port,
         "dashboard-agent-listen-port": 0,
         "metrics-export-port": metrics_port,
+        "include-log-monitor": "false",  # it would read all logs ten times a second, for drivers; ours ask for none
         "include-dashboard": "false" if jobs_port is None else "true",
         "dashboard-host": "127.0.0.1",
         "dashboard-port": jobs_port or 0,
