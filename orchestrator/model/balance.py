@@ -52,8 +52,8 @@ class RoutingCounts:
 
 
 def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: float) -> Tensor:
-    """The bias for the next step, by the rule of the job. A layer whose router counts no margins follows the sign rule:
-    one that may choose among some of the experts only (`orchestrator.model.router.Limit`), or a user's own.
+    """The bias for the next step, by the rule of the job. A layer whose router counts no margins, a user's own, follows
+    the sign rule with its default speed.
 
     Args:
         bias_LE: correction bias of each MoE layer, with which the step's tokens chose.
@@ -71,17 +71,22 @@ def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: fl
     return torch.where(routed.margins_LEM.any(-1).any(-1)[:, None], by_quantile_LE, by_sign_LE)
 
 
-def margin_histogram(choice_NE: Tensor, best_NK: Tensor) -> Tensor:
-    """Histogram (E, M) of tokens by their margin at each expert, int64.
+def margins(choice_NE: Tensor, best_NK: Tensor) -> Tensor:
+    """Margin of each token at each expert (N, E): above 0 at most where the token chooses the expert.
 
     Args:
         choice_NE: score + bias.
-        best_NK: the K + 1 largest of each token, in descending order (so the last dimension is K + 1).
+        best_NK: the K + 1 largest of those that a token may choose, in descending order (so the last dimension is
+            K + 1); the last is -inf where it may choose K only.
     """
-    num_experts = choice_NE.shape[1]
     last_in_N1, first_out_N1 = best_NK[:, -2:-1], best_NK[:, -1:]
-    margin_NE = choice_NE - torch.where(choice_NE >= last_in_N1, first_out_N1, last_in_N1)
-    edges = torch.tensor(MARGIN_EDGES, dtype=choice_NE.dtype, device=choice_NE.device)
+    return choice_NE - torch.where(choice_NE >= last_in_N1, first_out_N1, last_in_N1)
+
+
+def margin_histogram(margin_NE: Tensor) -> Tensor:
+    """Histogram (E, M) of tokens by their margin at each expert, int64."""
+    num_experts = margin_NE.shape[1]
+    edges = torch.tensor(MARGIN_EDGES, dtype=margin_NE.dtype, device=margin_NE.device)
     bin_NE = torch.bucketize(margin_NE, edges)
     bin_NE += torch.arange(num_experts, device=bin_NE.device) * NUM_MARGIN_BINS
     return torch.bincount(bin_NE.reshape(-1), minlength=num_experts * NUM_MARGIN_BINS).view(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.model.balance import margin_histogram
+from orchestrator.model.balance import margin_histogram, margins
 from orchestrator.spec.model import ModelSpec
 
 
@@ -54,14 +54,21 @@ class Limit:
         self._member_Ge = torch.tensor([mine + [nobody] * (size - len(mine)) for mine in members])
         self._group_E = torch.tensor([next(g for g, mine in enumerate(members) if e in mine) for e in range(nobody)])
 
-    def best_only(self, choice_NE: Tensor) -> Tensor:
-        """The scores with those of all but a token's best groups at -inf."""
+    def apply(self, choice_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores with those of all but a token's best groups at -inf, and of each expert's group what it exceeds
+        the best one out of reach by, or (at most 0) what it lacks to the last one within reach."""
         with_nobody = F.pad(choice_NE, (0, 1), value=float("-inf"))
         choice_NGe = with_nobody[:, self._member_Ge]
         first_NG, *others = choice_NGe.topk(self._best, dim=-1).values.unbind(-1)
         goodness_NG = sum((other.masked_fill(other == float("-inf"), 0.0) for other in others), first_NG)
-        best_NG = torch.zeros_like(goodness_NG).scatter_(1, goodness_NG.topk(self.top, dim=-1).indices, 1.0)
-        return choice_NE.masked_fill(best_NG[:, self._group_E] == 0, float("-inf"))
+        best = goodness_NG.topk(self.top, dim=-1)
+        is_best_NG = torch.zeros_like(goodness_NG).scatter_(1, best.indices, 1.0)
+        limited_NE = choice_NE.masked_fill(is_best_NG[:, self._group_E] == 0, float("-inf"))
+        last_in_N1 = best.values[:, -1:]
+        first_out_N1 = goodness_NG.masked_fill(is_best_NG > 0, float("-inf")).amax(-1, keepdim=True)
+        margin_NG = goodness_NG - torch.where(is_best_NG > 0, first_out_N1, last_in_N1)
+        margin_NG = margin_NG.masked_fill(goodness_NG == float("-inf"), float("inf"))  # out by another limit
+        return limited_NE, margin_NG[:, self._group_E]
 
 
 class Router(nn.Module):
@@ -82,21 +89,24 @@ class Router(nn.Module):
         if spec.num_expert_groups > 1:
             size = spec.num_experts // spec.num_expert_groups
             self._limits.append(Limit([e // size for e in range(spec.num_experts)], spec.top_k_groups, best=2))
-        # Out of reach an expert has no margin, and one whose group is out of reach says nothing of its own score.
-        self.counts_margins = spec.counts_margins and not self._limits
         self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
         self.register_buffer("correction_bias_E", torch.zeros(spec.num_experts, dtype=torch.float32))
 
     def forward(self, x_ND: Tensor) -> Routing:
         logits_NE = F.linear(x_ND.float(), self.weight.float())
         scores_NE = logits_NE.sigmoid() if self.spec.router == "sigmoid" else logits_NE.softmax(-1)
-        choice_NE = scores_NE.detach() + self.correction_bias_E
+        biased_NE = scores_NE.detach() + self.correction_bias_E
+        choice_NE, group_margins = biased_NE, []
         for limit in self._limits:
-            choice_NE = limit.best_only(choice_NE)
-        if self.counts_margins and self.training:
+            choice_NE, margin_NE = limit.apply(choice_NE)
+            group_margins.append(margin_NE)
+        if self.spec.counts_margins and self.training:
             best = choice_NE.topk(self.top_k + 1, dim=-1)
             expert_ids_NK = best.indices[:, : self.top_k].contiguous()  # kept for the backward pass, the rest isn't
-            margins_EM = margin_histogram(choice_NE, best.values)
+            margin_NE = margins(biased_NE, best.values)
+            for margin_of_group_NE in group_margins:
+                margin_NE = torch.minimum(margin_NE, margin_of_group_NE)
+            margins_EM = margin_histogram(margin_NE)
         else:
             expert_ids_NK, margins_EM = choice_NE.topk(self.top_k, dim=-1).indices, None
         gates_NK = scores_NE.gather(1, expert_ids_NK)

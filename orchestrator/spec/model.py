@@ -113,8 +113,7 @@ class ModelSpec(Section):
     bias_update: Literal["quantile", "sign"] = Field(
         default="quantile",
         description="How the router's load-balancing bias moves after each update. quantile: by a share of the way to "
-        "the mean load, which the scores of the step's tokens show; where a token may choose among some experts only, "
-        "as sign. sign: by a fixed step against the load.",
+        "the mean load, which the scores of the step's tokens show. sign: by a fixed step against the load.",
     )
     bias_update_speed: float = Field(
         default_factory=lambda known: BIAS_UPDATE_SPEED[known["bias_update"]] if known["router"] == "sigmoid" else 0.0,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.model.balance import RoutingCounts, margin_histogram, next_bias, quantile_bias, sign_bias
-from orchestrator.model.router import Router
+from orchestrator.model.balance import RoutingCounts, margin_histogram, margins, next_bias, quantile_bias, sign_bias
+from orchestrator.model.router import Limit, Router
 from orchestrator.policy.expert_load import MARGIN_EDGES, NUM_MARGIN_BINS, expert_load
 from orchestrator.spec.model import ModelSpec
 
@@ -22,7 +22,7 @@ def _counts(choice_NE: Tensor, top_k: int) -> Tensor:
 
 
 def _histogram(choice_NE: Tensor, top_k: int) -> Tensor:
-    return margin_histogram(choice_NE, choice_NE.topk(top_k + 1, -1).values)
+    return margin_histogram(margins(choice_NE, choice_NE.topk(top_k + 1, -1).values))
 
 
 def _violation(counts_E: Tensor) -> float:
@@ -31,12 +31,12 @@ def _violation(counts_E: Tensor) -> float:
 
 def test_margins_by_hand() -> None:
     choice_NE = torch.tensor([[0.9, 0.5, 0.3], [0.1, 0.7, 0.3]])
-    margins = _histogram(choice_NE, 1)
+    counted = _histogram(choice_NE, 1)
     wanted = torch.tensor([[0.4, -0.4, -0.6], [-0.6, 0.4, -0.4]])  # over the best of the other experts
     bins = torch.bucketize(wanted, torch.tensor(MARGIN_EDGES))
     for expert in range(3):
-        assert margins[expert].nonzero().flatten().tolist() == sorted(set(bins[:, expert].tolist()))
-    assert margins.sum(-1).tolist() == [2, 2, 2]
+        assert counted[expert].nonzero().flatten().tolist() == sorted(set(bins[:, expert].tolist()))
+    assert counted.sum(-1).tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
@@ -91,13 +91,37 @@ def test_layers_without_tokens_keep_their_bias() -> None:
     assert bias_LE.tolist() == torch.tensor([[0.1, -0.1], [0.2, -0.2]]).tolist()
 
 
-def test_a_router_that_may_choose_among_some_experts_only_follows_the_sign_rule() -> None:
-    """The quantile of an expert whose group is out of reach of most tokens says nothing of its score."""
-    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=8, top_k=2, num_expert_groups=4, top_k_groups=1)
-    routing = _router(spec)(torch.randn(64, 8))
-    assert spec.counts_margins and routing.margins_EM is None
+GROUPED = ModelSpec(hidden_size=8, num_heads=2, num_experts=16, top_k=2, num_expert_groups=8, top_k_groups=2)
+LIMITS = {
+    "the model's groups": (GROUPED, []),
+    "as many experts as are chosen": (GROUPED.model_copy(update={"num_expert_groups": 16}), []),
+    "ranks": (GROUPED.model_copy(update={"num_expert_groups": 1}), [Limit([0] * 7 + [1] * 6 + [2] * 3, 1, best=2)]),
+    "groups and ranks": (GROUPED, [Limit([0] * 8 + [1] * 4 + [2] * 4, 2, best=1)]),
+}
+
+
+@pytest.mark.parametrize("case", LIMITS)
+def test_a_router_that_may_choose_among_some_experts_only_is_evened_as_well(case: str) -> None:
+    spec, limits = LIMITS[case]
+    router, x_ND = Router(spec, limits), torch.randn(4096, 8, generator=torch.Generator().manual_seed(3)) + 1.0
+    with torch.no_grad():
+        router.weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
+    violations = []
+    for _ in range(25):
+        routing = router(x_ND)
+        counts_E = torch.bincount(routing.expert_ids_NK.reshape(-1), minlength=16)
+        positive_E = routing.margins_EM[:, NUM_MARGIN_BINS // 2 :].sum(-1)
+        assert (counts_E - positive_E).abs().max() <= 1  # where two scores are equal, neither margin is positive
+        routed = RoutingCounts(counts_E[None], routing.margins_EM[None])
+        router.correction_bias_E = next_bias(router.correction_bias_E[None], routed, spec, 1.0)[0]
+        violations.append(_violation(counts_E))
+    assert violations[0] > 1.0 and violations[-1] < 0.25
+
+
+def test_a_layer_whose_router_counts_no_margins_follows_the_sign_rule() -> None:
+    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=8, top_k=2)
     routed = RoutingCounts.zeros(1, spec)
-    routed.counts_LE[0] = torch.bincount(routing.expert_ids_NK.reshape(-1), minlength=8)
+    routed.counts_LE[0, 3] = 100
     moved_LE = next_bias(torch.zeros(1, 8), routed, spec, 1.0)
     torch.testing.assert_close(moved_LE, sign_bias(torch.zeros(1, 8), routed.counts_LE, 1e-3))
     assert moved_LE.abs().max() == pytest.approx(1e-3)

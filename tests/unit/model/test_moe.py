@@ -219,8 +219,10 @@ def test_a_limit_leaves_enough_experts_to_choose_from(
     ranks = placement.destinations()[rank]
     assert limit.top <= max(asked, top_k)
     choice_NE = torch.randn(7, placement.num_experts, generator=torch.Generator().manual_seed(top_k))
-    assert limit.best_only(choice_NE[:0]).shape == (0, placement.num_experts)
-    for open_E in limit.best_only(choice_NE).isfinite():
+    assert [part.shape for part in limit.apply(choice_NE[:0])] == [(0, placement.num_experts)] * 2
+    limited_NE, margin_NE = limit.apply(choice_NE)
+    assert torch.equal(margin_NE > 0, limited_NE.isfinite())
+    for open_E in limited_NE.isfinite():
         visited = {to for to, is_open in zip(ranks, open_E.tolist(), strict=True) if is_open}
         assert int(open_E.sum()) >= top_k and len(visited) == limit.top
         assert all(is_open == (to in visited) for to, is_open in zip(ranks, open_E.tolist(), strict=True))
