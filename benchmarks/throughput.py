@@ -11,8 +11,8 @@ Four arms take turns, a few steps each; the others are stopped meanwhile (`bench
 
 All begin with the same weights and router biases: those of a run of 200 steps, which is trained once and kept beside
 the prepared text. With `bf16` all arms have masters and moments in fp32, and a sixteenth of the tokens a step:
-processors without instructions for bf16 take twenty times as long. `max_violation` is that of each arm's last step (MaxVio, mean over
-layers): transformers' loop moves no router bias.
+processors without instructions for bf16 take twenty times as long. `max_violation` is MaxVio of each arm's last step,
+mean over layers: transformers' loop moves no router bias.
 """
 
 import hashlib
@@ -63,7 +63,10 @@ class Size:
 
 BATCH = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 256}
 BF16_BATCH = {"global_batch_size": 2, "micro_batch_size": 1, "sequence_length": 128}
-SIZES = {"fp32": Size(30, 2, BATCH), "bf16": Size(12, 2, BF16_BATCH)}  # turns are short: none may be stopped for a minute
+SIZES = {
+    "fp32": Size(30, 2, BATCH),
+    "bf16": Size(12, 2, BF16_BATCH),
+}  # turns are short: none may be stopped for a minute
 QUICK_SIZES = {"fp32": Size(2, 2, BATCH | {"sequence_length": 64})}
 BALANCED_STEPS, QUICK_BALANCED_STEPS = 200, 4
 

@@ -209,7 +209,9 @@ class Loop(Arm):
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", *command],
-                env=os.environ | variables | {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=os.environ
+                | variables
+                | {"WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 cwd=ROOT,
                 text=True,
                 stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,

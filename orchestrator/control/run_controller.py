@@ -52,7 +52,7 @@ from orchestrator.spec.job import JobSpec
 log = logging.getLogger("orchestrator.control")
 
 BEAT_S = 0.05  # how often questions that are due get asked while the world changes
-CALM_BEAT_S = 0.25  # and while it trains: each beat takes a core from the workers of this machine for half a millisecond
+CALM_BEAT_S = 0.25  # and while it trains: a beat takes half a millisecond of a core that workers may need
 
 
 class RunController:
