@@ -126,7 +126,7 @@ class Bench:
             job_file.write_text(self.job(size.batch, precision, self._weights).model_dump_json())
             variables = worker_environment(THREADS, keep_memory=True)
             for name, module in (("engine", "bare_engine"), ("transformers", "plain_transformers")):
-                command = [f"benchmarks.baselines.{module}", str(job_file), str(self._store.directory)]
+                command = [f"benchmarks.baselines.{module}", str(job_file), str(self._store.directory), ""]
                 add(name, Loop(command, 1, variables))
             tokens = size.batch["global_batch_size"] * size.batch["sequence_length"]
             turns = {name: lambda arm=arm: tokens * arm.run_block(size.steps) for name, arm in arms.items()}  # type: ignore[misc]

@@ -1,13 +1,14 @@
-"""Our engine called in one process, without Ray, vote, records and snapshots: the least that a step can cost.
+"""Our engine called in one process per rank, without Ray, records and snapshots: the least that a step can cost.
 
-    python -m benchmarks.baselines.bare_engine JOB.json STORE_DIR
+    RANK=0 WORLD_SIZE=1 python -m benchmarks.baselines.bare_engine JOB.json STORE_DIR MEETING_FILE
 
-The weights are those that the job's `model.init_from` names. Trains without end, and prints a line of JSON after each
-step.
+The weights are those that the job's `model.init_from` names, or drawn. Trains without end; the first rank prints a line
+of JSON after each step.
 """
 
 import gc
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -15,7 +16,8 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from torch._C._distributed_c10d import HashStore
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, HashStore
 
 from orchestrator.data.store import TokenStore
 from orchestrator.elastic.placement import Placement
@@ -23,9 +25,11 @@ from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
 from orchestrator.engine.groups import connect
 from orchestrator.model.balance import RoutingCounts, next_bias
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.building import alone, build_model
+from orchestrator.model.building import build_model
+from orchestrator.model.moe import ExpertHome
 from orchestrator.policy.expert_load import expert_load
 from orchestrator.sampling.sampler import SamplerState, sample
+from orchestrator.sampling.slots import slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.beginning import read_pretrained
 
@@ -33,12 +37,17 @@ from orchestrator.worker.beginning import read_pretrained
 def main() -> None:
     job, store = JobSpec.model_validate_json(Path(sys.argv[1]).read_text()), TokenStore.open(Path(sys.argv[2]))
     train, length = job.train, job.train.sequence_length
-    meeting = HashStore()
-    meeting.set_timeout(timedelta(seconds=30))
-    groups = connect(meeting, "bare", 0, Placement.balanced(job.model.num_experts, 1), "gloo")
-    model = build_model(job.model, store.vocab_size, alone(job.model))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = HashStore() if size == 1 else FileStore(sys.argv[3], size)
+    meeting.set_timeout(timedelta(seconds=60))
+    placement = Placement.balanced(job.model.num_experts, size)
+    groups = connect(meeting, "bare", rank, placement, "gloo")
+    model = build_model(job.model, store.vocab_size, ExpertHome(placement, rank, groups.exchange))
     engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), job.communication)
-    read_pretrained(job.model.model_copy(update={"vocab_size": store.vocab_size}), engine.ranges())
+    if job.model.init_from is None:
+        model.init_weights(train.seed)
+    else:
+        read_pretrained(job.model.model_copy(update={"vocab_size": store.vocab_size}), engine.ranges())
     engine.loaded(0)
     sampler = SamplerState.of_one_stage(
         seed=train.seed,
@@ -53,19 +62,23 @@ def main() -> None:
         rows = sample(sampler, step).rows
         num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
         routed = RoutingCounts.zeros(len(routers), job.model)
-        for number in range(train.most_slots):
+        mine = slots_of(rank, size, train.most_slots)
+        for number in mine:
             slot = store.rows("train", rows[number * train.slot_rows :][: train.slot_rows], length)
             batch = MicroBatch(torch.from_numpy(slot.inputs_RT), torch.from_numpy(slot.targets_RT))
-            loss, counts = engine.accumulate(batch, num_targets, last=number == train.most_slots - 1)
+            loss, counts = engine.accumulate(batch, num_targets, last=number == mine[-1])
             loss_sum += float(loss)
             routed.add(counts)
         engine.step(train.lr)
+        for counted in (routed.counts_LE, routed.margins_LEM):
+            dist.all_reduce(counted, group=groups.world)
         bias_LE = torch.stack([router.correction_bias_E for router in routers])
         for router, bias_E in zip(routers, next_bias(bias_LE, routed, job.model, decay=1.0), strict=True):
             router.correction_bias_E.copy_(bias_E)
         violation = expert_load(routed.counts_LE.numpy()).max_violation
         line = {"step": step, "end_time": time.time(), "loss": loss_sum / num_targets, "max_violation": violation}
-        print(json.dumps(line), flush=True)
+        if rank == 0:
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
