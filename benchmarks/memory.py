@@ -6,9 +6,12 @@ For 1, 2 and 4 workers, with the job of `benchmarks.throughput` in fp32:
 
 - `worker`: the largest share of memory (PSS) that a worker of the first world had at any look, until 20 steps after the
   rescale (to 2, to 3 and to 3 workers),
-- `engine`: the same of a rank of `benchmarks.baselines.bare_engine` in a world of that size,
-- `kept`: bytes of the snapshots and deltas that the plan has for such a worker,
-- `plan`: what `orchestrator plan` says that it takes.
+- `engine`: the same of a rank of `benchmarks.baselines.bare_engine`,
+- `kept`: bytes of the snapshots and deltas that the plan has for a worker,
+- `plan`: what `orchestrator plan` says that a worker takes.
+
+The last three are those of the world before the rescale or of the one after it, whichever takes more: a lone worker has
+no snapshots, and gets them with the second one.
 
 `ratio` is worker over engine + kept; what a fence needs is in the worker's. `plan_error` is plan over worker, less one.
 """
@@ -17,9 +20,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import Bar, Result, at_most, run, say
 from benchmarks.support.arms import START_TIMEOUT_S, Loop
@@ -48,11 +50,8 @@ class Measured:
 
     worker: int
     engine: int
-    plan: MemoryPlan
-
-    @property
-    def kept(self) -> int:
-        return self.plan.snapshots + self.plan.deltas
+    kept: int
+    plan: int
 
     @property
     def ratio(self) -> float:
@@ -60,7 +59,7 @@ class Measured:
 
     @property
     def plan_error(self) -> float:
-        return self.plan.peak / self.worker - 1
+        return self.plan / self.worker - 1
 
 
 def measure(quick: bool) -> Result:
@@ -68,7 +67,11 @@ def measure(quick: bool) -> Result:
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         bench = Bench(Path(folder), quick)
         for size, to in (QUICK_WORLDS if quick else WORLDS).items():
-            found[size] = Measured(bench.worker(size, to), bench.engine(size), bench.plan(size))
+            engines, plans = {n: bench.engine(n) for n in (size, to)}, {n: bench.plan(n) for n in (size, to)}
+            kept = {n: plan.snapshots + plan.deltas for n, plan in plans.items()}
+            larger = max(size, to, key=lambda n: engines[n] + kept[n])
+            peak = max(plan.peak for plan in plans.values())
+            found[size] = Measured(bench.worker(size, to), engines[larger], kept[larger], peak)
             say(f"{size} workers: ratio {found[size].ratio:.3f}, plan {found[size].plan_error:+.1%}, {found[size]}")
     bars: list[Bar] = []
     for size, measured in found.items():
@@ -79,20 +82,12 @@ def measure(quick: bool) -> Result:
         seed=0,
         settings={"quick": quick, "worlds": QUICK_WORLDS if quick else WORLDS},
         rounds=1,
-        metrics={str(size): figures_of(measured) for size, measured in found.items()},
+        metrics={
+            str(size): asdict(measured) | {"ratio": measured.ratio, "plan_error": measured.plan_error}
+            for size, measured in found.items()
+        },
         bars=tuple(bars),
     )
-
-
-def figures_of(measured: Measured) -> dict[str, Any]:
-    return {
-        "worker": measured.worker,
-        "engine": measured.engine,
-        "kept": measured.kept,
-        "plan": measured.plan.peak,
-        "ratio": measured.ratio,
-        "plan_error": measured.plan_error,
-    }
 
 
 class Bench:
@@ -122,7 +117,8 @@ class Bench:
 
     def engine(self, size: int) -> int:
         """The largest peak of the ranks."""
-        job_file, meeting = self._workspace / f"{size}.json", self._workspace / f"{size}.meeting"
+        directory = Path(tempfile.mkdtemp(dir=self._workspace))
+        job_file, meeting = directory / "job.json", directory / "meeting"
         job_file.write_text(self._job(size).model_dump_json())
         command = ["benchmarks.baselines.bare_engine", str(job_file), str(self._store.directory), str(meeting)]
         with Loop(command, size, worker_environment(1, keep_memory=True)) as arm, peaks(arm.pids) as most:

@@ -129,9 +129,10 @@ class Bench:
                 command = [f"benchmarks.baselines.{module}", str(job_file), str(self._store.directory), ""]
                 add(name, Loop(command, 1, variables))
             tokens = size.batch["global_batch_size"] * size.batch["sequence_length"]
-            turns = {name: lambda arm=arm: tokens * arm.run_block(size.steps) for name, arm in arms.items()}  # type: ignore[misc]
+            turns = {name: lambda arm=arm: tokens * arm.run_block(size.steps) for name, arm in arms.items()}
             speeds = alternate(turns, size.rounds)
             violations = {name: last_violation(arm) for name, arm in arms.items()}
+            first_losses = {name: arm.losses[0] for name, arm in arms.items()}  # of the same weights and rows
         of_pairs = {f"{a} over {b}": median_interval(ratios(speeds[a], speeds[b])) for a, b in WANTED}
         for pair, ratio in of_pairs.items():
             say(f"{precision}: {pair} {ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]")
@@ -139,6 +140,7 @@ class Bench:
             "tokens_per_s": {name: Spread.of(values) for name, values in speeds.items()},
             "ratios": of_pairs,
             "max_violation": violations,
+            "first_loss": first_losses,
         }
 
     def job(
