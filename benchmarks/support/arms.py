@@ -149,8 +149,8 @@ class OurLoop(Arm):
 
 
 class WholeProduct(Arm):
-    """A run on a local cluster of its own, as a user has it: Ray, controller, scheduler, tracker and workers. Nobody
-    asks for its status; steps are read from its journal."""
+    """A run on a local cluster of its own, as a user has it: Ray, controller, scheduler, tracker and workers. No
+    client asks for its status; steps are read from its journal."""
 
     def __init__(self, job: JobSpec, home: Path, num_cpus: int) -> None:
         super().__init__()
@@ -180,6 +180,7 @@ class WholeProduct(Arm):
         self._is_paused.clear()
 
     def close(self) -> None:
+        self.end()
         self.resume()
         with self._at_home():
             local_cluster.down()

@@ -49,16 +49,18 @@ class Limit:
 
     def __init__(self, groups: Sequence[int | str], top: int, best: int) -> None:
         members = [[e for e, mine in enumerate(groups) if mine == group] for group in dict.fromkeys(groups)]
-        size, nobody = max(map(len, members)), len(groups)
+        size, padding = max(map(len, members)), len(groups)
         self.top, self._best = min(top, len(members)), min(best, size)
-        self._member_Ge = torch.tensor([mine + [nobody] * (size - len(mine)) for mine in members])
-        self._group_E = torch.tensor([next(g for g, mine in enumerate(members) if e in mine) for e in range(nobody)])
+        self._member_Ge = torch.tensor([mine + [padding] * (size - len(mine)) for mine in members])
+        self._group_E = torch.tensor(
+            [next(g for g, mine in enumerate(members) if e in mine) for e in range(len(groups))]
+        )
 
     def apply(self, choice_NE: Tensor) -> tuple[Tensor, Tensor]:
         """The scores with those of all but a token's best groups at -inf, and of each expert's group what it exceeds
         the best one out of reach by, or (at most 0) what it lacks to the last one within reach."""
-        with_nobody = F.pad(choice_NE, (0, 1), value=float("-inf"))
-        choice_NGe = with_nobody[:, self._member_Ge]
+        padded_NE = F.pad(choice_NE, (0, 1), value=float("-inf"))
+        choice_NGe = padded_NE[:, self._member_Ge]
         first_NG, *others = choice_NGe.topk(self._best, dim=-1).values.unbind(-1)
         goodness_NG = sum((other.masked_fill(other == float("-inf"), 0.0) for other in others), first_NG)
         best = goodness_NG.topk(self.top, dim=-1)
