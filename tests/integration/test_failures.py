@@ -1,5 +1,8 @@
 """Real workers in real processes that die, stand alone or can't write: who notices, how soon, and what goes on."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,8 @@ import pytest
 from orchestrator.protocol.messages import Phase, Report
 from tests.support.crew import Crew
 from tests.support.texts import STEPS, small_job
+
+ORPHAN_S = 3.0
 
 SOON_S = 10.0  # a death is told this soon; a gloo operation without a closed connection would wait for a minute
 
@@ -155,3 +160,20 @@ def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(crew:
     crew.await_all(crew.ids[:2], lambda r: r.phase is Phase.STRANDED and r.failed_generation == plan.generation, SOON_S)
     crew.recover(crew.ids[:2])
     crew.await_step(crew.newest_step + 3)
+
+
+def test_a_worker_without_a_controller_exits_but_not_because_it_was_stopped(
+    texts: Path, store_dir: Path, tmp_path: Path
+) -> None:
+    with Crew(small_job(texts), store_dir, tmp_path, size=1, orphan_s=ORPHAN_S) as crew:
+        member = crew.members[crew.ids[0]]
+        crew.await_all(crew.ids, lambda report: report.phase is Phase.STANDBY)
+        os.kill(member.process.pid or 0, signal.SIGSTOP)
+        time.sleep(2 * ORPHAN_S)  # the controller, this process, is silent for longer than the worker waits for it
+        os.kill(member.process.pid or 0, signal.SIGCONT)
+        for _ in range(10):  # asked again it stays
+            assert member.report().phase is Phase.STANDBY
+            member.process.join(0.1)
+            assert member.process.exitcode is None
+        member.process.join(10 * ORPHAN_S)
+        assert member.process.exitcode == 1  # it ran, and was asked nothing

@@ -156,9 +156,21 @@ def _end_the_idle() -> None:
 
 
 class Crew:
-    """Workers of one run, and the simplest controller that can lead them."""
+    """Workers of one run, and the simplest controller that can lead them.
 
-    def __init__(self, job: JobSpec, store_dir: Path, run_dir: Path, size: int, threads: int = 1) -> None:
+    Args:
+        orphan_s: how long a worker stays that isn't asked for anything.
+    """
+
+    def __init__(
+        self,
+        job: JobSpec,
+        store_dir: Path,
+        run_dir: Path,
+        size: int,
+        threads: int = 1,
+        orphan_s: float = 3600.0,
+    ) -> None:
         self._rendezvous = RendezvousServer("127.0.0.1")
         self.job = WorkerJob(
             run_id="test",
@@ -167,7 +179,7 @@ class Crew:
             storage_dir=str(run_dir),
             head_host="127.0.0.1",
             threads=threads,
-            orphan_s=3600.0,
+            orphan_s=orphan_s,
         )
         self.num_experts, self.is_exact = job.model.num_experts, job.train.is_exact
         self.members: dict[str, Member] = {}
