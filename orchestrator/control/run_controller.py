@@ -232,10 +232,8 @@ class RunController:
             whether there was anything new.
         """
         answers: list[Answer | None] = []
-        state = self._memory.state
-        is_changing = state.next is not None or state.is_recovering or state.current is None
         with suppress(Empty):
-            answers.append(self._inbox.get(timeout=BEAT_S if is_changing else CALM_BEAT_S))
+            answers.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
             while not self._inbox.empty():
                 answers.append(self._inbox.get())
         for answer in answers:
@@ -243,7 +241,7 @@ class RunController:
                 self._take(answer)
         now_s = time.monotonic()
         state = self._memory.state
-        self._crew.poll(now_s, eager=state.next is not None or state.is_recovering)
+        self._crew.poll(now_s, eager=state.is_changing)
         seen = self._observe(verifies=False)
         self._account.ask(seen, now_s)
         self._facilities.tend(now_s, has_places=bool(self._crew.nodes))

@@ -167,6 +167,11 @@ class RunState:
         """The current generation is over, and no other one has begun."""
         return self.current is not None and self.aborted >= self.current.generation
 
+    @property
+    def is_changing(self) -> bool:
+        """Another generation is on its way, or has to be."""
+        return self.current is None or self.next is not None or self.is_recovering
+
     def differences_in(self, step: int) -> tuple[int, ...]:
         """Those that the state after this step is made of."""
         return tuple(differing for differing in self.differences if differing <= step)
