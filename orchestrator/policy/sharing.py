@@ -29,6 +29,7 @@ AGE_S = 600.0
 PROTECTED_S = 60.0
 STARTING_S = 600.0  # a run that was let in and has no world by then is not protected any more
 FREED_S = 5.0  # what a lost worker has freed is counted as free within this
+FREEING_S = 1.0  # a run that ends frees its places one after another, within this
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class NewGrant:
 
 def new_grants(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
     """What runs are to be told. Whoever is to give places away comes first: that takes longer than to have a worker
-    started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in."""
+    started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in. A run
+    that trains and may have more, but not yet all that it wants, waits a moment for the rest: it grows once, not twice."""
     lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
     found: list[NewGrant] = []
     for run in runs:
@@ -62,6 +64,8 @@ def new_grants(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[N
         patience_s: float | None = 0.0
         if _is_less(grant, run):
             patience_s = 0.0 if lets_in else FREED_S
+        elif run.grant.workers and grant.workers is not None:
+            patience_s = FREEING_S
         elif len(runs) == 1:  # nobody else can be meant by what is free
             patience_s = None
         found.append(NewGrant(run.run_id, grant, patience_s))

@@ -13,6 +13,7 @@ from orchestrator.policy.autoscaling import claim_of
 from orchestrator.policy.sharing import (
     AGE_S,
     FREED_S,
+    FREEING_S,
     PROTECTED_S,
     STARTING_S,
     Share,
@@ -227,6 +228,12 @@ def test_a_place_has_to_be_missing_for_a_while_unless_somebody_is_let_in() -> No
 
 def test_a_run_that_is_alone_is_let_in_at_once() -> None:
     assert _told([_new("a")], _divide([_new("a")], 4.0)) == [("a", None, None)]
+
+
+def test_a_run_that_trains_waits_for_the_rest_of_the_places_that_another_run_frees() -> None:
+    run = replace(_run("low", 4, 1), grant=Grant(2, "there is room for 2"))
+    assert _told([run], _divide([run], 1.0, {"low": 2})) == [("low", 3, FREEING_S)]
+    assert _told([run], _divide([run], 2.0, {"low": 2})) == [("low", None, None)]
 
 
 def test_nothing_is_told_twice() -> None:
