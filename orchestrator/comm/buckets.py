@@ -1,10 +1,11 @@
 """Gradients on their way into sums: bucket by bucket, while the backward pass goes on.
 
-Each parameter's gradient is added to its bucket as soon as autograd has it, in fp32. In the last slot of a step a
-bucket that is complete is under way at once, so that all but the last of them travel while others are computed. Ranks
-begin them in one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong
-together, or wait for ever. Tokens go before them (`orchestrator.comm.turns`). Where sums must be exact, gradients are
-rounded as they are added, and sums are made in fp64 (`orchestrator.comm.exact`).
+Each parameter's gradient is added to its bucket as soon as autograd has it, in fp32; one that is a product of matrices
+may be made there (as Megatron-LM's `gradient_accumulation_fusion` does). In the last slot of a step a bucket that is
+complete is under way at once, so that all but the last of them travel while others are computed. Ranks begin them in
+one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong together, or
+wait for ever. Tokens go before them (`orchestrator.comm.turns`). Where sums must be exact, gradients are rounded as
+they are added, and sums are made in fp64 (`orchestrator.comm.exact`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -71,11 +72,6 @@ class Bucket:
         self._sum: Tensor | None = None
 
     @property
-    def is_in_parts(self) -> bool:
-        """Whether a slot may bring several parts of a gradient."""
-        return self._largest_term is not None
-
-    @property
     def is_complete(self) -> bool:
         """This slot has brought every gradient."""
         return self._missing == 0
@@ -84,19 +80,35 @@ class Bucket:
         self._missing = len(self.params)
 
     def take(self, nth: int) -> None:
-        """Add the gradient that autograd has just left with the n-th parameter, if it wasn't brought in parts: this
+        """Add the gradient that autograd has just left with the n-th parameter, if it wasn't brought as products: this
         slot has no more of it."""
         param = self.params[nth]
         if param.grad is not None:
-            self.add(nth, param.grad)
+            self._add(nth, param.grad)
         self._missing -= 1
         param.grad = None
 
-    def add(self, nth: int, grad: Tensor) -> None:
-        """Add a part of the n-th parameter's gradient. Without `largest_term` there is one in a slot."""
+    def add_product(self, nth: int, left: Tensor, right: Tensor) -> None:
+        """Add a part of the n-th parameter's gradient, the product of two matrices. It is made in the bucket's memory
+        where terms are added as they are, in its precision: written there once instead of made, read and added."""
+        if self._largest_term is not None or left.dtype != self._dtype:
+            self._add(nth, torch.mm(left, right))
+            return
+        here = self._place(nth).view(left.shape[0], right.shape[1])
+        if self._filled[nth]:
+            here.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=here)
+        self._filled[nth] = True
+
+    def _place(self, nth: int) -> Tensor:
+        """Of the n-th parameter's gradient, flat."""
         if self._flat is None:
             self._flat = torch.empty(self._numel, dtype=self._dtype, device=self._device)
-        here, term = self._flat[slice(*self._spans[nth])], grad.view(-1)
+        return self._flat[slice(*self._spans[nth])]
+
+    def _add(self, nth: int, grad: Tensor) -> None:
+        here, term = self._place(nth), grad.view(-1)
         if self._largest_term is not None:
             (add_rounded if self._filled[nth] else put_rounded)(here, term)
             low, high = term.aminmax()
@@ -197,8 +209,8 @@ class Buckets:
         self._travelling: list[Bucket] = []
         self._begun: list[Bucket] = []  # whose second collective hasn't begun, if they have one
         for bucket in buckets:
-            for nth, param in enumerate(bucket.params if bucket.is_in_parts else ()):
-                param.gradient_sink = partial(bucket.add, nth)  # type: ignore[attr-defined]
+            for nth, param in enumerate(bucket.params):
+                param.gradient_sink = partial(bucket.add_product, nth)  # type: ignore[attr-defined]
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(bucket, nth))  # type: ignore[no-untyped-call]
             for bucket in buckets
@@ -235,7 +247,7 @@ class Buckets:
         for hook in self._hooks:
             hook.remove()
         for bucket in self.buckets:
-            for param in bucket.params if bucket.is_in_parts else ():
+            for param in bucket.params:
                 del param.gradient_sink  # type: ignore[attr-defined]
         self._hooks, self.buckets, self._travelling, self._begun = [], [], [], []
 

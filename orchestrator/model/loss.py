@@ -47,13 +47,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits_CV = F.linear(x_CD, head_VD).float()
             counted_C1 = (targets_C != IGNORED)[:, None]
             index_C1 = targets_C.clamp_min(0)[:, None]
-            normaliser_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            loss += ((normaliser_C1 - logits_CV.gather(1, index_C1)) * counted_C1).sum()
+            # All in the logits' own memory, with one exponential for the loss and its gradient.
+            logits_CV.sub_(logits_CV.amax(-1, keepdim=True))
+            target_C1 = logits_CV.gather(1, index_C1)
+            exp_CV = logits_CV.exp_()
+            sum_C1 = exp_CV.sum(-1, keepdim=True)
+            loss += ((sum_C1.log() - target_C1) * counted_C1).sum()
             if grad_ND is not None and grad_VD is not None:
-                # The gradient of the loss by the logits: softmax minus one at the target. In the logits' own memory.
-                d_CV = logits_CV.sub_(normaliser_C1).exp_()
-                d_CV.scatter_add_(1, index_C1, torch.full_like(normaliser_C1, -1.0))
-                d_CV = d_CV.mul_(counted_C1).to(x_ND.dtype)
+                # The gradient of the loss by the logits: softmax minus one at the target.
+                d_CV = exp_CV.mul_(counted_C1 / sum_C1)
+                d_CV.scatter_add_(1, index_C1, -counted_C1.float())
+                d_CV = d_CV.to(x_ND.dtype)
                 torch.mm(d_CV, head_VD, out=grad_ND[start : start + chunk])
                 if grad_VD.dtype == d_CV.dtype:
                     grad_VD.addmm_(d_CV.T, x_CD)

@@ -52,8 +52,8 @@ class NewGrant:
 
 def new_grants(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
     """What runs are to be told. Whoever is to give places away comes first: that takes longer than to have a worker
-    started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in. A run
-    that trains and may have more, but not yet all that it wants, waits a moment for the rest: it grows once, not twice."""
+    started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in. A
+    run that trains and may have more, but not yet all that it wants, waits a moment for the rest: it grows once."""
     lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
     found: list[NewGrant] = []
     for run in runs:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchestrator.model import experts as module
 from orchestrator.model.experts import GatedMLP, run_experts
 
 TOKENS, HIDDEN, INNER = 9, 6, 10
@@ -49,6 +50,40 @@ def test_outputs_and_gradients_equal_those_of_experts_run_one_by_one(counts: lis
         found.append([y_ND, *grads])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("at_once", [1, 2 * INNER * 7, 1 << 20], ids=["each by itself", "some", "all"])
+def test_how_many_experts_are_computed_at_once_changes_no_bit(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [3, 0, 4, 5, 0]
+    generator = torch.Generator().manual_seed(7)
+    x_ND = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).requires_grad_()
+    token_R = torch.randint(0, TOKENS, (sum(counts),), generator=generator)
+    gates_R = torch.rand(sum(counts), generator=generator, dtype=torch.float64).requires_grad_()
+    found = []
+    for most in (1 << 30, at_once):
+        monkeypatch.setitem(module.AT_ONCE, "cpu", most)
+        experts = _experts(len(counts))
+        wanted = [x_ND, gates_R, *(p for e in experts for p in e.parameters())]
+        y_ND = run_experts(x_ND, token_R, counts, experts, gates_R)
+        found.append([y_ND, *torch.autograd.grad(y_ND.square().sum(), wanted)])
+    for together, apart in zip(*found, strict=True):
+        assert torch.equal(together, apart)
+
+
+def test_a_gradient_sink_gets_all_factors_and_autograd_no_gradient() -> None:
+    counts, experts = [4, 0, 5], _experts(3)
+    x_ND = torch.randn(TOKENS, HIDDEN, dtype=torch.float64)
+    run_experts(x_ND, torch.arange(TOKENS), counts, experts).square().sum().backward()
+    params = [p for e in experts for p in e.parameters()]
+    wanted = [p.grad for p in params]
+    got = [torch.zeros_like(p) for p in params]
+    for param, total in zip(params, got, strict=True):
+        param.grad = None
+        param.gradient_sink = total.addmm_  # type: ignore[attr-defined]
+    run_experts(x_ND, torch.arange(TOKENS), counts, experts).square().sum().backward()
+    assert all(p.grad is None for p in params)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_without_experts_or_copies_there_are_zeros() -> None:
