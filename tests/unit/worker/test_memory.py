@@ -94,5 +94,6 @@ def test_what_this_process_has_grows_with_what_it_takes() -> None:
     before, taken = allocated_bytes(CPU), taken_bytes(CPU)
     held = torch.ones(64 * MB, dtype=torch.uint8)
     assert taken_bytes(CPU) - taken > 60 * MB
-    assert allocated_bytes(CPU) - before >= 64 * MB or before == 0  # another libc tells nothing
+    # Python and torch free and take a little of their own in between. Another libc tells nothing: 0.
+    assert abs(allocated_bytes(CPU) - before - 64 * MB) < MB or before == 0
     assert int(held[0]) == 1
