@@ -100,13 +100,16 @@ def block(what: str, tree: Path, folder: Path, size: Size, quick: bool) -> list[
     """Start the tree's product, measure, end it. RuntimeError if another tree's product was measured."""
     storage = folder / "runs"
     storage.mkdir(parents=True, exist_ok=True)  # kept from block to block: data is prepared once per commit
+    home = tempfile.mkdtemp(prefix="home-", dir=folder)
+    number = len(list(folder.glob("home-*")))
+    job = job_of(what, storage, folder, quick)
     order = {
-        "job": job_of(what, storage, folder, quick),
-        "home": tempfile.mkdtemp(prefix="home-", dir=folder),
+        "job": job | {"name": f"{job['name']}-{number}"},  # a name is used once per storage
+        "home": home,
         "num_cpus": rescale.LARGEST + 2,
         "cycle": rescale.CYCLE,
         "count": size.cycles if what == "rescale" else size.kills,
-        "seed": len(list(folder.glob("home-*"))),  # the n-th blocks of both arms have the same
+        "seed": number,  # the n-th blocks of both arms have the same
     }
     done = subprocess.run(
         [sys.executable, "-P", str(DRIVER), what, json.dumps(order)],
