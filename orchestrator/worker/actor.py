@@ -29,9 +29,10 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.worker.desk import Desk
 from orchestrator.worker.device import device_of
 from orchestrator.worker.feed import Feed
+from orchestrator.worker.reserved_memory import ReservedMemory
 from orchestrator.worker.shard import Workshop
 from orchestrator.worker.trainer import Trainer
-from orchestrator.worker.warming import ReservedMemory, warm_up
+from orchestrator.worker.warming import warm_up
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -133,7 +134,7 @@ class Worker:
         self._trainer = Trainer(self._desk, workshop, feed)
         self._desk.publish(phase=Phase.STANDBY)
         if memory is not None:
-            memory.touch_the_rest()
+            memory.populate_the_rest()
         threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
         return self._trainer
 

@@ -1,10 +1,11 @@
 """From one generation to the next, in two parts.
 
-`prepare` runs in the background while the old world trains: it connects the peers and the world to come, and makes the
-plan. `move` runs between the fence and activation: it builds the new shard in this same process and fills it from the
-old shards, no disk and no restart. The old shard stays readable until the controller has activated the new generation,
-so a move that fails costs nothing: the old world is rebuilt from what it still holds. After a loss the old shards are
-those of the survivors and the snapshots that they keep for the dead; the rest is the same.
+`prepare` runs in the background while the old world trains: it connects the peers and the world to come, makes the
+plan, and has memory for the new shard. `move` runs between the fence and activation: it builds the new shard in this
+same process and fills it from the old shards, no disk and no restart. The old shard stays readable until the controller
+has activated the new generation, so a move that fails costs nothing: the old world is rebuilt from what it still holds.
+After a loss the old shards are those of the survivors and the snapshots that they keep for the dead; the rest is the
+same.
 """
 
 import json
@@ -25,6 +26,7 @@ from orchestrator.elastic.layout import Kind
 from orchestrator.elastic.transfer import TransferPlan
 from orchestrator.engine.base import nothing
 from orchestrator.engine.groups import Meeting
+from orchestrator.policy.planning import bytes_by_part
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan, Handover, StepRecord
 from orchestrator.state.digest import PartSums, StateDigests, change, differing
@@ -35,6 +37,7 @@ from orchestrator.worker.agreement import check_agreement
 from orchestrator.worker.beginning import read_pretrained
 from orchestrator.worker.faults import StateDoubtful
 from orchestrator.worker.protection import Protection
+from orchestrator.worker.reserved_memory import reserve
 from orchestrator.worker.restoring import read_state
 from orchestrator.worker.shard import Progress, Shard, Workshop
 
@@ -97,7 +100,8 @@ class Prepared:
 
 
 def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
-    """Connect the peers of a move and the world after it, and plan the move. Collective over all who are involved.
+    """Connect the peers of a move and the world after it, plan the move, and have memory for its shard. Collective over
+    all who are involved.
 
     Raises:
         RuntimeError: a peer did not come, or the store died.
@@ -117,7 +121,11 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
     old = workshop.layout(source.world, source.placement)
     if source.holders != source.world.members:
         old = layout_of_cut(old, source.holders)
-    transfer = TransferPlan.between(old, workshop.layout(plan.world, plan.placement))
+    new = workshop.layout(plan.world, plan.placement)
+    transfer = TransferPlan.between(old, new)
+    if workshop.me in plan.world and workshop.device.type == "cpu":
+        rank = plan.world.rank_of(workshop.me)
+        reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
     return Prepared(plan, store, meeting, protection, peers, transfer, replicated)
 
