@@ -4,9 +4,9 @@
 
 An arm is a commit: the working tree as it is, or an older commit in a git worktree that is made for the call. Each
 block starts a local cluster and one run with that commit's own `orchestrator`, in processes of its own
-(`benchmarks.support.stall_driver`), measures some stalls, and ends it. Blocks take turns, A B B A. Both arms have the
-same job, that of `benchmarks.rescale` or `benchmarks.recovery`, with the defaults of their commit, whatever those do:
-1aebb70 takes no snapshots, later commits take one after each step.
+(`benchmarks.support.stall_driver`), measures some stalls, and ends it. Blocks take turns, A B B A. All arms have the
+same job, that of `benchmarks.rescale` or `benchmarks.recovery`, with the defaults of their commit. 1aebb70 takes no
+snapshots, so rescales without them are compared with its own; `protected`, an arm beside them, has the default.
 
 `-` in place of a commit leaves that part out.
 """
@@ -31,6 +31,11 @@ from orchestrator.spec.job import JobSpec
 RESCALES_OF, RECOVERIES_OF = "1aebb70", "f9f86ac"  # the last commits whose README shows stalls within the bars
 WORST_RATIO = 1.10
 LEFT_OUT = "-"
+# The arms of the working tree: (tree, keys that its job has beside those of the old one). The first is compared.
+NOW: dict[str, dict[str, tuple[Path, dict[str, Any]]]] = {
+    "rescale": {"now": (ROOT, {"protection": "off"}), "protected": (ROOT, {})},
+    "recovery": {"now": (ROOT, {})},
+}
 DRIVER = ROOT / "benchmarks" / "support" / "stall_driver.py"
 
 
@@ -43,7 +48,7 @@ class Size:
     kills: int
 
 
-FULL = Size(blocks=4, cycles=2, kills=5)
+FULL = Size(blocks=2, cycles=3, kills=10)
 QUICK = Size(blocks=1, cycles=1, kills=1)
 
 
@@ -63,12 +68,13 @@ def measure(quick: bool, rescale_against: str, recovery_against: str) -> Result:
     with tempfile.TemporaryDirectory(prefix="stalls-") as folder:
         for what, commit in against.items():
             with checked_out(commit, Path(folder)) as old:
-                arms = {
-                    name: partial(block, what, tree, Path(folder) / f"{what}-{name}", size, quick)
-                    for name, tree in (("old", old), ("now", ROOT))
+                arms = {"old": (old, {}), **NOW[what]}
+                blocks = {
+                    name: partial(block, what, tree, keys, Path(folder) / f"{what}-{name}", size, quick)
+                    for name, (tree, keys) in arms.items()
                 }
-                found[what] = in_turn(arms, size.blocks)
-    metrics = {what: figures_of(**arms) for what, arms in found.items()}
+                found[what] = in_turn(blocks, size.blocks)
+    metrics = {what: figures_of(arms) for what, arms in found.items()}
     return Result(
         name="stalls",
         seed=0,
@@ -96,7 +102,7 @@ def in_turn(arms: Mapping[str, Callable[[], list[Stall]]], blocks: int) -> dict[
     return {name: [stall for part in parts for stall in part] for name, parts in alternate(arms, blocks).items()}
 
 
-def block(what: str, tree: Path, folder: Path, size: Size, quick: bool) -> list[Stall]:
+def block(what: str, tree: Path, keys: dict[str, Any], folder: Path, size: Size, quick: bool) -> list[Stall]:
     """Start the tree's product, measure, end it. RuntimeError if another tree's product was measured."""
     storage = folder / "runs"
     storage.mkdir(parents=True, exist_ok=True)  # kept from block to block: data is prepared once per commit
@@ -104,7 +110,7 @@ def block(what: str, tree: Path, folder: Path, size: Size, quick: bool) -> list[
     number = len(list(folder.glob("home-*")))
     job = job_of(what, storage, folder, quick)
     order = {
-        "job": job | {"name": f"{job['name']}-{number}"},  # a name is used once per storage
+        "job": job | keys | {"name": f"{job['name']}-{number}"},  # a name is used once per storage
         "home": home,
         "num_cpus": rescale.LARGEST + 2,
         "cycle": rescale.CYCLE,
@@ -144,12 +150,14 @@ def job_of(what: str, storage: Path, folder: Path, quick: bool) -> dict[str, Any
     return job.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def figures_of(old: list[Stall], now: list[Stall]) -> dict[str, Any]:
-    return {
-        "ratio": median_ratio_interval(by_kind(now), by_kind(old)),
-        "old": summary_of(old),
-        "now": summary_of(now),
+def figures_of(arms: dict[str, list[Stall]]) -> dict[str, Any]:
+    """`ratio` and, of other arms of the working tree, `ratio NAME`; and each arm's own figures."""
+    ratios = {
+        "ratio" if name == "now" else f"ratio {name}": median_ratio_interval(by_kind(stalls), by_kind(arms["old"]))
+        for name, stalls in arms.items()
+        if name != "old"
     }
+    return ratios | {name: summary_of(stalls) for name, stalls in arms.items()}
 
 
 def summary_of(stalls: list[Stall]) -> dict[str, Any]:
