@@ -41,6 +41,7 @@ STEPS, QUICK_STEPS = 100, 4
 STEPS_AFTER, QUICK_STEPS_AFTER = 20, 2
 ENGINE_STEPS = 12  # its memory grows no more after a few
 LOOK_EVERY_S = 0.05
+PATIENCE_S = 1200.0  # for all steps of a world: a lone thread takes 4 s for one
 MOST, MOST_OFF = 1.4, 0.1
 
 
@@ -108,10 +109,10 @@ class Bench:
             live = LiveRun(product.client, self._job(size))
             live.until(lambda status: status.step >= 1, "it trains")
             with peaks([pid for name, pid in live.pids().items() if name.startswith("worker/")]) as most:
-                live.until(lambda status: status.step >= steps, f"step {steps} is done")
+                live.until(lambda status: status.step >= steps, f"step {steps} is done", PATIENCE_S)
                 live.scale(to)
                 last = live.status().step + after
-                live.until(lambda status: status.step >= last, f"step {last} is done")
+                live.until(lambda status: status.step >= last, f"step {last} is done", PATIENCE_S)
             live.cancel()
         return most()
 

@@ -63,9 +63,9 @@ class LiveRun:
         self._client, self._id = client, client.submit(job, **options)
         self.run_dir = Path(client.get(self._id).run_dir)
 
-    def until(self, condition: Callable[[RunStatus], bool], what: str) -> RunStatus:
-        """Wait for a status. Raises RuntimeError if the run ends before, or it takes more than `PATIENCE_S`."""
-        deadline_s = time.monotonic() + PATIENCE_S
+    def until(self, condition: Callable[[RunStatus], bool], what: str, patience_s: float = PATIENCE_S) -> RunStatus:
+        """Wait for a status. Raises RuntimeError if the run ends before, or it takes more than `patience_s`."""
+        deadline_s = time.monotonic() + patience_s
         while not condition(status := self._client.get(self._id)):
             if status.phase.ended or time.monotonic() > deadline_s:
                 raise RuntimeError(f"waiting until {what}, but the run is {status.phase}: {status.error or status.why}")
