@@ -77,9 +77,7 @@ class _Experts(torch.autograd.Function):
         gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
         y_ND = torch.zeros_like(x_ND)
         # Gate and up: all that is kept for the backward pass.
-        before_RH = x_ND.new_empty(
-            len(token_R), gate_ups[0].shape[0] if gate_ups else 0
-        )
+        before_RH = x_ND.new_empty(len(token_R), gate_ups[0].shape[0] if gate_ups else 0)
         for part in _parts(counts, before_RH):
             token_C, before_CH = token_R[part.copies], before_RH[part.copies]
             x_CD = x_ND.index_select(0, token_C)
