@@ -29,7 +29,7 @@ from orchestrator.model.building import build_model
 from orchestrator.model.moe import ExpertHome
 from orchestrator.policy.expert_load import expert_load
 from orchestrator.sampling.sampler import SamplerState, sample
-from orchestrator.sampling.slots import slots_of
+from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.beginning import read_pretrained
 
@@ -62,11 +62,15 @@ def main() -> None:
         rows = sample(sampler, step).rows
         num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
         routed = RoutingCounts.zeros(len(routers), job.model)
-        mine = slots_of(rank, size, train.most_slots)
-        for number in mine:
-            slot = store.rows("train", rows[number * train.slot_rows :][: train.slot_rows], length)
+        mine = [
+            rows[number * train.slot_rows :][: train.slot_rows] for number in slots_of(rank, size, train.most_slots)
+        ]
+        # Ranks exchange tokens in every slot: one with fewer takes part in the others' with no rows of its own.
+        mine += [rows[:0]] * (max_slots(size, train.most_slots) - len(mine))
+        for number, of_slot in enumerate(mine, 1):
+            slot = store.rows("train", of_slot, length)
             batch = MicroBatch(torch.from_numpy(slot.inputs_RT), torch.from_numpy(slot.targets_RT))
-            loss, counts = engine.accumulate(batch, num_targets, last=number == mine[-1])
+            loss, counts = engine.accumulate(batch, num_targets, last=number == len(mine))
             loss_sum += float(loss)
             routed.add(counts)
         engine.step(train.lr)
