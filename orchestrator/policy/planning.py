@@ -26,7 +26,7 @@ from orchestrator.sampling.slots import slots_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.protection import interval_of, whole_every
 
-PROCESS_BYTES = 600_000_000  # torch and DeepSpeed, imported
+PROCESS_BYTES = 320_000_000  # its own memory and its share of libraries' pages, once torch and DeepSpeed are imported
 # Constants of the stall, from `python -m benchmarks.rescale` and the demo on 2 cores, over loopback.
 FIXED_STALL_S = 0.08  # vote, engine, activation
 DIGEST_S_PER_ELEMENT = 2.5e-9  # wall clock with all cores busy; the old shard and the new one

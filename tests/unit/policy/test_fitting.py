@@ -43,7 +43,7 @@ def test_a_buddys_snapshots_that_do_not_fit_are_refused_with_every_figure() -> N
     told = _refusal(job, plan)
     assert "resources.memory is 4GB (4.00 GB), and a worker of try needs " in told.message
     assert f"{world.memory.peak / 1e9:.2f} GB in a world of 2" in told.message
-    assert "its own snapshots and its ward's" in told.message and "process 600.0 MB" in told.message
+    assert "its own snapshots and its ward's" in told.message and "process 320.0 MB" in told.message
     assert "protection: off" in told.remedy and "more workers" in told.remedy
     assert told.unchanged == "Nothing was started."
     check_memory(*_job("4GB", workers="2", protection="off"))
@@ -67,7 +67,7 @@ def test_the_amount_that_is_named_is_enough() -> None:
 
 def test_a_size_that_fits_is_named() -> None:
     told = _refusal(*_job("6GB"))
-    assert "set workers.min to 3, for 5.11 GB" in told.remedy
+    assert "set workers.min to 3, for 4.83 GB" in told.remedy
     check_memory(*_job("6GB", workers="3..5"))
 
 
@@ -81,5 +81,5 @@ def test_without_a_limit_too_small_a_machine_is_a_warning() -> None:
     check_memory(job, plan)
     needed = max(world.world_size * world.memory.peak for world in plan.worlds)
     assert crowding(job, plan, needed) == ""
-    assert "3 workers need 15.32 GB, and this machine has 15.32 GB" in crowding(job, plan, needed - 1)
+    assert "3 workers need 14.48 GB, and this machine has 14.48 GB" in crowding(job, plan, needed - 1)
     assert crowding(*_job("1GB"), GIB) == ""
