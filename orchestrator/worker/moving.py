@@ -123,7 +123,8 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
         old = layout_of_cut(old, source.holders)
     new = workshop.layout(plan.world, plan.placement)
     transfer = TransferPlan.between(old, new)
-    if workshop.me in plan.world and workshop.device.type == "cpu":
+    # Where micro-batches grow until they fill the memory, none is left, and what a micro-batch takes is being measured.
+    if workshop.me in plan.world and workshop.device.type == "cpu" and not workshop.spec.train.fits_memory:
         rank = plan.world.rank_of(workshop.me)
         reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)

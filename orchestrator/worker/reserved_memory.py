@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.policy.planning import MemoryPlan
+from orchestrator.worker.memory import room
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14: pages are there as after a write, and keep what they hold
 PIECE = 1 << 22  # bytes populated by one call
@@ -47,9 +48,16 @@ class ReservedMemory:
 
 
 def reserve(sizes: Iterable[int]) -> None:
-    """Have memory for blocks of these many bytes, all at once, and leave it free. Holes in what the process has are
-    used where a block fits, so that only what is missing is asked of the system."""
-    blocks = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    """Get memory for blocks of these sizes in bytes, all at once, and leave it free for later allocations.
+
+    Blocks go into free holes of the heap where they fit, so only what is missing comes from the system. Does nothing
+    where the machine or the control group has less than that left: training holds activations now that are free at the
+    fence, so the blocks may fit then.
+    """
+    wanted, there = list(sizes), room(torch.device("cpu"))
+    if sum(wanted) > there.limit_bytes - there.used_bytes:
+        return
+    blocks = [torch.empty(size, dtype=torch.uint8) for size in wanted]
     for block in blocks:
         _populate(_pieces(block))
 
@@ -66,4 +74,4 @@ def _populate(pieces: range) -> None:
     for begin in pieces:
         size = min(PIECE, pieces.stop - begin)
         if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_POPULATE_WRITE):
-            return  # an older kernel: whoever uses a page first waits for it
+            return  # an older kernel: pages are cleared at their first use

@@ -60,7 +60,7 @@ def test_stalls_compares_commits_by_the_same_job() -> None:
     line = quick("stalls", "--rescale-against", "HEAD", "--recovery-against", "HEAD")
     assert [bar["name"] for bar in line["bars"]] == ["rescale_stall_ratio", "recovery_stall_ratio"]
     for what, kinds in (("rescale", {"2 -> 4", "4 -> 3", "3 -> 1", "1 -> 2"}), ("recovery", {"sigkill"})):
-        for arm in ("old", "now"):
+        for arm in ("old", "now", *(["protected"] if what == "rescale" else [])):
             assert set(line["metrics"][what][arm]["by_kind"]) == kinds
 
 

@@ -40,19 +40,19 @@ def test_a_buddys_snapshots_that_do_not_fit_are_refused_with_every_figure() -> N
     """Without them the same job fits, which is one of the remedies."""
     job, plan = _job("4GB", workers="2")
     (world,) = plan.worlds
-    told = _refusal(job, plan)
-    assert "resources.memory is 4GB (4.00 GB), and a worker of try needs " in told.message
-    assert f"{world.memory.peak / 1e9:.2f} GB in a world of 2" in told.message
-    assert "its own snapshots and its ward's" in told.message and "process 320.0 MB" in told.message
-    assert "protection: off" in told.remedy and "more workers" in told.remedy
-    assert told.unchanged == "Nothing was started."
+    refusal = _refusal(job, plan)
+    assert "resources.memory is 4GB (4.00 GB), and a worker of try needs " in refusal.message
+    assert f"{world.memory.peak / 1e9:.2f} GB in a world of 2" in refusal.message
+    assert "its own snapshots and its ward's" in refusal.message and "process 320.0 MB" in refusal.message
+    assert "protection: off" in refusal.remedy and "more workers" in refusal.remedy
+    assert refusal.unchanged == "Nothing was started."
     check_memory(*_job("4GB", workers="2", protection="off"))
 
 
 def test_whole_snapshots_alone_take_less_memory_which_is_said() -> None:
-    told = _refusal(*_job("6GB", workers="2"))
-    assert "gradients of the steps between two of them" in told.message
-    amount = re.search(r"recovery.whole_every: 1, for (\S+) GB", told.remedy)
+    refusal = _refusal(*_job("6GB", workers="2"))
+    assert "gradients of the steps between two of them" in refusal.message
+    amount = re.search(r"recovery.whole_every: 1, for (\S+) GB", refusal.remedy)
     assert amount and float(amount[1]) < 6
     job, plan = _job("6GB", workers="2", recovery={"whole_every": 1})
     check_memory(job, plan)
@@ -60,20 +60,20 @@ def test_whole_snapshots_alone_take_less_memory_which_is_said() -> None:
 
 
 def test_the_amount_that_is_named_is_enough() -> None:
-    told = _refusal(*_job("1GB"))
-    amount = told.remedy.removeprefix("Set resources.memory to ").partition(" ")[0]
+    refusal = _refusal(*_job("1GB"))
+    amount = refusal.remedy.removeprefix("Set resources.memory to ").partition(" ")[0]
     check_memory(*_job(amount))
 
 
 def test_a_size_that_fits_is_named() -> None:
-    told = _refusal(*_job("6GB"))
-    assert "set workers.min to 3, for 4.83 GB" in told.remedy
+    refusal = _refusal(*_job("6GB"))
+    assert "set workers.min to 3, for 4.83 GB" in refusal.remedy
     check_memory(*_job("6GB", workers="3..5"))
 
 
 def test_a_world_of_one_has_no_snapshots_to_do_without() -> None:
-    told = _refusal(*_job("1GB", workers="1"))
-    assert "snapshots" not in told.message and "protection" not in told.remedy
+    refusal = _refusal(*_job("1GB", workers="1"))
+    assert "snapshots" not in refusal.message and "protection" not in refusal.remedy
 
 
 def test_without_a_limit_too_small_a_machine_is_a_warning() -> None:

@@ -16,12 +16,12 @@ import json, torch
 from orchestrator.worker.memory import taken_bytes
 from orchestrator.worker.reserved_memory import reserve
 
-cpu, told = torch.device("cpu"), {}
+cpu, added = torch.device("cpu"), {}
 
 def step(name, action):
     before = taken_bytes(cpu)
     result = action()
-    told[name] = (taken_bytes(cpu) - before) / 2**20
+    added[name] = (taken_bytes(cpu) - before) / 2**20
     return result
 
 step("reserve", lambda: reserve([96 << 20, 32 << 20]))
@@ -29,7 +29,8 @@ used = step("use", lambda: [torch.ones(size << 20, dtype=torch.uint8) for size i
 del used
 step("again", lambda: reserve([96 << 20, 32 << 20]))
 step("more", lambda: reserve([192 << 20]))
-print(json.dumps(told))
+step("too much", lambda: reserve([1 << 50]))
+print(json.dumps(added))
 """
 
 
@@ -55,3 +56,7 @@ def test_what_is_free_is_not_asked_for_again(added: dict[str, float]) -> None:
 
 def test_only_what_is_missing_is_asked_for(added: dict[str, float]) -> None:
     assert added["more"] == pytest.approx(64, abs=16)
+
+
+def test_more_than_the_machine_has_left_is_not_asked_for(added: dict[str, float]) -> None:
+    assert added["too much"] < 16
