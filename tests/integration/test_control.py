@@ -70,7 +70,7 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
 def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
     schedule = [{"at_step": 20, "workers": 3}, {"at_step": 40, "workers": 1}]
     workers = {"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": schedule}
-    on.submit("planned", workers=workers, train=_steps(300), envs=UNHURRIED)
+    on.submit("planned", workers=workers, train=_steps(300), envs=UNHURRIED, checkpoint={"every": 20})
     on.until("planned", lambda s: len(s.rescales) == 2)
     status = on.end_of("planned", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
@@ -80,6 +80,9 @@ def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
     assert [(r.from_size, r.to_size) for r in status.rescales] == [(2, 3), (3, 1)]
     assert all(r.state_identical and r.stall_s is not None and r.stall_s < 2.0 for r in status.rescales)
     on.assert_every_step_once("planned", 300)
+    # The fences fall on steps that have a checkpoint. Of those in the hurry at the end only the newest four are marked.
+    marked = [event["step"] for event in on.ask("events", "planned") if event["kind"] == "checkpoint"]
+    assert marked[:2] == [19, 39] and marked[-1] == 299
 
 
 def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:

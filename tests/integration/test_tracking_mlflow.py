@@ -161,7 +161,7 @@ def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     broken.publish(1, points("train/loss", range(600), 5.0), after=-1)
     assert time.monotonic() - began_s < 0.5
     assert not broken.finish(1, "cancelled", timeout_s=1.0)
-    assert "no such table" in broken.describe()["error"]
+    assert "no such table" in error_of(broken)
     assert broken.describe()["waiting"] == 601
 
     again = reborn(broken, setup)  # its process was killed

@@ -197,12 +197,12 @@ class SimulatedWorker:
             votes = self._meet(plan, f"step-{self._step + 1}", ballot, plan.world.members)
             self._finish_step(plan, started)
             self._keep(plan, votes)
+            if every and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.steps:
+                self._save(plan)
             if all(vote["finish"] for vote in votes.values()):
                 return None
             if following is not None and all(vote["fence"] == following.generation for vote in votes.values()):
                 return following
-            if every and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.steps:
-                self._save(plan)
         return None
 
     def _look_ahead(self, order: Directive) -> GenerationPlan | None:
