@@ -35,15 +35,15 @@ from numpy.typing import NDArray
 from benchmarks.harness import ROOT, Bar, Result, at_least, at_most, equals, mean_interval, run, say
 from benchmarks.support.data import data_spec, prepared, prepared_storage, stores_dir
 from benchmarks.support.product import Product
-from orchestrator.control.memory import read_steps
 from orchestrator.data.store import TokenStore
-from orchestrator.model.balance import next_bias
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.building import alone, build_model
-from orchestrator.policy.expert_load import expert_load
+from orchestrator.model.factory import alone, build_model
+from orchestrator.model.moe.balance import next_bias
+from orchestrator.policy.health.expert_load import expert_load
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import DataSpec, JobSpec
-from orchestrator.spec.schedule import decay, learning_rate
+from orchestrator.spec.lr_schedule import decay, learning_rate
 
 STEPS, QUICK_STEPS = 300, 12
 SEEDS, QUICK_SEEDS = 3, 1
@@ -53,7 +53,7 @@ ROWS, LENGTH = 16, 128
 LRS = (3e-3, 1e-3)  # the controls are trained at the first
 PROCESSES = 2
 VALIDATION_ROWS = 512
-SOURCES = ("model", "spec", "sampling", "policy/expert_load.py")  # that decide how a run ends
+SOURCES = ("model", "spec", "sampling", "policy/health/expert_load.py")  # that decide how a run ends
 
 OURS = "ours"
 CONTROLS: dict[str, dict[str, Any]] = {

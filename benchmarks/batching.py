@@ -34,8 +34,8 @@ from benchmarks.harness import Interval, Result, Spread, at_least, equals, media
 from benchmarks.support.confinement import Confinement, confined, why_not
 from benchmarks.support.data import QUICK_FILES
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.control.memory import read_steps
 from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import JobSpec
 
 WORLD_SIZE = 2

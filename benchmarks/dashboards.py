@@ -31,12 +31,12 @@ from benchmarks.support.product import LiveRun, Product
 from benchmarks.support.prometheus import Prometheus, missing_programs
 from dashboards.alerts import ALERTS
 from dashboards.queries import series
-from orchestrator.control.local_cluster import state_dir
-from orchestrator.control.memory import read_steps
-from orchestrator.control.points import points_of_steps
-from orchestrator.control.prometheus import Exporter
-from orchestrator.policy.progress import Progress
+from orchestrator.cluster.local import state_dir
+from orchestrator.policy.state.progress import Progress
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.telemetry.prometheus import Exporter
+from orchestrator.telemetry.step_metrics import points_of_steps
 
 FOLDER = ROOT / "dashboards"
 NEVER = 1_000_000

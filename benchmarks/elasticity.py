@@ -28,10 +28,10 @@ from benchmarks.recovery import job_of
 from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.data import prepared_storage
 from benchmarks.support.host_losses import HostedRun, hosted_run
-from orchestrator.control.journal import read_events
-from orchestrator.control.run_files import RunFiles
 from orchestrator.protocol.status import Rescale
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import AutoscaleSpec, WorkersSpec
+from orchestrator.storage.journal import read_events
 from tests.support.hosts import Hosts, until
 
 WORKERS = 2

@@ -26,9 +26,9 @@ from benchmarks.support.product import LiveRun, Product
 from orchestrator.checkpoint.manifest import parse_step_name
 from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.memory import read_steps
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
-from orchestrator.state.witness import whole
+from orchestrator.state.fingerprint import whole
 
 MODEL = {
     "hidden_size": 96,

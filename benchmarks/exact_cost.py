@@ -24,7 +24,7 @@ from benchmarks.harness import Bar, Result, Spread, alternate, at_most, median_i
 from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.arms import START_TIMEOUT_S, OurLoop
 from benchmarks.support.data import data_spec, prepared, stores_dir
-from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.job import DataSpec, JobSpec
 
 WORLDS = (2, 3)

@@ -31,12 +31,12 @@ from benchmarks.recovery import QUICK_WORKERS, WORKERS, job_of
 from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.control.calls import ask
-from orchestrator.control.host import Handle, find, names_of
-from orchestrator.control.journal import read_events
+from orchestrator.cluster.actors import Handle, find, names_of
+from orchestrator.cluster.calls import ask
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.detection import SILENT_S
+from orchestrator.policy.health.hangs import SILENT_S
 from orchestrator.protocol.messages import Phase, Report
+from orchestrator.storage.journal import read_events
 
 ALARMS = ("generation_aborted", "worker_lost", "move_abandoned")
 MINUTES, QUICK_S = 30.0, 10.0

@@ -35,9 +35,9 @@ from benchmarks.harness import (
     run,
     say,
 )
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.model.loss import IGNORED, cross_entropy_sum
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 

@@ -30,10 +30,10 @@ from benchmarks.support.environment import worker_environment
 from benchmarks.support.memory import proportional_bytes
 from benchmarks.support.product import LiveRun, Product
 from benchmarks.throughput import BATCH, DATA, MODEL, NEVER, QUICK_MODEL
-from orchestrator.control.listing import state_of
-from orchestrator.data.prepare import prepare
-from orchestrator.policy.planning import MemoryPlan, plan_memory
+from orchestrator.data.prepare.options import prepare
+from orchestrator.policy.estimate.job_plan import MemoryPlan, plan_memory
 from orchestrator.spec.job import JobSpec
+from orchestrator.submission.param_listing import state_of
 
 WORLDS = {1: 2, 2: 3, 4: 3}  # and what each is scaled to
 QUICK_WORLDS = {1: 2}

@@ -44,9 +44,9 @@ from benchmarks.harness import (
     say,
 )
 from benchmarks.support.environment import environment, worker_environment
-from orchestrator.elastic.placement import Placement
-from orchestrator.model.experts import GatedMLP
-from orchestrator.model.moe import ExpertHome, MoELayer
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.model.moe.experts import GatedMLP
+from orchestrator.model.moe.layer import ExpertHome, MoELayer
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 

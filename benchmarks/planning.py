@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import Result, Spread, alternate, at_most, median_interval, run
-from orchestrator.elastic.layout import Layout, training_layout
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
-from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
 WANTED_S = 2.0

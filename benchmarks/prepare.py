@@ -32,9 +32,8 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import Result, Spread, alternate, at_least, at_most, equals, median_interval, ratios, run, say
-from orchestrator.data import spreading
-from orchestrator.data.bulk import Request, prepare_corpora
-from orchestrator.data.prepare import prepare
+from orchestrator.data.prepare.options import prepare, ray_map
+from orchestrator.data.prepare.pipeline import Request, prepare_corpora
 from orchestrator.data.tokenizer import TextTokenizer
 
 CPUS = 2
@@ -159,7 +158,7 @@ def on_ray(corpus: Path, tokenizer: Path, stores: Path, looks: bool) -> dict[str
     look = Look() if looks else None
     try:
         began_s = time.perf_counter()
-        told["digest"] = in_blocks(corpus, tokenizer, stores, spreading.on_cluster)
+        told["digest"] = in_blocks(corpus, tokenizer, stores, ray_map.on_cluster)
         told["seconds"] = time.perf_counter() - began_s
     finally:
         told |= {} if look is None else look.ended()
@@ -186,7 +185,7 @@ def alone(corpus: Path, tokenizer: Path, stores: Path, looks: bool) -> dict[str,
     return {"digest": digest, "seconds": time.perf_counter() - began_s}
 
 
-def in_blocks(corpus: Path, tokenizer: Path, stores: Path, spread: spreading.Spread) -> str:
+def in_blocks(corpus: Path, tokenizer: Path, stores: Path, spread: ray_map.Spread) -> str:
     request = Request((str(corpus),), tokenizer=tokenizer, deduplicate=False)
     return prepare_corpora(request, stores, spread).store.digest
 

@@ -24,10 +24,10 @@ from benchmarks.harness import Result, at_most, equals, median_interval, run, sa
 from benchmarks.rescale import BATCH, MODEL, NEVER, QUICK_MODEL
 from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.control.journal import read_events
-from orchestrator.control.memory import read_steps
 from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.storage.journal import read_events
 
 PLACES = 2
 STEPS = 20  # of the high run

@@ -38,9 +38,9 @@ from benchmarks.support.data import prepared_storage
 from benchmarks.support.host_losses import HOST_FAULTS, hosted_run
 from benchmarks.support.losses import STEADY_STEPS, Fault, after_loss, full, once, typical_step_s, within_a_step
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.control.journal import read_events
 from orchestrator.data.store import TokenStore
 from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.storage.journal import read_events
 from tests.support.hosts import Hosts
 
 WORKERS, QUICK_WORKERS = 4, 3

@@ -21,12 +21,12 @@ from benchmarks.harness import Bar, Result, Spread, alternate, at_most, median_i
 from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.arms import START_TIMEOUT_S, OurLoop
 from benchmarks.support.data import data_spec, prepared, stores_dir
-from orchestrator.elastic.layout import training_layout
-from orchestrator.elastic.placement import Placement
-from orchestrator.elastic.snapshot import SnapshotFormat
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.snapshot_layout import SnapshotFormat
+from orchestrator.elastic.state_layout import training_layout
 from orchestrator.elastic.world import World
-from orchestrator.model.building import catalogue
-from orchestrator.policy.protection import MEASURED
+from orchestrator.model.factory import catalogue
+from orchestrator.policy.health.snapshot_interval import MEASURED
 from orchestrator.spec.job import DataSpec, JobSpec
 
 WORLD_SIZE, THREADS = 2, 1

@@ -41,10 +41,10 @@ from benchmarks.harness import (
 from benchmarks.support.data import prepared_storage
 from benchmarks.support.minimum import minimum_bytes
 from benchmarks.support.product import LiveRun, Product, Request
-from orchestrator.control.memory import read_steps
 from orchestrator.data.store import TokenStore
-from orchestrator.model.building import catalogue
+from orchestrator.model.factory import catalogue
 from orchestrator.protocol.messages import GenerationPlan, StepRecord
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
 
 CYCLE = (4, 3, 1, 2)

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, Result, Spread, run, say
-from orchestrator.control import local_cluster
-from orchestrator.control.memory import read_steps
+from orchestrator.cluster import local
+from orchestrator.run_records.run_history import read_steps
 from tests.support.hosts import Hosts
 from tests.support.outside import Laptop
 
@@ -103,8 +103,8 @@ def _here(folder: Path) -> Iterator[Place]:
     laptop.mkdir()
     os.environ["ORCHESTRATOR_HOME"] = str(folder / "home")
     port = _free_port()
-    record = local_cluster.up(4, jobs_port=port).record
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **local_cluster.environment(record)}
+    record = local.up(4, jobs_port=port).record
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **local.environment(record)}
 
     def command(address: str, *arguments: str) -> None:
         words = [sys.executable, "-m", "orchestrator.cli.main", *arguments, "--address", address]
@@ -120,7 +120,7 @@ def _here(folder: Path) -> Iterator[Place]:
             inside=lambda *arguments: command(record.address, *arguments),
         )
     finally:
-        local_cluster.down()
+        local.down()
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from benchmarks.support.arms import START_TIMEOUT_S, Arm, Loop, WholeProduct
 from benchmarks.support.data import stores_dir
 from benchmarks.support.environment import worker_environment
 from benchmarks.support.product import Product
-from orchestrator.checkpoint.exporting import export_hf
-from orchestrator.data.prepare import prepare
+from orchestrator.checkpoint.hf.export import export_hf
+from orchestrator.data.prepare.options import prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.spec.job import DataSpec, JobSpec
 

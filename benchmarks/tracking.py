@@ -31,10 +31,10 @@ import psutil
 from benchmarks.harness import Interval, Result, Spread, alternate, at_most, equals, median_interval, ratios, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.control.memory import read_steps
-from orchestrator.control.parts import Parts
+from orchestrator.controller.actor_classes import Parts
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
-from orchestrator.tracking.server import MlflowServer
+from orchestrator.tracking.mlflow_server import MlflowServer
 from tests.support.simulated_worker import simulated_parts
 
 WORKERS = 2

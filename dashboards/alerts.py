@@ -7,7 +7,7 @@ isn't there is found before it is missed.
 from dataclasses import dataclass
 
 from dashboards.queries import mean, newest, rise
-from orchestrator.policy.routing_trouble import COLLAPSED, LASTING_STEPS, SETTLED_STEPS, SWINGING
+from orchestrator.policy.health.expert_collapse import COLLAPSED, LASTING_STEPS, SETTLED_STEPS, SWINGING
 from orchestrator.protocol.status import RunPhase
 
 # One of the cluster's runs that has its workers: whoever waits for room is not to be woken up for.

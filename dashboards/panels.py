@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dashboards.queries import RUNS, newest, rate, rise
 from orchestrator.metrics import metric
-from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.protocol.usage import TrafficKind
 
 HOUR = "1h"
 

@@ -20,19 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.read import choose, read_manifest
-from orchestrator.control.asking import ask_by_url, refuse_by_url
-from orchestrator.control.calls import ask
-from orchestrator.control.connection import connect, probe
-from orchestrator.control.job_port import JobPort, is_url
-from orchestrator.control.orders import order_of
-from orchestrator.control.run_files import LogLine, RunFiles, run_dir_in
-from orchestrator.control.scheduler import get_or_create_scheduler
-from orchestrator.control.sending import submit_file
+from orchestrator.cluster.calls import ask
+from orchestrator.cluster.connection import connect, probe
+from orchestrator.cluster.jobs_api import JobPort, is_url
 from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunCancelled, RunFailed
 from orchestrator.protocol.messages import Restore, ResumeOrder, Target
 from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.sampling.ledger import AuditResult
+from orchestrator.run_records.run_files import LogLine, RunFiles, run_dir_in
+from orchestrator.sampling.sample_ledger import AuditResult
+from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
+from orchestrator.submission.asking import ask_by_url, refuse_by_url
+from orchestrator.submission.by_url import submit_file
+from orchestrator.submission.submission import order_of
 
 __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]
 

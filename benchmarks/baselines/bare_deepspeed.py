@@ -27,13 +27,13 @@ from deepspeed.utils import groups
 from torch import nn
 
 from orchestrator.data.store import TokenStore
-from orchestrator.elastic.placement import Placement
-from orchestrator.model.balance import RoutingCounts, next_bias
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.model.base import expert_of
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.moe.balance import RoutingCounts, next_bias
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.sampling.micro_batches import slots_of
 from orchestrator.sampling.sampler import SamplerState, sample
-from orchestrator.sampling.slots import slots_of
 from orchestrator.spec.job import JobSpec
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -20,18 +20,18 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore
 
 from orchestrator.data.store import TokenStore
-from orchestrator.elastic.placement import Placement
-from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
-from orchestrator.engine.groups import connect
-from orchestrator.model.balance import RoutingCounts, next_bias
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.process_groups import connect
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.building import build_model
-from orchestrator.model.moe import ExpertHome
-from orchestrator.policy.expert_load import expert_load
+from orchestrator.model.factory import build_model
+from orchestrator.model.moe.balance import RoutingCounts, next_bias
+from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.policy.health.expert_load import expert_load
+from orchestrator.sampling.micro_batches import max_slots, slots_of
 from orchestrator.sampling.sampler import SamplerState, sample
-from orchestrator.sampling.slots import max_slots, slots_of
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.beginning import read_pretrained
+from orchestrator.worker.transition.beginning import read_pretrained
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from benchmarks.harness import say
 from benchmarks.support.data_parallel import CHECKPOINT_EVERY, DataParallel, train_until_stopped
 from benchmarks.support.kills import kill_in_turn
 from benchmarks.support.trace import Trace
-from orchestrator.control.processes import describe, end_session
+from orchestrator.cluster.processes import describe, end_session
 from orchestrator.data.store import TokenStore
 from orchestrator.spec.job import JobSpec
 

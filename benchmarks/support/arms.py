@@ -22,16 +22,16 @@ from benchmarks.harness import ROOT
 from benchmarks.support.environment import environment, worker_environment
 from benchmarks.support.product import LiveRun
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
-from orchestrator.control.account import RECORDS_EVERY_S
-from orchestrator.control.connection import disconnect
-from orchestrator.control.crew import POLL_PAUSE_S, POLL_S
-from orchestrator.control.journal import read_events
-from orchestrator.control.memory import committed_steps
-from orchestrator.control.processes import living_of
+from orchestrator.cluster import local
+from orchestrator.cluster.connection import disconnect
+from orchestrator.cluster.processes import living_of
+from orchestrator.controller.recorder import RECORDS_EVERY_S
+from orchestrator.controller.worker_group import POLL_PAUSE_S, POLL_S
 from orchestrator.protocol.messages import StepRecord
-from orchestrator.protocol.traffic import Traffic
+from orchestrator.protocol.usage import Traffic
+from orchestrator.run_records.run_history import committed_steps
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import read_events
 from tests.support.crew import Crew, MemberDied
 
 START_TIMEOUT_S = 120.0
@@ -157,7 +157,7 @@ class WholeProduct(Arm):
         self.records: dict[int, StepRecord] = {}
         self._home, self._is_paused = home, threading.Event()
         with self._at_home():
-            self._cluster = local_cluster.up(num_cpus).record
+            self._cluster = local.up(num_cpus).record
             try:
                 self._run_dir = LiveRun(OrchestratorClient(self._cluster.address), job).run_dir
             except BaseException:
@@ -183,7 +183,7 @@ class WholeProduct(Arm):
         self.end()
         self.resume()
         with self._at_home():
-            local_cluster.down()
+            local.down()
 
     def _at_home(self) -> AbstractContextManager[None]:
         return environment({"ORCHESTRATOR_HOME": str(self._home)})

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.support.trace import FinishedStep, Trace
 from orchestrator.data.store import TokenStore
-from orchestrator.elastic.placement import Placement
-from orchestrator.model.moe import ExpertHome
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 

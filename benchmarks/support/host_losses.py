@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.support.losses import Fault, after_loss, within_a_step
 from benchmarks.support.product import LiveRun
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.calls import ask
-from orchestrator.control.host import find
+from orchestrator.cluster.actors import find
+from orchestrator.cluster.calls import ask
 from orchestrator.protocol.messages import Report
 from orchestrator.protocol.status import RunStatus
 from orchestrator.spec.job import JobSpec

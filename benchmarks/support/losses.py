@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from statistics import median
 
 from benchmarks.support.product import LiveRun
-from orchestrator.control.journal import read_events
-from orchestrator.policy.progress import STALL_STEPS
+from orchestrator.policy.state.progress import STALL_STEPS
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import Recovery, RunStatus
+from orchestrator.storage.journal import read_events
 
 STEADY_STEPS = 6  # in the full world, before a fault
 MOMENT_S = 60.0  # how long the moment of a fault is waited for

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.world import World
 
 FP32_BYTES = 4

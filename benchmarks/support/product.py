@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
-from orchestrator.control.calls import ask
-from orchestrator.control.connection import disconnect
-from orchestrator.control.host import find, names_of
-from orchestrator.control.journal import read_events
+from orchestrator.cluster import local
+from orchestrator.cluster.actors import find, names_of
+from orchestrator.cluster.calls import ask
+from orchestrator.cluster.connection import disconnect
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.run_state import RunState
+from orchestrator.policy.state.run_state import RunState
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.messages import GenerationPlan, Report
 from orchestrator.protocol.status import Rescale, RunStatus
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import read_events
 
 LOOK_EVERY_S = 0.2
 PATIENCE_S = 300.0
@@ -33,11 +33,11 @@ class Product:
 
     def __init__(self, home: Path, num_cpus: int) -> None:
         os.environ["ORCHESTRATOR_HOME"] = str(home)
-        up = local_cluster.up(num_cpus)
+        up = local.up(num_cpus)
         try:
             self.client = OrchestratorClient(up.record.address)
         except BaseException:
-            local_cluster.down()
+            local.down()
             raise
 
     def __enter__(self) -> Self:
@@ -45,7 +45,7 @@ class Product:
 
     def __exit__(self, *error: object) -> None:
         disconnect()
-        local_cluster.down()
+        local.down()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Self
 
 import psutil
 
-from orchestrator.control.processes import Process, describe, end_session
+from orchestrator.cluster.processes import Process, describe, end_session
 
 START_TIMEOUT_S = 90.0
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import alternate
-from orchestrator.comm import ledger
-from orchestrator.comm.reduction import Alone, Reducer, Reduction
-from orchestrator.elastic.placement import Placement
-from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
-from orchestrator.engine.groups import connect
+from orchestrator.comm import stats
+from orchestrator.comm.gradients.reduce_scatter import Alone, Reducer, Reduction
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.process_groups import connect
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.train import TrainSpec
@@ -70,7 +70,7 @@ def steps_of_arms(
         arms[name] = _stepper(engine, rank)
     tokens = {}
     for name, step in arms.items():
-        since = ledger.Since()
+        since = stats.Since()
         step()  # memory and routes are not those of the first step any more
         seen = since.look()
         tokens[name] = (seen[TrafficKind.DISPATCH].sent + seen[TrafficKind.COMBINE].sent) // STEPS

@@ -25,12 +25,12 @@ from typing import Any
 
 import orchestrator
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
-from orchestrator.control.calls import ask
-from orchestrator.control.connection import disconnect
-from orchestrator.control.host import find
-from orchestrator.control.journal import read_events
+from orchestrator.cluster import local
+from orchestrator.cluster.actors import find
+from orchestrator.cluster.calls import ask
+from orchestrator.cluster.connection import disconnect
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import read_events
 
 LOOK_EVERY_S = 0.2
 PATIENCE_S = 300.0
@@ -169,14 +169,14 @@ MEASURES = {"rescale": rescales, "recovery": recoveries}
 
 def main(what: str, order: Order) -> None:
     os.environ["ORCHESTRATOR_HOME"] = order.home
-    up = local_cluster.up(order.num_cpus)
+    up = local.up(order.num_cpus)
     try:
         run = Run(OrchestratorClient(up.record.address), JobSpec.model_validate(order.job))
         stalls = MEASURES[what](run, order)
         run.cancel()
     finally:
         disconnect()
-        local_cluster.down()
+        local.down()
     print(json.dumps({"package": str(Path(orchestrator.__file__).parent), "stalls": stalls}), flush=True)
 
 

@@ -9,7 +9,7 @@ arguments of `build`, and maps (rows, tokens, hidden_size) to the same shape.
 from torch import nn
 
 from jobs.models.dense import Block, Transformer, mlp
-from orchestrator.model.moe import MoELayer
+from orchestrator.model.moe.layer import MoELayer
 
 
 def build(spec, vocab_size, experts) -> nn.Module:

@@ -10,16 +10,16 @@ import traceback
 
 import typer
 
-from orchestrator.cli import (
+from orchestrator.cli.commands import (
     checkpoints,
     cluster,
     data,
     doctor,
+    export,
     inference,
-    job_files,
-    models,
+    job_file,
+    logs,
     plan,
-    records,
     remote,
     report,
     run,
@@ -28,7 +28,7 @@ from orchestrator.cli import (
     tracking,
     verify,
 )
-from orchestrator.cli.output import show_error
+from orchestrator.cli.terminal.output import show_error
 from orchestrator.errors import OrchestratorError
 
 INTERNAL_ERROR = 70
@@ -43,15 +43,15 @@ app = typer.Typer(
 run.register(app)
 runs.register(app)
 top.register(app)
-records.register(app)
+logs.register(app)
 verify.register(app)
 report.register(app)
 checkpoints.register(app)
 tracking.register(app)
-models.register(app)
+export.register(app)
 inference.register(app)
 doctor.register(app)
-job_files.register(app)
+job_file.register(app)
 plan.register(app)
 remote.register(app)
 app.add_typer(data.app, name="data", rich_help_panel="Job files")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from orchestrator.elastic.buckets import PIECE_MULTIPLE
+from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
 from orchestrator.engine.base import nothing
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from orchestrator.model.balance import RoutingCounts
 from orchestrator.model.batch import MicroBatch
+from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.state.ranges import NamedRanges
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.comm import pulse
-from orchestrator.comm.buckets import Bucket, Buckets
-from orchestrator.comm.codecs import codec_of
-from orchestrator.comm.powersgd import Matrix, PowerSGD, first_thin
-from orchestrator.comm.reduction import Compressed, Reducer, ReduceScatter
-from orchestrator.elastic.buckets import rank_of_product
+from orchestrator.comm.gradients.buckets import Bucket, Buckets
+from orchestrator.comm.gradients.codecs import codec_of
+from orchestrator.comm.gradients.powersgd import Matrix, PowerSGD, first_thin
+from orchestrator.comm.gradients.reduce_scatter import Compressed, Reducer, ReduceScatter
+from orchestrator.elastic.bucket_partition import rank_of_product
 from orchestrator.engine.param_groups import ParamGroup
 from orchestrator.model.base import TrainableModel, spec_of
 from orchestrator.spec.communication import CommunicationSpec
@@ -28,7 +28,7 @@ class Gradients:
     Args:
         groups: in DeepSpeed's order.
         every_slot: send what each slot brings (ZeRO 2), not once per step.
-        largest_term: given, sums are exact (`orchestrator.comm.exact`).
+        largest_term: given, sums are exact (`orchestrator.comm.gradients.exact_sum`).
     """
 
     def __init__(

@@ -15,7 +15,8 @@ import torch
 def pin(device: torch.device) -> None:
     """Have torch use only operations that give the same bits at every call.
 
-    What has to be there before libraries are loaded is in a worker's environment (`orchestrator.control.crew`).
+    What has to be there before libraries are loaded is in a worker's environment
+    (`orchestrator.controller.worker_group`).
     """
     torch.backends.cudnn.benchmark = False  # it would choose algorithms by measured time
     if device.type == "cuda":

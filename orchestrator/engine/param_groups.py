@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from orchestrator.elastic.buckets import buckets, is_compressed, piece_multiple
-from orchestrator.engine.groups import Groups
+from orchestrator.elastic.bucket_partition import buckets, is_compressed, piece_multiple
+from orchestrator.engine.process_groups import Groups
 from orchestrator.model.base import TrainableModel, expert_of, spec_of
 from orchestrator.spec.communication import CommunicationSpec
 

@@ -1,4 +1,4 @@
-"""What engine, trainer and workshop ask of a model: ours, or a user's own in `orchestrator.model.own`.
+"""What engine, trainer and workshop ask of a model: ours, or a user's own in `orchestrator.model.user_model`.
 
 Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E = experts.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.model.balance import RoutingCounts
-from orchestrator.model.moe import MoELayer
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.spec.model import ModelSpec
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from orchestrator.model.base import TrainableModel, draw_normal
-from orchestrator.model.cache import KVCache, LayerCache
-from orchestrator.model.experts import GatedMLP
+from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.loss import cross_entropy_sum
-from orchestrator.model.moe import ExpertHome, MoELayer
+from orchestrator.model.moe.experts import GatedMLP
+from orchestrator.model.moe.layer import ExpertHome, MoELayer
 from orchestrator.model.padding import Padding
 from orchestrator.spec.job import ModelSpec
 

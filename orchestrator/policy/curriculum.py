@@ -1,152 +1,88 @@
-"""Which stage a run is in at which step, as far as that follows from the job and its corpus."""
+"""Which stage of its curriculum a run is to be in, where that doesn't follow from the job alone. Rules of `lifecycle`.
 
-from collections.abc import Callable, Iterator, Sequence
+A stage is decided by hand, or because the one before has reached its end: a validation loss, or a plateau. It begins
+some steps ahead, so that every member hears of it before; if one doesn't, none begins it, and it is decided again.
+"""
 
-from orchestrator.errors import DataError
+import math
+from dataclasses import replace
+
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import Progress, typical_step_s
+from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
 from orchestrator.protocol.messages import StageStart
-from orchestrator.sampling.admission import Admission
-from orchestrator.sampling.chunks import Chunks
-from orchestrator.sampling.curriculum import BegunStage, Curriculum, CurriculumState
 from orchestrator.spec.curriculum import CurriculumSpec, StageSpec
-from orchestrator.spec.job import TrainSpec
+
+NEXT = "next"
+HEARD_S = 2.0  # every member hears of a directive within this
+AHEAD = 3  # steps more: a decision is followed two votes before its first step
+BETTER = 0.005  # a validation loss that is lower by this share is no plateau
 
 
-def planned_stages(
-    spec: CurriculumSpec,
-    train: TrainSpec,
-    chunks: Chunks,
-    decided: Sequence[StageStart] = (),
-    begun: Sequence[BegunStage] = (),
-    by_document: bool = False,
-) -> CurriculumState:
-    """The run's stages with their first steps.
+def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Decide the next stage if it was asked for, if the present one has reached its end, or if it didn't begin.
 
-    Args:
-        decided: stages that begin earlier than the job would have them, or others than it would have there, ascending.
-            The stages that the job names behind them follow them.
-        begun: stages that can't be changed any more; what is decided is behind the first step of the last of them.
-        by_document: a row is a document, or a piece of a long one.
-
-    Raises:
-        DataError: a stage admits no document at first; or with `on_exhausted: fail` and nothing decided, too few for
-            its length. It is named.
-        ValueError: a decided stage that the job doesn't have.
+    One at a time: what is asked for meanwhile waits.
     """
-    for stage in spec.stages:
-        _check_admits(stage, chunks)
-    names, ahead = [stage.name for stage in spec.stages], list(decided)
-    known = list(begun)
-
-    def walk() -> Curriculum:
-        """Through what is known so far."""
-        rows = train.global_batch_size
-        return Curriculum(chunks, CurriculumState(train.seed, rows, chunks.num_tokens, tuple(known), by_document))
-
-    number, first_step = (names.index(known[-1].name), known.pop().first_step) if known else (0, 0)
-    while number < len(spec.stages) and first_step < train.steps:
-        stage, is_last = spec.stages[number], number == len(spec.stages) - 1
-        length = stage.sequence_length or train.sequence_length
-        known.append(BegunStage(stage.name, first_step, length, _admission(stage)))
-        end = train.steps if is_last else min(train.steps, _natural_end(stage, known[-1], walk, train.steps))
-        fails = spec.on_exhausted == "fail" and not decided and not begun
-        if fails or (spec.on_exhausted == "next" and not is_last):
-            exhausted = _exhausted_at(walk(), known[-1], end)
-            if exhausted < end and fails:
-                raise _too_little(stage, exhausted - first_step, end - first_step)
-            end = end if exhausted == end else max(exhausted, first_step + 1)
-        while ahead and (ahead[0].first_step <= first_step or _is_void(ahead[0], stage.name, end)):
-            ahead.pop(0)
-        if ahead and ahead[0].first_step <= end:
-            start = ahead.pop(0)
-            number, first_step = names.index(start.name), start.first_step
-        else:
-            number, first_step = number + 1, end
-    return walk().state
+    spec, progress = limits.curriculum, seen.progress
+    if spec is None or state.current is None or state.is_recovering or state.is_ending or not progress.stage:
+        return Decision(state)
+    newest = state.stages[-1] if state.stages else None
+    if newest is not None and newest.first_step > progress.watermark:
+        return Decision(state)
+    if newest is not None and _missed(newest, progress):
+        without = replace(state, stages=state.stages[:-1])
+        return _decided(limits, without, seen, newest.name, newest.after, f"it did not begin at {newest.first_step}")
+    after = following(spec, progress.stage)
+    if state.target.stage_wishes > state.stage_wishes:
+        heard = replace(state, stage_wishes=state.target.stage_wishes)
+        by_name = state.target.stage != NEXT
+        name = state.target.stage if by_name else after
+        if name is None or name == progress.stage:
+            why = f"{progress.stage} is the last stage" if name is None else f"{name} is the present stage"
+            return Decision(heard, (Note("stage_kept", {"stage": progress.stage, "why": why}),))
+        ends = "" if by_name else progress.stage
+        return _decided(limits, heard, seen, name, ends, state.target.reason or "asked for")
+    present = next((stage for stage in spec.stages if stage.name == progress.stage), None)
+    if present is None or after is None or not (why := _reached(present, progress)):
+        return Decision(state)
+    return _decided(limits, state, seen, after, progress.stage, why)
 
 
-def continued(
-    present: CurriculumState,
-    first_step: int,
-    spec: CurriculumSpec,
-    train: TrainSpec,
-    chunks: Chunks,
-    decided: Sequence[StageStart],
-) -> CurriculumState:
-    """The plan that trains on the same tokens as `present` before `first_step`, and follows what is decided from there
-    on; what was decided for earlier comes too late. Raises as `planned_stages`."""
-    begun = [stage for stage in present.stages if stage.first_step < first_step]
-    ahead = [s for s in decided if s.first_step >= first_step]
-    return planned_stages(spec, train, chunks, ahead, begun, present.by_document)
+def following(spec: CurriculumSpec, stage: str) -> str | None:
+    """The stage that the job names behind this one; None behind the last. Before the first step the first one counts as
+    present."""
+    names = [s.name for s in spec.stages]
+    place = names.index(stage) if stage in names else 0
+    return names[place + 1] if place + 1 < len(names) else None
 
 
-def longest_row(spec: CurriculumSpec, train: TrainSpec) -> int:
-    """Tokens of the longest row of any stage."""
-    return max(stage.sequence_length or train.sequence_length for stage in spec.stages)
+def _decided(limits: RunLimits, state: RunState, seen: Observation, name: str, after: str, why: str) -> Decision:
+    step_s = typical_step_s(seen.progress) or 0.0
+    first_step = seen.step + 1 + AHEAD + (math.ceil(HEARD_S / step_s) if step_s > 0 else 0)
+    if first_step >= limits.steps:
+        return Decision(state)
+    stages = (*state.stages, StageStart(name, first_step, after))
+    decided = replace(state, stages=stages, stages_version=state.stages_version + 1)
+    return Decision(decided, (Note("stage_decided", {"stage": name, "first_step": first_step, "why": why}),))
 
 
-def _admission(stage: StageSpec) -> Admission:
-    low, high = stage.difficulty
-    if stage.pace is None:
-        return Admission(low, high)
-    pace = stage.pace
-    return Admission(low, high, pace.kind, pace.start, pace.steps, pace.jumps, pace.hardest_first)
+def _missed(start: StageStart, progress: Progress) -> bool:
+    """Whether the run has passed the first step of a stage without it, in the stage that it was to end."""
+    was_in = progress.stage_at(start.first_step)
+    return was_in != start.name and start.after in ("", was_in)
 
 
-def _natural_end(stage: StageSpec, begun: BegunStage, walk: Callable[[], Curriculum], num_steps: int) -> int:
-    """The step after the stage's last one, if nobody decides otherwise."""
-    assert stage.until is not None
-    if stage.until.steps is not None:
-        return begun.first_step + stage.until.steps
-    if stage.until.max_steps is not None:
-        return begun.first_step + stage.until.max_steps
-    assert stage.until.tokens is not None
-    curriculum, tokens, step = walk(), stage.until.tokens, begun.first_step
-    if not curriculum.state.by_document:
-        return step - (-tokens // curriculum.state.step_units(step))
-    while tokens > 0 and step < num_steps:
-        tokens -= curriculum.spans(step).num_tokens
-        step += 1
-    return step
-
-
-def _is_void(start: StageStart, present: str, end: int) -> bool:
-    """Whether it was to end another stage than the one it would begin in."""
-    return start.first_step <= end and start.after not in ("", present)
-
-
-def _check_admits(stage: StageSpec, chunks: Chunks) -> None:
-    low, high = _admission(stage).at(0)
-    if not ((chunks.difficulty >= low) & (chunks.difficulty < high)).any():
-        raise DataError(
-            f"stage {stage.name} selects nothing at first: no document's difficulty lies from {low:.9g} to {high:.9g}",
-            remedy="Widen its difficulty, or begin its pace with more (start); a corpus of few or very long documents "
-            "has few difficulties.",
-            unchanged="Nothing was started.",
-        )
-
-
-def _too_little(stage: StageSpec, done: int, wanted: int) -> DataError:
-    return DataError(
-        f"stage {stage.name} admits too little: after {done} of its {wanted} steps nothing is left of it in the epoch",
-        remedy="Widen its difficulty, end it earlier (until), add text, or set on_exhausted to relax or next.",
-        unchanged="Nothing was started.",
-    )
-
-
-def _exhausted_at(curriculum: Curriculum, stage: BegunStage, end: int) -> int:
-    """The first step before `end` that finds less than it takes of what its stage admits; `end` if there is none."""
-    for step, until in _constant(stage, end):
-        left = curriculum.steps_left(step)
-        if step + left < until:
-            return step + left
-    return end
-
-
-def _constant(stage: BegunStage, end: int) -> Iterator[tuple[int, int]]:
-    """Stretches [step, until) of a stage in which it admits the same."""
-    step = stage.first_step
-    while step < end:
-        change = stage.admission.next_change(step - stage.first_step)
-        until = end if change is None else min(end, stage.first_step + change)
-        yield step, until
-        step = until
+def _reached(stage: StageSpec, progress: Progress) -> str:
+    """Why a stage is to end now; empty if it isn't."""
+    if stage.until is None:
+        return ""
+    losses = [loss for step, loss in progress.validations if step >= progress.stage_step]
+    below, plateau = stage.until.validation_below, stage.until.plateau
+    if below is not None and losses and losses[-1] < below:
+        return f"the validation loss is {losses[-1]:.4f}, below {below:g}"
+    if plateau is not None and len(losses) > plateau:
+        best = min(losses[:-plateau])
+        if min(losses[-plateau:]) > best * (1 - BETTER):
+            return f"{plateau} validations in a row were not better than {best:.4f}"
+    return ""

@@ -15,23 +15,23 @@ be called at any time, also by a successor that has only the journalled state.
 from collections.abc import Callable
 from dataclasses import replace
 
-from orchestrator.policy.batching import fit_slots
-from orchestrator.policy.crew import bury_lost, heed_target, hold_crew, quarantine_nodes
-from orchestrator.policy.draining import plan_departure, watch_drains, why_leaving
-from orchestrator.policy.endings import ask_finish, commit_checkpoint, end_run, fail_run
-from orchestrator.policy.failures import held_back_s
-from orchestrator.policy.leavers import leavers
-from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.losses import bury_members, hear_errors, notice_loss, restart_first
-from orchestrator.policy.moves import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
-from orchestrator.policy.planning_moves import warm_standbys
-from orchestrator.policy.queueing import heed_grant
-from orchestrator.policy.recovery import recover
-from orchestrator.policy.run_state import Decision, Observation, RunState
-from orchestrator.policy.schedule import wanted_size
-from orchestrator.policy.stages import decide_stages
-from orchestrator.policy.stragglers import watch_stragglers
-from orchestrator.policy.verifying import watch_checks
+from orchestrator.policy.curriculum import decide_stages
+from orchestrator.policy.health.budget import held_back_s
+from orchestrator.policy.health.leaving import leavers
+from orchestrator.policy.health.stragglers import watch_stragglers
+from orchestrator.policy.recovery.detect import bury_members, hear_errors, notice_loss, restart_first
+from orchestrator.policy.recovery.recover import recover
+from orchestrator.policy.replay_check import watch_checks
+from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
+from orchestrator.policy.rescale.generation_plan import warm_standbys
+from orchestrator.policy.rescale.micro_batch import fit_slots
+from orchestrator.policy.rescale.rules import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
+from orchestrator.policy.rescale.worker_pool import bury_lost, heed_target, hold_crew, quarantine_nodes
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.requests import heed_grant
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
+from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.policy.termination import ask_finish, commit_checkpoint, end_run, fail_run
 from orchestrator.protocol.messages import Directive, Finish, Phase, Target
 from orchestrator.protocol.scaling import UNLIMITED
 from orchestrator.protocol.status import RunPhase

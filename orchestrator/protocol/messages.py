@@ -8,12 +8,12 @@ state, so the newest wins and a repeat is harmless. `Report` is what a worker an
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from orchestrator.elastic.cut import Holding
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.world import World
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.traffic import Traffic
-from orchestrator.sampling.slots import UNSAID, SlotSize
+from orchestrator.protocol.usage import Traffic
+from orchestrator.sampling.micro_batches import UNSAID, SlotSize
 
 
 class Finish(StrEnum):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from orchestrator.protocol.inference import Fault
+from orchestrator.protocol.child_process import Fault
 from orchestrator.protocol.lines import Lines
 from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress, WorkerJob
 

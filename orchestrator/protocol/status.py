@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from orchestrator.protocol.messages import Phase
-from orchestrator.protocol.traffic import Traffic
+from orchestrator.protocol.usage import Traffic
 
 
 class RunPhase(StrEnum):

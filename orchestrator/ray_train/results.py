@@ -15,11 +15,11 @@ from ray.train.v2.api.result import Result
 
 from orchestrator.checkpoint.manifest import step_name
 from orchestrator.checkpoint.read import list_steps
-from orchestrator.control.checkpoints import DIRECTORY
-from orchestrator.control.points import points_of_event, points_of_steps
-from orchestrator.control.run_files import RunFiles
-from orchestrator.policy.progress import Progress
+from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.messages import StepRecord
+from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.run_files import RunFiles
+from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.sink import MetricPoint
 
 Row = dict[str, Any]

@@ -33,20 +33,20 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray.train.v2.api.result import Result
 
 from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
-from orchestrator.control import local_cluster
-from orchestrator.control.connection import disconnect
-from orchestrator.control.job_files import read_job
-from orchestrator.control.orders import resolved
-from orchestrator.control.run_files import RunFiles, holds_run
+from orchestrator.cluster import local
+from orchestrator.cluster.connection import disconnect
 from orchestrator.errors import NotFinished, NotFound, OrchestratorError, RunFailed, UsageError
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
-from orchestrator.ray_train.following import CallbackError, Follower
+from orchestrator.ray_train.callbacks import CallbackError, Follower
 from orchestrator.ray_train.mapping import settings_of
 from orchestrator.ray_train.results import result_of
-from orchestrator.spec.document import dotted
+from orchestrator.run_records.job_files import read_job
+from orchestrator.run_records.run_files import RunFiles, holds_run
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import job_from, load_job
 from orchestrator.spec.section import Path as Key
+from orchestrator.spec.yaml import dotted
+from orchestrator.submission.submission import resolved
 
 log = logging.getLogger("orchestrator.ray_train")
 
@@ -207,20 +207,20 @@ class _Told:
 @contextmanager
 def _client(address: str | None, job: JobSpec) -> Iterator[OrchestratorClient]:
     """A client of the cluster that there is; without any, of one on this machine that is ended again."""
-    is_there = address or os.environ.get("RAY_ADDRESS") or ray.is_initialized() or local_cluster.status() is not None
+    is_there = address or os.environ.get("RAY_ADDRESS") or ray.is_initialized() or local.status() is not None
     if is_there:
         yield OrchestratorClient(address)
         return
     workers = job.workers.max + max(1, job.workers.standby)
     cpus = max(LOCAL_CPUS, os.cpu_count() or 1, math.ceil(job.resources.cpus * workers))
-    up = local_cluster.up(cpus)
+    up = local.up(cpus)
     try:
         yield OrchestratorClient(up.record.address)
     finally:
         is_needed = not up.fresh or _is_busy(up.record.address)
         disconnect()
         if not is_needed:
-            local_cluster.down()
+            local.down()
 
 
 def _is_busy(address: str) -> bool:

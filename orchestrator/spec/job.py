@@ -17,8 +17,8 @@ from orchestrator.spec.checkpoint import CheckpointSpec
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import DataSpec
+from orchestrator.spec.fault_tolerance import EVERY_STEP, Protection
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.protection import EVERY_STEP, Protection
 from orchestrator.spec.recovery import RecoverySpec
 from orchestrator.spec.resources import ResourcesSpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse

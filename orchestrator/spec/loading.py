@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.errors import Problem, SpecError, UsageError
-from orchestrator.spec.document import Document, dotted, read_document
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.section import Broken, Path, Section
+from orchestrator.spec.yaml import Document, dotted, read_document
 
 MAX_BYTES = 2**20
 MAX_PROBLEMS = 100  # a file with more is something else than a job file; the first ones say so

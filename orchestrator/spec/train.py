@@ -21,7 +21,7 @@ class OptimizerSpec(Section):
 
 
 class ScheduleSpec(Section):
-    """The learning rate over the steps; `orchestrator.spec.schedule` computes it."""
+    """The learning rate over the steps; `orchestrator.spec.lr_schedule` computes it."""
 
     kind: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Its shape after the warm-up.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps in which it rises linearly to lr.")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.comm.peers import PeerGroup
+from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.state.ranges import NamedRanges
 
 WORD = 8  # bytes

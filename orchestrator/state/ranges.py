@@ -1,8 +1,8 @@
 """Training state as named ranges: the one form in which an engine shows its state to anybody else.
 
 A tensor's name says what it is (`param/…`, `master/…`, `exp_avg/…`, `exp_avg_sq/…`, `buffer/…`, as in
-`orchestrator.elastic.layout`); a range is a run of its elements, in the order of the flattened tensor, lying in this
-process's memory. The tensors are views: writing to them writes the engine's state.
+`orchestrator.elastic.state_layout`); a range is a run of its elements, in the order of the flattened tensor, lying in
+this process's memory. The tensors are views: writing to them writes the engine's state.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Snapshots of shards in memory: this worker's own, and those that it keeps for others.
 
-A snapshot is one buffer, laid out by `orchestrator.elastic.snapshot`: a whole shard, or what a step has changed.
+A snapshot is one buffer, laid out by `orchestrator.elastic.snapshot_layout`: a whole shard, or what a step has changed.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orchestrator.elastic.cut import Holding
-from orchestrator.elastic.snapshot import SnapshotFormat
+from orchestrator.elastic.recovery_point import Holding
+from orchestrator.elastic.snapshot_layout import SnapshotFormat
 from orchestrator.state.ranges import NamedRanges
 
 PARTIAL = ("residual/", "velocity/")  # of these each rank has a part, and the tensor is their sum

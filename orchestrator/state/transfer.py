@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from orchestrator.comm.peers import PeerGroup
-from orchestrator.elastic.layout import IntArray
-from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.comm.transport.peer_group import PeerGroup
+from orchestrator.elastic.state_layout import IntArray
+from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.state.ranges import NamedRanges
 
 CHUNK_BYTES = 4 << 20  # a message; smaller moves are packed into one, larger ones are cut

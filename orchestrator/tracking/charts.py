@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from orchestrator.tracking.history import Curve, History, RunEvent, rows_of
-from orchestrator.tracking.page import page_of, svg_of, table_of
+from orchestrator.tracking.html import page_of, svg_of, table_of
 
 PNG_FILE, HTML_FILE = "story.png", "story.html"
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from orchestrator.policy.expert_load import LoadMap, Loads, load_map
+from orchestrator.policy.health.expert_load import LoadMap, Loads, load_map
 from orchestrator.tracking.charts import FAINT, GRID, INK
 
 FILE = "experts.png"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import NotFinished, ProtocolError
-from orchestrator.policy.expert_load import Loads
+from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.tracking.history import CURVES, History, read_history
 from orchestrator.tracking.sink import (

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from orchestrator.policy.report import RunReport
-from orchestrator.policy.time_account import Use
+from orchestrator.policy.report.goodput import Use
+from orchestrator.policy.report.report import RunReport
 from orchestrator.tracking.charts import FAINT, GRID, INK, LOST, WORLD, plain
 
 COLOURS = {

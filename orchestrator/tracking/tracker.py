@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from orchestrator.errors import EpochSuperseded, NotFound
-from orchestrator.policy.expert_load import Loads
+from orchestrator.policy.health.expert_load import Loads
 from orchestrator.tracking.history import History, write_table
 from orchestrator.tracking.outbox import FILE, Outbox
 from orchestrator.tracking.publisher import Publisher, Reporting

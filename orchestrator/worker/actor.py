@@ -1,4 +1,4 @@
-"""The worker: what a Ray actor process hosts (see `orchestrator.control.host`), and the control thread's face.
+"""The worker: what a Ray actor process hosts (see `orchestrator.cluster.actors`), and the control thread's face.
 
 Every method but `warm` returns at once or within the caller's timeout. All that computes runs in a thread of its own,
 the training thread, from warm-up on (`orchestrator.engine.threads`).
@@ -22,17 +22,17 @@ from orchestrator.data.store import TokenStore
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
-from orchestrator.model.rehearsal import rehearse
+from orchestrator.model.dry_run import rehearse
 from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.desk import Desk
-from orchestrator.worker.device import device_of
-from orchestrator.worker.feed import Feed
-from orchestrator.worker.reserved_memory import ReservedMemory
-from orchestrator.worker.shard import Workshop
+from orchestrator.worker.runtime.device import device_of
+from orchestrator.worker.runtime.mailbox import Desk
+from orchestrator.worker.runtime.reserved_memory import ReservedMemory
+from orchestrator.worker.shard.shard import Workshop
+from orchestrator.worker.step.batches import Feed
 from orchestrator.worker.trainer import Trainer
-from orchestrator.worker.warming import warm_up
+from orchestrator.worker.transition.warmup import warm_up
 
 log = logging.getLogger("orchestrator.worker")
 

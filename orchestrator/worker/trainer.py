@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.comm import pulse
-from orchestrator.comm.sockets import shut_connections
-from orchestrator.engine.groups import abort_collectives, disconnect
-from orchestrator.policy.explosion import explosion
+from orchestrator.comm.transport.gloo import shut_connections
+from orchestrator.engine.process_groups import abort_collectives, disconnect
+from orchestrator.policy.health.loss_spike import explosion
 from orchestrator.protocol.messages import (
     Directive,
     Finish,
@@ -24,19 +24,19 @@ from orchestrator.protocol.messages import (
     ShardWritten,
     WorkerError,
 )
-from orchestrator.worker.checking import Checks
-from orchestrator.worker.desk import Desk
-from orchestrator.worker.engagement import Engagement
-from orchestrator.worker.faults import GenerationAborted, LossExploded, StateCorrupted, StateDoubtful, kind_of
-from orchestrator.worker.feed import Feed
-from orchestrator.worker.keeping import Keeping
-from orchestrator.worker.moving import Prepared, announce, announced, first_shard, move
-from orchestrator.worker.preparing import Preparations
-from orchestrator.worker.saving import Saver
-from orchestrator.worker.shard import Progress, Shard, Workshop
-from orchestrator.worker.stages import Stages
-from orchestrator.worker.stepping import Stepper, Voice
-from orchestrator.worker.vote import NO_FENCE, Outcome
+from orchestrator.worker.replay.checker import Checks
+from orchestrator.worker.runtime.abort import Engagement
+from orchestrator.worker.runtime.errors import GenerationAborted, LossExploded, StateCorrupted, StateDoubtful, kind_of
+from orchestrator.worker.runtime.mailbox import Desk
+from orchestrator.worker.shard.shard import Progress, Shard, Workshop
+from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.step.curriculum import Stages
+from orchestrator.worker.step.train_step import Stepper, Voice
+from orchestrator.worker.step.vote import NO_FENCE, Outcome
+from orchestrator.worker.transition.preparation import Preparations
+from orchestrator.worker.transition.save_shard import Saver
+from orchestrator.worker.transition.snapshots import Keeping
+from orchestrator.worker.transition.transition import Prepared, announce, announced, first_shard, move
 
 log = logging.getLogger("orchestrator.worker")
 

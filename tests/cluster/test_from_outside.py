@@ -16,9 +16,9 @@ import pytest
 import ray
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.access import ALLOW_NO_TOKEN
-from orchestrator.control.run_files import RunFiles
+from orchestrator.cluster.auth import ALLOW_NO_TOKEN
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.run_files import RunFiles
 from tests.support.driver import Driver
 from tests.support.hosts import Hosts, until
 from tests.support.outside import GATEWAY, Laptop

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm import ledger
-from orchestrator.elastic.placement import Placement
-from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
-from orchestrator.engine.groups import connect
+from orchestrator.comm import stats
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.process_groups import connect
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.moe import ExpertHome, MoELayer
+from orchestrator.model.moe.layer import ExpertHome, MoELayer
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.protocol.traffic import Traffic, TrafficKind
+from orchestrator.protocol.usage import Traffic, TrafficKind
 from orchestrator.spec.job import TrainSpec
 from orchestrator.spec.model import ModelSpec
 from tests.support.host_ranks import HostRanks
@@ -51,7 +51,7 @@ def _exchange(
         torch.nn.init.normal_(param, std=0.1)
     generator = torch.Generator().manual_seed(rank)
     dist.barrier()
-    since, before = ledger.Since(), _sent_by_host()
+    since, before = stats.Since(), _sent_by_host()
     for _ in range(PASSES):
         layer(torch.randn(1, TOKENS, SPEC.hidden_size, generator=generator, requires_grad=True)).sum().backward()
     dist.barrier()

@@ -13,15 +13,15 @@ import ray
 from orchestrator.checkpoint.manifest import step_name
 from orchestrator.checkpoint.read import list_steps, read_manifest
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.journal import read_events
-from orchestrator.control.memory import read_steps
-from orchestrator.control.run_files import RunFiles
-from orchestrator.policy.detection import SILENT_WHEN_STOPPING_S
+from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.run_files import RunFiles
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.fault_tolerance import OFF
 from orchestrator.spec.job import JobSpec, RecoverySpec, WorkersSpec
-from orchestrator.spec.protection import OFF
-from orchestrator.worker.choosing import PROBES, SKIPPED
+from orchestrator.storage.journal import read_events
+from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support.driver import Driver
 from tests.support.hosts import Hosts, until
 from tests.support.texts import small_job

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from orchestrator.protocol.messages import SlotMemory
-from orchestrator.sampling.ledger import audit
-from orchestrator.sampling.slots import SlotSize
+from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.memory import room
+from orchestrator.worker.step.memory import room
 from tests.support.crew import Crew
 from tests.support.texts import STEPS, prepare_texts, small_job
 

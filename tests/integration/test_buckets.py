@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm.buckets import Bucket, Buckets
-from orchestrator.comm.reduction import ReduceScatter
-from orchestrator.elastic.placement import Placement
-from orchestrator.engine.groups import connect
+from orchestrator.comm.gradients.buckets import Bucket, Buckets
+from orchestrator.comm.gradients.reduce_scatter import ReduceScatter
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.engine.process_groups import connect
 from orchestrator.errors import EntrypointError
-from orchestrator.worker.agreement import check_order
+from orchestrator.worker.shard.model_agreement import check_order
 from tests.support.ranks import Ranks
 
 SIZES = (5, 48, 7, 33, 21, 64)

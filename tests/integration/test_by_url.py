@@ -15,7 +15,7 @@ from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNE
 from ray.experimental import internal_kv
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.connection import connect
+from orchestrator.cluster.connection import connect
 from orchestrator.errors import NameTaken, NotFound, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.job import JobSpec

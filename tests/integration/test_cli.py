@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator.control import local_cluster
-from orchestrator.control.memory import STATUS_FILE, read_status, user_events
+from orchestrator.cluster import local
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.run_history import STATUS_FILE, read_status, user_events
 from tests.support.control import UNHURRIED
 from tests.support.simulated_worker import hurry
 
@@ -122,7 +122,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     """A user without any cluster; whatever they leave is ended."""
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
     yield Here(tmp_path)
-    local_cluster.down()
+    local.down()
 
 
 @pytest.mark.journey
@@ -251,7 +251,7 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
     done = alone("run", alone.job("whole"), "--local")
     assert "whole: succeeded" in done.stdout
     assert "Started Ray" in done.stderr and "Stopped the Ray" in done.stderr
-    assert local_cluster.status() is None
+    assert local.status() is None
     alone("list", expect=69)
     assert "succeeded" in alone("status", "whole").stdout  # from run storage
     assert "each exactly once" in alone("audit", "whole").stdout
@@ -270,14 +270,14 @@ def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
     alone.hurry("lasting")
     assert alone.until_ended("lasting").step == 900
     alone("cluster", "down")
-    assert local_cluster.status() is None
+    assert local.status() is None
 
 
 @pytest.mark.journey
 def test_a_cluster_that_dies_ends_the_command_and_leaves_what_is_known(alone: Here) -> None:
     process = alone.start("run", alone.job("orphaned", train=JOB["train"] | {"steps": 100_000}))
     _await_line(process, "orphaned training")
-    record = local_cluster.status()
+    record = local.status()
     assert record is not None
     os.kill(record.head.pid, signal.SIGKILL)
     _, stderr = process.communicate(timeout=45)  # Ray itself would end the command after a minute, without a word

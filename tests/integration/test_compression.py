@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.layout import Kind
-from orchestrator.elastic.placement import Placement
-from orchestrator.policy.compression import CANDIDATES
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.state_layout import Kind
+from orchestrator.policy.estimate.compression_choice import CANDIDATES
 from orchestrator.protocol.messages import GenerationPlan, Handover
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.choosing import PROBES, SKIPPED
+from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support import small
 from tests.support.crew import Crew
 from tests.support.ranks import Ranks

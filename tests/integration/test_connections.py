@@ -4,9 +4,9 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm.sockets import shut_connections
-from orchestrator.elastic.placement import Placement
-from orchestrator.engine.groups import connect
+from orchestrator.comm.transport.gloo import shut_connections
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.engine.process_groups import connect
 from tests.support.ranks import Ranks
 
 

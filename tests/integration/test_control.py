@@ -15,13 +15,13 @@ import ray
 from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.control.calls import ask
-from orchestrator.control.host import CALLS_AT_ONCE, Seat, names_of, start_host
-from orchestrator.control.memory import read_status
-from orchestrator.control.parts import Parts
-from orchestrator.control.scheduler import get_or_create_scheduler
+from orchestrator.cluster.actors import CALLS_AT_ONCE, Seat, names_of, start_host
+from orchestrator.cluster.calls import ask
+from orchestrator.controller.actor_classes import Parts
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, UsageError
 from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.run_history import read_status
+from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from tests.support.control import UNHURRIED, Cluster, local_ray
 from tests.support.simulated_worker import simulated_parts
 

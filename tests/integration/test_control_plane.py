@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.control.calls import ask
-from orchestrator.control.host import find, names_of
-from orchestrator.control.memory import read_steps
-from orchestrator.control.scheduler import NAME as SCHEDULER
-from orchestrator.control.scheduler import get_or_create_scheduler
+from orchestrator.cluster.actors import find, names_of
+from orchestrator.cluster.calls import ask
 from orchestrator.errors import ClusterUnreachable
 from orchestrator.protocol.messages import Report
 from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.run_history import read_steps
+from orchestrator.scheduler.scheduler import NAME as SCHEDULER
+from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from tests.support.control import PATIENCE_S, UNHURRIED, Cluster, local_ray
 
 pytestmark = pytest.mark.ray

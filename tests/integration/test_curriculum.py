@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.protocol.messages import Phase, StageStart, StepRecord
-from orchestrator.sampling.ledger import audit
+from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.crew import Crew

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.control.crew import Inbox
-from orchestrator.control.energy import EnergyMeter, ProcessorTime
-from orchestrator.control.energy_watch import EnergyWatch
-from orchestrator.control.host import Host
-from orchestrator.control.journal import acquire_epoch, read_events
-from orchestrator.control.memory import RunMemory, user_events
-from orchestrator.policy.limits import RunLimits
+from orchestrator.cluster.actors import Host
+from orchestrator.controller.energy_watch import EnergyWatch
+from orchestrator.controller.worker_group import Inbox
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.run_records.run_history import RunMemory, user_events
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import acquire_epoch, read_events
+from orchestrator.telemetry.energy import EnergyMeter, ProcessorTime
 from tests.support.control import local_ray
 from tests.support.powercap import write_zone
 

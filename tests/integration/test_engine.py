@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.placement import Placement
-from orchestrator.engine.groups import connect, disconnect
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import expert_of
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from tests.support import small
 from tests.support.ranks import Ranks
@@ -104,7 +104,7 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
     from deepspeed.utils import groups as registry
 
-    from orchestrator.engine.deepspeed_engine import _ExpertMarker, _unregister
+    from orchestrator.engine.deepspeed.engine import _ExpertMarker, _unregister
 
     os.environ.setdefault("LOCAL_RANK", "0")
     placement = Placement.balanced(4, world_size)

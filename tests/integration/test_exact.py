@@ -14,12 +14,12 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.memory import read_steps
-from orchestrator.elastic.placement import Placement
-from orchestrator.model.building import catalogue
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.model.factory import catalogue
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import JobSpec, WorkersSpec
-from orchestrator.state.witness import whole
+from orchestrator.state.fingerprint import whole
 from tests.support import small
 from tests.support.crew import Crew
 from tests.support.own_models import linear, own_spec

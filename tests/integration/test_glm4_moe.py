@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, Glm4MoeForCausalLM
 
-from orchestrator.checkpoint import exporting
-from orchestrator.checkpoint.exporting import export_hf
-from orchestrator.checkpoint.glm4_moe import configuration, renamed
+from orchestrator.checkpoint.hf import export
+from orchestrator.checkpoint.hf.export import export_hf
+from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
@@ -135,7 +135,7 @@ def _checkpoint_of(model: MoELanguageModel, directory: Path) -> Path:
 def test_transformers_loads_what_is_exported(
     store_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tolerance: float
 ) -> None:
-    monkeypatch.setattr(exporting, "FILE_BYTES", 100_000)  # several files
+    monkeypatch.setattr(export, "FILE_BYTES", 100_000)  # several files
     tokenizer = store_dir / "tokenizer.json"
     vocab_size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     spec = ModelSpec(**(PLAIN | VARIANTS["all of it"]))  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ def test_rounding_is_that_of_torch() -> None:
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-20, 20).repeat(250)
     edges = torch.tensor([0.0, -0.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 3.3895e38, float("inf")])  # ties, the largest
     values = torch.cat([values, edges])
-    found = torch.from_numpy(exporting.rounded_to_bf16(values.numpy()).view("int16")).view(torch.bfloat16)
+    found = torch.from_numpy(export.rounded_to_bf16(values.numpy()).view("int16")).view(torch.bfloat16)
     assert torch.equal(found, values.bfloat16())
 
 

@@ -16,22 +16,22 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.checkpoint.exporting import export_hf
+from orchestrator.checkpoint.hf.export import export_hf
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.cli.main import main
-from orchestrator.control.inference import ask_model, store_of
-from orchestrator.control.journal import Journal, acquire_epoch
-from orchestrator.control.preparation import PreparedData
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.errors import CheckpointCorrupt, DataError, OrchestratorError
-from orchestrator.model.moe import ExpertHome
+from orchestrator.inference.generate import generate
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.codec import to_plain
-from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
+from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.generating import generate
+from orchestrator.storage.journal import Journal, acquire_epoch
+from orchestrator.submission.model_process import ask_model, store_of
 from tests.integration.test_glm4_moe import _checkpoint_of
 from tests.support.texts import small_job
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.control.checkpoints import commit_checkpoint, newest_good
-from orchestrator.policy.run_state import Commit
+from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import GenerationPlan, Phase, Report, ShardWritten
-from orchestrator.sampling.ledger import audit
+from orchestrator.run_records.checkpoints import commit_checkpoint, newest_good
+from orchestrator.sampling.sample_ledger import audit
 from tests.support.crew import PATIENCE_S, Crew, MemberDied, NoCut
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job

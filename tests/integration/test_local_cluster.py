@@ -14,16 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.control import local_cluster
-from orchestrator.control.local_cluster import ClusterRecord, environment
-from orchestrator.control.processes import Process, is_running, living_of
+from orchestrator.cluster import local
+from orchestrator.cluster.local import ClusterRecord, environment
+from orchestrator.cluster.processes import Process, is_running, living_of
 from orchestrator.errors import UsageError
 from orchestrator.protocol.codec import to_plain
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
-CONNECT = "from orchestrator.control.connection import connect; connect({address!r}); "
+CONNECT = "from orchestrator.cluster.connection import connect; connect({address!r}); "
 START_ACTOR = (
     "import ray\n"
     "@ray.remote\n"
@@ -40,7 +40,7 @@ START_ACTOR = (
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
     yield tmp_path / "home"
-    local_cluster.down()
+    local.down()
 
 
 def python(script: str, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -60,8 +60,8 @@ def members(record: ClusterRecord) -> list[int]:
 
 
 def test_up_and_down_leave_nothing(home: Path) -> None:
-    record = local_cluster.up(6).record
-    assert local_cluster.status() == record
+    record = local.up(6).record
+    assert local.status() == record
     assert record.num_cpus == 6 and all(is_running(process) for process in record.processes)
     assert stat.S_IMODE(os.stat(record.token_path).st_mode) == 0o600
     assert stat.S_IMODE((home / "clusters" / "local").stat().st_mode) == 0o700
@@ -80,15 +80,15 @@ def test_up_and_down_leave_nothing(home: Path) -> None:
     assert int(worker) in members(record)  # its driver has ended; it has not
 
     pids = members(record)
-    assert local_cluster.down() == record
+    assert local.down() == record
     assert members(record) == [] and [pid for pid in pids if psutil.pid_exists(pid)] == []
     assert not Path(record.temp_dir).exists() and not Path(record.token_path).exists() and not scrape.exists()
-    assert local_cluster.status() is None and local_cluster.down() is None
+    assert local.status() is None and local.down() is None
 
 
 def test_two_ups_at_once_start_one_cluster(home: Path) -> None:
-    started: list[local_cluster.Up] = []
-    threads = [threading.Thread(target=lambda: started.append(local_cluster.up(2))) for _ in range(2)]
+    started: list[local.Up] = []
+    threads = [threading.Thread(target=lambda: started.append(local.up(2))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -98,7 +98,7 @@ def test_two_ups_at_once_start_one_cluster(home: Path) -> None:
 
 
 def test_only_who_has_the_token_gets_in(home: Path, tmp_path: Path) -> None:
-    record = local_cluster.up(2).record
+    record = local.up(2).record
     whoever = {"ORCHESTRATOR_HOME": str(tmp_path / "elsewhere"), **environment(record)}
     script = CONNECT.format(address=record.address) + "print('in')"
     token = tmp_path / "wrong"
@@ -116,12 +116,12 @@ def test_only_who_has_the_token_gets_in(home: Path, tmp_path: Path) -> None:
 
 
 def test_a_cluster_that_was_killed_is_noticed_and_cleared_away(home: Path) -> None:
-    record = local_cluster.up(2).record
+    record = local.up(2).record
     psutil.Process(record.head.pid).kill()
     psutil.wait_procs([psutil.Process(record.head.pid)], timeout=10)
-    assert local_cluster.status() is None
+    assert local.status() is None
     assert members(record) == [] and not Path(record.temp_dir).exists()
-    assert local_cluster.up(2).fresh
+    assert local.up(2).fresh
 
 
 def test_a_record_of_a_process_that_is_another_now_harms_nobody(home: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_record_of_a_process_that_is_another_now_harms_nobody(home: Path, tmp_
         path = home / "clusters" / "local" / "cluster.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(to_plain(record)))
-        assert local_cluster.status() is None and not path.exists()
+        assert local.status() is None and not path.exists()
         assert stranger.poll() is None
     finally:
         stranger.kill()
@@ -144,21 +144,21 @@ def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.
     def broken(*_: object) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit('no room')"]
 
-    monkeypatch.setattr(local_cluster, "_head_command", broken)
-    with pytest.raises(local_cluster.ClusterUnreachable, match="no room"):
-        local_cluster.up(2)
-    assert local_cluster.status() is None
+    monkeypatch.setattr(local, "_head_command", broken)
+    with pytest.raises(local.ClusterUnreachable, match="no room"):
+        local.up(2)
+    assert local.status() is None
     assert not (home / "clusters" / "local" / "token").exists()
 
 
 def test_a_port_that_cannot_be_had_is_told_before_anything_starts(home: Path) -> None:
     with pytest.raises(UsageError, match="port 18265 for the Jobs API: Ray gives ports 10002 to 19999 to its workers"):
-        local_cluster.up(2, jobs_port=18265)
+        local.up(2, jobs_port=18265)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=f"port {port} for the Jobs API: it can't be had: Address already in use"):
-            local_cluster.up(2, jobs_port=port)
-    assert local_cluster.status() is None
+            local.up(2, jobs_port=port)
+    assert local.status() is None
 
 
 def only_loopback(record: ClusterRecord) -> bool:

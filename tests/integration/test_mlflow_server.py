@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.tracking.server import MlflowServer, names_of
+from orchestrator.tracking.mlflow_server import MlflowServer, names_of
 
 SEARCH = "/api/2.0/mlflow/experiments/search?max_results=1"
 CREATE = "/api/2.0/mlflow/experiments/create"

@@ -11,10 +11,10 @@ import pytest
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
-from orchestrator.model.building import catalogue
-from orchestrator.policy.planning import StatePlan, plan_memory
+from orchestrator.model.factory import catalogue
+from orchestrator.policy.estimate.job_plan import StatePlan, plan_memory
 from orchestrator.protocol.messages import Fence, Phase, Report
-from orchestrator.sampling.ledger import audit
+from orchestrator.sampling.sample_ledger import audit
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.crew import Crew, Memory
 from tests.support.own_models import example, linear, own_spec

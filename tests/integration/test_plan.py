@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.placement import Placement
-from orchestrator.model.building import catalogue
-from orchestrator.policy.expert_load import NUM_MARGIN_BINS
-from orchestrator.policy.planning import StatePlan, WorldPlan, plan_job
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.model.factory import catalogue
+from orchestrator.policy.estimate.job_plan import StatePlan, WorldPlan, plan_job
+from orchestrator.policy.health.expert_load import NUM_MARGIN_BINS
 from orchestrator.spec.job import JobSpec, WorkersSpec
 from tests.support import small
 from tests.support.ranks import Ranks

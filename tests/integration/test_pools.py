@@ -9,11 +9,11 @@ import ray
 from ray.util import placement_group_table
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from orchestrator.control.calls import ask
-from orchestrator.control.host import find, names_of
-from orchestrator.control.nodes import labels_of_nodes
+from orchestrator.cluster.actors import find, names_of
+from orchestrator.cluster.calls import ask
+from orchestrator.cluster.nodes import labels_of_nodes
 from orchestrator.errors import JobDoesNotFit
-from orchestrator.policy.pools import matches
+from orchestrator.policy.cluster.node_pools import matches
 from orchestrator.protocol.status import RunPhase
 from orchestrator.spec.labels import NODE_ID
 from tests.support.control import Cluster, another_node, local_ray

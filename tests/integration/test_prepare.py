@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.control.orders import order_of
-from orchestrator.control.preparation import Preparation
-from orchestrator.data.bulk import Request, prepare_corpora
-from orchestrator.data.prepare import prepare
-from orchestrator.data.spreading import on_cluster
+from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.pipeline import Request, prepare_corpora
+from orchestrator.data.prepare.ray_map import on_cluster
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, OrchestratorError
+from orchestrator.run_records.data_preparation import Preparation
 from orchestrator.spec.job import JobSpec
+from orchestrator.submission.submission import order_of
 from tests.support.control import local_ray
 
 ROOT = Path(__file__).parents[2]

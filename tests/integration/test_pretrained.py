@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch._C._distributed_c10d import Store
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from orchestrator.checkpoint.glm4_moe import configuration, shapes
-from orchestrator.checkpoint.pretrained import open_pretrained, resolved
-from orchestrator.elastic.placement import Placement
-from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
-from orchestrator.engine.groups import connect
-from orchestrator.model.building import catalogue
-from orchestrator.model.moe import ExpertHome
+from orchestrator.checkpoint.hf.glm4_moe import configuration, shapes
+from orchestrator.checkpoint.hf.pretrained import open_pretrained, resolved
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.process_groups import connect
+from orchestrator.model.factory import catalogue
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
-from orchestrator.worker.beginning import read_pretrained
+from orchestrator.worker.transition.beginning import read_pretrained
 from tests.support.ranks import Ranks
 from tests.support.small import train_spec
 

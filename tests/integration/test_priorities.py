@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.control.scheduler import get_or_create_scheduler
 from orchestrator.errors import JobDoesNotFit
 from orchestrator.protocol.status import RunPhase
+from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from tests.support.control import PATIENCE_S, Cluster, local_ray
 
 pytestmark = pytest.mark.ray
@@ -129,7 +129,7 @@ def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Clu
     on.submit("low", **_job("3..4"))
     on.until("low", lambda s: s.step > 20)
     low = on.ask("events", "low")
-    until_preemptible_s = 60.0  # a run that was just let in keeps its places for so long: policy/sharing.py
+    until_preemptible_s = 60.0  # a run that was just let in keeps its places for so long: policy/cluster/fair_share.py
     on.submit("high", wait=True, **_job("3..3", priority=5))
     on.until("high", lambda s: s.phase is RunPhase.QUEUED and "no room" in s.why)
     assert on.status("low").workers_now == 4  # it isn't shrunk in vain

@@ -17,10 +17,10 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from orchestrator import ElasticTrainer
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
-from orchestrator.control.run_files import RunFiles, holds_run
+from orchestrator.cluster import local
 from orchestrator.errors import NotFound, RunFailed, UsageError
 from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.run_files import RunFiles, holds_run
 from tests.support.hosts import until as await_event
 from tests.support.own_models import ROOT, linear, own_spec
 from tests.support.real_runs import PATIENCE_S, at_home, own_cluster, until
@@ -203,7 +203,7 @@ def test_ctrl_c_cancels_the_run(texts: Path, tmp_path: Path) -> None:
     finally:  # whatever went wrong, its cluster is not left behind
         done.kill()
         with at_home(tmp_path):
-            left = local_cluster.down()
+            left = local.down()
     assert done.returncode != 0 and "KeyboardInterrupt" in errors and left is None
     status = RunFiles(run_dir).status()
     assert status.phase is RunPhase.CANCELLED and status.checkpoint_step == status.step - 1

@@ -18,18 +18,18 @@ import yaml
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.checkpoint.exporting import export_hf
+from orchestrator.checkpoint.hf.export import export_hf
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.calls import ask
-from orchestrator.control.host import find, names_of
-from orchestrator.control.inference import ask_model
-from orchestrator.control.memory import read_steps
+from orchestrator.cluster.actors import find, names_of
+from orchestrator.cluster.calls import ask
 from orchestrator.errors import EntrypointError, NotFound, UsageError
-from orchestrator.protocol.inference import Evaluation, EvaluationResult, Generation, GenerationResult
+from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
-from orchestrator.worker.faults import NO_MEMORY
+from orchestrator.submission.model_process import ask_model
+from orchestrator.worker.runtime.errors import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import ROOT, linear, own_spec
 from tests.support.real_runs import own_cluster, until

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.adamw import Replayer
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.shelf import Shelf
 from orchestrator.state.snapshot import Update, copy_into
+from orchestrator.state.snapshot_store import Shelf
 from tests.support import small
 from tests.support.ranks import Ranks
 

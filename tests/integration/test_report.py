@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control.memory import read_steps
-from orchestrator.control.reporting import read_report
-from orchestrator.policy.report import Rates
+from orchestrator.policy.report.report import Rates
+from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from orchestrator.submission.report import read_report
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
 

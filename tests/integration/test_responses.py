@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.protocol.messages import Phase
-from orchestrator.sampling.ledger import audit
-from orchestrator.sampling.slots import UNSAID, SlotSize
-from orchestrator.worker.faults import NO_MEMORY
+from orchestrator.sampling.micro_batches import UNSAID, SlotSize
+from orchestrator.sampling.sample_ledger import audit
+from orchestrator.worker.runtime.errors import NO_MEMORY
 from tests.support.crew import Crew
 from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import linear, own_spec

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.protocol.messages import Phase
-from orchestrator.sampling.ledger import audit
+from orchestrator.sampling.sample_ledger import audit
 from tests.support.crew import Crew
 from tests.support.texts import STEPS, small_job
 

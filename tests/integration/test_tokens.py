@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.traffic import TrafficKind
+from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import EvalSpec
 from tests.support.crew import Crew

@@ -20,10 +20,10 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Static
 
-from orchestrator.cli.top_feed import Feed
-from orchestrator.cli.top_screen import TopApp
+from orchestrator.cli.top.feed import Feed
+from orchestrator.cli.top.screen import TopApp
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
+from orchestrator.cluster import local
 from orchestrator.spec.job import JobSpec, WorkersSpec
 from tests.support.real_runs import own_cluster
 from tests.support.texts import small_job
@@ -78,20 +78,20 @@ def test_a_cluster_that_dies_is_a_line_and_its_successor_is_found(
 ) -> None:
     monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    first = local_cluster.up(2)
+    first = local.up(2)
     try:
         with _terminal("top") as (process, until):
             until("no run yet")
             os.kill(first.record.head.pid, signal.SIGKILL)
             until("No answer, trying again")
-            second = local_cluster.up(2)
+            second = local.up(2)
             until(second.record.address)
             os.write(process.terminal, b"q")
             process.child.wait(timeout=30)
             seen = process.seen()
         assert process.child.returncode == 0 and "Traceback" not in seen and "Error" not in seen
     finally:
-        local_cluster.down()
+        local.down()
 
 
 @pytest.mark.parametrize("verb", [["top"], ["top", "watched"]])

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import EpochSuperseded, NotFound, UsageError
+from orchestrator.tracking.mlflow_server import MlflowServer
 from orchestrator.tracking.outbox import FILE
-from orchestrator.tracking.server import MlflowServer
 from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerSetup, with_driver
 from orchestrator.tracking.tracker import Tracker
 

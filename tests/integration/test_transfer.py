@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm.peers import PeerGroup
-from orchestrator.elastic.layout import Kind, Layout, training_layout
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
-from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.comm.transport.peer_group import PeerGroup
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World, union
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.control.checkpoints import commit_checkpoint
-from orchestrator.control.journal import Journal, acquire_epoch
-from orchestrator.control.run_files import RunFiles
-from orchestrator.policy.run_state import Commit
-from orchestrator.policy.verifying import Difference, first_difference
+from orchestrator.policy.replay_check import Difference, first_difference
+from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Check, Checked, PastWorld, Phase, StepRecord
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.checkpoints import commit_checkpoint
+from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import CheckpointSpec, EvalSpec, JobSpec, VerifySpec, WorkersSpec
-from orchestrator.state.witness import whole
+from orchestrator.state.fingerprint import whole
+from orchestrator.storage.journal import Journal, acquire_epoch
 from tests.support.crew import Crew, MoveFailed
 from tests.support.faults import Fault, Moment
 from tests.support.own_models import linear, own_spec

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import ray
 
-from orchestrator.control.calls import ask
-from orchestrator.control.host import find, names_of
-from orchestrator.control.memory import read_steps
-from orchestrator.control.parts import Parts
-from orchestrator.control.scheduler import get_or_create_scheduler
+from orchestrator.cluster.actors import find, names_of
+from orchestrator.cluster.calls import ask
+from orchestrator.controller.actor_classes import Parts
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.run_history import read_steps
+from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
 from tests.support.hosts import until
 from tests.support.simulated_worker import hurry, simulated_parts

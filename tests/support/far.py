@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orchestrator.control import local_cluster
-from orchestrator.control.connection import disconnect
-from orchestrator.control.run_files import RunFiles
+from orchestrator.cluster import local
+from orchestrator.cluster.connection import disconnect
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.run_files import RunFiles
 from tests.support.own_models import linear, own_spec
 from tests.support.real_runs import at_home
 from tests.support.texts import small_job
@@ -26,7 +26,7 @@ PATIENCE_S = 120.0
 class Far:
     """Runs commands of ours and of Ray's in `directory`; `record` is the cluster, for who looks into it."""
 
-    def __init__(self, directory: Path, url: str, record: local_cluster.ClusterRecord, token: str = "") -> None:
+    def __init__(self, directory: Path, url: str, record: local.ClusterRecord, token: str = "") -> None:
         self.directory, self.url, self.record = directory, url, record
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "ORCHESTRATOR_"))}
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token or record.token_path}
@@ -65,12 +65,12 @@ def far_cluster(home: Path, directory: Path, variables: Mapping[str, str] = {}) 
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
         probe.close()
-        up = local_cluster.up(4, jobs_port=port)
+        up = local.up(4, jobs_port=port)
         try:
             yield Far(directory, f"http://127.0.0.1:{port}", up.record)
         finally:
             disconnect()
-            local_cluster.down()
+            local.down()
 
 
 def until_stored(run_dir: Path, condition: Callable[[RunStatus], bool]) -> RunStatus:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.comm import stream
+from orchestrator.comm.transport import stream
 from orchestrator.protocol.messages import GenerationPlan
 
 
@@ -98,15 +98,16 @@ _wrapped: list[str] = []
 
 
 def _wrap() -> None:
-    from orchestrator.worker import preparing, trainer  # tests that only name faults don't load torch
-    from orchestrator.worker.stepping import Stepper
+    from orchestrator.worker import trainer
+    from orchestrator.worker.step.train_step import Stepper
+    from orchestrator.worker.transition import preparation
 
     for owner, name, around in (
         (Stepper, "step", _around_step),
         (stream.Stream, "send", _around_send),
-        (preparing, "prepare", _around_prepare),
+        (preparation, "prepare", _around_prepare),
         (trainer, "move", _around_move),
-        (preparing.Preparations, "await_activation", _around_activation),
+        (preparation.Preparations, "await_activation", _around_activation),
     ):
         setattr(owner, name, around(getattr(owner, name)))
         _wrapped.append(name)

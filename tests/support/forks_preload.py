@@ -10,6 +10,6 @@ os.environ["GOMP_SPINCOUNT"] = (
 import deepspeed  # noqa: F401
 import torch  # noqa: F401
 
-import orchestrator.engine.deepspeed_engine
+import orchestrator.engine.deepspeed.engine
 import orchestrator.worker.actor  # noqa: F401
 import tests.support.faults  # noqa: F401

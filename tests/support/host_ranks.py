@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from orchestrator.control.crew import WORKER_ENV
+from orchestrator.controller.worker_group import WORKER_ENV
 from tests.support.hosts import Hosts
 
 PATIENCE_S = 300.0
@@ -71,8 +71,8 @@ def serve(pipe: Connection) -> None:
     """Answer calls until there are no more; the first rank keeps the rendezvous store."""
     import torch
 
-    from orchestrator.comm.rendezvous import RendezvousServer, connect_store
-    from orchestrator.engine.groups import disconnect
+    from orchestrator.comm.transport.rendezvous import RendezvousServer, connect_store
+    from orchestrator.engine.process_groups import disconnect
 
     torch.set_num_threads(1)
     keeper: Any = None

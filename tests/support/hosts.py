@@ -29,7 +29,7 @@ from typing import Any, Self
 
 import psutil
 
-from orchestrator.control.job_port import PYTHON
+from orchestrator.cluster.jobs_api import PYTHON
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ("ip", "tc", "env", "mount", "nsenter", "setpriv", "unshare")

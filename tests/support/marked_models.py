@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from orchestrator.data.store import TokenStore
-from orchestrator.sampling.slots import ONE_ROW
+from orchestrator.sampling.micro_batches import ONE_ROW
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.feed import Feed
+from orchestrator.worker.step.batches import Feed
 from tests.support.own_models import linear, own_spec
 
 LOGITS = "self.head(self.embedding(tokens))"

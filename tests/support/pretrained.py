@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from orchestrator.checkpoint.glm4_moe import configuration, shapes, their_names
+from orchestrator.checkpoint.hf.glm4_moe import configuration, shapes, their_names
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.spec.model import ModelSpec
 

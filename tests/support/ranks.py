@@ -24,8 +24,8 @@ def _serve(pipe: Connection) -> None:
         while True:
             function, rank, world_size, port, prefix, args = pipe.recv()
             try:
-                from orchestrator.comm.rendezvous import connect_store
-                from orchestrator.engine.groups import disconnect
+                from orchestrator.comm.transport.rendezvous import connect_store
+                from orchestrator.engine.process_groups import disconnect
 
                 store = connect_store("127.0.0.1", port)
                 try:
@@ -40,7 +40,7 @@ class Ranks:
     """A pool of rank processes, grown as needed."""
 
     def __init__(self) -> None:
-        from orchestrator.comm.rendezvous import RendezvousServer
+        from orchestrator.comm.transport.rendezvous import RendezvousServer
 
         self._server = RendezvousServer("127.0.0.1")
         self._pipes: list[Connection] = []

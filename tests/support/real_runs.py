@@ -8,9 +8,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 from orchestrator.client import OrchestratorClient
-from orchestrator.control import local_cluster
-from orchestrator.control.access import reread_environment
-from orchestrator.control.connection import disconnect
+from orchestrator.cluster import local
+from orchestrator.cluster.auth import reread_environment
+from orchestrator.cluster.connection import disconnect
 from orchestrator.protocol.status import RunStatus
 
 PATIENCE_S = 120.0
@@ -33,12 +33,12 @@ def at_home(home: Path) -> Iterator[None]:
 def own_cluster(home: Path, cpus: int) -> Iterator[OrchestratorClient]:
     """A local cluster that is recorded in `home` while this lasts, and a client of it."""
     with at_home(home):
-        up = local_cluster.up(cpus)
+        up = local.up(cpus)
         try:
             yield OrchestratorClient(up.record.address)
         finally:
             disconnect()
-            local_cluster.down()
+            local.down()
 
 
 def until(client: OrchestratorClient, run: str, condition: Callable[[RunStatus], bool]) -> RunStatus:

@@ -25,9 +25,8 @@ import numpy as np
 import psutil
 
 from orchestrator.checkpoint.write import ShardPiece, write_shard
-from orchestrator.control.parts import Parts
-from orchestrator.control.preparation import PreparedData
-from orchestrator.elastic.cut import Holding
+from orchestrator.controller.actor_classes import Parts
+from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
     Directive,
@@ -40,9 +39,10 @@ from orchestrator.protocol.messages import (
     WorkerError,
     WorkerJob,
 )
+from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import TrackerSetup
-from orchestrator.worker.desk import Desk
+from orchestrator.worker.runtime.mailbox import Desk
 
 POLL_S = 0.002
 HURRY = Path("sim", "hurry")

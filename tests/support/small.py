@@ -5,18 +5,18 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.layout import Layout, training_layout
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.state_layout import Layout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine, StepOutcome
-from orchestrator.engine.deepspeed_engine import DeepSpeedEngineAdapter
-from orchestrator.engine.groups import Groups, connect
+from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.process_groups import Groups, connect
 from orchestrator.engine.reference import ReferenceEngine
 from orchestrator.model.batch import MicroBatch
-from orchestrator.model.building import catalogue
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.factory import catalogue
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.sampling.slots import max_slots, slots_of
+from orchestrator.sampling.micro_batches import max_slots, slots_of
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import ModelSpec, TrainSpec
 from orchestrator.spec.train import OptimizerSpec

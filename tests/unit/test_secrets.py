@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import secrets
-from orchestrator.control.host import log_to
+from orchestrator.cluster.actors import log_to
 from orchestrator.errors import UsageError
 from orchestrator.secrets import redacted, take_secrets, without
 

@@ -3,10 +3,10 @@
 import pytest
 
 from benchmarks.support.minimum import holdings, minimum_bytes
-from orchestrator.elastic.layout import training_layout
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
-from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_layout import training_layout
+from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
 DENSE, FIRST, SECOND = ParamSpec("dense", 20, None), ParamSpec("a", 3, 0), ParamSpec("b", 5, 1)

@@ -9,7 +9,7 @@ from benchmarks.harness import Interval
 from benchmarks.rescale import effect_time, ratio_of, rel_gaps, transition_of
 from benchmarks.support.product import Request
 from benchmarks.support.trace import FinishedStep
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress
 from orchestrator.protocol.status import Rescale

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.comm.peers import PeerGroup
+from orchestrator.comm.transport.peer_group import PeerGroup
 
 PATIENCE_S = 20.0
 

@@ -11,7 +11,7 @@ import pytest
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
-from orchestrator.control.checkpoints import DIRECTORY, LOOK_AGAIN_S, LookBack
+from orchestrator.run_records.checkpoints import DIRECTORY, LOOK_AGAIN_S, LookBack
 
 
 def _checkpoint(run_dir: Path, step: int) -> Path:

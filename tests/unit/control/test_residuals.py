@@ -8,9 +8,9 @@ import pytest
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
-from orchestrator.control.scheduler import _refuse_other_residuals
 from orchestrator.errors import UsageError
 from orchestrator.protocol.messages import Restore
+from orchestrator.scheduler.scheduler import _refuse_other_residuals
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.job import JobSpec
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.data.manifest import PrepareOptions, Source
+from orchestrator.data.prepare.store_writer import StoreWriter, published
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.data.writer import StoreWriter, published
 
 BYTES_ONLY = TextTokenizer.train([""], 257)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.manifest import INDEX_DTYPE
+from orchestrator.data.prepare.store_writer import StoreWriter
 from orchestrator.data.store import IGNORED_TARGET, TokenStore
-from orchestrator.data.writer import StoreWriter
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.sampling.chunks import Spans
 from tests.unit.data.stores import BYTES_ONLY, write_store

@@ -3,10 +3,10 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from orchestrator.elastic.layout import Kind, Layout, training_layout
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
-from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
 Memory = dict[str, dict[int, np.ndarray]]  # worker -> tensor -> its values, NaN where it holds nothing

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestrator.elastic.buckets import PIECE_MULTIPLE
+from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
 from orchestrator.engine.adamw import AdamW
 from orchestrator.spec.train import TrainSpec
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from orchestrator.control.account import differences
+from orchestrator.controller.recorder import differences
 from orchestrator.engine.numerics import fingerprint
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from orchestrator.elastic.placement import Placement
-from orchestrator.model.cache import KVCache
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.model.decoding import next_token
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.kv_cache import KVCache
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.building import alone, build_model
+from orchestrator.model.factory import alone, build_model
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.elastic.placement import Placement
-from orchestrator.model.moe import ExpertHome
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.policy.activations import activation_bytes, item_bytes, loss_bytes
+from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.spec.job import ModelSpec, TrainSpec
 
 VOCAB = 512

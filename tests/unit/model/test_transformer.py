@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.model.base import expert_of
-from orchestrator.model.building import catalogue
+from orchestrator.model.factory import catalogue
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe import ExpertHome
+from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import (
     Attention,
     MoELanguageModel,

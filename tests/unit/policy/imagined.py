@@ -7,13 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from orchestrator.elastic.cut import Holding
-from orchestrator.policy.endings import publishable
+from orchestrator.elastic.recovery_point import Holding
+from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
-from orchestrator.policy.limits import RunLimits
-from orchestrator.policy.progress import Progress, absorb
-from orchestrator.policy.run_state import Commit, Dismiss, Note, Observation, RunState
-from orchestrator.policy.stragglers import slowest
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.policy.state.run_state import Commit, Dismiss, Note, Observation, RunState
+from orchestrator.policy.termination import publishable
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
     Directive,

@@ -1,149 +1,146 @@
-"""Which stage begins when, as far as the job and its corpus say."""
+"""When a stage is decided: by hand, by a validation loss, by a plateau, and again if it was missed."""
 
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from orchestrator.errors import DataError
-from orchestrator.policy.curriculum import continued, longest_row, planned_stages
-from orchestrator.protocol.messages import StageStart
-from orchestrator.sampling.chunks import Chunks
-from orchestrator.sampling.curriculum import Curriculum, CurriculumState
+from orchestrator.errors import UsageError
+from orchestrator.policy.curriculum import AHEAD, decide_stages, following
+from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.policy.state.run_state import Observation, RunState
+from orchestrator.protocol.messages import Finish, StageStart, StepRecord, Target
 from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.job import TrainSpec
+from tests.unit.policy.imagined import Life, limits_of, record
 
-TRAIN = TrainSpec(steps=50, global_batch_size=4, micro_batch_size=2, sequence_length=5)
-CHUNKS = Chunks.of(np.full(100, 4), np.arange(100.0), 4)  # 400 tokens: 20 steps of 20
-
-
-def _spec(*stages: dict[str, Any], **rest: Any) -> CurriculumSpec:
-    return CurriculumSpec.model_validate({"stages": tuple(stages), **rest})
+HEARD = 2  # steps of a second in which every member hears of it
 
 
-def _firsts(spec: CurriculumSpec, train: TrainSpec = TRAIN) -> list[tuple[str, int, int]]:
-    return [(s.name, s.first_step, s.sequence_length) for s in planned_stages(spec, train, CHUNKS).stages]
+def _limits(*ends: dict[str, Any]) -> Any:
+    stages = [{"name": name, "until": end} for name, end in zip("abcd", ends, strict=False)]
+    spec = CurriculumSpec.model_validate({"stages": (*stages, {"name": "last"})})
+    return limits_of(steps=200, curriculum=spec)
 
 
-def test_stages_follow_one_another_by_steps_and_by_tokens() -> None:
-    spec = _spec(
-        {"name": "a", "until": {"steps": 7}},
-        {"name": "b", "sequence_length": 10, "until": {"tokens": 90}},  # 40 a step
-        {"name": "c"},
-    )
-    assert _firsts(spec) == [("a", 0, 5), ("b", 7, 10), ("c", 10, 5)]
-    assert longest_row(spec, TRAIN) == 10
+def _trained(up_to: int, stages: dict[int, str], losses: dict[int, float] | None = None) -> Progress:
+    records: list[StepRecord] = []
+    for step in range(up_to + 1):
+        stage = next(name for first, name in sorted(stages.items(), reverse=True) if first <= step)
+        records.append(replace(record(step), stage=stage, validation_loss=(losses or {}).get(step)))
+    return absorb(Progress(), records)
 
 
-def test_stages_after_the_last_step_are_not_reached() -> None:
-    spec = _spec({"name": "a", "until": {"steps": 50}}, {"name": "b", "until": {"steps": 1}}, {"name": "c"})
-    assert _firsts(spec) == [("a", 0, 5)]
+def _training(limits: Any) -> RunState:
+    life = Life(limits)
+    life.run_until(lambda: life.step == 2)
+    return life.state
 
 
-def test_a_stage_with_nothing_left_gives_way_if_it_shall() -> None:
-    easy = {"name": "a", "difficulty": (0.0, 0.5), "until": {"steps": 30}}  # 200 tokens: 10 steps
-    assert _firsts(_spec(easy, {"name": "b"}, on_exhausted="next")) == [("a", 0, 5), ("b", 10, 5)]
-    assert _firsts(_spec(easy, {"name": "b"}, on_exhausted="relax")) == [("a", 0, 5), ("b", 30, 5)]
-    with pytest.raises(DataError, match="stage a admits too little: after 10 of its 30 steps"):
-        planned_stages(_spec(easy, {"name": "b"}, on_exhausted="fail"), TRAIN, CHUNKS)
+def _seen(progress: Progress, target: Target) -> Observation:
+    return Observation(epoch=1, now_s=100.0, target=target, progress=progress)
 
 
-def test_a_stage_that_opens_is_exhausted_by_what_is_open() -> None:
-    """A tenth is open for two of ten steps: 40 tokens are 2 steps, and then 80 in all are 4, as fast as it opens."""
-    pace = {"kind": "step", "start": 0.1, "steps": 40, "jumps": 1}
-    spec = _spec({"name": "a", "pace": pace, "until": {"steps": 40}}, {"name": "b"}, on_exhausted="next")
-    assert _firsts(spec) == [("a", 0, 5), ("b", 2, 5)]
+def _decide(limits: Any, state: RunState, progress: Progress) -> tuple[RunState, list[dict[str, Any]]]:
+    decision = decide_stages(limits, state, _seen(progress, state.target))
+    return decision.state, [action.fields for action in decision.actions]  # type: ignore[union-attr]
 
 
-def test_the_last_stage_has_to_last_if_it_shall_fail_else() -> None:
-    spec = _spec({"name": "a", "difficulty": (0.0, 0.5)}, on_exhausted="fail")
-    assert _firsts(spec, TRAIN.model_copy(update={"steps": 10})) == [("a", 0, 5)]
-    with pytest.raises(DataError, match="stage a admits too little: after 10 of its 11 steps"):
-        planned_stages(spec, TRAIN.model_copy(update={"steps": 11}), CHUNKS)
-    assert _firsts(_spec({"name": "a", "difficulty": (0.0, 0.5)}, on_exhausted="next")) == [("a", 0, 5)]
+def test_a_stage_that_is_asked_for_begins_some_steps_ahead_once() -> None:
+    limits = _limits({"steps": 50}, {"steps": 50})
+    state = _training(limits)
+    state = replace(state, target=replace(state.target, seq=9, stage="last", stage_wishes=1))
+    progress = _trained(20, {0: "a"})
+    decided, told = _decide(limits, state, progress)
+    first_step = 21 + AHEAD + HEARD
+    assert decided.stages == (StageStart("last", first_step),) and decided.stages_version == 1
+    assert [(t["stage"], t["first_step"]) for t in told] == [("last", first_step)]
+    assert _decide(limits, decided, progress) == (decided, [])
+    later = _trained(first_step + 3, {0: "a", first_step: "last"})
+    assert _decide(limits, decided, later) == (decided, [])
 
 
-def test_a_stage_that_selects_nothing_is_named() -> None:
-    few = Chunks.of(np.array([10, 10]), np.array([1.0, 2.0]), 4)
-    spec = _spec({"name": "a", "until": {"steps": 1}}, {"name": "narrow", "difficulty": (0.1, 0.4)})
-    with pytest.raises(DataError, match="stage narrow selects nothing at first"):
-        planned_stages(spec, TRAIN, few)
+def test_next_is_the_one_behind_the_present_one() -> None:
+    limits = _limits({"steps": 50}, {"steps": 50})
+    state = _training(limits)
+    state = replace(state, target=replace(state.target, seq=9, stage="next", stage_wishes=1))
+    decided, _ = _decide(limits, state, _trained(20, {0: "a", 10: "b"}))
+    assert [stage.name for stage in decided.stages] == ["last"]
+    at_the_end, told = _decide(limits, state, _trained(20, {0: "a", 10: "last"}))
+    assert at_the_end.stages == () and at_the_end.stage_wishes == 1
+    assert told == [{"stage": "last", "why": "last is the last stage"}]
+    assert limits.curriculum is not None and following(limits.curriculum, "") == "b"
 
 
-STAGES = (
-    {"name": "a", "until": {"steps": 10}},
-    {"name": "b", "until": {"steps": 5}},
-    {"name": "c", "sequence_length": 3},
+def test_the_present_stage_is_kept_and_says_so() -> None:
+    limits = _limits({"steps": 50}, {"steps": 50})
+    state = _training(limits)
+    state = replace(state, target=replace(state.target, seq=9, stage="a", stage_wishes=1))
+    kept, told = _decide(limits, state, _trained(20, {0: "a"}))
+    assert kept.stages == () and told == [{"stage": "a", "why": "a is the present stage"}]
+
+
+def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
+    limits = _limits({"steps": 50}, {"steps": 50})
+    state = replace(_training(limits), stages=(StageStart("b", 30),), stages_version=1, stage_wishes=1)
+    state = replace(state, target=replace(state.target, seq=9, stage="last", stage_wishes=2))
+    assert _decide(limits, state, _trained(20, {0: "a"})) == (state, [])
+    decided, _ = _decide(limits, state, _trained(30, {0: "a", 30: "b"}))
+    assert [stage.name for stage in decided.stages] == ["b", "last"] and decided.stages_version == 2
+
+
+def test_next_is_void_once_another_stage_has_come() -> None:
+    limits = _limits({"steps": 25}, {"steps": 50})
+    state = replace(_training(limits), stages=(StageStart("b", 28, after="a"),), stages_version=1)
+    assert _decide(limits, state, _trained(30, {0: "a", 25: "b"})) == (state, [])
+    other = replace(state, stages=(StageStart("last", 28, after="a"),))
+    assert _decide(limits, other, _trained(30, {0: "a", 25: "b"})) == (other, [])
+
+
+def test_a_validation_loss_ends_a_stage_if_it_is_of_that_stage() -> None:
+    limits = _limits({"steps": 5}, {"validation_below": 3.0, "max_steps": 100})
+    state = _training(limits)
+    assert _decide(limits, state, _trained(20, {0: "a", 5: "b"}, {4: 2.9, 9: 3.1, 19: 3.0}))[1] == []
+    decided, told = _decide(limits, state, _trained(20, {0: "a", 5: "b"}, {4: 2.9, 9: 3.1, 19: 2.99}))
+    assert [stage.name for stage in decided.stages] == ["last"]
+    assert told[0]["why"] == "the validation loss is 2.9900, below 3"
+
+
+@pytest.mark.parametrize(
+    ("losses", "ends"),
+    [
+        ({2: 3.0, 4: 2.9, 6: 2.8}, False),
+        ({2: 3.0, 4: 2.99, 6: 2.995}, True),
+        ({2: 3.0, 4: 2.99}, False),
+        ({2: 3.0, 4: 3.2, 6: 2.9}, False),
+    ],
 )
+def test_a_plateau_ends_a_stage(losses: dict[int, float], ends: bool) -> None:
+    limits = _limits({"plateau": 2, "max_steps": 100})
+    decided, _ = _decide(limits, _training(limits), _trained(8, {0: "a"}, losses))
+    assert [stage.name for stage in decided.stages] == (["last"] if ends else [])
 
 
-def _decided(*stages: tuple[str, int]) -> list[tuple[str, int]]:
-    found = planned_stages(_spec(*STAGES), TRAIN, CHUNKS, [StageStart(*stage) for stage in stages]).stages
-    return [(stage.name, stage.first_step) for stage in found]
+def test_a_stage_that_did_not_begin_is_decided_again() -> None:
+    limits = _limits({"validation_below": 3.0, "max_steps": 100})
+    state = replace(_training(limits), stages=(StageStart("last", 20),), stages_version=1)
+    assert _decide(limits, state, _trained(19, {0: "a"}, {5: 2.0})) == (state, [])  # not known yet
+    decided, told = _decide(limits, state, _trained(22, {0: "a"}, {5: 2.0}))
+    assert decided.stages == (StageStart("last", 23 + AHEAD + HEARD),) and decided.stages_version == 2
+    assert told[0]["why"] == "it did not begin at 20"
 
 
-def test_what_is_decided_comes_first_and_the_job_goes_on_behind_it() -> None:
-    assert _decided() == [("a", 0), ("b", 10), ("c", 15)]
-    assert _decided(("b", 4)) == [("a", 0), ("b", 4), ("c", 9)]
-    assert _decided(("c", 4)) == [("a", 0), ("c", 4)]
-    assert _decided(("a", 12)) == [("a", 0), ("b", 10), ("a", 12), ("b", 22), ("c", 27)]
-    assert _decided(("b", 4), ("a", 9), ("c", 11)) == [("a", 0), ("b", 4), ("a", 9), ("c", 11)]
+def test_nothing_is_decided_for_a_run_that_ends_or_has_no_curriculum() -> None:
+    limits = _limits({"validation_below": 3.0, "max_steps": 100})
+    state, progress = _training(limits), _trained(20, {0: "a"}, {5: 2.0})
+    ending = replace(state, target=replace(state.target, finish=Finish.PAUSE))
+    assert _decide(limits, ending, progress) == (ending, [])
+    assert _decide(limits_of(), state, progress) == (state, [])
+    assert _decide(replace(limits, steps=23), state, progress)[0].stages == ()  # too near the end
 
 
-def test_a_decision_for_a_later_stage_waits_for_its_step() -> None:
-    assert _decided(("a", 20)) == [("a", 0), ("b", 10), ("c", 15), ("a", 20), ("b", 30), ("c", 35)]
-    assert _decided(("b", 70)) == [("a", 0), ("b", 10), ("c", 15)]  # after the last step
-
-
-@pytest.mark.parametrize("stages", [(("b", 0),), (("b", 4), ("c", 4)), (("b", 4), ("c", 3))])
-def test_a_decision_that_does_not_follow_the_one_before_is_left_out(stages: tuple[tuple[str, int], ...]) -> None:
-    assert _decided(*stages) == (_decided(*stages[:1]) if len(stages) > 1 else _decided())
-
-
-def test_a_decision_to_end_another_stage_than_the_present_one_is_left_out() -> None:
-    def decided(after: str) -> list[str]:
-        state = planned_stages(_spec(*STAGES), TRAIN, CHUNKS, [StageStart("c", 12, after)])
-        return [f"{stage.name}{stage.first_step}" for stage in state.stages]
-
-    assert decided("b") == decided("") == ["a0", "b10", "c12"]
-    assert decided("a") == ["a0", "b10", "c15"]
-
-
-def _continued(first_step: int, *decided: StageStart, present: tuple[StageStart, ...] = ()) -> list[str]:
-    spec = _spec(*STAGES)
-    before = planned_stages(spec, TRAIN, CHUNKS, present)
-    after = continued(before, first_step, spec, TRAIN, CHUNKS, decided)
-    begun = [stage for stage in before.stages if stage.first_step < first_step]
-    assert list(after.stages[: len(begun)]) == begun
-    return [f"{stage.name}{stage.first_step}" for stage in after.stages]
-
-
-def test_what_is_decided_for_the_past_comes_too_late() -> None:
-    assert _continued(7, StageStart("c", 7)) == ["a0", "c7"]
-    assert _continued(8, StageStart("c", 7)) == ["a0", "b10", "c15"]
-    assert _continued(12, StageStart("b", 4), StageStart("c", 12)) == ["a0", "b10", "c12"]
-
-
-def test_what_was_followed_stays_though_it_is_not_spoken_of_any_more() -> None:
-    assert _continued(8, present=(StageStart("b", 4),)) == ["a0", "b4", "c9"]
-    assert _continued(8, StageStart("a", 8), present=(StageStart("b", 4),)) == ["a0", "b4", "a8", "b18", "c23"]
-
-
-def test_nothing_fails_for_want_of_text_once_something_was_decided() -> None:
-    spec = _spec({"name": "a", "difficulty": (0.0, 0.5), "until": {"steps": 5}}, {"name": "b"}, on_exhausted="fail")
-    present = planned_stages(spec, TRAIN.model_copy(update={"steps": 20}), CHUNKS)
-    longer = continued(present, 3, spec, TRAIN, CHUNKS, [StageStart("a", 10)])
-    assert [stage.name for stage in longer.stages] == ["a", "b", "a", "b"]
-
-
-def test_a_stage_by_document_ends_with_the_step_in_which_it_has_its_tokens() -> None:
-    """Documents of 4 and 8 tokens, four a step: 16 to 32."""
-    chunks = Chunks.of(np.array([4, 8] * 50), np.arange(100.0), 8)
-    spec = _spec({"name": "a", "until": {"tokens": 200}}, {"name": "b"})
-    train = TRAIN.model_copy(update={"sequence_length": 8})
-    state = planned_stages(spec, train, chunks, by_document=True)
-    curriculum = Curriculum(chunks, state)
-    end = state.stages[1].first_step
-    taken = [curriculum.spans(step).num_tokens for step in range(end)]
-    assert sum(taken[:-1]) < 200 <= sum(taken) and len(set(taken)) > 1
-    assert CurriculumState.from_json(state.to_json()).by_document
+def test_stages_that_the_job_does_not_have_are_refused() -> None:
+    _limits({"steps": 3}).check_stage("next")
+    with pytest.raises(UsageError, match="its stages are a, last"):
+        _limits({"steps": 3}).check_stage("b")
+    with pytest.raises(UsageError, match="its job has no curriculum"):
+        limits_of().check_stage("next")

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.lifecycle import decide, directive_of, explain, phase_of
-from orchestrator.policy.limits import ScheduledSize
-from orchestrator.policy.progress import Progress, absorb
-from orchestrator.policy.resuming import resumed
-from orchestrator.policy.run_state import Note, Observation
+from orchestrator.policy.state.config import ScheduledSize
+from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.policy.state.resuming import resumed
+from orchestrator.policy.state.run_state import Note, Observation
 from orchestrator.protocol.messages import Fence, Finish, Handover, Phase, Report, Restore, ResumeOrder, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of

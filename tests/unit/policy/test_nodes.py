@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from tests.unit.policy.imagined import Life, limits_of
 
 HOMES = {f"w{number}": "abab"[number % 4] for number in range(12)}

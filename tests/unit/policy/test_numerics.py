@@ -1,10 +1,10 @@
 """Whose numerics are not the run's, in words."""
 
-from orchestrator.control.verification import differing_workers
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.policy.numerics import differences, doubt, shown
 from orchestrator.protocol.messages import PastWorld
+from orchestrator.submission.verification import differing_workers
 
 
 def test_what_differs_is_shown_by_worker() -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain

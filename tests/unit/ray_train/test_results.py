@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 from ray.train import CheckpointConfig
 
-from orchestrator.control.journal import acquire_epoch
-from orchestrator.control.memory import RunMemory
 from orchestrator.errors import NotFound
-from orchestrator.policy.progress import Progress
-from orchestrator.policy.run_state import Note
+from orchestrator.policy.state.progress import Progress
+from orchestrator.policy.state.run_state import Note
 from orchestrator.ray_train.results import result_of, rows_of, with_validations
+from orchestrator.run_records.run_history import RunMemory
+from orchestrator.storage.journal import acquire_epoch
 from tests.unit.policy.imagined import limits_of, record
 
 LOSSES = {0: 5.0, 2: 3.0, 4: 4.0}

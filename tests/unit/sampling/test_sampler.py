@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ProtocolError
+from orchestrator.sampling.micro_batches import slots_of
 from orchestrator.sampling.sampler import SamplerState, Stage, sample
-from orchestrator.sampling.slots import slots_of
 
 TWO_STAGES = SamplerState(
     seed=3,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.comm.peers import PeerGroup
+from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.state.digest import _TABLE, PERIOD, WORD, StateDigests, _block_key, differing, digest
 from orchestrator.state.ranges import NamedRanges
 

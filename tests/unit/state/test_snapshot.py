@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic.cut import Holding
-from orchestrator.elastic.layout import training_layout
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.recovery_point import Holding
+from orchestrator.elastic.state_layout import training_layout
 from orchestrator.elastic.world import World
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.shelf import Shelf, Vault
 from orchestrator.state.snapshot import Snapshot, Update, copy_into, joined
+from orchestrator.state.snapshot_store import Shelf, Vault
 
 PARAMS = [ParamSpec("dense", 40, None), ParamSpec("expert0", 6, 0), ParamSpec("expert1", 6, 1)]
 LAYOUT = training_layout(PARAMS, Placement.balanced(2, 2), World(4, ("a", "b")), True, [("bias", 3)])

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.comm.peers import PeerGroup
-from orchestrator.elastic.layout import Layout, training_layout
-from orchestrator.elastic.params import ParamSpec
-from orchestrator.elastic.placement import Placement
-from orchestrator.elastic.transfer import TransferPlan
+from orchestrator.comm.transport.peer_group import PeerGroup
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import Piece, carry_out, chunks

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
 
-from orchestrator.policy.expert_load import LoadMap
+from orchestrator.policy.health.expert_load import LoadMap
 from orchestrator.tracking.load_chart import FILE, MOST_LAYERS, MOST_LOAD, draw_loads, load_figure
 
 

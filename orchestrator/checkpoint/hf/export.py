@@ -1,0 +1,158 @@
+"""A checkpoint written as a directory that `transformers` loads: weights, configuration, tokenizer.
+
+One tensor at a time, so that memory for a file of weights is enough.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import TensorSpec, serialize_file
+from tokenizers import Tokenizer
+
+from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.errors import CheckpointCorrupt, UsageError
+from orchestrator.spec.job import JobSpec
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+FILE_BYTES = 4 * 2**30  # a weights file is closed once it holds this much
+FP32_ALWAYS = ("mlp.gate.weight", "e_score_correction_bias")  # as the architecture keeps them
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+WEIGHTS = "model-{number:05d}-of-{count:05d}.safetensors"
+
+Array = npt.NDArray[Any]
+
+
+def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: str = "bf16") -> int:
+    """Write `to`, which must not exist yet or be empty. It appears whole or not at all.
+
+    Args:
+        checkpoint: directory of a complete checkpoint.
+        job: of the run that wrote it.
+        tokenizer: the run's `tokenizer.json`.
+        dtype: of the weights: fp32 or bf16; routers stay fp32.
+
+    Returns:
+        bytes of weights.
+
+    Raises:
+        UsageError: `to` is not empty, or the format has no such model.
+        CheckpointCorrupt: the checkpoint can't be read, or is of another model.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UsageError(
+            f"{to} exists and is not empty", remedy="Name a new directory with --to.", unchanged="Nothing was written."
+        )
+    if job.model.entrypoint is not None:
+        raise UsageError(
+            f"run {job.name} trains a model of its own, {job.model.entrypoint}; this format has Glm4Moe models only",
+            remedy="Read its checkpoint instead: each shard is a safetensors file, under your module's names.",
+            unchanged="Nothing was written.",
+        )
+    library = Tokenizer.from_file(str(tokenizer))
+    vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
+    config = configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
+    partial = to.with_name(f".{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with CheckpointReader(checkpoint) as reader:
+            reader.verify()
+            _check_sizes(reader, {"master/head": (vocab_size, job.model.hidden_size)})
+            num_bytes = _write_weights(_tensors(reader, job.model.embedding_scale), DTYPES[dtype], partial)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _write_tokenizer(tokenizer, library, job.train.sequence_length, partial)
+        if to.exists():
+            to.rmdir()
+        partial.rename(to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return num_bytes
+
+
+def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -> None:
+    for name, shape in wanted.items():
+        entry = reader.manifest.tensors.get(name)
+        if entry is None or entry.shape != shape:
+            found = "no such tensor" if entry is None else f"shape {entry.shape}"
+            raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer say {shape}")
+
+
+def _tensors(reader: CheckpointReader, embedding_scale: float) -> Iterator[tuple[str, Array]]:
+    """Weights and buffers under their names, fp32."""
+    for key, entry in reader.manifest.tensors.items():
+        kind, _, name = key.partition("/")
+        if kind in ("master", "buffer"):
+            yield from renamed(name, reader.read(key, 0, entry.numel).reshape(entry.shape), embedding_scale)
+
+
+def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: Path) -> int:
+    """Files of about `FILE_BYTES` and their index; the number of files is known at the end only."""
+    files: list[list[str]] = []
+    held: dict[str, tuple[str, tuple[int, ...], Array]] = {}  # dtype, shape, data
+    total = size = 0
+
+    def close() -> None:
+        specs = {
+            n: TensorSpec(dtype=kept, shape=shape, data_ptr=data.ctypes.data, data_len=data.nbytes)
+            for n, (kept, shape, data) in held.items()
+        }
+        path = directory / f"part-{len(files)}"
+        path.touch()  # with the permissions of any other file; the library would make one for its owner alone
+        mode = path.stat().st_mode
+        serialize_file(specs, path, {"format": "pt"})
+        path.chmod(mode)
+        files.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        kept = "float32" if name.endswith(FP32_ALWAYS) else dtype
+        data: Array = rounded_to_bf16(tensor) if kept == "bfloat16" else np.ascontiguousarray(tensor)
+        held[name] = (kept, tensor.shape, data)
+        size += data.nbytes
+        if size >= FILE_BYTES:
+            close()
+            total, size = total + size, 0
+    if held:
+        close()
+        total += size
+    places: dict[str, str] = {}
+    for index, names in enumerate(files):
+        file = WEIGHTS.format(number=index + 1, count=len(files))
+        (directory / f"part-{index}").rename(directory / file)
+        places |= dict.fromkeys(names, file)
+    index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=2)
+    (directory / "model.safetensors.index.json").write_text(index_text + "\n")
+    return total
+
+
+def rounded_to_bf16(values: Array) -> npt.NDArray[np.uint16]:
+    """bf16 as bits, which numpy has no type for: the upper halves of fp32 values, rounded to nearest, ties to even. Not
+    for NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _write_tokenizer(tokenizer: Path, library: Tokenizer, sequence_length: int, directory: Path) -> None:
+    """The library's own file, and what transformers wants to know. What begins a document ends the one before it."""
+    shutil.copyfile(tokenizer, directory / TOKENIZER)
+    named = tokenizer.with_name(TOKENIZER_CONFIG)  # another's tokenizer says here what begins a document
+    border = (
+        json.loads(named.read_text())["bos_token"] if named.exists() else library.get_added_tokens_decoder()[0].content
+    )
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": border,
+        "eos_token": border,
+        "model_max_length": sequence_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    number = library.token_to_id(border)
+    generation = {"bos_token_id": number, "eos_token_id": number}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

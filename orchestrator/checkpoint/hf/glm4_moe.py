@@ -1,0 +1,213 @@
+"""Our model in Hugging Face's format: the names, the split and the configuration of `Glm4MoeForCausalLM`.
+
+The maths is the same, so weights are only renamed, the embedding multiplied by its scale, and the joint gate-and-up
+matrices cut in two, or put together again where such a directory is read (`orchestrator.checkpoint.hf.pretrained`).
+Experts are written one by one, `experts.7.gate_proj.weight`, as published checkpoints of this architecture have them.
+`tests/integration/test_glm4_moe.py` compares logits and gradients with transformers.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from orchestrator.errors import UsageError
+from orchestrator.spec.model import ModelSpec
+
+ARCHITECTURE = "Glm4MoeForCausalLM"
+
+_WHOLE = {  # ours within a layer: theirs
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query": "self_attn.q_proj.weight",
+    "attention.key": "self_attn.k_proj.weight",
+    "attention.value": "self_attn.v_proj.weight",
+    "attention.output": "self_attn.o_proj.weight",
+    "attention.query_bias": "self_attn.q_proj.bias",
+    "attention.key_bias": "self_attn.k_proj.bias",
+    "attention.value_bias": "self_attn.v_proj.bias",
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.router.weight": "mlp.gate.weight",
+    "mlp.router.correction_bias_E": "mlp.gate.e_score_correction_bias",
+}
+_OUTSIDE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+_MLP = re.compile(r"(mlp(?:\.experts\.\d+|\.shared)?)\.(gate_up|down)")
+_EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_up|down)")
+_SIZES = {  # their key: ours, where only the name differs
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_size",
+    "rms_norm_eps": "norm_eps",
+    "attention_bias": "attention_bias",
+    "use_qk_norm": "qk_norm",
+    "moe_intermediate_size": "expert_intermediate_size",
+    "num_experts_per_tok": "top_k",
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "num_shared_experts",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "n_group": "num_expert_groups",
+    "topk_group": "top_k_groups",
+    "first_k_dense_replace": "num_dense_layers",
+}
+_DEFAULTS: dict[str, Any] = {  # what transformers takes where config.json says nothing
+    "head_dim": None,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "norm_topk_prob": True}  # our model knows no other
+
+
+def their_names(name: str) -> tuple[str, ...]:
+    """What a tensor of ours, parameter or buffer, is called there: one name, or those of a gate-and-up matrix's halves.
+
+    Raises:
+        KeyError: we have no tensor of this name.
+    """
+    layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if layer is None:
+        return (_OUTSIDE[name],)
+    prefix, inner = f"model.layers.{layer[1]}.", layer[2]
+    mlp = _MLP.fullmatch(inner)
+    if mlp is None:
+        return (prefix + _WHOLE[inner],)
+    path = prefix + mlp[1].replace(".shared", ".shared_experts")
+    kinds = ("down",) if mlp[2] == "down" else ("gate", "up")
+    return tuple(f"{path}.{kind}_proj.weight" for kind in kinds)
+
+
+def stacked_name(name: str) -> tuple[str, int] | None:
+    """The tensor that holds all experts of a layer, as models in memory and some files have it, and the place of ours
+    in it; None for what belongs to no expert."""
+    expert = _EXPERT.fullmatch(name)
+    return (f"model.layers.{expert[1]}.mlp.experts.{expert[3]}_proj", int(expert[2])) if expert else None
+
+
+def renamed(name: str, tensor: npt.NDArray[Any], embedding_scale: float) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """A tensor of ours under their names, as it is there. Raises KeyError: we have no tensor of this name."""
+    names = their_names(name)
+    if name == "embedding.weight":
+        tensor = tensor * np.float32(embedding_scale)
+    yield from zip(names, np.split(tensor, len(names)), strict=True)
+
+
+def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of ours, parameters and buffers."""
+    wide, queries, keys = spec.hidden_size, spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+    yield from (("embedding.weight", (vocab_size, wide)), ("norm.weight", (wide,)), ("head", (vocab_size, wide)))
+    within = {
+        "attention_norm.weight": (wide,),
+        "attention.query": (queries, wide),
+        "attention.key": (keys, wide),
+        "attention.value": (keys, wide),
+        "attention.output": (wide, queries),
+        "mlp_norm.weight": (wide,),
+    }
+    if spec.attention_bias:
+        within |= {f"attention.{kind}_bias": (n,) for kind, n in (("query", queries), ("key", keys), ("value", keys))}
+    if spec.qk_norm:
+        within |= {f"attention.{kind}_norm.weight": (spec.head_size,) for kind in ("query", "key")}
+    routed = {"mlp.router.weight": (spec.num_experts, wide), "mlp.router.correction_bias_E": (spec.num_experts,)}
+    widths = {f"experts.{expert}.": spec.expert_intermediate_size for expert in range(spec.num_experts)}
+    if spec.num_shared_experts:
+        widths["shared."] = spec.num_shared_experts * spec.expert_intermediate_size
+    for layer in range(spec.num_layers):
+        dense = layer < spec.num_dense_layers
+        for inner, shape in within.items() if dense else (within | routed).items():
+            yield f"layers.{layer}.{inner}", shape
+        for mlp, width in ({"": spec.intermediate_size} if dense else widths).items():
+            yield f"layers.{layer}.mlp.{mlp}gate_up", (2 * width, wide)
+            yield f"layers.{layer}.mlp.{mlp}down", (wide, width)
+
+
+def configuration(spec: ModelSpec, vocab_size: int, sequence_length: int, dtype: str) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        UsageError: the architecture has no such model.
+    """
+    if spec.router != "sigmoid":
+        raise UsageError(
+            f"model.router is {spec.router}; {ARCHITECTURE} has sigmoid routers only",
+            unchanged="Nothing was written.",
+        )
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "glm4_moe",
+        "dtype": dtype,
+        **{theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()},
+        "vocab_size": vocab_size,
+        "max_position_embeddings": sequence_length,
+        "initializer_range": spec.init_std,
+        "tie_word_embeddings": False,
+        "rope_parameters": _ROPE | {"rope_theta": spec.rope_theta, "partial_rotary_factor": spec.rope_fraction},
+        **_FIXED,
+        "num_nextn_predict_layers": 0,
+        "use_cache": True,
+    }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a `config.json` says under `their_key`: the value of our `key`."""
+
+    their_key: str
+    key: str
+    value: Any
+
+
+def settings(config: Mapping[str, Any]) -> list[Setting]:
+    """A `config.json` as keys of our `model` section.
+
+    Raises:
+        UsageError: another architecture, keys that are missing, or a model that ours can't be. All of them are named.
+    """
+    architectures = config.get("architectures")
+    if architectures != [ARCHITECTURE]:
+        raise UsageError(f"its architecture is {_named(architectures)}; only {ARCHITECTURE} can be read")
+    known = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
+    if missing := [key for key in _SIZES if key not in known]:
+        raise UsageError(f"it lacks {', '.join(missing)}")
+    rope = _ROPE | {key: config[key] for key in _ROPE if config.get(key) is not None}
+    for scaling in ("rope_scaling", "rope_parameters"):  # as older and newer versions of transformers write it
+        rope |= config.get(scaling) or {}
+    wrong = {key: known[key] for key, value in _FIXED.items() if known.get(key, value) != value}
+    wrong |= {
+        key: rope[key]
+        for key, value in (("rope_type", "default"), ("type", "default"))
+        if rope.get(key, value) != value
+    }
+    if wrong:
+        shown = ", ".join(f"{key} {json.dumps(value)}" for key, value in wrong.items())
+        raise UsageError(f"it has {shown}, which no model of ours can have")
+    if known["head_dim"] is None:
+        known["head_dim"] = int(known["hidden_size"]) // int(known["num_attention_heads"])
+    return [
+        *(Setting(theirs, ours, known[theirs]) for theirs, ours in _SIZES.items()),
+        Setting("architectures", "router", "sigmoid"),
+        Setting("rope_theta", "rope_theta", float(rope["rope_theta"])),
+        Setting("partial_rotary_factor", "rope_fraction", float(rope["partial_rotary_factor"])),
+    ]
+
+
+def _named(architectures: object) -> str:
+    return ", ".join(map(str, architectures)) if isinstance(architectures, list) else json.dumps(architectures)

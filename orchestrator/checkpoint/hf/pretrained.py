@@ -1,0 +1,199 @@
+"""A directory of a `Glm4MoeForCausalLM` as `transformers` saves it, whose weights a run begins with.
+
+Torch-free, so that a submission can check it: only `config.json`, the index and the headers of the weights' files are
+read. `orchestrator.worker.transition.beginning` reads the weights. Experts may be stored one by one or stacked.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+
+from orchestrator.checkpoint.hf.glm4_moe import Setting, settings, shapes, stacked_name, their_names
+from orchestrator.errors import CheckpointCorrupt, UsageError
+from orchestrator.spec.model import ModelSpec
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "F16", "BF16")
+NAMED_AT_MOST = 8  # tensors in a message
+_BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
+_UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older versions of transformers saved what they compute
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in a file, or one matrix of it where experts are stacked."""
+
+    file: Path
+    key: str
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Which tensors there are, by their names there: file, shape and number format.
+
+    Args:
+        tied: the head is the embedding; ours becomes a copy of it, which is trained by itself.
+    """
+
+    path: Path
+    files: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    tied: bool
+
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """Where a tensor of ours lies: the parts, one below the other. Raises KeyError if it isn't there."""
+        wanted = their_names("embedding.weight" if self.tied and name == "head" else name)
+        stacked = stacked_name(name)
+        if stacked is not None and stacked[0] in self.files:
+            return (Part(self.path / self.files[stacked[0]], *stacked),)
+        return tuple(Part(self.path / self.files[theirs], theirs) for theirs in wanted)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raises CheckpointCorrupt that names what is missing, of another shape or number format, or has no place."""
+        assert spec.vocab_size is not None
+        wanted: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes(spec, spec.vocab_size):
+            stacked = stacked_name(name)
+            if self.tied and name == "head":
+                continue
+            if stacked is not None and stacked[0] in self.files:
+                wanted[stacked[0]] = (spec.num_experts, *shape)
+                continue
+            names = their_names(name)
+            wanted |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
+        self._refuse("lacks", [name for name in wanted if name not in self.files])
+        held = [name for name in wanted if name in self.files]
+        wrong = [f"{n} has {self.shapes[n]}, not {wanted[n]}" for n in held if self.shapes[n] != wanted[n]]
+        self._refuse("doesn't match its config.json:", wrong)
+        other = [f"{n} ({self.dtypes[n]})" for n in held if self.dtypes[n] not in FLOATS]
+        self._refuse("holds numbers that are none of fp32, fp16 and bf16:", other)
+        over = [name for name in self.files if name not in wanted and not self._ignored(name, spec)]
+        self._refuse("holds tensors that such a model has no place for:", over)
+
+    def _ignored(self, name: str, spec: ModelSpec) -> bool:
+        """Whether transformers ignores it too: layers for multi-token prediction, tables, the head of a tied model."""
+        beyond = _BEYOND.fullmatch(name)
+        if beyond is not None and int(beyond[1]) >= spec.num_layers:
+            return True
+        return (self.tied and name == "lm_head.weight") or _UNUSED.fullmatch(name) is not None
+
+    def _refuse(self, fault: str, found: list[str]) -> None:
+        if found:
+            more = f" and {len(found) - NAMED_AT_MOST} more" if len(found) > NAMED_AT_MOST else ""
+            raise CheckpointCorrupt(
+                f"{self.path} {fault} {', '.join(found[:NAMED_AT_MOST])}{more}",
+                remedy="Fetch or save the directory again, whole, or leave model.init_from out.",
+                unchanged="Nothing was started.",
+            )
+
+
+def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
+    """The model section with everything that the directory's `config.json` says; what the section says itself must
+    agree. Weights are not looked at.
+
+    Raises:
+        UsageError: no such directory, another architecture, or values that differ: all of them are named.
+    """
+    path = directory / CONFIG
+    try:
+        found = settings(_read_json(path))
+    except UsageError as error:
+        raise _refused(f"model.init_from: {path}: {error.message}") from error
+    differing = [_difference(spec, setting) for setting in found if _differs(spec, setting)]
+    if differing:
+        raise _refused(
+            f"the job and {path} differ: {'; '.join(differing)}",
+            "Correct these keys of the job's model section, or leave them out: they are taken from the directory.",
+        )
+    values = {setting.key: setting.value for setting in found}
+    try:
+        return ModelSpec.model_validate(spec.model_dump(exclude_unset=True) | values | {"init_from": str(directory)})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        raise _refused(f"model.init_from: {path} is of a model that can't be trained: {wrong}") from error
+
+
+def open_pretrained(directory: Path) -> Pretrained:
+    """Read which tensors there are, from the files' headers.
+
+    Raises:
+        UsageError: there is no `config.json`.
+        CheckpointCorrupt: a file is missing, cut off, or not what its name says.
+    """
+    tied = bool(_read_json(directory / CONFIG).get("tie_word_embeddings", False))
+    index = directory / INDEX
+    if index.exists():
+        named = _read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(_is_plain(file) for file in named.values()):
+            raise _broken(f"{index} has no weight_map that names files beside it")
+    elif (directory / WEIGHTS).exists():
+        named = None
+    else:
+        raise _broken(f"{directory} holds neither {WEIGHTS} nor {INDEX}")
+    files: dict[str, str] = {}
+    found_shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    for file in sorted(set(named.values())) if named is not None else [WEIGHTS]:
+        try:
+            with safe_open(directory / file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it is no dict
+                    header = opened.get_slice(name)
+                    files[name] = file
+                    found_shapes[name], dtypes[name] = tuple(header.get_shape()), header.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise _broken(f"{directory / file} can't be read: {error}") from error
+    lost = [name for name, file in (named or {}).items() if files.get(name) != file]
+    if lost:
+        raise _broken(f"{index} names tensors that aren't where it says: {', '.join(lost[:NAMED_AT_MOST])}")
+    return Pretrained(directory, files, found_shapes, dtypes, tied)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _refused(f"model.init_from: {path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise _refused(f"model.init_from: {path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise _refused(f"model.init_from: {path} is a JSON {type(content).__name__}; it must be an object")
+    return content
+
+
+def _differs(spec: ModelSpec, setting: Setting) -> bool:
+    if setting.key not in spec.model_fields_set:
+        return False
+    ours, theirs = getattr(spec, setting.key), setting.value
+    if isinstance(ours, float) and isinstance(theirs, int | float):
+        return not math.isclose(ours, theirs, rel_tol=1e-9)
+    return bool(ours is not None and ours != theirs)
+
+
+def _difference(spec: ModelSpec, setting: Setting) -> str:
+    ours = f"model.{setting.key} is {json.dumps(getattr(spec, setting.key))}"
+    named = setting.their_key if setting.key != "router" else "router"
+    return f"{ours}, {named} is {json.dumps(setting.value)}"
+
+
+def _is_plain(file: object) -> bool:
+    return isinstance(file, str) and Path(file).name == file
+
+
+def _refused(message: str, remedy: str = "") -> UsageError:
+    remedy = remedy or "Name a directory that Glm4MoeForCausalLM.save_pretrained or `orchestrator export` has written."
+    return UsageError(message, remedy=remedy, unchanged="Nothing was started.")
+
+
+def _broken(message: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(
+        message, remedy="Fetch or save the directory again, whole.", unchanged="Nothing was started."
+    )

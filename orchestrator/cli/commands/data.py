@@ -1,0 +1,235 @@
+"""`data prepare`: text of any size to a token store that jobs train on."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from orchestrator.cli.terminal.format import counted, size
+from orchestrator.cli.terminal.options import Address, Output
+from orchestrator.cli.terminal.output import Format, say, show, show_json
+from orchestrator.cli.terminal.progress import ERASE_LINE, LINE_EVERY_S, bar
+from orchestrator.errors import DataError, UsageError
+
+REDRAW_EVERY_S = 0.1
+INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+OPTIONS = {  # what the library calls them, and what they are called here
+    "data.source": "SOURCE",
+    "data.text_key": "--text-key",
+    "data.vocab_size": "--vocab-size",
+    "data.tokenizer": "--tokenizer",
+    "data.holdout": "--holdout",
+    "curriculum.signal": "--difficulty",
+    "min_chars": "--min-chars",
+    "max_chars": "--max-chars",
+    "max_bad": "--max-bad",
+}
+
+app = typer.Typer(no_args_is_help=True, help="Text made ready for training.")
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE", help="Files, folders or built-in texts, as in data.source of a job file."),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where stores lie, each named by its content.")],
+    text_key: Annotated[str, typer.Option("--text-key", metavar="KEY", help="Key or column with the text.")] = "text",
+    vocab_size: Annotated[int, typer.Option("--vocab-size", min=257, help="Tokens to learn, at most.")] = 2048,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json to use instead of learning one."),
+    ] = None,
+    holdout: Annotated[
+        float, typer.Option("--holdout", metavar="SHARE", help="Of the documents, kept for validation.")
+    ] = 0.05,
+    difficulty: Annotated[
+        str | None,
+        typer.Option("--difficulty", metavar="SIGNAL", help="Score documents, as curriculum.signal of a job file."),
+    ] = None,
+    min_chars: Annotated[int | None, typer.Option("--min-chars", min=1, help="Leave shorter documents out.")] = None,
+    max_chars: Annotated[int | None, typer.Option("--max-chars", min=1, help="Leave longer documents out.")] = None,
+    keep_duplicates: Annotated[
+        bool, typer.Option("--keep-duplicates", help="Keep documents whose text an earlier one has.")
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="W,W...",
+            help="Shares of the sources in the tokens to train on. Default: all there is.",
+        ),
+    ] = None,
+    max_bad: Annotated[
+        float, typer.Option("--max-bad", metavar="SHARE", help="Of the records, that may be bad and are left out.")
+    ] = 0.001,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Make a token store of text, on all nodes of a cluster. Name its directory as data.source of a job.
+
+    Without a cluster, one is started on this machine, and ended afterwards. Ctrl-C ends it; the same command goes on.
+    """
+    from orchestrator.cli.terminal.summary import aligned
+    from orchestrator.data.prepare.pipeline import Request, check, prepare_corpora
+    from orchestrator.data.prepare.ray_map import on_cluster
+
+    request = Request(
+        tuple(str(source) if source.startswith("builtin:") else str(Path(source).expanduser()) for source in sources),
+        vocab_size,
+        holdout,
+        text_key,
+        None if tokenizer is None else tokenizer.expanduser(),
+        difficulty,
+        min_chars,
+        max_chars,
+        not keep_duplicates,
+        None if weights is None else _numbers(weights),
+        max_bad,
+    )
+    progress = Progress()
+    with _in_words_of_options():
+        check(request)  # before any cluster is looked for, or started
+        with _cluster(address):
+            try:
+                done = prepare_corpora(request, out.expanduser(), on_cluster, progress.tell)
+            except KeyboardInterrupt:
+                progress.close()
+                say("Ended. What is done is kept: the same command goes on.")
+                raise typer.Exit(INTERRUPTED) from None
+            finally:
+                progress.close()
+    if done.found:
+        say("The store was there already. Nothing was changed.")
+    told = described(done)
+    if output is Format.JSON:
+        show_json(told)
+    else:
+        show(aligned(_lines(told)))
+
+
+def described(done: Any) -> dict[str, Any]:
+    """What was read, dropped and written, as plain values."""
+    manifest = done.store.manifest
+    return {
+        "store": str(done.store.directory),
+        "found": done.found,
+        "records": done.num_records,
+        "empty": done.num_empty,
+        "sources": [source.model_dump(mode="json") for source in manifest.sources],
+        "quarantine": None if done.quarantine is None else str(done.quarantine),
+        "splits": {split: counts.model_dump() for split, counts in manifest.splits.items()},
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_digest": manifest.tokenizer_digest,
+    }
+
+
+class Progress:
+    """A bar on stderr; where nobody looks, a line for each stage and every few seconds.
+
+    Args:
+        stream: where to write; a terminal is told by `isatty`.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._refreshes = self._stream.isatty()
+        self._stage = ""
+        self._written_s = 0.0
+
+    def tell(self, stage: str, fraction: float) -> None:
+        every_s = REDRAW_EVERY_S if self._refreshes else LINE_EVERY_S
+        if stage == self._stage and time.monotonic() - self._written_s < every_s:
+            return
+        self._stage, self._written_s = stage, time.monotonic()
+        line = f"{stage} {fraction:.0%}"
+        if self._refreshes:
+            width = shutil.get_terminal_size().columns - 1
+            self._write(f"{ERASE_LINE}{f'{bar(round(1000 * fraction), 1000)} {line}'[:width]}")
+        elif stage != "done":
+            self._write(line + "\n")
+
+    def close(self) -> None:
+        """Leave the terminal's line to others."""
+        if self._refreshes and self._stage:
+            self._write(ERASE_LINE)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [("store", told["store"]), ("read", f"{told['records']:,} records, {told['empty']:,} of them without text")]
+    for source in told["sources"]:
+        dropped = {reason: count for reason, count in (source.get("dropped") or {}).items() if count}
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        kept = f"{source['name']}: {counted(source['num_documents'], 'document')}, {size(source['num_bytes'])}"
+        lines.append(("kept", f"{kept}; left out: {left_out or 'none'}"))
+    lines.append(("quarantine", told["quarantine"] or "nothing"))
+    for split, counts in told["splits"].items():
+        lines.append((split, f"{counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens"))
+    lines.append(("tokenizer", f"{told['vocab_size']:,} tokens, sha256 {told['tokenizer_digest'][:16]}"))
+    return lines
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--weights {text}: numbers with commas between them, as in 0.7,0.3") from None
+
+
+@contextmanager
+def _in_words_of_options() -> Iterator[None]:
+    """What is said of a job's keys, said of the options that stand for them here."""
+    try:
+        yield
+    except DataError as error:
+        for key, option in OPTIONS.items():
+            error.message = error.message.replace(key, option)
+            error.remedy = error.remedy.replace(key, option)
+        raise
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Connected to the cluster that is named, or to the local one, started if need be and then ended again."""
+    from orchestrator.cluster import local
+    from orchestrator.cluster.connection import connect, disconnect
+
+    fresh = False
+    if address is None:
+        started = local.up(os.cpu_count() or 1)
+        address, fresh = started.record.address, started.fresh
+        if fresh:
+            say(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
+    try:
+        connect(address)
+        yield
+    finally:
+        used = fresh and _is_used_by_others()
+        disconnect()
+        if used:
+            say("The local cluster stays up: it is used otherwise now. End it with `orchestrator cluster down`.")
+        elif fresh:
+            local.down()
+            say("Stopped the Ray that was started.")
+
+
+def _is_used_by_others() -> bool:
+    """Whether somebody has submitted a run to the cluster meanwhile: its Scheduler then stays for ever."""
+    import ray
+
+    from orchestrator.cluster.connection import NAMESPACE
+
+    if not ray.is_initialized():
+        return False
+    return any(actor["namespace"] == NAMESPACE for actor in ray.util.list_named_actors(all_namespaces=True))

@@ -1,0 +1,178 @@
+"""`eval` and `generate`: a run's model put to use, from run storage alone."""
+
+import math
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.terminal.format import counted
+from orchestrator.cli.terminal.options import Address, Output, RunId, Storage
+from orchestrator.cli.terminal.output import Format, say, show, show_json
+from orchestrator.errors import DataError, UsageError
+from orchestrator.protocol.child_process import (
+    Evaluation,
+    EvaluationResult,
+    Generation,
+    GenerationResult,
+    Piece,
+    Remark,
+    Split,
+)
+
+INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+
+Step = Annotated[int | None, typer.Option("--step", min=0, metavar="STEP", help="The checkpoint. Default: the newest.")]
+
+
+def evaluate(
+    run: RunId,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", metavar="SOURCE", help="A text as in data.source. Default: the run's own.")
+    ] = None,
+    text_key: Annotated[
+        str | None, typer.Option("--text-key", metavar="KEY", help="Key or column with the text. Default: the job's.")
+    ] = None,
+    split: Annotated[Split | None, typer.Option("--split", help="Of the run's own text. Default: validation.")] = None,
+    step: Step = None,
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", min=1, metavar="N", help="Rows of the job's length. Default: all.")
+    ] = None,
+    storage: Storage = None,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Measure a run's model on a text: loss per token in nats, perplexity, bits per byte. Computed in fp32."""
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.cli.terminal.summary import aligned
+    from orchestrator.submission.model_process import ask_model, checkpoint_to_ask, store_of
+
+    chosen = _chosen(corpus, text_key, split)
+    files = find_run(run, storage, address).files
+    run_dir = files.run_dir
+    checkpoint = checkpoint_to_ask(run, run_dir, step)
+    where = _absolute(corpus)
+    request = Evaluation(
+        run_dir=str(run_dir),
+        checkpoint=str(checkpoint),
+        store_dir=store_of(run, run_dir) if corpus is None else None,
+        split=chosen,
+        corpus=where,
+        text_key=text_key or files.job().data.text_key,
+        max_rows=max_rows,
+    )
+    text = where or f"{request.split} split"
+    say(f"{checkpoint.name} of run {run} on {text}.")
+    with until_interrupted(), _in_words_of_options():
+        for answer in ask_model(request):
+            if isinstance(answer, Remark):
+                say(answer.text)
+            elif isinstance(answer, EvaluationResult):
+                result = answer
+    if output is Format.JSON:
+        show_json({"run": run, "checkpoint": str(checkpoint), "text": text, **asdict(result)})
+        return
+    lines = [
+        ("loss", f"{result.loss:.4f} nats per token"),
+        ("perplexity", f"{result.perplexity:,.2f}"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ("tokens", f"{result.tokens:,} in {counted(result.rows, 'row')}, {result.num_bytes:,} bytes of text"),
+    ]
+    show(aligned(lines))
+
+
+def generate(
+    run: RunId,
+    prompt: Annotated[
+        str, typer.Option("--prompt", metavar="TEXT", help="What the text begins with; - reads it from stdin.")
+    ],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Of the continuation.")] = 100,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, metavar="T", help="0: the likeliest token each time.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", min=1, metavar="K", help="Choose among so many tokens. Default: all.")
+    ] = None,
+    top_p: Annotated[
+        float, typer.Option("--top-p", max=1.0, metavar="P", help="Choose among those that hold this share.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, metavar="S", help="Of the choice. Default: another one each time.")
+    ] = None,
+    step: Step = None,
+    storage: Storage = None,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Let a run's model go on with a text. Prints the continuation as it comes; Ctrl-C ends it."""
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.submission.model_process import ask_model, checkpoint_to_ask
+
+    if not top_p > 0.0 or not math.isfinite(temperature):
+        raise UsageError(f"--top-p is {top_p} and --temperature {temperature}; the first is above 0, both are numbers")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
+    run_dir = find_run(run, storage, address).files.run_dir
+    checkpoint = checkpoint_to_ask(run, run_dir, step)
+    seed = secrets.randbits(31) if seed is None else seed
+    request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed)
+    with until_interrupted():
+        for answer in ask_model(request):
+            if isinstance(answer, Remark):
+                say(answer.text)
+            elif isinstance(answer, Piece) and output is Format.TEXT:
+                sys.stdout.write(answer.text)
+                sys.stdout.flush()
+            elif isinstance(answer, GenerationResult):
+                result = answer
+    if output is Format.JSON:
+        show_json({"run": run, "checkpoint": str(checkpoint), "prompt": text, "seed": seed, **asdict(result)})
+    else:
+        show("")
+
+
+def _chosen(corpus: str | None, text_key: str | None, split: Split | None) -> Split:
+    """The split of the run's own text; options that contradict each other are refused."""
+    if corpus is not None and split is not None:
+        raise UsageError("--split is of the run's own text; --corpus names another one, which is read whole")
+    if corpus is None and text_key is not None:
+        raise UsageError("--text-key is of a text that --corpus names; the run's own is tokens already")
+    return split or Split.VALIDATION
+
+
+def _absolute(corpus: str | None) -> str | None:
+    if corpus is None or corpus.startswith("builtin:"):
+        return corpus
+    return str(Path(corpus).expanduser().absolute())
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def _in_words_of_options() -> Iterator[None]:
+    """What is said of a job's text, said of the options that name it here."""
+    try:
+        yield
+    except DataError as error:
+        for key, option in (("data.source", "--corpus"), ("data.text_key", "--text-key")):
+            error.message = error.message.replace(key, option)
+            error.remedy = error.remedy.replace(key, option)
+        error.unchanged = ""
+        raise
+
+
+def register(app: typer.Typer) -> None:
+    app.command("eval", rich_help_panel="Models")(evaluate)
+    app.command(rich_help_panel="Models")(generate)

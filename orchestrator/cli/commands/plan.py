@@ -1,0 +1,134 @@
+"""`plan`: what a job will take, without starting anything."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.terminal.format import NONE, pool, size
+from orchestrator.cli.terminal.options import JobFile, Output
+from orchestrator.cli.terminal.output import Format, say, show, show_json, show_table
+from orchestrator.errors import UsageError
+from orchestrator.policy.estimate.job_plan import JobPlan, WorldPlan
+from orchestrator.policy.estimate.memory_check import check_memory, crowding
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
+
+LINK_BYTES_PER_S = 125e6
+NOTES = (
+    "Memory is of the worker that holds most; bytes per step are what all workers together send to others, collectives "
+    "as in a ring. Estimates: gradients, activations, loss, dispatch and combine (experts equally popular), and the "
+    "stall (constants of 2 cores and loopback at 0.5 GB/s). Seconds beside gradients are what one worker's take on a "
+    "link of 1 Gbit/s; with overlap a step waits for less. The tokenizer may find fewer tokens than data.vocab_size."
+)
+
+
+def plan(
+    job: JobFile,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "-n", min=1, help="Only this world size. Default: all from min to max."),
+    ] = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Say what a job will take at each world size: memory by part, bytes per step by kind, the stall of a rescale.
+
+    Refuses a job whose workers don't fit their resources.memory, as `run` and `submit` do.
+    """
+    import psutil
+
+    from orchestrator.spec.loading import load_job
+    from orchestrator.submission.param_listing import plan_of
+    from orchestrator.submission.submission import with_pretrained
+    from orchestrator.submission.user_code import check_own_code
+
+    spec = with_pretrained(load_job(job))
+    check_own_code(spec)
+    bounds = spec.workers
+    if workers is not None and not bounds.min <= workers <= bounds.max:
+        raise UsageError(f"{workers} workers asked for; {spec.name} allows {bounds.min} to {bounds.max}")
+    planned = plan_of(spec)
+    if workers is not None:
+        planned = JobPlan(
+            planned.num_parameters, planned.vocab_size, tuple(w for w in planned.worlds if w.world_size == workers)
+        )
+    if output is Format.JSON:
+        show_json(asdict(planned))
+    else:
+        say(" ".join([NOTES, *_notes(spec)]))
+        _show(planned)
+    check_memory(spec, planned)  # told after the figures, which show why
+    if warning := crowding(spec, planned, psutil.virtual_memory().total):
+        say(f"Warning: {warning}")
+
+
+def _notes(spec: JobSpec) -> Iterator[str]:
+    if spec.workers.label_selector:
+        yield f"Workers live{pool(spec.workers)} only."
+    if spec.train.fits_memory:
+        yield "micro_batch_size is auto: slots begin with one row, as told here, and grow to what the memory takes."
+    if spec.data.rows == BY_DOCUMENT:
+        yield "Rows are documents: all are taken to be as long as there may be any."
+
+
+def _show(planned: JobPlan) -> None:
+    show(f"{planned.num_parameters:,} parameters, {planned.vocab_size} tokens in the vocabulary\n")
+    worlds = planned.worlds
+    head = [str(world.world_size) for world in worlds]
+    layout = [
+        ("experts per worker", [_spread(world.experts) for world in worlds]),
+        ("slots per worker", [_spread(world.slots) for world in worlds]),
+    ]
+    state, work = ("weights", "masters", "moments", "buffers", "kept"), ("gradients", "activations", "loss")
+    parts = (*state, *work, "snapshots", "deltas", "process")
+    memory = [(part, [_size(getattr(world.memory, part)) for world in worlds]) for part in parts]
+    memory += [
+        ("together", [size(world.memory.training) for world in worlds]),
+        ("peak, at a fence too", [size(world.memory.peak) for world in worlds]),
+    ]
+    kinds = ("gradients_reduced", "parameters_gathered", "dispatch", "combine", "control", "snapshots", "total")
+    traffic = [(kind.replace("_", " "), [size(getattr(world.traffic, kind)) for world in worlds]) for kind in kinds]
+    _section("WORKERS", head, layout)
+    _section("MEMORY", head, memory)
+    _section("BYTES PER STEP", head, traffic)
+    if any(world.world_size > 1 for world in worlds):
+        _section("GRADIENTS BY COMPRESSION", head, _by_scheme(worlds))
+    rescales = [
+        (f"{world.world_size} -> {to.to_size}", size(to.moved_bytes), size(to.busiest_bytes), f"{to.stall_s:.2f} s")
+        for world in worlds
+        for to in world.rescales
+    ]
+    if rescales:
+        show_table(("RESCALE", "MOVED", "BUSIEST WORKER", "STALL"), rescales)
+
+
+def _by_scheme(worlds: tuple[WorldPlan, ...]) -> list[tuple[str, list[str]]]:
+    """What each scheme would send, and how long one worker's part of it takes on a link."""
+    rows = []
+    for place, (scheme, _) in enumerate(worlds[0].traffic.gradients_by_scheme):
+        cells = []
+        for world in worlds:
+            num_bytes = world.traffic.gradients_by_scheme[place][1]
+            seconds = num_bytes / world.world_size / LINK_BYTES_PER_S
+            cells.append(f"{size(num_bytes)}, {seconds:.3f} s")
+        rows.append((scheme, cells))
+    return rows
+
+
+def _section(title: str, head: list[str], rows: list[tuple[str, list[str]]]) -> None:
+    show_table((title, *head), [(name, *cells) for name, cells in rows])
+    show("")
+
+
+def _spread(counts: tuple[int, ...]) -> str:
+    """Counts of the ranks: those that there are, the highest first."""
+    return "/".join(str(count) for count in sorted(set(counts), reverse=True))
+
+
+def _size(num_bytes: int | None) -> str:
+    return NONE if num_bytes is None else size(num_bytes)
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Job files")(plan)

@@ -1,0 +1,194 @@
+"""Commands for a cluster of which one reaches nothing but its Jobs API, at both ends.
+
+Here: `forwarded` has a command run in the cluster, as a short job. There: `drive` is the driver of a submitted job: it
+keeps the code that came with it in run storage, submits the run and stays until its end, so that Ray shows both as one.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import typer
+
+from orchestrator.cli.terminal.options import Name, Set, overrides_of
+from orchestrator.cli.terminal.output import say, show
+from orchestrator.cluster.jobs_api import MARK, MARKED, OURS, JobPort, is_url
+from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
+
+# What reads or steers runs. The rest works on files of this machine.
+FORWARDED = (
+    *("list", "status", "scale", "stage", "kill", "cancel", "pause", "resume"),
+    *("events", "audit", "logs", "checkpoints", "report"),
+)
+STAYS = frozenset({"-f", "--follow", "-w", "--watch"})
+CANCELLED = 103
+
+
+def forwarded(arguments: list[str]) -> int | None:
+    """Run a command in the cluster if it names one by URL. Returns its exit code; None for a command to run here."""
+    if not arguments or arguments[0] not in FORWARDED:
+        return None
+    rest, url = _without_address(arguments)
+    if not is_url(url):
+        return None
+    stays = not STAYS.isdisjoint(rest)
+    try:
+        return JobPort(str(url)).run(rest, write, stays)
+    except KeyboardInterrupt:
+        if stays:
+            return 0  # how one stops following
+        raise
+
+
+def write(line: str) -> None:
+    """A line of a command in the cluster, to where it belongs."""
+    text = line.lstrip(MARK)
+    print(text, file=sys.stderr if line.startswith(MARK) else sys.stdout, flush=True)
+
+
+def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], dry_run: bool) -> tuple[str, str]:
+    """Send a job and the current directory to a cluster. Returns the names of the run and of its job once the run is
+    submitted there.
+
+    Raises:
+        SpecError, UsageError: as far as can be known here: the job file, and where it is.
+        OrchestratorError: what the cluster says.
+    """
+    spec = load_for_elsewhere(job, overrides)
+    run_id = name or spec.name
+    port = JobPort(url)
+    if dry_run:
+        say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
+        return run_id, ""
+    job_id, refused = send(port, job, run_id, overrides, write)
+    if refused is not None:
+        raise typer.Exit(refused)
+    say(f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is.")
+    return run_id, job_id
+
+
+def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> None:
+    """Send a job, show the log lines of its run and end as the run does. Ctrl-C detaches: the run goes on."""
+    run_id, job_id = submit_by_url(url, job, name, overrides, dry_run=False)
+    try:
+        code = JobPort(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
+    except KeyboardInterrupt:
+        say(f"Detached; run {run_id} goes on. `orchestrator cancel {run_id} --address {url}` ends it.")
+        raise typer.Exit(101) from None
+    raise typer.Exit(code)
+
+
+def drive(job: Path, name: Name = None, settings: Set = None) -> None:
+    """Submit a job from within the cluster and stay until the run's end."""
+    from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
+    from orchestrator.cluster.packages import keep, sweep
+    from orchestrator.spec.loading import load_job
+
+    stopped = _Stopped()
+    overrides = overrides_of(settings, None)
+    storage = Path(load_job(job, overrides).storage)
+    package = keep(Path.cwd(), storage)
+    try:
+        os.chdir(package.path)
+        check_job(job, name, overrides)  # takes long with a model of one's own
+        client = OrchestratorClient()
+        with stopped.later():
+            run_id = client.submit(job, name=name, overrides=overrides)
+    except BaseException:
+        os.chdir("/")
+        package.discard()
+        raise
+    stopped.then(lambda: client.cancel(run_id))  # Ray ends us in 3 s; the controller writes the checkpoint
+    show(BEGUN)
+    sys.stdout.flush()
+    sweep(storage)
+    for line in client.logs(run_id, follow=True):
+        show(f"{line.stamp}  {line.source:<12}  {line.text}")
+        sys.stdout.flush()
+    raise_unless_succeeded(client.get(run_id))
+
+
+class _Stopped:
+    """What SIGTERM leads to, by which `ray job stop` is heard: this process ends, once what has to be done before is
+    done. It never falls between a run's submission and our knowledge of it."""
+
+    def __init__(self) -> None:
+        self._waits, self._heard = False, False
+        self._before_end: Callable[[], object] = lambda: None
+        signal.signal(signal.SIGTERM, self._hear)
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """What is heard within is acted upon once `then` has said how."""
+        signal.signal(signal.SIGTERM, self._hear)  # again: Ray takes the signal for itself when it connects
+        self._waits = True
+        yield
+
+    def then(self, before_end: Callable[[], object]) -> None:
+        self._before_end, self._waits = before_end, False
+        if self._heard:
+            self._end()
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True
+        if not self._waits:
+            self._end()
+
+    def _end(self) -> None:
+        self._before_end()
+        raise SystemExit(CANCELLED)
+
+
+class Marked:
+    """A stream whose lines are marked as those of stderr, for who reads both in one log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._begins = stream, True
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self._stream.write(MARK + line if self._begins else line)
+            self._begins = line.endswith("\n")
+        return len(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+def mark_stderr() -> None:
+    """In a job in the cluster."""
+    if os.environ.pop(MARKED, None):
+        show(OURS)
+        sys.stdout.flush()
+        sys.stderr = Marked(sys.stderr)
+
+
+def _without_address(arguments: list[str]) -> tuple[list[str], str | None]:
+    """A command without --address, and that or RAY_ADDRESS."""
+    rest: list[str] = []
+    url, words = os.environ.get("RAY_ADDRESS"), iter(arguments)
+    for word in words:
+        if word == "--address":
+            url = next(words, None)
+        elif word.startswith("--address="):
+            url = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return rest, url
+
+
+def answer(method: str, arguments: str) -> None:
+    """Ask the cluster's Scheduler from within; prints a line of JSON."""
+    from orchestrator.submission import asking
+
+    show(asking.answer(method, arguments))
+
+
+def register(app: typer.Typer) -> None:
+    app.command(hidden=True)(drive)
+    app.command(hidden=True)(answer)

@@ -1,0 +1,166 @@
+"""`run`: a job in the foreground, with a cluster of its own if there is none."""
+
+import math
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.commands.remote import run_by_url, submit_by_url
+from orchestrator.cli.terminal.options import Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
+from orchestrator.cli.terminal.output import Format, say, show, show_json, tell_wait
+from orchestrator.cluster.jobs_api import is_url
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.spec.job import JobSpec
+
+
+def run(
+    job: JobFile,
+    name: Name = None,
+    settings: Set = None,
+    workers: Range = None,
+    timeout: Timeout = None,
+    local: Annotated[bool, typer.Option("--local", help="On this machine, whatever RAY_ADDRESS says.")] = False,
+    keep_cluster: Annotated[
+        bool, typer.Option("--keep-cluster", help="Leave the local cluster up that this command started.")
+    ] = False,
+    kill_at: Annotated[
+        int | None,
+        typer.Option("--kill-at", min=1, metavar="STEP", help="Kill one worker's process when so many steps are done."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("-d", "--detach", help="Return once the run is submitted; a cluster of its own stays up.")
+    ] = False,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Run a job and watch it to its end.
+
+    Without a cluster, one is started on this machine, and ended afterwards. Ctrl-C detaches: the run goes on.
+    To the URL of a Jobs API it sends the current directory, and shows the run's log lines.
+    """
+    from orchestrator.cli.terminal.progress import LiveProgress
+    from orchestrator.cli.terminal.summary import aligned, summary
+    from orchestrator.client import OrchestratorClient, check_job, raise_unless_succeeded
+
+    overrides = overrides_of(settings, workers)
+    if is_url(address) and not local:
+        if kill_at is not None:
+            raise UsageError(
+                "--kill-at needs the cluster itself, not the URL of its Jobs API",
+                remedy="`orchestrator kill RUN --address URL` kills a worker by hand.",
+                unchanged="Nothing was started.",
+            )
+        if detach:
+            submit_by_url(str(address), job, name, overrides, dry_run=False)
+        else:
+            run_by_url(str(address), job, name, overrides)
+        return
+    spec = check_job(job, name, overrides)  # before any cluster is looked for, or started
+    with _cluster(spec, None if local else address, keep_cluster or detach) as place:
+        client = OrchestratorClient(place.address)
+        run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=tell_wait)
+        say(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
+        if detach:
+            say(_detached(run_id))
+            return
+        live = LiveProgress()
+        victims = [kill_at] if kill_at is not None else []
+
+        def look(status: RunStatus) -> None:
+            live.show(status)
+            if victims and status.phase is RunPhase.TRAINING and status.step >= victims[0]:
+                victims.clear()
+                live.keep(f"{client.kill_worker(run_id)} of {run_id} is killed")
+
+        try:
+            status = client.wait(run_id, on_status=look)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only cut off the last words
+            live.close()
+            place.keep = True
+            say(_detached(run_id))
+            raise typer.Exit(101) from None
+        except ClusterUnreachable as error:
+            live.close()
+            storage = shlex.quote(spec.storage)
+            error.remedy = f"`orchestrator status {run_id} --storage {storage}` shows how far the run has come."
+            raise
+        live.close()
+    if output is Format.JSON:
+        show_json(to_plain(status))
+    else:
+        show(aligned(summary(status)))
+    raise_unless_succeeded(status)
+
+
+class _Place:
+    """Where the run is. `keep` leaves a cluster up that was started for it."""
+
+    def __init__(self, address: str, keep: bool) -> None:
+        self.address, self.keep = address, keep
+
+
+@contextmanager
+def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]:
+    """The cluster that is named, or the local one, started if need be and then ended again."""
+    if address is not None:
+        yield _Place(address, keep=True)
+        return
+    from orchestrator.cli.commands.cluster import default_cpus
+    from orchestrator.cluster import local
+
+    started = local.up(max(default_cpus(), logical_cpus(spec)))
+    place = _Place(started.record.address, keep or not started.fresh)
+    if started.fresh:
+        say(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
+    try:
+        yield place
+    finally:
+        if not place.keep:
+            _end_cluster(place.address)
+
+
+def _end_cluster(address: str) -> None:
+    """End the cluster that was started, unless a run goes on there, or might."""
+    from orchestrator.cli.commands.cluster import active_runs
+    from orchestrator.cluster import local
+    from orchestrator.cluster.connection import disconnect
+
+    if local.status() is None:
+        say("The Ray that was started has ended.")
+        return
+    try:
+        active = active_runs(address)
+    except OrchestratorError as error:
+        say(f"The local cluster stays up: it can't tell its runs: {error} End it with `orchestrator cluster down`.")
+        return
+    finally:
+        disconnect()
+    if active:
+        say(f"The local cluster stays up for {', '.join(active)}.")
+    else:
+        local.down()
+        say("Stopped the Ray that was started.")
+
+
+def logical_cpus(spec: JobSpec) -> int:
+    """What all workers that the job may have at once reserve, standbys included, and what a rescale needs beyond."""
+    return math.ceil(spec.resources.cpus * (spec.workers.max + max(1, spec.workers.standby)))
+
+
+def _detached(run_id: str) -> str:
+    return (
+        f"Detached; run {run_id} goes on. `orchestrator status {run_id}` shows where it is, "
+        f"`orchestrator logs {run_id} -f` follows it, `orchestrator cancel {run_id}` ends it; "
+        "`orchestrator cluster down` stops Ray afterwards."
+    )
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Runs")(run)

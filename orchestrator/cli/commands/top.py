@@ -1,0 +1,43 @@
+"""`top`: a live screen of the cluster's runs, and of one of them, from which they can be steered."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.terminal.options import Address
+from orchestrator.errors import UsageError
+
+
+def top(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Opened at once. Default: all runs.", show_default=False)
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Watch and steer the cluster's runs on a live screen: arrows and enter choose, + - p c steer, q quits."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError(
+            "top draws on a terminal, and its input or output is none",
+            remedy="`orchestrator status RUN -o json`, or `orchestrator list -o json`, says the same to programs; "
+            "--watch goes on.",
+            unchanged="Nothing was changed.",
+        )
+    from orchestrator.cli.top.client_process import ClusterLink
+    from orchestrator.cli.top.feed import Feed
+
+    link = ClusterLink(address)
+    try:
+        if run is None:
+            link.list()  # what is wrong from the beginning is an error as of any command
+        else:
+            link.get(run)
+        from orchestrator.cli.top.screen import TopApp  # Textual, once it is known that there is something to show
+
+        TopApp(Feed(link), run).run()
+    finally:
+        link.close()
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Runs")(top)

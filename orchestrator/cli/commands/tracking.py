@@ -1,0 +1,97 @@
+"""`ui`, `sync`: MLflow's pages, and what has not reached them."""
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.terminal.format import counted
+from orchestrator.cli.terminal.options import Address, RunId, Storage
+from orchestrator.cli.terminal.output import say, show
+from orchestrator.errors import NotFinished, UsageError
+
+
+def ui(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Of this run's tracker. Default: of run storage.")
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
+    host: Annotated[
+        str, typer.Option("--host", help="Anyone who reaches another than the default may read and change everything.")
+    ] = "127.0.0.1",
+    names: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="A further name by which browsers reach it, as by a proxy."),
+    ] = None,
+    storage: Annotated[
+        Path | None, typer.Option("--storage", metavar="DIR", help="Run storage. Default: ./runs.")
+    ] = None,
+    uri: Annotated[str | None, typer.Option("--uri", metavar="URI", help="Any other MLflow database.")] = None,
+    address: Address = None,
+) -> None:
+    """Serve MLflow's pages on this machine until Ctrl-C. Prints their address."""
+    from orchestrator.tracking.mlflow_server import MlflowServer
+
+    place = (storage or Path("runs")).absolute()
+    uri = uri or _uri_of(run, storage, address, place)
+    if uri.startswith("http"):
+        say("A server has these runs already.")
+        show(uri)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        artifacts = str(place / "mlflow-artifacts")
+        with MlflowServer(uri, host=host, port=port, artifacts=artifacts, names=names or ()) as server:
+            show(server.url)
+            say("Ctrl-C ends it.")
+            server.wait()
+    except KeyboardInterrupt:
+        say("The pages are gone; nothing is left behind.")
+
+
+def _uri_of(run: str | None, storage: Path | None, address: str | None, place: Path) -> str:
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.run_records.tracker_setup import default_uri, tracker_setup
+    from orchestrator.spec.job import JobSpec
+
+    if run is not None:
+        run_dir = find_run(run, storage, address).files.run_dir
+        job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+        return tracker_setup(run, run_dir, job).uri
+    if not (place / "mlflow.db").exists():
+        raise UsageError(
+            f"{place} holds no mlflow.db",
+            remedy="Name a run, its storage with --storage, or a database with --uri.",
+            unchanged="Nothing was started.",
+        )
+    return default_uri(place)
+
+
+def sync(
+    run: RunId,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, metavar="SECONDS", help="How long to try.")] = 120.0,
+    storage: Storage = None,
+    address: Address = None,
+) -> None:
+    """Deliver what MLflow has not taken of a run that has ended. Exits 101 if something still waits."""
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.run_records.tracking_sync import deliver, waits_for_delivery
+
+    run_dir = find_run(run, storage, address).files.run_dir
+    waiting = waits_for_delivery(run_dir)
+    say(f"{counted(waiting, 'thing')} of run {run} waiting for MLflow; looking for what else it lacks.")
+    state = deliver(run_dir, timeout)
+    if state["waiting"]:
+        raise NotFinished(
+            f"{state['waiting']} of them still wait: {state['error'] or 'there was not enough time'}",
+            remedy=f"`orchestrator sync {run}` tries again.",
+            unchanged=f"What waits is kept in {run_dir / 'tracking'}.",
+        )
+    say("MLflow has everything.")
+    show(state["url"])
+
+
+def register(app: typer.Typer) -> None:
+    app.command(rich_help_panel="Records")(ui)
+    app.command(rich_help_panel="Records")(sync)

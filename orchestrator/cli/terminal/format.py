@@ -1,0 +1,131 @@
+"""Runs and rescales in words: the texts that several commands share. Pure."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from orchestrator.policy.cluster.node_pools import shown
+from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus
+from orchestrator.protocol.usage import Traffic
+from orchestrator.spec.workers import WorkersSpec
+
+NONE = "-"
+STAMPS = ("seq", "epoch", "time", "kind")  # of an event
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def pool(workers: WorkersSpec) -> str:
+    """Where workers may live, after what is told of them; empty for anywhere."""
+    return f" on nodes with labels {shown(workers.label_selector)}" if workers.label_selector else ""
+
+
+def rate(tokens_per_second: float | None) -> str:
+    if tokens_per_second is None:
+        return NONE
+    return f"{tokens_per_second:,.0f} tokens/s"
+
+
+def size(num_bytes: int) -> str:
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    scaled, units = num_bytes / 1000, iter(("kB", "MB", "GB"))
+    unit = next(units)
+    for larger in units:
+        if scaled >= 1000:
+            scaled, unit = scaled / 1000, larger
+    return f"{scaled:.1f} {unit}"
+
+
+def traffic(kinds: Mapping[str, Traffic]) -> str:
+    """What all workers send in a step, and by kind; of what was compressed, also what it was made of."""
+    if not kinds:
+        return NONE
+    parts = []
+    for kind, sent in kinds.items():
+        made_of = f" of {size(sent.raw)}" if sent.raw != sent.sent else ""
+        parts.append(f"{kind} {size(sent.sent)}{made_of}")
+    return f"{size(sum(sent.sent for sent in kinds.values()))} per step: {', '.join(parts)}"
+
+
+def moment(time_s: float | None) -> str:
+    return NONE if time_s is None else datetime.fromtimestamp(time_s).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def progress(status: RunStatus) -> str:
+    """One line that says where the run is."""
+    parts = [f"{status.run_id} {status.phase}", f"step {status.step}/{status.steps}"]
+    if status.stage:
+        parts.append(f"stage {status.stage}")
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3f}")
+    if status.validation_loss is not None:
+        parts.append(f"val {status.validation_loss:.3f}")
+    if status.tokens_per_second is not None:
+        parts.append(rate(status.tokens_per_second))
+    if status.workers_now:
+        parts.append(workers(status))
+    if status.phase in (RunPhase.QUEUED, RunPhase.STARTING, RunPhase.RECOVERING) and status.why:
+        parts.append(status.why)
+    return "  ".join(parts)
+
+
+def workers(status: RunStatus) -> str:
+    text = counted(status.workers_now, "worker")
+    if status.workers_wanted not in (0, status.workers_now):
+        text += f" (wanted {status.workers_wanted})"
+    return text + (f" + {status.standbys} standby" if status.standbys else "")
+
+
+def rescale(change: Rescale) -> str:
+    """One line that says what a rescale cost. Its first step is the first of the new world."""
+    stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
+    identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
+    return (
+        f"{change.from_size} -> {change.to_size} workers at step {change.step + 1}: {stall}, "
+        f"{change.steps_lost} steps lost, {size(change.moved_bytes)} moved{identical} ({change.why})"
+    )
+
+
+def recovery(change: Recovery) -> str:
+    """One line that says what the loss of workers cost. Its first step is the first of the new world."""
+    lost = ", ".join(change.lost) or "a connection"
+    stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
+    identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
+    return (
+        f"{lost} lost ({change.cause}): {change.from_size} -> {change.to_size} workers at step {change.step + 1} from "
+        f"{change.source}: {stall}, {change.steps_lost} committed steps lost, {change.steps_replayed} done again"
+        f"{identical}"
+    )
+
+
+def event(fields: dict[str, Any]) -> str:
+    """An event of the journal as one line: time, kind, and its other fields."""
+    return f"{moment(fields['time'])}  {happening(fields, kind_width=18)}"
+
+
+def happening(fields: Mapping[str, Any], kind_width: int = 0) -> str:
+    """What an event says but for when."""
+    shown = {key: value for key, value in fields.items() if key not in STAMPS and value is not None}
+    told = "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
+    return f"{fields['kind']:<{kind_width}}  {told}".rstrip()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ",".join(map(_short, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,115 @@
+"""The live progress of a run on stderr: one line that is rewritten on a terminal, a line every few seconds elsewhere.
+
+What is worth keeping (a rescale and its stall, a new phase without a terminal) gets a line of its own.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from orchestrator.cli.terminal.format import progress, recovery, rescale
+from orchestrator.protocol.status import RunPhase, RunStatus
+
+LINE_EVERY_S = 5.0
+LOOK_EVERY_S = 0.5
+BAR_WIDTH = 20
+ERASE_LINE = "\r\x1b[2K"
+
+
+def watch_runs(
+    look: Callable[[], Sequence[RunStatus]],
+    on_change: Callable[[RunStatus], None] | None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Look again and again until all runs that are seen have ended; Ctrl-C ends it too.
+
+    Args:
+        on_change: called with each status that is new or has changed; None for live lines on stderr.
+        is_over: asked before each look: whether nothing will change after it.
+    """
+    seen: dict[str, RunStatus] = {}
+    lines: dict[str, LiveProgress] = {}
+    try:
+        while True:
+            last_look = is_over()
+            found = look()
+            for status in found:
+                if seen.get(status.run_id) == status:
+                    continue
+                seen[status.run_id] = status
+                if on_change is not None:
+                    on_change(status)
+                else:
+                    lines.setdefault(status.run_id, LiveProgress()).show(status)
+            if last_look or all(status.phase.ended for status in found):
+                return
+            time.sleep(LOOK_EVERY_S)
+    except KeyboardInterrupt:
+        raise SystemExit(0) from None  # how one stops watching
+    finally:
+        for line in lines.values():
+            line.close()
+
+
+class LiveProgress:
+    """Give it every status of the run, in order, and `close` it at the end.
+
+    Args:
+        stream: where to write; a terminal is told by `isatty`.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._refreshes = self._stream.isatty()
+        self._told_rescales = self._told_recoveries = 0
+        self._warning: str | None = None  # as it was shown last
+        self._phase: RunPhase | None = None
+        self._line = ""
+        self._written_s = 0.0
+
+    def show(self, status: RunStatus) -> None:
+        for change in status.rescales[self._told_rescales :]:
+            if change.stall_s is None and not status.phase.ended:
+                break  # told when it has been measured
+            self._told_rescales += 1
+            self.keep(f"{status.run_id} rescaled {rescale(change)}")
+        for loss in status.recoveries[self._told_recoveries :]:
+            if loss.stall_s is None and not status.phase.ended:
+                break
+            self._told_recoveries += 1
+            self.keep(f"{status.run_id} recovered: {recovery(loss)}")
+        if status.warning and status.warning != self._warning:
+            self.keep(f"{status.run_id} goes on, but {status.warning}")
+        self._warning = status.warning
+        line = progress(status)
+        if self._refreshes:
+            width = shutil.get_terminal_size().columns - 1
+            self._write(f"{ERASE_LINE}{f'{bar(status.step, status.steps)} {line}'[:width]}")
+        elif line != self._line and (status.phase != self._phase or self._is_due()):
+            self._write(line + "\n")
+            self._written_s = time.monotonic()
+        self._line, self._phase = line, status.phase
+
+    def close(self) -> None:
+        """Leave the terminal's line to others."""
+        if self._refreshes and self._line:
+            self._write(ERASE_LINE)
+
+    def keep(self, line: str) -> None:
+        """A line that stays."""
+        self._write(f"{ERASE_LINE if self._refreshes else ''}{line}\n")
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._written_s >= LINE_EVERY_S
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def bar(done: int, whole: int) -> str:
+    """A bar of fixed width, for a terminal."""
+    filled = BAR_WIDTH * done // max(whole, 1)
+    return f"[{'#' * filled}{'-' * (BAR_WIDTH - filled)}]"

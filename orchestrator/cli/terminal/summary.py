@@ -1,0 +1,79 @@
+"""What a run has come to, in the words of its end. Pure."""
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from orchestrator.cli.terminal.format import NONE, duration, moment, number, rate, recovery, rescale, traffic, workers
+from orchestrator.protocol.status import RunStatus
+
+
+def summary(status: RunStatus) -> list[tuple[str, str]]:
+    """The end of a run as (heading, value) pairs; a heading is empty where the one before goes on."""
+    lines = [
+        ("run", f"{status.run_id}: {status.phase}, {status.step} of {status.steps} steps{_took(status)}"),
+        ("train loss", _from_to(status.first_loss, status.loss)),
+        ("validation loss", _from_to(status.first_validation_loss, status.validation_loss)),
+        ("speed", rate(status.tokens_per_second)),
+    ]
+    changes = [rescale(change) for change in status.rescales] or ["none"]
+    lines += list(zip(["rescales", *[""] * (len(changes) - 1)], changes, strict=True))
+    if status.recoveries:
+        losses = [recovery(change) for change in status.recoveries]
+        lines += list(zip(["recoveries", *[""] * (len(losses) - 1)], losses, strict=True))
+    lines.append(("checkpoint", status.checkpoint or NONE))
+    if status.tracking_url:
+        lines.append(("mlflow", tracking_command(status.tracking_url)))
+    if status.warning:
+        lines.append(("warning", status.warning))
+    if status.error:
+        lines.append(("error", status.error))
+    return lines
+
+
+def details(status: RunStatus) -> list[tuple[str, str]]:
+    """A run at any moment."""
+    return [
+        *summary(status),
+        ("state", status.why or NONE),
+        ("priority", str(status.priority)),
+        ("workers", workers(status) if status.workers_now else NONE),
+        ("traffic", traffic(status.traffic)),
+        ("generation", str(status.generation) if status.generation >= 0 else NONE),
+        ("submitted", moment(status.submitted_time)),
+        ("started", moment(status.started_time)),
+        ("ended", moment(status.ended_time)),
+        ("directory", status.run_dir),
+    ]
+
+
+def aligned(lines: list[tuple[str, str]]) -> str:
+    width = max(len(heading) for heading, _ in lines)
+    return "\n".join(f"{heading:<{width}}  {value}" for heading, value in lines)
+
+
+def tracking_command(url: str) -> str:
+    """How to look at the run's metrics: a server's page as it is, a database through MLflow's own UI."""
+    if url.startswith(("http://", "https://")):
+        return url
+    return f"{shlex.quote(_mlflow())} ui --backend-store-uri {shlex.quote(url)}"
+
+
+def _from_to(first: float | None, last: float | None) -> str:
+    return NONE if last is None else f"{number(first)} -> {number(last)}"
+
+
+def _took(status: RunStatus) -> str:
+    if status.started_time is None or status.ended_time is None:
+        return ""
+    return f" in {duration(status.ended_time - status.started_time)}"
+
+
+def _mlflow() -> str:
+    """MLflow's command as one can type it here: our own environment's need not be on the PATH."""
+    beside = Path(sys.executable).parent / "mlflow"
+    if shutil.which("mlflow") or not beside.exists():
+        return "mlflow"
+    below = beside.is_relative_to(Path.cwd())
+    return str(beside.relative_to(Path.cwd()) if below else beside)

@@ -1,0 +1,184 @@
+"""What the live screen is fed with: looks at a cluster that never raise, and wishes to its runs.
+
+Everything here may wait for the cluster, so it is called from a thread.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from orchestrator.cli.terminal.format import counted
+from orchestrator.errors import OrchestratorError, ProtocolError
+from orchestrator.policy.report.report import report_of
+from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.messages import StepRecord, Target
+from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.run_history import INTERNAL
+from orchestrator.storage.journal import read_events
+
+MOST_RECORDS, MOST_EVENTS = 4096, 1000  # the newest
+GOODPUT_EVERY_S = 5.0  # reading a whole journal may take so long that it is done more seldom:
+GOODPUT_REST = 20  # after so many times what it took
+
+
+class Client(Protocol):
+    """What is needed of an `OrchestratorClient`."""
+
+    @property
+    def address(self) -> str: ...
+
+    def list(self) -> tuple[RunStatus, ...]: ...
+    def get(self, run_id: str) -> RunStatus: ...
+    def scale(self, run_id: str, workers: int | None) -> Target: ...
+    def pause(self, run_id: str) -> Target: ...
+    def cancel(self, run_id: str) -> Target: ...
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What a run has written down: its newest events and steps, and its goodput so far, if that is known."""
+
+    events: tuple[dict[str, Any], ...] = ()
+    steps: tuple[StepRecord, ...] = ()
+    goodput: float | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the cluster; `statuses` are those of the last one that was answered.
+
+    Args:
+        trouble: why there are no new ones; empty if there are.
+        newest: the newest event by run, where there is one.
+        opened: of the run that was asked for.
+    """
+
+    address: str
+    statuses: tuple[RunStatus, ...] = ()
+    trouble: str = ""
+    newest: dict[str, dict[str, Any]] = field(default_factory=dict)
+    opened: RunRecords = RunRecords()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a wish, in words."""
+
+    text: str
+    is_error: bool = False
+
+
+class JournalTail:
+    """A run's journal, read on from where it was read last. One that can't be read has nothing new."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._seq = run_dir, -1
+        self.events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
+        self.steps: deque[StepRecord] = deque(maxlen=MOST_RECORDS)
+
+    def read(self) -> None:
+        with suppress(OSError, ValueError, ProtocolError):
+            for event in read_events(self._run_dir, self._seq):
+                self._seq = event["seq"]
+                self._enter(event)
+
+    def _enter(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "steps":
+            self.steps += [from_plain(StepRecord, plain) for plain in event["records"]]
+        elif event["kind"] == "resumed":  # what came after the checkpoint is done again
+            self.steps = deque((s for s in self.steps if s.step <= event["step"]), maxlen=MOST_RECORDS)
+        if event["kind"] not in INTERNAL:
+            self.events.append(event)
+
+
+class Feed:
+    """Of one cluster.
+
+    Args:
+        client: finds the cluster again by itself.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._last: tuple[RunStatus, ...] = ()
+        self._tails: dict[str, JournalTail] = {}
+        self._goodput: dict[str, float | None] = {}
+        self._goodput_due_s: dict[str, float] = {}
+
+    def look(self, opened: str | None) -> Look:
+        """All runs; and of the one that is `opened` what it has written down."""
+        trouble, before = "", {status.run_id: status for status in self._last}
+        try:
+            self._last = tuple(self._client.list())
+        except Exception as error:  # the next look tries again
+            trouble = _line(error)
+        newest = {}
+        for status in self._last:
+            tail = self._tail(status)
+            if not status.phase.ended or status != before.get(status.run_id):
+                tail.read()
+            if tail.events:
+                newest[status.run_id] = tail.events[-1]
+        shown = next((status for status in self._last if status.run_id == opened), None)
+        records = self._records(shown) if shown is not None else RunRecords()
+        return Look(self._client.address, self._last, trouble, newest, records)
+
+    def scale_by(self, run_id: str, change: int) -> Answer:
+        """Want more workers, or fewer."""
+
+        def wish() -> str:
+            wanted = self._client.get(run_id).workers_wanted + change
+            self._client.scale(run_id, wanted)
+            return f"{run_id}: {counted(wanted, 'worker')} wanted"
+
+        return _answer(wish)
+
+    def pause(self, run_id: str) -> Answer:
+        def wish() -> str:
+            self._client.pause(run_id)
+            return f"{run_id} pauses after its current step"
+
+        return _answer(wish)
+
+    def cancel(self, run_id: str) -> Answer:
+        def wish() -> str:
+            self._client.cancel(run_id)
+            return f"{run_id} ends after its current step"
+
+        return _answer(wish)
+
+    def _tail(self, status: RunStatus) -> JournalTail:
+        return self._tails.setdefault(status.run_id, JournalTail(Path(status.run_dir)))
+
+    def _records(self, status: RunStatus) -> RunRecords:
+        tail, run_id = self._tail(status), status.run_id
+        began_s = time.monotonic()
+        if began_s >= self._goodput_due_s.get(run_id, 0.0):
+            self._goodput[run_id] = _goodput(status)
+            took_s = time.monotonic() - began_s
+            self._goodput_due_s[run_id] = began_s + max(GOODPUT_EVERY_S, GOODPUT_REST * took_s)
+        return RunRecords(tuple(tail.events), tuple(tail.steps), self._goodput[run_id])
+
+
+def _goodput(status: RunStatus) -> float | None:
+    try:
+        return report_of(status.run_id, read_events(Path(status.run_dir))).goodput
+    except (OSError, ValueError, OrchestratorError):  # it can't be read from here, or holds nothing yet
+        return None
+
+
+def _answer(wish: Callable[[], str]) -> Answer:
+    try:
+        return Answer(wish())
+    except Exception as error:  # a user must not lose the screen over a wish that failed
+        return Answer(_line(error), is_error=True)
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OrchestratorError):
+        return error.message
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

@@ -1,0 +1,95 @@
+"""What both live screens have: a title, a line of trouble, keys that steer the run that is chosen. Imports Textual."""
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import ClassVar
+
+from rich.text import Text
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.message import Message
+from textual.screen import ModalScreen, Screen
+from textual.widgets import Label, Static
+
+from orchestrator.cli.terminal.format import counted
+from orchestrator.cli.top.feed import Answer, Feed, Look
+
+
+class LookWanted(Message):
+    """A screen has come up and has nothing to show, or something old."""
+
+
+class Confirmation(ModalScreen[bool]):
+    """Asks before what can't be taken back."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "dismiss(True)", "Yes"),
+        Binding("n,escape", "dismiss(False)", "No", key_display="n"),
+    ]
+
+    def __init__(self, question: str) -> None:
+        super().__init__()
+        self._question = question
+
+    def compose(self) -> ComposeResult:
+        yield Label(f"{self._question}\n\n[b]y[/b] yes   [b]n[/b] no", id="question")
+
+
+class Steering(Screen[None]):
+    """A screen on which a run is `chosen`, and keys to steer it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("plus,equals_sign", "scale(1)", "More workers", key_display="+"),
+        Binding("minus", "scale(-1)", "Fewer workers", key_display="-"),
+        Binding("p", "pause", "Pause"),
+        Binding("c", "cancel", "Cancel"),
+        Binding("q,ctrl+c", "app.quit", "Quit", key_display="q"),
+    ]
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__()
+        self._feed = feed
+
+    @property
+    def chosen(self) -> str | None:
+        raise NotImplementedError
+
+    def on_screen_resume(self) -> None:
+        self.post_message(LookWanted())
+
+    def show(self, look: Look) -> None:
+        going_on = [status for status in look.statuses if not status.phase.ended]
+        held = sum(status.workers_now + status.standbys for status in going_on)
+        told = f"{counted(len(look.statuses), 'run')}, {len(going_on)} going on, {counted(held, 'worker')}"
+        left, right = f" orchestrator top   {look.address}", f"{told}   {time.strftime('%H:%M:%S')} "
+        self.query_one("#title", Static).update(left + right.rjust(max(0, self.size.width - len(left))))
+        trouble = self.query_one("#trouble", Static)
+        trouble.update(Text(f" No answer, trying again: {look.trouble}"))
+        trouble.display = bool(look.trouble)
+
+    def action_scale(self, change: int) -> None:
+        if (run := self.chosen) is not None:
+            self._wish(lambda: self._feed.scale_by(run, change))
+
+    def action_pause(self) -> None:
+        if (run := self.chosen) is not None:
+            question = f"Pause {run}? It writes a checkpoint and frees its workers; `orchestrator resume` goes on."
+            self._confirm(question, lambda: self._feed.pause(run))
+
+    def action_cancel(self) -> None:
+        if (run := self.chosen) is not None:
+            self._confirm(f"Cancel {run}? It ends, with a checkpoint.", lambda: self._feed.cancel(run))
+
+    def _confirm(self, question: str, wish: Callable[[], Answer]) -> None:
+        self.app.push_screen(Confirmation(question), lambda yes: self._wish(wish) if yes else None)
+
+    def _wish(self, wish: Callable[[], Answer]) -> None:
+        def carry_out() -> None:
+            answer = wish()
+            severity = "error" if answer.is_error else "information"
+            with suppress(RuntimeError):  # the screen was left meanwhile
+                self.app.call_from_thread(self.app.notify, answer.text, severity=severity, markup=False)
+
+        threading.Thread(target=carry_out, daemon=True).start()

@@ -1,0 +1,312 @@
+"""A Ray cluster on this machine, for `orchestrator cluster up | status | down` and for `orchestrator run`.
+
+The head is `ray start --head --block` in a session of its own, so it outlives the terminal; it listens on loopback
+only, asks for a token, and keeps its files in a temporary directory of its own. What was started is recorded in
+
+    $ORCHESTRATOR_HOME/clusters/local/    (default ~/.orchestrator)
+      cluster.json   the `ClusterRecord`: address, processes with their start times
+      token          the secret, readable by its owner only
+      head.log       what Ray's processes said while they started
+      scrape.json    where Prometheus finds its metrics, in the form that `file_sd_configs` reads
+
+`down` ends the processes of that record and everything in their session, and nothing else: a pid that was given to
+another process since is told by its start time.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from orchestrator.cluster.jobs_api import PYTHON
+from orchestrator.cluster.processes import Process, describe, end_session, is_running, living_of
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
+from orchestrator.protocol.codec import from_plain, to_plain
+
+START_TIMEOUT_S = 60.0
+TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
+RAY_DIR = "ray"  # in the temporary directory
+STARTED = "Ray runtime started"
+WORKER_PORTS = range(10002, 20000)  # Ray's default
+
+
+@dataclass(frozen=True)
+class ClusterRecord:
+    """The local cluster, as cluster.json keeps it. Times are `time.time()` seconds."""
+
+    address: str
+    num_cpus: int  # logical: may exceed the machine's
+    temp_dir: str
+    token_path: str
+    log_path: str
+    started_time: float
+    head: Process
+    processes: tuple[Process, ...]  # what came up with the head; workers come and go
+    metrics_address: str = ""  # where Prometheus scrapes; empty in records of before there were metrics
+
+
+@dataclass(frozen=True)
+class Up:
+    """The cluster that is up now; `fresh` if this call started it."""
+
+    record: ClusterRecord
+    fresh: bool
+
+
+def state_dir() -> Path:
+    """Where the local cluster is recorded; ORCHESTRATOR_HOME moves it."""
+    home = os.environ.get("ORCHESTRATOR_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".orchestrator").absolute() / "clusters" / "local"
+
+
+def up(num_cpus: int, jobs_port: int | None = None) -> Up:
+    """Start a cluster with `num_cpus` logical CPUs, unless one is up already: then that one is left as it is.
+
+    Args:
+        jobs_port: of Ray's Jobs API and dashboard, on loopback; None for none.
+
+    Raises:
+        UsageError: the port is taken, or one of those that Ray gives to its workers.
+        ClusterUnreachable: Ray did not start; what was begun has been removed again.
+    """
+    directory = state_dir()
+    with _locked(directory):
+        present = _present(directory)
+        if present is not None:
+            return Up(present, fresh=False)
+        if jobs_port is not None:
+            _check_free(jobs_port)
+        return Up(_start(directory, num_cpus, jobs_port), fresh=True)
+
+
+def status() -> ClusterRecord | None:
+    """The cluster that is up; None if there is none. What a crashed one left behind is removed."""
+    directory = state_dir()
+    if not (directory / "cluster.json").exists():
+        return None
+    with _locked(directory):
+        return _present(directory)
+
+
+def down() -> ClusterRecord | None:
+    """End the local cluster with all its processes, workers included; None if none was up.
+
+    Raises:
+        OrchestratorError: a process would not end; the record stays, so that `down` can be tried again.
+    """
+    directory = state_dir()
+    if not (directory / "cluster.json").exists():
+        return None
+    with _locked(directory):
+        record = _present(directory)
+        if record is not None:
+            _end(record)
+            _forget(directory, record)
+        return record
+
+
+def environment(record: ClusterRecord) -> dict[str, str]:
+    """What a process needs in its environment to connect, before it imports Ray."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": record.token_path,
+        "RAY_ADDRESS": record.address,
+        # Else Ray 2.60 takes 127.0.0.1 for this machine's outer address, where the cluster does not listen.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+
+
+def _present(directory: Path) -> ClusterRecord | None:
+    """The recorded cluster if its head lives. The lock is held by the caller."""
+    try:
+        record = from_plain(ClusterRecord, json.loads((directory / "cluster.json").read_text()))
+    except FileNotFoundError:
+        return None
+    if is_running(record.head):
+        return record
+    _end(record)  # the head is gone: what still runs of its session serves nobody
+    _forget(directory, record)
+    return None
+
+
+def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterRecord:
+    token_path, log_path = directory / "token", directory / "head.log"
+    metrics_port, client_port = _free_ports(2)
+    metrics_address = f"127.0.0.1:{metrics_port}"
+    _write_secret(token_path)
+    temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))  # ours alone; Ray opens its own to everybody
+    with log_path.open("wb") as log:
+        head = subprocess.Popen(
+            _head_command(temp_dir, num_cpus, metrics_port, client_port, jobs_port),
+            env=_head_environment(token_path),
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    started_time = psutil.Process(head.pid).create_time()
+    leader = Process(head.pid, started_time, "ray start")
+    record = ClusterRecord("", num_cpus, str(temp_dir), str(token_path), str(log_path), started_time, leader, (leader,))
+    try:
+        _save(directory, record)  # before it is ready: whatever happens to us, `down` finds it
+        address = _await_address(head, temp_dir, log_path)
+    except BaseException:
+        end_session(record.head, record.processes)
+        _forget(directory, record)
+        raise
+    processes = tuple(describe(process) for process in living_of(leader, (leader,)))
+    record = ClusterRecord(
+        address,
+        num_cpus,
+        str(temp_dir),
+        str(token_path),
+        str(log_path),
+        started_time,
+        leader,
+        processes,
+        metrics_address,
+    )
+    _save(directory, record)
+    # Ray writes such a list too, but only with its dashboard. The port is another each time, the file's place is not.
+    _replace(directory / "scrape.json", [{"targets": [metrics_address], "labels": {"job": "ray"}}])
+    return record
+
+
+def _check_free(jobs_port: int) -> None:
+    if jobs_port in WORKER_PORTS:
+        wrong = f"Ray gives ports {WORKER_PORTS.start} to {WORKER_PORTS.stop - 1} to its workers"
+    else:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                return probe.bind(("127.0.0.1", jobs_port))
+            except OSError as error:
+                wrong = f"it can't be had: {error.strerror}"
+    raise UsageError(
+        f"port {jobs_port} for the Jobs API: {wrong}",
+        remedy="Name another one, like 8265, Ray's own choice.",
+        unchanged="Nothing was started.",
+    )
+
+
+def _head_command(
+    temp_dir: Path, num_cpus: int, metrics_port: int, client_port: int, jobs_port: int | None
+) -> list[str]:
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": 0,
+        "ray-client-server-port": client_port,
+        "dashboard-agent-listen-port": 0,
+        "metrics-export-port": metrics_port,
+        "include-log-monitor": "false",  # it would read all logs ten times a second, for drivers; ours ask for none
+        "include-dashboard": "false" if jobs_port is None else "true",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": jobs_port or 0,
+        "num-cpus": num_cpus,
+        "temp-dir": temp_dir / RAY_DIR,
+    }
+    ray_cli = [sys.executable, "-m", "ray.scripts.scripts"]
+    return [*ray_cli, "start", "--head", "--block", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def _head_environment(token_path: Path) -> dict[str, str]:
+    """Ours, less what would change how Ray starts; workers inherit it and must import this very package."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    root = str(Path(__file__).parents[2])
+    path = [root, *(entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != root)]
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join(path),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_path),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback, see `environment`
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Else Ray starts a process per CPU for its first driver's tasks, just when a run's own processes start. None of
+        # them would do: each of ours has an environment of its own.
+        "RAY_prestart_worker_first_driver": "0",
+        PYTHON: sys.executable,
+        "NO_COLOR": "1",
+    }
+
+
+def _await_address(head: "subprocess.Popen[bytes]", temp_dir: Path, log_path: Path) -> str:
+    deadline, written = time.monotonic() + START_TIMEOUT_S, temp_dir / RAY_DIR / "ray_current_cluster"
+    while time.monotonic() < deadline and head.poll() is None:
+        if STARTED in log_path.read_text(errors="replace"):
+            with suppress(FileNotFoundError):  # Ray may say so before it has written where
+                if address := written.read_text().strip():
+                    return address
+        time.sleep(0.05)
+    what = f"ended with code {head.returncode}" if head.returncode is not None else f"took over {START_TIMEOUT_S:.0f} s"
+    said = "\n".join(log_path.read_text(errors="replace").strip().splitlines()[-5:])
+    raise ClusterUnreachable(
+        f"Ray did not start on this machine: it {what}. It said last:\n{said}",
+        remedy="Free memory or disk, or look for the cause in that text, and try again.",
+        unchanged="What was begun has been removed.",
+    )
+
+
+def _end(record: ClusterRecord) -> None:
+    left = end_session(record.head, record.processes)
+    if left:
+        names = ", ".join(f"{process.pid} ({process.name})" for process in left)
+        raise OrchestratorError(
+            f"processes of the local cluster would not end: {names}",
+            remedy="End them yourself, then run `orchestrator cluster down` again.",
+            unchanged="The cluster's record was kept.",
+        )
+
+
+def _save(directory: Path, record: ClusterRecord) -> None:
+    _replace(directory / "cluster.json", to_plain(record))
+
+
+def _replace(path: Path, content: object) -> None:
+    """Write JSON that nobody ever reads half of."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _forget(directory: Path, record: ClusterRecord) -> None:
+    shutil.rmtree(record.temp_dir, ignore_errors=True)
+    for name in ("token", "scrape.json", "cluster.json"):
+        (directory / name).unlink(missing_ok=True)
+
+
+def _write_secret(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(os.urandom(32).hex())
+
+
+def _free_ports(count: int) -> list[int]:
+    """So many different ones: each is held until all are found."""
+    with ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One starts or stops at a time: two `up` at once must not start two clusters."""
+    directory.mkdir(parents=True, exist_ok=True)
+    directory.chmod(0o700)  # whoever made it, and with whatever umask
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,164 @@
+"""PowerSGD (Vogels et al., 2019): a matrix of gradients as the product of two thin ones.
+
+One step of power iteration per update, which begins where the last one ended: P = sum of M Q over the ranks, made
+orthonormal, then Q = sum of M^T P; the sum of all M is taken to be P Q^T. Every rank has both, and makes of them the
+piece that it updates.
+
+Shape legend: N = rows, M = columns, K = columns of the thin matrices.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orchestrator.comm import pulse, stats
+from orchestrator.comm.gradients.reduce_scatter import Alone, Reducer, Reduction
+from orchestrator.protocol.usage import TrafficKind
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A parameter's gradients within a bucket.
+
+    Args:
+        start: its first element in the bucket.
+        rows, columns: N, M.
+        rank: K.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    rank: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows * self.columns
+
+    def of(self, flat: Tensor) -> Tensor:
+        """As a view of the bucket (N, M)."""
+        return flat[self.start : self.stop].view(self.rows, self.columns)
+
+
+class PowerSGD(Reducer):
+    """For one bucket.
+
+    Args:
+        matrices: that it consists of; what lies behind them is padding.
+        keeps_rest: what isn't sent stays in the terms.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, everyone: bool, matrices: Sequence[Matrix], keeps_rest: bool) -> None:
+        super().__init__(group, everyone)
+        self.matrices, self._keeps_rest = matrices, keeps_rest
+        self.thin_MK: list[Tensor] = []  # Q, by matrix: where the next update begins
+        self._fresh_MK: list[Tensor] = []
+
+    def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
+        if self.num_pieces == 1:
+            return Alone(flat, self._keeps_rest)
+        return _Iteration(self, flat)
+
+    def settle(self, applied: bool) -> None:
+        """The step's update was applied, or wasn't: then the next one begins where this one did."""
+        if applied and self._fresh_MK:
+            for thin_MK, fresh_MK in zip(self.thin_MK, self._fresh_MK, strict=True):
+                thin_MK.copy_(fresh_MK)
+        self._fresh_MK = []
+
+    def sum(self, parts: Sequence[Tensor], raw: int) -> "_Sum":
+        """Begin to sum tensors over the ranks."""
+        self._enter()
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        work = dist.all_reduce(flat, group=self._group, async_op=True)
+        payload = 2 * self._leaving(flat.nbytes)
+        stats.enter(TrafficKind.GRADIENT, payload, raw=self._leaving(raw))
+        return _Sum(work, flat, [tuple(part.shape) for part in parts])
+
+    def piece(self, left_NK: Sequence[Tensor], right_MK: Sequence[Tensor], num_elements: int) -> Tensor:
+        """This rank's piece of the products."""
+        size = num_elements // self.num_pieces
+        low, high = self._rank * size, (self._rank + 1) * size
+        piece_S = right_MK[0].new_zeros(size)
+        for matrix, left, right in zip(self.matrices, left_NK, right_MK, strict=True):
+            start, stop = max(matrix.start, low), min(matrix.stop, high)
+            if start < stop:
+                first, last = (start - matrix.start) // matrix.columns, (stop - 1 - matrix.start) // matrix.columns
+                rows = (left[first : last + 1] @ right.t()).view(-1)
+                skipped = start - matrix.start - first * matrix.columns
+                piece_S[start - low : stop - low] = rows[skipped : skipped + stop - start]
+        return piece_S
+
+    def finish(
+        self, flat: Tensor, left_NK: Sequence[Tensor], own_MK: Sequence[Tensor], right_MK: list[Tensor]
+    ) -> Tensor:
+        """The piece; what this rank's part of the products doesn't say stays in the terms."""
+        self._fresh_MK = right_MK
+        if self._keeps_rest:
+            for matrix, left, own in zip(self.matrices, left_NK, own_MK, strict=True):
+                matrix.of(flat).addmm_(left, own.t(), alpha=-1.0)
+        return self.piece(left_NK, right_MK, flat.numel())
+
+
+class _Sum:
+    def __init__(self, work: dist.Work, flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> None:
+        self._work, self._flat, self._shapes = work, flat, shapes
+
+    def is_done(self) -> bool:
+        return self._work.is_completed()
+
+    def wait(self) -> list[Tensor]:
+        with pulse.waiting():
+            self._work.wait()
+        parts = torch.split(self._flat, [prod(shape) for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+class _Iteration(Reduction):
+    """P under way, then Q."""
+
+    def __init__(self, scheme: PowerSGD, flat: Tensor) -> None:
+        self._scheme, self._flat = scheme, flat
+        starts = scheme._fresh_MK or scheme.thin_MK  # of this step's slot before, if it has sent one
+        products = [matrix.of(flat) @ thin for matrix, thin in zip(scheme.matrices, starts, strict=True)]
+        self._first: _Sum | None = scheme.sum(products, raw=flat.nbytes)
+        self._second: _Sum | None = None
+        self._left_NK: list[Tensor] = []
+        self._own_MK: list[Tensor] = []
+
+    def is_done(self) -> bool:
+        return self._second is not None and self._second.is_done()
+
+    def wait(self) -> Tensor:
+        self.go_on()
+        assert self._second is not None
+        return self._scheme.finish(self._flat, self._left_NK, self._own_MK, self._second.wait())
+
+    def go_on(self) -> None:
+        if self._first is None:
+            return
+        self._left_NK = [orthonormal(left) for left in self._first.wait()]
+        self._first = None
+        self._own_MK = [
+            matrix.of(self._flat).t() @ left for matrix, left in zip(self._scheme.matrices, self._left_NK, strict=True)
+        ]
+        self._second = self._scheme.sum(self._own_MK, raw=0)
+
+
+def orthonormal(left_NK: Tensor) -> Tensor:
+    """Columns that span the same. NaN where one isn't finite."""
+    if not left_NK.isfinite().all():
+        return torch.full_like(left_NK, float("nan"))
+    columns: Tensor = torch.linalg.qr(left_NK).Q
+    return columns
+
+
+def first_thin(name: str, columns: int, rank: int) -> Tensor:
+    """Where the first update begins (M, K): the same on every rank."""
+    seed = int.from_bytes(sha256(name.encode()).digest()[:7], "little")
+    return torch.empty(columns, rank).normal_(generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,366 @@
+"""The controller of one run: it observes, asks `policy.lifecycle`, writes the decision down, and carries it out.
+
+    RunController._live     the whole life, in a thread of its own
+    RunController._turn     one decision
+
+A detached actor that Ray restarts for ever. Whatever it knows is in the journal; whoever it works with has a name.
+So an incarnation that comes after a crash takes a new epoch and goes on, while the workers have gone on training.
+"""
+
+import logging
+import os
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty
+
+import ray
+
+from orchestrator.cluster.actors import find, log_to
+from orchestrator.cluster.nodes import cores_of_nodes
+from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.drain_watch import DrainWatch
+from orchestrator.controller.energy_watch import EnergyWatch
+from orchestrator.controller.monitors import NodeWatch
+from orchestrator.controller.recorder import Account
+from orchestrator.controller.rendezvous_client import head_address
+from orchestrator.controller.requests import Wishes, member_of_rank
+from orchestrator.controller.run_metrics import values_of_run
+from orchestrator.controller.services import NAMES, Facilities
+from orchestrator.controller.shutdown import await_gone, hear_last_words, remove_groups
+from orchestrator.controller.worker_group import Answer, Crew, Inbox
+from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
+from orchestrator.policy.cluster.autoscaling import scale_of
+from orchestrator.policy.cluster.capacity import threads_of
+from orchestrator.policy.lifecycle import decide, directive_of, phase_of
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.requests import queued
+from orchestrator.policy.state.resuming import resumed
+from orchestrator.policy.state.run_state import Commit, Dismiss, Note, Observation, ended
+from orchestrator.protocol.messages import Finish, ResumeOrder, Target
+from orchestrator.protocol.scaling import Grant, RunScale
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.checkpoints import LookBack, commit_checkpoint, drop_old_checkpoints, leave_behind
+from orchestrator.run_records.run_history import STATUS_FILE, RunMemory, insist
+from orchestrator.run_records.status import status_of, to_json
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import acquire_epoch
+from orchestrator.telemetry.prometheus import Exporter
+
+log = logging.getLogger("orchestrator.control")
+
+BEAT_S = 0.05  # how often questions that are due get asked while the world changes
+CALM_BEAT_S = 0.25  # and while it trains: a beat takes half a millisecond of a core that workers may need
+
+
+class RunController:
+    """One run, by name in run storage: `run_dir` holds `job.json`. Methods may be called from any thread.
+
+    Args:
+        order: to go on from a checkpoint; obeyed once, whatever incarnation reads it.
+        since_s: `time.time()` when this was asked for, and the run came into the queue; None for now.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        run_dir: str,
+        parts: Parts,
+        order: ResumeOrder | None = None,
+        since_s: float | None = None,
+    ) -> None:
+        since_s = time.time() if since_s is None else since_s
+        self._run_id, self._run_dir = run_id, Path(run_dir)
+        insist(lambda: log_to(self._run_dir / "logs" / "controller.log"))
+        self._job = JobSpec.model_validate_json(insist((self._run_dir / "job.json").read_text))
+        self._limits = RunLimits.of(run_id, self._job)
+        self._inbox = Inbox()
+        self._epoch = insist(lambda: acquire_epoch(self._run_dir))
+        self._memory = insist(lambda: RunMemory(self._run_dir, self._epoch, self._limits))
+        if order is not None and order.token != self._memory.resumed_by:
+            insist(lambda: self._resume(order, since_s))
+        elif "submitted" not in self._memory.times:
+            insist(lambda: self._memory.decided(queued(self._memory.state, since_s), []))
+        if self._memory.state.current is None:  # whoever was here before may not have come to it
+            insist(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch))
+        cores = cores_of_nodes(self._job.workers.label_selector)
+        self._threads = threads_of(cores, self._limits.initial_workers)
+        if self._job.train.is_exact:  # they must not depend on what the cluster happens to be
+            self._threads = max(1, int(self._job.resources.cpus))
+        self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
+        self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
+        self._nodes = NodeWatch(self._run_dir, self._inbox)
+        self._energy = EnergyWatch(self._job.resources.gpus, self._memory, self._inbox)
+        self._drains = DrainWatch(self._inbox)
+        self._checkpointed, self._back = self._memory.state.checkpoint_done, LookBack(self._run_dir)
+        self._exporter = Exporter(run_id)
+        self._account = Account(
+            run_id, self._job.model, self._memory, self._crew, self._facilities.tracker, self._exporter
+        )
+        self._wishes = Wishes(run_id, self._memory, self._inbox)
+        self._faults: list[str] = []
+        self._closed = False
+        log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
+        threading.Thread(target=self._live, name="run", daemon=True).start()
+
+    def _resume(self, order: ResumeOrder, since_s: float) -> None:
+        decision = resumed(self._limits, self._memory.state, order)
+        notes = [action for action in decision.actions if isinstance(action, Note)]
+        self._memory.decided(queued(decision.state, since_s), notes)
+        (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its former end
+
+    # -- what others ask ---------------------------------------------------------------------------------------
+
+    def status(self) -> RunStatus:
+        return self._status(self._closed)
+
+    def _status(self, closed: bool) -> RunStatus:
+        seen = self._observe(verifies=False)
+        return status_of(
+            self._limits,
+            self._job.model,
+            self._memory,
+            seen,
+            run_dir=self._run_dir,
+            tracking_url=self._facilities.tracker.url,
+            warning=self._memory.trouble or seen.unreadable or self._facilities.tracker.warning,
+            preparing=self._facilities.preparing,
+            closed=closed,
+        )
+
+    def limits(self) -> RunLimits:
+        return self._limits
+
+    def scale(self, workers: int | None, reason: str, by_hand: bool = True) -> Target:
+        """Want another size; None leaves it to the Scheduler from now on. Returns when the wish is written down, not
+        when it has come true.
+
+        Args:
+            by_hand: False from the Scheduler, whose wishes give way to those of a user.
+
+        Raises:
+            UsageError: the job doesn't allow this size, or the run is ending.
+        """
+        if workers is None:
+            self._limits.check_autoscale()
+            return self._wishes.aim(Finish.NO, reason, by_hand=False)
+        self._limits.check_size(workers)
+        return self._wishes.aim(Finish.NO, reason, workers, by_hand=by_hand)
+
+    def scaling(self) -> RunScale | None:
+        """What the Scheduler needs to decide how many workers this run is to have; None once it is over."""
+        state = self._memory.state
+        if state.outcome is not None:
+            return None
+        submitted_s = self._memory.times.get("submitted", time.time())
+        return scale_of(self._limits, state, self._observe(verifies=False), self._crew.request, submitted_s)
+
+    def grant(self, grant: Grant) -> None:
+        """Hear what the Scheduler lets the run hold. Returns when it is written down; raises NotFinished."""
+        self._wishes.granted(grant)
+
+    def stage(self, name: str, reason: str) -> Target:
+        """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.
+
+        Raises:
+            UsageError: the job has no such stage, or the run is ending.
+        """
+        self._limits.check_stage(name)
+        return self._wishes.aim(Finish.NO, reason, stage=name)
+
+    def finish(self, how: Finish, reason: str) -> Target:
+        """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
+        return self._wishes.aim(how, reason)
+
+    def kill_worker(self, rank: int | None) -> str:
+        """Kill a member's process, as a fault would: the highest rank, or the one named. Returns the worker's id.
+
+        Raises:
+            UsageError: nobody has this rank now.
+        """
+        worker = member_of_rank(self._run_id, self._memory.state.members, rank)
+        self._crew.kill(worker)
+        return worker
+
+    # -- the run's life ----------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        try:
+            try:
+                self._train()
+            except EpochSuperseded:
+                raise
+            except Exception as error:  # whatever it is, the run ends with a name for it and leaves nothing behind
+                self._fail(error)
+            self._close()
+        except EpochSuperseded as error:
+            log.error("run %s: %s", self._run_id, error)
+        except Exception:
+            log.exception("run %s: its end could not be written down; the next incarnation tries again", self._run_id)
+            os._exit(1)
+        self._exit()
+
+    def _train(self) -> None:
+        self._begin()
+        while self._memory.state.outcome is None:
+            state = self._memory.state
+            waits_for_time = (
+                state.is_recovering or state.wants_restore or state.broken_s is not None or self._crew.is_quiet()
+            )
+            waits_for_time = waits_for_time and not state.is_queued
+            if self._listen() or waits_for_time or self._memory.trouble is not None:
+                with suppress(StorageError):  # nothing was decided then, and the next turn decides it
+                    self._turn()
+
+    def _begin(self) -> None:
+        state = self._memory.state
+        if "submitted" not in self._memory.times:
+            insist(lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers))
+        if state.outcome is None:
+            self._facilities.start(self._memory.data)
+        self._drains.start()
+        self._crew.adopt(state.crew)
+        remove_groups(self._run_id, state.num_spawned, keep=self._crew.handles)  # which the one before may have left
+        self._inbox.put(None)  # the first turn
+
+    def _listen(self) -> bool:
+        """Take every answer that has come, waiting a little for the first, then ask what is due.
+
+        Returns:
+            whether there was anything new.
+        """
+        answers: list[Answer | None] = []
+        with suppress(Empty):
+            answers.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
+            while not self._inbox.empty():
+                answers.append(self._inbox.get())
+        for answer in answers:
+            if answer is not None:
+                self._take(answer)
+        now_s = time.monotonic()
+        state = self._memory.state
+        self._crew.poll(now_s, eager=state.is_changing)
+        seen = self._observe(verifies=False)
+        self._account.ask(seen, now_s)
+        self._facilities.tend(now_s, has_places=bool(self._crew.nodes))
+        self._nodes.poll(now_s, self._crew.handles)
+        self._energy.poll(now_s, self._crew.handles)
+        self._account.tell_of_tracking()
+        if self._exporter.is_due(now_s):
+            values = values_of_run(self._limits, self._job.model, self._memory, seen)
+            self._exporter.show_run(now_s, values, phase_of(state, seen))
+        return bool(answers)
+
+    def _take(self, answer: Answer) -> None:
+        if answer.of in NAMES:
+            return self._facilities.take(answer)
+        if answer.method == NodeWatch.READ:
+            return self._account.show(self._nodes.take(answer, self._memory.progress.watermark))
+        if answer.method == EnergyWatch.READ:
+            return self._energy.take(answer)
+        if answer.method == Crew.RECORDS:
+            self._account.answered()
+        report = self._crew.take(answer)
+        if report is not None:
+            self._account.hear_numerics(answer.of, report.numerics)
+            self._account.hear_saturation(answer.of, report.saturated)
+        if report is not None and report.records:
+            self._account.enter(report.records, self._observe(verifies=False))
+        return None
+
+    def _turn(self) -> None:
+        """One decision: written down first, then carried out."""
+        if self._facilities.data not in (None, self._memory.data):
+            self._memory.prepared(self._facilities.data)
+        decision = decide(self._limits, self._memory.state, self._observe())
+        notes = [action for action in decision.actions if isinstance(action, Note)]
+        for event in self._memory.decided(decision.state, notes):
+            self._account.tell(event)
+        for action in decision.actions:
+            if isinstance(action, Commit):
+                self._commit(action)
+            elif isinstance(action, Dismiss):
+                self._crew.kill(action.worker)
+        if decision.state.outcome is None:  # else `_close` sees to the crew, who may still know something
+            self._crew.reconcile(decision.state.crew, (*decision.state.quarantine, *self._drains.nodes))
+            self._warm()
+            self._crew.tell(directive_of(decision.state, self._epoch))
+        self._wishes.turned()
+
+    def _observe(self, verifies: bool = True) -> Observation:
+        """Args: whether checkpoints are looked through, which may take long, if they are wanted."""
+        wanted = self._memory.state.wants_restore
+        restorable = self._back.newest_good(time.monotonic()) if verifies and wanted else None
+        return Observation(
+            epoch=self._epoch,
+            now_s=time.time(),
+            target=self._wishes.newest,
+            progress=self._memory.progress,
+            reports=dict(self._crew.reports),
+            lost=dict(self._crew.lost),
+            checkpointed=self._checkpointed,
+            restorable=restorable,
+            unreadable=self._back.trouble if wanted else "",
+            causes=dict(self._crew.causes),
+            nodes=dict(self._crew.nodes),
+            silence_s=self._crew.silence_s(time.monotonic()),
+            idle_s=time.monotonic() - self._crew.stirred_s,
+            store_address=self._facilities.store.address,
+            faults=(*self._faults, *self._facilities.faults),
+            draining=self._drains.nodes,
+            grant=self._wishes.grant,
+        )
+
+    def _warm(self) -> None:
+        """Workers need to know where the data is before they can warm up."""
+        data = self._memory.data
+        if data is None:
+            return
+        self._crew.warm(data.store_dir, data.vocab_size, head_address())
+
+    def _commit(self, action: Commit) -> None:
+        try:
+            path = commit_checkpoint(self._run_id, self._run_dir, self._epoch, action)
+        except (OrchestratorError, OSError) as error:
+            if isinstance(error, EpochSuperseded):
+                raise
+            self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
+            return
+        self._account.note("checkpoint", step=action.step, path=str(path))
+        self._checkpointed = action.step
+        self._inbox.put(None)
+        deleted = drop_old_checkpoints(self._run_dir, self._job.checkpoint, self._memory.progress.validations)
+        if deleted:
+            with suppress(StorageError):
+                self._account.note("checkpoints_deleted", steps=list(deleted))
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _fail(self, error: Exception) -> None:
+        log.exception("run %s: its controller failed", self._run_id)
+        told = "".join(traceback.format_exception(error))
+        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", told)
+        notes = [Note("error", {"traceback": told})]
+        notes += [action for action in over.actions if isinstance(action, Note)]
+        insist(lambda: self._memory.decided(over.state, notes))
+
+    def _close(self) -> None:
+        """End and remove everything of the run, then leave its last status in run storage."""
+        state = self._memory.state
+        hear_last_words(self._crew, self._inbox, state.members, self._memory.progress.watermark, self._take)
+        self._energy.close(self._crew.handles)
+        self._crew.reconcile(())
+        remove_groups(self._run_id, state.num_spawned)
+        self._facilities.close(str(state.outcome), state.why, self._memory.progress.watermark)
+        await_gone(self._run_id)
+        insist(lambda: self._memory.conclude(to_json(self._status(closed=True))))
+        self._closed = True  # said only once run storage says so too
+        log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
+
+    def _exit(self) -> None:
+        """Leave for good: Ray restarts an actor that just exits."""
+        me = find(f"{self._run_id}/controller")
+        if me is not None:
+            ray.kill(me, no_restart=True)

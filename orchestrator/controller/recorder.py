@@ -1,0 +1,125 @@
+"""A run's account: finished steps fetched from its members, and what else users should know.
+
+All of it is journalled, then published. What can't be written down is fetched, or said, again.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from orchestrator.controller.tracker_client import TrackerLink
+from orchestrator.controller.worker_group import Crew
+from orchestrator.errors import StorageError
+from orchestrator.policy.health.expert_collapse import routing_news
+from orchestrator.policy.health.expert_load import shown_loads
+from orchestrator.policy.numerics import differences
+from orchestrator.policy.state.run_state import Observation
+from orchestrator.policy.termination import complete_checkpoints, publishable
+from orchestrator.protocol.messages import Saturation, StepRecord
+from orchestrator.run_records.run_history import RunMemory
+from orchestrator.spec.model import ModelSpec
+from orchestrator.telemetry.prometheus import Exporter
+from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
+from orchestrator.tracking.sink import MetricPoint
+
+log = logging.getLogger("orchestrator.control")
+
+RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
+STAMPS = ("seq", "epoch", "time")  # the log has its own
+
+
+class Account:
+    """Of one run, kept by its controller."""
+
+    def __init__(
+        self, run_id: str, model: ModelSpec, memory: RunMemory, crew: Crew, tracker: TrackerLink, exporter: Exporter
+    ) -> None:
+        self._run_id, self._model, self._memory, self._crew = run_id, model, memory, crew
+        self._tracker, self._exporter = tracker, exporter
+        self._asked_s = 0.0  # when records were last asked for; inf while they are
+        self._numerics: dict[str, str] = {}  # by worker, as it was written down
+        self._tracking_fails = False  # and users were told
+
+    def ask(self, seen: Observation, now_s: float) -> None:
+        """Ask for records once in a while, and at once when a checkpoint waits for them."""
+        state, watermark = self._memory.state, self._memory.progress.watermark
+        if not state.members or publishable(state, seen) <= watermark or self._asked_s == float("inf"):
+            return
+        if complete_checkpoints(state, seen) or now_s - self._asked_s >= RECORDS_EVERY_S:
+            teller = self._crew.teller(state.members, watermark)
+            self._asked_s = float("inf") if self._crew.ask_records(teller, watermark) else now_s
+
+    def answered(self) -> None:
+        """The question for records has an answer, whatever it is."""
+        self._asked_s = time.monotonic()
+
+    def enter(self, records: Sequence[StepRecord], seen: Observation) -> None:
+        """Enter those steps that can't be lost any more, and publish them."""
+        with suppress(StorageError):  # they are asked for again
+            before = self._memory.progress
+            fresh, begun = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
+            points = points_of_steps(before, fresh)
+            self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))
+            self._exporter.show(points)
+            for event in begun:
+                self.tell(event)
+            self._judge_routing()
+        self._tracker.look()
+
+    def _judge_routing(self) -> None:
+        """Write down when experts collapse or their loads swing, and when that is over."""
+        for news in routing_news(self._model, self._memory.progress.recent, self._memory.troubles):
+            event = self._memory.note(news.kind, **news.fields)
+            self._memory.hear_of_experts(event)
+            self.tell(event)
+
+    def note(self, kind: str, **fields: Any) -> None:
+        """Write down something that no decision made, and tell it. Raises StorageError."""
+        self.tell(self._memory.note(kind, **fields))
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """Tell users of an event that is in the journal."""
+        log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in STAMPS})
+        self._tracker.publish_event(event)
+        self._exporter.show(points_of_event(event))
+
+    def hear_numerics(self, worker: str, told: str) -> None:
+        """Write down what decides the bits of the run's results, and every worker that has something else."""
+        if not told or self._numerics.get(worker) == told:
+            return
+        fingerprint = json.loads(told)
+        with suppress(StorageError):  # heard again with its next answer
+            if self._memory.numerics is None:
+                self.note("numerics", fingerprint=fingerprint)
+                self._memory.numerics = fingerprint
+            differs = differences(self._memory.numerics, fingerprint)
+            if differs and self._memory.differing.get(worker) != differs:
+                self.note("numerics_differ", worker=worker, differs=differs)
+                self._memory.differing[worker] = differs
+            self._numerics[worker] = told
+
+    def hear_saturation(self, worker: str, told: Saturation | None) -> None:
+        """Write down whose gradient was too large for an exact sum."""
+        if told is None or (worker, told.step) in self._memory.saturated:
+            return
+        with suppress(StorageError):  # heard again with its next answer
+            self.note("gradient_saturated", worker=worker, step=told.step, parameters=list(told.parameters))
+            self._memory.saturated.add((worker, told.step))
+
+    def show(self, readings: Sequence[MetricPoint]) -> None:
+        """Publish values that the journal doesn't hold."""
+        self._tracker.publish(readings)
+        self._exporter.show(readings)
+
+    def tell_of_tracking(self) -> None:
+        """Write down when metrics begin to wait, and when they arrive again."""
+        warning = self._tracker.warning
+        if (warning is not None) != self._tracking_fails:
+            with suppress(StorageError):  # said at the next look
+                event = self._memory.note("tracking_fails", why=warning) if warning else None
+                event = event or self._memory.note("tracking_works")
+                self._tracking_fails = warning is not None
+                self.tell(event)

@@ -1,0 +1,71 @@
+"""The controller's line to the run's rendezvous store.
+
+Generations meet in the store; whoever has met needs it no more, so training goes on while it is away. Ray restarts its
+process, which then listens elsewhere: every plan names the store that it is made with (`GenerationPlan.store_address`).
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import ray
+
+from orchestrator.cluster.actors import Handle, Seat, start_host
+from orchestrator.cluster.calls import reason_of
+from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.protocol.messages import StoreAddress
+
+log = logging.getLogger("orchestrator.control")
+
+NAME = "rendezvous"
+ASK_AGAIN_S = 0.5
+GIVE_UP_S = 60.0  # without an address, and calls fail: it can't be started here
+
+
+class StoreLink:
+    """Starts or finds the store, and knows where it listens.
+
+    Args:
+        target: dotted name of the store's class.
+    """
+
+    def __init__(self, run_id: str, run_dir: Path, target: str, inbox: Inbox) -> None:
+        self._name, self._target, self._inbox = f"{run_id}/{NAME}", target, inbox
+        self._log_file = run_dir / "logs" / f"{NAME}.log"
+        self._handle: Handle | None = None  # while it is asked or known to be there
+        self._asked_s = 0.0
+        self._failing_s: float | None = None  # since when
+        self.address: StoreAddress | None = None  # None while it is away
+        self.fault = ""  # why there will be no store any more
+
+    def tend(self, now_s: float) -> None:
+        """Start it, find it, or start it again, and ask where it listens; unless that is known or asked already."""
+        if self._handle is None and now_s - self._asked_s >= ASK_AGAIN_S:
+            self._asked_s = now_s
+            seat = Seat(log_file=self._log_file, max_restarts=-1)
+            self._handle = start_host(self._name, self._target, (head_address(),), seat)
+            post(self._inbox, NAME, "address", self._handle.call.remote("address"))
+            post(self._inbox, NAME, "hold", self._handle.hold.remote())
+
+    def take(self, answer: Answer) -> None:
+        """Note where it listens, or that it is gone."""
+        error = answer.future.exception()
+        another_holds_it = error is None and answer.method == "hold"
+        if self._handle is None or another_holds_it:  # None: its end was said already
+            return
+        if error is None:
+            self.address, self._failing_s = StoreAddress(*answer.future.result()), None
+            log.info("the rendezvous store listens at %s:%d", self.address.host, self.address.port)
+            return
+        self._handle, self.address = None, None
+        now_s, why = time.monotonic(), f"the rendezvous store failed: {reason_of(error)}"
+        if self._failing_s is None:
+            self._failing_s = now_s
+            log.warning("%s; training goes on, and no generation is planned until it is back", why)
+        elif now_s - self._failing_s > GIVE_UP_S:
+            self.fault = why
+
+
+def head_address() -> str:
+    """Where workers of other nodes reach this one, which is the store's too: both live on the head."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,0 +1,83 @@
+"""What others want of a run, from the call that says so until the run's controller has written it down."""
+
+import threading
+from collections.abc import Sequence
+
+from orchestrator.controller.worker_group import Inbox
+from orchestrator.errors import NotFinished, UsageError
+from orchestrator.protocol.messages import Finish, Target
+from orchestrator.protocol.scaling import Grant
+from orchestrator.run_records.run_history import RunMemory
+
+PATIENCE_S = 10.0
+LATER = "Look at its status, and try again in a moment."
+
+
+def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str:
+    """The member with this rank; None for the highest. Raises UsageError if nobody has it now."""
+    if not members or not -1 <= (-1 if rank is None else rank) < len(members):
+        raise UsageError(
+            f"rank {rank if rank is not None else 'any'} asked for; {run_id} has {len(members)} members now",
+            remedy="Name a rank from 0 to one less than that.",
+            unchanged="Nobody was killed.",
+        )
+    return members[-1 if rank is None else rank]
+
+
+class Wishes:
+    """Wishes come from any thread; the controller's turns take in the newest, and say so."""
+
+    def __init__(self, run_id: str, memory: RunMemory, inbox: Inbox) -> None:
+        self._run_id, self._memory, self._inbox = run_id, memory, inbox
+        self._turned = threading.Condition()
+        self.newest = memory.state.target
+        self.grant = memory.state.grant
+
+    def aim(
+        self,
+        finish: Finish,
+        reason: str,
+        workers: int | None = None,
+        stage: str | None = None,
+        by_hand: bool | None = None,
+    ) -> Target:
+        """Want this; `workers` is None for as many as before, `stage` for no other one, `by_hand` for whoever decided
+        on the number before. Returns when it is written down; a number that is not wanted by hand gives way at once to
+        one that is.
+
+        Raises:
+            UsageError: the run is ending, or is to end in another way.
+            NotFinished: it was not written down in time.
+        """
+        with self._turned:
+            if self._memory.state.outcome is not None or self.newest.finish not in (Finish.NO, finish):
+                raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
+            if by_hand is False and workers is not None and self.newest.by_hand:
+                return self.newest
+            size = self.newest.workers if workers is None else workers
+            wishes = self.newest.stage_wishes + (stage is not None)
+            name = self.newest.stage if stage is None else stage
+            by_hand = self.newest.by_hand if by_hand is None else by_hand
+            target = self.newest = Target(self.newest.seq + 1, size, finish, reason, name, wishes, by_hand)
+            self._inbox.put(None)
+            if not self._turned.wait_for(lambda: self._memory.state.target.seq >= target.seq, PATIENCE_S):
+                why = self._memory.trouble or "it is busy"
+                raise NotFinished(f"run {self._run_id} has not written the wish down yet: {why}", remedy=LATER)
+            return target
+
+    def granted(self, grant: Grant) -> None:
+        """Hear what the Scheduler lets the run hold. Returns when it is written down.
+
+        Raises:
+            NotFinished: it was not written down in time.
+        """
+        with self._turned:
+            self.grant = grant
+            self._inbox.put(None)
+            if not self._turned.wait_for(lambda: self._memory.state.grant == self.grant, PATIENCE_S):
+                raise NotFinished(f"run {self._run_id} has not written down what it is granted", remedy=LATER)
+
+    def turned(self) -> None:
+        """A turn has ended: what was wanted before it is written down, if it could be."""
+        with self._turned:
+            self._turned.notify_all()

@@ -1,0 +1,47 @@
+"""What is so of a run at one moment, as values of live metrics: where it is, and what its alerts are about."""
+
+from orchestrator.policy.health.expert_load import largest_violation
+from orchestrator.policy.rescale.generation_plan import warm_standbys
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.run_state import Observation
+from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.run_records.run_history import Recollection
+from orchestrator.spec.model import ModelSpec
+
+BEGINNINGS = ("submitted", "activated", "resumed")  # events from which a run's clocks run
+
+
+def values_of_run(limits: RunLimits, model: ModelSpec, memory: Recollection, seen: Observation) -> dict[str, float]:
+    """By names of metrics. Times are `time.time()` seconds, and those of the run's last beginning until there is more
+    to tell; a run that was resumed begins anew. Counters are those of the whole run, also before the first step of a
+    controller: they must not seem to fall and rise again.
+    """
+    state, progress = memory.state, memory.progress
+    first = (memory.times.get(kind, 0.0) for kind in BEGINNINGS)
+    began_time = max(*first, memory.newest_times.get("resumed", 0.0))
+    newest = progress.recent[-1] if progress.recent else None
+    return {
+        "train/tokens": progress.tokens,
+        "train/skipped": progress.skipped,
+        "elastic/generation": state.activated,
+        "run/wanted_steps": limits.steps,
+        "run/finished_steps": seen.step + 1,
+        "run/committed_steps": progress.watermark + 1,
+        "run/committed_time": max(began_time, newest.vote_time if newest else 0.0),
+        "run/checkpoint_time": max(began_time, memory.newest_times.get("checkpoint", 0.0)),
+        "elastic/workers_wanted": wanted_size(limits, state.wish, seen.step + 1, state.grant),
+        "elastic/standbys": len(warm_standbys(state, seen)),
+        "elastic/rescales": memory.counts["rescaled"],
+        "elastic/recoveries": memory.counts["generation_aborted"],
+        "elastic/quarantined_nodes": len(state.quarantine),
+        "elastic/draining_nodes": len(state.draining),
+        "verify/checks": memory.counts["checked"],
+        "verify/differences": memory.counts["state_differs"],
+        "moe/collapse": collapse(model, newest.experts.worst_violation if newest else 0.0),
+    }
+
+
+def collapse(model: ModelSpec, worst_violation: float) -> float:
+    """MaxVio of the worst layer over its largest value: 0 where loads are equal, 1 where all tokens chose the same."""
+    largest = largest_violation(model.num_experts, model.top_k)
+    return worst_violation / largest if largest > 0 else 0.0

@@ -1,0 +1,126 @@
+"""What a run has besides workers, each in a process of its own: data preparation, rendezvous store and tracker.
+
+All of them are started while workers start; the tracker, for whom nobody waits, a little later. Tracker and store may
+be away at any time, and come back; what can't be had shows as a fault.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.cluster.actors import Handle, Seat, find, start_host
+from orchestrator.cluster.calls import reason_of
+from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.rendezvous_client import NAME as STORE
+from orchestrator.controller.rendezvous_client import StoreLink
+from orchestrator.controller.tracker_client import NAME as TRACKER
+from orchestrator.controller.tracker_client import TrackerLink
+from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.run_history import insist
+from orchestrator.spec.job import JobSpec
+
+log = logging.getLogger("orchestrator.control")
+
+PREPARATION = "preparation"
+NAMES = (PREPARATION, STORE, TRACKER)
+LOOK_EVERY_S = 1.0
+TRACKER_AFTER_S = 10.0  # by then MLflow shows a run that waits in the queue
+
+
+class Facilities:
+    """Starts or finds them, and knows what they have answered."""
+
+    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, parts: Parts, epoch: int, inbox: Inbox) -> None:
+        self._run_id, self._run_dir, self._job = run_id, run_dir, job
+        self._parts, self._epoch, self._inbox = parts, epoch, inbox
+        self._handles: dict[str, Handle] = {}
+        self._made_s = time.monotonic()
+        self.data: PreparedData | None = None
+        self.preparing = ""  # how far the data is, in words; empty once it is there
+        self._asked_s = 0.0  # when its progress was last asked for
+        self._known_data: PreparedData | None = None
+        self.tracker = TrackerLink(run_id, run_dir, job, parts.tracker, epoch, inbox)
+        self.store = StoreLink(run_id, run_dir, parts.rendezvous, inbox)
+        self._faults: list[str] = []
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        return (*self._faults, self.store.fault) if self.store.fault else tuple(self._faults)
+
+    def start(self, data: PreparedData | None) -> None:
+        """Start what isn't there. `data` is what an earlier controller has prepared, made anew if it is gone."""
+        self._known_data = data
+        self.data = data if data is not None and insist(Path(data.store_dir).is_dir) else None
+        if self.data is not None:
+            self.tracker.prepared(self.data)
+        storage = self._run_dir.parent
+        if self.data is None:
+            self._begin(PREPARATION, self._parts.preparation, ())
+            data_dir = str(storage / ".data")
+            self._call(PREPARATION, "prepare", self._job.model_dump_json(by_alias=True), str(self._run_dir), data_dir)
+        self.store.tend(time.monotonic())
+
+    def tend(self, now_s: float, has_places: bool) -> None:
+        """Look after all of them, and ask how far the data is, once in a while. `has_places`: of the run's workers, any
+        has its place. Until then another run may be making room, which a tracker's start would slow."""
+        self.store.tend(now_s)
+        if has_places or now_s - self._made_s >= TRACKER_AFTER_S:
+            self.tracker.start()
+        self.tracker.tend(now_s)
+        if PREPARATION in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
+            self._asked_s = now_s
+            self._call(PREPARATION, "progress")
+
+    def take(self, answer: Answer) -> None:
+        """Note an answer, or the fault that it is."""
+        if answer.of == TRACKER:
+            self.tracker.take(answer)
+        elif answer.of == STORE:
+            self.store.take(answer)
+        elif (error := answer.future.exception()) is None:
+            self._note(answer)
+        elif answer.method == "progress":  # it has ended meanwhile
+            return
+        else:
+            self._faults.append(reason_of(error))
+
+    def close(self, outcome: str, why: str, watermark: int) -> None:
+        """Let the tracker finish, then end all of them."""
+        self.tracker.close(outcome, why, watermark)
+        for name in NAMES:
+            if (handle := find(self._name(name))) is not None:
+                ray.kill(handle, no_restart=True)
+
+    def _note(self, answer: Answer) -> None:
+        result = answer.future.result()
+        if answer.method == "progress" and self.data is None:
+            self.preparing = f"prepares the data: {result[0]}, {result[1]:.0%}"
+        elif answer.method == "prepare":
+            self.preparing = ""
+            self._prepared(result)
+            ray.kill(self._handles.pop(PREPARATION), no_restart=True)
+
+    def _prepared(self, data: PreparedData) -> None:
+        known = self._known_data
+        if known is None or Path(known.store_dir).name == Path(data.store_dir).name:  # named by content
+            self.data = data
+            self.tracker.prepared(data)
+        else:
+            self._faults.append(
+                "the corpus is not what the run has trained on so far, and the store that was made of it is gone: "
+                f"{known.store_dir}"
+            )
+
+    def _begin(self, name: str, target: str, args: tuple[Any, ...]) -> None:
+        seat = Seat(log_file=self._run_dir / "logs" / f"{name}.log")
+        self._handles[name] = start_host(self._name(name), target, args, seat)
+
+    def _call(self, name: str, method: str, *args: Any) -> None:
+        post(self._inbox, name, method, self._handles[name].call.remote(method, *args))
+
+    def _name(self, name: str) -> str:
+        return f"{self._run_id}/{name}"

@@ -1,0 +1,49 @@
+"""The end of a run: what its members still know, and nothing of it left in the cluster."""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Container
+from contextlib import suppress
+from queue import Empty
+
+from orchestrator.cluster.actors import names_of
+from orchestrator.controller.worker_group import Answer, Crew, Inbox, remove_group
+from orchestrator.errors import ProtocolError
+
+log = logging.getLogger("orchestrator.control")
+
+LAST_WORDS_S = 2.0  # how long a run that has ended waits for what its members still know
+GONE_WITHIN_S = 10.0  # and for its processes to be gone
+LOOK_EVERY_S = 0.02
+
+
+def hear_last_words(
+    crew: Crew, inbox: Inbox, members: Collection[str], watermark: int, take: Callable[[Answer], None]
+) -> None:
+    """Steps that members finished since they were last asked: they count, whatever has ended the run."""
+    asked = {member for member in members if crew.ask_records(member, watermark)}
+    deadline_s = time.monotonic() + LAST_WORDS_S
+    while asked and time.monotonic() < deadline_s:
+        with suppress(Empty):
+            answer = inbox.get(timeout=LOOK_EVERY_S)
+            if answer is not None and answer.method == Crew.RECORDS:
+                asked.discard(answer.of)
+                with suppress(ProtocolError):  # a newcomer may lack the steps before it came; another has them
+                    take(answer)
+
+
+def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> None:
+    """Free what workers had reserved, those of an earlier controller included."""
+    for worker in (f"w{number}" for number in range(num_spawned)):
+        if worker not in keep:
+            remove_group(f"{run_id}/worker/{worker}")
+
+
+def await_gone(run_id: str) -> None:
+    """Wait until only the run's controller is left, who says so if somebody else is."""
+    deadline_s = time.monotonic() + GONE_WITHIN_S
+    mine = f"{run_id}/controller"
+    while (rest := [name for name in names_of(run_id) if name != mine]) and time.monotonic() < deadline_s:
+        time.sleep(LOOK_EVERY_S)
+    if rest:
+        log.error("run %s: %s are still there", run_id, rest)

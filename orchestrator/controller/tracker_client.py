@@ -1,0 +1,195 @@
+"""The controller's line to the run's tracker. The journal is the source: whatever a tracker that died, or that was out
+of reach, has not acknowledged is read there and published again. Nobody waits for the tracker but the run's end.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from orchestrator.cluster.actors import Handle, Seat, start_host
+from orchestrator.cluster.calls import ask, reason_of
+from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.errors import OrchestratorError
+from orchestrator.policy.health.expert_load import Loads, shown_loads
+from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.run_history import committed_steps, insist, user_events
+from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import read_events
+from orchestrator.telemetry.step_metrics import points_after, points_of_event
+from orchestrator.tracking.sink import MetricPoint
+
+log = logging.getLogger("orchestrator.control")
+
+NAME = "tracker"
+FINISH_S = 30.0  # how long the end of a run waits for its tracker
+ASK_AGAIN_S = 1.0
+LOOK_EVERY_S = 3.0
+MOST_OPEN = 64  # calls without an answer: beyond that the journal keeps what would pile up here
+POINTS_PER_CALL = 2000
+LAST_TRIES = 3
+
+Call = tuple[str, tuple[Any, ...]]  # a method of the tracker, and what follows the epoch
+
+
+class TrackerLink:
+    """Starts or finds the run's tracker, and sees to it that it gets everything once."""
+
+    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, epoch: int, inbox: Inbox) -> None:
+        self._run_id, self._run_dir, self._job = run_id, run_dir, job
+        self._target, self._epoch, self._inbox = target, epoch, inbox
+        self._handle: Handle | None = None
+        self._data: PreparedData | None = None
+        self._is_current = False  # it has, or was sent, all that the journal holds
+        self._asked_s: float | None = None  # when its position was asked for last
+        self._num_open = 0
+        self._looked_s = 0.0  # when it was last asked how it fares
+        self.url: str | None = None
+        self.warning: str | None = None  # values that don't arrive
+
+    def start(self) -> Handle:
+        """Start the tracker, or find it, unless that was done."""
+        if self._handle is not None:
+            return self._handle
+        seat = Seat(
+            log_file=self._run_dir / "logs" / f"{NAME}.log",
+            # One call at once: what was published before `finish` is published. It may come back as often as it dies.
+            max_restarts=-1,
+            calls_at_once=1,
+        )
+        setup = tracker_setup(self._run_id, self._run_dir, self._job)
+        self._handle = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), seat)
+        return self._handle
+
+    def tend(self, now_s: float) -> None:
+        """Ask a tracker that lacks something what it has, now and then."""
+        overdue = self._asked_s is None or now_s - self._asked_s >= ASK_AGAIN_S
+        if self._handle is not None and not self._is_current and self._num_open == 0 and overdue:
+            self._asked_s = now_s
+            self._call("position")
+
+    def prepared(self, data: PreparedData) -> None:
+        """The run's data, which the tracker hears of whenever it has to be told everything."""
+        self._data = data
+        if self._is_current:
+            self._send(_calls_for_data(data))
+
+    def publish(self, points: Sequence[MetricPoint]) -> None:
+        """Values that the journal doesn't hold."""
+        if points and self._is_current:
+            self._send([("publish", (list(points),))])
+
+    def publish_steps(self, points: Sequence[MetricPoint], after: int, loads: Mapping[int, Loads]) -> None:
+        """All values of the steps after this one, and the loads of their experts."""
+        if points and self._is_current:
+            self._send([("publish", (list(points), after, loads))])
+
+    def publish_event(self, event: Mapping[str, Any]) -> None:
+        if self._is_current:
+            self._send([("event", (dict(event), points_of_event(event)))])
+
+    def look(self) -> None:
+        """Ask how it fares, now and then."""
+        now_s = time.monotonic()
+        if self._handle is not None and self._num_open < MOST_OPEN and now_s - self._looked_s >= LOOK_EVERY_S:
+            self._looked_s = now_s
+            self._call("describe")
+
+    def take(self, answer: Answer) -> None:
+        """Note an answer. Whatever went wrong, the tracker is asked what it has before it gets more."""
+        self._num_open -= 1
+        error = answer.future.exception()
+        if error is not None:
+            self._is_current = False
+            self._failed(answer.method, reason_of(error))
+        elif answer.method == "position":
+            self._catch_up(answer.future.result())
+        elif answer.method == "describe":
+            self._described(answer.future.result())
+
+    def close(self, outcome: str, why: str, watermark: int) -> None:
+        """Let the tracker have everything and send it. What MLflow doesn't take in time stays on disk."""
+        tracker = self.start()
+        self._is_current, arrived = True, False
+        try:
+            for _ in range(LAST_TRIES):
+                position = ask(tracker, "call", "position", timeout_s=FINISH_S)
+                for method, args in insist(partial(self._missing, position)):
+                    ask(tracker, "call", method, self._epoch, *args, timeout_s=FINISH_S)
+                arrived = ask(tracker, "call", "finish", self._epoch, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
+                state = ask(tracker, "call", "describe", timeout_s=5.0)
+                self._described(state)
+                if state["position"] >= watermark:
+                    break
+        except OrchestratorError as error:
+            self.warning = f"the tracker failed: {error}"
+        if not arrived:
+            deliver = f"`orchestrator sync {self._run_id}` delivers what waits in {self._run_dir / 'tracking'}"
+            self.warning = f"{self.warning or 'MLflow has not taken everything in time'}; {deliver}"
+        if self.warning:
+            log.warning(self.warning)
+
+    def _catch_up(self, position: int) -> None:
+        self._is_current = True
+        try:
+            self._send(missing_calls(self._run_dir, position, self._data))
+        except OSError as error:  # it is asked again what it has, and told the rest once the journal can be read
+            self._is_current = False
+            self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
+        else:
+            self.warning = None
+
+    def _missing(self, position: int) -> list[Call]:
+        return list(missing_calls(self._run_dir, position, self._data))
+
+    def _failed(self, method: str, why: str) -> None:
+        """Users hear of a tracker that can't even say what it has: it is gone, and may be on its way back."""
+        if method != "position":
+            log.warning("tracker: %s failed: %s", method, why)
+            return
+        self._warn(f"metrics wait in the journal, the tracker doesn't answer: {why}")
+
+    def _warn(self, warning: str) -> None:
+        if warning != self.warning:
+            log.warning(warning)
+        self.warning = warning
+
+    def _described(self, state: Mapping[str, Any]) -> None:
+        self.url = state["url"] or self.url
+        if state["error"] or self._is_current:  # else it is well, and lacks what waits in the journal
+            self.warning = f"metrics wait on disk: {state['error']}" if state["error"] else None
+
+    def _send(self, calls: Sequence[Call] | Iterator[Call]) -> None:
+        for method, args in calls:
+            if self._num_open >= MOST_OPEN and method == "publish" and len(args) > 1:
+                self._is_current = False  # it is told the rest when it has answered
+                return
+            self._call(method, self._epoch, *args)
+
+    def _call(self, method: str, *args: Any) -> None:
+        assert self._handle is not None, "the tracker was not started"
+        self._num_open += 1
+        post(self._inbox, NAME, method, self._handle.call.remote(method, *args))
+
+
+def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> Iterator[Call]:
+    """Everything that a tracker which has the steps up to `position` may lack. What it has, it knows for a repeat."""
+    yield "artifact", (str(run_dir / "job.yaml"),)
+    if data is not None:
+        yield from _calls_for_data(data)
+    for event in user_events(run_dir):
+        yield "event", (event, points_of_event(event))
+    steps = committed_steps(read_events(run_dir))
+    points, loads, after = points_after(steps, position), shown_loads(steps), position
+    while points:
+        last = points[min(POINTS_PER_CALL, len(points)) - 1].step  # a step's values stay together
+        batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
+        yield "publish", (batch, after, {step: loads[step] for step in loads if after < step <= last})
+        points, after = points[len(batch) :], last
+
+
+def _calls_for_data(data: PreparedData) -> list[Call]:
+    return [("artifact", (data.tokenizer,)), ("inputs", (data.datasets,))]

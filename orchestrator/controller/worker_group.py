@@ -1,0 +1,286 @@
+"""A run's workers as its controller handles them: started, asked, told and let go, all without waiting.
+
+Every call's answer comes into the controller's inbox as an `Answer`. News are asked for by long polls. One call per
+worker never returns, so a death is known as soon as Ray knows it: the call ends with an error.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import ray
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+
+from orchestrator.cluster.actors import Handle, Seat, find, kill_on_node, names_of, start_host
+from orchestrator.cluster.calls import cause_of, reason_of
+from orchestrator.protocol.messages import Directive, Report, WorkerJob
+from orchestrator.spec.job import JobSpec, ResourcesSpec
+from orchestrator.spec.labels import NODE_ID
+
+log = logging.getLogger("orchestrator.control")
+
+POLL_S = 0.5  # how long a worker may wait for news before it answers
+POLL_PAUSE_S = 0.25  # between an answer and the next question, unless a rescale waits for it
+SILENCE_S = 60.0  # a cold worker that answered before and lets a poll hang this long is as good as dead
+QUIET_S = 1.0  # without an answer, or without anything new: then time itself may decide something
+
+# A worker keeps the memory that it has freed (glibc's mallopt variables): every step and every fence allocates tens of
+# megabytes again, and getting them from the kernel anew costs more than filling them. Seen at 17 M parameters on two
+# cores: the median stall of a rescale fell from 0.6 to 0.3 s. Huge pages, where the kernel gives them to those who ask:
+# a killed process gives back its memory before it closes its connections, and until then no peer knows. With 1.2 GB of
+# small pages that takes 80 ms, with huge ones 11 (a scratch script).
+#
+# A thread spins at a barrier for 10,000 turns at most, not libgomp's 300,000: the one that it waits for may need its
+# core. On two cores, one run each: a pass of a small model took 0.046 s with either limit and 0.09 s without spinning.
+# Where others kept the cores busy, it took 0.8 to 1.8 s and, with libgomp's own, more than 7 s (a scratch script).
+WORKER_ENV = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GOMP_SPINCOUNT": "10000",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
+
+# A lost peer may end the communicator, but never the process, which holds state that is needed now: 2 means so, and
+# the monitor of nccl's watchdog would end a process that waits in an abort. Not tried on GPUs yet.
+NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+
+# Where bits are to be the same, libraries must not choose by what they find at a moment, or by where memory lies. On
+# one processor 166 of 400 shapes of fp32 products had other bits if a matrix began elsewhere, and none with MKL_CBWR,
+# which cost nothing (a scratch script).
+EXACT_ENV = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # as torch.use_deterministic_algorithms wants it
+    "MKL_CBWR": "AUTO,STRICT",
+    "MKL_DYNAMIC": "FALSE",
+    "OMP_DYNAMIC": "FALSE",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The end of a call: `of` is a worker id or another name, `method` what was called."""
+
+    of: str
+    method: str
+    future: "Future[Any]"
+
+
+Inbox = SimpleQueue[Answer | None]  # None: look again, something else has changed
+
+
+def post(inbox: Inbox, of: str, method: str, ref: Any) -> None:
+    """Have the result of a Ray call put into the inbox."""
+    ref.future().add_done_callback(lambda future: inbox.put(Answer(of, method, future)))
+
+
+class Crew:
+    """The workers of one run.
+
+    Args:
+        target: dotted name of the worker class.
+        threads: torch threads per worker.
+    """
+
+    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, threads: int, inbox: Inbox) -> None:
+        self._run_id, self._run_dir, self._job = run_id, run_dir, job
+        self._job_json = job.model_dump_json(by_alias=True)
+        self._target, self._threads, self._inbox = target, threads, inbox
+        self._handles: dict[str, Handle] = {}
+        self._known: set[str] = set()  # whoever was started, by us or by an earlier controller
+        self._told: dict[str, int] = {}
+        self._warmed: set[str] = set()
+        self._polled_s: dict[str, float] = {}  # polls under way, since when
+        self._rested_s: dict[str, float] = {}  # when the last answer came
+        self.reports: dict[str, Report] = {}
+        self._heard_s: dict[str, float] = {}  # when any answer last came
+        self._last_poll_s = time.monotonic()
+        self.stirred_s = time.monotonic()  # when somebody last said something new
+        self.lost: dict[str, str] = {}
+        self.causes: dict[str, str] = {}  # the class of each loss, where Ray tells
+        self.nodes: dict[str, str] = {}  # where workers live, once they have said so
+
+    @property
+    def handles(self) -> Mapping[str, Handle]:
+        """The workers that are there, by id."""
+        return self._handles
+
+    @property
+    def request(self) -> dict[str, float]:
+        """What Ray reserves for each worker."""
+        return request_of(self._job.resources)
+
+    def adopt(self, crew: tuple[str, ...]) -> None:
+        """Find the workers that an earlier controller started; end those that it did not write down."""
+        for name in names_of(self._run_id):
+            if name.startswith(f"{self._run_id}/worker/"):
+                worker = name.rpartition("/")[2]
+                self._handles[worker] = find(name)
+                self._watch(worker)
+        for worker in crew:
+            self._known.add(worker)
+            if self._handles.get(worker) is None:
+                self.lost[worker] = "it was gone when the run's controller came back"
+        self.reconcile(crew)
+
+    def reconcile(self, crew: tuple[str, ...], avoid: tuple[str, ...] = ()) -> None:
+        """Start who is missing, on none of the nodes to `avoid`; end who is not wanted."""
+        for worker in [w for w in self._handles if w not in crew]:
+            self._dismiss(worker)
+        for worker in crew:
+            if worker not in self._known:
+                self._start(worker, avoid)
+
+    def warm(self, store_dir: str, vocab_size: int, head_host: str) -> None:
+        """Have every worker that hasn't begun become a standby, with the data of `store_dir`."""
+        job = WorkerJob(
+            run_id=self._run_id,
+            job_json=self._job_json,
+            store_dir=store_dir,
+            storage_dir=str(self._run_dir),
+            head_host=head_host,
+            threads=self._threads,
+            vocab_size=vocab_size,
+        )
+        for worker in self._handles.keys() - self._warmed:
+            self._warmed.add(worker)
+            self._call(worker, "warm", job)
+
+    def tell(self, directive: Directive) -> None:
+        """Send the directive to whoever hasn't got it yet."""
+        for worker in self._handles:
+            if self._told.get(worker, -1) < directive.seq:
+                self._told[worker] = directive.seq
+                self._call(worker, "direct", directive)
+
+    def poll(self, now_s: float, eager: bool) -> None:
+        """Ask everybody for news who isn't being asked; give up who has been silent for too long."""
+        if now_s - self._last_poll_s > QUIET_S:  # we were held up ourselves: answers may be on their way
+            self._polled_s = dict.fromkeys(self._polled_s, now_s)
+        self._last_poll_s = now_s
+        for worker in list(self._handles):
+            if worker not in self._polled_s:
+                if eager or now_s - self._rested_s.get(worker, 0.0) >= POLL_PAUSE_S:
+                    version = self.reports[worker].version if worker in self.reports else -1
+                    self._polled_s[worker] = now_s
+                    self._call(worker, "report", None, version, POLL_S)
+            elif worker in self.reports and now_s - self._polled_s[worker] > POLL_S + SILENCE_S:
+                self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")
+
+    def silence_s(self, now_s: float) -> dict[str, float]:
+        """For how long each worker has owed an answer. One is due after `POLL_S` at the latest; a question that was
+        asked while the process still started counts from its first answer to any other."""
+        known = [(w, since_s) for w, since_s in self._polled_s.items() if w in self._handles and w in self.reports]
+        asked = {worker: max(since_s, self._heard_s.get(worker, since_s)) for worker, since_s in known}
+        return {worker: max(0.0, now_s - since_s - POLL_S) for worker, since_s in asked.items()}
+
+    def is_quiet(self) -> bool:
+        """Somebody owes an answer, or nobody has said anything new for a while."""
+        now_s = time.monotonic()
+        return now_s - self.stirred_s > QUIET_S or max(self.silence_s(now_s).values(), default=0.0) > QUIET_S
+
+    def ask_records(self, worker: str, after_step: int) -> bool:
+        """Ask for the finished steps after this one; they come as an answer of `Crew.RECORDS`."""
+        if worker not in self._handles:
+            return False
+        ref = self._handles[worker].call.remote("report", after_step, -1, 0.0)
+        post(self._inbox, worker, Crew.RECORDS, ref)
+        return True
+
+    def teller(self, members: Sequence[str], watermark: int) -> str:
+        """The first member that knows the steps after `watermark`: whoever joined later doesn't."""
+        known = (w for w in members if w in self.reports and self.reports[w].first_record <= watermark + 1)
+        return next(known, members[0])
+
+    def kill(self, worker: str) -> None:
+        """End a process that doesn't answer, by its id on its own node."""
+        report = self.reports.get(worker)
+        if worker in self._handles and report is not None and report.pid:
+            post(self._inbox, worker, "kill", kill_on_node(self.nodes.get(worker, ""), report.pid))
+
+    RECORDS = "records"
+
+    def take(self, answer: Answer) -> Report | None:
+        """Note what a worker said, or that it can't say anything any more."""
+        worker = answer.of
+        if answer.method == "report":
+            self._polled_s.pop(worker, None)
+            self._rested_s[worker] = time.monotonic()
+        if worker not in self._handles or answer.method == "kill":
+            return None  # let go meanwhile; and what a killing has led to shows elsewhere
+        error = answer.future.exception()
+        if error is not None:
+            self.causes[worker] = cause_of(error)
+            self._lose(worker, reason_of(error))
+            return None
+        if answer.method == "hold":
+            return None  # another controller holds it now; this one will hear that its epoch is over
+        if answer.method == "node":
+            self.nodes[worker] = answer.future.result()
+            return None
+        self._heard_s[worker] = time.monotonic()
+        report: Report = answer.future.result()
+        known = self.reports.get(worker)
+        if known is None or report.version > known.version:
+            self.stirred_s = time.monotonic()
+        if known is None or report.version >= known.version:
+            self.reports[worker] = report
+        return report
+
+    def _start(self, worker: str, avoid: tuple[str, ...]) -> None:
+        resources = self._job.resources
+        name = f"{self._run_id}/worker/{worker}"
+        selector = self._job.workers.label_selector | ({NODE_ID: f"!in({','.join(avoid)})"} if avoid else {})
+        group = placement_group([self.request], name=name, lifetime="detached", bundle_label_selector=[selector])
+        env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
+        env |= EXACT_ENV if self._job.train.is_exact else {}
+        env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
+        seat = Seat(
+            cpus=resources.cpus,
+            gpus=resources.gpus,
+            memory_bytes=resources.memory_bytes or 0,
+            group=group,
+            env=env,
+            log_file=self._run_dir / "logs" / f"{worker}.log",
+        )
+        self._known.add(worker)
+        self._handles[worker] = start_host(name, self._target, (worker,), seat)
+        self._watch(worker)
+
+    def _watch(self, worker: str) -> None:
+        post(self._inbox, worker, "node", self._handles[worker].node.remote())
+        post(self._inbox, worker, "hold", self._handles[worker].hold.remote())
+
+    def _call(self, worker: str, method: str, *args: Any) -> None:
+        post(self._inbox, worker, method, self._handles[worker].call.remote(method, *args))
+
+    def _lose(self, worker: str, why: str) -> None:
+        self.lost[worker] = why
+        self._dismiss(worker)
+
+    def _dismiss(self, worker: str) -> None:
+        """End a worker's process, whatever it is doing, and free what it had reserved."""
+        handle = self._handles.pop(worker)
+        self.reports.pop(worker, None)
+        ray.kill(handle, no_restart=True)
+        remove_group(f"{self._run_id}/worker/{worker}")
+
+
+def request_of(resources: ResourcesSpec) -> dict[str, float]:
+    """Ray's resources of a worker, those of which it needs any."""
+    amounts = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
+    return {name: amount for name, amount in amounts.items() if amount}
+
+
+def remove_group(name: str) -> None:
+    """Remove the placement group of this name, if there is one."""
+    try:
+        group = get_placement_group(name)
+    except ValueError:
+        return
+    remove_placement_group(group)

@@ -1,0 +1,81 @@
+"""Texts to tokens by a table of words, several times as fast as the tokenizer itself on one core.
+
+A byte-level BPE cuts a text into words and splits each by itself (Radford et al., 2019, whose pattern this is), and
+most words of a text were there before. So the tokenizer is asked for a word once, and a text's tokens are those of its
+words, one after the other. The library's own table saves the merges only, and these are 2 % of its time: the rest goes
+into cutting, and into memory for where each byte came from.
+
+The pattern is evaluated here for ASCII, where it has one meaning; what holds other characters is left to the tokenizer
+whole, up to the next place where no word can go on: white space after a printed ASCII character.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.prepare.store_writer import token_dtype
+from orchestrator.data.tokenizer import TextTokenizer
+
+LARGEST_TABLE = 1 << 25  # bytes, about
+ENTRY_BYTES = 200  # of a word, besides its characters and tokens: two objects and their place in the table
+_WORD = re.compile(r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[^\sA-Za-z0-9]+| ?[0-9]+|\s+(?!\S)|\s+", re.ASCII)
+_LINE_END = re.compile(r"(?<=[!-~])(?=\n)")
+_CUT = re.compile(r"(?<=[!-~])(?=[\t\n\r ])")
+
+
+class WordTable(dict[str, bytes]):
+    """The tokens of words, as they are in a part; one that is not there is asked for and kept.
+
+    `encode` is as `TextTokenizer.encode`, for a tokenizer that `has_words`. Holds up to `largest` bytes, about.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, largest: int = LARGEST_TABLE) -> None:
+        super().__init__()
+        self._tokenizer, self._largest = tokenizer, largest
+        self._dtype = np.dtype(token_dtype(tokenizer))
+        self._first = np.array([tokenizer.document_token], self._dtype).tobytes()
+        self.held_bytes = 0
+
+    def encode(self, texts: Sequence[str]) -> list[NDArray[np.unsignedinteger]]:
+        """The tokens of each document: the document token, then its text's."""
+        return [
+            np.frombuffer(self._first + b"".join(map(self.__getitem__, words_of(text))), self._dtype) for text in texts
+        ]
+
+    def __missing__(self, word: str) -> bytes:
+        if self.held_bytes > self._largest:
+            self.clear()
+            self.held_bytes = 0
+        [[_, *tokens]] = self._tokenizer.encode([word])
+        self[word] = found = np.array(tokens, self._dtype).tobytes()
+        self.held_bytes += ENTRY_BYTES + 4 * len(word) + len(found)
+        return found
+
+
+def has_words(tokenizer: TextTokenizer) -> bool:
+    """Whether a text's tokens are those of its `words_of`: a plain byte-level BPE with GPT-2's pattern, as ours are."""
+    saved = json.loads(tokenizer.to_bytes())
+    cutting, model = saved["pre_tokenizer"] or {}, saved["model"]
+    return (
+        saved["normalizer"] is None
+        and cutting.get("type") == "ByteLevel"
+        and cutting.get("use_regex", True)
+        and not cutting["add_prefix_space"]
+        and model.get("type") == "BPE"
+        and not model.get("dropout")
+        and all(token["special"] for token in saved["added_tokens"])  # others are found in texts
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """Cuts a text, so that the tokens of the parts are those of the whole."""
+    if text.isascii():
+        return _WORD.findall(text)
+    words: list[str] = []
+    for line in _LINE_END.split(text):
+        for part in [line] if line.isascii() else _CUT.split(line):
+            words += _WORD.findall(part) if part.isascii() else [part]
+    return words

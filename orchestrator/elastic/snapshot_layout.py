@@ -1,0 +1,103 @@
+"""How a rank's shard lies in a snapshot: one stretch of bytes, the part that its buddy gets first.
+
+Both ends derive the format from the layout, so only bytes travel. What every rank of the world has (dense weights,
+buffers) stays out of the buddy's part: whoever survives has it too. It is in the rank's own copy, since a survivor may
+have to go back a step.
+
+A snapshot is *whole*, or a *delta*: the gradients that a step has given to this rank's part of the optimizer, from
+which the step can be done again, and what no update of this rank makes (weights of others' parts, buffers, what
+compression keeps).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.elastic.state_layout import IntArray, Kind, Layout
+
+ALIGNMENT = 64  # bytes; every range starts at a multiple, so any number format may be read in place
+GRADIENT_BYTES = 4  # of an element; masters and moments have as many
+AS_THEY_ARE = ("buffer", "residual", "velocity", "powersgd")  # kinds of tensors that no update makes from gradients
+
+
+@dataclass(frozen=True, eq=False)
+class SnapshotFormat:
+    """The places of n ranges in a snapshot.
+
+    Args:
+        names: [n], tensors; in a delta `grad/NAME` where a whole snapshot has `exp_avg/NAME`.
+        start, stop: [n], elements of the flattened tensor.
+        itemsize: [n], bytes per element.
+        offset: [n], bytes from the snapshot's beginning.
+        num_shared: how many of the ranges, the first ones, go to the buddy.
+        shared_bytes, total_bytes: length of the buddy's part and of the whole.
+    """
+
+    names: tuple[str, ...]
+    start: IntArray
+    stop: IntArray
+    itemsize: IntArray
+    offset: IntArray
+    num_shared: int
+    shared_bytes: int
+    total_bytes: int
+
+    @classmethod
+    def of(cls, layout: Layout, rank: int) -> Self:
+        """The format of one rank's whole snapshot in a layout."""
+        tensor, start, stop = layout.ranges_of(layout.world.members[rank]).T
+        names = [layout.names[t] for t in tensor.tolist()]
+        return cls._of_ranges(names, start, stop, layout.itemsize[tensor], _is_everywhere(layout)[tensor])
+
+    @classmethod
+    def of_delta(cls, layout: Layout, rank: int) -> Self:
+        """The format of one rank's delta in a layout."""
+        ranges = layout.ranges_of(layout.world.members[rank])
+        names = [layout.names[t] for t in ranges[:, 0].tolist()]
+        owned = {
+            name.removeprefix("exp_avg/"): (start, stop)
+            for name, (_, start, stop) in zip(names, ranges.tolist(), strict=True)
+            if name.startswith("exp_avg/")
+        }
+        everywhere = _is_everywhere(layout)
+        rows = [(f"grad/{name}", *here, GRADIENT_BYTES, False) for name, here in owned.items()]
+        for name, (tensor, start, stop) in zip(names, ranges.tolist(), strict=True):
+            kind, _, plain = name.partition("/")
+            if kind in ("param", *AS_THEY_ARE):
+                mine = owned.get(plain, (start, start)) if kind == "param" else (start, start)
+                item = int(layout.itemsize[tensor])
+                rest = ((start, mine[0]), (mine[1], stop))
+                rows += [(name, low, high, item, bool(everywhere[tensor])) for low, high in rest if low < high]
+        columns: Iterable[tuple[int, ...]] = list(zip(*(row[1:] for row in rows), strict=True)) or [()] * 4
+        start, stop, itemsize, there = (np.array(column, dtype=np.int64) for column in columns)
+        return cls._of_ranges([row[0] for row in rows], start, stop, itemsize, there.astype(bool))
+
+    @classmethod
+    def _of_ranges(
+        cls, names: list[str], start: IntArray, stop: IntArray, itemsize: IntArray, everywhere: NDArray[np.bool_]
+    ) -> Self:
+        """Ranges one behind the other, those that other ranks don't have first."""
+        order = np.argsort(everywhere, kind="stable")
+        num_bytes = (stop - start) * itemsize
+        offset = np.append(0, np.cumsum(-(-num_bytes[order] // ALIGNMENT) * ALIGNMENT))
+        num_shared = int(np.sum(~everywhere))
+        return cls(
+            names=tuple(names[nth] for nth in order.tolist()),
+            start=start[order],
+            stop=stop[order],
+            itemsize=itemsize[order],
+            offset=offset[:-1],
+            num_shared=num_shared,
+            shared_bytes=int(offset[num_shared]),
+            total_bytes=int(offset[-1]),
+        )
+
+
+def _is_everywhere(layout: Layout) -> NDArray[np.bool_]:
+    """[T], bool: every rank of the world has all of the tensor."""
+    full = np.array([len(ranks) == layout.world.size for ranks in layout.holder_sets] + [False])
+    answer: NDArray[np.bool_] = (layout.kind == Kind.REPLICATED) & full[layout.holder_set]
+    return answer

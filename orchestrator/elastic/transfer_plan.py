@@ -1,0 +1,252 @@
+"""The moves that turn one layout into another.
+
+    plan = TransferPlan.between(old, new)
+    mine = plan.for_worker("w7")  # what w7 sends, receives, keeps and zeroes
+
+Pure: every worker makes the same plan from the same two layouts, so no plan is ever sent. A move is one contiguous run
+of one tensor, in one held range at both ends. Nothing that a worker holds and still needs is moved, every element that
+it lacks comes from exactly one other worker, and the bytes are the least for the two layouts.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.elastic.state_layout import IntArray, Kind, Layout
+from orchestrator.elastic.world import union
+from orchestrator.errors import OrchestratorError
+
+
+class StateLost(OrchestratorError):
+    """Elements of `tensors` are needed and no available worker holds them."""
+
+    def __init__(self, tensors: tuple[str, ...]) -> None:
+        shown = ", ".join(tensors[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
+        super().__init__(
+            f"no available worker holds all of {shown}; every element needs a holder to come from",
+            remedy="Add a source that holds them, or go back to a checkpoint.",
+            unchanged="Nothing was moved.",
+        )
+        self.args = (tensors,)
+        self.tensors = tensors
+
+
+@dataclass(frozen=True, eq=False)
+class WorkerMoves:
+    """One worker's part of a plan. All arrays are [n, 3], rows (tensor, start, stop) in elements, sorted.
+
+    Sender and receiver see the same rows in the same order.
+
+    Args:
+        sends: by destination, in the order of the plan's workers.
+        receives: by source, in the same order. What arrives for a tensor that accumulates is added.
+        keeps: held before and after.
+        zeros: to be set to zero before anything is added.
+    """
+
+    sends: dict[str, IntArray]
+    receives: dict[str, IntArray]
+    keeps: IntArray
+    zeros: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class TransferPlan:
+    """Where every element of a new layout comes from. Tensors and workers are given by index.
+
+    Args:
+        workers: members of the old world, then those that only the new one has.
+        names, itemsize: of the T tensors; bytes per element.
+        accumulates: [T], whether moves of the tensor are added to what the destination has (it is partial).
+        moves: [n, 5], rows (tensor, start, stop, source, destination), start and stop in elements.
+        keeps: [n, 4], rows (tensor, start, stop, worker).
+        zeros: [n, 4], likewise: a partial's new holders start from zero.
+    """
+
+    workers: tuple[str, ...]
+    names: tuple[str, ...]
+    itemsize: IntArray
+    accumulates: tuple[bool, ...]
+    moves: IntArray
+    keeps: IntArray
+    zeros: IntArray
+
+    @classmethod
+    def between(cls, old: Layout, new: Layout, available: Collection[str] | None = None) -> Self:
+        """The plan from `old` to `new`.
+
+        Args:
+            available: the workers that still have what `old` says they hold; None means all. The others neither send
+                nor keep anything.
+
+        Raises:
+            StateLost: nobody available holds some elements, or one rank's part of a partial tensor.
+            ValueError: the layouts don't describe the same tensors.
+        """
+        _check_same_tensors(old, new)
+        workers = union(old.world, new.world)
+        number = {worker: index for index, worker in enumerate(workers)}
+        sources = np.array([available is None or worker in available for worker in old.world.members])
+        new_workers = np.array([number[worker] for worker in new.world.members])
+
+        found = _Found(moves=[], keeps=[], zeros=[], lost=[])
+        _plan_shards(old, new, sources, new_workers, found)
+        _plan_whole(old, new, sources, new_workers, found)
+        if found.lost:
+            raise StateLost(tuple(old.names[t] for t in np.unique(np.concatenate(found.lost))))
+        return cls(
+            workers=workers,
+            names=old.names,
+            itemsize=old.itemsize,
+            accumulates=tuple((old.kind == Kind.PARTIAL).tolist()),
+            moves=_stacked(found.moves, 5),
+            keeps=_stacked(found.keeps, 4),
+            zeros=_stacked(found.zeros, 4),
+        )
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that all workers together send."""
+        return int(np.sum((self.moves[:, 2] - self.moves[:, 1]) * self.itemsize[self.moves[:, 0]]))
+
+    def for_worker(self, worker: str) -> WorkerMoves:
+        """The part of `worker`. Raises ValueError if it is in neither world."""
+        index = self.workers.index(worker)
+        return WorkerMoves(
+            sends=self._by_peer(self.moves[self.moves[:, 3] == index], peer_column=4),
+            receives=self._by_peer(self.moves[self.moves[:, 4] == index], peer_column=3),
+            keeps=_sorted(self.keeps[self.keeps[:, 3] == index, :3]),
+            zeros=_sorted(self.zeros[self.zeros[:, 3] == index, :3]),
+        )
+
+    def _by_peer(self, moves: IntArray, peer_column: int) -> dict[str, IntArray]:
+        moves = moves[np.lexsort((moves[:, 1], moves[:, 0], moves[:, peer_column]))]
+        peers, firsts = np.unique(moves[:, peer_column], return_index=True)
+        parts = np.split(moves[:, :3], firsts[1:])
+        return {
+            self.workers[peer]: part for peer, part in zip(peers.tolist(), parts, strict=False)
+        }  # no peer: one empty part
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """Rows found so far, as in `TransferPlan`; `lost` are indices of tensors that can't be had."""
+
+    moves: list[IntArray]
+    keeps: list[IntArray]
+    zeros: list[IntArray]
+    lost: list[IntArray]
+
+
+def _check_same_tensors(old: Layout, new: Layout) -> None:
+    if old.names != new.names:
+        differing = sorted(set(old.names) ^ set(new.names))
+        raise ValueError(f"a plan needs the same tensors in the same order on both sides; differing: {differing[:5]}")
+    for what in ("numel", "itemsize", "kind"):
+        (differs,) = np.nonzero(getattr(old, what) != getattr(new, what))
+        if len(differs):
+            raise ValueError(
+                f"{what} of {old.names[differs[0]]} differs between the layouts; a plan moves bits as they are"
+            )
+
+
+def _plan_shards(old: Layout, new: Layout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found) -> None:
+    """Sharded tensors, laid end to end on one line: between two cuts of either layout nothing changes hands."""
+    line = old.line()
+    held = old.shards[sources[old.shards[:, 3]]]
+    held_begin, held_end = line[held[:, 0]] + held[:, 1], line[held[:, 0]] + held[:, 2]
+    need_begin, need_end = line[new.shards[:, 0]] + new.shards[:, 1], line[new.shards[:, 0]] + new.shards[:, 2]
+    if not len(need_begin):
+        return
+    if not len(held):
+        found.lost.append(new.shards[:, 0])
+        return
+    cuts = np.unique(np.concatenate([held_begin, held_end, need_begin, need_end]))
+    begin, end = cuts[:-1], cuts[1:]
+    need = np.searchsorted(need_begin, begin, side="right") - 1
+    have = np.maximum(np.searchsorted(held_begin, begin, side="right") - 1, 0)
+    tensor, start, stop = new.shards[need, 0], begin - line[new.shards[need, 0]], end - line[new.shards[need, 0]]
+    unheld = (begin < held_begin[have]) | (begin >= held_end[have])
+    if unheld.any():
+        found.lost.append(tensor[unheld])
+    source, destination = held[have, 3], new_workers[new.shards[need, 3]]  # an old rank is its number in the plan
+    stays = source == destination
+    found.keeps.append(np.stack([tensor, start, stop, source], axis=1)[stays])
+    found.moves.append(np.stack([tensor, start, stop, source, destination], axis=1)[~stays])
+
+
+def _plan_whole(old: Layout, new: Layout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found) -> None:
+    """Replicated and partial tensors, by class: those with the same kind and the same holders before and after."""
+    (whole,) = np.nonzero(old.kind != Kind.SHARDED)
+    if not len(whole):
+        return
+    keys = np.stack([old.kind[whole], old.holder_set[whole], new.holder_set[whole]], axis=1)
+    classes, class_of = np.unique(keys, axis=0, return_inverse=True)
+    order = np.argsort(class_of.ravel(), kind="stable")
+    starts = np.searchsorted(class_of.ravel()[order], np.arange(1, len(classes)))
+    for (kind, before, after), members in zip(classes.tolist(), np.split(whole[order], starts), strict=True):
+        holders = [rank for rank in old.holder_sets[before] if sources[rank]]
+        if not holders or (kind == Kind.PARTIAL and len(holders) < len(old.holder_sets[before])):
+            found.lost.append(members)
+            continue
+        wanted = new_workers[list(new.holder_sets[after])].tolist()
+        had = set(holders)
+        staying = [worker for worker in wanted if worker in had]
+        joining = [worker for worker in wanted if worker not in had]
+        found.keeps.append(_of_each(old, members, staying))
+        if kind == Kind.REPLICATED:
+            found.moves.append(_spread(old, members, holders, joining))
+        else:
+            leaving = [worker for worker in holders if worker not in set(wanted)]
+            found.zeros.append(_of_each(old, members, joining))
+            heirs = staying or joining
+            for nth, source in enumerate(leaving):
+                found.moves.append(_with(_of_each(old, members, [source]), heirs[nth % len(heirs)]))
+
+
+def _spread(layout: Layout, tensors: IntArray, holders: Sequence[int], joining: Sequence[int]) -> IntArray:
+    """Moves of whole `tensors` to all of `joining`, with the same load for all of `holders`.
+
+    The bytes to be received are laid on one line, receiver after receiver and tensor after tensor, and every holder
+    sends an equal stretch of it: loads differ by two elements at most, and few moves are cut in two.
+    """
+    if not joining:
+        return np.zeros((0, 5), dtype=np.int64)
+    begin = np.append(0, np.cumsum(layout.numel[tensors] * layout.itemsize[tensors]))
+    num_bytes = int(begin[-1])  # per receiver
+    shares = np.array([nth * num_bytes * len(joining) // len(holders) for nth in range(len(holders))])
+    at = shares % num_bytes
+    nth_tensor = np.searchsorted(begin, at, side="right") - 1
+    shares -= (at - begin[nth_tensor]) % layout.itemsize[tensors[nth_tensor]]  # never within an element
+    borders = (np.arange(len(joining))[:, None] * num_bytes + begin[:-1]).ravel()
+    cuts = np.unique(np.concatenate([borders, shares, [num_bytes * len(joining)]]))
+
+    receiver, at = np.divmod(cuts[:-1], num_bytes)
+    nth_tensor = np.searchsorted(begin, at, side="right") - 1
+    tensor = tensors[nth_tensor]
+    start = (at - begin[nth_tensor]) // layout.itemsize[tensor]
+    stop = start + np.diff(cuts) // layout.itemsize[tensor]
+    source = np.array(holders)[np.searchsorted(shares, cuts[:-1], side="right") - 1]
+    return np.stack([tensor, start, stop, source, np.array(joining)[receiver]], axis=1)
+
+
+def _of_each(layout: Layout, tensors: IntArray, workers: Sequence[int]) -> IntArray:
+    """[n, 4], rows (tensor, 0, numel, worker): each tensor for each worker."""
+    tensor = np.tile(tensors, len(workers))
+    worker = np.repeat(np.array(workers, dtype=np.int64), len(tensors))
+    return np.stack([tensor, np.zeros_like(tensor), layout.numel[tensor], worker], axis=1)
+
+
+def _with(rows: IntArray, destination: int) -> IntArray:
+    return np.concatenate([rows, np.full((len(rows), 1), destination, dtype=np.int64)], axis=1)
+
+
+def _sorted(rows: IntArray) -> IntArray:
+    return rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+
+
+def _stacked(parts: Sequence[IntArray], columns: int) -> IntArray:
+    return np.concatenate([np.zeros((0, columns), dtype=np.int64), *parts])

@@ -1,0 +1,317 @@
+"""The engine that trains: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
+
+What is ours and why:
+- Parameter groups (`orchestrator.engine.param_groups`), and how gradients are added up over slots and ranks
+  (`orchestrator.comm.gradients.buckets`): in fp32, with bf16 weights too, and while the backward pass goes on.
+  DeepSpeed is handed this rank's pieces of the sums, and clips, updates and gathers weights
+  (`orchestrator.engine.deepspeed.zero_optimizer`).
+- Gradients are summed, not averaged: a slot's loss is already divided by the global batch's token count.
+- All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is switched off, and so is the
+  shared-memory op that it would compile at first use.
+
+Read with deepspeed 0.19.8; `tests/integration/test_engine.py` compares with stock DeepSpeed and with plain torch.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import orchestrator.engine.deepspeed.imports  # noqa: F401  # isort: skip  # before anything of deepspeed
+import deepspeed
+import deepspeed.comm.comm
+import deepspeed.ops
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups as registry
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from orchestrator.comm import pulse
+from orchestrator.comm.gradients.exact_sum import largest_term
+from orchestrator.comm.tokens import link_priority
+from orchestrator.engine.adamw import AdamW
+from orchestrator.engine.base import StepOutcome, nothing
+from orchestrator.engine.deepspeed.zero_optimizer import Seam
+from orchestrator.engine.gradients import Gradients
+from orchestrator.engine.param_groups import group_name, groups_of, is_filler
+from orchestrator.engine.process_groups import Groups
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.batch import MicroBatch
+from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.spec.communication import CommunicationSpec
+from orchestrator.spec.job import TrainSpec
+from orchestrator.state.ranges import NamedRanges
+
+# Compiling this op takes 46 s at the first init, it assumes one host, and gloo serves us better.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+deepspeed_logger.setLevel(logging.WARNING)
+
+DEFAULT = CommunicationSpec()
+WAITING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "all_gather", "all_gather_into_tensor")
+
+
+class _ExpertMarker(MoE):  # type: ignore[misc]
+    """A parameter-free child that tells DeepSpeed there are experts: it only asks isinstance(module, MoE)."""
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, *args: Any, **kwargs: Any) -> None:
+        """The groups are ours and already registered."""
+
+
+class _Core(DeepSpeedEngine):  # type: ignore[misc]
+    """DeepSpeed's engine without what costs and isn't used."""
+
+    def _broadcast_model(self) -> None:
+        """Weights come from the seed or a transfer, equal on all ranks by construction and checked by digest."""
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
+        """ZeRO at both stages: bf16 with fp32 accumulation at stage 1 would become another optimizer class."""
+        return "zero_optimization"
+
+
+class DeepSpeedEngineAdapter:
+    """Implements `orchestrator.engine.base.Engine`.
+
+    Args:
+        model: with this rank's experts; weights may still be unset.
+        train: optimizer, precision, stage, clipping.
+        groups: the generation's process groups.
+    """
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        train: TrainSpec,
+        groups: Groups,
+        device: torch.device,
+        communication: CommunicationSpec = DEFAULT,
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._mixed = train.precision == "bf16"
+        has_experts = bool(model.moe_layers)
+        _register(groups)
+        if has_experts:
+            model.add_module("_expert_marker", _ExpertMarker(groups.placement.num_experts))
+        param_groups = groups_of(model, groups, communication)
+        for_deepspeed = [group.for_deepspeed() for group in param_groups]
+        self._adamw = AdamW(for_deepspeed, train)
+        config = _config(train)
+        os.environ["LOCAL_RANK"] = "0"  # Ray shows each worker its own devices, so the first is ours
+        deepspeed.init_distributed(dist_backend=None, dist_init_required=False, verbose=False)
+        _count_waits(deepspeed.comm.comm.cdb)
+        self._core = _Core(
+            args=None,
+            model=model,
+            optimizer=self._adamw,
+            model_parameters=[p for group in param_groups for p in group.everything],
+            config=config,
+            config_class=DeepSpeedConfig(config),
+        )
+        self._zero = self._core.optimizer
+        largest = largest_term(train.most_slots) if train.is_exact else None
+        self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device, largest)
+        self._seam = Seam(self._zero, groups.exchange, train.is_exact)
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._make_optimizer_state()
+        self._owned = self._find_owned()
+        self._ranges = self._collect_ranges()
+
+    @property
+    def gradients(self) -> Gradients:
+        """How they travel, for whoever chooses that."""
+        return self._gradients
+
+    @property
+    def order(self) -> list[str]:
+        """Buckets of dense gradients as they are sent, each by its parameters: the same on all ranks."""
+        return self._gradients.order
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def accumulate(
+        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
+    ) -> tuple[Tensor, RoutingCounts]:
+        link_priority.begin()
+        loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
+        routed = self._model.routing_counts()
+        before_backward()
+        self._gradients.begin_slot(last)
+        (loss / global_tokens).backward()
+        self._gradients.end_slot()
+        return loss.detach(), routed
+
+    def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
+        self._adamw.before_update = before_update
+        self._adamw.gradients = {} if keep_gradients else None
+        applied, norm = self._seam.step(self._gradients.sums(), lr)
+        self._gradients.settle(applied)
+        kept, self._adamw.gradients = self._adamw.gradients, None
+        updated = self._updated(kept) if applied and kept is not None else None
+        return StepOutcome(applied, norm, updated, self._gradients.saturated)
+
+    def _updated(self, kept: dict[int, Tensor]) -> NamedRanges:
+        ranges = NamedRanges()
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            for name, start, here in self._owned[index]:
+                ranges.add(f"grad/{name}", start, kept[id(master)][here])
+        return ranges
+
+    @torch.no_grad()
+    def evaluate(self, slot: MicroBatch) -> Tensor:
+        self._model.eval()
+        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
+        self._model.train()
+        return loss
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def ranges(self) -> NamedRanges:
+        if not self._gradients.keeps:
+            return self._ranges
+        ranges = self._ranges.detached()
+        self._gradients.add_to(ranges)
+        return ranges
+
+    def at_rest(self) -> NamedRanges:
+        ranges = self._ranges.detached()
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            for name, start, here in [] if self._mixed else self._owned[index]:
+                ranges.add(f"master/{name}", start, master.detach()[here])
+        return ranges
+
+    @torch.no_grad()
+    def seeded(self) -> None:
+        self._copy_weights_to_masters()
+        for moments in self._zero.optimizer.state.values():
+            moments["exp_avg"].zero_()
+            moments["exp_avg_sq"].zero_()
+        self._gradients.seeded()
+
+    @torch.no_grad()
+    def loaded(self, num_updates: int) -> None:
+        if not self._mixed:  # the fp32 weights are the masters; DeepSpeed keeps its partition as a copy
+            self._copy_weights_to_masters()
+        for moments in self._zero.optimizer.state.values():
+            moments["step"].fill_(float(num_updates))
+        self._gradients.loaded(num_updates)
+
+    def _copy_weights_to_masters(self) -> None:
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            master.copy_(self._zero.parallel_partitioned_bit16_groups[index][self._partition_rank(index)])
+
+    def close(self) -> None:
+        self._gradients.close()
+        self._core.destroy()
+        self._core.optimizer = None
+        _unregister()
+
+    def _partition_rank(self, group: int) -> int:
+        return int(torch.distributed.get_rank(self._zero.real_dp_process_group[group]))
+
+    def _make_optimizer_state(self) -> None:
+        """Moments exist before the first step, so that a transfer finds memory to write to; it needn't be zeroed."""
+        for master in self._zero.single_partition_of_fp32_groups:
+            self._zero.optimizer.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),  # where the fused kernel reads it
+                "exp_avg": torch.empty_like(master),
+                "exp_avg_sq": torch.empty_like(master),
+            }
+
+    def _find_owned(self) -> list[list[tuple[str, int, slice]]]:
+        """By group, what this rank's partition is made of: a parameter's name, the element where its part begins, and
+        where in the partition it lies."""
+        found: list[list[tuple[str, int, slice]]] = []
+        for index, params in enumerate(self._zero.round_robin_bit16_groups):
+            size = self._zero.partition_size[index]
+            low = self._partition_rank(index) * size
+            owned = []
+            for param, offset in zip(params, self._zero.round_robin_bit16_offsets[index], strict=True):
+                start, stop = max(offset, low), min(offset + param.numel(), low + size)
+                if start < stop and not is_filler(self._names[id(param)]):
+                    owned.append((self._names[id(param)], start - offset, slice(start - low, stop - low)))
+            found.append(owned)
+        return found
+
+    def _collect_ranges(self) -> NamedRanges:
+        ranges = NamedRanges()
+        for name, param in self._model.named_parameters():
+            if not is_filler(name):
+                ranges.add(f"param/{name}", 0, param.data.view(-1))
+        for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
+            moments = self._zero.optimizer.state[master]
+            for name, start, here in self._owned[index]:
+                if self._mixed:
+                    ranges.add(f"master/{name}", start, master.detach()[here])
+                ranges.add(f"exp_avg/{name}", start, moments["exp_avg"][here])
+                ranges.add(f"exp_avg_sq/{name}", start, moments["exp_avg_sq"][here])
+        for name, buffer in self._model.state_buffers():
+            ranges.add(f"buffer/{name}", 0, buffer.view(-1))
+        return ranges
+
+
+def _config(train: TrainSpec) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_allreduce_op": "sum",
+        "gradient_clipping": train.gradient_clipping or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": 1,  # its own reduction, which is not used
+        },
+    }
+    if train.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["communication_data_type"] = "fp32"
+    return config
+
+
+def _register(groups: Groups) -> None:
+    """Put our groups where DeepSpeed looks for them; it would make its own by new rendezvous otherwise."""
+    _unregister()
+    registry._WORLD_GROUP = groups.world
+    for colour, replicas in enumerate(groups.replicas):
+        name = group_name(colour)
+        registry._EXPERT_PARALLEL_GROUP[name] = groups.world
+        registry._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
+
+
+def _count_waits(backend: Any) -> None:
+    """Have the time in DeepSpeed's own collectives, gradient reduction above all, counted as waiting for peers."""
+    for name in WAITING:
+        collective = getattr(backend, name, None)
+        if collective is not None:
+            setattr(backend, name, _counted(collective))
+
+
+def _counted(collective: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(collective)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        with pulse.waiting():
+            return collective(*args, **kwargs)
+
+    return counted
+
+
+def _unregister() -> None:
+    for name in dir(registry):
+        value = getattr(registry, name)
+        if name.startswith("_") and name.isupper() and isinstance(value, dict):
+            value.clear()
+    registry._WORLD_GROUP = None
+    deepspeed.comm.comm.cdb = None

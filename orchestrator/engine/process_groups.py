@@ -1,0 +1,169 @@
+"""The process groups of one generation, made over the run's rendezvous store.
+
+The store is up before any generation and outlives them all; every generation meets under a prefix of its own, so
+nobody of the past can join. A rendezvous costs milliseconds that way instead of half a second.
+
+A `Meeting` connects the ranks and may be made in the background while an older generation trains; `Meeting.adopt` makes
+what was connected this process's torch world, and waits for nobody. So no rank has to be waited for once a fence is
+reached, and one that dies is noticed at once: its connections are up already. nccl meets in `adopt`, since its
+communicators belong to the device that still trains.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from orchestrator.comm.transport.gloo import gloo_group
+from orchestrator.elastic.expert_placement import Placement
+
+TIMEOUT_S = 60.0
+REDUCTION = "reduction"
+CONNECTED = "connected"  # in torch's registry: gloo groups that were connected beforehand
+
+
+def _connected(made_by_torch: Any, connected: dist.ProcessGroupGloo | None) -> dist.ProcessGroupGloo:
+    """What torch calls for a group: hand out the connected one; a group that others ask for is connected now."""
+    if connected is not None:
+        return connected
+    rank, size = made_by_torch.group_rank, made_by_torch.group_size
+    return gloo_group(made_by_torch.store, "asked", rank, size, made_by_torch.timeout)  # type: ignore[no-any-return]
+
+
+dist.Backend.register_backend(CONNECTED, _connected, extended_api=True, devices=["cpu"])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Process groups of a generation.
+
+    Args:
+        rank, world_size: this rank in its world.
+        placement: which ranks hold which experts.
+        world: all ranks.
+        reduction: all ranks once more, for gradients, which don't queue up with tokens there.
+        replicas: per colour of the placement, the ranks that hold the same experts of that colour as this rank;
+            a group of this rank alone where it holds none.
+    """
+
+    rank: int
+    world_size: int
+    placement: Placement
+    world: dist.ProcessGroup
+    reduction: dist.ProcessGroup
+    replicas: tuple[dist.ProcessGroup, ...]
+
+    @property
+    def exchange(self) -> dist.ProcessGroup | None:
+        """The group for token exchange: None in a world of one, where nothing needs to move."""
+        return self.world if self.world_size > 1 else None
+
+
+class Meeting:
+    """The ranks of a generation to come, connected. Collective: every rank constructs it.
+
+    Args:
+        store: the run's rendezvous store.
+        prefix: unique to the generation and the controller's epoch.
+        backend: gloo, or nccl for ranks with a GPU each.
+        timeout_s: how long a rank is waited for, now and in every operation later.
+        address: where this process can be reached, as `gloo_group` takes it.
+
+    Raises:
+        RuntimeError: a rank did not come.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        rank: int,
+        placement: Placement,
+        backend: str,
+        timeout_s: float = TIMEOUT_S,
+        address: str | None = None,
+    ) -> None:
+        self.rank, self.placement, self.backend = rank, placement, backend
+        self._store, self._timeout = PrefixStore(prefix, store), timedelta(seconds=timeout_s)
+        self._address = address
+        self._everyone = tuple(range(placement.world_size))
+        self.replica_sets = [
+            next((replicas for replicas in sets if rank in replicas), (rank,)) for sets in placement.groups()
+        ]
+        self._connected: dict[str, dist.ProcessGroupGloo] = {}
+        if backend == "gloo":
+            self._connect("world", self._everyone)
+            self._connect(REDUCTION, self._everyone)
+            for colour, ranks in enumerate(self.replica_sets):
+                if ranks != self._everyone:
+                    self._connect(f"{colour}/{ranks[0]}", ranks)
+
+    def adopt(self) -> Groups:
+        """Make this generation the process's torch world. `disconnect` ends it; the meeting is used up."""
+        hook = sys.excepthook  # torch wraps it anew for every world
+        backend = CONNECTED if self.backend == "gloo" else self.backend
+        dist.init_process_group(
+            backend,
+            store=self._store,
+            rank=self.rank,
+            world_size=len(self._everyone),
+            timeout=self._timeout,
+            pg_options=self._connected.get("world"),
+        )
+        sys.excepthook = hook
+        world = dist.group.WORLD
+        assert world is not None
+        replicas: list[dist.ProcessGroup] = []
+        for colour, ranks in enumerate(self.replica_sets):
+            if ranks == self._everyone:
+                replicas.append(world)
+                continue
+            options = self._connected.get(f"{colour}/{ranks[0]}")
+            replicas.append(dist.new_group(list(ranks), use_local_synchronization=True, pg_options=options))
+        everyone, options = list(self._everyone), self._connected.get(REDUCTION)
+        reduction = dist.new_group(everyone, use_local_synchronization=True, pg_options=options)
+        self.close()
+        return Groups(self.rank, len(self._everyone), self.placement, world, reduction, tuple(replicas))
+
+    def close(self) -> None:
+        """Close connections that were not adopted."""
+        self._connected.clear()
+
+    def _connect(self, name: str, ranks: Sequence[int]) -> None:
+        mine = ranks.index(self.rank)
+        self._connected[name] = gloo_group(self._store, name, mine, len(ranks), self._timeout, self._address)
+
+
+def connect(
+    store: Store,
+    prefix: str,
+    rank: int,
+    placement: Placement,
+    backend: str,
+    timeout_s: float = TIMEOUT_S,
+    address: str | None = None,
+) -> Groups:
+    """Meet and adopt at once, where no older generation is in the way. Collective over the world."""
+    return Meeting(store, prefix, rank, placement, backend, timeout_s, address).adopt()
+
+
+def abort_collectives() -> None:
+    """Free whoever waits in a collective of nccl, which may have no connection that could be shut. From any thread.
+
+    Not tried on GPUs yet. gloo's waits end with `orchestrator.comm.transport.gloo.shut_connections`.
+    """
+    if not dist.is_initialized():
+        return
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if dist.get_backend(group) == "nccl":
+            group.abort()
+
+
+def disconnect() -> None:
+    """Close the generation's groups. Peers blocked on this rank fail once nothing here refers to the groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

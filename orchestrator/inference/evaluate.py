@@ -1,0 +1,120 @@
+"""The loss of a model on a text: per token, per byte, and as perplexity.
+
+Shape legend: R = rows, T = tokens of a row.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from orchestrator.data.corpus.sources import open_corpus
+from orchestrator.data.store import IGNORED_TARGET, Rows, TokenStore
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.errors import DataError
+from orchestrator.inference.rows import rows_of_documents
+from orchestrator.model.base import TrainableModel
+from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Remark, Split
+from orchestrator.spec.job import JobSpec
+
+REMARK_EVERY_S = 5.0
+
+
+def evaluate(
+    request: Evaluation, job: JobSpec, tokenizer: TextTokenizer, model: TrainableModel
+) -> Iterator[Remark | EvaluationResult]:
+    """Remarks on how far it is, and the result. Attention stays within documents if it did so in training.
+
+    Raises:
+        DataError: the text can't be read, has no tokens, or its tokens are another tokenizer's.
+    """
+    loss_sum, num_rows, num_tokens = 0.0, 0, 0
+    text = _TextLength(tokenizer)
+    said_s = time.monotonic()
+    for rows in _limited(_rows(request, job, tokenizer), request.max_rows):
+        loss_sum += _loss_sum(model, rows, job.data.isolate_documents)
+        num_rows += len(rows.inputs_RT)
+        num_tokens += int((rows.targets_RT != IGNORED_TARGET).sum())
+        text.add(rows)
+        if time.monotonic() - said_s > REMARK_EVERY_S:
+            yield Remark(f"{num_rows} rows, {num_tokens} tokens: loss {loss_sum / max(num_tokens, 1):.3f} so far")
+            said_s = time.monotonic()
+    num_bytes = text.num_bytes()
+    if not num_tokens or not num_bytes:
+        raise DataError(
+            f"{request.corpus or request.split} has no token that could be predicted", remedy="Name a longer text."
+        )
+    loss = loss_sum / num_tokens
+    yield EvaluationResult(
+        rows=num_rows,
+        tokens=num_tokens,
+        num_bytes=num_bytes,
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),  # beyond it, a float has no place for it
+        bits_per_byte=loss_sum / math.log(2.0) / num_bytes,
+    )
+
+
+def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterator[Rows]:
+    length, at_once = job.train.sequence_length, max(1, job.train.slot_tokens // job.train.sequence_length)
+    if request.corpus is not None:
+        corpus = open_corpus(request.corpus, request.text_key)
+        yield from rows_of_documents(corpus, tokenizer, length, at_once)
+        return
+    assert request.store_dir is not None
+    split: Literal["train", "validation"] = "train" if request.split is Split.TRAIN else "validation"
+    store = TokenStore.open(Path(request.store_dir))
+    if store.manifest.tokenizer_digest != tokenizer.digest:
+        raise DataError(
+            f"the tokens of {store.directory} are those of another tokenizer than {request.run_dir}/tokenizer.json",
+            remedy="Name the text itself: --corpus.",
+        )
+    for start in range(0, num_rows := store.num_rows(split, length), at_once):
+        yield store.rows(split, np.arange(start, min(start + at_once, num_rows)), length)
+
+
+def _limited(batches: Iterator[Rows], max_rows: int | None) -> Iterator[Rows]:
+    left = max_rows
+    for rows in batches:
+        if left is not None and len(rows.inputs_RT) >= left:
+            yield Rows(rows.inputs_RT[:left], rows.targets_RT[:left], rows.documents_RT[:left])
+            return
+        yield rows
+        left = None if left is None else left - len(rows.inputs_RT)
+
+
+@torch.no_grad()
+def _loss_sum(model: TrainableModel, rows: Rows, isolate_documents: bool) -> float:
+    device = next(model.parameters()).device
+    inputs_RT, targets_RT, documents_RT = (
+        torch.from_numpy(array).to(device) for array in (rows.inputs_RT, rows.targets_RT, rows.documents_RT)
+    )
+    return float(model(inputs_RT, targets_RT, documents_RT if isolate_documents else None))
+
+
+class _TextLength:
+    """Bytes of the text that targets stand for. Decoded a document at a time: a character may span tokens and rows."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._document: list[int] = []
+        self._num_bytes = 0
+
+    def add(self, rows: Rows) -> None:
+        for target in rows.targets_RT.reshape(-1).tolist():
+            if target != IGNORED_TARGET:
+                self._document.append(target)
+            else:
+                self._close()
+
+    def num_bytes(self) -> int:
+        self._close()
+        return self._num_bytes
+
+    def _close(self) -> None:
+        self._num_bytes += len(self._tokenizer.decode(self._document).encode("utf-8"))
+        self._document = []

@@ -1,0 +1,86 @@
+"""A run's model outside of training: a process that is asked one thing on stdin and answers on stdout, a line each.
+
+    python -m orchestrator.inference.process < request.json
+
+`orchestrator.submission.model_process` starts it. No engine and no world: weights are read from the checkpoint, moments
+are not.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.errors import CheckpointCorrupt, EntrypointError, OrchestratorError
+from orchestrator.inference.evaluate import evaluate
+from orchestrator.inference.generate import generate
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.factory import alone, build_model
+from orchestrator.protocol.child_process import LINES, Answer, Evaluation, Fault, Request
+from orchestrator.spec.job import JobSpec
+
+
+def answers(request: Request) -> Iterator[Answer]:
+    """What the request is answered with, the result last."""
+    run_dir = Path(request.run_dir)
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
+    model = load_model(Path(request.checkpoint), job, tokenizer.vocab_size)
+    if isinstance(request, Evaluation):
+        yield from evaluate(request, job, tokenizer, model)
+    else:
+        yield from generate(request, job, tokenizer, model)
+
+
+@torch.no_grad()
+def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> TrainableModel:
+    """The whole model in fp32, on a GPU if there is one.
+
+    Raises:
+        CheckpointCorrupt: it can't be read, or is of another model or tokenizer.
+        EntrypointError: the job's own model can't be built any more.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with device:
+        model = build_model(job.model, job.model.vocab_size or tokenizer_vocab_size, alone(job.model))
+    tensors: dict[str, torch.Tensor] = {f"master/{name}": p for name, p in model.named_parameters()}
+    tensors |= {f"buffer/{name}": b for name, b in model.state_buffers()}
+    with CheckpointReader(checkpoint) as reader:
+        for name, tensor in tensors.items():
+            entry = reader.manifest.tensors.get(name)
+            if entry is None or entry.shape != tuple(tensor.shape):
+                found = "lacks it" if entry is None else f"has {entry.shape}"
+                raise CheckpointCorrupt(
+                    f"{checkpoint} is of another model or tokenizer: job and tokenizer of its run make {name} "
+                    f"{tuple(tensor.shape)}, it {found}",
+                    remedy="Ask the run that wrote it.",
+                )
+            tensor.copy_(torch.from_numpy(reader.read(name, 0, entry.numel)).view(tensor.shape))
+    return model.eval()
+
+
+def _write(answer: Answer) -> None:
+    print(LINES.write(answer), flush=True)
+
+
+def main() -> None:
+    """Read one request, write its answers."""
+    request: Request = LINES.read(sys.stdin.read())
+    try:
+        for answer in answers(request):
+            _write(answer)
+    except OrchestratorError as error:
+        told = error.traceback if isinstance(error, EntrypointError) else ""
+        _write(Fault(type(error).__name__, error.message, error.remedy, error.unchanged, told))
+    except (torch.OutOfMemoryError, MemoryError):
+        traceback.print_exc()
+        remedy = "Free memory, or ask for less."
+        _write(Fault("OrchestratorError", "the model, or what it was asked for, doesn't fit in memory", remedy, ""))
+
+
+if __name__ == "__main__":
+    main()

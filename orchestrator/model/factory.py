@@ -1,0 +1,50 @@
+"""The model that a job names, ours or a user's own, and what it consists of."""
+
+import torch
+
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.model.base import TrainableModel, spec_of
+from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.transformer import MoELanguageModel
+from orchestrator.model.user_model import OwnModel
+from orchestrator.spec.model import ModelSpec
+
+
+def build_model(spec: ModelSpec, vocab_size: int, home: ExpertHome) -> TrainableModel:
+    """The model as one rank holds it; its weights are to be filled.
+
+    Args:
+        spec: the model part of a job.
+        vocab_size: V, from the tokenizer.
+        home: which experts are here.
+
+    Raises:
+        EntrypointError: the user's module can't be imported, fails, or builds what can't be trained.
+    """
+    kind = MoELanguageModel if spec.entrypoint is None else OwnModel
+    return kind(spec, vocab_size, home)
+
+
+def alone(spec: ModelSpec) -> ExpertHome:
+    """All experts on one rank, without a group: for a model in a world of one."""
+    return ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None)
+
+
+def catalogue(
+    spec: ModelSpec, vocab_size: int
+) -> tuple[list[ParamSpec], list[tuple[str, int]], dict[str, tuple[int, ...]]]:
+    """Every parameter of the whole model in order, its buffers, and all shapes, without allocating memory.
+
+    Returns:
+        parameters (all experts included), buffers as (name, elements), and shape by name.
+
+    Raises:
+        EntrypointError: as `build_model`.
+    """
+    with torch.device("meta"):
+        model = build_model(spec, vocab_size, alone(spec))
+    params = [spec_of(name, p) for name, p in model.named_parameters()]
+    buffers = [(name, b.numel()) for name, b in model.state_buffers()]
+    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.state_buffers()]}
+    return params, buffers, shapes

@@ -1,0 +1,178 @@
+"""Gated MLPs, and many of them at once over the tokens that were routed to each.
+
+A few experts at a time, `AT_ONCE`: their tokens are gathered, each expert computes its products, and what they all need
+besides is one operation for all of them, small enough for the CPU's caches. One function with a backward pass of its
+own: it keeps the inner activations only, gathers the tokens again instead of keeping a copy of each, and makes every
+expert's gradient in that expert's size, where gradients are added up if that is known. Measured by
+`python -m benchmarks.moe_layer`.
+
+Shape legend: N = tokens, R = copies of tokens, C = copies for some experts, D = hidden size, H = intermediate size,
+L = experts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Inner activations, gates and ups, that experts compute together: 4 MB in fp32 suit a CPU's caches.
+AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202): down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(hidden_size, intermediate_size))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.outer(self.inner(x_ND))
+
+    def inner(self, x_ND: Tensor) -> Tensor:
+        """The first half: x (N, D) to the gated activations (N, H)."""
+        gate_NH, up_NH = F.linear(x_ND, self.gate_up).chunk(2, dim=-1)
+        return F.silu(gate_NH) * up_NH
+
+    def outer(self, inner_NH: Tensor) -> Tensor:
+        """The second half, back to (N, D)."""
+        return F.linear(inner_NH, self.down)
+
+
+# Takes a part of a parameter's gradient as two matrices, whose product it is. A parameter has one as `gradient_sink`
+# where something else than autograd adds gradients up (`orchestrator.comm.gradients.buckets`); autograd finds no
+# gradient then.
+GradientSink = Callable[[Tensor, Tensor], None]
+
+
+def run_experts(
+    x_ND: Tensor, token_R: Tensor, counts: Sequence[int], experts: Sequence[GatedMLP], gates_R: Tensor | None = None
+) -> Tensor:
+    """Every copy through its expert, times its gate, added up per token.
+
+    Args:
+        x_ND: tokens.
+        token_R: the token of each copy, the first expert's copies first, then the second's, and so on.
+        counts: copies for each of the L experts; their sum is R.
+        experts: one without copies has gradients of zero, not none: a collective may wait for them. One may be there
+            several times, with some of its copies each, if its parameters have a `gradient_sink`.
+        gates_R: weights of the copies, in the precision of x; None for ones.
+
+    Returns:
+        (N, D); zeros for a token without a copy. Differentiable by tokens, gates and experts, once.
+    """
+    weights = [expert.gate_up for expert in experts] + [expert.down for expert in experts]
+    result: Tensor = _Experts.apply(x_ND, gates_R, token_R, list(counts), *weights)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, gates_R: Tensor | None, token_R: Tensor, counts: list[int], *weights: Tensor
+    ) -> Tensor:
+        gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
+        y_ND = torch.zeros_like(x_ND)
+        # Gate and up: all that is kept for the backward pass.
+        before_RH = x_ND.new_empty(len(token_R), gate_ups[0].shape[0] if gate_ups else 0)
+        for part in _parts(counts, before_RH):
+            token_C, before_CH = token_R[part.copies], before_RH[part.copies]
+            x_CD = x_ND.index_select(0, token_C)
+            for x_cD, before_cH, gate_up in part.each(x_CD, before_CH, gate_ups):
+                torch.mm(x_cD, gate_up.t(), out=before_cH)
+            gate_CH, up_CH = before_CH.chunk(2, 1)
+            inner_CH = F.silu(gate_CH).mul_(up_CH)
+            if gates_R is not None:  # before the product, so that its output needn't be kept for the gates' gradient
+                inner_CH.mul_(gates_R[part.copies, None])
+            y_CD = x_CD  # in its memory
+            for inner_cH, y_cD, down in part.each(inner_CH, y_CD, downs):
+                torch.mm(inner_cH, down.t(), out=y_cD)
+            y_ND.index_add_(0, token_C, y_CD)
+        ctx.save_for_backward(x_ND, gates_R, token_R, before_RH, *weights)
+        ctx.counts, ctx.sinks = counts, [getattr(weight, "gradient_sink", None) for weight in weights]
+        return y_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_ND,) = grads
+        x_ND, gates_R, token_R, before_RH, *weights = ctx.saved_tensors
+        counts: list[int] = ctx.counts
+        gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
+        dx_ND = torch.zeros_like(x_ND)
+        dgates_R = None if gates_R is None else torch.empty_like(gates_R)
+        dweights = _WeightGradients(ctx.sinks)
+        for part in _parts(counts, before_RH):
+            token_C, before_CH = token_R[part.copies], before_RH[part.copies]
+            gate_CH, up_CH = before_CH.chunk(2, 1)
+            silu_CH = F.silu(gate_CH)
+            inner_CH = silu_CH * up_CH
+            dy_CD = dy_ND.index_select(0, token_C)
+            dinner_CH = torch.empty_like(inner_CH)
+            for dy_cD, dinner_cH, down in part.each(dy_CD, dinner_CH, downs):
+                torch.mm(dy_cD, down, out=dinner_cH)
+            if gates_R is not None and dgates_R is not None:
+                torch.sum(inner_CH * dinner_CH, 1, out=dgates_R[part.copies])
+                inner_CH.mul_(gates_R[part.copies, None])
+                dinner_CH.mul_(gates_R[part.copies, None])
+            for number, dy_cD, inner_cH in part.each_numbered(dy_CD, inner_CH):
+                dweights.add(len(counts) + number, dy_cD.t(), inner_cH)
+            dbefore_CH = torch.empty_like(before_CH)
+            dgate_CH, dup_CH = dbefore_CH.chunk(2, 1)
+            torch.mul(dinner_CH, silu_CH, out=dup_CH)
+            torch.ops.aten.silu_backward.grad_input(dinner_CH.mul_(up_CH), gate_CH, grad_input=dgate_CH)
+            for number, dbefore_cH, x_cD in part.each_numbered(dbefore_CH, x_ND.index_select(0, token_C)):
+                dweights.add(number, dbefore_cH.t(), x_cD)
+            dx_CD = dy_CD  # in its memory
+            for dbefore_cH, dx_cD, gate_up in part.each(dbefore_CH, dx_CD, gate_ups):
+                torch.mm(dbefore_cH, gate_up, out=dx_cD)
+            dx_ND.index_add_(0, token_C, dx_CD)
+        return dx_ND, dgates_R, None, None, *dweights.grads
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some experts, one after another, and their copies."""
+
+    experts: slice
+    copies: slice
+    counts: list[int]
+
+    def each(self, a_CX: Tensor, b_CY: Tensor, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Each expert's copies in two tensors of this part's, and its weight."""
+        return zip(torch.split(a_CX, self.counts), torch.split(b_CY, self.counts), weights[self.experts], strict=True)
+
+    def each_numbered(self, a_CX: Tensor, b_CY: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each expert's number, and its copies in two tensors of this part's."""
+        numbers = range(self.experts.start, self.experts.stop)
+        return zip(numbers, torch.split(a_CX, self.counts), torch.split(b_CY, self.counts), strict=True)
+
+
+def _parts(counts: Sequence[int], before_RH: Tensor) -> Iterator[_Part]:
+    """All experts, as many at a time as have `AT_ONCE` inner activations, at least one."""
+    most = AT_ONCE.get(before_RH.device.type, AT_ONCE["cuda"]) // max(before_RH.shape[1], 1)
+    first = begin = end = 0
+    for expert, count in enumerate(counts):
+        if end > begin and end + count - begin > most:
+            yield _Part(slice(first, expert), slice(begin, end), list(counts[first:expert]))
+            first, begin = expert, end
+        end += count
+    if first < len(counts):
+        yield _Part(slice(first, len(counts)), slice(begin, end), list(counts[first:]))
+
+
+class _WeightGradients:
+    """For autograd, those that don't go to their parameter's sink."""
+
+    def __init__(self, sinks: Sequence[GradientSink | None]) -> None:
+        self._sinks = sinks
+        self.grads: list[Tensor | None] = [None] * len(sinks)
+
+    def add(self, number: int, left: Tensor, right: Tensor) -> None:
+        if (sink := self._sinks[number]) is None:
+            self.grads[number] = torch.mm(left, right)
+        elif left.shape[1]:
+            sink(left, right)

@@ -1,0 +1,183 @@
+"""The mixture-of-experts layer: experts spread over ranks unevenly, tokens sent to them and back, none dropped.
+
+A token is sent once to each rank that holds experts of its choice, by an uneven all-to-all, runs through them there and
+comes back as the sum of what they made of it. Experts are keyed by their global id, so a parameter's name says which
+expert it is whatever rank holds it.
+
+Shape legend: N = local tokens, K = experts per token, R = N * K copies, S = rows sent, M = rows received, D = hidden
+size, H = expert intermediate size, E = experts, W = world size.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from orchestrator.comm.tokens.activation_codec import Wire
+from orchestrator.comm.tokens.all_to_all import Journey, gather_counts
+from orchestrator.elastic.expert_placement import Placement, groups_open
+from orchestrator.model.moe.dispatch import Apart, Dispatch
+from orchestrator.model.moe.experts import GatedMLP, run_experts
+from orchestrator.model.moe.router import Limit, Router
+from orchestrator.protocol.usage import TrafficKind
+from orchestrator.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class ExpertHome:
+    """Where the experts live, seen from one rank.
+
+    Args:
+        placement: which ranks hold which expert.
+        rank: this rank.
+        group: the world; None for a world of one.
+        wire: how tokens and results travel.
+        ranks_per_token: ranks whose experts a token may choose among, None for all; as many as hold enough experts.
+        nodes: by rank, the node that it lives on; empty where that isn't known.
+        nodes_per_token: the same for nodes.
+        is_exact: what comes out, and every gradient, has the same bits wherever the experts are, for the same rows.
+    """
+
+    placement: Placement
+    rank: int
+    group: dist.ProcessGroup | None
+    wire: Wire = "exact"
+    ranks_per_token: int | None = None
+    nodes: tuple[str, ...] = ()
+    nodes_per_token: int | None = None
+    is_exact: bool = False
+
+    @property
+    def local_experts(self) -> tuple[int, ...]:
+        return self.placement.experts_of(self.rank)
+
+    @cached_property
+    def destinations(self) -> tuple[int, ...]:
+        """By expert, the rank that this rank's tokens for it go to: itself, else one on its node, if one has it."""
+        return self.placement.destinations(self.nodes)[self.rank]
+
+    @cached_property
+    def is_far_W(self) -> tuple[bool, ...]:
+        """By rank, whether it is known to live on another node."""
+        return tuple(node != self.nodes[self.rank] for node in self.nodes)
+
+    def limits(self, top_k: int) -> list[Limit]:
+        """What a token that visits `top_k` experts may choose among, nodes first."""
+        ranks = self.destinations
+        limits: list[Limit] = []
+        if self.nodes_per_token is not None and self.nodes:
+            limits.append(_limit([self.nodes[rank] for rank in ranks], self.nodes_per_token, top_k))
+        if self.ranks_per_token is not None:
+            limits.append(_limit(ranks, self.ranks_per_token, top_k))
+        return limits
+
+
+class MoELayer(nn.Module):
+    """Routed experts plus shared ones.
+
+    Args:
+        spec: sizes and routing. The shared experts, which every token visits, are fused into one MLP.
+        home: which experts this rank holds.
+    """
+
+    def __init__(self, spec: ModelSpec, home: ExpertHome) -> None:
+        super().__init__()
+        num_experts, size, inner = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
+        self.num_experts = num_experts
+        self.top_k = spec.top_k
+        self.router = Router(spec, home.limits(spec.top_k))
+        self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
+        self.shared = GatedMLP(size, spec.num_shared_experts * inner) if spec.num_shared_experts else None
+        self.home = home
+        self._dispatch = Dispatch(home.placement, home.rank, home.destinations)
+        self.real_N: Tensor | None = None  # given, the numbers of the tokens that aren't padding, which isn't routed
+        self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
+        self.last_margins_EM: Tensor | None = None
+        self.last_balance_loss: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        if self.real_N is None:
+            return self._mix(x_ND).view_as(x_BTD)
+        return torch.zeros_like(x_ND).index_copy(0, self.real_N, self._mix(x_ND[self.real_N])).view_as(x_BTD)
+
+    def _mix(self, x_ND: Tensor) -> Tensor:
+        routing = self.router(x_ND)
+        flat_ids_R = routing.expert_ids_NK.reshape(-1)
+        counts_E = torch.bincount(flat_ids_R, minlength=self.num_experts)
+        self.last_counts_E, self.last_margins_EM = counts_E, routing.margins_EM
+        self.last_balance_loss = routing.balance_loss
+
+        gates_NK = routing.gates_NK.to(x_ND.dtype)
+        if self.home.is_exact:
+            return self._run_exactly(x_ND, routing.expert_ids_NK, gates_NK)
+        if self.home.group is None:
+            return self._run_here(x_ND, routing.expert_ids_NK, gates_NK, counts_E)
+        return self._run_everywhere(x_ND, routing.expert_ids_NK, gates_NK, self.home.group)
+
+    def _run_here(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, counts_E: Tensor) -> Tensor:
+        """A world of one: nothing travels, and experts read the tokens where they are."""
+        order_R = expert_ids_NK.reshape(-1).argsort(stable=True)
+        token_R = order_R.div(self.top_k, rounding_mode="floor")
+        y_ND = run_experts(x_ND, token_R, counts_E.tolist(), self._local_experts, gates_NK.reshape(-1)[order_R])
+        return y_ND if self.shared is None else y_ND + self.shared(x_ND)
+
+    def _run_everywhere(
+        self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:
+        """Send tokens to their experts and bring the results back. While they travel, either way and in the backward
+        pass too, the shared experts are computed, half each."""
+        rows, columns = self._dispatch.rows(expert_ids_NK, gates_NK), self._dispatch.num_columns
+        counts_WW = gather_counts(rows.sent_W, group).cpu()
+        sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
+
+        wire, is_far_W = self.home.wire, self.home.is_far_W
+        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, wire, columns, is_far_W)
+        on_the_way = there.begin(torch.cat([x_ND.index_select(0, rows.token_S), rows.gates_SL], dim=1))
+        inner_NH = None if self.shared is None else self.shared.inner(x_ND)
+        received_MD, gates_ML = torch.split(there.end(on_the_way), [x_ND.shape[1], columns], dim=1)
+
+        row_R, counts, gates_R = self._dispatch.copies(gates_ML)
+        results_MD = run_experts(received_MD, row_R, counts, self._local_experts, gates_R)
+
+        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, wire, is_far_W=is_far_W)
+        on_the_way_SD = back.begin(results_MD)
+        y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
+        return y_ND.index_add(0, rows.token_S, back.end(on_the_way_SD))
+
+    def _run_exactly(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor) -> Tensor:
+        """The same with each copy sent by itself, and no product that mixes the tokens of two ranks: these are the
+        operations of a world of one, whatever the world."""
+        rows, order_S = self._dispatch.rows_apart(expert_ids_NK, gates_NK)
+        apart, columns, group = Apart(order_S, self.top_k), self._dispatch.num_columns, self.home.group
+        counts_WW = rows.sent_W[None] if group is None else gather_counts(rows.sent_W, group).cpu()
+        sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
+
+        is_far_W = self.home.is_far_W
+        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, is_far_W=is_far_W)
+        on_the_way = there.begin(torch.cat([apart.spread(x_ND), rows.gates_SL], dim=1))
+        inner_NH = None if self.shared is None else self.shared.inner(x_ND)
+        received_MD, gates_ML = torch.split(there.end(on_the_way), [x_ND.shape[1], columns], dim=1)
+
+        row_R, counts, gates_R = self._dispatch.copies(gates_ML, received_W)
+        by_rank = [expert for expert in self._local_experts for _ in received_W]
+        results_MD = run_experts(received_MD, row_R, counts, by_rank, gates_R)
+
+        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, is_far_W=is_far_W)
+        on_the_way_SD = back.begin(results_MD)
+        shared_ND = None if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
+        y_ND = apart.add_up(back.end(on_the_way_SD))
+        return y_ND if shared_ND is None else y_ND + shared_ND
+
+    @property
+    def _local_experts(self) -> list[GatedMLP]:
+        return list(self.experts.values())  # type: ignore[arg-type]
+
+
+def _limit(groups: Sequence[int | str], asked: int, top_k: int) -> Limit:
+    top = groups_open(Counter(groups).values(), asked, top_k)
+    return Limit(groups, top, best=-(-top_k // top))

@@ -1,0 +1,128 @@
+"""The router: scores for every expert, top-k by score plus a correction bias, gates normalised over the chosen.
+
+Two kinds. Sigmoid scores are balanced without an auxiliary loss, as in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2):
+the bias takes part in the selection only, and moves after each update (`orchestrator.model.moe.balance`) by what the
+whole global batch has shown. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961,
+section 2.2), taken over each slot, so that it doesn't depend on the world size. Either may choose among the experts of
+the best groups only (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in V3,
+section 2.1.2).
+
+Shape legend: N = tokens, D = hidden size, E = experts, K = experts per token, M = bins of margins, G = groups of
+experts, e = experts of the largest group.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.model.moe.balance import margin_histogram, margins
+from orchestrator.spec.model import ModelSpec
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where each token goes.
+
+    Args:
+        expert_ids_NK: chosen experts, global ids.
+        gates_NK: weights of their outputs; sum to the scaling factor per token.
+        balance_loss: to be added to the sum of the tokens' losses; None where balance needs no loss.
+        margins_EM: histogram of the tokens by their margin at each expert; None where balance needs none.
+    """
+
+    expert_ids_NK: Tensor
+    gates_NK: Tensor
+    balance_loss: Tensor | None = None
+    margins_EM: Tensor | None = None
+
+
+class Limit:
+    """A token chooses among the experts of its best groups only.
+
+    Args:
+        groups: by expert, its group, by any name.
+        top: groups that a token may visit.
+        best: a group is as good as so many of its best experts together.
+    """
+
+    def __init__(self, groups: Sequence[int | str], top: int, best: int) -> None:
+        members = [[e for e, mine in enumerate(groups) if mine == group] for group in dict.fromkeys(groups)]
+        size, padding = max(map(len, members)), len(groups)
+        self.top, self._best = min(top, len(members)), min(best, size)
+        self._member_Ge = torch.tensor([mine + [padding] * (size - len(mine)) for mine in members])
+        self._group_E = torch.tensor(
+            [next(g for g, mine in enumerate(members) if e in mine) for e in range(len(groups))]
+        )
+
+    def apply(self, choice_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores with those of all but a token's best groups at -inf, and of each expert's group what it exceeds
+        the best one out of reach by, or (at most 0) what it lacks to the last one within reach."""
+        padded_NE = F.pad(choice_NE, (0, 1), value=float("-inf"))
+        choice_NGe = padded_NE[:, self._member_Ge]
+        first_NG, *others = choice_NGe.topk(self._best, dim=-1).values.unbind(-1)
+        goodness_NG = sum((other.masked_fill(other == float("-inf"), 0.0) for other in others), first_NG)
+        best = goodness_NG.topk(self.top, dim=-1)
+        is_best_NG = torch.zeros_like(goodness_NG).scatter_(1, best.indices, 1.0)
+        limited_NE = choice_NE.masked_fill(is_best_NG[:, self._group_E] == 0, float("-inf"))
+        last_in_N1 = best.values[:, -1:]
+        first_out_N1 = goodness_NG.masked_fill(is_best_NG > 0, float("-inf")).amax(-1, keepdim=True)
+        margin_NG = goodness_NG - torch.where(is_best_NG > 0, first_out_N1, last_in_N1)
+        margin_NG = margin_NG.masked_fill(goodness_NG == float("-inf"), float("inf"))  # out by another limit
+        return limited_NE, margin_NG[:, self._group_E]
+
+
+class Router(nn.Module):
+    """Scores every expert for every token in fp32, whatever the precision of the model.
+
+    Args:
+        spec: kind, sizes, groups and the weight of the auxiliary loss.
+        limits: by where experts lie, beside the model's own.
+    """
+
+    correction_bias_E: Tensor
+
+    def __init__(self, spec: ModelSpec, limits: Sequence[Limit] = ()) -> None:
+        super().__init__()
+        self.spec = spec
+        self.top_k = spec.top_k
+        self._limits = list(limits)
+        if spec.num_expert_groups > 1:
+            size = spec.num_experts // spec.num_expert_groups
+            self._limits.append(Limit([e // size for e in range(spec.num_experts)], spec.top_k_groups, best=2))
+        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
+        self.register_buffer("correction_bias_E", torch.zeros(spec.num_experts, dtype=torch.float32))
+
+    def forward(self, x_ND: Tensor) -> Routing:
+        logits_NE = F.linear(x_ND.float(), self.weight.float())
+        scores_NE = logits_NE.sigmoid() if self.spec.router == "sigmoid" else logits_NE.softmax(-1)
+        biased_NE = scores_NE.detach() + self.correction_bias_E
+        choice_NE, group_margins = biased_NE, []
+        for limit in self._limits:
+            choice_NE, margin_NE = limit.apply(choice_NE)
+            group_margins.append(margin_NE)
+        if self.spec.counts_margins and self.training:
+            best = choice_NE.topk(self.top_k + 1, dim=-1)
+            expert_ids_NK = best.indices[:, : self.top_k].contiguous()  # kept for the backward pass, the rest isn't
+            margin_NE = margins(biased_NE, best.values)
+            for margin_of_group_NE in group_margins:
+                margin_NE = torch.minimum(margin_NE, margin_of_group_NE)
+            margins_EM = margin_histogram(margin_NE)
+        else:
+            expert_ids_NK, margins_EM = choice_NE.topk(self.top_k, dim=-1).indices, None
+        gates_NK = scores_NE.gather(1, expert_ids_NK)
+        gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20) * self.spec.routed_scaling_factor
+        weight = self.spec.balance_loss_weight
+        loss = weight * balance_loss(scores_NE, expert_ids_NK) if self.spec.router == "softmax" and weight else None
+        return Routing(expert_ids_NK, gates_NK, loss, margins_EM)
+
+
+def balance_loss(scores_NE: Tensor, expert_ids_NK: Tensor) -> Tensor:
+    """N E sum_e f_e P_e: f is the share of choices that went to an expert, P its mean score (arXiv:2101.03961, eq. 4,
+    times the number of tokens). Smallest, N, where both are uniform; 0 without tokens."""
+    num_experts = scores_NE.shape[1]
+    counts_E = torch.bincount(expert_ids_NK.reshape(-1), minlength=num_experts).to(scores_NE.dtype)
+    share_E = counts_E / max(expert_ids_NK.numel(), 1)
+    return num_experts * (share_E * scores_NE.sum(0)).sum()

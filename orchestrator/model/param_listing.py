@@ -1,0 +1,20 @@
+"""The model of a job as a list of parameters, printed by a process of its own: who plans has no torch.
+
+python -m orchestrator.model.param_listing < job.json     # {"params": [[name, elements, expert, rows], ...], "buffers": ...}
+"""
+
+import json
+import sys
+
+from orchestrator.model.factory import catalogue
+from orchestrator.spec.job import JobSpec
+
+
+def main() -> None:
+    job = JobSpec.model_validate_json(sys.stdin.read())
+    params, buffers, _ = catalogue(job.model, job.model.vocab_size or job.data.vocab_size)
+    print(json.dumps({"params": [[p.name, p.numel, p.expert, p.rows] for p in params], "buffers": buffers}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A user's own model: `model: {entrypoint: "package.module:build"}`.
+
+    def build(spec: ModelSpec, vocab_size: int, experts: ExpertHome) -> nn.Module
+
+The module that `build` returns maps tokens (B, T) to logits (B, T, V); `OwnModel` adds the loss and all else that
+training asks of a model. docs/own-model.md tells users what they may do.
+
+Shape legend: B = rows, T = tokens in a row, V = vocabulary.
+"""
+
+import inspect
+import traceback
+from collections.abc import Collection
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.errors import EntrypointError
+from orchestrator.model.base import TrainableModel, draw_normal
+from orchestrator.model.loss import IGNORED
+from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.padding import Padding
+from orchestrator.model.user_entrypoint import built, calling_user
+from orchestrator.model.user_rules import broken_rules, shown
+from orchestrator.spec.model import ModelSpec
+
+DOCUMENTS = "documents_BT"  # the parameter of `forward` that says: attention stays within documents
+
+
+class OwnModel(TrainableModel):
+    """A user's module as training needs it.
+
+    Args:
+        spec: names the entrypoint, and is handed to it.
+        vocab_size: V, from the tokenizer.
+        home: which experts are here.
+
+    Raises:
+        EntrypointError: the entrypoint can't be imported, fails, or builds what can't be trained.
+    """
+
+    def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertHome) -> None:
+        super().__init__()
+        self.spec, self.vocab_size = spec, vocab_size
+        self.model = built(spec, vocab_size, home, seed=0)
+        self._takes_documents = DOCUMENTS in _parameters(self.model.forward)
+        broken = list(broken_rules(self, home))
+        if broken:
+            raise EntrypointError(
+                "\n".join(f"the model of {spec.entrypoint}: {rule}" for rule in broken),
+                remedy="docs/own-model.md says what a model of your own may be.",
+            )
+
+    def forward(
+        self,
+        inputs_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+    ) -> Tensor:
+        padding = None if lengths_B is None else Padding.of(lengths_B, inputs_BT.shape[1])
+        for layer in self.moe_layers:
+            layer.real_N = None if padding is None else padding.place_N
+        logits_BTV = self._logits(inputs_BT, documents_BT)
+        if targets_BT is None:
+            return logits_BTV
+        logits_NV = logits_BTV.reshape(-1, self.vocab_size).float()
+        loss = F.cross_entropy(logits_NV, targets_BT.reshape(-1), ignore_index=IGNORED, reduction="sum")
+        return self.with_balance_losses(loss)
+
+    def _logits(self, inputs_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+        if documents_BT is None:
+            logits_BTV: Tensor = self.model(inputs_BT)
+        elif self._takes_documents:
+            logits_BTV = self.model(inputs_BT, **{DOCUMENTS: documents_BT})
+        else:
+            raise EntrypointError(
+                f"data.isolate_documents is true, and the model of {self.spec.entrypoint} has no parameter {DOCUMENTS} "
+                "in its forward, by which attention would stay within documents",
+                remedy=f"Write `def forward(self, tokens_BT, {DOCUMENTS}=None)` and use it, or turn isolation off.",
+            )
+        wanted = (*inputs_BT.shape, self.vocab_size)
+        if not isinstance(logits_BTV, Tensor) or tuple(logits_BTV.shape) != wanted:
+            is_tensor = isinstance(logits_BTV, Tensor)
+            got = f"a tensor of shape {tuple(logits_BTV.shape)}" if is_tensor else f"a {type(logits_BTV).__name__}"
+            raise EntrypointError(
+                f"the forward of {self.spec.entrypoint} returned {got} for tokens of shape {tuple(inputs_BT.shape)}",
+                remedy=f"It must return logits (rows, tokens, vocab_size), here {wanted}.",
+            )
+        return logits_BTV
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Dense weights as the user's module makes them, those of MoE layers as in our model.
+
+        They are taken from a twin that holds no experts. So what `build` draws depends on the seed alone, however many
+        experts this rank holds; a module's own `init_weights(seed)` is called on it too.
+        """
+        with next(self.parameters()).device:
+            twin = built(self.spec, self.vocab_size, _no_experts(self.spec), seed)
+            if "seed" in _parameters(getattr(twin, "init_weights", None)):
+                with calling_user(f"init_weights of {self.spec.entrypoint}"):
+                    twin.init_weights(seed)  # type: ignore[operator]
+        drawn = self._draw_layers(seed)
+        made = {**dict(twin.named_parameters("model")), **dict(twin.named_buffers("model"))}
+        mine = {n: t for n, t in (*self.model.named_parameters("model"), *self.state_buffers()) if n not in drawn}
+        if missing := [name for name in mine if name not in made]:
+            raise EntrypointError(
+                f"{self.spec.entrypoint} builds {shown(missing)} only where it is given experts",
+                remedy="Outside of MoELayers it must build the same on every rank.",
+            )
+        for name, tensor in mine.items():
+            tensor.copy_(made[name])
+
+    def _draw_layers(self, seed: int) -> set[str]:
+        """Make the weights of MoE layers. Returns the names of their state."""
+        residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
+        names: set[str] = set()
+        for prefix, layer in self.named_modules():
+            if not isinstance(layer, MoELayer):
+                continue
+            for name, param in layer.named_parameters(prefix):
+                draw_normal(param, name, seed, residual_std if name.endswith(".down") else self.spec.init_std)
+                names.add(name)
+            for name, buffer in layer.named_buffers(prefix):
+                buffer.zero_()
+                names.add(name)
+        return names
+
+
+def _no_experts(spec: ModelSpec) -> ExpertHome:
+    """A rank that holds none: all are on another one."""
+    return ExpertHome(Placement(spec.num_experts, 2, ((0,),) * spec.num_experts), 1, None)
+
+
+def _parameters(function: object) -> Collection[str]:
+    """Names of a function's parameters; nothing for what is no function."""
+    return inspect.signature(function).parameters if callable(function) else ()
+
+
+def raised_by_forward(error: BaseException) -> bool:
+    """Whether `error` came out of the forward pass of a user's module."""
+    return any(frame.f_code is OwnModel._logits.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))

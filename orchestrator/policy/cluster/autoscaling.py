@@ -1,0 +1,194 @@
+"""How many workers a run is to have where its job leaves that open, and what Ray's autoscaler is asked for.
+
+    RunState, Observation -> scale_of -> RunScale -> decide_sizes -> a wish for each run that is to change
+
+How a cluster is divided among runs is `sharing`'s; here a run that finds its size wants what it gets there. It is made
+larger only when it is steady and has rested, and smaller where its stage wants fewer. With `throughput` it grows by one
+worker at a time, while the last one has added enough and the time saved is more than a rescale costs. A worker that
+turns out to add too little goes again, and no more than that many are tried until the stage changes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from orchestrator.policy.cluster.fair_share import Share
+from orchestrator.policy.health.stragglers import is_to_be_replaced
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import Progress, typical_step_s
+from orchestrator.policy.state.run_state import Observation, RunState
+from orchestrator.policy.state.standby import workers_to_hold
+from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.protocol.messages import Phase
+from orchestrator.protocol.scaling import RunScale
+from orchestrator.spec.autoscale import AVAILABLE, MANUAL, STAGE, THROUGHPUT
+
+MIN_STEPS = 12  # of a size, before its speed is known
+STALL_S = 1.0  # what a rescale is taken to cost before one was seen
+NOISE = 0.03  # of a speed: what it may be wrong by, where that takes a worker away
+
+Resources = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A run is to have another size."""
+
+    run_id: str
+    workers: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A place that one worker needs: what is reserved for it, on a node with such labels."""
+
+    request: Resources
+    selector: Mapping[str, str] = field(default_factory=dict)
+
+
+def scale_of(
+    limits: RunLimits, state: RunState, seen: Observation, request: Resources, submitted_s: float = 0.0
+) -> RunScale:
+    """What decides over the run's size, out of its state. `submitted_s`: `time.time()` then."""
+    spec, progress = limits.autoscale, seen.progress
+    wanted = wanted_size(limits, state.wish, seen.step + 1)
+    least, most = bounds(limits, progress.stage)
+    if state.wish is not None and state.wish.by_hand:  # whatever the stage says
+        least = min(least, wanted)
+    if state.wish is not None and state.wish.cap is not None and state.wish.cap_stage == progress.stage:
+        most = max(least, min(most, state.wish.cap))
+    trains = bool(state.members) and all(seen.phase(worker) is Phase.TRAINING for worker in state.members)
+    grown_s = state.wish.grown_s if state.wish else None
+    step_s = typical_step_s(progress)
+    stalls = [rescale.stall_s for rescale in state.rescales[-3:] if rescale.stall_s is not None]
+    return RunScale(
+        run_id=limits.run_id,
+        policy=spec.policy,
+        request=request,
+        wanted=wanted,
+        least=least,
+        most=most,
+        standby=workers_to_hold(limits, state.wish, seen.step + 1) - wanted + is_to_be_replaced(limits, state),
+        min_gain=spec.min_gain,
+        is_steady=trains
+        and state.next is None
+        and not state.is_ending
+        and len(state.members) == state.grant.of(wanted),
+        has_begun=state.current is not None,
+        is_pinned=(state.wish is not None and state.wish.by_hand) or state.is_ending,
+        rests=grown_s is not None and seen.now_s - grown_s < spec.cooldown_s,
+        speeds=speeds(progress),
+        stall_s=max(stalls, default=STALL_S),
+        left_s=None if step_s is None else step_s * (limits.steps - 1 - seen.step),
+        avoid=state.quarantine,
+        selector=limits.label_selector,
+        priority=limits.priority,
+        submitted_s=submitted_s,
+        grant=state.grant,
+        queued_s=state.queued_s if state.grant.workers == 0 else None,
+        admitted_s=state.admitted_s,
+        begun_s=state.begun_s,
+    )
+
+
+def bounds(limits: RunLimits, stage: str) -> tuple[int, int]:
+    """Least and most workers in a stage; before the first step, in the first one."""
+    stages = limits.curriculum.stages if limits.curriculum else ()
+    present = next((s for s in stages if s.name == stage), stages[0] if stages else None)
+    if present is not None and present.workers is not None:
+        return present.workers.min, present.workers.max
+    if limits.autoscale.policy == STAGE:  # this one names none
+        return limits.initial_workers, limits.initial_workers
+    return limits.min_workers, limits.max_workers
+
+
+def speeds(progress: Progress) -> dict[int, float]:
+    """Target tokens per second by world size, over the newest steps of the present stage; the median of steps."""
+    by_size: dict[int, list[float]] = {}
+    for record in progress.recent:
+        if record.stage == progress.stage and record.step_s > 0:
+            by_size.setdefault(record.world_size, []).append(record.tokens / record.step_s)
+    return {size: median(found[-64:]) for size, found in sorted(by_size.items()) if len(found) >= MIN_STEPS}
+
+
+def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
+    """Whether the last of `size` workers turned out not to be worth it, by the job's `min_gain`."""
+    gain = _gain_of(speeds(progress), size, NOISE)
+    return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
+
+
+def decide_sizes(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[Resize, ...]:
+    """The runs that are to change, and to what, given what each gets of the cluster."""
+    found = (_decide(run, shares[run.run_id]) for run in runs)
+    return tuple(resize for resize in found if resize is not None)
+
+
+def claim_of(run: RunScale) -> int:
+    """How many workers it would have if there were room, standbys included."""
+    grows = run.policy == AVAILABLE and not run.is_pinned
+    return max(run.least, (max(run.wanted, run.most) if grows else _hoped(run)) + run.standby)
+
+
+def demand(runs: Sequence[RunScale]) -> tuple[Demand, ...]:
+    """What Ray's autoscaler is asked to have room for, one entry per worker: those that runs are to have, and those
+    that they would have if there were room. Nothing where no run leaves its size open or lacks anything: Ray sees
+    whoever waits for a place by itself, and what others have asked it for is left alone."""
+    if all(run.policy == MANUAL and run.grant.workers is None for run in runs):
+        return ()
+    return tuple(Demand(run.request, run.selector) for run in runs for _ in range(_hoped(run) + run.standby))
+
+
+def _decide(run: RunScale, share: Share) -> Resize | None:
+    if run.policy == MANUAL or run.is_pinned or run.queued_s is not None:
+        return None
+    if run.wanted > run.most and run.is_steady:
+        return Resize(run.run_id, run.most, f"no more than {run.most} are wanted now")
+    if run.wanted < run.least and not run.rests:
+        return Resize(run.run_id, run.least, f"at least {run.least} are wanted now")
+    gain = _gain_of(run.speeds, run.wanted, NOISE)
+    is_measured = run.policy == THROUGHPUT and run.is_steady and not run.rests and run.wanted > run.least
+    if is_measured and gain is not None and gain < run.min_gain:
+        return Resize(run.run_id, run.wanted - 1, f"the last worker added {gain:.2f} of what each had done, at most")
+    room = share.places - run.standby
+    if run.grant.workers is not None or not run.is_steady or run.rests or min(room, run.most) <= run.wanted:
+        return None
+    if run.policy in (AVAILABLE, STAGE):
+        return Resize(run.run_id, min(room, run.most), f"there is room for {room}")
+    why = _worth_another(run)
+    return Resize(run.run_id, run.wanted + 1, why) if why else None
+
+
+def _gain_of(speeds: Mapping[int, float], size: int, noise: float) -> float | None:
+    """What the last of `size` workers adds to the speed, as a share of what each of the others does, and with `noise`
+    (a share of the speed) at most; None if that isn't known."""
+    here, before = speeds.get(size), speeds.get(size - 1)
+    if here is None or before is None or size < 2:
+        return None
+    return (here * (1 + noise) - before) / (before / (size - 1))
+
+
+def _worth_another(run: RunScale) -> str:
+    """Why another worker is worth its rescale; empty if it isn't, or if that isn't known yet."""
+    here = run.speeds.get(run.wanted)
+    if here is None or run.left_s is None:
+        return ""
+    each = here / run.wanted
+    more = run.speeds.get(run.wanted + 1)
+    last = _gain_of(run.speeds, run.wanted, 0.0)
+    gain = (more - here) / each if more is not None else last if last is not None else 1.0
+    saved_s = run.left_s * (1 - here / (here + max(0.0, gain) * each))
+    if gain < run.min_gain or saved_s <= run.stall_s:
+        return ""
+    source = "it did before" if more is not None else "the last one did" if last is not None else "it can at most"
+    return f"another worker saves {saved_s:.0f} s if it adds {gain:.2f} of what each does, as {source}"
+
+
+def _hoped(run: RunScale) -> int:
+    """How many it would have if there were room."""
+    if run.is_pinned or run.policy in (MANUAL, AVAILABLE):
+        return run.wanted
+    if run.policy == STAGE:
+        return max(run.wanted, run.most)
+    grows = run.is_steady and not run.rests and run.wanted < run.most and bool(_worth_another(run))
+    return run.wanted + grows

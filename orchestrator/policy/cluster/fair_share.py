@@ -1,0 +1,279 @@
+"""How a cluster's places are divided among its runs.
+
+    RunScale of each run, who is where, what is free -> divide -> a Share for each run -> new_grants
+
+In this order:
+
+1. Every run that was let in keeps its least. One whose places turn out not to be there, before it has begun, is back
+   in the queue.
+2. Who waits in the queue is let in, in order of rank, once there is room for its least: in what is free, and in what
+   runs of lower priority hold beyond their own least; from runs of its own priority it gets what they would not have
+   asked for by themselves. Where that isn't enough, runs of lower priority are preempted. The first that can't be let
+   in keeps the nodes that it could use for itself: nobody behind it is let in or grows there, so it doesn't starve;
+   only what a run takes from those that it preempts is its own. Who doesn't fit the empty cluster keeps nothing.
+3. What is left is for what runs want beyond their least, by priority. Of one priority, what a run has comes before what
+   another one would like to have; then the older run comes first.
+
+A run's rank in the queue is its priority, and one more for every `AGE_S` that it has waited for a world of its own, so
+those of low priority get their turn; nobody preempts it before it has had one for `PROTECTED_S`, if it starts in time.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from orchestrator.policy.cluster.bin_packing import Resources, Seating
+from orchestrator.protocol.scaling import Grant, RunScale
+from orchestrator.spec.autoscale import MANUAL
+
+AGE_S = 600.0
+PROTECTED_S = 60.0
+STARTING_S = 600.0  # a run that was let in and has no world by then is not protected any more
+FREED_S = 5.0  # what a lost worker has freed is counted as free within this
+FREEING_S = 1.0  # a run that ends frees its places one after another, within this
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a run gets: places for so many workers, standbys included, and what it is granted because of that."""
+
+    places: int
+    grant: Grant
+
+
+@dataclass(frozen=True)
+class NewGrant:
+    """A run is to hold another number of workers, or waits for something else, if that has been decided again and again
+    for `patience_s`; None: at once."""
+
+    run_id: str
+    grant: Grant
+    patience_s: float | None
+
+
+def new_grants(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
+    """What runs are to be told. Whoever is to give places away comes first: that takes longer than to have a worker
+    started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in. A
+    run that trains and may have more, but not yet all that it wants, waits a moment for the rest: it grows once."""
+    lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
+    found: list[NewGrant] = []
+    for run in runs:
+        grant = shares[run.run_id].grant
+        waits_on = grant.workers == 0 and grant.why != run.grant.why
+        if grant.workers == run.grant.workers and not waits_on:
+            continue
+        patience_s: float | None = 0.0
+        if _is_less(grant, run):
+            patience_s = 0.0 if lets_in else FREED_S
+        elif run.grant.workers and grant.workers is not None:
+            patience_s = FREEING_S
+        elif len(runs) == 1:  # nobody else can be meant by what is free
+            patience_s = None
+        found.append(NewGrant(run.run_id, grant, patience_s))
+    known = {run.run_id: run for run in runs}
+    return tuple(sorted(found, key=lambda new: not _is_less(new.grant, known[new.run_id])))
+
+
+def _is_less(grant: Grant, run: RunScale) -> bool:
+    """Than the run may hold now."""
+    return grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
+
+
+def rank_of(run: RunScale, now_s: float) -> int:
+    """Its place in the order of the queue, the highest first."""
+    return run.priority + (int(max(0.0, now_s - run.queued_s) / AGE_S) if run.queued_s is not None else 0)
+
+
+def divide(
+    runs: Sequence[RunScale],
+    claims: Mapping[str, int],
+    homes: Mapping[str, Sequence[str]],
+    free: Mapping[str, Resources],
+    now_s: float,
+) -> dict[str, Share]:
+    """The share of each run.
+
+    Args:
+        claims: how many workers each run would have if there were room, standbys included; no less than its least.
+        homes: nodes of the workers that each run has, oldest first, as far as these nodes stay.
+        free: what is free on each node that stays.
+        now_s: `time.time()`.
+    """
+    known = {run.run_id: run for run in runs}
+    seating = Seating(
+        free,
+        {run: nodes for run, nodes in homes.items() if run in known},
+        {run.run_id: run.request for run in runs},
+        {run.run_id: run.avoid for run in runs},
+    )
+    inside = sorted((run for run in runs if run.queued_s is None), key=_seniority)
+    _hold(seating, inside, {run.run_id: run.least for run in inside})
+    scattered = [run for run in inside if not run.has_begun and seating.seats(run.run_id) < run.least]
+    for run in scattered:
+        seating.unseat(run.run_id)
+    queue = _let_in([run for run in inside if run not in scattered], runs, claims, seating, now_s)
+    for priority in sorted({run.priority for run in queue.inside}, reverse=True):
+        level = [run for run in queue.inside if run.priority == priority]
+        _hold(seating, sorted(level, key=is_loose), {r.run_id: min(claims[r.run_id], has(r)) for r in level})
+        for run in level:
+            seating.seat(run.run_id, claims[run.run_id], queue.nodes_before(priority))
+    return {run.run_id: _share(run, seating, queue) for run in runs}
+
+
+def has(run: RunScale) -> int:
+    """How many workers it is to hold by what was decided already, whether they have a place yet or not."""
+    return run.grant.of(run.full)
+
+
+def is_loose(run: RunScale) -> bool:
+    """Its size is found for it: what it holds beyond its least is what nobody needed."""
+    return run.policy != MANUAL and not run.is_pinned
+
+
+def is_preemptible(run: RunScale, now_s: float) -> bool:
+    """It has trained for a while since it was let in, or has had long enough to begin."""
+    if run.begun_s is not None:
+        return now_s - run.begun_s >= PROTECTED_S
+    return run.admitted_s is None or now_s - run.admitted_s >= STARTING_S
+
+
+def _seniority(run: RunScale) -> tuple[int, float, str]:
+    return -run.priority, run.submitted_s, run.run_id
+
+
+def _hold(seating: Seating, runs: Sequence[RunScale], places: Mapping[str, int]) -> None:
+    """Give each run so many places, if there are: first to all those that their workers have, then the others."""
+    for run in runs:
+        seating.keep(run.run_id, places[run.run_id])
+    for run in runs:
+        seating.seat(run.run_id, places[run.run_id])
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Nodes that are kept for a run that could not be let in."""
+
+    run_id: str
+    rank: int
+    nodes: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Queue:
+    """Who is in, by priority and age; who is out, and why; what is kept for whom."""
+
+    inside: tuple[RunScale, ...]
+    why_out: Mapping[str, str]
+    kept: tuple[_Kept, ...]
+
+    def nodes_before(self, priority: int) -> Collection[str]:
+        """Where runs of this priority may not grow."""
+        return {node for kept in self.kept if kept.rank >= priority for node in kept.nodes}
+
+
+def _let_in(
+    inside: Sequence[RunScale],
+    runs: Sequence[RunScale],
+    claims: Mapping[str, int],
+    seating: Seating,
+    now_s: float,
+) -> _Queue:
+    """Let in who can be, in order. Seats their least, and takes away the seats of who is preempted."""
+    present = {run.run_id: run for run in inside}
+    why_out: dict[str, str] = {}
+    kept: list[_Kept] = []
+    waiting = sorted(
+        (run for run in runs if run.run_id not in present),
+        key=lambda run: (-rank_of(run, now_s), run.submitted_s if run.queued_s is None else run.queued_s, run.run_id),
+    )
+    for run in waiting:
+        taken = {node for other in kept for node in other.nodes}
+        room = _room_for(run, present, claims, seating, taken, now_s)
+        if room is None:
+            most = seating.capacity(run.run_id)
+            why_out[run.run_id] = _why_out(run, most, kept[0].run_id if kept else None)
+            if most >= run.least:
+                kept.append(_Kept(run.run_id, rank_of(run, now_s), frozenset(seating.usable(run.run_id))))
+            continue
+        for victim in room.victims:
+            seating.unseat(victim)
+            del present[victim]
+            why_out[victim] = f"{run.run_id} of priority {run.priority} needs its places"
+        seating.keep(run.run_id, run.least)
+        seating.place(run.run_id, room.nodes)
+        present[run.run_id] = run
+    return _Queue(tuple(sorted(present.values(), key=_seniority)), why_out, tuple(kept))
+
+
+def _why_out(run: RunScale, most: int, ahead: str | None) -> str:
+    if most < run.least:
+        return f"the cluster has room for {most} of its workers at most, and {run.least} are its least"
+    behind = f"; behind {ahead} in the queue" * (ahead is not None)
+    return f"there is no room for {run.least} worker{'s' * (run.least > 1)}{behind}"
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Places for a run's least, apart from those that it has, and who has to be preempted for them."""
+
+    nodes: tuple[str, ...]
+    victims: tuple[str, ...] = ()
+
+
+def _room_for(
+    run: RunScale,
+    present: Mapping[str, RunScale],
+    claims: Mapping[str, int],
+    seating: Seating,
+    taken: Collection[str],
+    now_s: float,
+) -> _Room | None:
+    """Where this run could be let in, with as few runs preempted as are enough; None if that can't be."""
+    trial, rank = seating.copy(), rank_of(run, now_s)
+    firm = [o for o in present.values() if o.priority > rank or (o.priority == rank and not is_loose(o))]
+    _hold(trial, firm, {other.run_id: min(claims[other.run_id], has(other)) for other in firm})
+    trial.withhold(taken)
+    if (nodes := _places_in(trial, run)) is not None:
+        return _Room(nodes)
+    lower = [o for o in present.values() if o.priority < run.priority and o.queued_s is None]
+    victims: list[RunScale] = []
+    for other in sorted((o for o in lower if is_preemptible(o, now_s)), key=_seniority, reverse=True):
+        trial.unseat(other.run_id)
+        victims.append(other)
+        if _places_in(trial, run) is not None:
+            break
+    else:
+        return None
+    needed = [victims.pop()]
+    for victim in reversed(victims):  # without the last one it was not enough; of the others, the highest stay first
+        spared = trial.copy()
+        if spared.seat(victim.run_id, victim.least) and _places_in(spared, run) is not None:
+            trial = spared
+        else:
+            needed.append(victim)
+    return _Room(_places_in(trial, run) or (), tuple(victim.run_id for victim in needed))
+
+
+def _places_in(seating: Seating, run: RunScale) -> tuple[str, ...] | None:
+    """Nodes of places for its least, apart from those that it has; None if there aren't so many."""
+    trial = seating.copy()
+    return trial.new_places(run.run_id) if trial.seat(run.run_id, run.least) else None
+
+
+def _share(run: RunScale, seating: Seating, queue: _Queue) -> Share:
+    places = seating.seats(run.run_id)
+    if run.run_id in queue.why_out:
+        gives_way = run.grant.workers == 0 and seating.has_homes(run.run_id)  # it still knows for whom
+        return Share(0, run.grant if gives_way else Grant(0, queue.why_out[run.run_id]))
+    if places >= run.full:
+        return Share(places, Grant(None, f"there is room for all {run.full}"))
+    return Share(places, Grant(max(places, run.least), f"there is room for {places}{_held_by(run, seating, queue)}"))
+
+
+def _held_by(run: RunScale, seating: Seating, queue: _Queue) -> str:
+    """Who has, or waits for, what this run would use."""
+    nodes = seating.usable(run.run_id)
+    for other in queue.inside:
+        if other.priority > run.priority and nodes & set(seating.places(other.run_id)):
+            return f"; {other.run_id} of priority {other.priority} comes first"
+    waiting = (kept.run_id for kept in queue.kept if kept.rank >= run.priority and nodes & kept.nodes)
+    return next((f"; {run_id} waits for its place" for run_id in waiting), "")

@@ -1,0 +1,160 @@
+"""What the workers of a job send one another in a step, and what it would be by other schemes of compression. Pure."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from orchestrator.elastic.bucket_partition import is_compressed, rank_of_product
+from orchestrator.elastic.expert_placement import Placement, groups_open
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.policy.estimate.activations import item_bytes
+from orchestrator.policy.health.expert_load import NUM_MARGIN_BINS
+from orchestrator.policy.state.config import slot_of
+from orchestrator.protocol.usage import Traffic, TrafficKind
+from orchestrator.sampling.micro_batches import cut_into_slots, max_slots, slots_of
+from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
+from orchestrator.spec.job import JobSpec
+
+VOICES = 7  # numbers that each rank adds to a vote (orchestrator.worker.step.vote)
+SCHEMES = ("none", "bf16", "int8", "int4", "topk", "powersgd")  # that a plan tells of, beside the job's own
+
+
+@dataclass(frozen=True)
+class TrafficPlan:
+    """Bytes that leave a worker for another in one step, of all workers together. Of collectives as in a ring.
+
+    `snapshots` is what buddies get after a step, divided by the steps between two snapshots.
+
+    `gradients_by_scheme` is what `gradients_reduced` would be with another `communication.compression`.
+
+    `dispatch` is tokens on their way to experts, and their gradients on the way back; `combine` is results and theirs;
+    as many as there would be if all experts were as likely. `control` is counts of tokens and votes.
+    """
+
+    gradients_reduced: int
+    parameters_gathered: int
+    dispatch: int
+    combine: int
+    control: int
+    snapshots: int = 0
+    gradients_by_scheme: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def total(self) -> int:
+        reduced = self.gradients_reduced + self.parameters_gathered
+        return reduced + self.dispatch + self.combine + self.control + self.snapshots
+
+
+def num_slots(job: JobSpec) -> int:
+    """Slots of a step whose rows are all as long as there may be any; of fitted ones, as many as at first."""
+    lengths_R = np.full(job.train.global_batch_size, job.train.sequence_length)
+    return len(cut_into_slots(lengths_R, slot_of(job)))
+
+
+def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, snapshots: int) -> TrafficPlan:
+    """
+    Args:
+        params: every parameter of the whole model.
+        snapshots: bytes that buddies get per step.
+    """
+    size, train, model, slots = placement.world_size, job.train, job.model, num_slots(job)
+    moe_layers = len({param.name.partition(".experts.")[0] for param in params if param.expert is not None})
+    rows = 0.0  # of a step, per layer, that leave their rank
+    destinations = placement.destinations()
+    for rank in range(size):
+        tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
+        to, limit = destinations[rank], job.communication.ranks_per_token
+        if train.is_exact:  # each choice is a row
+            rows += tokens * model.top_k * sum(other != rank for other in to) / len(to)
+        else:
+            rows += tokens * ranks_visited(to, rank, model.top_k, limit)
+    again = model.recompute != "none"  # computed again in the backward pass, so sent again
+    journeys = round(rows) * moe_layers * (2 + again)
+    gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
+    passes = max_slots(size, slots) * (1 + again)
+    counts = passes * moe_layers * size * (size - 1) * size * 8
+    margins = NUM_MARGIN_BINS if model.counts_margins else 0
+    vote = (
+        2
+        * (size - 1)
+        * 8
+        * (
+            slots
+            + moe_layers * model.num_experts * (1 + margins)
+            + VOICES * size
+            + len(fields(Traffic)) * len(TrafficKind)
+        )
+    )
+    reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
+    if train.is_exact:
+        reductions *= 2  # of fp64
+    compression = job.communication.compression
+    others = [CompressionSpec.model_validate({"scheme": scheme, "share": compression.share}) for scheme in SCHEMES]
+    gathered = sum(p.numel * item_bytes(train) * (_holders(p, placement) - 1) for p in params)
+    return TrafficPlan(
+        gradients_reduced=reductions * gradient_bytes(params, placement, compression),
+        parameters_gathered=gathered,
+        dispatch=journeys * (_token_bytes(job) + gates),
+        combine=journeys * _token_bytes(job),
+        control=counts + vote,
+        snapshots=snapshots,
+        gradients_by_scheme=tuple(
+            (other.scheme, reductions * gradient_bytes(params, placement, other)) for other in others
+        ),
+    )
+
+
+def ranks_visited(destinations: Sequence[int], rank: int, top_k: int, ranks_per_token: int | None = None) -> float:
+    """Other ranks that a token of `rank` is sent to, on average, if every choice of experts is as likely.
+
+    Args:
+        destinations: by expert, the rank that its tokens for it go to.
+        ranks_per_token: ranks that it may choose among, any as likely; None for all.
+    """
+    experts = Counter(destinations)
+    in_reach = groups_open(experts.values(), ranks_per_token or len(experts), top_k) / len(experts)
+    pool = max(top_k, round(in_reach * len(destinations)))
+    missed = {to: math.comb(max(pool - held, 0), top_k) / math.comb(pool, top_k) for to, held in experts.items()}
+    return in_reach * sum(1.0 - share for to, share in missed.items() if to != rank)
+
+
+def gradient_bytes(params: Sequence[ParamSpec], placement: Placement, compression: CompressionSpec) -> int:
+    """Of one sum of all gradients, that all ranks together send."""
+    size, sent = placement.world_size, 0.0
+    for param in params:
+        share = sent_share(param, compression, size) if is_compressed(param, compression) else 1.0
+        sent += param.numel * 4 * (_holders(param, placement) - 1) * share
+    return round(sent)
+
+
+def sent_share(param: ParamSpec, compression: CompressionSpec, num_ranks: int) -> float:
+    """Bytes over fp32 of a compressed parameter's gradients on their way between so many ranks."""
+    scale = 4 / (4 * BLOCK)
+    match compression.scheme:
+        case "bf16":
+            return 0.5
+        case "fp16":
+            return 0.5 + scale
+        case "int8":
+            return 0.25 + scale
+        case "int4":
+            return 0.125 + scale
+        case "topk":
+            return compression.kept_per_block(num_ranks) * SPARSE_BYTES / (4 * BLOCK)
+        case "powersgd":
+            rank = rank_of_product(param, compression)
+            return 2 * rank * (param.rows + param.numel // param.rows) / param.numel
+    return 1.0
+
+
+def _holders(param: ParamSpec, placement: Placement) -> int:
+    return placement.world_size if param.expert is None else len(placement.replica_set(param.expert))
+
+
+def _token_bytes(job: JobSpec) -> int:
+    """Of one token on its way to an expert."""
+    size, plain = job.model.hidden_size, item_bytes(job.train)
+    return {"exact": size * plain, "bf16": 2 * size, "int8": size + 4}[job.communication.tokens]

@@ -1,0 +1,98 @@
+"""How evenly a step's tokens are spread over experts. Pure.
+
+Shape legend: L = MoE layers, E = experts, S = steps.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.messages import StepRecord
+
+# Edges of the bins by which routers count margins (orchestrator.model.moe.balance): 0, and magnitudes of half-octaves
+# from 2^-11 to 1, which is as far as sigmoid scores lie apart.
+_MAGNITUDES = tuple(2.0 ** (power / 2) for power in range(-22, 1))
+MARGIN_EDGES = (*(-magnitude for magnitude in reversed(_MAGNITUDES)), 0.0, *_MAGNITUDES)
+NUM_MARGIN_BINS = len(MARGIN_EDGES) + 1
+
+SHOWN_STEPS = 200  # columns of the heat map of a whole run
+LARGE_SWING = 0.25  # of the mean load, below which loads that change sides are noise
+
+Loads = tuple[tuple[int, ...], ...]  # of a step: by MoE layer, tokens of each expert
+
+
+@dataclass(frozen=True)
+class LoadMap:
+    """The loads of a run's experts over its steps.
+
+    Args:
+        steps: of the columns, ascending.
+        load_LES: by MoE layer, expert and column, load / mean load; NaN where a layer had no tokens.
+    """
+
+    steps: tuple[int, ...]
+    load_LES: NDArray[np.float64]
+
+
+def expert_load(counts_LE: NDArray[np.int64], before_LE: NDArray[np.int64] | None = None) -> ExpertLoad:
+    """The load of each expert, summarised.
+
+    Args:
+        counts_LE: tokens routed to each expert over the global batch of a step.
+        before_LE: the same of the step before; None where that isn't known.
+    """
+    (layers,) = np.nonzero(counts_LE.any(-1))
+    if not len(layers):  # no experts, or nothing routed
+        return ExpertLoad()
+    load_LE = counts_LE[layers] / counts_LE[layers].mean(-1, keepdims=True)  # 1: as large as the mean
+    violation_L = load_LE.max(-1) - 1.0
+    share_LE = load_LE / load_LE.sum(-1, keepdims=True)
+    entropy_L = -(share_LE * np.log(np.where(share_LE > 0, share_LE, 1.0))).sum(-1)
+    num_experts = load_LE.shape[1]
+    return ExpertLoad(
+        max_violation=float(violation_L.mean()),
+        worst_violation=float(violation_L.max()),
+        worst_layer=int(layers[violation_L.argmax()]),
+        utilisation=float((1.0 / (violation_L + 1.0)).mean()),
+        dead=float((load_LE == 0).mean()),
+        entropy=float(entropy_L.mean() / math.log(num_experts)) if num_experts > 1 else 1.0,
+        swing=None if before_LE is None else _swing(load_LE, before_LE[layers]),
+    )
+
+
+def _swing(load_LE: NDArray[np.float64], before_LE: NDArray[np.int64]) -> float:
+    """The share of experts whose load lies well above the mean in one of two steps and well below it in the other."""
+    if not before_LE.any(-1).all():
+        return 0.0
+    now_LE, then_LE = load_LE - 1.0, before_LE / before_LE.mean(-1, keepdims=True) - 1.0
+    is_large_LE = np.minimum(abs(now_LE), abs(then_LE)) > LARGE_SWING
+    return float(((now_LE * then_LE < 0) & is_large_LE).mean())
+
+
+def is_shown(step: int, num_steps: int) -> bool:
+    """Whether the loads of a step stand in its record: those of about `SHOWN_STEPS` steps, evenly spaced."""
+    return step % max(num_steps // SHOWN_STEPS, 1) == 0 or step == num_steps - 1
+
+
+def largest_violation(num_experts: int, top_k: int) -> float:
+    """MaxVio where all tokens choose the same `top_k` experts; 0 where they have no choice."""
+    return num_experts / top_k - 1.0
+
+
+def shown_loads(records: Iterable[StepRecord]) -> dict[int, Loads]:
+    """By step, the loads that stand in records."""
+    return {record.step: record.loads for record in records if record.loads}
+
+
+def load_map(loads: Mapping[int, Loads]) -> LoadMap | None:
+    """What a heat map shows of the loads of these steps; None where no token was routed in any of them."""
+    if not any(any(tokens_E) for tokens_LE in loads.values() for tokens_E in tokens_LE):
+        return None
+    steps = tuple(sorted(loads))
+    counts_LES = np.array([loads[step] for step in steps], dtype=np.float64).transpose(1, 2, 0)
+    mean_L1S = counts_LES.mean(1, keepdims=True)
+    return LoadMap(steps, np.divide(counts_LES, mean_L1S, out=np.full_like(counts_LES, np.nan), where=mean_L1S > 0))

@@ -1,0 +1,66 @@
+"""Who is much slower than the others, for long: told by the time in which a rank computes, waits for peers apart."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
+
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.protocol.messages import StepRecord
+
+FACTOR = 1.5  # times the others' time
+WINDOW_STEPS = 24
+MOST, FEW = 0.75, 0.25  # of the window's steps: to be taken for slow, and no more to be
+
+
+def slowest(busy_s: Sequence[float]) -> tuple[int, float]:
+    """The rank that computes longest for a slot, and its time over the median of the others'.
+
+    Args:
+        busy_s: by rank, seconds per slot; 0 for a rank without a slot.
+
+    Returns:
+        (-1, 1.0) where there are no two to compare.
+    """
+    known = [rank for rank, time_s in enumerate(busy_s) if time_s > 0]
+    if len(known) < 2:
+        return -1, 1.0
+    rank = max(known, key=lambda r: busy_s[r])
+    return rank, busy_s[rank] / median(busy_s[r] for r in known if r != rank)
+
+
+def share_of_slow_steps(records: Sequence[StepRecord], rank: int) -> float:
+    """Of these steps, in how many the rank was the slowest one and slow."""
+    slow = [r for r in records if r.slowest == rank and r.slowness >= FACTOR]
+    return len(slow) / len(records)
+
+
+def watch_stragglers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Name a member that is slow, and forget it once it is gone or no more slow. A rule of `lifecycle`."""
+    if state.straggler and state.straggler not in state.crew:
+        return Decision(replace(state, straggler=""))
+    if state.current is None or state.is_recovering:
+        return Decision(state)
+    records = [r for r in seen.progress.recent if r.generation == state.current.generation][-WINDOW_STEPS:]
+    if len(records) < WINDOW_STEPS:
+        return Decision(state)
+    if state.straggler:
+        is_member = state.straggler in state.members
+        share = share_of_slow_steps(records, state.members.index(state.straggler)) if is_member else 1.0
+        return Decision(state if share > FEW else replace(state, straggler=""))
+    ranks = {r.slowest for r in records if r.slowest >= 0}
+    slow = next((rank for rank in sorted(ranks) if share_of_slow_steps(records, rank) >= MOST), None)
+    if slow is None:
+        return Decision(state)
+    worker = state.members[slow]
+    times = median(r.slowness for r in records if r.slowest == slow)
+    note = Note(
+        "straggler",
+        {"worker": worker, "node": seen.nodes.get(worker, ""), "slowness": round(times, 2), "step": seen.step},
+    )
+    return Decision(replace(state, straggler=worker), (note,))
+
+
+def is_to_be_replaced(limits: RunLimits, state: RunState) -> bool:
+    """Whether the slow one is a member that the job wants another in place of."""
+    return limits.recovery.replace_stragglers and state.straggler in state.members

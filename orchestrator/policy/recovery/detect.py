@@ -1,0 +1,207 @@
+"""How a run notices that its world has lost somebody, and ends the generation. Rules of `lifecycle`.
+
+A member is gone, or has stopped by itself, or hangs, or the move that has begun can't be finished: the generation is
+aborted. What members say of themselves is entered, and whoever doesn't stop as it should is buried. What comes then is
+`orchestrator.policy.recovery.recover`.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from orchestrator.policy.health.budget import MAX_LOSSES, cause_of_loss
+from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S, is_silent, stuck
+from orchestrator.policy.recovery.respond import respond
+from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES, given_up, is_blame_due, without_store
+from orchestrator.policy.rescale.worker_pool import why_gone
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.run_state import Decision, Dismiss, Loss, Note, Observation, RunState
+from orchestrator.protocol.messages import Phase, WorkerError
+from orchestrator.protocol.status import Recovery
+
+OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of whoever tells them
+STOP_S = 3.0  # a member whose generation was aborted stops within this, or is taken for hung
+
+
+def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """End a generation that can't go on: a member is gone, one has stopped by itself, or the move from it is broken."""
+    current = state.current
+    if current is None:
+        return Decision(state)
+    if state.is_recovering:
+        return _notice_broken_recovery(state, seen)
+    gone = {w: why for w in state.members if (why := why_gone(seen, w))}
+    if not gone and (hanging := stuck(state, seen)) is not None:
+        gone = {hanging: f"{hanging} hangs: its peers have waited for it for {seen.idle_s:.0f} s"}
+    stopped = [w for w in state.members if w not in gone and _stopped_in(seen, w) == current.generation]
+    broken = _broken_behind_fence(state, seen)
+    if not gone and not stopped and not broken:
+        return Decision(state)
+    own = _own_errors(seen, stopped)
+    told = [f"{worker} failed: {error.kind}: {error.message}" for worker, error in own]
+    why = next(iter([*gone.values(), *told]), "") or broken or f"{', '.join(stopped)} can't reach a peer"
+    newest = current.generation if state.next is None else state.next.generation
+    over = replace(
+        state,
+        aborted=newest,
+        aborted_s=seen.now_s,
+        why=why,
+        next=None,
+        next_first_step=None,
+        next_why="",
+        fence=None,
+        broken_s=None,
+    )
+    if gone or stopped:
+        note = Note("generation_aborted", {"generation": current.generation, "step": seen.step, "why": why})
+        account = Recovery(current.generation, (), "network", current.world.size, 0, seen.step, why)
+        return Decision(replace(over, recovery=account, traceback=""), (note,))
+    return _abandoned(over, seen, newest, why)
+
+
+def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Enter what members of an aborted generation say of themselves, once each. It may come after the complaints of
+    their peers: whoever only lost a peer has nothing to write down first."""
+    if not state.is_recovering or state.current is None or state.recovery is None:
+        return Decision(state)
+    generation = state.current.generation
+    heard = {loss.worker for loss in state.losses if loss.generation == generation}
+    own = _own_errors(seen, (w for w in state.members if w not in heard and _stopped_in(seen, w) == generation))
+    if not own:
+        return Decision(state)
+    moment_s = seen.now_s if state.aborted_s is None else state.aborted_s  # all of it is one failure
+    losses = tuple(Loss(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
+    worker, error = own[0]
+    is_culprit = state.recovery.cause == "network" and all(w in state.crew for w in state.members)
+    why = f"{worker} failed: {error.kind}: {error.message}" if is_culprit else state.why
+    account = replace(state.recovery, cause=error.kind, why=why) if is_culprit else state.recovery
+    known = (*state.losses, *losses)[-MAX_LOSSES:]
+    traceback = error.traceback or state.traceback
+    told, notes = respond(
+        limits, replace(state, recovery=account, losses=known, why=why, traceback=traceback), seen, losses
+    )
+    return Decision(told, notes)
+
+
+def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Drop members of an aborted generation from the crew who are gone, or don't stop although they should."""
+    if not state.is_recovering or state.aborted_s is None:
+        return Decision(state)
+    gone = {w: why for w in state.crew if w in state.members and (why := why_gone(seen, w))}
+    rest = [w for w in state.crew if w in state.members and w not in gone and not has_stopped(state, seen, w)]
+    if state.next is not None:  # all had stopped when it was planned, and are on their way to it
+        rest = []
+    if seen.now_s - state.aborted_s >= STOP_S:
+        gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in rest}
+    elif seen.now_s - state.aborted_s >= SILENT_WHEN_STOPPING_S:
+        silent = [w for w in rest if is_silent(seen, w, SILENT_WHEN_STOPPING_S)]
+        gone |= {w: f"{w} did not answer when its peers had lost somebody" for w in silent}
+    hung = [w for w in gone if w in rest or is_silent(seen, w)]
+    if not gone:
+        return Decision(state)
+    losses = tuple(
+        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(state, seen, w), seen.step, seen.now_s)
+        for w in gone
+    )
+    notes = tuple(
+        Note(
+            "worker_lost",
+            {"worker": loss.worker, "step": loss.step, "cause": loss.cause, "why": gone[loss.worker], "member": True},
+        )
+        for loss in losses
+    )
+    buried = replace(
+        state,
+        crew=tuple(w for w in state.crew if w not in gone),
+        losses=(*state.losses, *losses)[-MAX_LOSSES:],
+        why=next(iter(gone.values())),
+    )
+    buried, told = respond(limits, buried, seen, losses)
+    return Decision(buried, (*notes, *told, *(Dismiss(w) for w in hung)))
+
+
+def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """A world that is made of the seed or of a checkpoint has lost somebody: plan it anew."""
+    plan = state.next
+    if plan is None or state.current is not None:
+        return Decision(state)
+    lost = [w for w in plan.world.members if w not in state.crew]
+    failed = [w for w in plan.world.members if _failed_generation(seen, w) == plan.generation]
+    why = without_store(state, seen)
+    if not lost and not failed and not why:
+        return Decision(state)
+    if not lost and not why and not is_blame_due(state, seen):
+        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
+    what = "was lost" if lost else f"could not reach generation {plan.generation}"
+    why = why or f"{', '.join(lost or failed)} {what}"
+    over = replace(state, aborted=plan.generation, next=None, next_why="", broken_s=None)
+    return _abandoned(over, seen, plan.generation, why)
+
+
+def has_stopped(state: RunState, seen: Observation, member: str) -> bool:
+    """It has left the current generation, and says what it holds."""
+    assert state.current is not None
+    report = seen.reports.get(member)
+    if report is None:
+        return False
+    waits = report.phase is Phase.READY and report.generation > state.current.generation
+    return report.phase is Phase.STRANDED or waits
+
+
+def _abandoned(state: RunState, seen: Observation, generation: int, why: str) -> Decision:
+    """Count a failed move; after several in a row the run keeps the size that it has, if it has one already."""
+    failed_moves = state.failed_moves + 1
+    gives_up = failed_moves >= MAX_FAILED_MOVES and state.current is not None
+    wish = given_up(state, seen) if gives_up else state.wish
+    note = Note("move_abandoned", {"generation": generation, "why": why, "gave_up": gives_up})
+    return Decision(replace(state, failed_moves=failed_moves, wish=wish, why=why), (note,))
+
+
+def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
+    """Somebody was lost on the way to the generation that recovers: give it up, and free whoever waits in it."""
+    if state.next is None:
+        return Decision(state)
+    lost = [w for w in state.next.involved if w not in state.crew or why_gone(seen, w)]
+    failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
+    why = without_store(state, seen)
+    if not lost and not failed and not why:
+        return Decision(state)
+    if not lost and not why and not is_blame_due(state, seen):
+        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
+    why = why or (f"{', '.join(lost)} was lost" if lost else _could_not_reach("it", failed, seen))
+    again = replace(state, aborted=state.next.generation, aborted_s=seen.now_s, next=None, next_why="", broken_s=None)
+    return _abandoned(again, seen, state.next.generation, why)
+
+
+def _broken_behind_fence(state: RunState, seen: Observation) -> str:
+    """Why the move that the current world has begun can't be finished; empty if it can, or none has begun."""
+    if state.next is None or state.current is None:
+        return ""
+    begun = state.fence is not None or any(seen.phase(w) is not Phase.TRAINING for w in state.members)
+    if not begun:
+        return ""
+    lost = [w for w in state.next.involved if w not in state.crew or why_gone(seen, w)]
+    if lost:
+        return f"{', '.join(lost)} was lost"
+    failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
+    return _could_not_reach(f"generation {state.next.generation}", failed, seen) if failed else ""
+
+
+def _could_not_reach(where: str, failed: Sequence[str], seen: Observation) -> str:
+    error = seen.reports[failed[0]].error
+    return f"{', '.join(failed)} could not reach {where}" + (f": {error.message}" if error is not None else "")
+
+
+def _stopped_in(seen: Observation, worker: str) -> int:
+    report = seen.reports.get(worker)
+    return report.stopped if report is not None else -1
+
+
+def _own_errors(seen: Observation, workers: Iterable[str]) -> list[tuple[str, WorkerError]]:
+    """Errors of these workers that are their own: more than a lost peer, or a state that others have brought."""
+    errors = [(worker, report.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
+    return [(worker, error) for worker, error in errors if error is not None and error.kind not in OTHERS]
+
+
+def _failed_generation(seen: Observation, worker: str) -> int:
+    report = seen.reports.get(worker)
+    return report.failed_generation if report is not None else -1

@@ -1,0 +1,163 @@
+"""How a run goes on after its world has lost somebody. Rules of `lifecycle`; `orchestrator.policy.recovery.detect`
+notices it.
+
+    recover  all survivors have stopped -> the newest complete state -> plan g+1 from it -> (moves) READY -> activate
+
+The ladder: a rank's own memory, its buddy's snapshot, the newest checkpoint, the one before. Survivors go on at once
+with as many as are left, if that is enough; whoever replaces the lost ones joins at a later fence.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.recovery_point import Cut, Holding, newest_cut, placement_of_cut, world_of
+from orchestrator.elastic.world import World
+from orchestrator.policy.health.budget import MAX_LOSSES, PLACE, held_back_s, overdrawn
+from orchestrator.policy.health.leaving import leavers
+from orchestrator.policy.recovery.detect import has_stopped
+from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.run_state import USER_ERROR, Decision, Loss, Note, Observation, RunState, ended
+from orchestrator.policy.state.world_size import SizeChange, wanted_size
+from orchestrator.protocol.messages import Finish, Phase, Source
+from orchestrator.protocol.status import Recovery, RunPhase
+
+MAX_USER_ERRORS = 2  # in the same step: then it is no accident
+MAX_FRUITLESS = 5  # recoveries in a row after which no step was done
+
+
+def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Plan the generation after a loss, once nobody trains any more and enough workers are there."""
+    if not state.is_recovering or state.next is not None or state.current is None:
+        return Decision(state)
+    survivors = tuple(w for w in state.members if w in state.crew)
+    if not all(has_stopped(state, seen, w) for w in survivors):
+        return Decision(state)
+    if held_back_s([loss for loss in state.losses if loss.cause not in PLACE], seen.now_s):
+        return Decision(state)
+    if hopeless := _hopeless(limits, state, seen):
+        return ended(state, RunPhase.FAILED, hopeless, state.traceback)
+    cut = newest_cut(_worlds(state), _held(state, seen))
+    if cut is None:
+        return _fall_back(limits, state, seen)
+    wanted = wanted_size(limits, state.wish, seen.step + 1, state.grant)
+    standbys = warm_standbys(state, seen)
+    leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
+    stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
+    least = limits.min_workers
+    if state.gives_way:  # whoever is left is enough for a checkpoint, and nobody else has a place
+        wanted, least = len(survivors), 1
+    chosen = (stay + standbys)[: max(wanted, least)]
+    members = chosen[: len(stay)] + node_by_node(seen, chosen[len(stay) :])
+    members += leave[: max(0, least - len(members))]
+    if len(members) < least or seen.store_address is None:
+        return Decision(state)
+    return _planned_from(limits, state, seen, cut, members)
+
+
+def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
+    """Why another attempt would end like the ones before; empty if it may not."""
+    same = [loss for loss in state.losses if loss.cause == USER_ERROR and loss.step == seen.step]
+    if len(same) >= MAX_USER_ERRORS:
+        return f"the same error {len(same)} times after step {seen.step}: {state.why}"
+    fruitless = [recovery for recovery in state.recoveries[-MAX_FRUITLESS:] if recovery.step >= seen.step]
+    if len(fruitless) >= MAX_FRUITLESS:
+        return f"{len(fruitless)} recoveries in a row without a step; {state.why}"
+    spent = overdrawn(state.losses, seen.now_s, limits.recovery.budgets)
+    return f"{spent} The newest: {state.why}" if spent else ""
+
+
+def _planned_from(
+    limits: RunLimits, state: RunState, seen: Observation, cut: Cut, members: tuple[str, ...]
+) -> Decision:
+    plans = {plan.generation: plan for plan in (state.previous, state.current) if plan is not None}
+    origin = plans[cut.generation]
+    world = World(state.num_generations, members)
+    holders = world_of(cut.generation, cut.holders)
+    if members == origin.world.members and cut.holders == members:
+        placement = origin.placement
+    else:
+        held = placement_of_cut(origin.placement, cut.holders)
+        placement = Placement.rebalanced(held, holders, world, nodes_of(seen, members))
+    source = Source(origin.world, origin.placement, cut.holders, cut.step)
+    state = replace(_blamed(state, seen), recovery=_account(state, seen, cut.step, "memory"))
+    change, why = SizeChange(world.size, None), f"recovers: {state.why}"
+    return with_plan(limits, state, seen, world, placement, source, change, why)
+
+
+def _blamed(state: RunState, seen: Observation) -> RunState:
+    """Nobody was lost and nobody erred: then the network did."""
+    account = state.recovery
+    if account is None or account.cause != "network" or any(w not in state.crew for w in state.members):
+        return state
+    loss = Loss("", "", "network", seen.step, seen.now_s)
+    return replace(state, losses=(*state.losses, loss)[-MAX_LOSSES:])
+
+
+def _account(state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:
+    """What the recovery is known to cost so far; None if nobody was lost but a move."""
+    account = state.recovery
+    if account is None:
+        return None
+    lost = tuple(w for w in state.members if w not in state.crew)
+    causes = [loss.cause for loss in state.losses if loss.worker in lost]
+    return replace(
+        account,
+        lost=lost,
+        cause=causes[0] if causes else account.cause,
+        step=step,
+        why=state.why,
+        source=source,
+        steps_replayed=max(0, max(account.step, seen.step) - step),
+        steps_lost=max(0, _committed(state, seen) - step),
+    )
+
+
+def _committed(state: RunState, seen: Observation) -> int:
+    """The newest step that survivors know to be committed; without any, the newest that was published."""
+    known = [report.committed for w in state.members if (report := seen.reports.get(w)) is not None]
+    return max(known, default=seen.progress.watermark)
+
+
+def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Nobody reachable has a whole state: begin again from a checkpoint, or from the seed if there is none."""
+    if not state.wants_restore:
+        return Decision(replace(state, wants_restore=True))
+    if seen.unreadable:  # one that is good may be there
+        return Decision(state)
+    restore = seen.restorable
+    done = restore.step if restore else -1
+    fields = {
+        "step": done,
+        "checkpoint": restore.path if restore else None,
+        "why": state.why,
+    }
+    account = _account(state, seen, done, "checkpoint")
+    note = Note("rolled_back", fields)
+    begun = replace(
+        state,
+        previous=state.current,
+        current=None,
+        restore=restore,
+        recovery=account,
+        wants_restore=False,
+        differences=state.differences_in(done),
+    )
+    if not state.gives_way:
+        return Decision(begun, (note,))
+    gone = Note("workers_released", {"workers": list(state.crew)})
+    return Decision(replace(begun, finish=Finish.NO, crew=()), (note, gone))
+
+
+def _worlds(state: RunState) -> Iterable[World]:
+    """Generations whose states may still be whole: the current one, and until it has settled the one before."""
+    assert state.current is not None
+    yield state.current.world
+    if state.previous is not None and state.settled < state.current.generation:
+        yield state.previous.world
+
+
+def _held(state: RunState, seen: Observation) -> dict[str, tuple[Holding, ...]]:
+    idle = (Phase.STRANDED, Phase.READY, Phase.STANDBY)
+    return {w: seen.reports[w].holdings for w in state.crew if seen.phase(w) in idle}

@@ -1,0 +1,58 @@
+"""How training goes on differently after a failure: smaller micro-batches, batches left out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.run_state import Loss, Note, Observation, RunState
+from orchestrator.sampling.micro_batches import SlotSize
+
+SUSPECT_STEPS = 8  # of a generation with larger slots
+
+
+def respond(
+    limits: RunLimits, state: RunState, seen: Observation, losses: Sequence[Loss]
+) -> tuple[RunState, tuple[Note, ...]]:
+    """The state as the next generation is to be planned from it, and what there is to say about that."""
+    notes: list[Note] = []
+    current = state.current
+    last = current or state.previous
+    size = last.slot if last is not None and last.slot else limits.slot
+    if any(loss.cause == "out_of_memory" or _died_of_growth(limits, state, seen, loss) for loss in losses):
+        # Several ranks may tell of it one after the other: once is enough for one generation.
+        smaller = _smaller(size)
+        untried = not state.slot or (state.slot.rows, state.slot.tokens) > (smaller.rows, smaller.tokens)
+        if untried and smaller != size:
+            world_size = last.world.size if last is not None else limits.initial_workers
+            state = replace(state, slot=smaller, slot_ceiling=size.tokens, ceiling_size=world_size)
+            unit = "rows" if size.rows else "tokens"
+            sizes = {f"{end}_{unit}": s.rows or s.tokens for end, s in (("from", size), ("to", smaller))}
+            notes.append(Note("micro_batch_reduced", sizes | {"step": seen.step}))
+    poisoned = {seen.reports[loss.worker].step + 1 for loss in losses if loss.cause == "numeric"}
+    if fresh := poisoned - set(state.skips):
+        state = replace(state, skips=tuple(sorted({*state.skips, *fresh})))
+        notes += [Note("batch_skipped", {"step": step, "why": state.why}) for step in sorted(fresh)]
+    return state, tuple(notes)
+
+
+def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, loss: Loss) -> bool:
+    """A process that ends suddenly in the first steps of larger slots: the kernel, which gives no reason, has killed it
+    for want of memory more likely than anything else has."""
+    if not limits.fits_memory or loss.cause != "worker" or state.current is None:
+        return False
+    known = [r.slots for w in state.members if (r := seen.reports.get(w)) and r.slots]
+    steps = [use.steps for use in known if use.generation == state.current.generation]
+    smallest = min((probe.tokens for probe in state.probes), default=state.current.slot.tokens)
+    return smallest < state.current.slot.tokens and max(steps, default=SUSPECT_STEPS) < SUSPECT_STEPS
+
+
+def _smaller(size: SlotSize) -> SlotSize:
+    """So many rows that slots still fill the global batch, or half as many tokens; the same if it can't be less."""
+    if size.rows:
+        return replace(size, rows=largest_proper_divisor(size.rows))
+    return replace(size, tokens=max(1, size.tokens // 2))
+
+
+def largest_proper_divisor(number: int) -> int:
+    """So that slots still fill the global batch. 1 for 1."""
+    return next((number // d for d in range(2, number + 1) if number % d == 0), 1)

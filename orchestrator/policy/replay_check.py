@@ -1,0 +1,132 @@
+"""Steps done again, and compared: when a standby is to do it, and what its answer means.
+
+A step's record tells the loss, the gradients' norm, and a digest of what each rank has come to. Where training is
+exact, whoever does the step again has the same ones, in whatever world. The first step that differs tells what was
+wrong. If it is nothing but the state of some ranks, their updates went wrong, or their memory changed; or a gradient of
+what they update, by too little to show in the norm. If it is the loss or the norm, it came in by what all ranks have
+made together, and whoever updates what it has changed isn't to blame.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.policy.rescale.generation_plan import warm_standbys
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.protocol.messages import Check, Checked, Finding, PastWorld, StepRecord
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first step that came out otherwise.
+
+    Args:
+        parts: what of it: loss, grad_norm, state.
+        ranks: whose state, where that alone differs, and not everybody's.
+    """
+
+    step: int
+    parts: tuple[str, ...]
+    ranks: tuple[int, ...] = ()
+
+
+def first_difference(
+    records: Sequence[StepRecord | Finding], again: Sequence[StepRecord | Finding]
+) -> Difference | None:
+    """Between steps and the same steps done again. What one side only has doesn't count: steps, digests."""
+    repeated = {record.step: record for record in again}
+    for record in records:
+        other = repeated.get(record.step)
+        if other is not None and (difference := _difference(record, other)) is not None:
+            return difference
+    return None
+
+
+def _difference(record: StepRecord | Finding, other: StepRecord | Finding) -> Difference | None:
+    ranks = [rank for rank, (a, b) in enumerate(zip(record.digests, other.digests, strict=False)) if a != b]
+    values = {name: (getattr(record, name), getattr(other, name)) for name in ("loss", "grad_norm")}
+    # By its digits: NaN is like itself then.
+    parts = (*(name for name, (a, b) in values.items() if repr(a) != repr(b)), *(["state"] if ranks else []))
+    told = ranks if parts == ("state",) and len(ranks) < len(record.digests) else []
+    return Difference(record.step, parts, tuple(told)) if parts else None
+
+
+def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Have a standby do steps again when that is due, and tell what came of it. A rule of `lifecycle`."""
+    if state.check is not None:
+        return _hear(state, state.check, seen)
+    standbys = [worker for worker in warm_standbys(state, seen) if _computes_alike(state, seen, worker)]
+    if limits.verify.every is None or state.current is None or not standbys or state.next is not None:
+        return Decision(state)
+    if state.is_ending or state.is_recovering or not _is_due(limits.verify.every, limits.verify.steps, state, seen):
+        return Decision(state)
+    first, last = state.checkpoint_done, state.checkpoint_done + limits.verify.steps
+    done = (record for record in seen.progress.recent if first < record.step <= last)
+    check = Check(
+        number=state.num_checks,
+        worker=standbys[-1],  # the last to be taken into a world
+        step=first,
+        last_step=last,
+        worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.slot),),
+        findings=tuple(Finding(record.step, record.loss, record.grad_norm, record.digests) for record in done),
+        skips=tuple(step for step in state.skips if first < step <= last),
+    )
+    return Decision(replace(state, check=check, num_checks=check.number + 1, check_step=check.step))
+
+
+def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
+    """The newest checkpoint has enough steps behind it, all of the present world and in an order that it knew of."""
+    first, last = state.checkpoint_done, state.checkpoint_done + steps
+    is_new = state.num_checks == 0 or (first > state.check_step and first - state.check_step >= every)
+    if first < 0 or not is_new or seen.progress.watermark < last:
+        return False
+    done = [record for record in seen.progress.recent if first < record.step <= last]
+    assert state.current is not None
+    in_one_world = all(record.generation == state.current.generation for record in done)
+    as_known = not any(first < stage.first_step <= last for stage in state.stages)
+    return len(done) == steps and in_one_world and as_known
+
+
+def _computes_alike(state: RunState, seen: Observation, worker: str) -> bool:
+    """Its numerics are those of all members: others come to other bits, with nothing wrong."""
+    told = {report.numerics for w in (worker, *state.members) if (report := seen.reports.get(w)) is not None}
+    return len(told) == 1
+
+
+def _hear(state: RunState, check: Check, seen: Observation) -> Decision:
+    report = seen.reports.get(check.worker)
+    if check.worker not in state.crew or report is None:
+        return Decision(replace(state, check=None))
+    answer = report.checked
+    if answer is None or answer.number != check.number:
+        never = check.worker in state.members  # it was taken in before it came to it
+        return Decision(replace(state, check=None) if never else state)
+    return _compare(replace(state, check=None), check, answer, seen)
+
+
+def _compare(state: RunState, check: Check, answer: Checked, seen: Observation) -> Decision:
+    if answer.error:
+        failed = {"worker": check.worker, "step": check.step, "why": answer.error}
+        return Decision(state, (Note("check_failed", failed),))
+    if not answer.findings:
+        return Decision(state)  # it was needed elsewhere
+    difference = first_difference(check.findings, answer.findings)
+    steps = {"first_step": check.step + 1, "last_step": answer.findings[-1].step}
+    checked = Note("checked", {"worker": check.worker, **steps, "equal": difference is None})
+    if difference is None:
+        return Decision(state, (checked,))
+    differs = Note("state_differs", told_of(difference, check.worlds, seen.nodes))
+    return Decision(replace(state, differences=(*state.differences, difference.step)), (checked, differs))
+
+
+def told_of(difference: Difference, worlds: Sequence[PastWorld], nodes: Mapping[str, str]) -> dict[str, object]:
+    """A difference in an event's fields: the workers that had the ranks then, and where they live."""
+    world = next(past.world for past in reversed(worlds) if past.first_step <= difference.step)
+    workers = [world.members[rank] for rank in difference.ranks]
+    return {
+        "step": difference.step,
+        "parts": list(difference.parts),
+        "ranks": list(difference.ranks),
+        "workers": workers,
+        "nodes": [nodes.get(worker, "") for worker in workers],
+    }

@@ -1,0 +1,74 @@
+"""The energy that a run's workers used, by the method that it was found with. Pure."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.policy.report.attempts import Attempt
+from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.energy import EnergyReading
+
+JOULES_PER_KWH = 3.6e6
+
+
+class EnergyMethod(StrEnum):
+    """How energy is found."""
+
+    NVML = "NVML"
+    RAPL = "RAPL"
+    MODEL = "a model"
+
+
+MEASURES = {
+    EnergyMethod.NVML: "the workers' GPUs alone, by their counters",
+    EnergyMethod.RAPL: "processors and, where it counts apart, memory of the workers' nodes, by counters and each "
+    "worker's share of the processor time in use",
+}
+NOT_MEASURED = "not measured: no worker could read counters of NVML or RAPL; --watts-per-worker W models it"
+
+
+@dataclass(frozen=True)
+class Energy:
+    """What one method finds. Methods measure different things, or the same thing in different ways: `note` says what,
+    and how much of it is known."""
+
+    method: EnergyMethod
+    kwh: float
+    note: str
+
+
+def energy_of(attempts: Sequence[Attempt], held_hours: float, watts_per_worker: float | None) -> tuple[Energy, ...]:
+    """All that is known, what was measured first; empty where nothing is.
+
+    Args:
+        held_hours: worker-hours, those of standbys included.
+        watts_per_worker: of the model; None for none.
+    """
+    workers = [worker for attempt in attempts for worker in _readings(attempt)]
+    found = []
+    for method, told in (
+        (EnergyMethod.NVML, [reading.gpu_j for reading in workers]),
+        (EnergyMethod.RAPL, [reading.cpu_j for reading in workers]),
+    ):
+        joules = [each for each in told if each is not None]
+        if joules:
+            note = (
+                f"measured: {MEASURES[method]}; of {len(joules)} of {len(workers)} workers, to each one's last reading"
+            )
+            found.append(Energy(method, math.fsum(joules) / JOULES_PER_KWH, note))
+    if watts_per_worker is not None:
+        note = f"not measured: {watts_per_worker:g} W per worker x worker-hours held"
+        found.append(Energy(EnergyMethod.MODEL, watts_per_worker * held_hours / 1000, note))
+    return tuple(found)
+
+
+def _readings(attempt: Attempt) -> Iterator[EnergyReading]:
+    """The newest of each worker that the attempt has had; it counts from the worker's beginning."""
+    newest: dict[str, EnergyReading] = {}
+    for event in attempt.events:
+        if event["kind"] == "workers_spawned":
+            newest |= dict.fromkeys(event["workers"], EnergyReading())
+        elif event["kind"] == "energy":
+            newest |= {worker: from_plain(EnergyReading, plain) for worker, plain in event["workers"].items()}
+    yield from newest.values()

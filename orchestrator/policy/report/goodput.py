@@ -1,0 +1,199 @@
+"""Where the seconds of a run went, from the votes of its steps and the events between them. Pure.
+
+Each attempt is cut at the votes. The stretch before a vote is the step, as long as its record says, and before that
+what kept it from beginning: nothing to speak of inside a generation, else the move from one world to the next. So all
+parts of an attempt add up to its length, whatever isn't known.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from orchestrator.policy.report.attempts import Attempt, Event
+from orchestrator.protocol.messages import StepRecord
+
+
+class Use(StrEnum):
+    """What time was spent on."""
+
+    COMPUTE = "compute"
+    COMMUNICATION = "exposed communication"
+    DATA_WAIT = "data wait"
+    PROTECTION = "protection"
+    BETWEEN = "between steps"
+    WASTED = "wasted steps"
+    START = "start"
+    DETECT = "detect"
+    RENDEZVOUS = "rendezvous"
+    TRANSFER = "transfer"
+    REBUILD = "rebuild"
+    END = "end"
+
+
+PRODUCTIVE = (Use.COMPUTE, Use.COMMUNICATION)
+
+MEANINGS = {
+    Use.COMPUTE: "forward, backward, update and validation of steps that count",
+    Use.COMMUNICATION: "of these steps, waits for peers: bytes under way, and peers that were slower",
+    Use.DATA_WAIT: "of these steps, waits for rows",
+    Use.PROTECTION: "of these steps, waits for a snapshot to be with its buddy",
+    Use.BETWEEN: "from a vote to the next step of the same world: copies for checkpoints and snapshots begin",
+    Use.WASTED: "steps that were done again after a checkpoint, or whose update was left out",
+    Use.START: "from when it was let in to the first step: data, warm workers, first engines",
+    Use.DETECT: "from the last step that counts to the end of its generation; what was computed since is in it",
+    Use.RENDEZVOUS: "stopping, waiting for enough workers, planning, connecting, activating",
+    Use.TRANSFER: "state on its way between workers, and its digests",
+    Use.REBUILD: "engines of the new world; a checkpoint that was read",
+    Use.END: "from the last step to the end: last checkpoint and records",
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some seconds of a run, and the world size that step records tell for them: that of the step, between worlds that
+    of the older one, before the first step none."""
+
+    use: Use
+    seconds: float
+    workers: int
+
+
+@dataclass(frozen=True)
+class Move:
+    """What came between the last step of a world and the first of the next one that did any.
+
+    Args:
+        kind: `recovery` where a generation had to be ended, else `rescale`.
+        generation: of the new world.
+        step: its first one.
+        began_s: `time.time()` of the old world's last vote.
+        wasted_s: steps that were done again, after a checkpoint.
+        transfer_s, rebuild_s: of the member that took longest. None: the journal doesn't tell; rendezvous has them.
+    """
+
+    kind: str
+    generation: int
+    step: int
+    from_size: int
+    to_size: int
+    began_s: float
+    detect_s: float
+    rendezvous_s: float
+    transfer_s: float | None
+    rebuild_s: float | None
+    wasted_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        moved_s = (self.transfer_s or 0.0) + (self.rebuild_s or 0.0)
+        return self.detect_s + self.rendezvous_s + moved_s + self.wasted_s
+
+
+def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[Move, ...]]:
+    """The attempt's time, all of it, and its moves."""
+    slices: list[Slice] = []
+    moves: list[Move] = []
+    moment_s, before = attempt.began_s, None
+    for record in attempt.steps:
+        vote_s = max(record.vote_time, moment_s)  # of another worker than the one before, on another host: never back
+        step_s = min(record.step_s, vote_s - moment_s)
+        gap_s = vote_s - moment_s - step_s
+        if before is None:
+            slices.append(Slice(Use.START, gap_s, 0))
+        elif before.generation == record.generation:
+            slices.append(Slice(Use.BETWEEN, gap_s, before.world_size))
+        else:
+            moves.append(_move(attempt.events, before, record, moment_s, gap_s))
+            slices += _parts_of_move(moves[-1])
+        slices += _parts_of_step(record, step_s, attempt.counts(record))
+        moment_s, before = vote_s, record
+    slices += _tail(attempt, before, moment_s)
+    return tuple(part for part in slices if part.seconds > 0.0), tuple(moves)
+
+
+def _parts_of_step(record: StepRecord, step_s: float, counts: bool) -> Iterator[Slice]:
+    """Waits as the record says; the rest is computing. Of a step that is longer than the time from vote to vote, which
+    two clocks can make it, in proportion."""
+    if not counts:
+        yield Slice(Use.WASTED, step_s, record.world_size)
+        return
+    waits = {
+        Use.COMMUNICATION: record.communication_wait_s or 0.0,
+        Use.DATA_WAIT: record.data_wait_s,
+        Use.PROTECTION: record.protection_wait_s,
+    }
+    known_s = max(record.step_s, sum(waits.values()))
+    scale = step_s / known_s if known_s else 0.0
+    yield Slice(Use.COMPUTE, scale * (known_s - sum(waits.values())), record.world_size)
+    yield from (Slice(use, scale * wait_s, record.world_size) for use, wait_s in waits.items())
+
+
+def _move(events: Sequence[Event], before: StepRecord, record: StepRecord, moment_s: float, gap_s: float) -> Move:
+    """What filled the `gap_s` seconds after the vote at `moment_s`."""
+    between = events[_activation(events, before) + 1 : _activation(events, record) + 1]
+    aborts = [event for event in between if event["kind"] == "generation_aborted"]
+    activated = [event for event in between if event["kind"] == "activated"]
+    detect_s = _within(aborts[0]["time"] - moment_s, gap_s) if aborts else 0.0
+    wasted_s = 0.0
+    if activated and any(event["kind"] == "rolled_back" for event in between):
+        wasted_s = _within(moment_s + gap_s - activated[-1]["time"], gap_s - detect_s)
+    left_s = gap_s - detect_s - wasted_s
+    took = [
+        (event["transfer_s"] + event["digest_s"], event["build_s"])
+        for event in activated
+        if all(part in event for part in ("transfer_s", "digest_s", "build_s"))
+    ]
+    transfer_s = rebuild_s = None
+    if activated and len(took) == len(activated):
+        transfer_s, rebuild_s = (sum(part) for part in zip(*took, strict=True))
+        scale = min(1.0, left_s / (transfer_s + rebuild_s)) if transfer_s + rebuild_s else 1.0
+        transfer_s, rebuild_s = scale * transfer_s, scale * rebuild_s
+    return Move(
+        kind="recovery" if aborts else "rescale",
+        generation=record.generation,
+        step=record.step,
+        from_size=before.world_size,
+        to_size=record.world_size,
+        began_s=moment_s,
+        detect_s=detect_s,
+        rendezvous_s=max(0.0, left_s - (transfer_s or 0.0) - (rebuild_s or 0.0)),
+        transfer_s=transfer_s,
+        rebuild_s=rebuild_s,
+        wasted_s=wasted_s,
+    )
+
+
+def _parts_of_move(move: Move) -> Iterator[Slice]:
+    yield Slice(Use.DETECT, move.detect_s, move.from_size)
+    yield Slice(Use.RENDEZVOUS, move.rendezvous_s, move.from_size)
+    yield Slice(Use.TRANSFER, move.transfer_s or 0.0, move.from_size)
+    yield Slice(Use.REBUILD, move.rebuild_s or 0.0, move.from_size)
+    yield Slice(Use.WASTED, move.wasted_s, move.from_size)
+
+
+def _tail(attempt: Attempt, last: StepRecord | None, moment_s: float) -> Iterator[Slice]:
+    """From the last step to the end: an orderly one, or of a world that has lost somebody and found no next one."""
+    left_s = attempt.ended_s - moment_s
+    if last is None:
+        yield Slice(Use.START, left_s, 0)
+        return
+    after = attempt.events[_activation(attempt.events, last) + 1 :]
+    aborts = [event for event in after if event["kind"] == "generation_aborted"]
+    if not aborts:
+        yield Slice(Use.END, left_s, last.world_size)
+        return
+    detect_s = _within(aborts[0]["time"] - moment_s, left_s)
+    yield Slice(Use.DETECT, detect_s, last.world_size)
+    yield Slice(Use.RENDEZVOUS, left_s - detect_s, last.world_size)
+
+
+def _activation(events: Sequence[Event], record: StepRecord) -> int:
+    """Where the journal tells of the activation of the step's generation; -1 if it doesn't."""
+    found = (
+        n for n, event in enumerate(events) if event["kind"] == "activated" and event["generation"] == record.generation
+    )
+    return next(found, -1)
+
+
+def _within(seconds: float, limit_s: float) -> float:
+    return min(max(seconds, 0.0), max(limit_s, 0.0))

@@ -1,0 +1,148 @@
+"""How the next generation is put together: members, placement, source, buddies. Used by the rules that plan one."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from orchestrator.elastic.buddies import buddies_of
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.policy.health.leaving import leavers
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.world_size import SizeChange, Wish
+from orchestrator.protocol.messages import GenerationPlan, Phase, Source
+from orchestrator.sampling.micro_batches import SlotSize
+
+BLAME_S = 1.0  # the death of a process, or of the rendezvous store, is known this soon after others notice
+MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
+
+
+def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
+    """Workers of the crew that could join a generation now, oldest first; none that is to leave soon. Where no world
+    has the state, also those who are left of one, or were ready for one that didn't come about."""
+    idle = (Phase.STANDBY,) if state.current is not None else (Phase.STANDBY, Phase.STRANDED, Phase.READY)
+    out = {*state.members, *leavers(state, seen)}
+    return tuple(w for w in state.crew if w not in out and seen.phase(w) in idle)
+
+
+def nodes_of(seen: Observation, workers: Iterable[str]) -> tuple[str, ...]:
+    """The node that each of them lives on; empty text where that isn't known."""
+    return tuple(seen.nodes.get(worker, "") for worker in workers)
+
+
+def node_by_node(seen: Observation, workers: Sequence[str]) -> tuple[str, ...]:
+    """In the order in which they become ranks together: weights are gathered from neighbour to neighbour, so few of
+    these should live on two nodes."""
+    first = list(nodes_of(seen, workers))
+    return tuple(sorted(workers, key=lambda worker: first.index(seen.nodes.get(worker, ""))))
+
+
+def can_plan(state: RunState, seen: Observation) -> bool:
+    """Whether another generation may be planned now: all members train, and nothing else is under way."""
+    if state.current is None or state.next is not None or state.is_ending or state.is_recovering:
+        return False
+    return seen.store_address is not None and all(seen.phase(w) is Phase.TRAINING for w in state.members)
+
+
+def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...] | None:
+    """A world of `size`: old members keep their order, those who are to leave go first, then the last, and warm
+    standbys follow, node by node. None: too few are warm."""
+    missing = size - len(state.members)
+    if missing <= 0:
+        leaving = leavers(state, seen)
+        kept = sorted(state.members, key=lambda worker: worker in leaving)[:size]
+        return tuple(worker for worker in state.members if worker in kept)
+    newcomers = warm_standbys(state, seen)
+    return state.members + node_by_node(seen, newcomers[:missing]) if len(newcomers) >= missing else None
+
+
+def prepared(seen: Observation, worker: str) -> int:
+    """The newest generation that this worker has connected; -1 if none."""
+    report = seen.reports.get(worker)
+    return report.prepared if report else -1
+
+
+def given_up(state: RunState, seen: Observation) -> Wish:
+    """After several failed moves: the size that it has, for as long as nobody wants another one again. Whoever was to
+    leave has not changed what is wanted."""
+    if state.wish is not None and any(worker in state.leaving for worker in state.members):
+        return state.wish
+    plain = state.wish or Wish(0, 0)
+    return replace(plain, workers=len(state.members), since_step=seen.step + 1, grown_s=seen.now_s)
+
+
+def without_store(state: RunState, seen: Observation) -> str:
+    """Why the generation to come can't be connected, whoever lives: its rendezvous store is gone, and somebody has yet
+    to meet there. Empty if it can, or while there is no other store: nothing could be planned instead."""
+    plan = state.next
+    if plan is None or seen.store_address in (None, plan.store_address):
+        return ""
+    is_late = any(prepared(seen, worker) < plan.generation for worker in plan.involved)
+    return f"the rendezvous store of generation {plan.generation} was lost" if is_late else ""
+
+
+def is_blame_due(state: RunState, seen: Observation) -> bool:
+    """A move was seen to fail so long ago that whoever is to blame would be known: whoever notices first is not."""
+    return state.broken_s is not None and seen.now_s - state.broken_s >= BLAME_S
+
+
+def planned_move(
+    limits: RunLimits, state: RunState, seen: Observation, members: tuple[str, ...], change: SizeChange, why: str
+) -> Decision:
+    """The state with a move from the current world to one of these members."""
+    assert state.current is not None
+    old, new = state.current.world, World(state.num_generations, members)
+    unchanged = members == old.members
+    was = state.current.placement
+    placement = was if unchanged else Placement.rebalanced(was, old, new, nodes_of(seen, members))
+    source = Source(old, was, holders=old.members)
+    return with_plan(limits, state, seen, new, placement, source, change, why)
+
+
+def slot_for(limits: RunLimits, state: RunState, world: World) -> SlotSize:
+    """Slots of a generation to come: what was decided, else as they are. Where they are fitted, a smaller world begins
+    with smaller ones: each of its workers holds more of the state."""
+    last = state.current or state.previous
+    size = state.slot or (last.slot if last is not None else limits.slot)
+    if not limits.fits_memory:
+        return size
+    shrunk = min(1.0, world.size / last.world.size) if last is not None else 1.0
+    least = min(size.tokens, limits.slot.tokens)
+    return replace(size, tokens=max(least, int(size.tokens * shrunk)), multiple=world.size)
+
+
+def with_plan(
+    limits: RunLimits,
+    state: RunState,
+    seen: Observation,
+    world: World,
+    placement: Placement,
+    source: Source | None,
+    change: SizeChange,
+    why: str,
+) -> Decision:
+    """The state with this generation as the next one. There must be a rendezvous store."""
+    assert seen.store_address is not None
+    nodes = nodes_of(seen, world.members)
+    plan = GenerationPlan(
+        epoch=seen.epoch,
+        world=world,
+        placement=placement,
+        source=source,
+        store_prefix=f"{seen.epoch}/{world.generation}",
+        store_address=seen.store_address,
+        buddies=buddies_of(nodes) if limits.protected else (),
+        restore=state.restore if source is None else None,
+        slot=slot_for(limits, state, world),
+        skips=state.skips,
+        nodes=nodes,
+    )
+    fields = {"generation": world.generation, "members": list(world.members), "first_step": change.first_step}
+    planned = replace(
+        state,
+        next=plan,
+        next_first_step=change.first_step,
+        next_why=why,
+        num_generations=world.generation + 1,
+    )
+    return Decision(planned, (Note("generation_planned", fields | {"why": why}),))

@@ -1,0 +1,250 @@
+"""From one generation to the next: prepare, fence, move, activate.
+
+Each function is a rule of `lifecycle`: a state and what is seen in, a decision out; a rule that has nothing to do
+returns the state as it is. While a move is made every member of the old world keeps its old shard, so until the
+activation is journalled the old world can always be rebuilt (`recovery`).
+"""
+
+import math
+from dataclasses import asdict, replace
+from typing import TypeVar
+
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.policy.health.stragglers import is_to_be_replaced
+from orchestrator.policy.rescale.generation_plan import (
+    MAX_FAILED_MOVES,
+    can_plan,
+    given_up,
+    is_blame_due,
+    members_for,
+    node_by_node,
+    nodes_of,
+    planned_move,
+    prepared,
+    warm_standbys,
+    with_plan,
+    without_store,
+)
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import stall_s, typical_step_s
+from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.world_size import SizeChange, next_change, wanted_size, wish_holds
+from orchestrator.protocol.messages import Fence, GenerationPlan, Handover, Phase
+from orchestrator.protocol.status import Recovery, Rescale
+from orchestrator.sampling.micro_batches import UNSAID
+
+Change = TypeVar("Change", Rescale, Recovery)
+
+HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and no less than HORIZON_STEPS
+HORIZON_STEPS = 8
+MOVE_PARTS = ("connect_s", "build_s", "transfer_s", "digest_s")  # of a `Handover`
+
+
+def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Plan the generation that is due, as soon as enough standbys are warm for it."""
+    if state.current is None:
+        return _plan_first(limits, state, seen)
+    if not can_plan(state, seen):
+        return Decision(state)
+    change = next_change(limits, state.wish, len(state.members), seen.step, _horizon_steps(seen), state.grant)
+    if change is None and is_to_be_replaced(limits, state):
+        return _plan_replacement(limits, state, seen)
+    members = members_for(state, seen, change.workers) if change else None
+    if change is None or members is None:
+        return Decision(state)
+    why = f"scheduled for step {change.first_step}" if change.first_step is not None else _why(limits, state, seen)
+    return planned_move(limits, state, seen, members, change, why)
+
+
+def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """The generation to come lost a newcomer, or can't be connected, before its fence: training just goes on."""
+    if state.next is None or state.current is None or state.fence is not None or state.is_recovering:
+        return Decision(state)
+    if any(seen.phase(member) is not Phase.TRAINING for member in state.members):
+        return Decision(state)
+    involved = state.next.involved
+    known = [f"{w} was lost" for w in involved if w not in state.crew]
+    known += [why] if (why := without_store(state, seen)) else []
+    broken = known + [
+        f"{w} could not reach generation {state.next.generation}"
+        for w in involved
+        if (report := seen.reports.get(w)) and report.failed_generation == state.next.generation
+    ]
+    if not broken:
+        return Decision(state)
+    if not known and not is_blame_due(state, seen):
+        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
+    failed_moves = state.failed_moves + 1
+    gives_up = failed_moves >= MAX_FAILED_MOVES
+    is_fit = state.next.world.members == state.members  # nobody's wish for another size
+    wish = given_up(state, seen) if gives_up and not is_fit else state.wish
+    note = Note("move_abandoned", {"generation": state.next.generation, "why": broken[0], "gave_up": gives_up})
+    abandoned = replace(state, failed_moves=failed_moves, wish=wish, why=broken[0], broken_s=None)
+    return Decision(replace(abandoned, next=None, next_first_step=None, next_why=""), (note,))
+
+
+def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Everybody concerned is connected for the next generation: let the current one end.
+
+    The first generation needs no fence: nobody trains before it.
+    """
+    if state.next is None or state.current is None or state.fence is not None or state.is_recovering:
+        return Decision(state)
+    generation = state.next.generation
+    if not all(prepared(seen, worker) >= generation for worker in state.involved):
+        return Decision(state)
+    at_step = None if state.next_first_step is None else state.next_first_step - 1
+    return Decision(replace(state, fence=Fence(to_generation=generation, at_step=at_step)))
+
+
+def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Every member of the next generation holds its shard: it becomes the current one.
+
+    From here on the old shards may go. The note is journalled before any worker hears of it.
+    """
+    plan = state.next
+    if plan is None or not all(_is_ready(seen, member, plan.generation) for member in plan.world.members):
+        return Decision(state)
+    old = state.current.world if state.current else None
+    moved_bytes, state_identical = _handed_over(state, seen)
+    rescale = Rescale(
+        generation=plan.generation,
+        from_size=old.size if old else 0,
+        to_size=plan.world.size,
+        step=seen.step,
+        why=state.next_why,
+        moved_bytes=moved_bytes,
+        state_identical=state_identical,
+    )
+    moved = old is not None and old.members != plan.world.members and state.recovery is None
+    recoveries = state.recoveries
+    if state.recovery is not None:
+        account = replace(
+            state.recovery,
+            generation=plan.generation,
+            to_size=plan.world.size,
+            moved_bytes=moved_bytes,
+            state_identical=state_identical,
+        )
+        recoveries = (*recoveries, account)
+    activated = replace(
+        state,
+        previous=state.current,
+        current=plan,
+        activated=plan.generation,
+        next=None,
+        next_first_step=None,
+        next_why="",
+        fence=None,
+        broken_s=None,
+        failed_moves=0 if moved or state.recovery is not None else state.failed_moves,
+        aborted_s=None,
+        recovery=None,
+        recoveries=recoveries,
+        failed_spawns=0,
+        queued_s=None,
+        begun_s=seen.now_s if state.current is None else state.begun_s,
+        slot=UNSAID,
+        rescales=(*state.rescales, rescale) if moved else state.rescales,
+    )
+    fields = asdict(rescale) | {"members": list(plan.world.members)} | _move_took(plan, seen)
+    return Decision(activated, (Note("activated", fields),))
+
+
+def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Complete the newest rescales and recoveries with their stall, once the new world has done a few steps."""
+    rescales = tuple(_measured(limits, state, seen, rescale) for rescale in state.rescales)
+    recoveries = tuple(_measured(limits, state, seen, recovery) for recovery in state.recoveries)
+    notes = [Note("rescaled", asdict(r)) for r in rescales if r not in state.rescales]
+    notes += [Note("recovered", asdict(r)) for r in recoveries if r not in state.recoveries]
+    if not notes:
+        return Decision(state)
+    return Decision(replace(state, rescales=rescales, recoveries=recoveries), tuple(notes))
+
+
+def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """The current generation has committed a step of its own: what older ones held may go."""
+    settled = max((r.settled for w in state.members if (r := seen.reports.get(w))), default=-1)
+    if state.current is None or settled <= state.settled or settled < state.current.generation:
+        return Decision(state)
+    return Decision(replace(state, settled=settled))
+
+
+def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
+        return Decision(state)
+    size = wanted_size(limits, state.wish, seen.step + 1, state.grant)
+    members = node_by_node(seen, warm_standbys(state, seen)[:size])
+    if not size or len(members) < size:
+        return Decision(state)
+    world = World(state.num_generations, members)
+    placement = Placement.balanced(limits.num_experts, size, nodes_of(seen, members))
+    why = f"goes on after step {state.restore.step}" if state.restore else "the run starts"
+    return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why)
+
+
+def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """The same world with a standby in place of the slow member, once one is warm."""
+    standbys = warm_standbys(state, seen)
+    if not standbys:
+        return Decision(state)
+    members = tuple(standbys[0] if worker == state.straggler else worker for worker in state.members)
+    why = f"{state.straggler} is much slower than the others"
+    return planned_move(limits, state, seen, members, SizeChange(len(members), None), why)
+
+
+def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:
+    step = seen.step + 1
+    by_wish = state.wish is not None and wish_holds(limits, state.wish, step)
+    due = (
+        [state.wish.since_step] if by_wish and state.wish else [e.at_step for e in limits.schedule if e.at_step <= step]
+    )
+    is_held = wanted_size(limits, state.wish, step, state.grant) < wanted_size(limits, state.wish, step)
+    if is_held or state.granted_since > max(due, default=0):
+        return state.grant.why
+    return (state.target.reason or "asked for") if by_wish else "scheduled"
+
+
+def _horizon_steps(seen: Observation) -> int:
+    step_s = typical_step_s(seen.progress)
+    return max(HORIZON_STEPS, math.ceil(HORIZON_S / step_s)) if step_s else HORIZON_STEPS
+
+
+def _measured(limits: RunLimits, state: RunState, seen: Observation, change: Change) -> Change:
+    if change.stall_s is not None:
+        return change
+    is_past = change.generation != state.activated or seen.progress.watermark + 1 >= limits.steps
+    stall = stall_s(seen.progress, change.generation, is_past)
+    return change if stall is None else replace(change, stall_s=stall)
+
+
+def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
+    report = seen.reports.get(worker)
+    return report is not None and report.phase is Phase.READY and report.generation == generation
+
+
+def _move_took(plan: GenerationPlan, seen: Observation) -> dict[str, float]:
+    """Seconds by part of the member that took longest; of one member, so that they add up."""
+    handovers = [
+        handover
+        for worker in plan.world.members
+        for handover in seen.reports[worker].handovers
+        if handover.generation == plan.generation
+    ]
+    took = [{part: float(getattr(handover, part)) for part in MOVE_PARTS} for handover in handovers]
+    return max(took, key=lambda parts: sum(parts.values()), default={})
+
+
+def _handed_over(state: RunState, seen: Observation) -> tuple[int, bool | None]:
+    """Bytes that crossed between workers, and whether every digest taken was equal before and after."""
+    assert state.next is not None
+    handovers: list[Handover] = [
+        handover
+        for worker in state.involved
+        if worker in seen.reports
+        for handover in seen.reports[worker].handovers
+        if handover.generation == state.next.generation
+    ]
+    verdicts = [h.state_identical for h in handovers if h.state_identical is not None]
+    return sum(h.received_bytes for h in handovers), all(verdicts) if verdicts else None

@@ -1,0 +1,190 @@
+"""Who is there: wishes heard, the dead buried, standbys held ready and let go. Rules of `lifecycle`."""
+
+from dataclasses import replace
+from typing import Any
+
+from orchestrator.policy.cluster.autoscaling import adds_too_little
+from orchestrator.policy.health.budget import (
+    MAX_LOSSES,
+    PLACE,
+    cause_of_loss,
+    failures_by_node,
+    held_back_s,
+    quarantined,
+)
+from orchestrator.policy.health.hangs import is_silent
+from orchestrator.policy.health.leaving import is_to_leave, leavers
+from orchestrator.policy.health.stragglers import is_to_be_replaced
+from orchestrator.policy.rescale.generation_plan import warm_standbys
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import STALL_STEPS
+from orchestrator.policy.state.run_state import Action, Decision, Dismiss, Loss, Note, Observation, RunState
+from orchestrator.policy.state.standby import workers_to_hold
+from orchestrator.policy.state.world_size import Wish, wanted_size
+from orchestrator.protocol.messages import Finish, Phase, Target
+
+
+def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Take in the newest target. What it wants is acted on when the present move has ended."""
+    target = seen.target
+    if target.seq <= state.target.seq:
+        return Decision(state)
+    fields: dict[str, Any] = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
+    if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
+        return Decision(replace(state, target=target), (Note("target", fields),))
+    wanted, before = wanted_size(limits, state.wish, seen.step + 1), state.wish or Wish(limits.initial_workers, 0)
+    grown_s = seen.now_s if target.workers > wanted and not target.by_hand else before.grown_s
+    cap, cap_stage = before.cap, before.cap_stage
+    if target.workers < wanted and not target.by_hand and adds_too_little(limits, seen.progress, wanted):
+        cap, cap_stage = target.workers, seen.progress.stage
+    wish = Wish(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
+    note = Note("target", fields | {"by_hand": target.by_hand})
+    return Decision(replace(state, target=target, wish=wish, failed_moves=0), (note,))
+
+
+def _asks_for_a_stage(state: RunState, target: Target) -> bool:
+    """And for nothing else: the size that it names is the one that was asked for last, which may be long ago."""
+    same = (target.workers, target.by_hand) == (state.target.workers, state.target.by_hand)
+    return target.stage_wishes != state.target.stage_wishes and same
+
+
+def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Drop from the crew who is gone or has failed, apart from the world's members: `recovery` sees to those."""
+    gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
+    if not gone:
+        return Decision(state)
+    # Workers that go with their node are one failure, and who was a member, or was to leave, is none of theirs.
+    plans = [plan for plan in (state.previous, state.current, state.next) if plan is not None]
+    none = {w for plan in plans for w in plan.world.members} | {w for w in gone if is_to_leave(state, seen, w)}
+    never_warm = len({seen.nodes.get(w, "") or w for w in gone if w not in none})
+    notes: tuple[Action, ...] = tuple(
+        Note("worker_lost", {"worker": worker, "why": why, "member": False}) for worker, why in gone.items()
+    )
+    crew = tuple(w for w in state.crew if w not in gone)
+    counted = state.failed_spawns + never_warm
+    worker, why = next(iter(gone.items()))
+    losses = tuple(
+        Loss(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
+        for w in gone
+        if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
+    )
+    buried = replace(
+        state,
+        crew=crew,
+        failed_spawns=counted,
+        losses=(*state.losses, *losses)[-MAX_LOSSES:],
+        why=why,
+        traceback=traceback_of(seen, worker),
+    )
+    return Decision(buried, (*notes, *(Dismiss(w) for w in gone if is_silent(seen, w))))
+
+
+def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Spawn the workers that will be needed, and let go of standbys that won't, or that are to leave. A run that is to
+    end needs no more, unless it has lost what it would end with; one that gives way gets none in any case."""
+    if state.gives_way or (state.is_ending and not state.is_recovering):
+        return Decision(state)
+    leaving = leavers(state, seen)
+    wanted = workers_to_hold(limits, state.wish, seen.step + 1, state.grant)
+    wanted = state.grant.of(wanted + is_to_be_replaced(limits, state))
+    if state.is_ending:
+        wanted = limits.min_workers
+    missing = wanted - (len(state.crew) - len(leaving))
+    if missing > 0 and not _is_moving(limits, state, seen) and not held_back_s(state.losses, seen.now_s):
+        first = state.num_spawned
+        spawned = tuple(f"w{number}" for number in range(first, first + missing))
+        note = Note("workers_spawned", {"workers": list(spawned)})
+        grown = replace(state, crew=state.crew + spawned, num_spawned=first + missing)
+        return Decision(grown, (note,))
+    if (missing < 0 or leaving) and state.next is None and not state.is_recovering:
+        released = _release(state, seen, max(0, -missing), leaving)
+        if released.actions:
+            return released
+    return Decision(state if missing > 0 else _forget_failed_spawns(state, seen))
+
+
+def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
+    after = limits.recovery.quarantine_after
+    nodes = {node for worker, node in seen.nodes.items() if worker in state.crew and worker not in seen.lost}
+    now = quarantined(state.losses, seen.now_s, after, nodes, state.quarantine) if state.losses else ()
+    if now == state.quarantine:
+        return Decision(state)
+    counts = failures_by_node(state.losses, seen.now_s)
+    fresh = [node for node in now if node not in state.quarantine]
+    notes = [Note("node_quarantined", {"node": node, "failures": counts[node]}) for node in fresh]
+    notes += [Note("node_released", {"node": node}) for node in state.quarantine if node not in now]
+    return Decision(replace(state, quarantine=now), tuple(notes))
+
+
+def _is_moving(limits: RunLimits, state: RunState, seen: Observation) -> bool:
+    """A move is under way, or the new world has done its first few steps at most: a starting worker would take the
+    processors from those who are in it, for a standby that isn't needed before it is over."""
+    if state.current is None:
+        return False
+    if state.is_recovering:  # without it, unless too few are left
+        there = len([w for w in state.members if w in state.crew]) + len(warm_standbys(state, seen))
+        return there >= limits.min_workers
+    is_planned = state.next is not None
+    changes = [r.step for r in state.rescales[-1:]] + [r.step for r in state.recoveries[-1:]]
+    newest = max(changes, default=None)
+    is_new = newest is not None and seen.step <= newest + STALL_STEPS
+    return is_planned or is_new
+
+
+def why_gone(seen: Observation, worker: str) -> str:
+    """Why this worker is of no use any more; empty if it is."""
+    if worker in seen.lost:
+        return f"{worker} died: {seen.lost[worker]}"
+    report = seen.reports.get(worker)
+    if report is not None and report.phase is Phase.FAILED:
+        error = report.error
+        return f"{worker} failed: {error.kind}: {error.message}" if error else f"{worker} failed without a reason"
+    if is_silent(seen, worker):
+        return f"{worker} has not answered for {seen.silence_s[worker]:.0f} s"
+    return ""
+
+
+def traceback_of(seen: Observation, worker: str) -> str:
+    """Of the error with which this worker failed; empty if there is none, or it says only that a peer is gone."""
+    report = seen.reports.get(worker)
+    error = report.error if report is not None else None
+    return error.traceback if error is not None and error.kind != "peer_lost" else ""
+
+
+def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tuple[str, ...]) -> Decision:
+    """Let go of whoever is to leave, and of a slow standby or the youngest, but of none that holds a part of a
+    checkpoint not yet marked."""
+    begins_anew = state.current is None  # from a checkpoint: what workers hold is of no use
+    if state.settled < state.activated and not begins_anew:
+        return Decision(state)  # somebody who left may hold what would be needed if the new world failed
+    if any(member not in seen.reports for member in state.members):
+        return Decision(state)  # this controller has only come back, and knows nobody yet
+    idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
+    stopped = (Phase.STRANDED, Phase.READY)
+    free = [
+        worker
+        for worker in state.crew
+        if worker not in state.involved
+        and (seen.phase(worker) in idle or (worker in leaving and seen.phase(worker) in stopped))
+        and not _owes_shard(state, seen, worker)
+    ]
+    staying = sorted((w for w in free if w not in leaving), key=lambda worker: worker == state.straggler)
+    released = [w for w in free if w in leaving] + staying[len(staying) - num_surplus :]
+    if not released:
+        return Decision(state)
+    crew = tuple(w for w in state.crew if w not in released)
+    return Decision(replace(state, crew=crew), (Note("workers_released", {"workers": released}),))
+
+
+def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
+    report = seen.reports.get(worker)
+    return report is not None and any(shard.step > state.checkpoint_done for shard in report.shards)
+
+
+def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:
+    """The whole crew got warm: earlier failures were no rule."""
+    cold = (Phase.COLD, Phase.WARMING)
+    if state.failed_spawns and all(seen.phase(worker) not in cold for worker in state.crew):
+        return replace(state, failed_spawns=0)
+    return state

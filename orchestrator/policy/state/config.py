@@ -1,0 +1,119 @@
+"""What decisions need to know of a job: the sizes it may have, when, and how long it runs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+from orchestrator.errors import UsageError
+from orchestrator.sampling.micro_batches import ONE_ROW, SlotSize
+from orchestrator.spec.autoscale import MANUAL, AutoscaleSpec
+from orchestrator.spec.curriculum import CurriculumSpec
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.fault_tolerance import OFF
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.recovery import RecoverySpec
+from orchestrator.spec.verify import VerifySpec
+
+DEFAULT_RECOVERY = RecoverySpec()
+DEFAULT_AUTOSCALE = AutoscaleSpec()
+DEFAULT_VERIFY = VerifySpec()
+
+
+@dataclass(frozen=True)
+class ScheduledSize:
+    """From step `at_step` on the run has `workers` members: step `at_step` is the first that the new world does."""
+
+    at_step: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class RunLimits:
+    """The part of a job that its life depends on. `steps` are numbered from 0; `protected`: workers keep snapshots.
+    `slot` is how much a slot takes; `fits_memory`: only at first. Each worker gets `memory_bytes`, None if that isn't
+    said. `by_document`: rows are of unequal length."""
+
+    run_id: str
+    steps: int
+    min_workers: int
+    max_workers: int
+    initial_workers: int
+    standby: int
+    num_experts: int
+    schedule: tuple[ScheduledSize, ...] = ()
+    protected: bool = True
+    recovery: RecoverySpec = DEFAULT_RECOVERY
+    slot: SlotSize = ONE_ROW
+    fits_memory: bool = False
+    memory_bytes: int | None = None
+    global_batch_size: int = 1
+    by_document: bool = False
+    curriculum: CurriculumSpec | None = None
+    autoscale: AutoscaleSpec = DEFAULT_AUTOSCALE
+    priority: int = 0
+    label_selector: Mapping[str, str] = field(default_factory=dict)
+    verify: VerifySpec = DEFAULT_VERIFY
+
+    @classmethod
+    def of(cls, run_id: str, job: JobSpec) -> Self:
+        return cls(
+            run_id=run_id,
+            steps=job.train.steps,
+            min_workers=job.workers.min,
+            max_workers=job.workers.max,
+            initial_workers=job.workers.initial,
+            standby=job.workers.standby,
+            num_experts=job.model.num_experts,
+            protected=job.protection != OFF,
+            recovery=job.recovery,
+            slot=slot_of(job),
+            fits_memory=job.train.fits_memory,
+            memory_bytes=job.resources.memory_bytes,
+            global_batch_size=job.train.global_batch_size,
+            by_document=job.data.rows == BY_DOCUMENT,
+            curriculum=job.curriculum,
+            autoscale=job.autoscale,
+            priority=job.priority,
+            label_selector=job.workers.label_selector,
+            verify=job.verify,
+            schedule=tuple(ScheduledSize(entry.at_step, entry.workers) for entry in job.workers.schedule),
+        )
+
+    def check_stage(self, name: str) -> None:
+        """Raises UsageError if the job has no such stage. `next` is whichever comes next."""
+        names = [stage.name for stage in self.curriculum.stages] if self.curriculum else []
+        if not names or name not in ("next", *names):
+            known = f"its stages are {', '.join(names)}" if names else "its job has no curriculum"
+            raise UsageError(
+                f"stage {name} asked for; {self.run_id} has none of that name: {known}",
+                remedy="Name one of its stages, or next." if names else "Submit a job with a curriculum.",
+                unchanged=f"{self.run_id} goes on as it was.",
+            )
+
+    def check_autoscale(self) -> None:
+        """Raises UsageError if the job leaves the number of workers to its user."""
+        if self.autoscale.policy == MANUAL:
+            raise UsageError(
+                f"{self.run_id} can't find its number of workers itself: its job's autoscale.policy is {MANUAL}",
+                remedy="Ask for a number, or submit a job with another autoscale.policy.",
+                unchanged=f"{self.run_id} goes on as it was.",
+            )
+
+    def check_size(self, workers: int) -> None:
+        """Raises UsageError if the job doesn't allow this many workers."""
+        if not self.min_workers <= workers <= self.max_workers:
+            raise UsageError(
+                f"{workers} workers asked for; {self.run_id} allows {self.min_workers} to {self.max_workers}",
+                remedy="Ask for a number in between, or submit a job with other workers.min and workers.max.",
+                unchanged=f"{self.run_id} goes on as it was.",
+            )
+
+
+def slot_of(job: JobSpec) -> SlotSize:
+    """How much a slot takes, as the job says; where it is fitted, at first: a row of the first stage."""
+    if job.train.slot_rows:
+        return SlotSize(rows=job.train.slot_rows)
+    if not job.train.fits_memory:
+        return SlotSize(tokens=job.train.slot_tokens)
+    first = job.curriculum.stages[0].sequence_length if job.curriculum else None
+    return SlotSize(tokens=first or job.train.sequence_length)

@@ -1,0 +1,115 @@
+"""How far a run is, in the steps whose records were received: the watermark, and figures over the newest steps."""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from statistics import median
+
+from orchestrator.errors import ProtocolError
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.usage import Traffic, TrafficKind
+
+RECENT_STEPS = 512
+STALL_STEPS = 5  # steps of a new generation that tell how long its step takes
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`watermark` is the newest committed step, -1 before the first. With protection off, a finished step whose
+    record was journalled is committed. `recent` holds the newest records."""
+
+    watermark: int = -1
+    recent: tuple[StepRecord, ...] = ()
+    first_loss: float | None = None
+    loss: float | None = None
+    first_validation_loss: float | None = None
+    validation_loss: float | None = None
+    tokens: int = 0  # target tokens of all steps
+    skipped: int = 0  # updates that were not finite
+    validations: tuple[tuple[int, float], ...] = ()  # (step, validation loss) of all
+    stages: tuple[tuple[str, int], ...] = ()  # of the curriculum, each that began with its first step
+
+    @property
+    def stage(self) -> str:
+        """The newest one; empty without a curriculum."""
+        return self.stages[-1][0] if self.stages else ""
+
+    @property
+    def stage_step(self) -> int:
+        """Its first step."""
+        return self.stages[-1][1] if self.stages else 0
+
+    def stage_at(self, step: int) -> str:
+        """The stage that a step was in."""
+        return next((name for name, first_step in reversed(self.stages) if first_step <= step), "")
+
+
+def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
+    """Progress with these records, which may repeat what is known.
+
+    Raises:
+        ProtocolError: a step is missing between the watermark and the records.
+    """
+    fresh = sorted((r for r in records if r.step > progress.watermark), key=lambda r: r.step)
+    expected = range(progress.watermark + 1, progress.watermark + 1 + len(fresh))
+    if [r.step for r in fresh] != list(expected):
+        raise ProtocolError(f"records of steps {[r.step for r in fresh]} came after step {progress.watermark}")
+    if not fresh:
+        return progress
+    validations = [(r.step, r.validation_loss) for r in fresh if r.validation_loss is not None]
+    validation = [loss for _, loss in validations]
+    return Progress(
+        watermark=fresh[-1].step,
+        recent=(progress.recent + tuple(fresh))[-RECENT_STEPS:],
+        first_loss=fresh[0].loss if progress.first_loss is None else progress.first_loss,
+        loss=fresh[-1].loss,
+        first_validation_loss=(
+            progress.first_validation_loss
+            if progress.first_validation_loss is not None
+            else next(iter(validation), None)
+        ),
+        validation_loss=validation[-1] if validation else progress.validation_loss,
+        tokens=progress.tokens + sum(r.tokens for r in fresh),
+        skipped=progress.skipped + sum(not r.applied for r in fresh),
+        validations=(*progress.validations, *validations),
+        stages=(*progress.stages, *((r.stage, r.step) for r in stages_begun(progress, fresh))),
+    )
+
+
+def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:
+    """The first steps of stages among those that follow `progress`."""
+    stages = [progress.stage, *(record.stage for record in fresh)]
+    return [record for record, before in zip(fresh, stages, strict=False) if record.stage != before]
+
+
+def typical_step_s(progress: Progress, num_steps: int = 10) -> float | None:
+    """The median duration of the newest steps."""
+    newest = progress.recent[-num_steps:]
+    return median(r.step_s for r in newest) if newest else None
+
+
+def tokens_per_second(progress: Progress, num_steps: int = 20) -> float | None:
+    """Target tokens over the time between votes, rescales included."""
+    newest = progress.recent[-num_steps - 1 :]
+    if len(newest) < 2 or newest[-1].vote_time <= newest[0].vote_time:
+        return None
+    return sum(r.tokens for r in newest[1:]) / (newest[-1].vote_time - newest[0].vote_time)
+
+
+def traffic_per_step(progress: Progress, num_steps: int = 20) -> dict[str, Traffic]:
+    """What all workers send in a step, by kind: the mean of the newest steps; empty where there is one worker."""
+    newest = progress.recent[-num_steps:]
+    kinds = [kind.value for kind in TrafficKind if any(kind.value in record.traffic for record in newest)]
+    sums = {kind: sum((r.traffic.get(kind, Traffic()) for r in newest), Traffic()) for kind in kinds}
+    return {kind: Traffic(*(total // len(newest) for total in astuple(sums[kind]))) for kind in kinds}
+
+
+def stall_s(progress: Progress, generation: int, last_word: bool) -> float | None:
+    """How much longer than a step the first step of `generation` took to come, counted between votes.
+
+    None while too few of its steps are known to say how long a step takes; `last_word` says that no more will come.
+    """
+    before = [r for r in progress.recent if r.generation < generation]
+    after = [r for r in progress.recent if r.generation == generation][:STALL_STEPS]
+    if not before or not after or (len(after) < STALL_STEPS and not last_word):
+        return None
+    return max(0.0, after[0].vote_time - before[-1].vote_time - median(r.step_s for r in after))

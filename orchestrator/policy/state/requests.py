@@ -1,0 +1,64 @@
+"""What a run makes of its grant: it waits for its place in the cluster, gets one, holds fewer workers than are wanted,
+or gives them all away and waits again. Rules of `lifecycle`; who is granted what is decided by `sharing`.
+
+A run that gives its places away writes a checkpoint first, and goes on from it: it costs no step.
+"""
+
+from dataclasses import replace
+
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.resuming import begun_again
+from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.protocol.scaling import JUST_COME
+
+
+def queued(state: RunState, since_s: float) -> RunState:
+    """A run that was submitted at `since_s`, or is to go on since then: the Scheduler lets it in."""
+    return replace(state, grant=JUST_COME, queued_s=since_s, admitted_s=None, begun_s=None)
+
+
+def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Take in the newest grant. A run without a world gives its places back at once."""
+    grant, was_out, is_out = seen.grant, state.grant.workers == 0, seen.grant.workers == 0
+    if grant == state.grant:
+        return Decision(state)
+    granted = replace(state, grant=grant, granted_since=seen.step + 1)
+    fields = {"workers": grant.workers, "wanted": wanted_size(limits, state.wish, seen.step + 1), "why": grant.why}
+    if was_out and is_out:  # it waits for something else now
+        return Decision(granted, (Note("queued", {"why": grant.why}),))
+    if was_out:
+        waited_s = 0.0 if state.queued_s is None else seen.now_s - state.queued_s
+        let_in = replace(granted, admitted_s=seen.now_s, begun_s=None)
+        return Decision(let_in, (Note("admitted", fields | {"waited_s": waited_s}),))
+    if not is_out:
+        return Decision(granted, (Note("granted", fields),))
+    waits = replace(granted, queued_s=seen.now_s if state.queued_s is None else state.queued_s)
+    if state.current is not None:
+        return Decision(waits, (Note("preempted", fields | {"step": seen.step}),))
+    waits = replace(waits, crew=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
+    gone = Note("workers_released", {"workers": list(state.crew)})
+    return Decision(waits, (Note("queued", {"why": grant.why}), gone))
+
+
+def suspended(state: RunState, seen: Observation) -> Decision:
+    """All members of a run that gives way have written its checkpoint: they go, and it waits for its place again. What
+    failures have taught is remembered."""
+    if not state.wants_restore:
+        return Decision(replace(state, wants_restore=True))
+    if seen.unreadable:
+        return Decision(state)
+    assert state.current is not None
+    step = seen.restorable.step if seen.restorable else -1
+    path = seen.restorable.path if seen.restorable else None
+    waits = replace(
+        begun_again(state, seen.restorable),
+        losses=state.losses,
+        recoveries=state.recoveries,
+        quarantine=state.quarantine,
+        slot=state.slot or state.current.slot,
+        slot_ceiling=state.slot_ceiling,
+        ceiling_size=state.ceiling_size,
+        skips=state.skips,
+    )
+    return Decision(waits, (Note("suspended", {"step": step, "checkpoint": path}),))

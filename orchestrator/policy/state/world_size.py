@@ -1,0 +1,67 @@
+"""Which world size is wanted at which step: the job's schedule, and wishes that came meanwhile.
+
+The newest of the two wins: a wish holds until the next scheduled change. Neither is more than what the Scheduler
+grants the run.
+"""
+
+from dataclasses import dataclass
+
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.protocol.scaling import UNLIMITED, Grant
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A size asked for from outside. `since_step` is the first step that was still to come when it was heard.
+
+    `by_hand`: a user asked, not the Scheduler. `grown_s` is when the Scheduler last asked for more than before. `cap`
+    is the most workers that were found to be worth it in the stage `cap_stage`; None if that wasn't found out.
+    """
+
+    workers: int
+    since_step: int
+    by_hand: bool = False
+    grown_s: float | None = None
+    cap: int | None = None
+    cap_stage: str = ""
+
+
+@dataclass(frozen=True)
+class SizeChange:
+    """The world size to prepare. `first_step` is the first step of the new size; None: the earliest possible."""
+
+    workers: int
+    first_step: int | None
+
+
+def wanted_size(limits: RunLimits, wish: Wish | None, step: int, grant: Grant = UNLIMITED) -> int:
+    """How many workers should do step `step`; 0 while the run waits for its place in the cluster."""
+    if wish is not None and wish_holds(limits, wish, step):
+        return grant.of(wish.workers)
+    due = [entry.workers for entry in limits.schedule if entry.at_step <= step]
+    return grant.of(due[-1] if due else limits.initial_workers)
+
+
+def wish_holds(limits: RunLimits, wish: Wish | None, step: int) -> bool:
+    """Whether the size for step `step` is a wish's, because no scheduled change came after it."""
+    return wish is not None and not any(wish.since_step < entry.at_step <= step for entry in limits.schedule)
+
+
+def next_change(
+    limits: RunLimits, wish: Wish | None, size: int, step: int, horizon_steps: int, grant: Grant = UNLIMITED
+) -> SizeChange | None:
+    """The change to prepare now, given a world of `size` that has finished `step`; None if there is none.
+
+    A scheduled change is prepared when it is at most `horizon_steps` away: earlier, its half-made generation would
+    only be in the way of a wish. One whose step has passed (its workers weren't warm in time) is due at once.
+    """
+    if step + 1 >= limits.steps:
+        return None
+    wanted = wanted_size(limits, wish, step + 1, grant)
+    if wanted != size:
+        return SizeChange(wanted, None)
+    for entry in limits.schedule:
+        coming = grant.of(entry.workers)
+        if step + 1 < entry.at_step <= step + 1 + horizon_steps and coming != size:
+            return SizeChange(coming, entry.at_step)
+    return None

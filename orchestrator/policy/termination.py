@@ -1,0 +1,113 @@
+"""How a run ends, and the checkpoints it leaves. Rules of `lifecycle`."""
+
+from dataclasses import replace
+
+from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES
+from orchestrator.policy.rescale.worker_pool import traceback_of, why_gone
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.requests import suspended
+from orchestrator.policy.state.run_state import USER_ERROR, Commit, Decision, Observation, RunState, ended
+from orchestrator.protocol.messages import Finish, Phase, ShardWritten
+from orchestrator.protocol.status import RunPhase
+
+MAX_FAILED_SPAWNS = 3  # in a row
+OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
+
+
+def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """End the run when it can't go on, with the cause by name."""
+    if seen.faults:
+        return ended(state, RunPhase.FAILED, seen.faults[0])
+    mistaken = [r.worker for r in seen.reports.values() if r.error is not None and r.error.kind == USER_ERROR]
+    if mistaken and state.current is None:  # later it is a standby's that can't be taken in; training goes on
+        worker = mistaken[0]
+        return ended(state, RunPhase.FAILED, why_gone(seen, worker), traceback_of(seen, worker))
+    if state.failed_spawns >= MAX_FAILED_SPAWNS:
+        why = f"{state.failed_spawns} workers in a row ended early; {state.why}"
+        return ended(state, RunPhase.FAILED, why, state.traceback)
+    if state.failed_moves >= 2 * MAX_FAILED_MOVES:
+        return ended(state, RunPhase.FAILED, f"{state.failed_moves} moves in a row failed; {state.why}")
+    return _fail_while_beginning(state, seen)
+
+
+def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Turn a wish to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
+    A preempted run stops in the same way, to go on later.
+
+    Behind a raised fence the move is finished first: it can't be called back. Where nobody has a whole state, and
+    checkpoints can't be read, nothing is waited for.
+    """
+    is_lost = state.wants_restore and bool(seen.unreadable)
+    if state.target.finish is not Finish.NO and (state.current is None or is_lost):
+        outcome = OUTCOMES[state.target.finish]
+        done = f"after step {state.restore.step}" if state.restore else "before the first step"
+        done = f"while {seen.unreadable}" if is_lost else done
+        return ended(state, outcome, state.target.reason or f"{outcome} {done}")
+    asked = Finish.PAUSE if state.gives_way else state.target.finish
+    if asked is Finish.NO or state.finish is not Finish.NO or state.fence is not None:
+        return Decision(state)
+    if state.is_recovering:  # on its way to the world that is to end
+        return Decision(replace(state, finish=asked))
+    return Decision(replace(state, finish=asked, next=None, next_first_step=None, next_why=""))
+
+
+def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Have the oldest complete checkpoint marked whose shards have all been written, once its steps are on record: who
+    goes back to it must find the account of what came before.
+    """
+    if seen.checkpointed > state.checkpoint_done:
+        return Decision(replace(state, checkpoint_done=seen.checkpointed))
+    complete = complete_checkpoints(state, seen)
+    if not complete or complete[0].step > seen.progress.watermark:
+        return Decision(state)
+    return Decision(state, (complete[0],))
+
+
+def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Everybody has finished, the last checkpoint is marked and the last record received: the run is over."""
+    reports = [seen.reports[w] for w in state.members if w in seen.reports]
+    if not reports or len(reports) < len(state.members) or any(r.phase is not Phase.FINISHED for r in reports):
+        return Decision(state)
+    last_step = max(report.step for report in reports)
+    if state.checkpoint_done < last_step or seen.progress.watermark < last_step:
+        return Decision(state)
+    if last_step + 1 >= limits.steps:
+        return ended(state, RunPhase.SUCCEEDED, f"all {limits.steps} steps are done")
+    if state.target.finish is not Finish.NO:
+        outcome = OUTCOMES[state.target.finish]
+        why = state.target.reason or str(outcome)
+        return ended(state, outcome, f"{why}, after {last_step + 1} of {limits.steps} steps")
+    if state.gives_way:
+        return suspended(state, seen)
+    return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps}, unasked")
+
+
+def _fail_while_beginning(state: RunState, seen: Observation) -> Decision:
+    """A worker that fails, by more than a lost peer, while the first world is made: another would do the same."""
+    planned = state.next.world.members if state.next is not None and state.current is None else ()
+    failed = [w for w in planned if w not in seen.lost and seen.phase(w) is Phase.FAILED]
+    if not failed:
+        return Decision(state)
+    why = f"before the first step: {why_gone(seen, failed[0])}"
+    return ended(state, RunPhase.FAILED, why, traceback_of(seen, failed[0]))
+
+
+def publishable(state: RunState, seen: Observation) -> int:
+    """The newest step that can't be lost any more: by its members' votes, or by a checkpoint that is all written."""
+    written = (commit.step for commit in complete_checkpoints(state, seen))
+    return max([seen.committed, *written])
+
+
+def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
+    """Checkpoints of the current and the previous generation whose every rank has written its shard, oldest first."""
+    plans = {plan.generation: plan for plan in (state.previous, state.current) if plan}
+    shards: dict[tuple[int, int], dict[int, ShardWritten]] = {}
+    for report in seen.reports.values():
+        for shard in report.shards:
+            if shard.step > state.checkpoint_done and shard.generation in plans:
+                shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
+    return [
+        Commit(step, plans[generation].epoch, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))
+        for (step, generation), by_rank in sorted(shards.items())
+        if sorted(by_rank) == list(range(plans[generation].world.size))
+    ]

@@ -1,0 +1,115 @@
+"""Follows a run's journal for the callbacks of its user: `ray.train.UserCallback`, called in the process of `fit`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray.train import Checkpoint
+from ray.train.v2._internal.execution.context import TrainRunContext  # what callbacks get: Ray has it nowhere else
+from ray.train.v2.api.callback import UserCallback
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.policy.state.progress import RECENT_STEPS, Progress, absorb
+from orchestrator.policy.state.run_state import RunState
+from orchestrator.protocol.codec import from_plain
+from orchestrator.ray_train.results import Row, rows_of
+from orchestrator.run_records.run_history import committed_steps
+from orchestrator.storage.journal import read_events
+
+Event = Mapping[str, Any]
+
+
+class CallbackError(Exception):
+    """A user's callback raised."""
+
+    def __init__(self, message: str, raised: Exception) -> None:
+        super().__init__(message)
+        self.raised = raised
+
+
+class Follower:
+    """Tells callbacks what a run commits and whom it loses, from the moment on when this is made.
+
+    `failures` are those of members after which no step was done: rank in the world that they ended, and how.
+
+    Args:
+        run_dir: the run's directory in run storage; it may not be there yet.
+    """
+
+    def __init__(self, run_dir: Path, callbacks: Sequence[UserCallback], context: TrainRunContext) -> None:
+        self.failures: dict[int, Exception] = {}
+        self._failed_after = -1  # the step
+        self._run_dir = run_dir
+        self._callbacks: Sequence[UserCallback] = ()
+        self._context = context
+        self._after = -1
+        self._progress = Progress()
+        self._rows: dict[int, list[Row]] = {}  # of the newest steps, one per member
+        self._unreported: dict[int, str] = {}  # checkpoints whose step isn't on record yet
+        self._state: RunState | None = None
+        self.read_on()
+        self.failures = {}
+        self._callbacks = callbacks
+
+    def read_on(self) -> None:
+        """Take what is new in the journal. Raises CallbackError."""
+        for event in read_events(self._run_dir, self._after):
+            self._after = event["seq"]
+            if event["kind"] == "steps":
+                self._enter_steps(event)
+            elif event["kind"] == "resumed":
+                before = (e for e in read_events(self._run_dir) if e["seq"] <= event["seq"])
+                self._progress = absorb(Progress(), committed_steps(before))
+            elif event["kind"] == "checkpoint":
+                self._unreported[event["step"]] = event["path"]
+            elif event["kind"] == "state":
+                self._enter_state(from_plain(RunState, event["state"]))
+            self._report_checkpoints()
+
+    def _enter_steps(self, event: Event) -> None:
+        records = [record for record in committed_steps([event]) if record.step > self._progress.watermark]
+        for row, record in zip(rows_of(self._progress, records), records, strict=True):
+            self._rows[record.step] = [row] * record.world_size
+            self._call("after_report", metrics=_copies(self._rows[record.step]), checkpoint=None)
+        self._progress = absorb(self._progress, records)
+        if self._progress.watermark > self._failed_after:
+            self.failures = {}
+        for step in list(self._rows)[:-RECENT_STEPS]:
+            del self._rows[step]
+
+    def _report_checkpoints(self) -> None:
+        for step in [step for step in self._unreported if step <= self._progress.watermark]:
+            checkpoint = Checkpoint.from_directory(self._unreported.pop(step))
+            metrics = self._rows.get(step, [{"step": step}])
+            self._call("after_report", metrics=_copies(metrics), checkpoint=checkpoint)
+
+    def _enter_state(self, state: RunState) -> None:
+        before, self._state = self._state, state
+        if before is None:
+            return
+        fresh = [loss for loss in state.losses if loss not in before.losses and loss.worker in before.members]
+        if fresh:
+            ranks = {loss.worker: before.members.index(loss.worker) for loss in fresh}
+            self.failures = {ranks[loss.worker]: _error_of(loss.worker, loss.cause, state) for loss in fresh}
+            self._failed_after = fresh[-1].step
+            self._call("after_exception", worker_exceptions=dict(self.failures))
+
+    def _call(self, method: str, **arguments: Any) -> None:
+        for callback in self._callbacks:
+            try:
+                getattr(callback, method)(run_context=self._context, **arguments)
+            except Exception as error:
+                raise CallbackError(f"{type(callback).__name__}.{method} failed: {error!r}", error) from error
+
+
+def _copies(rows: Sequence[Row]) -> list[Row]:
+    return [dict(row) for row in rows]
+
+
+def _error_of(worker: str, cause: str, state: RunState) -> Exception:
+    """How a member failed; the traceback of its own error, where there is one, is a note of it."""
+    is_told = state.why.startswith(f"{worker} ")
+    error = OrchestratorError(state.why if is_told else f"{worker} failed: {cause}")
+    if is_told and state.traceback:
+        error.add_note(state.traceback)
+    return error

@@ -1,0 +1,74 @@
+"""Data preparation in a process of its own: a store made or found, and the tokenizer saved with the run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.data.prepare.options import check_enough, check_vocabulary, prepare
+from orchestrator.data.sample_order import Orders
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
+from orchestrator.tracking.sink import Dataset
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A token store that is complete and large enough for the job."""
+
+    store_dir: str
+    vocab_size: int
+    tokenizer: str  # file in the run's directory
+    datasets: tuple[Dataset, ...] = ()  # what a tracker shows of it
+
+
+class Preparation:
+    """Hosted by `control.host`, so that control itself loads no tokenizer. Its methods may run at once."""
+
+    def __init__(self) -> None:
+        self._progress = ("reading", 0.0)
+
+    def progress(self) -> tuple[str, float]:
+        """The stage, and the fraction of it that is done."""
+        return self._progress
+
+    def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
+        """Make or find the job's token store below `data_dir`.
+
+        Raises:
+            DataError: a corpus that can't be read, or is too small for the job.
+            StoreCorrupt: a store that doesn't match its digests.
+        """
+        job = JobSpec.model_validate_json(job_json)
+        data = job.data
+        store = prepare(
+            data.source,
+            data.vocab_size,
+            data.holdout,
+            Path(data_dir),
+            self._tell,
+            text_key=data.text_key,
+            tokenizer=None if data.tokenizer is None else Path(data.tokenizer),
+            difficulty=None if job.curriculum is None else job.curriculum.signal,
+            code_dir=Path("." if job.curriculum is None else job.curriculum.code_dir),
+        )
+        check_vocabulary(job.model.vocab_size, store.vocab_size)
+        check_enough(
+            store,
+            job.train.sequence_length,
+            job.train.global_batch_size,
+            int(job.eval.every is not None),
+            by_document=job.data.rows == BY_DOCUMENT,
+        )
+        Orders(job, store)  # what a curriculum lacks shows now, before any worker has it
+        tokenizer = Path(run_dir) / "tokenizer.json"
+        store.tokenizer().save(tokenizer)
+        datasets = tuple(
+            Dataset(
+                f"{source.name}/{split}", split, source.digest, data.source, counts.num_documents, counts.num_tokens
+            )
+            for source in store.manifest.sources
+            for split, counts in store.manifest.splits.items()
+        )
+        return PreparedData(str(store.directory), store.vocab_size, str(tokenizer), datasets)
+
+    def _tell(self, stage: str, fraction: float) -> None:
+        self._progress = (stage, fraction)

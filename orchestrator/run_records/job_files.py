@@ -1,0 +1,38 @@
+"""A run's job in run storage: what was submitted, written once."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from orchestrator.errors import NotFound, UsageError
+from orchestrator.run_records.run_history import storage_error
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import write_atomically
+
+
+def write_job(directory: Path, job_json: str, job_text: str) -> None:
+    """Make a run's directory with its job, resolved and as its user wrote it. Raises StorageError; nothing is left."""
+    files = {directory / "job.yaml": job_text, directory / "job.json": job_json}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            write_atomically(path, text)
+    except OSError as error:
+        with suppress(OSError):  # the name must not be taken by a run that never began
+            for path in files:
+                path.unlink(missing_ok=True)
+            directory.rmdir()
+        raise storage_error(error, directory) from error
+
+
+def read_job(directory: Path) -> JobSpec:
+    """The job of a run. Raises NotFound if the directory holds none, UsageError if its file can't be read."""
+    try:
+        return JobSpec.model_validate_json((directory / "job.json").read_text())
+    except FileNotFoundError:
+        raise NotFound(f"{directory} holds no run", unchanged="Nothing was started.") from None
+    except ValueError as error:
+        raise UsageError(
+            f"{directory / 'job.json'} can't be read: {error}",
+            remedy="It is written once, at submission; put the original back.",
+            unchanged="Nothing was started.",
+        ) from error

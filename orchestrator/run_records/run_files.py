@@ -1,0 +1,148 @@
+"""What a run has left in run storage, read without any cluster: status, events, ledger, log lines."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import NotFound, nearest
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.run_history import read_status, read_steps, user_events
+from orchestrator.run_records.status import status_from_journal
+from orchestrator.sampling.sample_ledger import AuditResult, audit
+from orchestrator.spec.job import RUN_NAME, JobSpec
+from orchestrator.storage.journal import newest_epoch
+
+LOOK_EVERY_S = 0.3
+NAMED_AT_MOST = 5  # runs in a message
+STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3}")  # how a log line begins; others continue the one before
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A log line, with those that continue it. `source` is who wrote it: controller, tracker, a worker's id."""
+
+    stamp: str
+    source: str
+    text: str
+
+
+class RunFiles:
+    """A run by its directory in run storage.
+
+    Raises:
+        NotFound: the directory holds no run.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        if not holds_run(run_dir):
+            offer = nearest(run_dir.name, runs_in(run_dir.parent))
+            remedy = f"{offer}Name the run storage that the job file names: --storage DIR."
+            raise NotFound(f"{run_dir} holds no run", remedy=remedy)
+        self.run_dir = run_dir
+
+    def job(self) -> JobSpec:
+        """The job that it is a run of, with every path absolute."""
+        return JobSpec.model_validate_json((self.run_dir / "job.json").read_text())
+
+    def status(self) -> RunStatus:
+        """How the run ended; of one that hasn't, what its journal tells."""
+        try:
+            return read_status(self.run_dir)
+        except NotFound:
+            return status_from_journal(self.run_dir)
+
+    def events(self, after: int = -1) -> list[dict[str, Any]]:
+        """What happened after the event whose `seq` is `after`."""
+        return user_events(self.run_dir, after)
+
+    def events_to_come(self, is_over: Callable[[], bool], after: int = -1) -> Iterator[dict[str, Any]]:
+        """What happened and what will, until `is_over` says yes."""
+        while True:
+            last_look = is_over()  # asked before reading: what is written before the end is read
+            for event in self.events(after):
+                after = event["seq"]
+                yield event
+            if last_look:
+                return
+            time.sleep(LOOK_EVERY_S)
+
+    def steps(self) -> list[StepRecord]:
+        """Every committed step, in order."""
+        return read_steps(self.run_dir)
+
+    def audit(self) -> AuditResult:
+        """Whether every sample position of the committed steps was consumed exactly once, in order."""
+        steps = read_steps(self.run_dir)
+        ranges = ((record.step, record.first_position, record.num_positions) for record in steps)
+        return audit(ranges, (record.step for record in steps if record.skipped))
+
+    def logs(
+        self, is_over: Callable[[], bool] | None = None, source: str | None = None, tail: int | None = None
+    ) -> Iterator[LogLine]:
+        """The log lines of all processes, merged by time; with `is_over` also those to come, until it says yes.
+
+        Lines that are written while we look are in order within one look.
+
+        Args:
+            source: only lines of this one: controller, tracker, a worker's id.
+            tail: of those that there are already, only so many of the newest.
+
+        Raises:
+            NotFound: nobody of that name has written a log.
+        """
+        if source is not None and not (self.run_dir / "logs" / f"{source}.log").exists():
+            known = ", ".join(sorted(path.stem for path in self.run_dir.glob("logs/*.log"))) or "nobody yet"
+            raise NotFound(f"run {self.run_dir.name} has no log of {source!r}", remedy=f"It has logs of {known}.")
+        offsets: dict[Path, int] = {}
+        while True:
+            last_look = is_over is None or is_over()  # asked before reading: what is written before the end is read
+            paths = sorted(path for path in self.run_dir.glob("logs/*.log") if source in (None, path.stem))
+            fresh = sorted((line for path in paths for line in _read_on(path, offsets)), key=lambda line: line.stamp)
+            yield from fresh if tail is None else fresh[len(fresh) - min(tail, len(fresh)) :]
+            tail = None
+            if last_look:
+                return
+            time.sleep(LOOK_EVERY_S)
+
+
+def run_dir_in(storage: Path, run_id: str) -> Path:
+    """Where a run of that name is in run storage, if it is there. Raises NotFound for what can't be a run's name, and
+    might lead out of the storage."""
+    if not RUN_NAME.fullmatch(run_id):
+        raise NotFound(
+            f"no run can be called {run_id!r}",
+            remedy=f"{nearest(run_id, runs_in(storage))}A name is of a-z, 0-9 and -; directories go to --storage.",
+        )
+    return storage.absolute() / run_id
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run has been submitted to this directory."""
+    return newest_epoch(run_dir) > 0 or (run_dir / "job.json").exists()
+
+
+def runs_in(storage: Path) -> list[str]:
+    """Names of the runs in run storage; none if there is no such directory."""
+    return sorted(path.name for path in storage.iterdir() if holds_run(path)) if storage.is_dir() else []
+
+
+def _read_on(path: Path, offsets: dict[Path, int]) -> list[LogLine]:
+    """Whole lines that were added to the file since the last call."""
+    with path.open("rb") as file:
+        file.seek(offsets.get(path, 0))
+        added = file.read()
+    whole = added[: added.rfind(b"\n") + 1]
+    offsets[path] = offsets.get(path, 0) + len(whole)
+    lines: list[LogLine] = []
+    for text in whole.decode(errors="replace").splitlines():
+        stamp = STAMP.match(text)
+        if stamp is None and lines:
+            lines[-1] = LogLine(lines[-1].stamp, path.stem, f"{lines[-1].text}\n{text}")
+        else:
+            body = text[stamp.end() :].lstrip() if stamp else text
+            lines.append(LogLine(stamp.group() if stamp else "", path.stem, body))
+    return lines

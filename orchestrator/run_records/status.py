@@ -1,0 +1,125 @@
+"""A run's status, made from what its controller remembers and sees."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.checkpoint.manifest import step_name
+from orchestrator.policy.health.expert_collapse import routing_warnings
+from orchestrator.policy.lifecycle import explain, phase_of
+from orchestrator.policy.numerics import shown
+from orchestrator.policy.rescale.generation_plan import warm_standbys
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import tokens_per_second, traffic_per_step
+from orchestrator.policy.state.run_state import Observation, RunState
+from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
+from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.run_history import Recollection
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.model import ModelSpec
+
+
+def status_of(
+    limits: RunLimits,
+    model: ModelSpec,
+    memory: Recollection,
+    seen: Observation,
+    *,
+    run_dir: Path,
+    tracking_url: str | None = None,
+    warning: str | None = None,
+    preparing: str = "",
+    closed: bool,
+) -> RunStatus:
+    """The status now. Until everything of the run is `closed`, one that has ended is still finishing.
+
+    Args:
+        preparing: how far the data is that the first step waits for; empty once it is there.
+    """
+    state, progress = memory.state, memory.progress
+    over = state.outcome is not None
+    checkpoint = run_dir / DIRECTORY / step_name(state.checkpoint_done) if state.checkpoint_done >= 0 else None
+    return RunStatus(
+        run_id=limits.run_id,
+        run_dir=str(run_dir),
+        phase=RunPhase.FINISHING if over and not closed else phase_of(state, seen),
+        why=preparing if preparing and not over else explain(limits, state, seen),
+        step=progress.watermark + 1,
+        steps=limits.steps,
+        workers_wanted=0 if over else wanted_size(limits, state.wish, seen.step + 1, state.grant),
+        workers_now=0 if over else len(state.members),
+        standbys=0 if over else len(warm_standbys(state, seen)),
+        generation=state.activated,
+        loss=progress.loss,
+        first_loss=progress.first_loss,
+        validation_loss=progress.validation_loss,
+        first_validation_loss=progress.first_validation_loss,
+        tokens_per_second=tokens_per_second(progress),
+        rescales=state.rescales,
+        recoveries=state.recoveries,
+        checkpoint=str(checkpoint) if checkpoint else None,
+        checkpoint_step=state.checkpoint_done if checkpoint else None,
+        tracking_url=tracking_url,
+        warning="; ".join(
+            text
+            for text in (warning, _doubt(state), _unlike(memory), *routing_warnings(model, memory.troubles))
+            if text
+        )
+        or None,
+        error=state.why if state.outcome is RunPhase.FAILED else None,
+        traceback=(state.traceback or None) if state.outcome is RunPhase.FAILED else None,
+        submitted_time=memory.times.get("submitted"),
+        started_time=memory.times.get("activated"),
+        ended_time=memory.times.get("ended"),
+        stage=progress.stage,
+        traffic=traffic_per_step(progress),
+        crew=_crew(state, seen),
+        priority=limits.priority,
+    )
+
+
+def _doubt(state: RunState) -> str | None:
+    """What checks have found, and the steps since are made of."""
+    if not state.differences:
+        return None
+    return (
+        f"step {min(state.differences)} came out otherwise when a standby did it again: some processor or memory is "
+        "wrong; `orchestrator events` says more. To go back, pause the run if it trains, and resume it --from a "
+        "checkpoint before that step"
+    )
+
+
+def _unlike(memory: Recollection) -> str | None:
+    """Who has trained and computes other bits than the run's first worker, where that matters."""
+    differing = {worker: memory.differing[worker] for worker in memory.first_steps if worker in memory.differing}
+    if not differing:
+        return None
+    return (
+        f"workers have trained whose numerics are not the run's: {shown(differing)}; its bits are others since. For "
+        "those that it would have had, pause the run if it trains, and resume it --from a checkpoint before, on "
+        "machines like its first one"
+    )
+
+
+def _crew(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:
+    """Workers that aren't known to be lost; all of them are let go at the end."""
+    ranks = {worker: rank for rank, worker in enumerate(state.members)}
+    others = [worker for worker in state.crew if worker not in ranks]
+    there = [worker for worker in (*state.members, *others) if worker in state.crew and worker not in seen.lost]
+    return tuple(WorkerStatus(w, ranks.get(w), seen.phase(w), seen.nodes.get(w, "")) for w in there)
+
+
+def status_from_journal(run_dir: Path) -> RunStatus:
+    """Where the run was when its journal was written last, for a run that has not ended. Needs no cluster."""
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    limits = RunLimits.of(run_dir.name, job)
+    memory = Recollection(run_dir, limits)
+    seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
+    status = status_of(limits, job.model, memory, seen, run_dir=run_dir, closed=False)
+    return replace(status, crew=(), why="it has not ended, says its journal; only the run's cluster knows more")
+
+
+def to_json(status: RunStatus) -> str:
+    return json.dumps(to_plain(status), indent=2) + "\n"

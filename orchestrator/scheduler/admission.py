@@ -1,0 +1,87 @@
+"""Whether the cluster has room for a run: said when it is submitted, or is to go on."""
+
+import time
+from collections.abc import Mapping
+
+from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
+from orchestrator.controller.worker_group import request_of
+from orchestrator.errors import JobDoesNotFit
+from orchestrator.policy.cluster.autoscaling import bounds
+from orchestrator.policy.cluster.capacity import places
+from orchestrator.policy.cluster.node_pools import Labels, check_pool, pool_of, shown
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.protocol.scaling import JUST_COME, RunScale
+from orchestrator.scheduler.autoscaler import Autoscaler
+from orchestrator.spec.autoscale import MANUAL
+from orchestrator.spec.job import JobSpec
+
+SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
+
+
+def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_hand: bool = False) -> RunScale:
+    """A run that comes into the queue now, as the Scheduler sees it until its controller speaks for it.
+
+    Args:
+        wanted: how many workers; `by_hand` if a user has said so just now.
+        stage: of the curriculum, in which it begins; empty for the first one.
+    """
+    now_s = time.time()
+    least, _ = bounds(limits, stage)
+    if by_hand:
+        least = min(least, wanted)
+    return RunScale(
+        limits.run_id,
+        MANUAL,
+        request_of(job.resources),
+        wanted,
+        least,
+        wanted,
+        has_begun=False,
+        priority=job.priority,
+        submitted_s=now_s,
+        grant=JUST_COME,
+        queued_s=now_s,
+        selector=job.workers.label_selector,
+    )
+
+
+def refuse_unfit(run: RunScale, now: Autoscaler | None = None) -> None:
+    """Raise JobDoesNotFit for a newcomer that could never have its least, or has no room now.
+
+    Args:
+        now: who knows what other runs have and want; None if the run may wait.
+    """
+    run_id, request, least = run.run_id, run.request, run.least
+    selector, labels = run.selector, labels_of_nodes()
+    whole = whole_nodes(selector)
+    if places(whole, request) < least and not may_grow():
+        check_pool(selector, labels)
+        raise JobDoesNotFit(
+            f"{least} worker{'s' * (least > 1)} of {_amounts(request)} is the least that {run_id} may have; "
+            f"the cluster has room for {places(whole, request)} if nothing else runs: its nodes{_of(selector)} have "
+            + "; ".join(_amounts(node) for node in whole),
+            remedy="Ask for less, or add nodes to the cluster first.",
+            unchanged="Nothing was started.",
+        )
+    deadline_s = time.monotonic() + SETTLE_S
+    while now is not None and not (share := now.share_of(run)).places:
+        if time.monotonic() > deadline_s:
+            free = list(free_on_nodes(pool_of(selector, labels)).values())
+            raise JobDoesNotFit(
+                f"{run_id}, whose workers take {_amounts(request)}, would have to wait: {share.grant.why}; free are "
+                + "; ".join(_amounts(node) for node in free),
+                remedy="Leave --timeout out and it waits in the queue, or give it a higher priority or less.",
+                unchanged="Nothing was started.",
+            )
+        time.sleep(0.2)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if resources.get(name)]
+    if resources.get("memory"):
+        parts.append(f"{resources['memory'] / 2**30:.1f} GiB memory")
+    return ", ".join(parts) or "nothing"
+
+
+def _of(selector: Labels) -> str:
+    return f" of {shown(selector)}" if selector else ""

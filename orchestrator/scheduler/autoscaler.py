@@ -1,0 +1,213 @@
+"""The part of the Scheduler that runs by itself: how a cluster is divided among its runs, how many workers runs are to
+have, and for how many Ray has to care.
+
+It keeps nothing that matters: what it decides is journalled by the run's controller, and what it has asked of Ray's
+autoscaler is asked again by its successor, or taken back.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.autoscaler.sdk import request_resources
+from ray.experimental import internal_kv
+from ray.util import placement_group_table
+
+from orchestrator.cluster.actors import NAMESPACE, find
+from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes
+from orchestrator.controller.drain_watch import draining_nodes
+from orchestrator.errors import OrchestratorError
+from orchestrator.policy.cluster.autoscaling import Demand, claim_of, decide_sizes, demand
+from orchestrator.policy.cluster.fair_share import Share, divide, new_grants
+from orchestrator.policy.cluster.node_pools import confined
+from orchestrator.protocol.scaling import RunScale
+from orchestrator.spec.autoscale import MANUAL
+
+log = logging.getLogger("orchestrator.control")
+
+KV_NAMESPACE = b"orchestrator-demand"
+ASKED = b"asked"  # there while Ray's autoscaler has a request of ours
+SETTLING_S, EVERY_S, IDLE_S = 0.2, 0.5, 3.0  # between two looks: where something is to change, could, or isn't up to us
+PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the next time
+EXPECTED_S = 30.0  # who has not spoken by then holds nobody up any more
+SUCCESSION_S = 10.0  # a new scheduler decides nothing until it has heard all controllers that it finds, or is so old
+
+
+class Autoscaler:
+    """Looks at all runs that have a controller again and again, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, RunScale] = {}  # what each controller said last
+        self._expected: dict[str, RunScale] = {}  # what is known of runs whose new controller has said nothing yet
+        self._since_s: dict[tuple[str, str, int | None], float] = {}  # what is decided again and again, since when
+        self._began_s = time.monotonic()
+        self._demand: tuple[Demand, ...] | None = None
+        self._has_failed = False
+        self._stirred = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._live, name="autoscaler", daemon=True).start()
+
+    def stir(self) -> None:
+        """Look now: something has changed."""
+        self._stirred.set()
+
+    def share_of(self, newcomer: RunScale) -> Share:
+        """What a run would get if it were submitted now."""
+        runs = self._known | self._expected | {newcomer.run_id: newcomer}
+        return _divide(list(runs.values()))[newcomer.run_id]
+
+    def expect(self, newcomer: RunScale) -> None:
+        """Know of a run whose controller was just started: whoever comes after it must not be let in before it only
+        because that one's controller is the first to speak. That is all it gets before it speaks: nobody makes room."""
+        self._expected[newcomer.run_id] = newcomer
+
+    def _live(self) -> None:
+        pause_s = IDLE_S
+        while True:
+            self._stirred.wait(pause_s)
+            self._stirred.clear()
+            try:
+                pause_s = self._turn()
+                self._has_failed = False
+            except Exception:  # the cluster is going away, or something of it doesn't answer: the next turn tries again
+                pause_s = EVERY_S
+                self._since_s = {}
+                if not self._has_failed:
+                    log.exception("the sizes of runs could not be looked at")
+                self._has_failed = True
+
+    def _turn(self) -> float:
+        """Returns how long nobody has to look again, seconds."""
+        answered, unheard = self._ask_all()
+        if unheard and time.monotonic() - self._began_s < SUCCESSION_S:
+            return SETTLING_S
+        runs = [self._known[run] for run in sorted(self._known)]
+        self._ask_for(demand(runs))
+        if not runs:
+            self._since_s = {}
+            return EVERY_S if self._expected else IDLE_S
+        shares = _shares(runs, list(self._expected.values()))
+        before, self._since_s = self._since_s, {}
+        now_s = time.monotonic()
+        for new in new_grants(runs, shares):
+            what = ("grant", new.run_id, new.grant.workers)
+            is_sure = new.patience_s is None or self._is_sure(before, what, now_s, new.patience_s)
+            if is_sure and new.run_id in answered:
+                log.info("run %s: %s workers granted: %s", new.run_id, new.grant.workers, new.grant.why)
+                self._tell(new.run_id, "grant", new.grant)
+        for resize in decide_sizes(runs, shares):
+            is_sure = self._is_sure(before, ("size", resize.run_id, resize.workers), now_s)
+            if is_sure and resize.run_id in answered:
+                log.info("run %s: %d workers: %s", resize.run_id, resize.workers, resize.why)
+                self._tell(resize.run_id, "scale", resize.workers, resize.why, False)
+        if self._since_s:
+            return SETTLING_S
+        is_still = all(run.policy == MANUAL and run.grant.workers is None for run in runs)
+        return IDLE_S if is_still and not self._expected else EVERY_S
+
+    def _is_sure(
+        self,
+        before: Mapping[tuple[str, str, int | None], float],
+        what: tuple[str, str, int | None],
+        now_s: float,
+        patience_s: float = 0.0,
+    ) -> bool:
+        """Whether this was decided before, and for so long. What is free and what is placed aren't told at one moment:
+        only what is seen twice, at least, is so."""
+        self._since_s[what] = before.get(what, now_s)
+        return what in before and now_s - before[what] >= patience_s
+
+    def _ask_for(self, demand: tuple[Demand, ...]) -> None:
+        """Tell Ray's autoscaler, which keeps the newest request for ever, whoever made it: one that isn't ours is left
+        alone as long as we have none."""
+        if self._demand is None:  # ours, or that of a scheduler before us
+            self._demand = None if internal_kv._internal_kv_exists(ASKED, namespace=KV_NAMESPACE) else ()
+        if demand == self._demand:
+            return
+        internal_kv._internal_kv_put(ASKED, b"", overwrite=True, namespace=KV_NAMESPACE)
+        bundles, selectors = [dict(place.request) for place in demand], [dict(place.selector) for place in demand]
+        request_resources(bundles=bundles, bundle_label_selectors=selectors)
+        if not demand:
+            internal_kv._internal_kv_del(ASKED, namespace=KV_NAMESPACE)
+        self._demand = demand
+
+    def _ask_all(self) -> tuple[set[str], set[str]]:
+        """Hear what controllers say of their runs. Who has answered, and of whom nothing is known. A run whose
+        controller doesn't answer just now is remembered as it was."""
+        expected = dict(self._expected)
+        handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
+        calls = {handle.scaling.remote(): run for run, handle in handles.items()}
+        answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
+        heard: dict[str, RunScale | None] = {}
+        for call in answered:
+            with suppress(ray.exceptions.RayError):  # it ends, or comes back
+                heard[calls[call]] = ray.get(call)
+        self._forget(expected, heard, handles)
+        remembered = {run: scale for run, scale in self._known.items() if run in handles and run not in self._expected}
+        known = remembered | heard
+        self._known = {run: scale for run, scale in known.items() if scale is not None}
+        speaking = {run for run, scale in heard.items() if scale is not None}
+        return speaking, set(handles) - set(known) - set(self._expected)
+
+    def _forget(self, expected: Mapping[str, RunScale], heard: Collection[str], there: Collection[str]) -> None:
+        """Expect nobody any more who has spoken, is gone, or is too late."""
+        for run, newcomer in expected.items():
+            is_late = run in there and run not in heard and time.time() - (newcomer.queued_s or 0.0) > EXPECTED_S
+            if is_late:
+                log.warning(
+                    "run %s: its controller hasn't spoken within %.0f s; nobody behind it waits any longer",
+                    run,
+                    EXPECTED_S,
+                )
+            if (is_late or run in heard or run not in there) and self._expected.get(run) is newcomer:
+                del self._expected[run]
+
+    def _tell(self, run_id: str, method: str, *args: Any) -> None:
+        handle = find(f"{run_id}/controller")
+        if handle is None:
+            return
+        try:
+            ray.get(getattr(handle, method).remote(*args), timeout=PATIENCE_S)
+        except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
+            log.info("run %s was not told: %s", run_id, error)
+
+
+def _shares(runs: Sequence[RunScale], expected: Sequence[RunScale]) -> dict[str, Share]:
+    """The share of each of `runs`. Who is expected is only in the way of whoever is behind it in the queue."""
+    shares = _divide(runs)
+    if not expected:
+        return shares
+    waiting = {run.run_id for run in runs if run.queued_s is not None}
+    behind = {run: share for run, share in _divide([*runs, *expected]).items() if run in waiting and not share.places}
+    return shares | behind
+
+
+def _divide(runs: Sequence[RunScale]) -> dict[str, Share]:
+    labels = labels_of_nodes()
+    staying, runs = set(labels) - set(draining_nodes()), [confined(run, labels) for run in runs]
+    claims = {run.run_id: claim_of(run) for run in runs}
+    return divide(runs, claims, _homes(staying), free_on_nodes(staying), time.time())
+
+
+def _controlled() -> list[str]:
+    """Runs that have a controller."""
+    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
+    return [name.removesuffix("/controller") for name in names if name.endswith("/controller")]
+
+
+def _homes(nodes: set[str]) -> dict[str, list[str]]:
+    """Which of these nodes each run's workers have their places on, oldest first; Ray reserves them before a worker
+    starts."""
+    placed: dict[str, list[tuple[int, str]]] = {}
+    for group in placement_group_table().values():
+        run, is_worker, worker = group["name"].partition("/worker/w")
+        for home in group["bundles_to_node_id"].values():
+            if is_worker and group["state"] == "CREATED" and home in nodes:
+                placed.setdefault(run, []).append((int(worker), home))
+    return {run: [home for _, home in sorted(found)] for run, found in placed.items()}

@@ -1,0 +1,276 @@
+"""The scheduler: what runs the cluster holds, and the one that users talk to.
+
+It starts a controller per run and hands wishes on to it. It keeps nothing of its own but the place of each run's
+storage, which Ray's store of the cluster holds too; after a restart it finds everybody by name.
+"""
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+from orchestrator.checkpoint.read import read_manifest
+from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
+from orchestrator.cluster.calls import ask
+from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.controller import RunController
+from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
+from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.job_files import read_job, write_job
+from orchestrator.run_records.run_files import RunFiles
+from orchestrator.run_records.run_history import STATUS_FILE, Recollection, read_status, user_events
+from orchestrator.sampling.sample_ledger import AuditResult
+from orchestrator.scheduler.admission import newcomer, refuse_unfit
+from orchestrator.scheduler.autoscaler import Autoscaler
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import newest_epoch
+
+log = logging.getLogger("orchestrator.control")
+
+NAME = "scheduler"
+KV_NAMESPACE = b"orchestrator-runs"
+PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time
+MAX_CALLS_AT_ONCE = 32
+
+# When the connection to a worker breaks, Ray waits 1 s for news of its end before it fails the call, and looks once a
+# second whether it is over. The worker's node tells within milliseconds; if it is gone too, nobody ever does.
+CONTROLLER_ENV = {
+    "RAY_timeout_ms_task_wait_for_death_info": "200",
+    "RAY_core_worker_internal_heartbeat_ms": "100",
+}
+
+
+class Scheduler:
+    """One per cluster, named `scheduler`. Every method may be called at any time, from anywhere in the cluster."""
+
+    def __init__(self) -> None:
+        self._submitting = threading.Lock()
+        self._autoscaler = Autoscaler()
+        self._autoscaler.start()
+
+    def submit(
+        self, job_json: str, run_id: str, run_dir: str, job_text: str, wait: bool = True, parts: Parts | None = None
+    ) -> str:
+        """Put a run into the queue: write its job into run storage and give it a controller. It starts when it has
+        its place.
+
+        Args:
+            job_json: the resolved `JobSpec`.
+            run_dir: the run's directory in run storage, absolute; made here.
+            job_text: the job file as the user wrote it.
+            wait: even if it would have to wait for room.
+            parts: other classes than the product's, for tests.
+
+        Raises:
+            NameTaken: the cluster or the storage has a run of this name.
+            JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
+            StorageError: the run's directory can't be written.
+        """
+        job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
+        with self._submitting:
+            self._refuse_taken(run_id, directory)
+            run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
+            refuse_unfit(run, None if wait else self._autoscaler)
+            write_job(directory, job_json, job_text)
+            self._start_controller(run, run_dir, parts)
+        log.info("run %s: submitted, stored in %s", run_id, run_dir)
+        return run_id
+
+    def resume(
+        self, run_id: str, run_dir: str, order: ResumeOrder, wait: bool = True, parts: Parts | None = None
+    ) -> str:
+        """Give a run that has ended, or has lost its cluster, a controller again.
+
+        Args:
+            run_dir: the run's directory in run storage, absolute.
+            wait: even if it would have to wait for room.
+
+        Raises:
+            NotFound: the directory holds no run.
+            UsageError: the run goes on, or has done all its steps, or may not have so many workers, or compresses its
+                gradients otherwise than when it wrote the checkpoint.
+            JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
+        """
+        directory = Path(run_dir)
+        with self._submitting:
+            if find(f"{run_id}/controller") is not None:
+                raise UsageError(
+                    f"run {run_id} is going on",
+                    remedy="To go back to a checkpoint, pause or cancel it first.",
+                    unchanged="Nothing was changed.",
+                )
+            job = read_job(directory)
+            limits = RunLimits.of(run_id, job)
+            done = order.restore.step + 1 if order.restore else 0
+            if done >= limits.steps:
+                raise UsageError(
+                    f"run {run_id} has done all its {limits.steps} steps",
+                    remedy="Go on from an earlier checkpoint with --from, or submit a new run.",
+                    unchanged="Nothing was started.",
+                )
+            _refuse_other_residuals(order.restore, job)
+            if order.workers is not None:
+                limits.check_size(order.workers)
+            memory = Recollection(directory, limits)
+            workers = order.workers or wanted_size(limits, memory.state.wish, done)
+            run = newcomer(limits, job, workers, memory.progress.stage, order.workers is not None)
+            refuse_unfit(run, None if wait else self._autoscaler)
+            self._start_controller(run, run_dir, parts, order)
+        log.info("run %s: resumed after step %d", run_id, done - 1)
+        return run_id
+
+    def list(self) -> tuple[RunStatus, ...]:
+        """Every run that the cluster has seen, the newest last. A run whose storage is gone is left out."""
+        found: list[RunStatus] = []
+        for run_id in known_runs():
+            try:
+                found.append(self.status(run_id))
+            except (NotFound, ClusterUnreachable) as error:
+                log.warning("run %s: %s", run_id, error)
+        return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
+
+    def status(self, run_id: str) -> RunStatus:
+        """The run's status: from its controller, or from run storage if it has ended. Raises NotFound."""
+        directory = self._directory_of(run_id)
+        deadline_s = time.monotonic() + PATIENCE_S
+        while True:
+            handle = find(f"{run_id}/controller")
+            try:
+                return self._answer(handle, "status") if handle else read_status(directory)
+            except (ClusterUnreachable, NotFound):  # it is just ending, or just coming back
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.1)
+
+    def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> Target:
+        """Want another number of workers; None leaves it to the job's `autoscale`. Raises UsageError out of min..max,
+        or if the run has ended; NotFound."""
+        target: Target = self._wish(run_id, "scale", workers, reason)
+        self._autoscaler.stir()
+        return target
+
+    def stage(self, run_id: str, name: str, reason: str = "asked for") -> Target:
+        """Want another stage of the curriculum. Raises UsageError if the job has none of that name, or the run has
+        ended; NotFound."""
+        target: Target = self._wish(run_id, "stage", name, reason)
+        return target
+
+    def cancel(self, run_id: str, reason: str = "cancelled") -> Target:
+        """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
+        target: Target = self._wish(run_id, "finish", Finish.CANCEL, reason)
+        return target
+
+    def pause(self, run_id: str, reason: str = "paused") -> Target:
+        """Want the run to end with a checkpoint, to be resumed later. Raises as `cancel` does."""
+        target: Target = self._wish(run_id, "finish", Finish.PAUSE, reason)
+        return target
+
+    def kill_worker(self, run_id: str, rank: int | None = None) -> str:
+        """Kill one member's process. Returns the worker's id. Raises UsageError if nobody has the rank; NotFound."""
+        return str(self._wish(run_id, "kill_worker", rank))
+
+    def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
+        """What happened to the run after the event with `seq` `after`. Raises NotFound."""
+        return tuple(user_events(self._directory_of(run_id), after))
+
+    def audit(self, run_id: str) -> AuditResult:
+        """Whether the run's account of samples balances. Raises NotFound."""
+        return RunFiles(self._directory_of(run_id)).audit()
+
+    def _start_controller(
+        self, run: RunScale, run_dir: str, parts: Parts | None, order: ResumeOrder | None = None
+    ) -> None:
+        internal_kv._internal_kv_put(run.run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
+        options = {
+            "name": f"{run.run_id}/controller",
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "num_cpus": 0,
+            "resources": ON_HEAD,
+            "max_restarts": -1,
+            "max_concurrency": 16,
+            "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
+        }
+        controller = ray.remote(RunController).options(**options)
+        controller.remote(run.run_id, run_dir, parts or Parts(), order, run.queued_s)
+        self._autoscaler.expect(run)
+        self._autoscaler.stir()
+
+    def _wish(self, run_id: str, method: str, *args: Any) -> Any:
+        handle = find(f"{run_id}/controller")
+        if handle is not None:
+            try:
+                return self._answer(handle, method, *args)
+            except ClusterUnreachable:  # it has ended, or it hasn't answered: its status tells
+                pass
+        status = self.status(run_id)
+        if status.phase.ended:
+            raise UsageError(
+                f"run {run_id} has ended: it is {status.phase}",
+                remedy="Only a run that goes on can be changed; `orchestrator resume` lets one go on that isn't done.",
+                unchanged="Nothing was changed.",
+            )
+        raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
+
+    def _answer(self, handle: Handle, method: str, *args: Any) -> Any:
+        return ask(handle, method, *args, timeout_s=PATIENCE_S)
+
+    def _directory_of(self, run_id: str) -> Path:
+        place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
+        if place is None:
+            remedy = f"{nearest(run_id, known_runs())}`orchestrator list` shows its runs."
+            raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
+        return Path(place.decode())
+
+    def _refuse_taken(self, run_id: str, directory: Path) -> None:
+        remedy = "Choose another name, or move that run's directory away."
+        is_over = (directory / STATUS_FILE).exists()  # its controller may be about to leave
+        if find(f"{run_id}/controller") is not None and not is_over:
+            raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
+        if newest_epoch(directory) > 0 or (directory / "job.json").exists():
+            raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
+
+
+def known_runs() -> list[str]:
+    """Names of all runs that this cluster has seen."""
+    return [key.decode() for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE)]
+
+
+def get_or_create_scheduler() -> Handle:
+    """The cluster's scheduler. Ray must be connected."""
+    options = {
+        "name": NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "resources": ON_HEAD,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "max_concurrency": MAX_CALLS_AT_ONCE,
+    }
+    return ray.remote(Scheduler).options(**options).remote()
+
+
+def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:
+    """Raise UsageError where compression can't go on from what the checkpoint's had kept."""
+    if restore is None or restore.reset_residuals:
+        return
+    saved = str(read_manifest(Path(restore.path)).meta.get("compression", ""))
+    wanted = job.communication.compression.keeps
+    if saved != wanted:
+        raise UsageError(
+            f"{restore.path} was written by a run that kept {saved or 'nothing'} of its gradients; the job would keep "
+            f"{wanted or 'nothing'}",
+            remedy="Resume with the compression that it was trained with, or with --reset-residuals, which leaves "
+            "behind what had not been sent.",
+            unchanged="Nothing was started.",
+        )

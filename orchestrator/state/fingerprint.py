@@ -1,0 +1,97 @@
+"""One number for what each rank of a world has come to, after every step: what a replay of the step is compared with.
+
+A rank answers for what it updates: its ranges of the weights, fp32 where there are masters, and of both moments. A
+number is a sum of digests modulo 2^64, each times an odd key of its tensor's name, so it adds up over parts. Ranks of
+any other world can make it together, each from what of it lies there, and the sum over all ranks depends on no world.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.elastic.state_layout import Layout
+from orchestrator.state.digest import digest
+from orchestrator.state.ranges import NamedRanges, Range
+
+MODULUS = 1 << 64
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Witness:
+    """What one rank can say of the state of a world's ranks: its own world's, or that of one whose steps it replays.
+
+    Args:
+        ranges: that lie here. They are read at every call.
+        layout: of the world whose ranks are asked for.
+    """
+
+    def __init__(self, ranges: NamedRanges, layout: Layout) -> None:
+        self._parts = [(rank, key_of(name), part) for rank, name, part in _parts(ranges, layout)]
+        self._world_size = layout.world.size
+
+    def look(self) -> NDArray[np.uint64]:
+        """[ranks of the layout's world], this rank's part of each sum modulo 2^64. About 0.3 ns per element."""
+        sums = [0] * self._world_size
+        for rank, key, part in self._parts:
+            sums[rank] += key * digest(part.start, part.data)
+        return np.array([total % MODULUS for total in sums], dtype=np.uint64)
+
+
+def _parts(ranges: NamedRanges, layout: Layout) -> Iterator[tuple[int, str, Range]]:
+    """(rank that answers for it, tensor, elements): what this rank updates, cut as the layout cuts it."""
+    index = {name: i for i, name in enumerate(layout.names)}
+    tensor, starts, stops, ranks = layout.shards.T
+    for moment in (name for name in ranges.names() if name.startswith(f"{MOMENTS[0]}/")):
+        parameter = moment.partition("/")[2]
+        master = f"master/{parameter}"
+        names = (master if ranges.spans(master) else f"param/{parameter}", *(f"{kind}/{parameter}" for kind in MOMENTS))
+        low, high = np.searchsorted(tensor, [index[moment], index[moment] + 1])
+        for mine in ranges.spans(moment):
+            for start, stop, rank in zip(starts[low:high], stops[low:high], ranks[low:high], strict=True):
+                begin, end = max(int(start), mine[0]), min(int(stop), mine[1])
+                if begin < end:
+                    yield from ((int(rank), name, Range(begin, end, ranges.view(name, begin, end))) for name in names)
+
+
+class Seal:
+    """Tells whether anybody has written to ranges between two moments when nobody should.
+
+    Args:
+        ranges: that lie here. They are read at every call.
+    """
+
+    def __init__(self, ranges: NamedRanges) -> None:
+        self._ranges = ranges
+        self._digests: list[int] = []
+
+    def close(self) -> None:
+        """Nobody writes from now on."""
+        self._digests = self._look()
+
+    def open(self) -> list[str]:
+        """From now on anybody may. Returns the tensors that somebody has written to since it was closed."""
+        if not self._digests:
+            return []
+        pairs = zip(self._ranges, self._digests, self._look(), strict=True)
+        changed = [name for (name, _), before, now in pairs if before != now]
+        self._digests = []
+        return list(dict.fromkeys(changed))
+
+    def _look(self) -> list[int]:
+        return [digest(held.start, held.data) for _, held in self._ranges]
+
+
+def key_of(name: str) -> int:
+    """An odd 64-bit key, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1
+
+
+def whole(digests: Sequence[str]) -> str:
+    """The digest of the whole state, in 16 hexadecimal digits: the same in any world.
+
+    Args:
+        digests: of all ranks, as in `StepRecord.digests`.
+    """
+    return f"{sum(int(digits, 16) for digits in digests) % MODULUS:016x}"

@@ -1,0 +1,39 @@
+"""A job's model as a list of parameters, from a process of its own: control never imports torch."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.errors import UsageError
+from orchestrator.policy.estimate.job_plan import JobPlan, StatePlan, plan_job
+from orchestrator.spec.job import JobSpec
+
+
+def plan_of(job: JobSpec) -> JobPlan:
+    """What the job will take at each world size. Raises UsageError if its model can't be built."""
+    return plan_job(job, state_of(job), ours=job.model.entrypoint is None)
+
+
+def state_of(job: JobSpec) -> StatePlan:
+    """The model's parameters and buffers.
+
+    Raises:
+        UsageError: the model can't be built; the message is what the process said.
+    """
+    found = json.loads(_listed(job.name, job.model_dump_json(by_alias=True)))
+    vocab_size = job.model.vocab_size or job.data.vocab_size
+    params = tuple(ParamSpec(*entry) for entry in found["params"])
+    return StatePlan(params, tuple((name, numel) for name, numel in found["buffers"]), vocab_size)
+
+
+@cache  # a command checks a job before it looks for a cluster, and again as it submits it
+def _listed(name: str, job_json: str) -> str:
+    command = [sys.executable, "-m", "orchestrator.model.param_listing"]
+    listed = subprocess.run(command, input=job_json, capture_output=True, text=True)
+    if listed.returncode:
+        raise UsageError(
+            f"the model of {name} can't be built:\n{listed.stderr.strip()}", unchanged="Nothing was started."
+        )
+    return listed.stdout.splitlines()[-1]

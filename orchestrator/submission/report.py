@@ -1,0 +1,47 @@
+"""A run's report from what it has left in run storage: its journal and its job. Needs no cluster."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import UsageError
+from orchestrator.policy.estimate.flops import ModelSize, size_of
+from orchestrator.policy.health.expert_load import LoadMap, load_map, shown_loads
+from orchestrator.policy.report.report import Rates, RunReport, report_of
+from orchestrator.run_records.run_files import RunFiles
+from orchestrator.run_records.run_history import read_steps
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import read_events
+from orchestrator.submission.param_listing import state_of
+
+
+def read_report(run_dir: Path, rates: Rates) -> RunReport:
+    """The report of the run in this directory.
+
+    Raises:
+        NotFound: the directory holds no run.
+        NotFinished: the run has not written anything yet.
+    """
+    files = RunFiles(run_dir)
+    events = read_events(run_dir)
+    if not events:
+        return report_of(run_dir.name, events)  # says so
+    job = files.job()
+    size, note = _size(job, events)
+    return report_of(run_dir.name, events, gpus_per_worker=job.resources.gpus, size=size, size_note=note, rates=rates)
+
+
+def read_load_map(run_dir: Path) -> LoadMap | None:
+    """The loads of the run's experts over its steps; None if it has none."""
+    return load_map(shown_loads(read_steps(run_dir)))
+
+
+def _size(job: JobSpec, events: Iterable[Mapping[str, Any]]) -> tuple[ModelSize | None, str]:
+    """The model's size, its embedding as long as the trained tokenizer has tokens; or why it isn't known."""
+    prepared = [event["data"]["vocab_size"] for event in events if event["kind"] == "prepared"]
+    if job.model.vocab_size is None and prepared:
+        job = job.model_copy(update={"model": job.model.model_copy(update={"vocab_size": prepared[-1]})})
+    try:
+        return size_of(job, state_of(job).params), ""
+    except UsageError as error:  # a model of the user's own, whose code isn't here
+        return None, f"not known: {error.message.strip().splitlines()[-1]}"

@@ -1,0 +1,134 @@
+"""A job made ready to be handed to the cluster: read, renamed, every path absolute, checked as far as is known here."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from orchestrator.checkpoint.hf.pretrained import open_pretrained
+from orchestrator.checkpoint.hf.pretrained import resolved as resolved_model
+from orchestrator.data.corpus.files import KINDS, suffix_of
+from orchestrator.data.corpus.folders import text_files
+from orchestrator.data.prepare.options import check_vocabulary, load_tokenizer
+from orchestrator.errors import DataError, NameTaken, UsageError
+from orchestrator.policy.estimate.memory_check import check_memory
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.loading import load_job
+from orchestrator.submission.param_listing import plan_of
+from orchestrator.submission.user_code import check_own_code
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the Scheduler needs: the job with every path absolute, and the text that the user wrote."""
+
+    spec: JobSpec
+    text: str
+
+    @property
+    def run_dir(self) -> str:
+        return str(Path(self.spec.storage) / self.spec.name)
+
+    @property
+    def job_json(self) -> str:
+        return self.spec.model_dump_json(by_alias=True)
+
+
+def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides: Sequence[str] = ()) -> Order:
+    """Read and resolve a job, checked as far as is possible from here; `overrides` of a job file as in `load_job`."""
+    if isinstance(job, JobSpec):
+        spec, text = job, yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False)
+    else:
+        spec, text = load_job(job, overrides), Path(job).read_text(encoding="utf-8")
+        text += "".join(f"\n# --set {override}" for override in overrides)
+    if name is not None:
+        spec = _renamed(spec, name)
+    run_dir = spec.storage_path / spec.name
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise NameTaken(
+            f"{run_dir} exists already; a run's name must be new in its storage",
+            remedy="Choose another name (--name) or storage, or move that directory away.",
+            unchanged="Nothing was started.",
+        )
+    spec = resolved(spec)
+    check_own_code(spec)
+    if spec.resources.memory is not None:  # else nothing would be refused, and a process with torch takes seconds
+        check_memory(spec, plan_of(spec))
+    return Order(spec, text)
+
+
+def resolved(spec: JobSpec) -> JobSpec:
+    """The job as run storage keeps it: it stands for itself, and every path is absolute. Raises as `with_pretrained`,
+    and DataError if there is no such text."""
+    spec = with_pretrained(spec)
+    data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
+    changes = {"storage": str(spec.storage_path), "data": data, **_with_absolute_code(spec)}
+    return spec.model_copy(update=changes)
+
+
+def with_pretrained(spec: JobSpec) -> JobSpec:
+    """The job with what `model.init_from` says of the model, so that it stands for itself: sizes and tokenizer.
+
+    Raises:
+        UsageError: the directory is of another architecture, or of other sizes than the job says.
+        CheckpointCorrupt: its weights are not whole.
+        DataError: the tokenizer can't be used, or has more tokens than the model.
+    """
+    model, tokenizer = spec.model, spec.data.tokenizer
+    if model.init_from is not None:
+        directory = Path(model.init_from).expanduser().absolute()
+        model = resolved_model(model, directory)
+        open_pretrained(directory).check(model)
+        tokenizer = tokenizer or str(directory / "tokenizer.json")
+    if tokenizer is None:
+        return spec
+    path = Path(tokenizer).expanduser().absolute()
+    check_vocabulary(model.vocab_size, load_tokenizer(path).vocab_size)
+    data = spec.data.model_copy(update={"tokenizer": str(path)})
+    return spec.model_copy(update={"model": model, "data": data})
+
+
+def _with_absolute_code(spec: JobSpec) -> dict[str, Any]:
+    """Sections that name code of the user's own, with the directory that it comes from as an absolute path."""
+    changed: dict[str, Any] = {}
+    if spec.model.entrypoint is not None:
+        changed["model"] = spec.model.model_copy(update={"code_dir": _absolute(spec.model.code_dir)})
+    if spec.curriculum is not None and ":" in spec.curriculum.signal:
+        changed["curriculum"] = spec.curriculum.model_copy(update={"code_dir": _absolute(spec.curriculum.code_dir)})
+    return changed
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _renamed(spec: JobSpec, name: str) -> JobSpec:
+    try:
+        return JobSpec.model_validate(spec.model_dump(by_alias=True, exclude_unset=True) | {"name": name})
+    except ValidationError as error:
+        raise UsageError(
+            f"{name!r} can't be a run's name: {error.errors()[0]['msg']}", unchanged="Nothing was started."
+        ) from error
+
+
+def _absolute_source(source: str) -> str:
+    if source.startswith("builtin:"):
+        return source
+    path = Path(source).expanduser().absolute()
+    if not path.exists():
+        wrong = "does not exist"
+    elif path.is_dir():
+        wrong = "" if text_files(path) else f"holds no file of {KINDS}"
+    else:
+        wrong = "" if suffix_of(path) else f"is none of {KINDS}"
+    if wrong:
+        raise DataError(
+            f"data.source {path} {wrong}",
+            remedy="Name a folder of such files, one of them, or builtin:stdlib.",
+            unchanged="Nothing was started.",
+        )
+    return str(path)

@@ -1,0 +1,99 @@
+"""A user's own code looked for before its run is submitted. A model is also tried out, in a process of its own: control
+never imports torch."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from orchestrator.errors import EntrypointError, UsageError
+from orchestrator.secrets import read_secret, without
+from orchestrator.spec.job import JobSpec
+from orchestrator.user_code import place_of
+
+TIMEOUT_S = 120.0
+REHEARSAL = "orchestrator.model.dry_run"
+UNCHANGED = "Nothing was started."
+
+
+def check_own_code(job: JobSpec) -> None:
+    """See that the user's own code is in the job's directory, and import and build its model as a worker would. Nothing
+    for a job without any.
+
+    Raises:
+        EntrypointError: there is no such module, or the model can't be trained. Carries the traceback of the user's
+            code.
+    """
+    check_places(job)
+    if job.model.entrypoint is not None:
+        _rehearse(job.model_dump_json(by_alias=True))
+
+
+def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
+    """Of each function of the user's own: its key in the job file, its name, the directory that it comes from."""
+    if job.model.entrypoint is not None:
+        yield "model.entrypoint", job.model.entrypoint, job.model.code_dir
+    if job.curriculum is not None and ":" in job.curriculum.signal:
+        yield "curriculum.signal", job.curriculum.signal, job.curriculum.code_dir
+
+
+def check_places(job: JobSpec) -> None:
+    """See that modules of the user's own are where the job says, without running them. Raises EntrypointError."""
+    for key, name, directory in own_code_of(job):
+        try:
+            place_of(name.partition(":")[0], Path(directory).expanduser().absolute())
+        except ImportError as error:
+            raise EntrypointError(
+                f"{key} {name} can't be imported: {type(error).__name__}: {error}",
+                remedy=f"Name a function of a module in the current directory, or in {key.partition('.')[0]}.code_dir.",
+                unchanged=UNCHANGED,
+            ) from None
+
+
+@cache  # a command checks a job before it looks for a cluster, and again as it submits it
+def _rehearse(job_json: str) -> None:
+    job = JobSpec.model_validate_json(job_json)
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    secrets, missing = _secrets_here(job)
+    try:
+        # -P: the current directory is searched only where the job says so, as in a worker.
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", REHEARSAL],
+            input=job_json,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **job.envs, **secrets, "PYTHONPATH": path},
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise EntrypointError(
+            f"model.entrypoint {job.model.entrypoint} was neither built nor refused within {TIMEOUT_S:.0f} s",
+            remedy="It is imported, built and run on a row of tokens: let none of it wait or compute for long.",
+            unchanged=UNCHANGED,
+        ) from None
+    if done.returncode != 0:
+        raise EntrypointError(
+            f"the process that built model.entrypoint {job.model.entrypoint} ended with code {done.returncode}",
+            traceback=without(done.stderr, secrets.values()),
+            unchanged=UNCHANGED,
+        )
+    fault: dict[str, str] | None = json.loads(done.stdout)
+    if fault is not None:
+        told = {key: without(text, secrets.values()) for key, text in fault.items()}
+        if missing:
+            told["remedy"] += f" The job's secrets that are not on this machine were not there: {', '.join(missing)}."
+        raise EntrypointError(**told, unchanged=UNCHANGED)
+
+
+def _secrets_here(job: JobSpec) -> tuple[dict[str, str], list[str]]:
+    """The job's secrets, and the names of those that only nodes of the cluster have."""
+    found: dict[str, str] = {}
+    for name, reference in job.secrets.items():
+        with suppress(UsageError):
+            found[name] = read_secret(name, reference)
+    return found, [name for name in job.secrets if name not in found]

@@ -1,0 +1,297 @@
+"""A user's own proof: steps of a run done again in a world of another size, on this machine, and compared.
+
+    order = what_to_verify("demo", run_dir)
+    for record in done_again(order): ...
+
+Needs run storage, no cluster. The run is only read, and may go on meanwhile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from orchestrator.checkpoint.read import choose, list_steps
+from orchestrator.controller.worker_group import EXACT_ENV, NCCL_ENV, WORKER_ENV
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.errors import NotFinished, OrchestratorError, UsageError
+from orchestrator.policy.numerics import Differences
+from orchestrator.protocol.child_process import Fault
+from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.messages import GenerationPlan, PastWorld, Restore, StepRecord, StoreAddress, WorkerJob
+from orchestrator.protocol.replay import LINES, PEER_LOST, Numerics, ReplayOrder
+from orchestrator.run_records.run_history import committed_steps
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import Event, read_events
+from orchestrator.submission.model_process import error_of, store_of
+
+MODULE = "orchestrator.worker.replay.replay_rank"
+LOOPBACK = "127.0.0.1"
+PATIENCE_S = 3.0  # how long others are waited for when one has ended: what they say may be the cause
+SHOWN_LINES = 20  # of what a process said that ended by itself
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Steps that are to be done again.
+
+    Args:
+        records: of the steps, as the run has done them.
+        worlds: that have done them.
+        workers: that are to do them again.
+        checkpoint: after which they come; None for the beginning.
+        numerics: what decided the bits of the run's first worker; None where that isn't known.
+        differing: workers of `worlds` that came to other bits than that one, and what of their numerics is another.
+    """
+
+    run_id: str
+    run_dir: Path
+    job: JobSpec
+    records: tuple[StepRecord, ...]
+    worlds: tuple[PastWorld, ...]
+    workers: int
+    checkpoint: Path | None
+    store_dir: str
+    numerics: Mapping[str, Any] | None
+    differing: Mapping[str, Differences]
+
+
+def what_to_verify(
+    run_id: str, run_dir: Path, after: int | None = None, steps: int = 20, workers: int | None = None
+) -> Verification:
+    """At most so many steps after a checkpoint.
+
+    Args:
+        after: the checkpoint's step, -1 for the run's beginning; None for the newest checkpoint with steps after it, or
+            else the beginning.
+        workers: None for another number than any of the steps were done by.
+
+    Raises:
+        UsageError: training is not exact, or there are no such steps.
+        NotFound: there is no such checkpoint.
+        CheckpointCorrupt: it isn't as it was written.
+        DataError: the token store is gone.
+    """
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    if not job.train.is_exact:
+        raise UsageError(
+            f"train.determinism of run {run_id} is {job.train.determinism}: its steps come out otherwise each time",
+            remedy="Verify runs of jobs with train.determinism: exact.",
+        )
+    events = read_events(run_dir)
+    committed = committed_steps(events)
+    if not committed:
+        raise NotFinished(f"run {run_id} has no committed step yet", remedy="Verify it once it has trained.")
+    newest = committed[-1].step
+    if after is None:
+        after = max((step for step in list_steps(run_dir / "checkpoints") if step < newest), default=-1)
+    elif after >= newest:
+        raise UsageError(f"run {run_id} has no step after {after}; its newest committed one is {newest}")
+    checkpoint = choose(run_dir / "checkpoints", after) if after >= 0 else None
+    decided = [e["first_step"] for e in events if e["kind"] == "stage_decided" and e["first_step"] > after]
+    last = min([after + steps, *(first_step - 1 for first_step in decided)])
+    records = tuple(record for record in committed if after < record.step <= last)
+    worlds = past_worlds(events, records)
+    if other := [past.first_step for past in worlds if past.slot != worlds[0].slot]:  # after a lack of memory
+        records = tuple(record for record in records if record.step < other[0])
+        worlds = past_worlds(events, records)
+    if not records:
+        raise UsageError(
+            f"step {after + 1} of run {run_id} began a stage of its curriculum by a wish, which its checkpoint of step "
+            f"{after} doesn't know of",
+            remedy="Name another checkpoint: --from STEP.",
+        )
+    sizes = {record.world_size for record in records}
+    return Verification(
+        run_id=run_id,
+        run_dir=run_dir,
+        job=job,
+        records=records,
+        worlds=worlds,
+        workers=workers or next(size for size in (1, 2, 3) if size not in sizes or sizes >= {1, 2, 3}),
+        checkpoint=checkpoint,
+        store_dir=store_of(run_id, run_dir),
+        numerics=next((event["fingerprint"] for event in events if event["kind"] == "numerics"), None),
+        differing=differing_workers(events, worlds),
+    )
+
+
+def differing_workers(events: Sequence[Event], worlds: Sequence[PastWorld]) -> dict[str, Differences]:
+    """Who of these worlds had other numerics than the run's first worker."""
+    members = {worker for past in worlds for worker in past.world.members}
+    told = (event for event in events if event["kind"] == "numerics_differ")
+    return {event["worker"]: event["differs"] for event in told if event["worker"] in members}
+
+
+def past_worlds(events: Sequence[Event], records: Sequence[StepRecord]) -> tuple[PastWorld, ...]:
+    """The worlds that have done these steps, by the decisions in the journal."""
+    decisions = (event["state"]["current"] for event in events if event["kind"] == "state")
+    plans = {plan["world"]["generation"]: plan for plan in decisions if plan is not None}
+    worlds: list[PastWorld] = []
+    for record in records:
+        if not worlds or worlds[-1].world.generation != record.generation:
+            plan = from_plain(GenerationPlan, plans[record.generation])
+            worlds.append(PastWorld(record.step, plan.world, plan.placement, plan.slot))
+    return tuple(worlds)
+
+
+def done_again(order: Verification) -> Iterator[Numerics | StepRecord]:
+    """What decides the bits here, then each step as it is done. The processes end with the iterator.
+
+    Raises:
+        OrchestratorError: what one of them ran into.
+    """
+    plan = _plan(order)
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(_Rank(order, worker, n)) for n, worker in enumerate(plan.world.members)]
+        try:
+            ranks[0].tell(plan)
+            plan = replace(plan, store_address=ranks[0].answer(StoreAddress))
+            for rank in ranks[1:]:
+                rank.tell(plan)
+            yield ranks[0].answer(Numerics)
+            for _ in order.records:
+                yield ranks[0].answer(StepRecord)
+        except _Ended as ended:
+            raise _cause([ended, *(rank.end(PATIENCE_S) for rank in ranks if rank is not ended.rank)]) from None
+
+
+def _plan(order: Verification) -> GenerationPlan:
+    world = World(order.worlds[-1].world.generation, tuple(f"v{rank}" for rank in range(order.workers)))
+    first = order.records[0].step
+    return GenerationPlan(
+        epoch=0,
+        world=world,
+        placement=Placement.balanced(order.job.model.num_experts, world.size),
+        source=None,
+        store_prefix="verify",
+        store_address=StoreAddress(LOOPBACK, 0),
+        restore=Restore(first - 1, str(order.checkpoint)) if order.checkpoint is not None else None,
+        slot=order.worlds[0].slot,
+        skips=tuple(record.step for record in order.records if record.skipped),
+        replayed=order.worlds,
+    )
+
+
+class _Ended(Exception):
+    """A rank's process has ended, or is about to.
+
+    Args:
+        fault: what it said last.
+        code: how it ended; None while it lives.
+        said: the end of what it wrote beside its answers.
+    """
+
+    def __init__(self, rank: "_Rank", fault: Fault | None, code: int | None, said: str) -> None:
+        self.rank, self.fault, self.code, self.said = rank, fault, code, said
+
+
+def _cause(ends: Sequence[_Ended]) -> OrchestratorError:
+    """Why the replay failed, by how its ranks ended, the one that was noticed first of all: what one tells of itself
+    first, then a sudden end, then that peers are lost."""
+    for end in ends:
+        if end.fault is not None and end.fault.kind != PEER_LOST:
+            return error_of(end.fault)
+    for end in ends:
+        if end.code:
+            return OrchestratorError(f"the process of rank {end.rank.worker} ended by itself ({end.code}):\n{end.said}")
+    first = ends[0]
+    told = first.fault.message if first.fault is not None else "ended without a word"
+    return OrchestratorError(f"rank {first.rank.worker} of the replay: {told}")
+
+
+class _Rank:
+    """The process of one rank. Its answers come by a pipe of their own: what models print is something else."""
+
+    def __init__(self, order: Verification, worker: str, number: int) -> None:
+        self.worker, self._order = worker, order
+        resources = order.job.resources
+        threads = max(1, int(resources.cpus))
+        self._job = WorkerJob(
+            run_id=order.run_id,
+            job_json=order.job.model_dump_json(by_alias=True),
+            store_dir=order.store_dir,
+            storage_dir=str(order.run_dir),
+            head_host=LOOPBACK,
+            threads=threads,
+        )
+        env = WORKER_ENV | dict(order.job.envs) | EXACT_ENV | {"OMP_NUM_THREADS": str(threads)}
+        env |= (NCCL_ENV | {"CUDA_VISIBLE_DEVICES": _device(number)}) if resources.gpus else {"DS_ACCELERATOR": "cpu"}
+        with ExitStack() as opened:
+            self._said: IO[str] = opened.enter_context(tempfile.TemporaryFile("w+"))
+            reading, writing = os.pipe()
+            self._answers: IO[str] = opened.enter_context(os.fdopen(reading))
+            with os.fdopen(writing, "w"):
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", MODULE, str(writing)],
+                    stdin=subprocess.PIPE,
+                    stdout=self._said,
+                    stderr=self._said,
+                    text=True,
+                    pass_fds=[writing],
+                    start_new_session=True,  # Ctrl-C is for us; we end the process
+                    env=os.environ | env,
+                )
+            self._open = opened.pop_all()
+
+    def tell(self, plan: GenerationPlan) -> None:
+        """Raises _Ended."""
+        assert self._process.stdin is not None
+        order = ReplayOrder(self.worker, self._job, plan, self._order.records[-1].step)
+        try:
+            with self._process.stdin as told:
+                told.write(LINES.write(order) + "\n")
+        except OSError:
+            raise self.end(PATIENCE_S) from None
+
+    def answer(self, kind: type[T]) -> T:
+        """Its next answer of this kind. Raises _Ended if none comes."""
+        for line in self._answers:
+            answer = LINES.read(line)
+            if isinstance(answer, kind):
+                return answer
+            if isinstance(answer, Fault):
+                raise _Ended(self, answer, None, "")
+        raise self.end(PATIENCE_S)
+
+    def end(self, patience_s: float) -> _Ended:
+        """How it ended, if it does so now that another one has."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
+        if self._process.poll() is None:
+            return _Ended(self, None, None, "")
+        told = [answer for line in self._answers if isinstance(answer := LINES.read(line), Fault)]
+        self._said.seek(0)
+        said = "\n".join(self._said.read().splitlines()[-SHOWN_LINES:])
+        return _Ended(self, told[-1] if told else None, self._process.returncode, said)
+
+    def __enter__(self) -> "_Rank":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        with suppress(OSError):  # nobody reads what is still to be written
+            self._process.stdin.close()  # type: ignore[union-attr]
+        self._open.close()
+
+
+def _device(number: int) -> str:
+    """The GPU of a rank, among those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(number) if visible is None else "".join(visible.split(",")[number : number + 1])
+
+
+def numerics_here(told: Numerics) -> dict[str, Any]:
+    """A fingerprint as the journal has it."""
+    found: dict[str, Any] = json.loads(told.fingerprint)
+    return found

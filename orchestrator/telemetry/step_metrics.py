@@ -1,0 +1,79 @@
+"""Step records and rescales as metric values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.tracking.sink import MetricPoint
+
+
+def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricPoint]:
+    """What a chart shows of these steps, which follow upon `before`."""
+    points: list[MetricPoint] = []
+    tokens, skipped = before.tokens, before.skipped
+    for record in records:
+        tokens += record.tokens
+        skipped += not record.applied
+        values = {
+            "train/loss": record.loss,
+            "train/lr": record.lr,
+            "train/tokens": tokens,
+            "train/skipped": skipped,
+            "perf/step_s": record.step_s,
+            "perf/data_wait_s": record.data_wait_s,
+            "perf/protection_wait_s": record.protection_wait_s,
+            "perf/tokens_per_second": record.tokens / record.step_s,
+            "elastic/world_size": record.world_size,
+            "elastic/generation": record.generation,
+            "perf/slowness": record.slowness,
+            "elastic/snapshot_interval": record.snapshot_interval,
+            "perf/padding": record.padding,
+            "perf/slots": record.num_slots,
+        }
+        if record.experts.worst_layer >= 0:
+            values |= values_of_experts(record.experts)
+        if record.communication_wait_s is not None:
+            values["perf/communication_wait_s"] = record.communication_wait_s
+        if record.traffic:
+            values |= {f"comm/{kind}_bytes": traffic.sent for kind, traffic in record.traffic.items()}
+            values["comm/sent_bytes"] = sum(traffic.sent for traffic in record.traffic.values())
+            values["comm/tokens_across_nodes_bytes"] = sum(traffic.across for traffic in record.traffic.values())
+            values["comm/raw_bytes"] = sum(traffic.raw for traffic in record.traffic.values())
+        if record.applied:
+            values["train/grad_norm"] = record.grad_norm
+        if record.validation_loss is not None:
+            values["eval/loss"] = record.validation_loss
+        points += [MetricPoint(name, float(value), record.step, record.vote_time) for name, value in values.items()]
+    return points
+
+
+def values_of_experts(load: ExpertLoad) -> dict[str, float]:
+    """What a chart shows of the experts' loads in a step that had any."""
+    values = {
+        "moe/max_violation": load.max_violation,
+        "moe/worst_violation": load.worst_violation,
+        "moe/utilisation": load.utilisation,
+        "moe/dead_experts": load.dead,
+        "moe/choice_entropy": load.entropy,
+    }
+    return values if load.swing is None else values | {"moe/load_swing": load.swing}
+
+
+def points_after(records: list[StepRecord], step: int) -> list[MetricPoint]:
+    """What a chart shows of the steps after this one, from all records of the run."""
+    known = absorb(Progress(), [record for record in records if record.step <= step])
+    return points_of_steps(known, [record for record in records if record.step > step])
+
+
+def points_of_event(event: Mapping[str, Any]) -> list[MetricPoint]:
+    """What a chart shows of an event: the cost of a measured change, at the first step of the new world."""
+    if event["kind"] not in ("rescaled", "recovered"):
+        return []
+    what = "rescale" if event["kind"] == "rescaled" else "recovery"
+    step, at = event["step"] + 1, event["time"]
+    return [
+        MetricPoint(f"elastic/{what}_stall_s", event["stall_s"] or 0.0, step, at),
+        MetricPoint("elastic/moved_bytes", float(event["moved_bytes"]), step, at),
+    ]

@@ -1,0 +1,85 @@
+"""A standby that does steps of its run again, alone, until somebody needs it."""
+
+import gc
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+from torch._C._distributed_c10d import HashStore
+
+from orchestrator.checkpoint.manifest import step_name
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.world import World
+from orchestrator.protocol.messages import Check, Checked, Directive, Finding, GenerationPlan, Restore, StoreAddress
+from orchestrator.worker.replay.replay import replay
+from orchestrator.worker.runtime.mailbox import Desk
+from orchestrator.worker.shard.shard import Workshop
+from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.transition.preparation import Preparations
+from orchestrator.worker.transition.transition import Prepared
+
+log = logging.getLogger("orchestrator.worker")
+
+
+class Needed(Exception):
+    """The standby has something else to do."""
+
+
+class Checks:
+    """Done by the training thread of a worker that has no shard."""
+
+    def __init__(self, workshop: Workshop, feed: Feed, desk: Desk, preparations: Preparations) -> None:
+        self._workshop, self._feed, self._desk, self._preparations = workshop, feed, desk, preparations
+        self._newest = -1
+
+    def is_asked(self, directive: Directive) -> bool:
+        """Whether there is a check that this worker hasn't begun."""
+        check = directive.check
+        return check is not None and check.worker == self._workshop.me and check.number > self._newest
+
+    def run(self) -> None:
+        """Do the check that is asked for, and publish what came of it. It ends before the next slot, or the next piece
+        of the checkpoint, once a plan has a place for this worker, or nobody asks for it any more."""
+        check = self._desk.directive.check
+        if check is None or not self.is_asked(self._desk.directive):
+            return
+        self._newest = check.number
+        findings: list[Finding] = []
+        error = ""
+
+        def go_on() -> None:
+            directive = self._desk.directive
+            if directive.check != check or self._preparations.is_wanted(directive):
+                raise Needed
+
+        try:
+            for record in replay(self._workshop, self._feed, self._world_of_one(check), check.last_step, go_on):
+                findings.append(Finding(record.step, record.loss, record.grad_norm, record.digests))
+        except Needed:
+            log.info("check %d ends after %d steps: this worker is needed", check.number, len(findings))
+        except Exception as failure:  # whatever it is: training doesn't depend on it
+            log.exception("check %d could not be done", check.number)
+            error = f"{type(failure).__name__}: {failure}"
+        gc.collect()  # the frames of an error had kept the state
+        self._desk.publish(checked=Checked(check.number, tuple(findings), error))
+
+    def _world_of_one(self, check: Check) -> Prepared:
+        workshop = self._workshop
+        past = check.worlds[-1]
+        world = World(past.world.generation, (workshop.me,))
+        path = Path(workshop.job.storage_dir) / "checkpoints" / step_name(check.step)
+        plan = GenerationPlan(
+            epoch=0,
+            world=world,
+            placement=Placement.balanced(workshop.spec.model.num_experts, 1),
+            source=None,
+            store_prefix=f"check/{check.number}",
+            store_address=StoreAddress("", 0),
+            restore=Restore(check.step, str(path)),
+            slot=past.slot,
+            skips=check.skips,
+            replayed=check.worlds,
+        )
+        store = HashStore()
+        store.set_timeout(timedelta(seconds=30))
+        return Prepared(plan, store, workshop.meet(store, plan))

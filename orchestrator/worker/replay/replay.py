@@ -1,0 +1,43 @@
+"""Doing steps of a run again, from the seed or from one of its checkpoints, in a world of any size."""
+
+import gc
+from collections.abc import Callable, Iterator
+
+from orchestrator.engine.base import nothing
+from orchestrator.engine.process_groups import disconnect
+from orchestrator.protocol.messages import StepRecord
+from orchestrator.worker.shard.shard import Workshop
+from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.step.train_step import Stepper, Voice
+from orchestrator.worker.step.vote import NO_FENCE
+from orchestrator.worker.transition.transition import Prepared, first_shard
+
+SILENT = Voice(NO_FENCE, finish=False, interval=0)
+
+
+def replay(
+    workshop: Workshop, feed: Feed, prepared: Prepared, last_step: int, between: Callable[[], None] = nothing
+) -> Iterator[StepRecord]:
+    """Each step up to `last_step`, as it is done. Collective over the plan's members. Their groups and the state go
+    with the iterator; nothing else may train in this process meanwhile.
+
+    Args:
+        prepared: for a plan whose state comes from the seed or a checkpoint, `replayed` worlds included.
+        between: called before each slot, and each piece of the checkpoint; what it raises ends it.
+    """
+    stepper = Stepper(workshop, feed, between, validates=False)
+    shard = None
+    try:
+        shard, progress, _ = first_shard(workshop, prepared, feed.first_order, between)
+        feed.follow(progress.sampler)
+        while progress.step < last_step:
+            stepped = stepper.step(shard, progress, nothing, lambda: SILENT, keep_gradients=False)
+            progress = stepped.progress
+            yield stepped.record
+    finally:
+        stepper.close()
+        if shard is not None:
+            shard.engine.close()
+        del shard
+        disconnect()
+        gc.collect()  # DeepSpeed's engine is full of cycles: without this the state stays in memory

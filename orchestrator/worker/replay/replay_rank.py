@@ -1,0 +1,78 @@
+"""One rank of a world that does steps of a run again: a process that is told what on stdin, and answers by a pipe.
+
+    python -m orchestrator.worker.replay.replay_rank FD < order.json
+
+`orchestrator.submission.verification` starts as many as there are ranks. It needs run storage and the token store, no
+Ray.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.comm.transport.rendezvous import RendezvousServer
+from orchestrator.data.store import TokenStore
+from orchestrator.engine.numerics import fingerprint, pin
+from orchestrator.engine.threads import compute_here
+from orchestrator.errors import EntrypointError, OrchestratorError
+from orchestrator.protocol.child_process import Fault
+from orchestrator.protocol.messages import StepRecord, StoreAddress
+from orchestrator.protocol.replay import LINES, PEER_LOST, Numerics, ReplayOrder
+from orchestrator.secrets import redacted, take_secrets
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.replay.replay import replay
+from orchestrator.worker.runtime.device import device_of
+from orchestrator.worker.runtime.errors import kind_of
+from orchestrator.worker.shard.shard import Workshop
+from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.transition.transition import prepare
+
+
+def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord]:
+    """Where the store listens, if it is to be made here; what decides the bits; then each step."""
+    spec, plan = JobSpec.model_validate_json(order.job.job_json), order.plan
+    if not plan.store_address.port:
+        server = RendezvousServer(plan.store_address.host)
+        plan = replace(plan, store_address=StoreAddress(*server.address()))
+        yield plan.store_address
+    compute_here(order.job.threads)
+    take_secrets(spec.secrets)
+    device = device_of(spec.resources.gpus, torch.cuda.device_count())
+    pin(device)
+    yield Numerics(fingerprint(device))
+    store = TokenStore.open(Path(order.job.store_dir))
+    workshop = Workshop(order.worker, order.job, spec, spec.model.vocab_size or store.vocab_size, device)
+    yield from replay(workshop, Feed(spec, store, device), prepare(workshop, plan), order.last_step)
+
+
+def main() -> None:
+    """Read the order, write the answers. All ranks know the same of a step, so the first one tells it."""
+    order: ReplayOrder = LINES.read(sys.stdin.readline())
+    is_first = order.plan.world.rank_of(order.worker) == 0
+    with os.fdopen(int(sys.argv[1]), "w") as told:
+
+        def tell(answer: Any) -> None:
+            told.write(LINES.write(answer) + "\n")
+            told.flush()
+
+        try:
+            for answer in answers(order):
+                if is_first:
+                    tell(answer)
+        except OrchestratorError as error:
+            shown = error.traceback if isinstance(error, EntrypointError) else ""
+            tell(Fault(type(error).__name__, redacted(error.message), error.remedy, error.unchanged, redacted(shown)))
+        except Exception as error:
+            print(redacted(traceback.format_exc()), file=sys.stderr)
+            kind = PEER_LOST if kind_of(error) == "peer_lost" else "OrchestratorError"
+            tell(Fault(kind, redacted(f"{type(error).__name__}: {error}"), "", ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Memory that the system gives a worker before a fence or a step waits for it.
+
+Workers keep what they have freed (`orchestrator.controller.worker_group`), so a fence waits for the kernel only where
+it needs more than the process ever had, or in larger pieces. There it takes a virtual machine one to four seconds per
+GB, as its host has to find the pages first.
+"""
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from orchestrator.policy.estimate.job_plan import MemoryPlan
+from orchestrator.worker.step.memory import room
+
+MADV_POPULATE_WRITE = 23  # Linux 5.14: pages are there as after a write, and keep what they hold
+PIECE = 1 << 22  # bytes populated by one call
+
+
+class ReservedMemory:
+    """Memory of a newcomer. What its first fence fills is there at once; what it will have beside that at most comes at
+    the lowest priority, while it stands by or has joined, and is free meanwhile: whatever is allocated there first
+    keeps its content.
+
+    Args:
+        planned: of the world that the worker is for, as `orchestrator plan` shows it.
+    """
+
+    def __init__(self, planned: MemoryPlan) -> None:
+        first = torch.empty(planned.engine, dtype=torch.uint8)
+        later = torch.empty(planned.peak - planned.process - planned.engine, dtype=torch.uint8)  # behind it
+        first.fill_(1)
+        self._pieces = _pieces(later)
+
+    def populate_the_rest(self) -> None:
+        """Returns at once."""
+        threading.Thread(target=self._populate, name="memory", daemon=True).start()
+
+    def _populate(self) -> None:
+        with suppress(AttributeError, OSError):  # of this thread alone; Linux only
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        _populate(self._pieces)
+
+
+def reserve(sizes: Iterable[int]) -> None:
+    """Get memory for blocks of these sizes in bytes, all at once, and leave it free for later allocations.
+
+    Blocks go into free holes of the heap where they fit, so only what is missing comes from the system. Does nothing
+    where the machine or the control group has less than that left: training holds activations now that are free at the
+    fence, so the blocks may fit then.
+    """
+    wanted, there = list(sizes), room(torch.device("cpu"))
+    if sum(wanted) > there.limit_bytes - there.used_bytes:
+        return
+    blocks = [torch.empty(size, dtype=torch.uint8) for size in wanted]
+    for block in blocks:
+        _populate(_pieces(block))
+
+
+def _pieces(block: Tensor) -> range:
+    """Addresses of the pieces that cover the block's whole pages. The block may be gone when they are used."""
+    page = mmap.PAGESIZE
+    begin = -(-block.data_ptr() // page) * page
+    return range(begin, max(begin, (block.data_ptr() + len(block)) // page * page), PIECE)
+
+
+def _populate(pieces: range) -> None:
+    libc = ctypes.CDLL(None)
+    for begin in pieces:
+        size = min(PIECE, pieces.stop - begin)
+        if libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_POPULATE_WRITE):
+            return  # an older kernel: pages are cleared at their first use

@@ -1,0 +1,188 @@
+"""A rank's shard: the model with its experts, the engine around it, and how far training has come."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from orchestrator.comm.transport.gloo import local_address
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.world import World
+from orchestrator.engine.adamw import Replayer
+from orchestrator.engine.base import Engine
+from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
+from orchestrator.engine.process_groups import Groups, Meeting
+from orchestrator.model.base import TrainableModel
+from orchestrator.model.factory import build_model, catalogue
+from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.policy.estimate.job_plan import MemoryPlan, StatePlan, plan_memory
+from orchestrator.policy.state.config import slot_of
+from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
+from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.spec.fault_tolerance import whole_every
+from orchestrator.spec.job import JobSpec
+from orchestrator.state.buffers import Buffers
+from orchestrator.state.fingerprint import Seal, Witness
+from orchestrator.worker.shard.compression_tuner import Choosing
+from orchestrator.worker.shard.model_agreement import check_order
+from orchestrator.worker.shard.snapshot_replicator import Protection
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come: what is not a tensor, equal on all ranks.
+
+    Args:
+        step: last finished step; -1 before the first.
+        num_updates: optimizer updates applied (skipped ones don't count).
+        sampler: the sampler's state, as JSON.
+    """
+
+    step: int
+    num_updates: int
+    sampler: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Progress":
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's training state within a generation.
+
+    Args:
+        slot: how much a slot takes.
+        choosing: how gradients are compressed, where the job leaves that open.
+        skips: steps whose batches are left out.
+        witnesses: where training is exact, who tells the digests of each step, from which step on.
+        seal: of the state between two updates, where that is watched.
+    """
+
+    epoch: int  # of the controller that planned it
+    world: World
+    groups: Groups
+    model: TrainableModel
+    engine: Engine
+    slot: SlotSize
+    choosing: Choosing
+    skips: frozenset[int]
+    witnesses: tuple[tuple[int, Witness], ...] = ()
+    seal: Seal | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.groups.rank
+
+    def witness(self, step: int) -> Witness | None:
+        """Who tells the digests of this step."""
+        return next((witness for first_step, witness in reversed(self.witnesses) if first_step <= step), None)
+
+
+class Workshop:
+    """Builds shards for a run, and knows what its state consists of.
+
+    Args:
+        me: this worker's id.
+        job: from the controller.
+        spec: the job file.
+        vocab_size: of the model; at least the tokenizer's.
+    """
+
+    def __init__(self, me: str, job: WorkerJob, spec: JobSpec, vocab_size: int, device: torch.device) -> None:
+        self.me, self.job, self.spec = me, job, spec
+        self.vocab_size, self.device = vocab_size, device
+        self.address = local_address(job.head_host)
+        self.params: Sequence[ParamSpec]
+        self.params, self.buffers, self.shapes = catalogue(spec.model, vocab_size)
+        self._snapshot_memory = Buffers()
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor in a checkpoint, by name."""
+        of_params = {
+            f"{kind}/{spec.name}": self.shapes[spec.name]
+            for kind in ("master", "exp_avg", "exp_avg_sq")
+            for spec in self.params
+        }
+        return of_params | {f"buffer/{name}": self.shapes[name] for name, _ in self.buffers}
+
+    def layout(self, world: World, placement: Placement) -> Layout:
+        """Which rank holds what in a world; every worker computes the same."""
+        mixed = self.spec.train.precision == "bf16"
+        return training_layout(self.params, placement, world, mixed, self.buffers, self.spec.communication)
+
+    def planned_memory(self) -> MemoryPlan:
+        """What a worker takes in the run's first world; in a smaller one it may take more."""
+        state = StatePlan(tuple(self.params), tuple(self.buffers), self.vocab_size)
+        is_ours = self.spec.model.entrypoint is None
+        return plan_memory(self.spec, state, self.spec.workers.initial, is_ours)
+
+    def meet(self, store: Store, plan: GenerationPlan) -> Meeting:
+        """Connect to the other members of a generation. Collective over them."""
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        rank, prefix = plan.world.rank_of(self.me), plan.store_prefix + "/world"
+        return Meeting(store, prefix, rank, plan.placement, backend, address=self.address)
+
+    def protect(self, store: Store, plan: GenerationPlan) -> Protection | None:
+        """Connect to buddy and ward; None where the plan names none. Collective over the generation's members."""
+        if not plan.buddies:
+            return None
+        layout, pinned = self.layout(plan.world, plan.placement), self.device.type == "cuda"
+        return Protection(
+            store,
+            plan,
+            plan.world.rank_of(self.me),
+            layout,
+            self.address,
+            pinned,
+            whole_every(self.spec.protection, self.spec.recovery.whole_every),
+            Replayer(self.spec.train, self.device),
+            self._snapshot_memory,
+        )
+
+    def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
+        """Build an engine around a model whose weights are still unset. Collective over the generation's members."""
+        with self.device:
+            home = self._home(plan, groups)
+            model = build_model(self.spec.model, self.vocab_size, home)
+        engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
+        check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
+        slot, communication = plan.slot or slot_of(self.spec), self.spec.communication
+        choosing = Choosing(engine.gradients, communication.compression, communication.overlap, plan.world.size)
+        return Shard(
+            epoch=plan.epoch,
+            world=plan.world,
+            groups=groups,
+            model=model,
+            engine=engine,
+            slot=slot,
+            choosing=choosing,
+            skips=frozenset(plan.skips),
+            witnesses=self._witnesses(plan, engine) if self.spec.train.is_exact else (),
+            seal=Seal(engine.at_rest()) if self.spec.verify.every is not None else None,
+        )
+
+    def _witnesses(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, Witness], ...]:
+        asked_for = plan.replayed or (PastWorld(0, plan.world, plan.placement),)
+        ranges = engine.ranges()
+        return tuple((past.first_step, Witness(ranges, self.layout(past.world, past.placement))) for past in asked_for)
+
+    def _home(self, plan: GenerationPlan, groups: Groups) -> ExpertHome:
+        wanted = self.spec.communication
+        return ExpertHome(
+            plan.placement,
+            groups.rank,
+            groups.exchange,
+            wanted.tokens,
+            wanted.ranks_per_token,
+            plan.nodes,
+            wanted.nodes_per_token,
+            self.spec.train.is_exact,
+        )

@@ -1,0 +1,161 @@
+"""The rows of a step: from the sampler's order to this rank's slots as tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.data.manifest import Split
+from orchestrator.data.sample_order import Orders
+from orchestrator.data.store import TokenStore
+from orchestrator.model.batch import MicroBatch
+from orchestrator.protocol.messages import StageStart
+from orchestrator.sampling.chunks import Chunks, Spans
+from orchestrator.sampling.micro_batches import SlotSize, cut_into_slots, max_slots, padded_tokens, slots_of
+from orchestrator.sampling.sample_order import RowSpans
+from orchestrator.spec.data import BY_DOCUMENT
+from orchestrator.spec.job import JobSpec
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A micro-batch and its number in the global batch; the number is None for a pass that only keeps step."""
+
+    number: int | None
+    batch: MicroBatch
+
+
+@dataclass(frozen=True)
+class StepFeed:
+    """What one rank does in a step.
+
+    Args:
+        slots: as many on every rank; a rank without a slot left has a batch of no rows.
+        num_slots: slots of the whole global batch.
+        global_tokens: targets in the whole global batch.
+        first_position, num_positions: the sample positions that the step consumes.
+        stage: of the curriculum; empty without one.
+        sequence_length: tokens of a row, or of the longest that there may be.
+        tokens: [num_slots], of each slot.
+        padded_tokens: [num_slots], padding included.
+    """
+
+    slots: tuple[Slot, ...]
+    num_slots: int
+    global_tokens: int
+    first_position: int
+    num_positions: int
+    stage: str = ""
+    sequence_length: int = 0
+    tokens: tuple[int, ...] = ()
+    padded_tokens: tuple[int, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """This rank's part of the global batch, in slots of average size."""
+        mine = [slot.number for slot in self.slots if slot.number is not None]
+        return sum(self.tokens[number] for number in mine) * self.num_slots / max(sum(self.tokens), 1)
+
+    @property
+    def padding(self) -> float:
+        """The share of the slots' tokens that is padding."""
+        return 1 - sum(self.tokens) / max(sum(self.padded_tokens), 1)
+
+
+class Feed:
+    """Reads steps from the packed store.
+
+    Args:
+        job: batch sizes, row length, document isolation.
+        store: the prepared corpus.
+    """
+
+    def __init__(self, job: JobSpec, store: TokenStore, device: torch.device) -> None:
+        train = job.train
+        self._job, self._store, self._device = job, store, device
+        self._orders = Orders(job, store)
+        self.order = self._orders.first
+        self._length = train.sequence_length
+        self._validation = self._validation_rows()
+
+    def _validation_rows(self) -> RowSpans:
+        """The first documents, or the first rows, of the split."""
+        most = self._job.eval.rows
+        if self._job.data.rows == BY_DOCUMENT:
+            lengths_D = self._store.index("validation")["length"][:most].astype(np.int64)
+            chunks = Chunks.of(lengths_D, np.zeros(len(lengths_D)), self._length)
+            return RowSpans(Spans(chunks.start[:most], chunks.length[:most]), self._length, by_document=True)
+        rows = np.arange(min(most, self._store.num_rows("validation", self._length)), dtype=np.int64)
+        return RowSpans(self._store.spans("validation", rows, self._length), self._length)
+
+    @property
+    def first_order(self) -> str:
+        """What a run begins with, as it is saved."""
+        return self._orders.first.to_json()
+
+    def follow(self, saved: str) -> None:
+        """From now on the order of samples is a saved one. Raises ProtocolError for what is none."""
+        if saved != self.order.to_json():
+            self.order = self._orders.saved(saved)
+
+    def decide(self, stages: Sequence[StageStart], first_step: int) -> None:
+        """From now on what was decided is followed, from `first_step` on. Raises ValueError, DataError for what can't
+        be."""
+        self.order = self._orders.decided(self.order, stages, first_step)
+
+    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepFeed:
+        """This rank's part of a training step, in slots of this size."""
+        wanted = self.order.at(step)
+        lengths_R = wanted.rows.lengths_R
+        cut = cut_into_slots(lengths_R, size)
+        return StepFeed(
+            slots=self._slots("train", wanted.rows, cut, rank, world_size),
+            num_slots=len(cut),
+            global_tokens=self._store.target_count("train", wanted.rows.spans),
+            first_position=wanted.first_position,
+            num_positions=wanted.num_positions,
+            stage=wanted.stage if self._job.curriculum else "",
+            sequence_length=wanted.rows.sequence_length,
+            tokens=tuple(int(lengths_R[rows].sum()) for rows in cut),
+            padded_tokens=tuple(padded_tokens(lengths_R, cut).tolist()),
+        )
+
+    def validation(self, rank: int, world_size: int, size: SlotSize) -> StepFeed:
+        """This rank's part of a validation: always the same rows."""
+        rows = self._validation
+        cut = cut_into_slots(rows.lengths_R, size)
+        return StepFeed(
+            slots=self._slots("validation", rows, cut, rank, world_size),
+            num_slots=len(cut),
+            global_tokens=self._store.target_count("validation", rows.spans),
+            first_position=0,
+            num_positions=0,
+        )
+
+    def _slots(
+        self, split: Split, rows: RowSpans, cut: Sequence[NDArray[np.int64]], rank: int, world_size: int
+    ) -> tuple[Slot, ...]:
+        slots = [Slot(n, self._read(split, rows.take(cut[n]))) for n in slots_of(rank, world_size, len(cut))]
+        nothing = np.empty(0, np.int64)
+        while len(slots) < max_slots(world_size, len(cut)):
+            slots.append(Slot(None, self._read(split, rows.take(nothing))))
+        return tuple(slots)
+
+    def _read(self, split: Split, rows: RowSpans) -> MicroBatch:
+        if rows.by_document:
+            read = self._store.read_padded(split, rows.spans)
+        else:
+            read = self._store.read(split, rows.spans, rows.sequence_length)
+        isolated = self._job.data.isolate_documents
+        return MicroBatch(
+            inputs_BT=self._on_device(read.inputs_RT),
+            targets_BT=self._on_device(read.targets_RT),
+            documents_BT=self._on_device(read.documents_RT) if isolated else None,
+            lengths_B=None if read.lengths_R is None else self._on_device(read.lengths_R),
+        )
+
+    def _on_device(self, array: NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -1,0 +1,238 @@
+"""One step: slots, update, vote. After it every member knows that all have finished the step."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.comm import pulse, stats
+from orchestrator.engine.base import StepOutcome, nothing
+from orchestrator.model.base import seed_draws
+from orchestrator.model.moe.balance import RoutingCounts, next_bias
+from orchestrator.policy.health.expert_load import expert_load, is_shown
+from orchestrator.policy.health.stragglers import slowest
+from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.messages import SlotMemory, StepRecord
+from orchestrator.protocol.usage import TrafficKind
+from orchestrator.spec.lr_schedule import decay, learning_rate
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.worker.runtime.errors import StateCorrupted
+from orchestrator.worker.shard.shard import Progress, Shard, Workshop
+from orchestrator.worker.step.batches import Feed, StepFeed
+from orchestrator.worker.step.memory_probe import Gauge
+from orchestrator.worker.step.prefetch import Prefetch
+from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, Outcome, vote
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What a rank says in a vote besides its part of the step."""
+
+    fence: int
+    finish: bool
+    interval: int
+    stages: int = 0
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A finished step: what was agreed, where training stands now, and the account of it.
+
+    Args:
+        gradients: of its update, if there was one and they were to be kept.
+        memory: what its generation's slots take, if that is asked for.
+        saturated: parameters whose gradient was too large here for an exact sum; its update is left out then.
+    """
+
+    outcome: Outcome
+    progress: Progress
+    record: StepRecord
+    gradients: NamedRanges | None
+    memory: SlotMemory | None
+    saturated: tuple[str, ...] = ()
+
+
+class Stepper:
+    """Does steps on whatever shard there is.
+
+    Args:
+        before_slot: called before each slot of a step.
+        validates: as often as the job says; else never.
+    """
+
+    def __init__(
+        self, workshop: Workshop, feed: Feed, before_slot: Callable[[], None] = nothing, validates: bool = True
+    ) -> None:
+        self._before_slot, self._validates = before_slot, validates
+        self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
+        self._prefetch = Prefetch(feed, workshop.spec.train.steps)
+        self._ledger = stats.Since()
+        self._counted: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step and loads of the newest step
+        self._gauge = Gauge(workshop.device) if workshop.spec.train.fits_memory else None
+
+    def close(self) -> None:
+        self._prefetch.close()
+
+    def step(
+        self,
+        shard: Shard,
+        progress: Progress,
+        before_update: Callable[[], None],
+        speak: Callable[[], Voice],
+        keep_gradients: bool,
+    ) -> Stepped:
+        """The step after `progress`. Collective over the shard's world.
+
+        Args:
+            before_update: called when the state is about to change; not if the update is skipped.
+            speak: asked at the last moment before the vote.
+        """
+        started, waited_s, step = time.perf_counter(), pulse.waited_s(), progress.step + 1
+        feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.slot)
+        data_wait_s = time.perf_counter() - started
+        losses = np.zeros(feed.num_slots)
+        routed = RoutingCounts.zeros(len(shard.model.moe_layers), self._spec.model)
+        lr, skipped = learning_rate(self._spec.train, step), step in shard.skips
+        if skipped:
+            self._open_seal(shard, step)
+            losses, update = self._evaluated(shard, feed, step), StepOutcome(applied=False, grad_norm=float("inf"))
+        else:
+            for number, slot in enumerate(feed.slots, 1):
+                self._before_slot()
+                last, before_backward = number == len(feed.slots), self._measured()
+                seed_draws(self._spec.train.seed, step, slot.number or 0)
+                loss, slot_routed = shard.engine.accumulate(slot.batch, feed.global_tokens, last, before_backward)
+                if slot.number is not None:
+                    losses[slot.number] = float(loss)
+                    routed.add(slot_routed)
+            self._open_seal(shard, step)
+            update = shard.engine.step(lr, before_update, keep_gradients)
+        validation = self._validate(shard, step)
+        witness = shard.witness(step)
+        digests = witness.look() if witness is not None else NO_DIGESTS
+
+        updated = time.perf_counter()
+        peers_s = pulse.waited_s() - waited_s
+        busy_s = updated - started - peers_s
+        share = feed.share
+        traffic, chosen = self._ledger.look(), shard.choosing.scheme
+        if not skipped:
+            shard.choosing.observe(busy_s, traffic[TrafficKind.GRADIENT].sent)
+        voice = speak()
+        spoken = time.perf_counter()
+        ballot = Ballot(
+            slot_losses=losses,
+            validation_losses=validation[0],
+            routed=routed,
+            applied=update.applied,
+            fence=voice.fence,
+            finish=voice.finish,
+            interval=voice.interval,
+            busy_s=busy_s / share if share else 0.0,
+            stages=voice.stages,
+            traffic=traffic,
+            compression=shard.choosing.proposal,
+            digests=digests,
+        )
+        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
+        communication_wait_s = peers_s + time.perf_counter() - spoken
+        shard.choosing.agree(outcome.compression)
+        self._balance(shard, outcome, step)
+        if shard.seal is not None:
+            shard.seal.close()
+        rank, slowness = slowest(outcome.busy_s)
+        counts_LE = outcome.routed.counts_LE
+        record = StepRecord(
+            step=step,
+            generation=shard.world.generation,
+            world_size=shard.world.size,
+            loss=outcome.loss_sum / max(feed.global_tokens, 1),
+            tokens=feed.global_tokens,
+            lr=lr,
+            grad_norm=update.grad_norm if outcome.applied else float("inf"),
+            applied=outcome.applied,
+            skipped=skipped,
+            first_position=feed.first_position,
+            num_positions=feed.num_positions,
+            step_s=time.perf_counter() - started,
+            vote_time=time.time(),
+            data_wait_s=data_wait_s,
+            protection_wait_s=spoken - updated,
+            communication_wait_s=communication_wait_s,
+            slowest=rank,
+            slowness=slowness,
+            stage=feed.stage,
+            sequence_length=feed.sequence_length,
+            num_slots=feed.num_slots,
+            padding=feed.padding,
+            traffic=outcome.traffic,
+            compression=chosen,
+            digests=outcome.digests,
+            experts=self._load(shard.world.generation, step, counts_LE),
+            loads=tuple(map(tuple, counts_LE.tolist())) if is_shown(step, self._spec.train.steps) else (),
+            validation_loss=(
+                None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
+            ),
+        )
+        moved_on = replace(progress, step=step, num_updates=progress.num_updates + int(outcome.applied))
+        gradients = update.gradients if outcome.applied else None
+        memory = self._gauge.end_step(shard.world.generation, feed) if self._gauge is not None else None
+        return Stepped(outcome, moved_on, record, gradients, memory, update.saturated)
+
+    def _open_seal(self, shard: Shard, step: int) -> None:
+        """Before anything is made of a state that has changed by itself. Raises StateCorrupted."""
+        changed = shard.seal.open() if shard.seal is not None else []
+        if changed:
+            more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
+            raise StateCorrupted(
+                f"{changed[0]}{more} of rank {shard.rank} on {platform.node()} changed between the ends of steps "
+                f"{step - 1} and {step}, where nobody writes to it"
+            )
+
+    def _measured(self) -> Callable[[], None]:
+        """Called before a slot; what it returns, between its forward and its backward pass."""
+        if self._gauge is None:
+            return nothing
+        self._gauge.begin_pass()
+        return self._gauge.end_forward
+
+    def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
+        """Loss sums per validation slot, and the targets in all of them; empty in most steps."""
+        every, last = self._spec.eval.every, self._spec.train.steps - 1
+        if every is None or not self._validates or ((step + 1) % every and step not in (0, last)):
+            return np.zeros(0), 0
+        feed = self._feed.validation(shard.rank, shard.world.size, shard.slot)
+        return self._evaluated(shard, feed, step), feed.global_tokens
+
+    def _evaluated(self, shard: Shard, feed: StepFeed, step: int) -> NDArray[np.float64]:
+        """Loss sums per slot, 0 where the slot is another rank's."""
+        losses = np.zeros(feed.num_slots)
+        for slot in feed.slots:
+            self._before_slot()
+            seed_draws(self._spec.train.seed, step, slot.number or 0)
+            loss = shard.engine.evaluate(slot.batch)
+            if slot.number is not None:
+                losses[slot.number] = float(loss)
+        return losses
+
+    def _load(self, generation: int, step: int, counts_LE: Tensor) -> ExpertLoad:
+        """The load of each expert, summarised; beside that of the step before where this generation did it."""
+        before = self._counted[2] if self._counted is not None and self._counted[:2] == (generation, step - 1) else None
+        counts = counts_LE.numpy()
+        self._counted = (generation, step, counts)
+        return expert_load(counts, before)
+
+    def _balance(self, shard: Shard, outcome: Outcome, step: int) -> None:
+        """Move the routers' biases by what the global batch has shown. A skipped update moves nothing."""
+        model, layers = self._spec.model, shard.model.moe_layers
+        if not outcome.applied or not model.bias_update_speed or not layers:
+            return
+        bias_LE = torch.stack([layer.router.correction_bias_E for layer in layers])
+        bias_LE = next_bias(bias_LE.cpu(), outcome.routed, model, decay(self._spec.train, step))
+        for layer, bias_E in zip(layers, bias_LE, strict=True):
+            layer.router.correction_bias_E.copy_(bias_E)

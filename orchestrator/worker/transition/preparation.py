@@ -1,0 +1,136 @@
+"""Plans that this worker has a place in, prepared in the background while it trains or stands by."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from orchestrator.protocol.messages import Directive, GenerationPlan
+from orchestrator.worker.runtime.mailbox import Desk
+from orchestrator.worker.shard.shard import Workshop
+from orchestrator.worker.step.vote import NO_FENCE
+from orchestrator.worker.transition.transition import Prepared, prepare
+
+log = logging.getLogger("orchestrator.worker")
+
+
+class Preparations:
+    """Asked by the training thread; works in threads of its own.
+
+    A plan is begun as soon as a directive names it, however long the present step takes, and in a thread of its own:
+    where a peer never comes, the next plan doesn't wait for that.
+    """
+
+    def __init__(self, workshop: Workshop, desk: Desk) -> None:
+        self._workshop, self._desk = workshop, desk
+        self._lock = threading.Lock()
+        self._ready: dict[int, Prepared] = {}
+        self._begun = -1  # newest generation whose preparation has begun here
+        self._closed = False
+        threading.Thread(target=self._watch, name="preparations", daemon=True).start()
+
+    def fence_after(self, step: int) -> int:
+        """The generation to which this worker is ready to hand over once `step` is finished, or `NO_FENCE`."""
+        fence = self._desk.directive.fence
+        if fence is None or (fence.at_step is not None and step < fence.at_step):
+            return NO_FENCE
+        with self._lock:
+            return fence.to_generation if fence.to_generation in self._ready else NO_FENCE
+
+    def take(self, generation: int) -> Prepared:
+        """What was prepared for `generation`. Raises KeyError if nothing was."""
+        with self._lock:
+            return self._ready.pop(generation)
+
+    def is_awaited(self, directive: Directive) -> bool:
+        """Whether a plan with a place for this worker is prepared."""
+        return self._is_ready(directive.next) or self._is_ready(directive.current)
+
+    def is_wanted(self, directive: Directive) -> bool:
+        """Whether there is a plan with a place for this worker, prepared or not."""
+        plans = (plan for plan in (directive.next, directive.current) if plan is not None)
+        return any(self._concerns_me(plan) and plan.generation > directive.activated for plan in plans)
+
+    def await_next(self, meanwhile: Callable[[Directive], bool]) -> Prepared | None:
+        """The next plan with a place for this worker, once it is prepared; plans given up before are passed over. None
+        as soon as a directive asks for something to be done meanwhile."""
+        while True:
+            directive = self._desk.wait(lambda d: self.is_awaited(d) or meanwhile(d))
+            if not self.is_awaited(directive) and meanwhile(directive):
+                return None
+            for plan in (directive.next, directive.current):
+                if plan is not None and self._is_ready(plan):
+                    return self.take(plan.generation)
+
+    def stands(self, plan: GenerationPlan) -> bool:
+        """Whether the newest directive still wants `plan`."""
+        return plan.generation in _wanted(self._desk.directive)
+
+    def await_activation(self, plan: GenerationPlan) -> int:
+        """The newest activated generation, as soon as it is that of `plan` or a later one, or another plan has come."""
+
+        def settled(directive: Directive) -> bool:
+            newer = (p for p in (directive.next, directive.current) if p is not None and p.generation > plan.generation)
+            return directive.activated >= plan.generation or any(self._concerns_me(p) for p in newer)
+
+        return self._desk.wait(settled).activated
+
+    def close(self) -> None:
+        """Begin nothing more and close what is ready."""
+        with self._lock:
+            self._closed = True
+            rest, self._ready = list(self._ready.values()), {}
+        for prepared in rest:
+            prepared.close()
+        self._desk.publish()  # wakes the watcher
+
+    def _watch(self) -> None:
+        while not self._closed:
+            directive = self._desk.wait(lambda d: self._closed or bool(self._untried(d)) or bool(self._given_up(d)))
+            with self._lock:
+                given_up = [self._ready.pop(generation) for generation in self._given_up(directive)]
+            for prepared in given_up:
+                prepared.close()
+            if not self._closed and (plan := self._untried(directive)) is not None:
+                self._begun = plan.generation
+                threading.Thread(target=self._prepare, args=(plan,), name="prepare", daemon=True).start()
+
+    def _prepare(self, plan: GenerationPlan) -> None:
+        began_s = time.perf_counter()
+        try:
+            prepared = prepare(self._workshop, plan)
+        except Exception as error:  # whatever it is: the controller waits for an answer
+            log.warning("generation %d could not be prepared: %s", plan.generation, error)
+            self._desk.publish(failed_generation=plan.generation)
+            return
+        log.info("generation %d is prepared, in %.3f s", plan.generation, time.perf_counter() - began_s)
+        with self._lock:
+            is_late = self._closed
+            if not is_late:
+                self._ready[plan.generation] = prepared
+        if is_late:
+            prepared.close()
+        else:
+            self._desk.publish(prepared=plan.generation)
+
+    def _untried(self, directive: Directive) -> GenerationPlan | None:
+        for plan in (directive.next, directive.current):
+            if plan is not None and plan.generation > self._begun and self._concerns_me(plan):
+                return plan
+        return None
+
+    def _given_up(self, directive: Directive) -> list[int]:
+        """Generations that are ready here and that nobody wants any more."""
+        return [generation for generation in list(self._ready) if generation not in _wanted(directive)]
+
+    def _is_ready(self, plan: GenerationPlan | None) -> bool:
+        return plan is not None and plan.generation in self._ready
+
+    def _concerns_me(self, plan: GenerationPlan) -> bool:
+        return self._workshop.me in plan.involved
+
+
+def _wanted(directive: Directive) -> set[int]:
+    """Generations that a worker may still have to go to, or is in."""
+    wanted = {plan.generation for plan in (directive.next, directive.current) if plan is not None}
+    return wanted | ({directive.fence.to_generation} if directive.fence is not None else set())

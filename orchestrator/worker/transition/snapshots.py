@@ -1,0 +1,184 @@
+"""What a worker keeps of the run's state, so that the run can go back to it: snapshots, and its own shard after an end.
+
+begin .. leave      one generation's protection: buddy and ward are connected
+due, take, agree    when the shard is copied, and what the members' votes tell of it
+hold, gathered      the shard without an engine around it, and all that this worker can hand over
+"""
+
+from orchestrator.elastic.recovery_point import Holding
+from orchestrator.policy.health.snapshot_interval import IntervalChoice
+from orchestrator.protocol.messages import Source
+from orchestrator.spec.fault_tolerance import AUTO, interval_of
+from orchestrator.state.ranges import NamedRanges
+from orchestrator.state.snapshot import Update, joined
+from orchestrator.state.snapshot_store import Vault
+from orchestrator.worker.shard.shard import Progress, Shard
+from orchestrator.worker.shard.snapshot_replicator import Protection
+from orchestrator.worker.transition.transition import Held
+
+NEVER = 0  # interval of a run that takes no snapshots
+
+
+class Keeping:
+    """Used by the training thread; `settle` and `shut` by the control thread too.
+
+    Args:
+        me: this worker's id.
+        protection: the job's key.
+        last_step: after it a snapshot is taken in any case.
+    """
+
+    def __init__(self, me: str, protection: str, last_step: int) -> None:
+        self._me, self._last_step = me, last_step
+        self._fixed = None if protection == AUTO else interval_of(protection) or NEVER
+        self._vault = Vault()
+        self._protection: Protection | None = None
+        self._choice = IntervalChoice(0, 0.0)
+        self._interval = NEVER  # steps between two snapshots: what all members agree on
+        self._paid_s = 0.0
+        self.held: Held | None = None  # the last activated state, while no engine is around it
+
+    # -- a generation ------------------------------------------------------------------------------------------
+
+    def begin(self, generation: int, protection: Protection | None) -> None:
+        """The generation is activated: from now on snapshots go to its buddies; None where there are none."""
+        self._protection, self._paid_s = protection, 0.0
+        if protection is not None:
+            self._choice = IntervalChoice(protection.whole_bytes, protection.mean_bytes)
+            self._interval = self._choice.interval if self._fixed is None else self._fixed
+            protection.start(self._vault)
+        else:
+            self._interval = NEVER
+            self._vault.drop_before(generation)
+
+    def leave(self) -> None:
+        """No more snapshots in this generation. Those that are whole stay."""
+        if self._protection is not None:
+            self._protection.close()
+            self._protection = None
+            self._vault.leave_free()
+
+    def shut(self) -> None:
+        """Free whoever waits for buddy or ward. From any thread."""
+        if (protection := self._protection) is not None:
+            protection.shut()
+
+    def settle(self, generation: int) -> None:
+        """The generation has a committed step of its own: nobody goes back to an older one. From any thread."""
+        self._vault.drop_before(generation)
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    @property
+    def interval(self) -> int:
+        """Steps between two snapshots now; 0 where none are taken."""
+        return self._interval
+
+    @property
+    def wanted_interval(self) -> int:
+        """What this worker would have for the next snapshots."""
+        return self._interval if self._fixed is not None or self._protection is None else self._choice.interval
+
+    def due(self, step: int) -> bool:
+        """Whether a snapshot follows `step`. The same on all members."""
+        return self._interval != NEVER and ((step + 1) % self._interval == 0 or step == self._last_step)
+
+    def copied(self) -> None:
+        """Wait until the shard may change."""
+        if self._protection is not None:
+            self._protection.copied()
+
+    def acknowledged(self) -> None:
+        """Wait until the newest snapshot is with the buddy."""
+        if self._protection is not None:
+            self._protection.acknowledged()
+
+    def wants_gradients(self, step: int) -> bool:
+        """Whether the snapshot after `step` can be a delta, for which the step's gradients are needed."""
+        return self._interval == 1 and self._protection is not None and self._protection.takes_delta(step)
+
+    def take(self, shard: Shard, progress: Progress, lr: float = 0.0, gradients: NamedRanges | None = None) -> None:
+        """Begin a snapshot of the shard as it is.
+
+        Args:
+            lr, gradients: of the update that the newest step has done; a whole snapshot if there are none.
+        """
+        if self._protection is None:
+            return
+        ranges, update = shard.engine.ranges().detached(), None
+        if gradients is not None:
+            update = Update(progress.num_updates, lr)
+            for name, held in gradients:
+                ranges.add(name, held.start, held.data)
+        self._protection.begin(progress.step, ranges, progress.to_json(), update)
+
+    def agree(self, interval: int, step_s: float, took_snapshot: bool) -> None:
+        """Take in what the vote has agreed on, and what the step has shown.
+
+        Args:
+            interval: the longest that any member wants.
+            step_s: how long the step took, seconds.
+            took_snapshot: the snapshot before this step was acknowledged in it.
+        """
+        if self._protection is None or self._fixed is not None:
+            return
+        if took_snapshot:
+            paid_s = self._protection.cost_s()
+            self._choice.observe(paid_s - self._paid_s, self._protection.begun_bytes, step_s)
+            self._paid_s = paid_s
+        self._interval = interval
+
+    def committed(self, generation: int, step: int, votes_tell: bool) -> dict[str, int]:
+        """What the newest vote has shown to be held twice: everybody had the answer of its buddy before it voted."""
+        if self._protection is None:
+            return {"committed": step, "settled": generation}
+        if not votes_tell:
+            return {}
+        self.settle(generation)
+        return {"committed": self._protection.begun, "settled": generation}
+
+    # -- what is held ------------------------------------------------------------------------------------------
+
+    def hold(self, shard: Shard, progress: Progress) -> None:
+        """Keep the shard's state, whose engine is about to go."""
+        self._vault.leave_free()
+        self.held = Held(shard.world.generation, shard.rank, progress, shard.engine.ranges().detached())
+
+    def distrust(self, generation: int, step: int) -> None:
+        """The state after a step has turned out not to be what it was: nobody is to go on from it."""
+        self._vault.distrust(generation, step)
+        if self.held is not None and (self.held.generation, self.held.progress.step) == (generation, step):
+            self.held = None
+
+    def holdings(self) -> tuple[Holding, ...]:
+        held = set(self._vault.holdings())
+        if self.held is not None:
+            held.add(_holding(self.held))
+        return tuple(sorted(held, key=lambda h: (h.generation, h.step, h.rank)))
+
+    def gathered(self, source: Source, progress: Progress) -> Held:
+        """All shards of a state that this worker hands over, its own first.
+
+        Args:
+            progress: where training stands here; the state is that of its step where the source names none.
+
+        Raises:
+            KeyError: one of them isn't here.
+        """
+        step = progress.step if source.step is None else source.step
+        generation, parts, mine = source.world.generation, [], -1
+        ranks = [rank for rank, holder in enumerate(source.holders) if holder == self._me]
+        for rank in sorted(ranks, key=lambda rank: source.world.members[rank] != self._me):
+            wanted = Holding(generation, step, rank)
+            if self.held is not None and _holding(self.held) == wanted:
+                parts.append(self.held.ranges)
+                progress, mine = self.held.progress, rank
+            else:
+                snapshot = self._vault.find(wanted)
+                parts.append(snapshot.ranges)
+                progress = Progress.from_json(snapshot.note)
+        return Held(generation, mine, progress, joined(parts))
+
+
+def _holding(held: Held) -> Holding:
+    return Holding(held.generation, held.progress.step, held.rank)

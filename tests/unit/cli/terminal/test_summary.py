@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.terminal import summary
+from orchestrator.protocol.status import RunPhase
+from tests.unit.cli.statuses import MEASURED, UNMEASURED, status
+
+
+def test_the_end_of_a_run() -> None:
+    over = status(
+        phase=RunPhase.SUCCEEDED,
+        step=180,
+        rescales=(MEASURED, UNMEASURED),
+        checkpoint="/runs/try/checkpoints/step-00000179",
+        ended_time=1130.0,
+    )
+    lines = summary.summary(over)
+    told = dict(lines)
+    assert told["run"] == "try: succeeded, 180 of 180 steps in 2 min 0 s"
+    assert told["train loss"] == "7.648 -> 5.312"
+    assert told["validation loss"] == "7.570 -> 5.400"
+    assert told["checkpoint"] == "/runs/try/checkpoints/step-00000179"
+    assert [heading for heading, _ in lines].count("rescales") == 1
+    assert lines[5] == ("", summary.rescale(UNMEASURED))
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    told = dict(summary.details(status(loss=None, validation_loss=None, tokens_per_second=None, workers_now=0)))
+    assert {told[key] for key in ("train loss", "validation loss", "speed", "workers", "ended")} == {"-"}
+    assert told["rescales"] == "none"
+
+
+def test_a_failure_shows_its_cause() -> None:
+    assert ("error", "rank 1 died") in summary.summary(status(phase=RunPhase.FAILED, error="rank 1 died"))
+
+
+def test_a_warning_is_shown() -> None:
+    assert ("warning", "metrics can't be published") in summary.summary(status(warning="metrics can't be published"))
+
+
+def test_metrics_are_opened_by_a_command_or_a_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert summary.tracking_command("http://host/#/runs/1") == "http://host/#/runs/1"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "mlflow").touch()
+    monkeypatch.setattr("sys.executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    assert summary.tracking_command("sqlite:////a b.db") == (
+        ".venv/bin/mlflow ui --backend-store-uri 'sqlite:////a b.db'"
+    )
+
+
+def test_values_are_aligned() -> None:
+    assert summary.aligned([("run", "a"), ("", "b"), ("speed", "c")]) == "run    a\n       b\nspeed  c"

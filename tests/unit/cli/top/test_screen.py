@@ -1,0 +1,188 @@
+"""The live screen, driven by Textual's pilot, over what a real client saw."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import DataTable, Sparkline, Static
+
+from orchestrator.cli.top.feed import Feed
+from orchestrator.cli.top.screen import COLOURS, RunScreen, RunsScreen, TopApp
+from orchestrator.cli.top.steering import Confirmation
+from orchestrator.protocol.status import RunPhase
+from tests.unit.cli.recorded_client import ENDED, RESCALING, RecordedClient
+
+PATIENCE_S = 20.0
+Drive = Callable[[Pilot[None]], Awaitable[None]]
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+    """Let the screen live until it is so."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, [str(each.render()) for each in pilot.app.screen.query(Static)]
+        await pilot.pause(0.02)
+
+
+def text(pilot: Pilot[None], name: str) -> str:
+    """Of the screen that is shown; empty while it has none of this name."""
+    found = pilot.app.screen.query(f"#{name}")
+    return str(found.first(Static).render()) if found else ""
+
+
+def told(pilot: Pilot[None]) -> str:
+    """What toasts say."""
+    return " ".join(note.message for note in pilot.app._notifications)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> RecordedClient:
+    return RecordedClient(tmp_path)
+
+
+def drive(client: RecordedClient, script: Drive, run: str | None = None, size: tuple[int, int] = (80, 24)) -> TopApp:
+    """Run the screen while the script lasts."""
+    app = TopApp(Feed(client), run, look_every_s=0.05)
+
+    async def live() -> None:
+        async with app.run_test(size=size) as pilot:
+            await script(pilot)
+
+    asyncio.run(live())
+    return app
+
+
+def test_runs_are_listed_and_one_is_opened_and_left(client: RecordedClient) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "2 runs, 1 going on, 4 workers" in text(pilot, "title"))
+        table = pilot.app.screen.query_one(DataTable)
+        assert [str(cell) for cell in table.get_row("quickstart")][:3] == ["quickstart", "training", "112/180"]
+        assert "stall 0.83 s" in text(pilot, "remarks")
+        await pilot.press("down")
+        await until(pilot, lambda: "all 40 steps are done" in text(pilot, "remarks"))
+        await pilot.press("up", "enter")
+        await until(pilot, lambda: "step 112/180" in text(pilot, "head"))
+        assert "rank 2   training" in text(pilot, "workers-text") and "41.3 MB a step" in text(pilot, "traffic-text")
+        assert "recovered  w2 lost" in text(pilot, "events-text") and "goodput" in text(pilot, "head")
+        assert len(pilot.app.screen.query_one("#loss", Sparkline).data or []) == 39
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(pilot.app.screen, RunsScreen))
+        await pilot.press("q")
+
+    assert drive(client, script).return_code == 0
+
+
+@pytest.mark.parametrize("key", ["q", "ctrl+c"])
+def test_one_key_quits_from_either_screen(client: RecordedClient, key: str) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "112/180" in text(pilot, "head"))
+        await pilot.press(key)
+
+    app = drive(client, script, "quickstart")
+    assert app.return_code == 0  # None if it had gone on
+
+
+def test_what_changes_is_shown_and_the_choice_stays(client: RecordedClient) -> None:
+    client.now = RESCALING
+
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "2 runs" in text(pilot, "title"))
+        assert str(pilot.app.screen.query_one(DataTable).get_row("quickstart")[1]) == "rescaling"
+        await pilot.press("down")
+        client.now = ENDED
+        await until(pilot, lambda: "0 going on" in text(pilot, "title"))
+        screen = pilot.app.screen
+        assert isinstance(screen, RunsScreen) and screen.chosen == "spare"  # which is another row by now
+
+    drive(client, script, size=(160, 50))
+
+
+def test_scaling_is_done_at_once_and_a_refusal_is_told(client: RecordedClient) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "112/180" in text(pilot, "head"))
+        await pilot.press("plus")
+        await until(pilot, lambda: "quickstart: 4 workers wanted" in told(pilot))
+        await pilot.press("minus")
+        await until(pilot, lambda: "quickstart: 2 workers wanted" in told(pilot))
+        client.most = 3
+        await pilot.press("plus")
+        await until(pilot, lambda: "4 workers are more than workers.max" in told(pilot))
+
+    drive(client, script, "quickstart")
+    assert client.wishes == [("scale", "quickstart", 4), ("scale", "quickstart", 2)]
+
+
+@pytest.mark.parametrize(("key", "wish"), [("p", "pause"), ("c", "cancel")])
+def test_what_ends_a_run_is_asked_for_confirmation(client: RecordedClient, key: str, wish: str) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "2 runs" in text(pilot, "title"))
+        for answer in ("n", "escape"):
+            await pilot.press(key)
+            await until(pilot, lambda: isinstance(pilot.app.screen, Confirmation))
+            assert f"{wish.capitalize()} quickstart?" in text(pilot, "question")
+            await pilot.press(answer)
+            await until(pilot, lambda: isinstance(pilot.app.screen, RunsScreen))
+        assert client.wishes == []
+        await pilot.press(key, "y")
+        await until(pilot, lambda: "after its current step" in told(pilot))
+
+    drive(client, script)
+    assert client.wishes == [(wish, "quickstart", None)]
+
+
+def test_a_cluster_that_is_away_is_a_line_and_is_looked_for_again(client: RecordedClient) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "112/180" in text(pilot, "head"))
+        trouble = pilot.app.screen.query_one("#trouble", Static)
+        assert not trouble.display
+        client.is_gone = True
+        await until(pilot, lambda: bool(trouble.display))
+        assert "No answer, trying again: no cluster answers at 10.0.0.5:6379" in text(pilot, "trouble")
+        assert "112/180" in text(pilot, "head")  # as it was seen last
+        await pilot.press("plus")
+        await until(pilot, lambda: "no cluster answers" in told(pilot))
+        client.is_gone, client.now = False, ENDED
+        await until(pilot, lambda: not trouble.display and "180/180" in text(pilot, "head"))
+
+    assert drive(client, script, "quickstart").return_code in (0, None)
+    assert client.wishes == []
+
+
+def test_a_run_that_is_gone_is_said_to_be(client: RecordedClient) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "nobody is not among" in text(pilot, "head"))
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(pilot.app.screen, RunsScreen))
+
+    drive(client, script, "nobody")
+
+
+def test_without_runs_the_screen_says_how_to_start_one(client: RecordedClient) -> None:
+    client.hides = True
+
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "no run yet" in text(pilot, "remarks"))
+        await pilot.press("enter", "plus", "p", "c")  # nobody is chosen
+        assert isinstance(pilot.app.screen, RunsScreen)
+
+    drive(client, script)
+    assert client.wishes == []
+
+
+def test_no_line_is_wider_than_a_small_terminal(client: RecordedClient) -> None:
+    async def script(pilot: Pilot[None]) -> None:
+        await until(pilot, lambda: "112/180" in text(pilot, "head"))
+        screen = pilot.app.screen
+        assert isinstance(screen, RunScreen) and screen.max_scroll_y == screen.max_scroll_x == 0
+        for name in ("title", "head", "curves", "state", "events"):
+            region = screen.query_one(f"#{name}").region
+            assert region.width == 80 and region.height > 0 and region.bottom <= 24
+
+    drive(client, script, "quickstart")
+
+
+def test_every_phase_has_its_colour() -> None:
+    assert set(COLOURS) == set(RunPhase)

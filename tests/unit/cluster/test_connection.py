@@ -1,0 +1,39 @@
+import socket
+import threading
+import time
+
+import pytest
+
+from orchestrator.cluster.connection import probe
+from orchestrator.errors import ClusterUnreachable, UsageError
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("address", ["head", ":6379", "head:", "head:ray", "ray://head:10001"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(UsageError, match="is not HOST:PORT"):
+        probe(address)
+
+
+def test_nobody_there_is_told_at_once_or_when_patience_ends() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    started_s = time.monotonic()
+    with pytest.raises(ClusterUnreachable, match="Connection refused"):
+        probe(address)
+    assert time.monotonic() - started_s < 1.0
+    with pytest.raises(ClusterUnreachable):
+        probe(address, patience_s=0.3)
+    assert time.monotonic() - started_s >= 0.3
+
+
+def test_a_head_that_comes_back_in_time_is_waited_for() -> None:
+    port = free_port()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", port))  # refuses until it listens
+        threading.Timer(0.3, listener.listen).start()
+        probe(f"127.0.0.1:{port}", patience_s=30.0)

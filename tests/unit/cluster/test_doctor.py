@@ -1,0 +1,64 @@
+"""Each finding, on a machine made sick on purpose."""
+
+import importlib.metadata
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster import doctor
+from orchestrator.cluster.doctor import Finding, Verdict, examine
+
+
+@pytest.fixture(autouse=True)
+def well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHESTRATOR_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(doctor, "LEFT_BY_RAY", tmp_path / "ray_current_cluster")
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address at which nobody listens."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{held.getsockname()[1]}"
+
+
+def _of(subject: str, storage: Path) -> Finding:
+    return {finding.subject: finding for finding in examine(storage)}[subject]
+
+
+def test_a_machine_that_is_well_has_no_fault(tmp_path: Path) -> None:
+    found = list(examine(tmp_path / "not" / "yet" / "there"))
+    assert [f.text for f in found if f.verdict is Verdict.FAULT] == []
+    assert len({f.subject for f in found}) == len(found) == 6
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_package_out_of_range_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0" if name == "torch" else real(name))
+    found = _of("packages", tmp_path)
+    assert found.verdict is Verdict.FAULT and "torch is 1.0, needed is" in found.text
+
+
+def test_storage_that_is_a_file_is_a_fault(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    found = _of("storage", tmp_path / "runs")
+    assert found.verdict is Verdict.FAULT and found.remedy
+
+
+def test_an_address_where_nobody_answers_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nobody: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", nobody)
+    found = _of("cluster", tmp_path)
+    assert found.verdict is Verdict.FAULT and nobody in found.text and "RAY_ADDRESS" in found.remedy
+
+
+def test_a_stale_file_of_ray_is_a_warning(tmp_path: Path, nobody: str) -> None:
+    (tmp_path / "ray_current_cluster").write_text(nobody)
+    found = _of("leftovers", tmp_path)
+    assert found.verdict is Verdict.WARNING and "Remove the file" in found.remedy

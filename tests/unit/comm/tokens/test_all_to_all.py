@@ -1,0 +1,153 @@
+"""Rows exchanged between ranks arrive where they should, and their gradients find the way back."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orchestrator.comm import stats
+from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
+from orchestrator.comm.tokens.all_to_all import Journey, gather_counts
+from orchestrator.protocol.usage import TrafficKind
+from tests.unit.comm.threads import on_ranks
+
+KIND = TrafficKind.DISPATCH
+SENT_WW = ((1, 0, 2), (3, 1, 0), (0, 0, 0))  # [source][destination] rows; rank 2 has none to send
+
+
+def _rows(rank: int) -> Tensor:
+    """One row per (source, destination, nth), holding just these numbers."""
+    rows = [(rank, to, nth) for to, count in enumerate(SENT_WW[rank]) for nth in range(count)]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+
+
+def test_rows_arrive_by_source_in_their_order() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> list[list[float]]:
+        received_W = [SENT_WW[source][rank] for source in range(3)]
+        journey = Journey(SENT_WW[rank], received_W, group, KIND)
+        found: list[list[float]] = journey.end(journey.begin(_rows(rank))).tolist()
+        return found
+
+    for rank, rows in enumerate(on_ranks(3, run)):
+        assert rows == [[source, rank, nth] for source in range(3) for nth in range(SENT_WW[source][rank])]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rows"),
+    [
+        pytest.param("", 0, id="nobody knows the nodes"),
+        pytest.param("xxx", 0, id="one"),
+        pytest.param("xxy", 2, id="two"),  # rank 0 sends two rows to rank 2
+        pytest.param("xyz", 5, id="three"),
+    ],
+)
+def test_the_ledger_tells_what_goes_to_other_nodes(nodes: str, rows: int) -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> None:
+        received_W = [SENT_WW[source][rank] for source in range(3)]
+        is_far_W = [node != nodes[rank] for node in nodes]
+        journey = Journey(SENT_WW[rank], received_W, group, KIND, is_far_W=is_far_W)
+        journey.end(journey.begin(_rows(rank).requires_grad_())).sum().backward()
+
+    since = stats.Since()
+    on_ranks(3, run)
+    sent = since.look()[KIND]
+    assert (sent.payload, sent.across) == (2 * 5 * 24, 2 * rows * 24)  # there and back, three numbers of 8 bytes a row
+
+
+def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> list[float]:
+        rows = _rows(rank).requires_grad_()
+        received_W = [SENT_WW[source][rank] for source in range(3)]
+        journey = Journey(SENT_WW[rank], received_W, group, KIND)
+        received = journey.end(journey.begin(rows))
+        (received.sum() * (10.0 + rank)).backward()
+        assert rows.grad is not None
+        gradients: list[float] = rows.grad[:, 0].tolist()
+        return gradients
+
+    for rank, gradients in enumerate(on_ranks(3, run)):
+        assert gradients == [10.0 + to for to, count in enumerate(SENT_WW[rank]) for _ in range(count)]
+
+
+def test_in_a_world_of_one_nothing_moves() -> None:
+    rows = _rows(1)
+    journey = Journey([4], [4], None, KIND)
+    assert journey.end(journey.begin(rows)) is rows
+
+
+def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_travel() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
+        under_way = []
+        weights = torch.ones(3, requires_grad=True)
+        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
+        on_the_way = journey.begin(_rows(rank).requires_grad_())
+        beside = weights * 2.0
+        under_way.append(journey.is_under_way)
+        received = journey.end(on_the_way)
+        under_way.append(journey.is_under_way)
+        beside.register_hook(lambda grad: under_way.append(journey.is_under_way))
+        (received.sum() + beside.sum()).backward()
+        under_way.append(journey.is_under_way)
+        return under_way
+
+    assert on_ranks(3, run) == [[True, False, True, False]] * 3
+
+
+def test_a_journey_ends_once() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> str:
+        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
+        received = journey.end(journey.begin(_rows(rank)))
+        with pytest.raises(ValueError, match="go in pairs") as error:
+            journey.end(received)
+        return str(error.value)
+
+    assert len(set(on_ranks(3, run))) == 1
+
+
+def test_every_rank_sees_every_ranks_counts() -> None:
+    def run(rank: int, group: dist.ProcessGroup | None) -> list[list[int]]:
+        assert group is not None
+        counts: list[list[int]] = gather_counts(torch.tensor([rank, 7 * rank, 0]), group).tolist()
+        return counts
+
+    assert on_ranks(3, run) == [[[rank, 7 * rank, 0] for rank in range(3)]] * 3
+
+
+@pytest.mark.parametrize(("wire", "error"), [("bf16", 2**-8), ("int8", 0.5 / 127)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_fewer_bytes_are_nearly_the_same_both_ways(wire: Wire, error: float, dtype: torch.dtype) -> None:
+    sent_WW = ((1, 0, 2), (3, 1, 0), (2, 2, 2))
+
+    def run(rank: int, group: dist.ProcessGroup | None) -> None:
+        counts, arriving = sent_WW[rank], [sent_WW[source][rank] for source in range(3)]
+        x_ND = torch.linspace(-3, 5, sum(counts) * 8).view(-1, 8).to(dtype).requires_grad_()
+        journey = Journey(counts, arriving, group, KIND, wire)
+        received_MD = journey.end(journey.begin(x_ND))
+        back = Journey(arriving, counts, group, KIND)
+        returned_ND = back.end(back.begin(received_MD))
+        (returned_ND.float() * torch.arange(8.0)).sum().backward()
+        assert returned_ND.dtype == dtype and x_ND.grad is not None
+        rounding = error + (2**-8 if dtype == torch.bfloat16 else 0)
+        bound = rounding * x_ND.detach().float().abs().amax(-1, keepdim=True)
+        assert ((returned_ND - x_ND).detach().float().abs() <= 1.001 * bound).all()
+        assert ((x_ND.grad.float() - torch.arange(8.0)).abs() <= 7.001 * rounding).all()
+
+    on_ranks(3, run)
+
+
+def test_a_row_that_is_not_finite_stays_so() -> None:
+    x_ND = torch.ones(3, 8)
+    x_ND[1, 2], x_ND[2, 0] = float("nan"), float("inf")
+    for wire in ("bf16", "int8"):
+        read_ND = decode(encode(x_ND, wire), wire, torch.float32)  # type: ignore[arg-type]
+        assert read_ND[0].isfinite().all() and not read_ND[1].isfinite().all() and not read_ND[2].isfinite().all()
+    assert decode(encode(torch.zeros(0, 8), "int8"), "int8", torch.float32).shape == (0, 8)
+
+
+@pytest.mark.parametrize("wire", ["exact", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_that_travel_whole_keep_all_bits(wire: Wire, dtype: torch.dtype) -> None:
+    x_ND = torch.linspace(-7, 11, 5 * 11).view(5, 11).to(dtype)
+    read_ND = decode(encode(x_ND, wire, 3), wire, dtype, 3)
+    assert torch.equal(read_ND[:, 8:], x_ND[:, 8:]) and read_ND.dtype == dtype
+    assert torch.equal(read_ND[:, :8], decode(encode(x_ND[:, :8], wire), wire, dtype))

@@ -1,0 +1,95 @@
+"""Frames over real sockets: whole, in order, from whoever knows the word, and an error as soon as an end is shut."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from orchestrator.comm.transport.stream import Listener, Stream, StreamClosed, dial
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Stream, Stream]]:
+    listener = Listener("127.0.0.1")
+    ours = dial(listener.address, 5.0)
+    with ours, listener.accept(5.0) as theirs:
+        listener.close()
+        yield ours, theirs
+
+
+def _receive_into(stream: Stream, memory: bytearray, headers: list[dict[str, Any]]) -> None:
+    def place(header: dict[str, Any], length: int) -> memoryview:
+        assert length == len(memory)
+        return memoryview(memory)
+
+    headers.append(stream.receive(place))
+    stream.acknowledge()
+
+
+@pytest.mark.parametrize("length", [0, 1, 10_000_019])
+def test_a_frame_arrives_whole(ends: tuple[Stream, Stream], length: int) -> None:
+    ours, theirs = ends
+    body = bytes(range(256)) * (length // 256) + bytes(length % 256)
+    memory, headers = bytearray(length), list[dict[str, Any]]()
+    receiver = threading.Thread(target=_receive_into, args=(theirs, memory, headers))
+    receiver.start()
+    ours.send({"step": 7, "note": "é"}, memoryview(body))
+    receiver.join(5.0)
+    assert bytes(memory) == body and headers == [{"step": 7, "note": "é"}]
+    assert ours.sent_bytes == theirs.received_bytes == length
+
+
+def test_a_sender_waits_for_the_answer(ends: tuple[Stream, Stream]) -> None:
+    ours, theirs = ends
+    sent = threading.Event()
+    sender = threading.Thread(target=lambda: (ours.send({}, memoryview(b"abc")), sent.set()))
+    sender.start()
+    memory = bytearray(3)
+    theirs.receive(lambda header, length: memoryview(memory))
+    assert not sent.wait(0.05)
+    theirs.acknowledge()
+    assert sent.wait(5.0)
+    sender.join(5.0)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["one's own end", "the other's end"])
+def test_whoever_waits_is_freed_when_an_end_is_shut(ends: tuple[Stream, Stream], which: int) -> None:
+    failed = threading.Event()
+
+    def wait() -> None:
+        with pytest.raises(StreamClosed, match="connection closed by peer"):
+            ends[1].receive(lambda header, length: memoryview(bytearray(length)))
+        failed.set()
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    ends[which].shut()
+    assert failed.wait(5.0)
+    waiter.join(5.0)
+
+
+def test_a_stranger_is_turned_away() -> None:
+    listener = Listener("127.0.0.1")
+    host, port, word = listener.address.split(":")
+    stranger = socket.create_connection((host, int(port)), timeout=5.0)
+    stranger.sendall(b"0" * len(word))
+    friend = dial(listener.address, 5.0)
+    accepted = listener.accept(5.0)
+    friend.shut()
+    with pytest.raises(StreamClosed):
+        accepted.receive(lambda header, length: memoryview(bytearray(length)))
+    assert stranger.recv(1) == b""
+    stranger.close()
+    listener.close()
+
+
+def test_nobody_comes() -> None:
+    listener = Listener("127.0.0.1")
+    with pytest.raises(StreamClosed, match="nobody came"):
+        listener.accept(0.05)
+    address = listener.address
+    listener.close()
+    with pytest.raises(StreamClosed):
+        dial(address, 0.5)

@@ -1,0 +1,55 @@
+"""What a controller writes down of its workers' numerics, once each, whoever it was before."""
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+
+from orchestrator.controller.recorder import Account
+from orchestrator.protocol.messages import Saturation
+from orchestrator.run_records.run_history import RunMemory, user_events
+from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.journal import acquire_epoch
+from tests.unit.policy.imagined import limits_of
+
+FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
+
+
+def _account(run_dir: Path) -> Account:
+    """Of a controller that has just come."""
+    memory = RunMemory(run_dir, acquire_epoch(run_dir), limits_of())
+    return Account("run", ModelSpec(), memory, Mock(), Mock(), Mock())
+
+
+def _told(run_dir: Path) -> list[tuple[Any, ...]]:
+    events = user_events(run_dir)
+    return [tuple(v for k, v in event.items() if k not in ("seq", "epoch", "time")) for event in events]
+
+
+def test_numerics_are_those_of_the_first_worker_and_others_are_told_once(tmp_path: Path) -> None:
+    other = FINGERPRINT | {"processor": "b"}
+    for _ in range(2):  # a second controller knows what the first one had heard
+        account = _account(tmp_path)
+        for worker, found in (("w0", FINGERPRINT), ("w1", FINGERPRINT), ("w2", other), ("w2", other)):
+            account.hear_numerics(worker, json.dumps(found))
+        account.hear_numerics("w3", "")  # of a run that isn't exact
+    assert _told(tmp_path) == [("numerics", FINGERPRINT), ("numerics_differ", "w2", {"processor": "a -> b"})]
+
+
+def test_a_gradient_too_large_is_told_with_its_parameter(tmp_path: Path) -> None:
+    for _ in range(2):
+        account = _account(tmp_path)
+        account.hear_saturation("w0", None)
+        for step in (4, 4, 5):
+            account.hear_saturation("w1", Saturation(step, ("head",)))
+    assert _told(tmp_path) == [("gradient_saturated", "w1", 4, ["head"]), ("gradient_saturated", "w1", 5, ["head"])]
+
+
+@pytest.mark.parametrize("missing", ["processor", "threads"])
+def test_what_one_side_lacks_differs(tmp_path: Path, missing: str) -> None:
+    account = _account(tmp_path)
+    account.hear_numerics("w0", json.dumps(FINGERPRINT))
+    account.hear_numerics("w1", json.dumps({k: v for k, v in FINGERPRINT.items() if k != missing}))
+    assert _told(tmp_path)[1][2] == {missing: f"{FINGERPRINT[missing]} -> None"}

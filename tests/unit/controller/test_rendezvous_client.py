@@ -1,0 +1,55 @@
+"""What a controller makes of what it hears from the rendezvous store."""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.controller import rendezvous_client
+from orchestrator.controller.rendezvous_client import NAME, StoreLink
+from orchestrator.controller.worker_group import Answer, Inbox
+from orchestrator.protocol.messages import StoreAddress
+
+
+@pytest.fixture
+def link(tmp_path: Path) -> StoreLink:
+    made = StoreLink("run", tmp_path, "nobody:Nothing", Inbox())
+    made._handle = object()  # it was asked
+    return made
+
+
+def _answer(method: str, value: Any) -> Answer:
+    future: Future[Any] = Future()
+    if isinstance(value, Exception):
+        future.set_exception(value)
+    else:
+        future.set_result(value)
+    return Answer(NAME, method, future)
+
+
+def test_a_store_that_died_has_no_address_until_it_is_back(link: StoreLink) -> None:
+    link.take(_answer("address", ("10.0.0.1", 4321)))
+    assert link.address == StoreAddress("10.0.0.1", 4321)
+    link.take(_answer("hold", RuntimeError("its process ended")))
+    assert link.address is None and not link.fault
+    link.take(_answer("address", ("10.0.0.1", 4321)))  # of the dead one, late
+    assert link.address is None
+    link._handle = object()  # it is asked again
+    link.take(_answer("address", ("10.0.0.1", 9999)))
+    assert link.address == StoreAddress("10.0.0.1", 9999)
+
+
+def test_a_store_that_another_controller_holds_is_still_there(link: StoreLink) -> None:
+    link.take(_answer("address", ("10.0.0.1", 4321)))
+    link.take(_answer("hold", None))
+    assert link.address is not None
+
+
+def test_a_store_that_never_comes_is_a_fault_with_its_reason(link: StoreLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous_client, "GIVE_UP_S", 0.0)
+    link.take(_answer("address", RuntimeError("no port is free")))
+    assert not link.fault
+    link._handle = object()
+    link.take(_answer("address", RuntimeError("no port is free")))
+    assert link.fault == "the rendezvous store failed: no port is free"

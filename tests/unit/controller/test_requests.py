@@ -1,0 +1,53 @@
+"""When a wish is accepted, and when it is taken back to who had it."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.controller.requests import Wishes
+from orchestrator.controller.worker_group import Inbox
+from orchestrator.errors import UsageError
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.protocol.messages import Finish, Target
+from orchestrator.run_records.run_history import RunMemory
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import acquire_epoch
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> RunMemory:
+    return RunMemory(tmp_path, acquire_epoch(tmp_path), RunLimits.of("run", JobSpec(name="run")))
+
+
+def _aim(wishes: Wishes, memory: RunMemory, finish: Finish, workers: int | None = None) -> Target:
+    """Wish from another thread, and be the controller that takes it in."""
+    found: list[Target] = []
+    wisher = threading.Thread(target=lambda: found.append(wishes.aim(finish, "asked for", workers)), daemon=True)
+    inbox = wishes._inbox
+    wisher.start()
+    inbox.get(timeout=20.0)
+    assert not found  # it waits until it is written down
+    memory.decided(replace(memory.state, target=wishes.newest), [])
+    wishes.turned()
+    wisher.join(20.0)
+    return found[0]
+
+
+def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(memory: RunMemory) -> None:
+    wishes = Wishes("run", memory, Inbox())
+    assert _aim(wishes, memory, Finish.NO, 3).workers == 3
+    paused = _aim(wishes, memory, Finish.PAUSE)
+    assert (paused.seq, paused.workers, paused.finish) == (2, 3, Finish.PAUSE)
+    assert RunMemory(memory._run_dir, 1, RunLimits.of("run", JobSpec(name="run"))).state.target == paused
+
+
+def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: RunMemory) -> None:
+    wishes = Wishes("run", memory, Inbox())
+    _aim(wishes, memory, Finish.PAUSE)
+    for finish in (Finish.NO, Finish.CANCEL):
+        with pytest.raises(UsageError, match="run run is ending"):
+            wishes.aim(finish, "asked for", 2)
+    assert wishes.newest.finish is Finish.PAUSE
+    assert _aim(wishes, memory, Finish.PAUSE).seq == 2  # a repeat is harmless

@@ -1,0 +1,33 @@
+"""What a run that goes on accepts as the data that it has trained on."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.services import Facilities
+from orchestrator.controller.worker_group import Inbox
+from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.spec.job import JobSpec
+
+KNOWN = PreparedData("/old/store-abc", 300, "/run/tokenizer.json")
+
+
+@pytest.fixture
+def facilities(tmp_path: Path) -> Facilities:
+    made = Facilities("run", tmp_path, JobSpec(name="run"), Parts(), 1, Inbox())
+    made._known_data = KNOWN
+    return made
+
+
+def test_a_store_that_was_lost_may_be_made_anew_elsewhere(facilities: Facilities) -> None:
+    again = replace(KNOWN, store_dir="/new/store-abc")
+    facilities._prepared(again)
+    assert facilities.data == again and facilities.faults == ()
+
+
+def test_another_corpus_is_a_fault(facilities: Facilities) -> None:
+    facilities._prepared(replace(KNOWN, store_dir="/old/store-xyz"))
+    assert facilities.data is None
+    assert "/old/store-abc" in facilities.faults[0]

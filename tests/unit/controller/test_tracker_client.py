@@ -1,0 +1,144 @@
+"""What a tracker that was away is told, from the journal alone."""
+
+import os
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from orchestrator.controller.tracker_client import POINTS_PER_CALL, TrackerLink, missing_calls
+from orchestrator.controller.worker_group import Answer
+from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.run_history import RunMemory
+from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.spec.job import JobSpec
+from orchestrator.storage.journal import acquire_epoch
+from orchestrator.telemetry.node import Reading, points_of_readings, read_system
+from orchestrator.tracking.outbox import Outbox
+from orchestrator.tracking.sink import Dataset
+from tests.unit.policy.imagined import limits_of, record
+
+STEPS = 500
+LOADS = ((3, 1), (0, 4))  # of the experts, in steps that the heat map shows
+SHOWN = (0, 123, STEPS - 1)
+DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "train", "abc", "/t", 1, 2),))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of(steps=STEPS))
+    memory.note("submitted", run_id="run")
+    memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
+    memory.note("rescaled", generation=1, from_size=2, to_size=3, step=40, stall_s=0.3, moved_bytes=7)
+    memory.note("checkpoint", step=99, path="/c/99")
+    return tmp_path
+
+
+@pytest.mark.parametrize("position", [-1, 0, 123, STEPS - 2, STEPS - 1])
+def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, position: int) -> None:
+    outbox = Outbox(run_dir / "tracking")
+    have = [point for method, args in missing_calls(run_dir, -1, None) if method == "publish" for point in args[0]]
+    known = {step: LOADS for step in SHOWN if step <= position}
+    outbox.put_points([point for point in have if point.step <= position], after=-1, loads=known)
+    for method, args in [*missing_calls(run_dir, position, DATA), *missing_calls(run_dir, STEPS - 1, DATA)]:
+        if method == "publish":
+            assert len(args[0]) <= POINTS_PER_CALL + 20
+            outbox.put_points(*args)
+        elif method == "event":
+            outbox.put_event(*args)
+    history = outbox.history()
+    assert outbox.position == STEPS - 1
+    assert [step for step, _ in history.curves["train/loss"]] == list(range(STEPS))
+    assert [event.kind for event in history.events] == ["submitted", "rescaled", "checkpoint"]
+    assert history.loads == {step: [[3, 1], [0, 4]] for step in SHOWN}
+    assert outbox.num_waiting == len(have) + 2 + 1  # the cost of the rescale, and the checkpoint
+
+
+@dataclass
+class Told:
+    """In place of a tracker's handle: what it was called with."""
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+
+    @property
+    def call(self) -> "Told":
+        return self
+
+    def remote(self, *call: Any) -> "Told":
+        self.calls.append(call)
+        return self
+
+    def future(self) -> "Future[None]":
+        return Future()
+
+
+def _has_steps_up_to(step: int) -> Answer:
+    answer: Future[int] = Future()
+    answer.set_result(step)
+    return Answer("tracker", "position", answer)
+
+
+def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) -> None:
+    link = TrackerLink("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, SimpleQueue())
+    link._handle = tracker = Told()
+    path = max((run_dir / "journal").iterdir())
+    away = path.rename(run_dir / "away")
+    path.mkdir()
+    link.take(_has_steps_up_to(-1))
+    assert link.warning == "metrics wait in the journal, which can't be read: Is a directory"
+    assert "publish" not in [method for method, *_ in tracker.calls]
+    path.rmdir()
+    away.rename(path)
+    link._num_open = 0  # what it was sent is answered
+    link.tend(now_s=10.0)
+    assert tracker.calls[-1] == ("position",)
+    link.take(_has_steps_up_to(-1))
+    assert link.warning is None
+    steps = [point.step for method, *args in tracker.calls if method == "publish" for point in args[1]]
+    assert set(steps) == set(range(STEPS))
+
+
+def test_files_and_data_are_told_too(run_dir: Path) -> None:
+    told = [(method, args) for method, args in missing_calls(run_dir, STEPS, DATA) if method in ("artifact", "inputs")]
+    job = str(run_dir / "job.yaml")
+    assert told == [
+        ("artifact", (job,)),
+        ("artifact", ("/run/tokenizer.json",)),
+        ("inputs", (DATA.datasets,)),
+    ]
+
+
+def test_parameters_hold_no_password() -> None:
+    job = JobSpec.model_validate({"name": "try", "tracking": {"uri": "postgresql://me:secret@host/db"}})
+    setup = tracker_setup("try", Path("/runs/try"), job)
+    assert setup.run.params["tracking.uri"] == "postgresql://me:***@host/db"
+    assert setup.uri == "postgresql://me:secret@host/db"
+    assert (setup.directory, setup.artifacts) == ("/runs/try/tracking", "/runs/mlflow-artifacts")
+    assert setup.run.params["train.steps"] == str(job.train.steps)
+
+
+def test_a_node_is_told_as_rates_between_two_readings() -> None:
+    before = Reading("10.0.0.7", 100.0, 50.0, 1000.0, 5, 40.0, 1_000, 2_000)
+    after = Reading("10.0.0.7", 110.0, 65.0, 1020.0, 7, 41.0, 6_000, 2_500)
+    values = {point.key: point.value for point in points_of_readings(before, after, step=9)}
+    assert values == {
+        "system/cpu_percent/10.0.0.7": 75.0,
+        "system/memory_bytes/10.0.0.7": 7.0,
+        "system/disk_percent/10.0.0.7": 41.0,
+        "system/sent_bytes_per_second/10.0.0.7": 500.0,
+        "system/received_bytes_per_second/10.0.0.7": 50.0,
+    }
+    assert list(points_of_readings(before, before, step=9)) == []
+
+
+def test_this_machine_can_be_read(tmp_path: Path) -> None:
+    first = read_system("here", str(tmp_path))
+    sum(n * n for n in range(200_000))
+    second = read_system("here", str(tmp_path))
+    rounding = 1e-6  # each is a sum of numbers in hundredths
+    assert -rounding <= second.busy_s - first.busy_s <= second.total_s - first.total_s + rounding
+    assert second.total_s - first.total_s <= (second.time - first.time + 1.0) * (os.cpu_count() or 1)
+    assert second.memory_bytes > 0 and 0 < second.disk_percent <= 100

@@ -1,0 +1,80 @@
+"""Every kind of file that holds text, and how a broken one is named."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from orchestrator.data.corpus.files import texts_in
+from orchestrator.data.corpus.sources import open_corpus
+from orchestrator.errors import DataError
+
+ROWS = [{"body": "first text", "n": 1}, {"body": "", "n": 2}, {"body": "third, ünï", "n": 3}, {"body": None, "n": 4}]
+TEXTS = ["first text", "", "third, ünï", ""]
+
+
+def _write(directory: Path, kind: str) -> Path:
+    path = directory / f"rows{kind}"
+    lines = "\n".join(json.dumps(row) for row in ROWS).encode() + b"\n\n"
+    table = pyarrow.Table.from_pylist(ROWS)
+    match kind:
+        case ".jsonl":
+            path.write_bytes(lines)
+        case ".jsonl.gz":
+            path.write_bytes(gzip.compress(lines))
+        case ".parquet":
+            parquet.write_table(table, path, row_group_size=2)
+        case ".arrow":
+            with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table, max_chunksize=3)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".parquet", ".arrow"])
+def test_each_row_is_a_text(tmp_path: Path, kind: str) -> None:
+    assert list(texts_in(_write(tmp_path, kind), "body")) == TEXTS
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", ".arrow"])
+def test_a_missing_column_is_named_with_those_that_there_are(tmp_path: Path, kind: str) -> None:
+    path = _write(tmp_path, kind)
+    with pytest.raises(DataError, match="has no 'text'; it has 'body', 'n'") as caught:
+        list(texts_in(path, "text"))
+    assert str(path) in str(caught.value) and "data.text_key" in caught.value.remedy
+    with pytest.raises(DataError, match="n is of type int; it must be text"):
+        list(texts_in(path, "n"))
+
+
+def test_plain_files_may_be_gzipped(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("ünï".encode()))
+    assert list(texts_in(tmp_path / "a.txt.gz", "text")) == ["ünï"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.jsonl", b'{"text": "good"}\n{"text": bad}\n', r"rows.jsonl:2 is not JSON"),
+        ("rows.jsonl", b'["text"]\n', r"rows.jsonl:1 is a JSON list"),
+        ("rows.jsonl", b'{"text": "caf\xe9"}\n', r"rows.jsonl:1 is not JSON"),
+        ("rows.jsonl.gz", b"not gzip", r"rows.jsonl.gz can't be read"),
+        ("rows.parquet", b"not parquet", r"rows.parquet is no parquet file"),
+        ("rows.arrow", b"not arrow at all", r"rows.arrow is no arrow file"),
+    ],
+)
+def test_what_is_broken_is_named(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=told):
+        list(texts_in(tmp_path / name, "text"))
+
+
+def test_a_corpus_may_mix_kinds_and_counts_rows(tmp_path: Path) -> None:
+    _write(tmp_path, ".parquet")
+    (tmp_path / "plain.txt").write_text("plain text")
+    (tmp_path / "state.json").write_text("{}")  # of no kind
+    corpus = open_corpus(str(tmp_path), "body")
+    assert corpus.ids == ("plain.txt", "rows.parquet#0", "rows.parquet#2")
+    assert [document.text for document in corpus] == ["plain text", "first text", "third, ünï"]
+    assert open_corpus(str(_write(tmp_path, ".jsonl")), "body").ids == ("rows.jsonl#0", "rows.jsonl#2")

@@ -1,0 +1,136 @@
+"""Which state is the newest that somebody reachable holds all of, and how it lies with its holders."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.elastic.buddies import buddies_of
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.recovery_point import Cut, Holding, layout_of_cut, newest_cut, placement_of_cut, world_of
+from orchestrator.elastic.snapshot_layout import ALIGNMENT, SnapshotFormat
+from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.transfer_plan import TransferPlan
+from orchestrator.elastic.world import World
+
+WORLD = World(3, ("a", "b", "c"))
+
+
+def _held(**of: list[tuple[int, int]]) -> dict[str, tuple[Holding, ...]]:
+    """By worker, (step, rank) of generation 3."""
+    return {worker: tuple(Holding(3, step, rank) for step, rank in rows) for worker, rows in of.items()}
+
+
+def test_the_newest_step_that_is_whole_counts() -> None:
+    held = _held(a=[(7, 0), (8, 0), (7, 2), (8, 2)], b=[(7, 1), (7, 0)])
+    assert newest_cut([WORLD], held) == Cut(3, 7, ("a", "b", "a"))
+
+
+def test_a_rank_stands_for_itself_if_it_can() -> None:
+    held = _held(a=[(7, 0), (7, 2)], b=[(7, 1), (7, 0)], c=[(7, 2), (7, 1)])
+    assert newest_cut([WORLD], held) == Cut(3, 7, ("a", "b", "c"))
+
+
+def test_nothing_is_whole() -> None:
+    assert newest_cut([WORLD], _held(a=[(7, 0), (8, 2)], b=[(7, 1)])) is None
+    assert newest_cut([World(4, ("a", "b", "c"))], _held(a=[(7, 0)], b=[(7, 1)], c=[(7, 2)])) is None
+
+
+def test_snapshots_of_others_alone_are_not_enough() -> None:
+    """They lack what every rank of the world had."""
+    world = World(3, ("a", "b"))
+    assert newest_cut([world], {"c": (Holding(3, 7, 0), Holding(3, 7, 1))}) is None
+
+
+def test_at_the_same_step_the_newer_generation_counts() -> None:
+    old, new = World(2, ("a",)), World(3, ("a",))
+    held = {"a": (Holding(2, 7, 0), Holding(3, 7, 0))}
+    assert newest_cut([old, new], held) == Cut(3, 7, ("a",))
+
+
+@st.composite
+def _lost(draw: st.DrawFn) -> tuple[Layout, Placement, list[str], tuple[str, ...]]:
+    """A layout of some world, and who holds its ranks' shards when some members, none of them buddies, are gone."""
+    size, experts = draw(st.integers(2, 7)), draw(st.integers(1, 9))
+    world = World(0, tuple(f"w{i}" for i in range(size)))
+    placement = Placement.balanced(experts, size)
+    numels = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    params = [ParamSpec(f"dense{i}", n, None) for i, n in enumerate(numels)]
+    params += [ParamSpec(f"expert{e}", draw(st.integers(1, 30)), e) for e in range(experts)]
+    layout = training_layout(params, placement, world, draw(st.booleans()), [("bias", 5)])
+    buddies, gone = buddies_of(["n"] * size), set[int]()
+    for rank in draw(st.lists(st.integers(0, size - 1), max_size=3)):
+        if buddies[rank] not in gone and all(buddies[other] != rank for other in gone) and len(gone) < size - 1:
+            gone.add(rank)
+    holders = [world.members[buddies[rank] if rank in gone else rank] for rank in range(size)]
+    survivors = tuple(w for rank, w in enumerate(world.members) if rank not in gone)
+    return layout, placement, holders, survivors
+
+
+@given(_lost())
+def test_survivors_have_all_that_any_new_world_needs(
+    lost: tuple[Layout, Placement, list[str], tuple[str, ...]],
+) -> None:
+    layout, placement, holders, survivors = lost
+    cut = layout_of_cut(layout, holders)
+    assert set(cut.world.members) == set(survivors)
+    new_world = World(1, survivors)
+    before = placement_of_cut(placement, holders)
+    again = Placement.rebalanced(before, world_of(0, holders), new_world)
+    params = [
+        ParamSpec(
+            name.removeprefix("param/"),
+            int(numel),
+            int(name.removeprefix("param/expert")) if name.startswith("param/expert") else None,
+        )
+        for name, numel in zip(layout.names, layout.numel, strict=True)
+        if name.startswith("param/")
+    ]
+    mixed = any(name.startswith("master/") for name in layout.names)
+    new = training_layout(params, again, new_world, mixed, [("bias", 5)])
+    plan = TransferPlan.between(cut, new)  # raises StateLost if anything can't be had
+    held = {worker: _really_held(layout, holders, worker) for worker in survivors}
+    for tensor, start, stop, source, _ in plan.moves.tolist():
+        assert any(
+            name == plan.names[tensor] and low <= start and stop <= high
+            for name, low, high in held[plan.workers[source]]
+        ), f"{plan.workers[source]} does not hold {plan.names[tensor]}[{start}:{stop}]"
+
+
+def _really_held(layout: Layout, holders: list[str], worker: str) -> list[tuple[str, int, int]]:
+    """What lies in a worker's memory: its own shard, and the shared part of others' snapshots."""
+    found = []
+    for rank, holder in enumerate(holders):
+        if holder == worker:
+            form = SnapshotFormat.of(layout, rank)
+            count = len(form.names) if layout.world.members[rank] == worker else form.num_shared
+            rows = zip(form.names[:count], form.start.tolist(), form.stop.tolist(), strict=False)
+            found += [(name, start, stop) for name, start, stop in rows]
+    return found
+
+
+@given(_lost())
+def test_a_snapshot_has_all_of_a_shard_and_shares_what_no_other_rank_has(
+    lost: tuple[Layout, Placement, list[str], tuple[str, ...]],
+) -> None:
+    layout = lost[0]
+    for rank, worker in enumerate(layout.world.members):
+        form = SnapshotFormat.of(layout, rank)
+        rows = sorted(zip(form.names, form.start.tolist(), form.stop.tolist(), strict=True))
+        wanted = sorted((layout.names[t], start, stop) for t, start, stop in layout.ranges_of(worker).tolist())
+        assert rows == wanted
+        ends = form.offset + (form.stop - form.start) * form.itemsize
+        assert (form.offset % ALIGNMENT == 0).all() and (ends[:-1] <= form.offset[1:]).all()
+        assert form.shared_bytes <= form.total_bytes and (ends[: form.num_shared] <= form.shared_bytes).all()
+        for name in form.names[form.num_shared :]:
+            tensor = layout.names.index(name)
+            assert layout.kind[tensor] == Kind.REPLICATED
+            assert len(layout.holder_sets[layout.holder_set[tensor]]) == layout.world.size
+
+
+def test_nobody_stands_for_himself() -> None:
+    layout = training_layout([ParamSpec("w", 4, None)], Placement.balanced(1, 2), World(0, ("a", "b")), False, [])
+    assert np.array_equal(layout_of_cut(layout, ["a", "a"]).bytes_per_rank(), [4 * 4 + 2 * 4 * 4])
+    with pytest.raises(ValueError, match="hold only others' shards"):
+        layout_of_cut(layout, ["b", "a"])

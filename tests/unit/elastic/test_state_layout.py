@@ -1,0 +1,137 @@
+"""The layout of the training state, against ZeRO's partition written down plainly, element by element."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.world import World
+from orchestrator.spec.communication import CommunicationSpec
+
+
+def plain_owners(params: list[ParamSpec], placement: Placement, bucket: float) -> dict[tuple[str, int], int]:
+    """The rank that optimizes each (parameter, element): flatten each bucket, pad it, cut it evenly."""
+    groups: dict[tuple[str, tuple[int, ...], int], list[tuple[str, int]]] = defaultdict(list)
+    number: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
+    for spec in reversed(params):
+        everyone = tuple(range(placement.world_size))
+        key = ("dense", everyone) if spec.expert is None else ("expert", placement.holders[spec.expert])
+        if groups[*key, number[key]] and len(groups[*key, number[key]]) + spec.numel > bucket:
+            number[key] += 1
+        groups[*key, number[key]][:0] = [(spec.name, i) for i in range(spec.numel)]
+    owner = {}
+    for (_, ranks, _), elements in groups.items():
+        padded = len(elements)
+        while padded % (16 * len(ranks)):
+            padded += 1
+        for position, element in enumerate(elements):
+            owner[element] = ranks[position // (padded // len(ranks))]
+    return owner
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[list[ParamSpec], Placement]:
+    num_experts, world_size = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    ranks = st.sets(st.integers(0, world_size - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+    uneven = st.tuples(*[ranks] * num_experts).map(lambda holders: Placement(num_experts, world_size, holders))
+    placement = draw(uneven | st.just(Placement.balanced(num_experts, world_size)))
+    shapes = draw(st.lists(st.tuples(st.integers(1, 9), st.none() | st.integers(0, num_experts - 1)), max_size=8))
+    return [ParamSpec(f"p{i}", numel, expert) for i, (numel, expert) in enumerate(shapes)], placement
+
+
+def world_of(size: int) -> World:
+    return World(0, tuple(f"w{i}" for i in range(size)))
+
+
+@settings(deadline=None)
+@given(models(), st.booleans(), st.integers(1, 40))
+def test_every_element_lies_where_zero_puts_it(
+    model: tuple[list[ParamSpec], Placement], mixed_precision: bool, bucket: int
+) -> None:
+    params, placement = model
+    world = world_of(placement.world_size)
+    communication = CommunicationSpec(bucket_mb=bucket * 4 / 2**20)
+    layout = training_layout(params, placement, world, mixed_precision, [("bias", 3)], communication)
+    owner = plain_owners(params, placement, bucket)
+
+    held: dict[str, set[tuple[str, int]]] = {}
+    for worker in world.members:
+        held[worker] = {
+            (layout.names[tensor], i)
+            for tensor, start, stop in layout.ranges_of(worker).tolist()
+            for i in range(start, stop)
+        }
+    for rank, worker in enumerate(world.members):
+        mine = set(placement.experts_of(rank))
+        expected = {("buffer/bias", i) for i in range(3)}
+        for spec in params:
+            if spec.expert is None or spec.expert in mine:
+                expected |= {(f"param/{spec.name}", i) for i in range(spec.numel)}
+            owned = [i for i in range(spec.numel) if owner[spec.name, i] == rank]
+            for prefix in ("exp_avg", "exp_avg_sq") + (("master",) if mixed_precision else ()):
+                expected |= {(f"{prefix}/{spec.name}", i) for i in owned}
+        assert held[worker] == expected
+
+    item_bytes = dict(zip(layout.names, layout.itemsize.tolist(), strict=True))
+    expected_bytes = [sum(item_bytes[name] for name, _ in held[worker]) for worker in world.members]
+    assert layout.bytes_per_rank().tolist() == expected_bytes
+
+
+def test_item_sizes_and_kinds() -> None:
+    params = [ParamSpec("w", 4, None), ParamSpec("e", 2, 0)]
+    mixed = training_layout(params, Placement.balanced(1, 2), world_of(2), True, [("bias", 1)])
+    seen = {n: (i, Kind(k)) for n, i, k in zip(mixed.names, mixed.itemsize.tolist(), mixed.kind.tolist(), strict=True)}
+    assert seen["param/e"] == (2, Kind.REPLICATED)
+    assert seen["master/e"] == seen["exp_avg/w"] == seen["exp_avg_sq/w"] == (4, Kind.SHARDED)
+    assert seen["buffer/bias"] == (4, Kind.REPLICATED)
+    full = training_layout(params, Placement.balanced(1, 2), world_of(2), False, [])
+    assert set(full.itemsize.tolist()) == {4}
+    assert not any(name.startswith("master/") for name in full.names)
+
+
+def test_names_do_not_depend_on_the_world() -> None:
+    params = [ParamSpec("e0", 2, 0), ParamSpec("w", 4, None), ParamSpec("e1", 2, 1)]
+    names = {training_layout(params, Placement.balanced(2, n), world_of(n), True, [("b", 1)]).names for n in (1, 2, 5)}
+    assert len(names) == 1
+
+
+def test_mistakes_are_refused() -> None:
+    with pytest.raises(ValueError, match="placement is for 2 ranks; the world has 3"):
+        training_layout([], Placement.balanced(2, 2), world_of(3), False, [])
+    with pytest.raises(ValueError, match="e belongs to expert 2"):
+        training_layout([ParamSpec("e", 1, 2)], Placement.balanced(2, 2), world_of(2), False, [])
+    with pytest.raises(ValueError, match="w has 0 elements"):
+        ParamSpec("w", 0, None)
+    with pytest.raises(ValueError, match=r"\['param/w'"):
+        training_layout([ParamSpec("w", 1, None)] * 2, Placement.balanced(1, 1), world_of(1), False, [])
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        pytest.param([(0, 0, 3, 0)], "cover", id="gap_at_the_end"),
+        pytest.param([(0, 0, 2, 0), (0, 3, 4, 1)], "cover", id="gap_inside"),
+        pytest.param([(0, 0, 3, 0), (0, 2, 4, 1)], "cover", id="overlap"),
+        pytest.param([(0, 2, 4, 1), (0, 0, 2, 0)], "cover", id="unsorted"),
+        pytest.param([(0, 0, 5, 0)], "beyond", id="too_long"),
+        pytest.param([(0, 0, 4, 2)], "outside the world", id="no_such_rank"),
+        pytest.param([(1, 0, 4, 0)], "not sharded", id="no_such_tensor"),
+    ],
+)
+def test_shards_that_do_not_cover_are_refused(shards: list[tuple[int, int, int, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout(
+            world=world_of(2),
+            names=("t",),
+            numel=np.array([4]),
+            itemsize=np.array([4]),
+            kind=np.array([Kind.SHARDED]),
+            holder_sets=(),
+            holder_set=np.array([-1]),
+            shards=np.array(shards),
+        )

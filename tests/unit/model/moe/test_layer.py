@@ -1,0 +1,228 @@
+"""The mixture-of-experts layer in a world of one against a loop over tokens, and in larger worlds against that."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from orchestrator.elastic.expert_placement import Placement
+from orchestrator.model.moe.dispatch import Dispatch
+from orchestrator.model.moe.experts import GatedMLP
+from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.moe.router import Router
+from orchestrator.spec.model import ModelSpec
+from tests.unit.comm.threads import on_ranks
+
+HIDDEN, INNER = 6, 10
+
+
+def _layer(num_experts: int = 5, top_k: int = 2, num_shared_experts: int = 1) -> MoELayer:
+    home = ExpertHome(Placement.balanced(num_experts, 1), 0, None)
+    spec = ModelSpec(
+        hidden_size=HIDDEN,
+        num_heads=1,
+        num_kv_heads=1,
+        expert_intermediate_size=INNER,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared_experts=num_shared_experts,
+        routed_scaling_factor=1.5,
+    )
+    layer = MoELayer(spec, home)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for param in layer.parameters():
+            param.normal_(0.0, 0.5, generator=generator)
+    return layer.double()
+
+
+def _tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, HIDDEN, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def _mlp(mlp: GatedMLP, x_D: Tensor) -> Tensor:
+    gate_H, up_H = (mlp.gate_up @ x_D).chunk(2)
+    return mlp.down @ (F.silu(gate_H) * up_H)
+
+
+def _token_by_token(layer: MoELayer, x_BTD: Tensor) -> Tensor:
+    """What the layer is defined to compute, one token and one expert at a time."""
+    rows = []
+    for x_D in x_BTD.reshape(-1, HIDDEN):
+        routing = layer.router(x_D[None])
+        y_D = torch.zeros_like(x_D) if layer.shared is None else _mlp(layer.shared, x_D)
+        for expert, gate in zip(routing.expert_ids_NK[0].tolist(), routing.gates_NK[0], strict=True):
+            mlp = layer.experts[str(expert)]
+            assert isinstance(mlp, GatedMLP)
+            y_D = y_D + gate * _mlp(mlp, x_D)
+        rows.append(y_D)
+    return torch.stack(rows).view_as(x_BTD)
+
+
+def _gradients(layer: MoELayer, y_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tensor]:
+    weights_BTD = torch.arange(y_BTD.numel(), dtype=torch.float64).view_as(y_BTD).cos()
+    named = dict(layer.named_parameters())
+    found = torch.autograd.grad((y_BTD * weights_BTD).sum(), [x_BTD, *named.values()])
+    return dict(zip(["x", *named], found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "num_shared_experts"),
+    [
+        pytest.param(5, 2, 1, id="one shared expert"),
+        pytest.param(5, 3, 2, id="two shared experts"),
+        pytest.param(4, 1, 0, id="no shared expert"),
+        pytest.param(3, 3, 1, id="every expert chosen"),
+    ],
+)
+def test_outputs_and_gradients_equal_those_of_a_loop_over_tokens(
+    num_experts: int, top_k: int, num_shared_experts: int
+) -> None:
+    layer = _layer(num_experts, top_k, num_shared_experts)
+    x_BTD = _tokens(2, 7).requires_grad_()
+    y_BTD, wanted_BTD = layer(x_BTD), _token_by_token(layer, x_BTD)
+    # Scores and gates are fp32 by design, in both; the rest is fp64.
+    torch.testing.assert_close(y_BTD, wanted_BTD, rtol=1e-6, atol=1e-9)
+    ours, theirs = _gradients(layer, y_BTD, x_BTD), _gradients(layer, wanted_BTD, x_BTD)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_every_copy_is_counted_for_its_expert() -> None:
+    layer, x_BTD = _layer(), _tokens(3, 9)
+    layer(x_BTD)
+    chosen = layer.router(x_BTD.reshape(-1, HIDDEN)).expert_ids_NK.reshape(-1).tolist()
+    assert layer.last_counts_E.tolist() == [Counter(chosen)[expert] for expert in range(5)]
+    assert layer.last_counts_E.dtype == torch.int64
+
+
+def test_an_expert_that_no_token_chose_has_gradients_of_zero() -> None:
+    layer = _layer()
+    layer.router.correction_bias_E[4] = -10.0
+    layer(_tokens(1, 8)).sum().backward()
+    for name, param in layer.named_parameters():
+        assert param.grad is not None, name
+        idle = name.startswith("experts.4.")
+        assert bool((param.grad == 0).all()) == idle, name
+
+
+def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
+    layer = _layer()
+    y_BTD = layer(_tokens(0, 8))
+    assert y_BTD.shape == (0, 8, HIDDEN)
+    assert layer.last_counts_E.tolist() == [0] * 5
+    y_BTD.sum().backward()
+    assert all(param.grad is not None and bool((param.grad == 0).all()) for param in layer.parameters())
+
+
+@st.composite
+def _placements(draw: st.DrawFn) -> Placement:
+    world_size = draw(st.integers(1, 5))
+    ranks = st.sets(st.integers(0, world_size - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+    holders = draw(st.lists(ranks, min_size=1, max_size=6))
+    return Placement(len(holders), world_size, tuple(holders))
+
+
+SPREAD = Placement(5, 3, ((1,), (0, 2), (0,), (0,), (1,)))  # rank 2 holds one expert, of which rank 0 has a copy
+EMPTY = Placement(5, 3, ((0,), (0,), (1,), (0,), (1,)))
+
+
+@pytest.mark.parametrize("placement", [SPREAD, EMPTY, Placement.balanced(5, 3), Placement.balanced(2, 3)])
+@pytest.mark.parametrize("num_shared_experts", [0, 1])
+@pytest.mark.parametrize("nodes", [(), ("a", "b", "b")], ids=["one node", "two nodes"])
+def test_layers_over_ranks_compute_what_one_layer_does(
+    placement: Placement, num_shared_experts: int, nodes: tuple[str, ...]
+) -> None:
+    whole = _layer(placement.num_experts, 2, num_shared_experts)
+    wanted = []
+    for rank in range(3):
+        x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
+        y_BTD = whole(x_BTD)
+        wanted.append((y_BTD.detach(), _gradients(whole, y_BTD, x_BTD)))
+
+    def run(rank: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+        layer = MoELayer(whole.router.spec, ExpertHome(placement, rank, group, nodes=nodes)).double()
+        layer.load_state_dict(whole.state_dict(), strict=False)
+        x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
+        y_BTD = layer(x_BTD)
+        torch.testing.assert_close(y_BTD, wanted[rank][0], rtol=1e-6, atol=1e-9)
+        return _gradients(layer, y_BTD, x_BTD)
+
+    found = on_ranks(3, run)
+    for name in wanted[0][1]:
+        if name == "x":
+            continue
+        total = sum(gradients[name] for gradients in found if name in gradients)  # of every rank that has it
+        theirs = sum(gradients[name] for _, gradients in wanted)
+        torch.testing.assert_close(total, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+    for ours, (_, theirs_) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours["x"], theirs_["x"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_goes_once_to_a_rank_with_its_gates_for_that_ranks_experts() -> None:
+    placement = Placement(4, 3, ((0,), (0,), (1,), (2,)))
+    dispatch = Dispatch(placement, 2, (0, 0, 1, 2))
+    expert_ids_NK, gates_NK = torch.tensor([[1, 0], [2, 0], [3, 1]]), torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    rows = dispatch.rows(expert_ids_NK, gates_NK)
+    assert rows.sent_W.tolist() == [3, 1, 1]
+    assert rows.token_S.tolist() == [0, 1, 2, 1, 2]
+    wanted_SL = [[0.2, 0.1], [0.4, 0.0], [0.0, 0.6], [0.3, 0.0], [0.5, 0.0]]
+    torch.testing.assert_close(rows.gates_SL, torch.tensor(wanted_SL))
+    there = Dispatch(placement, 0, (0, 0, 1, 2))
+    row_R, counts, gates_R = there.copies(rows.gates_SL[:3])
+    assert (row_R.tolist(), counts) == ([0, 1, 0, 2], [2, 2])
+    torch.testing.assert_close(gates_R, torch.tensor([0.2, 0.4, 0.1, 0.6]))
+
+
+def test_a_gate_that_is_not_a_number_is_computed() -> None:
+    dispatch = Dispatch(Placement.balanced(2, 2), 0, (0, 1))
+    _, counts, gates_R = dispatch.copies(torch.tensor([[float("nan")], [0.0]]))
+    assert counts == [1] and gates_R.isnan().all()
+
+
+def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:
+    layer = _layer(6, 2, 0)
+    with torch.no_grad():
+        layer.router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, HIDDEN))
+    x_BTD = torch.ones(1, 4, HIDDEN, dtype=torch.float64) / HIDDEN
+
+    def chosen(**limits: Any) -> list[int]:
+        home = ExpertHome(Placement(6, 3, ((0,), (0,), (1,), (1,), (2,), (2,))), 0, None, **limits)
+        router = Router(layer.router.spec, home.limits(2))
+        router.load_state_dict(layer.router.state_dict())
+        ids: list[list[int]] = router(x_BTD[0]).expert_ids_NK.sort().values.tolist()
+        assert ids == [ids[0]] * 4
+        return ids[0]
+
+    assert chosen() == [0, 3]
+    assert chosen(ranks_per_token=1) == [2, 3]  # the best one, 0, is alone on its rank
+    assert chosen(ranks_per_token=2) == [0, 3]
+    assert chosen(nodes_per_token=1, nodes=("a", "b", "a")) == [2, 3]
+    assert chosen(nodes_per_token=1, nodes=("a", "a", "b")) == [0, 3]
+    assert chosen(nodes_per_token=1, ranks_per_token=1, nodes=("a", "a", "b")) == [2, 3]
+    assert chosen(nodes_per_token=1) == [0, 3]  # nobody knows the nodes
+
+
+@given(_placements(), st.integers(1, 6), st.integers(1, 4), st.data())
+def test_a_limit_leaves_enough_experts_to_choose_from(
+    placement: Placement, top_k: int, asked: int, data: st.DataObject
+) -> None:
+    top_k = min(top_k, placement.num_experts)
+    rank = data.draw(st.integers(0, placement.world_size - 1))
+    (limit,) = ExpertHome(placement, rank, None, ranks_per_token=asked).limits(top_k)
+    ranks = placement.destinations()[rank]
+    assert limit.top <= max(asked, top_k)
+    choice_NE = torch.randn(7, placement.num_experts, generator=torch.Generator().manual_seed(top_k))
+    assert [part.shape for part in limit.apply(choice_NE[:0])] == [(0, placement.num_experts)] * 2
+    limited_NE, margin_NE = limit.apply(choice_NE)
+    assert torch.equal(margin_NE > 0, limited_NE.isfinite())
+    for open_E in limited_NE.isfinite():
+        visited = {to for to, is_open in zip(ranks, open_E.tolist(), strict=True) if is_open}
+        assert int(open_E.sum()) >= top_k and len(visited) == limit.top
+        assert all(is_open == (to in visited) for to, is_open in zip(ranks, open_E.tolist(), strict=True))

@@ -1,0 +1,92 @@
+"""Routing against what it is defined to be."""
+
+import pytest
+import torch
+
+from orchestrator.model.moe.router import Router, balance_loss
+from orchestrator.spec.model import ModelSpec
+
+
+def _router(num_experts: int = 5, top_k: int = 2, scaling_factor: float = 1.0) -> Router:
+    router = Router(
+        ModelSpec(
+            hidden_size=8, num_heads=2, num_experts=num_experts, top_k=top_k, routed_scaling_factor=scaling_factor
+        )
+    )
+    with torch.no_grad():
+        router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+    return router
+
+
+def _tokens(count: int = 64) -> torch.Tensor:
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("scaling_factor", [1.0, 2.5])
+def test_gates_are_the_chosen_scores_normalised(scaling_factor: float) -> None:
+    router, x_ND = _router(scaling_factor=scaling_factor), _tokens()
+    routing = router(x_ND)
+    scores_NE = (x_ND @ router.weight.T).sigmoid()
+    chosen_NK = scores_NE.gather(1, routing.expert_ids_NK)
+    assert torch.equal(chosen_NK.sort(descending=True).values, scores_NE.sort(descending=True).values[:, :2])
+    torch.testing.assert_close(routing.gates_NK, scaling_factor * chosen_NK / chosen_NK.sum(-1, keepdim=True))
+
+
+def test_the_bias_decides_who_is_chosen_and_not_how_much_it_counts() -> None:
+    router, x_ND = _router(), _tokens()
+    before = router(x_ND)
+    assert not bool((before.expert_ids_NK == 3).any(-1).all())
+    router.correction_bias_E[3] = 10.0
+    after = router(x_ND)
+    assert bool((after.expert_ids_NK == 3).any(-1).all())
+    scores_NK = (x_ND @ router.weight.T).sigmoid().gather(1, after.expert_ids_NK)
+    torch.testing.assert_close(after.gates_NK, scores_NK / scores_NK.sum(-1, keepdim=True))
+
+
+def test_the_bias_takes_no_gradient_and_the_weight_does() -> None:
+    router = _router()
+    gates_NK = router(_tokens()).gates_NK
+    gates_NK[:, 0].sum().backward()
+    assert router.weight.grad is not None and bool(router.weight.grad.abs().sum() > 0)
+    assert not router.correction_bias_E.requires_grad
+
+
+def test_scores_are_fp32_in_a_bf16_model() -> None:
+    router = _router()
+    router.weight.data = router.weight.data.bfloat16()
+    assert router(_tokens().bfloat16()).gates_NK.dtype == torch.float32
+
+
+def test_tokens_without_rows_are_routed_nowhere() -> None:
+    routing = _router()(_tokens(0))
+    assert routing.expert_ids_NK.shape == routing.gates_NK.shape == (0, 2)
+
+
+def test_only_experts_of_the_best_groups_are_chosen() -> None:
+    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=6, top_k=2, num_expert_groups=3, top_k_groups=1)
+    router = Router(spec)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, 8))
+    x_ND = torch.ones(4, 8) / 8
+    # The best expert, 0, is alone in its group: 2 and 3 together are better.
+    assert router(x_ND).expert_ids_NK.sort().values.tolist() == [[2, 3]] * 4
+
+
+def test_softmax_scores_sum_to_one_before_they_are_chosen() -> None:
+    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=5, top_k=5, router="softmax")
+    router, x_ND = Router(spec), _tokens()
+    with torch.no_grad():
+        router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+    routing = router(x_ND)
+    probabilities_NE = torch.zeros(64, 5).scatter(1, routing.expert_ids_NK, routing.gates_NK)
+    torch.testing.assert_close(probabilities_NE, (x_ND @ router.weight.T).softmax(-1))
+    assert router.spec.bias_update_speed == 0.0
+    assert routing.balance_loss is not None
+
+
+def test_the_balance_loss_by_hand() -> None:
+    even_NE = torch.full((4, 2), 0.5)
+    assert balance_loss(even_NE, torch.tensor([[0], [1], [0], [1]])).item() == pytest.approx(4.0)
+    skewed_NE = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    assert balance_loss(skewed_NE, torch.tensor([[0]] * 4)).item() == pytest.approx(8.0)
+    assert balance_loss(even_NE[:0], torch.zeros(0, 1, dtype=torch.int64)).item() == 0.0

@@ -1,0 +1,92 @@
+"""A user's model tried out before it is trained."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.errors import EntrypointError
+from orchestrator.model.dry_run import fault_of, rehearse
+from orchestrator.spec.job import JobSpec
+from tests.support.own_models import ROOT, example, linear, own_spec
+
+CPU = torch.device("cpu")
+
+
+def _job(model: Any, precision: str = "fp32", isolated: bool = False, determinism: str = "fast") -> JobSpec:
+    sizes = {"sequence_length": 16, "precision": precision, "determinism": determinism}
+    data = {"vocab_size": 300, "isolate_documents": isolated}
+    return JobSpec.model_validate({"schema": "v1", "name": "own", "model": model, "train": sizes, "data": data})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_the_examples_can_be_trained(name: str, precision: str) -> None:
+    rehearse(_job(example(name), precision), 300, CPU)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no rows": (
+        {"forward": "return self.head(self.embedding(tokens).view(len(tokens), tokens.shape[1], -1))"},
+        r"on no rows raised RuntimeError.*no part of the global batch left",
+    ),
+    "unused": ({"layers": "self.spare = nn.Linear(2, 2)"}, r"spare.weight, spare.bias of .* have no dense gradient"),
+    "unused without rows": (
+        {
+            "layers": "self.spare = nn.Linear(spec.hidden_size, spec.hidden_size)",
+            "forward": "x = self.embedding(tokens); return self.head(self.spare(x) if len(x) else x)",
+        },
+        r"spare.weight, spare.bias of .* after a pass on no rows",
+    ),
+    "raises": ({"forward": "return self.head(tokens)"}, r"on a row raised RuntimeError"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG.keys())
+def test_what_fails_in_a_pass_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(EntrypointError, match=message):
+        rehearse(_job(own_spec(tmp_path, linear(**change))), 300, CPU)
+
+
+def test_a_model_that_draws_random_numbers_is_refused_where_bits_count(tmp_path: Path) -> None:
+    dropout = own_spec(tmp_path, linear(forward="return self.head(nn.functional.dropout(self.embedding(tokens)))"))
+    rehearse(_job(dropout, determinism="exact"), 300, CPU)  # torch's own generator, which is seeded
+    drawn = "torch.rand(1, generator=self.dice)"
+    init, forward = "self.dice = torch.Generator()", f"return self.head(self.embedding(tokens) * {drawn})"
+    model = own_spec(tmp_path, linear(init=init, forward=forward))
+    rehearse(_job(model), 300, CPU)
+    with pytest.raises(EntrypointError, match=r"head.weight.* have another gradient in a second pass.*determinism"):
+        rehearse(_job(model, determinism="exact"), 300, CPU)
+    rehearse(_job(example("moe"), determinism="exact"), 300, CPU)
+
+
+def test_a_model_whose_pass_changes_a_buffer_is_refused_where_bits_count(tmp_path: Path) -> None:
+    init = "self.register_buffer('mean', torch.zeros(2))"
+    model = own_spec(tmp_path, linear(init=init, forward="self.mean += 1.0; return self.head(self.embedding(tokens))"))
+    rehearse(_job(model), 300, CPU)
+    with pytest.raises(EntrypointError, match=r"changes buffers mean, so ranks would have different ones"):
+        rehearse(_job(model, determinism="exact"), 300, CPU)
+
+
+def test_isolated_documents_need_a_model_that_takes_them(tmp_path: Path) -> None:
+    fault = fault_of(_job(own_spec(tmp_path, linear()), isolated=True))
+    assert fault is not None and "isolate_documents" in fault.message
+    assert fault_of(_job(own_spec(tmp_path, linear(more=", documents_BT=None")), isolated=True)) is None
+
+
+def test_the_command_answers_with_json_alone_whatever_the_code_prints(tmp_path: Path) -> None:
+    spec = own_spec(tmp_path, "print('hello')\ndef build(*a):\n    raise ValueError('sizes')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.model.dry_run"],
+        input=_job(spec).model_dump_json(by_alias=True),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    fault = json.loads(done.stdout)
+    assert fault["message"].endswith("raised ValueError: sizes") and "in build" in fault["traceback"]
+    assert "hello" in done.stderr

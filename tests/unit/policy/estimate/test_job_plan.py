@@ -1,0 +1,71 @@
+"""Plans of jobs; what real ranks hold and send is compared in tests/integration/test_plan.py."""
+
+from typing import Any
+
+import pytest
+
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.policy.estimate.job_plan import JobPlan, StatePlan, plan_job
+from orchestrator.spec.job import JobSpec
+
+EXPERTS = tuple(ParamSpec(f"layers.1.mlp.experts.{expert}.down", 1000, expert) for expert in range(8))
+STATE = StatePlan((ParamSpec("dense", 4000, None), *EXPERTS), (("bias", 8),), 512)
+
+
+def _plan(ours: bool = True, **train: Any) -> JobPlan:
+    spec = {"schema": "v1", "name": "try", "workers": "1..4", "model": {"num_experts": 8}, "train": train}
+    return plan_job(JobSpec.model_validate(spec), STATE, ours)
+
+
+def test_a_world_of_one_sends_nothing() -> None:
+    (one, *_) = _plan().worlds
+    assert one.world_size == 1 and one.traffic.total == 0
+    assert [rescale.to_size for rescale in one.rescales] == [2]
+
+
+def test_sharded_parts_shrink_and_dense_weights_stay() -> None:
+    plan = _plan()
+    assert plan.num_parameters == 12_000
+    assert [world.memory.weights for world in plan.worlds] == [48_000, 32_000, 4 * 7000, 4 * 6000]
+    moments = [world.memory.moments for world in plan.worlds]
+    assert moments == sorted(moments, reverse=True) and moments[0] == 2 * 4 * 12_000
+    assert [world.experts for world in plan.worlds] == [(8,), (4, 4), (3, 3, 2), (2, 2, 2, 2)]
+
+
+def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
+    """Not as `num_layers` says, which means nothing to a user's own model."""
+    train = {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 8}
+    traffic = _plan(ours=False, **train).worlds[1].traffic
+    rows = round(4 * 8 * (1 - 6 / 28))  # tokens of which both experts are at home stay there
+    assert traffic.combine == 2 * rows * 128 * 4  # results, and their gradients
+    assert traffic.dispatch == 2 * rows * (128 + 4) * 4  # with a gate for each expert of the receiver
+
+
+def test_stage_two_reduces_after_every_slot() -> None:
+    once, often = (_plan(zero_stage=stage, global_batch_size=16, micro_batch_size=4).worlds[1] for stage in (1, 2))
+    assert once.traffic.gradients_reduced == 4 * 4000
+    assert often.traffic.gradients_reduced == 2 * once.traffic.gradients_reduced  # 4 slots on 2 workers
+
+
+def test_bf16_halves_weights_and_gathers() -> None:
+    full, half = (_plan(precision=precision).worlds[1] for precision in ("fp32", "bf16"))
+    assert half.memory.weights * 2 == full.memory.weights
+    assert half.traffic.parameters_gathered * 2 == full.traffic.parameters_gathered
+    assert half.memory.masters == full.memory.masters
+
+
+def test_a_model_of_the_users_has_no_activations_told() -> None:
+    memory = _plan(ours=False).worlds[0].memory
+    assert memory.activations is None and memory.loss is None
+    assert memory.training == memory.weights + memory.masters + memory.moments + memory.buffers + memory.gradients + (
+        memory.process
+    )
+
+
+def test_a_rescale_moves_what_the_new_world_lacks() -> None:
+    two = _plan().worlds[1]
+    down, up = two.rescales
+    assert (down.to_size, up.to_size) == (1, 3)
+    # To one: the four experts of the other, and the half of all moments and masters' moments that it held.
+    assert down.moved_bytes == 4 * 4000 + 2 * 4 * 6000
+    assert down.busiest_bytes == down.moved_bytes and down.stall_s == pytest.approx(0.08, abs=0.01)

@@ -1,0 +1,43 @@
+"""What is asked of a model and answered, as lines."""
+
+import pytest
+
+from orchestrator.errors import ProtocolError
+from orchestrator.protocol.child_process import (
+    LINES,
+    Answer,
+    Evaluation,
+    EvaluationResult,
+    Fault,
+    Generation,
+    GenerationResult,
+    Piece,
+    Remark,
+    Request,
+    Split,
+)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Evaluation("/run", "/run/step", split=Split.TRAIN, corpus=None, max_rows=3),
+        EvaluationResult(1, 2, 3, 4.0, 5.0, 6.0),
+        Generation("/run", "/run/step", "two\nlines ü", 9, 0.5, None, 1.0, 7),
+        GenerationResult("text", (1, 2), 3, True, 4.5),
+        Piece("\n"),
+        Remark("slow"),
+        Fault("DataError", "a", "b", ""),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_message_is_one_line_and_comes_back(message: Request | Answer) -> None:
+    line = LINES.write(message)
+    assert "\n" not in line
+    assert LINES.read(line) == message
+
+
+@pytest.mark.parametrize("line", ["", "{}", "[1]", '{"kind": "Order", "value": {}}', '{"kind": "Piece", "value": {}}'])
+def test_other_lines_are_refused(line: str) -> None:
+    with pytest.raises(ProtocolError):
+        LINES.read(line)

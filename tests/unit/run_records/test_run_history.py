@@ -1,0 +1,187 @@
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import NotFound, StorageError
+from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.policy.state.resuming import resumed
+from orchestrator.policy.state.run_state import Note, Observation, RunState, ended
+from orchestrator.protocol.messages import Phase, Restore, ResumeOrder
+from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
+from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.run_history import STATUS_FILE, RunMemory, read_status, read_steps, user_events
+from orchestrator.run_records.status import status_of, to_json
+from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.journal import acquire_epoch, write_atomically
+from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps
+from tests.unit.policy.imagined import Life, limits_of, record
+
+LIMITS = limits_of(steps=30)
+MODEL = ModelSpec()
+
+
+def remembered(run_dir: Path) -> RunMemory:
+    return RunMemory(run_dir, acquire_epoch(run_dir), LIMITS)
+
+
+def test_a_successor_remembers_everything(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.note("submitted")
+    memory.prepared(PreparedData("/store", 300, "/tokenizer.json"))
+    life = Life(LIMITS)
+    life.run_until(lambda: life.step == 6)
+    memory.decided(life.state, [Note("activated", {"generation": 0})])
+    memory.absorb(life.progress.recent, up_to=10_000)
+    memory.absorb([record(6), record(7, generation=0)], up_to=10_000)
+    successor = remembered(tmp_path)
+    assert successor.state == life.state
+    assert successor.progress == memory.progress and successor.progress.watermark == 7
+    assert successor.data == memory.data
+    assert successor.times == memory.times and set(memory.times) >= {"submitted", "activated"}
+
+
+def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    events = memory.decided(replace(memory.state, seq=3), [Note("target", {"workers": 2})])
+    memory.absorb([record(0)], up_to=10_000)
+    assert [event["kind"] for event in events] == ["target"]
+    assert user_events(tmp_path) == events
+    assert [step.step for step in read_steps(tmp_path)] == [0]
+
+
+def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.decided(memory.state, [])
+    assert memory.absorb([], up_to=10_000) == ([], [])
+    assert list((tmp_path / "journal").iterdir()) == []
+
+
+def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.absorb([record(0), record(1)], up_to=10_000)
+    assert [step.step for step in memory.absorb([record(1), record(2)], up_to=10_000)[0]] == [2]
+    assert [step.step for step in read_steps(tmp_path)] == [0, 1, 2]
+
+
+def test_a_stage_that_begins_is_an_event_once(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    stages = ["easy", "easy", "all", "all"]
+    records = [replace(record(step), stage=stage, sequence_length=8) for step, stage in enumerate(stages)]
+    _, begun = memory.absorb(records[:1], up_to=10_000)
+    assert [(e["kind"], e["stage"], e["step"], e["sequence_length"]) for e in begun] == [("stage_began", "easy", 0, 8)]
+    assert memory.absorb(records[1:2], up_to=10_000)[1] == []
+    memory = remembered(tmp_path)  # a successor knows the stage
+    assert [(e["stage"], e["step"]) for e in memory.absorb(records, up_to=10_000)[1]] == [("all", 2)]
+    assert [e["stage"] for e in user_events(tmp_path) if e["kind"] == "stage_began"] == ["easy", "all"]
+    assert memory.progress.stage == "all"
+
+
+def test_what_cannot_be_written_changes_nothing_and_is_tried_again(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    (tmp_path / "journal").rename(tmp_path / "away")
+    (tmp_path / "journal").touch()  # no directory: even root can't write into it
+    with pytest.raises(StorageError, match="can't be written"):
+        memory.absorb([record(0)], up_to=10_000)
+    assert memory.progress.watermark == -1 and "can't be written" in str(memory.trouble)
+    (tmp_path / "journal").unlink()
+    (tmp_path / "away").rename(tmp_path / "journal")
+    memory.absorb([record(0)], up_to=10_000)
+    assert memory.trouble is None and [step.step for step in read_steps(tmp_path)] == [0]
+
+
+def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
+    memory = remembered(tmp_path)
+    memory.absorb([record(0), record(1)], up_to=10_000)
+    memory.decided(state, [])
+    seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
+    return status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=closed)
+
+
+def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
+    over = ended(RunState(target=Life(LIMITS).target), RunPhase.FAILED, "w1 died").state
+    assert status_after(tmp_path, over, closed=False).phase is RunPhase.FINISHING
+    status = status_after(tmp_path / "closed", over, closed=True)
+    assert (status.phase, status.error, status.step) == (RunPhase.FAILED, "w1 died", 2)
+    write_atomically(tmp_path / STATUS_FILE, to_json(status))
+    assert read_status(tmp_path) == status
+
+
+def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> None:
+    state = RunState(target=Life(LIMITS).target, differences=(9, 7))
+    warning = status_after(tmp_path, state, closed=False).warning
+    assert warning is not None and warning.startswith("step 7 came out otherwise") and "resume it --from" in warning
+    memory = remembered(tmp_path)
+    seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
+    both = status_of(
+        LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False, warning="metrics wait on disk"
+    ).warning
+    assert both == f"metrics wait on disk; {warning}"
+
+
+def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_path: Path) -> None:
+    life = Life(LIMITS)
+    life.run_until(lambda: life.step == 3)
+    memory = remembered(tmp_path)
+    first, second, *others = life.state.members + tuple(w for w in life.state.crew if w not in life.state.members)
+    memory.decided(replace(life.state, crew=(*life.state.crew, "w9")), [])
+    seen = life.seen(nodes={first: "here"}, lost={second: "it died"})
+    crew = status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False).crew
+    assert crew[0] == WorkerStatus(first, 0, Phase.TRAINING, "here")
+    assert [worker.worker for worker in crew[1:]] == [*others, "w9"]
+    assert crew[-1] == WorkerStatus("w9", None, Phase.COLD)
+
+
+def test_no_status_before_the_end(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no run has ended there"):
+        read_status(tmp_path)
+
+
+def test_points_of_steps_count_on() -> None:
+    before = Progress(watermark=4, tokens=500, skipped=1)
+    skipped = record(6, applied=False, grad_norm=float("inf"), validation_loss=2.5, communication_wait_s=0.25)
+    points = {(p.name, p.step): p.value for p in points_of_steps(before, [record(5), skipped])}
+    assert points["train/tokens", 5] == 600 and points["train/tokens", 6] == 700
+    assert points["train/skipped", 5] == 1 and points["train/skipped", 6] == 2
+    assert ("train/grad_norm", 5) in points and ("train/grad_norm", 6) not in points
+    assert points["eval/loss", 6] == 2.5 and ("eval/loss", 5) not in points
+    name = "perf/communication_wait_s"
+    assert points[name, 6] == 0.25 and (name, 5) not in points  # an older journal doesn't tell
+
+
+def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:
+    rescale = Rescale(1, 2, 3, step=59, why="", moved_bytes=7, stall_s=0.5)
+    event = {"seq": 3, "time": 0.0, "kind": "rescaled", **asdict(rescale)}
+    assert {(p.name, p.value, p.step) for p in points_of_event(event)} == {
+        ("elastic/rescale_stall_s", 0.5, 60),
+        ("elastic/moved_bytes", 7.0, 60),
+    }
+
+
+def test_points_read_from_the_journal_are_those_of_the_first_time() -> None:
+    records = [record(step) for step in range(9)]
+    known = absorb(Progress(), records[:4])
+    assert points_after(records, 3) == points_of_steps(known, records[4:])
+    assert points_after(records, 8) == []
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.absorb([record(step) for step in range(6)], up_to=10_000)
+    memory.decided(*_over(memory.state, "failed"))
+    order = ResumeOrder("token", Restore(3, "/x"))
+    decision = resumed(LIMITS, memory.state, order)
+    memory.decided(decision.state, [note for note in decision.actions if isinstance(note, Note)])
+    assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).tokens for s in range(4))
+    assert "ended" not in memory.times and memory.resumed_by == "token"
+    memory.absorb([record(4, generation=1)], up_to=10_000)
+    successor = remembered(tmp_path)
+    for one in (memory, successor):
+        assert one.state.outcome is None and one.state.restore == Restore(3, "/x")
+        assert one.progress.watermark == 4
+    assert [(r.step, r.generation) for r in read_steps(tmp_path)] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1)]
+
+
+def _over(state: RunState, why: str) -> tuple[RunState, list[Note]]:
+    decision = ended(state, RunPhase.FAILED, why)
+    return decision.state, [note for note in decision.actions if isinstance(note, Note)]

@@ -1,0 +1,76 @@
+"""A job's own model tried out at submission, in a process of its own."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import EntrypointError
+from orchestrator.spec.job import JobSpec
+from orchestrator.submission.submission import order_of
+from orchestrator.submission.user_code import check_own_code
+
+
+def _job(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> JobSpec:
+    (tmp_path / "code").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code" / "mine.py").write_text(source)
+    model = {"entrypoint": "mine:build", "code_dir": "code"}
+    return JobSpec.model_validate({"schema": "v1", "name": "own", "model": model, "envs": {"WIDTH": "8"}})
+
+
+def test_a_mistake_comes_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EntrypointError, match="ModuleNotFoundError: No module named 'nowhere'") as caught:
+        order_of(_job(tmp_path, "import nowhere", monkeypatch), None)
+    assert caught.value.exit_code == 2 and caught.value.unchanged == "Nothing was started."
+    assert f'File "{tmp_path}/code/mine.py", line 1' in caught.value.traceback
+
+
+def test_a_model_that_can_be_trained_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "import os\nfrom torch import nn\n"
+        "def build(spec, vocab_size, experts):\n"
+        "    width = int(os.environ['WIDTH'])\n"
+        "    return nn.Sequential(nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size))\n"
+    )
+    order = order_of(_job(tmp_path, source, monkeypatch), None)
+    assert order.spec.model.code_dir == str(tmp_path / "code")
+
+
+def test_a_process_that_dies_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _job(tmp_path, "import os; os._exit(7)", monkeypatch)
+    with pytest.raises(EntrypointError, match="ended with code 7"):
+        order_of(job, None)
+
+
+def test_ours_needs_no_look() -> None:
+    check_own_code(JobSpec(name="ours"))
+
+
+@pytest.mark.parametrize("name", ["os:system", "subprocess:Popen", "torch.nn:Linear", "no_such:build"])
+@pytest.mark.parametrize("key", ["entrypoint", "signal"])
+def test_code_that_was_not_submitted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    section = {"model": {"entrypoint": name}}
+    if key == "signal":
+        section = {"curriculum": {"signal": name, "stages": [{"name": "all"}]}}  # type: ignore[dict-item]
+    job = JobSpec.model_validate({"schema": "v1", "name": "own", **section})
+    for check in (check_own_code, lambda job: order_of(job, None)):
+        with pytest.raises(EntrypointError, match=f"{key} {name} can't be imported: ModuleNotFoundError: No module"):
+            check(job)
+
+
+def test_a_check_has_the_secrets_and_hides_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("hunter22\n")
+    secrets = {"API_KEY": f"file:{tmp_path}/key", "FAR": "env:NO_SUCH_KEY"}
+    for source, code in (
+        ("raise RuntimeError(f'no access with {key}')", 0),
+        ("os.write(2, key.encode()), os._exit(7)", 7),
+    ):
+        job = _job(tmp_path / str(code), f"import os\nkey = os.environ['API_KEY']\n{source}\n", monkeypatch)
+        with pytest.raises(EntrypointError) as caught:
+            check_own_code(job.model_copy(update={"secrets": secrets}))
+        told = f"{caught.value}\n{caught.value.traceback}"
+        assert "hunter22" not in told and "***" in told
+        assert ("secrets that are not on this machine were not there: FAR" in told) is (code == 0)

@@ -1,0 +1,133 @@
+"""What is exported for Prometheus: which series with which values, and that a failure stays here."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.controller.run_metrics import collapse, values_of_run
+from orchestrator.metrics import DECLARED, Kind, Metric, metric
+from orchestrator.policy.state.progress import Progress
+from orchestrator.policy.state.run_state import Note, Observation
+from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.usage import Traffic
+from orchestrator.run_records.run_history import RunMemory
+from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.journal import acquire_epoch
+from orchestrator.telemetry.prometheus import EVERY_S, Exporter
+from orchestrator.telemetry.step_metrics import points_of_steps
+from orchestrator.tracking.sink import MetricPoint
+from tests.unit.policy.imagined import limits_of, record
+
+Values = dict[tuple[str, str], float]
+MODEL = ModelSpec(num_experts=8, top_k=2)
+
+
+def recorder(values: Values) -> Callable[[Metric], "Recorded"]:
+    return lambda declared: Recorded(declared, values)
+
+
+class Recorded:
+    """A series that remembers its newest values."""
+
+    def __init__(self, declared: Metric, values: Values) -> None:
+        self._declared, self._values = declared, values
+
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        assert isinstance(value, float) and tags.pop("run") == "r1"
+        assert set(tags) == ({self._declared.label} if self._declared.label else set())
+        self._values[self._declared.name, next(iter(tags.values()), "")] = value
+
+
+def test_amounts_begin_at_0_and_add_up_while_the_rest_is_the_newest() -> None:
+    values: Values = {}
+    exporter = Exporter("r1", recorder(values))
+    assert values == {(m.name, ""): 0.0 for m in DECLARED if m.kind is Kind.AMOUNT}
+    traffic = {"dispatch": Traffic(raw=20, payload=9, index=1)}
+    steps = [replace(record(step), traffic=traffic) for step in range(3)]
+    exporter.show(points_of_steps(Progress(), steps))
+    assert values["comm/dispatch_bytes", ""] == 30.0 and values["comm/raw_bytes", ""] == 60.0
+    assert values["train/tokens", ""] == 300.0 and values["train/loss", ""] == steps[-1].loss
+    exporter.show([MetricPoint("elastic/moved_bytes", 7.0, 1, 0.0), MetricPoint("elastic/moved_bytes", 5.0, 2, 0.0)])
+    assert values["elastic/moved_bytes", ""] == 12.0
+
+
+def test_every_node_has_its_own_value_and_shares_are_of_one() -> None:
+    values: Values = {}
+    exporter = Exporter("r1", recorder(values))
+    exporter.show([MetricPoint("system/cpu_percent", cpu, 1, 0.0, node) for node, cpu in (("a", 50.0), ("b", 75.0))])
+    assert values["system/cpu_percent", "a"] == 0.5 and values["system/cpu_percent", "b"] == 0.75
+
+
+def test_a_run_is_in_one_phase(tmp_path: Path) -> None:
+    values: Values = {}
+    exporter = Exporter("r1", recorder(values))
+    assert exporter.is_due(100.0)
+    exporter.show_run(100.0, {"run/wanted_steps": 12}, RunPhase.TRAINING)
+    exporter.show_run(101.0, {"run/wanted_steps": 12}, RunPhase.RECOVERING)
+    assert not exporter.is_due(101.0 + 0.9 * EVERY_S) and exporter.is_due(101.0 + EVERY_S)
+    phases = {label: value for (name, label), value in values.items() if name == "run/phase"}
+    assert phases == {phase: float(phase == "recovering") for phase in RunPhase if not phase.ended}
+    assert values["run/wanted_steps", ""] == 12.0
+
+
+def test_a_failure_is_told_once_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(declared: Metric) -> Recorded:
+        raise RuntimeError("no agent")
+
+    with caplog.at_level(logging.ERROR):
+        exporter = Exporter("r1", broken)
+        exporter.show([MetricPoint("train/loss", 1.0, 1, 0.0)])
+        exporter.show_run(0.0, {"run/wanted_steps": 12}, RunPhase.TRAINING)
+    assert len(caplog.records) == 1 and "no agent" in caplog.text
+
+
+def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
+    limits = limits_of(steps=12)
+    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits)
+    submitted = memory.note("submitted", run_id="run")["time"]
+
+    def values() -> dict[str, float]:
+        seen = Observation(epoch=1, now_s=0.0, target=memory.state.target, progress=memory.progress)
+        found = values_of_run(limits, MODEL, memory, seen)
+        assert all(metric(name).live or metric(name).kind is Kind.COUNTER for name in found)
+        return found
+
+    first = values()
+    assert first["run/finished_steps"] == first["run/committed_steps"] == first["train/tokens"] == 0
+    assert first["run/committed_time"] == first["run/checkpoint_time"] == submitted
+    assert first["elastic/workers_wanted"] == 2 and first["elastic/quarantined_nodes"] == 0
+
+    vote_time = submitted + 50.0
+    memory.absorb(
+        [replace(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
+    )
+    checkpoint = memory.note("checkpoint", step=0, path="/c/0")["time"]
+    later = values()
+    assert later["run/committed_steps"] == 1 and later["run/committed_time"] == vote_time
+    assert later["run/checkpoint_time"] == checkpoint >= submitted
+    assert later["moe/collapse"] == 0.5 and later["train/skipped"] == 1
+    assert later["verify/checks"] == later["verify/differences"] == 0
+    memory.decided(memory.state, [Note("checked", {"equal": False}), Note("state_differs", {"step": 0})])
+    assert values()["verify/checks"] == values()["verify/differences"] == 1
+    assert later["elastic/rescales"] == later["elastic/recoveries"] == 0
+    memory.decided(memory.state, [Note("rescaled", {}), *2 * [Note("generation_aborted", {})]])
+    assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)
+
+    successor = RunMemory(tmp_path, acquire_epoch(tmp_path), limits)
+    assert successor.newest_times == memory.newest_times and successor.times == memory.times
+    resumed = successor.note("resumed", step=0, token="t")["time"]
+    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits)
+    assert values()["run/checkpoint_time"] == resumed and values()["train/skipped"] == 1
+    assert values()["verify/checks"] == values()["verify/differences"] == 1
+    assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)  # what happened isn't undone
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "worst_violation", "share"), [(8, 2, 3.0, 1.0), (8, 2, 0.0, 0.0), (1, 1, 0.0, 0.0)]
+)
+def test_collapse(experts: int, top_k: int, worst_violation: float, share: float) -> None:
+    assert collapse(ModelSpec(num_experts=experts, top_k=top_k), worst_violation) == share

@@ -1,0 +1,62 @@
+"""Memory that a worker has before it needs it, in a process with a worker's malloc settings."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from orchestrator.controller.worker_group import WORKER_ENV
+
+MB = 1 << 20
+# What each step adds to the process's resident memory, in MB.
+SCRIPT = """
+import json, torch
+from orchestrator.worker.step.memory import taken_bytes
+from orchestrator.worker.runtime.reserved_memory import reserve
+
+cpu, added = torch.device("cpu"), {}
+
+def step(name, action):
+    before = taken_bytes(cpu)
+    result = action()
+    added[name] = (taken_bytes(cpu) - before) / 2**20
+    return result
+
+step("reserve", lambda: reserve([96 << 20, 32 << 20]))
+used = step("use", lambda: [torch.ones(size << 20, dtype=torch.uint8) for size in (96, 32)])
+del used
+step("again", lambda: reserve([96 << 20, 32 << 20]))
+step("more", lambda: reserve([192 << 20]))
+step("too much", lambda: reserve([1 << 50]))
+print(json.dumps(added))
+"""
+
+
+@pytest.fixture(scope="module")
+def added() -> dict[str, float]:
+    environment = {**os.environ, **WORKER_ENV}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
+
+
+def test_it_is_there_when_it_is_reserved(added: dict[str, float]) -> None:
+    assert added["reserve"] == pytest.approx(128, abs=16)
+
+
+def test_whoever_uses_it_then_needs_no_more(added: dict[str, float]) -> None:
+    assert added["use"] < 16
+
+
+def test_what_is_free_is_not_asked_for_again(added: dict[str, float]) -> None:
+    assert added["again"] < 16
+
+
+def test_only_what_is_missing_is_asked_for(added: dict[str, float]) -> None:
+    assert added["more"] == pytest.approx(64, abs=16)
+
+
+def test_more_than_the_machine_has_left_is_not_asked_for(added: dict[str, float]) -> None:
+    assert added["too much"] < 16

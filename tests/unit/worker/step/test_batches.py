@@ -1,0 +1,237 @@
+"""Sample order and slots of real rows, whatever the world."""
+
+import numpy as np
+import pytest
+import torch
+
+from orchestrator.data.prepare.options import prepare
+from orchestrator.data.store import TokenStore
+from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.step.batches import Feed
+
+SIZE = SlotSize(rows=2)
+JOB = {
+    "schema": "v1",
+    "name": "feed",
+    "train": {"steps": 50, "global_batch_size": 10, "micro_batch_size": 2, "sequence_length": 16},
+    "eval": {"every": 5, "rows": 7},
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    directory = tmp_path_factory.mktemp("text")
+    for number in range(40):
+        (directory / f"{number}.txt").write_text(" ".join(f"word{number * i % 97}" for i in range(200)))
+    return prepare(str(directory), 300, 0.2, tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """Documents of many lengths, scored by it."""
+    directory = tmp_path_factory.mktemp("text")
+    for number in range(60):
+        (directory / f"{number}.txt").write_text(" ".join(f"word{number * i % 97}" for i in range(5 * number + 5)))
+    return prepare(str(directory), 300, 0.2, tmp_path_factory.mktemp("store"), difficulty="length")
+
+
+def _feed(store: TokenStore, isolate: bool = False) -> Feed:
+    job = JobSpec.model_validate({**JOB, "data": {"isolate_documents": isolate}})
+    return Feed(job, store, torch.device("cpu"))
+
+
+def _rows(feed: Feed, step: int, world_size: int) -> torch.Tensor:
+    """The global batch as the ranks see it: their slots by number."""
+    slots = {}
+    for rank in range(world_size):
+        part = feed.step(step, rank, world_size, SIZE)
+        for slot in part.slots:
+            if slot.number is not None:
+                assert slot.number not in slots
+                slots[slot.number] = slot.batch.inputs_BT
+    return torch.cat([slots[number] for number in range(len(slots))])
+
+
+def test_the_order_through_4_2_3_workers_is_that_of_one(store: TokenStore) -> None:
+    feed = _feed(store)
+    for step, world_size in enumerate([4] * 12 + [2] * 12 + [3] * 12):
+        wanted = store.read("train", feed.order.at(step).rows.spans, 16).inputs_RT
+        assert torch.equal(_rows(feed, step, world_size), torch.from_numpy(wanted))
+        assert torch.equal(_rows(feed, step, world_size), _rows(feed, step, 1))
+
+
+STAGES = [
+    {"name": "easy", "difficulty": [0.0, 0.4], "sequence_length": 8, "until": {"steps": 6}},
+    {"name": "opening", "pace": {"kind": "root", "steps": 8}, "until": {"tokens": 1600}},
+    {"name": "all", "sequence_length": 24},
+]
+
+
+def test_a_curriculum_is_the_same_through_4_2_3_workers(scored: TokenStore) -> None:
+    job = JobSpec.model_validate({**JOB, "curriculum": {"signal": "length", "stages": STAGES}})
+    feed, alone = Feed(job, scored, torch.device("cpu")), Feed(job, scored, torch.device("cpu"))
+    lengths, used = [], 0
+    for step, world_size in enumerate([4] * 8 + [2] * 8 + [3] * 8):
+        rows = _rows(feed, step, world_size)
+        assert torch.equal(rows, _rows(alone, step, 1))
+        part = feed.step(step, 0, world_size, SIZE)
+        assert (part.first_position, part.num_positions) == (10 * step, 10)
+        assert part.sequence_length == rows.shape[1]
+        lengths.append((part.stage, rows.shape[1]))
+        used += rows.numel()
+    assert lengths == [("easy", 8)] * 6 + [("opening", 16)] * 10 + [("all", 24)] * 8
+    assert used == 10 * (6 * 8 + 10 * 16 + 8 * 24)
+
+
+def test_an_easy_stage_has_the_short_documents(scored: TokenStore) -> None:
+    job = JobSpec.model_validate({**JOB, "curriculum": {"signal": "length", "stages": STAGES}})
+    index_D = scored.index("train")
+    spans = Feed(job, scored, torch.device("cpu")).order.at(0).rows.spans
+    documents = np.searchsorted(index_D["offset"], spans.start, side="right") - 1
+    assert index_D["length"][documents].max() <= np.quantile(index_D["length"], 0.7)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_every_rank_runs_as_many_passes_and_counts_the_same_tokens(store: TokenStore, world_size: int) -> None:
+    feed = _feed(store)
+    parts = [feed.step(3, rank, world_size, SIZE) for rank in range(world_size)]
+    assert len({len(part.slots) for part in parts}) == 1
+    assert len({(part.global_tokens, part.first_position, part.num_positions) for part in parts}) == 1
+    batches = [slot.batch for part in parts for slot in part.slots]
+    assert sum(int((batch.targets_BT != -100).sum()) for batch in batches) == parts[0].global_tokens
+    for part in parts:
+        for slot in part.slots:
+            assert (slot.number is None) == (len(slot.batch.inputs_BT) == 0)
+            assert slot.batch.inputs_BT.shape[1] == 16
+
+
+def test_smaller_slots_hold_the_same_rows(store: TokenStore) -> None:
+    feed = _feed(store)
+    wide, narrow = feed.step(3, 0, 1, SIZE), feed.step(3, 0, 1, SlotSize(rows=1))
+    assert (wide.num_slots, narrow.num_slots) == (5, 10) and wide.global_tokens == narrow.global_tokens
+    rows = [torch.cat([slot.batch.inputs_BT for slot in part.slots]) for part in (wide, narrow)]
+    assert torch.equal(*rows)
+
+
+def test_validation_reads_the_same_rows_every_time(store: TokenStore) -> None:
+    feed = _feed(store)
+    one, again = feed.validation(0, 1, SIZE), feed.validation(0, 1, SIZE)
+    rows = torch.cat([slot.batch.inputs_BT for slot in one.slots])
+    assert len(rows) == 7
+    assert torch.equal(rows, torch.cat([slot.batch.inputs_BT for slot in again.slots]))
+
+
+def test_documents_are_named_only_where_they_are_isolated(store: TokenStore) -> None:
+    assert all(slot.batch.documents_BT is None for slot in _feed(store).step(0, 0, 1, SIZE).slots)
+    batch = _feed(store, isolate=True).step(0, 0, 1, SIZE).slots[0].batch
+    assert batch.documents_BT is not None and batch.documents_BT.shape == batch.inputs_BT.shape
+
+
+def test_validation_is_the_same_rows_over_all_ranks_of_any_world(store: TokenStore) -> None:
+    feed = _feed(store)
+    wanted = store.rows("validation", np.arange(7), 16).inputs_RT
+    for world_size in (1, 3, 6):
+        parts = [feed.validation(rank, world_size, SIZE) for rank in range(world_size)]
+        slots = {s.number: s.batch for part in parts for s in part.slots if s.number is not None}
+        assert sorted(slots) == list(range(parts[0].num_slots)) == [0, 1, 2, 3]
+        assert torch.equal(torch.cat([slots[n].inputs_BT for n in range(4)]), torch.from_numpy(wanted))
+        counted = sum(int((batch.targets_BT != -100).sum()) for batch in slots.values())
+        assert counted == parts[-1].global_tokens
+
+
+def test_steps_consume_positions_without_gap_through_many_epochs(store: TokenStore) -> None:
+    feed = _feed(store)
+    num_steps = 3 * store.num_rows("train", 16) // 10
+    parts = [feed.step(step, 0, 1, SIZE) for step in range(0, num_steps, 7)]
+    assert [(p.first_position, p.num_positions) for p in parts] == [(10 * s, 10) for s in range(0, num_steps, 7)]
+
+
+SMALL = {**JOB, "train": {**JOB["train"], "sequence_length": 24}, "data": {"rows": "documents"}}  # type: ignore[dict-item]
+
+
+def _batch(feed: Feed, step: int, world_size: int, size: SlotSize) -> dict[tuple[int, ...], int]:
+    """Rows of a step, without padding, and how often each is there."""
+    found: dict[tuple[int, ...], int] = {}
+    for rank in range(world_size):
+        for slot in feed.step(step, rank, world_size, size).slots:
+            lengths_B = slot.batch.lengths_B
+            assert lengths_B is not None
+            for row, length in zip(slot.batch.inputs_BT, lengths_B.tolist(), strict=True):
+                assert not row[length:].any()
+                key = tuple(row[:length].tolist())
+                found[key] = found.get(key, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("curriculum", [None, {"signal": "length", "stages": [{"name": "all"}]}])
+def test_rows_by_document_are_each_of_one_and_all_of_them_once_an_epoch(
+    scored: TokenStore, curriculum: dict[str, object] | None
+) -> None:
+    feed = Feed(JobSpec.model_validate({**SMALL, "curriculum": curriculum}), scored, torch.device("cpu"))
+    index_D, tokens = scored.index("train"), scored.num_tokens("train")
+    spans = [(s, n) for step in range(200) for s, n in _spans(feed, step)]
+    epoch, taken = [], 0
+    while taken < tokens:
+        epoch.append(spans[len(epoch)])
+        taken += epoch[-1][1]
+    assert taken == tokens and sorted(epoch)[0][0] == 0
+    wanted = [(d["offset"] + n, min(24, d["length"] - n)) for d in index_D for n in range(0, d["length"], 24)]
+    assert sorted(epoch) == wanted
+
+
+def _spans(feed: Feed, step: int) -> list[tuple[int, int]]:
+    spans = feed.order.at(step).rows.spans
+    return list(zip(spans.start.tolist(), spans.length.tolist(), strict=True))
+
+
+def test_a_step_by_document_holds_the_same_rows_in_any_slots_and_worlds(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    for step in range(6):
+        wanted = _batch(feed, step, 1, SlotSize(rows=10))
+        assert sum(wanted.values()) == 10
+        for world_size, size in [(1, SlotSize(rows=2)), (3, SlotSize(tokens=50)), (4, SlotSize(tokens=9, multiple=4))]:
+            assert _batch(feed, step, world_size, size) == wanted
+
+
+def test_targets_by_document_are_the_tokens_that_follow_in_it(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    ends = {int(d["offset"] + d["length"]) for d in scored.index("train")}
+    part = feed.step(2, 0, 1, SlotSize(tokens=60))
+    cut = [slot.batch for slot in part.slots]
+    assert part.global_tokens == sum(int((batch.targets_BT != -100).sum()) for batch in cut)
+    all_tokens = scored.read("train", feed.order.at(2).rows.spans, 1)
+    assert part.global_tokens == int((all_tokens.targets_RT != -100).sum())
+    for batch in cut:
+        assert batch.lengths_B is not None
+        for inputs, targets, length in zip(batch.inputs_BT, batch.targets_BT, batch.lengths_B.tolist(), strict=True):
+            assert torch.equal(targets[: length - 1], inputs[1:length])
+            assert (targets[length:] == -100).all()
+    lasts = [s + n in ends for s, n in _spans(feed, 2)]
+    unknown = sum(int((b.targets_BT != -100).sum(1).lt(b.lengths_B).sum()) for b in cut if b.lengths_B is not None)
+    assert unknown == sum(lasts)  # only behind a document's last token is there no target
+
+
+def test_slots_of_like_length_waste_less_than_slots_in_order(scored: TokenStore) -> None:
+    job = {**SMALL, "train": {**SMALL["train"], "sequence_length": 400, "global_batch_size": 40}}  # type: ignore[dict-item]
+    feed = Feed(JobSpec.model_validate(job), scored, torch.device("cpu"))
+    in_order, bucketed = (feed.step(0, 0, 1, s) for s in (SlotSize(rows=4), SlotSize(tokens=1600)))
+    assert 0 < bucketed.padding < in_order.padding / 2 and sum(bucketed.tokens) == sum(in_order.tokens)
+    assert max(bucketed.padded_tokens) <= 1600
+
+
+def test_the_share_of_a_rank_is_counted_in_tokens(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    parts = [feed.step(1, rank, 3, SlotSize(rows=2)) for rank in range(3)]
+    assert sum(part.share for part in parts) == pytest.approx(parts[0].num_slots)
+    packed = [_feed(scored).step(1, rank, 3, SIZE).share for rank in range(3)]
+    assert packed == [2, 2, 1]
+
+
+def test_validation_by_document_reads_the_first_ones(scored: TokenStore) -> None:
+    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    lengths_B = [s.batch.lengths_B for s in feed.validation(0, 1, SIZE).slots]
+    found = torch.cat([b for b in lengths_B if b is not None]).tolist()
+    index_D = scored.index("validation")
+    wanted = [min(24, int(d["length"]) - n) for d in index_D for n in range(0, int(d["length"]), 24)]
+    assert found == wanted[:7]
