@@ -13,13 +13,13 @@ from orchestrator.cluster.actors import Handle, Seat, start_host
 from orchestrator.cluster.calls import ask, reason_of
 from orchestrator.controller.worker_group import Answer, Inbox, post
 from orchestrator.errors import OrchestratorError
-from orchestrator.policy.health.expert_load import Loads, shown_loads
+from orchestrator.policy.health.expert_load import Loads
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import committed_steps, insist, user_events
+from orchestrator.run_records.run_history import insist
 from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_calls
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import read_events
-from orchestrator.telemetry.step_metrics import points_after, points_of_event
+from orchestrator.telemetry.step_metrics import points_of_event
 from orchestrator.tracking.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
@@ -29,10 +29,7 @@ FINISH_S = 30.0  # how long the end of a run waits for its tracker
 ASK_AGAIN_S = 1.0
 LOOK_EVERY_S = 3.0
 MOST_OPEN = 64  # calls without an answer: beyond that the journal keeps what would pile up here
-POINTS_PER_CALL = 2000
 LAST_TRIES = 3
-
-Call = tuple[str, tuple[Any, ...]]  # a method of the tracker, and what follows the epoch
 
 
 class TrackerLink:
@@ -75,7 +72,7 @@ class TrackerLink:
         """The run's data, which the tracker hears of whenever it has to be told everything."""
         self._data = data
         if self._is_current:
-            self._send(_calls_for_data(data))
+            self._send(calls_for_data(data))
 
     def publish(self, points: Sequence[MetricPoint]) -> None:
         """Values that the journal doesn't hold."""
@@ -173,23 +170,3 @@ class TrackerLink:
         assert self._handle is not None, "the tracker was not started"
         self._num_open += 1
         post(self._inbox, NAME, method, self._handle.call.remote(method, *args))
-
-
-def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> Iterator[Call]:
-    """Everything that a tracker which has the steps up to `position` may lack. What it has, it knows for a repeat."""
-    yield "artifact", (str(run_dir / "job.yaml"),)
-    if data is not None:
-        yield from _calls_for_data(data)
-    for event in user_events(run_dir):
-        yield "event", (event, points_of_event(event))
-    steps = committed_steps(read_events(run_dir))
-    points, loads, after = points_after(steps, position), shown_loads(steps), position
-    while points:
-        last = points[min(POINTS_PER_CALL, len(points)) - 1].step  # a step's values stay together
-        batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
-        yield "publish", (batch, after, {step: loads[step] for step in loads if after < step <= last})
-        points, after = points[len(batch) :], last
-
-
-def _calls_for_data(data: PreparedData) -> list[Call]:
-    return [("artifact", (data.tokenizer,)), ("inputs", (data.datasets,))]

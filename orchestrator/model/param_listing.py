@@ -1,6 +1,8 @@
 """The model of a job as a list of parameters, printed by a process of its own: who plans has no torch.
 
-python -m orchestrator.model.param_listing < job.json     # {"params": [[name, elements, expert, rows], ...], "buffers": ...}
+    python -m orchestrator.model.param_listing < job.json
+
+Prints `{"params": [[name, elements, expert, rows], ...], "buffers": ...}`.
 """
 
 import json

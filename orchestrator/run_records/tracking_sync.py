@@ -2,17 +2,25 @@
 no tracker got to write into that."""
 
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from orchestrator.controller.tracker_client import missing_calls
 from orchestrator.errors import NotFinished, NotFound
+from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.run_records.run_history import Recollection, read_status
+from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.run_history import Recollection, committed_steps, read_status, user_events
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import newest_epoch
+from orchestrator.storage.journal import newest_epoch, read_events
+from orchestrator.telemetry.step_metrics import points_after, points_of_event
 from orchestrator.tracking.outbox import num_waiting
 from orchestrator.tracking.tracker import Tracker, TrackerState
+
+POINTS_PER_CALL = 2000
+
+Call = tuple[str, tuple[Any, ...]]  # a method of the tracker, and what follows the epoch
 
 
 def waits_for_delivery(run_dir: Path) -> int:
@@ -56,3 +64,23 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
             getattr(tracker, method)(epoch, *args)
     tracker.finish(epoch, status.phase.value, status.why, timeout_s)
     return tracker.describe()
+
+
+def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> Iterator[Call]:
+    """Everything that a tracker which has the steps up to `position` may lack. What it has, it knows for a repeat."""
+    yield "artifact", (str(run_dir / "job.yaml"),)
+    if data is not None:
+        yield from calls_for_data(data)
+    for event in user_events(run_dir):
+        yield "event", (event, points_of_event(event))
+    steps = committed_steps(read_events(run_dir))
+    points, loads, after = points_after(steps, position), shown_loads(steps), position
+    while points:
+        last = points[min(POINTS_PER_CALL, len(points)) - 1].step  # a step's values stay together
+        batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
+        yield "publish", (batch, after, {step: loads[step] for step in loads if after < step <= last})
+        points, after = points[len(batch) :], last
+
+
+def calls_for_data(data: PreparedData) -> list[Call]:
+    return [("artifact", (data.tokenizer,)), ("inputs", (data.datasets,))]

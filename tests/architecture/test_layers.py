@@ -14,19 +14,26 @@ PACKAGE = Path(__file__).parents[2] / "orchestrator"
 # From the lowest to the highest. A room imports only rooms of lower lines; rooms of one line do not import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"spec", "metrics", "secrets", "own_code"}),
+    frozenset({"spec", "metrics", "secrets", "user_code", "storage"}),
     frozenset({"elastic", "sampling"}),
     frozenset({"protocol"}),
     frozenset({"policy"}),
-    frozenset({"comm", "data", "checkpoint", "tracking"}),
-    frozenset({"model", "state"}),
-    frozenset({"engine"}),
-    frozenset({"control", "worker"}),
+    frozenset({"comm", "checkpoint", "tracking"}),
+    frozenset({"data", "model", "state", "telemetry"}),
+    frozenset({"engine", "inference"}),
+    frozenset({"worker", "cluster", "run_records"}),
+    frozenset({"controller"}),
+    frozenset({"scheduler"}),
+    frozenset({"submission"}),
     frozenset({"client"}),
     frozenset({"cli", "ray_train"}),
 )
 PURE = ("errors", "metrics", "spec", "elastic", "sampling", "protocol", "policy")
-NO_TORCH = (*PURE, "data", "checkpoint", "tracking", "control", "client", "cli", "ray_train")
+NO_TORCH = (
+    *PURE,
+    *("storage", "data", "checkpoint", "tracking", "telemetry", "cluster", "run_records"),
+    *("controller", "scheduler", "submission", "client", "cli", "ray_train"),
+)
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
 LONG_FILE, LONGEST_FILE = 300, 400  # lines
 
