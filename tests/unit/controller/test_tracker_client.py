@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.controller.tracker_client import POINTS_PER_CALL, TrackerLink, missing_calls
+from orchestrator.controller.tracker_client import TrackerLink
+from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, missing_calls
 from orchestrator.controller.worker_group import Answer
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import RunMemory

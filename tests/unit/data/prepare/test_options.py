@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data.manifest import PrepareOptions, store_key
 from orchestrator.data.prepare.options import check_enough, check_vocabulary, prepare, split_documents
-from orchestrator.data.prepare.options import options as prepare_module
+from orchestrator.data.prepare import options as prepare_module
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
 from tests.unit.data.stores import write_store

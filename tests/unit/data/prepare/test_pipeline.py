@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from orchestrator.data.manifest import Manifest
-from orchestrator.data.prepare.options import pipeline as bulk_module
+from orchestrator.data.prepare import pipeline as bulk_module
 from orchestrator.data.prepare.options import prepare
 from orchestrator.data.prepare.options import scan as scan_module
 from orchestrator.data.prepare.pipeline import Request, prepare_corpora

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.prepare.options import seen as seen_module
+from orchestrator.data.prepare import seen as seen_module
 from orchestrator.data.prepare.seen import EMPTY, KEY_BYTES, Seen
 
 

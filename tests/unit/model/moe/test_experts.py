@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.model.moe.experts import GatedMLP, run_experts
-from orchestrator.model.moe.layer import experts as module
+from orchestrator.model.moe import experts as module
 
 TOKENS, HIDDEN, INNER = 9, 6, 10
 
