@@ -20,6 +20,9 @@ from orchestrator.worker.step.memory import room
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14: pages are there as after a write, and keep what they hold
 PIECE = 1 << 22  # bytes populated by one call
+# Beside what is reserved: malloc finds an aligned block only in a hole that is larger, and cuts small ones off holes.
+ROOM_TO_ALIGN = mmap.PAGESIZE
+FOR_SMALL_ONES = 1 << 22
 
 
 class ReservedMemory:
@@ -54,7 +57,8 @@ def reserve(sizes: Iterable[int]) -> None:
     where the machine or the control group has less than that left: training holds activations now that are free at the
     fence, so the blocks may fit then.
     """
-    wanted, there = list(sizes), room(torch.device("cpu"))
+    wanted = [FOR_SMALL_ONES, *(size + ROOM_TO_ALIGN for size in sorted(sizes, reverse=True))]
+    there = room(torch.device("cpu"))
     if sum(wanted) > there.limit_bytes - there.used_bytes:
         return
     blocks = [torch.empty(size, dtype=torch.uint8) for size in wanted]

@@ -24,11 +24,24 @@ def step(name, action):
     added[name] = (taken_bytes(cpu) - before) / 2**20
     return result
 
-step("reserve", lambda: reserve([96 << 20, 32 << 20]))
-used = step("use", lambda: [torch.ones(size << 20, dtype=torch.uint8) for size in (96, 32)])
+sizes = [96 << 20, 32 << 20]
+
+def use():
+    return [torch.ones(size, dtype=torch.uint8) for size in sizes]
+
+def cycles(count):
+    for _ in range(count):
+        reserve(sizes)
+        use()
+
+step("reserve", lambda: reserve(sizes))
+step("again", lambda: reserve(sizes))
+small = [torch.empty(1 << 10) for _ in range(200)]  # more than holes of the heap have room for
+used = step("use", use)
 del used
-step("again", lambda: reserve([96 << 20, 32 << 20]))
-step("more", lambda: reserve([192 << 20]))
+cycles(2)  # the heap finds its shape
+step("cycles", lambda: cycles(5))
+step("more", lambda: reserve([*sizes, 64 << 20]))
 step("too much", lambda: reserve([1 << 50]))
 print(json.dumps(added))
 """
@@ -52,10 +65,11 @@ def test_whoever_uses_it_then_needs_no_more(added: dict[str, float]) -> None:
 
 def test_what_is_free_is_not_asked_for_again(added: dict[str, float]) -> None:
     assert added["again"] < 16
+    assert added["cycles"] < 16
 
 
 def test_only_what_is_missing_is_asked_for(added: dict[str, float]) -> None:
-    assert added["more"] == pytest.approx(64, abs=16)
+    assert added["more"] < 64 + 16
 
 
 def test_more_than_the_machine_has_left_is_not_asked_for(added: dict[str, float]) -> None:
