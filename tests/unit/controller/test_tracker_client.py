@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from orchestrator.controller.tracker_client import TrackerLink
-from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, missing_calls
 from orchestrator.controller.worker_group import Answer
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import RunMemory
 from orchestrator.run_records.tracker_setup import tracker_setup
+from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, missing_calls
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import acquire_epoch
 from orchestrator.telemetry.node import Reading, points_of_readings, read_system

@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from orchestrator.data.corpus import records as records_module
 from orchestrator.data.corpus.records import Form, Record, can_be_entered, form_of, records
 from orchestrator.data.corpus.sources import open_corpus
-from orchestrator.data.corpus import records as records_module
 
 TEXTS = [f"{number}: naïve café\n" + "word " * (number % 7) for number in range(600)] + ["", " \n"]
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.manifest import PrepareOptions, store_key
-from orchestrator.data.prepare.options import check_enough, check_vocabulary, prepare, split_documents
 from orchestrator.data.prepare import options as prepare_module
+from orchestrator.data.prepare.options import check_enough, check_vocabulary, prepare, split_documents
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
 from tests.unit.data.stores import write_store

@@ -19,8 +19,8 @@ from pyarrow import parquet
 
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.prepare import pipeline as bulk_module
+from orchestrator.data.prepare import scan as scan_module
 from orchestrator.data.prepare.options import prepare
-from orchestrator.data.prepare.options import scan as scan_module
 from orchestrator.data.prepare.pipeline import Request, prepare_corpora
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt

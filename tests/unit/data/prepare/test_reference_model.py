@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.prepare.options import prepare, reference_model
+from orchestrator.data.prepare import reference_model
+from orchestrator.data.prepare.options import prepare
 from orchestrator.data.prepare.reference_model import PRIOR, PairCounts, reference_loss
 
 VOCAB_SIZE = 10

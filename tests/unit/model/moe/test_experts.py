@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.model.moe.experts import GatedMLP, run_experts
 from orchestrator.model.moe import experts as module
+from orchestrator.model.moe.experts import GatedMLP, run_experts
 
 TOKENS, HIDDEN, INNER = 9, 6, 10
 
