@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import alternate
-from orchestrator.comm import stats
+from orchestrator.comm import traffic_meter
 from orchestrator.comm.gradients.reduce_scatter import Alone, Reducer, Reduction
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
@@ -70,7 +70,7 @@ def steps_of_arms(
         arms[name] = _stepper(engine, rank)
     tokens = {}
     for name, step in arms.items():
-        since = stats.Since()
+        since = traffic_meter.Since()
         step()  # memory and routes are not those of the first step any more
         seen = since.look()
         tokens[name] = (seen[TrafficKind.DISPATCH].sent + seen[TrafficKind.COMBINE].sent) // STEPS

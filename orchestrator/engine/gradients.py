@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.comm import pulse
+from orchestrator.comm import collective_stats
 from orchestrator.comm.gradients.buckets import Bucket, Buckets
 from orchestrator.comm.gradients.codecs import codec_of
 from orchestrator.comm.gradients.powersgd import Matrix, PowerSGD, first_thin
@@ -59,13 +59,13 @@ class Gradients:
 
     def begin_slot(self, last: bool) -> None:
         """Called before a slot's backward pass; `last` of its step."""
-        self._began_s, self._waited_s = time.perf_counter(), pulse.waited_s()
+        self._began_s, self._waited_s = time.perf_counter(), collective_stats.waited_s()
         self._all.begin_slot(last)
 
     def end_slot(self) -> None:
         """Called after it."""
         self._ended_s = time.perf_counter()
-        self.backward_s = self._ended_s - self._began_s - (pulse.waited_s() - self._waited_s)
+        self.backward_s = self._ended_s - self._began_s - (collective_stats.waited_s() - self._waited_s)
         self._all.end_slot()
 
     def sums(self) -> list[Tensor]:

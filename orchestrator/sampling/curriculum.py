@@ -13,7 +13,7 @@ from itertools import pairwise
 from orchestrator.errors import ProtocolError
 from orchestrator.sampling.admission import Admission
 from orchestrator.sampling.chunks import Chunks, Spans
-from orchestrator.sampling.stream import Stream
+from orchestrator.sampling.token_stream import Stream
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from orchestrator.comm import pulse
+from orchestrator.comm import collective_stats
 from orchestrator.data.store import TokenStore
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
@@ -97,7 +97,7 @@ class Worker:
         if (error := report.error) is not None:
             message, traceback = redacted(error.message), redacted(error.traceback)
             report = replace(report, error=replace(error, message=message, traceback=traceback))
-        return replace(report, rss_bytes=self._process.memory_info().rss, collective=pulse.entered())
+        return replace(report, rss_bytes=self._process.memory_info().rss, collective=collective_stats.entered())
 
     def shutdown(self) -> None:
         """End this process. State that nobody else holds is gone."""

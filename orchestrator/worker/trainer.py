@@ -11,7 +11,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.comm import pulse
+from orchestrator.comm import collective_stats
 from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.engine.process_groups import abort_collectives, disconnect
 from orchestrator.policy.health.loss_spike import explosion
@@ -119,7 +119,7 @@ class Trainer:
     def train(self, shard: Shard) -> Prepared | None:
         """Step after step until all members agree on a fence. None when there is no step left, or the run shall end."""
         self._engagement.begin(shard.world.generation)
-        pulse.reset()
+        collective_stats.reset()
         if shard.seal is not None:
             shard.seal.close()
         self._keeping.take(shard, self._progress)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm import stats
+from orchestrator.comm import traffic_meter
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
@@ -51,7 +51,7 @@ def _exchange(
         torch.nn.init.normal_(param, std=0.1)
     generator = torch.Generator().manual_seed(rank)
     dist.barrier()
-    since, before = stats.Since(), _sent_by_host()
+    since, before = traffic_meter.Since(), _sent_by_host()
     for _ in range(PASSES):
         layer(torch.randn(1, TOKENS, SPEC.hidden_size, generator=generator, requires_grad=True)).sum().backward()
     dist.barrier()

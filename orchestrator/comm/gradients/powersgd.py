@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import pulse, stats
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.gradients.reduce_scatter import Alone, Reducer, Reduction
 from orchestrator.protocol.usage import TrafficKind
 
@@ -77,7 +77,7 @@ class PowerSGD(Reducer):
         flat = torch.cat([part.reshape(-1) for part in parts])
         work = dist.all_reduce(flat, group=self._group, async_op=True)
         payload = 2 * self._leaving(flat.nbytes)
-        stats.enter(TrafficKind.GRADIENT, payload, raw=self._leaving(raw))
+        traffic_meter.enter(TrafficKind.GRADIENT, payload, raw=self._leaving(raw))
         return _Sum(work, flat, [tuple(part.shape) for part in parts])
 
     def piece(self, left_NK: Sequence[Tensor], right_MK: Sequence[Tensor], num_elements: int) -> Tensor:
@@ -113,7 +113,7 @@ class _Sum:
         return self._work.is_completed()
 
     def wait(self) -> list[Tensor]:
-        with pulse.waiting():
+        with collective_stats.waiting():
             self._work.wait()
         parts = torch.split(self._flat, [prod(shape) for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import pulse, stats
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.gradients.codecs import Codec
 from orchestrator.protocol.usage import TrafficKind
 
@@ -42,7 +42,7 @@ class Reducer(ABC):
 
     Args:
         group: whose gradients are summed; a group of one has them already.
-        everyone: all ranks of the world call it equally often, so it counts in `orchestrator.comm.pulse`.
+        everyone: all ranks of the world call it equally often, so it counts in `orchestrator.comm.collective_stats`.
     """
 
     def __init__(self, group: dist.ProcessGroup, everyone: bool) -> None:
@@ -65,7 +65,7 @@ class Reducer(ABC):
 
     def _enter(self) -> None:
         if self._everyone:
-            pulse.enter()
+            collective_stats.enter()
 
     def _leaving(self, num_bytes: int) -> int:
         """Of so many bytes, those that aren't for this rank itself."""
@@ -79,7 +79,7 @@ class ReduceScatter(Reducer):
         if self.num_pieces == 1:
             return Alone(flat, keeps_rest=False)
         received, work = self._send(flat)
-        stats.enter(TrafficKind.GRADIENT, self._leaving(flat.nbytes))
+        traffic_meter.enter(TrafficKind.GRADIENT, self._leaving(flat.nbytes))
         return _Plain(work, flat, received.view(self.num_pieces, -1))
 
 
@@ -109,7 +109,7 @@ class Compressed(Reducer):
         received_WP, work = self._send(payload_WP)
         leaving = self._leaving(payload_WP.nbytes)
         index = round(leaving * self.codec.index_share)
-        stats.enter(TrafficKind.GRADIENT, leaving - index, index, raw=self._leaving(flat.nbytes))
+        traffic_meter.enter(TrafficKind.GRADIENT, leaving - index, index, raw=self._leaving(flat.nbytes))
         return _Encoded(work, payload_WP, received_WP, own_S, self._rank, self.codec)
 
 
@@ -137,7 +137,7 @@ class _Plain(Reduction):
         return self._work.is_completed()
 
     def wait(self) -> Tensor:
-        with pulse.waiting():
+        with collective_stats.waiting():
             self._work.wait()
         first, second, *others = self._received_WS
         total_S = torch.add(first, second)
@@ -157,7 +157,7 @@ class _Encoded(Reduction):
         return self._work.is_completed()
 
     def wait(self) -> Tensor:
-        with pulse.waiting():
+        with collective_stats.waiting():
             self._work.wait()
         for rank, payload_P in enumerate(self._received_WP):
             if rank != self._rank:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import pulse, stats
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.tokens import link_priority
 from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
 from orchestrator.protocol.usage import TrafficKind
@@ -75,14 +75,14 @@ class Journey:
         """Start a transfer, or one of gradients `home`, and return what receives it."""
         sent_W, received_W = (self._received_W, self._sent_W) if home else (self._sent_W, self._received_W)
         assert self._group is not None  # in a world of one nothing departs
-        pulse.enter()
+        collective_stats.enter()
         sent = encode(x_ND, self._wire, self._whole)
         received = sent.new_empty(sum(received_W), *sent.shape[1:])
         work = dist.all_to_all_single(received, sent, received_W, sent_W, group=self._group, async_op=True)
         leaving = sum(sent_W) - sent_W[self._group.rank()]
         row_bytes = [rows.shape[1:].numel() * rows.element_size() for rows in (sent, x_ND)]
         across = sum(sent_W[rank] for rank in self._far) * row_bytes[0]
-        stats.enter(self._kind, leaving * row_bytes[0], raw=leaving * row_bytes[1], across=across)
+        traffic_meter.enter(self._kind, leaving * row_bytes[0], raw=leaving * row_bytes[1], across=across)
         same = received.dtype == x_ND.dtype
         received_MD = received if same else x_ND.new_empty(len(received), *x_ND.shape[1:])
         self._transfer = _Transfer(work, sent, received, received_MD)
@@ -93,7 +93,7 @@ class Journey:
         transfer, self._transfer = self._transfer, None
         if transfer is None:
             raise ValueError("a journey was ended that had not begun; begin() and end() go in pairs, once")
-        with pulse.waiting():
+        with collective_stats.waiting():
             transfer.work.wait()
         if transfer.received is not transfer.received_MD:
             received_MD = transfer.received_MD
@@ -142,8 +142,8 @@ def gather_counts(sent_W: Tensor, group: dist.ProcessGroup) -> Tensor:
     """How many rows each rank sends to each (W, W), from how many this one sends to each (W)."""
     world_size = dist.get_world_size(group)
     counts_WW = sent_W.new_empty(world_size, sent_W.numel())
-    pulse.enter()
-    with pulse.waiting():
+    collective_stats.enter()
+    with collective_stats.waiting():
         dist.all_gather_single(counts_WW, sent_W[None], group=group)
-    stats.enter_gathered(TrafficKind.CONTROL, counts_WW, world_size)
+    traffic_meter.enter_gathered(TrafficKind.CONTROL, counts_WW, world_size)
     return counts_WW

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm import stats
+from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport.gloo import gloo_group
 from orchestrator.protocol.usage import TrafficKind
 
@@ -53,7 +53,7 @@ class PeerGroup:
         """Send a contiguous tensor in host memory; returns when it has left. Order per pair is kept."""
         self._pg.send([data], self._index[to], 0).wait()
         self.sent_bytes += data.nbytes
-        stats.enter(TrafficKind.TRANSFER, data.nbytes)
+        traffic_meter.enter(TrafficKind.TRANSFER, data.nbytes)
 
     def receive(self, data: Tensor, source: str) -> None:
         """Fill a contiguous tensor in host memory from `source`."""
@@ -66,7 +66,7 @@ class PeerGroup:
             options: Any = dist.AllreduceOptions()
             options.reduceOp = op
             self._group.allreduce([data], options).wait()
-            stats.enter_reduced(TrafficKind.TRANSFER, data, len(self.members))
+            traffic_meter.enter_reduced(TrafficKind.TRANSFER, data, len(self.members))
 
     def barrier(self) -> None:
         """Return once every member has called it. A member that is gone makes it fail at once for all."""

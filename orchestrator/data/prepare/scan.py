@@ -19,8 +19,8 @@ from orchestrator.data.corpus.sources import add_bytes, find_files
 from orchestrator.data.holdout import Holdout, fraction_of
 from orchestrator.data.manifest import Dropped, PrepareOptions, Source
 from orchestrator.data.prepare.blocks import Block, BlockBuilder, Kept, SourceFile, document_id
+from orchestrator.data.prepare.digest_set import KEY_BYTES, Seen
 from orchestrator.data.prepare.quarantine import Quarantine
-from orchestrator.data.prepare.seen import KEY_BYTES, Seen
 from orchestrator.errors import DataError
 
 BLOCKS = 128  # wanted of a corpus, within

@@ -30,7 +30,7 @@ from deepspeed.utils import groups as registry
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
-from orchestrator.comm import pulse
+from orchestrator.comm import collective_stats
 from orchestrator.comm.gradients.exact_sum import largest_term
 from orchestrator.comm.tokens import link_priority
 from orchestrator.engine.adamw import AdamW
@@ -302,7 +302,7 @@ def _count_waits(backend: Any) -> None:
 def _counted(collective: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(collective)
     def counted(*args: Any, **kwargs: Any) -> Any:
-        with pulse.waiting():
+        with collective_stats.waiting():
             return collective(*args, **kwargs)
 
     return counted

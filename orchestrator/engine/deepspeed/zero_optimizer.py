@@ -14,7 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
-from orchestrator.comm import pulse, stats
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.gradients.exact_sum import largest_of, square_sums, total_square
 from orchestrator.protocol.usage import TrafficKind
 
@@ -58,7 +58,7 @@ class Seam:
         zero.step()
         if not zero.overflow:
             for flat, ranks in zip(zero.bit16_groups_flat, zero.real_dp_process_group, strict=True):
-                stats.enter_gathered(TrafficKind.PARAMETER, flat, dist.get_world_size(ranks))
+                traffic_meter.enter_gathered(TrafficKind.PARAMETER, flat, dist.get_world_size(ranks))
         return not zero.overflow, float(zero._global_grad_norm)
 
     def _global_norm(self, sums: Sequence[Tensor]) -> Tensor:
@@ -76,10 +76,10 @@ class Seam:
 
     def _over_ranks(self, mine: Tensor, op: Any) -> Tensor:
         if self._world is not None:
-            pulse.enter()
-            with pulse.waiting():
+            collective_stats.enter()
+            with collective_stats.waiting():
                 dist.all_reduce(mine, op, group=self._world)
-            stats.enter_reduced(TrafficKind.CONTROL, mine, dist.get_world_size(self._world))
+            traffic_meter.enter_reduced(TrafficKind.CONTROL, mine, dist.get_world_size(self._world))
         return mine
 
 

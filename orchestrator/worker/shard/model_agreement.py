@@ -6,7 +6,7 @@ from hashlib import sha256
 import torch
 import torch.distributed as dist
 
-from orchestrator.comm import stats
+from orchestrator.comm import traffic_meter
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, expert_of
 from orchestrator.model.user_rules import shown
@@ -32,7 +32,7 @@ def check_agreement(model: TrainableModel, group: dist.ProcessGroup | None) -> N
     dist.all_reduce(lowest, dist.ReduceOp.MIN, group)
     dist.all_reduce(highest, dist.ReduceOp.MAX, group)
     for reduced in (lowest, highest):
-        stats.enter_reduced(TrafficKind.CONTROL, reduced, dist.get_world_size(group))
+        traffic_meter.enter_reduced(TrafficKind.CONTROL, reduced, dist.get_world_size(group))
     names = [name for (name, _), differs in zip(held_by_all, (lowest != highest).tolist(), strict=True) if differs]
     if names:
         raise EntrypointError(
@@ -60,7 +60,7 @@ def check_order(
     mine = torch.tensor(numbers + [0] * (MOST_BUCKETS - len(numbers)), device=device)
     everybodys = mine.new_empty(group.size(), len(mine))
     dist.all_gather_single(everybodys, mine[None], group=group)
-    stats.enter_gathered(TrafficKind.CONTROL, everybodys, group.size())
+    traffic_meter.enter_gathered(TrafficKind.CONTROL, everybodys, group.size())
     for rank, theirs in enumerate(everybodys.cpu()):
         (differing,) = torch.nonzero(theirs != everybodys[0].cpu(), as_tuple=True)
         if len(differing):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm import stats
+from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport.stream import Listener, Stream, StreamClosed, dial
 from orchestrator.elastic.state_layout import Layout
 from orchestrator.protocol.messages import GenerationPlan
@@ -171,7 +171,7 @@ class Protection:
                     raise closed
                 shared = self._own.shared(snapshot)
                 self._to_buddy.send(_header(snapshot), shared)
-                stats.enter(TrafficKind.PROTECTION, shared.nbytes)
+                traffic_meter.enter(TrafficKind.PROTECTION, shared.nbytes)
                 self._busy_s[0] = time.thread_time()
                 acknowledged.set_result(None)
             except StreamClosed as error:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.comm import pulse, stats
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.model.base import seed_draws
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
@@ -71,7 +71,7 @@ class Stepper:
         self._before_slot, self._validates = before_slot, validates
         self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
         self._prefetch = Prefetch(feed, workshop.spec.train.steps)
-        self._ledger = stats.Since()
+        self._ledger = traffic_meter.Since()
         self._counted: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step and loads of the newest step
         self._gauge = Gauge(workshop.device) if workshop.spec.train.fits_memory else None
 
@@ -92,7 +92,7 @@ class Stepper:
             before_update: called when the state is about to change; not if the update is skipped.
             speak: asked at the last moment before the vote.
         """
-        started, waited_s, step = time.perf_counter(), pulse.waited_s(), progress.step + 1
+        started, waited_s, step = time.perf_counter(), collective_stats.waited_s(), progress.step + 1
         feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.slot)
         data_wait_s = time.perf_counter() - started
         losses = np.zeros(feed.num_slots)
@@ -117,7 +117,7 @@ class Stepper:
         digests = witness.look() if witness is not None else NO_DIGESTS
 
         updated = time.perf_counter()
-        peers_s = pulse.waited_s() - waited_s
+        peers_s = collective_stats.waited_s() - waited_s
         busy_s = updated - started - peers_s
         share = feed.share
         traffic, chosen = self._ledger.look(), shard.choosing.scheme

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from orchestrator.comm import pulse, stats
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.protocol.usage import Traffic, TrafficKind
 
@@ -116,10 +116,10 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
             torch.from_numpy(halves).reshape(-1),
         ]
     ).to(device)
-    pulse.enter()
+    collective_stats.enter()
     if group is not None:
         dist.all_reduce(vector, group=group)
-        stats.enter_reduced(TrafficKind.CONTROL, vector, world_size)
+        traffic_meter.enter_reduced(TrafficKind.CONTROL, vector, world_size)
     num_counts, num_margins = counts_LE.numel(), margins_LEM.numel()
     sizes = [num_slots, num_validation, num_counts, num_margins, NUM_VOICES * world_size, len(traffic), halves.size]
     parts = torch.split(vector.cpu(), sizes)

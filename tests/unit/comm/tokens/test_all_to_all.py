@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import stats
+from orchestrator.comm import traffic_meter
 from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
 from orchestrator.comm.tokens.all_to_all import Journey, gather_counts
 from orchestrator.protocol.usage import TrafficKind
@@ -48,7 +48,7 @@ def test_the_ledger_tells_what_goes_to_other_nodes(nodes: str, rows: int) -> Non
         journey = Journey(SENT_WW[rank], received_W, group, KIND, is_far_W=is_far_W)
         journey.end(journey.begin(_rows(rank).requires_grad_())).sum().backward()
 
-    since = stats.Since()
+    since = traffic_meter.Since()
     on_ranks(3, run)
     sent = since.look()[KIND]
     assert (sent.payload, sent.across) == (2 * 5 * 24, 2 * rows * 24)  # there and back, three numbers of 8 bytes a row

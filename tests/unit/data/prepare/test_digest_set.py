@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.prepare import seen as seen_module
-from orchestrator.data.prepare.seen import EMPTY, KEY_BYTES, Seen
+from orchestrator.data.prepare import digest_set as seen_module
+from orchestrator.data.prepare.digest_set import EMPTY, KEY_BYTES, Seen
 
 
 @given(st.lists(st.one_of(st.binary(min_size=16, max_size=16), st.sampled_from([EMPTY, b"\1" * 16]))))

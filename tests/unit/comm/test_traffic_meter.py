@@ -4,14 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from orchestrator.comm import stats
+from orchestrator.comm import traffic_meter
 from orchestrator.protocol.usage import Traffic, TrafficKind
 
 
 def test_a_look_shows_what_was_sent_since_the_one_before() -> None:
-    since = stats.Since()
-    stats.enter(TrafficKind.GRADIENT, 10, 4, raw=80)
-    stats.enter(TrafficKind.GRADIENT, 1)
+    since = traffic_meter.Since()
+    traffic_meter.enter(TrafficKind.GRADIENT, 10, 4, raw=80)
+    traffic_meter.enter(TrafficKind.GRADIENT, 1)
     seen = since.look()
     assert seen[TrafficKind.GRADIENT] == Traffic(raw=81, payload=11, index=4)
     assert seen[TrafficKind.GRADIENT].sent == 15
@@ -19,10 +19,10 @@ def test_a_look_shows_what_was_sent_since_the_one_before() -> None:
 
 
 def test_collectives_are_counted_as_a_ring_sends_them() -> None:
-    since, tensor = stats.Since(), torch.zeros(12)
-    stats.enter_gathered(TrafficKind.PARAMETER, tensor, 4)
-    stats.enter_reduced(TrafficKind.CONTROL, tensor, 4)
-    stats.enter_reduced(TrafficKind.TRANSFER, tensor, 1)
+    since, tensor = traffic_meter.Since(), torch.zeros(12)
+    traffic_meter.enter_gathered(TrafficKind.PARAMETER, tensor, 4)
+    traffic_meter.enter_reduced(TrafficKind.CONTROL, tensor, 4)
+    traffic_meter.enter_reduced(TrafficKind.TRANSFER, tensor, 1)
     seen = since.look()
     assert [seen[kind].sent for kind in (TrafficKind.PARAMETER, TrafficKind.CONTROL, TrafficKind.TRANSFER)] == [
         36,
@@ -32,7 +32,7 @@ def test_collectives_are_counted_as_a_ring_sends_them() -> None:
 
 
 def test_threads_lose_nothing() -> None:
-    since = stats.Since()
+    since = traffic_meter.Since()
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: stats.enter(TrafficKind.PROTECTION, 1, 2), range(4000)))
+        list(pool.map(lambda _: traffic_meter.enter(TrafficKind.PROTECTION, 1, 2), range(4000)))
     assert since.look()[TrafficKind.PROTECTION] == Traffic(12000, 4000, 8000)
