@@ -30,8 +30,7 @@ from orchestrator.run_records.run_files import LogLine, RunFiles, run_dir_in
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
-from orchestrator.submission.asking import ask_by_url, refuse_by_url
-from orchestrator.submission.by_url import submit_file
+from orchestrator.submission.by_url import ask_by_url, refuse_by_url, submit_file
 from orchestrator.submission.submission import order_of
 
 __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]

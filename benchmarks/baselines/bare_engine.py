@@ -23,7 +23,7 @@ from orchestrator.data.store import TokenStore
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import build_model
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.layer import ExpertHome
@@ -31,7 +31,7 @@ from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.sampling.micro_batches import max_slots, slots_of
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.transition.beginning import read_pretrained
+from orchestrator.worker.transition.load_state import read_pretrained
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from orchestrator.comm.gradients.reduce_scatter import Alone, Reducer, Reduction
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import TrafficKind

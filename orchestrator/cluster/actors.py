@@ -19,7 +19,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from orchestrator.protocol.energy import EnergyReading
+from orchestrator.protocol.usage import EnergyReading
 from orchestrator.telemetry.energy import EnergyMeter
 from orchestrator.telemetry.node import Reading, read_system
 

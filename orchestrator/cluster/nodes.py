@@ -31,6 +31,12 @@ def cores_of_nodes(selector: Labels) -> list[int]:
     return [int(node["Resources"].get("CPU", 0.0)) for node in nodes if node["NodeID"] in pool]
 
 
+def draining_nodes() -> dict[str, float]:
+    """Ids of nodes that live and are drained, with `time.time()` of their deadlines; 0 for none."""
+    nodes: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return {node: deadline_ms / 1000.0 for node, deadline_ms in nodes.items()}
+
+
 def free_on_nodes(nodes: set[str] | None = None) -> dict[str, Resources]:
     """What is free on each node, or on those among `nodes`, and how many GPUs it has."""
     free: dict[str, Resources] = ray._private.state.available_resources_per_node()  # type: ignore[no-untyped-call]

@@ -21,9 +21,7 @@ import ray
 from orchestrator.cluster.actors import find, log_to
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.controller.actor_classes import Parts
-from orchestrator.controller.drain_watch import DrainWatch
-from orchestrator.controller.energy_watch import EnergyWatch
-from orchestrator.controller.monitors import NodeWatch
+from orchestrator.controller.monitors import DrainWatch, EnergyWatch, NodeWatch
 from orchestrator.controller.recorder import Account
 from orchestrator.controller.rendezvous_client import head_address
 from orchestrator.controller.requests import Wishes, member_of_rank
@@ -36,8 +34,7 @@ from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.lifecycle import decide, directive_of, phase_of
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.requests import queued
-from orchestrator.policy.state.resuming import resumed
+from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.policy.state.run_state import Commit, Dismiss, Note, Observation, ended
 from orchestrator.protocol.messages import Finish, ResumeOrder, Target
 from orchestrator.protocol.scaling import Grant, RunScale

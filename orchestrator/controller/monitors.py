@@ -1,14 +1,32 @@
-"""Now and then asks one process of the run on each node how busy its node is."""
+"""Periodic readings of nodes, of drains and of energy, for the controller's inbox."""
 
+import logging
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
 
 from orchestrator.cluster.actors import Handle
+from orchestrator.cluster.nodes import draining_nodes
 from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.errors import StorageError
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.usage import EnergyReading
+from orchestrator.run_records.run_history import RunMemory
 from orchestrator.telemetry.node import Reading, points_of_readings
 from orchestrator.tracking.sink import MetricPoint
 
-EVERY_S = 10.0
+log = logging.getLogger("orchestrator.control")
+
+NODES_EVERY_S = 10.0
+
+
+# -- How busy nodes are ----
 
 
 class NodeWatch:
@@ -24,7 +42,7 @@ class NodeWatch:
 
     def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
         """Ask, if it is time: whoever's node isn't known yet, and one worker of every other node."""
-        if self._asked_s is not None and now_s - self._asked_s < EVERY_S:
+        if self._asked_s is not None and now_s - self._asked_s < NODES_EVERY_S:
             return
         self._asked_s = now_s
         self._nodes = {worker: node for worker, node in self._nodes.items() if worker in handles}
@@ -42,3 +60,99 @@ class NodeWatch:
         before = self._readings.get(reading.node)
         self._readings[reading.node] = reading
         return list(points_of_readings(before, reading, step)) if before is not None and step >= 0 else []
+
+
+# -- Looks which nodes are being drained: by an operator, an autoscaler, or a cloud that wants them back ---------------
+
+DRAINS_EVERY_S = 0.25  # a look takes Ray's head half a millisecond
+
+
+class DrainWatch:
+    """In a thread of its own, since Ray's head may be slow to answer. Its news come into the inbox as None."""
+
+    def __init__(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        self._nodes: dict[str, float] = {}
+
+    @property
+    def nodes(self) -> Mapping[str, float]:
+        """All nodes that were seen to be drained: it can't be taken back, and a node that is gone is none any more."""
+        return self._nodes
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="drains", daemon=True).start()
+
+    def _watch(self) -> None:
+        has_failed = False
+        while True:
+            time.sleep(DRAINS_EVERY_S)
+            try:
+                known = {**self._nodes, **draining_nodes()}
+                has_failed = False
+            except Exception:  # Ray's head is away, which others notice too
+                if not has_failed:
+                    log.exception("nodes that are drained can't be seen")
+                has_failed = True
+                continue
+            if known != self._nodes:
+                self._nodes = known
+                self._inbox.put(None)
+
+
+# -- Now and then asks each worker of a run what energy it has used, and journals what they say ------------------------
+
+ENERGY_EVERY_S = 10.0
+WRITE_EVERY_S = 30.0
+LAST_S = 1.0  # how long a run that has ended waits for what its workers have used
+
+
+class EnergyWatch:
+    """Of one run. Answers come into the controller's inbox with the method `READ`.
+
+    Args:
+        gpus: that each worker reserves.
+    """
+
+    READ = "read_energy"
+
+    def __init__(self, gpus: float, memory: RunMemory, inbox: Inbox) -> None:
+        self._gpus, self._memory, self._inbox = gpus, memory, inbox
+        self._asked_s: dict[str, float] = {}
+        self._written_s = 0.0
+        self._known: dict[str, EnergyReading] = {}  # what workers said last
+        self._news: dict[str, EnergyReading] = {}  # of it, what isn't in the journal
+
+    def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
+        """Ask whoever is due, and write down what has come since."""
+        for worker, handle in handles.items():
+            if now_s - self._asked_s.get(worker, float("-inf")) >= ENERGY_EVERY_S:
+                self._asked_s[worker] = now_s
+                post(self._inbox, worker, EnergyWatch.READ, handle.read_energy.remote(self._gpus))
+        if self._news and now_s - self._written_s >= WRITE_EVERY_S:
+            self._written_s = now_s
+            self._write()
+
+    def take(self, answer: Answer) -> None:
+        """Note what a worker said. Nothing of one that is gone: others see to that."""
+        if answer.future.exception() is None:
+            self._enter(answer.of, answer.future.result())
+
+    def close(self, handles: Mapping[str, Handle]) -> None:
+        """Ask those once more who can tell, before they are let go, and write it down."""
+        asked = {handles[w].read_energy.remote(self._gpus): w for w in self._known.keys() & handles.keys()}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LAST_S) if asked else ([], [])
+        for ref in answered:
+            with suppress(RayError):
+                self._enter(asked[ref], ray.get(ref))
+        if self._news:
+            self._write()
+
+    def _enter(self, worker: str, reading: EnergyReading) -> None:
+        if reading.is_measured:
+            self._known[worker] = self._news[worker] = reading
+
+    def _write(self) -> None:
+        workers: dict[str, Any] = {worker: to_plain(reading) for worker, reading in self._news.items()}
+        with suppress(StorageError):  # tried again with what comes next
+            self._memory.note("energy", workers=workers)
+            self._news = {}

@@ -15,7 +15,7 @@ from orchestrator.controller.worker_group import Crew
 from orchestrator.errors import StorageError
 from orchestrator.policy.health.expert_collapse import routing_news
 from orchestrator.policy.health.expert_load import shown_loads
-from orchestrator.policy.numerics import differences
+from orchestrator.policy.replay_check import differences
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.policy.termination import complete_checkpoints, publishable
 from orchestrator.protocol.messages import Saturation, StepRecord

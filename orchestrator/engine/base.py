@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.state.ranges import NamedRanges
 

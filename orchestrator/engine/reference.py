@@ -12,8 +12,7 @@ from torch import Tensor
 
 from orchestrator.engine.base import StepOutcome, nothing
 from orchestrator.engine.process_groups import Groups
-from orchestrator.model.base import TrainableModel, expert_of
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch, TrainableModel, expert_of
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges

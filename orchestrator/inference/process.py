@@ -20,7 +20,7 @@ from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import alone, build_model
-from orchestrator.protocol.child_process import LINES, Answer, Evaluation, Fault, Request
+from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Request
 from orchestrator.spec.job import JobSpec
 
 
@@ -64,12 +64,12 @@ def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> Tra
 
 
 def _write(answer: Answer) -> None:
-    print(LINES.write(answer), flush=True)
+    print(MODEL_LINES.write(answer), flush=True)
 
 
 def main() -> None:
     """Read one request, write its answers."""
-    request: Request = LINES.read(sys.stdin.read())
+    request: Request = MODEL_LINES.read(sys.stdin.read())
     try:
         for answer in answers(request):
             _write(answer)

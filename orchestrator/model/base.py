@@ -6,6 +6,7 @@ Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E =
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,3 +121,23 @@ def seed_draws(seed: int, step: int, slot: int) -> None:
 
 def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
+
+
+# -- One slot of the global batch, as tensors --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A slot: B rows of T tokens. B may be 0: a rank without a slot still runs the forward pass.
+
+    Args:
+        inputs_BT: token ids, int64.
+        targets_BT: the next token of each, or `IGNORED`, int64.
+        documents_BT: document number per token where attention must stay within documents, else None.
+        lengths_B: given, row b's tokens from lengths_B[b] on are padding.
+    """
+
+    inputs_BT: Tensor
+    targets_BT: Tensor
+    documents_BT: Tensor | None = None
+    lengths_B: Tensor | None = None

@@ -9,6 +9,7 @@ made together, and whoever updates what it has changed isn't to blame.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
@@ -130,3 +131,37 @@ def told_of(difference: Difference, worlds: Sequence[PastWorld], nodes: Mapping[
         "workers": workers,
         "nodes": [nodes.get(worker, "") for worker in workers],
     }
+
+
+# -- Numerics fingerprints, of which `engine.numerics` tells what is in one: who has the same computes the same bits ---
+
+Differences = Mapping[str, str]
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """In words, by key."""
+    keys = sorted(before.keys() | now.keys())
+    return {key: f"{before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}
+
+
+def shown(differing: Mapping[str, Differences]) -> str:
+    """Workers with what of their fingerprint is another: `w2, w3 (instructions: AVX512 -> AVX2)`."""
+    alike: dict[str, list[str]] = {}
+    for worker, differs in differing.items():
+        alike.setdefault(", ".join(f"{key}: {change}" for key, change in differs.items()), []).append(worker)
+    return "; ".join(f"{', '.join(workers)} ({told})" for told, workers in alike.items())
+
+
+def doubt(members: Sequence[str], differing: Mapping[str, Differences], here: Differences) -> str:
+    """Why steps done again here may differ with nothing wrong: whoever did them computes other bits. Empty if not.
+
+    Args:
+        members: the workers that did them.
+        differing: of them, those whose numerics aren't those of the run's first worker.
+        here: how this process's numerics are others than that one's.
+    """
+    if all(differing.get(member, {}) == here for member in members):
+        return ""
+    others = {member: differing[member] for member in members if member in differing}
+    told = shown(others | ({"this process": here} if here else {}))
+    return f"The numerics of whoever did these steps are not those here, which may be all that differs: {told}."

@@ -1,9 +1,38 @@
 """What is asked of a run's model outside of training: frozen values that cross to a process with torch."""
 
+import json
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from orchestrator.protocol.lines import Lines
+from orchestrator.errors import ProtocolError
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress, WorkerJob
+
+# -- Messages to and from a process of one's own: a line of JSON each, on its stdin and stdout -------------------------
+
+
+class Lines:
+    """Writes and reads messages of some dataclasses."""
+
+    def __init__(self, *kinds: type[Any]) -> None:
+        self._kinds = {kind.__name__: kind for kind in kinds}
+
+    def write(self, message: Any) -> str:
+        """A message as one line, without its end."""
+        return json.dumps({"kind": type(message).__name__, "value": to_plain(message)})
+
+    def read(self, line: str) -> Any:
+        """The message that `write` wrote. Raises ProtocolError if it is none."""
+        try:
+            content = json.loads(line)
+            kind = self._kinds[content["kind"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProtocolError(f"{line[:200]!r} is no message of {', '.join(self._kinds)}: {error!r}") from error
+        return from_plain(kind, content["value"])
+
+
+# -- What is asked of a run's model outside of training: frozen values that cross to a process with torch --------------
 
 
 class Split(StrEnum):
@@ -106,4 +135,29 @@ class Fault:
 
 Request = Evaluation | Generation
 Answer = Piece | Remark | Fault | EvaluationResult | GenerationResult
-LINES = Lines(Evaluation, Generation, Piece, Remark, Fault, EvaluationResult, GenerationResult)
+MODEL_LINES = Lines(Evaluation, Generation, Piece, Remark, Fault, EvaluationResult, GenerationResult)
+
+
+# -- What the processes that do a run's steps again are told, and what they answer -------------------------------------
+
+
+@dataclass(frozen=True)
+class ReplayOrder:
+    """Do the steps up to `last_step` again, as `worker` in the plan's world. A store address without a port: make the
+    store, and say where it listens."""
+
+    worker: str
+    job: WorkerJob
+    plan: GenerationPlan
+    last_step: int
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What decides the bits of this process's results, as JSON."""
+
+    fingerprint: str
+
+
+PEER_LOST = "PeerLost"  # kind of a Fault that another rank is to blame for
+REPLAY_LINES = Lines(ReplayOrder, Numerics, StoreAddress, StepRecord, Fault)

@@ -20,10 +20,10 @@ from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, 
 
 from orchestrator.errors import UsageError, nearest
 from orchestrator.metrics import METRICS
-from orchestrator.spec.autoscale import AVAILABLE, MANUAL
+from orchestrator.spec.fault_tolerance import MAX_BUDGET
 from orchestrator.spec.loading import Setting
-from orchestrator.spec.recovery import MAX_BUDGET
 from orchestrator.spec.section import Path
+from orchestrator.spec.workers import AVAILABLE, MANUAL
 
 VALIDATION = "eval/loss"  # the metric by which checkpoints can be kept
 # What Ray Train counts as failures of workers. Explosions of the loss and of the storage it doesn't know.

@@ -7,7 +7,7 @@ from pathlib import Path
 from orchestrator.checkpoint.manifest import step_name
 from orchestrator.policy.health.expert_collapse import routing_warnings
 from orchestrator.policy.lifecycle import explain, phase_of
-from orchestrator.policy.numerics import shown
+from orchestrator.policy.replay_check import shown
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import tokens_per_second, traffic_per_step

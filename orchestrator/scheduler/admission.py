@@ -12,8 +12,8 @@ from orchestrator.policy.cluster.node_pools import Labels, check_pool, pool_of, 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.scaling import JUST_COME, RunScale
 from orchestrator.scheduler.autoscaler import Autoscaler
-from orchestrator.spec.autoscale import MANUAL
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import MANUAL
 
 SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
 

@@ -18,14 +18,13 @@ from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
 from orchestrator.cluster.actors import NAMESPACE, find
-from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes
-from orchestrator.controller.drain_watch import draining_nodes
+from orchestrator.cluster.nodes import draining_nodes, free_on_nodes, labels_of_nodes
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.cluster.autoscaling import Demand, claim_of, decide_sizes, demand
 from orchestrator.policy.cluster.fair_share import Share, divide, new_grants
 from orchestrator.policy.cluster.node_pools import confined
 from orchestrator.protocol.scaling import RunScale
-from orchestrator.spec.autoscale import MANUAL
+from orchestrator.spec.workers import MANUAL
 
 log = logging.getLogger("orchestrator.control")
 

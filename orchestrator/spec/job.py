@@ -12,20 +12,15 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
-from orchestrator.spec.autoscale import MANUAL, STAGE, AutoscaleSpec
-from orchestrator.spec.checkpoint import CheckpointSpec
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import DataSpec
-from orchestrator.spec.fault_tolerance import EVERY_STEP, Protection
+from orchestrator.spec.fault_tolerance import EVERY_STEP, CheckpointSpec, Protection, RecoverySpec, VerifySpec
 from orchestrator.spec.model import ModelSpec
-from orchestrator.spec.recovery import RecoverySpec
-from orchestrator.spec.resources import ResourcesSpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.tracking import TrackingSpec
 from orchestrator.spec.train import TrainSpec
-from orchestrator.spec.verify import VerifySpec
-from orchestrator.spec.workers import ScheduledScale, Workers, WorkersSpec
+from orchestrator.spec.workers import MANUAL, STAGE, AutoscaleSpec, ResourcesSpec, ScheduledScale, Workers, WorkersSpec
 
 __all__ = [
     "AutoscaleSpec",

@@ -1,12 +1,37 @@
 """The `train` section: what an update is, and how many there are."""
 
+import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from orchestrator.spec.batching import AUTO, MicroBatch, tokens_of
-from orchestrator.spec.section import Broken, Section
+from orchestrator.spec.section import Broken, Section, refuse
+
+# -- The `micro_batch_size` key: how much one forward and backward of a worker takes -----------------------------------
+
+AUTO = "auto"
+RULE = 'must be a number of rows, at least 1, "N tokens" or auto'
+
+
+def _micro_batch(value: Any) -> Any:
+    if value == AUTO or (isinstance(value, str) and re.fullmatch(r"[1-9]\d{0,8} tokens", value)):
+        return value
+    if type(value) is not int or value < 1:
+        raise refuse(RULE)
+    return value
+
+
+MicroBatch = Annotated[int | str, BeforeValidator(_micro_batch, json_schema_input_type=int | str)]
+
+
+def tokens_of(micro_batch: int | str) -> int | None:
+    """Of "N tokens"; None for what is said in another way."""
+    number, _, unit = str(micro_batch).partition(" ")
+    return int(number) if unit else None
+
+
+# -- The `train` section: what an update is, and how many there are ----------------------------------------------------
 
 
 class OptimizerSpec(Section):

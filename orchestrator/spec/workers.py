@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from orchestrator.spec.labels import LabelSelector
 from orchestrator.spec.section import Broken, Path, Section, refuse
@@ -88,3 +88,69 @@ def _workers(value: Any) -> Any:
 
 Workers = Annotated[WorkersSpec, BeforeValidator(_workers, json_schema_input_type=WorkersSpec | int | str)]
 Range = Annotated[WorkerRange, BeforeValidator(_workers, json_schema_input_type=WorkerRange | int | str)]
+
+
+# -- The `autoscale` section: how the number of workers changes by itself ----------------------------------------------
+
+Policy = Literal["manual", "available", "stage", "throughput"]
+MANUAL: Policy = "manual"
+AVAILABLE: Policy = "available"
+STAGE: Policy = "stage"
+THROUGHPUT: Policy = "throughput"
+
+
+class AutoscaleSpec(Section):
+    """Who decides how many workers a run has, within `workers.min` and `max` and what its stage names."""
+
+    policy: Policy = Field(
+        default=MANUAL,
+        description="manual: you, by `orchestrator scale` and workers.schedule. available: as many as the cluster has "
+        "room for. stage: as many as the stage names, and Ray's autoscaler is asked for nodes for the most of them. "
+        "throughput: one more at a time, as long as it adds enough; Ray's autoscaler is asked for nodes.",
+    )
+    cooldown_s: float = Field(
+        default=30.0, ge=0, description="Seconds between two changes of its own that add workers."
+    )
+    min_gain: float = Field(
+        default=0.5,
+        gt=0,
+        le=1,
+        description="throughput: what a further worker has to add, as a share of what each had done before. It goes "
+        "again if it adds less.",
+    )
+
+
+# -- The `resources` section: what Ray reserves for each worker --------------------------------------------------------
+
+BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _memory(size: str) -> str:
+    if not re.fullmatch(rf"\d{{1,9}}(\.\d{{1,9}})? ?({'|'.join(BYTES)})", size):
+        raise refuse(f'must be a number and a unit ({", ".join(BYTES)}), as in "2GiB"')
+    return size
+
+
+class ResourcesSpec(Section):
+    """What Ray reserves for each worker, standbys included. Logical: nothing is enforced by the operating system."""
+
+    cpus: float = Field(default=1, gt=0, description="CPUs of each worker; fractions are allowed.")
+    gpus: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="GPUs of each worker: one, none, or a part of one, which other jobs may have the rest of. A worker "
+        "trains on one GPU; for more of them have more workers, of which a node may hold several.",
+    )
+    memory: Annotated[str, AfterValidator(_memory)] | None = Field(
+        default=None,
+        description='Memory of each worker, as in "2GiB". A job whose workers would need more is refused. null: '
+        "nothing is reserved.",
+    )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        if self.memory is None:
+            return None
+        unit = self.memory.lstrip("0123456789. ")
+        return int(float(self.memory.removesuffix(unit)) * BYTES[unit])

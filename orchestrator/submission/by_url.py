@@ -1,11 +1,18 @@
 """A job sent to a cluster of which one reaches nothing but its Jobs API: looked at here, submitted there."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from orchestrator import errors
 from orchestrator.cluster.jobs_api import MARK, OURS, JobPort
-from orchestrator.errors import UsageError, of_code
+from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError, of_code
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.messages import Target
+from orchestrator.protocol.status import RunStatus
+from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
 from orchestrator.submission.user_code import check_places, own_code_of
@@ -80,3 +87,71 @@ def submit_file(port: JobPort, job: object, name: str | None, overrides: Sequenc
         told = "\n".join(line.lstrip(MARK) for line in said)
         raise of_code(refused)(told.removeprefix("error: "))
     return run_id
+
+
+# -- Questions to a cluster's Scheduler by way of its Jobs API: each a short job, which asks there and prints the answer
+
+ANSWER_TIMEOUT_S = 60.0
+ANSWERS: dict[str, Any] = {  # what may be asked, and of what type the answer is
+    "list": tuple[RunStatus, ...],
+    "status": RunStatus,
+    "events": list,
+    "audit": AuditResult,
+    "scale": Target,
+    "stage": Target,
+    "kill_worker": str,
+    "cancel": Target,
+    "pause": Target,
+}
+
+
+def ask_by_url(port: JobPort, method: str, *args: Any) -> Any:
+    """What the Scheduler's method returns.
+
+    Raises:
+        OrchestratorError: whatever of ours it raised, or the way there.
+        UsageError: this can't be asked by URL.
+    """
+    if method not in ANSWERS:
+        refuse_by_url(port, method)
+    said: list[str] = []
+    code = port.run(["answer", method, json.dumps(args)], said.append)
+    lines = [line for line in said if not line.startswith(MARK)]
+    if code != 0 or not lines:
+        told = "\n".join(line.lstrip(MARK) for line in said)
+        raise ClusterUnreachable(f"the cluster at {port.url} gave no answer to {method}: {told}")
+    found = json.loads(lines[-1])
+    if "error" in found:
+        raise _error(**found["error"])
+    return from_plain(ANSWERS[method], found["answer"])
+
+
+def refuse_by_url(port: JobPort | None, what: str) -> None:
+    """Raise UsageError if the cluster is reached by URL."""
+    if port is not None:
+        raise UsageError(
+            f"{what} is not done by the URL of a Jobs API from Python",
+            remedy=f"Call `orchestrator {what} … --address {port.url}`, or use a client in the cluster.",
+            unchanged="Nothing was changed.",
+        )
+
+
+def answer(method: str, args_json: str) -> str:
+    """Ask the Scheduler from inside the cluster. Returns a line of JSON: the answer, or an error of ours."""
+    from orchestrator.cluster.calls import ask  # and with it Ray, which who asks from outside doesn't need
+    from orchestrator.cluster.connection import connect
+    from orchestrator.scheduler.scheduler import get_or_create_scheduler
+
+    try:
+        connect()
+        found = ask(get_or_create_scheduler(), method, *json.loads(args_json), timeout_s=ANSWER_TIMEOUT_S)
+    except OrchestratorError as error:
+        told = {"message": error.message, "remedy": error.remedy, "unchanged": error.unchanged}
+        return json.dumps({"error": {"kind": type(error).__name__, **told}})
+    return json.dumps({"answer": to_plain(found)})
+
+
+def _error(kind: str, message: str, remedy: str, unchanged: str) -> OrchestratorError:
+    known = getattr(errors, kind, OrchestratorError)
+    made: OrchestratorError = known(message, remedy=remedy, unchanged=unchanged)
+    return made

@@ -15,7 +15,7 @@ from pathlib import Path
 from orchestrator import errors
 from orchestrator.checkpoint.read import choose
 from orchestrator.errors import DataError, NotFound, OrchestratorError
-from orchestrator.protocol.child_process import LINES, Answer, Fault, Request
+from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
 from orchestrator.storage.journal import read_events
 
 MODULE = "orchestrator.inference.process"
@@ -40,9 +40,9 @@ def ask_model(request: Request) -> Iterator[Answer]:
         try:
             assert process.stdin is not None and process.stdout is not None
             with process.stdin as asked:
-                asked.write(LINES.write(request))
+                asked.write(MODEL_LINES.write(request))
             for line in process.stdout:
-                answer: Answer = LINES.read(line)
+                answer: Answer = MODEL_LINES.read(line)
                 if isinstance(answer, Fault):
                     raise error_of(answer)
                 yield answer

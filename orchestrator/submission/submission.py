@@ -11,8 +11,7 @@ from pydantic import ValidationError
 
 from orchestrator.checkpoint.hf.pretrained import open_pretrained
 from orchestrator.checkpoint.hf.pretrained import resolved as resolved_model
-from orchestrator.data.corpus.files import KINDS, suffix_of
-from orchestrator.data.corpus.folders import text_files
+from orchestrator.data.corpus.files import KINDS, suffix_of, text_files
 from orchestrator.data.prepare.options import check_vocabulary, load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.policy.estimate.memory_check import check_memory

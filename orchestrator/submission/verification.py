@@ -22,11 +22,10 @@ from orchestrator.controller.worker_group import EXACT_ENV, NCCL_ENV, WORKER_ENV
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.errors import NotFinished, OrchestratorError, UsageError
-from orchestrator.policy.numerics import Differences
-from orchestrator.protocol.child_process import Fault
+from orchestrator.policy.replay_check import Differences
+from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, Restore, StepRecord, StoreAddress, WorkerJob
-from orchestrator.protocol.replay import LINES, PEER_LOST, Numerics, ReplayOrder
 from orchestrator.run_records.run_history import committed_steps
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import Event, read_events
@@ -249,14 +248,14 @@ class _Rank:
         order = ReplayOrder(self.worker, self._job, plan, self._order.records[-1].step)
         try:
             with self._process.stdin as told:
-                told.write(LINES.write(order) + "\n")
+                told.write(REPLAY_LINES.write(order) + "\n")
         except OSError:
             raise self.end(PATIENCE_S) from None
 
     def answer(self, kind: type[T]) -> T:
         """Its next answer of this kind. Raises _Ended if none comes."""
         for line in self._answers:
-            answer = LINES.read(line)
+            answer = REPLAY_LINES.read(line)
             if isinstance(answer, kind):
                 return answer
             if isinstance(answer, Fault):
@@ -269,7 +268,7 @@ class _Rank:
             self._process.wait(patience_s)
         if self._process.poll() is None:
             return _Ended(self, None, None, "")
-        told = [answer for line in self._answers if isinstance(answer := LINES.read(line), Fault)]
+        told = [answer for line in self._answers if isinstance(answer := REPLAY_LINES.read(line), Fault)]
         self._said.seek(0)
         said = "\n".join(self._said.read().splitlines()[-SHOWN_LINES:])
         return _Ended(self, told[-1] if told else None, self._process.returncode, said)

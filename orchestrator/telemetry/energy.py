@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.protocol.energy import EnergyReading
+from orchestrator.protocol.usage import EnergyReading
 from orchestrator.telemetry.node import read_processors
 
 log = logging.getLogger("orchestrator.control")

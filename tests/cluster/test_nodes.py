@@ -12,7 +12,7 @@ from orchestrator.comm import traffic_meter
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.layer import ExpertHome, MoELayer
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import Traffic, TrafficKind

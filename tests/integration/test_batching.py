@@ -9,7 +9,7 @@ from orchestrator.protocol.messages import SlotMemory
 from orchestrator.sampling.micro_batches import SlotSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.step.memory import room
+from orchestrator.worker.step.memory_probe import room
 from tests.support.crew import Crew
 from tests.support.texts import STEPS, prepare_texts, small_job
 

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from orchestrator.cluster.actors import Host
-from orchestrator.controller.energy_watch import EnergyWatch
+from orchestrator.controller.monitors import EnergyWatch
 from orchestrator.controller.worker_group import Inbox
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.run_history import RunMemory, user_events

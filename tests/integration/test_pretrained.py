@@ -20,7 +20,7 @@ from orchestrator.model.factory import catalogue
 from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
-from orchestrator.worker.transition.beginning import read_pretrained
+from orchestrator.worker.transition.load_state import read_pretrained
 from tests.support.ranks import Ranks
 from tests.support.small import train_spec
 

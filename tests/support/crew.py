@@ -20,9 +20,9 @@ from typing import Any, Self
 
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.controller.worker_group import EXACT_ENV
-from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.recovery_point import newest_cut, placement_of_cut, world_of
+from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import (
     Directive,
@@ -79,7 +79,7 @@ class Memory:
 def _memory_of(worker: Any) -> Memory:
     import torch
 
-    from orchestrator.worker.step.memory import allocated_bytes
+    from orchestrator.worker.step.memory_probe import allocated_bytes
 
     gc.collect()
     kept = worker._trainer._workshop._snapshot_memory.held_bytes

@@ -12,7 +12,7 @@ from orchestrator.engine.base import Engine, StepOutcome
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import Groups, connect
 from orchestrator.engine.reference import ReferenceEngine
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import catalogue
 from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel

@@ -1,7 +1,7 @@
 """A directory of a `Glm4MoeForCausalLM` as `transformers` saves it, whose weights a run begins with.
 
 Torch-free, so that a submission can check it: only `config.json`, the index and the headers of the weights' files are
-read. `orchestrator.worker.transition.beginning` reads the weights. Experts may be stored one by one or stacked.
+read. `orchestrator.worker.transition.load_state` reads the weights. Experts may be stored one by one or stacked.
 """
 
 import json

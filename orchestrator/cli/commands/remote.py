@@ -184,9 +184,9 @@ def _without_address(arguments: list[str]) -> tuple[list[str], str | None]:
 
 def answer(method: str, arguments: str) -> None:
     """Ask the cluster's Scheduler from within; prints a line of JSON."""
-    from orchestrator.submission import asking
+    from orchestrator.submission import by_url
 
-    show(asking.answer(method, arguments))
+    show(by_url.answer(method, arguments))
 
 
 def register(app: typer.Typer) -> None:

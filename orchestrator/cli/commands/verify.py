@@ -41,9 +41,8 @@ def verify(
     For runs with train.determinism exact. Nothing of the run changes, and it may go on meanwhile.
     """
     from orchestrator.cli.terminal.run_lookup import find_run
-    from orchestrator.policy.numerics import differences, doubt
-    from orchestrator.policy.replay_check import first_difference, told_of
-    from orchestrator.protocol.replay import Numerics
+    from orchestrator.policy.replay_check import differences, doubt, first_difference, told_of
+    from orchestrator.protocol.child_process import Numerics
     from orchestrator.submission.verification import done_again, numerics_here, what_to_verify
 
     order = what_to_verify(run, find_run(run, storage, address).files.run_dir, after, steps, workers)

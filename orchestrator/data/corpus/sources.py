@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.data.corpus.files import CUT_CHARS, KINDS, is_plain, suffix_of, texts_in
-from orchestrator.data.corpus.folders import text_files
+from orchestrator.data.corpus.files import CUT_CHARS, KINDS, is_plain, suffix_of, text_files, texts_in
 from orchestrator.data.manifest import is_store
 from orchestrator.errors import DataError
 

@@ -35,8 +35,7 @@ from orchestrator.data.manifest import (
     index_file,
     tokens_file,
 )
-from orchestrator.data.prepare.difficulty import HERE, scores, signal_of
-from orchestrator.data.prepare.reference_model import PairCounts
+from orchestrator.data.prepare.difficulty import HERE, PairCounts, scores, signal_of
 from orchestrator.data.tokenizer import TextTokenizer
 
 INDEX_RECORD = struct.Struct("<qqqf")  # one INDEX_DTYPE

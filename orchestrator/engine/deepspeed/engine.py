@@ -39,8 +39,7 @@ from orchestrator.engine.deepspeed.zero_optimizer import Seam
 from orchestrator.engine.gradients import Gradients
 from orchestrator.engine.param_groups import group_name, groups_of, is_filler
 from orchestrator.engine.process_groups import Groups
-from orchestrator.model.base import TrainableModel
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch, TrainableModel
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import TrainSpec

@@ -17,11 +17,10 @@ from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, typical_step_s
 from orchestrator.policy.state.run_state import Observation, RunState
-from orchestrator.policy.state.standby import workers_to_hold
-from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.policy.state.world_size import wanted_size, workers_to_hold
 from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.scaling import RunScale
-from orchestrator.spec.autoscale import AVAILABLE, MANUAL, STAGE, THROUGHPUT
+from orchestrator.spec.workers import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 
 MIN_STEPS = 12  # of a size, before its speed is known
 STALL_S = 1.0  # what a rescale is taken to cost before one was seen

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from orchestrator.policy.cluster.bin_packing import Resources, Seating
 from orchestrator.protocol.scaling import Grant, RunScale
-from orchestrator.spec.autoscale import MANUAL
+from orchestrator.spec.workers import MANUAL
 
 AGE_S = 600.0
 PROTECTED_S = 60.0

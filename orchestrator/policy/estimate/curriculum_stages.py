@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from orchestrator.errors import DataError
 from orchestrator.protocol.messages import StageStart
-from orchestrator.sampling.admission import Admission
 from orchestrator.sampling.chunks import Chunks
-from orchestrator.sampling.curriculum import BegunStage, Curriculum, CurriculumState
+from orchestrator.sampling.curriculum import Admission, BegunStage, Curriculum, CurriculumState
 from orchestrator.spec.curriculum import CurriculumSpec, StageSpec
 from orchestrator.spec.job import TrainSpec
 

@@ -1,8 +1,8 @@
 """Classes of failures, what each may cost, and when enough is enough.
 
 A failure is a moment, not a worker: whoever is lost in the same moment in the same way is one. Each class has a budget
-per hour (`orchestrator.spec.recovery`). Budgets end runs that fail slowly; a run that fails without doing a step ends
-by `recovery.MAX_FRUITLESS`, and one whose workers never get warm by `endings.MAX_FAILED_SPAWNS`.
+per hour (`orchestrator.spec.fault_tolerance`). Budgets end runs that fail slowly; a run that fails without doing a step
+ends by `recovery.MAX_FRUITLESS`, and one whose workers never get warm by `endings.MAX_FAILED_SPAWNS`.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 from orchestrator.policy.health.leaving import is_to_leave
 from orchestrator.policy.state.run_state import Loss, Observation, RunState
-from orchestrator.spec.recovery import BudgetsSpec
+from orchestrator.spec.fault_tolerance import BudgetsSpec
 
 MAX_LOSSES = 256  # kept for judging what to do about the next one
 WINDOW_S = 3600.0  # of a budget, and of a quarantine

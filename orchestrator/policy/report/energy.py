@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from orchestrator.policy.report.attempts import Attempt
 from orchestrator.protocol.codec import from_plain
-from orchestrator.protocol.energy import EnergyReading
+from orchestrator.protocol.usage import EnergyReading
 
 JOULES_PER_KWH = 3.6e6
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.state.config import RunLimits

@@ -19,8 +19,7 @@ from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import STALL_STEPS
 from orchestrator.policy.state.run_state import Action, Decision, Dismiss, Loss, Note, Observation, RunState
-from orchestrator.policy.state.standby import workers_to_hold
-from orchestrator.policy.state.world_size import Wish, wanted_size
+from orchestrator.policy.state.world_size import Wish, wanted_size, workers_to_hold
 from orchestrator.protocol.messages import Finish, Phase, Target
 
 

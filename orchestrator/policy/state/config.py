@@ -6,13 +6,11 @@ from typing import Self
 
 from orchestrator.errors import UsageError
 from orchestrator.sampling.micro_batches import ONE_ROW, SlotSize
-from orchestrator.spec.autoscale import MANUAL, AutoscaleSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
-from orchestrator.spec.fault_tolerance import OFF
+from orchestrator.spec.fault_tolerance import OFF, RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
-from orchestrator.spec.recovery import RecoverySpec
-from orchestrator.spec.verify import VerifySpec
+from orchestrator.spec.workers import MANUAL, AutoscaleSpec
 
 DEFAULT_RECOVERY = RecoverySpec()
 DEFAULT_AUTOSCALE = AutoscaleSpec()

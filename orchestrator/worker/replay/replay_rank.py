@@ -21,9 +21,8 @@ from orchestrator.data.store import TokenStore
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, OrchestratorError
-from orchestrator.protocol.child_process import Fault
+from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder
 from orchestrator.protocol.messages import StepRecord, StoreAddress
-from orchestrator.protocol.replay import LINES, PEER_LOST, Numerics, ReplayOrder
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.replay.replay import replay
@@ -53,12 +52,12 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
 
 def main() -> None:
     """Read the order, write the answers. All ranks know the same of a step, so the first one tells it."""
-    order: ReplayOrder = LINES.read(sys.stdin.readline())
+    order: ReplayOrder = REPLAY_LINES.read(sys.stdin.readline())
     is_first = order.plan.world.rank_of(order.worker) == 0
     with os.fdopen(int(sys.argv[1]), "w") as told:
 
         def tell(answer: Any) -> None:
-            told.write(LINES.write(answer) + "\n")
+            told.write(REPLAY_LINES.write(answer) + "\n")
             told.flush()
 
         try:

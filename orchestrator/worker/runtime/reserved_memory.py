@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.policy.estimate.job_plan import MemoryPlan
-from orchestrator.worker.step.memory import room
+from orchestrator.worker.step.memory_probe import room
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14: pages are there as after a write, and keep what they hold
 PIECE = 1 << 22  # bytes populated by one call

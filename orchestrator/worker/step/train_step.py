@@ -23,9 +23,8 @@ from orchestrator.spec.lr_schedule import decay, learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import StateCorrupted
 from orchestrator.worker.shard.shard import Progress, Shard, Workshop
-from orchestrator.worker.step.batches import Feed, StepFeed
+from orchestrator.worker.step.batches import Feed, Prefetch, StepFeed
 from orchestrator.worker.step.memory_probe import Gauge
-from orchestrator.worker.step.prefetch import Prefetch
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, Outcome, vote
 
 

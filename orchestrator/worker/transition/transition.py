@@ -38,8 +38,7 @@ from orchestrator.worker.runtime.reserved_memory import reserve
 from orchestrator.worker.shard.model_agreement import check_agreement
 from orchestrator.worker.shard.shard import Progress, Shard, Workshop
 from orchestrator.worker.shard.snapshot_replicator import Protection
-from orchestrator.worker.transition.beginning import read_pretrained
-from orchestrator.worker.transition.load_state import read_state
+from orchestrator.worker.transition.load_state import read_pretrained, read_state
 
 ASK_AGAIN_S = 0.01
 ROUNDING = 1e-6  # what sums of ranks' parts may move by

@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect, disconnect
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import alone
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec

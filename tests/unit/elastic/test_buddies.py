@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.elastic.buddies import buddies_of
+from orchestrator.elastic.snapshot_layout import buddies_of
 
 
 @pytest.mark.parametrize(

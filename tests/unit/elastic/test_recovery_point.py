@@ -5,11 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.elastic.buddies import buddies_of
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.recovery_point import Cut, Holding, layout_of_cut, newest_cut, placement_of_cut, world_of
-from orchestrator.elastic.snapshot_layout import ALIGNMENT, SnapshotFormat
+from orchestrator.elastic.snapshot_layout import ALIGNMENT, SnapshotFormat, buddies_of
 from orchestrator.elastic.state_layout import Kind, Layout, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World

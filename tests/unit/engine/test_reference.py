@@ -9,7 +9,7 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.engine.process_groups import Groups, connect, disconnect
 from orchestrator.engine.reference import ReferenceEngine
-from orchestrator.model.batch import MicroBatch
+from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.layer import ExpertHome
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import TrainSpec

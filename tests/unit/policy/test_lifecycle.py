@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.policy.lifecycle import decide, directive_of, explain, phase_of
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.resuming import resumed
+from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Note, Observation
 from orchestrator.protocol.messages import Fence, Finish, Handover, Phase, Report, Restore, ResumeOrder, WorkerError
 from orchestrator.protocol.status import RunPhase

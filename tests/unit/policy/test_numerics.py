@@ -2,7 +2,7 @@
 
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.world import World
-from orchestrator.policy.numerics import differences, doubt, shown
+from orchestrator.policy.replay_check import differences, doubt, shown
 from orchestrator.protocol.messages import PastWorld
 from orchestrator.submission.verification import differing_workers
 

@@ -8,9 +8,9 @@ import pytest
 from orchestrator.elastic.expert_placement import Placement
 from orchestrator.elastic.world import World
 from orchestrator.policy.replay_check import Difference, first_difference, told_of
-from orchestrator.policy.state.resuming import begun_again
+from orchestrator.policy.state.requests import begun_again
 from orchestrator.protocol.messages import Check, Checked, PastWorld, Phase, Restore, StepRecord
-from orchestrator.spec.verify import VerifySpec
+from orchestrator.spec.fault_tolerance import VerifySpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
 DIGESTS = ("0a", "0b")

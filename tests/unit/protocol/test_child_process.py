@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.child_process import (
-    LINES,
+    MODEL_LINES,
     Answer,
     Evaluation,
     EvaluationResult,
@@ -32,12 +32,12 @@ from orchestrator.protocol.child_process import (
     ids=lambda message: type(message).__name__,
 )
 def test_a_message_is_one_line_and_comes_back(message: Request | Answer) -> None:
-    line = LINES.write(message)
+    line = MODEL_LINES.write(message)
     assert "\n" not in line
-    assert LINES.read(line) == message
+    assert MODEL_LINES.read(line) == message
 
 
 @pytest.mark.parametrize("line", ["", "{}", "[1]", '{"kind": "Order", "value": {}}', '{"kind": "Piece", "value": {}}'])
 def test_other_lines_are_refused(line: str) -> None:
     with pytest.raises(ProtocolError):
-        LINES.read(line)
+        MODEL_LINES.read(line)

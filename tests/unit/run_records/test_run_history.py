@@ -5,7 +5,7 @@ import pytest
 
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.resuming import resumed
+from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Note, Observation, RunState, ended
 from orchestrator.protocol.messages import Phase, Restore, ResumeOrder
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import ProtocolError
-from orchestrator.sampling.admission import Admission
 from orchestrator.sampling.chunks import Chunks, Spans
-from orchestrator.sampling.curriculum import BegunStage, Curriculum, CurriculumState
+from orchestrator.sampling.curriculum import Admission, BegunStage, Curriculum, CurriculumState
 from orchestrator.sampling.permutation import mixed
 
 

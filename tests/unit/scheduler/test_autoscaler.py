@@ -12,8 +12,8 @@ from orchestrator.protocol.scaling import RunScale
 from orchestrator.scheduler import autoscaler
 from orchestrator.scheduler.admission import newcomer
 from orchestrator.scheduler.autoscaler import EXPECTED_S, Autoscaler, _shares
-from orchestrator.spec.autoscale import MANUAL
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import MANUAL
 
 NOW_S = time.time()
 

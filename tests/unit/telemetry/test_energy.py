@@ -7,7 +7,7 @@ import pynvml
 import pytest
 
 from orchestrator.cluster.actors import Host
-from orchestrator.protocol.energy import EnergyReading
+from orchestrator.protocol.usage import EnergyReading
 from orchestrator.telemetry.energy import Counter, EnergyMeter, Gpus, ProcessorTime, gained, read_rapl
 from tests.support.powercap import RANGE_UJ, write_zone
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from orchestrator.data.corpus.folders import text_files
+from orchestrator.data.corpus.files import text_files
 from orchestrator.data.corpus.sources import open_corpus
 from orchestrator.errors import DataError
 

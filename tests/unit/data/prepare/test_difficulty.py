@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.prepare.difficulty import WINDOW, Signal, diversity, signal_of
+from orchestrator.data.prepare.difficulty import WINDOW, PairCounts, Signal, diversity, signal_of
 from orchestrator.data.prepare.options import prepare
-from orchestrator.data.prepare.reference_model import PairCounts
 from orchestrator.errors import DataError
 from orchestrator.spec.curriculum import SIGNALS
 from orchestrator.user_code import imported

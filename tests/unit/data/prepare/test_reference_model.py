@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data.prepare import reference_model
+from orchestrator.data.prepare import difficulty
+from orchestrator.data.prepare.difficulty import PRIOR, PairCounts, reference_loss
 from orchestrator.data.prepare.options import prepare
-from orchestrator.data.prepare.reference_model import PRIOR, PairCounts, reference_loss
 
 VOCAB_SIZE = 10
 BORDER = 9  # a document's first token
@@ -79,7 +79,7 @@ def test_a_training_document_is_scored_by_the_others(
     """To the last bit, and whether pairs share cells or not."""
     tokens, vocab_size = [BORDER, *text], SHARED if shared else VOCAB_SIZE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference_model, "CELL_BITS", 3 if shared else 22)
+        patch.setattr(difficulty, "CELL_BITS", 3 if shared else 22)
         found = loss(counted([*before, tokens, *after], vocab_size), tokens, was_added=True)
         assert found == loss(counted(before + after, vocab_size), tokens, was_added=False)
     assert found >= 0

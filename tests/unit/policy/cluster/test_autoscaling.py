@@ -23,8 +23,8 @@ from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.world_size import Wish
 from orchestrator.protocol.messages import StepRecord, Target
 from orchestrator.protocol.scaling import UNLIMITED, Grant, RunScale
-from orchestrator.spec.autoscale import AutoscaleSpec
 from orchestrator.spec.curriculum import CurriculumSpec
+from orchestrator.spec.workers import AutoscaleSpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
 CPU = {"CPU": 1.0}

@@ -18,7 +18,7 @@ from orchestrator.policy.state.run_state import Loss
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.sampling.micro_batches import SlotSize
-from orchestrator.spec.recovery import BudgetsSpec, RecoverySpec
+from orchestrator.spec.fault_tolerance import BudgetsSpec, RecoverySpec
 from tests.unit.policy.imagined import Life, limits_of
 
 

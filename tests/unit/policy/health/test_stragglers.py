@@ -5,7 +5,7 @@ import pytest
 from orchestrator.policy.health.stragglers import FACTOR, WINDOW_STEPS, slowest
 from orchestrator.policy.lifecycle import explain
 from orchestrator.protocol.status import RunPhase
-from orchestrator.spec.recovery import RecoverySpec
+from orchestrator.spec.fault_tolerance import RecoverySpec
 from tests.unit.policy.imagined import Life, limits_of
 
 

@@ -3,8 +3,7 @@ import pytest
 from orchestrator.errors import UsageError
 from orchestrator.policy.cluster.capacity import places
 from orchestrator.policy.state.config import RunLimits, ScheduledSize
-from orchestrator.policy.state.standby import workers_to_hold
-from orchestrator.policy.state.world_size import SizeChange, Wish, next_change, wanted_size, wish_holds
+from orchestrator.policy.state.world_size import SizeChange, Wish, next_change, wanted_size, wish_holds, workers_to_hold
 from orchestrator.spec.job import JobSpec
 from tests.unit.policy.imagined import limits_of
 

@@ -13,7 +13,7 @@ MB = 1 << 20
 # What each step adds to the process's resident memory, in MB.
 SCRIPT = """
 import json, torch
-from orchestrator.worker.step.memory import taken_bytes
+from orchestrator.worker.step.memory_probe import taken_bytes
 from orchestrator.worker.runtime.reserved_memory import reserve
 
 cpu, added = torch.device("cpu"), {}

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.worker.step import memory
-from orchestrator.worker.step.memory import allocated_bytes, room, taken_bytes
+from orchestrator.worker.step import memory_probe
+from orchestrator.worker.step.memory_probe import allocated_bytes, room, taken_bytes
 
 CPU = torch.device("cpu")
 MB = 1 << 20
@@ -17,9 +17,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """8,000 MB, half of it available, and no control groups."""
     (tmp_path / "meminfo").write_text(f"MemTotal: {8000 * 1024} kB\nMemFree: 5 kB\nMemAvailable: {4000 * 1024} kB\n")
     (tmp_path / "cgroup").write_text("")
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(memory, "MOUNT", tmp_path / "fs")
+    monkeypatch.setattr(memory_probe, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory_probe, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory_probe, "MOUNT", tmp_path / "fs")
     return tmp_path
 
 

@@ -9,8 +9,7 @@ import pytest
 from orchestrator.sampling.micro_batches import SlotSize
 from orchestrator.sampling.sample_order import RowOrder
 from orchestrator.sampling.sampler import SamplerState
-from orchestrator.worker.step.batches import StepFeed
-from orchestrator.worker.step.prefetch import Prefetch
+from orchestrator.worker.step.batches import Prefetch, StepFeed
 
 PATIENCE_S = 20.0
 ONE, TWO = SlotSize(rows=1), SlotSize(rows=2)
