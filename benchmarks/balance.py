@@ -37,7 +37,7 @@ from benchmarks.support.data import data_spec, prepared, prepared_storage, store
 from benchmarks.support.product import Product
 from orchestrator.data.store import TokenStore
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.factory import alone, build_model
+from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.moe.balance import next_bias
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.run_records.run_history import read_steps
@@ -197,7 +197,7 @@ def train(arm: Arm, steps: int, data: DataSpec, store_dir: Path) -> Measured:
     torch.set_num_threads(1)
     job, store = job_of(arm, steps, data), TokenStore.open(store_dir)
     spec, options = job.train, job.train.optimizer
-    model = build_model(job.model, store.vocab_size, alone(job.model))
+    model = build_model(job.model, store.vocab_size, single_rank(job.model))
     model.init_weights(spec.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), spec.lr, options.betas, options.eps, options.weight_decay, fused=True

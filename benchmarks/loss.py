@@ -35,9 +35,9 @@ from benchmarks.harness import (
     run,
     say,
 )
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.loss import IGNORED, cross_entropy_sum
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 
@@ -134,7 +134,7 @@ def activation_bytes(num_layers: int, recompute: str, quick: bool) -> int:
             "recompute": recompute,
         }
     )
-    model = MoELanguageModel(spec, 256, ExpertHome(Placement.balanced(4, 1), 0, None))
+    model = MoELanguageModel(spec, 256, ExpertParallelContext(ExpertPlacement.balanced(4, 1), 0, None))
     model.init_weights(0)
     rows, length = (2, 64) if quick else (8, 512)
     tokens_BU = torch.randint(0, 256, (rows, length + 1))

@@ -44,9 +44,9 @@ from benchmarks.harness import (
     say,
 )
 from benchmarks.support.environment import environment, worker_environment
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.experts import GatedMLP
-from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 
@@ -306,8 +306,8 @@ def _spec(experts: int, top_k: int, sizes: Sizes) -> ModelSpec:
     )
 
 
-def _home(experts: int) -> ExpertHome:
-    return ExpertHome(Placement.balanced(experts, 1), 0, None)
+def _home(experts: int) -> ExpertParallelContext:
+    return ExpertParallelContext(ExpertPlacement.balanced(experts, 1), 0, None)
 
 
 def _lone_process_group() -> None:

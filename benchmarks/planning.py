@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.harness import Result, Spread, alternate, at_most, median_interval, run
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
@@ -28,13 +28,13 @@ def measure(quick: bool) -> Result:
     params = parameters(sizes["layers"], sizes["experts"])
     large = World(0, tuple(f"w{rank}" for rank in range(sizes["ranks"])))
     small = World(1, large.members[: sizes["fewer_ranks"]])
-    placed = Placement.balanced(sizes["experts"], large.size)
-    placed_small = Placement.rebalanced(placed, large, small)
+    placed = ExpertPlacement.balanced(sizes["experts"], large.size)
+    placed_small = ExpertPlacement.rebalanced(placed, large, small)
     full = layout(params, placed, large)
     fewer = layout(params, placed_small, small)
     plans: dict[str, TransferPlan] = {}
 
-    def planned(name: str, old: Layout, new: Layout) -> Callable[[], float]:
+    def planned(name: str, old: StateLayout, new: StateLayout) -> Callable[[], float]:
         def plan() -> float:
             began_s = time.perf_counter()
             plans[name] = TransferPlan.between(old, new)
@@ -62,7 +62,7 @@ def measure(quick: bool) -> Result:
     )
 
 
-def layout(params: list[ParamSpec], placement: Placement, world: World) -> Layout:
+def layout(params: list[ParamSpec], placement: ExpertPlacement, world: World) -> StateLayout:
     return training_layout(params, placement, world, mixed_precision=True, buffers=[])
 
 

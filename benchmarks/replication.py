@@ -21,7 +21,7 @@ from benchmarks.harness import Bar, Result, Spread, alternate, at_most, median_i
 from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.arms import START_TIMEOUT_S, OurLoop
 from benchmarks.support.data import data_spec, prepared, stores_dir
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
 from orchestrator.elastic.state_layout import training_layout
 from orchestrator.elastic.world import World
@@ -122,7 +122,7 @@ def plain_bytes(job: JobSpec, vocab_size: int) -> dict[str, int]:
     """Bytes of both shards, and of what each rank alone has: the part that its buddy needs."""
     params, buffers, _ = catalogue(job.model, vocab_size)
     world = World(0, tuple(f"w{rank}" for rank in range(WORLD_SIZE)))
-    placement = Placement.balanced(job.model.num_experts, WORLD_SIZE)
+    placement = ExpertPlacement.balanced(job.model.num_experts, WORLD_SIZE)
     layout = training_layout(params, placement, world, job.train.precision == "bf16", buffers)
     formats = [SnapshotFormat.of(layout, rank) for rank in range(WORLD_SIZE)]
     return {

@@ -31,7 +31,7 @@ import psutil
 from benchmarks.harness import Interval, Result, Spread, alternate, at_most, equals, median_interval, ratios, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
 from orchestrator.tracking.mlflow_server import MlflowServer
@@ -110,7 +110,7 @@ def run_account(product: Product, workspace: Path, storage: Path, size: Size) ->
             "envs": {"SIM_STEP_S": f"{1.3 * size.outage_s / steps:.6f}"},
         }
     )
-    live = LiveRun(product.client, job, parts=replace(simulated_parts(), tracker=Parts().tracker))
+    live = LiveRun(product.client, job, parts=replace(simulated_parts(), tracker=ActorClasses().tracker))
     live.until(lambda s: s.step > steps // 10 and bool(s.tracking_url), "MLflow has seen the run")
     tracker = live.pids()["tracker"]
     server.kill()

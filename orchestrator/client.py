@@ -22,9 +22,9 @@ from typing import Any
 from orchestrator.checkpoint.read import choose, read_manifest
 from orchestrator.cluster.calls import ask
 from orchestrator.cluster.connection import connect, probe
-from orchestrator.cluster.jobs_api import JobPort, is_url
+from orchestrator.cluster.jobs_api import JobsApiClient, is_url
 from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunCancelled, RunFailed
-from orchestrator.protocol.messages import Restore, ResumeOrder, Target
+from orchestrator.protocol.messages import DesiredRunState, Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_files import LogLine, RunFiles, run_dir_in
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -55,7 +55,7 @@ class OrchestratorClient:
 
     def __init__(self, address: str | None = None) -> None:
         named = address or os.environ.get("RAY_ADDRESS")
-        self._port = JobPort(str(named)) if is_url(named) else None
+        self._port = JobsApiClient(str(named)) if is_url(named) else None
         self.address = connect(address) if self._port is None else self._port.url
         self._scheduler = get_or_create_scheduler() if self._port is None else None
 
@@ -107,7 +107,7 @@ class OrchestratorClient:
         found: RunStatus = self._ask("status", run_id)
         return found
 
-    def scale(self, run_id: str, workers: int | None) -> Target:
+    def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
         """Ask for another number of workers; None leaves the number to the job's `autoscale` again. Returns at once;
         the run changes at its next fence.
 
@@ -115,10 +115,10 @@ class OrchestratorClient:
             UsageError: outside min..max of the job, its autoscale.policy is manual, or the run has ended.
             NotFound: there is no such run.
         """
-        target: Target = self._ask("scale", run_id, workers)
+        target: DesiredRunState = self._ask("scale", run_id, workers)
         return target
 
-    def stage(self, run_id: str, name: str) -> Target:
+    def stage(self, run_id: str, name: str) -> DesiredRunState:
         """Ask for another stage of the run's curriculum, or the `next` one. Returns at once; it begins some steps
         later, on all workers at the same one.
 
@@ -126,7 +126,7 @@ class OrchestratorClient:
             UsageError: the job has no stage of that name, or the run has ended.
             NotFound: there is no such run.
         """
-        target: Target = self._ask("stage", run_id, name)
+        target: DesiredRunState = self._ask("stage", run_id, name)
         return target
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
@@ -141,14 +141,14 @@ class OrchestratorClient:
         """
         return str(self._ask("kill_worker", run_id, rank))
 
-    def cancel(self, run_id: str) -> Target:
+    def cancel(self, run_id: str) -> DesiredRunState:
         """Ask the run to end early, with a checkpoint. Raises UsageError if it has ended, NotFound."""
-        target: Target = self._ask("cancel", run_id)
+        target: DesiredRunState = self._ask("cancel", run_id)
         return target
 
-    def pause(self, run_id: str) -> Target:
+    def pause(self, run_id: str) -> DesiredRunState:
         """Ask the run to write a checkpoint and free its resources; `resume` lets it go on. Raises as `cancel`."""
-        target: Target = self._ask("pause", run_id)
+        target: DesiredRunState = self._ask("pause", run_id)
         return target
 
     def resume(
@@ -184,7 +184,7 @@ class OrchestratorClient:
         run_dir = self._run_dir(run_id, storage)
         path = choose(run_dir / "checkpoints", from_step)
         restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
-        order = ResumeOrder(uuid.uuid4().hex, restore, workers)
+        order = ResumeRequest(uuid.uuid4().hex, restore, workers)
         return self._when_there_is_room(timeout_s, on_wait, "resume", run_id, str(run_dir), order, **options)
 
     def wait(

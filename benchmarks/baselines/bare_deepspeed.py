@@ -27,10 +27,10 @@ from deepspeed.utils import groups
 from torch import nn
 
 from orchestrator.data.store import TokenStore
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import slots_of
 from orchestrator.sampling.sampler import SamplerState, sample
@@ -53,8 +53,8 @@ class ExpertMarker(MoE):  # type: ignore[misc]
 def build(job: JobSpec, vocab_size: int, rank: int, world_size: int) -> tuple[MoELanguageModel, Any]:
     """The model and DeepSpeed's engine around it, with the weights that the job's seed gives."""
     train = job.train
-    placement = Placement.balanced(job.model.num_experts, world_size)
-    model = MoELanguageModel(job.model, vocab_size, ExpertHome(placement, rank, dist.group.WORLD))
+    placement = ExpertPlacement.balanced(job.model.num_experts, world_size)
+    model = MoELanguageModel(job.model, vocab_size, ExpertParallelContext(placement, rank, dist.group.WORLD))
     model.init_weights(train.seed)
     model.add_module("marker", ExpertMarker(job.model.num_experts, world_size))
     for name, param in model.named_parameters():

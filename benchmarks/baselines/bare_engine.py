@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore
 
 from orchestrator.data.store import TokenStore
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import build_model
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.sampling.micro_batches import max_slots, slots_of
 from orchestrator.sampling.sampler import SamplerState, sample
@@ -40,9 +40,9 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = HashStore() if size == 1 else FileStore(sys.argv[3], size)
     meeting.set_timeout(timedelta(seconds=60))
-    placement = Placement.balanced(job.model.num_experts, size)
+    placement = ExpertPlacement.balanced(job.model.num_experts, size)
     groups = connect(meeting, "bare", rank, placement, "gloo")
-    model = build_model(job.model, store.vocab_size, ExpertHome(placement, rank, groups.exchange))
+    model = build_model(job.model, store.vocab_size, ExpertParallelContext(placement, rank, groups.exchange))
     engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), job.communication)
     if job.model.init_from is None:
         model.init_weights(train.seed)

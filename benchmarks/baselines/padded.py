@@ -6,13 +6,13 @@ Shape legend: B = rows, T = tokens in a row, V = vocabulary.
 
 from torch import Tensor, nn
 
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 
 
 class Padded(nn.Module):
-    def __init__(self, spec: ModelSpec, vocab_size: int, experts: ExpertHome) -> None:
+    def __init__(self, spec: ModelSpec, vocab_size: int, experts: ExpertParallelContext) -> None:
         super().__init__()
         self.inner = MoELanguageModel(spec, vocab_size, experts)
 
@@ -26,5 +26,5 @@ class Padded(nn.Module):
         self.inner.init_weights(seed)
 
 
-def build(spec: ModelSpec, vocab_size: int, experts: ExpertHome) -> nn.Module:
+def build(spec: ModelSpec, vocab_size: int, experts: ExpertParallelContext) -> nn.Module:
     return Padded(spec, vocab_size, experts)

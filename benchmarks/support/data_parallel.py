@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.support.trace import FinishedStep, Trace
 from orchestrator.data.store import TokenStore
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 
@@ -32,7 +32,9 @@ class DataParallel:
     def __init__(self, job: JobSpec, store: TokenStore, rank: int, size: int, checkpoint: Path | None) -> None:
         self._train, self._store, self.rank, self.size = job.train, store, rank, size
         self.model = MoELanguageModel(
-            job.model, store.vocab_size, ExpertHome(Placement.balanced(job.model.num_experts, 1), 0, None)
+            job.model,
+            store.vocab_size,
+            ExpertParallelContext(ExpertPlacement.balanced(job.model.num_experts, 1), 0, None),
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=job.train.lr, fused=True)
         self.step = 0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.world import World
 
@@ -30,9 +30,9 @@ def minimum_bytes(
     params: Sequence[ParamSpec],
     buffer_elements: int,
     old: World,
-    old_placement: Placement,
+    old_placement: ExpertPlacement,
     new: World,
-    new_placement: Placement,
+    new_placement: ExpertPlacement,
 ) -> int:
     """The bytes that workers of `new` lack, in fp32.
 
@@ -52,7 +52,7 @@ def minimum_bytes(
     return total * FP32_BYTES
 
 
-def holdings(params: Sequence[ParamSpec], world: World, placement: Placement) -> dict[str, tuple[Mask, Mask]]:
+def holdings(params: Sequence[ParamSpec], world: World, placement: ExpertPlacement) -> dict[str, tuple[Mask, Mask]]:
     """Per worker: which elements' weights it holds, and which elements' moments; all parameters end to end."""
     begins = np.cumsum([0, *(spec.numel for spec in params)])
     groups: dict[tuple[object, tuple[int, ...]], list[int]] = {}

@@ -12,12 +12,12 @@ from torch._C._distributed_c10d import Store
 
 from benchmarks.harness import alternate
 from orchestrator.comm import traffic_meter
-from orchestrator.comm.gradients.reduce_scatter import Alone, Reducer, Reduction
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.comm.gradients.reduce_scatter import LocalReduction, Reducer, Reduction
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.base import MicroBatch
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec
@@ -47,20 +47,22 @@ class Free(Reducer):
     """Sends nothing: a rank's own terms are taken for the sum."""
 
     def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
-        return Alone(flat.view(self.num_pieces, -1)[self._rank].clone(), keeps_rest=False)
+        return LocalReduction(flat.view(self.num_pieces, -1)[self._rank].clone(), keeps_rest=False)
 
 
 def steps_of_arms(
     rank: int, world_size: int, store: Store, prefix: str, address: str, settings: Settings
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of a step by arm and round, and bytes of tokens that this rank sends in a step, by arm."""
-    placement = Placement.balanced(settings.model["num_experts"], world_size)
+    placement = ExpertPlacement.balanced(settings.model["num_experts"], world_size)
     groups = connect(store, prefix, rank, placement, "gloo", address=address)
     model_spec = ModelSpec(**settings.model)
     arms: dict[str, Callable[[], float]] = {}
     for name, changes in settings.arms.items():
         spec = CommunicationSpec.model_validate({"bucket_mb": settings.bucket_mb, **changes})
-        model = MoELanguageModel(model_spec, VOCAB, ExpertHome(placement, rank, groups.exchange, spec.tokens))
+        model = MoELanguageModel(
+            model_spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange, spec.tokens)
+        )
         engine = DeepSpeedEngineAdapter(model, TrainSpec(sequence_length=LENGTH), groups, torch.device("cpu"), spec)
         model.init_weights(0)
         engine.seeded()

@@ -80,7 +80,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Seat:
+class ActorOptions:
     """Where and how a hosted process runs. `group` reserves its resources; without one it needs none, and lives on the
     cluster's head.
 
@@ -97,7 +97,7 @@ class Seat:
     calls_at_once: int = CALLS_AT_ONCE
 
 
-def start_host(name: str, target: str, args: tuple[Any, ...], seat: Seat) -> Handle:
+def start_host(name: str, target: str, args: tuple[Any, ...], seat: ActorOptions) -> Handle:
     """Start a detached host called `name`, or find the one that is there. Returns at once; calls wait for its start."""
     placed: Any = "DEFAULT"
     if seat.group is not None:

@@ -45,7 +45,7 @@ def is_url(address: str | None) -> bool:
     return address is not None and "://" in address
 
 
-class JobPort:
+class JobsApiClient:
     """A cluster's Jobs API.
 
     Args:

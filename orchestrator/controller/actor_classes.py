@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Parts:
+class ActorClasses:
     worker: str = "orchestrator.worker.actor:Worker"
     rendezvous: str = "orchestrator.comm.transport.rendezvous:RendezvousServer"
     tracker: str = "orchestrator.tracking.tracker:Tracker"

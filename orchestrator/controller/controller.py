@@ -20,27 +20,27 @@ import ray
 
 from orchestrator.cluster.actors import find, log_to
 from orchestrator.cluster.nodes import cores_of_nodes
-from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.controller.monitors import DrainWatch, EnergyWatch, NodeWatch
-from orchestrator.controller.recorder import Account
+from orchestrator.controller.recorder import StepRecorder
 from orchestrator.controller.rendezvous_client import head_address
-from orchestrator.controller.requests import Wishes, member_of_rank
+from orchestrator.controller.requests import PendingRequests, member_of_rank
 from orchestrator.controller.run_metrics import values_of_run
-from orchestrator.controller.services import NAMES, Facilities
-from orchestrator.controller.shutdown import await_gone, hear_last_words, remove_groups
-from orchestrator.controller.worker_group import Answer, Crew, Inbox
+from orchestrator.controller.services import NAMES, RunServices
+from orchestrator.controller.shutdown import await_gone, collect_final_records, remove_groups
+from orchestrator.controller.worker_group import CallResult, Inbox, WorkerGroup
 from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.lifecycle import decide, directive_of, phase_of
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import queued, resumed
-from orchestrator.policy.state.run_state import Commit, Dismiss, Note, Observation, ended
-from orchestrator.protocol.messages import Finish, ResumeOrder, Target
-from orchestrator.protocol.scaling import Grant, RunScale
+from orchestrator.policy.state.run_state import Commit, KillWorker, Note, Observation, ended
+from orchestrator.protocol.messages import DesiredRunState, Finish, ResumeRequest
+from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunPhase, RunStatus
-from orchestrator.run_records.checkpoints import LookBack, commit_checkpoint, drop_old_checkpoints, leave_behind
-from orchestrator.run_records.run_history import STATUS_FILE, RunMemory, insist
+from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkpoint, drop_old_checkpoints, leave_behind
+from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, retry_until_written
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import acquire_epoch
@@ -64,45 +64,45 @@ class RunController:
         self,
         run_id: str,
         run_dir: str,
-        parts: Parts,
-        order: ResumeOrder | None = None,
+        parts: ActorClasses,
+        order: ResumeRequest | None = None,
         since_s: float | None = None,
     ) -> None:
         since_s = time.time() if since_s is None else since_s
         self._run_id, self._run_dir = run_id, Path(run_dir)
-        insist(lambda: log_to(self._run_dir / "logs" / "controller.log"))
-        self._job = JobSpec.model_validate_json(insist((self._run_dir / "job.json").read_text))
+        retry_until_written(lambda: log_to(self._run_dir / "logs" / "controller.log"))
+        self._job = JobSpec.model_validate_json(retry_until_written((self._run_dir / "job.json").read_text))
         self._limits = RunLimits.of(run_id, self._job)
         self._inbox = Inbox()
-        self._epoch = insist(lambda: acquire_epoch(self._run_dir))
-        self._memory = insist(lambda: RunMemory(self._run_dir, self._epoch, self._limits))
+        self._epoch = retry_until_written(lambda: acquire_epoch(self._run_dir))
+        self._memory = retry_until_written(lambda: JournaledRun(self._run_dir, self._epoch, self._limits))
         if order is not None and order.token != self._memory.resumed_by:
-            insist(lambda: self._resume(order, since_s))
+            retry_until_written(lambda: self._resume(order, since_s))
         elif "submitted" not in self._memory.times:
-            insist(lambda: self._memory.decided(queued(self._memory.state, since_s), []))
+            retry_until_written(lambda: self._memory.decided(queued(self._memory.state, since_s), []))
         if self._memory.state.current is None:  # whoever was here before may not have come to it
-            insist(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch))
+            retry_until_written(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch))
         cores = cores_of_nodes(self._job.workers.label_selector)
         self._threads = threads_of(cores, self._limits.initial_workers)
         if self._job.train.is_exact:  # they must not depend on what the cluster happens to be
             self._threads = max(1, int(self._job.resources.cpus))
-        self._crew = Crew(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
-        self._facilities = Facilities(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
+        self._crew = WorkerGroup(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
+        self._facilities = RunServices(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
         self._energy = EnergyWatch(self._job.resources.gpus, self._memory, self._inbox)
         self._drains = DrainWatch(self._inbox)
-        self._checkpointed, self._back = self._memory.state.checkpoint_done, LookBack(self._run_dir)
+        self._checkpointed, self._back = self._memory.state.checkpoint_done, CheckpointFinder(self._run_dir)
         self._exporter = Exporter(run_id)
-        self._account = Account(
+        self._account = StepRecorder(
             run_id, self._job.model, self._memory, self._crew, self._facilities.tracker, self._exporter
         )
-        self._wishes = Wishes(run_id, self._memory, self._inbox)
+        self._wishes = PendingRequests(run_id, self._memory, self._inbox)
         self._faults: list[str] = []
         self._closed = False
         log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
         threading.Thread(target=self._live, name="run", daemon=True).start()
 
-    def _resume(self, order: ResumeOrder, since_s: float) -> None:
+    def _resume(self, order: ResumeRequest, since_s: float) -> None:
         decision = resumed(self._limits, self._memory.state, order)
         notes = [action for action in decision.actions if isinstance(action, Note)]
         self._memory.decided(queued(decision.state, since_s), notes)
@@ -130,7 +130,7 @@ class RunController:
     def limits(self) -> RunLimits:
         return self._limits
 
-    def scale(self, workers: int | None, reason: str, by_hand: bool = True) -> Target:
+    def scale(self, workers: int | None, reason: str, by_hand: bool = True) -> DesiredRunState:
         """Want another size; None leaves it to the Scheduler from now on. Returns when the wish is written down, not
         when it has come true.
 
@@ -146,7 +146,7 @@ class RunController:
         self._limits.check_size(workers)
         return self._wishes.aim(Finish.NO, reason, workers, by_hand=by_hand)
 
-    def scaling(self) -> RunScale | None:
+    def scaling(self) -> ScalingView | None:
         """What the Scheduler needs to decide how many workers this run is to have; None once it is over."""
         state = self._memory.state
         if state.outcome is not None:
@@ -158,7 +158,7 @@ class RunController:
         """Hear what the Scheduler lets the run hold. Returns when it is written down; raises NotFinished."""
         self._wishes.granted(grant)
 
-    def stage(self, name: str, reason: str) -> Target:
+    def stage(self, name: str, reason: str) -> DesiredRunState:
         """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.
 
         Raises:
@@ -167,7 +167,7 @@ class RunController:
         self._limits.check_stage(name)
         return self._wishes.aim(Finish.NO, reason, stage=name)
 
-    def finish(self, how: Finish, reason: str) -> Target:
+    def finish(self, how: Finish, reason: str) -> DesiredRunState:
         """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
         return self._wishes.aim(how, reason)
 
@@ -214,7 +214,9 @@ class RunController:
     def _begin(self) -> None:
         state = self._memory.state
         if "submitted" not in self._memory.times:
-            insist(lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers))
+            retry_until_written(
+                lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers)
+            )
         if state.outcome is None:
             self._facilities.start(self._memory.data)
         self._drains.start()
@@ -228,7 +230,7 @@ class RunController:
         Returns:
             whether there was anything new.
         """
-        answers: list[Answer | None] = []
+        answers: list[CallResult | None] = []
         with suppress(Empty):
             answers.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
             while not self._inbox.empty():
@@ -250,14 +252,14 @@ class RunController:
             self._exporter.show_run(now_s, values, phase_of(state, seen))
         return bool(answers)
 
-    def _take(self, answer: Answer) -> None:
+    def _take(self, answer: CallResult) -> None:
         if answer.of in NAMES:
             return self._facilities.take(answer)
         if answer.method == NodeWatch.READ:
             return self._account.show(self._nodes.take(answer, self._memory.progress.watermark))
         if answer.method == EnergyWatch.READ:
             return self._energy.take(answer)
-        if answer.method == Crew.RECORDS:
+        if answer.method == WorkerGroup.RECORDS:
             self._account.answered()
         report = self._crew.take(answer)
         if report is not None:
@@ -278,7 +280,7 @@ class RunController:
         for action in decision.actions:
             if isinstance(action, Commit):
                 self._commit(action)
-            elif isinstance(action, Dismiss):
+            elif isinstance(action, KillWorker):
                 self._crew.kill(action.worker)
         if decision.state.outcome is None:  # else `_close` sees to the crew, who may still know something
             self._crew.reconcile(decision.state.crew, (*decision.state.quarantine, *self._drains.nodes))
@@ -341,18 +343,18 @@ class RunController:
         over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", told)
         notes = [Note("error", {"traceback": told})]
         notes += [action for action in over.actions if isinstance(action, Note)]
-        insist(lambda: self._memory.decided(over.state, notes))
+        retry_until_written(lambda: self._memory.decided(over.state, notes))
 
     def _close(self) -> None:
         """End and remove everything of the run, then leave its last status in run storage."""
         state = self._memory.state
-        hear_last_words(self._crew, self._inbox, state.members, self._memory.progress.watermark, self._take)
+        collect_final_records(self._crew, self._inbox, state.members, self._memory.progress.watermark, self._take)
         self._energy.close(self._crew.handles)
         self._crew.reconcile(())
         remove_groups(self._run_id, state.num_spawned)
         self._facilities.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
-        insist(lambda: self._memory.conclude(to_json(self._status(closed=True))))
+        retry_until_written(lambda: self._memory.conclude(to_json(self._status(closed=True))))
         self._closed = True  # said only once run storage says so too
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 

@@ -13,11 +13,11 @@ from ray.exceptions import RayError
 
 from orchestrator.cluster.actors import Handle
 from orchestrator.cluster.nodes import draining_nodes
-from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import StorageError
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.usage import EnergyReading
-from orchestrator.run_records.run_history import RunMemory
+from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.telemetry.node import Reading, points_of_readings
 from orchestrator.tracking.sink import MetricPoint
 
@@ -51,7 +51,7 @@ class NodeWatch:
             if worker not in self._nodes or speakers[self._nodes[worker]] == worker:
                 post(self._inbox, worker, NodeWatch.READ, handle.read_system.remote(self._directory))
 
-    def take(self, answer: Answer, step: int) -> list[MetricPoint]:
+    def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
         """Values since the node's reading before, at `step`. None of a worker that is gone: others see to that."""
         if answer.future.exception() is not None:
             return []
@@ -115,7 +115,7 @@ class EnergyWatch:
 
     READ = "read_energy"
 
-    def __init__(self, gpus: float, memory: RunMemory, inbox: Inbox) -> None:
+    def __init__(self, gpus: float, memory: JournaledRun, inbox: Inbox) -> None:
         self._gpus, self._memory, self._inbox = gpus, memory, inbox
         self._asked_s: dict[str, float] = {}
         self._written_s = 0.0
@@ -132,7 +132,7 @@ class EnergyWatch:
             self._written_s = now_s
             self._write()
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: CallResult) -> None:
         """Note what a worker said. Nothing of one that is gone: others see to that."""
         if answer.future.exception() is None:
             self._enter(answer.of, answer.future.result())

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from orchestrator.controller.tracker_client import TrackerLink
-from orchestrator.controller.worker_group import Crew
+from orchestrator.controller.tracker_client import TrackerClient
+from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import StorageError
 from orchestrator.policy.health.expert_collapse import routing_news
 from orchestrator.policy.health.expert_load import shown_loads
@@ -19,7 +19,7 @@ from orchestrator.policy.replay_check import differences
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.policy.termination import complete_checkpoints, publishable
 from orchestrator.protocol.messages import Saturation, StepRecord
-from orchestrator.run_records.run_history import RunMemory
+from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.model import ModelSpec
 from orchestrator.telemetry.prometheus import Exporter
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
@@ -31,11 +31,17 @@ RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batch
 STAMPS = ("seq", "epoch", "time")  # the log has its own
 
 
-class Account:
+class StepRecorder:
     """Of one run, kept by its controller."""
 
     def __init__(
-        self, run_id: str, model: ModelSpec, memory: RunMemory, crew: Crew, tracker: TrackerLink, exporter: Exporter
+        self,
+        run_id: str,
+        model: ModelSpec,
+        memory: JournaledRun,
+        crew: WorkerGroup,
+        tracker: TrackerClient,
+        exporter: Exporter,
     ) -> None:
         self._run_id, self._model, self._memory, self._crew = run_id, model, memory, crew
         self._tracker, self._exporter = tracker, exporter

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import ray
 
-from orchestrator.cluster.actors import Handle, Seat, start_host
+from orchestrator.cluster.actors import ActorOptions, Handle, start_host
 from orchestrator.cluster.calls import reason_of
-from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.protocol.messages import StoreAddress
 
 log = logging.getLogger("orchestrator.control")
@@ -22,7 +22,7 @@ ASK_AGAIN_S = 0.5
 GIVE_UP_S = 60.0  # without an address, and calls fail: it can't be started here
 
 
-class StoreLink:
+class RendezvousClient:
     """Starts or finds the store, and knows where it listens.
 
     Args:
@@ -42,12 +42,12 @@ class StoreLink:
         """Start it, find it, or start it again, and ask where it listens; unless that is known or asked already."""
         if self._handle is None and now_s - self._asked_s >= ASK_AGAIN_S:
             self._asked_s = now_s
-            seat = Seat(log_file=self._log_file, max_restarts=-1)
+            seat = ActorOptions(log_file=self._log_file, max_restarts=-1)
             self._handle = start_host(self._name, self._target, (head_address(),), seat)
             post(self._inbox, NAME, "address", self._handle.call.remote("address"))
             post(self._inbox, NAME, "hold", self._handle.hold.remote())
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: CallResult) -> None:
         """Note where it listens, or that it is gone."""
         error = answer.future.exception()
         another_holds_it = error is None and answer.method == "hold"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from orchestrator.controller.worker_group import Inbox
 from orchestrator.errors import NotFinished, UsageError
-from orchestrator.protocol.messages import Finish, Target
+from orchestrator.protocol.messages import DesiredRunState, Finish
 from orchestrator.protocol.scaling import Grant
-from orchestrator.run_records.run_history import RunMemory
+from orchestrator.run_records.run_history import JournaledRun
 
 PATIENCE_S = 10.0
 LATER = "Look at its status, and try again in a moment."
@@ -24,10 +24,10 @@ def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str
     return members[-1 if rank is None else rank]
 
 
-class Wishes:
+class PendingRequests:
     """Wishes come from any thread; the controller's turns take in the newest, and say so."""
 
-    def __init__(self, run_id: str, memory: RunMemory, inbox: Inbox) -> None:
+    def __init__(self, run_id: str, memory: JournaledRun, inbox: Inbox) -> None:
         self._run_id, self._memory, self._inbox = run_id, memory, inbox
         self._turned = threading.Condition()
         self.newest = memory.state.target
@@ -40,7 +40,7 @@ class Wishes:
         workers: int | None = None,
         stage: str | None = None,
         by_hand: bool | None = None,
-    ) -> Target:
+    ) -> DesiredRunState:
         """Want this; `workers` is None for as many as before, `stage` for no other one, `by_hand` for whoever decided
         on the number before. Returns when it is written down; a number that is not wanted by hand gives way at once to
         one that is.
@@ -58,7 +58,7 @@ class Wishes:
             wishes = self.newest.stage_wishes + (stage is not None)
             name = self.newest.stage if stage is None else stage
             by_hand = self.newest.by_hand if by_hand is None else by_hand
-            target = self.newest = Target(self.newest.seq + 1, size, finish, reason, name, wishes, by_hand)
+            target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, wishes, by_hand)
             self._inbox.put(None)
             if not self._turned.wait_for(lambda: self._memory.state.target.seq >= target.seq, PATIENCE_S):
                 why = self._memory.trouble or "it is busy"

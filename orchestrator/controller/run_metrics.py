@@ -5,13 +5,13 @@ from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.policy.state.world_size import wanted_size
-from orchestrator.run_records.run_history import Recollection
+from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.model import ModelSpec
 
 BEGINNINGS = ("submitted", "activated", "resumed")  # events from which a run's clocks run
 
 
-def values_of_run(limits: RunLimits, model: ModelSpec, memory: Recollection, seen: Observation) -> dict[str, float]:
+def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen: Observation) -> dict[str, float]:
     """By names of metrics. Times are `time.time()` seconds, and those of the run's last beginning until there is more
     to tell; a run that was resumed begins anew. Counters are those of the whole run, also before the first step of a
     controller: they must not seem to fall and rise again.

@@ -11,16 +11,16 @@ from typing import Any
 
 import ray
 
-from orchestrator.cluster.actors import Handle, Seat, find, start_host
+from orchestrator.cluster.actors import ActorOptions, Handle, find, start_host
 from orchestrator.cluster.calls import reason_of
-from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.controller.rendezvous_client import NAME as STORE
-from orchestrator.controller.rendezvous_client import StoreLink
+from orchestrator.controller.rendezvous_client import RendezvousClient
 from orchestrator.controller.tracker_client import NAME as TRACKER
-from orchestrator.controller.tracker_client import TrackerLink
-from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.controller.tracker_client import TrackerClient
+from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import insist
+from orchestrator.run_records.run_history import retry_until_written
 from orchestrator.spec.job import JobSpec
 
 log = logging.getLogger("orchestrator.control")
@@ -31,10 +31,10 @@ LOOK_EVERY_S = 1.0
 TRACKER_AFTER_S = 10.0  # by then MLflow shows a run that waits in the queue
 
 
-class Facilities:
+class RunServices:
     """Starts or finds them, and knows what they have answered."""
 
-    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, parts: Parts, epoch: int, inbox: Inbox) -> None:
+    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, parts: ActorClasses, epoch: int, inbox: Inbox) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._parts, self._epoch, self._inbox = parts, epoch, inbox
         self._handles: dict[str, Handle] = {}
@@ -43,8 +43,8 @@ class Facilities:
         self.preparing = ""  # how far the data is, in words; empty once it is there
         self._asked_s = 0.0  # when its progress was last asked for
         self._known_data: PreparedData | None = None
-        self.tracker = TrackerLink(run_id, run_dir, job, parts.tracker, epoch, inbox)
-        self.store = StoreLink(run_id, run_dir, parts.rendezvous, inbox)
+        self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, epoch, inbox)
+        self.store = RendezvousClient(run_id, run_dir, parts.rendezvous, inbox)
         self._faults: list[str] = []
 
     @property
@@ -54,7 +54,7 @@ class Facilities:
     def start(self, data: PreparedData | None) -> None:
         """Start what isn't there. `data` is what an earlier controller has prepared, made anew if it is gone."""
         self._known_data = data
-        self.data = data if data is not None and insist(Path(data.store_dir).is_dir) else None
+        self.data = data if data is not None and retry_until_written(Path(data.store_dir).is_dir) else None
         if self.data is not None:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent
@@ -75,7 +75,7 @@ class Facilities:
             self._asked_s = now_s
             self._call(PREPARATION, "progress")
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: CallResult) -> None:
         """Note an answer, or the fault that it is."""
         if answer.of == TRACKER:
             self.tracker.take(answer)
@@ -95,7 +95,7 @@ class Facilities:
             if (handle := find(self._name(name))) is not None:
                 ray.kill(handle, no_restart=True)
 
-    def _note(self, answer: Answer) -> None:
+    def _note(self, answer: CallResult) -> None:
         result = answer.future.result()
         if answer.method == "progress" and self.data is None:
             self.preparing = f"prepares the data: {result[0]}, {result[1]:.0%}"
@@ -116,7 +116,7 @@ class Facilities:
             )
 
     def _begin(self, name: str, target: str, args: tuple[Any, ...]) -> None:
-        seat = Seat(log_file=self._run_dir / "logs" / f"{name}.log")
+        seat = ActorOptions(log_file=self._run_dir / "logs" / f"{name}.log")
         self._handles[name] = start_host(self._name(name), target, args, seat)
 
     def _call(self, name: str, method: str, *args: Any) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from queue import Empty
 
 from orchestrator.cluster.actors import names_of
-from orchestrator.controller.worker_group import Answer, Crew, Inbox, remove_group
+from orchestrator.controller.worker_group import CallResult, Inbox, WorkerGroup, remove_group
 from orchestrator.errors import ProtocolError
 
 log = logging.getLogger("orchestrator.control")
@@ -17,8 +17,8 @@ GONE_WITHIN_S = 10.0  # and for its processes to be gone
 LOOK_EVERY_S = 0.02
 
 
-def hear_last_words(
-    crew: Crew, inbox: Inbox, members: Collection[str], watermark: int, take: Callable[[Answer], None]
+def collect_final_records(
+    crew: WorkerGroup, inbox: Inbox, members: Collection[str], watermark: int, take: Callable[[CallResult], None]
 ) -> None:
     """Steps that members finished since they were last asked: they count, whatever has ended the run."""
     asked = {member for member in members if crew.ask_records(member, watermark)}
@@ -26,7 +26,7 @@ def hear_last_words(
     while asked and time.monotonic() < deadline_s:
         with suppress(Empty):
             answer = inbox.get(timeout=LOOK_EVERY_S)
-            if answer is not None and answer.method == Crew.RECORDS:
+            if answer is not None and answer.method == WorkerGroup.RECORDS:
                 asked.discard(answer.of)
                 with suppress(ProtocolError):  # a newcomer may lack the steps before it came; another has them
                     take(answer)

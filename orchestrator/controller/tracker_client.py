@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cluster.actors import Handle, Seat, start_host
+from orchestrator.cluster.actors import ActorOptions, Handle, start_host
 from orchestrator.cluster.calls import ask, reason_of
-from orchestrator.controller.worker_group import Answer, Inbox, post
+from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import insist
+from orchestrator.run_records.run_history import retry_until_written
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_calls
 from orchestrator.spec.job import JobSpec
@@ -32,7 +32,7 @@ MOST_OPEN = 64  # calls without an answer: beyond that the journal keeps what wo
 LAST_TRIES = 3
 
 
-class TrackerLink:
+class TrackerClient:
     """Starts or finds the run's tracker, and sees to it that it gets everything once."""
 
     def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, epoch: int, inbox: Inbox) -> None:
@@ -51,7 +51,7 @@ class TrackerLink:
         """Start the tracker, or find it, unless that was done."""
         if self._handle is not None:
             return self._handle
-        seat = Seat(
+        seat = ActorOptions(
             log_file=self._run_dir / "logs" / f"{NAME}.log",
             # One call at once: what was published before `finish` is published. It may come back as often as it dies.
             max_restarts=-1,
@@ -95,7 +95,7 @@ class TrackerLink:
             self._looked_s = now_s
             self._call("describe")
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: CallResult) -> None:
         """Note an answer. Whatever went wrong, the tracker is asked what it has before it gets more."""
         self._num_open -= 1
         error = answer.future.exception()
@@ -114,7 +114,7 @@ class TrackerLink:
         try:
             for _ in range(LAST_TRIES):
                 position = ask(tracker, "call", "position", timeout_s=FINISH_S)
-                for method, args in insist(partial(self._missing, position)):
+                for method, args in retry_until_written(partial(self._missing, position)):
                     ask(tracker, "call", method, self._epoch, *args, timeout_s=FINISH_S)
                 arrived = ask(tracker, "call", "finish", self._epoch, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
                 state = ask(tracker, "call", "describe", timeout_s=5.0)

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
-from orchestrator.cluster.actors import Handle, Seat, find, kill_on_node, names_of, start_host
+from orchestrator.cluster.actors import ActorOptions, Handle, find, kill_on_node, names_of, start_host
 from orchestrator.cluster.calls import cause_of, reason_of
 from orchestrator.protocol.messages import Directive, Report, WorkerJob
 from orchestrator.spec.job import JobSpec, ResourcesSpec
@@ -63,7 +63,7 @@ EXACT_ENV = {
 
 
 @dataclass(frozen=True)
-class Answer:
+class CallResult:
     """The end of a call: `of` is a worker id or another name, `method` what was called."""
 
     of: str
@@ -71,15 +71,15 @@ class Answer:
     future: "Future[Any]"
 
 
-Inbox = SimpleQueue[Answer | None]  # None: look again, something else has changed
+Inbox = SimpleQueue[CallResult | None]  # None: look again, something else has changed
 
 
 def post(inbox: Inbox, of: str, method: str, ref: Any) -> None:
     """Have the result of a Ray call put into the inbox."""
-    ref.future().add_done_callback(lambda future: inbox.put(Answer(of, method, future)))
+    ref.future().add_done_callback(lambda future: inbox.put(CallResult(of, method, future)))
 
 
-class Crew:
+class WorkerGroup:
     """The workers of one run.
 
     Args:
@@ -185,11 +185,11 @@ class Crew:
         return now_s - self.stirred_s > QUIET_S or max(self.silence_s(now_s).values(), default=0.0) > QUIET_S
 
     def ask_records(self, worker: str, after_step: int) -> bool:
-        """Ask for the finished steps after this one; they come as an answer of `Crew.RECORDS`."""
+        """Ask for the finished steps after this one; they come as an answer of `WorkerGroup.RECORDS`."""
         if worker not in self._handles:
             return False
         ref = self._handles[worker].call.remote("report", after_step, -1, 0.0)
-        post(self._inbox, worker, Crew.RECORDS, ref)
+        post(self._inbox, worker, WorkerGroup.RECORDS, ref)
         return True
 
     def teller(self, members: Sequence[str], watermark: int) -> str:
@@ -205,7 +205,7 @@ class Crew:
 
     RECORDS = "records"
 
-    def take(self, answer: Answer) -> Report | None:
+    def take(self, answer: CallResult) -> Report | None:
         """Note what a worker said, or that it can't say anything any more."""
         worker = answer.of
         if answer.method == "report":
@@ -240,7 +240,7 @@ class Crew:
         env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
         env |= EXACT_ENV if self._job.train.is_exact else {}
         env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
-        seat = Seat(
+        seat = ActorOptions(
             cpus=resources.cpus,
             gpus=resources.gpus,
             memory_bytes=resources.memory_bytes or 0,

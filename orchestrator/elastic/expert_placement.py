@@ -21,7 +21,7 @@ ReplicaSet = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Placement:
+class ExpertPlacement:
     """The holders of every expert in a world of `world_size` ranks. A rank may hold none.
 
     Args:
@@ -70,7 +70,7 @@ class Placement:
         return cls._from_bins(num_experts, world_size, bins)
 
     @classmethod
-    def rebalanced(cls, previous: "Placement", old: World, new: World, nodes: Sequence[str] = ()) -> Self:
+    def rebalanced(cls, previous: "ExpertPlacement", old: World, new: World, nodes: Sequence[str] = ()) -> Self:
         """A balanced placement on `new` that gives the fewest experts to workers that lacked them in `old`: to each one
         that its node has fewest of.
 

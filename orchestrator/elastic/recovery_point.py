@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.elastic.state_layout import Kind, Layout
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_layout import Kind, StateLayout
 from orchestrator.elastic.world import World
 
 
@@ -24,7 +24,7 @@ class Holding:
 
 
 @dataclass(frozen=True)
-class Cut:
+class RecoveryPoint:
     """A complete state.
 
     Args:
@@ -38,7 +38,7 @@ class Cut:
     holders: tuple[str, ...]
 
 
-def newest_cut(worlds: Iterable[World], held: Mapping[str, Collection[Holding]]) -> Cut | None:
+def find_recovery_point(worlds: Iterable[World], held: Mapping[str, Collection[Holding]]) -> RecoveryPoint | None:
     """The newest state of which every rank's shard is held by somebody; None if there is none.
 
     A rank's own worker comes first, since nothing needs to move then. At least one rank must be held by its own worker:
@@ -48,7 +48,7 @@ def newest_cut(worlds: Iterable[World], held: Mapping[str, Collection[Holding]])
         worlds: generations that states may be of.
         held: what each reachable worker holds.
     """
-    found: list[Cut] = []
+    found: list[RecoveryPoint] = []
     for world in worlds:
         steps = {h.step for holdings in held.values() for h in holdings if h.generation == world.generation}
         for step in steps:
@@ -56,7 +56,7 @@ def newest_cut(worlds: Iterable[World], held: Mapping[str, Collection[Holding]])
             complete = tuple(holder for holder in holders if holder is not None)
             own = any(holder == member for holder, member in zip(holders, world.members, strict=True))
             if len(complete) == world.size and own:
-                found.append(Cut(world.generation, step, complete))
+                found.append(RecoveryPoint(world.generation, step, complete))
     return max(found, key=lambda cut: (cut.step, cut.generation), default=None)
 
 
@@ -73,7 +73,7 @@ def world_of(generation: int, holders: Sequence[str]) -> World:
     return World(generation, tuple(dict.fromkeys(holders)))
 
 
-def layout_of_cut(layout: Layout, holders: Sequence[str]) -> Layout:
+def layout_of_cut(layout: StateLayout, holders: Sequence[str]) -> StateLayout:
     """The same state as it lies with the holders of a cut.
 
     A worker that holds another rank's snapshot has that rank's ranges beside its own; of a partial tensor the sum of
@@ -98,7 +98,7 @@ def layout_of_cut(layout: Layout, holders: Sequence[str]) -> Layout:
         sets.append(tuple(sorted({int(rank) for rank in rank_of})))
     shards = layout.shards.copy()
     shards[:, 3] = rank_of[shards[:, 3]]
-    return Layout(
+    return StateLayout(
         world=world,
         names=layout.names,
         numel=layout.numel,
@@ -110,11 +110,11 @@ def layout_of_cut(layout: Layout, holders: Sequence[str]) -> Layout:
     )
 
 
-def placement_of_cut(placement: Placement, holders: Sequence[str]) -> Placement:
+def placement_of_cut(placement: ExpertPlacement, holders: Sequence[str]) -> ExpertPlacement:
     """Which of the holders (as ranks of `world_of`) have each expert, in their own shard or in another's snapshot."""
     world = world_of(0, holders)
     rank_of = [world.rank_of(holder) for holder in holders]
-    return Placement(
+    return ExpertPlacement(
         placement.num_experts,
         world.size,
         tuple(tuple(sorted({rank_of[rank] for rank in ranks})) for ranks in placement.holders),

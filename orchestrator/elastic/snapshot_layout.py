@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.state_layout import IntArray, Kind, Layout
+from orchestrator.elastic.state_layout import IntArray, Kind, StateLayout
 
 ALIGNMENT = 64  # bytes; every range starts at a multiple, so any number format may be read in place
 GRADIENT_BYTES = 4  # of an element; masters and moments have as many
@@ -46,14 +46,14 @@ class SnapshotFormat:
     total_bytes: int
 
     @classmethod
-    def of(cls, layout: Layout, rank: int) -> Self:
+    def of(cls, layout: StateLayout, rank: int) -> Self:
         """The format of one rank's whole snapshot in a layout."""
         tensor, start, stop = layout.ranges_of(layout.world.members[rank]).T
         names = [layout.names[t] for t in tensor.tolist()]
         return cls._of_ranges(names, start, stop, layout.itemsize[tensor], _is_everywhere(layout)[tensor])
 
     @classmethod
-    def of_delta(cls, layout: Layout, rank: int) -> Self:
+    def of_delta(cls, layout: StateLayout, rank: int) -> Self:
         """The format of one rank's delta in a layout."""
         ranges = layout.ranges_of(layout.world.members[rank])
         names = [layout.names[t] for t in ranges[:, 0].tolist()]
@@ -96,7 +96,7 @@ class SnapshotFormat:
         )
 
 
-def _is_everywhere(layout: Layout) -> NDArray[np.bool_]:
+def _is_everywhere(layout: StateLayout) -> NDArray[np.bool_]:
     """[T], bool: every rank of the world has all of the tensor."""
     full = np.array([len(ranks) == layout.world.size for ranks in layout.holder_sets] + [False])
     answer: NDArray[np.bool_] = (layout.kind == Kind.REPLICATED) & full[layout.holder_set]

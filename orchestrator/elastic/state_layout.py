@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.elastic.bucket_partition import buckets, is_compressed, piece_multiple, rank_of_product
-from orchestrator.elastic.expert_placement import Placement, ReplicaSet
+from orchestrator.elastic.expert_placement import ExpertPlacement, ReplicaSet
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
@@ -31,7 +31,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class StateLayout:
     """The holders of T tensors in a world.
 
     Args:
@@ -118,12 +118,12 @@ class Layout:
 
 def training_layout(
     params: Sequence[ParamSpec],
-    placement: Placement,
+    placement: ExpertPlacement,
     world: World,
     mixed_precision: bool,
     buffers: Sequence[tuple[str, int]],
     communication: CommunicationSpec = DEFAULT,
-) -> Layout:
+) -> StateLayout:
     """The layout of a run's training state under ZeRO 1 or 2 with our parameter groups.
 
     Dense parameters belong to all ranks, those of an expert to its replica set. What belongs to the same ranks, and is
@@ -166,7 +166,7 @@ def training_layout(
     others = [*((f"buffer/{name}", numel, Kind.REPLICATED) for name, numel in buffers), *kept]
     names = [f"{prefix}/{spec.name}" for prefix in ("param", *sharded_prefixes) for spec in params]
     num_params, num_sharded, num_others = len(params), len(sharded_prefixes) * len(params), len(others)
-    return Layout(
+    return StateLayout(
         world=world,
         names=(*names, *(name for name, _, _ in others)),
         numel=np.concatenate(

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.state_layout import IntArray, Kind, Layout
+from orchestrator.elastic.state_layout import IntArray, Kind, StateLayout
 from orchestrator.elastic.world import union
 from orchestrator.errors import OrchestratorError
 
@@ -75,7 +75,7 @@ class TransferPlan:
     zeros: IntArray
 
     @classmethod
-    def between(cls, old: Layout, new: Layout, available: Collection[str] | None = None) -> Self:
+    def between(cls, old: StateLayout, new: StateLayout, available: Collection[str] | None = None) -> Self:
         """The plan from `old` to `new`.
 
         Args:
@@ -141,7 +141,7 @@ class _Found:
     lost: list[IntArray]
 
 
-def _check_same_tensors(old: Layout, new: Layout) -> None:
+def _check_same_tensors(old: StateLayout, new: StateLayout) -> None:
     if old.names != new.names:
         differing = sorted(set(old.names) ^ set(new.names))
         raise ValueError(f"a plan needs the same tensors in the same order on both sides; differing: {differing[:5]}")
@@ -153,7 +153,9 @@ def _check_same_tensors(old: Layout, new: Layout) -> None:
             )
 
 
-def _plan_shards(old: Layout, new: Layout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found) -> None:
+def _plan_shards(
+    old: StateLayout, new: StateLayout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found
+) -> None:
     """Sharded tensors, laid end to end on one line: between two cuts of either layout nothing changes hands."""
     line = old.line()
     held = old.shards[sources[old.shards[:, 3]]]
@@ -178,7 +180,9 @@ def _plan_shards(old: Layout, new: Layout, sources: NDArray[np.bool_], new_worke
     found.moves.append(np.stack([tensor, start, stop, source, destination], axis=1)[~stays])
 
 
-def _plan_whole(old: Layout, new: Layout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found) -> None:
+def _plan_whole(
+    old: StateLayout, new: StateLayout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found
+) -> None:
     """Replicated and partial tensors, by class: those with the same kind and the same holders before and after."""
     (whole,) = np.nonzero(old.kind != Kind.SHARDED)
     if not len(whole):
@@ -207,7 +211,7 @@ def _plan_whole(old: Layout, new: Layout, sources: NDArray[np.bool_], new_worker
                 found.moves.append(_with(_of_each(old, members, [source]), heirs[nth % len(heirs)]))
 
 
-def _spread(layout: Layout, tensors: IntArray, holders: Sequence[int], joining: Sequence[int]) -> IntArray:
+def _spread(layout: StateLayout, tensors: IntArray, holders: Sequence[int], joining: Sequence[int]) -> IntArray:
     """Moves of whole `tensors` to all of `joining`, with the same load for all of `holders`.
 
     The bytes to be received are laid on one line, receiver after receiver and tensor after tensor, and every holder
@@ -233,7 +237,7 @@ def _spread(layout: Layout, tensors: IntArray, holders: Sequence[int], joining: 
     return np.stack([tensor, start, stop, source, np.array(joining)[receiver]], axis=1)
 
 
-def _of_each(layout: Layout, tensors: IntArray, workers: Sequence[int]) -> IntArray:
+def _of_each(layout: StateLayout, tensors: IntArray, workers: Sequence[int]) -> IntArray:
     """[n, 4], rows (tensor, 0, numel, worker): each tensor for each worker."""
     tensor = np.tile(tensors, len(workers))
     worker = np.repeat(np.array(workers, dtype=np.int64), len(tensors))

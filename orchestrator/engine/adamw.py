@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
-from orchestrator.engine.base import nothing
+from orchestrator.engine.base import noop
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update
@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
     compiler, which takes a starting worker a second.
     """
 
-    before_update: Callable[[], None] = staticmethod(nothing)
+    before_update: Callable[[], None] = staticmethod(noop)
     gradients: dict[int, Tensor] | None = None  # by id of the updated tensor, clipped; None: not wanted
 
     def __init__(self, params: list[dict[str, Any]], train: TrainSpec) -> None:
@@ -38,7 +38,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        tell, self.before_update = self.before_update, nothing
+        tell, self.before_update = self.before_update, noop
         tell()
         for group in self.param_groups:
             masters = [p for p in group["params"] if p.grad is not None]

@@ -28,7 +28,7 @@ class StepOutcome:
     saturated: tuple[str, ...] = ()
 
 
-def nothing() -> None:
+def noop() -> None:
     """For a step that nobody has to be told of."""
 
 
@@ -36,7 +36,7 @@ class Engine(Protocol):
     """Trains one rank's shard within one generation."""
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
+        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
     ) -> tuple[Tensor, RoutingCounts]:
         """Forward and backward of one slot: its loss sum divided by `global_tokens` is backpropagated and added up.
 
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
         """Sum gradients over the ranks, clip, update.
 
         Args:

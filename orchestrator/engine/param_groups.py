@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from orchestrator.elastic.bucket_partition import buckets, is_compressed, piece_multiple
-from orchestrator.engine.process_groups import Groups
+from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import TrainableModel, expert_of, spec_of
 from orchestrator.spec.communication import CommunicationSpec
 
@@ -56,7 +56,7 @@ def is_filler(name: str) -> bool:
     return name.startswith("_filler_")
 
 
-def groups_of(model: TrainableModel, groups: Groups, communication: CommunicationSpec) -> list[ParamGroup]:
+def groups_of(model: TrainableModel, groups: ProcessGroups, communication: CommunicationSpec) -> list[ParamGroup]:
     """In the order in which a backward pass reaches them, the last parameters first."""
     named = list(model.named_parameters())
     place = {id(param): index for index, (_, param) in enumerate(named)}

@@ -3,10 +3,10 @@
 The store is up before any generation and outlives them all; every generation meets under a prefix of its own, so
 nobody of the past can join. A rendezvous costs milliseconds that way instead of half a second.
 
-A `Meeting` connects the ranks and may be made in the background while an older generation trains; `Meeting.adopt` makes
-what was connected this process's torch world, and waits for nobody. So no rank has to be waited for once a fence is
-reached, and one that dies is noticed at once: its connections are up already. nccl meets in `adopt`, since its
-communicators belong to the device that still trains.
+A `PendingGroups` connects the ranks and may be made in the background while an older generation trains;
+`PendingGroups.adopt` makes what was connected this process's torch world, and waits for nobody. So no rank has to be
+waited for once a fence is reached, and one that dies is noticed at once: its connections are up already. nccl meets in
+`adopt`, since its communicators belong to the device that still trains.
 """
 
 import sys
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from orchestrator.comm.transport.gloo import gloo_group
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 
 TIMEOUT_S = 60.0
 REDUCTION = "reduction"
@@ -38,7 +38,7 @@ dist.Backend.register_backend(CONNECTED, _connected, extended_api=True, devices=
 
 
 @dataclass(frozen=True)
-class Groups:
+class ProcessGroups:
     """Process groups of a generation.
 
     Args:
@@ -52,7 +52,7 @@ class Groups:
 
     rank: int
     world_size: int
-    placement: Placement
+    placement: ExpertPlacement
     world: dist.ProcessGroup
     reduction: dist.ProcessGroup
     replicas: tuple[dist.ProcessGroup, ...]
@@ -63,7 +63,7 @@ class Groups:
         return self.world if self.world_size > 1 else None
 
 
-class Meeting:
+class PendingGroups:
     """The ranks of a generation to come, connected. Collective: every rank constructs it.
 
     Args:
@@ -82,7 +82,7 @@ class Meeting:
         store: Store,
         prefix: str,
         rank: int,
-        placement: Placement,
+        placement: ExpertPlacement,
         backend: str,
         timeout_s: float = TIMEOUT_S,
         address: str | None = None,
@@ -102,7 +102,7 @@ class Meeting:
                 if ranks != self._everyone:
                     self._connect(f"{colour}/{ranks[0]}", ranks)
 
-    def adopt(self) -> Groups:
+    def adopt(self) -> ProcessGroups:
         """Make this generation the process's torch world. `disconnect` ends it; the meeting is used up."""
         hook = sys.excepthook  # torch wraps it anew for every world
         backend = CONNECTED if self.backend == "gloo" else self.backend
@@ -127,7 +127,7 @@ class Meeting:
         everyone, options = list(self._everyone), self._connected.get(REDUCTION)
         reduction = dist.new_group(everyone, use_local_synchronization=True, pg_options=options)
         self.close()
-        return Groups(self.rank, len(self._everyone), self.placement, world, reduction, tuple(replicas))
+        return ProcessGroups(self.rank, len(self._everyone), self.placement, world, reduction, tuple(replicas))
 
     def close(self) -> None:
         """Close connections that were not adopted."""
@@ -142,13 +142,13 @@ def connect(
     store: Store,
     prefix: str,
     rank: int,
-    placement: Placement,
+    placement: ExpertPlacement,
     backend: str,
     timeout_s: float = TIMEOUT_S,
     address: str | None = None,
-) -> Groups:
+) -> ProcessGroups:
     """Meet and adopt at once, where no older generation is in the way. Collective over the world."""
-    return Meeting(store, prefix, rank, placement, backend, timeout_s, address).adopt()
+    return PendingGroups(store, prefix, rank, placement, backend, timeout_s, address).adopt()
 
 
 def abort_collectives() -> None:

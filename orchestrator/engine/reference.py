@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.engine.base import StepOutcome, nothing
-from orchestrator.engine.process_groups import Groups
+from orchestrator.engine.base import StepOutcome, noop
+from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import MicroBatch, TrainableModel, expert_of
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.spec.job import TrainSpec
@@ -21,7 +21,7 @@ from orchestrator.state.ranges import NamedRanges
 class ReferenceEngine:
     """Implements `orchestrator.engine.base.Engine`. Raises ValueError for a precision other than fp32."""
 
-    def __init__(self, model: TrainableModel, train: TrainSpec, groups: Groups) -> None:
+    def __init__(self, model: TrainableModel, train: TrainSpec, groups: ProcessGroups) -> None:
         if train.precision != "fp32":
             raise ValueError(f"precision {train.precision}; the reference engine has fp32 only")
         self._model, self._groups, self._max_norm = model, groups, train.gradient_clipping
@@ -41,7 +41,7 @@ class ReferenceEngine:
             }
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
+        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
     ) -> tuple[Tensor, RoutingCounts]:
         loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
         routed = self._model.routing_counts()
@@ -49,7 +49,7 @@ class ReferenceEngine:
         (loss / global_tokens).backward()
         return loss.detach(), routed
 
-    def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
         square = torch.zeros((), dtype=torch.float64)
         for name, param in self._named.items():
             grad = param.grad if param.grad is not None else torch.zeros_like(param)

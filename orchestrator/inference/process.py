@@ -19,7 +19,7 @@ from orchestrator.errors import CheckpointCorrupt, EntrypointError, Orchestrator
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.factory import alone, build_model
+from orchestrator.model.factory import build_model, single_rank
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Request
 from orchestrator.spec.job import JobSpec
 
@@ -46,7 +46,7 @@ def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> Tra
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
-        model = build_model(job.model, job.model.vocab_size or tokenizer_vocab_size, alone(job.model))
+        model = build_model(job.model, job.model.vocab_size or tokenizer_vocab_size, single_rank(job.model))
     tensors: dict[str, torch.Tensor] = {f"master/{name}": p for name, p in model.named_parameters()}
     tensors |= {f"buffer/{name}": b for name, b in model.state_buffers()}
     with CheckpointReader(checkpoint) as reader:

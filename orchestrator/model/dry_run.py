@@ -18,7 +18,7 @@ from torch import Tensor
 
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, seed_draws
-from orchestrator.model.factory import alone, build_model, catalogue
+from orchestrator.model.factory import build_model, catalogue, single_rank
 from orchestrator.model.user_entrypoint import calling_user
 from orchestrator.model.user_rules import shown
 from orchestrator.spec.job import JobSpec
@@ -35,7 +35,7 @@ def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
     few = {"num_experts": job.model.top_k, "num_expert_groups": 1, "top_k_groups": 1}
     spec = job.model.model_copy(update=few)
     with device:
-        model = build_model(spec, vocab_size, alone(spec))
+        model = build_model(spec, vocab_size, single_rank(spec))
     model.init_weights(job.train.seed)
     if job.train.precision == "bf16":
         for param in model.parameters():  # buffers stay as they are, as in the engine

@@ -2,16 +2,16 @@
 
 import torch
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.model.base import TrainableModel, spec_of
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.model.user_model import OwnModel
+from orchestrator.model.user_model import UserModel
 from orchestrator.spec.model import ModelSpec
 
 
-def build_model(spec: ModelSpec, vocab_size: int, home: ExpertHome) -> TrainableModel:
+def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> TrainableModel:
     """The model as one rank holds it; its weights are to be filled.
 
     Args:
@@ -22,13 +22,13 @@ def build_model(spec: ModelSpec, vocab_size: int, home: ExpertHome) -> Trainable
     Raises:
         EntrypointError: the user's module can't be imported, fails, or builds what can't be trained.
     """
-    kind = MoELanguageModel if spec.entrypoint is None else OwnModel
+    kind = MoELanguageModel if spec.entrypoint is None else UserModel
     return kind(spec, vocab_size, home)
 
 
-def alone(spec: ModelSpec) -> ExpertHome:
+def single_rank(spec: ModelSpec) -> ExpertParallelContext:
     """All experts on one rank, without a group: for a model in a world of one."""
-    return ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None)
+    return ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None)
 
 
 def catalogue(
@@ -43,7 +43,7 @@ def catalogue(
         EntrypointError: as `build_model`.
     """
     with torch.device("meta"):
-        model = build_model(spec, vocab_size, alone(spec))
+        model = build_model(spec, vocab_size, single_rank(spec))
     params = [spec_of(name, p) for name, p in model.named_parameters()]
     buffers = [(name, b.numel()) for name, b in model.state_buffers()]
     shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.state_buffers()]}

@@ -21,7 +21,7 @@ from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.loss import cross_entropy_sum
 from orchestrator.model.moe.experts import GatedMLP
-from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 from orchestrator.model.padding import Padding
 from orchestrator.spec.job import ModelSpec
 
@@ -101,7 +101,7 @@ def rotate(x_BATS: Tensor, cos_TS: Tensor, sin_TS: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and then an MLP or experts, each behind a norm and around a residual."""
 
-    def __init__(self, spec: ModelSpec, index: int, home: ExpertHome) -> None:
+    def __init__(self, spec: ModelSpec, index: int, home: ExpertParallelContext) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
         self.attention = Attention(spec)
@@ -143,7 +143,7 @@ class MoELanguageModel(TrainableModel):
         home: which experts are here.
     """
 
-    def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertHome) -> None:
+    def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> None:
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(vocab_size, spec.hidden_size, _weight=torch.empty(vocab_size, spec.hidden_size))

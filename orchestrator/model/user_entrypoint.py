@@ -14,13 +14,13 @@ from torch import nn
 
 from orchestrator import user_code
 from orchestrator.errors import EntrypointError
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.spec.model import ModelSpec
 
-Build = Callable[[ModelSpec, int, ExpertHome], nn.Module]
+Build = Callable[[ModelSpec, int, ExpertParallelContext], nn.Module]
 
 
-def built(spec: ModelSpec, vocab_size: int, home: ExpertHome, seed: int) -> nn.Module:
+def built(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext, seed: int) -> nn.Module:
     """What the entrypoint builds, torch's random numbers seeded meanwhile.
 
     Raises:

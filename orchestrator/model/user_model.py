@@ -2,7 +2,7 @@
 
     def build(spec: ModelSpec, vocab_size: int, experts: ExpertHome) -> nn.Module
 
-The module that `build` returns maps tokens (B, T) to logits (B, T, V); `OwnModel` adds the loss and all else that
+The module that `build` returns maps tokens (B, T) to logits (B, T, V); `UserModel` adds the loss and all else that
 training asks of a model. docs/own-model.md tells users what they may do.
 
 Shape legend: B = rows, T = tokens in a row, V = vocabulary.
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 from orchestrator.model.padding import Padding
 from orchestrator.model.user_entrypoint import built, calling_user
 from orchestrator.model.user_rules import broken_rules, shown
@@ -29,7 +29,7 @@ from orchestrator.spec.model import ModelSpec
 DOCUMENTS = "documents_BT"  # the parameter of `forward` that says: attention stays within documents
 
 
-class OwnModel(TrainableModel):
+class UserModel(TrainableModel):
     """A user's module as training needs it.
 
     Args:
@@ -41,7 +41,7 @@ class OwnModel(TrainableModel):
         EntrypointError: the entrypoint can't be imported, fails, or builds what can't be trained.
     """
 
-    def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertHome) -> None:
+    def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> None:
         super().__init__()
         self.spec, self.vocab_size = spec, vocab_size
         self.model = built(spec, vocab_size, home, seed=0)
@@ -130,9 +130,9 @@ class OwnModel(TrainableModel):
         return names
 
 
-def _no_experts(spec: ModelSpec) -> ExpertHome:
+def _no_experts(spec: ModelSpec) -> ExpertParallelContext:
     """A rank that holds none: all are on another one."""
-    return ExpertHome(Placement(spec.num_experts, 2, ((0,),) * spec.num_experts), 1, None)
+    return ExpertParallelContext(ExpertPlacement(spec.num_experts, 2, ((0,),) * spec.num_experts), 1, None)
 
 
 def _parameters(function: object) -> Collection[str]:
@@ -142,4 +142,4 @@ def _parameters(function: object) -> Collection[str]:
 
 def raised_by_forward(error: BaseException) -> bool:
     """Whether `error` came out of the forward pass of a user's module."""
-    return any(frame.f_code is OwnModel._logits.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(frame.f_code is UserModel._logits.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))

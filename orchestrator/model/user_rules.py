@@ -6,12 +6,12 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from orchestrator.model.base import TrainableModel, expert_of
-from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 
 SHOWN = 5  # names in a message; a module with a mistake often has it in each layer
 
 
-def broken_rules(model: TrainableModel, home: ExpertHome) -> Iterator[str]:
+def broken_rules(model: TrainableModel, home: ExpertParallelContext) -> Iterator[str]:
     """The rules that `model` breaks, each with what to do about it."""
     yield from _broken_parameter_rules(model)
     yield from _broken_expert_rules(model, home)
@@ -38,7 +38,7 @@ def _broken_parameter_rules(model: TrainableModel) -> Iterator[str]:
         yield f"parameters {shown(frozen)} need no gradient; register what isn't trained as a buffer"
 
 
-def _broken_expert_rules(model: TrainableModel, home: ExpertHome) -> Iterator[str]:
+def _broken_expert_rules(model: TrainableModel, home: ExpertParallelContext) -> Iterator[str]:
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, MoELayer)]
     here = [str(expert) for expert in home.local_experts]
     others = [name for name, layer in layers if [expert for expert, _ in layer.experts.named_children()] != here]

@@ -26,20 +26,20 @@ from orchestrator.policy.rescale.draining import plan_departure, watch_drains, w
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.rescale.micro_batch import fit_slots
 from orchestrator.policy.rescale.rules import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
-from orchestrator.policy.rescale.worker_pool import bury_lost, heed_target, hold_crew, quarantine_nodes
+from orchestrator.policy.rescale.worker_pool import apply_target, hold_crew, quarantine_nodes, remove_lost_workers
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import heed_grant
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.policy.termination import ask_finish, commit_checkpoint, end_run, fail_run
-from orchestrator.protocol.messages import Directive, Finish, Phase, Target
+from orchestrator.protocol.messages import DesiredRunState, Directive, Finish, Phase
 from orchestrator.protocol.scaling import UNLIMITED
 from orchestrator.protocol.status import RunPhase
 
 Rule = Callable[[RunLimits, RunState, Observation], Decision]
 
 RULES: tuple[Rule, ...] = (
-    heed_target,
+    apply_target,
     heed_grant,
     watch_drains,
     fail_run,
@@ -50,7 +50,7 @@ RULES: tuple[Rule, ...] = (
     notice_loss,
     hear_errors,
     bury_members,
-    bury_lost,
+    remove_lost_workers,
     restart_first,
     abandon_move,
     activate,
@@ -70,7 +70,7 @@ RULES: tuple[Rule, ...] = (
 
 def first_state(limits: RunLimits) -> RunState:
     """A run that was just submitted."""
-    return RunState(target=Target(seq=0, workers=limits.initial_workers))
+    return RunState(target=DesiredRunState(seq=0, workers=limits.initial_workers))
 
 
 def decide(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
-from orchestrator.protocol.messages import Check, Checked, Finding, PastWorld, StepRecord
+from orchestrator.protocol.messages import PastWorld, ReplayResult, ReplayTask, StepFingerprint, StepRecord
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Difference:
 
 
 def first_difference(
-    records: Sequence[StepRecord | Finding], again: Sequence[StepRecord | Finding]
+    records: Sequence[StepRecord | StepFingerprint], again: Sequence[StepRecord | StepFingerprint]
 ) -> Difference | None:
     """Between steps and the same steps done again. What one side only has doesn't count: steps, digests."""
     repeated = {record.step: record for record in again}
@@ -43,7 +43,7 @@ def first_difference(
     return None
 
 
-def _difference(record: StepRecord | Finding, other: StepRecord | Finding) -> Difference | None:
+def _difference(record: StepRecord | StepFingerprint, other: StepRecord | StepFingerprint) -> Difference | None:
     ranks = [rank for rank, (a, b) in enumerate(zip(record.digests, other.digests, strict=False)) if a != b]
     values = {name: (getattr(record, name), getattr(other, name)) for name in ("loss", "grad_norm")}
     # By its digits: NaN is like itself then.
@@ -63,13 +63,13 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         return Decision(state)
     first, last = state.checkpoint_done, state.checkpoint_done + limits.verify.steps
     done = (record for record in seen.progress.recent if first < record.step <= last)
-    check = Check(
+    check = ReplayTask(
         number=state.num_checks,
         worker=standbys[-1],  # the last to be taken into a world
         step=first,
         last_step=last,
         worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.slot),),
-        findings=tuple(Finding(record.step, record.loss, record.grad_norm, record.digests) for record in done),
+        findings=tuple(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests) for record in done),
         skips=tuple(step for step in state.skips if first < step <= last),
     )
     return Decision(replace(state, check=check, num_checks=check.number + 1, check_step=check.step))
@@ -94,7 +94,7 @@ def _computes_alike(state: RunState, seen: Observation, worker: str) -> bool:
     return len(told) == 1
 
 
-def _hear(state: RunState, check: Check, seen: Observation) -> Decision:
+def _hear(state: RunState, check: ReplayTask, seen: Observation) -> Decision:
     report = seen.reports.get(check.worker)
     if check.worker not in state.crew or report is None:
         return Decision(replace(state, check=None))
@@ -105,7 +105,7 @@ def _hear(state: RunState, check: Check, seen: Observation) -> Decision:
     return _compare(replace(state, check=None), check, answer, seen)
 
 
-def _compare(state: RunState, check: Check, answer: Checked, seen: Observation) -> Decision:
+def _compare(state: RunState, check: ReplayTask, answer: ReplayResult, seen: Observation) -> Decision:
     if answer.error:
         failed = {"worker": check.worker, "step": check.step, "why": answer.error}
         return Decision(state, (Note("check_failed", failed),))

@@ -1,6 +1,6 @@
 """What crosses a process: frozen values, never changes to apply.
 
-`Target` (Scheduler to RunController) and `Directive` (RunController to Worker) each carry the whole desired
+`DesiredRunState` (Scheduler to RunController) and `Directive` (RunController to Worker) each carry the whole desired
 state, so the newest wins and a repeat is harmless. `Report` is what a worker answers. Everything carries
 (epoch, generation); a receiver refuses a lower epoch.
 """
@@ -8,7 +8,7 @@ state, so the newest wins and a repeat is harmless. `Report` is what a worker an
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.world import World
 from orchestrator.protocol.expert_load import ExpertLoad
@@ -25,7 +25,7 @@ class Finish(StrEnum):
 
 
 @dataclass(frozen=True)
-class Target:
+class DesiredRunState:
     """What the Scheduler wants a run to be. `by_hand` says that a user asked for this size. `stage` is the stage that
     was asked for last, `next` for the one that comes next, and `stage_wishes` counts how often one was."""
 
@@ -51,7 +51,7 @@ class Restore:
 
 
 @dataclass(frozen=True)
-class ResumeOrder:
+class ResumeRequest:
     """The wish that a run which has ended, or lost its cluster, goes on. `token` tells repeats from new wishes.
 
     `restore` is None for a run without any checkpoint: it begins again at step 0. `workers` is None for as many as
@@ -72,7 +72,7 @@ class Source:
     """
 
     world: World
-    placement: Placement
+    placement: ExpertPlacement
     holders: tuple[str, ...]
     step: int | None = None
 
@@ -84,12 +84,12 @@ class PastWorld:
 
     first_step: int
     world: World
-    placement: Placement
+    placement: ExpertPlacement
     slot: SlotSize = UNSAID
 
 
 @dataclass(frozen=True)
-class Finding:
+class StepFingerprint:
     """What a step that is done again has to come to, bit by bit: fields as in `StepRecord`."""
 
     step: int
@@ -122,7 +122,7 @@ class GenerationPlan:
 
     epoch: int
     world: World
-    placement: Placement
+    placement: ExpertPlacement
     source: Source | None
     store_prefix: str
     store_address: StoreAddress
@@ -165,7 +165,7 @@ class StageStart:
 
 
 @dataclass(frozen=True)
-class Check:
+class ReplayTask:
     """The wish that a standby does steps again, alone, from the checkpoint after `step` on up to `last_step`. `worlds`
     did them first, without the batches of `skips`, and came to `findings`. `number` tells one check from another."""
 
@@ -174,7 +174,7 @@ class Check:
     step: int
     last_step: int
     worlds: tuple[PastWorld, ...]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[StepFingerprint, ...] = ()
     skips: tuple[int, ...] = ()
 
 
@@ -204,7 +204,7 @@ class Directive:
     checkpoint_done: int = -1
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
-    check: Check | None = None
+    check: ReplayTask | None = None
 
 
 class Phase(StrEnum):
@@ -287,12 +287,12 @@ class ShardWritten:
 
 
 @dataclass(frozen=True)
-class Checked:
+class ReplayResult:
     """What a standby has to say of a check: the steps that it has done again, all or, where it was needed elsewhere,
     the first ones; or why it couldn't."""
 
     number: int
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[StepFingerprint, ...] = ()
     error: str = ""
 
 
@@ -376,7 +376,7 @@ class Report:
     rss_bytes: int = 0
     collective: int = 0  # collectives that its training thread has entered in this generation
     slots: SlotMemory | None = None
-    checked: Checked | None = None
+    checked: ReplayResult | None = None
     saturated: Saturation | None = None  # the newest
     numerics: str = ""  # what decides the bits of its results, where they are to be exact
     leaving: bool = False  # it was told to end (SIGTERM), and soon will be made to

@@ -22,7 +22,7 @@ JUST_COME = Grant(0, "it has only just come")
 
 
 @dataclass(frozen=True)
-class RunScale:
+class ScalingView:
     """A run, as far as its size goes. It may have `least` to `most` workers now, by its job and its present stage.
 
     `request` is what Ray reserves for each worker, `wanted` the size that it is to have, with `standby` more kept warm;

@@ -65,7 +65,7 @@ def drop_old_checkpoints(
     return tuple(step for path in dropped if (step := parse_step_name(path.name)) is not None)
 
 
-class LookBack:
+class CheckpointFinder:
     """Finds the checkpoint that a run may go back to. While run storage can't be read nobody knows which that is."""
 
     def __init__(self, run_dir: Path) -> None:

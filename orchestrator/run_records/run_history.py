@@ -1,6 +1,6 @@
 """What a run remembers: all that a controller needs to go on from run storage, whoever it was before.
 
-`Recollection` is what follows from the journal, `RunMemory` that and the right to write on. Besides what users see
+`RunHistory` is what follows from the journal, `JournaledRun` that and the right to write on. Besides what users see
 (`Note`s of `policy`), the journal holds
 
     steps     {"records": [...]}      finished steps, once each: the account that `audit` balances
@@ -40,7 +40,7 @@ WRITE_AGAIN_S = 1.0
 T = TypeVar("T")
 
 
-class Recollection:
+class RunHistory:
     """The run's state and progress as its journal tells them. Needs no cluster, writes nothing."""
 
     def __init__(self, run_dir: Path, limits: RunLimits) -> None:
@@ -110,7 +110,7 @@ class Recollection:
         self.troubles = {kind: event for kind, event in self.troubles.items() if event["step"] <= watermark}
 
 
-class RunMemory(Recollection):
+class JournaledRun(RunHistory):
     """The run's state and progress, each change written down before anybody acts on it.
 
     What can't be written raises StorageError and changes nothing, so it can be tried again; `trouble` says so until
@@ -190,7 +190,7 @@ class RunMemory(Recollection):
         self.trouble = None
 
 
-def insist(write: Callable[[], T]) -> T:
+def retry_until_written(write: Callable[[], T]) -> T:
     """What `write` returns, tried again until run storage lets it: for what nothing can go on without."""
     while True:
         try:

@@ -16,7 +16,7 @@ from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
 from orchestrator.run_records.checkpoints import DIRECTORY
-from orchestrator.run_records.run_history import Recollection
+from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 
@@ -24,7 +24,7 @@ from orchestrator.spec.model import ModelSpec
 def status_of(
     limits: RunLimits,
     model: ModelSpec,
-    memory: Recollection,
+    memory: RunHistory,
     seen: Observation,
     *,
     run_dir: Path,
@@ -91,7 +91,7 @@ def _doubt(state: RunState) -> str | None:
     )
 
 
-def _unlike(memory: Recollection) -> str | None:
+def _unlike(memory: RunHistory) -> str | None:
     """Who has trained and computes other bits than the run's first worker, where that matters."""
     differing = {worker: memory.differing[worker] for worker in memory.first_steps if worker in memory.differing}
     if not differing:
@@ -115,7 +115,7 @@ def status_from_journal(run_dir: Path) -> RunStatus:
     """Where the run was when its journal was written last, for a run that has not ended. Needs no cluster."""
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     limits = RunLimits.of(run_dir.name, job)
-    memory = Recollection(run_dir, limits)
+    memory = RunHistory(run_dir, limits)
     seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
     status = status_of(limits, job.model, memory, seen, run_dir=run_dir, closed=False)
     return replace(status, crew=(), why="it has not ended, says its journal; only the run's cluster knows more")

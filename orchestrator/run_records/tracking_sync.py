@@ -10,7 +10,7 @@ from orchestrator.errors import NotFinished, NotFound
 from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import Recollection, committed_steps, read_status, user_events
+from orchestrator.run_records.run_history import RunHistory, committed_steps, read_status, user_events
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import newest_epoch, read_events
@@ -58,7 +58,7 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     epoch = newest_epoch(run_dir)
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
-    data = Recollection(run_dir, RunLimits.of(run_dir.name, job)).data
+    data = RunHistory(run_dir, RunLimits.of(run_dir.name, job)).data
     for method, args in missing_calls(run_dir, tracker.position(), data):
         if method != "artifact" or Path(args[0]).exists():
             getattr(tracker, method)(epoch, *args)

@@ -10,7 +10,7 @@ from orchestrator.policy.cluster.autoscaling import bounds
 from orchestrator.policy.cluster.capacity import places
 from orchestrator.policy.cluster.node_pools import Labels, check_pool, pool_of, shown
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.protocol.scaling import JUST_COME, RunScale
+from orchestrator.protocol.scaling import JUST_COME, ScalingView
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
@@ -18,7 +18,7 @@ from orchestrator.spec.workers import MANUAL
 SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
 
 
-def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_hand: bool = False) -> RunScale:
+def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_hand: bool = False) -> ScalingView:
     """A run that comes into the queue now, as the Scheduler sees it until its controller speaks for it.
 
     Args:
@@ -29,7 +29,7 @@ def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_h
     least, _ = bounds(limits, stage)
     if by_hand:
         least = min(least, wanted)
-    return RunScale(
+    return ScalingView(
         limits.run_id,
         MANUAL,
         request_of(job.resources),
@@ -45,7 +45,7 @@ def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_h
     )
 
 
-def refuse_unfit(run: RunScale, now: Autoscaler | None = None) -> None:
+def check_admissible(run: ScalingView, now: Autoscaler | None = None) -> None:
     """Raise JobDoesNotFit for a newcomer that could never have its least, or has no room now.
 
     Args:

@@ -23,7 +23,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.policy.cluster.autoscaling import Demand, claim_of, decide_sizes, demand
 from orchestrator.policy.cluster.fair_share import Share, divide, new_grants
 from orchestrator.policy.cluster.node_pools import confined
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import ScalingView
 from orchestrator.spec.workers import MANUAL
 
 log = logging.getLogger("orchestrator.control")
@@ -40,8 +40,8 @@ class Autoscaler:
     """Looks at all runs that have a controller again and again, in a thread of its own."""
 
     def __init__(self) -> None:
-        self._known: dict[str, RunScale] = {}  # what each controller said last
-        self._expected: dict[str, RunScale] = {}  # what is known of runs whose new controller has said nothing yet
+        self._known: dict[str, ScalingView] = {}  # what each controller said last
+        self._expected: dict[str, ScalingView] = {}  # what is known of runs whose new controller has said nothing yet
         self._since_s: dict[tuple[str, str, int | None], float] = {}  # what is decided again and again, since when
         self._began_s = time.monotonic()
         self._demand: tuple[Demand, ...] | None = None
@@ -55,12 +55,12 @@ class Autoscaler:
         """Look now: something has changed."""
         self._stirred.set()
 
-    def share_of(self, newcomer: RunScale) -> Share:
+    def share_of(self, newcomer: ScalingView) -> Share:
         """What a run would get if it were submitted now."""
         runs = self._known | self._expected | {newcomer.run_id: newcomer}
         return _divide(list(runs.values()))[newcomer.run_id]
 
-    def expect(self, newcomer: RunScale) -> None:
+    def expect(self, newcomer: ScalingView) -> None:
         """Know of a run whose controller was just started: whoever comes after it must not be let in before it only
         because that one's controller is the first to speak. That is all it gets before it speaks: nobody makes room."""
         self._expected[newcomer.run_id] = newcomer
@@ -142,7 +142,7 @@ class Autoscaler:
         handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
         calls = {handle.scaling.remote(): run for run, handle in handles.items()}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
-        heard: dict[str, RunScale | None] = {}
+        heard: dict[str, ScalingView | None] = {}
         for call in answered:
             with suppress(ray.exceptions.RayError):  # it ends, or comes back
                 heard[calls[call]] = ray.get(call)
@@ -153,7 +153,7 @@ class Autoscaler:
         speaking = {run for run, scale in heard.items() if scale is not None}
         return speaking, set(handles) - set(known) - set(self._expected)
 
-    def _forget(self, expected: Mapping[str, RunScale], heard: Collection[str], there: Collection[str]) -> None:
+    def _forget(self, expected: Mapping[str, ScalingView], heard: Collection[str], there: Collection[str]) -> None:
         """Expect nobody any more who has spoken, is gone, or is too late."""
         for run, newcomer in expected.items():
             is_late = run in there and run not in heard and time.time() - (newcomer.queued_s or 0.0) > EXPECTED_S
@@ -176,7 +176,7 @@ class Autoscaler:
             log.info("run %s was not told: %s", run_id, error)
 
 
-def _shares(runs: Sequence[RunScale], expected: Sequence[RunScale]) -> dict[str, Share]:
+def _shares(runs: Sequence[ScalingView], expected: Sequence[ScalingView]) -> dict[str, Share]:
     """The share of each of `runs`. Who is expected is only in the way of whoever is behind it in the queue."""
     shares = _divide(runs)
     if not expected:
@@ -186,7 +186,7 @@ def _shares(runs: Sequence[RunScale], expected: Sequence[RunScale]) -> dict[str,
     return shares | behind
 
 
-def _divide(runs: Sequence[RunScale]) -> dict[str, Share]:
+def _divide(runs: Sequence[ScalingView]) -> dict[str, Share]:
     labels = labels_of_nodes()
     staying, runs = set(labels) - set(draining_nodes()), [confined(run, labels) for run in runs]
     claims = {run.run_id: claim_of(run) for run in runs}

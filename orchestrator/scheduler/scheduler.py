@@ -16,19 +16,19 @@ from ray.experimental import internal_kv
 from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.cluster.calls import ask
-from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.controller.controller import RunController
 from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.world_size import wanted_size
-from orchestrator.protocol.messages import Finish, Restore, ResumeOrder, Target
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.messages import DesiredRunState, Finish, Restore, ResumeRequest
+from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.job_files import read_job, write_job
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.run_records.run_history import STATUS_FILE, Recollection, read_status, user_events
+from orchestrator.run_records.run_history import STATUS_FILE, RunHistory, read_status, user_events
 from orchestrator.sampling.sample_ledger import AuditResult
-from orchestrator.scheduler.admission import newcomer, refuse_unfit
+from orchestrator.scheduler.admission import check_admissible, newcomer
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import newest_epoch
@@ -57,7 +57,13 @@ class Scheduler:
         self._autoscaler.start()
 
     def submit(
-        self, job_json: str, run_id: str, run_dir: str, job_text: str, wait: bool = True, parts: Parts | None = None
+        self,
+        job_json: str,
+        run_id: str,
+        run_dir: str,
+        job_text: str,
+        wait: bool = True,
+        parts: ActorClasses | None = None,
     ) -> str:
         """Put a run into the queue: write its job into run storage and give it a controller. It starts when it has
         its place.
@@ -78,14 +84,14 @@ class Scheduler:
         with self._submitting:
             self._refuse_taken(run_id, directory)
             run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
-            refuse_unfit(run, None if wait else self._autoscaler)
+            check_admissible(run, None if wait else self._autoscaler)
             write_job(directory, job_json, job_text)
             self._start_controller(run, run_dir, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
 
     def resume(
-        self, run_id: str, run_dir: str, order: ResumeOrder, wait: bool = True, parts: Parts | None = None
+        self, run_id: str, run_dir: str, order: ResumeRequest, wait: bool = True, parts: ActorClasses | None = None
     ) -> str:
         """Give a run that has ended, or has lost its cluster, a controller again.
 
@@ -119,10 +125,10 @@ class Scheduler:
             _refuse_other_residuals(order.restore, job)
             if order.workers is not None:
                 limits.check_size(order.workers)
-            memory = Recollection(directory, limits)
+            memory = RunHistory(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.wish, done)
             run = newcomer(limits, job, workers, memory.progress.stage, order.workers is not None)
-            refuse_unfit(run, None if wait else self._autoscaler)
+            check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, done - 1)
         return run_id
@@ -150,27 +156,27 @@ class Scheduler:
                     raise
                 time.sleep(0.1)
 
-    def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> Target:
+    def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> DesiredRunState:
         """Want another number of workers; None leaves it to the job's `autoscale`. Raises UsageError out of min..max,
         or if the run has ended; NotFound."""
-        target: Target = self._wish(run_id, "scale", workers, reason)
+        target: DesiredRunState = self._wish(run_id, "scale", workers, reason)
         self._autoscaler.stir()
         return target
 
-    def stage(self, run_id: str, name: str, reason: str = "asked for") -> Target:
+    def stage(self, run_id: str, name: str, reason: str = "asked for") -> DesiredRunState:
         """Want another stage of the curriculum. Raises UsageError if the job has none of that name, or the run has
         ended; NotFound."""
-        target: Target = self._wish(run_id, "stage", name, reason)
+        target: DesiredRunState = self._wish(run_id, "stage", name, reason)
         return target
 
-    def cancel(self, run_id: str, reason: str = "cancelled") -> Target:
+    def cancel(self, run_id: str, reason: str = "cancelled") -> DesiredRunState:
         """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        target: Target = self._wish(run_id, "finish", Finish.CANCEL, reason)
+        target: DesiredRunState = self._wish(run_id, "finish", Finish.CANCEL, reason)
         return target
 
-    def pause(self, run_id: str, reason: str = "paused") -> Target:
+    def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
         """Want the run to end with a checkpoint, to be resumed later. Raises as `cancel` does."""
-        target: Target = self._wish(run_id, "finish", Finish.PAUSE, reason)
+        target: DesiredRunState = self._wish(run_id, "finish", Finish.PAUSE, reason)
         return target
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
@@ -186,7 +192,7 @@ class Scheduler:
         return RunFiles(self._directory_of(run_id)).audit()
 
     def _start_controller(
-        self, run: RunScale, run_dir: str, parts: Parts | None, order: ResumeOrder | None = None
+        self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
     ) -> None:
         internal_kv._internal_kv_put(run.run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
         options = {
@@ -200,7 +206,7 @@ class Scheduler:
             "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
         }
         controller = ray.remote(RunController).options(**options)
-        controller.remote(run.run_id, run_dir, parts or Parts(), order, run.queued_s)
+        controller.remote(run.run_id, run_dir, parts or ActorClasses(), order, run.queued_s)
         self._autoscaler.expect(run)
         self._autoscaler.stir()
 

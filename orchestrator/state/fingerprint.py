@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.state_layout import Layout
+from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.state.digest import digest
 from orchestrator.state.ranges import NamedRanges, Range
 
@@ -19,7 +19,7 @@ MODULUS = 1 << 64
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Witness:
+class StateFingerprint:
     """What one rank can say of the state of a world's ranks: its own world's, or that of one whose steps it replays.
 
     Args:
@@ -27,7 +27,7 @@ class Witness:
         layout: of the world whose ranks are asked for.
     """
 
-    def __init__(self, ranges: NamedRanges, layout: Layout) -> None:
+    def __init__(self, ranges: NamedRanges, layout: StateLayout) -> None:
         self._parts = [(rank, key_of(name), part) for rank, name, part in _parts(ranges, layout)]
         self._world_size = layout.world.size
 
@@ -39,7 +39,7 @@ class Witness:
         return np.array([total % MODULUS for total in sums], dtype=np.uint64)
 
 
-def _parts(ranges: NamedRanges, layout: Layout) -> Iterator[tuple[int, str, Range]]:
+def _parts(ranges: NamedRanges, layout: StateLayout) -> Iterator[tuple[int, str, Range]]:
     """(rank that answers for it, tensor, elements): what this rank updates, cut as the layout cuts it."""
     index = {name: i for i, name in enumerate(layout.names)}
     tensor, starts, stops, ranks = layout.shards.T
@@ -55,7 +55,7 @@ def _parts(ranges: NamedRanges, layout: Layout) -> Iterator[tuple[int, str, Rang
                     yield from ((int(rank), name, Range(begin, end, ranges.view(name, begin, end))) for name in names)
 
 
-class Seal:
+class MemoryGuard:
     """Tells whether anybody has written to ranges between two moments when nobody should.
 
     Args:

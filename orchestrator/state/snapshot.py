@@ -72,7 +72,7 @@ def views(form: SnapshotFormat, buffer: Tensor, shared_only: bool) -> NamedRange
 
 
 @torch.no_grad()
-def joined(parts: Collection[NamedRanges]) -> NamedRanges:
+def merge_ranges(parts: Collection[NamedRanges]) -> NamedRanges:
     """Ranges of several shards as one; what two of them have is taken from the first, or added up where they are parts
     of a sum."""
     result = NamedRanges()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
-from orchestrator.elastic.state_layout import Layout
+from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.snapshot import Replay, Snapshot, Update, views
 
@@ -35,7 +35,7 @@ class _Base:
         return self.whole.holding.step + len(self.deltas)
 
 
-class Shelf:
+class RankSnapshots:
     """Snapshots of one rank of one generation. From any thread.
 
     Args:
@@ -51,7 +51,7 @@ class Shelf:
         self,
         generation: int,
         rank: int,
-        layout: Layout,
+        layout: StateLayout,
         shared_only: bool,
         whole_every: int = 1,
         replay: Replay | None = None,
@@ -209,15 +209,15 @@ class Shelf:
         return form.shared_bytes if self.shared_only else form.total_bytes
 
 
-class Vault:
+class SnapshotStore:
     """All snapshots in this process, by generation: its own rank's, and its ward's."""
 
     def __init__(self) -> None:
-        self._shelves: tuple[Shelf, ...] = ()
+        self._shelves: tuple[RankSnapshots, ...] = ()
         self._distrusted: frozenset[tuple[int, int]] = frozenset()
         self._changing = threading.Lock()
 
-    def add(self, shelf: Shelf) -> Shelf:
+    def add(self, shelf: RankSnapshots) -> RankSnapshots:
         with self._changing:
             self._shelves = (*self._shelves, shelf)
         return shelf

@@ -21,7 +21,9 @@ CHUNK_BYTES = 4 << 20  # a message; smaller moves are packed into one, larger on
 Piece = tuple[int, int, int]  # (tensor, start, stop)
 
 
-def carry_out(plan: TransferPlan, me: str, old: NamedRanges | None, new: NamedRanges | None, peers: PeerGroup) -> None:
+def execute_transfer(
+    plan: TransferPlan, me: str, old: NamedRanges | None, new: NamedRanges | None, peers: PeerGroup
+) -> None:
     """Fill `new` from `old` and from the peers. Collective over the plan's workers.
 
     Args:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import errors
-from orchestrator.cluster.jobs_api import MARK, OURS, JobPort
+from orchestrator.cluster.jobs_api import MARK, OURS, JobsApiClient
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError, of_code
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import Target
+from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.spec.job import JobSpec
@@ -52,7 +52,7 @@ def load_for_elsewhere(job: Path, overrides: Sequence[str]) -> JobSpec:
 
 
 def send(
-    port: JobPort, job: Path, run_id: str, overrides: Sequence[str], on_said: Callable[[str], object]
+    port: JobsApiClient, job: Path, run_id: str, overrides: Sequence[str], on_said: Callable[[str], object]
 ) -> tuple[str, int | None]:
     """Send a job and the current directory; returns once the run is submitted there, or refused.
 
@@ -72,7 +72,7 @@ def send(
     return port.start(command, Path.cwd(), run_id, look)
 
 
-def submit_file(port: JobPort, job: object, name: str | None, overrides: Sequence[str]) -> str:
+def submit_file(port: JobsApiClient, job: object, name: str | None, overrides: Sequence[str]) -> str:
     """`send` for who has no terminal. Returns the run's name.
 
     Raises:
@@ -97,15 +97,15 @@ ANSWERS: dict[str, Any] = {  # what may be asked, and of what type the answer is
     "status": RunStatus,
     "events": list,
     "audit": AuditResult,
-    "scale": Target,
-    "stage": Target,
+    "scale": DesiredRunState,
+    "stage": DesiredRunState,
     "kill_worker": str,
-    "cancel": Target,
-    "pause": Target,
+    "cancel": DesiredRunState,
+    "pause": DesiredRunState,
 }
 
 
-def ask_by_url(port: JobPort, method: str, *args: Any) -> Any:
+def ask_by_url(port: JobsApiClient, method: str, *args: Any) -> Any:
     """What the Scheduler's method returns.
 
     Raises:
@@ -126,7 +126,7 @@ def ask_by_url(port: JobPort, method: str, *args: Any) -> Any:
     return from_plain(ANSWERS[method], found["answer"])
 
 
-def refuse_by_url(port: JobPort | None, what: str) -> None:
+def refuse_by_url(port: JobsApiClient | None, what: str) -> None:
     """Raise UsageError if the cluster is reached by URL."""
     if port is not None:
         raise UsageError(

@@ -22,7 +22,7 @@ from orchestrator.submission.user_code import check_own_code
 
 
 @dataclass(frozen=True)
-class Order:
+class Submission:
     """What the Scheduler needs: the job with every path absolute, and the text that the user wrote."""
 
     spec: JobSpec
@@ -37,7 +37,7 @@ class Order:
         return self.spec.model_dump_json(by_alias=True)
 
 
-def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides: Sequence[str] = ()) -> Order:
+def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides: Sequence[str] = ()) -> Submission:
     """Read and resolve a job, checked as far as is possible from here; `overrides` of a job file as in `load_job`."""
     if isinstance(job, JobSpec):
         spec, text = job, yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False)
@@ -57,7 +57,7 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
     check_own_code(spec)
     if spec.resources.memory is not None:  # else nothing would be refused, and a process with torch takes seconds
         check_memory(spec, plan_of(spec))
-    return Order(spec, text)
+    return Submission(spec, text)
 
 
 def resolved(spec: JobSpec) -> JobSpec:

@@ -19,7 +19,7 @@ from typing import IO, Any, TypeVar
 
 from orchestrator.checkpoint.read import choose, list_steps
 from orchestrator.controller.worker_group import EXACT_ENV, NCCL_ENV, WORKER_ENV
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.errors import NotFinished, OrchestratorError, UsageError
 from orchestrator.policy.replay_check import Differences
@@ -170,7 +170,7 @@ def _plan(order: Verification) -> GenerationPlan:
     return GenerationPlan(
         epoch=0,
         world=world,
-        placement=Placement.balanced(order.job.model.num_experts, world.size),
+        placement=ExpertPlacement.balanced(order.job.model.num_experts, world.size),
         source=None,
         store_prefix="verify",
         store_address=StoreAddress(LOOPBACK, 0),

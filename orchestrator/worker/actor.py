@@ -27,10 +27,10 @@ from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.device import device_of
-from orchestrator.worker.runtime.mailbox import Desk
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.runtime.reserved_memory import ReservedMemory
-from orchestrator.worker.shard.shard import Workshop
-from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.shard.shard import ShardFactory
+from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.trainer import Trainer
 from orchestrator.worker.transition.warmup import warm_up
 
@@ -49,7 +49,7 @@ class Worker:
     def __init__(self, worker_id: str) -> None:
         self._id = worker_id
         self._process = psutil.Process()
-        self._desk = Desk(worker_id, os.getpid())
+        self._desk = WorkerMailbox(worker_id, os.getpid())
         self._last_heard = time.monotonic()
         self._warming = threading.Lock()
         self._trainer: Trainer | None = None
@@ -125,8 +125,8 @@ class Worker:
             self._desk.publish(numerics=fingerprint(device))
         store = TokenStore.open(Path(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
-        workshop = Workshop(self._id, job, spec, vocab_size, device)
-        feed = Feed(spec, store, device)
+        workshop = ShardFactory(self._id, job, spec, vocab_size, device)
+        feed = BatchReader(spec, store, device)
         if spec.model.entrypoint is not None:
             rehearse(spec, vocab_size, device)
         warm_up(spec, vocab_size, device, workshop.address)

@@ -1,6 +1,6 @@
 """The training thread of a worker: stand by, move into a generation, train to its fence, and so on to the end.
 
-`Trainer.run` is a worker's life, `Trainer.train` its generation, `Stepper.step` a step. When a peer is lost, or the
+`Trainer.run` is a worker's life, `Trainer.train` its generation, `TrainStep.step` a step. When a peer is lost, or the
 step fails here, the generation is over: the thread lets go of everything that peers may wait for, keeps its state, and
 waits for the plan of the next generation.
 """
@@ -24,19 +24,19 @@ from orchestrator.protocol.messages import (
     ShardWritten,
     WorkerError,
 )
-from orchestrator.worker.replay.checker import Checks
-from orchestrator.worker.runtime.abort import Engagement
-from orchestrator.worker.runtime.errors import GenerationAborted, LossExploded, StateCorrupted, StateDoubtful, kind_of
-from orchestrator.worker.runtime.mailbox import Desk
-from orchestrator.worker.shard.shard import Progress, Shard, Workshop
-from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.replay.checker import ReplayChecker
+from orchestrator.worker.runtime.abort import AbortHandle
+from orchestrator.worker.runtime.errors import DigestMismatch, GenerationAborted, LossExploded, StateCorrupted, kind_of
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from orchestrator.worker.shard.shard import Progress, Shard, ShardFactory
+from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.curriculum import Stages
-from orchestrator.worker.step.train_step import Stepper, Voice
-from orchestrator.worker.step.vote import NO_FENCE, Outcome
-from orchestrator.worker.transition.preparation import Preparations
-from orchestrator.worker.transition.save_shard import Saver
-from orchestrator.worker.transition.snapshots import Keeping
-from orchestrator.worker.transition.transition import Prepared, announce, announced, first_shard, move
+from orchestrator.worker.step.train_step import TrainStep, Voice
+from orchestrator.worker.step.vote import NO_FENCE, VoteResult
+from orchestrator.worker.transition.preparation import TransitionPreparer
+from orchestrator.worker.transition.save_shard import ShardSaver
+from orchestrator.worker.transition.snapshots import SnapshotManager
+from orchestrator.worker.transition.transition import PreparedTransition, announce, announced, first_shard, move
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -52,19 +52,19 @@ class Trainer:
         feed: rows of a step.
     """
 
-    def __init__(self, desk: Desk, workshop: Workshop, feed: Feed) -> None:
+    def __init__(self, desk: WorkerMailbox, workshop: ShardFactory, feed: BatchReader) -> None:
         self._desk, self._workshop, self._feed = desk, workshop, feed
         self._spec = workshop.spec
-        self._stepper = Stepper(workshop, feed)
-        self._preparations = Preparations(workshop, desk)
-        self._checks = Checks(workshop, feed, desk, self._preparations)
+        self._stepper = TrainStep(workshop, feed)
+        self._preparations = TransitionPreparer(workshop, desk)
+        self._checks = ReplayChecker(workshop, feed, desk, self._preparations)
         checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
         keeps = self._spec.communication.compression.keeps
         numerics = desk.state.numerics
-        self._saver = Saver(checkpoints, workshop.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
+        self._saver = ShardSaver(checkpoints, workshop.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
         self._shard: Shard | None = None
-        self._keeping = Keeping(workshop.me, self._spec.protection, self._spec.train.steps - 1)
-        self._engagement = Engagement((shut_connections, abort_collectives, self._keeping.shut))
+        self._keeping = SnapshotManager(workshop.me, self._spec.protection, self._spec.train.steps - 1)
+        self._engagement = AbortHandle((shut_connections, abort_collectives, self._keeping.shut))
         self._between_steps = True  # False: the shard's state is that of no finished step
         self._progress = Progress(-1, 0, feed.first_order)
         self._stages = Stages(feed)
@@ -84,14 +84,14 @@ class Trainer:
             disconnect()
 
     def _live(self) -> None:
-        prepared: Prepared | None = self._await_move()
+        prepared: PreparedTransition | None = self._await_move()
         while prepared is not None:
             if self._arrive(prepared) and self._shard is not None:
                 prepared = self._train_or_stop(self._shard)
             else:
                 prepared = self._await_move()
 
-    def _train_or_stop(self, shard: Shard) -> Prepared | None:
+    def _train_or_stop(self, shard: Shard) -> PreparedTransition | None:
         """To the generation's end, whatever that is: a fence, a failure, or the end of the run, which is None."""
         try:
             fence = self.train(shard)
@@ -116,7 +116,7 @@ class Trainer:
 
     # -- a generation ------------------------------------------------------------------------------------------
 
-    def train(self, shard: Shard) -> Prepared | None:
+    def train(self, shard: Shard) -> PreparedTransition | None:
         """Step after step until all members agree on a fence. None when there is no step left, or the run shall end."""
         self._engagement.begin(shard.world.generation)
         collective_stats.reset()
@@ -134,7 +134,7 @@ class Trainer:
                 return self._preparations.take(outcome.fence)
         return None
 
-    def _step(self, shard: Shard) -> Outcome:
+    def _step(self, shard: Shard) -> VoteResult:
         """One step, and the snapshot after it."""
         step = self._progress.step + 1
         is_due = self._keeping.due(step)
@@ -172,7 +172,7 @@ class Trainer:
 
     # -- between generations -----------------------------------------------------------------------------------
 
-    def _await_move(self) -> Prepared:
+    def _await_move(self) -> PreparedTransition:
         """Stand by, or stranded, until a plan has a place for this worker and its move can begin."""
         while True:
             prepared = self._preparations.await_next(meanwhile=self._may_check)
@@ -188,7 +188,7 @@ class Trainer:
         """A check is asked for, and this worker holds nothing that it would have to make room beside."""
         return self._desk.state.phase is Phase.STANDBY and self._checks.is_asked(directive)
 
-    def _await_fence(self, prepared: Prepared) -> bool:
+    def _await_fence(self, prepared: PreparedTransition) -> bool:
         """Wait for the old world to reach its fence. False if the plan is given up before, or can't be heard of."""
         plan = prepared.plan
         try:
@@ -203,7 +203,7 @@ class Trainer:
         self._desk.go_back_to(standing.progress.step, standing.records)
         return True
 
-    def _arrive(self, prepared: Prepared) -> bool:
+    def _arrive(self, prepared: PreparedTransition) -> bool:
         """Move, and wait until the new generation is activated. False if it isn't reached; then all is as before."""
         plan = prepared.plan
         try:
@@ -211,14 +211,14 @@ class Trainer:
         except Exception as error:
             if plan.source is None and kind_of(error) != "peer_lost":
                 raise
-            if plan.source is not None and isinstance(error, StateDoubtful):
+            if plan.source is not None and isinstance(error, DigestMismatch):
                 self._keeping.distrust(plan.source.world.generation, self._progress.step)
             prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
             self._strand(plan, error)
             return False
         return self._await_activation(prepared)
 
-    def _move(self, prepared: Prepared) -> None:
+    def _move(self, prepared: PreparedTransition) -> None:
         """Into the next generation, up to the point where only activation is missing."""
         plan, source = prepared.plan, prepared.plan.source
         self._engagement.begin(plan.generation if source is None else source.world.generation)
@@ -301,7 +301,7 @@ class Trainer:
             error=None if kind == "peer_lost" else WorkerError(kind, str(error), text),
         )
 
-    def _await_activation(self, prepared: Prepared) -> bool:
+    def _await_activation(self, prepared: PreparedTransition) -> bool:
         """True once the run has moved on by this plan and this worker is a member; then the old shard is let go. False
         if it is none, or another plan came in its place: a newcomer that was ready for a plan that failed may have no
         part in the next one."""

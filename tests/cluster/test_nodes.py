@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm import traffic_meter
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.base import MicroBatch
-from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import Traffic, TrafficKind
 from orchestrator.spec.job import TrainSpec
@@ -41,12 +41,12 @@ def ranks() -> Iterator[HostRanks]:
 
 
 def _exchange(
-    rank: int, size: int, store: Store, prefix: str, address: str, placement: Placement
+    rank: int, size: int, store: Store, prefix: str, address: str, placement: ExpertPlacement
 ) -> tuple[Traffic, int]:
     """Ten passes there and back. What this rank has sent of tokens and results, and all that its host has sent."""
     groups = connect(store, prefix, rank, placement, "gloo", address=address)
     torch.manual_seed(0)
-    layer = MoELayer(SPEC, ExpertHome(placement, rank, groups.exchange, nodes=NODES))
+    layer = MoELayer(SPEC, ExpertParallelContext(placement, rank, groups.exchange, nodes=NODES))
     for param in layer.parameters():
         torch.nn.init.normal_(param, std=0.1)
     generator = torch.Generator().manual_seed(rank)
@@ -66,7 +66,7 @@ def _sent_by_host() -> int:
 
 
 def test_tokens_cross_only_for_experts_that_their_node_lacks(ranks: HostRanks) -> None:
-    apart, spread = Placement.balanced(2, 4), Placement.balanced(2, 4, NODES)
+    apart, spread = ExpertPlacement.balanced(2, 4), ExpertPlacement.balanced(2, 4, NODES)
     crossing = {}
     for name, placement in {"one expert on each host": apart, "both on each": spread}.items():
         sent = ranks.run(_exchange, placement)
@@ -85,7 +85,7 @@ def _train(
     store: Store,
     prefix: str,
     address: str,
-    placement: Placement,
+    placement: ExpertPlacement,
     nodes: tuple[str, ...],
 ) -> int:
     """Bytes that this rank's host sends in a whole step."""
@@ -100,7 +100,7 @@ def _train(
         top_k=1 if placement.num_experts == 2 else 2,
         expert_intermediate_size=256,
     )
-    model = MoELanguageModel(spec, VOCAB, ExpertHome(placement, rank, groups.exchange, nodes=nodes))
+    model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange, nodes=nodes))
     engine = DeepSpeedEngineAdapter(model, TrainSpec(sequence_length=LENGTH), groups, torch.device("cpu"))
     model.init_weights(0)
     engine.seeded()
@@ -122,7 +122,11 @@ def _train(
 
 
 def test_whole_steps_send_less_between_hosts_with_replicas_and_neighbours_as_they_are_placed(ranks: HostRanks) -> None:
-    apart, spread, single = Placement.balanced(2, 4), Placement.balanced(2, 4, NODES), Placement.balanced(8, 4)
+    apart, spread, single = (
+        ExpertPlacement.balanced(2, 4),
+        ExpertPlacement.balanced(2, 4, NODES),
+        ExpertPlacement.balanced(8, 4),
+    )
     crossed = {
         name: _crossed(ranks.run(_train, placed, NODES)) for name, placed in (("apart", apart), ("spread", spread))
     }

@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.gradients.buckets import Bucket, Buckets
 from orchestrator.comm.gradients.reduce_scatter import ReduceScatter
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import connect
 from orchestrator.errors import EntrypointError
 from orchestrator.worker.shard.model_agreement import check_order
@@ -53,7 +53,7 @@ def _sums(
     rank: int, world_size: int, store: Store, prefix: str, case: str, every_slot: bool, overlap: bool
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Pieces of the sums, the same pieces by plain all-reduce, and how many buckets had left before backward ended."""
-    groups = connect(store, prefix, rank, Placement.balanced(1, world_size), "gloo")
+    groups = connect(store, prefix, rank, ExpertPlacement.balanced(1, world_size), "gloo")
     model, plain = Several(), Several()
     multiple = world_size * 4
     made = []
@@ -116,7 +116,7 @@ def test_a_bucket_is_cut_into_equal_pieces() -> None:
 
 
 def _checked(rank: int, world_size: int, store: Store, prefix: str, names: list[str], other: list[str]) -> str:
-    groups = connect(store, prefix, rank, Placement.balanced(1, world_size), "gloo")
+    groups = connect(store, prefix, rank, ExpertPlacement.balanced(1, world_size), "gloo")
     try:
         check_order(other if rank == 1 else names, "mine:build", groups.exchange, torch.device("cpu"))
     except EntrypointError as error:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import Kind
 from orchestrator.policy.estimate.compression_choice import CANDIDATES
 from orchestrator.protocol.messages import GenerationPlan, Handover
@@ -54,7 +54,7 @@ def _account(
 ) -> tuple[float, float, bool]:
     """How far residuals and sums are from what was to be summed, over its norm, at most; the residual's share of it;
     and whether a step that isn't finite leaves everything as it was."""
-    placement = Placement.balanced(4, world_size)
+    placement = ExpertPlacement.balanced(4, world_size)
     train = small.train_spec("fp32", stage, betas=(0.0, 0.95) if compression.get("momentum") else (0.9, 0.95))
     _, model, engine = small.build(
         "deepspeed", store, prefix, rank, placement, train, bucket_mb=0.02, compression=compression
@@ -125,7 +125,7 @@ def test_what_is_sent_and_what_is_kept_make_the_gradients(
 def _losses(
     rank: int, world_size: int, store: Store, prefix: str, compression: str | dict[str, Any], steps: int
 ) -> list[float]:
-    placement = Placement.balanced(4, world_size)
+    placement = ExpertPlacement.balanced(4, world_size)
     groups, _, engine = small.build(
         "deepspeed", store, prefix, rank, placement, small.train_spec(), compression=compression
     )
@@ -144,7 +144,7 @@ def test_training_goes_on_nearly_as_without(ranks: Ranks) -> None:
 
 
 def _held(rank: int, world_size: int, store: Store, prefix: str, compression: dict[str, Any]) -> list[Any]:
-    placement = Placement.balanced(4, world_size)
+    placement = ExpertPlacement.balanced(4, world_size)
     _, _, engine = small.build(
         "deepspeed", store, prefix, rank, placement, small.train_spec(), compression=compression, bucket_mb=0.02
     )
@@ -155,7 +155,7 @@ def _held(rank: int, world_size: int, store: Store, prefix: str, compression: di
 
 @pytest.mark.parametrize("compression", LOSSY[3:], ids=IDS[3:])
 def test_the_engine_holds_what_the_layout_says(ranks: Ranks, compression: dict[str, Any]) -> None:
-    layout = small.layout_of(Placement.balanced(4, 3), "fp32", compression=compression, bucket_mb=0.02)
+    layout = small.layout_of(ExpertPlacement.balanced(4, 3), "fp32", compression=compression, bucket_mb=0.02)
     assert Kind.PARTIAL in layout.kind
     for rank, spans in enumerate(ranks.run(_held, 3, compression)):
         wanted = [(layout.names[t], start, stop) for t, start, stop in layout.ranges_of(f"w{rank}").tolist()]

@@ -5,14 +5,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.gloo import shut_connections
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import connect
 from tests.support.ranks import Ranks
 
 
 def _shut(rank: int, world_size: int, store: Store, prefix: str, who: int) -> int:
     shut_connections()  # what tests before have left: engines are full of cycles, which keep theirs
-    connect(store, prefix, rank, Placement.balanced(4, world_size), "gloo")
+    connect(store, prefix, rank, ExpertPlacement.balanced(4, world_size), "gloo")
     dist.barrier()
     if rank != who:
         store.wait([f"{prefix}/shut"])

@@ -15,9 +15,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.cluster.actors import CALLS_AT_ONCE, Seat, names_of, start_host
+from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, names_of, start_host
 from orchestrator.cluster.calls import ask
-from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_history import read_status
@@ -148,7 +148,7 @@ def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluste
 
 def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None:
     """And its tracker, the real one: MLflow has every value once."""
-    parts = replace(simulated_parts(), tracker=Parts().tracker)
+    parts = replace(simulated_parts(), tracker=ActorClasses().tracker)
     on.submit("phoenix", train=_steps(300), parts=parts, envs=UNHURRIED, checkpoint={"every": 100, "keep_last": 1})
     on.until("phoenix", lambda s: s.step > 5)
     os.kill(on.pid_of("phoenix/tracker"), signal.SIGKILL)
@@ -194,7 +194,7 @@ def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -
 
 
 def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
-    host = start_host("held", "tests.support.simulated_worker:SimulatedPreparation", (), Seat())
+    host = start_host("held", "tests.support.simulated_worker:SimulatedPreparation", (), ActorOptions())
     holds = [host.hold.remote() for _ in range(2 * CALLS_AT_ONCE)]
     pid = ask(host, "pid", timeout_s=20.0)
     freed, holding = ray.wait(holds, num_returns=len(holds) - 1, timeout=20.0)  # of controllers that are gone

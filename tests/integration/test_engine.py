@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import expert_of
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from tests.support import small
 from tests.support.ranks import Ranks
 
 STEPS = 6
-UNEVEN = Placement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none
-OVERLAPPING = Placement(3, 3, ((0, 1), (1, 2), (0,)))  # two colours: rank 1 is in two replica sets
+UNEVEN = ExpertPlacement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none
+OVERLAPPING = ExpertPlacement(3, 3, ((0, 1), (1, 2), (0,)))  # two colours: rank 1 is in two replica sets
 
 
 def _losses(
@@ -27,7 +27,7 @@ def _losses(
     store: Store,
     prefix: str,
     kind: str,
-    placement: Placement,
+    placement: ExpertPlacement,
     precision: str,
     stage: int,
     bucket_mb: float = 25.0,
@@ -43,7 +43,7 @@ def _losses(
 @pytest.fixture(scope="module")
 def oracle(ranks: Ranks) -> list[float]:
     """Losses of plain torch in a world of one."""
-    losses: list[float] = ranks.run(_losses, 1, "reference", Placement.balanced(4, 1), "fp32", 1)[0]
+    losses: list[float] = ranks.run(_losses, 1, "reference", ExpertPlacement.balanced(4, 1), "fp32", 1)[0]
     return losses
 
 
@@ -51,14 +51,14 @@ def oracle(ranks: Ranks) -> list[float]:
 @pytest.mark.parametrize(
     "placement",
     [
-        pytest.param(Placement.balanced(4, 1), id="one"),
-        pytest.param(Placement.balanced(4, 3), id="uneven"),
+        pytest.param(ExpertPlacement.balanced(4, 1), id="one"),
+        pytest.param(ExpertPlacement.balanced(4, 3), id="uneven"),
         pytest.param(UNEVEN, id="a rank without experts"),
-        pytest.param(Placement.balanced(4, 6), id="more ranks than experts"),
+        pytest.param(ExpertPlacement.balanced(4, 6), id="more ranks than experts"),
     ],
 )
 def test_losses_equal_plain_torch_at_any_world_size(
-    ranks: Ranks, oracle: list[float], placement: Placement, stage: int
+    ranks: Ranks, oracle: list[float], placement: ExpertPlacement, stage: int
 ) -> None:
     for losses in ranks.run(_losses, placement.world_size, "deepspeed", placement, "fp32", stage):
         assert losses == pytest.approx(oracle, rel=1e-5)
@@ -70,7 +70,7 @@ def test_ranks_with_more_experts_reduce_the_same_gradients_together(
     ranks: Ranks, oracle: list[float], stage: int
 ) -> None:
     """As in a large model: gradients fill many buckets."""
-    for losses in ranks.run(_losses, 3, "deepspeed", Placement.balanced(4, 3), "fp32", stage, 0.02):
+    for losses in ranks.run(_losses, 3, "deepspeed", ExpertPlacement.balanced(4, 3), "fp32", stage, 0.02):
         assert losses == pytest.approx(oracle, rel=1e-5)
 
 
@@ -78,21 +78,21 @@ def test_ranks_with_more_experts_reduce_the_same_gradients_together(
 def test_losses_don_t_depend_on_which_replica_a_token_is_sent_to(
     ranks: Ranks, oracle: list[float], nodes: tuple[str, ...]
 ) -> None:
-    placement = Placement.balanced(4, 6, nodes)
+    placement = ExpertPlacement.balanced(4, 6, nodes)
     for losses in ranks.run(_losses, 6, "deepspeed", placement, "fp32", 1, 25.0, nodes):
         assert losses == pytest.approx(oracle, rel=1e-5)
 
 
 def test_an_expert_may_have_holders_that_overlap_with_anothers(ranks: Ranks) -> None:
-    plain = ranks.run(_losses, 1, "reference", Placement.balanced(3, 1), "fp32", 1)[0]
+    plain = ranks.run(_losses, 1, "reference", ExpertPlacement.balanced(3, 1), "fp32", 1)[0]
     for losses in ranks.run(_losses, 3, "deepspeed", OVERLAPPING, "fp32", 1):
         assert losses == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_bf16_trains_with_fp32_masters_alike_at_every_world_size(ranks: Ranks, oracle: list[float], stage: int) -> None:
-    alone = ranks.run(_losses, 1, "deepspeed", Placement.balanced(4, 1), "bf16", stage)[0]
-    together = ranks.run(_losses, 3, "deepspeed", Placement.balanced(4, 3), "bf16", stage)[0]
+    alone = ranks.run(_losses, 1, "deepspeed", ExpertPlacement.balanced(4, 1), "bf16", stage)[0]
+    together = ranks.run(_losses, 3, "deepspeed", ExpertPlacement.balanced(4, 3), "bf16", stage)[0]
     assert together == pytest.approx(alone, rel=1e-3)
     assert alone == pytest.approx(oracle, rel=1e-2)
 
@@ -107,9 +107,9 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
     from orchestrator.engine.deepspeed.engine import _ExpertMarker, _unregister
 
     os.environ.setdefault("LOCAL_RANK", "0")
-    placement = Placement.balanced(4, world_size)
+    placement = ExpertPlacement.balanced(4, world_size)
     groups = connect(store, prefix, rank, placement, "gloo")
-    model = MoELanguageModel(small.model_spec(), small.VOCAB, ExpertHome(placement, rank, groups.exchange))
+    model = MoELanguageModel(small.model_spec(), small.VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
     model.init_weights(0)
 
     class Stock(_ExpertMarker):
@@ -157,7 +157,7 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_losses_equal_stock_deepspeed(ranks: Ranks, precision: str, stage: int) -> None:
     stock = ranks.run(_stock_losses, 2, precision, stage)[0]
-    ours = ranks.run(_losses, 2, "deepspeed", Placement.balanced(4, 2), precision, stage)[0]
+    ours = ranks.run(_losses, 2, "deepspeed", ExpertPlacement.balanced(4, 2), precision, stage)[0]
     assert ours == pytest.approx(stock, rel=1e-6 if precision == "fp32" else 2e-3)
 
 
@@ -166,7 +166,7 @@ def _weights(
     world_size: int,
     store: Store,
     prefix: str,
-    placement: Placement,
+    placement: ExpertPlacement,
     precision: str,
     stage: int,
     overlap: bool,
@@ -181,8 +181,8 @@ def _weights(
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("placement", [UNEVEN, Placement.balanced(4, 6)], ids=["uneven", "replicated"])
-def test_overlap_changes_no_bit(ranks: Ranks, placement: Placement, precision: str, stage: int) -> None:
+@pytest.mark.parametrize("placement", [UNEVEN, ExpertPlacement.balanced(4, 6)], ids=["uneven", "replicated"])
+def test_overlap_changes_no_bit(ranks: Ranks, placement: ExpertPlacement, precision: str, stage: int) -> None:
     overlapped, afterwards = (
         ranks.run(_weights, placement.world_size, placement, precision, stage, overlap) for overlap in (True, False)
     )
@@ -191,7 +191,7 @@ def test_overlap_changes_no_bit(ranks: Ranks, placement: Placement, precision: s
 
 
 def _spans(
-    rank: int, world_size: int, store: Store, prefix: str, placement: Placement, precision: str, stage: int
+    rank: int, world_size: int, store: Store, prefix: str, placement: ExpertPlacement, precision: str, stage: int
 ) -> list[tuple[str, int, int, int]]:
     _, _, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec(precision, stage))
     found = [(name, r.start, r.stop, r.data.element_size()) for name, r in engine.ranges()]
@@ -203,13 +203,13 @@ def _spans(
 @pytest.mark.parametrize(
     "placement",
     [
-        pytest.param(Placement.balanced(4, 3), id="uneven"),
+        pytest.param(ExpertPlacement.balanced(4, 3), id="uneven"),
         pytest.param(UNEVEN, id="a rank without experts"),
         pytest.param(OVERLAPPING, id="overlapping replica sets"),
-        pytest.param(Placement.balanced(4, 5), id="more ranks than experts"),
+        pytest.param(ExpertPlacement.balanced(4, 5), id="more ranks than experts"),
     ],
 )
-def test_the_engine_holds_what_the_layout_says(ranks: Ranks, placement: Placement, precision: str) -> None:
+def test_the_engine_holds_what_the_layout_says(ranks: Ranks, placement: ExpertPlacement, precision: str) -> None:
     layout = small.layout_of(placement, precision)
     held = ranks.run(_spans, placement.world_size, placement, precision, 1)
     for rank, spans in enumerate(held):
@@ -222,7 +222,7 @@ def test_the_engine_holds_what_the_layout_says(ranks: Ranks, placement: Placemen
 
 def _non_finite(rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int) -> tuple[bool, bool]:
     """One rank's slot overflows: nobody may change anything, and the next step must be sound."""
-    placement = Placement.balanced(4, world_size)
+    placement = ExpertPlacement.balanced(4, world_size)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec(precision, stage))
     small.train_steps(engine, groups, range(1))
     before = [(name, r.data.clone()) for name, r in engine.ranges()]
@@ -245,7 +245,7 @@ def _growth_mb(rank: int, world_size: int, store: Store, prefix: str, rebuilds: 
     """Resident memory per rebuild, over the second half of the rebuilds, in MB."""
     import psutil
 
-    placement = Placement.balanced(4, world_size)
+    placement = ExpertPlacement.balanced(4, world_size)
     marks = []
     for number in range(rebuilds):
         groups, model, engine = small.build(

@@ -14,7 +14,7 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
 from orchestrator.client import OrchestratorClient
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.factory import catalogue
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps
@@ -117,7 +117,7 @@ def test_without_it_worlds_differ(texts: Path, store_dir: Path, tmp_path: Path) 
 
 
 def _weights(
-    rank: int, world_size: int, store: Store, prefix: str, placement: Placement, stage: int
+    rank: int, world_size: int, store: Store, prefix: str, placement: ExpertPlacement, stage: int
 ) -> dict[str, torch.Tensor]:
     """This rank's, after some steps."""
     train = small.train_spec(zero_stage=stage, determinism="exact")
@@ -132,13 +132,13 @@ def _weights(
 @pytest.mark.parametrize(
     "placement",
     [
-        pytest.param(Placement(4, 3, ((0,), (0,), (0,), (2,))), id="a rank without experts"),
-        pytest.param(Placement(4, 3, ((0, 1), (1, 2), (0,), (0, 2))), id="overlapping replica sets"),
-        pytest.param(Placement.balanced(4, 5), id="more ranks than experts"),
+        pytest.param(ExpertPlacement(4, 3, ((0,), (0,), (0,), (2,))), id="a rank without experts"),
+        pytest.param(ExpertPlacement(4, 3, ((0, 1), (1, 2), (0,), (0, 2))), id="overlapping replica sets"),
+        pytest.param(ExpertPlacement.balanced(4, 5), id="more ranks than experts"),
     ],
 )
-def test_where_experts_lie_changes_no_bit(ranks: Ranks, placement: Placement, stage: int) -> None:
-    (alone,) = ranks.run(_weights, 1, Placement.balanced(4, 1), stage)
+def test_where_experts_lie_changes_no_bit(ranks: Ranks, placement: ExpertPlacement, stage: int) -> None:
+    (alone,) = ranks.run(_weights, 1, ExpertPlacement.balanced(4, 1), stage)
     for weights in ranks.run(_weights, placement.world_size, placement, stage):
         assert [name for name in weights if not torch.equal(weights[name], alone[name])] == []
 
@@ -150,7 +150,7 @@ def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[b
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("orchestrator.worker").addHandler(handler)
     train = small.train_spec(determinism="exact")
-    placement = Placement.balanced(4, world_size)
+    placement = ExpertPlacement.balanced(4, world_size)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, train)
     small.train_steps(engine, groups, range(1))
     before = [(name, held.data.clone()) for name, held in engine.ranges()]

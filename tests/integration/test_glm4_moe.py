@@ -14,10 +14,10 @@ from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
@@ -54,7 +54,7 @@ VARIANTS = {
 
 
 def _both(spec: ModelSpec) -> tuple[MoELanguageModel, Glm4MoeForCausalLM]:
-    ours = MoELanguageModel(spec, VOCAB, ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None))
+    ours = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in ours.parameters():
@@ -139,7 +139,9 @@ def test_transformers_loads_what_is_exported(
     tokenizer = store_dir / "tokenizer.json"
     vocab_size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     spec = ModelSpec(**(PLAIN | VARIANTS["all of it"]))  # type: ignore[arg-type]
-    ours = MoELanguageModel(spec, vocab_size, ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None))
+    ours = MoELanguageModel(
+        spec, vocab_size, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None)
+    )
     ours.init_weights(3)
     for layer in ours.moe_layers:
         layer.router.correction_bias_E.normal_(0.0, 0.1)
@@ -165,7 +167,9 @@ def test_another_tokenizers_border_and_a_padded_vocabulary_are_exported(store_di
     TextTokenizer(foreign, "e").save(tmp_path / "foreign" / "tokenizer.json")
     used = TextTokenizer.load(tmp_path / "foreign" / "tokenizer.json")
     spec = ModelSpec(**(PLAIN | {"vocab_size": used.vocab_size + 9}))  # type: ignore[arg-type]
-    ours = MoELanguageModel(spec, used.vocab_size + 9, ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None))
+    ours = MoELanguageModel(
+        spec, used.vocab_size + 9, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None)
+    )
     ours.init_weights(3)
     checkpoint = _checkpoint_of(ours, tmp_path / "checkpoints")
     export_hf(checkpoint, JobSpec(name="run", model=spec), tmp_path / "foreign" / "tokenizer.json", tmp_path / "hf")
@@ -178,7 +182,7 @@ def test_another_tokenizers_border_and_a_padded_vocabulary_are_exported(store_di
 
 def test_a_checkpoint_of_another_model_is_not_exported(store_dir: Path, tmp_path: Path) -> None:
     spec = ModelSpec(**PLAIN)  # type: ignore[arg-type]
-    ours = MoELanguageModel(spec, VOCAB, ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None))
+    ours = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None))
     ours.init_weights(3)
     checkpoint = _checkpoint_of(ours, tmp_path / "checkpoints")
     with pytest.raises(CheckpointCorrupt, match="master/head has shape"):

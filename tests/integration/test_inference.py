@@ -21,10 +21,10 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.cli.main import main
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import CheckpointCorrupt, DataError, OrchestratorError
 from orchestrator.inference.generate import generate
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.codec import to_plain
@@ -60,7 +60,7 @@ def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFacto
 def _random(job: JobSpec, document_logit: float = -9.0) -> MoELanguageModel:
     """Its first channel is constant: by it padding would win each choice if it could, and documents go on."""
     assert job.model.vocab_size is not None
-    home = ExpertHome(Placement.balanced(job.model.num_experts, 1), 0, None)
+    home = ExpertParallelContext(ExpertPlacement.balanced(job.model.num_experts, 1), 0, None)
     model = MoELanguageModel(job.model, job.model.vocab_size, home)
     model.init_weights(5)
     for name, param in model.named_parameters():

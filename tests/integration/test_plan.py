@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.estimate.job_plan import StatePlan, WorldPlan, plan_job
 from orchestrator.policy.health.expert_load import NUM_MARGIN_BINS
@@ -99,7 +99,9 @@ def _measured(
     train = small.train_spec(precision, stage, determinism=determinism)
     with pytest.MonkeyPatch.context() as patch:
         counted = _Counted(patch)
-        groups, _, engine = small.build("deepspeed", store, prefix, rank, Placement.balanced(4, world_size), train)
+        groups, _, engine = small.build(
+            "deepspeed", store, prefix, rank, ExpertPlacement.balanced(4, world_size), train
+        )
         parts: Counter[str] = Counter()
         for name, held in engine.ranges():
             parts[name.partition("/")[0]] += held.data.nbytes

@@ -13,11 +13,11 @@ from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from orchestrator.checkpoint.hf.glm4_moe import configuration, shapes
 from orchestrator.checkpoint.hf.pretrained import open_pretrained, resolved
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.factory import catalogue
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 from orchestrator.worker.transition.load_state import read_pretrained
@@ -78,9 +78,9 @@ def _begin(
     rank: int, world_size: int, store: Store, prefix: str, spec: ModelSpec, precision: str, inputs_BT: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, tuple[int, torch.Tensor]]]:
     """On a rank: logits after reading, and the ranges that it holds."""
-    placement = Placement.balanced(spec.num_experts, world_size)
+    placement = ExpertPlacement.balanced(spec.num_experts, world_size)
     groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
-    model = MoELanguageModel(spec, VOCAB, ExpertHome(placement, rank, groups.exchange))
+    model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
     engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, torch.device("cpu"))
     read_pretrained(spec, engine.ranges())
     engine.loaded(0)

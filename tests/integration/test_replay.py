@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.adamw import Replayer
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Update, copy_into
-from orchestrator.state.snapshot_store import Shelf
+from orchestrator.state.snapshot_store import RankSnapshots
 from tests.support import small
 from tests.support.ranks import Ranks
 
 WHOLE_EVERY, STEPS = 4, 10
-UNEVEN = Placement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none
-OVERLAPPING = Placement(3, 3, ((0, 1), (1, 2), (0,)))  # weights that some other ranks have, not all
+UNEVEN = ExpertPlacement(4, 3, ((0,), (0,), (0,), (2,)))  # rank 1 holds none
+OVERLAPPING = ExpertPlacement(3, 3, ((0, 1), (1, 2), (0,)))  # weights that some other ranks have, not all
 
 
 def _clone(ranges: NamedRanges) -> NamedRanges:
@@ -33,7 +33,7 @@ def _replayed(
     world_size: int,
     store: Store,
     prefix: str,
-    placement: Placement,
+    placement: ExpertPlacement,
     precision: str,
     stage: int,
     compression: str,
@@ -46,8 +46,8 @@ def _replayed(
     truth: dict[int, NamedRanges] = {}
     num_replayed, differing = 0, []
     for last in range(STEPS if world_size < 6 else 2 * WHOLE_EVERY):  # one shelf anew each time: a state may be
-        own = Shelf(0, rank, layout, False, WHOLE_EVERY, replayer)  # made again in the place of another
-        kept = Shelf(0, rank, layout, True, WHOLE_EVERY, replayer)
+        own = RankSnapshots(0, rank, layout, False, WHOLE_EVERY, replayer)  # made again in the place of another
+        kept = RankSnapshots(0, rank, layout, True, WHOLE_EVERY, replayer)
         first = last * 100
         for step in range(first, first + last + 1):
             lr = 1e-3 * (1 + step % 3)
@@ -79,19 +79,19 @@ def _replayed(
 @pytest.mark.parametrize(
     ("placement", "precision", "stage", "compression"),
     [
-        pytest.param(Placement.balanced(4, 1), "fp32", 1, "none", id="one"),
-        pytest.param(Placement.balanced(4, 3), "fp32", 1, "none", id="three"),
-        pytest.param(Placement.balanced(4, 3), "bf16", 2, "none", id="three, bf16, stage 2"),
+        pytest.param(ExpertPlacement.balanced(4, 1), "fp32", 1, "none", id="one"),
+        pytest.param(ExpertPlacement.balanced(4, 3), "fp32", 1, "none", id="three"),
+        pytest.param(ExpertPlacement.balanced(4, 3), "bf16", 2, "none", id="three, bf16, stage 2"),
         pytest.param(UNEVEN, "fp32", 2, "none", id="a rank without experts, stage 2"),
         pytest.param(OVERLAPPING, "fp32", 1, "none", id="replicas on some ranks"),
         pytest.param(OVERLAPPING, "bf16", 1, "none", id="replicas on some ranks, bf16"),
-        pytest.param(Placement.balanced(4, 6), "bf16", 1, "none", id="more ranks than experts"),
-        pytest.param(Placement.balanced(4, 3), "bf16", 2, "topk", id="three, topk"),
-        pytest.param(Placement.balanced(4, 3), "fp32", 1, "powersgd", id="three, powersgd"),
+        pytest.param(ExpertPlacement.balanced(4, 6), "bf16", 1, "none", id="more ranks than experts"),
+        pytest.param(ExpertPlacement.balanced(4, 3), "bf16", 2, "topk", id="three, topk"),
+        pytest.param(ExpertPlacement.balanced(4, 3), "fp32", 1, "powersgd", id="three, powersgd"),
     ],
 )
 def test_a_state_made_again_has_the_same_bits(
-    ranks: Ranks, placement: Placement, precision: str, stage: int, compression: str
+    ranks: Ranks, placement: ExpertPlacement, precision: str, stage: int, compression: str
 ) -> None:
     for num_replayed, differing in ranks.run(_replayed, placement.world_size, placement, precision, stage, compression):
         assert num_replayed > 10

@@ -9,14 +9,14 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.peer_group import PeerGroup
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World, union
 from orchestrator.state.digest import StateDigests, differing
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.transfer import CHUNK_BYTES, carry_out, chunks
+from orchestrator.state.transfer import CHUNK_BYTES, chunks, execute_transfer
 from tests.support.ranks import Ranks
 
 PARAMS = [ParamSpec("embedding", 4099, None), ParamSpec("norm", 7, None)] + [
@@ -29,19 +29,19 @@ BUFFERS = [("bias", 5)]
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
-def _layout(generation: int, members: tuple[str, ...]) -> Layout:
-    placement = Placement.balanced(5, len(members))
+def _layout(generation: int, members: tuple[str, ...]) -> StateLayout:
+    placement = ExpertPlacement.balanced(5, len(members))
     return training_layout(PARAMS, placement, World(generation, members), True, BUFFERS)
 
 
-def _value(layout: Layout, tensor: int) -> torch.Tensor:
+def _value(layout: StateLayout, tensor: int) -> torch.Tensor:
     """What a tensor is, whoever holds it."""
     generator = torch.Generator().manual_seed(tensor)
     numel, itemsize = int(layout.numel[tensor]), int(layout.itemsize[tensor])
     return torch.randn(numel, generator=generator).to(DTYPES[itemsize])
 
 
-def _memory(layout: Layout, worker: str, fill: bool) -> NamedRanges:
+def _memory(layout: StateLayout, worker: str, fill: bool) -> NamedRanges:
     ranges = NamedRanges()
     for tensor, start, stop in layout.ranges_of(worker).tolist():
         value = _value(layout, tensor)[start:stop].clone()
@@ -61,7 +61,7 @@ def _move(
     memory = _memory(new, me, fill=False) if me in new.world else None
     replicated = frozenset(n for n, k in zip(old.names, old.kind, strict=True) if k == Kind.REPLICATED)
     digests = StateDigests(old.names, replicated, held)
-    carry_out(plan, me, held, memory, peers)
+    execute_transfer(plan, me, held, memory, peers)
     if flip and memory is not None and me == after[0]:
         memory.view("buffer/bias", 2, 3).view(torch.uint8)[0] ^= 1
     wrong = differing(old.names, digests, StateDigests(new.names, replicated, memory), peers)
@@ -109,10 +109,10 @@ def _peak_bytes(rank: int, world_size: int, store: Store, prefix: str, numel: in
     """What a transfer needs beside the two shards, and the size of the shards."""
     params = [ParamSpec("w", numel, None)]
     worlds = (World(0, ("a", "b")), World(1, ("b", "c")))
-    old, new = (training_layout(params, Placement.balanced(1, 2), world, False, []) for world in worlds)
+    old, new = (training_layout(params, ExpertPlacement.balanced(1, 2), world, False, []) for world in worlds)
     me = union(*worlds)[rank]
 
-    def memory(layout: Layout) -> NamedRanges | None:
+    def memory(layout: StateLayout) -> NamedRanges | None:
         ranges = NamedRanges()
         for tensor, start, stop in layout.ranges_of(me).tolist() if me in layout.world else ():
             ranges.add(layout.names[tensor], start, torch.ones(stop - start))
@@ -122,7 +122,7 @@ def _peak_bytes(rank: int, world_size: int, store: Store, prefix: str, numel: in
     peers = PeerGroup(store, prefix, union(*worlds), me)
     plan = TransferPlan.between(old, new)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    carry_out(plan, me, held, wanted, peers)
+    execute_transfer(plan, me, held, wanted, peers)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peers.close()
     return (after - before) * 1024, sum(r.num_bytes() for r in (held, wanted) if r is not None)
@@ -138,8 +138,8 @@ def test_a_transfer_needs_no_more_memory_than_a_message_per_pair(ranks: Ranks) -
 def _adds_up(rank: int, world_size: int, store: Store, prefix: str) -> list[float]:
     """A partial tensor through 3 -> 2: what the leaver had is added to a staying member's."""
 
-    def layout(generation: int, members: tuple[str, ...]) -> Layout:
-        return Layout(
+    def layout(generation: int, members: tuple[str, ...]) -> StateLayout:
+        return StateLayout(
             world=World(generation, members),
             names=("residual/w",),
             numel=np.array([6]),
@@ -157,7 +157,7 @@ def _adds_up(rank: int, world_size: int, store: Store, prefix: str) -> list[floa
     held.add("residual/w", 0, torch.arange(6, dtype=torch.float32) * 10**rank)
     memory.add("residual/w", 0, torch.full((6,), float("nan")))
     peers = PeerGroup(store, prefix, plan.workers, me)
-    carry_out(plan, me, held, memory if me in new.world else None, peers)
+    execute_transfer(plan, me, held, memory if me in new.world else None, peers)
     peers.close()
     return memory.view("residual/w", 0, 6).tolist() if me in new.world else [0.0] * 6
 

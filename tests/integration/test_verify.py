@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.policy.replay_check import Difference, first_difference
 from orchestrator.policy.state.run_state import Commit
-from orchestrator.protocol.messages import Check, Checked, PastWorld, Phase, StepRecord
+from orchestrator.protocol.messages import PastWorld, Phase, ReplayResult, ReplayTask, StepRecord
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.run_records.run_files import RunFiles
@@ -63,10 +63,10 @@ def _commit(crew: Crew, step: int) -> None:
     commit_checkpoint("test", Path(crew.job.storage_dir), 1, Commit(step, 1, 0, tuple(written)))
 
 
-def _check(crew: Crew, step: int, last_step: int, number: int = 0) -> Check:
+def _check(crew: Crew, step: int, last_step: int, number: int = 0) -> ReplayTask:
     plan = crew.directive.current
     assert plan is not None
-    check = Check(number, crew.ids[2], step, last_step, (PastWorld(0, plan.world, plan.placement),))
+    check = ReplayTask(number, crew.ids[2], step, last_step, (PastWorld(0, plan.world, plan.placement),))
     crew.send(check=check)
     return check
 
@@ -76,7 +76,7 @@ def _wholes(crew: Crew) -> list[StepRecord]:
     return [replace(record, digests=(whole(record.digests),)) for record in crew.records.values()]
 
 
-def _answer(crew: Crew, check: Check) -> Checked:
+def _answer(crew: Crew, check: ReplayTask) -> ReplayResult:
     crew.await_all([check.worker], lambda r: r.checked is not None and r.checked.number == check.number)
     answer = crew.members[check.worker].report().checked
     assert answer is not None and not answer.error
@@ -238,7 +238,7 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
         assert first is not None and crew.records[7].skipped
         began = next(r.step for r in sorted(crew.records.values(), key=lambda r: r.step) if r.generation == 1)
         past = (PastWorld(0, first.world, first.placement), PastWorld(began, second.world, second.placement))
-        check = Check(0, crew.ids[3], 4, STEPS - 1, past, skips=(7,))
+        check = ReplayTask(0, crew.ids[3], 4, STEPS - 1, past, skips=(7,))
         crew.send(check=check)
         answer = _answer(crew, check)
     assert len(answer.findings) == STEPS - 5

@@ -17,7 +17,7 @@ import ray
 
 from orchestrator.cluster.actors import find, names_of
 from orchestrator.cluster.calls import ask
-from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
@@ -88,7 +88,7 @@ class Cluster:
     def ask(self, method: str, *args: Any) -> Any:
         return ask(self.scheduler, method, *args, timeout_s=PATIENCE_S)
 
-    def submit(self, name: str, wait: bool = False, parts: Parts | None = None, **changes: Any) -> str:
+    def submit(self, name: str, wait: bool = False, parts: ActorClasses | None = None, **changes: Any) -> str:
         spec: dict[str, Any] = {
             "schema": "v1",
             "name": name,

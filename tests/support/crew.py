@@ -20,8 +20,8 @@ from typing import Any, Self
 
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.controller.worker_group import EXACT_ENV
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.elastic.recovery_point import newest_cut, placement_of_cut, world_of
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.recovery_point import find_recovery_point, placement_of_cut, world_of
 from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import (
@@ -229,9 +229,9 @@ class Crew:
         """`more`: other fields of the plan."""
         world, nodes = World(generation, tuple(members)), more.get("nodes", ())
         if source is None:
-            placement = Placement.balanced(self.num_experts, world.size, nodes)
+            placement = ExpertPlacement.balanced(self.num_experts, world.size, nodes)
         else:
-            placement = Placement.rebalanced(source.placement, source.world, world, nodes)
+            placement = ExpertPlacement.rebalanced(source.placement, source.world, world, nodes)
         return GenerationPlan(
             epoch=1,
             world=world,
@@ -339,12 +339,12 @@ class Crew:
         self.await_all([w for w in old.world.members if w in self.living], has_stopped)
         origins = [old] if previous is None else [old, previous]
         holdings = {w: self.members[w].report().holdings for w in self.living}
-        cut = newest_cut([origin.world for origin in origins], holdings)
+        cut = find_recovery_point([origin.world for origin in origins], holdings)
         if cut is None:
             raise NoCut(holdings)
         origin = next(plan for plan in origins if plan.generation == cut.generation)
         world = World(self.newest_generation + 1, tuple(members))
-        placement = Placement.rebalanced(
+        placement = ExpertPlacement.rebalanced(
             placement_of_cut(origin.placement, cut.holders), world_of(origin.generation, cut.holders), world
         )
         plan = GenerationPlan(

@@ -99,15 +99,15 @@ _wrapped: list[str] = []
 
 def _wrap() -> None:
     from orchestrator.worker import trainer
-    from orchestrator.worker.step.train_step import Stepper
+    from orchestrator.worker.step.train_step import TrainStep
     from orchestrator.worker.transition import preparation
 
     for owner, name, around in (
-        (Stepper, "step", _around_step),
+        (TrainStep, "step", _around_step),
         (stream.Stream, "send", _around_send),
         (preparation, "prepare", _around_prepare),
         (trainer, "move", _around_move),
-        (preparation.Preparations, "await_activation", _around_activation),
+        (preparation.TransitionPreparer, "await_activation", _around_activation),
     ):
         setattr(owner, name, around(getattr(owner, name)))
         _wrapped.append(name)

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from orchestrator.checkpoint.write import ShardPiece, write_shard
-from orchestrator.controller.actor_classes import Parts
+from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
@@ -42,7 +42,7 @@ from orchestrator.protocol.messages import (
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import TrackerSetup
-from orchestrator.worker.runtime.mailbox import Desk
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
 
 POLL_S = 0.002
 HURRY = Path("sim", "hurry")
@@ -73,7 +73,7 @@ class SimulatedWorker:
         if "SIM_DEAF" in os.environ:  # not by `signal`, which Python allows in the main thread only
             ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(int(signal.SIG_IGN)))
         self._me = worker_id
-        self._desk = Desk(worker_id, os.getpid())
+        self._desk = WorkerMailbox(worker_id, os.getpid())
         self._counters: dict[int, int] = {}  # the experts that this worker holds
         self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and its ward's
         self._step = -1
@@ -463,10 +463,10 @@ class FileTracker:
             file.write(text.encode())
 
 
-def simulated_parts() -> Parts:
+def simulated_parts() -> ActorClasses:
     """What to give `Scheduler.submit` as `parts`."""
     here = "tests.support.simulated_worker"
-    return Parts(
+    return ActorClasses(
         worker=f"{here}:SimulatedWorker",
         rendezvous=f"{here}:SimulatedRendezvous",
         tracker=f"{here}:FileTracker",

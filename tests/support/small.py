@@ -5,16 +5,16 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import Store
 
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine, StepOutcome
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
-from orchestrator.engine.process_groups import Groups, connect
+from orchestrator.engine.process_groups import ProcessGroups, connect
 from orchestrator.engine.reference import ReferenceEngine
 from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import catalogue
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import max_slots, slots_of
 from orchestrator.spec.communication import CommunicationSpec
@@ -60,15 +60,15 @@ def build(
     store: Store,
     prefix: str,
     rank: int,
-    placement: Placement,
+    placement: ExpertPlacement,
     train: TrainSpec,
     seed: int = 0,
     nodes: tuple[str, ...] = (),
     **communication: Any,
-) -> tuple[Groups, MoELanguageModel, Engine]:
+) -> tuple[ProcessGroups, MoELanguageModel, Engine]:
     """Groups, model and engine (`deepspeed` or `reference`) of one rank, with weights made from the seed."""
     groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
-    home = ExpertHome(placement, rank, groups.exchange, nodes=nodes, is_exact=train.is_exact)
+    home = ExpertParallelContext(placement, rank, groups.exchange, nodes=nodes, is_exact=train.is_exact)
     model = MoELanguageModel(model_spec(placement.num_experts), VOCAB, home)
     engine: Engine
     if kind == "reference":
@@ -93,7 +93,7 @@ def empty() -> MicroBatch:
     return MicroBatch(nothing, nothing)
 
 
-def train_steps(engine: Engine, groups: Groups, steps: range, lr: float = 3e-3) -> list[float]:
+def train_steps(engine: Engine, groups: ProcessGroups, steps: range, lr: float = 3e-3) -> list[float]:
     """Losses (mean per token) of some steps, summed over ranks in slot order."""
     losses = []
     for step in steps:
@@ -104,7 +104,7 @@ def train_steps(engine: Engine, groups: Groups, steps: range, lr: float = 3e-3) 
 
 
 def train_step(
-    engine: Engine, groups: Groups, step: int, lr: float, keep_gradients: bool = False
+    engine: Engine, groups: ProcessGroups, step: int, lr: float, keep_gradients: bool = False
 ) -> tuple[float, StepOutcome]:
     """Loss (mean per token) of a step, summed over ranks in slot order, and what the update did."""
     tokens = NUM_SLOTS * ROWS * LENGTH
@@ -121,7 +121,7 @@ def train_step(
     return float(sums.sum()) / tokens, outcome
 
 
-def layout_of(placement: Placement, precision: str, **communication: Any) -> Layout:
+def layout_of(placement: ExpertPlacement, precision: str, **communication: Any) -> StateLayout:
     world = World(0, tuple(f"w{r}" for r in range(placement.world_size)))
     params, buffers, _ = catalogue(model_spec(placement.num_experts), VOCAB)
     spec = CommunicationSpec(**communication)

@@ -17,7 +17,7 @@ import typer
 
 from orchestrator.cli.terminal.options import Name, Set, overrides_of
 from orchestrator.cli.terminal.output import say, show
-from orchestrator.cluster.jobs_api import MARK, MARKED, OURS, JobPort, is_url
+from orchestrator.cluster.jobs_api import MARK, MARKED, OURS, JobsApiClient, is_url
 from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 
 # What reads or steers runs. The rest works on files of this machine.
@@ -38,7 +38,7 @@ def forwarded(arguments: list[str]) -> int | None:
         return None
     stays = not STAYS.isdisjoint(rest)
     try:
-        return JobPort(str(url)).run(rest, write, stays)
+        return JobsApiClient(str(url)).run(rest, write, stays)
     except KeyboardInterrupt:
         if stays:
             return 0  # how one stops following
@@ -61,7 +61,7 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     """
     spec = load_for_elsewhere(job, overrides)
     run_id = name or spec.name
-    port = JobPort(url)
+    port = JobsApiClient(url)
     if dry_run:
         say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
         return run_id, ""
@@ -76,7 +76,7 @@ def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> N
     """Send a job, show the log lines of its run and end as the run does. Ctrl-C detaches: the run goes on."""
     run_id, job_id = submit_by_url(url, job, name, overrides, dry_run=False)
     try:
-        code = JobPort(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
+        code = JobsApiClient(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
     except KeyboardInterrupt:
         say(f"Detached; run {run_id} goes on. `orchestrator cancel {run_id} --address {url}` ends it.")
         raise typer.Exit(101) from None

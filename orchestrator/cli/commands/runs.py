@@ -24,7 +24,7 @@ from orchestrator.cli.terminal.output import Format, say, show, show_json, show_
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.errors import UsageError
 from orchestrator.protocol.codec import to_plain
-from orchestrator.protocol.messages import Target
+from orchestrator.protocol.messages import DesiredRunState
 
 
 def submit(
@@ -241,7 +241,7 @@ def _show_name(run_id: str, output: Format) -> None:
         show(run_id)
 
 
-def _show_target(run_id: str, target: Target, output: Format) -> None:
+def _show_target(run_id: str, target: DesiredRunState, output: Format) -> None:
     """What the run is to be, for programs; people are told in words."""
     if output is Format.JSON:
         show_json({"run_id": run_id, **to_plain(target)})

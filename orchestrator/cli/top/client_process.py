@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
-from orchestrator.protocol.messages import Target
+from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus
 
 PATIENCE_S = 75.0  # a client gives up after 65
@@ -50,16 +50,16 @@ class ClusterLink:
         found: RunStatus = self._ask("get", run_id)
         return found
 
-    def scale(self, run_id: str, workers: int | None) -> Target:
-        target: Target = self._ask("scale", run_id, workers)
+    def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
+        target: DesiredRunState = self._ask("scale", run_id, workers)
         return target
 
-    def pause(self, run_id: str) -> Target:
-        target: Target = self._ask("pause", run_id)
+    def pause(self, run_id: str) -> DesiredRunState:
+        target: DesiredRunState = self._ask("pause", run_id)
         return target
 
-    def cancel(self, run_id: str) -> Target:
-        target: Target = self._ask("cancel", run_id)
+    def cancel(self, run_id: str) -> DesiredRunState:
+        target: DesiredRunState = self._ask("cancel", run_id)
         return target
 
     def close(self) -> None:

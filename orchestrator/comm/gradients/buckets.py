@@ -185,7 +185,7 @@ class Bucket:
         return ((param, slice(*span)) for param, span in zip(self.params, self._spans, strict=True))
 
 
-def nothing() -> None:
+def noop() -> None:
     """What is left to do."""
 
 
@@ -243,7 +243,7 @@ class Buckets:
     def close(self) -> None:
         """Let go of everything: connections end once nothing refers to their groups."""
         self._stop_listening()
-        self._stop_listening = nothing
+        self._stop_listening = noop
         for hook in self._hooks:
             hook.remove()
         for bucket in self.buckets:

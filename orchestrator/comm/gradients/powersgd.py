@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.comm import collective_stats, traffic_meter
-from orchestrator.comm.gradients.reduce_scatter import Alone, Reducer, Reduction
+from orchestrator.comm.gradients.reduce_scatter import LocalReduction, Reducer, Reduction
 from orchestrator.protocol.usage import TrafficKind
 
 
@@ -61,7 +61,7 @@ class PowerSGD(Reducer):
 
     def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
         if self.num_pieces == 1:
-            return Alone(flat, self._keeps_rest)
+            return LocalReduction(flat, self._keeps_rest)
         return _Iteration(self, flat)
 
     def settle(self, applied: bool) -> None:

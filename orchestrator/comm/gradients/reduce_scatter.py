@@ -77,7 +77,7 @@ class ReduceScatter(Reducer):
 
     def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
         if self.num_pieces == 1:
-            return Alone(flat, keeps_rest=False)
+            return LocalReduction(flat, keeps_rest=False)
         received, work = self._send(flat)
         traffic_meter.enter(TrafficKind.GRADIENT, self._leaving(flat.nbytes))
         return _Plain(work, flat, received.view(self.num_pieces, -1))
@@ -96,7 +96,7 @@ class Compressed(Reducer):
 
     def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
         if self.num_pieces == 1:
-            return Alone(flat, self._keeps_rest)
+            return LocalReduction(flat, self._keeps_rest)
         x_WS = flat.view(self.num_pieces, -1)
         own_S = x_WS[self._rank].clone()
         payload_WP = self.codec.take(x_WS) if self._keeps_rest else self.codec.encode(x_WS)
@@ -113,7 +113,7 @@ class Compressed(Reducer):
         return _Encoded(work, payload_WP, received_WP, own_S, self._rank, self.codec)
 
 
-class Alone(Reduction):
+class LocalReduction(Reduction):
     """The sum of one rank's terms."""
 
     def __init__(self, flat: Tensor, keeps_rest: bool) -> None:

@@ -17,7 +17,7 @@ from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
 from orchestrator.protocol.usage import TrafficKind
 
 
-class Journey:
+class AsyncAllToAll:
     """Rows on their way to other ranks: what is computed between `begin` and `end` overlaps with the transfer.
 
         journey = Journey(sent_W, received_W, group)
@@ -113,7 +113,7 @@ class _Transfer:
 
 class _Begin(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, journey: Journey) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, journey: AsyncAllToAll) -> Tensor:
         ctx.journey = journey
         if ctx.needs_input_grad[0]:  # not in a pass that is computed again later
             link_priority.will_return()
@@ -128,7 +128,7 @@ class _Begin(torch.autograd.Function):
 
 class _End(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, on_the_way_MD: Tensor, journey: Journey) -> Tensor:
+    def forward(ctx: Any, on_the_way_MD: Tensor, journey: AsyncAllToAll) -> Tensor:
         ctx.journey = journey
         return journey.arrive()
 

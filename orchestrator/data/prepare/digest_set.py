@@ -5,7 +5,7 @@ EMPTY = bytes(KEY_BYTES)
 FIRST_SLOTS = 1 << 12
 
 
-class Seen:
+class DigestSet:
     """A set of 16-byte digests: one array with linear probing. A set of Python's takes three to four times as much."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from orchestrator.data.prepare.blocks import Block, Located, documents_of
 from orchestrator.data.prepare.difficulty import Signal, Tokens, scores, signal_of
 from orchestrator.data.prepare.options import sample_of
 from orchestrator.data.prepare.store_writer import token_dtype
-from orchestrator.data.prepare.word_cache import WordTable, has_words
+from orchestrator.data.prepare.word_cache import WordCache, has_words
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.protocol.codec import from_plain, to_plain
@@ -163,7 +163,7 @@ def _loaded(path: str, digest: str) -> tuple[TextTokenizer, Encode]:
             unchanged="No store was written.",
         )
     if has_words(found):
-        return found, WordTable(found).encode
+        return found, WordCache(found).encode
     dtype = token_dtype(found)
     return found, lambda texts: [np.asarray(tokens, dtype) for tokens in found.encode(texts)]
 

@@ -19,7 +19,7 @@ from orchestrator.data.corpus.sources import add_bytes, find_files
 from orchestrator.data.holdout import Holdout, fraction_of
 from orchestrator.data.manifest import Dropped, PrepareOptions, Source
 from orchestrator.data.prepare.blocks import Block, BlockBuilder, Kept, SourceFile, document_id
-from orchestrator.data.prepare.digest_set import KEY_BYTES, Seen
+from orchestrator.data.prepare.digest_set import KEY_BYTES, DigestSet
 from orchestrator.data.prepare.quarantine import Quarantine
 from orchestrator.errors import DataError
 
@@ -136,7 +136,7 @@ class _Scanner:
     ) -> None:
         self._text_key, self._options, self._quarantine = text_key, options, quarantine
         self._ids, self._tell, self._listed = ids, tell, listed
-        self._seen = Seen() if options.deduplicate else None
+        self._seen = DigestSet() if options.deduplicate else None
         self._splits = Holdout(options.holdout)
         self._ranks = array("d")
         self._all_bytes = max(1, sum(source.num_bytes for source in listed))

@@ -26,7 +26,7 @@ _LINE_END = re.compile(r"(?<=[!-~])(?=\n)")
 _CUT = re.compile(r"(?<=[!-~])(?=[\t\n\r ])")
 
 
-class WordTable(dict[str, bytes]):
+class WordCache(dict[str, bytes]):
     """The tokens of words, as they are in a part; one that is not there is asked for and kept.
 
     `encode` is as `TextTokenizer.encode`, for a tokenizer that `has_words`. Holds up to `largest` bytes, about.

@@ -34,11 +34,11 @@ from orchestrator.comm import collective_stats
 from orchestrator.comm.gradients.exact_sum import largest_term
 from orchestrator.comm.tokens import link_priority
 from orchestrator.engine.adamw import AdamW
-from orchestrator.engine.base import StepOutcome, nothing
-from orchestrator.engine.deepspeed.zero_optimizer import Seam
+from orchestrator.engine.base import StepOutcome, noop
+from orchestrator.engine.deepspeed.zero_optimizer import ZeroOptimizerAdapter
 from orchestrator.engine.gradients import Gradients
 from orchestrator.engine.param_groups import group_name, groups_of, is_filler
-from orchestrator.engine.process_groups import Groups
+from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import MicroBatch, TrainableModel
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.spec.communication import CommunicationSpec
@@ -88,7 +88,7 @@ class DeepSpeedEngineAdapter:
         self,
         model: TrainableModel,
         train: TrainSpec,
-        groups: Groups,
+        groups: ProcessGroups,
         device: torch.device,
         communication: CommunicationSpec = DEFAULT,
     ) -> None:
@@ -117,7 +117,7 @@ class DeepSpeedEngineAdapter:
         self._zero = self._core.optimizer
         largest = largest_term(train.most_slots) if train.is_exact else None
         self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device, largest)
-        self._seam = Seam(self._zero, groups.exchange, train.is_exact)
+        self._seam = ZeroOptimizerAdapter(self._zero, groups.exchange, train.is_exact)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._make_optimizer_state()
         self._owned = self._find_owned()
@@ -136,7 +136,7 @@ class DeepSpeedEngineAdapter:
     # -- training ----------------------------------------------------------------------------------------------
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = nothing
+        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
     ) -> tuple[Tensor, RoutingCounts]:
         link_priority.begin()
         loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
@@ -147,7 +147,7 @@ class DeepSpeedEngineAdapter:
         self._gradients.end_slot()
         return loss.detach(), routed
 
-    def step(self, lr: float, before_update: Callable[[], None] = nothing, keep_gradients: bool = False) -> StepOutcome:
+    def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
         self._adamw.before_update = before_update
         self._adamw.gradients = {} if keep_gradients else None
         applied, norm = self._seam.step(self._gradients.sums(), lr)
@@ -280,7 +280,7 @@ def _config(train: TrainSpec) -> dict[str, Any]:
     return config
 
 
-def _register(groups: Groups) -> None:
+def _register(groups: ProcessGroups) -> None:
     """Put our groups where DeepSpeed looks for them; it would make its own by new rendezvous otherwise."""
     _unregister()
     registry._WORLD_GROUP = groups.world

@@ -22,7 +22,7 @@ INVALID = -1.0  # DeepSpeed's word for a norm that is not finite
 NORM_BLOCK = 1024  # elements whose squares are added up in fp32; those sums are added up in fp64
 
 
-class Seam:
+class ZeroOptimizerAdapter:
     """Steps a ZeRO 1 or 2 optimizer on gradients that were summed elsewhere.
 
     Args:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Dispatch:
         destinations: by expert, the rank that its tokens go to.
     """
 
-    def __init__(self, placement: Placement, rank: int, destinations: Sequence[int]) -> None:
+    def __init__(self, placement: ExpertPlacement, rank: int, destinations: Sequence[int]) -> None:
         self.world_size = placement.world_size
         held = [placement.experts_of(other) for other in range(placement.world_size)]
         self.num_columns = max(map(len, held))
@@ -88,7 +88,7 @@ class Dispatch:
         return row_R, counts, gates_LM.reshape(-1).index_select(0, place_R)
 
 
-class Apart:
+class PerChoiceRows:
     """Tokens to the rows of their choices, and results of these back, added up in the order of the choices: with the
     same bits wherever the experts are, forward and backward.
 
@@ -125,7 +125,7 @@ class Apart:
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, apart: Apart) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, apart: PerChoiceRows) -> Tensor:
         ctx.apart = apart
         return apart.to_rows(x_ND)
 
@@ -136,7 +136,7 @@ class _Spread(torch.autograd.Function):
 
 class _AddUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, apart: Apart) -> Tensor:
+    def forward(ctx: Any, x_SD: Tensor, apart: PerChoiceRows) -> Tensor:
         ctx.apart = apart
         return apart.to_tokens(x_SD)
 

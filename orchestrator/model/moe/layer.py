@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.comm.tokens.activation_codec import Wire
-from orchestrator.comm.tokens.all_to_all import Journey, gather_counts
-from orchestrator.elastic.expert_placement import Placement, groups_open
-from orchestrator.model.moe.dispatch import Apart, Dispatch
+from orchestrator.comm.tokens.all_to_all import AsyncAllToAll, gather_counts
+from orchestrator.elastic.expert_placement import ExpertPlacement, groups_open
+from orchestrator.model.moe.dispatch import Dispatch, PerChoiceRows
 from orchestrator.model.moe.experts import GatedMLP, run_experts
 from orchestrator.model.moe.router import Limit, Router
 from orchestrator.protocol.usage import TrafficKind
@@ -28,7 +28,7 @@ from orchestrator.spec.model import ModelSpec
 
 
 @dataclass(frozen=True)
-class ExpertHome:
+class ExpertParallelContext:
     """Where the experts live, seen from one rank.
 
     Args:
@@ -42,7 +42,7 @@ class ExpertHome:
         is_exact: what comes out, and every gradient, has the same bits wherever the experts are, for the same rows.
     """
 
-    placement: Placement
+    placement: ExpertPlacement
     rank: int
     group: dist.ProcessGroup | None
     wire: Wire = "exact"
@@ -84,7 +84,7 @@ class MoELayer(nn.Module):
         home: which experts this rank holds.
     """
 
-    def __init__(self, spec: ModelSpec, home: ExpertHome) -> None:
+    def __init__(self, spec: ModelSpec, home: ExpertParallelContext) -> None:
         super().__init__()
         num_experts, size, inner = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
         self.num_experts = num_experts
@@ -136,7 +136,7 @@ class MoELayer(nn.Module):
         sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
 
         wire, is_far_W = self.home.wire, self.home.is_far_W
-        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, wire, columns, is_far_W)
+        there = AsyncAllToAll(sent_W, received_W, group, TrafficKind.DISPATCH, wire, columns, is_far_W)
         on_the_way = there.begin(torch.cat([x_ND.index_select(0, rows.token_S), rows.gates_SL], dim=1))
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
         received_MD, gates_ML = torch.split(there.end(on_the_way), [x_ND.shape[1], columns], dim=1)
@@ -144,7 +144,7 @@ class MoELayer(nn.Module):
         row_R, counts, gates_R = self._dispatch.copies(gates_ML)
         results_MD = run_experts(received_MD, row_R, counts, self._local_experts, gates_R)
 
-        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, wire, is_far_W=is_far_W)
+        back = AsyncAllToAll(received_W, sent_W, group, TrafficKind.COMBINE, wire, is_far_W=is_far_W)
         on_the_way_SD = back.begin(results_MD)
         y_ND = torch.zeros_like(x_ND) if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
         return y_ND.index_add(0, rows.token_S, back.end(on_the_way_SD))
@@ -153,12 +153,12 @@ class MoELayer(nn.Module):
         """The same with each copy sent by itself, and no product that mixes the tokens of two ranks: these are the
         operations of a world of one, whatever the world."""
         rows, order_S = self._dispatch.rows_apart(expert_ids_NK, gates_NK)
-        apart, columns, group = Apart(order_S, self.top_k), self._dispatch.num_columns, self.home.group
+        apart, columns, group = PerChoiceRows(order_S, self.top_k), self._dispatch.num_columns, self.home.group
         counts_WW = rows.sent_W[None] if group is None else gather_counts(rows.sent_W, group).cpu()
         sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
 
         is_far_W = self.home.is_far_W
-        there = Journey(sent_W, received_W, group, TrafficKind.DISPATCH, is_far_W=is_far_W)
+        there = AsyncAllToAll(sent_W, received_W, group, TrafficKind.DISPATCH, is_far_W=is_far_W)
         on_the_way = there.begin(torch.cat([apart.spread(x_ND), rows.gates_SL], dim=1))
         inner_NH = None if self.shared is None else self.shared.inner(x_ND)
         received_MD, gates_ML = torch.split(there.end(on_the_way), [x_ND.shape[1], columns], dim=1)
@@ -167,7 +167,7 @@ class MoELayer(nn.Module):
         by_rank = [expert for expert in self._local_experts for _ in received_W]
         results_MD = run_experts(received_MD, row_R, counts, by_rank, gates_R)
 
-        back = Journey(received_W, sent_W, group, TrafficKind.COMBINE, is_far_W=is_far_W)
+        back = AsyncAllToAll(received_W, sent_W, group, TrafficKind.COMBINE, is_far_W=is_far_W)
         on_the_way_SD = back.begin(results_MD)
         shared_ND = None if self.shared is None or inner_NH is None else self.shared.outer(inner_NH)
         y_ND = apart.add_up(back.end(on_the_way_SD))

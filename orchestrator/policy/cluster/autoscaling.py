@@ -19,7 +19,7 @@ from orchestrator.policy.state.progress import Progress, typical_step_s
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size, workers_to_hold
 from orchestrator.protocol.messages import Phase
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import ScalingView
 from orchestrator.spec.workers import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 
 MIN_STEPS = 12  # of a size, before its speed is known
@@ -48,7 +48,7 @@ class Demand:
 
 def scale_of(
     limits: RunLimits, state: RunState, seen: Observation, request: Resources, submitted_s: float = 0.0
-) -> RunScale:
+) -> ScalingView:
     """What decides over the run's size, out of its state. `submitted_s`: `time.time()` then."""
     spec, progress = limits.autoscale, seen.progress
     wanted = wanted_size(limits, state.wish, seen.step + 1)
@@ -61,7 +61,7 @@ def scale_of(
     grown_s = state.wish.grown_s if state.wish else None
     step_s = typical_step_s(progress)
     stalls = [rescale.stall_s for rescale in state.rescales[-3:] if rescale.stall_s is not None]
-    return RunScale(
+    return ScalingView(
         run_id=limits.run_id,
         policy=spec.policy,
         request=request,
@@ -117,19 +117,19 @@ def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
     return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
 
 
-def decide_sizes(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[Resize, ...]:
+def decide_sizes(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tuple[Resize, ...]:
     """The runs that are to change, and to what, given what each gets of the cluster."""
     found = (_decide(run, shares[run.run_id]) for run in runs)
     return tuple(resize for resize in found if resize is not None)
 
 
-def claim_of(run: RunScale) -> int:
+def claim_of(run: ScalingView) -> int:
     """How many workers it would have if there were room, standbys included."""
     grows = run.policy == AVAILABLE and not run.is_pinned
     return max(run.least, (max(run.wanted, run.most) if grows else _hoped(run)) + run.standby)
 
 
-def demand(runs: Sequence[RunScale]) -> tuple[Demand, ...]:
+def demand(runs: Sequence[ScalingView]) -> tuple[Demand, ...]:
     """What Ray's autoscaler is asked to have room for, one entry per worker: those that runs are to have, and those
     that they would have if there were room. Nothing where no run leaves its size open or lacks anything: Ray sees
     whoever waits for a place by itself, and what others have asked it for is left alone."""
@@ -138,7 +138,7 @@ def demand(runs: Sequence[RunScale]) -> tuple[Demand, ...]:
     return tuple(Demand(run.request, run.selector) for run in runs for _ in range(_hoped(run) + run.standby))
 
 
-def _decide(run: RunScale, share: Share) -> Resize | None:
+def _decide(run: ScalingView, share: Share) -> Resize | None:
     if run.policy == MANUAL or run.is_pinned or run.queued_s is not None:
         return None
     if run.wanted > run.most and run.is_steady:
@@ -167,7 +167,7 @@ def _gain_of(speeds: Mapping[int, float], size: int, noise: float) -> float | No
     return (here * (1 + noise) - before) / (before / (size - 1))
 
 
-def _worth_another(run: RunScale) -> str:
+def _worth_another(run: ScalingView) -> str:
     """Why another worker is worth its rescale; empty if it isn't, or if that isn't known yet."""
     here = run.speeds.get(run.wanted)
     if here is None or run.left_s is None:
@@ -183,7 +183,7 @@ def _worth_another(run: RunScale) -> str:
     return f"another worker saves {saved_s:.0f} s if it adds {gain:.2f} of what each does, as {source}"
 
 
-def _hoped(run: RunScale) -> int:
+def _hoped(run: ScalingView) -> int:
     """How many it would have if there were room."""
     if run.is_pinned or run.policy in (MANUAL, AVAILABLE):
         return run.wanted

@@ -8,7 +8,7 @@ Resources = Mapping[str, float]
 Ledger = dict[str, dict[str, float]]
 
 
-class Seating:
+class NodePacking:
     """What is left on each node while places are given away. Runs are named, and each has workers that are all alike.
 
     A worker stays where it is; a run that gets fewer places lets its youngest workers go. What nobody holds is given
@@ -37,9 +37,9 @@ class Seating:
             for node in nodes:
                 _add(self._left.setdefault(node, {}), requests[run])
 
-    def copy(self) -> "Seating":
+    def copy(self) -> "NodePacking":
         """The same places, to try something out."""
-        other = Seating({}, {}, self._requests, self._avoid)
+        other = NodePacking({}, {}, self._requests, self._avoid)
         other._free = {node: dict(amounts) for node, amounts in self._free.items()}
         other._left = {node: dict(amounts) for node, amounts in self._left.items()}
         other._homes, other._kept = self._homes, dict(self._kept)

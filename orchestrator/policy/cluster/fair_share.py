@@ -21,8 +21,8 @@ those of low priority get their turn; nobody preempts it before it has had one f
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from orchestrator.policy.cluster.bin_packing import Resources, Seating
-from orchestrator.protocol.scaling import Grant, RunScale
+from orchestrator.policy.cluster.bin_packing import NodePacking, Resources
+from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.spec.workers import MANUAL
 
 AGE_S = 600.0
@@ -50,7 +50,7 @@ class NewGrant:
     patience_s: float | None
 
 
-def new_grants(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
+def new_grants(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
     """What runs are to be told. Whoever is to give places away comes first: that takes longer than to have a worker
     started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in. A
     run that trains and may have more, but not yet all that it wants, waits a moment for the rest: it grows once."""
@@ -73,18 +73,18 @@ def new_grants(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> tuple[N
     return tuple(sorted(found, key=lambda new: not _is_less(new.grant, known[new.run_id])))
 
 
-def _is_less(grant: Grant, run: RunScale) -> bool:
+def _is_less(grant: Grant, run: ScalingView) -> bool:
     """Than the run may hold now."""
     return grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
 
 
-def rank_of(run: RunScale, now_s: float) -> int:
+def rank_of(run: ScalingView, now_s: float) -> int:
     """Its place in the order of the queue, the highest first."""
     return run.priority + (int(max(0.0, now_s - run.queued_s) / AGE_S) if run.queued_s is not None else 0)
 
 
 def divide(
-    runs: Sequence[RunScale],
+    runs: Sequence[ScalingView],
     claims: Mapping[str, int],
     homes: Mapping[str, Sequence[str]],
     free: Mapping[str, Resources],
@@ -99,7 +99,7 @@ def divide(
         now_s: `time.time()`.
     """
     known = {run.run_id: run for run in runs}
-    seating = Seating(
+    seating = NodePacking(
         free,
         {run: nodes for run, nodes in homes.items() if run in known},
         {run.run_id: run.request for run in runs},
@@ -119,28 +119,28 @@ def divide(
     return {run.run_id: _share(run, seating, queue) for run in runs}
 
 
-def has(run: RunScale) -> int:
+def has(run: ScalingView) -> int:
     """How many workers it is to hold by what was decided already, whether they have a place yet or not."""
     return run.grant.of(run.full)
 
 
-def is_loose(run: RunScale) -> bool:
+def is_loose(run: ScalingView) -> bool:
     """Its size is found for it: what it holds beyond its least is what nobody needed."""
     return run.policy != MANUAL and not run.is_pinned
 
 
-def is_preemptible(run: RunScale, now_s: float) -> bool:
+def is_preemptible(run: ScalingView, now_s: float) -> bool:
     """It has trained for a while since it was let in, or has had long enough to begin."""
     if run.begun_s is not None:
         return now_s - run.begun_s >= PROTECTED_S
     return run.admitted_s is None or now_s - run.admitted_s >= STARTING_S
 
 
-def _seniority(run: RunScale) -> tuple[int, float, str]:
+def _seniority(run: ScalingView) -> tuple[int, float, str]:
     return -run.priority, run.submitted_s, run.run_id
 
 
-def _hold(seating: Seating, runs: Sequence[RunScale], places: Mapping[str, int]) -> None:
+def _hold(seating: NodePacking, runs: Sequence[ScalingView], places: Mapping[str, int]) -> None:
     """Give each run so many places, if there are: first to all those that their workers have, then the others."""
     for run in runs:
         seating.keep(run.run_id, places[run.run_id])
@@ -161,7 +161,7 @@ class _Kept:
 class _Queue:
     """Who is in, by priority and age; who is out, and why; what is kept for whom."""
 
-    inside: tuple[RunScale, ...]
+    inside: tuple[ScalingView, ...]
     why_out: Mapping[str, str]
     kept: tuple[_Kept, ...]
 
@@ -171,10 +171,10 @@ class _Queue:
 
 
 def _let_in(
-    inside: Sequence[RunScale],
-    runs: Sequence[RunScale],
+    inside: Sequence[ScalingView],
+    runs: Sequence[ScalingView],
     claims: Mapping[str, int],
-    seating: Seating,
+    seating: NodePacking,
     now_s: float,
 ) -> _Queue:
     """Let in who can be, in order. Seats their least, and takes away the seats of who is preempted."""
@@ -204,7 +204,7 @@ def _let_in(
     return _Queue(tuple(sorted(present.values(), key=_seniority)), why_out, tuple(kept))
 
 
-def _why_out(run: RunScale, most: int, ahead: str | None) -> str:
+def _why_out(run: ScalingView, most: int, ahead: str | None) -> str:
     if most < run.least:
         return f"the cluster has room for {most} of its workers at most, and {run.least} are its least"
     behind = f"; behind {ahead} in the queue" * (ahead is not None)
@@ -220,10 +220,10 @@ class _Room:
 
 
 def _room_for(
-    run: RunScale,
-    present: Mapping[str, RunScale],
+    run: ScalingView,
+    present: Mapping[str, ScalingView],
     claims: Mapping[str, int],
-    seating: Seating,
+    seating: NodePacking,
     taken: Collection[str],
     now_s: float,
 ) -> _Room | None:
@@ -235,7 +235,7 @@ def _room_for(
     if (nodes := _places_in(trial, run)) is not None:
         return _Room(nodes)
     lower = [o for o in present.values() if o.priority < run.priority and o.queued_s is None]
-    victims: list[RunScale] = []
+    victims: list[ScalingView] = []
     for other in sorted((o for o in lower if is_preemptible(o, now_s)), key=_seniority, reverse=True):
         trial.unseat(other.run_id)
         victims.append(other)
@@ -253,13 +253,13 @@ def _room_for(
     return _Room(_places_in(trial, run) or (), tuple(victim.run_id for victim in needed))
 
 
-def _places_in(seating: Seating, run: RunScale) -> tuple[str, ...] | None:
+def _places_in(seating: NodePacking, run: ScalingView) -> tuple[str, ...] | None:
     """Nodes of places for its least, apart from those that it has; None if there aren't so many."""
     trial = seating.copy()
     return trial.new_places(run.run_id) if trial.seat(run.run_id, run.least) else None
 
 
-def _share(run: RunScale, seating: Seating, queue: _Queue) -> Share:
+def _share(run: ScalingView, seating: NodePacking, queue: _Queue) -> Share:
     places = seating.seats(run.run_id)
     if run.run_id in queue.why_out:
         gives_way = run.grant.workers == 0 and seating.has_homes(run.run_id)  # it still knows for whom
@@ -269,7 +269,7 @@ def _share(run: RunScale, seating: Seating, queue: _Queue) -> Share:
     return Share(places, Grant(max(places, run.least), f"there is room for {places}{_held_by(run, seating, queue)}"))
 
 
-def _held_by(run: RunScale, seating: Seating, queue: _Queue) -> str:
+def _held_by(run: ScalingView, seating: NodePacking, queue: _Queue) -> str:
     """Who has, or waits for, what this run would use."""
     nodes = seating.usable(run.run_id)
     for other in queue.inside:

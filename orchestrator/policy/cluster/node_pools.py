@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from orchestrator.errors import JobDoesNotFit
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import ScalingView
 from orchestrator.spec.labels import NODE_ID, Condition
 
 Labels = Mapping[str, str]
@@ -23,7 +23,7 @@ def pool_of(selector: Labels, nodes: Mapping[str, Labels]) -> set[str]:
     return {node for node, labels in nodes.items() if matches(labels, selector)}
 
 
-def confined(run: RunScale, nodes: Mapping[str, Labels]) -> RunScale:
+def confined(run: ScalingView, nodes: Mapping[str, Labels]) -> ScalingView:
     """The run, as one that avoids the nodes outside of its pool too."""
     outside = nodes.keys() - pool_of(run.selector, nodes)
     return replace(run, avoid=(*run.avoid, *sorted(outside)))

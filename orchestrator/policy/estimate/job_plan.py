@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.elastic.bucket_partition import UNDER_WAY, capacity
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
-from orchestrator.elastic.state_layout import IntArray, Kind, Layout, training_layout
+from orchestrator.elastic.state_layout import IntArray, Kind, StateLayout, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
@@ -150,7 +150,7 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
 def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:
     """The memory of a worker in a world of one size, with arguments as `plan_job` takes them."""
     job = _with_longest_rows(job)
-    placement = Placement.balanced(job.model.num_experts, size)
+    placement = ExpertPlacement.balanced(job.model.num_experts, size)
     layout = _layout(job, state, placement, _world(0, size))
     seconds = [_second_shard(layout, _next_layout(job, state, layout, placement, to)) for to in _neighbours(job, size)]
     if size > 1:  # a lost worker may be replaced before the others go on
@@ -159,7 +159,7 @@ def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) ->
 
 
 def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldPlan:
-    placement = Placement.balanced(job.model.num_experts, size)
+    placement = ExpertPlacement.balanced(job.model.num_experts, size)
     layout = _layout(job, state, placement, _world(0, size))
     return WorldPlan(
         world_size=size,
@@ -186,7 +186,9 @@ def _neighbours(job: JobSpec, size: int) -> list[int]:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement, fence: int, ours: bool) -> MemoryPlan:
+def _memory(
+    job: JobSpec, state: StatePlan, layout: StateLayout, placement: ExpertPlacement, fence: int, ours: bool
+) -> MemoryPlan:
     fullest = int(layout.bytes_per_rank().argmax())
     held = {part: int(ranks[fullest]) for part, ranks in bytes_by_part(layout).items()}
     partition = held["exp_avg"]  # fp32, as masters are
@@ -216,7 +218,7 @@ def _memory(job: JobSpec, state: StatePlan, layout: Layout, placement: Placement
     )
 
 
-def bytes_by_part(layout: Layout) -> dict[str, IntArray]:
+def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
     """[world size] bytes that each rank holds of `param/`, `master/` and so on."""
     parts = np.array([name.partition("/")[0] for name in layout.names])
     tensor, start, stop, rank = layout.shards.T
@@ -235,7 +237,7 @@ def bytes_by_part(layout: Layout) -> dict[str, IntArray]:
 # -- snapshots ---------------------------------------------------------------------------------------------------------
 
 
-def _shared_bytes(job: JobSpec, layout: Layout) -> int:
+def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
     """Of all ranks together, per step."""
     interval = interval_of(job.protection)
     if interval is None or layout.world.size < 2:
@@ -246,7 +248,7 @@ def _shared_bytes(job: JobSpec, layout: Layout) -> int:
     return (whole + (every - 1) * deltas) // (every * interval)
 
 
-def _snapshot_bytes(job: JobSpec, layout: Layout, rank: int) -> tuple[int, int]:
+def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, int]:
     """Of two whole snapshots of a rank's own and two of the largest ward that it may have, and of both's deltas."""
     if interval_of(job.protection) is None or layout.world.size < 2:
         return 0, 0
@@ -261,7 +263,7 @@ def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int) -> int:
     return formats[rank].total_bytes + max(form.shared_bytes for form in formats)
 
 
-def _is_shared(param: ParamSpec, rank: int, placement: Placement) -> bool:
+def _is_shared(param: ParamSpec, rank: int, placement: ExpertPlacement) -> bool:
     """Whether this rank and others have it, so that its gradients travel."""
     if param.expert is None:
         return placement.world_size > 1
@@ -272,7 +274,9 @@ def _is_shared(param: ParamSpec, rank: int, placement: Placement) -> bool:
 # -- rescale -----------------------------------------------------------------------------------------------------------
 
 
-def _plan_rescale(job: JobSpec, state: StatePlan, old: Layout, placement: Placement, to_size: int) -> RescalePlan:
+def _plan_rescale(
+    job: JobSpec, state: StatePlan, old: StateLayout, placement: ExpertPlacement, to_size: int
+) -> RescalePlan:
     new = _next_layout(job, state, old, placement, to_size)
     plan = TransferPlan.between(old, new)
     num_bytes = (plan.moves[:, 2] - plan.moves[:, 1]) * plan.itemsize[plan.moves[:, 0]]
@@ -285,18 +289,20 @@ def _plan_rescale(job: JobSpec, state: StatePlan, old: Layout, placement: Placem
     return RescalePlan(to_size, plan.moved_bytes, busiest, round(stall_s, 3))
 
 
-def _next_layout(job: JobSpec, state: StatePlan, old: Layout, placement: Placement, to_size: int) -> Layout:
+def _next_layout(
+    job: JobSpec, state: StatePlan, old: StateLayout, placement: ExpertPlacement, to_size: int
+) -> StateLayout:
     world = _world(1, to_size)
-    return _layout(job, state, Placement.rebalanced(placement, old.world, world), world)
+    return _layout(job, state, ExpertPlacement.rebalanced(placement, old.world, world), world)
 
 
-def _second_shard(old: Layout, new: Layout) -> int:
+def _second_shard(old: StateLayout, new: StateLayout) -> int:
     """Bytes of the largest new shard of a worker that holds an old one. Survivors come first."""
     both = min(old.world.size, new.world.size)
     return int(new.bytes_per_rank()[:both].max())
 
 
-def _layout(job: JobSpec, state: StatePlan, placement: Placement, world: World) -> Layout:
+def _layout(job: JobSpec, state: StatePlan, placement: ExpertPlacement, world: World) -> StateLayout:
     mixed = job.train.precision == "bf16"
     return training_layout(state.params, placement, world, mixed, state.buffers, job.communication)
 

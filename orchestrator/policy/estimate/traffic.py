@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from orchestrator.elastic.bucket_partition import is_compressed, rank_of_product
-from orchestrator.elastic.expert_placement import Placement, groups_open
+from orchestrator.elastic.expert_placement import ExpertPlacement, groups_open
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.policy.estimate.activations import item_bytes
 from orchestrator.policy.health.expert_load import NUM_MARGIN_BINS
@@ -54,7 +54,7 @@ def num_slots(job: JobSpec) -> int:
     return len(cut_into_slots(lengths_R, slot_of(job)))
 
 
-def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: Placement, snapshots: int) -> TrafficPlan:
+def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlacement, snapshots: int) -> TrafficPlan:
     """
     Args:
         params: every parameter of the whole model.
@@ -121,7 +121,7 @@ def ranks_visited(destinations: Sequence[int], rank: int, top_k: int, ranks_per_
     return in_reach * sum(1.0 - share for to, share in missed.items() if to != rank)
 
 
-def gradient_bytes(params: Sequence[ParamSpec], placement: Placement, compression: CompressionSpec) -> int:
+def gradient_bytes(params: Sequence[ParamSpec], placement: ExpertPlacement, compression: CompressionSpec) -> int:
     """Of one sum of all gradients, that all ranks together send."""
     size, sent = placement.world_size, 0.0
     for param in params:
@@ -150,7 +150,7 @@ def sent_share(param: ParamSpec, compression: CompressionSpec, num_ranks: int) -
     return 1.0
 
 
-def _holders(param: ParamSpec, placement: Placement) -> int:
+def _holders(param: ParamSpec, placement: ExpertPlacement) -> int:
     return placement.world_size if param.expert is None else len(placement.replica_set(param.expert))
 
 

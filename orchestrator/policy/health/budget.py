@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from orchestrator.policy.health.leaving import is_to_leave
-from orchestrator.policy.state.run_state import Loss, Observation, RunState
+from orchestrator.policy.state.run_state import Observation, RunState, WorkerFailure
 from orchestrator.spec.fault_tolerance import BudgetsSpec
 
 MAX_LOSSES = 256  # kept for judging what to do about the next one
@@ -50,13 +50,13 @@ def cause_of_loss(state: RunState, seen: Observation, worker: str) -> str:
     return report.error.kind
 
 
-def failures(losses: Sequence[Loss], now_s: float, window_s: float = WINDOW_S) -> Counter[str]:
+def failures(losses: Sequence[WorkerFailure], now_s: float, window_s: float = WINDOW_S) -> Counter[str]:
     """How many failures of each class lie within the window."""
     recent = {(loss.cause, loss.time_s) for loss in losses if now_s - loss.time_s <= window_s}
     return Counter(cause for cause, _ in recent)
 
 
-def overdrawn(losses: Sequence[Loss], now_s: float, budgets: BudgetsSpec) -> str:
+def exceeded_budget(losses: Sequence[WorkerFailure], now_s: float, budgets: BudgetsSpec) -> str:
     """Why the run must end, with the figures and a remedy; empty as long as every class is within its budget."""
     for cause, count in sorted(failures(losses, now_s).items()):
         name = cause if cause in BudgetsSpec.model_fields else "internal"
@@ -69,7 +69,7 @@ def overdrawn(losses: Sequence[Loss], now_s: float, budgets: BudgetsSpec) -> str
     return ""
 
 
-def delay_s(losses: Sequence[Loss], now_s: float) -> float:
+def delay_s(losses: Sequence[WorkerFailure], now_s: float) -> float:
     """How long after the newest failure nobody is started in its place: nothing for the first few in a row, then twice
     as long for each further one."""
     in_a_row = sum(failures(losses, now_s, BURST_S).values())
@@ -78,14 +78,18 @@ def delay_s(losses: Sequence[Loss], now_s: float) -> float:
     return min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** (in_a_row - FREE_FAILURES - 1))
 
 
-def held_back_s(losses: Sequence[Loss], now_s: float) -> float:
+def held_back_s(losses: Sequence[WorkerFailure], now_s: float) -> float:
     """Seconds until the next worker may be started."""
     newest = max((loss.time_s for loss in losses), default=-MAX_DELAY_S)
     return max(0.0, newest + delay_s(losses, now_s) - now_s)
 
 
 def quarantined(
-    losses: Sequence[Loss], now_s: float, after: int | None, nodes: Collection[str], before: Collection[str] = ()
+    losses: Sequence[WorkerFailure],
+    now_s: float,
+    after: int | None,
+    nodes: Collection[str],
+    before: Collection[str] = (),
 ) -> tuple[str, ...]:
     """Nodes that get no new workers: so many failures that may be their fault lie within the window.
 
@@ -101,7 +105,7 @@ def quarantined(
     return bad if set(nodes) - set(bad) else ()
 
 
-def failures_by_node(losses: Sequence[Loss], now_s: float) -> Counter[str]:
+def failures_by_node(losses: Sequence[WorkerFailure], now_s: float) -> Counter[str]:
     """How many failures that may be the fault of their place each node has seen within the window."""
     moments = {
         (loss.node, loss.time_s)

@@ -21,7 +21,7 @@ def is_silent(seen: Observation, worker: str, limit_s: float = SILENT_S) -> bool
     return seen.phase(worker) not in (Phase.COLD, Phase.WARMING) and seen.silence_s.get(worker, 0.0) >= limit_s
 
 
-def stuck(state: RunState, seen: Observation) -> str | None:
+def find_hung_member(state: RunState, seen: Observation) -> str | None:
     """The member that keeps the others waiting; None if they aren't, or if it can't be told who it is."""
     members = [report for w in state.members if (report := seen.reports.get(w)) is not None]
     if len(members) < max(2, len(state.members)) or any(r.phase is not Phase.TRAINING for r in members):

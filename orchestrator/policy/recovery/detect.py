@@ -9,12 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from orchestrator.policy.health.budget import MAX_LOSSES, cause_of_loss
-from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S, is_silent, stuck
+from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S, find_hung_member, is_silent
 from orchestrator.policy.recovery.respond import respond
 from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES, given_up, is_blame_due, without_store
 from orchestrator.policy.rescale.worker_pool import why_gone
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Dismiss, Loss, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, KillWorker, Note, Observation, RunState, WorkerFailure
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import Recovery
 
@@ -30,7 +30,7 @@ def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if state.is_recovering:
         return _notice_broken_recovery(state, seen)
     gone = {w: why for w in state.members if (why := why_gone(seen, w))}
-    if not gone and (hanging := stuck(state, seen)) is not None:
+    if not gone and (hanging := find_hung_member(state, seen)) is not None:
         gone = {hanging: f"{hanging} hangs: its peers have waited for it for {seen.idle_s:.0f} s"}
     stopped = [w for w in state.members if w not in gone and _stopped_in(seen, w) == current.generation]
     broken = _broken_behind_fence(state, seen)
@@ -69,7 +69,7 @@ def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if not own:
         return Decision(state)
     moment_s = seen.now_s if state.aborted_s is None else state.aborted_s  # all of it is one failure
-    losses = tuple(Loss(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
+    losses = tuple(WorkerFailure(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
     worker, error = own[0]
     is_culprit = state.recovery.cause == "network" and all(w in state.crew for w in state.members)
     why = f"{worker} failed: {error.kind}: {error.message}" if is_culprit else state.why
@@ -99,7 +99,9 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if not gone:
         return Decision(state)
     losses = tuple(
-        Loss(w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(state, seen, w), seen.step, seen.now_s)
+        WorkerFailure(
+            w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(state, seen, w), seen.step, seen.now_s
+        )
         for w in gone
     )
     notes = tuple(
@@ -116,7 +118,7 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         why=next(iter(gone.values())),
     )
     buried, told = respond(limits, buried, seen, losses)
-    return Decision(buried, (*notes, *told, *(Dismiss(w) for w in hung)))
+    return Decision(buried, (*notes, *told, *(KillWorker(w) for w in hung)))
 
 
 def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

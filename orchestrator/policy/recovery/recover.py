@@ -10,15 +10,15 @@ with as many as are left, if that is enough; whoever replaces the lost ones join
 from collections.abc import Iterable
 from dataclasses import replace
 
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.elastic.recovery_point import Cut, Holding, newest_cut, placement_of_cut, world_of
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.recovery_point import Holding, RecoveryPoint, find_recovery_point, placement_of_cut, world_of
 from orchestrator.elastic.world import World
-from orchestrator.policy.health.budget import MAX_LOSSES, PLACE, held_back_s, overdrawn
+from orchestrator.policy.health.budget import MAX_LOSSES, PLACE, exceeded_budget, held_back_s
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import has_stopped
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import USER_ERROR, Decision, Loss, Note, Observation, RunState, ended
+from orchestrator.policy.state.run_state import USER_ERROR, Decision, Note, Observation, RunState, WorkerFailure, ended
 from orchestrator.policy.state.world_size import SizeChange, wanted_size
 from orchestrator.protocol.messages import Finish, Phase, Source
 from orchestrator.protocol.status import Recovery, RunPhase
@@ -38,7 +38,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     if hopeless := _hopeless(limits, state, seen):
         return ended(state, RunPhase.FAILED, hopeless, state.traceback)
-    cut = newest_cut(_worlds(state), _held(state, seen))
+    cut = find_recovery_point(_worlds(state), _held(state, seen))
     if cut is None:
         return _fall_back(limits, state, seen)
     wanted = wanted_size(limits, state.wish, seen.step + 1, state.grant)
@@ -64,12 +64,12 @@ def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
     fruitless = [recovery for recovery in state.recoveries[-MAX_FRUITLESS:] if recovery.step >= seen.step]
     if len(fruitless) >= MAX_FRUITLESS:
         return f"{len(fruitless)} recoveries in a row without a step; {state.why}"
-    spent = overdrawn(state.losses, seen.now_s, limits.recovery.budgets)
+    spent = exceeded_budget(state.losses, seen.now_s, limits.recovery.budgets)
     return f"{spent} The newest: {state.why}" if spent else ""
 
 
 def _planned_from(
-    limits: RunLimits, state: RunState, seen: Observation, cut: Cut, members: tuple[str, ...]
+    limits: RunLimits, state: RunState, seen: Observation, cut: RecoveryPoint, members: tuple[str, ...]
 ) -> Decision:
     plans = {plan.generation: plan for plan in (state.previous, state.current) if plan is not None}
     origin = plans[cut.generation]
@@ -79,7 +79,7 @@ def _planned_from(
         placement = origin.placement
     else:
         held = placement_of_cut(origin.placement, cut.holders)
-        placement = Placement.rebalanced(held, holders, world, nodes_of(seen, members))
+        placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
     source = Source(origin.world, origin.placement, cut.holders, cut.step)
     state = replace(_blamed(state, seen), recovery=_account(state, seen, cut.step, "memory"))
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
@@ -91,7 +91,7 @@ def _blamed(state: RunState, seen: Observation) -> RunState:
     account = state.recovery
     if account is None or account.cause != "network" or any(w not in state.crew for w in state.members):
         return state
-    loss = Loss("", "", "network", seen.step, seen.now_s)
+    loss = WorkerFailure("", "", "network", seen.step, seen.now_s)
     return replace(state, losses=(*state.losses, loss)[-MAX_LOSSES:])
 
 

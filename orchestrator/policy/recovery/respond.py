@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Loss, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Note, Observation, RunState, WorkerFailure
 from orchestrator.sampling.micro_batches import SlotSize
 
 SUSPECT_STEPS = 8  # of a generation with larger slots
 
 
 def respond(
-    limits: RunLimits, state: RunState, seen: Observation, losses: Sequence[Loss]
+    limits: RunLimits, state: RunState, seen: Observation, losses: Sequence[WorkerFailure]
 ) -> tuple[RunState, tuple[Note, ...]]:
     """The state as the next generation is to be planned from it, and what there is to say about that."""
     notes: list[Note] = []
@@ -35,7 +35,7 @@ def respond(
     return state, tuple(notes)
 
 
-def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, loss: Loss) -> bool:
+def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, loss: WorkerFailure) -> bool:
     """A process that ends suddenly in the first steps of larger slots: the kernel, which gives no reason, has killed it
     for want of memory more likely than anything else has."""
     if not limits.fits_memory or loss.cause != "worker" or state.current is None:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
-from orchestrator.policy.state.world_size import SizeChange, Wish
+from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
 from orchestrator.sampling.micro_batches import SlotSize
 
@@ -62,12 +62,12 @@ def prepared(seen: Observation, worker: str) -> int:
     return report.prepared if report else -1
 
 
-def given_up(state: RunState, seen: Observation) -> Wish:
+def given_up(state: RunState, seen: Observation) -> SizeRequest:
     """After several failed moves: the size that it has, for as long as nobody wants another one again. Whoever was to
     leave has not changed what is wanted."""
     if state.wish is not None and any(worker in state.leaving for worker in state.members):
         return state.wish
-    plain = state.wish or Wish(0, 0)
+    plain = state.wish or SizeRequest(0, 0)
     return replace(plain, workers=len(state.members), since_step=seen.step + 1, grown_s=seen.now_s)
 
 
@@ -94,7 +94,7 @@ def planned_move(
     old, new = state.current.world, World(state.num_generations, members)
     unchanged = members == old.members
     was = state.current.placement
-    placement = was if unchanged else Placement.rebalanced(was, old, new, nodes_of(seen, members))
+    placement = was if unchanged else ExpertPlacement.rebalanced(was, old, new, nodes_of(seen, members))
     source = Source(old, was, holders=old.members)
     return with_plan(limits, state, seen, new, placement, source, change, why)
 
@@ -116,7 +116,7 @@ def with_plan(
     state: RunState,
     seen: Observation,
     world: World,
-    placement: Placement,
+    placement: ExpertPlacement,
     source: Source | None,
     change: SizeChange,
     why: str,

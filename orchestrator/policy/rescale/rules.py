@@ -9,7 +9,7 @@ import math
 from dataclasses import asdict, replace
 from typing import TypeVar
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.rescale.generation_plan import (
@@ -179,7 +179,7 @@ def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if not size or len(members) < size:
         return Decision(state)
     world = World(state.num_generations, members)
-    placement = Placement.balanced(limits.num_experts, size, nodes_of(seen, members))
+    placement = ExpertPlacement.balanced(limits.num_experts, size, nodes_of(seen, members))
     why = f"goes on after step {state.restore.step}" if state.restore else "the run starts"
     return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why)
 

@@ -18,12 +18,12 @@ from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import STALL_STEPS
-from orchestrator.policy.state.run_state import Action, Decision, Dismiss, Loss, Note, Observation, RunState
-from orchestrator.policy.state.world_size import Wish, wanted_size, workers_to_hold
-from orchestrator.protocol.messages import Finish, Phase, Target
+from orchestrator.policy.state.run_state import Action, Decision, KillWorker, Note, Observation, RunState, WorkerFailure
+from orchestrator.policy.state.world_size import SizeRequest, wanted_size, workers_to_hold
+from orchestrator.protocol.messages import DesiredRunState, Finish, Phase
 
 
-def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Take in the newest target. What it wants is acted on when the present move has ended."""
     target = seen.target
     if target.seq <= state.target.seq:
@@ -31,23 +31,26 @@ def heed_target(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     fields: dict[str, Any] = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
     if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
         return Decision(replace(state, target=target), (Note("target", fields),))
-    wanted, before = wanted_size(limits, state.wish, seen.step + 1), state.wish or Wish(limits.initial_workers, 0)
+    wanted, before = (
+        wanted_size(limits, state.wish, seen.step + 1),
+        state.wish or SizeRequest(limits.initial_workers, 0),
+    )
     grown_s = seen.now_s if target.workers > wanted and not target.by_hand else before.grown_s
     cap, cap_stage = before.cap, before.cap_stage
     if target.workers < wanted and not target.by_hand and adds_too_little(limits, seen.progress, wanted):
         cap, cap_stage = target.workers, seen.progress.stage
-    wish = Wish(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
+    wish = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
     note = Note("target", fields | {"by_hand": target.by_hand})
     return Decision(replace(state, target=target, wish=wish, failed_moves=0), (note,))
 
 
-def _asks_for_a_stage(state: RunState, target: Target) -> bool:
+def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
     """And for nothing else: the size that it names is the one that was asked for last, which may be long ago."""
     same = (target.workers, target.by_hand) == (state.target.workers, state.target.by_hand)
     return target.stage_wishes != state.target.stage_wishes and same
 
 
-def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Drop from the crew who is gone or has failed, apart from the world's members: `recovery` sees to those."""
     gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
     if not gone:
@@ -63,7 +66,7 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     counted = state.failed_spawns + never_warm
     worker, why = next(iter(gone.items()))
     losses = tuple(
-        Loss(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
+        WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
         for w in gone
         if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
     )
@@ -75,7 +78,7 @@ def bury_lost(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         why=why,
         traceback=traceback_of(seen, worker),
     )
-    return Decision(buried, (*notes, *(Dismiss(w) for w in gone if is_silent(seen, w))))
+    return Decision(buried, (*notes, *(KillWorker(w) for w in gone if is_silent(seen, w))))
 
 
 def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

@@ -8,18 +8,18 @@ from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
-from orchestrator.policy.state.world_size import Wish, wanted_size
-from orchestrator.protocol.messages import Finish, Restore, ResumeOrder
+from orchestrator.policy.state.world_size import SizeRequest, wanted_size
+from orchestrator.protocol.messages import Finish, Restore, ResumeRequest
 from orchestrator.protocol.scaling import JUST_COME
 
 # -- A run that goes on from a checkpoint, after it has ended, has lost its cluster, or has given its places away ------
 
 
-def resumed(limits: RunLimits, state: RunState, order: ResumeOrder) -> Decision:
+def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decision:
     """The state to begin again from. Nobody of the old crew is counted on; numbers that name things go on growing.
     Stages that were decided are decided still, at the same steps."""
     done = order.restore.step if order.restore else -1
-    wish = state.wish if order.workers is None else Wish(order.workers, done + 1, by_hand=True)
+    wish = state.wish if order.workers is None else SizeRequest(order.workers, done + 1, by_hand=True)
     workers = wanted_size(limits, wish, done + 1)
     fields = {
         "token": order.token,

@@ -10,19 +10,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.policy.state.progress import Progress
-from orchestrator.policy.state.world_size import Wish
+from orchestrator.policy.state.world_size import SizeRequest
 from orchestrator.protocol.messages import (
-    Check,
+    DesiredRunState,
     Fence,
     Finish,
     GenerationPlan,
     Phase,
+    ReplayTask,
     Report,
     Restore,
     ShardWritten,
     StageStart,
     StoreAddress,
-    Target,
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
@@ -32,7 +32,7 @@ USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in 
 
 
 @dataclass(frozen=True)
-class Loss:
+class WorkerFailure:
     """A failure: which worker on which node (empty: nobody's), in what way, after which finished step, and in which
     generation, if it tells of it itself."""
 
@@ -84,9 +84,9 @@ class RunState:
     the cluster, `begun_s` when it first had a world there.
     """
 
-    target: Target
+    target: DesiredRunState
     seq: int = 0
-    wish: Wish | None = None
+    wish: SizeRequest | None = None
     grant: Grant = UNLIMITED
     granted_since: int = 0
     queued_s: float | None = None
@@ -110,7 +110,7 @@ class RunState:
     aborted: int = -1
     aborted_s: float | None = None
     settled: int = -1
-    losses: tuple[Loss, ...] = ()
+    losses: tuple[WorkerFailure, ...] = ()
     slot: SlotSize = UNSAID
     slot_ceiling: int = 0
     ceiling_size: int = 0
@@ -123,7 +123,7 @@ class RunState:
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
     stage_wishes: int = 0
-    check: Check | None = None
+    check: ReplayTask | None = None
     num_checks: int = 0
     check_step: int = -1
     differences: tuple[int, ...] = ()
@@ -197,7 +197,7 @@ class Observation:
 
     epoch: int
     now_s: float
-    target: Target
+    target: DesiredRunState
     progress: Progress
     reports: Mapping[str, Report] = field(default_factory=dict)
     lost: Mapping[str, str] = field(default_factory=dict)
@@ -248,13 +248,13 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Dismiss:
+class KillWorker:
     """End a worker's process, which doesn't answer, by its id on its node."""
 
     worker: str
 
 
-Action = Note | Commit | Dismiss
+Action = Note | Commit | KillWorker
 
 
 @dataclass(frozen=True)

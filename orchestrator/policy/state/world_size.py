@@ -11,7 +11,7 @@ from orchestrator.protocol.scaling import UNLIMITED, Grant
 
 
 @dataclass(frozen=True)
-class Wish:
+class SizeRequest:
     """A size asked for from outside. `since_step` is the first step that was still to come when it was heard.
 
     `by_hand`: a user asked, not the Scheduler. `grown_s` is when the Scheduler last asked for more than before. `cap`
@@ -34,7 +34,7 @@ class SizeChange:
     first_step: int | None
 
 
-def wanted_size(limits: RunLimits, wish: Wish | None, step: int, grant: Grant = UNLIMITED) -> int:
+def wanted_size(limits: RunLimits, wish: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
     """How many workers should do step `step`; 0 while the run waits for its place in the cluster."""
     if wish is not None and wish_holds(limits, wish, step):
         return grant.of(wish.workers)
@@ -42,13 +42,13 @@ def wanted_size(limits: RunLimits, wish: Wish | None, step: int, grant: Grant = 
     return grant.of(due[-1] if due else limits.initial_workers)
 
 
-def wish_holds(limits: RunLimits, wish: Wish | None, step: int) -> bool:
+def wish_holds(limits: RunLimits, wish: SizeRequest | None, step: int) -> bool:
     """Whether the size for step `step` is a wish's, because no scheduled change came after it."""
     return wish is not None and not any(wish.since_step < entry.at_step <= step for entry in limits.schedule)
 
 
 def next_change(
-    limits: RunLimits, wish: Wish | None, size: int, step: int, horizon_steps: int, grant: Grant = UNLIMITED
+    limits: RunLimits, wish: SizeRequest | None, size: int, step: int, horizon_steps: int, grant: Grant = UNLIMITED
 ) -> SizeChange | None:
     """The change to prepare now, given a world of `size` that has finished `step`; None if there is none.
 
@@ -70,7 +70,7 @@ def next_change(
 # -- How many workers a run holds, members and standbys together -------------------------------------------------------
 
 
-def workers_to_hold(limits: RunLimits, wish: Wish | None, step: int, grant: Grant = UNLIMITED) -> int:
+def workers_to_hold(limits: RunLimits, wish: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
     """Workers that should exist, warm or getting warm, while `step` is being done.
 
     The wanted size and the job's standbys; or the largest size still to come by schedule, if that is more, since

@@ -8,15 +8,23 @@ from pathlib import Path
 from torch._C._distributed_c10d import HashStore
 
 from orchestrator.checkpoint.manifest import step_name
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Check, Checked, Directive, Finding, GenerationPlan, Restore, StoreAddress
+from orchestrator.protocol.messages import (
+    Directive,
+    GenerationPlan,
+    ReplayResult,
+    ReplayTask,
+    Restore,
+    StepFingerprint,
+    StoreAddress,
+)
 from orchestrator.worker.replay.replay import replay
-from orchestrator.worker.runtime.mailbox import Desk
-from orchestrator.worker.shard.shard import Workshop
-from orchestrator.worker.step.batches import Feed
-from orchestrator.worker.transition.preparation import Preparations
-from orchestrator.worker.transition.transition import Prepared
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from orchestrator.worker.shard.shard import ShardFactory
+from orchestrator.worker.step.batches import BatchReader
+from orchestrator.worker.transition.preparation import TransitionPreparer
+from orchestrator.worker.transition.transition import PreparedTransition
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -25,10 +33,12 @@ class Needed(Exception):
     """The standby has something else to do."""
 
 
-class Checks:
+class ReplayChecker:
     """Done by the training thread of a worker that has no shard."""
 
-    def __init__(self, workshop: Workshop, feed: Feed, desk: Desk, preparations: Preparations) -> None:
+    def __init__(
+        self, workshop: ShardFactory, feed: BatchReader, desk: WorkerMailbox, preparations: TransitionPreparer
+    ) -> None:
         self._workshop, self._feed, self._desk, self._preparations = workshop, feed, desk, preparations
         self._newest = -1
 
@@ -44,7 +54,7 @@ class Checks:
         if check is None or not self.is_asked(self._desk.directive):
             return
         self._newest = check.number
-        findings: list[Finding] = []
+        findings: list[StepFingerprint] = []
         error = ""
 
         def go_on() -> None:
@@ -54,16 +64,16 @@ class Checks:
 
         try:
             for record in replay(self._workshop, self._feed, self._world_of_one(check), check.last_step, go_on):
-                findings.append(Finding(record.step, record.loss, record.grad_norm, record.digests))
+                findings.append(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests))
         except Needed:
             log.info("check %d ends after %d steps: this worker is needed", check.number, len(findings))
         except Exception as failure:  # whatever it is: training doesn't depend on it
             log.exception("check %d could not be done", check.number)
             error = f"{type(failure).__name__}: {failure}"
         gc.collect()  # the frames of an error had kept the state
-        self._desk.publish(checked=Checked(check.number, tuple(findings), error))
+        self._desk.publish(checked=ReplayResult(check.number, tuple(findings), error))
 
-    def _world_of_one(self, check: Check) -> Prepared:
+    def _world_of_one(self, check: ReplayTask) -> PreparedTransition:
         workshop = self._workshop
         past = check.worlds[-1]
         world = World(past.world.generation, (workshop.me,))
@@ -71,7 +81,7 @@ class Checks:
         plan = GenerationPlan(
             epoch=0,
             world=world,
-            placement=Placement.balanced(workshop.spec.model.num_experts, 1),
+            placement=ExpertPlacement.balanced(workshop.spec.model.num_experts, 1),
             source=None,
             store_prefix=f"check/{check.number}",
             store_address=StoreAddress("", 0),
@@ -82,4 +92,4 @@ class Checks:
         )
         store = HashStore()
         store.set_timeout(timedelta(seconds=30))
-        return Prepared(plan, store, workshop.meet(store, plan))
+        return PreparedTransition(plan, store, workshop.meet(store, plan))

@@ -3,20 +3,24 @@
 import gc
 from collections.abc import Callable, Iterator
 
-from orchestrator.engine.base import nothing
+from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import disconnect
 from orchestrator.protocol.messages import StepRecord
-from orchestrator.worker.shard.shard import Workshop
-from orchestrator.worker.step.batches import Feed
-from orchestrator.worker.step.train_step import Stepper, Voice
+from orchestrator.worker.shard.shard import ShardFactory
+from orchestrator.worker.step.batches import BatchReader
+from orchestrator.worker.step.train_step import TrainStep, Voice
 from orchestrator.worker.step.vote import NO_FENCE
-from orchestrator.worker.transition.transition import Prepared, first_shard
+from orchestrator.worker.transition.transition import PreparedTransition, first_shard
 
 SILENT = Voice(NO_FENCE, finish=False, interval=0)
 
 
 def replay(
-    workshop: Workshop, feed: Feed, prepared: Prepared, last_step: int, between: Callable[[], None] = nothing
+    workshop: ShardFactory,
+    feed: BatchReader,
+    prepared: PreparedTransition,
+    last_step: int,
+    between: Callable[[], None] = noop,
 ) -> Iterator[StepRecord]:
     """Each step up to `last_step`, as it is done. Collective over the plan's members. Their groups and the state go
     with the iterator; nothing else may train in this process meanwhile.
@@ -25,13 +29,13 @@ def replay(
         prepared: for a plan whose state comes from the seed or a checkpoint, `replayed` worlds included.
         between: called before each slot, and each piece of the checkpoint; what it raises ends it.
     """
-    stepper = Stepper(workshop, feed, between, validates=False)
+    stepper = TrainStep(workshop, feed, between, validates=False)
     shard = None
     try:
         shard, progress, _ = first_shard(workshop, prepared, feed.first_order, between)
         feed.follow(progress.sampler)
         while progress.step < last_step:
-            stepped = stepper.step(shard, progress, nothing, lambda: SILENT, keep_gradients=False)
+            stepped = stepper.step(shard, progress, noop, lambda: SILENT, keep_gradients=False)
             progress = stepped.progress
             yield stepped.record
     finally:

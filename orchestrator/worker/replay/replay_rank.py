@@ -28,8 +28,8 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.worker.replay.replay import replay
 from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.errors import kind_of
-from orchestrator.worker.shard.shard import Workshop
-from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.shard.shard import ShardFactory
+from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.transition.transition import prepare
 
 
@@ -46,8 +46,8 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     pin(device)
     yield Numerics(fingerprint(device))
     store = TokenStore.open(Path(order.job.store_dir))
-    workshop = Workshop(order.worker, order.job, spec, spec.model.vocab_size or store.vocab_size, device)
-    yield from replay(workshop, Feed(spec, store, device), prepare(workshop, plan), order.last_step)
+    workshop = ShardFactory(order.worker, order.job, spec, spec.model.vocab_size or store.vocab_size, device)
+    yield from replay(workshop, BatchReader(spec, store, device), prepare(workshop, plan), order.last_step)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 log = logging.getLogger("orchestrator.worker")
 
 
-class Engagement:
+class AbortHandle:
     """Said by the training thread, ended by the control thread.
 
     Args:

@@ -21,7 +21,7 @@ class StateCorrupted(RuntimeError):
     """This process's memory has changed by itself."""
 
 
-class StateDoubtful(RuntimeError):
+class DigestMismatch(RuntimeError):
     """The state that a move has brought isn't what the run had then."""
 
 
@@ -31,7 +31,7 @@ def kind_of(error: Exception) -> str:
         return "numeric"
     if isinstance(error, StateCorrupted):
         return "corrupted"
-    if isinstance(error, StateDoubtful):
+    if isinstance(error, DigestMismatch):
         return "doubtful"
     # Also where it came through a user's module, on its way from our MoE layer.
     if isinstance(error, GenerationAborted) or _is_peer_loss(error):

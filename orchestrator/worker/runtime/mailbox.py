@@ -15,7 +15,7 @@ from orchestrator.protocol.messages import Directive, Phase, Report, StepRecord
 MAX_RECORDS = 10_000  # finished steps kept for a controller that is away
 
 
-class Desk:
+class WorkerMailbox:
     """Thread-safe state of one worker, seen from both sides."""
 
     def __init__(self, worker: str, pid: int) -> None:

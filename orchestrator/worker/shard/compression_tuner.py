@@ -20,7 +20,7 @@ SAMPLE = 1 << 18  # elements that coding is timed on
 _coding_s: dict[str, float] = {}  # per element, of this process
 
 
-class Choosing:
+class CompressionTuner:
     """For the life of a shard. By the training thread.
 
     Args:

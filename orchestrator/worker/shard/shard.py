@@ -8,17 +8,17 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.gloo import local_address
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.engine.adamw import Replayer
 from orchestrator.engine.base import Engine
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
-from orchestrator.engine.process_groups import Groups, Meeting
+from orchestrator.engine.process_groups import PendingGroups, ProcessGroups
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, catalogue
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.policy.estimate.job_plan import MemoryPlan, StatePlan, plan_memory
 from orchestrator.policy.state.config import slot_of
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
@@ -26,10 +26,10 @@ from orchestrator.sampling.micro_batches import SlotSize
 from orchestrator.spec.fault_tolerance import whole_every
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.buffers import Buffers
-from orchestrator.state.fingerprint import Seal, Witness
-from orchestrator.worker.shard.compression_tuner import Choosing
+from orchestrator.state.fingerprint import MemoryGuard, StateFingerprint
+from orchestrator.worker.shard.compression_tuner import CompressionTuner
 from orchestrator.worker.shard.model_agreement import check_order
-from orchestrator.worker.shard.snapshot_replicator import Protection
+from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,25 @@ class Shard:
 
     epoch: int  # of the controller that planned it
     world: World
-    groups: Groups
+    groups: ProcessGroups
     model: TrainableModel
     engine: Engine
     slot: SlotSize
-    choosing: Choosing
+    choosing: CompressionTuner
     skips: frozenset[int]
-    witnesses: tuple[tuple[int, Witness], ...] = ()
-    seal: Seal | None = None
+    witnesses: tuple[tuple[int, StateFingerprint], ...] = ()
+    seal: MemoryGuard | None = None
 
     @property
     def rank(self) -> int:
         return self.groups.rank
 
-    def witness(self, step: int) -> Witness | None:
+    def witness(self, step: int) -> StateFingerprint | None:
         """Who tells the digests of this step."""
         return next((witness for first_step, witness in reversed(self.witnesses) if first_step <= step), None)
 
 
-class Workshop:
+class ShardFactory:
     """Builds shards for a run, and knows what its state consists of.
 
     Args:
@@ -113,7 +113,7 @@ class Workshop:
         }
         return of_params | {f"buffer/{name}": self.shapes[name] for name, _ in self.buffers}
 
-    def layout(self, world: World, placement: Placement) -> Layout:
+    def layout(self, world: World, placement: ExpertPlacement) -> StateLayout:
         """Which rank holds what in a world; every worker computes the same."""
         mixed = self.spec.train.precision == "bf16"
         return training_layout(self.params, placement, world, mixed, self.buffers, self.spec.communication)
@@ -124,18 +124,18 @@ class Workshop:
         is_ours = self.spec.model.entrypoint is None
         return plan_memory(self.spec, state, self.spec.workers.initial, is_ours)
 
-    def meet(self, store: Store, plan: GenerationPlan) -> Meeting:
+    def meet(self, store: Store, plan: GenerationPlan) -> PendingGroups:
         """Connect to the other members of a generation. Collective over them."""
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         rank, prefix = plan.world.rank_of(self.me), plan.store_prefix + "/world"
-        return Meeting(store, prefix, rank, plan.placement, backend, address=self.address)
+        return PendingGroups(store, prefix, rank, plan.placement, backend, address=self.address)
 
-    def protect(self, store: Store, plan: GenerationPlan) -> Protection | None:
+    def protect(self, store: Store, plan: GenerationPlan) -> SnapshotReplicator | None:
         """Connect to buddy and ward; None where the plan names none. Collective over the generation's members."""
         if not plan.buddies:
             return None
         layout, pinned = self.layout(plan.world, plan.placement), self.device.type == "cuda"
-        return Protection(
+        return SnapshotReplicator(
             store,
             plan,
             plan.world.rank_of(self.me),
@@ -147,7 +147,7 @@ class Workshop:
             self._snapshot_memory,
         )
 
-    def build(self, plan: GenerationPlan, groups: Groups) -> Shard:
+    def build(self, plan: GenerationPlan, groups: ProcessGroups) -> Shard:
         """Build an engine around a model whose weights are still unset. Collective over the generation's members."""
         with self.device:
             home = self._home(plan, groups)
@@ -155,7 +155,7 @@ class Workshop:
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
         check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
         slot, communication = plan.slot or slot_of(self.spec), self.spec.communication
-        choosing = Choosing(engine.gradients, communication.compression, communication.overlap, plan.world.size)
+        choosing = CompressionTuner(engine.gradients, communication.compression, communication.overlap, plan.world.size)
         return Shard(
             epoch=plan.epoch,
             world=plan.world,
@@ -166,17 +166,19 @@ class Workshop:
             choosing=choosing,
             skips=frozenset(plan.skips),
             witnesses=self._witnesses(plan, engine) if self.spec.train.is_exact else (),
-            seal=Seal(engine.at_rest()) if self.spec.verify.every is not None else None,
+            seal=MemoryGuard(engine.at_rest()) if self.spec.verify.every is not None else None,
         )
 
-    def _witnesses(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, Witness], ...]:
+    def _witnesses(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, StateFingerprint], ...]:
         asked_for = plan.replayed or (PastWorld(0, plan.world, plan.placement),)
         ranges = engine.ranges()
-        return tuple((past.first_step, Witness(ranges, self.layout(past.world, past.placement))) for past in asked_for)
+        return tuple(
+            (past.first_step, StateFingerprint(ranges, self.layout(past.world, past.placement))) for past in asked_for
+        )
 
-    def _home(self, plan: GenerationPlan, groups: Groups) -> ExpertHome:
+    def _home(self, plan: GenerationPlan, groups: ProcessGroups) -> ExpertParallelContext:
         wanted = self.spec.communication
-        return ExpertHome(
+        return ExpertParallelContext(
             plan.placement,
             groups.rank,
             groups.exchange,

@@ -17,20 +17,20 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.comm import traffic_meter
 from orchestrator.comm.transport.stream import Listener, Stream, StreamClosed, dial
-from orchestrator.elastic.state_layout import Layout
+from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Replay, Snapshot, Update, copy_into
-from orchestrator.state.snapshot_store import Shelf, Vault
+from orchestrator.state.snapshot_store import RankSnapshots, SnapshotStore
 
 log = logging.getLogger("orchestrator.worker")
 
 MEET_S = 60.0  # how long buddy and ward are waited for
 
 
-class Protection:
+class SnapshotReplicator:
     """Connects to buddy and ward, each of which does the same. Made in the background while an older world trains.
 
     Args:
@@ -50,7 +50,7 @@ class Protection:
         store: Store,
         plan: GenerationPlan,
         rank: int,
-        layout: Layout,
+        layout: StateLayout,
         address: str,
         pinned: bool,
         whole_every: int,
@@ -60,8 +60,8 @@ class Protection:
         self.generation = plan.generation
         buddy, ward = plan.buddies[rank], plan.buddies.index(rank)
         prefix = f"{plan.store_prefix}/protection"
-        self._own = Shelf(plan.generation, rank, layout, False, whole_every, replay, pinned, buffers)
-        self._kept = Shelf(plan.generation, ward, layout, True, whole_every, replay, buffers=buffers)
+        self._own = RankSnapshots(plan.generation, rank, layout, False, whole_every, replay, pinned, buffers)
+        self._kept = RankSnapshots(plan.generation, ward, layout, True, whole_every, replay, buffers=buffers)
         buffers.drop_idle()
         listener = Listener(address)
         try:
@@ -100,7 +100,7 @@ class Protection:
     def _delta_bytes(self) -> int:
         return self._own.copied_bytes(whole=False) + self._own.shared_bytes(whole=False)
 
-    def start(self, vault: Vault) -> None:
+    def start(self, vault: SnapshotStore) -> None:
         """Keep the generation's snapshots in `vault` from now on."""
         vault.add(self._own)
         vault.add(self._kept)

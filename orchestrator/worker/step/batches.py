@@ -30,7 +30,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class StepFeed:
+class StepBatches:
     """What one rank does in a step.
 
     Args:
@@ -66,7 +66,7 @@ class StepFeed:
         return 1 - sum(self.tokens) / max(sum(self.padded_tokens), 1)
 
 
-class Feed:
+class BatchReader:
     """Reads steps from the packed store.
 
     Args:
@@ -107,12 +107,12 @@ class Feed:
         be."""
         self.order = self._orders.decided(self.order, stages, first_step)
 
-    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepFeed:
+    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepBatches:
         """This rank's part of a training step, in slots of this size."""
         wanted = self.order.at(step)
         lengths_R = wanted.rows.lengths_R
         cut = cut_into_slots(lengths_R, size)
-        return StepFeed(
+        return StepBatches(
             slots=self._slots("train", wanted.rows, cut, rank, world_size),
             num_slots=len(cut),
             global_tokens=self._store.target_count("train", wanted.rows.spans),
@@ -124,11 +124,11 @@ class Feed:
             padded_tokens=tuple(padded_tokens(lengths_R, cut).tolist()),
         )
 
-    def validation(self, rank: int, world_size: int, size: SlotSize) -> StepFeed:
+    def validation(self, rank: int, world_size: int, size: SlotSize) -> StepBatches:
         """This rank's part of a validation: always the same rows."""
         rows = self._validation
         cut = cut_into_slots(rows.lengths_R, size)
-        return StepFeed(
+        return StepBatches(
             slots=self._slots("validation", rows, cut, rank, world_size),
             num_slots=len(cut),
             global_tokens=self._store.target_count("validation", rows.spans),
@@ -184,12 +184,12 @@ class Prefetch:
         num_steps: of the run; nothing is read beyond.
     """
 
-    def __init__(self, feed: Feed, num_steps: int) -> None:
+    def __init__(self, feed: BatchReader, num_steps: int) -> None:
         self._feed, self._num_steps = feed, num_steps
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
-        self._ahead: tuple[_Wanted, Future[StepFeed]] | None = None
+        self._ahead: tuple[_Wanted, Future[StepBatches]] | None = None
 
-    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepFeed:
+    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepBatches:
         """What `Feed.step` returns or raises, without a wait if the step before was asked for in the same world.
 
         What was read ahead for another world or another order of rows is dropped.

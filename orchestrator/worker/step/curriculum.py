@@ -11,8 +11,8 @@ from dataclasses import replace
 from orchestrator.errors import DataError
 from orchestrator.protocol.messages import Directive
 from orchestrator.worker.shard.shard import Progress
-from orchestrator.worker.step.batches import Feed
-from orchestrator.worker.step.vote import Outcome
+from orchestrator.worker.step.batches import BatchReader
+from orchestrator.worker.step.vote import VoteResult
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -20,7 +20,7 @@ log = logging.getLogger("orchestrator.worker")
 class Stages:
     """Keeps the feed and the progress of training at the same order of samples. Used by the training thread."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: BatchReader) -> None:
         self._feed = feed
         self._spoken = Directive(epoch=-1, seq=-1)
         self._agreed = 0  # version of the newest decision that was agreed on
@@ -30,7 +30,7 @@ class Stages:
         self._spoken = directive
         return directive.stages_version
 
-    def agree(self, outcome: Outcome, progress: Progress) -> Progress:
+    def agree(self, outcome: VoteResult, progress: Progress) -> Progress:
         """The progress after a vote, with the stages that were agreed on in it."""
         spoken, version = self._spoken.stages, self._spoken.stages_version
         if version != outcome.stages or version == self._agreed:

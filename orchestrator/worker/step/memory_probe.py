@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.protocol.messages import SlotMemory
-from orchestrator.worker.step.batches import StepFeed
+from orchestrator.worker.step.batches import StepBatches
 
 # -- What this process has taken of memory, and how much there is: what slots are fitted by ----------------------------
 
@@ -136,7 +136,7 @@ def _of_lines(path: Path, names: tuple[str, ...], unit: int = 1024) -> int:
 SMALLER = 0.9  # times as large as the largest slot of the generation before
 
 
-class Gauge:
+class MemoryProbe:
     """Used by the training thread.
 
     Args:
@@ -156,7 +156,7 @@ class Gauge:
         """Called between a slot's forward and its backward pass."""
         self._kept = max(self._kept, allocated_bytes(self._device) - self._before)
 
-    def end_step(self, generation: int, feed: StepFeed) -> SlotMemory:
+    def end_step(self, generation: int, feed: StepBatches) -> SlotMemory:
         """Called after a step. Returns what is known of its generation's slots of such rows."""
         last, there = self._newest, room(self._device)
         if last is not None and last.generation != generation and max(feed.padded_tokens) < SMALLER * last.tokens:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.comm import collective_stats, traffic_meter
-from orchestrator.engine.base import StepOutcome, nothing
+from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.model.base import seed_draws
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.policy.health.expert_load import expert_load, is_shown
@@ -22,10 +22,10 @@ from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.lr_schedule import decay, learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import StateCorrupted
-from orchestrator.worker.shard.shard import Progress, Shard, Workshop
-from orchestrator.worker.step.batches import Feed, Prefetch, StepFeed
-from orchestrator.worker.step.memory_probe import Gauge
-from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, Outcome, vote
+from orchestrator.worker.shard.shard import Progress, Shard, ShardFactory
+from orchestrator.worker.step.batches import BatchReader, Prefetch, StepBatches
+from orchestrator.worker.step.memory_probe import MemoryProbe
+from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Voice:
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """A finished step: what was agreed, where training stands now, and the account of it.
 
     Args:
@@ -48,7 +48,7 @@ class Stepped:
         saturated: parameters whose gradient was too large here for an exact sum; its update is left out then.
     """
 
-    outcome: Outcome
+    outcome: VoteResult
     progress: Progress
     record: StepRecord
     gradients: NamedRanges | None
@@ -56,7 +56,7 @@ class Stepped:
     saturated: tuple[str, ...] = ()
 
 
-class Stepper:
+class TrainStep:
     """Does steps on whatever shard there is.
 
     Args:
@@ -65,14 +65,14 @@ class Stepper:
     """
 
     def __init__(
-        self, workshop: Workshop, feed: Feed, before_slot: Callable[[], None] = nothing, validates: bool = True
+        self, workshop: ShardFactory, feed: BatchReader, before_slot: Callable[[], None] = noop, validates: bool = True
     ) -> None:
         self._before_slot, self._validates = before_slot, validates
         self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
         self._prefetch = Prefetch(feed, workshop.spec.train.steps)
         self._ledger = traffic_meter.Since()
         self._counted: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step and loads of the newest step
-        self._gauge = Gauge(workshop.device) if workshop.spec.train.fits_memory else None
+        self._gauge = MemoryProbe(workshop.device) if workshop.spec.train.fits_memory else None
 
     def close(self) -> None:
         self._prefetch.close()
@@ -84,7 +84,7 @@ class Stepper:
         before_update: Callable[[], None],
         speak: Callable[[], Voice],
         keep_gradients: bool,
-    ) -> Stepped:
+    ) -> StepResult:
         """The step after `progress`. Collective over the shard's world.
 
         Args:
@@ -181,7 +181,7 @@ class Stepper:
         moved_on = replace(progress, step=step, num_updates=progress.num_updates + int(outcome.applied))
         gradients = update.gradients if outcome.applied else None
         memory = self._gauge.end_step(shard.world.generation, feed) if self._gauge is not None else None
-        return Stepped(outcome, moved_on, record, gradients, memory, update.saturated)
+        return StepResult(outcome, moved_on, record, gradients, memory, update.saturated)
 
     def _open_seal(self, shard: Shard, step: int) -> None:
         """Before anything is made of a state that has changed by itself. Raises StateCorrupted."""
@@ -196,7 +196,7 @@ class Stepper:
     def _measured(self) -> Callable[[], None]:
         """Called before a slot; what it returns, between its forward and its backward pass."""
         if self._gauge is None:
-            return nothing
+            return noop
         self._gauge.begin_pass()
         return self._gauge.end_forward
 
@@ -208,7 +208,7 @@ class Stepper:
         feed = self._feed.validation(shard.rank, shard.world.size, shard.slot)
         return self._evaluated(shard, feed, step), feed.global_tokens
 
-    def _evaluated(self, shard: Shard, feed: StepFeed, step: int) -> NDArray[np.float64]:
+    def _evaluated(self, shard: Shard, feed: StepBatches, step: int) -> NDArray[np.float64]:
         """Loss sums per slot, 0 where the slot is another rank's."""
         losses = np.zeros(feed.num_slots)
         for slot in feed.slots:
@@ -226,7 +226,7 @@ class Stepper:
         self._counted = (generation, step, counts)
         return expert_load(counts, before)
 
-    def _balance(self, shard: Shard, outcome: Outcome, step: int) -> None:
+    def _balance(self, shard: Shard, outcome: VoteResult, step: int) -> None:
         """Move the routers' biases by what the global batch has shown. A skipped update moves nothing."""
         model, layers = self._spec.model, shard.model.moe_layers
         if not outcome.applied or not model.bias_update_speed or not layers:

@@ -63,7 +63,7 @@ class Ballot:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class VoteResult:
     """What all ranks said together; equal on every rank.
 
     Args:
@@ -95,7 +95,9 @@ class Outcome:
     digests: tuple[str, ...] = ()
 
 
-def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device) -> Outcome:
+def vote(
+    ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device
+) -> VoteResult:
     """Collective over the world. `group` is None in a world of one."""
     num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
     counts_LE, margins_LEM = ballot.routed.counts_LE, ballot.routed.margins_LEM
@@ -124,7 +126,7 @@ def vote(ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | 
     sizes = [num_slots, num_validation, num_counts, num_margins, NUM_VOICES * world_size, len(traffic), halves.size]
     parts = torch.split(vector.cpu(), sizes)
     applied, fences, finish, intervals, busy_s, stages, schemes = parts[4].reshape(world_size, NUM_VOICES).T.tolist()
-    return Outcome(
+    return VoteResult(
         loss_sum=sum(parts[0].tolist()),
         validation_loss_sum=sum(parts[1].tolist()) if num_validation else None,
         routed=RoutingCounts(

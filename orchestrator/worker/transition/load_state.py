@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orchestrator.checkpoint.hf.pretrained import Part, Pretrained, open_pretrained
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.engine.base import nothing
+from orchestrator.engine.base import noop
 from orchestrator.errors import CheckpointCorrupt, DataError, NotFound
 from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
@@ -34,7 +34,7 @@ def read_state(
     sampler: str,
     rank: int,
     world_size: int,
-    between: Callable[[], None] = nothing,
+    between: Callable[[], None] = noop,
 ) -> Progress:
     """Fill this rank's ranges. What compression keeps stays as it is where the checkpoint has none of it, or it is to
     be reset.

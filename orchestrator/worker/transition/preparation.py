@@ -6,25 +6,25 @@ import time
 from collections.abc import Callable
 
 from orchestrator.protocol.messages import Directive, GenerationPlan
-from orchestrator.worker.runtime.mailbox import Desk
-from orchestrator.worker.shard.shard import Workshop
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.vote import NO_FENCE
-from orchestrator.worker.transition.transition import Prepared, prepare
+from orchestrator.worker.transition.transition import PreparedTransition, prepare
 
 log = logging.getLogger("orchestrator.worker")
 
 
-class Preparations:
+class TransitionPreparer:
     """Asked by the training thread; works in threads of its own.
 
     A plan is begun as soon as a directive names it, however long the present step takes, and in a thread of its own:
     where a peer never comes, the next plan doesn't wait for that.
     """
 
-    def __init__(self, workshop: Workshop, desk: Desk) -> None:
+    def __init__(self, workshop: ShardFactory, desk: WorkerMailbox) -> None:
         self._workshop, self._desk = workshop, desk
         self._lock = threading.Lock()
-        self._ready: dict[int, Prepared] = {}
+        self._ready: dict[int, PreparedTransition] = {}
         self._begun = -1  # newest generation whose preparation has begun here
         self._closed = False
         threading.Thread(target=self._watch, name="preparations", daemon=True).start()
@@ -37,7 +37,7 @@ class Preparations:
         with self._lock:
             return fence.to_generation if fence.to_generation in self._ready else NO_FENCE
 
-    def take(self, generation: int) -> Prepared:
+    def take(self, generation: int) -> PreparedTransition:
         """What was prepared for `generation`. Raises KeyError if nothing was."""
         with self._lock:
             return self._ready.pop(generation)
@@ -51,7 +51,7 @@ class Preparations:
         plans = (plan for plan in (directive.next, directive.current) if plan is not None)
         return any(self._concerns_me(plan) and plan.generation > directive.activated for plan in plans)
 
-    def await_next(self, meanwhile: Callable[[Directive], bool]) -> Prepared | None:
+    def await_next(self, meanwhile: Callable[[Directive], bool]) -> PreparedTransition | None:
         """The next plan with a place for this worker, once it is prepared; plans given up before are passed over. None
         as soon as a directive asks for something to be done meanwhile."""
         while True:

@@ -22,7 +22,7 @@ from orchestrator.worker.shard.shard import Progress, Shard
 MOMENT = "exp_avg/"
 
 
-class Saver:
+class ShardSaver:
     """Writes one shard at a time.
 
     Args:

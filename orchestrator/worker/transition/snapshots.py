@@ -10,16 +10,16 @@ from orchestrator.policy.health.snapshot_interval import IntervalChoice
 from orchestrator.protocol.messages import Source
 from orchestrator.spec.fault_tolerance import AUTO, interval_of
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.snapshot import Update, joined
-from orchestrator.state.snapshot_store import Vault
+from orchestrator.state.snapshot import Update, merge_ranges
+from orchestrator.state.snapshot_store import SnapshotStore
 from orchestrator.worker.shard.shard import Progress, Shard
-from orchestrator.worker.shard.snapshot_replicator import Protection
+from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.transition import Held
 
 NEVER = 0  # interval of a run that takes no snapshots
 
 
-class Keeping:
+class SnapshotManager:
     """Used by the training thread; `settle` and `shut` by the control thread too.
 
     Args:
@@ -31,8 +31,8 @@ class Keeping:
     def __init__(self, me: str, protection: str, last_step: int) -> None:
         self._me, self._last_step = me, last_step
         self._fixed = None if protection == AUTO else interval_of(protection) or NEVER
-        self._vault = Vault()
-        self._protection: Protection | None = None
+        self._vault = SnapshotStore()
+        self._protection: SnapshotReplicator | None = None
         self._choice = IntervalChoice(0, 0.0)
         self._interval = NEVER  # steps between two snapshots: what all members agree on
         self._paid_s = 0.0
@@ -40,7 +40,7 @@ class Keeping:
 
     # -- a generation ------------------------------------------------------------------------------------------
 
-    def begin(self, generation: int, protection: Protection | None) -> None:
+    def begin(self, generation: int, protection: SnapshotReplicator | None) -> None:
         """The generation is activated: from now on snapshots go to its buddies; None where there are none."""
         self._protection, self._paid_s = protection, 0.0
         if protection is not None:
@@ -177,7 +177,7 @@ class Keeping:
                 snapshot = self._vault.find(wanted)
                 parts.append(snapshot.ranges)
                 progress = Progress.from_json(snapshot.note)
-        return Held(generation, mine, progress, joined(parts))
+        return Held(generation, mine, progress, merge_ranges(parts))
 
 
 def _holding(held: Held) -> Holding:

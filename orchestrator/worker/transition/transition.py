@@ -24,20 +24,20 @@ from orchestrator.comm.transport.rendezvous import connect_store
 from orchestrator.elastic.recovery_point import layout_of_cut
 from orchestrator.elastic.state_layout import Kind
 from orchestrator.elastic.transfer_plan import TransferPlan
-from orchestrator.engine.base import nothing
-from orchestrator.engine.process_groups import Meeting
+from orchestrator.engine.base import noop
+from orchestrator.engine.process_groups import PendingGroups
 from orchestrator.policy.estimate.job_plan import bytes_by_part
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan, Handover, StepRecord
 from orchestrator.state.digest import PartSums, StateDigests, change, differing
 from orchestrator.state.fingerprint import whole
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.transfer import carry_out
-from orchestrator.worker.runtime.errors import StateDoubtful
+from orchestrator.state.transfer import execute_transfer
+from orchestrator.worker.runtime.errors import DigestMismatch
 from orchestrator.worker.runtime.reserved_memory import reserve
 from orchestrator.worker.shard.model_agreement import check_agreement
-from orchestrator.worker.shard.shard import Progress, Shard, Workshop
-from orchestrator.worker.shard.snapshot_replicator import Protection
+from orchestrator.worker.shard.shard import Progress, Shard, ShardFactory
+from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.load_state import read_pretrained, read_state
 
 ASK_AGAIN_S = 0.01
@@ -57,7 +57,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Standing:
+class FenceState:
     """Where training stood at a fence, and the newest steps up to it."""
 
     progress: Progress
@@ -65,7 +65,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedTransition:
     """Everything for a move that doesn't depend on the state.
 
     Args:
@@ -78,8 +78,8 @@ class Prepared:
 
     plan: GenerationPlan
     store: Store
-    meeting: Meeting | None = None
-    protection: Protection | None = None
+    meeting: PendingGroups | None = None
+    protection: SnapshotReplicator | None = None
     peers: PeerGroup | None = None
     transfer: TransferPlan | None = None
     replicated: frozenset[str] = frozenset()
@@ -98,7 +98,7 @@ class Prepared:
             self.peers.close()
 
 
-def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
+def prepare(workshop: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
     """Connect the peers of a move and the world after it, plan the move, and have memory for its shard. Collective over
     all who are involved.
 
@@ -116,7 +116,7 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
     meeting = workshop.meet(store, plan) if workshop.me in plan.world else None
     protection = workshop.protect(store, plan) if workshop.me in plan.world else None
     if source is None:
-        return Prepared(plan, store, meeting, protection)
+        return PreparedTransition(plan, store, meeting, protection)
     old = workshop.layout(source.world, source.placement)
     if source.holders != source.world.members:
         old = layout_of_cut(old, source.holders)
@@ -127,16 +127,16 @@ def prepare(workshop: Workshop, plan: GenerationPlan) -> Prepared:
         rank = plan.world.rank_of(workshop.me)
         reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
-    return Prepared(plan, store, meeting, protection, peers, transfer, replicated)
+    return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated)
 
 
-def announce(prepared: Prepared, progress: Progress, records: Sequence[StepRecord]) -> None:
+def announce(prepared: PreparedTransition, progress: Progress, records: Sequence[StepRecord]) -> None:
     """Tell the newcomers that the fence is reached, and where training stands. RuntimeError: the store died."""
     told = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-TOLD_RECORDS:]]}
     prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(told))
 
 
-def announced(prepared: Prepared, timeout_s: float) -> Standing | None:
+def announced(prepared: PreparedTransition, timeout_s: float) -> FenceState | None:
     """Where training stood at the fence; None if it isn't reached within `timeout_s`. Raises RuntimeError if the store
     died."""
     store, key = prepared.store, prepared.plan.store_prefix + "/fence"
@@ -147,11 +147,11 @@ def announced(prepared: Prepared, timeout_s: float) -> Standing | None:
         time.sleep(ASK_AGAIN_S)
     told = json.loads(store.get(key))
     records = tuple(from_plain(StepRecord, plain) for plain in told["records"])
-    return Standing(Progress.from_json(told["progress"]), records)
+    return FenceState(Progress.from_json(told["progress"]), records)
 
 
 def first_shard(
-    workshop: Workshop, prepared: Prepared, sampler: str, between: Callable[[], None] = nothing
+    workshop: ShardFactory, prepared: PreparedTransition, sampler: str, between: Callable[[], None] = noop
 ) -> tuple[Shard, Progress, Handover]:
     """The first generation's shard: made from the seed, read from another's model, or from a checkpoint. Collective
     over its members.
@@ -176,7 +176,7 @@ def first_shard(
 
 
 def _fill_first(
-    workshop: Workshop, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
+    workshop: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
 ) -> Progress:
     progress = Progress(-1, 0, sampler)
     if plan.restore is not None:
@@ -206,7 +206,11 @@ def _closed_if_not_filled(shard: Shard | None) -> Iterator[None]:
 
 
 def move(
-    workshop: Workshop, prepared: Prepared, held: Held | None, progress: Progress, recorded: StepRecord | None
+    workshop: ShardFactory,
+    prepared: PreparedTransition,
+    held: Held | None,
+    progress: Progress,
+    recorded: StepRecord | None,
 ) -> tuple[Shard | None, Handover]:
     """Build the new shard and fill it. Collective over the old and the new members.
 
@@ -240,7 +244,7 @@ def move(
     clock.lap("build")
     identical, moved = None, 0.0
     with _closed_if_not_filled(shard):
-        carry_out(transfer, workshop.me, old, new, peers)
+        execute_transfer(transfer, workshop.me, old, new, peers)
         if shard is not None:
             shard.engine.loaded(progress.num_updates)
         clock.lap("transfer")
@@ -266,7 +270,7 @@ def _check_record(shard: Shard | None, recorded: StepRecord | None, peers: PeerG
     peers.reduce(known, dist.ReduceOp.MAX)
     if known.item() not in (UNKNOWN, found.item()):
         step = recorded.step if recorded is not None else "the move"
-        raise StateDoubtful(f"the state after step {step} is no longer what it was when the step was done")
+        raise DigestMismatch(f"the state after step {step} is no longer what it was when the step was done")
 
 
 class _Clock:
@@ -283,7 +287,7 @@ class _Clock:
 
 
 def _handover(
-    prepared: Prepared, progress: Progress, clock: _Clock, identical: bool | None, moved: float = 0.0
+    prepared: PreparedTransition, progress: Progress, clock: _Clock, identical: bool | None, moved: float = 0.0
 ) -> Handover:
     peers = prepared.peers
     return Handover(

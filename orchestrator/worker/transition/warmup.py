@@ -10,11 +10,11 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import MicroBatch
-from orchestrator.model.factory import alone
+from orchestrator.model.factory import single_rank
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 
@@ -29,12 +29,12 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
     small = spec.model.model_copy(update=sizes | {"num_expert_groups": 1, "top_k_groups": 1})
     store = HashStore()
     store.set_timeout(timedelta(seconds=30))
-    placement = Placement.balanced(small.num_experts, 1)
+    placement = ExpertPlacement.balanced(small.num_experts, 1)
     backend = "nccl" if device.type == "cuda" else "gloo"
     groups = connect(store, "warm-up", 0, placement, backend, address=address)
     try:
         with device:
-            model = MoELanguageModel(small, vocab_size, alone(small))
+            model = MoELanguageModel(small, vocab_size, single_rank(small))
             tokens_BU = torch.zeros(1, spec.train.sequence_length + 1, dtype=torch.int64)
         model.init_weights(0)
         engine = DeepSpeedEngineAdapter(model, spec.train, groups, device, spec.communication)

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.support.minimum import holdings, minimum_bytes
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.state_layout import training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
@@ -15,7 +15,7 @@ ONE, TWO = World(0, ("w0",)), World(1, ("w0", "w1"))
 
 
 def test_who_holds_what() -> None:
-    held = holdings(PARAMS, TWO, Placement.balanced(2, 2))
+    held = holdings(PARAMS, TWO, ExpertPlacement.balanced(2, 2))
     weights, moments = held["w1"]
     assert weights.tolist() == [True] * 20 + [False] * 3 + [True] * 5
     # 20 dense elements on 2 ranks: 32 with padding, 16 and 4.
@@ -24,18 +24,18 @@ def test_who_holds_what() -> None:
 
 
 def test_a_newcomer_gets_its_weights_and_its_part_of_the_moments() -> None:
-    bytes_moved = minimum_bytes(PARAMS, 7, ONE, Placement.balanced(2, 1), TWO, Placement.balanced(2, 2))
+    bytes_moved = minimum_bytes(PARAMS, 7, ONE, ExpertPlacement.balanced(2, 1), TWO, ExpertPlacement.balanced(2, 2))
     assert bytes_moved == 4 * ((20 + 5) + 2 * (4 + 5) + 7)
 
 
 def test_whoever_stays_gets_what_the_leaver_had_alone() -> None:
-    bytes_moved = minimum_bytes(PARAMS, 7, TWO, Placement.balanced(2, 2), ONE, Placement.balanced(2, 1))
+    bytes_moved = minimum_bytes(PARAMS, 7, TWO, ExpertPlacement.balanced(2, 2), ONE, ExpertPlacement.balanced(2, 1))
     assert bytes_moved == 4 * (5 + 2 * (4 + 5))
 
 
 def test_nothing_moves_where_nothing_changes() -> None:
     same = World(2, TWO.members)
-    assert minimum_bytes(PARAMS, 7, TWO, Placement.balanced(2, 2), same, Placement.balanced(2, 2)) == 0
+    assert minimum_bytes(PARAMS, 7, TWO, ExpertPlacement.balanced(2, 2), same, ExpertPlacement.balanced(2, 2)) == 0
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 3), (3, 1), (1, 2), (5, 7)], ids=str)
@@ -44,8 +44,8 @@ def test_the_planner_moves_no_more(sizes: tuple[int, int]) -> None:
     for expert in range(5):
         params += [ParamSpec(f"0.{expert}", 17, expert), ParamSpec(f"1.{expert}", 6, expert)]
     old, new = (World(n, tuple(f"w{i}" for i in range(size))) for n, size in enumerate(sizes))
-    placed = Placement.balanced(5, old.size)
-    placed_anew = Placement.rebalanced(placed, old, new)
+    placed = ExpertPlacement.balanced(5, old.size)
+    placed_anew = ExpertPlacement.rebalanced(placed, old, new)
     before = training_layout(params, placed, old, False, [("bias", 9)])
     after = training_layout(params, placed_anew, new, False, [("bias", 9)])
     wanted = minimum_bytes(params, 9, old, placed, new, placed_anew)

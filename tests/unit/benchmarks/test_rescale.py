@@ -9,13 +9,13 @@ from benchmarks.harness import Interval
 from benchmarks.rescale import effect_time, ratio_of, rel_gaps, transition_of
 from benchmarks.support.product import Request
 from benchmarks.support.trace import FinishedStep
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress
 from orchestrator.protocol.status import Rescale
 
 PLAN = GenerationPlan(
-    1, World(1, ("w0", "w1")), Placement.balanced(2, 2), None, None, "1/1", StoreAddress("127.0.0.1", 1)
+    1, World(1, ("w0", "w1")), ExpertPlacement.balanced(2, 2), None, None, "1/1", StoreAddress("127.0.0.1", 1)
 )
 REQUEST = Request(asked_time=9.5, rescale=Rescale(1, 1, 2, 4, "asked for", moved_bytes=100, state_identical=True))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.errors import ClusterUnreachable, NotFound, UsageError
 from orchestrator.protocol.codec import from_plain
-from orchestrator.protocol.messages import Target
+from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -50,17 +50,17 @@ class RecordedClient:
                 return status
         raise NotFound(f"this cluster has no run {run_id!r}")
 
-    def scale(self, run_id: str, workers: int | None) -> Target:
+    def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
         if workers is not None and workers > self.most:
             raise UsageError(f"{workers} workers are more than workers.max of {run_id}, which is {self.most}")
         return self._wish("scale", run_id, workers)
 
-    def pause(self, run_id: str) -> Target:
+    def pause(self, run_id: str) -> DesiredRunState:
         return self._wish("pause", run_id, None)
 
-    def cancel(self, run_id: str) -> Target:
+    def cancel(self, run_id: str) -> DesiredRunState:
         return self._wish("cancel", run_id, None)
 
-    def _wish(self, what: str, run_id: str, workers: int | None) -> Target:
+    def _wish(self, what: str, run_id: str, workers: int | None) -> DesiredRunState:
         self.wishes.append((what, run_id, workers))
-        return Target(seq=len(self.wishes), workers=workers or 0)
+        return DesiredRunState(seq=len(self.wishes), workers=workers or 0)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from orchestrator.cluster.auth import ALLOW_NO_TOKEN, check_head, check_jobs_port, check_token_file, is_loopback
-from orchestrator.cluster.jobs_api import JobPort
+from orchestrator.cluster.jobs_api import JobsApiClient
 from orchestrator.errors import ClusterUnreachable, NotAllowed
 
 OURS = [
@@ -49,7 +49,7 @@ def server() -> Iterator[Server]:
 def test_a_jobs_api_beyond_loopback_must_ask_for_a_token(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://{OURS[0]}:{server.server_port}"
     with pytest.raises(NotAllowed, match=rf"{url} asks for no token.* {ALLOW_NO_TOKEN}=1 .*Nothing was sent"):
-        JobPort(url)
+        JobsApiClient(url)
     check_jobs_port(f"http://localhost:{server.server_port}")
     monkeypatch.setenv(ALLOW_NO_TOKEN, "yes")
     with pytest.raises(NotAllowed):

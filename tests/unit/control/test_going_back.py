@@ -11,7 +11,7 @@ import pytest
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
-from orchestrator.run_records.checkpoints import DIRECTORY, LOOK_AGAIN_S, LookBack
+from orchestrator.run_records.checkpoints import DIRECTORY, LOOK_AGAIN_S, CheckpointFinder
 
 
 def _checkpoint(run_dir: Path, step: int) -> Path:
@@ -32,7 +32,7 @@ def _raises(error: OSError) -> Callable[[CheckpointReader], None]:
 def test_a_checkpoint_out_of_reach_is_waited_for_and_not_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    back = LookBack(tmp_path)
+    back = CheckpointFinder(tmp_path)
     for step in (9, 19):
         _checkpoint(tmp_path, step)
     with monkeypatch.context() as patched:
@@ -46,7 +46,7 @@ def test_a_checkpoint_out_of_reach_is_waited_for_and_not_passed_over(
 
 
 def test_a_checkpoint_whose_file_is_gone_or_is_none_is_passed_over(tmp_path: Path) -> None:
-    back = LookBack(tmp_path)
+    back = CheckpointFinder(tmp_path)
     paths = [_checkpoint(tmp_path, step) for step in (9, 19, 29)]
     next(paths[2].glob("shard-*")).unlink()
     shard = next(paths[1].glob("shard-*"))

@@ -7,9 +7,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from orchestrator.controller.recorder import Account
+from orchestrator.controller.recorder import StepRecorder
 from orchestrator.protocol.messages import Saturation
-from orchestrator.run_records.run_history import RunMemory, user_events
+from orchestrator.run_records.run_history import JournaledRun, user_events
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.journal import acquire_epoch
 from tests.unit.policy.imagined import limits_of
@@ -17,10 +17,10 @@ from tests.unit.policy.imagined import limits_of
 FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
 
 
-def _account(run_dir: Path) -> Account:
+def _account(run_dir: Path) -> StepRecorder:
     """Of a controller that has just come."""
-    memory = RunMemory(run_dir, acquire_epoch(run_dir), limits_of())
-    return Account("run", ModelSpec(), memory, Mock(), Mock(), Mock())
+    memory = JournaledRun(run_dir, acquire_epoch(run_dir), limits_of())
+    return StepRecorder("run", ModelSpec(), memory, Mock(), Mock(), Mock())
 
 
 def _told(run_dir: Path) -> list[tuple[Any, ...]]:

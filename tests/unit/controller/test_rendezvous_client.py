@@ -7,28 +7,28 @@ from typing import Any
 import pytest
 
 from orchestrator.controller import rendezvous_client
-from orchestrator.controller.rendezvous_client import NAME, StoreLink
-from orchestrator.controller.worker_group import Answer, Inbox
+from orchestrator.controller.rendezvous_client import NAME, RendezvousClient
+from orchestrator.controller.worker_group import CallResult, Inbox
 from orchestrator.protocol.messages import StoreAddress
 
 
 @pytest.fixture
-def link(tmp_path: Path) -> StoreLink:
-    made = StoreLink("run", tmp_path, "nobody:Nothing", Inbox())
+def link(tmp_path: Path) -> RendezvousClient:
+    made = RendezvousClient("run", tmp_path, "nobody:Nothing", Inbox())
     made._handle = object()  # it was asked
     return made
 
 
-def _answer(method: str, value: Any) -> Answer:
+def _answer(method: str, value: Any) -> CallResult:
     future: Future[Any] = Future()
     if isinstance(value, Exception):
         future.set_exception(value)
     else:
         future.set_result(value)
-    return Answer(NAME, method, future)
+    return CallResult(NAME, method, future)
 
 
-def test_a_store_that_died_has_no_address_until_it_is_back(link: StoreLink) -> None:
+def test_a_store_that_died_has_no_address_until_it_is_back(link: RendezvousClient) -> None:
     link.take(_answer("address", ("10.0.0.1", 4321)))
     assert link.address == StoreAddress("10.0.0.1", 4321)
     link.take(_answer("hold", RuntimeError("its process ended")))
@@ -40,13 +40,15 @@ def test_a_store_that_died_has_no_address_until_it_is_back(link: StoreLink) -> N
     assert link.address == StoreAddress("10.0.0.1", 9999)
 
 
-def test_a_store_that_another_controller_holds_is_still_there(link: StoreLink) -> None:
+def test_a_store_that_another_controller_holds_is_still_there(link: RendezvousClient) -> None:
     link.take(_answer("address", ("10.0.0.1", 4321)))
     link.take(_answer("hold", None))
     assert link.address is not None
 
 
-def test_a_store_that_never_comes_is_a_fault_with_its_reason(link: StoreLink, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_never_comes_is_a_fault_with_its_reason(
+    link: RendezvousClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rendezvous_client, "GIVE_UP_S", 0.0)
     link.take(_answer("address", RuntimeError("no port is free")))
     assert not link.fault

@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.controller.requests import Wishes
+from orchestrator.controller.requests import PendingRequests
 from orchestrator.controller.worker_group import Inbox
 from orchestrator.errors import UsageError
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.protocol.messages import Finish, Target
-from orchestrator.run_records.run_history import RunMemory
+from orchestrator.protocol.messages import DesiredRunState, Finish
+from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import acquire_epoch
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> RunMemory:
-    return RunMemory(tmp_path, acquire_epoch(tmp_path), RunLimits.of("run", JobSpec(name="run")))
+def memory(tmp_path: Path) -> JournaledRun:
+    return JournaledRun(tmp_path, acquire_epoch(tmp_path), RunLimits.of("run", JobSpec(name="run")))
 
 
-def _aim(wishes: Wishes, memory: RunMemory, finish: Finish, workers: int | None = None) -> Target:
+def _aim(wishes: PendingRequests, memory: JournaledRun, finish: Finish, workers: int | None = None) -> DesiredRunState:
     """Wish from another thread, and be the controller that takes it in."""
-    found: list[Target] = []
+    found: list[DesiredRunState] = []
     wisher = threading.Thread(target=lambda: found.append(wishes.aim(finish, "asked for", workers)), daemon=True)
     inbox = wishes._inbox
     wisher.start()
@@ -35,16 +35,16 @@ def _aim(wishes: Wishes, memory: RunMemory, finish: Finish, workers: int | None 
     return found[0]
 
 
-def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(memory: RunMemory) -> None:
-    wishes = Wishes("run", memory, Inbox())
+def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(memory: JournaledRun) -> None:
+    wishes = PendingRequests("run", memory, Inbox())
     assert _aim(wishes, memory, Finish.NO, 3).workers == 3
     paused = _aim(wishes, memory, Finish.PAUSE)
     assert (paused.seq, paused.workers, paused.finish) == (2, 3, Finish.PAUSE)
-    assert RunMemory(memory._run_dir, 1, RunLimits.of("run", JobSpec(name="run"))).state.target == paused
+    assert JournaledRun(memory._run_dir, 1, RunLimits.of("run", JobSpec(name="run"))).state.target == paused
 
 
-def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: RunMemory) -> None:
-    wishes = Wishes("run", memory, Inbox())
+def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRun) -> None:
+    wishes = PendingRequests("run", memory, Inbox())
     _aim(wishes, memory, Finish.PAUSE)
     for finish in (Finish.NO, Finish.CANCEL):
         with pytest.raises(UsageError, match="run run is ending"):

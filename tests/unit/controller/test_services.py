@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.controller.actor_classes import Parts
-from orchestrator.controller.services import Facilities
+from orchestrator.controller.actor_classes import ActorClasses
+from orchestrator.controller.services import RunServices
 from orchestrator.controller.worker_group import Inbox
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
@@ -15,19 +15,19 @@ KNOWN = PreparedData("/old/store-abc", 300, "/run/tokenizer.json")
 
 
 @pytest.fixture
-def facilities(tmp_path: Path) -> Facilities:
-    made = Facilities("run", tmp_path, JobSpec(name="run"), Parts(), 1, Inbox())
+def facilities(tmp_path: Path) -> RunServices:
+    made = RunServices("run", tmp_path, JobSpec(name="run"), ActorClasses(), 1, Inbox())
     made._known_data = KNOWN
     return made
 
 
-def test_a_store_that_was_lost_may_be_made_anew_elsewhere(facilities: Facilities) -> None:
+def test_a_store_that_was_lost_may_be_made_anew_elsewhere(facilities: RunServices) -> None:
     again = replace(KNOWN, store_dir="/new/store-abc")
     facilities._prepared(again)
     assert facilities.data == again and facilities.faults == ()
 
 
-def test_another_corpus_is_a_fault(facilities: Facilities) -> None:
+def test_another_corpus_is_a_fault(facilities: RunServices) -> None:
     facilities._prepared(replace(KNOWN, store_dir="/old/store-xyz"))
     assert facilities.data is None
     assert "/old/store-abc" in facilities.faults[0]

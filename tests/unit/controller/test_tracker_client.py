@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.controller.tracker_client import TrackerLink
-from orchestrator.controller.worker_group import Answer
+from orchestrator.controller.tracker_client import TrackerClient
+from orchestrator.controller.worker_group import CallResult
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import RunMemory
+from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, missing_calls
 from orchestrator.spec.job import JobSpec
@@ -30,7 +30,7 @@ DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "t
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of(steps=STEPS))
+    memory = JournaledRun(tmp_path, acquire_epoch(tmp_path), limits_of(steps=STEPS))
     memory.note("submitted", run_id="run")
     memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
     memory.note("rescaled", generation=1, from_size=2, to_size=3, step=40, stall_s=0.3, moved_bytes=7)
@@ -76,14 +76,14 @@ class Told:
         return Future()
 
 
-def _has_steps_up_to(step: int) -> Answer:
+def _has_steps_up_to(step: int) -> CallResult:
     answer: Future[int] = Future()
     answer.set_result(step)
-    return Answer("tracker", "position", answer)
+    return CallResult("tracker", "position", answer)
 
 
 def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) -> None:
-    link = TrackerLink("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, SimpleQueue())
+    link = TrackerClient("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, SimpleQueue())
     link._handle = tracker = Told()
     path = max((run_dir / "journal").iterdir())
     away = path.rename(run_dir / "away")

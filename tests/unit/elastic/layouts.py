@@ -3,16 +3,16 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
 Memory = dict[str, dict[int, np.ndarray]]  # worker -> tensor -> its values, NaN where it holds nothing
 
 
-def whole(kinds: list[Kind], numel: list[int], world: World, holders: list[tuple[int, ...]]) -> Layout:
+def whole(kinds: list[Kind], numel: list[int], world: World, holders: list[tuple[int, ...]]) -> StateLayout:
     """A layout of tensors that are held whole, with holders each, or sharded evenly over their holders."""
     names = tuple(f"t{i}" for i in range(len(kinds)))
     sets = sorted({tuple(sorted(ranks)) for ranks in holders})
@@ -24,7 +24,7 @@ def whole(kinds: list[Kind], numel: list[int], world: World, holders: list[tuple
         if kind == Kind.SHARDED:
             cuts = [size * i // len(ranks) for i in range(len(ranks) + 1)]
             shards += [(tensor, a, b, r) for r, a, b in zip(ranks, cuts[:-1], cuts[1:], strict=True) if a < b]
-    return Layout(
+    return StateLayout(
         world=world,
         names=names,
         numel=np.array(numel, dtype=np.int64),
@@ -43,7 +43,7 @@ def worlds(draw: st.DrawFn, generation: int) -> World:
 
 
 @st.composite
-def free_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
+def free_pairs(draw: st.DrawFn) -> tuple[StateLayout, StateLayout]:
     """Any kinds, any holders, in any order of ranks."""
     kinds = draw(st.lists(st.sampled_from(Kind), max_size=5))
     numel = [draw(st.integers(1, 12)) for _ in kinds]
@@ -57,7 +57,7 @@ def free_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
 
 
 @st.composite
-def training_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
+def training_pairs(draw: st.DrawFn) -> tuple[StateLayout, StateLayout]:
     """Training states before and after a rescale: balanced placements, or uneven ones with ranks that hold nothing."""
     num_experts = draw(st.integers(1, 4))
     params = [
@@ -67,9 +67,9 @@ def training_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
     mixed_precision = draw(st.booleans())
     old, new = draw(worlds(0)), draw(worlds(1))
     ranks = st.sets(st.integers(0, old.size - 1), min_size=1).map(lambda s: tuple(sorted(s)))
-    uneven = st.tuples(*[ranks] * num_experts).map(lambda holders: Placement(num_experts, old.size, holders))
-    before = draw(st.just(Placement.balanced(num_experts, old.size)) | uneven)
-    after = Placement.rebalanced(before, old, new)
+    uneven = st.tuples(*[ranks] * num_experts).map(lambda holders: ExpertPlacement(num_experts, old.size, holders))
+    before = draw(st.just(ExpertPlacement.balanced(num_experts, old.size)) | uneven)
+    after = ExpertPlacement.rebalanced(before, old, new)
     return (
         training_layout(params, before, old, mixed_precision, [("bias", 2)]),
         training_layout(params, after, new, mixed_precision, [("bias", 2)]),
@@ -79,7 +79,7 @@ def training_pairs(draw: st.DrawFn) -> tuple[Layout, Layout]:
 pairs = free_pairs() | training_pairs()
 
 
-def elements(layout: Layout) -> set[tuple[int, int, str]]:
+def elements(layout: StateLayout) -> set[tuple[int, int, str]]:
     """(tensor, element, worker) for everything that is held."""
     return {
         (tensor, i, worker)
@@ -89,7 +89,7 @@ def elements(layout: Layout) -> set[tuple[int, int, str]]:
     }
 
 
-def fill(layout: Layout) -> Memory:
+def fill(layout: StateLayout) -> Memory:
     """Every element its own value; the ranks' values of a partial tensor differ. Whole numbers, so sums are exact."""
     memory: Memory = {worker: {} for worker in layout.world.members}
     line = np.append(0, np.cumsum(layout.numel))

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 
 WORKERS = "abcdefg"
 
 
-def counts(placement: Placement) -> list[int]:
+def counts(placement: ExpertPlacement) -> list[int]:
     """Experts per rank, or ranks per expert where ranks outnumber experts."""
     if placement.num_experts >= placement.world_size:
         return [len(placement.experts_of(rank)) for rank in range(placement.world_size)]
     return [len(ranks) for ranks in placement.holders]
 
 
-def is_balanced(placement: Placement) -> bool:
+def is_balanced(placement: ExpertPlacement) -> bool:
     if placement.num_experts >= placement.world_size:
         once = all(len(ranks) == 1 for ranks in placement.holders)
     else:
@@ -29,7 +29,7 @@ def is_balanced(placement: Placement) -> bool:
     return once and max(counts(placement)) - min(counts(placement)) <= 1
 
 
-def every_balanced(num_experts: int, world_size: int) -> Iterator[Placement]:
+def every_balanced(num_experts: int, world_size: int) -> Iterator[ExpertPlacement]:
     num_items, num_bins = max(num_experts, world_size), min(num_experts, world_size)
     for bins in itertools.product(range(num_bins), repeat=num_items):
         holders: list[tuple[int, ...]]
@@ -38,12 +38,12 @@ def every_balanced(num_experts: int, world_size: int) -> Iterator[Placement]:
         else:
             holders = [tuple(r for r, e in enumerate(bins) if e == expert) for expert in range(num_experts)]
         if all(holders):
-            placement = Placement(num_experts, world_size, tuple(holders))
+            placement = ExpertPlacement(num_experts, world_size, tuple(holders))
             if is_balanced(placement):
                 yield placement
 
 
-def pairs(placement: Placement, world: World) -> set[tuple[int, str]]:
+def pairs(placement: ExpertPlacement, world: World) -> set[tuple[int, str]]:
     return {(e, world.members[rank]) for e, ranks in enumerate(placement.holders) for rank in ranks}
 
 
@@ -54,9 +54,9 @@ def worlds(draw: st.DrawFn, generation: int, max_size: int = 5) -> World:
 
 
 @st.composite
-def placements(draw: st.DrawFn, num_experts: int, world_size: int) -> Placement:
+def placements(draw: st.DrawFn, num_experts: int, world_size: int) -> ExpertPlacement:
     ranks = st.sets(st.integers(0, world_size - 1), min_size=1)
-    return Placement(num_experts, world_size, tuple(tuple(sorted(draw(ranks))) for _ in range(num_experts)))
+    return ExpertPlacement(num_experts, world_size, tuple(tuple(sorted(draw(ranks))) for _ in range(num_experts)))
 
 
 @pytest.mark.parametrize(
@@ -69,18 +69,18 @@ def placements(draw: st.DrawFn, num_experts: int, world_size: int) -> Placement:
     ],
 )
 def test_balanced_is_contiguous(num_experts: int, world_size: int, holders: tuple[tuple[int, ...], ...]) -> None:
-    assert Placement.balanced(num_experts, world_size).holders == holders
+    assert ExpertPlacement.balanced(num_experts, world_size).holders == holders
 
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_balanced_is_balanced_and_has_one_colour(num_experts: int, world_size: int) -> None:
-    placement = Placement.balanced(num_experts, world_size)
+    placement = ExpertPlacement.balanced(num_experts, world_size)
     assert is_balanced(placement)
     assert placement.groups() == (tuple(sorted(set(placement.holders))),)
 
 
-def lacking(placement: Placement, nodes: Sequence[str]) -> int:
+def lacking(placement: ExpertPlacement, nodes: Sequence[str]) -> int:
     """Experts that nodes lack, of those that they could have."""
     held = {(nodes[rank], expert) for expert, ranks in enumerate(placement.holders) for rank in ranks}
     could = sum(min(number, placement.num_experts) for number in Counter(nodes).values())
@@ -90,12 +90,12 @@ def lacking(placement: Placement, nodes: Sequence[str]) -> int:
 @settings(deadline=None)
 @given(st.integers(1, 12), st.lists(st.sampled_from("xyz"), min_size=1, max_size=24))
 def test_balanced_gives_every_node_as_many_experts_as_it_can_have(num_experts: int, nodes: list[str]) -> None:
-    placement = Placement.balanced(num_experts, len(nodes), nodes)
+    placement = ExpertPlacement.balanced(num_experts, len(nodes), nodes)
     assert is_balanced(placement)
     if num_experts < len(nodes) and len(set(nodes)) > 1:
         assert lacking(placement, nodes) == 0
     else:
-        assert placement == Placement.balanced(num_experts, len(nodes))
+        assert placement == ExpertPlacement.balanced(num_experts, len(nodes))
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_balanced_gives_every_node_as_many_experts_as_it_can_have(num_experts: i
 @pytest.mark.parametrize("num_experts", [2, 3, 4])
 def test_newcomers_take_what_their_node_lacks(num_experts: int, old_nodes: str, new_nodes: str) -> None:
     old, new = World(0, tuple("abcdefgh"[: len(old_nodes)])), World(1, tuple("abcdefgh"[: len(new_nodes)]))
-    previous = Placement.balanced(num_experts, old.size, old_nodes)
-    placement = Placement.rebalanced(previous, old, new, new_nodes)
+    previous = ExpertPlacement.balanced(num_experts, old.size, old_nodes)
+    placement = ExpertPlacement.rebalanced(previous, old, new, new_nodes)
     assert is_balanced(placement)
     assert lacking(placement, new_nodes) == 0
 
@@ -122,11 +122,11 @@ def test_newcomers_take_what_their_node_lacks(num_experts: int, old_nodes: str, 
 def test_rebalanced_places_the_fewest_new_pairs(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 5))
     old, new = data.draw(worlds(0)), data.draw(worlds(1))
-    previous = data.draw(placements(num_experts, old.size) | st.just(Placement.balanced(num_experts, old.size)))
+    previous = data.draw(placements(num_experts, old.size) | st.just(ExpertPlacement.balanced(num_experts, old.size)))
     held = pairs(previous, old)
 
     nodes = data.draw(st.just([]) | st.lists(st.sampled_from("xyz"), min_size=new.size, max_size=new.size))
-    placement = Placement.rebalanced(previous, old, new, nodes)
+    placement = ExpertPlacement.rebalanced(previous, old, new, nodes)
 
     assert is_balanced(placement)
     fewest = min(len(pairs(other, new) - held) for other in every_balanced(num_experts, new.size))
@@ -136,9 +136,9 @@ def test_rebalanced_places_the_fewest_new_pairs(data: st.DataObject) -> None:
 @settings(deadline=None)
 @given(st.integers(1, 12), st.lists(worlds(0, max_size=7), min_size=2, max_size=6))
 def test_a_chain_of_rebalances_stays_balanced(num_experts: int, chain: list[World]) -> None:
-    placement = Placement.balanced(num_experts, chain[0].size)
+    placement = ExpertPlacement.balanced(num_experts, chain[0].size)
     for old, new in itertools.pairwise(chain):
-        placement = Placement.rebalanced(placement, old, new)
+        placement = ExpertPlacement.rebalanced(placement, old, new)
         assert is_balanced(placement)
 
 
@@ -146,8 +146,8 @@ def test_a_chain_of_rebalances_stays_balanced(num_experts: int, chain: list[Worl
 @given(st.integers(1, 12), worlds(0, max_size=7), st.randoms(use_true_random=False))
 def test_renumbered_ranks_keep_their_experts(num_experts: int, old: World, random) -> None:  # type: ignore[no-untyped-def]
     new = World(1, tuple(random.sample(old.members, old.size)))
-    previous = Placement.balanced(num_experts, old.size)
-    assert pairs(Placement.rebalanced(previous, old, new), new) == pairs(previous, old)
+    previous = ExpertPlacement.balanced(num_experts, old.size)
+    assert pairs(ExpertPlacement.rebalanced(previous, old, new), new) == pairs(previous, old)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_renumbered_ranks_keep_their_experts(num_experts: int, old: World, rando
 )
 def test_holders_make_room_for_each_other(holders: tuple[tuple[int, ...], ...], kept: tuple[tuple[int], ...]) -> None:
     world = World(0, tuple(WORKERS[: 1 + max(max(ranks) for ranks in holders)]))
-    previous = Placement(len(holders), world.size, holders)
-    assert Placement.rebalanced(previous, world, world).holders == kept
+    previous = ExpertPlacement(len(holders), world.size, holders)
+    assert ExpertPlacement.rebalanced(previous, world, world).holders == kept
 
 
 @settings(deadline=None)
@@ -198,7 +198,7 @@ def test_tokens_stay_on_their_rank_or_else_on_their_node_where_they_can(
     ],
 )
 def test_senders_spread_over_the_replicas(holders: tuple[int, ...], nodes: str, receivers: tuple[int, ...]) -> None:
-    destinations = Placement(1, 6, (holders,)).destinations(nodes)
+    destinations = ExpertPlacement(1, 6, (holders,)).destinations(nodes)
     assert tuple(to for (to,) in destinations) == receivers
 
 
@@ -219,7 +219,7 @@ def test_colours_hold_every_set_once_and_are_disjoint(num_experts: int, world_si
 
 
 def test_overlapping_sets_get_colours_of_their_own() -> None:
-    placement = Placement(3, 4, ((0, 1), (1, 2), (2,)))
+    placement = ExpertPlacement(3, 4, ((0, 1), (1, 2), (2,)))
     assert placement.groups() == (((0, 1), (2,)), ((1, 2),))
     assert placement.colour_of(1) == 1
     assert placement.experts_of(3) == ()
@@ -237,11 +237,11 @@ def test_overlapping_sets_get_colours_of_their_own() -> None:
 )
 def test_impossible_holders_are_refused(holders: tuple[tuple[int, ...], ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Placement(2, 2, holders)
+        ExpertPlacement(2, 2, holders)
 
 
 def test_impossible_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="0 experts on 2 ranks"):
-        Placement.balanced(0, 2)
+        ExpertPlacement.balanced(0, 2)
     with pytest.raises(ValueError, match="for 2 ranks; its world has 1"):
-        Placement.rebalanced(Placement.balanced(3, 2), World(0, ("a",)), World(1, ("b",)))
+        ExpertPlacement.rebalanced(ExpertPlacement.balanced(3, 2), World(0, ("a",)), World(1, ("b",)))

@@ -5,11 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.recovery_point import Cut, Holding, layout_of_cut, newest_cut, placement_of_cut, world_of
+from orchestrator.elastic.recovery_point import (
+    Holding,
+    RecoveryPoint,
+    find_recovery_point,
+    layout_of_cut,
+    placement_of_cut,
+    world_of,
+)
 from orchestrator.elastic.snapshot_layout import ALIGNMENT, SnapshotFormat, buddies_of
-from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
@@ -23,37 +30,37 @@ def _held(**of: list[tuple[int, int]]) -> dict[str, tuple[Holding, ...]]:
 
 def test_the_newest_step_that_is_whole_counts() -> None:
     held = _held(a=[(7, 0), (8, 0), (7, 2), (8, 2)], b=[(7, 1), (7, 0)])
-    assert newest_cut([WORLD], held) == Cut(3, 7, ("a", "b", "a"))
+    assert find_recovery_point([WORLD], held) == RecoveryPoint(3, 7, ("a", "b", "a"))
 
 
 def test_a_rank_stands_for_itself_if_it_can() -> None:
     held = _held(a=[(7, 0), (7, 2)], b=[(7, 1), (7, 0)], c=[(7, 2), (7, 1)])
-    assert newest_cut([WORLD], held) == Cut(3, 7, ("a", "b", "c"))
+    assert find_recovery_point([WORLD], held) == RecoveryPoint(3, 7, ("a", "b", "c"))
 
 
 def test_nothing_is_whole() -> None:
-    assert newest_cut([WORLD], _held(a=[(7, 0), (8, 2)], b=[(7, 1)])) is None
-    assert newest_cut([World(4, ("a", "b", "c"))], _held(a=[(7, 0)], b=[(7, 1)], c=[(7, 2)])) is None
+    assert find_recovery_point([WORLD], _held(a=[(7, 0), (8, 2)], b=[(7, 1)])) is None
+    assert find_recovery_point([World(4, ("a", "b", "c"))], _held(a=[(7, 0)], b=[(7, 1)], c=[(7, 2)])) is None
 
 
 def test_snapshots_of_others_alone_are_not_enough() -> None:
     """They lack what every rank of the world had."""
     world = World(3, ("a", "b"))
-    assert newest_cut([world], {"c": (Holding(3, 7, 0), Holding(3, 7, 1))}) is None
+    assert find_recovery_point([world], {"c": (Holding(3, 7, 0), Holding(3, 7, 1))}) is None
 
 
 def test_at_the_same_step_the_newer_generation_counts() -> None:
     old, new = World(2, ("a",)), World(3, ("a",))
     held = {"a": (Holding(2, 7, 0), Holding(3, 7, 0))}
-    assert newest_cut([old, new], held) == Cut(3, 7, ("a",))
+    assert find_recovery_point([old, new], held) == RecoveryPoint(3, 7, ("a",))
 
 
 @st.composite
-def _lost(draw: st.DrawFn) -> tuple[Layout, Placement, list[str], tuple[str, ...]]:
+def _lost(draw: st.DrawFn) -> tuple[StateLayout, ExpertPlacement, list[str], tuple[str, ...]]:
     """A layout of some world, and who holds its ranks' shards when some members, none of them buddies, are gone."""
     size, experts = draw(st.integers(2, 7)), draw(st.integers(1, 9))
     world = World(0, tuple(f"w{i}" for i in range(size)))
-    placement = Placement.balanced(experts, size)
+    placement = ExpertPlacement.balanced(experts, size)
     numels = draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
     params = [ParamSpec(f"dense{i}", n, None) for i, n in enumerate(numels)]
     params += [ParamSpec(f"expert{e}", draw(st.integers(1, 30)), e) for e in range(experts)]
@@ -69,14 +76,14 @@ def _lost(draw: st.DrawFn) -> tuple[Layout, Placement, list[str], tuple[str, ...
 
 @given(_lost())
 def test_survivors_have_all_that_any_new_world_needs(
-    lost: tuple[Layout, Placement, list[str], tuple[str, ...]],
+    lost: tuple[StateLayout, ExpertPlacement, list[str], tuple[str, ...]],
 ) -> None:
     layout, placement, holders, survivors = lost
     cut = layout_of_cut(layout, holders)
     assert set(cut.world.members) == set(survivors)
     new_world = World(1, survivors)
     before = placement_of_cut(placement, holders)
-    again = Placement.rebalanced(before, world_of(0, holders), new_world)
+    again = ExpertPlacement.rebalanced(before, world_of(0, holders), new_world)
     params = [
         ParamSpec(
             name.removeprefix("param/"),
@@ -97,7 +104,7 @@ def test_survivors_have_all_that_any_new_world_needs(
         ), f"{plan.workers[source]} does not hold {plan.names[tensor]}[{start}:{stop}]"
 
 
-def _really_held(layout: Layout, holders: list[str], worker: str) -> list[tuple[str, int, int]]:
+def _really_held(layout: StateLayout, holders: list[str], worker: str) -> list[tuple[str, int, int]]:
     """What lies in a worker's memory: its own shard, and the shared part of others' snapshots."""
     found = []
     for rank, holder in enumerate(holders):
@@ -111,7 +118,7 @@ def _really_held(layout: Layout, holders: list[str], worker: str) -> list[tuple[
 
 @given(_lost())
 def test_a_snapshot_has_all_of_a_shard_and_shares_what_no_other_rank_has(
-    lost: tuple[Layout, Placement, list[str], tuple[str, ...]],
+    lost: tuple[StateLayout, ExpertPlacement, list[str], tuple[str, ...]],
 ) -> None:
     layout = lost[0]
     for rank, worker in enumerate(layout.world.members):
@@ -129,7 +136,7 @@ def test_a_snapshot_has_all_of_a_shard_and_shares_what_no_other_rank_has(
 
 
 def test_nobody_stands_for_himself() -> None:
-    layout = training_layout([ParamSpec("w", 4, None)], Placement.balanced(1, 2), World(0, ("a", "b")), False, [])
+    layout = training_layout([ParamSpec("w", 4, None)], ExpertPlacement.balanced(1, 2), World(0, ("a", "b")), False, [])
     assert np.array_equal(layout_of_cut(layout, ["a", "a"]).bytes_per_rank(), [4 * 4 + 2 * 4 * 4])
     with pytest.raises(ValueError, match="hold only others' shards"):
         layout_of_cut(layout, ["b", "a"])

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
 
 
-def plain_owners(params: list[ParamSpec], placement: Placement, bucket: float) -> dict[tuple[str, int], int]:
+def plain_owners(params: list[ParamSpec], placement: ExpertPlacement, bucket: float) -> dict[tuple[str, int], int]:
     """The rank that optimizes each (parameter, element): flatten each bucket, pad it, cut it evenly."""
     groups: dict[tuple[str, tuple[int, ...], int], list[tuple[str, int]]] = defaultdict(list)
     number: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
@@ -35,11 +35,11 @@ def plain_owners(params: list[ParamSpec], placement: Placement, bucket: float) -
 
 
 @st.composite
-def models(draw: st.DrawFn) -> tuple[list[ParamSpec], Placement]:
+def models(draw: st.DrawFn) -> tuple[list[ParamSpec], ExpertPlacement]:
     num_experts, world_size = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     ranks = st.sets(st.integers(0, world_size - 1), min_size=1).map(lambda s: tuple(sorted(s)))
-    uneven = st.tuples(*[ranks] * num_experts).map(lambda holders: Placement(num_experts, world_size, holders))
-    placement = draw(uneven | st.just(Placement.balanced(num_experts, world_size)))
+    uneven = st.tuples(*[ranks] * num_experts).map(lambda holders: ExpertPlacement(num_experts, world_size, holders))
+    placement = draw(uneven | st.just(ExpertPlacement.balanced(num_experts, world_size)))
     shapes = draw(st.lists(st.tuples(st.integers(1, 9), st.none() | st.integers(0, num_experts - 1)), max_size=8))
     return [ParamSpec(f"p{i}", numel, expert) for i, (numel, expert) in enumerate(shapes)], placement
 
@@ -51,7 +51,7 @@ def world_of(size: int) -> World:
 @settings(deadline=None)
 @given(models(), st.booleans(), st.integers(1, 40))
 def test_every_element_lies_where_zero_puts_it(
-    model: tuple[list[ParamSpec], Placement], mixed_precision: bool, bucket: int
+    model: tuple[list[ParamSpec], ExpertPlacement], mixed_precision: bool, bucket: int
 ) -> None:
     params, placement = model
     world = world_of(placement.world_size)
@@ -84,31 +84,33 @@ def test_every_element_lies_where_zero_puts_it(
 
 def test_item_sizes_and_kinds() -> None:
     params = [ParamSpec("w", 4, None), ParamSpec("e", 2, 0)]
-    mixed = training_layout(params, Placement.balanced(1, 2), world_of(2), True, [("bias", 1)])
+    mixed = training_layout(params, ExpertPlacement.balanced(1, 2), world_of(2), True, [("bias", 1)])
     seen = {n: (i, Kind(k)) for n, i, k in zip(mixed.names, mixed.itemsize.tolist(), mixed.kind.tolist(), strict=True)}
     assert seen["param/e"] == (2, Kind.REPLICATED)
     assert seen["master/e"] == seen["exp_avg/w"] == seen["exp_avg_sq/w"] == (4, Kind.SHARDED)
     assert seen["buffer/bias"] == (4, Kind.REPLICATED)
-    full = training_layout(params, Placement.balanced(1, 2), world_of(2), False, [])
+    full = training_layout(params, ExpertPlacement.balanced(1, 2), world_of(2), False, [])
     assert set(full.itemsize.tolist()) == {4}
     assert not any(name.startswith("master/") for name in full.names)
 
 
 def test_names_do_not_depend_on_the_world() -> None:
     params = [ParamSpec("e0", 2, 0), ParamSpec("w", 4, None), ParamSpec("e1", 2, 1)]
-    names = {training_layout(params, Placement.balanced(2, n), world_of(n), True, [("b", 1)]).names for n in (1, 2, 5)}
+    names = {
+        training_layout(params, ExpertPlacement.balanced(2, n), world_of(n), True, [("b", 1)]).names for n in (1, 2, 5)
+    }
     assert len(names) == 1
 
 
 def test_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="placement is for 2 ranks; the world has 3"):
-        training_layout([], Placement.balanced(2, 2), world_of(3), False, [])
+        training_layout([], ExpertPlacement.balanced(2, 2), world_of(3), False, [])
     with pytest.raises(ValueError, match="e belongs to expert 2"):
-        training_layout([ParamSpec("e", 1, 2)], Placement.balanced(2, 2), world_of(2), False, [])
+        training_layout([ParamSpec("e", 1, 2)], ExpertPlacement.balanced(2, 2), world_of(2), False, [])
     with pytest.raises(ValueError, match="w has 0 elements"):
         ParamSpec("w", 0, None)
     with pytest.raises(ValueError, match=r"\['param/w'"):
-        training_layout([ParamSpec("w", 1, None)] * 2, Placement.balanced(1, 1), world_of(1), False, [])
+        training_layout([ParamSpec("w", 1, None)] * 2, ExpertPlacement.balanced(1, 1), world_of(1), False, [])
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_mistakes_are_refused() -> None:
 )
 def test_shards_that_do_not_cover_are_refused(shards: list[tuple[int, int, int, int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Layout(
+        StateLayout(
             world=world_of(2),
             names=("t",),
             numel=np.array([4]),

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
 from orchestrator.elastic.transfer_plan import StateLost, TransferPlan
 from orchestrator.elastic.world import World
 from tests.unit.elastic.layouts import elements, execute, fill, free_pairs, pairs, whole
@@ -19,7 +19,7 @@ from tests.unit.elastic.layouts import elements, execute, fill, free_pairs, pair
 
 @settings(deadline=None)
 @given(pairs)
-def test_executing_a_plan_gives_the_new_layout(pair: tuple[Layout, Layout]) -> None:
+def test_executing_a_plan_gives_the_new_layout(pair: tuple[StateLayout, StateLayout]) -> None:
     old, new = pair
     before = fill(old)
     after = execute(TransferPlan.between(old, new), before, old.numel)
@@ -42,7 +42,7 @@ def test_executing_a_plan_gives_the_new_layout(pair: tuple[Layout, Layout]) -> N
 
 @settings(deadline=None)
 @given(pairs)
-def test_every_new_holder_gets_each_element_once_and_from_a_holder(pair: tuple[Layout, Layout]) -> None:
+def test_every_new_holder_gets_each_element_once_and_from_a_holder(pair: tuple[StateLayout, StateLayout]) -> None:
     old, new = pair
     plan = TransferPlan.between(old, new)
     held = elements(old)
@@ -64,7 +64,7 @@ def test_every_new_holder_gets_each_element_once_and_from_a_holder(pair: tuple[L
 
 @settings(deadline=None)
 @given(pairs)
-def test_moved_bytes_are_the_minimum(pair: tuple[Layout, Layout]) -> None:
+def test_moved_bytes_are_the_minimum(pair: tuple[StateLayout, StateLayout]) -> None:
     old, new = pair
     held, needed = elements(old), elements(new)
     minimum_bytes = 0
@@ -77,7 +77,9 @@ def test_moved_bytes_are_the_minimum(pair: tuple[Layout, Layout]) -> None:
 
 @settings(deadline=None)
 @given(pairs)
-def test_every_move_lies_in_one_held_range_at_both_ends_and_runs_are_merged(pair: tuple[Layout, Layout]) -> None:
+def test_every_move_lies_in_one_held_range_at_both_ends_and_runs_are_merged(
+    pair: tuple[StateLayout, StateLayout],
+) -> None:
     old, new = pair
     plan = TransferPlan.between(old, new)
     ranges = {(side, w): layout.ranges_of(w).tolist() for side, layout in enumerate(pair) for w in layout.world.members}
@@ -117,7 +119,7 @@ def test_holders_of_a_replicated_tensor_share_the_load(num_old: int, num_joining
 
 @settings(deadline=None)
 @given(free_pairs(), st.data())
-def test_only_available_workers_are_sources(pair: tuple[Layout, Layout], data: st.DataObject) -> None:
+def test_only_available_workers_are_sources(pair: tuple[StateLayout, StateLayout], data: st.DataObject) -> None:
     old, new = pair
     available = data.draw(st.sets(st.sampled_from(old.world.members)))
     held = elements(old)
@@ -179,8 +181,8 @@ def test_a_worker_s_rows_are_sorted_and_the_same_at_both_ends() -> None:
     params = [ParamSpec(f"p{i}", 10 + i, None) for i in range(6)]
     old, new = World(0, ("a", "b", "c")), World(1, ("d", "c", "b", "e", "f"))
     plan = TransferPlan.between(
-        training_layout(params, Placement.balanced(1, 3), old, True, []),
-        training_layout(params, Placement.balanced(1, 5), new, True, []),
+        training_layout(params, ExpertPlacement.balanced(1, 3), old, True, []),
+        training_layout(params, ExpertPlacement.balanced(1, 5), new, True, []),
     )
     parts = {worker: plan.for_worker(worker) for worker in plan.workers}
     num_rows = 0
@@ -195,7 +197,7 @@ def test_a_worker_s_rows_are_sorted_and_the_same_at_both_ends() -> None:
 def test_nothing_moves_when_nothing_changes() -> None:
     world = World(0, ("a", "b", "c"))
     params = [ParamSpec("w", 100, None), ParamSpec("e0", 9, 0), ParamSpec("e1", 9, 1)]
-    layout = training_layout(params, Placement.balanced(2, 3), world, True, [("bias", 4)])
+    layout = training_layout(params, ExpertPlacement.balanced(2, 3), world, True, [("bias", 4)])
     plan = TransferPlan.between(layout, layout)
     assert (plan.moved_bytes, len(plan.moves), len(plan.zeros)) == (0, 0, 0)
 
@@ -218,8 +220,8 @@ def test_a_thousand_ranks_are_planned_in_two_seconds(first: int, last: int) -> N
     old, new = World(0, workers[:1024]), World(1, workers[first:last])
 
     start_s = time.process_time()
-    before = Placement.balanced(64, old.size)
-    after = Placement.rebalanced(before, old, new)
+    before = ExpertPlacement.balanced(64, old.size)
+    after = ExpertPlacement.rebalanced(before, old, new)
     plan = TransferPlan.between(
         training_layout(params, before, old, True, buffers), training_layout(params, after, new, True, buffers)
     )

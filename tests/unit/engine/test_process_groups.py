@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.param_groups import group_name, groups_of
-from orchestrator.engine.process_groups import Groups, connect, disconnect
+from orchestrator.engine.process_groups import ProcessGroups, connect, disconnect
 from orchestrator.model.base import expert_of
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
@@ -21,12 +21,12 @@ SPEC = ModelSpec(hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, num_e
 
 
 @pytest.fixture
-def alone() -> Iterator[Groups]:
-    yield connect(HashStore(), "test", 0, Placement.balanced(3, 1), "gloo")
+def alone() -> Iterator[ProcessGroups]:
+    yield connect(HashStore(), "test", 0, ExpertPlacement.balanced(3, 1), "gloo")
     disconnect()
 
 
-def test_a_world_of_one_exchanges_with_nobody(alone: Groups) -> None:
+def test_a_world_of_one_exchanges_with_nobody(alone: ProcessGroups) -> None:
     assert alone.exchange is None
     assert (alone.rank, alone.world_size) == (0, 1)
     assert alone.replicas == (alone.world,)
@@ -35,7 +35,7 @@ def test_a_world_of_one_exchanges_with_nobody(alone: Groups) -> None:
 def test_generations_may_follow_each_other_on_one_store() -> None:
     store = HashStore()
     for generation in range(3):
-        groups = connect(store, f"1/{generation}", 0, Placement.balanced(3, 1), "gloo")
+        groups = connect(store, f"1/{generation}", 0, ExpertPlacement.balanced(3, 1), "gloo")
         total = torch.ones(1)
         dist.all_reduce(total, group=groups.world)
         assert total.item() == 1
@@ -47,19 +47,19 @@ def test_generations_may_follow_each_other_on_one_store() -> None:
 @pytest.mark.parametrize(
     "placement",
     [
-        pytest.param(Placement.balanced(3, 2), id="uneven"),
-        pytest.param(Placement(3, 2, ((0,), (0,), (0,))), id="a rank without experts"),
-        pytest.param(Placement(3, 3, ((0, 1), (1, 2), (0,))), id="overlapping holders"),
+        pytest.param(ExpertPlacement.balanced(3, 2), id="uneven"),
+        pytest.param(ExpertPlacement(3, 2, ((0,), (0,), (0,))), id="a rank without experts"),
+        pytest.param(ExpertPlacement(3, 3, ((0, 1), (1, 2), (0,))), id="overlapping holders"),
     ],
 )
-def test_groups_hold_what_lies_on_the_same_ranks(alone: Groups, placement: Placement) -> None:
+def test_groups_hold_what_lies_on_the_same_ranks(alone: ProcessGroups, placement: ExpertPlacement) -> None:
     """In buckets, the last parameters first; a rank that holds nothing of a colour has a filler there."""
     for rank in range(placement.world_size):
-        model = MoELanguageModel(SPEC, 20, ExpertHome(placement, rank, None))
+        model = MoELanguageModel(SPEC, 20, ExpertParallelContext(placement, rank, None))
         named = list(model.named_parameters())
         name_of = {id(param): name for name, param in named}
         replicas = (alone.world,) * len(placement.groups())
-        groups = Groups(rank, placement.world_size, placement, alone.world, alone.reduction, replicas)
+        groups = ProcessGroups(rank, placement.world_size, placement, alone.world, alone.reduction, replicas)
         found = groups_of(model, groups, CommunicationSpec(bucket_mb=0.0005))
         dense = [name_of[id(p)] for group in found if group.is_dense for p in group.params]
         assert sorted(dense) == sorted(n for n in name_of.values() if expert_of(n) is None)
@@ -77,8 +77,8 @@ def test_groups_hold_what_lies_on_the_same_ranks(alone: Groups, placement: Place
         assert order == sorted(order, reverse=True)
 
 
-def test_a_model_without_experts_has_dense_groups_alone(alone: Groups) -> None:
+def test_a_model_without_experts_has_dense_groups_alone(alone: ProcessGroups) -> None:
     spec = SPEC.model_copy(update={"num_dense_layers": 2})
-    model = MoELanguageModel(spec, 20, ExpertHome(Placement.balanced(3, 1), 0, None))
+    model = MoELanguageModel(spec, 20, ExpertParallelContext(ExpertPlacement.balanced(3, 1), 0, None))
     (dense,) = groups_of(model, alone, CommunicationSpec())
     assert {id(p) for p in dense.everything} == {id(p) for p in model.parameters()}

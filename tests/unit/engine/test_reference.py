@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore
 
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.engine.process_groups import Groups, connect, disconnect
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.engine.process_groups import ProcessGroups, connect, disconnect
 from orchestrator.engine.reference import ReferenceEngine
 from orchestrator.model.base import MicroBatch
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import TrainSpec
 from orchestrator.spec.model import ModelSpec
@@ -21,18 +21,18 @@ TOKENS = 128  # targets of two slots
 
 
 @pytest.fixture
-def alone() -> Iterator[Groups]:
-    yield connect(HashStore(), "test", 0, Placement.balanced(3, 1), "gloo")
+def alone() -> Iterator[ProcessGroups]:
+    yield connect(HashStore(), "test", 0, ExpertPlacement.balanced(3, 1), "gloo")
     disconnect()
 
 
 def _model() -> MoELanguageModel:
-    model = MoELanguageModel(SPEC, 128, ExpertHome(Placement.balanced(3, 1), 0, None))
+    model = MoELanguageModel(SPEC, 128, ExpertParallelContext(ExpertPlacement.balanced(3, 1), 0, None))
     model.init_weights(0)
     return model
 
 
-def _engine(groups: Groups, clipping: float = 1.0) -> tuple[MoELanguageModel, ReferenceEngine]:
+def _engine(groups: ProcessGroups, clipping: float = 1.0) -> tuple[MoELanguageModel, ReferenceEngine]:
     model = _model()
     engine = ReferenceEngine(model, TrainSpec(gradient_clipping=clipping), groups)
     engine.seeded()
@@ -40,7 +40,7 @@ def _engine(groups: Groups, clipping: float = 1.0) -> tuple[MoELanguageModel, Re
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.05, 1000.0])
-def test_steps_equal_those_of_torch_on_the_mean_loss(alone: Groups, clipping: float) -> None:
+def test_steps_equal_those_of_torch_on_the_mean_loss(alone: ProcessGroups, clipping: float) -> None:
     model, engine = _engine(alone, clipping)
     plain = _model()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -58,7 +58,7 @@ def test_steps_equal_those_of_torch_on_the_mean_loss(alone: Groups, clipping: fl
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
 
 
-def test_a_non_finite_update_changes_nothing_and_is_forgotten(alone: Groups) -> None:
+def test_a_non_finite_update_changes_nothing_and_is_forgotten(alone: ProcessGroups) -> None:
     model, engine = _engine(alone)
     before = [p.clone() for p in model.parameters()]
     hook = model.head.register_hook(lambda grad: grad * float("nan"))
@@ -70,7 +70,7 @@ def test_a_non_finite_update_changes_nothing_and_is_forgotten(alone: Groups) -> 
     assert engine.step(1e-2).applied
 
 
-def test_evaluation_leaves_no_trace(alone: Groups) -> None:
+def test_evaluation_leaves_no_trace(alone: ProcessGroups) -> None:
     model, engine = _engine(alone)
     loss, routed = engine.accumulate(slot(0, 0), TOKENS, last=True)
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -79,7 +79,7 @@ def test_evaluation_leaves_no_trace(alone: Groups) -> None:
     assert routed.counts_LE.sum().item() == 64 * SPEC.top_k
 
 
-def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: Groups) -> None:
+def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: ProcessGroups) -> None:
     """Two steps here, then the state into another engine: the third step is the same in both."""
     model, engine = _engine(alone)
     other_model, other = _engine(alone)
@@ -95,6 +95,6 @@ def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: Groups) 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
 
 
-def test_other_precisions_are_refused(alone: Groups) -> None:
+def test_other_precisions_are_refused(alone: ProcessGroups) -> None:
     with pytest.raises(ValueError, match="bf16"):
         ReferenceEngine(_model(), TrainSpec(precision="bf16"), alone)

@@ -5,10 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.decoding import next_token
 from orchestrator.model.kv_cache import KVCache
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 
@@ -23,7 +23,7 @@ SPECS = {
 def _model(**changes: object) -> MoELanguageModel:
     sizes = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
     spec = ModelSpec(**(sizes | {"num_experts": 4, "expert_intermediate_size": 16, "init_std": 0.2} | changes))  # type: ignore[arg-type]
-    model = MoELanguageModel(spec, VOCAB, ExpertHome(Placement.balanced(4, 1), 0, None))
+    model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(4, 1), 0, None))
     model.init_weights(0)
     return model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.model.base import TrainableModel
-from orchestrator.model.factory import alone, build_model
+from orchestrator.model.factory import build_model, single_rank
 from orchestrator.model.loss import IGNORED
 from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
@@ -45,7 +45,7 @@ def _model(kind: str, directory: Path) -> TrainableModel:
         spec = own_spec(directory, linear(layers=layer, forward=through), num_experts=4, top_k=2)
     else:
         spec = ModelSpec.model_validate(SIZES)
-    model = build_model(spec, VOCAB, alone(spec))
+    model = build_model(spec, VOCAB, single_rank(spec))
     model.init_weights(3)
     return model
 
@@ -77,7 +77,7 @@ def test_recomputing_changes_nothing(recompute: str) -> None:
     found = []
     for how in ("none", recompute):
         spec = ModelSpec.model_validate({**SIZES, "recompute": how})
-        model = build_model(spec, VOCAB, alone(spec))
+        model = build_model(spec, VOCAB, single_rank(spec))
         model.init_weights(3)
         inputs_BT, targets_BT, lengths_B = _rows()
         model(inputs_BT, targets_BT, None, lengths_B).backward()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.spec.job import ModelSpec, TrainSpec
@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "
 
 def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
     """Distinct memory that the forward pass of a slot keeps, without weights."""
-    model = MoELanguageModel(spec, VOCAB, ExpertHome(Placement.balanced(spec.num_experts, 1), 0, None))
+    model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None))
     model.init_weights(0)
     model = model.to(torch.bfloat16 if train.precision == "bf16" else torch.float32)
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}

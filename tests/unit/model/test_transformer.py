@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.base import expert_of
 from orchestrator.model.factory import catalogue
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertHome
+from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import (
     Attention,
     MoELanguageModel,
@@ -38,8 +38,10 @@ def _spec(num_dense_layers: int = 1, num_kv_heads: int = 2, rope_fraction: float
     )
 
 
-def _model(spec: ModelSpec, placement: Placement | None = None, rank: int = 0, seed: int = 0) -> MoELanguageModel:
-    model = MoELanguageModel(spec, VOCAB, ExpertHome(placement or Placement.balanced(4, 1), rank, None))
+def _model(spec: ModelSpec, placement: ExpertPlacement | None = None, rank: int = 0, seed: int = 0) -> MoELanguageModel:
+    model = MoELanguageModel(
+        spec, VOCAB, ExpertParallelContext(placement or ExpertPlacement.balanced(4, 1), rank, None)
+    )
     model.init_weights(seed)
     return model
 
@@ -150,7 +152,7 @@ def test_the_catalogue_is_what_the_model_consists_of(num_dense_layers: int) -> N
 
 
 def test_a_rank_has_its_own_experts_of_the_catalogue_in_its_order() -> None:
-    placement = Placement(4, 2, ((1,), (0,), (0, 1), (1,)))
+    placement = ExpertPlacement(4, 2, ((1,), (0,), (0, 1), (1,)))
     params, _, _ = catalogue(_spec(), VOCAB)
     for rank in range(2):
         mine = {None, *placement.experts_of(rank)}
@@ -160,7 +162,7 @@ def test_a_rank_has_its_own_experts_of_the_catalogue_in_its_order() -> None:
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
     whole = dict(_model(_spec()).named_parameters())
-    placement = Placement.balanced(4, 3)
+    placement = ExpertPlacement.balanced(4, 3)
     for rank in range(3):
         for name, param in _model(_spec(), placement, rank).named_parameters():
             assert torch.equal(param, whole[name]), name
@@ -170,7 +172,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 
 def test_initial_weights_have_the_wanted_spread() -> None:
     spec = ModelSpec(hidden_size=256, num_layers=2, num_heads=4, init_std=0.02)
-    model = MoELanguageModel(spec, 512, ExpertHome(Placement.balanced(8, 1), 0, None))
+    model = MoELanguageModel(spec, 512, ExpertParallelContext(ExpertPlacement.balanced(8, 1), 0, None))
     model.init_weights(0)
     found = {name: float(param.detach().std()) for name, param in model.named_parameters() if "norm" not in name}
     for name, std in found.items():

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
-from orchestrator.model.factory import alone, build_model, catalogue
+from orchestrator.model.factory import build_model, catalogue, single_rank
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertHome
-from orchestrator.model.user_model import OwnModel, raised_by_forward
+from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.user_model import UserModel, raised_by_forward
 from orchestrator.spec.model import ModelSpec
 from tests.support.own_models import example, linear, own_spec
 
@@ -24,15 +24,15 @@ MOE = ModelSpec(**example("moe", hidden_size=32, num_layers=2, intermediate_size
 TOKENS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
-def _model(spec: ModelSpec, placement: Placement | None = None, rank: int = 0, seed: int = 0) -> OwnModel:
-    home = alone(spec) if placement is None else ExpertHome(placement, rank, None)
+def _model(spec: ModelSpec, placement: ExpertPlacement | None = None, rank: int = 0, seed: int = 0) -> UserModel:
+    home = single_rank(spec) if placement is None else ExpertParallelContext(placement, rank, None)
     model = build_model(spec, VOCAB, home)
-    assert isinstance(model, OwnModel)
+    assert isinstance(model, UserModel)
     model.init_weights(seed)
     return model
 
 
-def _state(model: OwnModel) -> dict[str, torch.Tensor]:
+def _state(model: UserModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.state_buffers())}
 
 
@@ -100,7 +100,7 @@ def test_first_weights_are_equal_whatever_world_makes_them(tmp_path: Path, init:
     spec = own_spec(tmp_path, linear(layers=layers, init=init, forward=THROUGH))
     whole = _state(_model(spec, seed=7))
     assert all(bool(tensor.isfinite().all()) for tensor in whole.values())
-    placement = Placement(4, 3, ((1,), (0,), (0, 1), (1,)))
+    placement = ExpertPlacement(4, 3, ((1,), (0,), (0, 1), (1,)))
     for rank in range(3):
         torch.manual_seed(rank)
         part = _state(_model(spec, placement, rank, seed=7))
@@ -171,8 +171,8 @@ def test_what_cannot_be_trained_is_refused_by_name(tmp_path: Path, change: dict[
         build_model(*_arguments(own_spec(tmp_path, linear(**change))))
 
 
-def _arguments(spec: ModelSpec) -> tuple[ModelSpec, int, ExpertHome]:
-    return spec, VOCAB, alone(spec)
+def _arguments(spec: ModelSpec) -> tuple[ModelSpec, int, ExpertParallelContext]:
+    return spec, VOCAB, single_rank(spec)
 
 
 NO_MODEL = {

@@ -12,10 +12,11 @@ from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.run_state import Commit, Dismiss, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Commit, KillWorker, Note, Observation, RunState
 from orchestrator.policy.termination import publishable
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
+    DesiredRunState,
     Directive,
     Finish,
     GenerationPlan,
@@ -27,7 +28,6 @@ from orchestrator.protocol.messages import (
     SlotMemory,
     StepRecord,
     StoreAddress,
-    Target,
     WorkerError,
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
@@ -75,7 +75,7 @@ class Life:
 
     limits: RunLimits
     checkpoint_every: int | None = None
-    target: Target = field(init=False)
+    target: DesiredRunState = field(init=False)
     state: RunState = field(init=False)
     progress: Progress = field(default_factory=Progress)
     reports: dict[str, Report] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Life:
         for action in decision.actions:
             if isinstance(action, Commit):
                 self.committed = action.step
-            elif isinstance(action, Dismiss):
+            elif isinstance(action, KillWorker):
                 self.lost[action.worker] = "killed by its controller"
             else:
                 self.notes.append(action)
@@ -164,10 +164,10 @@ class Life:
         self.run_until(lambda: self.state.outcome is not None)
 
     def scale(self, workers: int) -> None:
-        self.target = Target(seq=self.target.seq + 1, workers=workers)
+        self.target = DesiredRunState(seq=self.target.seq + 1, workers=workers)
 
     def cancel(self) -> None:
-        self.target = Target(seq=self.target.seq + 1, workers=self.target.workers, finish=Finish.CANCEL)
+        self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=Finish.CANCEL)
 
     def kill(self, worker: str) -> None:
         """It is gone at once; peers that train or move with it notice."""

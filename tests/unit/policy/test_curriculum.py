@@ -9,7 +9,7 @@ from orchestrator.errors import UsageError
 from orchestrator.policy.curriculum import AHEAD, decide_stages, following
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import Observation, RunState
-from orchestrator.protocol.messages import Finish, StageStart, StepRecord, Target
+from orchestrator.protocol.messages import DesiredRunState, Finish, StageStart, StepRecord
 from orchestrator.spec.curriculum import CurriculumSpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -36,7 +36,7 @@ def _training(limits: Any) -> RunState:
     return life.state
 
 
-def _seen(progress: Progress, target: Target) -> Observation:
+def _seen(progress: Progress, target: DesiredRunState) -> Observation:
     return Observation(epoch=1, now_s=100.0, target=target, progress=progress)
 
 

@@ -11,7 +11,7 @@ from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Note, Observation
-from orchestrator.protocol.messages import Fence, Finish, Handover, Phase, Report, Restore, ResumeOrder, WorkerError
+from orchestrator.protocol.messages import Fence, Finish, Handover, Phase, Report, Restore, ResumeRequest, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -469,7 +469,7 @@ def test_a_resumed_run_begins_from_its_checkpoint_with_new_workers_and_numbers()
     life.run_until(lambda: bool(life.state.rescales))
     before = life.state
     done = before.rescales[0].step + 1  # so shortly before the checkpoint that a run in training would start nobody
-    order = ResumeOrder("token", Restore(done, "/checkpoint"), workers=3)
+    order = ResumeRequest("token", Restore(done, "/checkpoint"), workers=3)
     decision = resumed(limits, before, order)
     state = decision.state
     assert [(n.kind, n.fields["step"]) for n in decision.actions if isinstance(n, Note)] == [("resumed", done)]

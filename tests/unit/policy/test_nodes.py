@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from tests.unit.policy.imagined import Life, limits_of
 
 HOMES = {f"w{number}": "abab"[number % 4] for number in range(12)}
@@ -57,5 +57,5 @@ def test_replacements_of_a_lost_node_take_what_their_node_lacks() -> None:
 def test_on_one_node_replicas_are_as_they_were(nodes: str) -> None:
     life = Life(limits_of(initial_workers=4, num_experts=2), nodes=dict(zip(HOMES, nodes, strict=False)))
     life.run_until(lambda: life.state.current is not None)
-    assert life.state.current is not None and life.state.current.placement == Placement.balanced(2, 4)
+    assert life.state.current is not None and life.state.current.placement == ExpertPlacement.balanced(2, 4)
     assert life.state.members == ("w0", "w1", "w2", "w3")

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.replay_check import Difference, first_difference, told_of
 from orchestrator.policy.state.requests import begun_again
-from orchestrator.protocol.messages import Check, Checked, PastWorld, Phase, Restore, StepRecord
+from orchestrator.protocol.messages import PastWorld, Phase, ReplayResult, ReplayTask, Restore, StepRecord
 from orchestrator.spec.fault_tolerance import VerifySpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -50,8 +50,8 @@ def test_what_one_side_lacks_doesn_t_count() -> None:
 
 def test_ranks_are_those_of_the_world_that_did_the_step() -> None:
     worlds = [
-        PastWorld(0, World(0, ("w0", "w1")), Placement.balanced(4, 2)),
-        PastWorld(5, World(1, ("w1", "w2")), Placement.balanced(4, 2)),
+        PastWorld(0, World(0, ("w0", "w1")), ExpertPlacement.balanced(4, 2)),
+        PastWorld(5, World(1, ("w1", "w2")), ExpertPlacement.balanced(4, 2)),
     ]
     nodes = {"w1": "there"}
     assert told_of(Difference(4, ("state",), (1,)), worlds, nodes) == {
@@ -72,16 +72,16 @@ def _life(every: int = 4, steps: int = 2, **limits: object) -> Life:
     return Life(limits_of(steps=60, standby=1, max_workers=3, verify=verify, **limits), checkpoint_every=4)
 
 
-def _asked(life: Life) -> Check:
+def _asked(life: Life) -> ReplayTask:
     life.run_until(lambda: life.state.check is not None)
     assert life.state.check is not None and life.directive.check == life.state.check
     return life.state.check
 
 
-def _answer(life: Life, check: Check, **changes: Any) -> None:
+def _answer(life: Life, check: ReplayTask, **changes: Any) -> None:
     """The standby has done the steps, and the last one came out so."""
     again = (*check.findings[:-1], replace(check.findings[-1], **changes))
-    life.say(check.worker, checked=Checked(check.number, again))
+    life.say(check.worker, checked=ReplayResult(check.number, again))
 
 
 def test_a_standby_is_asked_once_the_newest_checkpoint_has_steps_behind_it() -> None:
@@ -137,7 +137,7 @@ def test_what_differed_is_doubted_until_the_run_goes_back_before_it() -> None:
 def test_a_check_that_failed_says_why_and_the_next_one_comes() -> None:
     life = _life()
     check = _asked(life)
-    life.say(check.worker, checked=Checked(0, error="no such file"))
+    life.say(check.worker, checked=ReplayResult(0, error="no such file"))
     life.run_until(lambda: life.state.check is None)
     (note,) = life.of_kind("check_failed")
     assert note.fields == {"worker": check.worker, "step": 3, "why": "no such file"}

@@ -2,11 +2,12 @@ import json
 
 import pytest
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import (
+    DesiredRunState,
     Directive,
     Fence,
     Finish,
@@ -14,14 +15,13 @@ from orchestrator.protocol.messages import (
     Report,
     Source,
     StoreAddress,
-    Target,
 )
 
 PLAN = GenerationPlan(
     epoch=2,
     world=World(3, ("a", "b")),
-    placement=Placement.balanced(5, 2),
-    source=Source(World(2, ("a",)), Placement.balanced(5, 1), ("b",), 12),
+    placement=ExpertPlacement.balanced(5, 2),
+    source=Source(World(2, ("a",)), ExpertPlacement.balanced(5, 1), ("b",), 12),
     store_prefix="2/3",
     store_address=StoreAddress("10.0.0.1", 4321),
 )
@@ -46,7 +46,7 @@ def test_values_survive_json() -> None:
 )
 def test_what_does_not_fit_is_refused(plain: object, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
-        from_plain(Target, plain)
+        from_plain(DesiredRunState, plain)
 
 
 def test_where_something_does_not_fit_is_told() -> None:

@@ -7,7 +7,7 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 
 from orchestrator.policy.state.run_state import Note
 from orchestrator.ray_train.callbacks import CallbackError, Follower
-from orchestrator.run_records.run_history import RunMemory
+from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.storage.journal import acquire_epoch
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -35,8 +35,8 @@ class Told(UserCallback):
         self.exceptions.append({rank: str(error) for rank, error in worker_exceptions.items()})
 
 
-def memory_of(run_dir: Path) -> RunMemory:
-    return RunMemory(run_dir, acquire_epoch(run_dir), LIMITS)
+def memory_of(run_dir: Path) -> JournaledRun:
+    return JournaledRun(run_dir, acquire_epoch(run_dir), LIMITS)
 
 
 def follower_of(run_dir: Path, *callbacks: UserCallback) -> Follower:

@@ -6,7 +6,7 @@ from orchestrator.errors import NotFound
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
-from orchestrator.run_records.run_history import RunMemory
+from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import Journal, acquire_epoch
 from tests.unit.policy.imagined import record
@@ -65,7 +65,7 @@ def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
 def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir: Path) -> None:
     job = JobSpec.model_validate({"name": "lost", "train": {"steps": 30}})
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
-    memory = RunMemory(run_dir, acquire_epoch(run_dir), RunLimits.of("lost", job))
+    memory = JournaledRun(run_dir, acquire_epoch(run_dir), RunLimits.of("lost", job))
     memory.absorb([record(0), record(1)], up_to=10_000)
     status = RunFiles(run_dir).status()
     assert (status.phase, status.step, status.steps) == (RunPhase.STARTING, 2, 30)

@@ -7,10 +7,10 @@ from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Note, Observation, RunState, ended
-from orchestrator.protocol.messages import Phase, Restore, ResumeOrder
+from orchestrator.protocol.messages import Phase, Restore, ResumeRequest
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import STATUS_FILE, RunMemory, read_status, read_steps, user_events
+from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.journal import acquire_epoch, write_atomically
@@ -21,8 +21,8 @@ LIMITS = limits_of(steps=30)
 MODEL = ModelSpec()
 
 
-def remembered(run_dir: Path) -> RunMemory:
-    return RunMemory(run_dir, acquire_epoch(run_dir), LIMITS)
+def remembered(run_dir: Path) -> JournaledRun:
+    return JournaledRun(run_dir, acquire_epoch(run_dir), LIMITS)
 
 
 def test_a_successor_remembers_everything(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_pat
     memory = remembered(tmp_path)
     memory.absorb([record(step) for step in range(6)], up_to=10_000)
     memory.decided(*_over(memory.state, "failed"))
-    order = ResumeOrder("token", Restore(3, "/x"))
+    order = ResumeRequest("token", Restore(3, "/x"))
     decision = resumed(LIMITS, memory.state, order)
     memory.decided(decision.state, [note for note in decision.actions if isinstance(note, Note)])
     assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).tokens for s in range(4))

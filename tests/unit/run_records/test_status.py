@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
-from orchestrator.controller.recorder import Account
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.controller.recorder import StepRecorder
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.state.run_state import Note, Observation
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress
-from orchestrator.run_records.run_history import Recollection, RunMemory, user_events
+from orchestrator.run_records.run_history import JournaledRun, RunHistory, user_events
 from orchestrator.run_records.status import status_of
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.journal import acquire_epoch
@@ -21,7 +21,7 @@ MODEL = ModelSpec(num_experts=8, top_k=2)
 
 
 def _plan(*members: str) -> GenerationPlan:
-    placement = Placement.balanced(8, len(members))
+    placement = ExpertPlacement.balanced(8, len(members))
     return GenerationPlan(
         epoch=1,
         world=World(0, members),
@@ -32,14 +32,14 @@ def _plan(*members: str) -> GenerationPlan:
     )
 
 
-def _warning(run_dir: Path, memory: Recollection) -> str | None:
+def _warning(run_dir: Path, memory: RunHistory) -> str | None:
     seen = Observation(epoch=1, now_s=0.0, target=memory.state.target, progress=memory.progress)
     return status_of(limits_of(), MODEL, memory, seen, run_dir=run_dir, closed=False).warning
 
 
 def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_it_goes_back(tmp_path: Path) -> None:
-    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of())
-    account = Account("run", MODEL, memory, Mock(), Mock(), Mock())
+    memory = JournaledRun(tmp_path, acquire_epoch(tmp_path), limits_of())
+    account = StepRecorder("run", MODEL, memory, Mock(), Mock(), Mock())
     memory.decided(replace(memory.state, crew=("w0", "w1"), current=_plan("w0")), [])
     memory.absorb([record(step) for step in range(3)], up_to=2)
     account.hear_numerics("w0", json.dumps({"processor": "a"}))
@@ -51,9 +51,9 @@ def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_
         "workers have trained whose numerics are not the run's: w1 (processor: a -> b); its bits are others since. For "
     )
     memory.decided(replace(memory.state, crew=("w0",), current=None), [])
-    assert _warning(tmp_path, memory) == _warning(tmp_path, Recollection(tmp_path, limits_of())) == told
+    assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told
     memory.decided(memory.state, [Note("resumed", {"token": "t", "step": 2})])
-    assert _warning(tmp_path, memory) is None and _warning(tmp_path, Recollection(tmp_path, limits_of())) is None
+    assert _warning(tmp_path, memory) is None and _warning(tmp_path, RunHistory(tmp_path, limits_of())) is None
 
 
 def _steps(first: int, stop: int, violation: float, swing: float = 0.0) -> list[StepRecord]:
@@ -62,9 +62,9 @@ def _steps(first: int, stop: int, violation: float, swing: float = 0.0) -> list[
 
 
 def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -> None:
-    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of())
+    memory = JournaledRun(tmp_path, acquire_epoch(tmp_path), limits_of())
     tracker = Mock()
-    account = Account("run", MODEL, memory, Mock(), tracker, Mock())
+    account = StepRecorder("run", MODEL, memory, Mock(), tracker, Mock())
     seen = Observation(epoch=1, now_s=0.0, target=memory.state.target, progress=memory.progress, checkpointed=10_000)
 
     account.enter(_steps(0, 60, violation=0.2), seen)
@@ -76,23 +76,23 @@ def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -
         "3.00 possible, where at most 1.50 is expected. In the job of a new run, raise model.bias_update_speed, which "
     )
     account.enter(_steps(100, 110, violation=2.8), seen)  # it is told once
-    assert _warning(tmp_path, memory) == _warning(tmp_path, Recollection(tmp_path, limits_of())) == told
+    assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told
     account.enter(_steps(110, 140, violation=0.1, swing=0.9), seen)
     told = _warning(tmp_path, memory)
     assert told is not None and told.startswith("the loads of experts swing since step 110: 90% of the experts")
     assert "lower model.bias_update_speed, which is 0.5" in told and "MoE layer" not in told
     account.enter(_steps(140, 170, violation=0.1), seen)
-    assert _warning(tmp_path, memory) is None and _warning(tmp_path, Recollection(tmp_path, limits_of())) is None
+    assert _warning(tmp_path, memory) is None and _warning(tmp_path, RunHistory(tmp_path, limits_of())) is None
     kinds = ["experts_collapsed", "experts_even", "loads_swing", "loads_steady"]
     assert [(e["kind"], e["step"]) for e in user_events(tmp_path)] == list(zip(kinds, (60, 110, 110, 140), strict=True))
     assert [call.args[0]["kind"] for call in tracker.publish_event.call_args_list] == kinds
 
 
 def test_a_run_that_goes_back_before_a_collapse_is_not_warned_of_it(tmp_path: Path) -> None:
-    memory = RunMemory(tmp_path, acquire_epoch(tmp_path), limits_of())
+    memory = JournaledRun(tmp_path, acquire_epoch(tmp_path), limits_of())
     memory.absorb([record(step) for step in range(100)], up_to=10_000)
     memory.hear_of_experts(memory.note("experts_collapsed", step=60, layer=0, max_violation=3.0))
     for step, has_collapsed in ((80, True), (40, False)):
         memory.decided(memory.state, [Note("resumed", {"token": "t", "step": step})])
-        for remembered in (memory, Recollection(tmp_path, limits_of())):
+        for remembered in (memory, RunHistory(tmp_path, limits_of())):
             assert (_warning(tmp_path, remembered) is not None) is has_collapsed

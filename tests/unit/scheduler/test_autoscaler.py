@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import ScalingView
 from orchestrator.scheduler import autoscaler
 from orchestrator.scheduler.admission import newcomer
 from orchestrator.scheduler.autoscaler import EXPECTED_S, Autoscaler, _shares
@@ -30,8 +30,8 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def _run(name: str, least: int, queued_s: float | None = None, priority: int = 0) -> RunScale:
-    return RunScale(name, MANUAL, {"CPU": 1.0}, least, least, least, priority=priority, queued_s=queued_s)
+def _run(name: str, least: int, queued_s: float | None = None, priority: int = 0) -> ScalingView:
+    return ScalingView(name, MANUAL, {"CPU": 1.0}, least, least, least, priority=priority, queued_s=queued_s)
 
 
 def test_who_is_behind_it_waits_and_nobody_makes_room_for_it() -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, Layout, training_layout
+from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
 from orchestrator.elastic.world import World
-from orchestrator.state.fingerprint import MODULUS, Seal, Witness, whole
+from orchestrator.state.fingerprint import MODULUS, MemoryGuard, StateFingerprint, whole
 from orchestrator.state.ranges import NamedRanges
 
 PARAMS = [
@@ -21,12 +21,12 @@ PARAMS = [
 ]
 
 
-def _layout(size: int, mixed: bool) -> Layout:
+def _layout(size: int, mixed: bool) -> StateLayout:
     world = World(0, tuple(f"w{rank}" for rank in range(size)))
-    return training_layout(PARAMS, Placement.balanced(3, size), world, mixed, [("counts", 5)])
+    return training_layout(PARAMS, ExpertPlacement.balanced(3, size), world, mixed, [("counts", 5)])
 
 
-def _values(layout: Layout) -> dict[str, Tensor]:
+def _values(layout: StateLayout) -> dict[str, Tensor]:
     """The whole state; a parameter's master is not its parameter."""
     generator = torch.Generator().manual_seed(7)
     return {
@@ -35,7 +35,7 @@ def _values(layout: Layout) -> dict[str, Tensor]:
     }
 
 
-def _held(layout: Layout, values: dict[str, Tensor], rank: int) -> NamedRanges:
+def _held(layout: StateLayout, values: dict[str, Tensor], rank: int) -> NamedRanges:
     ranges = NamedRanges()
     for tensor, start, stop in layout.ranges_of(f"w{rank}"):
         name = layout.names[tensor]
@@ -43,9 +43,9 @@ def _held(layout: Layout, values: dict[str, Tensor], rank: int) -> NamedRanges:
     return ranges
 
 
-def _digests(of: Layout, by: Layout, values: dict[str, Tensor]) -> list[str]:
+def _digests(of: StateLayout, by: StateLayout, values: dict[str, Tensor]) -> list[str]:
     """Of the ranks of one world, made by those of another."""
-    parts = [Witness(_held(by, values, rank), of).look() for rank in range(by.world.size)]
+    parts = [StateFingerprint(_held(by, values, rank), of).look() for rank in range(by.world.size)]
     sums = np.stack(parts).sum(axis=0, dtype=np.uint64).tolist()
     return [f"{digits:016x}" for digits in sums]
 
@@ -85,7 +85,7 @@ def test_each_rank_tells_only_of_what_it_updates() -> None:
     layout = _layout(3, mixed=False)
     values = _values(layout)
     for rank in range(3):
-        told = Witness(_held(layout, values, rank), layout).look()
+        told = StateFingerprint(_held(layout, values, rank), layout).look()
         assert [r for r in range(3) if told[r]] == [rank]
 
 
@@ -100,7 +100,7 @@ def test_a_seal_names_what_was_written_to_while_it_was_closed() -> None:
     for name, data in values.items():
         for start, stop in pairwise((0, 4, 9)):
             ranges.add(name, start, data[start:stop])
-    seal = Seal(ranges)
+    seal = MemoryGuard(ranges)
     assert seal.open() == []  # nobody has closed it
     seal.close()
     assert seal.open() == []

@@ -7,18 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.state_layout import training_layout
 from orchestrator.elastic.world import World
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.snapshot import Snapshot, Update, copy_into, joined
-from orchestrator.state.snapshot_store import Shelf, Vault
+from orchestrator.state.snapshot import Snapshot, Update, copy_into, merge_ranges
+from orchestrator.state.snapshot_store import RankSnapshots, SnapshotStore
 
 PARAMS = [ParamSpec("dense", 40, None), ParamSpec("expert0", 6, 0), ParamSpec("expert1", 6, 1)]
-LAYOUT = training_layout(PARAMS, Placement.balanced(2, 2), World(4, ("a", "b")), True, [("bias", 3)])
+LAYOUT = training_layout(PARAMS, ExpertPlacement.balanced(2, 2), World(4, ("a", "b")), True, [("bias", 3)])
 EVERY = 4
 UPDATE = Update(1, 0.1)
 
@@ -48,17 +48,17 @@ def _add_gradients(state: NamedRanges, deltas: Sequence[Snapshot]) -> None:
 
 def _shelf(
     rank: int, shared_only: bool, whole_every: int = 1, buffers: Buffers | None = None, generation: int = 4
-) -> Shelf:
-    return Shelf(generation, rank, LAYOUT, shared_only, whole_every, _add_gradients, buffers=buffers)
+) -> RankSnapshots:
+    return RankSnapshots(generation, rank, LAYOUT, shared_only, whole_every, _add_gradients, buffers=buffers)
 
 
-def _put(shelf: Shelf, step: int, update: Update | None = None) -> None:
+def _put(shelf: RankSnapshots, step: int, update: Update | None = None) -> None:
     snapshot = shelf.begin(step, str(step), update)
     copy_into(snapshot, _shard(shelf.rank, float(step)))
     shelf.finish(snapshot)
 
 
-def _is_of(shelf: Shelf, step: int) -> bool:
+def _is_of(shelf: RankSnapshots, step: int) -> bool:
     held = shelf.state(step)
     is_noted = held.note == str(step) and held.holding == Holding(4, step, shelf.rank) and held.update is None
     return is_noted and all(bool((place.data == step).all()) for _, place in held.ranges)
@@ -79,7 +79,7 @@ def test_what_a_rank_holds_is_copied_and_its_shared_part_serves_its_buddy() -> N
 
 
 def test_the_newest_whole_one_outlives_the_one_being_written() -> None:
-    shelf, vault = _shelf(0, shared_only=False), Vault()
+    shelf, vault = _shelf(0, shared_only=False), SnapshotStore()
     vault.add(shelf)
     for step in range(4):
         snapshot = shelf.begin(step, str(step))
@@ -156,7 +156,7 @@ def test_a_replay_that_fails_loses_no_memory_and_no_other_state(in_place: bool) 
     def fail(state: NamedRanges, deltas: Sequence[Snapshot]) -> None:
         raise MemoryError("no room")
 
-    shelf = Shelf(4, 0, LAYOUT, False, EVERY, fail)
+    shelf = RankSnapshots(4, 0, LAYOUT, False, EVERY, fail)
     for step in range(EVERY + in_place):
         _put(shelf, step, UPDATE if step % EVERY else None)
     with pytest.raises(MemoryError):
@@ -179,7 +179,7 @@ def test_memory_is_what_was_said_and_never_grows() -> None:
 
 
 def test_what_a_shelf_leaves_free_the_next_one_takes_and_the_newest_state_stays() -> None:
-    buffers, vault = Buffers(), Vault()
+    buffers, vault = Buffers(), SnapshotStore()
     old = vault.add(_shelf(0, False, EVERY, buffers))
     for step in range(2 * EVERY):
         snapshot = old.begin(step, "", UPDATE if step % EVERY else None)
@@ -203,7 +203,7 @@ def test_what_a_shelf_leaves_free_the_next_one_takes_and_the_newest_state_stays(
 
 
 def test_older_generations_go() -> None:
-    vault = Vault()
+    vault = SnapshotStore()
     shelf = vault.add(_shelf(0, shared_only=False))
     shelf.finish(shelf.begin(1, ""))
     assert vault.num_bytes() == shelf.num_bytes()
@@ -217,13 +217,13 @@ def test_parts_of_a_sum_are_added_up() -> None:
     parts = [NamedRanges(), NamedRanges()]
     for number, part in enumerate(parts, 1):
         part.add("residual/dense", 0, torch.full((40,), float(number)))
-    both = joined(parts)
+    both = merge_ranges(parts)
     assert both.spans("residual/dense") == [(0, 40)] and both.view("residual/dense", 0, 40).tolist() == [3.0] * 40
     assert parts[0].view("residual/dense", 0, 1).tolist() == [1.0]
 
 
 def test_shards_are_joined_and_the_first_one_counts_twice_held() -> None:
-    both = joined([_shard(0, 1.0), _shard(1, 2.0)])
+    both = merge_ranges([_shard(0, 1.0), _shard(1, 2.0)])
     assert len(both.spans("exp_avg/dense")) == 2
     assert both.spans("param/dense") == [(0, 40)] and float(both.view("param/dense", 0, 1)) == 1.0
     assert float(both.view("param/expert1", 0, 1)) == 2.0

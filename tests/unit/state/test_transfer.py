@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.comm.transport.peer_group import PeerGroup
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.state.transfer import Piece, carry_out, chunks
+from orchestrator.state.transfer import Piece, chunks, execute_transfer
 from tests.unit.comm.threads import on_peers
 
 ITEMSIZE = np.array([1, 2, 8])
@@ -52,12 +52,12 @@ def test_no_moves_are_no_messages() -> None:
     assert list(chunks(np.zeros((0, 3), dtype=np.int64), ITEMSIZE)) == []
 
 
-def _layout(generation: int, members: str) -> Layout:
+def _layout(generation: int, members: str) -> StateLayout:
     world = World(generation, tuple(members))
-    return training_layout(PARAMS, Placement.balanced(2, world.size), world, True, [("bias", 3)])
+    return training_layout(PARAMS, ExpertPlacement.balanced(2, world.size), world, True, [("bias", 3)])
 
 
-def _memory(layout: Layout, worker: str, fill: bool) -> NamedRanges:
+def _memory(layout: StateLayout, worker: str, fill: bool) -> NamedRanges:
     ranges = NamedRanges()
     for tensor, start, stop in layout.ranges_of(worker).tolist():
         dtype = torch.bfloat16 if layout.itemsize[tensor] == 2 else torch.float32
@@ -79,7 +79,7 @@ def test_everybody_ends_with_what_the_new_layout_says_and_the_old_is_untouched(b
     def run(peers: PeerGroup) -> int:
         held = _memory(old, peers.me, fill=True) if peers.me in old.world else None
         memory = _memory(new, peers.me, fill=False) if peers.me in new.world else None
-        carry_out(plan, peers.me, held, memory, peers)
+        execute_transfer(plan, peers.me, held, memory, peers)
         assert memory is None or _same(memory, _memory(new, peers.me, fill=True))
         assert held is None or _same(held, _memory(old, peers.me, fill=True))
         return peers.sent_bytes
@@ -97,7 +97,7 @@ def test_a_lost_peer_is_an_error_and_the_old_shard_is_untouched() -> None:
             return
         held, memory = _memory(old, peers.me, fill=True), _memory(new, peers.me, fill=False)
         with pytest.raises(RuntimeError):
-            carry_out(plan, peers.me, held, memory, peers)
+            execute_transfer(plan, peers.me, held, memory, peers)
         assert _same(held, _memory(old, peers.me, fill=True))
 
     on_peers(plan.workers, run)
@@ -108,6 +108,6 @@ def test_a_worker_without_the_memory_that_the_plan_needs_is_told_so() -> None:
 
     def run(peers: PeerGroup) -> None:
         with pytest.raises(RuntimeError, match="no member of"):
-            carry_out(plan, "a", None, None, peers)
+            execute_transfer(plan, "a", None, None, peers)
 
     on_peers(("a",), run)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.commands.remote import Marked, _without_address, forwarded, submit_by_url, write
-from orchestrator.cluster.jobs_api import MARK, JobPort
+from orchestrator.cluster.jobs_api import MARK, JobsApiClient
 from orchestrator.errors import ClusterUnreachable, UsageError
 
 
@@ -51,12 +51,12 @@ def test_both_streams_come_back_apart(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("url", ["ftp://h:1", "http://", "ray://h:10001"])
 def test_what_is_no_url_of_a_jobs_api_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is no URL of a Jobs API"):
-        JobPort(url)
+        JobsApiClient(url)
 
 
 def test_nobody_there_is_told() -> None:
     with pytest.raises(ClusterUnreachable, match="no cluster answers at http://127.0.0.1:9"):
-        JobPort("http://127.0.0.1:9")
+        JobsApiClient("http://127.0.0.1:9")
 
 
 def test_paths_of_this_machine_are_refused_before_anything_is_sent(

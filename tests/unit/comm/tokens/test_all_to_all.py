@@ -7,7 +7,7 @@ from torch import Tensor
 
 from orchestrator.comm import traffic_meter
 from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
-from orchestrator.comm.tokens.all_to_all import Journey, gather_counts
+from orchestrator.comm.tokens.all_to_all import AsyncAllToAll, gather_counts
 from orchestrator.protocol.usage import TrafficKind
 from tests.unit.comm.threads import on_ranks
 
@@ -24,7 +24,7 @@ def _rows(rank: int) -> Tensor:
 def test_rows_arrive_by_source_in_their_order() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[list[float]]:
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        journey = Journey(SENT_WW[rank], received_W, group, KIND)
+        journey = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND)
         found: list[list[float]] = journey.end(journey.begin(_rows(rank))).tolist()
         return found
 
@@ -45,7 +45,7 @@ def test_the_ledger_tells_what_goes_to_other_nodes(nodes: str, rows: int) -> Non
     def run(rank: int, group: dist.ProcessGroup | None) -> None:
         received_W = [SENT_WW[source][rank] for source in range(3)]
         is_far_W = [node != nodes[rank] for node in nodes]
-        journey = Journey(SENT_WW[rank], received_W, group, KIND, is_far_W=is_far_W)
+        journey = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND, is_far_W=is_far_W)
         journey.end(journey.begin(_rows(rank).requires_grad_())).sum().backward()
 
     since = traffic_meter.Since()
@@ -58,7 +58,7 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> list[float]:
         rows = _rows(rank).requires_grad_()
         received_W = [SENT_WW[source][rank] for source in range(3)]
-        journey = Journey(SENT_WW[rank], received_W, group, KIND)
+        journey = AsyncAllToAll(SENT_WW[rank], received_W, group, KIND)
         received = journey.end(journey.begin(rows))
         (received.sum() * (10.0 + rank)).backward()
         assert rows.grad is not None
@@ -71,7 +71,7 @@ def test_the_gradient_of_a_row_comes_from_where_the_row_went() -> None:
 
 def test_in_a_world_of_one_nothing_moves() -> None:
     rows = _rows(1)
-    journey = Journey([4], [4], None, KIND)
+    journey = AsyncAllToAll([4], [4], None, KIND)
     assert journey.end(journey.begin(rows)) is rows
 
 
@@ -79,7 +79,7 @@ def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_trave
     def run(rank: int, group: dist.ProcessGroup | None) -> list[bool]:
         under_way = []
         weights = torch.ones(3, requires_grad=True)
-        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
+        journey = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
         on_the_way = journey.begin(_rows(rank).requires_grad_())
         beside = weights * 2.0
         under_way.append(journey.is_under_way)
@@ -95,7 +95,7 @@ def test_what_is_computed_between_begin_and_end_is_so_both_ways_while_rows_trave
 
 def test_a_journey_ends_once() -> None:
     def run(rank: int, group: dist.ProcessGroup | None) -> str:
-        journey = Journey(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
+        journey = AsyncAllToAll(SENT_WW[rank], [SENT_WW[source][rank] for source in range(3)], group, KIND)
         received = journey.end(journey.begin(_rows(rank)))
         with pytest.raises(ValueError, match="go in pairs") as error:
             journey.end(received)
@@ -121,9 +121,9 @@ def test_rows_in_fewer_bytes_are_nearly_the_same_both_ways(wire: Wire, error: fl
     def run(rank: int, group: dist.ProcessGroup | None) -> None:
         counts, arriving = sent_WW[rank], [sent_WW[source][rank] for source in range(3)]
         x_ND = torch.linspace(-3, 5, sum(counts) * 8).view(-1, 8).to(dtype).requires_grad_()
-        journey = Journey(counts, arriving, group, KIND, wire)
+        journey = AsyncAllToAll(counts, arriving, group, KIND, wire)
         received_MD = journey.end(journey.begin(x_ND))
-        back = Journey(arriving, counts, group, KIND)
+        back = AsyncAllToAll(arriving, counts, group, KIND)
         returned_ND = back.end(back.begin(received_MD))
         (returned_ND.float() * torch.arange(8.0)).sum().backward()
         assert returned_ND.dtype == dtype and x_ND.grad is not None

@@ -5,17 +5,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from orchestrator.data.prepare.word_cache import WordTable, has_words, words_of
+from orchestrator.data.prepare.word_cache import WordCache, has_words, words_of
 from orchestrator.data.tokenizer import DOCUMENT_TOKEN, TextTokenizer
 
 TEXTS = ["the cat's on the mat, they'll sit\n\n   there  till 1999\n" * 20, "def f(x):\n\treturn x — naïve\n" * 20]
 TOKENIZER = TextTokenizer.train(TEXTS, 320)
-TABLE = WordTable(TOKENIZER)
+TABLE = WordCache(TOKENIZER)
 # Everything that the pattern tells apart, and what only looks like it: other spaces, digits, letters, marks, controls.
 PARTS = "ab Z 'sdmtrvel 019 \n\t\r\x0b\x0c\x1c\x1f\0\x7f_.-!~ é ß Ω 中文 ٣ ² ½ Ⅷ ́ “’— \u0085\u00a0\u2028\u3000\ufeff😀"
 
 
-def assert_same(texts: list[str], table: WordTable = TABLE) -> None:
+def assert_same(texts: list[str], table: WordCache = TABLE) -> None:
     assert [tokens.tolist() for tokens in table.encode(texts)] == TOKENIZER.encode(texts)
 
 
@@ -39,7 +39,7 @@ def test_every_ascii_character_is_where_the_tokenizer_has_it(text: str) -> None:
 
 
 def test_a_full_table_begins_anew() -> None:
-    table = WordTable(TOKENIZER, largest=1000)
+    table = WordCache(TOKENIZER, largest=1000)
     for number in range(50):
         assert_same([f"the cat number {number} sat on x{'y' * number}", "é" * number], table)
         assert table.held_bytes < 5000

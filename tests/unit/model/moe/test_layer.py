@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.dispatch import Dispatch
 from orchestrator.model.moe.experts import GatedMLP
-from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 from orchestrator.model.moe.router import Router
 from orchestrator.spec.model import ModelSpec
 from tests.unit.comm.threads import on_ranks
@@ -23,7 +23,7 @@ HIDDEN, INNER = 6, 10
 
 
 def _layer(num_experts: int = 5, top_k: int = 2, num_shared_experts: int = 1) -> MoELayer:
-    home = ExpertHome(Placement.balanced(num_experts, 1), 0, None)
+    home = ExpertParallelContext(ExpertPlacement.balanced(num_experts, 1), 0, None)
     spec = ModelSpec(
         hidden_size=HIDDEN,
         num_heads=1,
@@ -122,22 +122,22 @@ def test_no_rows_give_no_rows_and_gradients_of_zero() -> None:
 
 
 @st.composite
-def _placements(draw: st.DrawFn) -> Placement:
+def _placements(draw: st.DrawFn) -> ExpertPlacement:
     world_size = draw(st.integers(1, 5))
     ranks = st.sets(st.integers(0, world_size - 1), min_size=1).map(lambda s: tuple(sorted(s)))
     holders = draw(st.lists(ranks, min_size=1, max_size=6))
-    return Placement(len(holders), world_size, tuple(holders))
+    return ExpertPlacement(len(holders), world_size, tuple(holders))
 
 
-SPREAD = Placement(5, 3, ((1,), (0, 2), (0,), (0,), (1,)))  # rank 2 holds one expert, of which rank 0 has a copy
-EMPTY = Placement(5, 3, ((0,), (0,), (1,), (0,), (1,)))
+SPREAD = ExpertPlacement(5, 3, ((1,), (0, 2), (0,), (0,), (1,)))  # rank 2 holds one expert, of which rank 0 has a copy
+EMPTY = ExpertPlacement(5, 3, ((0,), (0,), (1,), (0,), (1,)))
 
 
-@pytest.mark.parametrize("placement", [SPREAD, EMPTY, Placement.balanced(5, 3), Placement.balanced(2, 3)])
+@pytest.mark.parametrize("placement", [SPREAD, EMPTY, ExpertPlacement.balanced(5, 3), ExpertPlacement.balanced(2, 3)])
 @pytest.mark.parametrize("num_shared_experts", [0, 1])
 @pytest.mark.parametrize("nodes", [(), ("a", "b", "b")], ids=["one node", "two nodes"])
 def test_layers_over_ranks_compute_what_one_layer_does(
-    placement: Placement, num_shared_experts: int, nodes: tuple[str, ...]
+    placement: ExpertPlacement, num_shared_experts: int, nodes: tuple[str, ...]
 ) -> None:
     whole = _layer(placement.num_experts, 2, num_shared_experts)
     wanted = []
@@ -147,7 +147,7 @@ def test_layers_over_ranks_compute_what_one_layer_does(
         wanted.append((y_BTD.detach(), _gradients(whole, y_BTD, x_BTD)))
 
     def run(rank: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-        layer = MoELayer(whole.router.spec, ExpertHome(placement, rank, group, nodes=nodes)).double()
+        layer = MoELayer(whole.router.spec, ExpertParallelContext(placement, rank, group, nodes=nodes)).double()
         layer.load_state_dict(whole.state_dict(), strict=False)
         x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
         y_BTD = layer(x_BTD)
@@ -166,7 +166,7 @@ def test_layers_over_ranks_compute_what_one_layer_does(
 
 
 def test_a_token_goes_once_to_a_rank_with_its_gates_for_that_ranks_experts() -> None:
-    placement = Placement(4, 3, ((0,), (0,), (1,), (2,)))
+    placement = ExpertPlacement(4, 3, ((0,), (0,), (1,), (2,)))
     dispatch = Dispatch(placement, 2, (0, 0, 1, 2))
     expert_ids_NK, gates_NK = torch.tensor([[1, 0], [2, 0], [3, 1]]), torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
     rows = dispatch.rows(expert_ids_NK, gates_NK)
@@ -181,7 +181,7 @@ def test_a_token_goes_once_to_a_rank_with_its_gates_for_that_ranks_experts() -> 
 
 
 def test_a_gate_that_is_not_a_number_is_computed() -> None:
-    dispatch = Dispatch(Placement.balanced(2, 2), 0, (0, 1))
+    dispatch = Dispatch(ExpertPlacement.balanced(2, 2), 0, (0, 1))
     _, counts, gates_R = dispatch.copies(torch.tensor([[float("nan")], [0.0]]))
     assert counts == [1] and gates_R.isnan().all()
 
@@ -193,7 +193,7 @@ def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:
     x_BTD = torch.ones(1, 4, HIDDEN, dtype=torch.float64) / HIDDEN
 
     def chosen(**limits: Any) -> list[int]:
-        home = ExpertHome(Placement(6, 3, ((0,), (0,), (1,), (1,), (2,), (2,))), 0, None, **limits)
+        home = ExpertParallelContext(ExpertPlacement(6, 3, ((0,), (0,), (1,), (1,), (2,), (2,))), 0, None, **limits)
         router = Router(layer.router.spec, home.limits(2))
         router.load_state_dict(layer.router.state_dict())
         ids: list[list[int]] = router(x_BTD[0]).expert_ids_NK.sort().values.tolist()
@@ -211,11 +211,11 @@ def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:
 
 @given(_placements(), st.integers(1, 6), st.integers(1, 4), st.data())
 def test_a_limit_leaves_enough_experts_to_choose_from(
-    placement: Placement, top_k: int, asked: int, data: st.DataObject
+    placement: ExpertPlacement, top_k: int, asked: int, data: st.DataObject
 ) -> None:
     top_k = min(top_k, placement.num_experts)
     rank = data.draw(st.integers(0, placement.world_size - 1))
-    (limit,) = ExpertHome(placement, rank, None, ranks_per_token=asked).limits(top_k)
+    (limit,) = ExpertParallelContext(placement, rank, None, ranks_per_token=asked).limits(top_k)
     ranks = placement.destinations()[rank]
     assert limit.top <= max(asked, top_k)
     choice_NE = torch.randn(7, placement.num_experts, generator=torch.Generator().manual_seed(top_k))

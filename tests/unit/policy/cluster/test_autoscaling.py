@@ -17,12 +17,12 @@ from orchestrator.policy.cluster.autoscaling import (
     speeds,
 )
 from orchestrator.policy.cluster.fair_share import Share, divide
-from orchestrator.policy.rescale.worker_pool import heed_target
+from orchestrator.policy.rescale.worker_pool import apply_target
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.world_size import Wish
-from orchestrator.protocol.messages import StepRecord, Target
-from orchestrator.protocol.scaling import UNLIMITED, Grant, RunScale
+from orchestrator.policy.state.world_size import SizeRequest
+from orchestrator.protocol.messages import DesiredRunState, StepRecord
+from orchestrator.protocol.scaling import UNLIMITED, Grant, ScalingView
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.workers import AutoscaleSpec
 from tests.unit.policy.imagined import Life, limits_of, record
@@ -30,18 +30,18 @@ from tests.unit.policy.imagined import Life, limits_of, record
 CPU = {"CPU": 1.0}
 
 
-def _run(**changes: Any) -> RunScale:
-    plain = RunScale("run", "available", CPU, wanted=2, least=1, most=4, is_steady=True, left_s=1000.0)
+def _run(**changes: Any) -> ScalingView:
+    plain = ScalingView("run", "available", CPU, wanted=2, least=1, most=4, is_steady=True, left_s=1000.0)
     return replace(plain, **changes)
 
 
-def _shares(runs: Sequence[RunScale], homes: dict[str, int], free: dict[str, dict[str, float]]) -> dict[str, Share]:
+def _shares(runs: Sequence[ScalingView], homes: dict[str, int], free: dict[str, dict[str, float]]) -> dict[str, Share]:
     """Args: how many workers of each run are placed, on no node that is free."""
     claims = {run.run_id: claim_of(run) for run in runs}
     return divide(runs, claims, {run: ["elsewhere"] * n for run, n in homes.items()}, free, 0.0)
 
 
-def _decide(run: RunScale, free: float, placed: int | None = None) -> tuple[int, str] | None:
+def _decide(run: ScalingView, free: float, placed: int | None = None) -> tuple[int, str] | None:
     """With `free` processors free, and as many workers placed as are wanted unless told."""
     homes = {"run": run.wanted + run.standby if placed is None else placed}
     found = decide_sizes([run], _shares([run], homes, {"node": {"CPU": free}}))
@@ -49,7 +49,7 @@ def _decide(run: RunScale, free: float, placed: int | None = None) -> tuple[int,
 
 
 def _changes(
-    runs: Sequence[RunScale], homes: dict[str, int], free: dict[str, dict[str, float]]
+    runs: Sequence[ScalingView], homes: dict[str, int], free: dict[str, dict[str, float]]
 ) -> list[tuple[str, int]]:
     return [(resize.run_id, resize.workers) for resize in decide_sizes(runs, _shares(runs, homes, free))]
 
@@ -128,7 +128,7 @@ def test_a_member_is_not_given_up_for_a_standby() -> None:
 # -- by throughput ---------------------------------------------------------------------------------------------------
 
 
-def _fast(speeds: dict[int, float], **changes: Any) -> RunScale:
+def _fast(speeds: dict[int, float], **changes: Any) -> ScalingView:
     return _run(policy="throughput", speeds=speeds, **changes)
 
 
@@ -170,7 +170,7 @@ def test_what_a_rescale_costs_has_to_come_back() -> None:
         (_fast({2: 200.0, 3: 210.0}), 2),
     ],
 )
-def test_demand_is_what_runs_would_have_if_there_were_room(run: RunScale, workers: int) -> None:
+def test_demand_is_what_runs_would_have_if_there_were_room(run: ScalingView, workers: int) -> None:
     assert demand([run]) == (Demand(CPU),) * workers
 
 
@@ -213,10 +213,10 @@ def test_bounds_are_those_of_the_stage_and_else_of_the_job() -> None:
 
 
 def _told(life: Life, workers: int, by_hand: bool) -> None:
-    life.target = Target(seq=life.target.seq + 1, workers=workers, by_hand=by_hand)
+    life.target = DesiredRunState(seq=life.target.seq + 1, workers=workers, by_hand=by_hand)
 
 
-def _scale(life: Life) -> RunScale:
+def _scale(life: Life) -> ScalingView:
     return scale_of(life.limits, life.state, life.seen(), CPU)
 
 
@@ -277,9 +277,9 @@ def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() ->
     life = Life(limits)
     life.run_until(lambda: life.step == 5)
     life.progress = _progress((2, 40, 0.25, ""), (3, 40, 0.22, ""))  # 400 and 455 tokens a second
-    life.state = replace(life.state, wish=Wish(3, 0))
-    seen = life.seen(target=Target(seq=9, workers=2, by_hand=False))
-    capped = heed_target(limits, life.state, seen).state
+    life.state = replace(life.state, wish=SizeRequest(3, 0))
+    seen = life.seen(target=DesiredRunState(seq=9, workers=2, by_hand=False))
+    capped = apply_target(limits, life.state, seen).state
     assert capped.wish is not None and (capped.wish.cap, capped.wish.cap_stage) == (2, "")
     assert scale_of(limits, capped, seen, CPU).most == 2
     elsewhere = life.seen(progress=_progress((2, 40, 0.25, "b")))
@@ -289,6 +289,6 @@ def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() ->
 def test_a_size_and_a_stage_may_be_asked_for_at_once() -> None:
     life = Life(limits_of(steps=60, autoscale=AutoscaleSpec(policy="available")))
     life.run_until(lambda: life.step == 5)
-    life.target = Target(seq=2, workers=2, stage="next", stage_wishes=1, by_hand=True)
+    life.target = DesiredRunState(seq=2, workers=2, stage="next", stage_wishes=1, by_hand=True)
     life.tick()
     assert life.state.wish is not None and life.state.wish.by_hand

@@ -23,25 +23,25 @@ from orchestrator.policy.cluster.fair_share import (
     new_grants,
     rank_of,
 )
-from orchestrator.protocol.scaling import UNLIMITED, Grant, RunScale
+from orchestrator.protocol.scaling import UNLIMITED, Grant, ScalingView
 
 CPU = {"CPU": 1.0}
 NOW_S = 10_000.0
 
 
-def _run(name: str, wanted: int = 4, least: int = 1, **changes: Any) -> RunScale:
+def _run(name: str, wanted: int = 4, least: int = 1, **changes: Any) -> ScalingView:
     """A run that trains, with all that it wants."""
-    plain = RunScale(name, "manual", CPU, wanted, least, max(wanted, least), is_steady=True)
+    plain = ScalingView(name, "manual", CPU, wanted, least, max(wanted, least), is_steady=True)
     return replace(plain, **changes)
 
 
-def _new(name: str, wanted: int = 4, least: int = 1, **changes: Any) -> RunScale:
+def _new(name: str, wanted: int = 4, least: int = 1, **changes: Any) -> ScalingView:
     """A run that was just submitted."""
     return _run(name, wanted, least, **({"grant": Grant(0), "queued_s": NOW_S, "submitted_s": NOW_S} | changes))
 
 
 def _divide(
-    runs: Sequence[RunScale], free: float = 0.0, homes: Mapping[str, int] | None = None, now_s: float = NOW_S
+    runs: Sequence[ScalingView], free: float = 0.0, homes: Mapping[str, int] | None = None, now_s: float = NOW_S
 ) -> dict[str, Share]:
     """On one node, where every run that trains has its place unless told."""
     held = {run.run_id: has(run) for run in runs} if homes is None else homes
@@ -210,7 +210,7 @@ def test_the_oldest_workers_keep_their_places() -> None:
 # -- what runs are told ----------------------------------------------------------------------------------------------
 
 
-def _told(runs: Sequence[RunScale], shares: Mapping[str, Share]) -> list[tuple[str, int | None, float | None]]:
+def _told(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> list[tuple[str, int | None, float | None]]:
     return [(new.run_id, new.grant.workers, new.patience_s) for new in new_grants(runs, shares)]
 
 
@@ -254,17 +254,17 @@ REQUESTS = ({"CPU": 1.0}, {"CPU": 2.0}, {"CPU": 1.0, "GPU": 1.0})
 @st.composite
 def _clusters(
     draw: st.DrawFn, are_alike: bool = False
-) -> tuple[list[RunScale], dict[str, list[str]], dict[str, dict[str, float]]]:
+) -> tuple[list[ScalingView], dict[str, list[str]], dict[str, dict[str, float]]]:
     """Runs that train where they fit, runs that wait, and what is left. Args: whether all workers are alike."""
     free = {n: {"CPU": float(draw(st.integers(0, 6))), "GPU": float(draw(st.integers(0, 2)))} for n in NODES}
-    runs: list[RunScale] = []
+    runs: list[ScalingView] = []
     homes: dict[str, list[str]] = {}
     for number in range(draw(st.integers(1, 6))):
         least = draw(st.integers(1, 3))
         wanted = least + draw(st.integers(0, 3))
         request = draw(st.sampled_from(REQUESTS[:1] if are_alike else REQUESTS))
         policy = draw(st.sampled_from(["manual", "available"]))
-        run = RunScale(
+        run = ScalingView(
             f"r{number}",
             policy,
             request,
@@ -296,7 +296,7 @@ def _clusters(
 
 
 def _shares_of(
-    runs: Sequence[RunScale], homes: Mapping[str, Sequence[str]], free: Mapping[str, Mapping[str, float]]
+    runs: Sequence[ScalingView], homes: Mapping[str, Sequence[str]], free: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Share]:
     return divide(runs, {run.run_id: claim_of(run) for run in runs}, homes, free, NOW_S)
 
@@ -304,7 +304,7 @@ def _shares_of(
 @settings(max_examples=300, deadline=None)
 @given(_clusters())
 def test_what_holds_in_any_cluster(
-    cluster: tuple[list[RunScale], dict[str, list[str]], dict[str, dict[str, float]]],
+    cluster: tuple[list[ScalingView], dict[str, list[str]], dict[str, dict[str, float]]],
 ) -> None:
     runs, homes, free = cluster
     shares = _shares_of(runs, homes, free)
@@ -335,7 +335,7 @@ def test_what_holds_in_any_cluster(
 @settings(max_examples=300, deadline=None)
 @given(_clusters(are_alike=True))
 def test_what_was_decided_is_decided_again(
-    cluster: tuple[list[RunScale], dict[str, list[str]], dict[str, dict[str, float]]],
+    cluster: tuple[list[ScalingView], dict[str, list[str]], dict[str, dict[str, float]]],
 ) -> None:
     """Once runs hold what they were granted, nothing changes any more: no place goes back and forth. With workers that
     are unlike, Ray may place one where only another one fits, and that one waits again."""
@@ -349,7 +349,7 @@ def test_what_was_decided_is_decided_again(
     assert {r.run_id: again[r.run_id].places for r in runs} == {r.run_id: len(homes.get(r.run_id, ())) for r in runs}
 
 
-def _after(run: RunScale, share: Share) -> RunScale:
+def _after(run: ScalingView, share: Share) -> ScalingView:
     """The run when it has followed its grant; whoever was let in has been in for long."""
     if share.grant.workers == 0:
         since_s = NOW_S if run.queued_s is None else run.queued_s
@@ -359,7 +359,7 @@ def _after(run: RunScale, share: Share) -> RunScale:
 
 
 def _placed(
-    runs: Sequence[RunScale], homes: Mapping[str, Sequence[str]], free: Mapping[str, Mapping[str, float]]
+    runs: Sequence[ScalingView], homes: Mapping[str, Sequence[str]], free: Mapping[str, Mapping[str, float]]
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
     """Where workers are once everybody holds what is granted: the oldest stay, and Ray finds places for the others."""
     left = {node: dict(amounts) for node, amounts in free.items()}

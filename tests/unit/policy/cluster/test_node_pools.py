@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import JobDoesNotFit
 from orchestrator.policy.cluster.node_pools import check_pool, confined, labels_shown, matches, pool_of
-from orchestrator.protocol.scaling import RunScale
+from orchestrator.protocol.scaling import ScalingView
 
 NODES = {
     "n0": {"ray.io/node-id": "n0", "pool": "a", "zone": "east"},
@@ -37,7 +37,7 @@ def test_what_is_no_condition_fits_nothing() -> None:
 
 
 def test_a_run_avoids_what_is_outside_of_its_pool() -> None:
-    run = RunScale("run", "manual", {}, 1, 1, 1, avoid=("n0",))
+    run = ScalingView("run", "manual", {}, 1, 1, 1, avoid=("n0",))
     assert confined(run, NODES).avoid == ("n0",)
     assert confined(replace(run, selector={"pool": "!in(a,b)"}), NODES).avoid == ("n0", "n0", "n1")
 

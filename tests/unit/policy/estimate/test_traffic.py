@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.policy.estimate.traffic import gradient_bytes, ranks_visited, sent_share
 from orchestrator.spec.communication import CompressionSpec
@@ -18,7 +18,7 @@ EXPERT = ParamSpec("layers.1.experts.0.down", 64 * 64, 0, 64)
 def test_a_matrix_shrinks_and_the_rest_stays(scheme: str, share: float) -> None:
     compression = CompressionSpec(scheme=scheme)  # type: ignore[arg-type]
     assert sent_share(MATRIX, compression, 4) == pytest.approx(share, rel=0.01)
-    placement = Placement(1, 4, ((0, 1),))
+    placement = ExpertPlacement(1, 4, ((0, 1),))
     plain = gradient_bytes([MATRIX, NORM, ROUTER, EXPERT], placement, CompressionSpec())
     assert plain == 4 * 3 * (MATRIX.numel + NORM.numel + ROUTER.numel) + 4 * EXPERT.numel
     sent = gradient_bytes([MATRIX, NORM, ROUTER, EXPERT], placement, compression)
@@ -28,12 +28,12 @@ def test_a_matrix_shrinks_and_the_rest_stays(scheme: str, share: float) -> None:
 def test_topk_sends_its_share_of_a_whole_copy_at_any_number_of_ranks() -> None:
     compression = CompressionSpec(scheme="topk", share=0.1)
     for size in (2, 4, 8, 64):
-        sent = gradient_bytes([MATRIX], Placement.balanced(1, size), compression) / size
+        sent = gradient_bytes([MATRIX], ExpertPlacement.balanced(1, size), compression) / size
         assert sent == pytest.approx(0.1 * 4 * MATRIX.numel, rel=0.05)
 
 
 def _destinations(num_experts: int, world_size: int) -> tuple[int, ...]:
-    return Placement.balanced(num_experts, world_size).destinations()[0]
+    return ExpertPlacement.balanced(num_experts, world_size).destinations()[0]
 
 
 def test_a_token_goes_once_to_a_rank_however_many_of_its_experts_are_there() -> None:

@@ -7,14 +7,14 @@ from orchestrator.policy.health.budget import (
     MAX_DELAY_S,
     WINDOW_S,
     delay_s,
+    exceeded_budget,
     failures,
     held_back_s,
-    overdrawn,
     quarantined,
 )
 from orchestrator.policy.lifecycle import explain
 from orchestrator.policy.recovery.respond import largest_proper_divisor
-from orchestrator.policy.state.run_state import Loss
+from orchestrator.policy.state.run_state import WorkerFailure
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.sampling.micro_batches import SlotSize
@@ -22,8 +22,8 @@ from orchestrator.spec.fault_tolerance import BudgetsSpec, RecoverySpec
 from tests.unit.policy.imagined import Life, limits_of
 
 
-def _losses(*times_s: float, cause: str = "worker", node: str = "a") -> tuple[Loss, ...]:
-    return tuple(Loss(f"w{i}", node, cause, 5, time_s) for i, time_s in enumerate(times_s))
+def _losses(*times_s: float, cause: str = "worker", node: str = "a") -> tuple[WorkerFailure, ...]:
+    return tuple(WorkerFailure(f"w{i}", node, cause, 5, time_s) for i, time_s in enumerate(times_s))
 
 
 def test_whoever_is_lost_in_the_same_moment_is_one_failure() -> None:
@@ -33,16 +33,16 @@ def test_whoever_is_lost_in_the_same_moment_is_one_failure() -> None:
 
 def test_a_budget_is_spent_by_its_own_class_only() -> None:
     budgets = BudgetsSpec(worker=2, hang=0)
-    assert overdrawn(_losses(1.0, 2.0), 3.0, budgets) == ""
-    assert "3 failures of the kind worker within an hour; recovery.budgets.worker is 2" in overdrawn(
+    assert exceeded_budget(_losses(1.0, 2.0), 3.0, budgets) == ""
+    assert "3 failures of the kind worker within an hour; recovery.budgets.worker is 2" in exceeded_budget(
         _losses(1.0, 2.0, 3.0), 3.0, budgets
     )
-    assert "recovery.budgets.hang is 0" in overdrawn(_losses(1.0, cause="hang"), 3.0, budgets)
-    assert overdrawn(_losses(1.0, 2.0, 3.0), 3.5 + WINDOW_S, budgets) == ""
+    assert "recovery.budgets.hang is 0" in exceeded_budget(_losses(1.0, cause="hang"), 3.0, budgets)
+    assert exceeded_budget(_losses(1.0, 2.0, 3.0), 3.5 + WINDOW_S, budgets) == ""
 
 
 def test_an_unknown_class_is_an_error_of_ours() -> None:
-    assert "recovery.budgets.internal is 0" in overdrawn(_losses(1.0, cause="odd"), 1.0, BudgetsSpec(internal=0))
+    assert "recovery.budgets.internal is 0" in exceeded_budget(_losses(1.0, cause="odd"), 1.0, BudgetsSpec(internal=0))
 
 
 def test_delays_double_and_have_an_end() -> None:

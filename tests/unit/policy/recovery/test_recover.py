@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.lifecycle import decide, explain, phase_of
-from orchestrator.policy.state.run_state import Dismiss
+from orchestrator.policy.state.run_state import KillWorker
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
@@ -236,7 +236,7 @@ def test_a_member_that_answers_nothing_is_given_up_and_killed() -> None:
     life.run_until(lambda: life.step == 5)
     decision = decide(life.limits, life.state, life.seen(silence_s={"w1": 9.0}))
     assert decision.state.is_recovering and "w1 has not answered for 9 s" in decision.state.why
-    assert Dismiss("w1") in decision.actions and "w1" not in decision.state.crew
+    assert KillWorker("w1") in decision.actions and "w1" not in decision.state.crew
 
 
 def test_of_members_that_all_answer_the_one_with_the_fewest_collectives_hangs() -> None:

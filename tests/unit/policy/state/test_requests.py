@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.requests import queued
-from orchestrator.policy.state.run_state import Loss
-from orchestrator.protocol.messages import Finish, Phase, Target, WorkerError
+from orchestrator.policy.state.run_state import WorkerFailure
+from orchestrator.protocol.messages import DesiredRunState, Finish, Phase, WorkerError
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
 from orchestrator.sampling.micro_batches import SlotSize
@@ -146,7 +146,7 @@ def test_a_preempted_run_may_be_ended(finish: Finish, outcome: RunPhase, is_out:
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
     life.run_until(lambda: life.state.current is None if is_out else life.state.finish is Finish.PAUSE)
-    life.target = Target(seq=life.target.seq + 1, workers=4, finish=finish, reason="enough")
+    life.target = DesiredRunState(seq=life.target.seq + 1, workers=4, finish=finish, reason="enough")
     life.run_to_the_end()
     assert life.state.outcome is outcome and life.committed == life.step
 
@@ -239,7 +239,7 @@ def test_what_failures_have_taught_is_kept() -> None:
         life.stop(member)
     life.say(life.state.members[0], error=WorkerError("out_of_memory", "no"))
     life.run_until(lambda: life.state.current is not None and life.state.current.slot.rows == 2)
-    losses = tuple(Loss(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5))
+    losses = tuple(WorkerFailure(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5))
     life.state = replace(life.state, losses=losses)
     life.run_until(lambda: life.state.quarantine == ("bad",))
     life.run_until(lambda: life.step == 20)

@@ -3,7 +3,14 @@ import pytest
 from orchestrator.errors import UsageError
 from orchestrator.policy.cluster.capacity import places
 from orchestrator.policy.state.config import RunLimits, ScheduledSize
-from orchestrator.policy.state.world_size import SizeChange, Wish, next_change, wanted_size, wish_holds, workers_to_hold
+from orchestrator.policy.state.world_size import (
+    SizeChange,
+    SizeRequest,
+    next_change,
+    wanted_size,
+    wish_holds,
+    workers_to_hold,
+)
 from orchestrator.spec.job import JobSpec
 from tests.unit.policy.imagined import limits_of
 
@@ -17,23 +24,23 @@ PLANNED = limits_of(steps=100, schedule=(ScheduledSize(20, 3), ScheduledSize(60,
         (None, 19, 2),
         (None, 20, 3),
         (None, 99, 1),
-        (Wish(4, 10), 15, 4),
-        (Wish(4, 10), 20, 3),
-        (Wish(4, 20), 20, 4),
-        (Wish(4, 30), 59, 4),
-        (Wish(4, 30), 60, 1),
+        (SizeRequest(4, 10), 15, 4),
+        (SizeRequest(4, 10), 20, 3),
+        (SizeRequest(4, 20), 20, 4),
+        (SizeRequest(4, 30), 59, 4),
+        (SizeRequest(4, 30), 60, 1),
     ],
 )
-def test_the_newest_of_schedule_and_wish_counts(wish: Wish | None, step: int, size: int) -> None:
+def test_the_newest_of_schedule_and_wish_counts(wish: SizeRequest | None, step: int, size: int) -> None:
     assert wanted_size(PLANNED, wish, step) == size
 
 
 @pytest.mark.parametrize(
     ("wish", "holds"),
-    [(Wish(3, 25), True), (Wish(3, 20), True), (Wish(3, 10), False), (None, False)],
+    [(SizeRequest(3, 25), True), (SizeRequest(3, 20), True), (SizeRequest(3, 10), False), (None, False)],
     ids=["as scheduled, and asked for", "at the same step", "overtaken", "none"],
 )
-def test_what_a_size_is_due_to(wish: Wish | None, holds: bool) -> None:
+def test_what_a_size_is_due_to(wish: SizeRequest | None, holds: bool) -> None:
     assert wish_holds(PLANNED, wish, 30) is holds
 
 
@@ -63,18 +70,18 @@ def test_a_change_is_prepared_when_it_is_in_sight(size: int, step: int, change: 
         (1, None, 0, 3),
         (2, None, 0, 4),
         (1, None, 60, 2),
-        (2, Wish(4, 0), 5, 6),
-        (0, Wish(1, 30), 30, 1),
+        (2, SizeRequest(4, 0), 5, 6),
+        (0, SizeRequest(1, 30), 30, 1),
     ],
 )
-def test_workers_held(standby: int, wish: Wish | None, step: int, workers: int) -> None:
+def test_workers_held(standby: int, wish: SizeRequest | None, step: int, workers: int) -> None:
     limits = limits_of(steps=100, standby=standby, schedule=PLANNED.schedule)
     assert workers_to_hold(limits, wish, step) == workers
 
 
 def test_never_more_than_max_and_standbys_are_held() -> None:
     limits = limits_of(max_workers=2, standby=1)
-    assert workers_to_hold(limits, Wish(2, 0), 1) == 3
+    assert workers_to_hold(limits, SizeRequest(2, 0), 1) == 3
 
 
 def test_limits_of_a_job() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from orchestrator.errors import EpochSuperseded
 from orchestrator.protocol.messages import Directive, Phase, StepRecord
-from orchestrator.worker.runtime.mailbox import MAX_RECORDS, Desk
+from orchestrator.worker.runtime.mailbox import MAX_RECORDS, WorkerMailbox
 
 
 def _record(step: int) -> StepRecord:
@@ -15,7 +15,7 @@ def _record(step: int) -> StepRecord:
 
 
 def test_the_newest_directive_wins() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     for epoch, seq in [(1, 5), (1, 4), (2, 0), (2, 0)]:
         desk.put(Directive(epoch, seq))
     assert (desk.directive.epoch, desk.directive.seq) == (2, 0)
@@ -23,7 +23,7 @@ def test_the_newest_directive_wins() -> None:
 
 
 def test_a_replaced_controller_is_refused_and_nothing_changes() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     desk.put(Directive(2, 3))
     with pytest.raises(EpochSuperseded):
         desk.put(Directive(1, 9))
@@ -31,7 +31,7 @@ def test_a_replaced_controller_is_refused_and_nothing_changes() -> None:
 
 
 def test_a_report_waits_for_news_and_no_longer() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     known = desk.state.version
     answers = []
     asker = threading.Thread(target=lambda: answers.append(desk.report(None, known, 30.0)))
@@ -45,7 +45,7 @@ def test_a_report_waits_for_news_and_no_longer() -> None:
 
 
 def test_records_come_only_when_asked_for_and_only_the_newer_ones() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     for step in range(4):
         desk.record(_record(step))
     assert desk.report(None, -1, 0.0).records == ()
@@ -54,14 +54,14 @@ def test_records_come_only_when_asked_for_and_only_the_newer_ones() -> None:
 
 
 def test_a_controller_that_is_away_long_costs_bounded_memory() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     for step in range(MAX_RECORDS + 5):
         desk.record(_record(step))
     assert len(desk.report(-1, -1, 0.0).records) == MAX_RECORDS
 
 
 def test_waiting_for_a_directive_ends_when_it_comes() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     got = []
     waiter = threading.Thread(target=lambda: got.append(desk.wait(lambda d: d.activated >= 3)))
     waiter.start()
@@ -72,14 +72,14 @@ def test_waiting_for_a_directive_ends_when_it_comes() -> None:
 
 
 def test_a_newer_controller_counts_its_directives_anew() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     desk.put(Directive(1, 9, activated=4))
     desk.put(Directive(2, 0, activated=5))
     assert desk.wait(lambda d: d.epoch == 2, 0.0).activated == 5
 
 
 def test_a_repeat_is_no_news() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     desk.put(Directive(1, 1))
     version = desk.state.version
     desk.put(Directive(1, 1))
@@ -88,13 +88,13 @@ def test_a_repeat_is_no_news() -> None:
 
 
 def test_waiting_in_vain_ends_after_the_timeout_with_what_there_is() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     assert desk.wait(lambda d: d.activated >= 0, 0.01) == Directive(-1, -1)
 
 
 def test_nothing_is_lost_between_threads() -> None:
     """Two publish, one records, one directs, two read: every change counts once, and no report goes back in time."""
-    desk, rounds = Desk("w0", 1), 300
+    desk, rounds = WorkerMailbox("w0", 1), 300
     seen: list[list[int]] = [[], []]
 
     def read(mine: list[int]) -> None:
@@ -117,7 +117,7 @@ def test_nothing_is_lost_between_threads() -> None:
 
 
 def test_a_failure_is_final() -> None:
-    desk = Desk("w0", 1)
+    desk = WorkerMailbox("w0", 1)
     desk.publish(phase=Phase.FAILED)
     desk.publish(phase=Phase.FINISHED, generation=3)
     assert (desk.state.phase, desk.state.generation) == (Phase.FAILED, 3)

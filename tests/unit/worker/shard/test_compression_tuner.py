@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.policy.estimate.compression_choice import CANDIDATES
 from orchestrator.spec.communication import CompressionSpec
-from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED, Choosing, coding_s
+from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED, CompressionTuner, coding_s
 
 AUTO = CompressionSpec(scheme="auto")
 
@@ -25,8 +25,8 @@ class Gradients:
         self.used.append((scheme, overlap))
 
 
-def _choosing(gradients: Any, compression: CompressionSpec = AUTO, world_size: int = 2) -> Choosing:
-    return Choosing(gradients, compression, True, world_size)
+def _choosing(gradients: Any, compression: CompressionSpec = AUTO, world_size: int = 2) -> CompressionTuner:
+    return CompressionTuner(gradients, compression, True, world_size)
 
 
 @pytest.mark.parametrize(("seconds", "scheme"), [(0.001, "none"), (20.0, "int4")])

@@ -8,7 +8,7 @@ from orchestrator.data.prepare.options import prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.sampling.micro_batches import SlotSize
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.step.batches import Feed
+from orchestrator.worker.step.batches import BatchReader
 
 SIZE = SlotSize(rows=2)
 JOB = {
@@ -36,12 +36,12 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return prepare(str(directory), 300, 0.2, tmp_path_factory.mktemp("store"), difficulty="length")
 
 
-def _feed(store: TokenStore, isolate: bool = False) -> Feed:
+def _feed(store: TokenStore, isolate: bool = False) -> BatchReader:
     job = JobSpec.model_validate({**JOB, "data": {"isolate_documents": isolate}})
-    return Feed(job, store, torch.device("cpu"))
+    return BatchReader(job, store, torch.device("cpu"))
 
 
-def _rows(feed: Feed, step: int, world_size: int) -> torch.Tensor:
+def _rows(feed: BatchReader, step: int, world_size: int) -> torch.Tensor:
     """The global batch as the ranks see it: their slots by number."""
     slots = {}
     for rank in range(world_size):
@@ -70,7 +70,7 @@ STAGES = [
 
 def test_a_curriculum_is_the_same_through_4_2_3_workers(scored: TokenStore) -> None:
     job = JobSpec.model_validate({**JOB, "curriculum": {"signal": "length", "stages": STAGES}})
-    feed, alone = Feed(job, scored, torch.device("cpu")), Feed(job, scored, torch.device("cpu"))
+    feed, alone = BatchReader(job, scored, torch.device("cpu")), BatchReader(job, scored, torch.device("cpu"))
     lengths, used = [], 0
     for step, world_size in enumerate([4] * 8 + [2] * 8 + [3] * 8):
         rows = _rows(feed, step, world_size)
@@ -87,7 +87,7 @@ def test_a_curriculum_is_the_same_through_4_2_3_workers(scored: TokenStore) -> N
 def test_an_easy_stage_has_the_short_documents(scored: TokenStore) -> None:
     job = JobSpec.model_validate({**JOB, "curriculum": {"signal": "length", "stages": STAGES}})
     index_D = scored.index("train")
-    spans = Feed(job, scored, torch.device("cpu")).order.at(0).rows.spans
+    spans = BatchReader(job, scored, torch.device("cpu")).order.at(0).rows.spans
     documents = np.searchsorted(index_D["offset"], spans.start, side="right") - 1
     assert index_D["length"][documents].max() <= np.quantile(index_D["length"], 0.7)
 
@@ -150,7 +150,7 @@ def test_steps_consume_positions_without_gap_through_many_epochs(store: TokenSto
 SMALL = {**JOB, "train": {**JOB["train"], "sequence_length": 24}, "data": {"rows": "documents"}}  # type: ignore[dict-item]
 
 
-def _batch(feed: Feed, step: int, world_size: int, size: SlotSize) -> dict[tuple[int, ...], int]:
+def _batch(feed: BatchReader, step: int, world_size: int, size: SlotSize) -> dict[tuple[int, ...], int]:
     """Rows of a step, without padding, and how often each is there."""
     found: dict[tuple[int, ...], int] = {}
     for rank in range(world_size):
@@ -168,7 +168,7 @@ def _batch(feed: Feed, step: int, world_size: int, size: SlotSize) -> dict[tuple
 def test_rows_by_document_are_each_of_one_and_all_of_them_once_an_epoch(
     scored: TokenStore, curriculum: dict[str, object] | None
 ) -> None:
-    feed = Feed(JobSpec.model_validate({**SMALL, "curriculum": curriculum}), scored, torch.device("cpu"))
+    feed = BatchReader(JobSpec.model_validate({**SMALL, "curriculum": curriculum}), scored, torch.device("cpu"))
     index_D, tokens = scored.index("train"), scored.num_tokens("train")
     spans = [(s, n) for step in range(200) for s, n in _spans(feed, step)]
     epoch, taken = [], 0
@@ -180,13 +180,13 @@ def test_rows_by_document_are_each_of_one_and_all_of_them_once_an_epoch(
     assert sorted(epoch) == wanted
 
 
-def _spans(feed: Feed, step: int) -> list[tuple[int, int]]:
+def _spans(feed: BatchReader, step: int) -> list[tuple[int, int]]:
     spans = feed.order.at(step).rows.spans
     return list(zip(spans.start.tolist(), spans.length.tolist(), strict=True))
 
 
 def test_a_step_by_document_holds_the_same_rows_in_any_slots_and_worlds(scored: TokenStore) -> None:
-    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
     for step in range(6):
         wanted = _batch(feed, step, 1, SlotSize(rows=10))
         assert sum(wanted.values()) == 10
@@ -195,7 +195,7 @@ def test_a_step_by_document_holds_the_same_rows_in_any_slots_and_worlds(scored: 
 
 
 def test_targets_by_document_are_the_tokens_that_follow_in_it(scored: TokenStore) -> None:
-    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
     ends = {int(d["offset"] + d["length"]) for d in scored.index("train")}
     part = feed.step(2, 0, 1, SlotSize(tokens=60))
     cut = [slot.batch for slot in part.slots]
@@ -214,14 +214,14 @@ def test_targets_by_document_are_the_tokens_that_follow_in_it(scored: TokenStore
 
 def test_slots_of_like_length_waste_less_than_slots_in_order(scored: TokenStore) -> None:
     job = {**SMALL, "train": {**SMALL["train"], "sequence_length": 400, "global_batch_size": 40}}  # type: ignore[dict-item]
-    feed = Feed(JobSpec.model_validate(job), scored, torch.device("cpu"))
+    feed = BatchReader(JobSpec.model_validate(job), scored, torch.device("cpu"))
     in_order, bucketed = (feed.step(0, 0, 1, s) for s in (SlotSize(rows=4), SlotSize(tokens=1600)))
     assert 0 < bucketed.padding < in_order.padding / 2 and sum(bucketed.tokens) == sum(in_order.tokens)
     assert max(bucketed.padded_tokens) <= 1600
 
 
 def test_the_share_of_a_rank_is_counted_in_tokens(scored: TokenStore) -> None:
-    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
     parts = [feed.step(1, rank, 3, SlotSize(rows=2)) for rank in range(3)]
     assert sum(part.share for part in parts) == pytest.approx(parts[0].num_slots)
     packed = [_feed(scored).step(1, rank, 3, SIZE).share for rank in range(3)]
@@ -229,7 +229,7 @@ def test_the_share_of_a_rank_is_counted_in_tokens(scored: TokenStore) -> None:
 
 
 def test_validation_by_document_reads_the_first_ones(scored: TokenStore) -> None:
-    feed = Feed(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
+    feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
     lengths_B = [s.batch.lengths_B for s in feed.validation(0, 1, SIZE).slots]
     found = torch.cat([b for b in lengths_B if b is not None]).tolist()
     index_D = scored.index("validation")

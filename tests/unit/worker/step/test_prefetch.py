@@ -9,7 +9,7 @@ import pytest
 from orchestrator.sampling.micro_batches import SlotSize
 from orchestrator.sampling.sample_order import RowOrder
 from orchestrator.sampling.sampler import SamplerState
-from orchestrator.worker.step.batches import Prefetch, StepFeed
+from orchestrator.worker.step.batches import Prefetch, StepBatches
 
 PATIENCE_S = 20.0
 ONE, TWO = SlotSize(rows=1), SlotSize(rows=2)
@@ -34,14 +34,14 @@ class Recorder:
         self.bad_step = bad_step
         self._changed = threading.Condition()
 
-    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepFeed:
+    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepBatches:
         with self._changed:
             name = threading.current_thread().name
             self.asked.append(Asked(step, rank, world_size, size, name, self.order.state.seed))
             self._changed.notify_all()
         if step == self.bad_step:
             raise OSError("the disk is gone")
-        return StepFeed((), 0, self.order.state.seed, step, world_size)
+        return StepBatches((), 0, self.order.state.seed, step, world_size)
 
     def await_asked(self, step: int) -> Asked:
         """The read of this step, once it has begun."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator.model.moe.balance import RoutingCounts
-from orchestrator.worker.step.vote import NO_FENCE, Ballot, Outcome, vote
+from orchestrator.worker.step.vote import NO_FENCE, Ballot, VoteResult, vote
 from tests.unit.comm.threads import on_ranks
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def _ballot(losses: list[float], **changes: Any) -> Ballot:
     return Ballot(**{**fields, **changes})
 
 
-def _together(ballots: list[Ballot]) -> list[Outcome]:
+def _together(ballots: list[Ballot]) -> list[VoteResult]:
     """What each rank concludes."""
     return on_ranks(len(ballots), lambda rank, group: vote(ballots[rank], rank, len(ballots), group, CPU))
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from orchestrator.comm.transport.rendezvous import RendezvousServer
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, Source, StoreAddress, WorkerJob
 from orchestrator.spec.job import JobSpec
-from orchestrator.worker.runtime.mailbox import Desk
-from orchestrator.worker.shard.shard import Workshop
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.vote import NO_FENCE
-from orchestrator.worker.transition.preparation import Preparations
+from orchestrator.worker.transition.preparation import TransitionPreparer
 
 JOB = JobSpec.model_validate(
     {"schema": "v1", "name": "try", "model": {"hidden_size": 8, "num_layers": 2, "num_heads": 2, "num_experts": 2}}
@@ -30,14 +30,14 @@ def _store() -> RendezvousServer:
 
 
 @pytest.fixture(scope="module")
-def workshop() -> Workshop:
+def workshop() -> ShardFactory:
     job = WorkerJob("try", JOB.model_dump_json(), "", "", "127.0.0.1", threads=1)
-    return Workshop("w0", job, JOB, 300, torch.device("cpu"))
+    return ShardFactory("w0", job, JOB, 300, torch.device("cpu"))
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk("w0", 1)
+def desk() -> WorkerMailbox:
+    return WorkerMailbox("w0", 1)
 
 
 def _plan(generation: int, *members: str, source: World | None = None) -> GenerationPlan:
@@ -45,30 +45,30 @@ def _plan(generation: int, *members: str, source: World | None = None) -> Genera
     return GenerationPlan(
         epoch=1,
         world=world,
-        placement=Placement.balanced(2, world.size),
-        source=None if source is None else Source(source, Placement.balanced(2, source.size), source.members),
+        placement=ExpertPlacement.balanced(2, world.size),
+        source=None if source is None else Source(source, ExpertPlacement.balanced(2, source.size), source.members),
         store_prefix=f"1/{generation}",
         store_address=StoreAddress(*_store().address()),
     )
 
 
-def _await_prepared(desk: Desk, generation: int) -> None:
+def _await_prepared(desk: WorkerMailbox, generation: int) -> None:
     version = -1
     while (report := desk.report(None, version, 20.0)).prepared < generation:
         assert report.version > version, f"generation {generation} was not prepared within 20 s"
         version = report.version
 
 
-def _prepare(preparations: Preparations, desk: Desk, generation: int) -> None:
+def _prepare(preparations: TransitionPreparer, desk: WorkerMailbox, generation: int) -> None:
     """Have a move of this worker alone prepared in the background."""
     desk.put(Directive(1, generation, next=_plan(generation, "w0", source=World(generation - 1, ("w0",)))))
     _await_prepared(desk, generation)
 
 
 def test_a_worker_is_ready_for_a_fence_once_it_is_prepared_and_the_step_is_reached(
-    workshop: Workshop, desk: Desk
+    workshop: ShardFactory, desk: WorkerMailbox
 ) -> None:
-    preparations = Preparations(workshop, desk)
+    preparations = TransitionPreparer(workshop, desk)
     desk.put(Directive(1, 0, fence=Fence(1)))
     assert preparations.fence_after(9) == NO_FENCE  # not prepared yet
     _prepare(preparations, desk, 1)
@@ -81,8 +81,8 @@ def test_a_worker_is_ready_for_a_fence_once_it_is_prepared_and_the_step_is_reach
     assert preparations.fence_after(9) == NO_FENCE
 
 
-def test_what_is_given_up_is_closed(workshop: Workshop, desk: Desk) -> None:
-    preparations = Preparations(workshop, desk)
+def test_what_is_given_up_is_closed(workshop: ShardFactory, desk: WorkerMailbox) -> None:
+    preparations = TransitionPreparer(workshop, desk)
     for generation in (1, 2):
         _prepare(preparations, desk, generation)
     desk.put(Directive(1, 3, next=_plan(3, "w1", "w2"), fence=Fence(2)))  # behind a fence there is no way back
@@ -93,8 +93,10 @@ def test_what_is_given_up_is_closed(workshop: Workshop, desk: Desk) -> None:
     preparations.close()
 
 
-def test_a_plan_is_begun_once_and_only_where_it_concerns_this_worker(workshop: Workshop, desk: Desk) -> None:
-    preparations = Preparations(workshop, desk)
+def test_a_plan_is_begun_once_and_only_where_it_concerns_this_worker(
+    workshop: ShardFactory, desk: WorkerMailbox
+) -> None:
+    preparations = TransitionPreparer(workshop, desk)
     desk.put(Directive(1, 0, next=_plan(1, "w1", "w2")))
     _prepare(preparations, desk, 2)
     version = desk.state.version
@@ -104,8 +106,8 @@ def test_a_plan_is_begun_once_and_only_where_it_concerns_this_worker(workshop: W
     assert not [t for t in threading.enumerate() if t.name == "prepare" and t.is_alive()]
 
 
-def test_a_standby_waits_for_a_plan_that_names_it(workshop: Workshop, desk: Desk) -> None:
-    preparations = Preparations(workshop, desk)
+def test_a_standby_waits_for_a_plan_that_names_it(workshop: ShardFactory, desk: WorkerMailbox) -> None:
+    preparations = TransitionPreparer(workshop, desk)
     desk.put(Directive(1, 0, next=_plan(1, "w1")))
     found: list[GenerationPlan] = []
     waiter = threading.Thread(target=lambda: found.append(preparations.await_next(lambda _: False).plan), daemon=True)
@@ -117,8 +119,8 @@ def test_a_standby_waits_for_a_plan_that_names_it(workshop: Workshop, desk: Desk
     assert desk.state.prepared == 2
 
 
-def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(workshop: Workshop, desk: Desk) -> None:
-    preparations = Preparations(workshop, desk)
+def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(workshop: ShardFactory, desk: WorkerMailbox) -> None:
+    preparations = TransitionPreparer(workshop, desk)
     alone = World(0, ("w0",))
     desk.put(Directive(1, 0, next=_plan(1, "w0", "w1", source=alone)))
     desk.put(Directive(1, 1, next=_plan(2, "w0", source=alone)))
@@ -127,13 +129,15 @@ def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(workshop: Worksh
 
 
 @pytest.mark.parametrize("without_store", [False, True], ids=["layout", "store"])
-def test_a_plan_that_can_not_be_prepared_is_told_at_once(workshop: Workshop, desk: Desk, without_store: bool) -> None:
-    preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
+def test_a_plan_that_can_not_be_prepared_is_told_at_once(
+    workshop: ShardFactory, desk: WorkerMailbox, without_store: bool
+) -> None:
+    preparations, plan = TransitionPreparer(workshop, desk), _plan(1, "w0")
     if without_store:
         with socket.create_server(("127.0.0.1", 0)) as unused:
             plan = replace(plan, store_address=StoreAddress(*unused.getsockname()))
     else:
-        plan = replace(plan, source=Source(World(0, ("w0",)), Placement.balanced(2, 2), ("w0",)))
+        plan = replace(plan, source=Source(World(0, ("w0",)), ExpertPlacement.balanced(2, 2), ("w0",)))
     desk.put(Directive(1, 0, next=plan))
     version = -1
     while (report := desk.report(None, version, 20.0)).failed_generation < 1:
@@ -143,8 +147,8 @@ def test_a_plan_that_can_not_be_prepared_is_told_at_once(workshop: Workshop, des
     preparations.close()
 
 
-def test_a_plan_stands_while_the_newest_directive_names_it(workshop: Workshop, desk: Desk) -> None:
-    preparations, plan = Preparations(workshop, desk), _plan(5, "w0")
+def test_a_plan_stands_while_the_newest_directive_names_it(workshop: ShardFactory, desk: WorkerMailbox) -> None:
+    preparations, plan = TransitionPreparer(workshop, desk), _plan(5, "w0")
     desk.put(Directive(1, 0, next=plan))
     assert preparations.stands(plan)
     desk.put(Directive(1, 1, current=plan))
@@ -155,9 +159,9 @@ def test_a_plan_stands_while_the_newest_directive_names_it(workshop: Workshop, d
 
 @pytest.mark.parametrize("activated", [True, False])
 def test_waiting_for_activation_ends_with_it_or_with_another_plan(
-    workshop: Workshop, desk: Desk, activated: bool
+    workshop: ShardFactory, desk: WorkerMailbox, activated: bool
 ) -> None:
-    preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
+    preparations, plan = TransitionPreparer(workshop, desk), _plan(1, "w0")
     desk.put(Directive(1, 0, next=plan, activated=0))
     assert preparations.await_next(lambda _: False).plan == plan
     found: list[int] = []
@@ -170,8 +174,8 @@ def test_waiting_for_activation_ends_with_it_or_with_another_plan(
     assert found == [int(activated)]
 
 
-def test_a_newcomer_hears_that_the_run_went_on_without_it(workshop: Workshop, desk: Desk) -> None:
-    preparations, plan = Preparations(workshop, desk), _plan(1, "w0")
+def test_a_newcomer_hears_that_the_run_went_on_without_it(workshop: ShardFactory, desk: WorkerMailbox) -> None:
+    preparations, plan = TransitionPreparer(workshop, desk), _plan(1, "w0")
     desk.put(Directive(1, 0, next=plan))
     assert preparations.await_next(lambda _: False).plan == plan
     desk.put(Directive(1, 1, current=_plan(2, "w1"), activated=2))

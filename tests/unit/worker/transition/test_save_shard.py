@@ -14,29 +14,29 @@ import torch
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
-from orchestrator.elastic.expert_placement import Placement
+from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Layout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.shard.shard import Progress
-from orchestrator.worker.transition.save_shard import Saver, pieces_of
+from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
 
 PARAMS = [ParamSpec("norm", 3, None), ParamSpec("up", 50, None)] + [ParamSpec(f"experts.{e}", 20, e) for e in range(3)]
 SHAPES = {f"{kind}/{p.name}": (p.numel,) for p in PARAMS for kind in ("master", "exp_avg", "exp_avg_sq")} | {
     "buffer/bias": (4,)
 }
 PLACEMENTS = [
-    pytest.param(Placement.balanced(3, 1), id="one"),
-    pytest.param(Placement.balanced(3, 2), id="uneven"),
-    pytest.param(Placement(3, 2, ((0,), (0,), (0,))), id="a rank without experts"),
-    pytest.param(Placement.balanced(3, 5), id="more ranks than experts"),
-    pytest.param(Placement(3, 3, ((0, 1), (1, 2), (0,))), id="overlapping holders"),
+    pytest.param(ExpertPlacement.balanced(3, 1), id="one"),
+    pytest.param(ExpertPlacement.balanced(3, 2), id="uneven"),
+    pytest.param(ExpertPlacement(3, 2, ((0,), (0,), (0,))), id="a rank without experts"),
+    pytest.param(ExpertPlacement.balanced(3, 5), id="more ranks than experts"),
+    pytest.param(ExpertPlacement(3, 3, ((0, 1), (1, 2), (0,))), id="overlapping holders"),
 ]
 
 
-def _value(layout: Layout, tensor: int) -> torch.Tensor:
+def _value(layout: StateLayout, tensor: int) -> torch.Tensor:
     """The masters are the weights; the other kinds have values of their own."""
     name = layout.names[tensor].replace("param/", "master/")
     generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -44,7 +44,7 @@ def _value(layout: Layout, tensor: int) -> torch.Tensor:
     return value.bfloat16() if layout.itemsize[tensor] == 2 else value
 
 
-def _state(placement: Placement, mixed: bool) -> tuple[Layout, list[NamedRanges]]:
+def _state(placement: ExpertPlacement, mixed: bool) -> tuple[StateLayout, list[NamedRanges]]:
     """What every rank holds, as an engine would show it."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
     layout = training_layout(PARAMS, placement, world, mixed, [("bias", 4)])
@@ -59,7 +59,7 @@ def _state(placement: Placement, mixed: bool) -> tuple[Layout, list[NamedRanges]
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_every_element_is_saved_once_and_is_what_it_was(placement: Placement, mixed: bool) -> None:
+def test_every_element_is_saved_once_and_is_what_it_was(placement: ExpertPlacement, mixed: bool) -> None:
     layout, ranks = _state(placement, mixed)
     values = {name.replace("param/", "master/"): _value(layout, t) for t, name in enumerate(layout.names)}
     if mixed:
@@ -74,7 +74,7 @@ def test_every_element_is_saved_once_and_is_what_it_was(placement: Placement, mi
 
 
 def test_pieces_are_copies_that_training_does_not_change() -> None:
-    _, (ranges,) = _state(Placement.balanced(3, 1), False)
+    _, (ranges,) = _state(ExpertPlacement.balanced(3, 1), False)
     pieces = pieces_of(ranges, 0)
     before = [piece.array.copy() for piece in pieces]
     for _, held in ranges:
@@ -82,19 +82,19 @@ def test_pieces_are_copies_that_training_does_not_change() -> None:
     assert all(np.array_equal(piece.array, old) for piece, old in zip(pieces, before, strict=True))
 
 
-def _shard(ranges: NamedRanges, placement: Placement, rank: int) -> Any:
+def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int) -> Any:
     """As much of a shard as is saved: no engine is needed to have ranges."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
     return SimpleNamespace(epoch=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges))
 
 
 def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path) -> None:
-    placement = Placement.balanced(3, 2)
+    placement = ExpertPlacement.balanced(3, 2)
     layout, ranks = _state(placement, True)
     progress = Progress(11, 10, "{}")
     written: list[ShardWritten] = []
     for rank, ranges in enumerate(ranks):
-        saver = Saver(tmp_path, SHAPES, "", "", written.append, pytest.fail)
+        saver = ShardSaver(tmp_path, SHAPES, "", "", written.append, pytest.fail)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
@@ -111,10 +111,10 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
 
 def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "occupied").write_text("a file, no directory")
-    placement = Placement.balanced(3, 1)
+    placement = ExpertPlacement.balanced(3, 1)
     _, (ranges,) = _state(placement, False)
     failures: list[Exception] = []
-    saver = Saver(
+    saver = ShardSaver(
         tmp_path / "occupied", SHAPES, "", "", lambda written: pytest.fail("nothing was written"), failures.append
     )
     saver.save(_shard(ranges, placement, 0), Progress(0, 1, "{}"))
