@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from tests.support.worker_group import Crew
+
 from benchmarks.curriculum import MODEL
 from benchmarks.harness import Bar, Result, at_least, at_most, equals, median_interval, run, say
 from benchmarks.support.data import data_spec, stores_dir
@@ -30,7 +32,6 @@ from benchmarks.support.environment import environment, worker_environment
 from orchestrator.data.prepare.options import prepare
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.job import DataSpec, JobSpec
-from tests.support.crew import Crew
 
 WORKERS, SIZES = 4, (2, 4, 8)
 SEEDS, QUICK_SEEDS = 3, 1
@@ -90,17 +91,17 @@ def measure(quick: bool) -> Result:
 def train(job: JobSpec, store: Path, directory: Path, size: int, sizes: tuple[int, ...]) -> Trained:
     """To the end, at `size` workers and then, after equal stretches, at each of `sizes`."""
     error = 0.0
-    with Crew(job, store, directory, size=max(size, *sizes, 1)) as crew:
-        crew.start(crew.plan(crew.ids[:size]))
+    with Crew(job, store, directory, size=max(size, *sizes, 1)) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:size]))
         for number, now in enumerate(sizes, 1):
-            crew.await_step(number * job.train.steps // (len(sizes) + 1))
-            plan = crew.rescale(crew.ids[:now])
-            reports = [crew.members[worker].report() for worker in crew.living]
+            worker_group.await_step(number * job.train.steps // (len(sizes) + 1))
+            plan = worker_group.rescale(worker_group.ids[:now])
+            reports = [worker_group.members[worker].report() for worker in worker_group.living]
             handovers = [h for r in reports for h in r.handovers if h.generation == plan.generation]
             assert all(h.state_identical for h in handovers), handovers
             error = max(error, *(h.residual_error for h in handovers))
-        crew.await_finished(patience_s=3600.0)
-    records = tuple(record for _, record in sorted(crew.records.items()))
+        worker_group.await_finished(patience_s=3600.0)
+    records = tuple(record for _, record in sorted(worker_group.records.items()))
     losses = [record.validation_loss for record in records if record.validation_loss is not None]
     return Trained(losses[-1], records, error)
 

@@ -22,13 +22,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from tests.support.worker_group import Crew
+
 from benchmarks.harness import Bar, Result, at_least, at_most, median_interval, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.environment import environment, worker_environment
 from orchestrator.data.prepare.options import prepare
 from orchestrator.spec.curriculum import SIGNALS
 from orchestrator.spec.job import DataSpec, JobSpec
-from tests.support.crew import Crew
 
 SEEDS, QUICK_SEEDS = 5, 1
 STEPS, QUICK_STEPS = 480, 24
@@ -91,12 +92,12 @@ def signal_of(arm: str) -> str | None:
 def train(job: JobSpec, store: Path, run_dir: Path) -> Curve:
     """Validation losses of a run from beginning to end."""
     run_dir.mkdir(parents=True)
-    with Crew(job, store, run_dir, size=1) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_finished(patience_s=3600.0)
+    with Crew(job, store, run_dir, size=1) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_finished(patience_s=3600.0)
     rows, curve = job.train.global_batch_size, list[tuple[int, float]]()
     tokens = 0
-    for _, record in sorted(crew.records.items()):
+    for _, record in sorted(worker_group.records.items()):
         tokens += rows * record.sequence_length
         if record.validation_loss is not None:
             curve.append((tokens, record.validation_loss))

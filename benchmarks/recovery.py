@@ -148,12 +148,12 @@ def kill_during_prepare(live: LiveRun, chance: random.Random) -> Fault:
 
 def controller_killed(live: LiveRun, chance: random.Random) -> Fault:
     """Training goes on: the longest gap between two votes around the fault, less a step, is all that it may cost."""
-    teller, before = live.members()[0], live.status()
-    time.sleep(chance.random() * typical_step_s(live, teller))
+    record_source, before = live.members()[0], live.status()
+    time.sleep(chance.random() * typical_step_s(live, record_source))
     fault_time = time.time()
     os.kill(live.pids()["controller"], signal.SIGKILL)
     live.until_again(lambda s: s.step >= before.step + 3 * STEADY_STEPS, "its controller is back and publishes steps")
-    votes = [v for v in live.report_of(teller, after_step=-1).records if v.vote_time > fault_time - 10.0]
+    votes = [v for v in live.report_of(record_source, after_step=-1).records if v.vote_time > fault_time - 10.0]
     steps = [b.vote_time - a.vote_time for a, b in pairwise(votes)]
     around = [b.vote_time - a.vote_time for a, b in pairwise(votes) if b.vote_time > fault_time]
     published = [r["step"] for e in read_events(live.run_dir) if e["kind"] == "steps" for r in e["records"]]

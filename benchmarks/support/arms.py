@@ -18,6 +18,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.worker_group import Crew, MemberDied
+
 from benchmarks.harness import ROOT
 from benchmarks.support.environment import environment, worker_environment
 from benchmarks.support.product import LiveRun
@@ -32,7 +34,6 @@ from orchestrator.protocol.usage import Traffic
 from orchestrator.run_records.run_history import committed_steps
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import read_events
-from tests.support.crew import Crew, MemberDied
 
 START_TIMEOUT_S = 120.0
 JOURNAL_EVERY_S = 0.5
@@ -114,26 +115,26 @@ class OurLoop(Arm):
         self.snapshot_interval = 0  # of the newest step
         self.traffic: dict[str, Traffic] = {}  # sent in the newest step by all ranks, by kind
         with environment(worker_environment(threads, keep_memory=True)):
-            self._crew = Crew(job, store_dir, run_dir, size=world_size, threads=threads)
+            self._worker_group = Crew(job, store_dir, run_dir, size=world_size, threads=threads)
         try:
-            self._crew.start(self._crew.plan(self._crew.ids))
+            self._worker_group.start(self._worker_group.plan(self._worker_group.ids))
         except BaseException:
             self.close()
             raise
-        for number, worker in enumerate(self._crew.ids):
+        for number, worker in enumerate(self._worker_group.ids):
             threading.Thread(target=self._follow, args=(worker, number == 0), daemon=True).start()
 
     @property
     def pids(self) -> list[int]:
-        return [member.process.pid or 0 for member in self._crew.members.values()]
+        return [member.process.pid or 0 for member in self._worker_group.members.values()]
 
     def close(self) -> None:
-        for member in self._crew.members.values():
+        for member in self._worker_group.members.values():
             member.kill()
 
     def _follow(self, worker: str, with_records: bool) -> None:
         """What a controller does all the time: a long poll, a short rest; now and then the newest records."""
-        member, version, newest, asked_s = self._crew.members[worker], -1, -1, 0.0
+        member, version, newest, asked_s = self._worker_group.members[worker], -1, -1, 0.0
         while True:
             try:
                 version = member.call("report", None, version, POLL_S).version

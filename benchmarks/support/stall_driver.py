@@ -88,7 +88,7 @@ class Run:
         """The records of a worker's steps."""
         return list(self._ask(worker, "call", "report", -1, -1, 0.0).records)
 
-    def scaled(self, teller: str, workers: int) -> dict[str, Any]:
+    def scaled(self, record_source: str, workers: int) -> dict[str, Any]:
         """The stall of a change to so many workers, as `teller`'s votes have it, who stays a member."""
         known = len(self._client.get(self._id).rescales)
         self._client.scale(self._id, workers)
@@ -99,7 +99,7 @@ class Run:
 
         self.until(has_it, f"it has {workers} workers")
         self.steadily(workers)
-        votes = self.votes(teller)
+        votes = self.votes(record_source)
         first = next(n for n, vote in enumerate(votes) if vote.generation == votes[-1].generation)
         before, after = votes[first - 1], votes[first]
         step_s = typical_s(votes[first:])
@@ -109,10 +109,10 @@ class Run:
     def killed(self, chance: random.Random) -> dict[str, Any]:
         """The stall after one worker, not the first, is killed at some moment of a step."""
         members = self.members()
-        teller, victim = members[0], members[1 + chance.randrange(len(members) - 1)]
+        record_source, victim = members[0], members[1 + chance.randrange(len(members) - 1)]
         target = int(self._ask(victim, "pid"))
         known = len(self._client.get(self._id).recoveries)
-        time.sleep(chance.random() * typical_s(self.votes(teller)[-TYPICAL_STEPS:]))
+        time.sleep(chance.random() * typical_s(self.votes(record_source)[-TYPICAL_STEPS:]))
         fault_time = time.time()
         os.kill(target, signal.SIGKILL)
         status = self.until(
@@ -121,7 +121,7 @@ class Run:
         generation = status.recoveries[known].generation
         steps = (event for event in self._events() if event["kind"] == "steps" and event["time"] < fault_time)
         published = max((record["step"] for event in steps for record in event["records"]), default=-1)
-        new = [vote for vote in self.votes(teller) if vote.generation == generation]
+        new = [vote for vote in self.votes(record_source) if vote.generation == generation]
         first, step_s = next(vote for vote in new if vote.step > published), typical_s(new)
         return {"kind": "sigkill", "stall_s": first.vote_time - fault_time - step_s, "step_s": step_s}
 
@@ -151,9 +151,9 @@ def typical_s(votes: list[Any]) -> float:
 
 def rescales(run: Run, order: Order) -> list[dict[str, Any]]:
     run.warm(max(order.cycle))
-    teller = run.members()[0]  # members keep their order, and the last ones leave: it is in every generation
+    record_source = run.members()[0]  # members keep their order, and the last ones leave: it is in every generation
     run.steadily(order.job["workers"]["initial"])
-    return [run.scaled(teller, workers) for _ in range(order.count) for workers in order.cycle]
+    return [run.scaled(record_source, workers) for _ in range(order.count) for workers in order.cycle]
 
 
 def recoveries(run: Run, order: Order) -> list[dict[str, Any]]:

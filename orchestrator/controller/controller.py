@@ -86,15 +86,15 @@ class RunController:
         self._threads = threads_of(cores, self._limits.initial_workers)
         if self._job.train.is_exact:  # they must not depend on what the cluster happens to be
             self._threads = max(1, int(self._job.resources.cpus))
-        self._crew = WorkerGroup(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
-        self._facilities = RunServices(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
+        self._worker_group = WorkerGroup(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
+        self._services = RunServices(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
         self._energy = EnergyWatch(self._job.resources.gpus, self._memory, self._inbox)
         self._drains = DrainWatch(self._inbox)
         self._checkpointed, self._back = self._memory.state.checkpoint_done, CheckpointFinder(self._run_dir)
         self._exporter = Exporter(run_id)
         self._account = StepRecorder(
-            run_id, self._job.model, self._memory, self._crew, self._facilities.tracker, self._exporter
+            run_id, self._job.model, self._memory, self._worker_group, self._services.tracker, self._exporter
         )
         self._wishes = PendingRequests(run_id, self._memory, self._inbox)
         self._faults: list[str] = []
@@ -121,9 +121,9 @@ class RunController:
             self._memory,
             seen,
             run_dir=self._run_dir,
-            tracking_url=self._facilities.tracker.url,
-            warning=self._memory.trouble or seen.unreadable or self._facilities.tracker.warning,
-            preparing=self._facilities.preparing,
+            tracking_url=self._services.tracker.url,
+            warning=self._memory.trouble or seen.unreadable or self._services.tracker.warning,
+            preparing=self._services.preparing,
             closed=closed,
         )
 
@@ -152,7 +152,7 @@ class RunController:
         if state.outcome is not None:
             return None
         submitted_s = self._memory.times.get("submitted", time.time())
-        return scale_of(self._limits, state, self._observe(verifies=False), self._crew.request, submitted_s)
+        return scale_of(self._limits, state, self._observe(verifies=False), self._worker_group.request, submitted_s)
 
     def grant(self, grant: Grant) -> None:
         """Hear what the Scheduler lets the run hold. Returns when it is written down; raises NotFinished."""
@@ -178,7 +178,7 @@ class RunController:
             UsageError: nobody has this rank now.
         """
         worker = member_of_rank(self._run_id, self._memory.state.members, rank)
-        self._crew.kill(worker)
+        self._worker_group.kill(worker)
         return worker
 
     # -- the run's life ----------------------------------------------------------------------------------------
@@ -204,7 +204,10 @@ class RunController:
         while self._memory.state.outcome is None:
             state = self._memory.state
             waits_for_time = (
-                state.is_recovering or state.wants_restore or state.broken_s is not None or self._crew.is_quiet()
+                state.is_recovering
+                or state.wants_restore
+                or state.broken_s is not None
+                or self._worker_group.is_quiet()
             )
             waits_for_time = waits_for_time and not state.is_queued
             if self._listen() or waits_for_time or self._memory.trouble is not None:
@@ -218,10 +221,12 @@ class RunController:
                 lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers)
             )
         if state.outcome is None:
-            self._facilities.start(self._memory.data)
+            self._services.start(self._memory.data)
         self._drains.start()
-        self._crew.adopt(state.crew)
-        remove_groups(self._run_id, state.num_spawned, keep=self._crew.handles)  # which the one before may have left
+        self._worker_group.adopt(state.worker_group)
+        remove_groups(
+            self._run_id, state.num_spawned, keep=self._worker_group.handles
+        )  # which the one before may have left
         self._inbox.put(None)  # the first turn
 
     def _listen(self) -> bool:
@@ -240,12 +245,12 @@ class RunController:
                 self._take(answer)
         now_s = time.monotonic()
         state = self._memory.state
-        self._crew.poll(now_s, eager=state.is_changing)
+        self._worker_group.poll(now_s, eager=state.is_changing)
         seen = self._observe(verifies=False)
         self._account.ask(seen, now_s)
-        self._facilities.tend(now_s, has_places=bool(self._crew.nodes))
-        self._nodes.poll(now_s, self._crew.handles)
-        self._energy.poll(now_s, self._crew.handles)
+        self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
+        self._nodes.poll(now_s, self._worker_group.handles)
+        self._energy.poll(now_s, self._worker_group.handles)
         self._account.tell_of_tracking()
         if self._exporter.is_due(now_s):
             values = values_of_run(self._limits, self._job.model, self._memory, seen)
@@ -254,14 +259,14 @@ class RunController:
 
     def _take(self, answer: CallResult) -> None:
         if answer.of in NAMES:
-            return self._facilities.take(answer)
+            return self._services.take(answer)
         if answer.method == NodeWatch.READ:
             return self._account.show(self._nodes.take(answer, self._memory.progress.watermark))
         if answer.method == EnergyWatch.READ:
             return self._energy.take(answer)
         if answer.method == WorkerGroup.RECORDS:
             self._account.answered()
-        report = self._crew.take(answer)
+        report = self._worker_group.take(answer)
         if report is not None:
             self._account.hear_numerics(answer.of, report.numerics)
             self._account.hear_saturation(answer.of, report.saturated)
@@ -271,8 +276,8 @@ class RunController:
 
     def _turn(self) -> None:
         """One decision: written down first, then carried out."""
-        if self._facilities.data not in (None, self._memory.data):
-            self._memory.prepared(self._facilities.data)
+        if self._services.data not in (None, self._memory.data):
+            self._memory.prepared(self._services.data)
         decision = decide(self._limits, self._memory.state, self._observe())
         notes = [action for action in decision.actions if isinstance(action, Note)]
         for event in self._memory.decided(decision.state, notes):
@@ -281,11 +286,11 @@ class RunController:
             if isinstance(action, Commit):
                 self._commit(action)
             elif isinstance(action, KillWorker):
-                self._crew.kill(action.worker)
-        if decision.state.outcome is None:  # else `_close` sees to the crew, who may still know something
-            self._crew.reconcile(decision.state.crew, (*decision.state.quarantine, *self._drains.nodes))
+                self._worker_group.kill(action.worker)
+        if decision.state.outcome is None:  # else `_close` sees to the worker group, who may still know something
+            self._worker_group.reconcile(decision.state.worker_group, (*decision.state.quarantine, *self._drains.nodes))
             self._warm()
-            self._crew.tell(directive_of(decision.state, self._epoch))
+            self._worker_group.tell(directive_of(decision.state, self._epoch))
         self._wishes.turned()
 
     def _observe(self, verifies: bool = True) -> Observation:
@@ -297,17 +302,17 @@ class RunController:
             now_s=time.time(),
             target=self._wishes.newest,
             progress=self._memory.progress,
-            reports=dict(self._crew.reports),
-            lost=dict(self._crew.lost),
+            reports=dict(self._worker_group.reports),
+            lost=dict(self._worker_group.lost),
             checkpointed=self._checkpointed,
             restorable=restorable,
             unreadable=self._back.trouble if wanted else "",
-            causes=dict(self._crew.causes),
-            nodes=dict(self._crew.nodes),
-            silence_s=self._crew.silence_s(time.monotonic()),
-            idle_s=time.monotonic() - self._crew.stirred_s,
-            store_address=self._facilities.store.address,
-            faults=(*self._faults, *self._facilities.faults),
+            causes=dict(self._worker_group.causes),
+            nodes=dict(self._worker_group.nodes),
+            silence_s=self._worker_group.silence_s(time.monotonic()),
+            idle_s=time.monotonic() - self._worker_group.stirred_s,
+            store_address=self._services.store.address,
+            faults=(*self._faults, *self._services.faults),
             draining=self._drains.nodes,
             grant=self._wishes.grant,
         )
@@ -317,7 +322,7 @@ class RunController:
         data = self._memory.data
         if data is None:
             return
-        self._crew.warm(data.store_dir, data.vocab_size, head_address())
+        self._worker_group.warm(data.store_dir, data.vocab_size, head_address())
 
     def _commit(self, action: Commit) -> None:
         try:
@@ -348,11 +353,13 @@ class RunController:
     def _close(self) -> None:
         """End and remove everything of the run, then leave its last status in run storage."""
         state = self._memory.state
-        collect_final_records(self._crew, self._inbox, state.members, self._memory.progress.watermark, self._take)
-        self._energy.close(self._crew.handles)
-        self._crew.reconcile(())
+        collect_final_records(
+            self._worker_group, self._inbox, state.members, self._memory.progress.watermark, self._take
+        )
+        self._energy.close(self._worker_group.handles)
+        self._worker_group.reconcile(())
         remove_groups(self._run_id, state.num_spawned)
-        self._facilities.close(str(state.outcome), state.why, self._memory.progress.watermark)
+        self._services.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
         retry_until_written(lambda: self._memory.conclude(to_json(self._status(closed=True))))
         self._closed = True  # said only once run storage says so too

@@ -39,11 +39,11 @@ class StepRecorder:
         run_id: str,
         model: ModelSpec,
         memory: JournaledRun,
-        crew: WorkerGroup,
+        worker_group: WorkerGroup,
         tracker: TrackerClient,
         exporter: Exporter,
     ) -> None:
-        self._run_id, self._model, self._memory, self._crew = run_id, model, memory, crew
+        self._run_id, self._model, self._memory, self._worker_group = run_id, model, memory, worker_group
         self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last asked for; inf while they are
         self._numerics: dict[str, str] = {}  # by worker, as it was written down
@@ -55,8 +55,8 @@ class StepRecorder:
         if not state.members or publishable(state, seen) <= watermark or self._asked_s == float("inf"):
             return
         if complete_checkpoints(state, seen) or now_s - self._asked_s >= RECORDS_EVERY_S:
-            teller = self._crew.teller(state.members, watermark)
-            self._asked_s = float("inf") if self._crew.ask_records(teller, watermark) else now_s
+            record_source = self._worker_group.record_source(state.members, watermark)
+            self._asked_s = float("inf") if self._worker_group.ask_records(record_source, watermark) else now_s
 
     def answered(self) -> None:
         """The question for records has an answer, whatever it is."""

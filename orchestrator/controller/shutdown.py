@@ -18,10 +18,14 @@ LOOK_EVERY_S = 0.02
 
 
 def collect_final_records(
-    crew: WorkerGroup, inbox: Inbox, members: Collection[str], watermark: int, take: Callable[[CallResult], None]
+    worker_group: WorkerGroup,
+    inbox: Inbox,
+    members: Collection[str],
+    watermark: int,
+    take: Callable[[CallResult], None],
 ) -> None:
     """Steps that members finished since they were last asked: they count, whatever has ended the run."""
-    asked = {member for member in members if crew.ask_records(member, watermark)}
+    asked = {member for member in members if worker_group.ask_records(member, watermark)}
     deadline_s = time.monotonic() + LAST_WORDS_S
     while asked and time.monotonic() < deadline_s:
         with suppress(Empty):

@@ -115,24 +115,24 @@ class WorkerGroup:
         """What Ray reserves for each worker."""
         return request_of(self._job.resources)
 
-    def adopt(self, crew: tuple[str, ...]) -> None:
+    def adopt(self, worker_group: tuple[str, ...]) -> None:
         """Find the workers that an earlier controller started; end those that it did not write down."""
         for name in names_of(self._run_id):
             if name.startswith(f"{self._run_id}/worker/"):
                 worker = name.rpartition("/")[2]
                 self._handles[worker] = find(name)
                 self._watch(worker)
-        for worker in crew:
+        for worker in worker_group:
             self._known.add(worker)
             if self._handles.get(worker) is None:
                 self.lost[worker] = "it was gone when the run's controller came back"
-        self.reconcile(crew)
+        self.reconcile(worker_group)
 
-    def reconcile(self, crew: tuple[str, ...], avoid: tuple[str, ...] = ()) -> None:
+    def reconcile(self, worker_group: tuple[str, ...], avoid: tuple[str, ...] = ()) -> None:
         """Start who is missing, on none of the nodes to `avoid`; end who is not wanted."""
-        for worker in [w for w in self._handles if w not in crew]:
+        for worker in [w for w in self._handles if w not in worker_group]:
             self._dismiss(worker)
-        for worker in crew:
+        for worker in worker_group:
             if worker not in self._known:
                 self._start(worker, avoid)
 
@@ -192,7 +192,7 @@ class WorkerGroup:
         post(self._inbox, worker, WorkerGroup.RECORDS, ref)
         return True
 
-    def teller(self, members: Sequence[str], watermark: int) -> str:
+    def record_source(self, members: Sequence[str], watermark: int) -> str:
         """The first member that knows the steps after `watermark`: whoever joined later doesn't."""
         known = (w for w in members if w in self.reports and self.reports[w].first_record <= watermark + 1)
         return next(known, members[0])

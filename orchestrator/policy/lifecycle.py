@@ -4,10 +4,10 @@
     rescale  warm standbys -> plan g+1 -> all connected -> fence -> all READY -> activate
     mend     a newcomer is lost on the way -> the old world goes on, or is rebuilt from its own shards
     recover  a member is lost -> all stop -> plan g+1 from what the survivors hold -> all READY -> activate
-    preempt  all FINISHED, checkpoint marked -> nobody in the crew, waits in the queue -> start from the checkpoint
+    preempt  all FINISHED, checkpoint marked -> nobody in the worker group, waits in the queue -> start from the checkpoint
     end      all FINISHED, last checkpoint marked -> succeeded or cancelled
 
-The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.crew` exists
+The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.worker_group` exists
 and that every worker knows `directive_of(state)`. A call that finds nothing to do returns the same state, so it may
 be called at any time, also by a successor that has only the journalled state.
 """
@@ -26,7 +26,12 @@ from orchestrator.policy.rescale.draining import plan_departure, watch_drains, w
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.rescale.micro_batch import fit_slots
 from orchestrator.policy.rescale.rules import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
-from orchestrator.policy.rescale.worker_pool import apply_target, hold_crew, quarantine_nodes, remove_lost_workers
+from orchestrator.policy.rescale.worker_pool import (
+    apply_target,
+    hold_worker_group,
+    quarantine_nodes,
+    remove_lost_workers,
+)
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import heed_grant
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
@@ -63,7 +68,7 @@ RULES: tuple[Rule, ...] = (
     decide_stages,
     watch_stragglers,
     quarantine_nodes,
-    hold_crew,
+    hold_worker_group,
     watch_checks,
 )
 
@@ -148,7 +153,7 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         slow = f"; {state.straggler} is much slower than the others" * (state.straggler in state.members)
         trains = f"as many workers train as are {'granted' if held else 'wanted'}{held or f': {wanted}'}"
         return (trains if state.current else "all workers are warm") + slow
-    unplaced = sum(worker not in seen.reports for worker in state.crew)
+    unplaced = sum(worker not in seen.reports for worker in state.worker_group)
     avoided = f"; nodes that get none after failures: {len(state.quarantine)}" * bool(state.quarantine)
     placed = (f"; {unplaced} have no place yet" + avoided) * bool(unplaced)
     return f"waits for {missing} of {wanted} workers to get warm" + placed + f"; granted{held}" * bool(held)
@@ -157,7 +162,7 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
 def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> str:
     if seen.unreadable:
         return f"{state.why}; {seen.unreadable}"
-    survivors = [w for w in state.members if w in state.crew]
+    survivors = [w for w in state.members if w in state.worker_group]
     there = len(survivors) + len(warm_standbys(state, seen))
     missing = limits.min_workers - there
     if missing > 0:

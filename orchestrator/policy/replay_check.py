@@ -96,7 +96,7 @@ def _computes_alike(state: RunState, seen: Observation, worker: str) -> bool:
 
 def _hear(state: RunState, check: ReplayTask, seen: Observation) -> Decision:
     report = seen.reports.get(check.worker)
-    if check.worker not in state.crew or report is None:
+    if check.worker not in state.worker_group or report is None:
         return Decision(replace(state, check=None))
     answer = report.checked
     if answer is None or answer.number != check.number:

@@ -116,7 +116,7 @@ class RunStatus:
     recoveries: tuple[Recovery, ...] = ()
     stage: str = ""  # of the curriculum; empty without one
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
-    crew: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; nobody after the end
+    worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; nobody after the end
     priority: int = 0
 
     @property

@@ -75,7 +75,7 @@ def status_of(
         ended_time=memory.times.get("ended"),
         stage=progress.stage,
         traffic=traffic_per_step(progress),
-        crew=_crew(state, seen),
+        worker_group=_worker_group(state, seen),
         priority=limits.priority,
     )
 
@@ -103,11 +103,11 @@ def _unlike(memory: RunHistory) -> str | None:
     )
 
 
-def _crew(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:
+def _worker_group(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:
     """Workers that aren't known to be lost; all of them are let go at the end."""
     ranks = {worker: rank for rank, worker in enumerate(state.members)}
-    others = [worker for worker in state.crew if worker not in ranks]
-    there = [worker for worker in (*state.members, *others) if worker in state.crew and worker not in seen.lost]
+    others = [worker for worker in state.worker_group if worker not in ranks]
+    there = [worker for worker in (*state.members, *others) if worker in state.worker_group and worker not in seen.lost]
     return tuple(WorkerStatus(w, ranks.get(w), seen.phase(w), seen.nodes.get(w, "")) for w in there)
 
 
@@ -118,7 +118,7 @@ def status_from_journal(run_dir: Path) -> RunStatus:
     memory = RunHistory(run_dir, limits)
     seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
     status = status_of(limits, job.model, memory, seen, run_dir=run_dir, closed=False)
-    return replace(status, crew=(), why="it has not ended, says its journal; only the run's cluster knows more")
+    return replace(status, worker_group=(), why="it has not ended, says its journal; only the run's cluster knows more")
 
 
 def to_json(status: RunStatus) -> str:

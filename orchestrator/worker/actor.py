@@ -49,7 +49,7 @@ class Worker:
     def __init__(self, worker_id: str) -> None:
         self._id = worker_id
         self._process = psutil.Process()
-        self._desk = WorkerMailbox(worker_id, os.getpid())
+        self._mailbox = WorkerMailbox(worker_id, os.getpid())
         self._last_heard = time.monotonic()
         self._warming = threading.Lock()
         self._trainer: Trainer | None = None
@@ -62,8 +62,8 @@ class Worker:
         """Become a standby: import, build and drop a small engine, start the training thread. A repeat is harmless."""
         self._heard()
         with self._warming:
-            if self._desk.state.phase is Phase.COLD:
-                self._desk.publish(phase=Phase.WARMING)
+            if self._mailbox.state.phase is Phase.COLD:
+                self._mailbox.publish(phase=Phase.WARMING)
                 standby: Future[None] = Future()
                 self._training = threading.Thread(target=self._live, args=(job, standby), name="training", daemon=True)
                 self._training.start()
@@ -72,7 +72,7 @@ class Worker:
                 except UsageError as error:  # the user's own model, or a secret that isn't there
                     told = error.traceback if isinstance(error, EntrypointError) else ""
                     log.error("%s\n%s", told, error)
-                    self._desk.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), told))
+                    self._mailbox.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), told))
                 except Exception as error:
                     log.exception("%s could not warm up", self._id)  # the caller gets the error, the log its traceback
                     if (told := redacted(str(error))) != str(error):
@@ -86,13 +86,13 @@ class Worker:
         if self._trainer is not None:  # first: what the directive asks for next must find nothing to be shut
             self._trainer.abort(directive.aborted)
             self._trainer.settle(directive.settled)
-        self._desk.put(directive)
+        self._mailbox.put(directive)
         return self.report(None, -1, 0.0)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
         """This worker's visible state, as soon as it is newer than `known_version` or `timeout_s` have passed."""
         self._heard()
-        report = self._desk.report(after_step, known_version, timeout_s)
+        report = self._mailbox.report(after_step, known_version, timeout_s)
         self._heard()
         if (error := report.error) is not None:
             message, traceback = redacted(error.message), redacted(error.traceback)
@@ -122,17 +122,17 @@ class Worker:
         device = device_of(spec.resources.gpus, torch.cuda.device_count())
         if spec.train.is_exact:
             pin(device)
-            self._desk.publish(numerics=fingerprint(device))
+            self._mailbox.publish(numerics=fingerprint(device))
         store = TokenStore.open(Path(job.store_dir))
         vocab_size = spec.model.vocab_size or store.vocab_size
-        workshop = ShardFactory(self._id, job, spec, vocab_size, device)
+        factory = ShardFactory(self._id, job, spec, vocab_size, device)
         feed = BatchReader(spec, store, device)
         if spec.model.entrypoint is not None:
             rehearse(spec, vocab_size, device)
-        warm_up(spec, vocab_size, device, workshop.address)
-        memory = ReservedMemory(workshop.planned_memory()) if device.type == "cpu" else None
-        self._trainer = Trainer(self._desk, workshop, feed)
-        self._desk.publish(phase=Phase.STANDBY)
+        warm_up(spec, vocab_size, device, factory.address)
+        memory = ReservedMemory(factory.planned_memory()) if device.type == "cpu" else None
+        self._trainer = Trainer(self._mailbox, factory, feed)
+        self._mailbox.publish(phase=Phase.STANDBY)
         if memory is not None:
             memory.populate_the_rest()
         threading.Thread(target=self._watch_controller, args=(job.orphan_s,), name="orphan", daemon=True).start()
@@ -147,7 +147,7 @@ class Worker:
 
     def _leave(self) -> None:
         log.warning("%s was told to end (SIGTERM)", self._id)
-        self._desk.publish(leaving=True)
+        self._mailbox.publish(leaving=True)
 
     def _heard(self) -> None:
         self._last_heard = time.monotonic()

@@ -52,19 +52,19 @@ class Trainer:
         feed: rows of a step.
     """
 
-    def __init__(self, desk: WorkerMailbox, workshop: ShardFactory, feed: BatchReader) -> None:
-        self._desk, self._workshop, self._feed = desk, workshop, feed
-        self._spec = workshop.spec
-        self._stepper = TrainStep(workshop, feed)
-        self._preparations = TransitionPreparer(workshop, desk)
-        self._checks = ReplayChecker(workshop, feed, desk, self._preparations)
-        checkpoints = Path(workshop.job.storage_dir) / "checkpoints"
+    def __init__(self, mailbox: WorkerMailbox, factory: ShardFactory, feed: BatchReader) -> None:
+        self._mailbox, self._factory, self._feed = mailbox, factory, feed
+        self._spec = factory.spec
+        self._stepper = TrainStep(factory, feed)
+        self._preparer = TransitionPreparer(factory, mailbox)
+        self._checks = ReplayChecker(factory, feed, mailbox, self._preparer)
+        checkpoints = Path(factory.job.storage_dir) / "checkpoints"
         keeps = self._spec.communication.compression.keeps
-        numerics = desk.state.numerics
-        self._saver = ShardSaver(checkpoints, workshop.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
+        numerics = mailbox.state.numerics
+        self._saver = ShardSaver(checkpoints, factory.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
         self._shard: Shard | None = None
-        self._keeping = SnapshotManager(workshop.me, self._spec.protection, self._spec.train.steps - 1)
-        self._engagement = AbortHandle((shut_connections, abort_collectives, self._keeping.shut))
+        self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.steps - 1)
+        self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
         self._between_steps = True  # False: the shard's state is that of no finished step
         self._progress = Progress(-1, 0, feed.first_order)
         self._stages = Stages(feed)
@@ -78,9 +78,9 @@ class Trainer:
         except Exception as error:
             self._fail(error)
         finally:
-            self._preparations.close()
+            self._preparer.close()
             self._stepper.close()
-            self._keeping.leave()
+            self._snapshots.leave()
             disconnect()
 
     def _live(self) -> None:
@@ -108,22 +108,22 @@ class Trainer:
 
     def abort(self, generation: int) -> None:
         """Called from the control thread: generations up to this one are over, whoever waits in one is freed."""
-        self._engagement.abort(generation)
+        self._abort_handle.abort(generation)
 
     def settle(self, generation: int) -> None:
         """Called from the control thread: nobody goes back to a generation before this one."""
-        self._keeping.settle(generation)
+        self._snapshots.settle(generation)
 
     # -- a generation ------------------------------------------------------------------------------------------
 
     def train(self, shard: Shard) -> PreparedTransition | None:
         """Step after step until all members agree on a fence. None when there is no step left, or the run shall end."""
-        self._engagement.begin(shard.world.generation)
+        self._abort_handle.begin(shard.world.generation)
         collective_stats.reset()
         if shard.seal is not None:
             shard.seal.close()
-        self._keeping.take(shard, self._progress)
-        self._desk.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
+        self._snapshots.take(shard, self._progress)
+        self._mailbox.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
         while self._progress.step + 1 < self._spec.train.steps:
             outcome = self._step(shard)
             if self._checkpoint_due():
@@ -131,43 +131,43 @@ class Trainer:
             if outcome.finish:
                 return None
             if outcome.fence != NO_FENCE:
-                return self._preparations.take(outcome.fence)
+                return self._preparer.take(outcome.fence)
         return None
 
     def _step(self, shard: Shard) -> VoteResult:
         """One step, and the snapshot after it."""
         step = self._progress.step + 1
-        is_due = self._keeping.due(step)
+        is_due = self._snapshots.due(step)
 
         def before_update() -> None:
-            self._keeping.copied()
+            self._snapshots.copied()
             self._between_steps = False
 
         def speak() -> Voice:
-            directive = self._desk.directive
+            directive = self._mailbox.directive
             if directive.aborted >= shard.world.generation:
                 raise GenerationAborted(f"generation {shard.world.generation} was aborted")
-            fence, finish = self._preparations.fence_after(step), directive.finish is not Finish.NO
+            fence, finish = self._preparer.fence_after(step), directive.finish is not Finish.NO
             if is_due or finish or fence != NO_FENCE:
-                self._keeping.acknowledged()
-            return Voice(fence, finish, self._keeping.wanted_interval, self._stages.speak(directive))
+                self._snapshots.acknowledged()
+            return Voice(fence, finish, self._snapshots.wanted_interval, self._stages.speak(directive))
 
-        keep_gradients = self._keeping.wants_gradients(step)
+        keep_gradients = self._snapshots.wants_gradients(step)
         stepped = self._stepper.step(shard, self._progress, before_update, speak, keep_gradients)
-        why = explosion(self._desk.records, stepped.record, self._spec.recovery.loss_explosion)
+        why = explosion(self._mailbox.records, stepped.record, self._spec.recovery.loss_explosion)
         if why:  # the shard is that of a step that doesn't count: only snapshots of earlier ones are of use now
             self._between_steps = False
             raise LossExploded(why)
         outcome, generation = stepped.outcome, shard.world.generation
         self._progress, self._between_steps = self._stages.agree(outcome, stepped.progress), True
         is_due = is_due or outcome.finish or outcome.fence != NO_FENCE
-        record = replace(stepped.record, snapshot_interval=self._keeping.interval)
+        record = replace(stepped.record, snapshot_interval=self._snapshots.interval)
         if stepped.saturated:
-            self._desk.publish(saturated=Saturation(step, stepped.saturated))
-        self._desk.record(record, slots=stepped.memory, **self._keeping.committed(generation, step, is_due))
-        self._keeping.agree(outcome.interval, record.step_s, is_due)
+            self._mailbox.publish(saturated=Saturation(step, stepped.saturated))
+        self._mailbox.record(record, slots=stepped.memory, **self._snapshots.committed(generation, step, is_due))
+        self._snapshots.agree(outcome.interval, record.step_s, is_due)
         if is_due:
-            self._keeping.take(shard, self._progress, record.lr, stepped.gradients)
+            self._snapshots.take(shard, self._progress, record.lr, stepped.gradients)
         return outcome
 
     # -- between generations -----------------------------------------------------------------------------------
@@ -175,32 +175,32 @@ class Trainer:
     def _await_move(self) -> PreparedTransition:
         """Stand by, or stranded, until a plan has a place for this worker and its move can begin."""
         while True:
-            prepared = self._preparations.await_next(meanwhile=self._may_check)
+            prepared = self._preparer.await_next(meanwhile=self._may_check)
             if prepared is None:
                 self._checks.run()
                 continue
             source = prepared.plan.source
-            if source is None or self._workshop.me in source.holders or self._await_fence(prepared):
+            if source is None or self._factory.me in source.holders or self._await_fence(prepared):
                 return prepared
             prepared.close()
 
     def _may_check(self, directive: Directive) -> bool:
         """A check is asked for, and this worker holds nothing that it would have to make room beside."""
-        return self._desk.state.phase is Phase.STANDBY and self._checks.is_asked(directive)
+        return self._mailbox.state.phase is Phase.STANDBY and self._checks.is_asked(directive)
 
     def _await_fence(self, prepared: PreparedTransition) -> bool:
         """Wait for the old world to reach its fence. False if the plan is given up before, or can't be heard of."""
         plan = prepared.plan
         try:
             while (standing := announced(prepared, POLL_S)) is None:
-                if not self._preparations.stands(plan):
+                if not self._preparer.stands(plan):
                     return False
         except RuntimeError as error:
             log.warning("generation %d can't be reached, its rendezvous store is gone: %s", plan.generation, error)
-            self._desk.publish(failed_generation=plan.generation)
+            self._mailbox.publish(failed_generation=plan.generation)
             return False
         self._progress = self._stages.follow(standing.progress)
-        self._desk.go_back_to(standing.progress.step, standing.records)
+        self._mailbox.go_back_to(standing.progress.step, standing.records)
         return True
 
     def _arrive(self, prepared: PreparedTransition) -> bool:
@@ -212,7 +212,7 @@ class Trainer:
             if plan.source is None and kind_of(error) != "peer_lost":
                 raise
             if plan.source is not None and isinstance(error, DigestMismatch):
-                self._keeping.distrust(plan.source.world.generation, self._progress.step)
+                self._snapshots.distrust(plan.source.world.generation, self._progress.step)
             prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
             self._strand(plan, error)
             return False
@@ -221,40 +221,40 @@ class Trainer:
     def _move(self, prepared: PreparedTransition) -> None:
         """Into the next generation, up to the point where only activation is missing."""
         plan, source = prepared.plan, prepared.plan.source
-        self._engagement.begin(plan.generation if source is None else source.world.generation)
-        self._desk.publish(phase=Phase.MOVING, error=None)
+        self._abort_handle.begin(plan.generation if source is None else source.world.generation)
+        self._mailbox.publish(phase=Phase.MOVING, error=None)
         self._hold()
         if source is None:
-            self._keeping.held = None
+            self._snapshots.held = None
             sampler = self._feed.first_order
-            self._shard, progress, handover = first_shard(self._workshop, prepared, sampler)
+            self._shard, progress, handover = first_shard(self._factory, prepared, sampler)
             self._progress = self._stages.follow(progress)
-            self._desk.go_back_to(progress.step)
+            self._mailbox.go_back_to(progress.step)
         else:
-            mine = self._workshop.me in source.holders
-            held = self._keeping.gathered(source, self._progress) if mine else None
+            mine = self._factory.me in source.holders
+            held = self._snapshots.gathered(source, self._progress) if mine else None
             if held is not None:
                 self._progress = self._stages.follow(held.progress)
-                self._desk.go_back_to(held.progress.step)
-            if source.holders[0] == self._workshop.me:
-                announce(prepared, self._progress, self._desk.records)
-            recorded = next((r for r in reversed(self._desk.records) if r.step == self._progress.step), None)
-            self._shard, handover = move(self._workshop, prepared, held, self._progress, recorded)
-        self._keeping.acknowledged()  # in the old world: what was begun at the fence
+                self._mailbox.go_back_to(held.progress.step)
+            if source.holders[0] == self._factory.me:
+                announce(prepared, self._progress, self._mailbox.records)
+            recorded = next((r for r in reversed(self._mailbox.records) if r.step == self._progress.step), None)
+            self._shard, handover = move(self._factory, prepared, held, self._progress, recorded)
+        self._snapshots.acknowledged()  # in the old world: what was begun at the fence
         prepared.close_transfer()
         log.info("generation %d is ready: %s", plan.generation, handover)
-        self._desk.publish(
+        self._mailbox.publish(
             phase=Phase.READY,
             generation=plan.generation,
-            holdings=self._keeping.holdings(),
-            handovers=(*self._desk.state.handovers[-9:], handover),
+            holdings=self._snapshots.holdings(),
+            handovers=(*self._mailbox.state.handovers[-9:], handover),
         )
 
     def _hold(self) -> None:
         """Take the engine away from the shard; its state stays in memory, if it is that of a finished step."""
         if self._shard is not None:
             if self._between_steps:
-                self._keeping.hold(self._shard, self._progress)
+                self._snapshots.hold(self._shard, self._progress)
             self._drop()
 
     def _drop(self) -> None:
@@ -273,14 +273,14 @@ class Trainer:
         shut_connections()  # first of all: others may wait for this worker, not for whoever is lost
         abort_collectives()
         self._hold()
-        self._keeping.leave()
+        self._snapshots.leave()
         self._free_peers(error)
         self._between_steps = True
-        self._engagement.end()
-        self._desk.publish(
+        self._abort_handle.end()
+        self._mailbox.publish(
             phase=Phase.STRANDED,
             stopped=generation,
-            holdings=self._keeping.holdings(),
+            holdings=self._snapshots.holdings(),
             error=WorkerError(kind, str(error), text),
         )
 
@@ -288,13 +288,13 @@ class Trainer:
         """A move failed: give up the half-built shard, keep the old one, and say so."""
         kind, text = kind_of(error), "".join(traceback.format_exception(error))
         log.warning("the move to generation %d failed: %s", plan.generation, error)
-        self._keeping.leave()
+        self._snapshots.leave()
         self._drop()
         self._free_peers(error)
-        self._engagement.end()
-        holdings = self._keeping.holdings()
-        was_member = plan.source is not None and self._workshop.me in plan.source.world
-        self._desk.publish(
+        self._abort_handle.end()
+        holdings = self._snapshots.holdings()
+        was_member = plan.source is not None and self._factory.me in plan.source.world
+        self._mailbox.publish(
             phase=Phase.STRANDED if holdings or was_member else Phase.STANDBY,
             failed_generation=plan.generation,
             holdings=holdings,
@@ -306,22 +306,22 @@ class Trainer:
         if it is none, or another plan came in its place: a newcomer that was ready for a plan that failed may have no
         part in the next one."""
         plan = prepared.plan
-        activated = self._preparations.await_activation(plan)
+        activated = self._preparer.await_activation(plan)
         if activated != plan.generation:
             self._drop()
             if prepared.protection is not None:
                 prepared.protection.close()
         if activated >= plan.generation:
-            self._keeping.leave()
-            self._keeping.held = None
+            self._snapshots.leave()
+            self._snapshots.held = None
             gc.collect()  # DeepSpeed's engine is full of cycles: without this the old shard stays in memory
         if activated == plan.generation and self._shard is not None:
-            self._keeping.begin(plan.generation, prepared.protection)
+            self._snapshots.begin(plan.generation, prepared.protection)
             log.info("generation %d begins after step %d", plan.generation, self._progress.step)
             return True
         if activated >= plan.generation:
-            self._engagement.end()
-            self._desk.publish(phase=Phase.STANDBY, generation=-1, holdings=self._keeping.holdings())
+            self._abort_handle.end()
+            self._mailbox.publish(phase=Phase.STANDBY, generation=-1, holdings=self._snapshots.holdings())
         return False
 
     # -- checkpoints and the end -------------------------------------------------------------------------------
@@ -336,17 +336,17 @@ class Trainer:
         generation, step = shard.world.generation, self._progress.step
         self._saver.save(shard, self._progress)
         self._saver.wait()
-        self._desk.publish(phase=Phase.FINISHED)
+        self._mailbox.publish(phase=Phase.FINISHED)
         log.info("finished after step %d", step)
-        directive = self._desk.wait(lambda d: d.checkpoint_done >= step or d.aborted >= generation)
+        directive = self._mailbox.wait(lambda d: d.checkpoint_done >= step or d.aborted >= generation)
         if directive.checkpoint_done < step:
             raise GenerationAborted(f"generation {generation} was aborted before its last checkpoint was complete")
 
     def _saved(self, written: ShardWritten) -> None:
-        self._desk.publish(shards=(*self._desk.state.shards[-3:], written))
+        self._mailbox.publish(shards=(*self._mailbox.state.shards[-3:], written))
 
     def _not_saved(self, error: Exception) -> None:
-        self._desk.publish(
+        self._mailbox.publish(
             phase=Phase.FAILED,
             error=WorkerError("storage", f"a checkpoint could not be written: {error}", traceback.format_exc()),
         )
@@ -359,7 +359,7 @@ class Trainer:
         self._drop()
         self._free_peers(error)
         log.error("%s\n%s after step %d: %s", text.rstrip(), kind, self._progress.step, error)
-        self._desk.publish(phase=Phase.FAILED, error=WorkerError(kind, str(error), text))
+        self._mailbox.publish(phase=Phase.FAILED, error=WorkerError(kind, str(error), text))
 
     def _free_peers(self, error: BaseException) -> None:
         """Close the connections that peers may be blocked on. gloo does so only once nothing refers to its groups, not

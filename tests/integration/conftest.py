@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.worker_group import Crew
 
-from tests.support.crew import Crew
 from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
 
@@ -39,7 +39,9 @@ def store_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Crew:
     """A run in a world of one from beginning to end, to compare others with."""
-    with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_finished()
-    return crew
+    with Crew(
+        small_job(texts, determinism="exact"), store_dir, tmp_path_factory.mktemp("alone"), size=1
+    ) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_finished()
+    return worker_group

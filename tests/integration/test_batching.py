@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import SlotMemory
 from orchestrator.sampling.micro_batches import SlotSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.step.memory_probe import room
-from tests.support.crew import Crew
 from tests.support.texts import STEPS, prepare_texts, small_job
 
 CPU = torch.device("cpu")
@@ -40,15 +40,15 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
     with Crew(job, store_dir, tmp_path / "alone", size=1) as alone:
         alone.start(alone.plan(alone.ids))
         alone.await_finished()
-    with Crew(job, store_dir, tmp_path / "moved", size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
-        crew.await_step(4)
-        crew.rescale(crew.ids[:3])
-        crew.await_step(crew.newest_step + 4)
-        crew.members["w2"].kill()
-        crew.recover(crew.ids[:2], slot=SlotSize(tokens=200, multiple=2))
-        crew.await_finished()
-    records = [crew.records[step] for step in range(STEPS)]
+    with Crew(job, store_dir, tmp_path / "moved", size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
+        worker_group.await_step(4)
+        worker_group.rescale(worker_group.ids[:3])
+        worker_group.await_step(worker_group.newest_step + 4)
+        worker_group.members["w2"].kill()
+        worker_group.recover(worker_group.ids[:2], slot=SlotSize(tokens=200, multiple=2))
+        worker_group.await_finished()
+    records = [worker_group.records[step] for step in range(STEPS)]
     assert audit((r.step, r.first_position, r.num_positions) for r in records).ok
     assert {r.world_size for r in records} == {2, 3}
     for record in records:
@@ -57,7 +57,7 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
         if wanted.validation_loss is not None:
             assert record.validation_loss == pytest.approx(wanted.validation_loss, rel=1e-5)
     assert 0 < max(r.padding for r in records) < 0.5
-    assert min(r.num_slots for r in records if r.generation == crew.newest_generation) > max(
+    assert min(r.num_slots for r in records if r.generation == worker_group.newest_generation) > max(
         r.num_slots for r in records if r.generation == 0
     )
     assert records[-1].loss < records[0].loss - 0.5
@@ -65,13 +65,13 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
 
 def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     job = small_job(texts, micro_batch_size="auto", global_batch_size=12, sequence_length=256, steps=400)
-    with Crew(job, store_dir, tmp_path, size=2) as crew:
-        crew.start(crew.plan(crew.ids, slot=SlotSize(tokens=256, multiple=2)))
-        crew.await_step(6)
-        one = _slots(crew)
-        plan = crew.rescale(crew.ids, slot=SlotSize(tokens=6 * 256, multiple=2))
-        crew.await_step(crew.newest_step + 6)
-        six = _slots(crew)
+    with Crew(job, store_dir, tmp_path, size=2) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids, slot=SlotSize(tokens=256, multiple=2)))
+        worker_group.await_step(6)
+        one = _slots(worker_group)
+        plan = worker_group.rescale(worker_group.ids, slot=SlotSize(tokens=6 * 256, multiple=2))
+        worker_group.await_step(worker_group.newest_step + 6)
+        six = _slots(worker_group)
         assert plan.generation == six.generation
     assert (one.generation, one.sequence_length, one.tokens, one.num_slots) == (0, 256, 256, 12)
     assert (six.sequence_length, six.tokens, six.num_slots) == (256, 6 * 256, 2)
@@ -82,7 +82,7 @@ def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_pa
     assert one.resident_bytes < one.used_bytes < one.limit_bytes
 
 
-def _slots(crew: Crew) -> SlotMemory:
-    found = crew.members["w0"].report().slots
+def _slots(worker_group: Crew) -> SlotMemory:
+    found = worker_group.members["w0"].report().slots
     assert found is not None
     return found

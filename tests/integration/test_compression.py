@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.worker_group import Crew
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
@@ -18,7 +19,6 @@ from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support import small
-from tests.support.crew import Crew
 from tests.support.ranks import Ranks
 from tests.support.texts import STEPS, small_job
 
@@ -171,49 +171,49 @@ def job(request: pytest.FixtureRequest, texts: Path) -> JobSpec:
     return small_job(texts).model_copy(update={"communication": communication})
 
 
-def _handovers(crew: Crew, plan: GenerationPlan) -> list[Handover]:
-    reports = [crew.members[worker].report() for worker in crew.living]
+def _handovers(worker_group: Crew, plan: GenerationPlan) -> list[Handover]:
+    reports = [worker_group.members[worker].report() for worker in worker_group.living]
     return [h for report in reports for h in report.handovers if h.generation == plan.generation]
 
 
 def test_what_was_not_sent_survives_rescales(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(job, store_dir, tmp_path, size=4) as crew:
-        crew.start(crew.plan(crew.ids))
-        for members in (crew.ids[:2], crew.ids[1:4], [crew.ids[3]], crew.ids[:2]):
-            crew.await_step(crew.newest_step + 3)
-            plan = crew.rescale(members)
-            handovers = _handovers(crew, plan)
+    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        for members in (worker_group.ids[:2], worker_group.ids[1:4], [worker_group.ids[3]], worker_group.ids[:2]):
+            worker_group.await_step(worker_group.newest_step + 3)
+            plan = worker_group.rescale(members)
+            handovers = _handovers(worker_group, plan)
             assert len(handovers) == len(plan.involved) and all(h.state_identical for h in handovers)
             assert max(h.residual_error for h in handovers) < 1e-6
-        crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
-    assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5
+        worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
+    assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss - 0.5
 
 
 def test_what_a_dead_worker_had_not_sent_is_with_its_buddy(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(job, store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_step(6)
-        crew.members[crew.ids[1]].kill()
-        plan = crew.recover([crew.ids[0], crew.ids[2]])
-        handovers = _handovers(crew, plan)
+    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_step(6)
+        worker_group.members[worker_group.ids[1]].kill()
+        plan = worker_group.recover([worker_group.ids[0], worker_group.ids[2]])
+        handovers = _handovers(worker_group, plan)
         assert handovers and all(h.state_identical for h in handovers)
         assert max(h.residual_error for h in handovers) < 1e-6
-        crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
-    assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5
+        worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
+    assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss - 0.5
 
 
 def test_auto_chooses_alike_on_all_ranks_and_anew_in_each_world(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     communication = CommunicationSpec.model_validate({"compression": "auto", "bucket_mb": 0.05})
     job = small_job(texts).model_copy(update={"communication": communication})
-    with Crew(job, store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
-        crew.await_step(12)
-        plan = crew.rescale(crew.ids)
-        assert all(h.state_identical for h in _handovers(crew, plan))
-        crew.await_finished()
-    records = [record for _, record in sorted(crew.records.items())]
+    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
+        worker_group.await_step(12)
+        plan = worker_group.rescale(worker_group.ids)
+        assert all(h.state_identical for h in _handovers(worker_group, plan))
+        worker_group.await_finished()
+    records = [record for _, record in sorted(worker_group.records.items())]
     assert len(records) == STEPS and all(record.applied for record in records)
     for generation in (0, plan.generation):
         schemes = [record.compression for record in records if record.generation == generation]

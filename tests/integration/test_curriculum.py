@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase, StageStart, StepRecord
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
-from tests.support.crew import Crew
 from tests.support.texts import STEPS, prepare_texts, small_job
 
 STAGES = [
@@ -38,10 +38,10 @@ def scored_dir(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(texts: Path, scored_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, StepRecord]:
     """What one undisturbed worker did."""
-    with Crew(_job(texts), scored_dir, tmp_path_factory.mktemp("alone"), size=1) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_finished()
-    return crew.records
+    with Crew(_job(texts), scored_dir, tmp_path_factory.mktemp("alone"), size=1) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_finished()
+    return worker_group.records
 
 
 def test_stages_begin_where_the_job_says(alone: dict[int, StepRecord]) -> None:
@@ -55,17 +55,17 @@ def test_stages_begin_where_the_job_says(alone: dict[int, StepRecord]) -> None:
 def test_a_death_changes_no_sample_of_any_stage(
     texts: Path, scored_dir: Path, tmp_path: Path, alone: dict[int, StepRecord], kill_after: int
 ) -> None:
-    with Crew(_job(texts), scored_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_step(kill_after)
-        crew.members[crew.ids[1]].kill()
-        survivors = [crew.ids[0], crew.ids[2]]
-        crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
-        crew.recover(survivors)
-        crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
-    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]).ok
-    for step, record in crew.records.items():
+    with Crew(_job(texts), scored_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_step(kill_after)
+        worker_group.members[worker_group.ids[1]].kill()
+        survivors = [worker_group.ids[0], worker_group.ids[2]]
+        worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
+        worker_group.recover(survivors)
+        worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
+    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]).ok
+    for step, record in worker_group.records.items():
         same = alone[step]
         assert (record.stage, record.sequence_length, record.tokens) == (same.stage, same.sequence_length, same.tokens)
         assert (record.first_position, record.num_positions) == (same.first_position, same.num_positions)
@@ -78,22 +78,22 @@ def test_a_stage_that_is_decided_begins_on_all_members_at_its_step(
     """And stays decided for whoever goes on without a dead one. One that comes too late is left out by all alike."""
     late, in_time = (StageStart("opening", 1),), (StageStart("opening", STEPS - 12),)
     job = _job(texts).model_copy(update={"curriculum": _long_first_stage()})
-    with Crew(job, scored_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_step(3)
-        crew.send(stages=late, stages_version=1)
-        crew.await_step(6)
-        crew.send(stages=in_time, stages_version=2)
-        crew.await_step(STEPS - 10)
-        crew.members[crew.ids[1]].kill()
-        survivors = [crew.ids[0], crew.ids[2]]
-        crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
-        crew.recover(survivors)
-        crew.await_finished()
-    stages = [crew.records[step].stage for step in range(STEPS)]
+    with Crew(job, scored_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_step(3)
+        worker_group.send(stages=late, stages_version=1)
+        worker_group.await_step(6)
+        worker_group.send(stages=in_time, stages_version=2)
+        worker_group.await_step(STEPS - 10)
+        worker_group.members[worker_group.ids[1]].kill()
+        survivors = [worker_group.ids[0], worker_group.ids[2]]
+        worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
+        worker_group.recover(survivors)
+        worker_group.await_finished()
+    stages = [worker_group.records[step].stage for step in range(STEPS)]
     assert stages == ["easy"] * (STEPS - 12) + ["opening"] * 10 + ["all"] * 2
-    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]).ok
-    assert [crew.records[step].loss for step in range(8)] == pytest.approx(
+    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]).ok
+    assert [worker_group.records[step].loss for step in range(8)] == pytest.approx(
         [alone[step].loss for step in range(8)], rel=1e-5
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.worker_group import Crew
 from torch._C._distributed_c10d import Store
 
 from orchestrator.checkpoint.manifest import manifest_of
@@ -21,7 +22,6 @@ from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import JobSpec, WorkersSpec
 from orchestrator.state.fingerprint import whole
 from tests.support import small
-from tests.support.crew import Crew
 from tests.support.own_models import linear, own_spec
 from tests.support.ranks import Ranks
 from tests.support.real_runs import own_cluster, until
@@ -31,37 +31,37 @@ WORLDS: list[list[int]] = [[1], [2], [3], [4], [2, 4, 3, 1, 2]]
 Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 
 
-def _told(crew: Crew) -> list[tuple[Any, ...]]:
-    assert sorted(crew.records) == list(range(STEPS))
-    records = [record for _, record in sorted(crew.records.items())]
-    assert all(len(r.digests) == (r.world_size if crew.is_exact else 0) for r in records)
+def _told(worker_group: Crew) -> list[tuple[Any, ...]]:
+    assert sorted(worker_group.records) == list(range(STEPS))
+    records = [record for _, record in sorted(worker_group.records.items())]
+    assert all(len(r.digests) == (r.world_size if worker_group.is_exact else 0) for r in records)
     return [
         (r.loss, r.grad_norm, r.validation_loss, replace(r.experts, swing=None), r.applied, whole(r.digests))
         for r in records
     ]
 
 
-def _state(crew: Crew, job: JobSpec) -> dict[str, bytes]:
+def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
     """Every tensor of the checkpoint after the last step."""
-    members = crew.directive.current.world.members if crew.directive.current else ()
-    shards = [crew.final[w].shards[-1] for w in members]
+    members = worker_group.directive.current.world.members if worker_group.directive.current else ()
+    shards = [worker_group.final[w].shards[-1] for w in members]
     params, buffers, shapes = catalogue(job.model, VOCAB)
     wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
     wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
-    directory = Path(crew.job.storage_dir) / "checkpoints"
+    directory = Path(worker_group.job.storage_dir) / "checkpoints"
     path = commit(directory, manifest_of(shards, run_id="test", epoch=1, shapes=wanted), epoch=1)
     with CheckpointReader(path) as reader:
         return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
 
 
 def _run(job: JobSpec, store_dir: Path, directory: Path, worlds: list[int]) -> Run:
-    with Crew(job, store_dir, directory, size=max(worlds)) as crew:
-        crew.start(crew.plan(crew.ids[: worlds[0]]))
+    with Crew(job, store_dir, directory, size=max(worlds)) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]]))
         for size in worlds[1:]:
-            crew.await_step(crew.newest_step + 3)
-            crew.rescale(crew.ids[-size:])
-        crew.await_finished()
-        return _told(crew), _state(crew, job)
+            worker_group.await_step(worker_group.newest_step + 3)
+            worker_group.rescale(worker_group.ids[-size:])
+        worker_group.await_finished()
+        return _told(worker_group), _state(worker_group, job)
 
 
 def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase, Report
-from tests.support.crew import Crew
 from tests.support.texts import STEPS, small_job
 
 ORPHAN_S = 6.0
@@ -17,79 +17,79 @@ SOON_S = 10.0  # a death is told this soon; a gloo operation without a closed co
 
 
 @pytest.fixture
-def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(small_job(texts, steps=100_000), store_dir, tmp_path, size=4) as crew:
-        yield crew
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    with Crew(small_job(texts, steps=100_000), store_dir, tmp_path, size=4) as worker_group:
+        yield worker_group
 
 
-def _report_of(crew: Crew, worker: str) -> Report:
-    return crew.members[worker].report()
+def _report_of(worker_group: Crew, worker: str) -> Report:
+    return worker_group.members[worker].report()
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_survivor_of_a_loss_is_freed_at_once(crew: Crew, victim: int) -> None:
+def test_every_survivor_of_a_loss_is_freed_at_once(worker_group: Crew, victim: int) -> None:
     """Also those that were waiting for another survivor, not for the dead one."""
-    crew.start(crew.plan(crew.ids))
-    crew.await_step(2)
-    crew.members[crew.ids[victim]].kill()
-    survivors = [worker for worker in crew.ids if worker != crew.ids[victim]]
-    crew.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
+    worker_group.start(worker_group.plan(worker_group.ids))
+    worker_group.await_step(2)
+    worker_group.members[worker_group.ids[victim]].kill()
+    survivors = [worker for worker in worker_group.ids if worker != worker_group.ids[victim]]
+    worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
     for worker in survivors:
-        report = _report_of(crew, worker)
+        report = _report_of(worker_group, worker)
         assert report.error is not None and report.error.kind == "peer_lost"
         assert report.stopped == 0 and report.holdings
 
 
 @pytest.mark.slow
-def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(crew: Crew) -> None:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.await_step(2)
-    plan = crew.prepare(crew.ids)
-    crew.members[crew.ids[3]].kill()
-    crew.rescale_to(plan)
-    crew.await_all(crew.ids[:2], lambda r: r.phase is Phase.STRANDED, SOON_S)
-    crew.await_all(crew.ids[2:3], lambda r: r.phase is Phase.STANDBY, SOON_S)
+def test_survivors_of_a_move_are_freed_whoever_of_them_was_waited_for(worker_group: Crew) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    worker_group.await_step(2)
+    plan = worker_group.prepare(worker_group.ids)
+    worker_group.members[worker_group.ids[3]].kill()
+    worker_group.rescale_to(plan)
+    worker_group.await_all(worker_group.ids[:2], lambda r: r.phase is Phase.STRANDED, SOON_S)
+    worker_group.await_all(worker_group.ids[2:3], lambda r: r.phase is Phase.STANDBY, SOON_S)
 
 
-def test_a_newcomer_that_was_ready_and_is_not_wanted_any_more_stands_by(crew: Crew) -> None:
-    crew.start(crew.plan(crew.ids[:2]))
-    old = crew.directive.current
-    crew.await_step(2)
-    plan = crew.prepare(crew.ids[:3])
-    crew.rescale_to(plan)
-    crew.await_all(crew.ids[:3], lambda r: r.phase is Phase.READY)
-    again = crew.plan(crew.ids[:2], old, plan.generation + 1)
-    crew.send(next=again, fence=None)
-    crew.await_all(crew.ids[:2], lambda r: r.phase is Phase.READY and r.generation == again.generation)
-    crew.send(current=again, next=None, activated=again.generation)
-    crew.await_all(crew.ids[2:3], lambda r: r.phase is Phase.STANDBY)
-    crew.await_step(crew.newest_step + 3)
-    crew.rescale(crew.ids[1:3])  # it can still join
-    crew.finish()
-    assert {r.generation for r in crew.records.values()} == {0, again.generation, again.generation + 1}
+def test_a_newcomer_that_was_ready_and_is_not_wanted_any_more_stands_by(worker_group: Crew) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    old = worker_group.directive.current
+    worker_group.await_step(2)
+    plan = worker_group.prepare(worker_group.ids[:3])
+    worker_group.rescale_to(plan)
+    worker_group.await_all(worker_group.ids[:3], lambda r: r.phase is Phase.READY)
+    again = worker_group.plan(worker_group.ids[:2], old, plan.generation + 1)
+    worker_group.send(next=again, fence=None)
+    worker_group.await_all(worker_group.ids[:2], lambda r: r.phase is Phase.READY and r.generation == again.generation)
+    worker_group.send(current=again, next=None, activated=again.generation)
+    worker_group.await_all(worker_group.ids[2:3], lambda r: r.phase is Phase.STANDBY)
+    worker_group.await_step(worker_group.newest_step + 3)
+    worker_group.rescale(worker_group.ids[1:3])  # it can still join
+    worker_group.finish()
+    assert {r.generation for r in worker_group.records.values()} == {0, again.generation, again.generation + 1}
 
 
-def test_a_newcomer_that_dies_while_it_connects_does_not_hold_up_the_next_plan(crew: Crew) -> None:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.await_step(2)
-    crew.members[crew.ids[3]].kill()
-    current = crew.directive.current
+def test_a_newcomer_that_dies_while_it_connects_does_not_hold_up_the_next_plan(worker_group: Crew) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    worker_group.await_step(2)
+    worker_group.members[worker_group.ids[3]].kill()
+    current = worker_group.directive.current
     assert current is not None
-    crew.send(next=crew.plan(crew.ids, current, 1))  # the dead one never comes
-    plan = crew.plan(crew.ids[:3], current, 2)
-    crew.send(next=plan)
-    crew.await_all(crew.ids[:3], lambda r: r.prepared == plan.generation, SOON_S)
-    crew.rescale_to(plan)
-    crew.await_all(crew.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
+    worker_group.send(next=worker_group.plan(worker_group.ids, current, 1))  # the dead one never comes
+    plan = worker_group.plan(worker_group.ids[:3], current, 2)
+    worker_group.send(next=plan)
+    worker_group.await_all(worker_group.ids[:3], lambda r: r.prepared == plan.generation, SOON_S)
+    worker_group.rescale_to(plan)
+    worker_group.await_all(worker_group.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
 
 
 def test_a_last_checkpoint_that_can_not_be_written_is_told(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where a directory is needed")
-    with Crew(small_job(texts), store_dir, tmp_path, size=2) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_all(crew.ids, lambda r: r.phase is Phase.FAILED)
-        for worker in crew.ids:  # the training thread has ended, and nothing made good of it
-            report = _report_of(crew, worker)
+    with Crew(small_job(texts), store_dir, tmp_path, size=2) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
+        for worker in worker_group.ids:  # the training thread has ended, and nothing made good of it
+            report = _report_of(worker_group, worker)
             assert report.step == STEPS - 1
             assert report.error is not None and report.error.kind == "storage"
 
@@ -99,13 +99,13 @@ def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(
 ) -> None:
     plain = small_job(texts)
     job = plain.model_copy(update={"checkpoint": plain.checkpoint.model_copy(update={"every": 10})})
-    with Crew(job, store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
-        crew.rescale(crew.ids[1:3], at_step=9)
-        crew.await_finished()
-        leaver = _report_of(crew, crew.ids[0])
+    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
+        worker_group.rescale(worker_group.ids[1:3], at_step=9)
+        worker_group.await_finished()
+        leaver = _report_of(worker_group, worker_group.ids[0])
         assert [(s.step, s.generation, s.rank) for s in leaver.shards] == [(9, 0, 0)]
-        assert [(s.step, s.generation, s.rank) for s in crew.final[crew.ids[1]].shards] == [
+        assert [(s.step, s.generation, s.rank) for s in worker_group.final[worker_group.ids[1]].shards] == [
             (9, 0, 1),
             (19, 1, 0),
             (29, 1, 0),
@@ -113,60 +113,62 @@ def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(
 
 
 def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(small_job(texts, {"num_dense_layers": 2}), store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
-        for members in (crew.ids, crew.ids[:1]):
-            crew.await_step(crew.newest_step + 2)
-            crew.rescale(members)
-        crew.await_finished()
-        assert sorted(crew.records) == list(range(STEPS))
-        assert crew.records[STEPS - 1].loss < crew.records[0].loss
-        assert {r.experts.max_violation for r in crew.records.values()} == {0.0}
+    with Crew(small_job(texts, {"num_dense_layers": 2}), store_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
+        for members in (worker_group.ids, worker_group.ids[:1]):
+            worker_group.await_step(worker_group.newest_step + 2)
+            worker_group.rescale(members)
+        worker_group.await_finished()
+        assert sorted(worker_group.records) == list(range(STEPS))
+        assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss
+        assert {r.experts.max_violation for r in worker_group.records.values()} == {0.0}
 
 
-def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(crew: Crew) -> None:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.await_step(2)
-    crew.lose_store()
-    crew.await_step(crew.newest_step + 3)
-    crew.rescale(crew.ids[:3])
-    crew.await_step(crew.newest_step + 3)
-    crew.finish()
-    assert {r.generation for r in crew.records.values()} == {0, 1}
+def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(worker_group: Crew) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    worker_group.await_step(2)
+    worker_group.lose_store()
+    worker_group.await_step(worker_group.newest_step + 3)
+    worker_group.rescale(worker_group.ids[:3])
+    worker_group.await_step(worker_group.newest_step + 3)
+    worker_group.finish()
+    assert {r.generation for r in worker_group.records.values()} == {0, 1}
 
 
-def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(crew: Crew) -> None:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.await_step(2)
-    plan = crew.prepare(crew.ids[:3])
-    crew.lose_store()
-    crew.await_all(crew.ids[2:3], lambda r: r.failed_generation == plan.generation, SOON_S)
-    again = crew.prepare(crew.ids[:3])
-    crew.rescale_to(again)
-    crew.await_all(crew.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
-    crew.send(current=again, next=None, fence=None, activated=again.generation)
-    crew.await_step(crew.newest_step + 3)
+def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(worker_group: Crew) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    worker_group.await_step(2)
+    plan = worker_group.prepare(worker_group.ids[:3])
+    worker_group.lose_store()
+    worker_group.await_all(worker_group.ids[2:3], lambda r: r.failed_generation == plan.generation, SOON_S)
+    again = worker_group.prepare(worker_group.ids[:3])
+    worker_group.rescale_to(again)
+    worker_group.await_all(worker_group.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
+    worker_group.send(current=again, next=None, fence=None, activated=again.generation)
+    worker_group.await_step(worker_group.newest_step + 3)
 
 
 @pytest.mark.slow
-def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(crew: Crew) -> None:
+def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(worker_group: Crew) -> None:
     """The store dies when all are connected and the fence is raised already: the move fails, the state does not."""
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.await_step(2)
-    plan = crew.prepare(crew.ids[:3])
-    crew.lose_store()
-    crew.rescale_to(plan)
-    crew.await_all(crew.ids[:2], lambda r: r.phase is Phase.STRANDED and r.failed_generation == plan.generation, SOON_S)
-    crew.recover(crew.ids[:2])
-    crew.await_step(crew.newest_step + 3)
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    worker_group.await_step(2)
+    plan = worker_group.prepare(worker_group.ids[:3])
+    worker_group.lose_store()
+    worker_group.rescale_to(plan)
+    worker_group.await_all(
+        worker_group.ids[:2], lambda r: r.phase is Phase.STRANDED and r.failed_generation == plan.generation, SOON_S
+    )
+    worker_group.recover(worker_group.ids[:2])
+    worker_group.await_step(worker_group.newest_step + 3)
 
 
 def test_a_worker_without_a_controller_exits_but_not_because_it_was_stopped(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
-    with Crew(small_job(texts), store_dir, tmp_path, size=1, orphan_s=ORPHAN_S) as crew:
-        member = crew.members[crew.ids[0]]
-        crew.await_all(crew.ids, lambda report: report.phase is Phase.STANDBY)
+    with Crew(small_job(texts), store_dir, tmp_path, size=1, orphan_s=ORPHAN_S) as worker_group:
+        member = worker_group.members[worker_group.ids[0]]
+        worker_group.await_all(worker_group.ids, lambda report: report.phase is Phase.STANDBY)
         os.kill(member.process.pid or 0, signal.SIGSTOP)
         member.process.join(1.5 * ORPHAN_S)  # no event ends this: the worker is stopped for longer than it would wait
         assert member.process.exitcode is None

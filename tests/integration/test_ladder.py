@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoCut
 
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import GenerationPlan, Phase, Report, ShardWritten
 from orchestrator.run_records.checkpoints import commit_checkpoint, newest_good
 from orchestrator.sampling.sample_ledger import audit
-from tests.support.crew import PATIENCE_S, Crew, MemberDied, NoCut
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
 
@@ -26,11 +26,11 @@ EVERY = 5  # steps between checkpoints
 
 
 @pytest.fixture
-def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
     plain = small_job(texts, determinism="exact")
     job = plain.model_copy(update={"checkpoint": plain.checkpoint.model_copy(update={"every": EVERY})})
-    with Crew(job, store_dir, tmp_path, size=4) as crew:
-        yield crew
+    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+        yield worker_group
 
 
 @dataclass(frozen=True)
@@ -41,49 +41,51 @@ class Loss:
     plan: GenerationPlan
 
 
-def _die(crew: Crew, ranks: tuple[int, ...]) -> None:
+def _die(worker_group: Crew, ranks: tuple[int, ...]) -> None:
     """Wait until those who have these ranks of the newest world have been killed by their faults."""
-    plan = crew.directive.next or crew.directive.current
+    plan = worker_group.directive.next or worker_group.directive.current
     assert plan is not None
     for rank in ranks:
-        process = crew.members[plan.world.members[rank]].process
+        process = worker_group.members[plan.world.members[rank]].process
         process.join(PATIENCE_S)
         assert process.exitcode == -9, f"rank {rank} never came to its fault"
 
 
-def _go_on(crew: Crew, previous: GenerationPlan | None = None) -> Loss:
+def _go_on(worker_group: Crew, previous: GenerationPlan | None = None) -> Loss:
     """Recover with whoever lives; anew if somebody dies in that."""
-    current = crew.directive.current
+    current = worker_group.directive.current
     assert current is not None
-    crew.send()  # news of an activation may have come to some only
-    crew.await_all(
-        [w for w in current.world.members if w in crew.living],
+    worker_group.send()  # news of an activation may have come to some only
+    worker_group.await_all(
+        [w for w in current.world.members if w in worker_group.living],
         lambda r: r.phase is Phase.STRANDED or (r.phase is Phase.READY and r.generation > current.generation),
     )
-    published = max(crew.members[w].report().committed for w in crew.living)
-    for _ in crew.ids:
+    published = max(worker_group.members[w].report().committed for w in worker_group.living)
+    for _ in worker_group.ids:
         try:
-            return Loss(published, crew.recover([w for w in crew.ids if w in crew.living], previous))
+            return Loss(
+                published, worker_group.recover([w for w in worker_group.ids if w in worker_group.living], previous)
+            )
         except MemberDied:  # another one
             continue
     raise AssertionError("everybody died")
 
 
-def _lost_nothing(crew: Crew, undisturbed: Crew, loss: Loss) -> None:
+def _lost_nothing(worker_group: Crew, undisturbed: Crew, loss: Loss) -> None:
     """Nothing published was done again, the state went on bit by bit, and every step was done once."""
     source, generation = loss.plan.source, loss.plan.generation
     assert source is not None and source.step is not None and source.step >= loss.published
-    reports = [crew.members[worker].report() for worker in loss.plan.world.members]
+    reports = [worker_group.members[worker].report() for worker in loss.plan.world.members]
     handovers = [h for report in reports for h in report.handovers if h.generation == generation]
     assert len(handovers) == loss.plan.world.size and all(h.state_identical for h in handovers)
-    crew.await_finished()
-    _same_training(crew, undisturbed)
-    assert all((step > source.step) == (r.generation >= generation) for step, r in crew.records.items())
+    worker_group.await_finished()
+    _same_training(worker_group, undisturbed)
+    assert all((step > source.step) == (r.generation >= generation) for step, r in worker_group.records.items())
 
 
-def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
+def _same_training(worker_group: Crew, undisturbed: Crew, first: int = 0) -> None:
     """Every step from `first` on once, the same samples in the same order, the same bits of losses and norms."""
-    records = {step: record for step, record in sorted(crew.records.items()) if step >= first}
+    records = {step: record for step, record in sorted(worker_group.records.items()) if step >= first}
     assert list(records) == list(range(first, STEPS))
     assert first > 0 or audit([(r.step, r.first_position, r.num_positions) for r in records.values()]).ok
     for step, record in records.items():
@@ -107,15 +109,17 @@ def _same_training(crew: Crew, undisturbed: Crew, first: int = 0) -> None:
         pytest.param(Moment.SNAPSHOT, (1, 3), id="two with half a snapshot sent", marks=pytest.mark.slow),
     ],
 )
-def test_a_death_at_any_moment_of_a_step(crew: Crew, undisturbed: Crew, moment: Moment, ranks: tuple[int, ...]) -> None:
-    crew.arm(*(Fault(rank, moment, step=6, generation=0) for rank in ranks))
-    crew.start(crew.plan(crew.ids))
-    _die(crew, ranks)
-    loss = _go_on(crew)
+def test_a_death_at_any_moment_of_a_step(
+    worker_group: Crew, undisturbed: Crew, moment: Moment, ranks: tuple[int, ...]
+) -> None:
+    worker_group.arm(*(Fault(rank, moment, step=6, generation=0) for rank in ranks))
+    worker_group.start(worker_group.plan(worker_group.ids))
+    _die(worker_group, ranks)
+    loss = _go_on(worker_group)
     # Its snapshot of step 5 is on its way when step 6 begins: whether the buddy has it already is chance.
     possible = (4, 5) if moment is Moment.FORWARD else (5, 6)
     assert loss.plan.source is not None and loss.plan.source.step in possible and loss.published in (4, 5)
-    _lost_nothing(crew, undisturbed, loss)
+    _lost_nothing(worker_group, undisturbed, loss)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +131,16 @@ def test_a_death_at_any_moment_of_a_step(crew: Crew, undisturbed: Crew, moment: 
     ],
     ids=lambda moment: moment.name.lower(),
 )
-def test_another_death_while_the_run_recovers(crew: Crew, undisturbed: Crew, moment: Moment) -> None:
+def test_another_death_while_the_run_recovers(worker_group: Crew, undisturbed: Crew, moment: Moment) -> None:
     """Rank 3 of four dies, and then the second of the three that are left, who is no buddy of its."""
-    first = crew.plan(crew.ids)
+    first = worker_group.plan(worker_group.ids)
     assert first.buddies[1] != 3 and first.buddies[3] != 1
-    crew.arm(Fault(3, Moment.VOTE, step=6, generation=0), Fault(1, moment, generation=1))
-    crew.start(first)
-    _die(crew, (3,))
-    loss = _go_on(crew)
-    assert loss.plan.generation > 1 and loss.plan.world.members == (crew.ids[0], crew.ids[2])
-    _lost_nothing(crew, undisturbed, loss)
+    worker_group.arm(Fault(3, Moment.VOTE, step=6, generation=0), Fault(1, moment, generation=1))
+    worker_group.start(first)
+    _die(worker_group, (3,))
+    loss = _go_on(worker_group)
+    assert loss.plan.generation > 1 and loss.plan.world.members == (worker_group.ids[0], worker_group.ids[2])
+    _lost_nothing(worker_group, undisturbed, loss)
 
 
 @pytest.mark.parametrize(
@@ -149,88 +153,94 @@ def test_another_death_while_the_run_recovers(crew: Crew, undisturbed: Crew, mom
     ],
     ids=lambda moment: moment.name.lower(),
 )
-def test_a_member_that_dies_in_a_rescale(crew: Crew, undisturbed: Crew, moment: Moment) -> None:
+def test_a_member_that_dies_in_a_rescale(worker_group: Crew, undisturbed: Crew, moment: Moment) -> None:
     """In the first half the old world is rebuilt; once activated the new one is, from what was held at the fence."""
-    old = crew.plan(crew.ids[:3])
-    crew.arm(Fault(1, moment, generation=1))
-    crew.start(old)
-    crew.await_step(3)
-    plan = crew.plan(crew.ids, old, 1)
+    old = worker_group.plan(worker_group.ids[:3])
+    worker_group.arm(Fault(1, moment, generation=1))
+    worker_group.start(old)
+    worker_group.await_step(3)
+    plan = worker_group.plan(worker_group.ids, old, 1)
     with suppress(MemberDied):  # it may die before it has answered
-        crew.send(next=plan)
+        worker_group.send(next=plan)
     if moment is not Moment.PREPARE:
-        crew.await_all(list(plan.involved), lambda r: r.prepared >= plan.generation)
-        crew.rescale_to(plan)
+        worker_group.await_all(list(plan.involved), lambda r: r.prepared >= plan.generation)
+        worker_group.rescale_to(plan)
     if moment is Moment.ACTIVATED:
-        crew.await_all(list(plan.involved), lambda r: r.phase is Phase.READY)
-        crew.collect(plan.involved[0])
+        worker_group.await_all(list(plan.involved), lambda r: r.phase is Phase.READY)
+        worker_group.collect(plan.involved[0])
         with suppress(MemberDied):
-            crew.send(to=[crew.ids[3], crew.ids[1]], current=plan, next=None, fence=None, activated=plan.generation)
-    _die(crew, (1,))
-    _lost_nothing(crew, undisturbed, _go_on(crew, old))
+            worker_group.send(
+                to=[worker_group.ids[3], worker_group.ids[1]],
+                current=plan,
+                next=None,
+                fence=None,
+                activated=plan.generation,
+            )
+    _die(worker_group, (1,))
+    _lost_nothing(worker_group, undisturbed, _go_on(worker_group, old))
 
 
 # -- the lower rungs: checkpoints ------------------------------------------------------------------------------------
 
 
-def _commit(crew: Crew, shards: tuple[ShardWritten, ...]) -> None:
+def _commit(worker_group: Crew, shards: tuple[ShardWritten, ...]) -> None:
     """Mark a checkpoint complete, as a controller does."""
     first = shards[0]
-    commit_checkpoint("test", Path(crew.job.storage_dir), 1, Commit(first.step, 1, first.generation, shards))
+    commit_checkpoint("test", Path(worker_group.job.storage_dir), 1, Commit(first.step, 1, first.generation, shards))
 
 
 def _has_written(step: int, report: Report) -> bool:
     return any(shard.step == step for shard in report.shards)
 
 
-def _train_past_checkpoints(crew: Crew, *steps: int) -> GenerationPlan:
+def _train_past_checkpoints(worker_group: Crew, *steps: int) -> GenerationPlan:
     """Start, and go on until checkpoints of these steps are complete."""
-    plan = crew.plan(crew.ids)
-    crew.start(plan)
+    plan = worker_group.plan(worker_group.ids)
+    worker_group.start(plan)
     for step in steps:
-        crew.await_all(crew.ids, partial(_has_written, step))
-        written = [s for w in crew.ids for s in crew.members[w].report().shards]
-        _commit(crew, tuple(s for s in written if s.step == step))
+        worker_group.await_all(worker_group.ids, partial(_has_written, step))
+        written = [s for w in worker_group.ids for s in worker_group.members[w].report().shards]
+        _commit(worker_group, tuple(s for s in written if s.step == step))
     return plan
 
 
-def _begin_again(crew: Crew, members: list[str]) -> int:
+def _begin_again(worker_group: Crew, members: list[str]) -> int:
     """From the newest good checkpoint. Returns its step."""
-    restore = newest_good(Path(crew.job.storage_dir))
+    restore = newest_good(Path(worker_group.job.storage_dir))
     assert restore is not None
-    crew.send(aborted=crew.newest_generation, current=None, next=None)
-    crew.start(crew.plan(members, generation=crew.newest_generation + 1, restore=restore))
-    crew.records.clear()  # only now: until survivors have gone back, they tell of steps after the checkpoint
-    crew.collect(members[0])
+    worker_group.send(aborted=worker_group.newest_generation, current=None, next=None)
+    worker_group.start(worker_group.plan(members, generation=worker_group.newest_generation + 1, restore=restore))
+    worker_group.records.clear()  # only now: until survivors have gone back, they tell of steps after the checkpoint
+    worker_group.collect(members[0])
     return restore.step
 
 
 @pytest.mark.slow
-def test_a_rank_lost_with_its_buddy_is_read_from_the_newest_checkpoint(crew: Crew, undisturbed: Crew) -> None:
-    buddy = crew.plan(crew.ids).buddies[1]
-    crew.arm(Fault(1, Moment.VOTE, step=17, generation=0), Fault(buddy, Moment.VOTE, step=17, generation=0))
-    plan = _train_past_checkpoints(crew, 4, 9)
-    _die(crew, (1, buddy))
+def test_a_rank_lost_with_its_buddy_is_read_from_the_newest_checkpoint(worker_group: Crew, undisturbed: Crew) -> None:
+    buddy = worker_group.plan(worker_group.ids).buddies[1]
+    worker_group.arm(Fault(1, Moment.VOTE, step=17, generation=0), Fault(buddy, Moment.VOTE, step=17, generation=0))
+    plan = _train_past_checkpoints(worker_group, 4, 9)
+    _die(worker_group, (1, buddy))
     with pytest.raises(NoCut):
-        _go_on(crew)
-    assert _begin_again(crew, [w for w in plan.world.members if w in crew.living]) == 9
-    crew.await_finished()
-    _same_training(crew, undisturbed, first=10)
+        _go_on(worker_group)
+    assert _begin_again(worker_group, [w for w in plan.world.members if w in worker_group.living]) == 9
+    worker_group.await_finished()
+    _same_training(worker_group, undisturbed, first=10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damaged", [False, True], ids=["the newest checkpoint", "a damaged one, and the one before"])
-def test_when_all_are_lost_new_workers_read_a_checkpoint(crew: Crew, undisturbed: Crew, damaged: bool) -> None:
-    crew.arm(*(Fault(rank, Moment.FORWARD, step=17, generation=0) for rank in range(4)))
-    _train_past_checkpoints(crew, 4, 9)
-    _die(crew, (0, 1, 2, 3))
-    newest = max((Path(crew.job.storage_dir) / "checkpoints").glob("step-*"))
+def test_when_all_are_lost_new_workers_read_a_checkpoint(worker_group: Crew, undisturbed: Crew, damaged: bool) -> None:
+    worker_group.arm(*(Fault(rank, Moment.FORWARD, step=17, generation=0) for rank in range(4)))
+    _train_past_checkpoints(worker_group, 4, 9)
+    _die(worker_group, (0, 1, 2, 3))
+    newest = max((Path(worker_group.job.storage_dir) / "checkpoints").glob("step-*"))
     if damaged:
         _damage(next(newest.glob("*.safetensors")))
-    step = _begin_again(crew, crew.add(2))
+    step = _begin_again(worker_group, worker_group.add(2))
     assert step == (4 if damaged else 9)
-    crew.await_finished()
-    _same_training(crew, undisturbed, first=step + 1)
+    worker_group.await_finished()
+    _same_training(worker_group, undisturbed, first=step + 1)
 
 
 def _damage(file: Path) -> None:

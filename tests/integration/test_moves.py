@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.worker_group import Crew, Memory
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
@@ -16,60 +17,61 @@ from orchestrator.policy.estimate.job_plan import StatePlan, plan_memory
 from orchestrator.protocol.messages import Fence, Phase, Report
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.state.buffers import MOST_SPARE
-from tests.support.crew import Crew, Memory
 from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import STEPS, VOCAB, small_job
 
 
 @pytest.fixture
-def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path, size=4) as crew:
-        yield crew
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    with Crew(small_job(texts, determinism="exact"), store_dir, tmp_path, size=4) as worker_group:
+        yield worker_group
 
 
-def _same_training(crew: Crew, undisturbed: Crew) -> None:
+def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
     """Every step once, the same samples in the same order, the same bits of losses and norms."""
-    assert sorted(crew.records) == list(range(STEPS))
-    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]
+    assert sorted(worker_group.records) == list(range(STEPS))
+    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]
     assert order == [(r.step, r.first_position, r.num_positions) for _, r in sorted(undisturbed.records.items())]
     assert audit(order).ok
-    for step, record in crew.records.items():
+    for step, record in worker_group.records.items():
         assert (record.loss, record.grad_norm) == (undisturbed.records[step].loss, undisturbed.records[step].grad_norm)
         assert record.tokens == undisturbed.records[step].tokens
         assert record.validation_loss == undisturbed.records[step].validation_loss
 
 
-def _handovers(crew: Crew, generation: int) -> list[Any]:
-    reports = [crew.members[w].report() for w in crew.ids if crew.members[w].process.is_alive()]
+def _handovers(worker_group: Crew, generation: int) -> list[Any]:
+    reports = [worker_group.members[w].report() for w in worker_group.ids if worker_group.members[w].process.is_alive()]
     return [h for r in reports for h in r.handovers if h.generation == generation]
 
 
-def test_a_run_through_rescales_equals_one_that_never_rescaled(crew: Crew, undisturbed: Crew) -> None:
-    crew.start(crew.plan(crew.ids))
-    for members in (crew.ids[:2], crew.ids[1:4], [crew.ids[3]], crew.ids[:2]):
-        crew.await_step(crew.newest_step + 3)
-        plan = crew.rescale(members)
-        handovers = _handovers(crew, plan.generation)
+def test_a_run_through_rescales_equals_one_that_never_rescaled(worker_group: Crew, undisturbed: Crew) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids))
+    for members in (worker_group.ids[:2], worker_group.ids[1:4], [worker_group.ids[3]], worker_group.ids[:2]):
+        worker_group.await_step(worker_group.newest_step + 3)
+        plan = worker_group.rescale(members)
+        handovers = _handovers(worker_group, plan.generation)
         assert len(handovers) == len(plan.involved)
         assert all(h.state_identical for h in handovers)
-    crew.await_finished()
-    _same_training(crew, undisturbed)
-    assert {r.world_size for r in crew.records.values()} == {4, 2, 3, 1}
+    worker_group.await_finished()
+    _same_training(worker_group, undisturbed)
+    assert {r.world_size for r in worker_group.records.values()} == {4, 2, 3, 1}
 
 
 def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
     job = small_job(texts, {"hidden_size": 128}, steps=1000)
-    with Crew(job, store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
+    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
         found: list[Memory] = []
         for _ in range(8):
             for size in (3, 2):
-                crew.rescale(crew.ids[:size])
-                crew.await_step(crew.newest_step + 3)  # what is older than this generation is let go by then
-            found.append(crew.members["w0"].call("memory"))
-        crew.finish()
+                worker_group.rescale(worker_group.ids[:size])
+                worker_group.await_step(
+                    worker_group.newest_step + 3
+                )  # what is older than this generation is let go by then
+            found.append(worker_group.members["w0"].call("memory"))
+        worker_group.finish()
     params, buffers, _ = catalogue(job.model, VOCAB)
     plans = [plan_memory(job, StatePlan(tuple(params), tuple(buffers), VOCAB), size) for size in (2, 3)]
     most = max(plan.snapshots + plan.deltas for plan in plans)
@@ -84,16 +86,18 @@ def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations
 def test_every_precision_and_stage_moves_bit_by_bit(
     texts: Path, store_dir: Path, tmp_path: Path, precision: str, zero_stage: int
 ) -> None:
-    with Crew(small_job(texts, precision=precision, zero_stage=zero_stage), store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
-        for members in (crew.ids[:3], crew.ids[1:2], crew.ids[:2]):
-            crew.await_step(crew.newest_step + 2)
-            plan = crew.rescale(members)
-            assert all(h.state_identical for h in _handovers(crew, plan.generation))
-        crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
-    assert crew.records[STEPS - 1].loss < crew.records[0].loss - 0.5
-    assert all(r.applied for r in crew.records.values())
+    with Crew(
+        small_job(texts, precision=precision, zero_stage=zero_stage), store_dir, tmp_path, size=3
+    ) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
+        for members in (worker_group.ids[:3], worker_group.ids[1:2], worker_group.ids[:2]):
+            worker_group.await_step(worker_group.newest_step + 2)
+            plan = worker_group.rescale(members)
+            assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+        worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
+    assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss - 0.5
+    assert all(r.applied for r in worker_group.records.values())
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
@@ -102,23 +106,25 @@ def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_pa
     job = small_job(texts, example(name, **sizes, expert_intermediate_size=32), determinism="exact")
     runs = []
     for worlds in ((1, 2, 1), (2,)):  # the second one begins in another world, and stays
-        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as crew:
-            crew.start(crew.plan(crew.ids[: worlds[0]]))
+        with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:
+            worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]]))
             for size in worlds[1:]:
-                crew.await_step(crew.newest_step + 3)
-                plan = crew.rescale(crew.ids[:size])
-                assert all(h.state_identical for h in _handovers(crew, plan.generation))
-            crew.await_finished()
-        assert sorted(crew.records) == list(range(STEPS)) and all(r.applied for r in crew.records.values())
-        runs.append([record.loss for _, record in sorted(crew.records.items())])
+                worker_group.await_step(worker_group.newest_step + 3)
+                plan = worker_group.rescale(worker_group.ids[:size])
+                assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
+            worker_group.await_finished()
+        assert sorted(worker_group.records) == list(range(STEPS)) and all(
+            r.applied for r in worker_group.records.values()
+        )
+        runs.append([record.loss for _, record in sorted(worker_group.records.items())])
     assert runs[0] == runs[1]
     assert runs[0][-1] < runs[0][0] - 0.5
 
 
 def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     spec = own_spec(tmp_path, "def build(*args):\n    return 1 / 0\n")
-    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as crew:
-        report = crew.members["w0"].report()
+    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as worker_group:
+        report = worker_group.members["w0"].report()
     assert report.phase is Phase.FAILED and report.error is not None and report.error.kind == "user_error"
     assert "build raised ZeroDivisionError" in report.error.message
     assert report.error.traceback.endswith("ZeroDivisionError: division by zero\n")
@@ -126,35 +132,35 @@ def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: 
 
 def test_a_build_that_draws_otherwise_on_each_worker_is_found_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     spec = own_spec(tmp_path, linear(init="nn.init.constant_(self.head.bias, float(__import__('os').getpid()))"))
-    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=2) as crew:
-        crew.send(next=crew.plan(crew.ids))
-        crew.await_all(crew.ids, lambda r: r.phase is Phase.FAILED)
-        error = crew.members["w1"].report().error
+    with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=2) as worker_group:
+        worker_group.send(next=worker_group.plan(worker_group.ids))
+        worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
+        error = worker_group.members["w1"].report().error
     assert error is not None and error.kind == "user_error" and "gives head.bias other values on one" in error.message
 
 
-def test_a_scheduled_fence_is_reached_at_its_very_step(crew: Crew) -> None:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.rescale(crew.ids[:3], at_step=19)
-    crew.await_finished()
-    assert {step for step, r in crew.records.items() if r.world_size == 2} == set(range(20))
+def test_a_scheduled_fence_is_reached_at_its_very_step(worker_group: Crew) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    worker_group.rescale(worker_group.ids[:3], at_step=19)
+    worker_group.await_finished()
+    assert {step for step, r in worker_group.records.items() if r.world_size == 2} == set(range(20))
 
 
 @pytest.mark.parametrize("when", ["waiting for the fence", "moving"])
-def test_a_newcomer_lost_costs_no_step(crew: Crew, undisturbed: Crew, when: str) -> None:
-    crew.start(crew.plan(crew.ids[:2]))
-    crew.await_step(2)
-    old = crew.directive.current
-    newcomer = crew.members[crew.ids[2]]
-    plan = crew.prepare(crew.ids[:3])
-    survivors = crew.ids[:2]
+def test_a_newcomer_lost_costs_no_step(worker_group: Crew, undisturbed: Crew, when: str) -> None:
+    worker_group.start(worker_group.plan(worker_group.ids[:2]))
+    worker_group.await_step(2)
+    old = worker_group.directive.current
+    newcomer = worker_group.members[worker_group.ids[2]]
+    plan = worker_group.prepare(worker_group.ids[:3])
+    survivors = worker_group.ids[:2]
     if when == "waiting for the fence":
         os.kill(newcomer.process.pid or 0, signal.SIGSTOP)  # so that the old members are past the fence when it dies
-        crew.send(to=survivors, fence=Fence(plan.generation))
-        crew.await_all(survivors, lambda r: r.phase is Phase.MOVING)
+        worker_group.send(to=survivors, fence=Fence(plan.generation))
+        worker_group.await_all(survivors, lambda r: r.phase is Phase.MOVING)
         newcomer.kill()
     else:
-        crew.send(fence=Fence(plan.generation))
+        worker_group.send(fence=Fence(plan.generation))
         version = -1
         while (report := newcomer.call("report", None, version, 1.0)).phase is not Phase.MOVING:
             version = report.version
@@ -163,23 +169,23 @@ def test_a_newcomer_lost_costs_no_step(crew: Crew, undisturbed: Crew, when: str)
     def settled(report: Report) -> bool:
         return report.phase in (Phase.STRANDED, Phase.READY)
 
-    crew.await_all(survivors, settled)
-    again = crew.plan(survivors, old, plan.generation + 1)
-    crew.send(next=again, fence=None)
-    crew.await_all(survivors, lambda r: r.phase is Phase.READY and r.generation == again.generation)
-    assert all(h.state_identical for h in _handovers(crew, again.generation))
-    crew.send(current=again, next=None, activated=again.generation)
-    crew.await_finished()
-    _same_training(crew, undisturbed)
+    worker_group.await_all(survivors, settled)
+    again = worker_group.plan(survivors, old, plan.generation + 1)
+    worker_group.send(next=again, fence=None)
+    worker_group.await_all(survivors, lambda r: r.phase is Phase.READY and r.generation == again.generation)
+    assert all(h.state_identical for h in _handovers(worker_group, again.generation))
+    worker_group.send(current=again, next=None, activated=again.generation)
+    worker_group.await_finished()
+    _same_training(worker_group, undisturbed)
 
 
 def test_checkpoints_hold_the_same_state_whatever_world_wrote_them(
-    texts: Path, crew: Crew, undisturbed: Crew, tmp_path: Path
+    texts: Path, worker_group: Crew, undisturbed: Crew, tmp_path: Path
 ) -> None:
-    crew.start(crew.plan(crew.ids[:3]))
-    crew.await_finished()
+    worker_group.start(worker_group.plan(worker_group.ids[:3]))
+    worker_group.await_finished()
     readers = []
-    for written_by in (crew, undisturbed):
+    for written_by in (worker_group, undisturbed):
         directory = Path(written_by.job.storage_dir) / "checkpoints"
         members = written_by.directive.current.world.members if written_by.directive.current else ()
         reports = [written_by.final[w] for w in members]

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase
 from orchestrator.sampling.micro_batches import UNSAID, SlotSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.worker.runtime.errors import NO_MEMORY
-from tests.support.crew import Crew
 from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import linear, own_spec
 from tests.support.texts import STEPS, small_job
@@ -17,44 +17,44 @@ BAD_STEP = 12
 SOON_S = 10.0
 
 
-def _stopped_with(crew: Crew, kind: str) -> None:
-    crew.await_all(crew.ids, lambda r: r.phase is Phase.STRANDED, SOON_S)
-    kinds = [error.kind for w in crew.ids if (error := crew.members[w].report().error) is not None]
+def _stopped_with(worker_group: Crew, kind: str) -> None:
+    worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.STRANDED, SOON_S)
+    kinds = [error.kind for w in worker_group.ids if (error := worker_group.members[w].report().error) is not None]
     assert kind in kinds and set(kinds) <= {kind, "peer_lost"}
 
 
-def _trained(crew: Crew) -> None:
-    crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
-    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(crew.records.items())]).ok
+def _trained(worker_group: Crew) -> None:
+    worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
+    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]).ok
 
 
 def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     forward = f"return {LOGITS} * (500.0 if mark == 0 else 1.0)"
     job = with_marked_steps(small_job(texts), store_dir, tmp_path, (BAD_STEP,), forward)
-    with Crew(job, store_dir, tmp_path, size=2) as crew:
-        crew.start(crew.plan(crew.ids))
-        _stopped_with(crew, "numeric")
-        assert {crew.members[w].report().step for w in crew.ids} == {BAD_STEP - 1}
-        plan = crew.recover(crew.ids, skips=(BAD_STEP,))
+    with Crew(job, store_dir, tmp_path, size=2) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        _stopped_with(worker_group, "numeric")
+        assert {worker_group.members[w].report().step for w in worker_group.ids} == {BAD_STEP - 1}
+        plan = worker_group.recover(worker_group.ids, skips=(BAD_STEP,))
         assert plan.source is not None and plan.source.step == BAD_STEP - 1
-        _trained(crew)
-        bad, after = crew.records[BAD_STEP], crew.records[BAD_STEP + 1]
-    assert bad.skipped and not bad.applied and bad.loss > 2 * crew.records[BAD_STEP - 1].loss
-    assert after.applied and after.loss < 1.2 * crew.records[BAD_STEP - 1].loss
-    assert all(record.applied != record.skipped for record in crew.records.values())
+        _trained(worker_group)
+        bad, after = worker_group.records[BAD_STEP], worker_group.records[BAD_STEP + 1]
+    assert bad.skipped and not bad.applied and bad.loss > 2 * worker_group.records[BAD_STEP - 1].loss
+    assert after.applied and after.loss < 1.2 * worker_group.records[BAD_STEP - 1].loss
+    assert all(record.applied != record.skipped for record in worker_group.records.values())
 
 
 def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     forward = f'if mark == 0 and len(tokens) > 1:\n    raise RuntimeError("{NO_MEMORY}")\nreturn {LOGITS}'
     job = with_marked_steps(small_job(texts), store_dir, tmp_path, (BAD_STEP,), forward)
-    with Crew(job, store_dir, tmp_path, size=2) as crew:
-        crew.start(crew.plan(crew.ids))
-        _stopped_with(crew, "out_of_memory")
-        crew.recover(crew.ids, slot=SlotSize(rows=1))
-        _trained(crew)
-    assert crew.records[BAD_STEP].applied
-    assert {r.num_positions for r in crew.records.values()} == {10}
+    with Crew(job, store_dir, tmp_path, size=2) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        _stopped_with(worker_group, "out_of_memory")
+        worker_group.recover(worker_group.ids, slot=SlotSize(rows=1))
+        _trained(worker_group)
+    assert worker_group.records[BAD_STEP].applied
+    assert {r.num_positions for r in worker_group.records.values()} == {10}
 
 
 @pytest.mark.parametrize("slot", [SlotSize(rows=1), pytest.param(SlotSize(tokens=90), marks=pytest.mark.slow)])
@@ -63,10 +63,10 @@ def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_
     losses = []
     for size in (UNSAID, slot):
         job = small_job(texts, steps=8)
-        with Crew(job, store_dir, tmp_path / str(size.tokens + size.rows), size=2) as crew:
-            crew.start(crew.plan(crew.ids, slot=size))
-            crew.await_finished()
-        losses.append([r.loss for _, r in sorted(crew.records.items())])
+        with Crew(job, store_dir, tmp_path / str(size.tokens + size.rows), size=2) as worker_group:
+            worker_group.start(worker_group.plan(worker_group.ids, slot=size))
+            worker_group.await_finished()
+        losses.append([r.loss for _, r in sorted(worker_group.records.items())])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
@@ -84,11 +84,11 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
         forward="\n        ".join([*forward.splitlines(), f"return self.head({through})"]),
     )
     job = small_job(texts, steps=1000, global_batch_size=6).model_copy(update={"model": own_spec(tmp_path, source)})
-    with Crew(job, store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_step(10)
-        slow.write_text(str(crew.members[crew.ids[1]].process.pid))
-        crew.await_step(crew.newest_step + 40)
-        newest = [record for _, record in sorted(crew.records.items())][-30:]
-        crew.finish()
+    with Crew(job, store_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_step(10)
+        slow.write_text(str(worker_group.members[worker_group.ids[1]].process.pid))
+        worker_group.await_step(worker_group.newest_step + 40)
+        newest = [record for _, record in sorted(worker_group.records.items())][-30:]
+        worker_group.finish()
     assert sum(r.slowest == 1 and r.slowness > 1.5 for r in newest) >= 25

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.support.worker_group import Crew
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
@@ -13,26 +14,25 @@ from orchestrator.checkpoint.write import commit
 from orchestrator.protocol.messages import Phase, Restore, StepRecord
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
-from tests.support.crew import Crew
 from tests.support.texts import small_job
 
 Records = dict[int, StepRecord]
 SAVED = 14  # the step after which training stops
 
 
-def _train(crew: Crew, restore: Restore | None = None) -> None:
+def _train(worker_group: Crew, restore: Restore | None = None) -> None:
     """All workers, from the beginning or a checkpoint, to the end of the job."""
-    crew.start(crew.plan(crew.ids, restore=restore))
-    crew.await_finished()
+    worker_group.start(worker_group.plan(worker_group.ids, restore=restore))
+    worker_group.await_finished()
 
 
-def _commit(crew: Crew, step: int) -> Path:
+def _commit(worker_group: Crew, step: int) -> Path:
     """Mark the checkpoint of `step` complete, as a controller does."""
-    shards = [shard for report in crew.final.values() for shard in report.shards if shard.step == step]
+    shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
     shapes = {name: (stop,) for shard in shards for name, _, start, stop in shard.entries if start == 0}
     shapes |= {name: tuple(shape) for name, shape in json.loads(shards[0].meta)["shapes"].items()}
     manifest = manifest_of(shards, run_id="test", epoch=1, shapes=shapes)
-    return commit(Path(crew.job.storage_dir) / "checkpoints", manifest, epoch=1)
+    return commit(Path(worker_group.job.storage_dir) / "checkpoints", manifest, epoch=1)
 
 
 def _job(texts: Path, compression: str = "none", **train: Any) -> JobSpec:
@@ -46,9 +46,9 @@ def _saved(
     """A run of `size` workers that was never broken: a checkpoint from its middle, and all of its steps."""
     job = _job(texts, **train)
     job = job.model_copy(update={"checkpoint": job.checkpoint.model_copy(update={"every": at + 1})})
-    with Crew(job, store_dir, directory, size=size) as crew:
-        _train(crew)
-        return Restore(at, str(_commit(crew, at))), dict(crew.records)
+    with Crew(job, store_dir, directory, size=size) as worker_group:
+        _train(worker_group)
+        return Restore(at, str(_commit(worker_group, at))), dict(worker_group.records)
 
 
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2)])
@@ -57,10 +57,10 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
 ) -> None:
     train = {"precision": precision, "zero_stage": zero_stage}
     restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, **train)
-    with Crew(small_job(texts, steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2) as crew:
-        _train(crew, restore)  # nothing is left to do: it writes what it has read
-        assert crew.records == {}
-        again = _commit(crew, SAVED)
+    with Crew(small_job(texts, steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2) as worker_group:
+        _train(worker_group, restore)  # nothing is left to do: it writes what it has read
+        assert worker_group.records == {}
+        again = _commit(worker_group, SAVED)
     with CheckpointReader(Path(restore.path)) as old, CheckpointReader(again) as new:
         assert old.manifest.tensors.keys() == new.manifest.tensors.keys()
         for name, entry in old.manifest.tensors.items():
@@ -71,9 +71,9 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
 def test_what_was_not_sent_goes_on_at_any_world_size(texts: Path, store_dir: Path, tmp_path: Path, size: int) -> None:
     restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, compression="topk")
     job = _job(texts, "topk", steps=SAVED + 1)
-    with Crew(job, store_dir, tmp_path / "second", size=size) as crew:
-        _train(crew, restore)  # nothing is left to do: it writes what it has read
-        again = _commit(crew, SAVED)
+    with Crew(job, store_dir, tmp_path / "second", size=size) as worker_group:
+        _train(worker_group, restore)  # nothing is left to do: it writes what it has read
+        again = _commit(worker_group, SAVED)
     with CheckpointReader(Path(restore.path)) as old, CheckpointReader(again) as new:
         names = {name.partition("#")[0] for name in old.manifest.tensors if name.startswith("residual/")}
         assert names and not any("norm" in name or "router" in name or "experts." in name for name in names)
@@ -93,9 +93,9 @@ def _parts(reader: CheckpointReader, name: str, size: int) -> Any:
 def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     at, train = 57, {"steps": 158, "determinism": "exact"}  # 100 steps after the break
     restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3, at, **train)
-    with Crew(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as crew:
-        _train(crew, restore)
-        records = dict(crew.records)
+    with Crew(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as worker_group:
+        _train(worker_group, restore)
+        records = dict(worker_group.records)
     assert sorted(records) == list(range(at + 1, at + 101))
     for step, record in records.items():
         assert (record.loss, record.grad_norm) == (unbroken[step].loss, unbroken[step].grad_norm)
@@ -114,8 +114,8 @@ def test_what_does_not_belong_to_the_job_is_refused(
     texts: Path, store_dir: Path, tmp_path: Path, changes: dict[str, Any], rule: str
 ) -> None:
     restore, _ = _saved(texts, store_dir, tmp_path / "first", 1)
-    with Crew(small_job(texts, **changes), store_dir, tmp_path / "second", size=1) as crew:
-        crew.send(next=crew.plan(crew.ids, restore=restore))
-        crew.await_all(crew.ids, lambda r: r.phase is Phase.FAILED)
-        error = crew.members["w0"].report().error
+    with Crew(small_job(texts, **changes), store_dir, tmp_path / "second", size=1) as worker_group:
+        worker_group.send(next=worker_group.plan(worker_group.ids, restore=restore))
+        worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
+        error = worker_group.members["w0"].report().error
         assert error is not None and rule in error.message

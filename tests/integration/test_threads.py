@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase
 from tests.support import pools
-from tests.support.crew import Crew
 from tests.support.texts import small_job
 
 THREADS = 2
@@ -24,17 +24,17 @@ def test_one_thread_of_a_worker_computes_in_parallel(
     job = job.model_copy(
         update={"protection": "every_step", "checkpoint": job.checkpoint.model_copy(update={"every": 4})}
     )
-    with Crew(job, store_dir, tmp_path, size=3, threads=THREADS) as crew:
-        first = crew.plan(crew.ids[:2])
-        crew.start(first)
-        crew.await_step(2)
-        crew.rescale(crew.ids)
-        crew.await_step(4)
-        crew.members[crew.ids[2]].kill()
-        survivors = crew.ids[:2]
-        crew.await_all(survivors, lambda report: report.phase is Phase.STRANDED)
-        crew.recover(survivors, previous=first)  # the newest may not have a whole snapshot yet
-        crew.await_finished()
+    with Crew(job, store_dir, tmp_path, size=3, threads=THREADS) as worker_group:
+        first = worker_group.plan(worker_group.ids[:2])
+        worker_group.start(first)
+        worker_group.await_step(2)
+        worker_group.rescale(worker_group.ids)
+        worker_group.await_step(4)
+        worker_group.members[worker_group.ids[2]].kill()
+        survivors = worker_group.ids[:2]
+        worker_group.await_all(survivors, lambda report: report.phase is Phase.STRANDED)
+        worker_group.recover(survivors, previous=first)  # the newest may not have a whole snapshot yet
+        worker_group.await_finished()
         for worker in survivors:
-            found = pools.resting_pool_threads(crew.members[worker].process.pid or 0)
+            found = pools.resting_pool_threads(worker_group.members[worker].process.pid or 0)
             assert len(found) == THREADS - 1, f"{worker} has {len(found)} threads in libgomp's pools"

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tests.support.worker_group import Crew
 
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import EvalSpec
-from tests.support.crew import Crew
 from tests.support.texts import STEPS, small_job
 
 
@@ -18,14 +18,14 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
     communication = CommunicationSpec.model_validate({"tokens": "int8", limit: 1})
     job = small_job(texts, {"num_experts": 8}).model_copy(update={"communication": communication, "eval": EvalSpec()})
     nodes = ("a", "a", "b", "b")
-    with Crew(job, store_dir, tmp_path, size=4) as crew:
-        plans = [crew.plan(crew.ids, nodes=nodes)]
-        crew.start(plans[0])
+    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+        plans = [worker_group.plan(worker_group.ids, nodes=nodes)]
+        worker_group.start(plans[0])
         for size in (2, 3):
-            crew.await_step(crew.newest_step + 4)
-            plans.append(crew.rescale(crew.ids[:size], nodes=nodes[:size]))
-        crew.await_finished()
-    records = [record for _, record in sorted(crew.records.items())]
+            worker_group.await_step(worker_group.newest_step + 4)
+            plans.append(worker_group.rescale(worker_group.ids[:size], nodes=nodes[:size]))
+        worker_group.await_finished()
+    records = [record for _, record in sorted(worker_group.records.items())]
     assert len(records) == STEPS and all(record.applied for record in records)
     assert records[-1].loss < records[0].loss - 0.5
     placements = {plan.generation: plan.placement for plan in plans}
@@ -42,16 +42,16 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
 def test_tokens_leave_their_node_only_for_what_it_lacks(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     job = small_job(texts, {"num_experts": 2}).model_copy(update={"eval": EvalSpec()})
     nodes = ("a", "a", "b", "b")
-    with Crew(job, store_dir, tmp_path, size=4) as crew:
-        plans = [crew.plan(crew.ids, nodes=nodes)]
-        crew.start(plans[0])
+    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+        plans = [worker_group.plan(worker_group.ids, nodes=nodes)]
+        worker_group.start(plans[0])
         for size in (3, 4):
-            crew.await_step(crew.newest_step + 4)
-            plans.append(crew.rescale(crew.ids[:size], nodes=nodes[:size]))
-        crew.await_finished()
+            worker_group.await_step(worker_group.newest_step + 4)
+            plans.append(worker_group.rescale(worker_group.ids[:size], nodes=nodes[:size]))
+        worker_group.await_finished()
     assert [len(plan.world.members) for plan in plans] == [4, 3, 4]
     seen: dict[int, set[bool]] = {}
-    for record in crew.records.values():
+    for record in worker_group.records.values():
         sent, across = (
             sum(getattr(record.traffic[kind], what) for kind in (TrafficKind.DISPATCH, TrafficKind.COMBINE))
             for what in ("sent", "across")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.worker_group import Crew, MoveFailed
 
 from orchestrator.policy.replay_check import Difference, first_difference
 from orchestrator.policy.state.run_state import Commit
@@ -20,7 +21,6 @@ from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import CheckpointSpec, EvalSpec, JobSpec, VerifySpec, WorkersSpec
 from orchestrator.state.fingerprint import whole
 from orchestrator.storage.journal import Journal, acquire_epoch
-from tests.support.crew import Crew, MoveFailed
 from tests.support.faults import Fault, Moment
 from tests.support.own_models import linear, own_spec
 from tests.support.real_runs import own_cluster, until
@@ -39,116 +39,118 @@ def _job(texts: Path) -> JobSpec:
 
 
 @pytest.fixture
-def crew(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(_job(texts), store_dir, tmp_path, size=3) as crew:
-        crew.start(crew.plan(crew.ids[:2]))
-        yield crew
+def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
+    with Crew(_job(texts), store_dir, tmp_path, size=3) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[:2]))
+        yield worker_group
 
 
 @pytest.fixture(scope="module")
 def calm(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[StepRecord]:
     """The steps of a run to which nothing happens, each with the digest of the whole state."""
-    with Crew(_job(texts), store_dir, tmp_path_factory.mktemp("calm"), size=1) as crew:
-        crew.start(crew.plan(crew.ids))
-        crew.await_finished()
-    return _wholes(crew)
+    with Crew(_job(texts), store_dir, tmp_path_factory.mktemp("calm"), size=1) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids))
+        worker_group.await_finished()
+    return _wholes(worker_group)
 
 
-def _commit(crew: Crew, step: int) -> None:
+def _commit(worker_group: Crew, step: int) -> None:
     """Mark the checkpoint of this step, as the controller would."""
-    assert crew.directive.current is not None
-    members = list(crew.directive.current.world.members)
-    crew.await_all(members, lambda r: any(shard.step == step for shard in r.shards))
-    written = [shard for w in members for shard in crew.members[w].report().shards if shard.step == step]
-    commit_checkpoint("test", Path(crew.job.storage_dir), 1, Commit(step, 1, 0, tuple(written)))
+    assert worker_group.directive.current is not None
+    members = list(worker_group.directive.current.world.members)
+    worker_group.await_all(members, lambda r: any(shard.step == step for shard in r.shards))
+    written = [shard for w in members for shard in worker_group.members[w].report().shards if shard.step == step]
+    commit_checkpoint("test", Path(worker_group.job.storage_dir), 1, Commit(step, 1, 0, tuple(written)))
 
 
-def _check(crew: Crew, step: int, last_step: int, number: int = 0) -> ReplayTask:
-    plan = crew.directive.current
+def _check(worker_group: Crew, step: int, last_step: int, number: int = 0) -> ReplayTask:
+    plan = worker_group.directive.current
     assert plan is not None
-    check = ReplayTask(number, crew.ids[2], step, last_step, (PastWorld(0, plan.world, plan.placement),))
-    crew.send(check=check)
+    check = ReplayTask(number, worker_group.ids[2], step, last_step, (PastWorld(0, plan.world, plan.placement),))
+    worker_group.send(check=check)
     return check
 
 
-def _wholes(crew: Crew) -> list[StepRecord]:
+def _wholes(worker_group: Crew) -> list[StepRecord]:
     """With one digest, that of the whole state."""
-    return [replace(record, digests=(whole(record.digests),)) for record in crew.records.values()]
+    return [replace(record, digests=(whole(record.digests),)) for record in worker_group.records.values()]
 
 
-def _answer(crew: Crew, check: ReplayTask) -> ReplayResult:
-    crew.await_all([check.worker], lambda r: r.checked is not None and r.checked.number == check.number)
-    answer = crew.members[check.worker].report().checked
+def _answer(worker_group: Crew, check: ReplayTask) -> ReplayResult:
+    worker_group.await_all([check.worker], lambda r: r.checked is not None and r.checked.number == check.number)
+    answer = worker_group.members[check.worker].report().checked
     assert answer is not None and not answer.error
     return answer
 
 
-def test_a_standby_does_steps_again_and_finds_them_equal(crew: Crew) -> None:
-    crew.await_step(14)
-    _commit(crew, 4)
-    answer = _answer(crew, _check(crew, 4, 14))
+def test_a_standby_does_steps_again_and_finds_them_equal(worker_group: Crew) -> None:
+    worker_group.await_step(14)
+    _commit(worker_group, 4)
+    answer = _answer(worker_group, _check(worker_group, 4, 14))
     assert [finding.step for finding in answer.findings] == list(range(5, 15))
-    assert first_difference(list(crew.records.values()), answer.findings) is None
+    assert first_difference(list(worker_group.records.values()), answer.findings) is None
     digests = {digest for finding in answer.findings for digest in finding.digests}
     assert len(digests) == 20 and all(len(finding.digests) == 2 for finding in answer.findings)
-    assert crew.members["w2"].report().phase is Phase.STANDBY
-    again = _answer(crew, _check(crew, 4, 6, number=1))  # and what was there before is in nobody's way
-    assert [finding.digests for finding in again.findings] == [crew.records[step].digests for step in (5, 6)]
-    crew.await_finished()
+    assert worker_group.members["w2"].report().phase is Phase.STANDBY
+    again = _answer(worker_group, _check(worker_group, 4, 6, number=1))  # and what was there before is in nobody's way
+    assert [finding.digests for finding in again.findings] == [worker_group.records[step].digests for step in (5, 6)]
+    worker_group.await_finished()
 
 
 @pytest.mark.parametrize("tensor", ["exp_avg/", "master/"])
-def test_a_bit_that_flips_in_an_update_is_found_with_its_step_and_rank(crew: Crew, tensor: str) -> None:
-    crew.arm(Fault(1, Moment.UPDATE, step=8, flips=tensor))
-    crew.await_step(14)
-    _commit(crew, 4)
-    answer = _answer(crew, _check(crew, 4, 14))
-    assert first_difference(list(crew.records.values()), answer.findings) == Difference(8, ("state",), (1,))
-    crew.await_finished()
+def test_a_bit_that_flips_in_an_update_is_found_with_its_step_and_rank(worker_group: Crew, tensor: str) -> None:
+    worker_group.arm(Fault(1, Moment.UPDATE, step=8, flips=tensor))
+    worker_group.await_step(14)
+    _commit(worker_group, 4)
+    answer = _answer(worker_group, _check(worker_group, 4, 14))
+    assert first_difference(list(worker_group.records.values()), answer.findings) == Difference(8, ("state",), (1,))
+    worker_group.await_finished()
 
 
 @pytest.mark.parametrize("tensor", ["param/", "exp_avg_sq/", "master/"])
-def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(crew: Crew, calm: list[StepRecord], tensor: str) -> None:
-    crew.arm(Fault(1, Moment.FORWARD, step=8, generation=0, flips=tensor))
-    crew.await_all(["w1"], lambda r: r.phase is Phase.FAILED)
-    error = crew.members["w1"].report().error
+def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(
+    worker_group: Crew, calm: list[StepRecord], tensor: str
+) -> None:
+    worker_group.arm(Fault(1, Moment.FORWARD, step=8, generation=0, flips=tensor))
+    worker_group.await_all(["w1"], lambda r: r.phase is Phase.FAILED)
+    error = worker_group.members["w1"].report().error
     assert error is not None and error.kind == "corrupted"
     assert tensor in error.message and "of rank 1 on" in error.message and "steps 7 and 8" in error.message
-    crew.members["w1"].kill()  # as the controller does with whoever has failed
+    worker_group.members["w1"].kill()  # as the controller does with whoever has failed
     with suppress(MoveFailed):  # if the flipped bit came into the newest snapshot, which was being taken
-        crew.recover(["w0", "w2"])
-    if crew.directive.next is not None:
-        told = crew.members["w0"].report().error
+        worker_group.recover(["w0", "w2"])
+    if worker_group.directive.next is not None:
+        told = worker_group.members["w0"].report().error
         assert told is not None and "the state after step 7 is no longer what it was" in told.message
-        plan = crew.recover(["w0", "w2"])
+        plan = worker_group.recover(["w0", "w2"])
         assert plan.source is not None and plan.source.step == 6
-    crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
-    assert first_difference(_wholes(crew), calm) is None
+    worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
+    assert first_difference(_wholes(worker_group), calm) is None
 
 
-def test_a_check_gives_way_to_a_plan(crew: Crew) -> None:
-    crew.await_step(5)
-    _commit(crew, 4)
-    check = _check(crew, 4, STEPS - 1)
-    plan = crew.rescale(crew.ids)
-    answer = _answer(crew, check)
+def test_a_check_gives_way_to_a_plan(worker_group: Crew) -> None:
+    worker_group.await_step(5)
+    _commit(worker_group, 4)
+    check = _check(worker_group, 4, STEPS - 1)
+    plan = worker_group.rescale(worker_group.ids)
+    answer = _answer(worker_group, check)
     assert len(answer.findings) < STEPS - 5
-    assert crew.members["w2"].report().generation == plan.generation
-    crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
-    assert first_difference(list(crew.records.values()), answer.findings) is None
+    assert worker_group.members["w2"].report().generation == plan.generation
+    worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
+    assert first_difference(list(worker_group.records.values()), answer.findings) is None
 
 
-def test_a_check_whose_checkpoint_is_gone_says_so_and_harms_nobody(crew: Crew) -> None:
-    crew.await_step(5)
-    check = _check(crew, 3, 5)  # never marked
-    crew.await_all([check.worker], lambda r: r.checked is not None)
-    report = crew.members[check.worker].report()
+def test_a_check_whose_checkpoint_is_gone_says_so_and_harms_nobody(worker_group: Crew) -> None:
+    worker_group.await_step(5)
+    check = _check(worker_group, 3, 5)  # never marked
+    worker_group.await_all([check.worker], lambda r: r.checked is not None)
+    report = worker_group.members[check.worker].report()
     assert report.checked is not None and "step-00000003" in report.checked.error and report.phase is Phase.STANDBY
-    crew.rescale(crew.ids)
-    crew.await_finished()
-    assert sorted(crew.records) == list(range(STEPS))
+    worker_group.rescale(worker_group.ids)
+    worker_group.await_finished()
+    assert sorted(worker_group.records) == list(range(STEPS))
 
 
 # -- with a cluster --------------------------------------------------------------------------------------------------
@@ -228,21 +230,21 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
     train = {"precision": "bf16", "zero_stage": 2, "determinism": "exact"}
     plain = small_job(texts, {"num_experts": 2, "top_k": 2}, **train)
     job = plain.model_copy(update={"checkpoint": CheckpointSpec(every=EVERY), "eval": EvalSpec(every=2)})
-    with Crew(job, store_dir, tmp_path, size=4) as crew:
-        crew.start(crew.plan(crew.ids[: worlds[0]], skips=(7,)))
-        crew.await_step(5)
-        _commit(crew, 4)
-        first = crew.directive.current
-        second = crew.rescale(crew.ids[: worlds[1]], skips=(7,))
-        crew.await_finished()
-        assert first is not None and crew.records[7].skipped
-        began = next(r.step for r in sorted(crew.records.values(), key=lambda r: r.step) if r.generation == 1)
+    with Crew(job, store_dir, tmp_path, size=4) as worker_group:
+        worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]], skips=(7,)))
+        worker_group.await_step(5)
+        _commit(worker_group, 4)
+        first = worker_group.directive.current
+        second = worker_group.rescale(worker_group.ids[: worlds[1]], skips=(7,))
+        worker_group.await_finished()
+        assert first is not None and worker_group.records[7].skipped
+        began = next(r.step for r in sorted(worker_group.records.values(), key=lambda r: r.step) if r.generation == 1)
         past = (PastWorld(0, first.world, first.placement), PastWorld(began, second.world, second.placement))
-        check = ReplayTask(0, crew.ids[3], 4, STEPS - 1, past, skips=(7,))
-        crew.send(check=check)
-        answer = _answer(crew, check)
+        check = ReplayTask(0, worker_group.ids[3], 4, STEPS - 1, past, skips=(7,))
+        worker_group.send(check=check)
+        answer = _answer(worker_group, check)
     assert len(answer.findings) == STEPS - 5
-    assert first_difference(list(crew.records.values()), answer.findings) is None
+    assert first_difference(list(worker_group.records.values()), answer.findings) is None
     assert {len(finding.digests) for finding in answer.findings} == set(worlds)
 
 

@@ -82,7 +82,7 @@ def _memory_of(worker: Any) -> Memory:
     from orchestrator.worker.step.memory_probe import allocated_bytes
 
     gc.collect()
-    kept = worker._trainer._workshop._snapshot_memory.held_bytes
+    kept = worker._trainer._factory._snapshot_memory.held_bytes
     return Memory(allocated_bytes(torch.device("cpu")), kept)
 
 
@@ -316,7 +316,7 @@ class Crew:
         return [worker for worker, member in self.members.items() if member.process.is_alive()]
 
     def recover(self, members: list[str], previous: GenerationPlan | None = None, **more: Any) -> GenerationPlan:
-        """Go on with `members` from the newest state that the crew holds, once everybody has stopped.
+        """Go on with `members` from the newest state that the worker group holds, once everybody has stopped.
 
         Args:
             previous: the generation before the one that was activated last, if that may still be needed.

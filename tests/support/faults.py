@@ -149,25 +149,25 @@ def _around_send(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _around_prepare(original: Callable[..., Any]) -> Callable[..., Any]:
-    def prepare(workshop: Any, plan: GenerationPlan) -> Any:
-        _strike(_rank_in(plan, workshop.me), Moment.PREPARE, generation=plan.generation)
-        return original(workshop, plan)
+    def prepare(factory: Any, plan: GenerationPlan) -> Any:
+        _strike(_rank_in(plan, factory.me), Moment.PREPARE, generation=plan.generation)
+        return original(factory, plan)
 
     return prepare
 
 
 def _around_move(original: Callable[..., Any]) -> Callable[..., Any]:
-    def move(workshop: Any, prepared: Any, *args: Any) -> Any:
+    def move(factory: Any, prepared: Any, *args: Any) -> Any:
         plan = prepared.plan
-        _strike(_rank_in(plan, workshop.me), Moment.MOVE, generation=plan.generation)
-        return original(workshop, prepared, *args)
+        _strike(_rank_in(plan, factory.me), Moment.MOVE, generation=plan.generation)
+        return original(factory, prepared, *args)
 
     return move
 
 
 def _around_activation(original: Callable[..., Any]) -> Callable[..., Any]:
     def await_activation(self: Any, plan: GenerationPlan) -> int:
-        rank = _rank_in(plan, self._workshop.me)
+        rank = _rank_in(plan, self._factory.me)
         _strike(rank, Moment.READY, generation=plan.generation)
         activated = int(original(self, plan))
         if activated == plan.generation:

@@ -73,7 +73,7 @@ class SimulatedWorker:
         if "SIM_DEAF" in os.environ:  # not by `signal`, which Python allows in the main thread only
             ctypes.CDLL(None).signal(signal.SIGTERM, ctypes.c_void_p(int(signal.SIG_IGN)))
         self._me = worker_id
-        self._desk = WorkerMailbox(worker_id, os.getpid())
+        self._mailbox = WorkerMailbox(worker_id, os.getpid())
         self._counters: dict[int, int] = {}  # the experts that this worker holds
         self._kept: dict[Holding, dict[int, int]] = {}  # snapshots, its own and its ward's
         self._step = -1
@@ -82,21 +82,21 @@ class SimulatedWorker:
     # -- the face of a worker ----------------------------------------------------------------------------------
 
     def warm(self, job: WorkerJob) -> Report:
-        if self._desk.state.phase is Phase.COLD:
+        if self._mailbox.state.phase is Phase.COLD:
             self._job, self._spec = job, JobSpec.model_validate_json(job.job_json)
             self._files, self._hurry = Path(job.storage_dir) / "sim", Path(job.storage_dir) / HURRY
             self._say("pids", str(os.getpid()))
             self._die_at("warming")
-            self._desk.publish(phase=Phase.STANDBY)
+            self._mailbox.publish(phase=Phase.STANDBY)
             threading.Thread(target=self._run, daemon=True).start()
         return self.report(None, -1, 0.0)
 
     def direct(self, directive: Directive) -> Report:
-        self._desk.put(directive)
+        self._mailbox.put(directive)
         return self.report(None, -1, 0.0)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
-        return self._desk.report(after_step, known_version, timeout_s)
+        return self._mailbox.report(after_step, known_version, timeout_s)
 
     def shutdown(self) -> None:
         os._exit(0)
@@ -107,20 +107,20 @@ class SimulatedWorker:
         try:
             self._live()
         except PeerLost as error:
-            self._desk.publish(phase=Phase.FAILED, error=WorkerError("peer_lost", str(error)))
+            self._mailbox.publish(phase=Phase.FAILED, error=WorkerError("peer_lost", str(error)))
         except Exception as error:
-            self._desk.publish(phase=Phase.FAILED, error=WorkerError("internal", repr(error)))
+            self._mailbox.publish(phase=Phase.FAILED, error=WorkerError("internal", repr(error)))
 
     def _live(self) -> None:
         while True:
-            plan = self._untried(self._desk.wait(lambda d: self._untried(d) is not None))
+            plan = self._untried(self._mailbox.wait(lambda d: self._untried(d) is not None))
             assert plan is not None
             self._begun = plan.generation
             try:
                 if not _is_running(plan.store_address.port):
                     raise PeerLost("the rendezvous store is gone")
                 self._meet(plan, "prepared", {}, plan.involved)
-                self._desk.publish(prepared=plan.generation)
+                self._mailbox.publish(prepared=plan.generation)
                 self._die_at("prepared")
                 if self._enter(plan) and not self._train(plan):
                     return
@@ -132,7 +132,7 @@ class SimulatedWorker:
         while True:
             try:
                 self._keep_beginning(plan)
-                self._desk.publish(phase=Phase.TRAINING, generation=plan.generation)
+                self._mailbox.publish(phase=Phase.TRAINING, generation=plan.generation)
                 following = self._train_to_fence(plan)
                 if following is None and self._finish(plan):
                     return False
@@ -152,14 +152,14 @@ class SimulatedWorker:
     def _finish(self, plan: GenerationPlan) -> bool:
         """Write the last checkpoint and wait until it is marked."""
         self._save(plan)
-        self._desk.publish(phase=Phase.FINISHED)
-        order = self._desk.wait(lambda d: d.checkpoint_done >= self._step or d.aborted >= plan.generation)
+        self._mailbox.publish(phase=Phase.FINISHED)
+        order = self._mailbox.wait(lambda d: d.checkpoint_done >= self._step or d.aborted >= plan.generation)
         if order.checkpoint_done < self._step:
             raise PeerLost("the generation was aborted")
         return True
 
     def _stop(self, plan: GenerationPlan, error: Exception) -> None:
-        self._desk.publish(
+        self._mailbox.publish(
             phase=Phase.STRANDED,
             stopped=plan.generation,
             holdings=tuple(self._kept),
@@ -168,7 +168,7 @@ class SimulatedWorker:
 
     def _strand(self, plan: GenerationPlan) -> None:
         phase = Phase.STRANDED if self._kept else Phase.STANDBY
-        self._desk.publish(phase=phase, failed_generation=plan.generation, holdings=tuple(self._kept))
+        self._mailbox.publish(phase=phase, failed_generation=plan.generation, holdings=tuple(self._kept))
 
     def _keep(self, plan: GenerationPlan, votes: dict[str, dict[str, Any]]) -> None:
         """Snapshots of this worker and of its ward after the newest step; two steps are kept."""
@@ -187,7 +187,7 @@ class SimulatedWorker:
             started = time.time()
             if not self._hurry.exists():
                 time.sleep(float(os.environ.get("SIM_STEP_S", "0.02")))  # in place of computing
-            order = self._desk.directive
+            order = self._mailbox.directive
             following = self._look_ahead(order)
             ballot = {
                 "fence": -1 if following is None else following.generation,
@@ -210,14 +210,14 @@ class SimulatedWorker:
         plan = order.next
         if plan is None:
             return None
-        if self._desk.state.prepared < plan.generation and not _is_running(plan.store_address.port):
-            self._desk.publish(failed_generation=plan.generation)
+        if self._mailbox.state.prepared < plan.generation and not _is_running(plan.store_address.port):
+            self._mailbox.publish(failed_generation=plan.generation)
             return None
         self._say(self._place(plan, "prepared"), "{}")
         if any(self._read(self._place(plan, "prepared"), peer) is None for peer in plan.involved):
             return None
-        if self._desk.state.prepared < plan.generation:
-            self._desk.publish(prepared=plan.generation)
+        if self._mailbox.state.prepared < plan.generation:
+            self._mailbox.publish(prepared=plan.generation)
         due = order.fence is not None and order.fence.to_generation == plan.generation
         if not due or (order.fence.at_step is not None and self._step + 1 < order.fence.at_step):
             return None
@@ -227,7 +227,7 @@ class SimulatedWorker:
         self._step += 1
         self._counters = {expert: count + 1 for expert, count in self._counters.items()}
         rows = self._spec.train.global_batch_size
-        self._desk.record(
+        self._mailbox.record(
             StepRecord(
                 step=self._step,
                 generation=plan.generation,
@@ -254,7 +254,7 @@ class SimulatedWorker:
         """Move into the generation. True if this worker is a member and the generation was activated."""
         if plan.source is not None and self._me not in plan.source.holders:
             self._wait(plan, lambda: self._read(self._place(plan, "fence"), plan.source.holders[0]) is not None)
-        self._desk.publish(phase=Phase.MOVING, error=None)
+        self._mailbox.publish(phase=Phase.MOVING, error=None)
         self._die_at("moving")
         if plan.source is not None and plan.source.step is not None:
             self._die_at("moving-on")
@@ -262,20 +262,20 @@ class SimulatedWorker:
             self._step = plan.restore.step if plan.restore else -1
             self._counters = dict.fromkeys(plan.placement.experts_of(plan.world.rank_of(self._me)), self._step + 1)
             self._kept = {}
-            self._desk.go_back_to(self._step)
+            self._mailbox.go_back_to(self._step)
         else:
             self._hand_over(plan)
         generation = plan.generation
         handover = Handover(generation, self._step, 0.0, 0.0, 0.0, 0.0, 8, 8, True)
         holdings = tuple(self._kept)
-        self._desk.publish(phase=Phase.READY, generation=generation, handovers=(handover,), holdings=holdings)
-        order = self._desk.wait(lambda d: d.activated >= generation or self._untried(d) is not None)
+        self._mailbox.publish(phase=Phase.READY, generation=generation, handovers=(handover,), holdings=holdings)
+        order = self._mailbox.wait(lambda d: d.activated >= generation or self._untried(d) is not None)
         if order.activated < generation:
             return False
         if self._me not in plan.world:
-            self._desk.publish(phase=Phase.STANDBY, generation=-1)
+            self._mailbox.publish(phase=Phase.STANDBY, generation=-1)
             return False
-        self._desk.publish(holdings=())
+        self._mailbox.publish(holdings=())
         return True
 
     def _keep_beginning(self, plan: GenerationPlan) -> None:
@@ -298,7 +298,7 @@ class SimulatedWorker:
         assert len({state["step"] for state in states}) == 1, f"members stopped at different steps: {states}"
         self._step = states[0]["step"]
         records = self._tell_newcomers(plan)
-        self._desk.go_back_to(self._step, records)
+        self._mailbox.go_back_to(self._step, records)
         counters = {int(e): count for state in states for e, count in state["counters"].items()}
         assert set(counters.values()) == {self._step + 1}, f"a counter was lost or counted twice: {counters}"
         if self._me in plan.world:
@@ -307,7 +307,7 @@ class SimulatedWorker:
     def _tell_newcomers(self, plan: GenerationPlan) -> tuple[StepRecord, ...]:
         """The newest steps, from a holder of the state to those who weren't there."""
         assert plan.source is not None
-        mine = [to_plain(record) for record in self._desk.records[-256:]]
+        mine = [to_plain(record) for record in self._mailbox.records[-256:]]
         told = self._meet(plan, "records", {"records": mine}, plan.involved)
         return tuple(from_plain(StepRecord, plain) for plain in told[plan.source.holders[0]]["records"])
 
@@ -336,7 +336,7 @@ class SimulatedWorker:
             rank=rank,
             meta=json.dumps({"step": self._step}),
         )
-        self._desk.publish(shards=(*self._desk.state.shards[-3:], written))
+        self._mailbox.publish(shards=(*self._mailbox.state.shards[-3:], written))
 
     def _meet(
         self, plan: GenerationPlan, name: str, word: dict[str, Any], members: tuple[str, ...]
@@ -350,7 +350,7 @@ class SimulatedWorker:
 
     def _wait(self, plan: GenerationPlan, done: Callable[[], bool], peer: str | None = None) -> None:
         while not done():
-            order = self._desk.directive
+            order = self._mailbox.directive
             if order.aborted >= plan.generation:
                 raise PeerLost(f"generation {plan.generation} was aborted")
             if all(p is None or p.generation != plan.generation for p in (order.next, order.current)):

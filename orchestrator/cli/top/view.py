@@ -144,7 +144,7 @@ def view_of(
         figures=_figures(status, records, goodput),
         loss=tuple(record.loss for record in records if math.isfinite(record.loss)),
         speed=tuple(record.tokens / record.step_s for record in records if record.step_s > 0),
-        workers=tuple(_worker(worker, status, records) for worker in status.crew) or (_nobody(status),),
+        workers=tuple(_worker(worker, status, records) for worker in status.worker_group) or (_nobody(status),),
         traffic=_traffic(status, records),
         events=tuple(event_line(event) for event in reversed(events)),
     )
@@ -215,7 +215,7 @@ def _world(status: RunStatus) -> str:
 def _worker(worker: WorkerStatus, status: RunStatus, records: Sequence[StepRecord]) -> str:
     place = "-" if worker.rank is None else f"rank {worker.rank}"
     text = f"{worker.worker:<5}{place:<9}{worker.phase:<10}"
-    if len({each.node for each in status.crew}) > 1:
+    if len({each.node for each in status.worker_group}) > 1:
         text += f"node {worker.node[:SHORT_NODE] or '?'}  "
     newest = records[-1] if records else None
     if newest is not None and worker.rank == newest.slowest and newest.slowness >= SLOW:

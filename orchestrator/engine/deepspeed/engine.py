@@ -117,7 +117,7 @@ class DeepSpeedEngineAdapter:
         self._zero = self._core.optimizer
         largest = largest_term(train.most_slots) if train.is_exact else None
         self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device, largest)
-        self._seam = ZeroOptimizerAdapter(self._zero, groups.exchange, train.is_exact)
+        self._adapter = ZeroOptimizerAdapter(self._zero, groups.exchange, train.is_exact)
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._make_optimizer_state()
         self._owned = self._find_owned()
@@ -150,7 +150,7 @@ class DeepSpeedEngineAdapter:
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
         self._adamw.before_update = before_update
         self._adamw.gradients = {} if keep_gradients else None
-        applied, norm = self._seam.step(self._gradients.sums(), lr)
+        applied, norm = self._adapter.step(self._gradients.sums(), lr)
         self._gradients.settle(applied)
         kept, self._adamw.gradients = self._adamw.gradients, None
         updated = self._updated(kept) if applied and kept is not None else None

@@ -4,8 +4,8 @@ from orchestrator.policy.state.run_state import Observation, RunState
 
 
 def leavers(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers of the crew whose node is drained, or who were told to end, oldest first."""
-    return tuple(worker for worker in state.crew if is_to_leave(state, seen, worker))
+    """Workers of the worker group whose node is drained, or who were told to end, oldest first."""
+    return tuple(worker for worker in state.worker_group if is_to_leave(state, seen, worker))
 
 
 def is_to_leave(state: RunState, seen: Observation, worker: str) -> bool:

@@ -37,7 +37,7 @@ def share_of_slow_steps(records: Sequence[StepRecord], rank: int) -> float:
 
 def watch_stragglers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Name a member that is slow, and forget it once it is gone or no more slow. A rule of `lifecycle`."""
-    if state.straggler and state.straggler not in state.crew:
+    if state.straggler and state.straggler not in state.worker_group:
         return Decision(replace(state, straggler=""))
     if state.current is None or state.is_recovering:
         return Decision(state)

@@ -71,7 +71,7 @@ def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     moment_s = seen.now_s if state.aborted_s is None else state.aborted_s  # all of it is one failure
     losses = tuple(WorkerFailure(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
     worker, error = own[0]
-    is_culprit = state.recovery.cause == "network" and all(w in state.crew for w in state.members)
+    is_culprit = state.recovery.cause == "network" and all(w in state.worker_group for w in state.members)
     why = f"{worker} failed: {error.kind}: {error.message}" if is_culprit else state.why
     account = replace(state.recovery, cause=error.kind, why=why) if is_culprit else state.recovery
     known = (*state.losses, *losses)[-MAX_LOSSES:]
@@ -83,11 +83,11 @@ def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
 
 
 def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop members of an aborted generation from the crew who are gone, or don't stop although they should."""
+    """Drop members of an aborted generation from the worker group who are gone, or don't stop although they should."""
     if not state.is_recovering or state.aborted_s is None:
         return Decision(state)
-    gone = {w: why for w in state.crew if w in state.members and (why := why_gone(seen, w))}
-    rest = [w for w in state.crew if w in state.members and w not in gone and not has_stopped(state, seen, w)]
+    gone = {w: why for w in state.worker_group if w in state.members and (why := why_gone(seen, w))}
+    rest = [w for w in state.worker_group if w in state.members and w not in gone and not has_stopped(state, seen, w)]
     if state.next is not None:  # all had stopped when it was planned, and are on their way to it
         rest = []
     if seen.now_s - state.aborted_s >= STOP_S:
@@ -113,7 +113,7 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     )
     buried = replace(
         state,
-        crew=tuple(w for w in state.crew if w not in gone),
+        worker_group=tuple(w for w in state.worker_group if w not in gone),
         losses=(*state.losses, *losses)[-MAX_LOSSES:],
         why=next(iter(gone.values())),
     )
@@ -126,7 +126,7 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
     plan = state.next
     if plan is None or state.current is not None:
         return Decision(state)
-    lost = [w for w in plan.world.members if w not in state.crew]
+    lost = [w for w in plan.world.members if w not in state.worker_group]
     failed = [w for w in plan.world.members if _failed_generation(seen, w) == plan.generation]
     why = without_store(state, seen)
     if not lost and not failed and not why:
@@ -162,7 +162,7 @@ def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
     """Somebody was lost on the way to the generation that recovers: give it up, and free whoever waits in it."""
     if state.next is None:
         return Decision(state)
-    lost = [w for w in state.next.involved if w not in state.crew or why_gone(seen, w)]
+    lost = [w for w in state.next.involved if w not in state.worker_group or why_gone(seen, w)]
     failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
     why = without_store(state, seen)
     if not lost and not failed and not why:
@@ -181,7 +181,7 @@ def _broken_behind_fence(state: RunState, seen: Observation) -> str:
     begun = state.fence is not None or any(seen.phase(w) is not Phase.TRAINING for w in state.members)
     if not begun:
         return ""
-    lost = [w for w in state.next.involved if w not in state.crew or why_gone(seen, w)]
+    lost = [w for w in state.next.involved if w not in state.worker_group or why_gone(seen, w)]
     if lost:
         return f"{', '.join(lost)} was lost"
     failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]

@@ -31,7 +31,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Plan the generation after a loss, once nobody trains any more and enough workers are there."""
     if not state.is_recovering or state.next is not None or state.current is None:
         return Decision(state)
-    survivors = tuple(w for w in state.members if w in state.crew)
+    survivors = tuple(w for w in state.members if w in state.worker_group)
     if not all(has_stopped(state, seen, w) for w in survivors):
         return Decision(state)
     if held_back_s([loss for loss in state.losses if loss.cause not in PLACE], seen.now_s):
@@ -89,7 +89,7 @@ def _planned_from(
 def _blamed(state: RunState, seen: Observation) -> RunState:
     """Nobody was lost and nobody erred: then the network did."""
     account = state.recovery
-    if account is None or account.cause != "network" or any(w not in state.crew for w in state.members):
+    if account is None or account.cause != "network" or any(w not in state.worker_group for w in state.members):
         return state
     loss = WorkerFailure("", "", "network", seen.step, seen.now_s)
     return replace(state, losses=(*state.losses, loss)[-MAX_LOSSES:])
@@ -100,7 +100,7 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
     account = state.recovery
     if account is None:
         return None
-    lost = tuple(w for w in state.members if w not in state.crew)
+    lost = tuple(w for w in state.members if w not in state.worker_group)
     causes = [loss.cause for loss in state.losses if loss.worker in lost]
     return replace(
         account,
@@ -146,8 +146,8 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     )
     if not state.gives_way:
         return Decision(begun, (note,))
-    gone = Note("workers_released", {"workers": list(state.crew)})
-    return Decision(replace(begun, finish=Finish.NO, crew=()), (note, gone))
+    gone = Note("workers_released", {"workers": list(state.worker_group)})
+    return Decision(replace(begun, finish=Finish.NO, worker_group=()), (note, gone))
 
 
 def _worlds(state: RunState) -> Iterable[World]:
@@ -160,4 +160,4 @@ def _worlds(state: RunState) -> Iterable[World]:
 
 def _held(state: RunState, seen: Observation) -> dict[str, tuple[Holding, ...]]:
     idle = (Phase.STRANDED, Phase.READY, Phase.STANDBY)
-    return {w: seen.reports[w].holdings for w in state.crew if seen.phase(w) in idle}
+    return {w: seen.reports[w].holdings for w in state.worker_group if seen.phase(w) in idle}

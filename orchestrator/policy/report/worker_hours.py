@@ -63,25 +63,25 @@ def worker_hours(headcounts: Sequence[Headcount], by_steps_s: float, gpus_per_wo
 
 def headcounts_of(attempt: Attempt) -> tuple[Headcount, ...]:
     """One at the attempt's beginning, one for each change, and one with nobody at its end."""
-    crew: set[str] = set()
+    worker_group: set[str] = set()
     members: set[str] = set()
     counts = [Headcount(attempt.began_s, 0, 0)]
     for event in attempt.events:
         if event["kind"] == "ended":
             break
         if event["kind"] == "workers_spawned":
-            crew.update(event["workers"])
+            worker_group.update(event["workers"])
         elif event["kind"] == "workers_released":
-            crew.difference_update(event["workers"])
+            worker_group.difference_update(event["workers"])
         elif event["kind"] == "worker_lost":
-            crew.discard(event["worker"])
+            worker_group.discard(event["worker"])
             members.discard(event["worker"])
         elif event["kind"] == "activated":
             members = set(event["members"])
         else:
             continue
         time_s = min(max(event["time"], counts[-1].time_s), attempt.ended_s)  # controllers on two hosts, two clocks
-        counts.append(Headcount(time_s, len(members), len(crew)))
+        counts.append(Headcount(time_s, len(members), len(worker_group)))
     counts.append(Headcount(attempt.ended_s, 0, 0))
     return tuple(counts)
 

@@ -16,14 +16,14 @@ from orchestrator.policy.state.world_size import SizeChange
 def watch_drains(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Enter nodes of this run that are being drained, once each, and who is to leave: a successor must know both before
     it has heard of anybody. A node that was drained doesn't come back."""
-    homes = {seen.nodes.get(worker, "") for worker in state.crew}
+    homes = {seen.nodes.get(worker, "") for worker in state.worker_group}
     fresh = sorted(node for node in seen.draining if node in homes and node not in state.draining)
     notes = tuple(
         Note(
             "node_draining",
             {
                 "node": node,
-                "workers": [worker for worker in state.crew if seen.nodes.get(worker, "") == node],
+                "workers": [worker for worker in state.worker_group if seen.nodes.get(worker, "") == node],
                 "seconds_left": _seconds_left(seen, node),
             },
         )

@@ -18,11 +18,11 @@ MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after
 
 
 def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers of the crew that could join a generation now, oldest first; none that is to leave soon. Where no world
+    """Workers of the worker group that could join a generation now, oldest first; none that is to leave soon. Where no world
     has the state, also those who are left of one, or were ready for one that didn't come about."""
     idle = (Phase.STANDBY,) if state.current is not None else (Phase.STANDBY, Phase.STRANDED, Phase.READY)
     out = {*state.members, *leavers(state, seen)}
-    return tuple(w for w in state.crew if w not in out and seen.phase(w) in idle)
+    return tuple(w for w in state.worker_group if w not in out and seen.phase(w) in idle)
 
 
 def nodes_of(seen: Observation, workers: Iterable[str]) -> tuple[str, ...]:

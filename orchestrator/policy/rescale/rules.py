@@ -64,7 +64,7 @@ def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if any(seen.phase(member) is not Phase.TRAINING for member in state.members):
         return Decision(state)
     involved = state.next.involved
-    known = [f"{w} was lost" for w in involved if w not in state.crew]
+    known = [f"{w} was lost" for w in involved if w not in state.worker_group]
     known += [why] if (why := without_store(state, seen)) else []
     broken = known + [
         f"{w} could not reach generation {state.next.generation}"

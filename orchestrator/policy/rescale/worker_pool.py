@@ -51,8 +51,8 @@ def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
 
 
 def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop from the crew who is gone or has failed, apart from the world's members: `recovery` sees to those."""
-    gone = {w: why for w in state.crew if w not in state.members and (why := why_gone(seen, w))}
+    """Drop from the worker group who is gone or has failed, apart from the world's members: `recovery` sees to those."""
+    gone = {w: why for w in state.worker_group if w not in state.members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
     # Workers that go with their node are one failure, and who was a member, or was to leave, is none of theirs.
@@ -62,7 +62,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     notes: tuple[Action, ...] = tuple(
         Note("worker_lost", {"worker": worker, "why": why, "member": False}) for worker, why in gone.items()
     )
-    crew = tuple(w for w in state.crew if w not in gone)
+    worker_group = tuple(w for w in state.worker_group if w not in gone)
     counted = state.failed_spawns + never_warm
     worker, why = next(iter(gone.items()))
     losses = tuple(
@@ -72,7 +72,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     )
     buried = replace(
         state,
-        crew=crew,
+        worker_group=worker_group,
         failed_spawns=counted,
         losses=(*state.losses, *losses)[-MAX_LOSSES:],
         why=why,
@@ -81,7 +81,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     return Decision(buried, (*notes, *(KillWorker(w) for w in gone if is_silent(seen, w))))
 
 
-def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Spawn the workers that will be needed, and let go of standbys that won't, or that are to leave. A run that is to
     end needs no more, unless it has lost what it would end with; one that gives way gets none in any case."""
     if state.gives_way or (state.is_ending and not state.is_recovering):
@@ -91,12 +91,12 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     wanted = state.grant.of(wanted + is_to_be_replaced(limits, state))
     if state.is_ending:
         wanted = limits.min_workers
-    missing = wanted - (len(state.crew) - len(leaving))
+    missing = wanted - (len(state.worker_group) - len(leaving))
     if missing > 0 and not _is_moving(limits, state, seen) and not held_back_s(state.losses, seen.now_s):
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
         note = Note("workers_spawned", {"workers": list(spawned)})
-        grown = replace(state, crew=state.crew + spawned, num_spawned=first + missing)
+        grown = replace(state, worker_group=state.worker_group + spawned, num_spawned=first + missing)
         return Decision(grown, (note,))
     if (missing < 0 or leaving) and state.next is None and not state.is_recovering:
         released = _release(state, seen, max(0, -missing), leaving)
@@ -108,7 +108,7 @@ def hold_crew(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
     after = limits.recovery.quarantine_after
-    nodes = {node for worker, node in seen.nodes.items() if worker in state.crew and worker not in seen.lost}
+    nodes = {node for worker, node in seen.nodes.items() if worker in state.worker_group and worker not in seen.lost}
     now = quarantined(state.losses, seen.now_s, after, nodes, state.quarantine) if state.losses else ()
     if now == state.quarantine:
         return Decision(state)
@@ -125,7 +125,7 @@ def _is_moving(limits: RunLimits, state: RunState, seen: Observation) -> bool:
     if state.current is None:
         return False
     if state.is_recovering:  # without it, unless too few are left
-        there = len([w for w in state.members if w in state.crew]) + len(warm_standbys(state, seen))
+        there = len([w for w in state.members if w in state.worker_group]) + len(warm_standbys(state, seen))
         return there >= limits.min_workers
     is_planned = state.next is not None
     changes = [r.step for r in state.rescales[-1:]] + [r.step for r in state.recoveries[-1:]]
@@ -166,7 +166,7 @@ def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tupl
     stopped = (Phase.STRANDED, Phase.READY)
     free = [
         worker
-        for worker in state.crew
+        for worker in state.worker_group
         if worker not in state.involved
         and (seen.phase(worker) in idle or (worker in leaving and seen.phase(worker) in stopped))
         and not _owes_shard(state, seen, worker)
@@ -175,8 +175,8 @@ def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tupl
     released = [w for w in free if w in leaving] + staying[len(staying) - num_surplus :]
     if not released:
         return Decision(state)
-    crew = tuple(w for w in state.crew if w not in released)
-    return Decision(replace(state, crew=crew), (Note("workers_released", {"workers": released}),))
+    worker_group = tuple(w for w in state.worker_group if w not in released)
+    return Decision(replace(state, worker_group=worker_group), (Note("workers_released", {"workers": released}),))
 
 
 def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
@@ -185,8 +185,8 @@ def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
 
 
 def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:
-    """The whole crew got warm: earlier failures were no rule."""
+    """The whole worker group got warm: earlier failures were no rule."""
     cold = (Phase.COLD, Phase.WARMING)
-    if state.failed_spawns and all(seen.phase(worker) not in cold for worker in state.crew):
+    if state.failed_spawns and all(seen.phase(worker) not in cold for worker in state.worker_group):
         return replace(state, failed_spawns=0)
     return state

@@ -16,7 +16,7 @@ from orchestrator.protocol.scaling import JUST_COME
 
 
 def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decision:
-    """The state to begin again from. Nobody of the old crew is counted on; numbers that name things go on growing.
+    """The state to begin again from. Nobody of the old worker group is counted on; numbers that name things go on growing.
     Stages that were decided are decided still, at the same steps."""
     done = order.restore.step if order.restore else -1
     wish = state.wish if order.workers is None else SizeRequest(order.workers, done + 1, by_hand=True)
@@ -41,7 +41,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
 
 
 def begun_again(state: RunState, restore: Restore | None) -> RunState:
-    """The state with nobody in the crew and no generation, to begin from this checkpoint; None: from the seed."""
+    """The state with nobody in the worker group and no generation, to begin from this checkpoint; None: from the seed."""
     done = restore.step if restore else -1
     return RunState(
         target=state.target,
@@ -89,8 +89,8 @@ def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     waits = replace(granted, queued_s=seen.now_s if state.queued_s is None else state.queued_s)
     if state.current is not None:
         return Decision(waits, (Note("preempted", fields | {"step": seen.step}),))
-    waits = replace(waits, crew=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
-    gone = Note("workers_released", {"workers": list(state.crew)})
+    waits = replace(waits, worker_group=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
+    gone = Note("workers_released", {"workers": list(state.worker_group)})
     return Decision(waits, (Note("queued", {"why": grant.why}), gone))
 
 

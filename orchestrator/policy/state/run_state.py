@@ -2,7 +2,7 @@
 
 `RunState` is what a controller must remember: it is journalled at every change and is all that its successor needs.
 `Observation` is what the controller sees at one moment. Which workers exist and what they are told follows from the
-state alone (`RunState.crew`, `lifecycle.directive_of`), so the controller brings it about however often it is asked.
+state alone (`RunState.worker_group`, `lifecycle.directive_of`), so the controller brings it about however often it is asked.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ class Probe:
 class RunState:
     """What a run is to be and has come to.
 
-    `crew` names the workers that should exist, oldest first. `next` is the generation being prepared or moved to,
+    `worker_group` names the workers that should exist, oldest first. `next` is the generation being prepared or moved to,
     `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
     `current`, whose shards of a checkpoint or snapshots may still be of use. `failed_spawns` and `failed_moves` count
     failures in a row; `broken_s` is when a move was first seen to fail, with no culprit known.
@@ -92,7 +92,7 @@ class RunState:
     queued_s: float | None = None
     admitted_s: float | None = None
     begun_s: float | None = None
-    crew: tuple[str, ...] = ()
+    worker_group: tuple[str, ...] = ()
     num_spawned: int = 0
     num_generations: int = 0
     previous: GenerationPlan | None = None
@@ -186,7 +186,7 @@ class RunState:
 class Observation:
     """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
 
-    `lost` holds workers of the crew whose process has ended, `causes` the class of that failure where it is known.
+    `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is known.
     `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good one, if `wants_restore`
     asked for it; `unreadable` says why that can't be known now. `nodes` tells where workers live, `silence_s` for how
     long they haven't answered, and `idle_s` for how long no worker has said anything new. `store_address` is the
@@ -270,6 +270,6 @@ class Decision:
 
 
 def ended(state: RunState, outcome: RunPhase, why: str, traceback: str = "") -> Decision:
-    """The run is over: nobody of the crew is needed any more."""
-    over = replace(state, outcome=outcome, why=why, traceback=traceback, crew=(), next=None, fence=None)
+    """The run is over: nobody of the worker group is needed any more."""
+    over = replace(state, outcome=outcome, why=why, traceback=traceback, worker_group=(), next=None, fence=None)
     return Decision(over, (Note("ended", {"outcome": outcome.value, "why": why}),))

@@ -37,33 +37,33 @@ class ReplayChecker:
     """Done by the training thread of a worker that has no shard."""
 
     def __init__(
-        self, workshop: ShardFactory, feed: BatchReader, desk: WorkerMailbox, preparations: TransitionPreparer
+        self, factory: ShardFactory, feed: BatchReader, mailbox: WorkerMailbox, preparer: TransitionPreparer
     ) -> None:
-        self._workshop, self._feed, self._desk, self._preparations = workshop, feed, desk, preparations
+        self._factory, self._feed, self._mailbox, self._preparer = factory, feed, mailbox, preparer
         self._newest = -1
 
     def is_asked(self, directive: Directive) -> bool:
         """Whether there is a check that this worker hasn't begun."""
         check = directive.check
-        return check is not None and check.worker == self._workshop.me and check.number > self._newest
+        return check is not None and check.worker == self._factory.me and check.number > self._newest
 
     def run(self) -> None:
         """Do the check that is asked for, and publish what came of it. It ends before the next slot, or the next piece
         of the checkpoint, once a plan has a place for this worker, or nobody asks for it any more."""
-        check = self._desk.directive.check
-        if check is None or not self.is_asked(self._desk.directive):
+        check = self._mailbox.directive.check
+        if check is None or not self.is_asked(self._mailbox.directive):
             return
         self._newest = check.number
         findings: list[StepFingerprint] = []
         error = ""
 
         def go_on() -> None:
-            directive = self._desk.directive
-            if directive.check != check or self._preparations.is_wanted(directive):
+            directive = self._mailbox.directive
+            if directive.check != check or self._preparer.is_wanted(directive):
                 raise Needed
 
         try:
-            for record in replay(self._workshop, self._feed, self._world_of_one(check), check.last_step, go_on):
+            for record in replay(self._factory, self._feed, self._world_of_one(check), check.last_step, go_on):
                 findings.append(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests))
         except Needed:
             log.info("check %d ends after %d steps: this worker is needed", check.number, len(findings))
@@ -71,17 +71,17 @@ class ReplayChecker:
             log.exception("check %d could not be done", check.number)
             error = f"{type(failure).__name__}: {failure}"
         gc.collect()  # the frames of an error had kept the state
-        self._desk.publish(checked=ReplayResult(check.number, tuple(findings), error))
+        self._mailbox.publish(checked=ReplayResult(check.number, tuple(findings), error))
 
     def _world_of_one(self, check: ReplayTask) -> PreparedTransition:
-        workshop = self._workshop
+        factory = self._factory
         past = check.worlds[-1]
-        world = World(past.world.generation, (workshop.me,))
-        path = Path(workshop.job.storage_dir) / "checkpoints" / step_name(check.step)
+        world = World(past.world.generation, (factory.me,))
+        path = Path(factory.job.storage_dir) / "checkpoints" / step_name(check.step)
         plan = GenerationPlan(
             epoch=0,
             world=world,
-            placement=ExpertPlacement.balanced(workshop.spec.model.num_experts, 1),
+            placement=ExpertPlacement.balanced(factory.spec.model.num_experts, 1),
             source=None,
             store_prefix=f"check/{check.number}",
             store_address=StoreAddress("", 0),
@@ -92,4 +92,4 @@ class ReplayChecker:
         )
         store = HashStore()
         store.set_timeout(timedelta(seconds=30))
-        return PreparedTransition(plan, store, workshop.meet(store, plan))
+        return PreparedTransition(plan, store, factory.meet(store, plan))

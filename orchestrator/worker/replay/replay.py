@@ -16,7 +16,7 @@ SILENT = Voice(NO_FENCE, finish=False, interval=0)
 
 
 def replay(
-    workshop: ShardFactory,
+    factory: ShardFactory,
     feed: BatchReader,
     prepared: PreparedTransition,
     last_step: int,
@@ -29,10 +29,10 @@ def replay(
         prepared: for a plan whose state comes from the seed or a checkpoint, `replayed` worlds included.
         between: called before each slot, and each piece of the checkpoint; what it raises ends it.
     """
-    stepper = TrainStep(workshop, feed, between, validates=False)
+    stepper = TrainStep(factory, feed, between, validates=False)
     shard = None
     try:
-        shard, progress, _ = first_shard(workshop, prepared, feed.first_order, between)
+        shard, progress, _ = first_shard(factory, prepared, feed.first_order, between)
         feed.follow(progress.sampler)
         while progress.step < last_step:
             stepped = stepper.step(shard, progress, noop, lambda: SILENT, keep_gradients=False)

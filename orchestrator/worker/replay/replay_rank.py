@@ -46,8 +46,8 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
     pin(device)
     yield Numerics(fingerprint(device))
     store = TokenStore.open(Path(order.job.store_dir))
-    workshop = ShardFactory(order.worker, order.job, spec, spec.model.vocab_size or store.vocab_size, device)
-    yield from replay(workshop, BatchReader(spec, store, device), prepare(workshop, plan), order.last_step)
+    factory = ShardFactory(order.worker, order.job, spec, spec.model.vocab_size or store.vocab_size, device)
+    yield from replay(factory, BatchReader(spec, store, device), prepare(factory, plan), order.last_step)
 
 
 def main() -> None:

@@ -58,16 +58,16 @@ class SnapshotReplicator:
         buffers: Buffers,
     ) -> None:
         self.generation = plan.generation
-        buddy, ward = plan.buddies[rank], plan.buddies.index(rank)
+        buddy, protected_rank = plan.buddies[rank], plan.buddies.index(rank)
         prefix = f"{plan.store_prefix}/protection"
         self._own = RankSnapshots(plan.generation, rank, layout, False, whole_every, replay, pinned, buffers)
-        self._kept = RankSnapshots(plan.generation, ward, layout, True, whole_every, replay, buffers=buffers)
+        self._kept = RankSnapshots(plan.generation, protected_rank, layout, True, whole_every, replay, buffers=buffers)
         buffers.drop_idle()
         listener = Listener(address)
         try:
             store.set(f"{prefix}/{rank}", listener.address)
             self._to_buddy: Stream = dial(store.get(f"{prefix}/{buddy}").decode(), MEET_S)
-            self._from_ward: Stream = listener.accept(MEET_S)
+            self._from_protected_rank: Stream = listener.accept(MEET_S)
         finally:
             listener.close()
         self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()
@@ -105,7 +105,7 @@ class SnapshotReplicator:
         vault.add(self._own)
         vault.add(self._kept)
         threading.Thread(target=self._send_all, name="snapshot", daemon=True).start()
-        threading.Thread(target=self._receive_all, name="ward", daemon=True).start()
+        threading.Thread(target=self._receive_all, name="protected_rank", daemon=True).start()
 
     def begin(self, step: int, ranges: NamedRanges, note: str, update: Update | None = None) -> None:
         """Take a snapshot of the shard after `step`. Returns at once; the shard must not change until `copied`.
@@ -146,7 +146,7 @@ class SnapshotReplicator:
     def shut(self) -> None:
         """End both connections, whoever waits for them. What is whole stays in the vault."""
         self._to_buddy.shut()
-        self._from_ward.shut()
+        self._from_protected_rank.shut()
 
     def close(self) -> None:
         """The generation is over."""
@@ -191,16 +191,16 @@ class SnapshotReplicator:
 
         try:
             while True:
-                self._from_ward.receive(place)
+                self._from_protected_rank.receive(place)
                 self._kept.finish(arriving.pop())
-                self._from_ward.acknowledge()
+                self._from_protected_rank.acknowledge()
                 self._busy_s[1] = time.thread_time()
         except StreamClosed as error:
             log.info("generation %d: no more snapshots from its ward: %s", self.generation, error)
         finally:
             for snapshot in arriving:
                 self._kept.give_up(snapshot)
-            self._from_ward.close()
+            self._from_protected_rank.close()
 
 
 def _header(snapshot: Snapshot) -> dict[str, Any]:

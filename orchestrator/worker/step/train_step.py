@@ -65,14 +65,14 @@ class TrainStep:
     """
 
     def __init__(
-        self, workshop: ShardFactory, feed: BatchReader, before_slot: Callable[[], None] = noop, validates: bool = True
+        self, factory: ShardFactory, feed: BatchReader, before_slot: Callable[[], None] = noop, validates: bool = True
     ) -> None:
         self._before_slot, self._validates = before_slot, validates
-        self._workshop, self._feed, self._spec = workshop, feed, workshop.spec
-        self._prefetch = Prefetch(feed, workshop.spec.train.steps)
+        self._factory, self._feed, self._spec = factory, feed, factory.spec
+        self._prefetch = Prefetch(feed, factory.spec.train.steps)
         self._ledger = traffic_meter.Since()
         self._counted: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step and loads of the newest step
-        self._gauge = MemoryProbe(workshop.device) if workshop.spec.train.fits_memory else None
+        self._gauge = MemoryProbe(factory.device) if factory.spec.train.fits_memory else None
 
     def close(self) -> None:
         self._prefetch.close()
@@ -138,7 +138,7 @@ class TrainStep:
             compression=shard.choosing.proposal,
             digests=digests,
         )
-        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._workshop.device)
+        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._factory.device)
         communication_wait_s = peers_s + time.perf_counter() - spoken
         shard.choosing.agree(outcome.compression)
         self._balance(shard, outcome, step)

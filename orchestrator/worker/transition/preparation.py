@@ -21,17 +21,17 @@ class TransitionPreparer:
     where a peer never comes, the next plan doesn't wait for that.
     """
 
-    def __init__(self, workshop: ShardFactory, desk: WorkerMailbox) -> None:
-        self._workshop, self._desk = workshop, desk
+    def __init__(self, factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+        self._factory, self._mailbox = factory, mailbox
         self._lock = threading.Lock()
         self._ready: dict[int, PreparedTransition] = {}
         self._begun = -1  # newest generation whose preparation has begun here
         self._closed = False
-        threading.Thread(target=self._watch, name="preparations", daemon=True).start()
+        threading.Thread(target=self._watch, name="preparer", daemon=True).start()
 
     def fence_after(self, step: int) -> int:
         """The generation to which this worker is ready to hand over once `step` is finished, or `NO_FENCE`."""
-        fence = self._desk.directive.fence
+        fence = self._mailbox.directive.fence
         if fence is None or (fence.at_step is not None and step < fence.at_step):
             return NO_FENCE
         with self._lock:
@@ -55,7 +55,7 @@ class TransitionPreparer:
         """The next plan with a place for this worker, once it is prepared; plans given up before are passed over. None
         as soon as a directive asks for something to be done meanwhile."""
         while True:
-            directive = self._desk.wait(lambda d: self.is_awaited(d) or meanwhile(d))
+            directive = self._mailbox.wait(lambda d: self.is_awaited(d) or meanwhile(d))
             if not self.is_awaited(directive) and meanwhile(directive):
                 return None
             for plan in (directive.next, directive.current):
@@ -64,7 +64,7 @@ class TransitionPreparer:
 
     def stands(self, plan: GenerationPlan) -> bool:
         """Whether the newest directive still wants `plan`."""
-        return plan.generation in _wanted(self._desk.directive)
+        return plan.generation in _wanted(self._mailbox.directive)
 
     def await_activation(self, plan: GenerationPlan) -> int:
         """The newest activated generation, as soon as it is that of `plan` or a later one, or another plan has come."""
@@ -73,7 +73,7 @@ class TransitionPreparer:
             newer = (p for p in (directive.next, directive.current) if p is not None and p.generation > plan.generation)
             return directive.activated >= plan.generation or any(self._concerns_me(p) for p in newer)
 
-        return self._desk.wait(settled).activated
+        return self._mailbox.wait(settled).activated
 
     def close(self) -> None:
         """Begin nothing more and close what is ready."""
@@ -82,11 +82,11 @@ class TransitionPreparer:
             rest, self._ready = list(self._ready.values()), {}
         for prepared in rest:
             prepared.close()
-        self._desk.publish()  # wakes the watcher
+        self._mailbox.publish()  # wakes the watcher
 
     def _watch(self) -> None:
         while not self._closed:
-            directive = self._desk.wait(lambda d: self._closed or bool(self._untried(d)) or bool(self._given_up(d)))
+            directive = self._mailbox.wait(lambda d: self._closed or bool(self._untried(d)) or bool(self._given_up(d)))
             with self._lock:
                 given_up = [self._ready.pop(generation) for generation in self._given_up(directive)]
             for prepared in given_up:
@@ -98,10 +98,10 @@ class TransitionPreparer:
     def _prepare(self, plan: GenerationPlan) -> None:
         began_s = time.perf_counter()
         try:
-            prepared = prepare(self._workshop, plan)
+            prepared = prepare(self._factory, plan)
         except Exception as error:  # whatever it is: the controller waits for an answer
             log.warning("generation %d could not be prepared: %s", plan.generation, error)
-            self._desk.publish(failed_generation=plan.generation)
+            self._mailbox.publish(failed_generation=plan.generation)
             return
         log.info("generation %d is prepared, in %.3f s", plan.generation, time.perf_counter() - began_s)
         with self._lock:
@@ -111,7 +111,7 @@ class TransitionPreparer:
         if is_late:
             prepared.close()
         else:
-            self._desk.publish(prepared=plan.generation)
+            self._mailbox.publish(prepared=plan.generation)
 
     def _untried(self, directive: Directive) -> GenerationPlan | None:
         for plan in (directive.next, directive.current):
@@ -127,7 +127,7 @@ class TransitionPreparer:
         return plan is not None and plan.generation in self._ready
 
     def _concerns_me(self, plan: GenerationPlan) -> bool:
-        return self._workshop.me in plan.involved
+        return self._factory.me in plan.involved
 
 
 def _wanted(directive: Directive) -> set[int]:

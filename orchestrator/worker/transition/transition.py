@@ -98,7 +98,7 @@ class PreparedTransition:
             self.peers.close()
 
 
-def prepare(workshop: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
+def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
     """Connect the peers of a move and the world after it, plan the move, and have memory for its shard. Collective over
     all who are involved.
 
@@ -112,19 +112,19 @@ def prepare(workshop: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
     source = plan.source
     peers = None
     if source is not None:
-        peers = PeerGroup(store, plan.store_prefix + "/peers", plan.involved, workshop.me, address=workshop.address)
-    meeting = workshop.meet(store, plan) if workshop.me in plan.world else None
-    protection = workshop.protect(store, plan) if workshop.me in plan.world else None
+        peers = PeerGroup(store, plan.store_prefix + "/peers", plan.involved, factory.me, address=factory.address)
+    meeting = factory.meet(store, plan) if factory.me in plan.world else None
+    protection = factory.protect(store, plan) if factory.me in plan.world else None
     if source is None:
         return PreparedTransition(plan, store, meeting, protection)
-    old = workshop.layout(source.world, source.placement)
+    old = factory.layout(source.world, source.placement)
     if source.holders != source.world.members:
         old = layout_of_cut(old, source.holders)
-    new = workshop.layout(plan.world, plan.placement)
+    new = factory.layout(plan.world, plan.placement)
     transfer = TransferPlan.between(old, new)
     # Where micro-batches grow until they fill the memory, none is left, and what a micro-batch takes is being measured.
-    if workshop.me in plan.world and workshop.device.type == "cpu" and not workshop.spec.train.fits_memory:
-        rank = plan.world.rank_of(workshop.me)
+    if factory.me in plan.world and factory.device.type == "cpu" and not factory.spec.train.fits_memory:
+        rank = plan.world.rank_of(factory.me)
         reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
     return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated)
@@ -151,7 +151,7 @@ def announced(prepared: PreparedTransition, timeout_s: float) -> FenceState | No
 
 
 def first_shard(
-    workshop: ShardFactory, prepared: PreparedTransition, sampler: str, between: Callable[[], None] = noop
+    factory: ShardFactory, prepared: PreparedTransition, sampler: str, between: Callable[[], None] = noop
 ) -> tuple[Shard, Progress, Handover]:
     """The first generation's shard: made from the seed, read from another's model, or from a checkpoint. Collective
     over its members.
@@ -168,25 +168,25 @@ def first_shard(
     assert prepared.meeting is not None
     groups = prepared.meeting.adopt()
     clock.lap("connect")
-    shard = workshop.build(prepared.plan, groups)
+    shard = factory.build(prepared.plan, groups)
     with _closed_if_not_filled(shard):
-        progress = _fill_first(workshop, prepared.plan, shard, sampler, between)
+        progress = _fill_first(factory, prepared.plan, shard, sampler, between)
     clock.lap("build")
     return shard, progress, _handover(prepared, progress, clock, identical=None)
 
 
 def _fill_first(
-    workshop: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
+    factory: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
 ) -> Progress:
     progress = Progress(-1, 0, sampler)
     if plan.restore is not None:
         shard.engine.seeded()  # for what the checkpoint doesn't have
         progress = read_state(plan.restore, shard.engine.ranges(), sampler, shard.rank, plan.world.size, between)
-    elif workshop.spec.model.init_from is not None:
-        read_pretrained(workshop.spec.model, shard.engine.ranges())
+    elif factory.spec.model.init_from is not None:
+        read_pretrained(factory.spec.model, shard.engine.ranges())
     else:
-        shard.model.init_weights(workshop.spec.train.seed)
-        if workshop.spec.model.entrypoint is not None:
+        shard.model.init_weights(factory.spec.train.seed)
+        if factory.spec.model.entrypoint is not None:
             check_agreement(shard.model, shard.groups.exchange)
         shard.engine.seeded()
         return progress
@@ -206,7 +206,7 @@ def _closed_if_not_filled(shard: Shard | None) -> Iterator[None]:
 
 
 def move(
-    workshop: ShardFactory,
+    factory: ShardFactory,
     prepared: PreparedTransition,
     held: Held | None,
     progress: Progress,
@@ -239,12 +239,12 @@ def move(
     peers.barrier()  # nobody builds before all are past the fence; a newcomer that died makes it fail at once
     groups = prepared.meeting.adopt() if prepared.meeting is not None else None
     clock.lap("connect")
-    shard = workshop.build(plan, groups) if groups is not None else None
+    shard = factory.build(plan, groups) if groups is not None else None
     new = shard.engine.ranges() if shard is not None else None
     clock.lap("build")
     identical, moved = None, 0.0
     with _closed_if_not_filled(shard):
-        execute_transfer(transfer, workshop.me, old, new, peers)
+        execute_transfer(transfer, factory.me, old, new, peers)
         if shard is not None:
             shard.engine.loaded(progress.num_updates)
         clock.lap("transfer")
@@ -252,7 +252,7 @@ def move(
             after = StateDigests(whole_names, prepared.replicated, new)
             moved = change(sums, PartSums(partial, new), peers) if partial else 0.0
             identical = not differing(whole_names, before, after, peers) and moved <= ROUNDING
-        if workshop.spec.train.is_exact:
+        if factory.spec.train.is_exact:
             _check_record(shard, recorded, peers)
     clock.lap("digest")
     return shard, _handover(prepared, progress, clock, identical, moved)

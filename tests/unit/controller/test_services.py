@@ -15,19 +15,19 @@ KNOWN = PreparedData("/old/store-abc", 300, "/run/tokenizer.json")
 
 
 @pytest.fixture
-def facilities(tmp_path: Path) -> RunServices:
+def services(tmp_path: Path) -> RunServices:
     made = RunServices("run", tmp_path, JobSpec(name="run"), ActorClasses(), 1, Inbox())
     made._known_data = KNOWN
     return made
 
 
-def test_a_store_that_was_lost_may_be_made_anew_elsewhere(facilities: RunServices) -> None:
+def test_a_store_that_was_lost_may_be_made_anew_elsewhere(services: RunServices) -> None:
     again = replace(KNOWN, store_dir="/new/store-abc")
-    facilities._prepared(again)
-    assert facilities.data == again and facilities.faults == ()
+    services._prepared(again)
+    assert services.data == again and services.faults == ()
 
 
-def test_another_corpus_is_a_fault(facilities: RunServices) -> None:
-    facilities._prepared(replace(KNOWN, store_dir="/old/store-xyz"))
-    assert facilities.data is None
-    assert "/old/store-abc" in facilities.faults[0]
+def test_another_corpus_is_a_fault(services: RunServices) -> None:
+    services._prepared(replace(KNOWN, store_dir="/old/store-xyz"))
+    assert services.data is None
+    assert "/old/store-abc" in services.faults[0]

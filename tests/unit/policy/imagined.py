@@ -111,7 +111,7 @@ class Life:
             target=self.target,
             progress=self.progress,
             reports={w: r for w, r in self.reports.items() if w not in self.lost},
-            lost={w: why for w, why in self.lost.items() if w in self.state.crew},
+            lost={w: why for w, why in self.lost.items() if w in self.state.worker_group},
             nodes=dict(self.nodes),
             causes=dict(self.causes),
             checkpointed=self.committed,
@@ -146,9 +146,9 @@ class Life:
         self._publish()
         self.now_s += 1
         for worker in list(self.reports):
-            if worker not in self.state.crew:
+            if worker not in self.state.worker_group:
                 del self.reports[worker]  # dismissed
-        for worker in self.state.crew:
+        for worker in self.state.worker_group:
             if worker not in self.lost and worker not in self.frozen:
                 self._obey(worker)
         self._train()

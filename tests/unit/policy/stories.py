@@ -20,7 +20,7 @@ class Story:
 
     now_s: float = 1_000_000.0
     events: list[dict[str, Any]] = field(default_factory=list)
-    crew: list[str] = field(default_factory=list)
+    worker_group: list[str] = field(default_factory=list)
     members: list[str] = field(default_factory=list)
     spawned: int = 0
     generation: int = -1
@@ -32,7 +32,7 @@ class Story:
     def spawn(self, count: int) -> None:
         names = [f"w{self.spawned + number}" for number in range(count)]
         self.spawned += count
-        self.crew += names
+        self.worker_group += names
         self.tell("workers_spawned", workers=names)
 
     def start(self, workers: int, warm_s: float = 8.0) -> None:
@@ -40,7 +40,7 @@ class Story:
         self._begin(workers, warm_s)
 
     def _begin(self, workers: int, warm_s: float) -> None:
-        self.crew, self.members = [], []
+        self.worker_group, self.members = [], []
         self.spawn(workers)
         self.now_s += warm_s
         self.activate(workers)
@@ -61,7 +61,7 @@ class Story:
 
     def activate(self, workers: int, **took: float) -> None:
         self.generation += 1
-        self.members = self.crew[:workers]
+        self.members = self.worker_group[:workers]
         self.tell("activated", generation=self.generation, to_size=workers, members=list(self.members), **took)
 
     def train(self, steps: int, step_s: float = 1.0, between_s: float = 0.0, **changes: Any) -> None:
@@ -75,13 +75,13 @@ class Story:
         self.tell("steps", records=[to_plain(one) for one in done])
 
     def rescale(self, workers: int, stall_s: float = 0.3) -> None:
-        missing = workers - len(self.crew)
+        missing = workers - len(self.worker_group)
         if missing > 0:
             self.spawn(missing)
         self.now_s += stall_s
         self.activate(workers, **MOVE)
-        if surplus := self.crew[workers:]:
-            self.crew = self.crew[:workers]
+        if surplus := self.worker_group[workers:]:
+            self.worker_group = self.worker_group[:workers]
             self.tell("workers_released", workers=surplus)
 
     def kill(self, detect_s: float = 0.1, recover_s: float = 0.25) -> None:
@@ -89,7 +89,7 @@ class Story:
         self.now_s += detect_s
         lost = self.members[-1]
         self.tell("generation_aborted", generation=self.generation, step=self.step - 1, why=f"{lost} died")
-        self.crew.remove(lost)
+        self.worker_group.remove(lost)
         self.tell("worker_lost", worker=lost, member=True, why="died")
         self.now_s += recover_s
         self.activate(len(self.members) - 1, **MOVE)

@@ -22,7 +22,7 @@ def test_a_run_starts_trains_and_succeeds() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED
     assert life.sizes == [2] * 12
     assert life.committed == 11
-    assert life.state.crew == ()
+    assert life.state.worker_group == ()
     assert [note.kind for note in life.notes][-1] == "ended"
 
 
@@ -101,8 +101,8 @@ def test_leavers_become_standbys_and_the_surplus_is_let_go() -> None:
     life.run_until(lambda: 4 in life.sizes)
     life.scale(1)
     life.run_until(lambda: 1 in life.sizes)
-    life.run_until(lambda: len(life.state.crew) == 2)
-    assert all(life.reports[w].phase is Phase.STANDBY for w in life.state.crew[1:])
+    life.run_until(lambda: len(life.state.worker_group) == 2)
+    assert all(life.reports[w].phase is Phase.STANDBY for w in life.state.worker_group[1:])
 
 
 def test_scheduled_sizes_come_exactly_at_their_steps() -> None:
@@ -116,7 +116,7 @@ def test_scheduled_sizes_come_exactly_at_their_steps() -> None:
 def test_workers_of_the_schedule_are_warm_from_the_start() -> None:
     life = Life(limits_of(steps=50, schedule=(ScheduledSize(20, 4),)))
     life.tick()
-    assert len(life.state.crew) == 4
+    assert len(life.state.worker_group) == 4
 
 
 def test_a_scheduled_fence_ends_with_the_step_before() -> None:
@@ -374,7 +374,7 @@ def test_a_leaver_is_kept_until_its_shard_is_marked() -> None:
     life.scale(1)
     life.run_until(lambda: 1 in life.sizes)
     life.say("w1", shards=(*life.reports["w1"].shards, *life.reports["w0"].shards[:0]))
-    life.run_until(lambda: life.state.crew == ("w0",))
+    life.run_until(lambda: life.state.worker_group == ("w0",))
     assert life.committed >= max((r.step for r in life.state.rescales), default=0) // 5 * 5 - 1
 
 
@@ -437,7 +437,7 @@ def test_no_step_is_lost_or_done_twice_whatever_happens(
             if at_tick == tick:
                 life.scale(workers)
         for at_tick, prefer_newcomer in deaths:
-            others = [w for w in life.state.crew if w not in life.state.members and w not in life.lost]
+            others = [w for w in life.state.worker_group if w not in life.state.members and w not in life.lost]
             newcomers = [w for w in others if life.state.next is not None and w in life.state.next.world]
             if at_tick == tick and life.state.current is not None and (newcomers if prefer_newcomer else others):
                 life.kill((newcomers if prefer_newcomer else others)[0])
@@ -476,13 +476,13 @@ def test_a_resumed_run_begins_from_its_checkpoint_with_new_workers_and_numbers()
     assert decision.actions[0].fields["residuals"] is None  # type: ignore[union-attr]
     without = resumed(limits, before, replace(order, restore=Restore(done, "/checkpoint", reset_residuals=True)))
     assert without.actions[0].fields["residuals"] == "left behind"  # type: ignore[union-attr]
-    assert (state.crew, state.current, state.outcome) == ((), None, None)
+    assert (state.worker_group, state.current, state.outcome) == ((), None, None)
     assert state.seq > before.seq and state.target.seq > before.target.seq and state.checkpoint_done == done
     seen = Observation(1, 0.0, state.target, Progress(watermark=done), store_address=life.store)
     state = decide(limits, state, seen).state
-    assert state.crew == ("w2", "w3", "w4")  # no name is used twice
+    assert state.worker_group == ("w2", "w3", "w4")  # no name is used twice
     assert state.rescales == before.rescales
-    warm = {w: Report(w, 1, 0, Phase.STANDBY, -1, -1, 0) for w in state.crew}
+    warm = {w: Report(w, 1, 0, Phase.STANDBY, -1, -1, 0) for w in state.worker_group}
     plan = decide(limits, state, replace(seen, reports=warm)).state.next
     assert plan is not None and plan.generation == before.num_generations
     assert plan.source is None and plan.restore == order.restore and plan.world.size == 3

@@ -87,7 +87,7 @@ def _answer(life: Life, check: ReplayTask, **changes: Any) -> None:
 def test_a_standby_is_asked_once_the_newest_checkpoint_has_steps_behind_it() -> None:
     life = _life()
     check = _asked(life)
-    assert check.worker in life.state.crew and check.worker not in life.state.members
+    assert check.worker in life.state.worker_group and check.worker not in life.state.members
     assert (check.number, check.step, check.last_step) == (0, 3, 5) and life.progress.watermark >= 5
     assert life.state.current is not None
     current = life.state.current
@@ -165,11 +165,11 @@ def test_a_check_ends_if_its_worker_is_needed_first() -> None:
 def test_whoever_computes_otherwise_is_not_asked() -> None:
     life = _life()
     life.run_until(lambda: life.state.checkpoint_done == 3)
-    for worker in life.state.crew:
+    for worker in life.state.worker_group:
         life.say(worker, numerics="a" if worker in life.state.members else "b")
     life.run_until(lambda: life.progress.watermark > 12)
     assert life.state.num_checks == 0
-    for worker in life.state.crew:
+    for worker in life.state.worker_group:
         life.say(worker, numerics="a")
     _asked(life)
 

@@ -32,7 +32,7 @@ def failing(**changes: Any) -> RunConfig:
     return RunConfig(failure_config=FailureConfig(**changes))
 
 
-def keeping(**changes: Any) -> RunConfig:
+def snapshots(**changes: Any) -> RunConfig:
     return RunConfig(checkpoint_config=CheckpointConfig(**changes))
 
 
@@ -67,12 +67,12 @@ ONE = {"workers.min": 1, "workers.max": 1, **FIXED}
         (failing(max_failures=7), {f"recovery.budgets.{kind}": 7 for kind in BUDGETS}),
         (failing(max_failures=-1), {f"recovery.budgets.{kind}": 200 for kind in BUDGETS}),
         (failing(max_preemption_failures=2), {"recovery.budgets.preemption": 2}),
-        (keeping(num_to_keep=3), {"checkpoint.keep_last": 3, "checkpoint.keep_best": 0}),
+        (snapshots(num_to_keep=3), {"checkpoint.keep_last": 3, "checkpoint.keep_best": 0}),
         (
-            keeping(num_to_keep=3, checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"),
+            snapshots(num_to_keep=3, checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"),
             {"checkpoint.keep_last": 1, "checkpoint.keep_best": 3},
         ),
-        (keeping(checkpoint_score_attribute="perf/tokens_per_second"), {}),
+        (snapshots(checkpoint_score_attribute="perf/tokens_per_second"), {}),
     ],
 )
 def test_what_a_field_says(config: Any, wanted: Job) -> None:
@@ -94,14 +94,14 @@ def test_what_a_field_says(config: Any, wanted: Job) -> None:
         (failing(controller_failure_limit=3), r"FailureConfig\(controller_failure_limit=3\): "),
         (failing(relax_collectives_on_preemption=True), r"relax_collectives_on_preemption=True\): "),
         (failing(preemption_grace_s=2.0), r"preemption_grace_s=2\.0\): "),
-        (keeping(checkpoint_score_attribute="eval/los"), "Did you mean `eval/loss`"),
-        (keeping(checkpoint_score_attribute="run/phase"), "must be a metric of steps"),
+        (snapshots(checkpoint_score_attribute="eval/los"), "Did you mean `eval/loss`"),
+        (snapshots(checkpoint_score_attribute="run/phase"), "must be a metric of steps"),
         (
-            keeping(num_to_keep=1, checkpoint_score_attribute="eval/loss"),
+            snapshots(num_to_keep=1, checkpoint_score_attribute="eval/loss"),
             r"checkpoint_score_attribute='eval/loss', checkpoint_score_order='max', num_to_keep=1\): .*order=\"min\"",
         ),
         (
-            keeping(num_to_keep=1, checkpoint_score_attribute="train/loss", checkpoint_score_order="min"),
+            snapshots(num_to_keep=1, checkpoint_score_attribute="train/loss", checkpoint_score_order="min"),
             "low eval/loss",
         ),
     ],
@@ -199,7 +199,7 @@ def test_a_config_counts_in_place_of_the_job_and_leaves_the_rest() -> None:
         (RunConfig(worker_runtime_env={"env_vars": {"LD_PRELOAD": "x"}}), {}, r"LD_PRELOAD.*must not be set"),
         (ScalingConfig(num_workers=(3, 8)), {"workers": {"max": 2, "initial": 2}}, r"initial must be within .*3\.\.8"),
         (
-            keeping(num_to_keep=1, checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"),
+            snapshots(num_to_keep=1, checkpoint_score_attribute="eval/loss", checkpoint_score_order="min"),
             {},
             "keep_best needs validations: set eval.every",
         ),

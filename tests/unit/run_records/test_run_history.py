@@ -123,13 +123,15 @@ def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_pa
     life = Life(LIMITS)
     life.run_until(lambda: life.step == 3)
     memory = remembered(tmp_path)
-    first, second, *others = life.state.members + tuple(w for w in life.state.crew if w not in life.state.members)
-    memory.decided(replace(life.state, crew=(*life.state.crew, "w9")), [])
+    first, second, *others = life.state.members + tuple(
+        w for w in life.state.worker_group if w not in life.state.members
+    )
+    memory.decided(replace(life.state, worker_group=(*life.state.worker_group, "w9")), [])
     seen = life.seen(nodes={first: "here"}, lost={second: "it died"})
-    crew = status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False).crew
-    assert crew[0] == WorkerStatus(first, 0, Phase.TRAINING, "here")
-    assert [worker.worker for worker in crew[1:]] == [*others, "w9"]
-    assert crew[-1] == WorkerStatus("w9", None, Phase.COLD)
+    worker_group = status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False).worker_group
+    assert worker_group[0] == WorkerStatus(first, 0, Phase.TRAINING, "here")
+    assert [worker.worker for worker in worker_group[1:]] == [*others, "w9"]
+    assert worker_group[-1] == WorkerStatus("w9", None, Phase.COLD)
 
 
 def test_no_status_before_the_end(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def _warning(run_dir: Path, memory: RunHistory) -> str | None:
 def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_it_goes_back(tmp_path: Path) -> None:
     memory = JournaledRun(tmp_path, acquire_epoch(tmp_path), limits_of())
     account = StepRecorder("run", MODEL, memory, Mock(), Mock(), Mock())
-    memory.decided(replace(memory.state, crew=("w0", "w1"), current=_plan("w0")), [])
+    memory.decided(replace(memory.state, worker_group=("w0", "w1"), current=_plan("w0")), [])
     memory.absorb([record(step) for step in range(3)], up_to=2)
     account.hear_numerics("w0", json.dumps({"processor": "a"}))
     account.hear_numerics("w1", json.dumps({"processor": "b"}))
@@ -50,7 +50,7 @@ def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_
     assert told is not None and told.startswith(
         "workers have trained whose numerics are not the run's: w1 (processor: a -> b); its bits are others since. For "
     )
-    memory.decided(replace(memory.state, crew=("w0",), current=None), [])
+    memory.decided(replace(memory.state, worker_group=("w0",), current=None), [])
     assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told
     memory.decided(memory.state, [Note("resumed", {"token": "t", "step": 2})])
     assert _warning(tmp_path, memory) is None and _warning(tmp_path, RunHistory(tmp_path, limits_of())) is None

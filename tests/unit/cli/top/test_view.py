@@ -103,17 +103,17 @@ def test_events_that_say_much_are_told_in_words() -> None:
 
 
 def test_workers_say_what_they_do_and_who_is_slow() -> None:
-    crew = (
+    worker_group = (
         WorkerStatus("w0", 0, Phase.TRAINING, "aaaaaaaaaaaa"),
         WorkerStatus("w1", 1, Phase.MOVING, "bbbbbbbbbbbb"),
         WorkerStatus("w2", None, Phase.WARMING),
     )
     slow = record(5, 0, 1000.0, 1.0, slowest=1, slowness=1.64)
-    view = view_of(status(crew=crew), [], [slow], None)
+    view = view_of(status(worker_group=worker_group), [], [slow], None)
     assert view.workers[0].split() == ["w0", "rank", "0", "training", "node", "aaaaaaaa"]
     assert view.workers[1].endswith("moving    node bbbbbbbb  1.6 x slower")
     assert view.workers[2].split() == ["w2", "-", "warming", "node", "?"]
-    alone = view_of(status(crew=crew[:1]), [], [], None)
+    alone = view_of(status(worker_group=worker_group[:1]), [], [], None)
     assert alone.workers == ("w0   rank 0   training",)  # one node needs no name
 
 

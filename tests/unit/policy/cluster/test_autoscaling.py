@@ -251,7 +251,7 @@ def test_workers_of_a_size_to_come_are_told_of() -> None:
     """They are held from the beginning on: nobody else gets their places."""
     life = Life(limits_of(steps=90, initial_workers=1, schedule=(ScheduledSize(50, 4),)))
     life.run_until(lambda: life.step == 10)
-    assert len(life.state.crew) == 4 and _scale(life).full == 4
+    assert len(life.state.worker_group) == 4 and _scale(life).full == 4
 
 
 def test_a_size_by_hand_is_the_least_that_is_kept_for_a_run() -> None:

@@ -48,7 +48,7 @@ def test_where_the_job_wants_it_a_slow_member_is_replaced_and_let_go(standby: in
     life = _life(replace=True, standby=standby)
     life.run_until(lambda: bool(life.of_kind("straggler")))
     life.run_until(lambda: life.state.members == ("w0", "w3", "w2"))
-    life.run_until(lambda: "w1" not in life.state.crew)
+    life.run_until(lambda: "w1" not in life.state.worker_group)
     life.run_until(lambda: not life.state.straggler)
     (rescale,) = life.state.rescales
     assert (rescale.from_size, rescale.to_size, rescale.why) == (3, 3, "w1 is much slower than the others")

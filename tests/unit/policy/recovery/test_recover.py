@@ -216,8 +216,8 @@ def test_whoever_left_is_kept_until_the_new_world_has_committed_a_step() -> None
     life.run_until(lambda: life.step == 4)
     life.scale(1)
     life.run_until(lambda: life.state.activated == 1)
-    assert "w1" in life.state.crew and life.state.settled < 1
-    life.run_until(lambda: "w1" not in life.state.crew)
+    assert "w1" in life.state.worker_group and life.state.settled < 1
+    life.run_until(lambda: "w1" not in life.state.worker_group)
     assert life.state.settled == 1
 
 
@@ -236,7 +236,7 @@ def test_a_member_that_answers_nothing_is_given_up_and_killed() -> None:
     life.run_until(lambda: life.step == 5)
     decision = decide(life.limits, life.state, life.seen(silence_s={"w1": 9.0}))
     assert decision.state.is_recovering and "w1 has not answered for 9 s" in decision.state.why
-    assert KillWorker("w1") in decision.actions and "w1" not in decision.state.crew
+    assert KillWorker("w1") in decision.actions and "w1" not in decision.state.worker_group
 
 
 def test_of_members_that_all_answer_the_one_with_the_fewest_collectives_hangs() -> None:
@@ -310,7 +310,7 @@ def test_every_step_is_published_once_whoever_dies_when(
             if at_tick == tick:
                 life.scale(workers)
         for at_tick, number in deaths:
-            alive = [w for w in life.state.crew if w not in life.lost]
+            alive = [w for w in life.state.worker_group if w not in life.lost]
             if at_tick == tick and alive:
                 life.kill(alive[number % len(alive)])
         life.tick()

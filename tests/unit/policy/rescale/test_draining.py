@@ -24,14 +24,14 @@ def _life(drain: str = "b", **changes: object) -> Life:
 
 def test_a_standby_elsewhere_takes_the_place_of_who_leaves() -> None:
     life = _life(standby=1)
-    life.run_until(lambda: "w1" not in life.state.crew)
+    life.run_until(lambda: "w1" not in life.state.worker_group)
     assert life.state.members == ("w0", "w3", "w2")
     (rescale,) = life.state.rescales
     assert (rescale.from_size, rescale.to_size, rescale.why) == (3, 3, "w1 must leave: its node is drained")
     assert life.now_s < life.draining["b"]
     (note,) = life.of_kind("node_draining")
     assert note.fields == {"node": "b", "workers": ["w1"], "seconds_left": 30.0}
-    life.run_until(lambda: len(life.state.crew) == 4)
+    life.run_until(lambda: len(life.state.worker_group) == 4)
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and life.replayed == 0 and not life.state.recoveries
 
@@ -40,7 +40,7 @@ def test_without_a_standby_the_others_go_on_and_the_replacement_joins_later() ->
     life = _life()
     life.run_until(lambda: life.state.members == ("w0", "w2"))
     life.run_until(lambda: life.state.members == ("w0", "w2", "w3"))
-    assert "w1" not in life.state.crew and life.replayed == 0
+    assert "w1" not in life.state.worker_group and life.replayed == 0
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED
 
@@ -49,12 +49,12 @@ def test_a_replacement_that_comes_onto_a_drained_node_is_let_go_too() -> None:
     life = _life(drain="a")  # w0 leaves, and w3 lives on that node too
     life.run_until(lambda: life.state.members == ("w1", "w2"))
     life.run_until(lambda: len(life.state.members) == 3)
-    assert "w3" not in life.state.members and all(life.nodes[w] != "a" for w in life.state.crew)
+    assert "w3" not in life.state.members and all(life.nodes[w] != "a" for w in life.state.worker_group)
 
 
 def test_fewer_than_the_least_wait_for_replacements() -> None:
     life = _life(min_workers=3)
-    life.run_until(lambda: len(life.state.crew) == 4)
+    life.run_until(lambda: len(life.state.worker_group) == 4)
     assert life.state.members == ("w0", "w1", "w2")
     said = explain(life.limits, life.state, life.seen())
     assert said == "w1 must leave: its node is drained; waits for others to take over"
@@ -80,14 +80,14 @@ def test_a_standby_on_a_drained_node_is_let_go_and_never_chosen() -> None:
     life.tick()
     life.scale(3)
     life.run_until(lambda: len(life.state.members) == 3)
-    assert "w2" not in life.state.members and "w2" not in life.state.crew
+    assert "w2" not in life.state.members and "w2" not in life.state.worker_group
 
 
 def test_who_is_told_to_end_leaves_in_the_same_way() -> None:
     life = _life(standby=1)
     life.draining = {}
     life.say("w2", leaving=True)
-    life.run_until(lambda: "w2" not in life.state.crew)
+    life.run_until(lambda: "w2" not in life.state.worker_group)
     assert life.state.members == ("w0", "w1", "w3")
     assert life.state.rescales[0].why == "w2 must leave: it was told to end"
 
@@ -130,7 +130,7 @@ def test_a_node_may_end_as_soon_as_its_members_have_left(ticks: int) -> None:
     for _ in range(ticks):
         life.tick()
     for worker in ("w3", "w4", "w5"):
-        if worker in life.state.crew:
+        if worker in life.state.worker_group:
             life.kill(worker)
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED, life.state.why
@@ -141,7 +141,7 @@ def test_a_node_that_ends_while_its_workers_get_warm_is_one_failure() -> None:
     life = Life(limits_of(steps=60, max_workers=6), nodes=nodes)
     life.run_until(lambda: life.step == 8)
     life.scale(5)
-    life.run_until(lambda: len(life.state.crew) == 5)
+    life.run_until(lambda: len(life.state.worker_group) == 5)
     life.tick()
     for worker in ("w2", "w3", "w4"):
         life.kill(worker)
@@ -180,10 +180,10 @@ def test_a_controller_that_comes_back_knows_who_is_to_leave_and_lets_nobody_go_b
     life = Life(limits_of(steps=200, min_workers=3, initial_workers=3), nodes=nodes)
     life.run_until(lambda: life.step == 3)
     life.draining = {"b": life.now_s + 30.0}
-    life.run_until(lambda: "w3" in life.state.crew)
+    life.run_until(lambda: "w3" in life.state.worker_group)
     first = life.seen(reports={}, nodes={}, lost={}, draining={})
     decision = decide(life.limits, life.state, first)
-    assert decision.state.crew == life.state.crew and decision.state.leaving == ("w1",)
+    assert decision.state.worker_group == life.state.worker_group and decision.state.leaving == ("w1",)
 
 
 def test_a_departure_does_not_wait_for_a_scheduled_change() -> None:
@@ -202,7 +202,7 @@ def test_a_departure_goes_without_a_newcomer_that_can_not_be_reached() -> None:
     life = Life(limits_of(steps=300, initial_workers=3, standby=1), nodes=nodes)
     life.run_until(lambda: life.step == 3)
     life.draining = {"b": life.now_s + 300.0}
-    while life.now_s < life.draining["b"] and "w1" in life.state.crew:
+    while life.now_s < life.draining["b"] and "w1" in life.state.worker_group:
         life.tick()
         if (plan := life.state.next) is not None and "w3" in plan.world:
             for worker in plan.involved:
@@ -228,7 +228,7 @@ def test_a_stranded_leaver_is_let_go_after_a_rollback() -> None:
     life.tick()
     life.kill("w1")
     life.run_until(lambda: life.step == 30)
-    assert "w0" not in life.state.crew
+    assert "w0" not in life.state.worker_group
 
 
 @pytest.mark.parametrize("least", [1, 2])

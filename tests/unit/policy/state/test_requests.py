@@ -37,7 +37,7 @@ def test_a_run_in_the_queue_holds_nobody_until_it_is_let_in() -> None:
     life.grant = Grant(0, "there is no room for 1 worker")
     for _ in range(10):
         life.tick()
-    assert life.state.crew == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
+    assert life.state.worker_group == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
     assert explain(life.limits, life.state, life.seen()) == "waits in the queue: there is no room for 1 worker"
     life.grant = Grant(2, "there is room for 2")
     life.run_until(lambda: life.step == 3)
@@ -58,7 +58,7 @@ def test_a_run_that_is_shrunk_grows_back_to_what_is_wanted() -> None:
     life.run_until(lambda: life.step == 5)
     life.grant = HELD
     life.run_until(lambda: life.sizes[-1] == 1)
-    life.run_until(lambda: len(life.state.crew) == 1)
+    life.run_until(lambda: len(life.state.worker_group) == 1)
     assert life.state.rescales[-1].why == HELD.why and life.replayed == 0
     life.scale(3)  # a wish that comes meanwhile is heard, and waits
     life.run_until(lambda: life.state.wish is not None and life.state.wish.workers == 3)
@@ -77,9 +77,9 @@ def test_a_run_that_is_shrunk_grows_back_to_what_is_wanted() -> None:
 
 def test_standbys_go_before_members() -> None:
     life = _life(initial_workers=2, standby=1)
-    life.run_until(lambda: life.step == 5 and len(life.state.crew) == 3)
+    life.run_until(lambda: life.step == 5 and len(life.state.worker_group) == 3)
     life.grant = Grant(2, HELD.why)
-    life.run_until(lambda: len(life.state.crew) == 2)
+    life.run_until(lambda: len(life.state.worker_group) == 2)
     assert life.sizes[-1] == 2 and life.state.rescales == ()
 
 
@@ -98,7 +98,7 @@ def test_a_preempted_run_loses_no_step_and_goes_on_from_its_checkpoint() -> None
     assert phase_of(life.state, life.seen()) is RunPhase.RESCALING
     assert explain(life.limits, life.state, life.seen()).startswith("gives its places away at the next fence")
     life.run_until(lambda: life.state.current is None)
-    assert life.state.crew == () and life.committed == life.step
+    assert life.state.worker_group == () and life.committed == life.step
     life.tick()
     assert phase_of(life.state, life.seen()) is RunPhase.QUEUED and life.reports == {}
     (gone,) = life.of_kind("suspended")
@@ -121,7 +121,7 @@ def test_a_run_that_only_starts_gives_its_places_back_at_once() -> None:
     life.run_until(lambda: life.state.next is not None)
     life.grant = OUT
     life.tick()
-    assert life.state.crew == () and life.state.next is None
+    assert life.state.worker_group == () and life.state.next is None
     assert life.of_kind("workers_released")[0].fields == {"workers": ["w0", "w1", "w2", "w3"]}
     life.grant = ROOM
     life.run_to_the_end()
@@ -160,7 +160,7 @@ def test_a_member_that_dies_while_the_run_stops_costs_no_step(least: int) -> Non
     life.run_until(lambda: life.state.finish is Finish.PAUSE)
     life.kill(life.state.members[-1])
     life.run_until(lambda: life.state.current is None)
-    assert life.committed >= 16 and life.state.crew == () and life.state.num_spawned == 4
+    assert life.committed >= 16 and life.state.worker_group == () and life.state.num_spawned == 4
     life.grant = ROOM
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and len(life.sizes) == 60
@@ -181,7 +181,7 @@ def test_a_run_that_loses_its_state_while_it_stops_goes_on_from_its_checkpoint(
     life.run_until(lambda: life.state.current is None)
     if not comes_back:
         life.tick()
-        assert life.state.crew == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
+        assert life.state.worker_group == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
     life.grant = ROOM
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED
@@ -194,7 +194,7 @@ def test_a_run_that_recovers_gives_way_once_it_has() -> None:
     life.run_until(lambda: life.state.is_recovering and life.state.next is not None)
     life.grant = OUT
     life.run_until(lambda: life.state.current is None)
-    assert life.state.crew == () and len(life.of_kind("worker_lost")) == 1
+    assert life.state.worker_group == () and len(life.of_kind("worker_lost")) == 1
     assert len(life.of_kind("generation_planned")) == 2  # the one that recovers was not thrown away
     life.grant = ROOM
     life.run_to_the_end()
@@ -248,7 +248,7 @@ def test_what_failures_have_taught_is_kept() -> None:
     life.tick()
     life.grant = ROOM
     life.tick()
-    assert life.state.crew and life.state.quarantine == ("bad",)
+    assert life.state.worker_group and life.state.quarantine == ("bad",)
     life.run_until(lambda: life.state.current is not None)
     assert life.state.current is not None and life.state.current.slot.rows == 2
 
@@ -277,15 +277,15 @@ def test_whoever_is_out_holds_nobody_whatever_was_lost(data: st.DataObject) -> N
         for _ in range(data.draw(st.integers(1, 10))):
             if life.state.outcome is None:
                 life.tick()
-                if life.state.crew and data.draw(st.integers(0, 15)) == 0:
-                    life.kill(data.draw(st.sampled_from(list(life.state.crew))))
+                if life.state.worker_group and data.draw(st.integers(0, 15)) == 0:
+                    life.kill(data.draw(st.sampled_from(list(life.state.worker_group))))
     life.grant = OUT
     for _ in range(80):
         if life.state.outcome is None:
             life.tick()
     if life.state.outcome is not None:
         return  # too many were killed in a row, or it was done
-    assert life.state.crew == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
+    assert life.state.worker_group == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
     life.grant = UNLIMITED
     life.run_until(lambda: life.state.outcome is not None, max_ticks=400)
 
@@ -301,7 +301,7 @@ def test_no_step_is_lost_or_done_twice_whatever_is_granted(data: st.DataObject) 
         for _ in range(data.draw(st.integers(1, 12))):
             if life.state.outcome is None:
                 life.tick()
-                held = [w for w in life.state.crew if life.seen().phase(w) is not Phase.FAILED]
+                held = [w for w in life.state.worker_group if life.seen().phase(w) is not Phase.FAILED]
                 assert life.state.grant.workers != 0 or life.state.current is not None or held == []
     life.grant = UNLIMITED
     life.run_until(lambda: life.state.outcome is not None, max_ticks=400)

@@ -30,13 +30,13 @@ def _store() -> RendezvousServer:
 
 
 @pytest.fixture(scope="module")
-def workshop() -> ShardFactory:
+def factory() -> ShardFactory:
     job = WorkerJob("try", JOB.model_dump_json(), "", "", "127.0.0.1", threads=1)
     return ShardFactory("w0", job, JOB, 300, torch.device("cpu"))
 
 
 @pytest.fixture
-def desk() -> WorkerMailbox:
+def mailbox() -> WorkerMailbox:
     return WorkerMailbox("w0", 1)
 
 
@@ -52,131 +52,131 @@ def _plan(generation: int, *members: str, source: World | None = None) -> Genera
     )
 
 
-def _await_prepared(desk: WorkerMailbox, generation: int) -> None:
+def _await_prepared(mailbox: WorkerMailbox, generation: int) -> None:
     version = -1
-    while (report := desk.report(None, version, 20.0)).prepared < generation:
+    while (report := mailbox.report(None, version, 20.0)).prepared < generation:
         assert report.version > version, f"generation {generation} was not prepared within 20 s"
         version = report.version
 
 
-def _prepare(preparations: TransitionPreparer, desk: WorkerMailbox, generation: int) -> None:
+def _prepare(preparer: TransitionPreparer, mailbox: WorkerMailbox, generation: int) -> None:
     """Have a move of this worker alone prepared in the background."""
-    desk.put(Directive(1, generation, next=_plan(generation, "w0", source=World(generation - 1, ("w0",)))))
-    _await_prepared(desk, generation)
+    mailbox.put(Directive(1, generation, next=_plan(generation, "w0", source=World(generation - 1, ("w0",)))))
+    _await_prepared(mailbox, generation)
 
 
 def test_a_worker_is_ready_for_a_fence_once_it_is_prepared_and_the_step_is_reached(
-    workshop: ShardFactory, desk: WorkerMailbox
+    factory: ShardFactory, mailbox: WorkerMailbox
 ) -> None:
-    preparations = TransitionPreparer(workshop, desk)
-    desk.put(Directive(1, 0, fence=Fence(1)))
-    assert preparations.fence_after(9) == NO_FENCE  # not prepared yet
-    _prepare(preparations, desk, 1)
-    assert preparations.fence_after(9) == NO_FENCE  # no fence asked for
-    desk.put(Directive(1, 2, fence=Fence(1)))
-    assert preparations.fence_after(0) == 1
-    desk.put(Directive(1, 3, fence=Fence(1, at_step=7)))
-    assert [preparations.fence_after(step) for step in (6, 7, 8)] == [NO_FENCE, 1, 1]
-    desk.put(Directive(1, 4, fence=Fence(2)))
-    assert preparations.fence_after(9) == NO_FENCE
+    preparer = TransitionPreparer(factory, mailbox)
+    mailbox.put(Directive(1, 0, fence=Fence(1)))
+    assert preparer.fence_after(9) == NO_FENCE  # not prepared yet
+    _prepare(preparer, mailbox, 1)
+    assert preparer.fence_after(9) == NO_FENCE  # no fence asked for
+    mailbox.put(Directive(1, 2, fence=Fence(1)))
+    assert preparer.fence_after(0) == 1
+    mailbox.put(Directive(1, 3, fence=Fence(1, at_step=7)))
+    assert [preparer.fence_after(step) for step in (6, 7, 8)] == [NO_FENCE, 1, 1]
+    mailbox.put(Directive(1, 4, fence=Fence(2)))
+    assert preparer.fence_after(9) == NO_FENCE
 
 
-def test_what_is_given_up_is_closed(workshop: ShardFactory, desk: WorkerMailbox) -> None:
-    preparations = TransitionPreparer(workshop, desk)
+def test_what_is_given_up_is_closed(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+    preparer = TransitionPreparer(factory, mailbox)
     for generation in (1, 2):
-        _prepare(preparations, desk, generation)
-    desk.put(Directive(1, 3, next=_plan(3, "w1", "w2"), fence=Fence(2)))  # behind a fence there is no way back
-    assert preparations.fence_after(0) == 2
-    assert preparations.take(2).plan.generation == 2
+        _prepare(preparer, mailbox, generation)
+    mailbox.put(Directive(1, 3, next=_plan(3, "w1", "w2"), fence=Fence(2)))  # behind a fence there is no way back
+    assert preparer.fence_after(0) == 2
+    assert preparer.take(2).plan.generation == 2
     with pytest.raises(KeyError):
-        preparations.take(1)
-    preparations.close()
+        preparer.take(1)
+    preparer.close()
 
 
 def test_a_plan_is_begun_once_and_only_where_it_concerns_this_worker(
-    workshop: ShardFactory, desk: WorkerMailbox
+    factory: ShardFactory, mailbox: WorkerMailbox
 ) -> None:
-    preparations = TransitionPreparer(workshop, desk)
-    desk.put(Directive(1, 0, next=_plan(1, "w1", "w2")))
-    _prepare(preparations, desk, 2)
-    version = desk.state.version
-    desk.put(replace(desk.directive, seq=3))
-    assert preparations.take(2).plan.generation == 2
-    assert desk.state.version == version + 1  # of the directive itself
+    preparer = TransitionPreparer(factory, mailbox)
+    mailbox.put(Directive(1, 0, next=_plan(1, "w1", "w2")))
+    _prepare(preparer, mailbox, 2)
+    version = mailbox.state.version
+    mailbox.put(replace(mailbox.directive, seq=3))
+    assert preparer.take(2).plan.generation == 2
+    assert mailbox.state.version == version + 1  # of the directive itself
     assert not [t for t in threading.enumerate() if t.name == "prepare" and t.is_alive()]
 
 
-def test_a_standby_waits_for_a_plan_that_names_it(workshop: ShardFactory, desk: WorkerMailbox) -> None:
-    preparations = TransitionPreparer(workshop, desk)
-    desk.put(Directive(1, 0, next=_plan(1, "w1")))
+def test_a_standby_waits_for_a_plan_that_names_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+    preparer = TransitionPreparer(factory, mailbox)
+    mailbox.put(Directive(1, 0, next=_plan(1, "w1")))
     found: list[GenerationPlan] = []
-    waiter = threading.Thread(target=lambda: found.append(preparations.await_next(lambda _: False).plan), daemon=True)
+    waiter = threading.Thread(target=lambda: found.append(preparer.await_next(lambda _: False).plan), daemon=True)
     waiter.start()
     plan = _plan(2, "w0")
-    desk.put(Directive(1, 1, next=plan))
+    mailbox.put(Directive(1, 1, next=plan))
     waiter.join(20.0)
     assert found == [plan]
-    assert desk.state.prepared == 2
+    assert mailbox.state.prepared == 2
 
 
-def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(workshop: ShardFactory, desk: WorkerMailbox) -> None:
-    preparations = TransitionPreparer(workshop, desk)
+def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+    preparer = TransitionPreparer(factory, mailbox)
     alone = World(0, ("w0",))
-    desk.put(Directive(1, 0, next=_plan(1, "w0", "w1", source=alone)))
-    desk.put(Directive(1, 1, next=_plan(2, "w0", source=alone)))
-    assert preparations.await_next(lambda _: False).plan.generation == 2
-    preparations.close()
+    mailbox.put(Directive(1, 0, next=_plan(1, "w0", "w1", source=alone)))
+    mailbox.put(Directive(1, 1, next=_plan(2, "w0", source=alone)))
+    assert preparer.await_next(lambda _: False).plan.generation == 2
+    preparer.close()
 
 
 @pytest.mark.parametrize("without_store", [False, True], ids=["layout", "store"])
 def test_a_plan_that_can_not_be_prepared_is_told_at_once(
-    workshop: ShardFactory, desk: WorkerMailbox, without_store: bool
+    factory: ShardFactory, mailbox: WorkerMailbox, without_store: bool
 ) -> None:
-    preparations, plan = TransitionPreparer(workshop, desk), _plan(1, "w0")
+    preparer, plan = TransitionPreparer(factory, mailbox), _plan(1, "w0")
     if without_store:
         with socket.create_server(("127.0.0.1", 0)) as unused:
             plan = replace(plan, store_address=StoreAddress(*unused.getsockname()))
     else:
         plan = replace(plan, source=Source(World(0, ("w0",)), ExpertPlacement.balanced(2, 2), ("w0",)))
-    desk.put(Directive(1, 0, next=plan))
+    mailbox.put(Directive(1, 0, next=plan))
     version = -1
-    while (report := desk.report(None, version, 20.0)).failed_generation < 1:
+    while (report := mailbox.report(None, version, 20.0)).failed_generation < 1:
         assert report.version > version, "nothing was told within 20 s"
         version = report.version
     assert report.phase is Phase.COLD
-    preparations.close()
+    preparer.close()
 
 
-def test_a_plan_stands_while_the_newest_directive_names_it(workshop: ShardFactory, desk: WorkerMailbox) -> None:
-    preparations, plan = TransitionPreparer(workshop, desk), _plan(5, "w0")
-    desk.put(Directive(1, 0, next=plan))
-    assert preparations.stands(plan)
-    desk.put(Directive(1, 1, current=plan))
-    assert preparations.stands(plan)
-    desk.put(Directive(1, 2, next=replace(plan, world=World(6, ("w0",)))))
-    assert not preparations.stands(plan)
+def test_a_plan_stands_while_the_newest_directive_names_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+    preparer, plan = TransitionPreparer(factory, mailbox), _plan(5, "w0")
+    mailbox.put(Directive(1, 0, next=plan))
+    assert preparer.stands(plan)
+    mailbox.put(Directive(1, 1, current=plan))
+    assert preparer.stands(plan)
+    mailbox.put(Directive(1, 2, next=replace(plan, world=World(6, ("w0",)))))
+    assert not preparer.stands(plan)
 
 
 @pytest.mark.parametrize("activated", [True, False])
 def test_waiting_for_activation_ends_with_it_or_with_another_plan(
-    workshop: ShardFactory, desk: WorkerMailbox, activated: bool
+    factory: ShardFactory, mailbox: WorkerMailbox, activated: bool
 ) -> None:
-    preparations, plan = TransitionPreparer(workshop, desk), _plan(1, "w0")
-    desk.put(Directive(1, 0, next=plan, activated=0))
-    assert preparations.await_next(lambda _: False).plan == plan
+    preparer, plan = TransitionPreparer(factory, mailbox), _plan(1, "w0")
+    mailbox.put(Directive(1, 0, next=plan, activated=0))
+    assert preparer.await_next(lambda _: False).plan == plan
     found: list[int] = []
-    waiter = threading.Thread(target=lambda: found.append(preparations.await_activation(plan)), daemon=True)
+    waiter = threading.Thread(target=lambda: found.append(preparer.await_activation(plan)), daemon=True)
     waiter.start()
-    desk.put(
+    mailbox.put(
         Directive(1, 1, current=plan, activated=1) if activated else Directive(1, 1, next=_plan(2, "w0"), activated=0)
     )
     waiter.join(20.0)
     assert found == [int(activated)]
 
 
-def test_a_newcomer_hears_that_the_run_went_on_without_it(workshop: ShardFactory, desk: WorkerMailbox) -> None:
-    preparations, plan = TransitionPreparer(workshop, desk), _plan(1, "w0")
-    desk.put(Directive(1, 0, next=plan))
-    assert preparations.await_next(lambda _: False).plan == plan
-    desk.put(Directive(1, 1, current=_plan(2, "w1"), activated=2))
-    assert preparations.await_activation(plan) == 2
+def test_a_newcomer_hears_that_the_run_went_on_without_it(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
+    preparer, plan = TransitionPreparer(factory, mailbox), _plan(1, "w0")
+    mailbox.put(Directive(1, 0, next=plan))
+    assert preparer.await_next(lambda _: False).plan == plan
+    mailbox.put(Directive(1, 1, current=_plan(2, "w1"), activated=2))
+    assert preparer.await_activation(plan) == 2
