@@ -135,7 +135,7 @@ class CheckpointCorrupt(OrchestratorError):
     """A checkpoint whose files are missing, changed, or don't cover every tensor."""
 
 
-class EpochSuperseded(OrchestratorError):
+class TermSuperseded(OrchestratorError):
     """A newer controller of this run exists; this one belongs to the past and must not write."""
 
 

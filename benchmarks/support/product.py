@@ -130,7 +130,7 @@ class LiveRun:
         hosts = [name for name in names_of(self._id) if not name.endswith("/controller")]
         found = {name.removeprefix(f"{self._id}/"): int(ask(find(name), "pid")) for name in hosts}
         log = (self.run_dir / "logs" / "controller.log").read_text()
-        return found | {"controller": int(re.findall(r"controller of epoch \d+, pid (\d+)", log)[-1])}
+        return found | {"controller": int(re.findall(r"controller of term \d+, pid (\d+)", log)[-1])}
 
     def cancel(self) -> RunStatus:
         self._client.cancel(self._id)

@@ -4,7 +4,7 @@ A checkpoint is a directory of run storage, `step-00000120`, with one safetensor
 
     step-00000120/manifest.json          this value, with its own digest
     step-00000120/shard-00000.safetensors
-    .incomplete-00000120-000003-000007/  the same before its commit: step, epoch, generation
+    .incomplete-00000120-000003-000007/  the same before its commit: step, term, generation
 
 A manifest speaks of tensors and pieces, never of ranks or of a world size: any world may read what any other wrote.
 Tensors are named as in the layout: `master/NAME` (fp32 weights), `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME`.
@@ -61,13 +61,13 @@ class FileEntry:
 class Manifest:
     """A whole checkpoint.
 
-    `meta` is what is not a tensor: sampler position, optimizer step. (epoch, generation) name the generation that wrote
-    it: the epoch is that of its plan. They fence out the past.
+    `meta` is what is not a tensor: sampler position, optimizer step. (term, generation) name the generation that wrote
+    it: the term is that of its plan. They fence out the past.
     """
 
     run_id: str
     step: int
-    epoch: int
+    term: int
     generation: int
     tensors: Mapping[str, TensorEntry]
     files: Mapping[str, FileEntry]
@@ -114,14 +114,14 @@ def manifest_of(
     shards: Sequence[ShardWritten],
     *,
     run_id: str,
-    epoch: int,
+    term: int,
     shapes: Mapping[str, Sequence[int]],
     dtypes: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Join what the ranks of one generation wrote for one step.
 
     Args:
-        epoch: of the generation's plan, as the shards were written with.
+        term: of the generation's plan, as the shards were written with.
         shapes: the shape of every tensor that the checkpoint must hold.
         dtypes: numpy's names; a tensor that isn't named is float32.
 
@@ -146,7 +146,7 @@ def manifest_of(
     manifest = Manifest(
         run_id=run_id,
         step=step,
-        epoch=epoch,
+        term=term,
         generation=generation,
         tensors={name: _tensor_of(shapes[name], (dtypes or {}).get(name), found) for name, found in pieces.items()},
         files={shard.file: FileEntry(shard.sha256, shard.num_bytes) for shard in shards},
@@ -163,9 +163,9 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def incomplete_name(step: int, epoch: int, generation: int) -> str:
+def incomplete_name(step: int, term: int, generation: int) -> str:
     """The directory in which the ranks of a generation write their shards."""
-    return f".incomplete-{step:08d}-{epoch:06d}-{generation:06d}"
+    return f".incomplete-{step:08d}-{term:06d}-{generation:06d}"
 
 
 def parse_step_name(name: str) -> int | None:
@@ -175,7 +175,7 @@ def parse_step_name(name: str) -> int | None:
 
 
 def parse_incomplete_name(name: str) -> tuple[int, int, int] | None:
-    """(step, epoch, generation) of an unfinished checkpoint's directory; None for any other name."""
+    """(step, term, generation) of an unfinished checkpoint's directory; None for any other name."""
     match = _INCOMPLETE_NAME.fullmatch(name)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 

@@ -189,7 +189,7 @@ def prune(checkpoints: Path, keep_last: int, keep_steps: Collection[int] = ()) -
     finished any more.
 
     Only the run's controller calls this. An unfinished one is given up when a later one of the same or a later
-    (epoch, generation) is complete.
+    (term, generation) is complete.
 
     Returns:
         the complete checkpoints that were deleted.
@@ -212,12 +212,12 @@ def prune(checkpoints: Path, keep_last: int, keep_steps: Collection[int] = ()) -
 
 
 def _age(checkpoint: Path) -> tuple[int, int, int]:
-    """(epoch, generation, step); lower than any other where the manifest can't be trusted."""
+    """(term, generation, step); lower than any other where the manifest can't be trusted."""
     try:
         manifest = read_manifest(checkpoint)
     except CheckpointCorrupt:
         return (-1, -1, -1)
-    return (manifest.epoch, manifest.generation, manifest.step)
+    return (manifest.term, manifest.generation, manifest.step)
 
 
 def _discard(path: Path) -> None:

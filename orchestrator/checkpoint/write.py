@@ -23,10 +23,10 @@ import numpy.typing as npt
 
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, incomplete_name, step_name
 from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
-from orchestrator.errors import CheckpointCorrupt, EpochSuperseded, ProtocolError
+from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.messages import ShardWritten
 
-_FENCE_FILE = ".epoch"  # the highest epoch that has committed here
+_FENCE_FILE = ".term"  # the highest term that has committed here
 _SAFETENSORS_DTYPES = {
     "float32": "F32",
     "float64": "F64",
@@ -56,7 +56,7 @@ def write_shard(
     pieces: Sequence[ShardPiece],
     *,
     step: int,
-    epoch: int,
+    term: int,
     generation: int,
     rank: int,
     meta: str = "{}",
@@ -68,14 +68,14 @@ def write_shard(
 
     Args:
         checkpoints: the run's directory of checkpoints.
-        epoch: of the generation's plan, so that all its ranks name the same directory, whichever controller they hear.
+        term: of the generation's plan, so that all its ranks name the same directory, whichever controller they hear.
         meta: JSON of what is not a tensor; equal on all ranks.
 
     Raises:
         ValueError: an array's length or dtype doesn't fit.
         OSError: run storage can't be written; no complete checkpoint is touched.
     """
-    directory = checkpoints / incomplete_name(step, epoch, generation)
+    directory = checkpoints / incomplete_name(step, term, generation)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"shard-{rank:05d}.safetensors"
     filled = [piece for piece in pieces if piece.stop > piece.start]
@@ -92,26 +92,26 @@ def write_shard(
     )
 
 
-def commit(checkpoints: Path, manifest: Manifest, *, epoch: int) -> Path:
+def commit(checkpoints: Path, manifest: Manifest, *, term: int) -> Path:
     """Make the shards of `manifest` a checkpoint. Only the run's controller calls this; a repeat is harmless.
 
-    A checkpoint of the same step is replaced if its (epoch, generation) is lower: a replay did that step anew.
+    A checkpoint of the same step is replaced if its (term, generation) is lower: a replay did that step anew.
 
     Args:
-        epoch: the controller's own. It may be higher than the manifest's: a controller that was started anew commits
+        term: the controller's own. It may be higher than the manifest's: a controller that was started anew commits
             what the generation of the one before it wrote.
 
     Raises:
-        EpochSuperseded: a controller with a higher epoch has committed here.
+        TermSuperseded: a controller with a higher term has committed here.
         ProtocolError: a later generation has committed this step.
         CheckpointCorrupt: a shard is missing or has another size than it was written with.
     """
     final = checkpoints / step_name(manifest.step)
     existing = _manifest_or_none(final)
-    _refuse_the_past(checkpoints, manifest, existing, epoch)
+    _refuse_the_past(checkpoints, manifest, existing, term)
     if existing == manifest:
         return final
-    source = checkpoints / incomplete_name(manifest.step, manifest.epoch, manifest.generation)
+    source = checkpoints / incomplete_name(manifest.step, manifest.term, manifest.generation)
     for name, entry in manifest.files.items():
         _check_size(source / name, entry.num_bytes)
     _write_file(source / MANIFEST_FILE, iter([manifest.to_json().encode()]))
@@ -128,23 +128,23 @@ def commit(checkpoints: Path, manifest: Manifest, *, epoch: int) -> Path:
     return final
 
 
-def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest | None, epoch: int) -> None:
-    """Raise if a later writer was here; else note this one's epoch, so that an earlier one is refused."""
+def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest | None, term: int) -> None:
+    """Raise if a later writer was here; else note this one's term, so that an earlier one is refused."""
     fence = checkpoints / _FENCE_FILE
     highest = int(fence.read_text()) if fence.exists() else -1
-    if highest > epoch:
-        raise EpochSuperseded(
-            f"epoch {epoch} may not commit step {manifest.step}: epoch {highest} commits to {checkpoints}",
+    if highest > term:
+        raise TermSuperseded(
+            f"term {term} may not commit step {manifest.step}: term {highest} commits to {checkpoints}",
             unchanged="No checkpoint was changed.",
         )
-    if existing and (existing.epoch, existing.generation) > (manifest.epoch, manifest.generation):
+    if existing and (existing.term, existing.generation) > (manifest.term, manifest.generation):
         raise ProtocolError(
             f"generation {manifest.generation} may not commit step {manifest.step}: "
             f"generation {existing.generation} has done so",
             unchanged="No checkpoint was changed.",
         )
-    if highest < epoch:
-        _write_file(fence, iter([str(epoch).encode()]))
+    if highest < term:
+        _write_file(fence, iter([str(term).encode()]))
 
 
 def _manifest_or_none(path: Path) -> Manifest | None:

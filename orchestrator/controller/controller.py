@@ -4,7 +4,7 @@
     RunController._turn     one decision
 
 A detached actor that Ray restarts for ever. Whatever it knows is in the journal; whoever it works with has a name.
-So an incarnation that comes after a crash takes a new epoch and goes on, while the workers have gone on training.
+So an incarnation that comes after a crash takes a new term and goes on, while the workers have gone on training.
 """
 
 import logging
@@ -29,7 +29,7 @@ from orchestrator.controller.run_metrics import values_of_run
 from orchestrator.controller.services import NAMES, RunServices
 from orchestrator.controller.shutdown import await_gone, collect_final_records, remove_groups
 from orchestrator.controller.worker_group import CallResult, Inbox, WorkerGroup
-from orchestrator.errors import EpochSuperseded, OrchestratorError, StorageError
+from orchestrator.errors import OrchestratorError, StorageError, TermSuperseded
 from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.lifecycle import decide, directive_of, phase_of
@@ -43,7 +43,7 @@ from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkp
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, retry_until_written
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import acquire_epoch
+from orchestrator.storage.journal import acquire_term
 from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")
@@ -74,20 +74,20 @@ class RunController:
         self._job = JobSpec.model_validate_json(retry_until_written((self._run_dir / "job.json").read_text))
         self._limits = RunLimits.of(run_id, self._job)
         self._inbox = Inbox()
-        self._epoch = retry_until_written(lambda: acquire_epoch(self._run_dir))
-        self._memory = retry_until_written(lambda: JournaledRun(self._run_dir, self._epoch, self._limits))
+        self._term = retry_until_written(lambda: acquire_term(self._run_dir))
+        self._memory = retry_until_written(lambda: JournaledRun(self._run_dir, self._term, self._limits))
         if order is not None and order.token != self._memory.resumed_by:
             retry_until_written(lambda: self._resume(order, since_s))
         elif "submitted" not in self._memory.times:
             retry_until_written(lambda: self._memory.decided(queued(self._memory.state, since_s), []))
         if self._memory.state.current is None:  # whoever was here before may not have come to it
-            retry_until_written(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._epoch))
+            retry_until_written(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._term))
         cores = cores_of_nodes(self._job.workers.label_selector)
         self._threads = threads_of(cores, self._limits.initial_workers)
         if self._job.train.is_exact:  # they must not depend on what the cluster happens to be
             self._threads = max(1, int(self._job.resources.cpus))
         self._worker_group = WorkerGroup(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
-        self._services = RunServices(run_id, self._run_dir, self._job, parts, self._epoch, self._inbox)
+        self._services = RunServices(run_id, self._run_dir, self._job, parts, self._term, self._inbox)
         self._nodes = NodeWatch(self._run_dir, self._inbox)
         self._energy = EnergyWatch(self._job.resources.gpus, self._memory, self._inbox)
         self._drains = DrainWatch(self._inbox)
@@ -99,7 +99,7 @@ class RunController:
         self._wishes = PendingRequests(run_id, self._memory, self._inbox)
         self._faults: list[str] = []
         self._closed = False
-        log.info("run %s: controller of epoch %d, pid %d", run_id, self._epoch, os.getpid())
+        log.info("run %s: controller of term %d, pid %d", run_id, self._term, os.getpid())
         threading.Thread(target=self._live, name="run", daemon=True).start()
 
     def _resume(self, order: ResumeRequest, since_s: float) -> None:
@@ -187,12 +187,12 @@ class RunController:
         try:
             try:
                 self._train()
-            except EpochSuperseded:
+            except TermSuperseded:
                 raise
             except Exception as error:  # whatever it is, the run ends with a name for it and leaves nothing behind
                 self._fail(error)
             self._close()
-        except EpochSuperseded as error:
+        except TermSuperseded as error:
             log.error("run %s: %s", self._run_id, error)
         except Exception:
             log.exception("run %s: its end could not be written down; the next incarnation tries again", self._run_id)
@@ -290,7 +290,7 @@ class RunController:
         if decision.state.outcome is None:  # else `_close` sees to the worker group, who may still know something
             self._worker_group.reconcile(decision.state.worker_group, (*decision.state.quarantine, *self._drains.nodes))
             self._warm()
-            self._worker_group.tell(directive_of(decision.state, self._epoch))
+            self._worker_group.tell(directive_of(decision.state, self._term))
         self._wishes.turned()
 
     def _observe(self, verifies: bool = True) -> Observation:
@@ -298,7 +298,7 @@ class RunController:
         wanted = self._memory.state.wants_restore
         restorable = self._back.newest_good(time.monotonic()) if verifies and wanted else None
         return Observation(
-            epoch=self._epoch,
+            term=self._term,
             now_s=time.time(),
             target=self._wishes.newest,
             progress=self._memory.progress,
@@ -326,9 +326,9 @@ class RunController:
 
     def _commit(self, action: Commit) -> None:
         try:
-            path = commit_checkpoint(self._run_id, self._run_dir, self._epoch, action)
+            path = commit_checkpoint(self._run_id, self._run_dir, self._term, action)
         except (OrchestratorError, OSError) as error:
-            if isinstance(error, EpochSuperseded):
+            if isinstance(error, TermSuperseded):
                 raise
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return

@@ -28,7 +28,7 @@ from orchestrator.tracking.sink import MetricPoint
 log = logging.getLogger("orchestrator.control")
 
 RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
-STAMPS = ("seq", "epoch", "time")  # the log has its own
+STAMPS = ("seq", "term", "time")  # the log has its own
 
 
 class StepRecorder:

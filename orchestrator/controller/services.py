@@ -34,16 +34,16 @@ TRACKER_AFTER_S = 10.0  # by then MLflow shows a run that waits in the queue
 class RunServices:
     """Starts or finds them, and knows what they have answered."""
 
-    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, parts: ActorClasses, epoch: int, inbox: Inbox) -> None:
+    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, parts: ActorClasses, term: int, inbox: Inbox) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
-        self._parts, self._epoch, self._inbox = parts, epoch, inbox
+        self._parts, self._term, self._inbox = parts, term, inbox
         self._handles: dict[str, Handle] = {}
         self._made_s = time.monotonic()
         self.data: PreparedData | None = None
         self.preparing = ""  # how far the data is, in words; empty once it is there
         self._asked_s = 0.0  # when its progress was last asked for
         self._known_data: PreparedData | None = None
-        self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, epoch, inbox)
+        self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, term, inbox)
         self.store = RendezvousClient(run_id, run_dir, parts.rendezvous, inbox)
         self._faults: list[str] = []
 

@@ -35,9 +35,9 @@ LAST_TRIES = 3
 class TrackerClient:
     """Starts or finds the run's tracker, and sees to it that it gets everything once."""
 
-    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, epoch: int, inbox: Inbox) -> None:
+    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, term: int, inbox: Inbox) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
-        self._target, self._epoch, self._inbox = target, epoch, inbox
+        self._target, self._term, self._inbox = target, term, inbox
         self._handle: Handle | None = None
         self._data: PreparedData | None = None
         self._is_current = False  # it has, or was sent, all that the journal holds
@@ -115,8 +115,8 @@ class TrackerClient:
             for _ in range(LAST_TRIES):
                 position = ask(tracker, "call", "position", timeout_s=FINISH_S)
                 for method, args in retry_until_written(partial(self._missing, position)):
-                    ask(tracker, "call", method, self._epoch, *args, timeout_s=FINISH_S)
-                arrived = ask(tracker, "call", "finish", self._epoch, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
+                    ask(tracker, "call", method, self._term, *args, timeout_s=FINISH_S)
+                arrived = ask(tracker, "call", "finish", self._term, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
                 state = ask(tracker, "call", "describe", timeout_s=5.0)
                 self._described(state)
                 if state["position"] >= watermark:
@@ -164,7 +164,7 @@ class TrackerClient:
             if self._num_open >= MOST_OPEN and method == "publish" and len(args) > 1:
                 self._is_current = False  # it is told the rest when it has answered
                 return
-            self._call(method, self._epoch, *args)
+            self._call(method, self._term, *args)
 
     def _call(self, method: str, *args: Any) -> None:
         assert self._handle is not None, "the tracker was not started"

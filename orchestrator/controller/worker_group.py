@@ -219,7 +219,7 @@ class WorkerGroup:
             self._lose(worker, reason_of(error))
             return None
         if answer.method == "hold":
-            return None  # another controller holds it now; this one will hear that its epoch is over
+            return None  # another controller holds it now; this one will hear that its term is over
         if answer.method == "node":
             self.nodes[worker] = answer.future.result()
             return None

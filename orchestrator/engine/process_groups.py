@@ -68,7 +68,7 @@ class PendingGroups:
 
     Args:
         store: the run's rendezvous store.
-        prefix: unique to the generation and the controller's epoch.
+        prefix: unique to the generation and the controller's term.
         backend: gloo, or nccl for ranks with a GPU each.
         timeout_s: how long a rank is waited for, now and in every operation later.
         address: where this process can be reached, as `gloo_group` takes it.

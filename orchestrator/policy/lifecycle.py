@@ -4,12 +4,12 @@
     rescale  warm standbys -> plan g+1 -> all connected -> fence -> all READY -> activate
     mend     a newcomer is lost on the way -> the old world goes on, or is rebuilt from its own shards
     recover  a member is lost -> all stop -> plan g+1 from what the survivors hold -> all READY -> activate
-    preempt  all FINISHED, checkpoint marked -> nobody in the worker group, waits in the queue -> start from the checkpoint
-    end      all FINISHED, last checkpoint marked -> succeeded or cancelled
+    preempt  all FINISHED, checkpoint marked -> nobody in the worker group, waits in the queue -> start from the
+    checkpoint end      all FINISHED, last checkpoint marked -> succeeded or cancelled
 
-The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.worker_group` exists
-and that every worker knows `directive_of(state)`. A call that finds nothing to do returns the same state, so it may
-be called at any time, also by a successor that has only the journalled state.
+The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.worker_group`
+exists and that every worker knows `directive_of(state)`. A call that finds nothing to do returns the same state, so it
+may be called at any time, also by a successor that has only the journalled state.
 """
 
 from collections.abc import Callable
@@ -91,10 +91,10 @@ def decide(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     return decision
 
 
-def directive_of(state: RunState, epoch: int, seq: int | None = None) -> Directive:
+def directive_of(state: RunState, term: int, seq: int | None = None) -> Directive:
     """What every worker of the run is told; `seq` is the state's unless given."""
     return Directive(
-        epoch=epoch,
+        term=term,
         seq=state.seq if seq is None else seq,
         current=state.current,
         next=state.next,

@@ -107,7 +107,7 @@ def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
             if shard.step > state.checkpoint_done and shard.generation in plans:
                 shards.setdefault((shard.step, shard.generation), {})[shard.rank] = shard
     return [
-        Commit(step, plans[generation].epoch, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))
+        Commit(step, plans[generation].term, generation, tuple(by_rank[rank] for rank in sorted(by_rank)))
         for (step, generation), by_rank in sorted(shards.items())
         if sorted(by_rank) == list(range(plans[generation].world.size))
     ]

@@ -2,7 +2,7 @@
 
 `DesiredRunState` (Scheduler to RunController) and `Directive` (RunController to Worker) each carry the whole desired
 state, so the newest wins and a repeat is harmless. `Report` is what a worker answers. Everything carries
-(epoch, generation); a receiver refuses a lower epoch.
+(term, generation); a receiver refuses a lower term.
 """
 
 from dataclasses import dataclass, field
@@ -113,14 +113,14 @@ class GenerationPlan:
     `source` is None for a state that is made from the seed, or read from the checkpoint `restore`. Workers of the
     source that are not in `world` hand over what they hold and become standbys. `buddies` names by rank the rank that
     keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
-    holds epoch and generation, so nobody of the past can meet this world. All meet in the store at `store_address`; a
+    holds term and generation, so nobody of the past can meet this world. All meet in the store at `store_address`; a
     world that has met needs it no more. `slot` is how much a slot takes, as the job says if it says nothing; `skips`
     are steps whose batches are left out. `nodes` names by rank the node that it lives on; empty where nobody knows.
     `replayed`: worlds whose steps this one does again, to be compared: the digests of its steps are those of their
     ranks.
     """
 
-    epoch: int
+    term: int
     world: World
     placement: ExpertPlacement
     source: Source | None
@@ -192,7 +192,7 @@ class Directive:
     all of them have seen it; what it has of steps before the one after the next comes too late and is left out.
     """
 
-    epoch: int
+    term: int
     seq: int
     current: GenerationPlan | None = None
     next: GenerationPlan | None = None
@@ -355,7 +355,7 @@ class Report:
     """
 
     worker: str
-    epoch: int
+    term: int
     version: int  # grows with every change of this worker's state
     phase: Phase
     generation: int

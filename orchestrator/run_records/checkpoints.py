@@ -25,8 +25,8 @@ LOOK_AGAIN_S = 2.0  # at what couldn't be read
 BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
-def commit_checkpoint(run_id: str, run_dir: Path, epoch: int, action: Commit) -> Path:
-    """Mark the checkpoint complete, in the name of the controller's `epoch`. A repeat is harmless.
+def commit_checkpoint(run_id: str, run_dir: Path, term: int, action: Commit) -> Path:
+    """Mark the checkpoint complete, in the name of the controller's `term`. A repeat is harmless.
 
     Shapes are what the workers say in `meta["shapes"]`; a tensor that they don't mention is flat.
 
@@ -39,8 +39,8 @@ def commit_checkpoint(run_id: str, run_dir: Path, epoch: int, action: Commit) ->
             shapes[name] = (max(stop, *shapes.get(name, (0,))),)
     told = json.loads(action.shards[0].meta).get("shapes", {})
     shapes |= {name: tuple(shape) for name, shape in told.items() if name in shapes}
-    manifest = manifest_of(action.shards, run_id=run_id, epoch=action.epoch, shapes=shapes)
-    return commit(run_dir / DIRECTORY, manifest, epoch=epoch)
+    manifest = manifest_of(action.shards, run_id=run_id, term=action.term, shapes=shapes)
+    return commit(run_dir / DIRECTORY, manifest, term=term)
 
 
 def drop_old_checkpoints(
@@ -115,7 +115,7 @@ def newest_good(run_dir: Path) -> Restore | None:
     return None
 
 
-def leave_behind(run_dir: Path, after_step: int, epoch: int) -> None:
+def leave_behind(run_dir: Path, after_step: int, term: int) -> None:
     """The run goes on after `after_step`: later checkpoints belong to a future that didn't come. They are hidden."""
-    for path in set_aside(run_dir / DIRECTORY, after_step, f"{epoch:06d}"):
+    for path in set_aside(run_dir / DIRECTORY, after_step, f"{term:06d}"):
         log.info("a checkpoint that the run went back from is kept as %s", path)

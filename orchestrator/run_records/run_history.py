@@ -118,12 +118,12 @@ class JournaledRun(RunHistory):
 
     Args:
         run_dir: the run's directory in run storage.
-        epoch: the controller's.
+        term: the controller's.
     """
 
-    def __init__(self, run_dir: Path, epoch: int, limits: RunLimits) -> None:
+    def __init__(self, run_dir: Path, term: int, limits: RunLimits) -> None:
         self.trouble: str | None = None
-        self._journal = Journal(run_dir, epoch)
+        self._journal = Journal(run_dir, term)
         super().__init__(run_dir, limits)
 
     def decided(self, state: RunState, notes: Sequence[Note]) -> list[dict[str, Any]]:

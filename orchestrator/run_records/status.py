@@ -116,7 +116,7 @@ def status_from_journal(run_dir: Path) -> RunStatus:
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     limits = RunLimits.of(run_dir.name, job)
     memory = RunHistory(run_dir, limits)
-    seen = Observation(epoch=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
+    seen = Observation(term=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
     status = status_of(limits, job.model, memory, seen, run_dir=run_dir, closed=False)
     return replace(status, worker_group=(), why="it has not ended, says its journal; only the run's cluster knows more")
 

@@ -13,14 +13,14 @@ from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import RunHistory, committed_steps, read_status, user_events
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import newest_epoch, read_events
+from orchestrator.storage.journal import newest_term, read_events
 from orchestrator.telemetry.step_metrics import points_after, points_of_event
 from orchestrator.tracking.outbox import num_waiting
 from orchestrator.tracking.tracker import Tracker, TrackerState
 
 POINTS_PER_CALL = 2000
 
-Call = tuple[str, tuple[Any, ...]]  # a method of the tracker, and what follows the epoch
+Call = tuple[str, tuple[Any, ...]]  # a method of the tracker, and what follows the term
 
 
 def waits_for_delivery(run_dir: Path) -> int:
@@ -56,13 +56,13 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
             unchanged="Nothing was changed.",
         ) from error
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
-    epoch = newest_epoch(run_dir)
+    term = newest_term(run_dir)
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
     data = RunHistory(run_dir, RunLimits.of(run_dir.name, job)).data
     for method, args in missing_calls(run_dir, tracker.position(), data):
         if method != "artifact" or Path(args[0]).exists():
-            getattr(tracker, method)(epoch, *args)
-    tracker.finish(epoch, status.phase.value, status.why, timeout_s)
+            getattr(tracker, method)(term, *args)
+    tracker.finish(term, status.phase.value, status.why, timeout_s)
     return tracker.describe()
 
 

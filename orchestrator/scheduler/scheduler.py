@@ -31,7 +31,7 @@ from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.admission import check_admissible, newcomer
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import newest_epoch
+from orchestrator.storage.journal import newest_term
 
 log = logging.getLogger("orchestrator.control")
 
@@ -241,7 +241,7 @@ class Scheduler:
         is_over = (directory / STATUS_FILE).exists()  # its controller may be about to leave
         if find(f"{run_id}/controller") is not None and not is_over:
             raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
-        if newest_epoch(directory) > 0 or (directory / "job.json").exists():
+        if newest_term(directory) > 0 or (directory / "job.json").exists():
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
 

@@ -1,9 +1,9 @@
 """The journal of a run: what was decided and done, as small append-only objects in run storage.
 
-    RUN/epochs/000002                     made by the controller that took epoch 2; never removed
-    RUN/journal/000002-00000042.json      events 42 and following, written by epoch 2: {"events": [...]}
+    RUN/terms/000002                     made by the controller that took term 2; never removed
+    RUN/journal/000002-00000042.json      events 42 and following, written by term 2: {"events": [...]}
 
-Nothing is ever overwritten. An event's `seq` counts through all epochs. A controller of the past that still manages
+Nothing is ever overwritten. An event's `seq` counts through all terms. A controller of the past that still manages
 to write an object after its successor has begun is ignored by readers: its events have numbers that the successor's
 first event claims already.
 """
@@ -16,42 +16,42 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import EpochSuperseded
+from orchestrator.errors import TermSuperseded
 
 Event = dict[str, Any]
 
 
-def acquire_epoch(run_dir: Path) -> int:
-    """Take the next epoch of the run. Two callers never get the same."""
-    epochs = run_dir / "epochs"
-    epochs.mkdir(parents=True, exist_ok=True)
+def acquire_term(run_dir: Path) -> int:
+    """Take the next term of the run. Two callers never get the same."""
+    terms = run_dir / "terms"
+    terms.mkdir(parents=True, exist_ok=True)
     while True:
-        epoch = newest_epoch(run_dir) + 1
+        term = newest_term(run_dir) + 1
         try:
-            os.close(os.open(epochs / f"{epoch:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            os.close(os.open(terms / f"{term:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             continue
-        _flush_directory(epochs)
-        return epoch
+        _flush_directory(terms)
+        return term
 
 
-def newest_epoch(run_dir: Path) -> int:
-    """The highest epoch that was taken; 0 if none was."""
-    epochs = run_dir / "epochs"
-    return max((int(entry.name) for entry in epochs.iterdir()), default=0) if epochs.is_dir() else 0
+def newest_term(run_dir: Path) -> int:
+    """The highest term that was taken; 0 if none was."""
+    terms = run_dir / "terms"
+    return max((int(entry.name) for entry in terms.iterdir()), default=0) if terms.is_dir() else 0
 
 
 class Journal:
-    """Appends in the name of one epoch.
+    """Appends in the name of one term.
 
     Args:
         run_dir: the run's directory in run storage.
-        epoch: taken by `acquire_epoch`.
+        term: taken by `acquire_term`.
     """
 
-    def __init__(self, run_dir: Path, epoch: int) -> None:
+    def __init__(self, run_dir: Path, term: int) -> None:
         self._run_dir = run_dir
-        self._epoch = epoch
+        self._term = term
         (run_dir / "journal").mkdir(parents=True, exist_ok=True)
         past = read_events(run_dir)
         self._next_seq = past[-1]["seq"] + 1 if past else 0
@@ -60,23 +60,23 @@ class Journal:
         """Write these events as one object: all of them are read again, or none.
 
         Returns:
-            the events with their `seq`, `epoch` and `time` (`time.time()` seconds).
+            the events with their `seq`, `term` and `time` (`time.time()` seconds).
 
         Raises:
-            EpochSuperseded: a newer controller has taken over; nothing was written.
+            TermSuperseded: a newer controller has taken over; nothing was written.
         """
-        newest = newest_epoch(self._run_dir)
-        if newest > self._epoch:
-            raise EpochSuperseded(
-                f"epoch {self._epoch} may not write to the journal in {self._run_dir}: epoch {newest} does",
+        newest = newest_term(self._run_dir)
+        if newest > self._term:
+            raise TermSuperseded(
+                f"term {self._term} may not write to the journal in {self._run_dir}: term {newest} does",
                 unchanged="Nothing was written.",
             )
-        stamps = ({"seq": self._next_seq + i, "epoch": self._epoch, "time": time.time()} for i in range(len(events)))
+        stamps = ({"seq": self._next_seq + i, "term": self._term, "time": time.time()} for i in range(len(events)))
         numbered = [
             {**stamp, **event, **stamp} for stamp, event in zip(stamps, events, strict=True)
         ]  # no event forges one
         if numbered:
-            name = f"{self._epoch:06d}-{self._next_seq:08d}.json"
+            name = f"{self._term:06d}-{self._next_seq:08d}.json"
             _create(self._run_dir / "journal" / name, json.dumps({"events": numbered}, separators=(",", ":")))
             self._next_seq += len(numbered)
         return numbered

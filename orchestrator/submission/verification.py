@@ -168,7 +168,7 @@ def _plan(order: Verification) -> GenerationPlan:
     world = World(order.worlds[-1].world.generation, tuple(f"v{rank}" for rank in range(order.workers)))
     first = order.records[0].step
     return GenerationPlan(
-        epoch=0,
+        term=0,
         world=world,
         placement=ExpertPlacement.balanced(order.job.model.num_experts, world.size),
         source=None,

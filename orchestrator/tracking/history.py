@@ -75,7 +75,7 @@ def write_table(history: History, directory: Path) -> Path:
 
 
 def _is_told(key: str, value: object) -> bool:
-    return value is not None and key not in ("seq", "epoch", "step", "token", "traceback")
+    return value is not None and key not in ("seq", "term", "step", "token", "traceback")
 
 
 def _short(value: object) -> str:

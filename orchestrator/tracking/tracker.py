@@ -2,8 +2,8 @@
 
     tracker = Tracker(TrackerSetup(uri="sqlite:////runs/mlflow.db", experiment="demo", run=RunInfo("r1", "r1"),
                                    directory="/runs/r1/tracking", artifacts="/runs/mlflow-artifacts"))
-    tracker.publish(epoch, [MetricPoint("train/loss", 2.5, step=0, time=time.time())], after=-1)
-    tracker.finish(epoch, "succeeded")
+    tracker.publish(term, [MetricPoint("train/loss", 2.5, step=0, time=time.time())], after=-1)
+    tracker.finish(term, "succeeded")
 
 Training never waits for it, and it never raises because MLflow fails. What a method has returned from is on disk.
 """
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from orchestrator.errors import EpochSuperseded, NotFound
+from orchestrator.errors import NotFound, TermSuperseded
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.tracking.history import History, write_table
 from orchestrator.tracking.outbox import FILE, Outbox
@@ -43,7 +43,7 @@ class TrackerState(TypedDict):
     uri: str
     url: str
     mlflow_run_id: str
-    epoch: int  # the highest seen
+    term: int  # the highest seen
     position: int  # the newest step up to which no values are missing here
     waiting: int  # values and other things on disk that MLflow has not taken yet
     published: int  # metric values in MLflow, sent by this process
@@ -61,8 +61,8 @@ class Tracker:
     def __init__(self, setup: TrackerSetup) -> None:
         check_uri(setup.uri)
         self._uri = setup.uri
-        self._epoch = -1
-        self._epoch_lock = threading.Lock()
+        self._term = -1
+        self._term_lock = threading.Lock()
         self._outbox = _open_outbox(Path(setup.directory))
         self._outbox.withdraw_finish()  # whoever starts a tracker has a run that goes on, or says again how it ended
         self._publisher = publisher_of(setup, self._outbox)
@@ -72,7 +72,7 @@ class Tracker:
         return self._outbox.position
 
     def publish(
-        self, epoch: int, points: Sequence[MetricPoint], after: int | None = None, loads: Mapping[int, Loads] = {}
+        self, term: int, points: Sequence[MetricPoint], after: int | None = None, loads: Mapping[int, Loads] = {}
     ) -> None:
         """Take values. Of each metric, steps not newer than its newest one are dropped as repeats.
 
@@ -82,36 +82,36 @@ class Tracker:
 
         Raises:
             ProtocolError: steps before those are missing; see `position`. Nothing was taken.
-            EpochSuperseded: a controller with a higher epoch has published here. The same holds for all below.
+            TermSuperseded: a controller with a higher term has published here. The same holds for all below.
         """
-        self._admit(epoch)
+        self._admit(term)
         self._outbox.put_points(points, after, loads)
         self._publisher.wake()
 
-    def event(self, epoch: int, fields: Mapping[str, object], points: Sequence[MetricPoint] = ()) -> None:
+    def event(self, term: int, fields: Mapping[str, object], points: Sequence[MetricPoint] = ()) -> None:
         """Take an event of the journal, with values that follow from it; a repeat, told by its `seq`, is dropped.
 
         Of kinds `checkpoint`, `checkpoints_deleted` and `resumed` the tracker makes what MLflow knows of models.
         """
-        self._admit(epoch)
+        self._admit(term)
         self._outbox.put_event(fields, points)
         self._publisher.wake()
 
-    def inputs(self, epoch: int, datasets: Sequence[Dataset]) -> None:
+    def inputs(self, term: int, datasets: Sequence[Dataset]) -> None:
         """Take what the run is trained on and validated with."""
-        self._admit(epoch)
+        self._admit(term)
         self._outbox.put([Inputs(tuple(datasets))])
         self._publisher.wake()
 
-    def artifact(self, epoch: int, path: str) -> None:
+    def artifact(self, term: int, path: str) -> None:
         """Take the name of a file or directory, to be copied later. Raises NotFound if there is none."""
-        self._admit(epoch)
+        self._admit(term)
         if not Path(path).exists():
             raise NotFound(f"artifact {path} does not exist", unchanged="Nothing was published.")
         self._outbox.put([Artifact(path)])
         self._publisher.wake()
 
-    def finish(self, epoch: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
+    def finish(self, term: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
         """Send everything, then mark the run as ended. Waits; a tracker that fails is given up after `timeout_s`.
 
         Args:
@@ -120,7 +120,7 @@ class Tracker:
         Returns:
             whether everything has arrived; if not, `describe` says why, and it is still being tried.
         """
-        self._admit(epoch)
+        self._admit(term)
         self._outbox.put_finish(Finish(Outcome(outcome), reason))
         self._publisher.wake(hurry=True)
         return self._publisher.wait(timeout_s)
@@ -131,20 +131,20 @@ class Tracker:
             uri=redacted(self._uri),
             url=state.url,
             mlflow_run_id=state.tracked_id,
-            epoch=self._epoch,
+            term=self._term,
             position=self._outbox.position,
             waiting=state.waiting,
             published=state.published,
             error=state.error,
         )
 
-    def _admit(self, epoch: int) -> None:
-        with self._epoch_lock:
-            if epoch < self._epoch:
-                raise EpochSuperseded(
-                    f"epoch {epoch} may not publish: epoch {self._epoch} does", unchanged="Nothing was published."
+    def _admit(self, term: int) -> None:
+        with self._term_lock:
+            if term < self._term:
+                raise TermSuperseded(
+                    f"term {term} may not publish: term {self._term} does", unchanged="Nothing was published."
                 )
-            self._epoch = epoch
+            self._term = term
 
 
 def publisher_of(setup: TrackerSetup, outbox: Outbox) -> Publisher:

@@ -81,7 +81,7 @@ class Worker:
         return self.report(None, -1, 0.0)
 
     def direct(self, directive: Directive) -> Report:
-        """Take a directive; the newest wins. Raises EpochSuperseded for one from a replaced controller."""
+        """Take a directive; the newest wins. Raises TermSuperseded for one from a replaced controller."""
         self._heard()
         if self._trainer is not None:  # first: what the directive asks for next must find nothing to be shut
             self._trainer.abort(directive.aborted)

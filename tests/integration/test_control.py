@@ -62,7 +62,7 @@ def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
     losses = [line["step"] for line in published if line.get("name") == "train/loss"]
     assert losses == list(range(60))
     told = [line for line in published if "artifact" not in line]  # files are told again at the end: a repeat is one
-    assert (told[-2]["event"], told[-1]) == ("ended", {"epoch": 1, "outcome": "succeeded"})
+    assert (told[-2]["event"], told[-1]) == ("ended", {"term": 1, "outcome": "succeeded"})
     assert {line["artifact"] for line in published if "artifact" in line} == {"job.yaml", "tokenizer.json"}
     assert "whole" in [s.run_id for s in on.ask("list")]
 
@@ -154,7 +154,7 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     os.kill(on.pid_of("phoenix/tracker"), signal.SIGKILL)
     workers = [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")]
     log = (on.storage / "phoenix/logs/controller.log").read_text()
-    os.kill(int(re.findall(r"controller of epoch 1, pid (\d+)", log)[0]), signal.SIGKILL)
+    os.kill(int(re.findall(r"controller of term 1, pid (\d+)", log)[0]), signal.SIGKILL)
     killed_at = on.status("phoenix").step
     on.until("phoenix", lambda s: s.step > killed_at)
     assert [on.pid_of(f"phoenix/worker/{w}") for w in ("w0", "w1")] == workers
@@ -162,7 +162,7 @@ def test_a_killed_controller_comes_back_and_the_run_goes_on(on: Cluster) -> None
     on.until("phoenix", lambda s: s.workers_now == 3)
     status = on.end_of("phoenix", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
-    assert (on.storage / "phoenix/epochs/000002").exists()
+    assert (on.storage / "phoenix/terms/000002").exists()
     assert status.warning is None
     on.assert_every_step_once("phoenix", 300)
     on.assert_nothing_left("phoenix", workers)

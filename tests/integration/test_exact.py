@@ -49,7 +49,7 @@ def _state(worker_group: Crew, job: JobSpec) -> dict[str, bytes]:
     wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
     wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
     directory = Path(worker_group.job.storage_dir) / "checkpoints"
-    path = commit(directory, manifest_of(shards, run_id="test", epoch=1, shapes=wanted), epoch=1)
+    path = commit(directory, manifest_of(shards, run_id="test", term=1, shapes=wanted), term=1)
     with CheckpointReader(path) as reader:
         return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
 

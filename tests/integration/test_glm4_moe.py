@@ -126,9 +126,9 @@ def _checkpoint_of(model: MoELanguageModel, directory: Path) -> Path:
             start, stop = (0, len(flat) // 2) if rank == 0 else (len(flat) // 2, len(flat))
             if start < stop:
                 pieces.append(ShardPiece(name, start, stop, flat[start:stop]))
-        shards.append(write_shard(directory, pieces, step=7, epoch=1, generation=0, rank=rank, meta="{}"))
+        shards.append(write_shard(directory, pieces, step=7, term=1, generation=0, rank=rank, meta="{}"))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return commit(directory, manifest_of(shards, run_id="run", epoch=1, shapes=shapes), epoch=1)
+    return commit(directory, manifest_of(shards, run_id="run", term=1, shapes=shapes), term=1)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 2e-5), ("bf16", 0.2)])

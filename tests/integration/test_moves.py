@@ -193,7 +193,7 @@ def test_checkpoints_hold_the_same_state_whatever_world_wrote_them(
         params, buffers, shapes = catalogue(small_job(texts).model, VOCAB)
         wanted = {f"{kind}/{p.name}": shapes[p.name] for p in params for kind in ("master", "exp_avg", "exp_avg_sq")}
         wanted |= {f"buffer/{name}": shapes[name] for name, _ in buffers}
-        path = commit(directory, manifest_of(shards, run_id="test", epoch=1, shapes=wanted), epoch=1)
+        path = commit(directory, manifest_of(shards, run_id="test", term=1, shapes=wanted), term=1)
         readers.append(CheckpointReader(path))
     ours, alone = readers
     ours.verify()

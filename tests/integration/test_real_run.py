@@ -146,7 +146,7 @@ def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(
     with pytest.raises(UsageError, match="its stages are easy, opening, all"):
         client.stage(run, "hard")
     log = (tmp_path / "runs" / run / "logs" / "controller.log").read_text()
-    os.kill(int(re.findall(r"controller of epoch \d+, pid (\d+)", log)[-1]), signal.SIGKILL)
+    os.kill(int(re.findall(r"controller of term \d+, pid (\d+)", log)[-1]), signal.SIGKILL)
     until(client, run, lambda s: s.step > 0)
     client.stage(run, "next")
     began = until(client, run, lambda s: s.stage == "all")

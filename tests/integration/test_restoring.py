@@ -31,8 +31,8 @@ def _commit(worker_group: Crew, step: int) -> Path:
     shards = [shard for report in worker_group.final.values() for shard in report.shards if shard.step == step]
     shapes = {name: (stop,) for shard in shards for name, _, start, stop in shard.entries if start == 0}
     shapes |= {name: tuple(shape) for name, shape in json.loads(shards[0].meta)["shapes"].items()}
-    manifest = manifest_of(shards, run_id="test", epoch=1, shapes=shapes)
-    return commit(Path(worker_group.job.storage_dir) / "checkpoints", manifest, epoch=1)
+    manifest = manifest_of(shards, run_id="test", term=1, shapes=shapes)
+    return commit(Path(worker_group.job.storage_dir) / "checkpoints", manifest, term=1)
 
 
 def _job(texts: Path, compression: str = "none", **train: Any) -> JobSpec:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.errors import EpochSuperseded, NotFound, UsageError
+from orchestrator.errors import NotFound, TermSuperseded, UsageError
 from orchestrator.tracking.mlflow_server import MlflowServer
 from orchestrator.tracking.outbox import FILE
 from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerSetup, with_driver
@@ -99,7 +99,7 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
     second.event(2, {"seq": 5, "kind": "checkpoint", "time": time.time(), "step": 1499, "path": "/c/1499"})
     assert second.finish(2, "succeeded", timeout_s=PATIENCE_S), second.describe()
     assert second.describe()["mlflow_run_id"] == run.info.run_id
-    with pytest.raises(EpochSuperseded, match="epoch 1 may not publish: epoch 2 does"):
+    with pytest.raises(TermSuperseded, match="term 1 may not publish: term 2 does"):
         second.publish(1, points("train/loss", range(1500, 1501), 0.0))
     return client, only_run(client)
 

@@ -183,7 +183,7 @@ class Crew:
         )
         self.num_experts, self.is_exact = job.model.num_experts, job.train.is_exact
         self.members: dict[str, Member] = {}
-        self.directive = Directive(epoch=1, seq=0)
+        self.directive = Directive(term=1, seq=0)
         self.newest_generation = -1  # of all that were planned
         self.records: dict[int, StepRecord] = {}
         self.final: dict[str, Report] = {}  # last reports, once the run is finished
@@ -233,7 +233,7 @@ class Crew:
         else:
             placement = ExpertPlacement.rebalanced(source.placement, source.world, world, nodes)
         return GenerationPlan(
-            epoch=1,
+            term=1,
             world=world,
             placement=placement,
             source=Source(source.world, source.placement, source.world.members, step) if source else None,
@@ -348,7 +348,7 @@ class Crew:
             placement_of_cut(origin.placement, cut.holders), world_of(origin.generation, cut.holders), world
         )
         plan = GenerationPlan(
-            epoch=1,
+            term=1,
             world=world,
             placement=placement,
             source=Source(origin.world, origin.placement, cut.holders, cut.step),

@@ -331,7 +331,7 @@ class SimulatedWorker:
             Path(self._job.storage_dir) / "checkpoints",
             pieces,
             step=self._step,
-            epoch=plan.epoch,
+            term=plan.term,
             generation=plan.generation,
             rank=rank,
             meta=json.dumps({"step": self._step}),
@@ -431,27 +431,27 @@ class FileTracker:
     def position(self) -> int:
         return self._position
 
-    def publish(self, epoch: int, points: list[Any], after: int | None = None, loads: Any = None) -> None:
+    def publish(self, term: int, points: list[Any], after: int | None = None, loads: Any = None) -> None:
         if after is not None:
             points = [p for p in points if p.step > self._position]
             self._position = max([self._position, *(p.step for p in points)])
         whole = {} if after is None else {"after": after}
-        self._write([{"epoch": epoch, "name": p.name, "value": p.value, "step": p.step} | whole for p in points])
+        self._write([{"term": term, "name": p.name, "value": p.value, "step": p.step} | whole for p in points])
 
-    def event(self, epoch: int, fields: dict[str, Any], points: list[Any]) -> None:
+    def event(self, term: int, fields: dict[str, Any], points: list[Any]) -> None:
         if fields["seq"] in self._seqs:
             return
         self._seqs.add(fields["seq"])
-        self._write([{"epoch": epoch, "event": fields["kind"], "seq": fields["seq"]}])
+        self._write([{"term": term, "event": fields["kind"], "seq": fields["seq"]}])
 
-    def inputs(self, epoch: int, datasets: tuple[Any, ...]) -> None:
+    def inputs(self, term: int, datasets: tuple[Any, ...]) -> None:
         pass
 
-    def artifact(self, epoch: int, path: str) -> None:
-        self._write([{"epoch": epoch, "artifact": Path(path).name}])
+    def artifact(self, term: int, path: str) -> None:
+        self._write([{"term": term, "artifact": Path(path).name}])
 
-    def finish(self, epoch: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
-        self._write([{"epoch": epoch, "outcome": outcome}])
+    def finish(self, term: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
+        self._write([{"term": term, "outcome": outcome}])
         return True
 
     def describe(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def classes() -> list[type[OrchestratorError]]:
         ("RunFailed", 100),
         ("JobDoesNotFit", 100),
         ("CheckpointCorrupt", 100),
-        ("EpochSuperseded", 100),
+        ("TermSuperseded", 100),
         ("ProtocolError", 100),
         ("NotFinished", 101),
         ("NotFound", 102),

@@ -10,7 +10,7 @@ from orchestrator.protocol.usage import Traffic
 from orchestrator.spec.workers import WorkersSpec
 
 NONE = "-"
-STAMPS = ("seq", "epoch", "time", "kind")  # of an event
+STAMPS = ("seq", "term", "time", "kind")  # of an event
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -18,8 +18,8 @@ MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after
 
 
 def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers of the worker group that could join a generation now, oldest first; none that is to leave soon. Where no world
-    has the state, also those who are left of one, or were ready for one that didn't come about."""
+    """Workers of the worker group that could join a generation now, oldest first; none that is to leave soon. Where no
+    world has the state, also those who are left of one, or were ready for one that didn't come about."""
     idle = (Phase.STANDBY,) if state.current is not None else (Phase.STANDBY, Phase.STRANDED, Phase.READY)
     out = {*state.members, *leavers(state, seen)}
     return tuple(w for w in state.worker_group if w not in out and seen.phase(w) in idle)
@@ -125,11 +125,11 @@ def with_plan(
     assert seen.store_address is not None
     nodes = nodes_of(seen, world.members)
     plan = GenerationPlan(
-        epoch=seen.epoch,
+        term=seen.term,
         world=world,
         placement=placement,
         source=source,
-        store_prefix=f"{seen.epoch}/{world.generation}",
+        store_prefix=f"{seen.term}/{world.generation}",
         store_address=seen.store_address,
         buddies=buddies_of(nodes) if limits.protected else (),
         restore=state.restore if source is None else None,

@@ -51,7 +51,8 @@ def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
 
 
 def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop from the worker group who is gone or has failed, apart from the world's members: `recovery` sees to those."""
+    """Drop from the worker group who is gone or has failed, apart from the world's members: `recovery` sees to
+    those."""
     gone = {w: why for w in state.worker_group if w not in state.members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)

@@ -16,8 +16,8 @@ from orchestrator.protocol.scaling import JUST_COME
 
 
 def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decision:
-    """The state to begin again from. Nobody of the old worker group is counted on; numbers that name things go on growing.
-    Stages that were decided are decided still, at the same steps."""
+    """The state to begin again from. Nobody of the old worker group is counted on; numbers that name things go on
+    growing. Stages that were decided are decided still, at the same steps."""
     done = order.restore.step if order.restore else -1
     wish = state.wish if order.workers is None else SizeRequest(order.workers, done + 1, by_hand=True)
     workers = wanted_size(limits, wish, done + 1)
@@ -41,7 +41,8 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
 
 
 def begun_again(state: RunState, restore: Restore | None) -> RunState:
-    """The state with nobody in the worker group and no generation, to begin from this checkpoint; None: from the seed."""
+    """The state with nobody in the worker group and no generation, to begin from this checkpoint; None: from the
+    seed."""
     done = restore.step if restore else -1
     return RunState(
         target=state.target,

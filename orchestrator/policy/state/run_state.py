@@ -2,7 +2,8 @@
 
 `RunState` is what a controller must remember: it is journalled at every change and is all that its successor needs.
 `Observation` is what the controller sees at one moment. Which workers exist and what they are told follows from the
-state alone (`RunState.worker_group`, `lifecycle.directive_of`), so the controller brings it about however often it is asked.
+state alone (`RunState.worker_group`, `lifecycle.directive_of`), so the controller brings it about however often it is
+asked.
 """
 
 from collections.abc import Mapping
@@ -58,8 +59,8 @@ class Probe:
 class RunState:
     """What a run is to be and has come to.
 
-    `worker_group` names the workers that should exist, oldest first. `next` is the generation being prepared or moved to,
-    `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
+    `worker_group` names the workers that should exist, oldest first. `next` is the generation being prepared or moved
+    to, `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
     `current`, whose shards of a checkpoint or snapshots may still be of use. `failed_spawns` and `failed_moves` count
     failures in a row; `broken_s` is when a move was first seen to fail, with no culprit known.
 
@@ -186,16 +187,16 @@ class RunState:
 class Observation:
     """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
 
-    `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is known.
-    `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good one, if `wants_restore`
-    asked for it; `unreadable` says why that can't be known now. `nodes` tells where workers live, `silence_s` for how
-    long they haven't answered, and `idle_s` for how long no worker has said anything new. `store_address` is the
-    rendezvous store's, None while there is none: no generation can be planned then. `faults` are things outside the
-    workers without which the run can't go on. `draining` holds the cluster's nodes that will be taken away, with
-    `time.time()` of the deadline, 0 without one. `grant` is the newest one of the Scheduler.
+    `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is
+    known. `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good one, if
+    `wants_restore` asked for it; `unreadable` says why that can't be known now. `nodes` tells where workers live,
+    `silence_s` for how long they haven't answered, and `idle_s` for how long no worker has said anything new.
+    `store_address` is the rendezvous store's, None while there is none: no generation can be planned then. `faults` are
+    things outside the workers without which the run can't go on. `draining` holds the cluster's nodes that will be
+    taken away, with `time.time()` of the deadline, 0 without one. `grant` is the newest one of the Scheduler.
     """
 
-    epoch: int
+    term: int
     now_s: float
     target: DesiredRunState
     progress: Progress
@@ -239,10 +240,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Commit:
-    """All shards of a checkpoint are in run storage: write its marker. `epoch` is that of the generation's plan."""
+    """All shards of a checkpoint are in run storage: write its marker. `term` is that of the generation's plan."""
 
     step: int
-    epoch: int
+    term: int
     generation: int
     shards: tuple[ShardWritten, ...]
 

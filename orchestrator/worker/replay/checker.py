@@ -79,7 +79,7 @@ class ReplayChecker:
         world = World(past.world.generation, (factory.me,))
         path = Path(factory.job.storage_dir) / "checkpoints" / step_name(check.step)
         plan = GenerationPlan(
-            epoch=0,
+            term=0,
             world=world,
             placement=ExpertPlacement.balanced(factory.spec.model.num_experts, 1),
             source=None,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.errors import EpochSuperseded
+from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import Directive, Phase, Report, StepRecord
 
 MAX_RECORDS = 10_000  # finished steps kept for a controller that is away
@@ -20,10 +20,10 @@ class WorkerMailbox:
 
     def __init__(self, worker: str, pid: int) -> None:
         self._changed = threading.Condition()
-        self._directive = Directive(epoch=-1, seq=-1)
+        self._directive = Directive(term=-1, seq=-1)
         self._records: list[StepRecord] = []
         self._report = Report(
-            worker=worker, epoch=-1, version=0, phase=Phase.COLD, generation=-1, step=-1, seen=-1, pid=pid
+            worker=worker, term=-1, version=0, phase=Phase.COLD, generation=-1, step=-1, seen=-1, pid=pid
         )
 
     # -- the control thread's side -----------------------------------------------------------------------------
@@ -32,19 +32,19 @@ class WorkerMailbox:
         """Take a directive. The newest wins; a repeat or an older one of the same controller changes nothing.
 
         Raises:
-            EpochSuperseded: it comes from a controller that has been replaced.
+            TermSuperseded: it comes from a controller that has been replaced.
         """
         with self._changed:
-            if directive.epoch < self._directive.epoch:
-                raise EpochSuperseded(
-                    f"directive of epoch {directive.epoch}; this worker obeys epoch {self._directive.epoch}",
+            if directive.term < self._directive.term:
+                raise TermSuperseded(
+                    f"directive of term {directive.term}; this worker obeys term {self._directive.term}",
                     remedy="A newer controller of this run exists; this one should stop.",
                     unchanged="The worker goes on as before.",
                 )
-            if (directive.epoch, directive.seq) > (self._directive.epoch, self._directive.seq):
+            if (directive.term, directive.seq) > (self._directive.term, self._directive.seq):
                 self._directive = directive
                 answered = {} if directive.check is not None else {"checked": None}  # nobody asks for it any more
-                self._publish(epoch=directive.epoch, seen=directive.seq, **answered)
+                self._publish(term=directive.term, seen=directive.seq, **answered)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
         """The worker's visible state, as soon as its version is above `known_version` or `timeout_s` have passed.

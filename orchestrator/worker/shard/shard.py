@@ -66,7 +66,7 @@ class Shard:
         seal: of the state between two updates, where that is watched.
     """
 
-    epoch: int  # of the controller that planned it
+    term: int  # of the controller that planned it
     world: World
     groups: ProcessGroups
     model: TrainableModel
@@ -157,7 +157,7 @@ class ShardFactory:
         slot, communication = plan.slot or slot_of(self.spec), self.spec.communication
         choosing = CompressionTuner(engine.gradients, communication.compression, communication.overlap, plan.world.size)
         return Shard(
-            epoch=plan.epoch,
+            term=plan.term,
             world=plan.world,
             groups=groups,
             model=model,

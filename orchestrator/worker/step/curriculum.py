@@ -22,7 +22,7 @@ class Stages:
 
     def __init__(self, feed: BatchReader) -> None:
         self._feed = feed
-        self._spoken = Directive(epoch=-1, seq=-1)
+        self._spoken = Directive(term=-1, seq=-1)
         self._agreed = 0  # version of the newest decision that was agreed on
 
     def speak(self, directive: Directive) -> int:

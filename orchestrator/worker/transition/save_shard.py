@@ -67,7 +67,7 @@ class ShardSaver:
                 self._checkpoints,
                 pieces,
                 step=progress.step,
-                epoch=shard.epoch,  # of the plan: ranks may hear of a newer controller at different moments
+                term=shard.term,  # of the plan: ranks may hear of a newer controller at different moments
                 generation=shard.world.generation,
                 rank=shard.rank,
                 meta=json.dumps(

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, incomplete_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader, choose, latest, list_checkpoints, prune, set_aside
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
-from orchestrator.errors import CheckpointCorrupt, EpochSuperseded, NotFound, ProtocolError
+from orchestrator.errors import CheckpointCorrupt, NotFound, ProtocolError, TermSuperseded
 
 State = dict[str, npt.NDArray[np.float32]]
 SHAPES = {"master/w": (7, 11), "exp_avg/w": (7, 11), "buffer/bias": (5,), "buffer/empty": (0,)}
@@ -23,7 +23,7 @@ def state_of(seed: int) -> State:
 
 
 def write(
-    checkpoints: Path, state: State, step: int, world_size: int = 2, epoch: int = 1, generation: int = 0
+    checkpoints: Path, state: State, step: int, world_size: int = 2, term: int = 1, generation: int = 0
 ) -> Manifest:
     """What a world of `world_size` ranks writes: each tensor cut into as many ranges, unevenly."""
     shards = []
@@ -34,14 +34,14 @@ def write(
             pieces.append(ShardPiece(name, cuts[rank], cuts[rank + 1], values[cuts[rank] : cuts[rank + 1]]))
         shards.append(
             write_shard(
-                checkpoints, pieces, step=step, epoch=epoch, generation=generation, rank=rank, meta='{"position": 64}'
+                checkpoints, pieces, step=step, term=term, generation=generation, rank=rank, meta='{"position": 64}'
             )
         )
-    return manifest_of(shards, run_id="r", epoch=epoch, shapes=SHAPES)
+    return manifest_of(shards, run_id="r", term=term, shapes=SHAPES)
 
 
-def save(checkpoints: Path, state: State, step: int, world_size: int = 2, epoch: int = 1, generation: int = 0) -> Path:
-    return commit(checkpoints, write(checkpoints, state, step, world_size, epoch, generation), epoch=epoch)
+def save(checkpoints: Path, state: State, step: int, world_size: int = 2, term: int = 1, generation: int = 0) -> Path:
+    return commit(checkpoints, write(checkpoints, state, step, world_size, term, generation), term=term)
 
 
 def read_all(checkpoint: Path) -> State:
@@ -84,7 +84,7 @@ def test_the_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> Non
             ShardPiece("buffer/strided", 0, 3, np.arange(6, dtype=np.float32)[::2]),
         ],
         step=1,
-        epoch=1,
+        term=1,
         generation=0,
         rank=3,
     )
@@ -107,7 +107,7 @@ def test_the_files_are_what_the_safetensors_library_reads(tmp_path: Path) -> Non
 )
 def test_a_piece_that_does_not_fit_is_refused(tmp_path: Path, pieces: list[ShardPiece], rule: str) -> None:
     with pytest.raises(ValueError, match=rule):
-        write_shard(tmp_path, pieces, step=1, epoch=1, generation=0, rank=0)
+        write_shard(tmp_path, pieces, step=1, term=1, generation=0, rank=0)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -132,9 +132,9 @@ def test_a_commit_interrupted_at_the_rename_is_not_listed_and_can_be_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", power_cut)
         with pytest.raises(OSError, match="power cut"):
-            commit(tmp_path, manifest, epoch=1)
+            commit(tmp_path, manifest, term=1)
     assert list_checkpoints(tmp_path) == ()
-    assert_same(read_all(commit(tmp_path, manifest, epoch=1)), state_of(0))
+    assert_same(read_all(commit(tmp_path, manifest, term=1)), state_of(0))
 
 
 def test_commit_refuses_a_shard_that_is_not_all_there(tmp_path: Path) -> None:
@@ -143,46 +143,46 @@ def test_commit_refuses_a_shard_that_is_not_all_there(tmp_path: Path) -> None:
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     with pytest.raises(CheckpointCorrupt, match=f"{len(content) - 1} bytes, its rank wrote {len(content)}"):
-        commit(tmp_path, manifest, epoch=1)
+        commit(tmp_path, manifest, term=1)
     shard.unlink()
     with pytest.raises(CheckpointCorrupt, match="no file"):
-        commit(tmp_path, manifest, epoch=1)
+        commit(tmp_path, manifest, term=1)
     assert list_checkpoints(tmp_path) == ()
 
 
 def test_a_repeated_commit_changes_nothing(tmp_path: Path) -> None:
     manifest = write(tmp_path, state_of(0), 40)
-    first = commit(tmp_path, manifest, epoch=1)
-    assert commit(tmp_path, manifest, epoch=1) == first
+    first = commit(tmp_path, manifest, term=1)
+    assert commit(tmp_path, manifest, term=1) == first
     assert_same(read_all(first), state_of(0))
 
 
-def test_a_later_epoch_or_generation_replaces_the_step(tmp_path: Path) -> None:
-    save(tmp_path, state_of(0), 40, epoch=1)
-    save(tmp_path, state_of(1), 40, epoch=2, generation=0)
-    path = save(tmp_path, state_of(2), 40, world_size=3, epoch=2, generation=1)
+def test_a_later_term_or_generation_replaces_the_step(tmp_path: Path) -> None:
+    save(tmp_path, state_of(0), 40, term=1)
+    save(tmp_path, state_of(1), 40, term=2, generation=0)
+    path = save(tmp_path, state_of(2), 40, world_size=3, term=2, generation=1)
     assert_same(read_all(path), state_of(2))
     assert list_checkpoints(tmp_path) == (path,)
 
 
 def test_the_past_can_not_commit(tmp_path: Path) -> None:
-    path = save(tmp_path, state_of(0), 40, epoch=2, generation=5)
-    with pytest.raises(EpochSuperseded, match="epoch 1 may not commit step 60"):
-        save(tmp_path, state_of(1), 60, epoch=1, generation=9)
+    path = save(tmp_path, state_of(0), 40, term=2, generation=5)
+    with pytest.raises(TermSuperseded, match="term 1 may not commit step 60"):
+        save(tmp_path, state_of(1), 60, term=1, generation=9)
     with pytest.raises(ProtocolError, match="generation 4 may not commit step 40"):
-        save(tmp_path, state_of(1), 40, epoch=2, generation=4)
+        save(tmp_path, state_of(1), 40, term=2, generation=4)
     assert list_checkpoints(tmp_path) == (path,)
     assert_same(read_all(path), state_of(0))
 
 
 def test_a_new_controller_commits_what_the_generation_before_it_wrote(tmp_path: Path) -> None:
-    manifest = write(tmp_path, state_of(0), 40, epoch=1)
-    path = commit(tmp_path, manifest, epoch=2)
+    manifest = write(tmp_path, state_of(0), 40, term=1)
+    path = commit(tmp_path, manifest, term=2)
     assert_same(read_all(path), state_of(0))
-    with pytest.raises(EpochSuperseded, match="epoch 2 commits"):
-        commit(tmp_path, write(tmp_path, state_of(0), 60, epoch=1), epoch=1)
-    with pytest.raises(EpochSuperseded):
-        commit(tmp_path, manifest, epoch=1)
+    with pytest.raises(TermSuperseded, match="term 2 commits"):
+        commit(tmp_path, write(tmp_path, state_of(0), 60, term=1), term=1)
+    with pytest.raises(TermSuperseded):
+        commit(tmp_path, manifest, term=1)
 
 
 def test_an_unreadable_checkpoint_can_be_replaced_by_a_replay(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_reading_a_damaged_file_raises_and_never_invents_values(tmp_path: Path, 
             tmp_path,
             [ShardPiece("master/w", 0, stop, np.zeros(stop, dtype))],
             step=99,
-            epoch=1,
+            term=1,
             generation=0,
             rank=0,
         )
@@ -268,11 +268,11 @@ def test_reading_what_is_not_there(tmp_path: Path) -> None:
 
 
 def test_prune_keeps_the_newest_and_what_may_still_be_finished(tmp_path: Path) -> None:
-    paths = [save(tmp_path, state_of(0), step, epoch=2) for step in (10, 20, 30)]
-    write(tmp_path, state_of(0), 25, epoch=2)  # later shards of the same writers are committed: given up
-    write(tmp_path, state_of(0), 50, epoch=1)  # of the past
-    write(tmp_path, state_of(0), 20, epoch=3)  # a replay on its way
-    write(tmp_path, state_of(0), 40, epoch=2)  # on its way
+    paths = [save(tmp_path, state_of(0), step, term=2) for step in (10, 20, 30)]
+    write(tmp_path, state_of(0), 25, term=2)  # later shards of the same writers are committed: given up
+    write(tmp_path, state_of(0), 50, term=1)  # of the past
+    write(tmp_path, state_of(0), 20, term=3)  # a replay on its way
+    write(tmp_path, state_of(0), 40, term=2)  # on its way
     assert prune(tmp_path, keep_last=2) == (paths[0],)
     assert list_checkpoints(tmp_path) == tuple(paths[1:])
     unfinished = {path.name for path in tmp_path.iterdir() if path.is_dir()} - {path.name for path in paths}
@@ -314,5 +314,5 @@ def test_checkpoints_of_an_abandoned_future_are_hidden_but_not_lost(tmp_path: Pa
     hidden = set_aside(tmp_path, after_step=1, mark="000002")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000001"]
     assert [path.is_dir() for path in hidden] == [True, True]
-    again = save(tmp_path, state_of(9), 2, epoch=2)
+    again = save(tmp_path, state_of(9), 2, term=2)
     assert_same(read_all(again), state_of(9))

@@ -34,7 +34,7 @@ def shard(rank: int, *entries: tuple[str, int, int], step: int = 120, meta: str 
 
 
 def joined(*shards: ShardWritten) -> Manifest:
-    return manifest_of(shards, run_id="r", epoch=3, shapes={"master/w": (2, 3), "buffer/n": ()})
+    return manifest_of(shards, run_id="r", term=3, shapes={"master/w": (2, 3), "buffer/n": ()})
 
 
 WHOLE = (shard(1, ("master/w", 2, 6)), shard(0, ("master/w", 0, 2), ("buffer/n", 0, 1)))
@@ -42,7 +42,7 @@ WHOLE = (shard(1, ("master/w", 2, 6)), shard(0, ("master/w", 0, 2), ("buffer/n",
 
 def test_shards_of_any_order_make_one_manifest() -> None:
     manifest = joined(*WHOLE)
-    assert (manifest.step, manifest.epoch, manifest.generation, manifest.meta) == (120, 3, 2, {"position": 9})
+    assert (manifest.step, manifest.term, manifest.generation, manifest.meta) == (120, 3, 2, {"position": 9})
     assert [(piece.start, piece.stop) for piece in manifest.tensors["master/w"].pieces] == [(0, 2), (2, 6)]
     assert manifest.tensors["buffer/n"].numel == 1
     assert set(manifest.files) == {"shard-00000.safetensors", "shard-00001.safetensors"}

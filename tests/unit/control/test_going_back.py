@@ -17,8 +17,8 @@ from orchestrator.run_records.checkpoints import DIRECTORY, LOOK_AGAIN_S, Checkp
 def _checkpoint(run_dir: Path, step: int) -> Path:
     directory = run_dir / DIRECTORY
     piece = ShardPiece("w", 0, 2, np.full(2, step, np.float32))
-    shard = write_shard(directory, [piece], step=step, epoch=1, generation=0, rank=0, meta="{}")
-    return commit(directory, manifest_of([shard], run_id="r", epoch=1, shapes={"w": (2,)}), epoch=1)
+    shard = write_shard(directory, [piece], step=step, term=1, generation=0, rank=0, meta="{}")
+    return commit(directory, manifest_of([shard], run_id="r", term=1, shapes={"w": (2,)}), term=1)
 
 
 def _raises(error: OSError) -> Callable[[CheckpointReader], None]:

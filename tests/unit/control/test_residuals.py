@@ -17,8 +17,8 @@ from orchestrator.spec.job import JobSpec
 
 def _checkpoint(directory: Path, meta: dict[str, str]) -> str:
     piece = ShardPiece("w", 0, 2, np.zeros(2, np.float32))
-    shard = write_shard(directory, [piece], step=3, epoch=1, generation=0, rank=0, meta=json.dumps(meta))
-    return str(commit(directory, manifest_of([shard], run_id="r", epoch=1, shapes={"w": (2,)}), epoch=1))
+    shard = write_shard(directory, [piece], step=3, term=1, generation=0, rank=0, meta=json.dumps(meta))
+    return str(commit(directory, manifest_of([shard], run_id="r", term=1, shapes={"w": (2,)}), term=1))
 
 
 def _job(scheme: str) -> JobSpec:

@@ -11,7 +11,7 @@ from orchestrator.controller.recorder import StepRecorder
 from orchestrator.protocol.messages import Saturation
 from orchestrator.run_records.run_history import JournaledRun, user_events
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.journal import acquire_epoch
+from orchestrator.storage.journal import acquire_term
 from tests.unit.policy.imagined import limits_of
 
 FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
@@ -19,13 +19,13 @@ FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
 
 def _account(run_dir: Path) -> StepRecorder:
     """Of a controller that has just come."""
-    memory = JournaledRun(run_dir, acquire_epoch(run_dir), limits_of())
+    memory = JournaledRun(run_dir, acquire_term(run_dir), limits_of())
     return StepRecorder("run", ModelSpec(), memory, Mock(), Mock(), Mock())
 
 
 def _told(run_dir: Path) -> list[tuple[Any, ...]]:
     events = user_events(run_dir)
-    return [tuple(v for k, v in event.items() if k not in ("seq", "epoch", "time")) for event in events]
+    return [tuple(v for k, v in event.items() if k not in ("seq", "term", "time")) for event in events]
 
 
 def test_numerics_are_those_of_the_first_worker_and_others_are_told_once(tmp_path: Path) -> None:

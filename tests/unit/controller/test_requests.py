@@ -13,12 +13,12 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, Finish
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import acquire_epoch
+from orchestrator.storage.journal import acquire_term
 
 
 @pytest.fixture
 def memory(tmp_path: Path) -> JournaledRun:
-    return JournaledRun(tmp_path, acquire_epoch(tmp_path), RunLimits.of("run", JobSpec(name="run")))
+    return JournaledRun(tmp_path, acquire_term(tmp_path), RunLimits.of("run", JobSpec(name="run")))
 
 
 def _aim(wishes: PendingRequests, memory: JournaledRun, finish: Finish, workers: int | None = None) -> DesiredRunState:

@@ -106,7 +106,7 @@ class Life:
 
     def seen(self, **changes: object) -> Observation:
         plain = Observation(
-            epoch=1,
+            term=1,
             now_s=self.now_s,
             target=self.target,
             progress=self.progress,

@@ -27,7 +27,7 @@ class Story:
     step: int = 0
 
     def tell(self, kind: str, **fields: Any) -> None:
-        self.events.append({"seq": len(self.events), "epoch": 1, "time": self.now_s, "kind": kind, **fields})
+        self.events.append({"seq": len(self.events), "term": 1, "time": self.now_s, "kind": kind, **fields})
 
     def spawn(self, count: int) -> None:
         names = [f"w{self.spawned + number}" for number in range(count)]
@@ -125,8 +125,8 @@ def eventful() -> Story:
 def write(story: Story, run_dir: Path, job: JobSpec) -> Path:
     """The run's directory in run storage, as its controller would have left it at those times of day."""
     (run_dir / "journal").mkdir(parents=True)
-    (run_dir / "epochs").mkdir()
-    (run_dir / "epochs" / "000001").touch()
+    (run_dir / "terms").mkdir()
+    (run_dir / "terms" / "000001").touch()
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
     (run_dir / "journal" / "000001-00000000.json").write_text(json.dumps({"events": story.events}))
     return run_dir

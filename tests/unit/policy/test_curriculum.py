@@ -37,7 +37,7 @@ def _training(limits: Any) -> RunState:
 
 
 def _seen(progress: Progress, target: DesiredRunState) -> Observation:
-    return Observation(epoch=1, now_s=100.0, target=target, progress=progress)
+    return Observation(term=1, now_s=100.0, target=target, progress=progress)
 
 
 def _decide(limits: Any, state: RunState, progress: Progress) -> tuple[RunState, list[dict[str, Any]]]:

@@ -18,14 +18,14 @@ from orchestrator.protocol.messages import (
 )
 
 PLAN = GenerationPlan(
-    epoch=2,
+    term=2,
     world=World(3, ("a", "b")),
     placement=ExpertPlacement.balanced(5, 2),
     source=Source(World(2, ("a",)), ExpertPlacement.balanced(5, 1), ("b",), 12),
     store_prefix="2/3",
     store_address=StoreAddress("10.0.0.1", 4321),
 )
-DIRECTIVE = Directive(epoch=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=Finish.CANCEL)
+DIRECTIVE = Directive(term=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=Finish.CANCEL)
 
 
 def test_values_survive_json() -> None:

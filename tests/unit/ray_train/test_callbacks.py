@@ -8,7 +8,7 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from orchestrator.policy.state.run_state import Note
 from orchestrator.ray_train.callbacks import CallbackError, Follower
 from orchestrator.run_records.run_history import JournaledRun
-from orchestrator.storage.journal import acquire_epoch
+from orchestrator.storage.journal import acquire_term
 from tests.unit.policy.imagined import Life, limits_of, record
 
 LIMITS = limits_of(steps=30)
@@ -36,7 +36,7 @@ class Told(UserCallback):
 
 
 def memory_of(run_dir: Path) -> JournaledRun:
-    return JournaledRun(run_dir, acquire_epoch(run_dir), LIMITS)
+    return JournaledRun(run_dir, acquire_term(run_dir), LIMITS)
 
 
 def follower_of(run_dir: Path, *callbacks: UserCallback) -> Follower:

@@ -13,7 +13,7 @@ from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.journal import acquire_epoch, write_atomically
+from orchestrator.storage.journal import acquire_term, write_atomically
 from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -22,7 +22,7 @@ MODEL = ModelSpec()
 
 
 def remembered(run_dir: Path) -> JournaledRun:
-    return JournaledRun(run_dir, acquire_epoch(run_dir), LIMITS)
+    return JournaledRun(run_dir, acquire_term(run_dir), LIMITS)
 
 
 def test_a_successor_remembers_everything(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
     memory = remembered(tmp_path)
     memory.absorb([record(0), record(1)], up_to=10_000)
     memory.decided(state, [])
-    seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
+    seen = Observation(term=1, now_s=0.0, target=state.target, progress=memory.progress)
     return status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=closed)
 
 
@@ -112,7 +112,7 @@ def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> No
     warning = status_after(tmp_path, state, closed=False).warning
     assert warning is not None and warning.startswith("step 7 came out otherwise") and "resume it --from" in warning
     memory = remembered(tmp_path)
-    seen = Observation(epoch=1, now_s=0.0, target=state.target, progress=memory.progress)
+    seen = Observation(term=1, now_s=0.0, target=state.target, progress=memory.progress)
     both = status_of(
         LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False, warning="metrics wait on disk"
     ).warning

@@ -68,7 +68,7 @@ def test_rescale_names_its_first_step_and_its_cost() -> None:
 
 
 def test_event_shows_what_it_says_and_not_its_bookkeeping() -> None:
-    line = format.event({"seq": 3, "epoch": 1, "time": 0.0, "kind": "workers_spawned", "workers": ["w0", "w1"]})
+    line = format.event({"seq": 3, "term": 1, "time": 0.0, "kind": "workers_spawned", "workers": ["w0", "w1"]})
     assert line.endswith("workers_spawned     workers=w0,w1")
-    assert "epoch" not in line
-    assert "why" not in format.event({"seq": 3, "epoch": 1, "time": 0.0, "kind": "activated", "why": None})
+    assert "term" not in line
+    assert "why" not in format.event({"seq": 3, "term": 1, "time": 0.0, "kind": "activated", "why": None})

@@ -26,7 +26,7 @@ LOST = Recovery(3, ("w2",), "worker", 3, 2, 90, "w2 died", stall_s=1.25)
 
 
 def event(kind: str, **fields: Any) -> dict[str, Any]:
-    return {"seq": 1, "epoch": 1, "time": 1000.0, "kind": kind, **fields}
+    return {"seq": 1, "term": 1, "time": 1000.0, "kind": kind, **fields}
 
 
 @pytest.mark.parametrize(

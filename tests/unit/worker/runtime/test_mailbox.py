@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from orchestrator.errors import EpochSuperseded
+from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import Directive, Phase, StepRecord
 from orchestrator.worker.runtime.mailbox import MAX_RECORDS, WorkerMailbox
 
@@ -16,18 +16,18 @@ def _record(step: int) -> StepRecord:
 
 def test_the_newest_directive_wins() -> None:
     mailbox = WorkerMailbox("w0", 1)
-    for epoch, seq in [(1, 5), (1, 4), (2, 0), (2, 0)]:
-        mailbox.put(Directive(epoch, seq))
-    assert (mailbox.directive.epoch, mailbox.directive.seq) == (2, 0)
-    assert (mailbox.state.epoch, mailbox.state.seen) == (2, 0)
+    for term, seq in [(1, 5), (1, 4), (2, 0), (2, 0)]:
+        mailbox.put(Directive(term, seq))
+    assert (mailbox.directive.term, mailbox.directive.seq) == (2, 0)
+    assert (mailbox.state.term, mailbox.state.seen) == (2, 0)
 
 
 def test_a_replaced_controller_is_refused_and_nothing_changes() -> None:
     mailbox = WorkerMailbox("w0", 1)
     mailbox.put(Directive(2, 3))
-    with pytest.raises(EpochSuperseded):
+    with pytest.raises(TermSuperseded):
         mailbox.put(Directive(1, 9))
-    assert (mailbox.directive.epoch, mailbox.directive.seq) == (2, 3)
+    assert (mailbox.directive.term, mailbox.directive.seq) == (2, 3)
 
 
 def test_a_report_waits_for_news_and_no_longer() -> None:
@@ -75,7 +75,7 @@ def test_a_newer_controller_counts_its_directives_anew() -> None:
     mailbox = WorkerMailbox("w0", 1)
     mailbox.put(Directive(1, 9, activated=4))
     mailbox.put(Directive(2, 0, activated=5))
-    assert mailbox.wait(lambda d: d.epoch == 2, 0.0).activated == 5
+    assert mailbox.wait(lambda d: d.term == 2, 0.0).activated == 5
 
 
 def test_a_repeat_is_no_news() -> None:

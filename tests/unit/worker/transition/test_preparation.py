@@ -43,7 +43,7 @@ def mailbox() -> WorkerMailbox:
 def _plan(generation: int, *members: str, source: World | None = None) -> GenerationPlan:
     world = World(generation, members)
     return GenerationPlan(
-        epoch=1,
+        term=1,
         world=world,
         placement=ExpertPlacement.balanced(2, world.size),
         source=None if source is None else Source(source, ExpertPlacement.balanced(2, source.size), source.members),

@@ -85,7 +85,7 @@ def test_pieces_are_copies_that_training_does_not_change() -> None:
 def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int) -> Any:
     """As much of a shard as is saved: no engine is needed to have ranges."""
     world = World(4, tuple(f"w{r}" for r in range(placement.world_size)))
-    return SimpleNamespace(epoch=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges))
+    return SimpleNamespace(term=2, world=world, rank=rank, engine=SimpleNamespace(ranges=lambda: ranges))
 
 
 def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     meta = json.loads(written[0].meta)
     assert (meta.pop("shapes"), meta.pop("compression"), meta.pop("world_size")) != (None, None, None)
     assert written[0].meta == written[1].meta and Progress(**meta) == progress
-    reader = CheckpointReader(commit(tmp_path, manifest_of(written, run_id="r", epoch=2, shapes=SHAPES), epoch=2))
+    reader = CheckpointReader(commit(tmp_path, manifest_of(written, run_id="r", term=2, shapes=SHAPES), term=2))
     reader.verify()
     for tensor, name in enumerate(layout.names):
         if not name.startswith("param/"):
