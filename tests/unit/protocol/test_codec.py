@@ -35,12 +35,12 @@ def test_values_survive_json() -> None:
 @pytest.mark.parametrize(
     ("plain", "message"),
     [
-        ({"seq": 1, "workers": 2, "speed": 3}, "Target has no field speed"),
-        ({"seq": 1}, "Target can't be read"),
-        ({"seq": "1", "workers": 2}, "Target.seq is '1'; it must be int"),
-        ({"seq": True, "workers": 2}, "Target.seq is True"),
-        ([], "Target is"),
-        ({"seq": 1, "workers": 2, "finish": "soon"}, "Target.finish is 'soon'; it must be one of "),
+        ({"seq": 1, "workers": 2, "speed": 3}, "DesiredRunState has no field speed"),
+        ({"seq": 1}, "DesiredRunState can't be read"),
+        ({"seq": "1", "workers": 2}, "DesiredRunState.seq is '1'; it must be int"),
+        ({"seq": True, "workers": 2}, "DesiredRunState.seq is True"),
+        ([], "DesiredRunState is"),
+        ({"seq": 1, "workers": 2, "finish": "soon"}, "DesiredRunState.finish is 'soon'; it must be one of "),
     ],
     ids=["unknown", "missing", "type", "bool for int", "no object", "no such word"],
 )
