@@ -1,4 +1,4 @@
-"""What slots of like length that fill the memory are worth, where documents are of very unequal length.
+"""What micro-batches of like length that fill the memory are worth, where documents are of very unequal length.
 
     python -m benchmarks.batching [--quick]
 
@@ -7,16 +7,19 @@ a hundred more than 18,500. A row is a definition, or a piece of 1,024 tokens of
 and all processes of the cluster share a limit of memory that the kernel enforces. All arms run in it, one after the
 other, the order turned round in every other round:
 
-- `dynamic`: `data.rows: documents`, `micro_batch_size: auto`. The first slots are small, and grow by what is measured.
-- `fixed`: the same rows in slots of as many rows, in their order, as fit if all of them are as long as they may be:
-  the largest divisor of the batch with which a slot has no more tokens than those that `dynamic` found to fit.
-- `padded`: the same slots as `fixed`, as most trainers do it: padding goes through the whole model. Its loss holds all
-  logits of a slot, which is as fast (`benchmarks.loss`).
-- `packed`: `data.rows: packed`, documents back to back in rows of 1,024 tokens, a third as many, in slots that fit.
+- `dynamic`: `data.rows: documents`, `micro_batch_size: auto`. The first micro-batches are small, and grow by what is
+measured.
+- `fixed`: the same rows in micro-batches of as many rows, in their order, as fit if all of them are as long as they may
+  be: the largest divisor of the batch with which a micro-batch has no more tokens than those that `dynamic` found to
+  fit.
+- `padded`: the same micro-batches as `fixed`, as most trainers do it: padding goes through the whole model. Its loss
+  holds all logits of a micro-batch, which is as fast (`benchmarks.loss`).
+- `packed`: `data.rows: packed`, documents back to back in rows of 1,024 tokens, a third as many, in micro-batches that
+fit.
 
-`tokens_per_s` is of target tokens, over the median step once slots have their size. `padding` is the share of the
-slots' tokens; `peak_share` the most memory that the limited processes had, over the limit, and `kills` what the kernel
-has killed. The ratios are of `dynamic` over the others, round by round.
+`tokens_per_s` is of target tokens, over the median step once micro-batches have their size. `padding` is the share of
+the micro-batches' tokens; `peak_share` the most memory that the limited processes had, over the limit, and `kills` what
+the kernel has killed. The ratios are of `dynamic` over the others, round by round.
 """
 
 import ast
@@ -55,8 +58,8 @@ ARMS = ("fixed", "padded", "packed", "dynamic")
 class Measured:
     tokens_per_s: float
     padding: float
-    slots: float
-    slot_tokens: int
+    micro_batches: float
+    micro_batch_tokens: int
     peak_share: float
     kills: int
 
@@ -80,7 +83,7 @@ def definitions(quick: bool, directory: Path) -> Path:
     return path
 
 
-def job_of(arm: str, slot: int | str, corpus: Path, storage: Path, quick: bool) -> JobSpec:
+def job_of(arm: str, micro_batch: int | str, corpus: Path, storage: Path, quick: bool) -> JobSpec:
     """Defaults but for sizes."""
     by_document = arm != "packed"
     steps = (QUICK_STEPS if quick else STEPS) + (FITTING_STEPS if arm == "dynamic" else 2)
@@ -92,7 +95,7 @@ def job_of(arm: str, slot: int | str, corpus: Path, storage: Path, quick: bool) 
             "train": {
                 "steps": steps,
                 "global_batch_size": (QUICK_ROWS if quick else ROWS) // (1 if by_document else PACKED),
-                "micro_batch_size": slot,
+                "micro_batch_size": micro_batch,
                 "sequence_length": QUICK_LENGTH if quick else LENGTH,
                 "lr": 1e-3,
             },
@@ -112,20 +115,20 @@ def measured(product: Product, job: JobSpec, confinement: Confinement, quick: bo
     peak = confinement.peak_bytes
     steps = read_steps(live.run_dir)[-(QUICK_STEPS if quick else STEPS) :]
     if len({step.generation for step in steps}) > 1:
-        raise RuntimeError(f"slots of {job.name} still changed in step {steps[0].step}")
-    slots = [plan.slot for _, plan in sorted(live.plans().items())]
+        raise RuntimeError(f"micro-batches of {job.name} still changed in step {steps[0].step}")
+    micro_batches = [plan.micro_batch for _, plan in sorted(live.plans().items())]
     return Measured(
         tokens_per_s=median(step.tokens / step.step_s for step in steps),
         padding=mean(step.padding for step in steps),
-        slots=mean(step.num_slots for step in steps),
-        slot_tokens=slots[-1].tokens or slots[-1].rows * job.train.sequence_length,
+        micro_batches=mean(step.num_micro_batches for step in steps),
+        micro_batch_tokens=micro_batches[-1].tokens or micro_batches[-1].rows * job.train.sequence_length,
         peak_share=peak / confinement.limit_bytes,
         kills=confinement.kills - kills,
     )
 
 
-def slot_of_rows(tokens: int, length: int, batch: int) -> int:
-    """The largest divisor of the batch with which a slot of the longest rows has no more than so many tokens."""
+def micro_batch_of_rows(tokens: int, length: int, batch: int) -> int:
+    """The largest divisor of the batch with which a micro-batch of the longest rows has no more than so many tokens."""
     return max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= max(1, tokens // length))
 
 
@@ -139,24 +142,24 @@ def measure(quick: bool) -> Result:
         corpus = definitions(quick, workspace)
         with confined(limit) as confinement, Product(workspace / "home", WORLD_SIZE) as product:
 
-            def one(arm: str, slot: int | str) -> None:
-                job = job_of(arm, slot, corpus, workspace / "runs", quick)
+            def one(arm: str, micro_batch: int | str) -> None:
+                job = job_of(arm, micro_batch, corpus, workspace / "runs", quick)
                 found[arm].append(measured(product, job, confinement, quick))
                 say(f"{arm}: {found[arm][-1]}")
 
             one("dynamic", "auto")
             length, batch = (QUICK_LENGTH, QUICK_ROWS) if quick else (LENGTH, ROWS)
-            fits = found["dynamic"][0].slot_tokens
-            rows = slot_of_rows(fits, length, batch)
-            slots = {
+            fits = found["dynamic"][0].micro_batch_tokens
+            rows = micro_batch_of_rows(fits, length, batch)
+            micro_batches = {
                 "dynamic": "auto",
-                "packed": slot_of_rows(fits, length, batch // PACKED),
+                "packed": micro_batch_of_rows(fits, length, batch // PACKED),
                 **dict.fromkeys(ARMS[:2], rows),
             }
             for number in range(rounds):
                 for arm in ARMS[:: 1 if number % 2 else -1]:
                     if number or arm != "dynamic":
-                        one(arm, slots[arm])
+                        one(arm, micro_batches[arm])
     ratio = {arm: _over(found["dynamic"], found[arm]) for arm in ARMS if arm != "dynamic"}
     dynamic = found["dynamic"]
     peak = min(m.peak_share for m in dynamic)
@@ -196,8 +199,8 @@ def _summary(measures: list[Measured]) -> dict[str, Any]:
     return {
         "tokens_per_s": Spread.of([m.tokens_per_s for m in measures]),
         "padding": round(mean(m.padding for m in measures), 4),
-        "slots_per_step": mean(m.slots for m in measures),
-        "slot_tokens": [m.slot_tokens for m in measures],
+        "micro_batches_per_step": mean(m.micro_batches for m in measures),
+        "micro_batch_tokens": [m.micro_batch_tokens for m in measures],
         "peak_share": round(max(m.peak_share for m in measures), 3),
     }
 

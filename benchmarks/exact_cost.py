@@ -2,9 +2,9 @@
 
     python -m benchmarks.exact_cost [--quick]
 
-The same job with `train.determinism` fast and exact, 16 M parameters, 1,024 tokens per slot, in a world of 2 and one of
-3; both arms are alive at once and take turns (`benchmarks.support.arms`). With 3 workers on 2 cores ranks wait for
-processors, in both arms alike.
+The same job with `train.determinism` fast and exact, 16 M parameters, 1,024 tokens per micro-batch, in a world of 2 and
+one of 3; both arms are alive at once and take turns (`benchmarks.support.arms`). With 3 workers on 2 cores ranks wait
+for processors, in both arms alike.
 
 - `overhead`: the time of an exact step over that of a fast one, less one.
 - `cpu_overhead`: the same of the processors' time that all ranks together use per step, over all rounds. It doesn't
@@ -29,7 +29,7 @@ from orchestrator.spec.job import DataSpec, JobSpec
 
 WORLDS = (2, 3)
 SLOT = {"micro_batch_size": 4, "sequence_length": 256}
-ROWS = {2: 16, 3: 24}  # two slots for each rank
+ROWS = {2: 16, 3: 24}  # two micro-batches for each rank
 QUICK_SLOT = {"micro_batch_size": 2, "sequence_length": 32}
 THREADS = 1
 ROUNDS, BLOCK_STEPS = 40, 4
@@ -49,11 +49,17 @@ def measure(quick: bool) -> Result:
         for size in WORLDS[:1] if quick else WORLDS:
             metrics[f"{size}_workers"], of_size = compare(size, data, store_dir, workspace / str(size), rounds, quick)
             bars += of_size
-    slot = QUICK_SLOT if quick else SLOT
+    micro_batch = QUICK_SLOT if quick else SLOT
     return Result(
         name="exact_cost",
         seed=0,
-        settings={"quick": quick, "threads": THREADS, "model": QUICK_MODEL if quick else MODEL, "rows": ROWS, **slot},
+        settings={
+            "quick": quick,
+            "threads": THREADS,
+            "model": QUICK_MODEL if quick else MODEL,
+            "rows": ROWS,
+            **micro_batch,
+        },
         rounds=rounds,
         metrics=metrics,
         bars=tuple(bars),
@@ -62,8 +68,14 @@ def measure(quick: bool) -> Result:
 
 def job_of(determinism: str, size: int, data: DataSpec, quick: bool) -> JobSpec:
     """Defaults but for sizes; it never ends by itself."""
-    slot = QUICK_SLOT if quick else SLOT
-    train = {"steps": 1_000_000, "lr": 1e-3, "schedule": {"kind": "constant"}, "global_batch_size": ROWS[size], **slot}
+    micro_batch = QUICK_SLOT if quick else SLOT
+    train = {
+        "steps": 1_000_000,
+        "lr": 1e-3,
+        "schedule": {"kind": "constant"},
+        "global_batch_size": ROWS[size],
+        **micro_batch,
+    }
     return JobSpec.model_validate(
         {
             "name": determinism,

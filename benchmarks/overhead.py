@@ -1,4 +1,5 @@
-"""Our training loop against a bare DeepSpeed loop: same model, rows and slots, 2 workers, a short and a long step.
+"""Our training loop against a bare DeepSpeed loop: same model, rows and micro-batches, 2 workers, a short and a long
+step.
 
     python -m benchmarks.overhead [--quick]
 

@@ -184,10 +184,10 @@ RUN = Board(
             ),
         ),
         Chart(
-            "Slots",
+            "Micro-batches",
             "Micro-batches of a step, of all workers together.",
             "short",
-            (of("perf/slots"),),
+            (of("perf/micro_batches"),),
         ),
         simple("Padding", "perf/padding", "percentunit"),
         Chart(

@@ -75,9 +75,16 @@ DECLARED = (
     Metric("perf/data_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),
     Metric("perf/protection_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its buddy's answer"),
     Metric("perf/communication_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its peers"),
-    Metric("perf/slowness", "1", Kind.GAUGE, "the slowest rank's computing time for a slot over the others' median"),
-    Metric("perf/padding", "1", Kind.GAUGE, "share of the tokens of the step's slots that is padding, not computed on"),
-    Metric("perf/slots", "slots", Kind.GAUGE, "micro-batches of the step, of all workers together"),
+    Metric(
+        "perf/slowness", "1", Kind.GAUGE, "the slowest rank's computing time for a micro-batch over the others' median"
+    ),
+    Metric(
+        "perf/padding",
+        "1",
+        Kind.GAUGE,
+        "share of the tokens of the step's micro-batches that is padding, not computed on",
+    ),
+    Metric("perf/micro_batches", "micro_batches", Kind.GAUGE, "micro-batches of the step, of all workers together"),
     *(
         Metric(f"comm/{kind}_bytes", "bytes", Kind.AMOUNT, f"sent between workers since the vote before: {meaning}")
         for kind, meaning in (

@@ -1,4 +1,4 @@
-"""The loop that somebody would write with DeepSpeed alone: the same model, rows and slots, nothing elastic.
+"""The loop that somebody would write with DeepSpeed alone: the same model, rows and micro-batches, nothing elastic.
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 python -m benchmarks.baselines.bare_deepspeed JOB.json STORE_DIR MEETING_FILE
 
@@ -32,7 +32,7 @@ from orchestrator.model.base import expert_of
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.sampling.micro_batches import slots_of
+from orchestrator.sampling.micro_batches import micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import JobSpec
 
@@ -74,7 +74,7 @@ def build(job: JobSpec, vocab_size: int, rank: int, world_size: int) -> tuple[Mo
     )
     config = {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "managed_gradient_accumulation": False,  # slots add up by themselves, then one step
+        "managed_gradient_accumulation": False,  # micro-batches add up by themselves, then one step
         "gradient_clipping": train.gradient_clipping,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
@@ -98,15 +98,15 @@ def train_forever(job: JobSpec, store: TokenStore, model: MoELanguageModel, engi
         sequence_length=length,
         num_rows=store.num_rows("train", length),
     )
-    mine = slots_of(rank, size, train.most_slots)
+    mine = micro_batches_of(rank, size, train.most_micro_batches)
     step = 0
     while True:
         rows = sample(sampler, step).rows
         tokens = store.target_count("train", store.spans("train", rows, length))
         loss_sum, routed = 0.0, RoutingCounts.zeros(len(model.moe_layers), job.model)
         for number in mine:
-            slot = store.rows("train", rows[number * train.micro_batch_size :][: train.micro_batch_size], length)
-            loss = engine(torch.from_numpy(slot.inputs_RT), torch.from_numpy(slot.targets_RT))
+            micro_batch = store.rows("train", rows[number * train.micro_batch_size :][: train.micro_batch_size], length)
+            loss = engine(torch.from_numpy(micro_batch.inputs_RT), torch.from_numpy(micro_batch.targets_RT))
             # DeepSpeed takes the mean over ranks; what is wanted is the mean over the batch's tokens.
             engine.backward(loss * (size / tokens))
             loss_sum += float(loss.detach())
@@ -130,9 +130,10 @@ def main() -> None:
     job_file, store_dir, meeting_file = (Path(arg) for arg in sys.argv[1:4])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     job = JobSpec.model_validate_json(job_file.read_text())
-    if job.train.most_slots % size:
+    if job.train.most_micro_batches % size:
         sys.exit(
-            f"{job.train.most_slots} slots on {size} ranks: every rank needs as many, or their exchanges don't meet"
+            f"{job.train.most_micro_batches} micro-batches on {size} ranks: "
+            "every rank needs as many, or their exchanges don't meet"
         )
     store = TokenStore.open(store_dir)
     dist.init_process_group("gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=size)

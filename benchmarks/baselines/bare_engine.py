@@ -28,7 +28,7 @@ from orchestrator.model.factory import build_model
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.policy.health.expert_load import expert_load
-from orchestrator.sampling.micro_batches import max_slots, slots_of
+from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, sample
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.transition.load_state import read_pretrained
@@ -63,13 +63,14 @@ def main() -> None:
         num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
         routed = RoutingCounts.zeros(len(routers), job.model)
         mine = [
-            rows[number * train.slot_rows :][: train.slot_rows] for number in slots_of(rank, size, train.most_slots)
+            rows[number * train.micro_batch_rows :][: train.micro_batch_rows]
+            for number in micro_batches_of(rank, size, train.most_micro_batches)
         ]
-        # Ranks exchange tokens in every slot: one with fewer takes part in the others' with no rows of its own.
-        mine += [rows[:0]] * (max_slots(size, train.most_slots) - len(mine))
-        for number, of_slot in enumerate(mine, 1):
-            slot = store.rows("train", of_slot, length)
-            batch = MicroBatch(torch.from_numpy(slot.inputs_RT), torch.from_numpy(slot.targets_RT))
+        # Ranks exchange tokens in every micro-batch: one with fewer takes part in the others' with no rows of its own.
+        mine += [rows[:0]] * (max_micro_batches(size, train.most_micro_batches) - len(mine))
+        for number, of_micro_batch in enumerate(mine, 1):
+            micro_batch = store.rows("train", of_micro_batch, length)
+            batch = MicroBatch(torch.from_numpy(micro_batch.inputs_RT), torch.from_numpy(micro_batch.targets_RT))
             loss, counts = engine.accumulate(batch, num_targets, last=number == len(mine))
             loss_sum += float(loss)
             routed.add(counts)

@@ -101,10 +101,10 @@ def main() -> None:
         loads.begin(is_counting=step % COUNT_EVERY == 0)
         rows = sample(sampler, step).rows
         num_targets, loss_sum = store.target_count("train", store.spans("train", rows, length)), 0.0
-        for number in range(train.most_slots):
-            slot = store.rows("train", rows[number * train.slot_rows :][: train.slot_rows], length)
-            logits = model(input_ids=torch.from_numpy(slot.inputs_RT), use_cache=False).logits
-            targets_N = torch.from_numpy(slot.targets_RT).reshape(-1)
+        for number in range(train.most_micro_batches):
+            micro_batch = store.rows("train", rows[number * train.micro_batch_rows :][: train.micro_batch_rows], length)
+            logits = model(input_ids=torch.from_numpy(micro_batch.inputs_RT), use_cache=False).logits
+            targets_N = torch.from_numpy(micro_batch.targets_RT).reshape(-1)
             loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), targets_N, reduction="sum")
             (loss / num_targets).backward()
             loss_sum += float(loss.detach())

@@ -60,16 +60,16 @@ class DataParallel:
         first = (self.step * train.global_batch_size + self.rank * num_rows) % (
             self._store.num_rows("train", length) - num_rows
         )
-        for offset in range(0, num_rows, train.slot_rows):
-            rows = self._store.rows("train", first + offset + np.arange(train.slot_rows), length)
+        for offset in range(0, num_rows, train.micro_batch_rows):
+            rows = self._store.rows("train", first + offset + np.arange(train.micro_batch_rows), length)
             if isinstance(parallel, DistributedDataParallel):
-                parallel.require_backward_grad_sync = offset + train.slot_rows >= num_rows
+                parallel.require_backward_grad_sync = offset + train.micro_batch_rows >= num_rows
             loss = parallel(torch.from_numpy(rows.inputs_RT), torch.from_numpy(rows.targets_RT))
             (loss / (num_rows * length)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.gradient_clipping)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        told = torch.stack([loss.detach() / (train.slot_rows * length), torch.tensor(float(wants_to_stop))])
+        told = torch.stack([loss.detach() / (train.micro_batch_rows * length), torch.tensor(float(wants_to_stop))])
         if self.size > 1:
             dist.all_reduce(told)
         self.step += 1

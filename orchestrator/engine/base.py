@@ -36,18 +36,19 @@ class Engine(Protocol):
     """Trains one rank's shard within one generation."""
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
+        self, micro_batch: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
     ) -> tuple[Tensor, RoutingCounts]:
-        """Forward and backward of one slot: its loss sum divided by `global_tokens` is backpropagated and added up.
+        """Forward and backward of one micro-batch: its loss sum divided by `global_tokens` is backpropagated and added
+        up.
 
-        Every rank calls it equally often per step; a rank without a slot passes one with no rows.
+        Every rank calls it equally often per step; a rank without a micro-batch passes one with no rows.
 
         Args:
             last: `step` comes next: gradients may travel during this backward pass.
             before_backward: called between the two.
 
         Returns:
-            the slot's loss sum (scalar, fp32, detached), and what its routers counted.
+            the micro-batch's loss sum (scalar, fp32, detached), and what its routers counted.
         """
         ...
 
@@ -61,8 +62,8 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, slot: MicroBatch) -> Tensor:
-        """Loss sum of a slot, no gradient. Every rank calls it equally often."""
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        """Loss sum of a micro-batch, no gradient. Every rank calls it equally often."""
         ...
 
     def ranges(self) -> NamedRanges:

@@ -23,11 +23,11 @@ log = logging.getLogger("orchestrator.worker")
 
 
 class Gradients:
-    """Adds gradients up over the slots of a step and the ranks of each group.
+    """Adds gradients up over the micro-batches of a step and the ranks of each group.
 
     Args:
         groups: in DeepSpeed's order.
-        every_slot: send what each slot brings (ZeRO 2), not once per step.
+        every_slot: send what each micro-batch brings (ZeRO 2), not once per step.
         largest_term: given, sums are exact (`orchestrator.comm.gradients.exact_sum`).
     """
 
@@ -36,7 +36,7 @@ class Gradients:
         model: TrainableModel,
         groups: Sequence[ParamGroup],
         communication: CommunicationSpec,
-        every_slot: bool,
+        every_micro_batch: bool,
         device: torch.device,
         largest_term: float | None = None,
     ) -> None:
@@ -45,10 +45,10 @@ class Gradients:
         self._compression, self._num_updates = communication.compression, 0
         self._largest_term = largest_term
         self._buckets = [self._bucket(group, device) for group in groups]
-        self._all = Buckets(self._buckets, every_slot, communication.overlap)
+        self._all = Buckets(self._buckets, every_micro_batch, communication.overlap)
         self.saturated: tuple[str, ...] = ()  # of the newest sums: parameters with too large a gradient on this rank
         self._began_s = self._waited_s = self._ended_s = 0.0
-        # Of the newest slot's backward pass, waits apart, and from its end until all sums were there; seconds.
+        # Of the newest micro-batch's backward pass, waits apart, and from its end until all sums were there; seconds.
         self.backward_s = self.after_backward_s = 0.0
 
     @property
@@ -57,24 +57,24 @@ class Gradients:
         dense = [group for group in self._groups if group.is_dense]
         return [", ".join(f"{self._names[id(p)]} {tuple(p.shape)}" for p in group.params) for group in dense]
 
-    def begin_slot(self, last: bool) -> None:
-        """Called before a slot's backward pass; `last` of its step."""
+    def begin_micro_batch(self, last: bool) -> None:
+        """Called before a micro-batch's backward pass; `last` of its step."""
         self._began_s, self._waited_s = time.perf_counter(), collective_stats.waited_s()
-        self._all.begin_slot(last)
+        self._all.begin_micro_batch(last)
 
-    def end_slot(self) -> None:
+    def end_micro_batch(self) -> None:
         """Called after it."""
         self._ended_s = time.perf_counter()
         self.backward_s = self._ended_s - self._began_s - (collective_stats.waited_s() - self._waited_s)
-        self._all.end_slot()
+        self._all.end_micro_batch()
 
     def sums(self) -> list[Tensor]:
-        """This rank's piece of each group's sum, fp32. Called once, after a step's last slot."""
+        """This rank's piece of each group's sum, fp32. Called once, after a step's last micro-batch."""
         sums = self._all.sums()
         self.after_backward_s = time.perf_counter() - self._ended_s
         self.saturated = tuple(self._names[id(p)] for bucket in self._buckets for p in bucket.saturated)
         for name in self.saturated:
-            log.warning("the gradient of %s is over %g in one slot, so no exact sum", name, self._largest_term)
+            log.warning("the gradient of %s is over %g in one micro-batch, so no exact sum", name, self._largest_term)
         for bucket in self._buckets:
             bucket.saturated.clear()
         return sums

@@ -41,9 +41,11 @@ class ReferenceEngine:
             }
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
+        self, micro_batch: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
     ) -> tuple[Tensor, RoutingCounts]:
-        loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
+        loss = self._model(
+            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
+        )
         routed = self._model.routing_counts()
         before_backward()
         (loss / global_tokens).backward()
@@ -80,9 +82,11 @@ class ReferenceEngine:
         return ranges
 
     @torch.no_grad()
-    def evaluate(self, slot: MicroBatch) -> Tensor:
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
         self._model.eval()
-        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
+        loss: Tensor = self._model(
+            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
+        )
         self._model.train()
         return loss
 

@@ -60,7 +60,7 @@ def evaluate(
 
 
 def _rows(request: Evaluation, job: JobSpec, tokenizer: TextTokenizer) -> Iterator[Rows]:
-    length, at_once = job.train.sequence_length, max(1, job.train.slot_tokens // job.train.sequence_length)
+    length, at_once = job.train.sequence_length, max(1, job.train.micro_batch_tokens // job.train.sequence_length)
     if request.corpus is not None:
         corpus = open_corpus(request.corpus, request.text_key)
         yield from rows_of_documents(corpus, tokenizer, length, at_once)

@@ -114,21 +114,22 @@ def draw_normal(param: Tensor, name: str, seed: int, std: float) -> None:
     param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
 
 
-def seed_draws(seed: int, step: int, slot: int) -> None:
-    """From now on torch draws the numbers of a slot's pass: the same whichever rank does it."""
-    torch.manual_seed(_key(seed, f"step {step}, slot {slot}"))
+def seed_draws(seed: int, step: int, micro_batch: int) -> None:
+    """From now on torch draws the numbers of a micro-batch's pass: the same whichever rank does it."""
+    torch.manual_seed(_key(seed, f"step {step}, micro-batch {micro_batch}"))
 
 
 def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "little")
 
 
-# -- One slot of the global batch, as tensors --------------------------------------------------------------------------
+# -- One micro-batch of the global batch, as tensors
+# --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A slot: B rows of T tokens. B may be 0: a rank without a slot still runs the forward pass.
+    """A micro-batch: B rows of T tokens. B may be 0: a rank without a micro-batch still runs the forward pass.
 
     Args:
         inputs_BT: token ids, int64.

@@ -24,7 +24,7 @@ from orchestrator.policy.recovery.recover import recover
 from orchestrator.policy.replay_check import watch_checks
 from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
 from orchestrator.policy.rescale.generation_plan import warm_standbys
-from orchestrator.policy.rescale.micro_batch import fit_slots
+from orchestrator.policy.rescale.micro_batch import fit_micro_batches
 from orchestrator.policy.rescale.rules import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
 from orchestrator.policy.rescale.worker_pool import (
     apply_target,
@@ -63,7 +63,7 @@ RULES: tuple[Rule, ...] = (
     ask_finish,
     plan_departure,
     plan_next,
-    fit_slots,
+    fit_micro_batches,
     raise_fence,
     decide_stages,
     watch_stragglers,

@@ -68,7 +68,7 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         worker=standbys[-1],  # the last to be taken into a world
         step=first,
         last_step=last,
-        worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.slot),),
+        worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.micro_batch),),
         findings=tuple(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests) for record in done),
         skips=tuple(step for step in state.skips if first < step <= last),
     )

@@ -13,7 +13,7 @@ from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.world import World
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.usage import Traffic
-from orchestrator.sampling.micro_batches import UNSAID, SlotSize
+from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 
 class Finish(StrEnum):
@@ -80,12 +80,12 @@ class Source:
 @dataclass(frozen=True)
 class PastWorld:
     """A world that has trained steps, from `first_step` on until the next one did, where its experts were, and how much
-    its slots took."""
+    its micro-batches took."""
 
     first_step: int
     world: World
     placement: ExpertPlacement
-    slot: SlotSize = UNSAID
+    micro_batch: MicroBatchSize = UNSAID
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class GenerationPlan:
     source that are not in `world` hand over what they hold and become standbys. `buddies` names by rank the rank that
     keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
     holds term and generation, so nobody of the past can meet this world. All meet in the store at `store_address`; a
-    world that has met needs it no more. `slot` is how much a slot takes, as the job says if it says nothing; `skips`
-    are steps whose batches are left out. `nodes` names by rank the node that it lives on; empty where nobody knows.
-    `replayed`: worlds whose steps this one does again, to be compared: the digests of its steps are those of their
-    ranks.
+    world that has met needs it no more. `micro_batch` is how much a micro-batch takes, as the job says if it says
+    nothing; `skips` are steps whose batches are left out. `nodes` names by rank the node that it lives on; empty where
+    nobody knows. `replayed`: worlds whose steps this one does again, to be compared: the digests of its steps are those
+    of their ranks.
     """
 
     term: int
@@ -129,7 +129,7 @@ class GenerationPlan:
     buddies: tuple[int, ...] = ()
     verify_digests: bool = True
     restore: Restore | None = None
-    slot: SlotSize = UNSAID
+    micro_batch: MicroBatchSize = UNSAID
     skips: tuple[int, ...] = ()
     nodes: tuple[str, ...] = ()
     replayed: tuple[PastWorld, ...] = ()
@@ -241,13 +241,15 @@ class StepRecord:
     data_wait_s: float = 0.0  # of step_s, how long the training thread of whoever reports waited for its rows
     protection_wait_s: float = 0.0  # likewise, for its snapshot to be with its buddy
     skipped: bool = False  # its batch was left out, after it had made the loss explode
-    slowest: int = -1  # rank that computed longest for a slot, waits for peers apart; -1: there are no two to compare
+    slowest: int = (
+        -1
+    )  # rank that computed longest for a micro-batch, waits for peers apart; -1: there are no two to compare
     slowness: float = 1.0  # its time over the median of the others'
     snapshot_interval: int = 0  # steps between two snapshots when it was done; 0: none are taken
     stage: str = ""  # of the curriculum; empty without one
     sequence_length: int = 0  # tokens of its rows, or of the longest; 0 in records of before there were stages
-    num_slots: int = 0  # of all workers together
-    padding: float = 0.0  # share of the slots' tokens
+    num_micro_batches: int = 0  # of all workers together
+    padding: float = 0.0  # share of the micro-batches' tokens
     traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, what all workers sent since the vote before
     compression: str = ""  # of its gradients; empty in records of before there was any
     communication_wait_s: float | None = None  # of step_s, how long it waited for peers; None: it was not measured
@@ -305,13 +307,14 @@ class Saturation:
 
 
 @dataclass(frozen=True)
-class SlotMemory:
-    """What the slots of a generation took on a worker, since rows had this length; asked for where slots are fitted.
+class MicroBatchMemory:
+    """What the micro-batches of a generation took on a worker, since rows had this length; asked for where
+    micro-batches are fitted.
 
     Args:
         steps: finished so far.
-        tokens: of the largest slot, padding included.
-        num_slots: of the last step, of all workers together.
+        tokens: of the largest micro-batch, padding included.
+        num_micro_batches: of the last step, of all workers together.
         kept_bytes: what a forward pass kept for its backward pass, at most; 0 where that can't be told.
         resident_bytes: what the process has taken: on a CPU, where it keeps what it has freed, the most so far.
         limit_bytes: memory of the host, or of the group of processes that it is confined to, or of the GPU.
@@ -324,7 +327,7 @@ class SlotMemory:
     sequence_length: int
     steps: int
     tokens: int
-    num_slots: int
+    num_micro_batches: int
     kept_bytes: int
     resident_bytes: int
     limit_bytes: int
@@ -375,7 +378,7 @@ class Report:
     holdings: tuple[Holding, ...] = ()
     rss_bytes: int = 0
     collective: int = 0  # collectives that its training thread has entered in this generation
-    slots: SlotMemory | None = None
+    micro_batches: MicroBatchMemory | None = None
     checked: ReplayResult | None = None
     saturated: Saturation | None = None  # the newest
     numerics: str = ""  # what decides the bits of its results, where they are to be exact

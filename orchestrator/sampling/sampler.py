@@ -2,7 +2,7 @@
 
 Every row that a run consumes has a *position*: positions count from 0 through the whole run, `global_batch_size`
 to a step. Within a stage, an epoch is one pass over its rows in an order of its own; a batch may straddle two
-epochs. Nothing here knows world size, ranks or slots, so the order can't depend on them.
+epochs. Nothing here knows world size, ranks or micro-batches, so the order can't depend on them.
 """
 
 import json

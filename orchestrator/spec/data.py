@@ -52,8 +52,8 @@ class DataSpec(Section):
     rows: Literal["packed", "documents"] = Field(
         default="packed",
         description="packed: documents lie back to back and are cut into rows of one length, without padding. "
-        "documents: a row is a document, or a piece of a long one, so rows are of unequal length; in a slot they are "
-        "padded to its longest.",
+        "documents: a row is a document, or a piece of a long one, so rows are of unequal length; in a "
+        "micro-batch they are padded to its longest.",
     )
     isolate_documents: bool = Field(
         default=False, description="true: attention stops at the borders of documents. The loss never crosses them."

@@ -22,7 +22,7 @@ def _micro_batch(value: Any) -> Any:
     return value
 
 
-MicroBatch = Annotated[int | str, BeforeValidator(_micro_batch, json_schema_input_type=int | str)]
+MicroBatchSetting = Annotated[int | str, BeforeValidator(_micro_batch, json_schema_input_type=int | str)]
 
 
 def tokens_of(micro_batch: int | str) -> int | None:
@@ -60,9 +60,9 @@ class TrainSpec(Section):
 
     steps: int = Field(default=1000, ge=1, description="Updates in the whole run.")
     global_batch_size: int = Field(default=16, ge=1, description="Rows of an update, over all workers.")
-    micro_batch_size: MicroBatch = Field(
+    micro_batch_size: MicroBatchSetting = Field(
         default=4,
-        description="How much a slot takes, which is one forward and backward of one worker: a number of rows, which "
+        description="How much a micro-batch takes, one forward and backward of one worker: a number of rows, which "
         'divides global_batch_size; "N tokens": as many rows of like length as make N tokens when they are padded to '
         "the longest; auto: as many tokens as the worker's memory takes, found by measuring.",
     )
@@ -95,30 +95,30 @@ class TrainSpec(Section):
         return self.determinism == "exact"
 
     @property
-    def most_slots(self) -> int:
-        """Slots of a step at most: each has a row."""
-        return self.global_batch_size // (self.slot_rows or 1)
+    def most_micro_batches(self) -> int:
+        """Micro-batches of a step at most: each has a row."""
+        return self.global_batch_size // (self.micro_batch_rows or 1)
 
     @property
-    def slot_rows(self) -> int:
-        """Rows of a slot; 0 where it is measured in tokens."""
+    def micro_batch_rows(self) -> int:
+        """Rows of a micro-batch; 0 where it is measured in tokens."""
         return self.micro_batch_size if isinstance(self.micro_batch_size, int) else 0
 
     @property
-    def slot_tokens(self) -> int:
-        """Tokens of a slot at most, if a row isn't longer; with `auto` of the smallest, which is a row."""
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch at most, if a row isn't longer; with `auto` of the smallest, which is a row."""
         if isinstance(self.micro_batch_size, int):
             return self.micro_batch_size * self.sequence_length
         return tokens_of(self.micro_batch_size) or self.sequence_length
 
     @property
     def fits_memory(self) -> bool:
-        """Whether the size of a slot is found by measuring."""
+        """Whether the size of a micro-batch is found by measuring."""
         return self.micro_batch_size == AUTO
 
     def broken_rules(self) -> Iterator[Broken]:
-        if self.slot_rows and self.global_batch_size % self.slot_rows:
-            sizes = f"{self.global_batch_size} and {self.slot_rows}"
+        if self.micro_batch_rows and self.global_batch_size % self.micro_batch_rows:
+            sizes = f"{self.global_batch_size} and {self.micro_batch_rows}"
             rule = f"global_batch_size must be a multiple of micro_batch_size; got {sizes}"
             yield Broken((("global_batch_size",), ("micro_batch_size",)), rule)
         if self.schedule.warmup_steps > self.steps:

@@ -100,7 +100,9 @@ def what_to_verify(
     last = min([after + steps, *(first_step - 1 for first_step in decided)])
     records = tuple(record for record in committed if after < record.step <= last)
     worlds = past_worlds(events, records)
-    if other := [past.first_step for past in worlds if past.slot != worlds[0].slot]:  # after a lack of memory
+    if other := [
+        past.first_step for past in worlds if past.micro_batch != worlds[0].micro_batch
+    ]:  # after a lack of memory
         records = tuple(record for record in records if record.step < other[0])
         worlds = past_worlds(events, records)
     if not records:
@@ -139,7 +141,7 @@ def past_worlds(events: Sequence[Event], records: Sequence[StepRecord]) -> tuple
     for record in records:
         if not worlds or worlds[-1].world.generation != record.generation:
             plan = from_plain(GenerationPlan, plans[record.generation])
-            worlds.append(PastWorld(record.step, plan.world, plan.placement, plan.slot))
+            worlds.append(PastWorld(record.step, plan.world, plan.placement, plan.micro_batch))
     return tuple(worlds)
 
 
@@ -175,7 +177,7 @@ def _plan(order: Verification) -> GenerationPlan:
         store_prefix="verify",
         store_address=StoreAddress(LOOPBACK, 0),
         restore=Restore(first - 1, str(order.checkpoint)) if order.checkpoint is not None else None,
-        slot=order.worlds[0].slot,
+        micro_batch=order.worlds[0].micro_batch,
         skips=tuple(record.step for record in order.records if record.skipped),
         replayed=order.worlds,
     )

@@ -30,7 +30,7 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
             "perf/slowness": record.slowness,
             "elastic/snapshot_interval": record.snapshot_interval,
             "perf/padding": record.padding,
-            "perf/slots": record.num_slots,
+            "perf/micro_batches": record.num_micro_batches,
         }
         if record.experts.worst_layer >= 0:
             values |= values_of_experts(record.experts)

@@ -164,7 +164,9 @@ class Trainer:
         record = replace(stepped.record, snapshot_interval=self._snapshots.interval)
         if stepped.saturated:
             self._mailbox.publish(saturated=Saturation(step, stepped.saturated))
-        self._mailbox.record(record, slots=stepped.memory, **self._snapshots.committed(generation, step, is_due))
+        self._mailbox.record(
+            record, micro_batches=stepped.memory, **self._snapshots.committed(generation, step, is_due)
+        )
         self._snapshots.agree(outcome.interval, record.step_s, is_due)
         if is_due:
             self._snapshots.take(shard, self._progress, record.lr, stepped.gradients)

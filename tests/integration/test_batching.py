@@ -1,4 +1,4 @@
-"""Rows of unequal length and slots that are measured, in real worker processes."""
+"""Rows of unequal length and micro-batches that are measured, in real worker processes."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from tests.support.worker_group import Crew
 
-from orchestrator.protocol.messages import SlotMemory
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.protocol.messages import MicroBatchMemory
+from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.step.memory_probe import room
@@ -46,7 +46,7 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
         worker_group.rescale(worker_group.ids[:3])
         worker_group.await_step(worker_group.newest_step + 4)
         worker_group.members["w2"].kill()
-        worker_group.recover(worker_group.ids[:2], slot=SlotSize(tokens=200, multiple=2))
+        worker_group.recover(worker_group.ids[:2], micro_batch=MicroBatchSize(tokens=200, multiple=2))
         worker_group.await_finished()
     records = [worker_group.records[step] for step in range(STEPS)]
     assert audit((r.step, r.first_position, r.num_positions) for r in records).ok
@@ -57,8 +57,8 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
         if wanted.validation_loss is not None:
             assert record.validation_loss == pytest.approx(wanted.validation_loss, rel=1e-5)
     assert 0 < max(r.padding for r in records) < 0.5
-    assert min(r.num_slots for r in records if r.generation == worker_group.newest_generation) > max(
-        r.num_slots for r in records if r.generation == 0
+    assert min(r.num_micro_batches for r in records if r.generation == worker_group.newest_generation) > max(
+        r.num_micro_batches for r in records if r.generation == 0
     )
     assert records[-1].loss < records[0].loss - 0.5
 
@@ -66,15 +66,15 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
 def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_path: Path) -> None:
     job = small_job(texts, micro_batch_size="auto", global_batch_size=12, sequence_length=256, steps=400)
     with Crew(job, store_dir, tmp_path, size=2) as worker_group:
-        worker_group.start(worker_group.plan(worker_group.ids, slot=SlotSize(tokens=256, multiple=2)))
+        worker_group.start(worker_group.plan(worker_group.ids, micro_batch=MicroBatchSize(tokens=256, multiple=2)))
         worker_group.await_step(6)
-        one = _slots(worker_group)
-        plan = worker_group.rescale(worker_group.ids, slot=SlotSize(tokens=6 * 256, multiple=2))
+        one = _micro_batches(worker_group)
+        plan = worker_group.rescale(worker_group.ids, micro_batch=MicroBatchSize(tokens=6 * 256, multiple=2))
         worker_group.await_step(worker_group.newest_step + 6)
-        six = _slots(worker_group)
+        six = _micro_batches(worker_group)
         assert plan.generation == six.generation
-    assert (one.generation, one.sequence_length, one.tokens, one.num_slots) == (0, 256, 256, 12)
-    assert (six.sequence_length, six.tokens, six.num_slots) == (256, 6 * 256, 2)
+    assert (one.generation, one.sequence_length, one.tokens, one.num_micro_batches) == (0, 256, 256, 12)
+    assert (six.sequence_length, six.tokens, six.num_micro_batches) == (256, 6 * 256, 2)
     assert one.steps >= 6 and not one.is_gpu and one.place == room(CPU).place
     per_token = (six.kept_bytes - one.kept_bytes) / (5 * 256)
     assert 2 * 8 * 32 * 4 < per_token < 2 * 40 * 32 * 4  # some vectors in each of two layers
@@ -82,7 +82,7 @@ def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_pa
     assert one.resident_bytes < one.used_bytes < one.limit_bytes
 
 
-def _slots(worker_group: Crew) -> SlotMemory:
-    found = worker_group.members["w0"].report().slots
+def _micro_batches(worker_group: Crew) -> MicroBatchMemory:
+    found = worker_group.members["w0"].report().micro_batches
     assert found is not None
     return found

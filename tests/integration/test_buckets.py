@@ -36,7 +36,7 @@ class Several(nn.Module):
         return y
 
 
-def _slots(rank: int, case: str) -> Iterator[tuple[float, list[int]]]:
+def _micro_batches(rank: int, case: str) -> Iterator[tuple[float, list[int]]]:
     everything = list(range(len(SIZES)))
     for number in range(3):
         order = everything
@@ -50,7 +50,7 @@ def _slots(rank: int, case: str) -> Iterator[tuple[float, list[int]]]:
 
 
 def _sums(
-    rank: int, world_size: int, store: Store, prefix: str, case: str, every_slot: bool, overlap: bool
+    rank: int, world_size: int, store: Store, prefix: str, case: str, every_micro_batch: bool, overlap: bool
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Pieces of the sums, the same pieces by plain all-reduce, and how many buckets had left before backward ended."""
     groups = connect(store, prefix, rank, ExpertPlacement.balanced(1, world_size), "gloo")
@@ -61,16 +61,16 @@ def _sums(
         params = [model.weights[index] for index in sorted(cut)]
         numel = -(-sum(p.numel() for p in params) // multiple) * multiple
         made.append(Bucket(params, numel, ReduceScatter(groups.reduction, True), torch.device("cpu")))
-    buckets = Buckets(made, every_slot, overlap)
+    buckets = Buckets(made, every_micro_batch, overlap)
     left = 0
-    slots = list(_slots(rank, case))
-    for number, (x, order) in enumerate(slots):
-        buckets.begin_slot(last=number == len(slots) - 1)
+    micro_batches = list(_micro_batches(rank, case))
+    for number, (x, order) in enumerate(micro_batches):
+        buckets.begin_micro_batch(last=number == len(micro_batches) - 1)
         if order:
             model(x, order).backward()
             plain(x, order).backward()
         left = sum(bucket._under_way is not None or bucket._sum is not None for bucket in made)
-        buckets.end_slot()
+        buckets.end_micro_batch()
     pieces = buckets.sums()
     buckets.close()
     assert all(param.grad is None for param in model.parameters())
@@ -87,13 +87,13 @@ def _sums(
     return pieces, wanted, left
 
 
-@pytest.mark.parametrize("every_slot", [False, True], ids=["once", "every slot"])
+@pytest.mark.parametrize("every_micro_batch", [False, True], ids=["once", "every micro-batch"])
 @pytest.mark.parametrize("case", ["alike", "another order", "unused", "nothing on one"])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_sums_are_those_of_an_all_reduce_and_do_not_depend_on_overlap(
-    ranks: Ranks, world_size: int, case: str, every_slot: bool
+    ranks: Ranks, world_size: int, case: str, every_micro_batch: bool
 ) -> None:
-    args: tuple[Any, ...] = (case, every_slot)
+    args: tuple[Any, ...] = (case, every_micro_batch)
     overlapped = ranks.run(_sums, world_size, *args, True)
     afterwards = ranks.run(_sums, world_size, *args, False)
     for (pieces, wanted, _), (others, _, _) in zip(overlapped, afterwards, strict=True):
@@ -102,7 +102,7 @@ def test_sums_are_those_of_an_all_reduce_and_do_not_depend_on_overlap(
             assert torch.equal(piece, other)
     if case == "alike":
         assert [left for *_, left in overlapped] == [len(CUTS)] * world_size
-    if case == "alike" and not every_slot:
+    if case == "alike" and not every_micro_batch:
         assert [left for *_, left in afterwards] == [0] * world_size
 
 

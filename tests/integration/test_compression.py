@@ -67,9 +67,9 @@ def _account(
         before = _kept(engine, "residual")
         seen = {n: torch.zeros_like(p) for n, p in model.named_parameters() if n in named}
         hooks = [p.register_hook(_adding(seen[n])) for n, p in model.named_parameters() if n in named]
-        small_slots = range(rank, small.NUM_SLOTS, world_size)
-        for number in small_slots:
-            engine.accumulate(small.slot(step, number), 384, number + world_size >= small.NUM_SLOTS)
+        small_micro_batches = range(rank, small.NUM_SLOTS, world_size)
+        for number in small_micro_batches:
+            engine.accumulate(small.micro_batch(step, number), 384, number + world_size >= small.NUM_SLOTS)
         sums = gradients.sums()
         for hook in hooks:
             hook.remove()
@@ -88,7 +88,7 @@ def _account(
     unchanged = [(name, r.data.clone()) for name, r in engine.ranges()]
     if rank == 0:
         model.head.register_hook(lambda grad: grad * float("nan"))
-    engine.accumulate(small.slot(9, rank), 384, last=True)
+    engine.accumulate(small.micro_batch(9, rank), 384, last=True)
     applied = engine.step(1e-3).applied
     same = all(torch.equal(old, held.data) for (_, old), (_, held) in zip(unchanged, engine.ranges(), strict=True))
     engine.close()

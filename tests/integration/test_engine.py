@@ -99,7 +99,7 @@ def test_bf16_trains_with_fp32_masters_alike_at_every_world_size(ranks: Ranks, o
 
 def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int) -> list[float]:
     """deepspeed.initialize as its documentation has it, around the same model: even expert parallelism, mean of
-    micro-batches' mean losses, which equals ours because all slots have equally many tokens."""
+    micro-batches' mean losses, which equals ours because all micro-batches have equally many tokens."""
     import deepspeed
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
     from deepspeed.utils import groups as registry
@@ -141,7 +141,7 @@ def _stock_losses(rank: int, world_size: int, store: Store, prefix: str, precisi
     for step in range(STEPS):
         total = torch.zeros((), dtype=torch.float64)
         for number in range(rank * per_rank, (rank + 1) * per_rank):
-            batch = small.slot(step, number)
+            batch = small.micro_batch(step, number)
             loss = engine(batch.inputs_BT, batch.targets_BT) / (small.ROWS * small.LENGTH)
             engine.backward(loss)
             engine.step()
@@ -221,14 +221,14 @@ def test_the_engine_holds_what_the_layout_says(ranks: Ranks, placement: ExpertPl
 
 
 def _non_finite(rank: int, world_size: int, store: Store, prefix: str, precision: str, stage: int) -> tuple[bool, bool]:
-    """One rank's slot overflows: nobody may change anything, and the next step must be sound."""
+    """One rank's micro-batch overflows: nobody may change anything, and the next step must be sound."""
     placement = ExpertPlacement.balanced(4, world_size)
     groups, model, engine = small.build("deepspeed", store, prefix, rank, placement, small.train_spec(precision, stage))
     small.train_steps(engine, groups, range(1))
     before = [(name, r.data.clone()) for name, r in engine.ranges()]
     if rank == 1:
         model.head.register_hook(lambda grad: grad * float("inf"))
-    engine.accumulate(small.slot(1, rank), 100, last=True)
+    engine.accumulate(small.micro_batch(1, rank), 100, last=True)
     outcome = engine.step(3e-3)
     same = all(torch.equal(old, held.data) for (_, old), (_, held) in zip(before, engine.ranges(), strict=True))
     engine.close()

@@ -144,7 +144,7 @@ def test_where_experts_lie_changes_no_bit(ranks: Ranks, placement: ExpertPlaceme
 
 
 def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[bool, bool, list[str], tuple[str, ...]]:
-    """One rank's slot brings a gradient that no exact sum may have: what all ranks do, and what it says."""
+    """One rank's micro-batch brings a gradient that no exact sum may have: what all ranks do, and what it says."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -155,7 +155,7 @@ def _too_large(rank: int, world_size: int, store: Store, prefix: str) -> tuple[b
     small.train_steps(engine, groups, range(1))
     before = [(name, held.data.clone()) for name, held in engine.ranges()]
     hook = model.head.register_hook(lambda grad: grad * 1e6) if rank == 1 else None  # type: ignore[no-untyped-call]
-    engine.accumulate(small.slot(1, rank), 100, last=True)
+    engine.accumulate(small.micro_batch(1, rank), 100, last=True)
     outcome = engine.step(3e-3)
     same = all(torch.equal(old, held.data) for (_, old), (_, held) in zip(before, engine.ranges(), strict=True))
     if hook is not None:

@@ -38,7 +38,7 @@ def _tensor_bytes() -> int:
     return sum(found.values())
 
 
-COUNTED_BYTES = 2 * 4 * NUM_MARGIN_BINS * 8  # by the routers of the last slot: 2 layers, 4 experts
+COUNTED_BYTES = 2 * 4 * NUM_MARGIN_BINS * 8  # by the routers of the last micro-batch: 2 layers, 4 experts
 
 
 class _Counted:
@@ -107,7 +107,7 @@ def _measured(
             parts[name.partition("/")[0]] += held.data.nbytes
         built = _tensor_bytes() - before
         for number in range(2):
-            engine.accumulate(small.slot(0, number), 1000, number == 1)
+            engine.accumulate(small.micro_batch(0, number), 1000, number == 1)
         accumulated = _tensor_bytes() - before
         engine.step(1e-3)
         counted.sent.clear()

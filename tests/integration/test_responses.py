@@ -1,4 +1,5 @@
-"""What real workers do after an error of their own: smaller slots after one of memory, a poisoned batch left out."""
+"""What real workers do after an error of their own: smaller micro-batches after one of memory, a poisoned batch left
+out."""
 
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase
-from orchestrator.sampling.micro_batches import UNSAID, SlotSize
+from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.worker.runtime.errors import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
@@ -51,20 +52,24 @@ def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_di
     with Crew(job, store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         _stopped_with(worker_group, "out_of_memory")
-        worker_group.recover(worker_group.ids, slot=SlotSize(rows=1))
+        worker_group.recover(worker_group.ids, micro_batch=MicroBatchSize(rows=1))
         _trained(worker_group)
     assert worker_group.records[BAD_STEP].applied
     assert {r.num_positions for r in worker_group.records.values()} == {10}
 
 
-@pytest.mark.parametrize("slot", [SlotSize(rows=1), pytest.param(SlotSize(tokens=90), marks=pytest.mark.slow)])
-def test_slots_of_another_size_train_the_same(texts: Path, store_dir: Path, tmp_path: Path, slot: SlotSize) -> None:
+@pytest.mark.parametrize(
+    "micro_batch", [MicroBatchSize(rows=1), pytest.param(MicroBatchSize(tokens=90), marks=pytest.mark.slow)]
+)
+def test_slots_of_another_size_train_the_same(
+    texts: Path, store_dir: Path, tmp_path: Path, micro_batch: MicroBatchSize
+) -> None:
     """Up to rounding: the same rows, the same weights of their losses."""
     losses = []
-    for size in (UNSAID, slot):
+    for size in (UNSAID, micro_batch):
         job = small_job(texts, steps=8)
         with Crew(job, store_dir, tmp_path / str(size.tokens + size.rows), size=2) as worker_group:
-            worker_group.start(worker_group.plan(worker_group.ids, slot=size))
+            worker_group.start(worker_group.plan(worker_group.ids, micro_batch=size))
             worker_group.await_finished()
         losses.append([r.loss for _, r in sorted(worker_group.records.items())])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

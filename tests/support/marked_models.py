@@ -20,10 +20,10 @@ def with_marked_steps(job: JobSpec, store_dir: Path, folder: Path, steps: Sequen
     Args:
         store_dir: what the job's corpus is prepared to.
         folder: for its module.
-        forward: its body. `mark` is the index in `steps` of the step that the slot `tokens` begins, else -1.
+        forward: its body. `mark` is the index in `steps` of the step that the micro-batch `tokens` begins, else -1.
     """
     feed = BatchReader(job, TokenStore.open(store_dir), torch.device("cpu"))
-    rows = [feed.step(step, 0, 1, ONE_ROW).slots[0].batch.inputs_BT[0].tolist() for step in steps]
+    rows = [feed.step(step, 0, 1, ONE_ROW).micro_batches[0].batch.inputs_BT[0].tolist() for step in steps]
     source = linear(
         init=f"self.register_buffer('rows', torch.tensor({rows}), persistent=False)",
         forward="\n        ".join(

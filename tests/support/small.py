@@ -16,7 +16,7 @@ from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import catalogue
 from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.sampling.micro_batches import max_slots, slots_of
+from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import ModelSpec, TrainSpec
 from orchestrator.spec.train import OptimizerSpec
@@ -81,8 +81,8 @@ def build(
     return groups, model, engine
 
 
-def slot(step: int, number: int) -> MicroBatch:
-    """Rows of a slot: a learnable pattern that depends on (step, number) alone."""
+def micro_batch(step: int, number: int) -> MicroBatch:
+    """Rows of a micro-batch: a learnable pattern that depends on (step, number) alone."""
     generator = torch.Generator().manual_seed(1000 * step + number)
     tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator) // 8 * 8
     return MicroBatch(tokens[:, :-1], tokens[:, 1:])
@@ -94,7 +94,7 @@ def empty() -> MicroBatch:
 
 
 def train_steps(engine: Engine, groups: ProcessGroups, steps: range, lr: float = 3e-3) -> list[float]:
-    """Losses (mean per token) of some steps, summed over ranks in slot order."""
+    """Losses (mean per token) of some steps, summed over ranks in micro-batch order."""
     losses = []
     for step in steps:
         loss, outcome = train_step(engine, groups, step, lr)
@@ -106,14 +106,14 @@ def train_steps(engine: Engine, groups: ProcessGroups, steps: range, lr: float =
 def train_step(
     engine: Engine, groups: ProcessGroups, step: int, lr: float, keep_gradients: bool = False
 ) -> tuple[float, StepOutcome]:
-    """Loss (mean per token) of a step, summed over ranks in slot order, and what the update did."""
+    """Loss (mean per token) of a step, summed over ranks in micro-batch order, and what the update did."""
     tokens = NUM_SLOTS * ROWS * LENGTH
     sums = torch.zeros(NUM_SLOTS, dtype=torch.float64)
-    mine = list(slots_of(groups.rank, groups.world_size, NUM_SLOTS))
-    num_slots = max_slots(groups.world_size, NUM_SLOTS)
-    for index in range(num_slots):
-        batch = slot(step, mine[index]) if index < len(mine) else empty()
-        loss, _ = engine.accumulate(batch, tokens, index == num_slots - 1)
+    mine = list(micro_batches_of(groups.rank, groups.world_size, NUM_SLOTS))
+    num_micro_batches = max_micro_batches(groups.world_size, NUM_SLOTS)
+    for index in range(num_micro_batches):
+        batch = micro_batch(step, mine[index]) if index < len(mine) else empty()
+        loss, _ = engine.accumulate(batch, tokens, index == num_micro_batches - 1)
         if index < len(mine):
             sums[mine[index]] = float(loss)
     outcome = engine.step(lr, keep_gradients=keep_gradients)

@@ -67,7 +67,7 @@ def _notes(spec: JobSpec) -> Iterator[str]:
     if spec.workers.label_selector:
         yield f"Workers live{pool(spec.workers)} only."
     if spec.train.fits_memory:
-        yield "micro_batch_size is auto: slots begin with one row, as told here, and grow to what the memory takes."
+        yield "micro_batch_size is auto: micro-batches begin with one row, as shown here, and grow to what memory takes."
     if spec.data.rows == BY_DOCUMENT:
         yield "Rows are documents: all are taken to be as long as there may be any."
 
@@ -78,7 +78,7 @@ def _show(planned: JobPlan) -> None:
     head = [str(world.world_size) for world in worlds]
     layout = [
         ("experts per worker", [_spread(world.experts) for world in worlds]),
-        ("slots per worker", [_spread(world.slots) for world in worlds]),
+        ("micro-batches per worker", [_spread(world.micro_batches) for world in worlds]),
     ]
     state, work = ("weights", "masters", "moments", "buffers", "kept"), ("gradients", "activations", "loss")
     parts = (*state, *work, "snapshots", "deltas", "process")

@@ -1,11 +1,11 @@
 """Gradients on their way into sums: bucket by bucket, while the backward pass goes on.
 
 Each parameter's gradient is added to its bucket as soon as autograd has it, in fp32; one that is a product of matrices
-may be made there (as Megatron-LM's `gradient_accumulation_fusion` does). In the last slot of a step a bucket that is
-complete is under way at once, so that all but the last of them travel while others are computed. Ranks begin them in
-one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong together, or
-wait for ever. Tokens go before them (`orchestrator.comm.tokens.link_priority`). Where sums must be exact, gradients are
-rounded as they are added, and sums are made in fp64 (`orchestrator.comm.gradients.exact_sum`).
+may be made there (as Megatron-LM's `gradient_accumulation_fusion` does). In the last micro-batch of a step a bucket
+that is complete is under way at once, so that all but the last of them travel while others are computed. Ranks begin
+them in one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong
+together, or wait for ever. Tokens go before them (`orchestrator.comm.tokens.link_priority`). Where sums must be exact,
+gradients are rounded as they are added, and sums are made in fp64 (`orchestrator.comm.gradients.exact_sum`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ class Bucket:
         feedback: what was not sent is kept for the next step.
         momentum: of gradients as they are gathered, where not 0.
         largest_term: given, the sum is one of `orchestrator.comm.gradients.exact_sum`, and fp64 travels. It is NaN
-            where a gradient of one slot is larger.
+            where a gradient of one micro-batch is larger.
     """
 
     def __init__(
@@ -67,21 +67,21 @@ class Bucket:
         self._moving: Tensor | None = None
         self._flat: Tensor | None = None
         self._filled = [False] * len(params)  # has a gradient in `_flat`
-        self._missing = len(params)  # gradients that this slot has not brought yet
+        self._missing = len(params)  # gradients that this micro-batch has not brought yet
         self._under_way: Reduction | None = None
         self._sum: Tensor | None = None
 
     @property
     def is_complete(self) -> bool:
-        """This slot has brought every gradient."""
+        """This micro-batch has brought every gradient."""
         return self._missing == 0
 
-    def begin_slot(self) -> None:
+    def begin_micro_batch(self) -> None:
         self._missing = len(self.params)
 
     def take(self, nth: int) -> None:
         """Add the gradient that autograd has just left with the n-th parameter, if it wasn't brought as products: this
-        slot has no more of it."""
+        micro-batch has no more of it."""
         param = self.params[nth]
         if param.grad is not None:
             self._add(nth, param.grad)
@@ -166,7 +166,7 @@ class Bucket:
             self._sum = total if self._sum is None else self._sum.add_(total)
 
     def take_sum(self) -> Tensor:
-        """This rank's piece of the sum over ranks and slots, fp32. The next one begins from nothing."""
+        """This rank's piece of the sum over ranks and micro-batches, fp32. The next one begins from nothing."""
         self.end()
         total, self._sum = self._sum, None
         assert total is not None, "a bucket was asked for its sum before it was started"
@@ -195,15 +195,15 @@ class Buckets:
     Args:
         buckets: in the order in which they are sent, the same on all ranks of a bucket; the backward pass should come
             to the first ones first.
-        every_slot: send what each slot brings and keep only this rank's pieces, as ZeRO 2 does; else a step's slots are
-            added up here and sent once.
+        every_slot: send what each micro-batch brings and keep only this rank's pieces, as ZeRO 2 does; else a step's
+            micro-batches are added up here and sent once.
         overlap: send during the backward pass; else after it, with the same result.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], every_slot: bool, overlap: bool) -> None:
+    def __init__(self, buckets: Sequence[Bucket], every_micro_batch: bool, overlap: bool) -> None:
         self.buckets = buckets
-        self._every_slot, self.overlap = every_slot, overlap
-        self._sends = False  # in this slot
+        self._every_micro_batch, self.overlap = every_micro_batch, overlap
+        self._sends = False  # in this micro-batch
         self._next = 0
         self._stop_listening = link_priority.listen(self._send_complete)
         self._travelling: list[Bucket] = []
@@ -217,13 +217,13 @@ class Buckets:
             for nth, param in enumerate(bucket.params)
         ]
 
-    def begin_slot(self, last: bool) -> None:
-        """Called before a slot's backward pass; `last` of its step."""
-        self._sends, self._next = last or self._every_slot, 0
+    def begin_micro_batch(self, last: bool) -> None:
+        """Called before a micro-batch's backward pass; `last` of its step."""
+        self._sends, self._next = last or self._every_micro_batch, 0
         for bucket in self.buckets:
-            bucket.begin_slot()
+            bucket.begin_micro_batch()
 
-    def end_slot(self) -> None:
+    def end_micro_batch(self) -> None:
         """Called after it: what it brought no gradient for is sent too."""
         if self._sends:
             self._send(len(self.buckets))
@@ -232,7 +232,8 @@ class Buckets:
                 self._begun.pop(0).go_on()
 
     def sums(self) -> list[Tensor]:
-        """This rank's piece of each bucket's sum, in order. Called after the last slot; waits for what is under way."""
+        """This rank's piece of each bucket's sum, in order. Called after the last micro-batch; waits for what is under
+        way."""
         return [bucket.take_sum() for bucket in self.buckets]
 
     def settle(self, applied: bool) -> None:
@@ -269,7 +270,7 @@ class Buckets:
 
     def _send(self, until: int) -> None:
         for bucket in self.buckets[self._next : until]:
-            bucket.end()  # of the slot before
+            bucket.end()  # of the micro-batch before
             self._travelling = [other for other in self._travelling if other.is_under_way]
             if len(self._travelling) == UNDER_WAY:
                 self._travelling.pop(0).end()

@@ -124,7 +124,7 @@ class _Iteration(Reduction):
 
     def __init__(self, scheme: PowerSGD, flat: Tensor) -> None:
         self._scheme, self._flat = scheme, flat
-        starts = scheme._fresh_MK or scheme.thin_MK  # of this step's slot before, if it has sent one
+        starts = scheme._fresh_MK or scheme.thin_MK  # of this step's micro-batch before, if it has sent one
         products = [matrix.of(flat) @ thin for matrix, thin in zip(scheme.matrices, starts, strict=True)]
         self._first: _Sum | None = scheme.sum(products, raw=flat.nbytes)
         self._second: _Sum | None = None

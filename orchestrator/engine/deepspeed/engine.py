@@ -1,11 +1,11 @@
 """The engine that trains: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
 
 What is ours and why:
-- Parameter groups (`orchestrator.engine.param_groups`), and how gradients are added up over slots and ranks
+- Parameter groups (`orchestrator.engine.param_groups`), and how gradients are added up over micro-batches and ranks
   (`orchestrator.comm.gradients.buckets`): in fp32, with bf16 weights too, and while the backward pass goes on.
   DeepSpeed is handed this rank's pieces of the sums, and clips, updates and gathers weights
   (`orchestrator.engine.deepspeed.zero_optimizer`).
-- Gradients are summed, not averaged: a slot's loss is already divided by the global batch's token count.
+- Gradients are summed, not averaged: a micro-batch's loss is already divided by the global batch's token count.
 - All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is switched off, and so is the
   shared-memory op that it would compile at first use.
 
@@ -115,7 +115,7 @@ class DeepSpeedEngineAdapter:
             config_class=DeepSpeedConfig(config),
         )
         self._zero = self._core.optimizer
-        largest = largest_term(train.most_slots) if train.is_exact else None
+        largest = largest_term(train.most_micro_batches) if train.is_exact else None
         self._gradients = Gradients(model, param_groups, communication, train.zero_stage == 2, device, largest)
         self._adapter = ZeroOptimizerAdapter(self._zero, groups.exchange, train.is_exact)
         self._names = {id(p): name for name, p in model.named_parameters()}
@@ -136,15 +136,17 @@ class DeepSpeedEngineAdapter:
     # -- training ----------------------------------------------------------------------------------------------
 
     def accumulate(
-        self, slot: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
+        self, micro_batch: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
     ) -> tuple[Tensor, RoutingCounts]:
         link_priority.begin()
-        loss = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
+        loss = self._model(
+            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
+        )
         routed = self._model.routing_counts()
         before_backward()
-        self._gradients.begin_slot(last)
+        self._gradients.begin_micro_batch(last)
         (loss / global_tokens).backward()
-        self._gradients.end_slot()
+        self._gradients.end_micro_batch()
         return loss.detach(), routed
 
     def step(self, lr: float, before_update: Callable[[], None] = noop, keep_gradients: bool = False) -> StepOutcome:
@@ -164,9 +166,11 @@ class DeepSpeedEngineAdapter:
         return ranges
 
     @torch.no_grad()
-    def evaluate(self, slot: MicroBatch) -> Tensor:
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor:
         self._model.eval()
-        loss: Tensor = self._model(slot.inputs_BT, slot.targets_BT, slot.documents_BT, slot.lengths_B)
+        loss: Tensor = self._model(
+            micro_batch.inputs_BT, micro_batch.targets_BT, micro_batch.documents_BT, micro_batch.lengths_B
+        )
         self._model.train()
         return loss
 

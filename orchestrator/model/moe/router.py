@@ -3,9 +3,9 @@
 Two kinds. Sigmoid scores are balanced without an auxiliary loss, as in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2):
 the bias takes part in the selection only, and moves after each update (`orchestrator.model.moe.balance`) by what the
 whole global batch has shown. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961,
-section 2.2), taken over each slot, so that it doesn't depend on the world size. Either may choose among the experts of
-the best groups only (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in V3,
-section 2.1.2).
+section 2.2), taken over each micro-batch, so that it doesn't depend on the world size. Either may choose among the
+experts of the best groups only (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in
+V3, section 2.1.2).
 
 Shape legend: N = tokens, D = hidden size, E = experts, K = experts per token, M = bins of margins, G = groups of
 experts, e = experts of the largest group.

@@ -1,4 +1,4 @@
-"""What our model keeps of a slot for its backward pass, as a formula: an estimate that needs no torch.
+"""What our model keeps of a micro-batch for its backward pass, as a formula: an estimate that needs no torch.
 
 Counted from what autograd saves; `tests/unit/model/test_planned_activations.py` compares. Bytes per token
 unless said otherwise.
@@ -33,12 +33,12 @@ def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
         size = 1 if spec.recompute == "full" else math.isqrt(spec.num_layers - 1) + 1
         runs = [blocks[start : start + size] for start in range(0, len(blocks), size)]
         kept = len(runs) * stream + max(map(sum, runs))
-    return (kept + _norm(spec, item)) * _slot_tokens(train)
+    return (kept + _norm(spec, item)) * _micro_batch_tokens(train)
 
 
 def loss_bytes(spec: ModelSpec, train: TrainSpec, vocab_size: int) -> int:
     """A chunk of logits with its copy in the training precision, and the gradient of the output matrix, in fp32."""
-    chunk = min(_slot_tokens(train), max(MIN_CHUNK, LOGITS // vocab_size))
+    chunk = min(_micro_batch_tokens(train), max(MIN_CHUNK, LOGITS // vocab_size))
     return chunk * vocab_size * (4 + item_bytes(train) % 4) + 4 * vocab_size * spec.hidden_size
 
 
@@ -47,8 +47,8 @@ def item_bytes(train: TrainSpec) -> int:
     return 2 if train.precision == "bf16" else 4
 
 
-def _slot_tokens(train: TrainSpec) -> int:
-    return max(train.slot_tokens, train.sequence_length)
+def _micro_batch_tokens(train: TrainSpec) -> int:
+    return max(train.micro_batch_tokens, train.sequence_length)
 
 
 def _norm(spec: ModelSpec, item: int) -> int:

@@ -21,7 +21,7 @@ class Measured:
 
     Args:
         step_s: a step without its waits for gradients.
-        backward_s: of it, the last slot's backward pass.
+        backward_s: of it, the last micro-batch's backward pass.
         num_buckets: that gradients travel in.
         gradient_bytes: fp32, that this rank sends.
         bytes_per_s: what the link takes of gradients while nothing is computed.

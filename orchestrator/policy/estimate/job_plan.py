@@ -21,8 +21,8 @@ from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.policy.estimate.curriculum_stages import longest_row
-from orchestrator.policy.estimate.traffic import TrafficPlan, num_slots, traffic_of
-from orchestrator.sampling.micro_batches import slots_of
+from orchestrator.policy.estimate.traffic import TrafficPlan, num_micro_batches, traffic_of
+from orchestrator.sampling.micro_batches import micro_batches_of
 from orchestrator.spec.fault_tolerance import interval_of, whole_every
 from orchestrator.spec.job import JobSpec
 
@@ -117,7 +117,7 @@ class RescalePlan:
 class WorldPlan:
     world_size: int
     experts: tuple[int, ...]  # held by each rank
-    slots: tuple[int, ...]  # of each rank
+    micro_batches: tuple[int, ...]  # of each rank
     memory: MemoryPlan
     traffic: TrafficPlan
     rescales: tuple[RescalePlan, ...]
@@ -164,7 +164,7 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
     return WorldPlan(
         world_size=size,
         experts=tuple(len(placement.experts_of(rank)) for rank in range(size)),
-        slots=tuple(len(slots_of(rank, size, num_slots(job))) for rank in range(size)),
+        micro_batches=tuple(len(micro_batches_of(rank, size, num_micro_batches(job))) for rank in range(size)),
         memory=plan_memory(job, state, size, ours),
         traffic=traffic_of(job, state.params, placement, _shared_bytes(job, layout)),
         rescales=tuple(_plan_rescale(job, state, layout, placement, to) for to in _neighbours(job, size)),
@@ -194,7 +194,7 @@ def _memory(
     partition = held["exp_avg"]  # fp32, as masters are
     weights = held["param"] // item_bytes(job.train)  # elements
     item = 8 if job.train.is_exact else 4
-    own = item * weights  # in buckets, in fp32 or fp64; the last one of a step, or each slot's, travels
+    own = item * weights  # in buckets, in fp32 or fp64; the last one of a step, or each micro-batch's, travels
     shared = sum(item * p.numel for p in state.params if _is_shared(p, fullest, placement))
     under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
     gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)

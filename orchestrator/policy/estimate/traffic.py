@@ -12,9 +12,9 @@ from orchestrator.elastic.expert_placement import ExpertPlacement, groups_open
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.policy.estimate.activations import item_bytes
 from orchestrator.policy.health.expert_load import NUM_MARGIN_BINS
-from orchestrator.policy.state.config import slot_of
+from orchestrator.policy.state.config import micro_batch_of
 from orchestrator.protocol.usage import Traffic, TrafficKind
-from orchestrator.sampling.micro_batches import cut_into_slots, max_slots, slots_of
+from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of, split_into_micro_batches
 from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
 from orchestrator.spec.job import JobSpec
 
@@ -48,10 +48,10 @@ class TrafficPlan:
         return reduced + self.dispatch + self.combine + self.control + self.snapshots
 
 
-def num_slots(job: JobSpec) -> int:
-    """Slots of a step whose rows are all as long as there may be any; of fitted ones, as many as at first."""
+def num_micro_batches(job: JobSpec) -> int:
+    """Micro-batches of a step whose rows are all as long as there may be any; of fitted ones, as many as at first."""
     lengths_R = np.full(job.train.global_batch_size, job.train.sequence_length)
-    return len(cut_into_slots(lengths_R, slot_of(job)))
+    return len(split_into_micro_batches(lengths_R, micro_batch_of(job)))
 
 
 def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlacement, snapshots: int) -> TrafficPlan:
@@ -60,12 +60,17 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
         params: every parameter of the whole model.
         snapshots: bytes that buddies get per step.
     """
-    size, train, model, slots = placement.world_size, job.train, job.model, num_slots(job)
+    size, train, model, micro_batches = placement.world_size, job.train, job.model, num_micro_batches(job)
     moe_layers = len({param.name.partition(".experts.")[0] for param in params if param.expert is not None})
     rows = 0.0  # of a step, per layer, that leave their rank
     destinations = placement.destinations()
     for rank in range(size):
-        tokens = len(slots_of(rank, size, slots)) * train.global_batch_size * train.sequence_length / slots
+        tokens = (
+            len(micro_batches_of(rank, size, micro_batches))
+            * train.global_batch_size
+            * train.sequence_length
+            / micro_batches
+        )
         to, limit = destinations[rank], job.communication.ranks_per_token
         if train.is_exact:  # each choice is a row
             rows += tokens * model.top_k * sum(other != rank for other in to) / len(to)
@@ -74,7 +79,7 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
     again = model.recompute != "none"  # computed again in the backward pass, so sent again
     journeys = round(rows) * moe_layers * (2 + again)
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
-    passes = max_slots(size, slots) * (1 + again)
+    passes = max_micro_batches(size, micro_batches) * (1 + again)
     counts = passes * moe_layers * size * (size - 1) * size * 8
     margins = NUM_MARGIN_BINS if model.counts_margins else 0
     vote = (
@@ -82,13 +87,15 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
         * (size - 1)
         * 8
         * (
-            slots
+            micro_batches
             + moe_layers * model.num_experts * (1 + margins)
             + VOICES * size
             + len(fields(Traffic)) * len(TrafficKind)
         )
     )
-    reductions = max_slots(size, slots) if train.zero_stage == 2 else 1  # stage 2 reduces after every slot
+    reductions = (
+        max_micro_batches(size, micro_batches) if train.zero_stage == 2 else 1
+    )  # stage 2 reduces after every micro-batch
     if train.is_exact:
         reductions *= 2  # of fp64
     compression = job.communication.compression

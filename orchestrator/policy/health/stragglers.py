@@ -14,10 +14,10 @@ MOST, FEW = 0.75, 0.25  # of the window's steps: to be taken for slow, and no mo
 
 
 def slowest(busy_s: Sequence[float]) -> tuple[int, float]:
-    """The rank that computes longest for a slot, and its time over the median of the others'.
+    """The rank that computes longest for a micro-batch, and its time over the median of the others'.
 
     Args:
-        busy_s: by rank, seconds per slot; 0 for a rank without a slot.
+        busy_s: by rank, seconds per micro-batch; 0 for a rank without a micro-batch.
 
     Returns:
         (-1, 1.0) where there are no two to compare.

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Note, Observation, RunState, WorkerFailure
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.micro_batches import MicroBatchSize
 
-SUSPECT_STEPS = 8  # of a generation with larger slots
+SUSPECT_STEPS = 8  # of a generation with larger micro-batches
 
 
 def respond(
@@ -17,14 +17,17 @@ def respond(
     notes: list[Note] = []
     current = state.current
     last = current or state.previous
-    size = last.slot if last is not None and last.slot else limits.slot
+    size = last.micro_batch if last is not None and last.micro_batch else limits.micro_batch
     if any(loss.cause == "out_of_memory" or _died_of_growth(limits, state, seen, loss) for loss in losses):
         # Several ranks may tell of it one after the other: once is enough for one generation.
         smaller = _smaller(size)
-        untried = not state.slot or (state.slot.rows, state.slot.tokens) > (smaller.rows, smaller.tokens)
+        untried = not state.micro_batch or (state.micro_batch.rows, state.micro_batch.tokens) > (
+            smaller.rows,
+            smaller.tokens,
+        )
         if untried and smaller != size:
             world_size = last.world.size if last is not None else limits.initial_workers
-            state = replace(state, slot=smaller, slot_ceiling=size.tokens, ceiling_size=world_size)
+            state = replace(state, micro_batch=smaller, micro_batch_ceiling=size.tokens, ceiling_size=world_size)
             unit = "rows" if size.rows else "tokens"
             sizes = {f"{end}_{unit}": s.rows or s.tokens for end, s in (("from", size), ("to", smaller))}
             notes.append(Note("micro_batch_reduced", sizes | {"step": seen.step}))
@@ -36,23 +39,24 @@ def respond(
 
 
 def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, loss: WorkerFailure) -> bool:
-    """A process that ends suddenly in the first steps of larger slots: the kernel, which gives no reason, has killed it
-    for want of memory more likely than anything else has."""
+    """A process that ends suddenly in the first steps of larger micro-batches: the kernel, which gives no reason, has
+    killed it for want of memory more likely than anything else has."""
     if not limits.fits_memory or loss.cause != "worker" or state.current is None:
         return False
-    known = [r.slots for w in state.members if (r := seen.reports.get(w)) and r.slots]
+    known = [r.micro_batches for w in state.members if (r := seen.reports.get(w)) and r.micro_batches]
     steps = [use.steps for use in known if use.generation == state.current.generation]
-    smallest = min((probe.tokens for probe in state.probes), default=state.current.slot.tokens)
-    return smallest < state.current.slot.tokens and max(steps, default=SUSPECT_STEPS) < SUSPECT_STEPS
+    smallest = min((probe.tokens for probe in state.probes), default=state.current.micro_batch.tokens)
+    return smallest < state.current.micro_batch.tokens and max(steps, default=SUSPECT_STEPS) < SUSPECT_STEPS
 
 
-def _smaller(size: SlotSize) -> SlotSize:
-    """So many rows that slots still fill the global batch, or half as many tokens; the same if it can't be less."""
+def _smaller(size: MicroBatchSize) -> MicroBatchSize:
+    """So many rows that micro-batches still fill the global batch, or half as many tokens; the same if it can't be
+    less."""
     if size.rows:
         return replace(size, rows=largest_proper_divisor(size.rows))
     return replace(size, tokens=max(1, size.tokens // 2))
 
 
 def largest_proper_divisor(number: int) -> int:
-    """So that slots still fill the global batch. 1 for 1."""
+    """So that micro-batches still fill the global batch. 1 for 1."""
     return next((number // d for d in range(2, number + 1) if number % d == 0), 1)

@@ -11,7 +11,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.micro_batches import MicroBatchSize
 
 BLAME_S = 1.0  # the death of a process, or of the rendezvous store, is known this soon after others notice
 MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
@@ -99,15 +99,15 @@ def planned_move(
     return with_plan(limits, state, seen, new, placement, source, change, why)
 
 
-def slot_for(limits: RunLimits, state: RunState, world: World) -> SlotSize:
-    """Slots of a generation to come: what was decided, else as they are. Where they are fitted, a smaller world begins
-    with smaller ones: each of its workers holds more of the state."""
+def micro_batch_for(limits: RunLimits, state: RunState, world: World) -> MicroBatchSize:
+    """Micro-batches of a generation to come: what was decided, else as they are. Where they are fitted, a smaller world
+    begins with smaller ones: each of its workers holds more of the state."""
     last = state.current or state.previous
-    size = state.slot or (last.slot if last is not None else limits.slot)
+    size = state.micro_batch or (last.micro_batch if last is not None else limits.micro_batch)
     if not limits.fits_memory:
         return size
     shrunk = min(1.0, world.size / last.world.size) if last is not None else 1.0
-    least = min(size.tokens, limits.slot.tokens)
+    least = min(size.tokens, limits.micro_batch.tokens)
     return replace(size, tokens=max(least, int(size.tokens * shrunk)), multiple=world.size)
 
 
@@ -133,7 +133,7 @@ def with_plan(
         store_address=seen.store_address,
         buddies=buddies_of(nodes) if limits.protected else (),
         restore=state.restore if source is None else None,
-        slot=slot_for(limits, state, world),
+        micro_batch=micro_batch_for(limits, state, world),
         skips=state.skips,
         nodes=nodes,
     )

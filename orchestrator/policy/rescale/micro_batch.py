@@ -1,10 +1,11 @@
-"""How much a slot takes, and where the job has that found: as much as the workers' memory holds.
+"""How much a micro-batch takes, and where the job has that found: as much as the workers' memory holds.
 
-    fit_slots: a generation trains -> its members tell what their slots took -> how much more would fit
-               -> plan g+1 of the same members with larger slots, until nothing is won by another move
+    fit_micro_batches: a generation trains -> its members tell what their micro-batches took -> how much more would fit
+               -> plan g+1 of the same members with larger micro-batches, until nothing is won by another move
 
-The first slots are one row long. Each generation is a probe: its steps count, nothing is tried out beside them. A slot
-grows at most fourfold at once, since what a small one takes may not show above memory that the process had anyway.
+The first micro-batches are one row long. Each generation is a probe: its steps count, nothing is tried out beside them.
+A micro-batch grows at most fourfold at once, since what a small one takes may not show above memory that the process
+had anyway.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,12 @@ from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES, can_pl
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Note, Observation, Probe, RunState
 from orchestrator.policy.state.world_size import SizeChange
-from orchestrator.protocol.messages import SlotMemory
-from orchestrator.sampling.micro_batches import cut_into_slots
+from orchestrator.protocol.messages import MicroBatchMemory
+from orchestrator.sampling.micro_batches import split_into_micro_batches
 
-PROBE_STEPS = 3  # of a generation, or of rows of another length in it, that tell what its slots take
+PROBE_STEPS = 3  # of a generation, or of rows of another length in it, that tell what its micro-batches take
 TARGET = 0.9  # of a worker's memory; Ray ends workers above 0.95 of a node's
-HIGH = 0.95  # from here on slots get smaller
+HIGH = 0.95  # from here on micro-batches get smaller
 GROWTH = 4.0  # at once
 KEPT_FACTOR = 1.5  # a pass takes at most so many times what its forward part keeps for its backward part
 SEEN_FACTOR = 1.1  # what was seen to be taken for a token may be a little less than what the next ones take
@@ -41,19 +42,21 @@ class Share:
         return self.taken / max(self.bytes, 1)
 
 
-def fit_slots(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Let slots grow to what fits, or shrink before too much is taken. A rule of `lifecycle`."""
+def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Let micro-batches grow to what fits, or shrink before too much is taken. A rule of `lifecycle`."""
     if not limits.fits_memory or state.current is None or not can_plan(state, seen):
         return Decision(state)
-    told = {w: seen.reports[w].slots for w in state.members}
+    told = {w: seen.reports[w].micro_batches for w in state.members}
     memory = {w: use for w, use in told.items() if use is not None and use.generation == state.current.generation}
     if len(memory) < len(state.members) or min(use.steps for use in memory.values()) < PROBE_STEPS:
         return Decision(state)
     if state.failed_moves >= MAX_FAILED_MOVES:
         return Decision(state)
     shares = shares_of(memory, limits.memory_bytes)
-    now = max(state.current.slot.tokens, *(use.tokens for use in memory.values()))  # a row may be longer than a slot
-    ceiling = state.slot_ceiling if len(state.members) <= state.ceiling_size else 0
+    now = max(
+        state.current.micro_batch.tokens, *(use.tokens for use in memory.values())
+    )  # a row may be longer than a micro-batch
+    ceiling = state.micro_batch_ceiling if len(state.members) <= state.ceiling_size else 0
     wanted = next_tokens(now, memory, shares, state.probes, ceiling)
     if not is_worth_it(limits, state, now, wanted, memory):
         return Decision(state)
@@ -71,13 +74,13 @@ def fit_slots(limits: RunLimits, state: RunState, seen: Observation) -> Decision
             "kept_bytes": memory[fullest].kept_bytes,
         },
     )
-    fitted = replace(state, slot=replace(state.current.slot, tokens=wanted), probes=probes)
+    fitted = replace(state, micro_batch=replace(state.current.micro_batch, tokens=wanted), probes=probes)
     change = SizeChange(len(state.members), None)
-    why = f"slots of {wanted} tokens fit the memory" if wanted > now else "memory gets short"
+    why = f"micro-batches of {wanted} tokens fit the memory" if wanted > now else "memory gets short"
     return planned_move(limits, fitted, seen, state.members, change, why).then(note)
 
 
-def shares_of(memory: Mapping[str, SlotMemory], reserved: int | None) -> dict[str, Share]:
+def shares_of(memory: Mapping[str, MicroBatchMemory], reserved: int | None) -> dict[str, Share]:
     """What each worker may take: what others leave of the memory that it shares, in equal parts.
 
     Args:
@@ -95,17 +98,17 @@ def shares_of(memory: Mapping[str, SlotMemory], reserved: int | None) -> dict[st
 
 def next_tokens(
     now: int,
-    memory: Mapping[str, SlotMemory],
+    memory: Mapping[str, MicroBatchMemory],
     shares: Mapping[str, Share],
     probes: Sequence[Probe],
     ceiling: int,
 ) -> int:
-    """Tokens of the slots to come: what fits the worker with the least room.
+    """Tokens of the micro-batches to come: what fits the worker with the least room.
 
     Args:
-        now: tokens of the present slots.
-        probes: what workers had taken when slots were changed last.
-        ceiling: slots stay smaller than this, which was too much; 0 for none.
+        now: tokens of the present micro-batches.
+        probes: what workers had taken when micro-batches were changed last.
+        ceiling: micro-batches stay smaller than this, which was too much; 0 for none.
     """
     last = {probe.worker: probe for probe in probes}
     if any(shares[w].fraction > HIGH and _has_grown(use, last.get(w)) for w, use in memory.items()):
@@ -116,23 +119,26 @@ def next_tokens(
     return max(now, grown if not ceiling else min(grown, int(ceiling * SMALLER)))
 
 
-def is_worth_it(limits: RunLimits, state: RunState, now: int, wanted: int, memory: Mapping[str, SlotMemory]) -> bool:
-    """Whether slots of another size change enough: a step must become fewer of them, and workers have one each."""
+def is_worth_it(
+    limits: RunLimits, state: RunState, now: int, wanted: int, memory: Mapping[str, MicroBatchMemory]
+) -> bool:
+    """Whether micro-batches of another size change enough: a step must become fewer of them, and workers have one
+    each."""
     assert state.current is not None
     if wanted < now:
         return True
-    if wanted < WORTH_IT * now or max(use.num_slots for use in memory.values()) <= len(state.members):
+    if wanted < WORTH_IT * now or max(use.num_micro_batches for use in memory.values()) <= len(state.members):
         return False
     if limits.by_document:
         return True
     lengths_R = np.full(limits.global_batch_size, _row_length(memory))
-    sizes = (state.current.slot, replace(state.current.slot, tokens=wanted))
-    present, larger = (len(cut_into_slots(lengths_R, size)) for size in sizes)
+    sizes = (state.current.micro_batch, replace(state.current.micro_batch, tokens=wanted))
+    present, larger = (len(split_into_micro_batches(lengths_R, size)) for size in sizes)
     return larger < present
 
 
-def _fitting(use: SlotMemory, share: Share, before: Probe | None) -> float:
-    """Tokens of a slot with which a worker takes what it should."""
+def _fitting(use: MicroBatchMemory, share: Share, before: Probe | None) -> float:
+    """Tokens of a micro-batch with which a worker takes what it should."""
     kept = use.kept_bytes / max(use.tokens, 1)
     per_token = KEPT_FACTOR * kept
     if before is not None and use.tokens > before.tokens:
@@ -145,11 +151,11 @@ def _fitting(use: SlotMemory, share: Share, before: Probe | None) -> float:
     return use.tokens + room / per_token
 
 
-def _has_grown(use: SlotMemory, before: Probe | None) -> bool:
-    """Processes keep what they have freed, so smaller slots don't help one that has stopped growing."""
+def _has_grown(use: MicroBatchMemory, before: Probe | None) -> bool:
+    """Processes keep what they have freed, so smaller micro-batches don't help one that has stopped growing."""
     return before is not None and use.resident_bytes > 1.01 * before.resident_bytes
 
 
-def _row_length(memory: Mapping[str, SlotMemory]) -> int:
+def _row_length(memory: Mapping[str, MicroBatchMemory]) -> int:
     """Tokens of a row, or of the longest: all members are in the same step."""
     return next(iter(memory.values())).sequence_length

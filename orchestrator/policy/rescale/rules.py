@@ -145,7 +145,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         failed_spawns=0,
         queued_s=None,
         begun_s=seen.now_s if state.current is None else state.begun_s,
-        slot=UNSAID,
+        micro_batch=UNSAID,
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )
     fields = asdict(rescale) | {"members": list(plan.world.members)} | _move_took(plan, seen)

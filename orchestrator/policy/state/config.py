@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from orchestrator.errors import UsageError
-from orchestrator.sampling.micro_batches import ONE_ROW, SlotSize
+from orchestrator.sampling.micro_batches import ONE_ROW, MicroBatchSize
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.fault_tolerance import OFF, RecoverySpec, VerifySpec
@@ -28,8 +28,8 @@ class ScheduledSize:
 @dataclass(frozen=True)
 class RunLimits:
     """The part of a job that its life depends on. `steps` are numbered from 0; `protected`: workers keep snapshots.
-    `slot` is how much a slot takes; `fits_memory`: only at first. Each worker gets `memory_bytes`, None if that isn't
-    said. `by_document`: rows are of unequal length."""
+    `micro_batch` is how much a micro-batch takes; `fits_memory`: only at first. Each worker gets `memory_bytes`, None
+    if that isn't said. `by_document`: rows are of unequal length."""
 
     run_id: str
     steps: int
@@ -41,7 +41,7 @@ class RunLimits:
     schedule: tuple[ScheduledSize, ...] = ()
     protected: bool = True
     recovery: RecoverySpec = DEFAULT_RECOVERY
-    slot: SlotSize = ONE_ROW
+    micro_batch: MicroBatchSize = ONE_ROW
     fits_memory: bool = False
     memory_bytes: int | None = None
     global_batch_size: int = 1
@@ -64,7 +64,7 @@ class RunLimits:
             num_experts=job.model.num_experts,
             protected=job.protection != OFF,
             recovery=job.recovery,
-            slot=slot_of(job),
+            micro_batch=micro_batch_of(job),
             fits_memory=job.train.fits_memory,
             memory_bytes=job.resources.memory_bytes,
             global_batch_size=job.train.global_batch_size,
@@ -107,11 +107,11 @@ class RunLimits:
             )
 
 
-def slot_of(job: JobSpec) -> SlotSize:
-    """How much a slot takes, as the job says; where it is fitted, at first: a row of the first stage."""
-    if job.train.slot_rows:
-        return SlotSize(rows=job.train.slot_rows)
+def micro_batch_of(job: JobSpec) -> MicroBatchSize:
+    """How much a micro-batch takes, as the job says; where it is fitted, at first: a row of the first stage."""
+    if job.train.micro_batch_rows:
+        return MicroBatchSize(rows=job.train.micro_batch_rows)
     if not job.train.fits_memory:
-        return SlotSize(tokens=job.train.slot_tokens)
+        return MicroBatchSize(tokens=job.train.micro_batch_tokens)
     first = job.curriculum.stages[0].sequence_length if job.curriculum else None
-    return SlotSize(tokens=first or job.train.sequence_length)
+    return MicroBatchSize(tokens=first or job.train.sequence_length)

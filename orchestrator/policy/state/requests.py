@@ -110,8 +110,8 @@ def suspended(state: RunState, seen: Observation) -> Decision:
         losses=state.losses,
         recoveries=state.recoveries,
         quarantine=state.quarantine,
-        slot=state.slot or state.current.slot,
-        slot_ceiling=state.slot_ceiling,
+        micro_batch=state.micro_batch or state.current.micro_batch,
+        micro_batch_ceiling=state.micro_batch_ceiling,
         ceiling_size=state.ceiling_size,
         skips=state.skips,
     )

@@ -27,7 +27,7 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
-from orchestrator.sampling.micro_batches import UNSAID, SlotSize
+from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 
@@ -47,7 +47,7 @@ class WorkerFailure:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a worker had taken, in bytes, when its largest slot had so many tokens, padding included."""
+    """What a worker had taken, in bytes, when its largest micro-batch had so many tokens, padding included."""
 
     worker: str
     sequence_length: int
@@ -70,12 +70,12 @@ class RunState:
 
     `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
     generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
-    worker's error that `why` tells of. `slot` is how much a slot is to take from the next generation on; if it says
-    nothing, what it takes now. `slot_ceiling` is a number of tokens that were too many in a world of `ceiling_size`;
-    `probes` tell what workers had taken when slots were changed last. `skips` are steps whose batches are left out;
-    `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone, `leaving` workers that
-    are to leave, `straggler` one that is much slower than the others. `stages` are those that were decided,
-    `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
+    worker's error that `why` tells of. `micro_batch` is how much a micro-batch is to take from the next generation on;
+    if it says nothing, what it takes now. `micro_batch_ceiling` is a number of tokens that were too many in a world of
+    `ceiling_size`; `probes` tell what workers had taken when micro-batches were changed last. `skips` are steps whose
+    batches are left out; `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone,
+    `leaving` workers that are to leave, `straggler` one that is much slower than the others. `stages` are those that
+    were decided, `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
 
     `check` is what a standby does again, `num_checks` counts those that were begun, `check_step` is the step after
     which the last one began, and `differences` are the steps that didn't come out again as they had.
@@ -112,8 +112,8 @@ class RunState:
     aborted_s: float | None = None
     settled: int = -1
     losses: tuple[WorkerFailure, ...] = ()
-    slot: SlotSize = UNSAID
-    slot_ceiling: int = 0
+    micro_batch: MicroBatchSize = UNSAID
+    micro_batch_ceiling: int = 0
     ceiling_size: int = 0
     probes: tuple[Probe, ...] = ()
     skips: tuple[int, ...] = ()

@@ -48,8 +48,8 @@ class ReplayChecker:
         return check is not None and check.worker == self._factory.me and check.number > self._newest
 
     def run(self) -> None:
-        """Do the check that is asked for, and publish what came of it. It ends before the next slot, or the next piece
-        of the checkpoint, once a plan has a place for this worker, or nobody asks for it any more."""
+        """Do the check that is asked for, and publish what came of it. It ends before the next micro-batch, or the next
+        piece of the checkpoint, once a plan has a place for this worker, or nobody asks for it any more."""
         check = self._mailbox.directive.check
         if check is None or not self.is_asked(self._mailbox.directive):
             return
@@ -86,7 +86,7 @@ class ReplayChecker:
             store_prefix=f"check/{check.number}",
             store_address=StoreAddress("", 0),
             restore=Restore(check.step, str(path)),
-            slot=past.slot,
+            micro_batch=past.micro_batch,
             skips=check.skips,
             replayed=check.worlds,
         )

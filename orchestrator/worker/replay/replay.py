@@ -27,7 +27,7 @@ def replay(
 
     Args:
         prepared: for a plan whose state comes from the seed or a checkpoint, `replayed` worlds included.
-        between: called before each slot, and each piece of the checkpoint; what it raises ends it.
+        between: called before each micro-batch, and each piece of the checkpoint; what it raises ends it.
     """
     stepper = TrainStep(factory, feed, between, validates=False)
     shard = None

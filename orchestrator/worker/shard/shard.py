@@ -20,9 +20,9 @@ from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, catalogue
 from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.policy.estimate.job_plan import MemoryPlan, StatePlan, plan_memory
-from orchestrator.policy.state.config import slot_of
+from orchestrator.policy.state.config import micro_batch_of
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.fault_tolerance import whole_every
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.buffers import Buffers
@@ -59,7 +59,7 @@ class Shard:
     """One rank's training state within a generation.
 
     Args:
-        slot: how much a slot takes.
+        micro-batch: how much a micro-batch takes.
         choosing: how gradients are compressed, where the job leaves that open.
         skips: steps whose batches are left out.
         witnesses: where training is exact, who tells the digests of each step, from which step on.
@@ -71,7 +71,7 @@ class Shard:
     groups: ProcessGroups
     model: TrainableModel
     engine: Engine
-    slot: SlotSize
+    micro_batch: MicroBatchSize
     choosing: CompressionTuner
     skips: frozenset[int]
     witnesses: tuple[tuple[int, StateFingerprint], ...] = ()
@@ -154,7 +154,7 @@ class ShardFactory:
             model = build_model(self.spec.model, self.vocab_size, home)
         engine = DeepSpeedEngineAdapter(model, self.spec.train, groups, self.device, self.spec.communication)
         check_order(engine.order, self.spec.model.entrypoint, groups.exchange, self.device)
-        slot, communication = plan.slot or slot_of(self.spec), self.spec.communication
+        micro_batch, communication = plan.micro_batch or micro_batch_of(self.spec), self.spec.communication
         choosing = CompressionTuner(engine.gradients, communication.compression, communication.overlap, plan.world.size)
         return Shard(
             term=plan.term,
@@ -162,7 +162,7 @@ class ShardFactory:
             groups=groups,
             model=model,
             engine=engine,
-            slot=slot,
+            micro_batch=micro_batch,
             choosing=choosing,
             skips=frozenset(plan.skips),
             witnesses=self._witnesses(plan, engine) if self.spec.train.is_exact else (),

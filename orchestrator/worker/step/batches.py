@@ -1,4 +1,4 @@
-"""The rows of a step: from the sampler's order to this rank's slots as tensors."""
+"""The rows of a step: from the sampler's order to this rank's micro-batches as tensors."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,14 +15,20 @@ from orchestrator.data.store import TokenStore
 from orchestrator.model.base import MicroBatch
 from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks, Spans
-from orchestrator.sampling.micro_batches import SlotSize, cut_into_slots, max_slots, padded_tokens, slots_of
+from orchestrator.sampling.micro_batches import (
+    MicroBatchSize,
+    max_micro_batches,
+    micro_batches_of,
+    padded_tokens,
+    split_into_micro_batches,
+)
 from orchestrator.sampling.sample_order import Order, RowSpans
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 
 
 @dataclass(frozen=True)
-class Slot:
+class StepMicroBatch:
     """A micro-batch and its number in the global batch; the number is None for a pass that only keeps step."""
 
     number: int | None
@@ -34,18 +40,18 @@ class StepBatches:
     """What one rank does in a step.
 
     Args:
-        slots: as many on every rank; a rank without a slot left has a batch of no rows.
-        num_slots: slots of the whole global batch.
+        micro-batches: as many on every rank; a rank without a micro-batch left has a batch of no rows.
+        num_micro_batches: micro-batches of the whole global batch.
         global_tokens: targets in the whole global batch.
         first_position, num_positions: the sample positions that the step consumes.
         stage: of the curriculum; empty without one.
         sequence_length: tokens of a row, or of the longest that there may be.
-        tokens: [num_slots], of each slot.
-        padded_tokens: [num_slots], padding included.
+        tokens: [num_micro_batches], of each micro-batch.
+        padded_tokens: [num_micro_batches], padding included.
     """
 
-    slots: tuple[Slot, ...]
-    num_slots: int
+    micro_batches: tuple[StepMicroBatch, ...]
+    num_micro_batches: int
     global_tokens: int
     first_position: int
     num_positions: int
@@ -56,13 +62,13 @@ class StepBatches:
 
     @property
     def share(self) -> float:
-        """This rank's part of the global batch, in slots of average size."""
-        mine = [slot.number for slot in self.slots if slot.number is not None]
-        return sum(self.tokens[number] for number in mine) * self.num_slots / max(sum(self.tokens), 1)
+        """This rank's part of the global batch, in micro-batches of average size."""
+        mine = [micro_batch.number for micro_batch in self.micro_batches if micro_batch.number is not None]
+        return sum(self.tokens[number] for number in mine) * self.num_micro_batches / max(sum(self.tokens), 1)
 
     @property
     def padding(self) -> float:
-        """The share of the slots' tokens that is padding."""
+        """The share of the micro-batches' tokens that is padding."""
         return 1 - sum(self.tokens) / max(sum(self.padded_tokens), 1)
 
 
@@ -107,14 +113,14 @@ class BatchReader:
         be."""
         self.order = self._orders.decided(self.order, stages, first_step)
 
-    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepBatches:
-        """This rank's part of a training step, in slots of this size."""
+    def step(self, step: int, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
+        """This rank's part of a training step, in micro-batches of this size."""
         wanted = self.order.at(step)
         lengths_R = wanted.rows.lengths_R
-        cut = cut_into_slots(lengths_R, size)
+        cut = split_into_micro_batches(lengths_R, size)
         return StepBatches(
-            slots=self._slots("train", wanted.rows, cut, rank, world_size),
-            num_slots=len(cut),
+            micro_batches=self._micro_batches("train", wanted.rows, cut, rank, world_size),
+            num_micro_batches=len(cut),
             global_tokens=self._store.target_count("train", wanted.rows.spans),
             first_position=wanted.first_position,
             num_positions=wanted.num_positions,
@@ -124,26 +130,29 @@ class BatchReader:
             padded_tokens=tuple(padded_tokens(lengths_R, cut).tolist()),
         )
 
-    def validation(self, rank: int, world_size: int, size: SlotSize) -> StepBatches:
+    def validation(self, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
         """This rank's part of a validation: always the same rows."""
         rows = self._validation
-        cut = cut_into_slots(rows.lengths_R, size)
+        cut = split_into_micro_batches(rows.lengths_R, size)
         return StepBatches(
-            slots=self._slots("validation", rows, cut, rank, world_size),
-            num_slots=len(cut),
+            micro_batches=self._micro_batches("validation", rows, cut, rank, world_size),
+            num_micro_batches=len(cut),
             global_tokens=self._store.target_count("validation", rows.spans),
             first_position=0,
             num_positions=0,
         )
 
-    def _slots(
+    def _micro_batches(
         self, split: Split, rows: RowSpans, cut: Sequence[NDArray[np.int64]], rank: int, world_size: int
-    ) -> tuple[Slot, ...]:
-        slots = [Slot(n, self._read(split, rows.take(cut[n]))) for n in slots_of(rank, world_size, len(cut))]
+    ) -> tuple[StepMicroBatch, ...]:
+        micro_batches = [
+            StepMicroBatch(n, self._read(split, rows.take(cut[n])))
+            for n in micro_batches_of(rank, world_size, len(cut))
+        ]
         nothing = np.empty(0, np.int64)
-        while len(slots) < max_slots(world_size, len(cut)):
-            slots.append(Slot(None, self._read(split, rows.take(nothing))))
-        return tuple(slots)
+        while len(micro_batches) < max_micro_batches(world_size, len(cut)):
+            micro_batches.append(StepMicroBatch(None, self._read(split, rows.take(nothing))))
+        return tuple(micro_batches)
 
     def _read(self, split: Split, rows: RowSpans) -> MicroBatch:
         if rows.by_document:
@@ -173,7 +182,7 @@ class _Wanted:
     step: int
     rank: int
     world_size: int
-    size: SlotSize
+    size: MicroBatchSize
 
 
 class Prefetch:
@@ -189,7 +198,7 @@ class Prefetch:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
         self._ahead: tuple[_Wanted, Future[StepBatches]] | None = None
 
-    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepBatches:
+    def step(self, step: int, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
         """What `Feed.step` returns or raises, without a wait if the step before was asked for in the same world.
 
         What was read ahead for another world or another order of rows is dropped.

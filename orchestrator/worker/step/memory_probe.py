@@ -1,4 +1,4 @@
-"""What the slots of a generation take of this worker's memory, gathered step by step."""
+"""What the micro-batches of a generation take of this worker's memory, gathered step by step."""
 
 import ctypes
 import platform
@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.protocol.messages import SlotMemory
+from orchestrator.protocol.messages import MicroBatchMemory
 from orchestrator.worker.step.batches import StepBatches
 
-# -- What this process has taken of memory, and how much there is: what slots are fitted by ----------------------------
+# -- What this process has taken of memory, and how much there is: what micro-batches are fitted by
+# ----------------------------
 
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
@@ -131,44 +132,45 @@ def _of_lines(path: Path, names: tuple[str, ...], unit: int = 1024) -> int:
         return sum(int(words[1]) * unit for line in lines if (words := line.split()) and words[0] in names)
 
 
-# -- What the slots of a generation take of this worker's memory, gathered step by step --------------------------------
+# -- What the micro-batches of a generation take of this worker's memory, gathered step by step
+# --------------------------------
 
-SMALLER = 0.9  # times as large as the largest slot of the generation before
+SMALLER = 0.9  # times as large as the largest micro-batch of the generation before
 
 
 class MemoryProbe:
     """Used by the training thread.
 
     Args:
-        device: whose memory slots take: the machine's, or a GPU's.
+        device: whose memory micro-batches take: the machine's, or a GPU's.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept = self._before = 0
-        self._newest: SlotMemory | None = None
+        self._newest: MicroBatchMemory | None = None
 
     def begin_pass(self) -> None:
-        """Called before the forward pass of a slot."""
+        """Called before the forward pass of a micro-batch."""
         self._before = allocated_bytes(self._device)
 
     def end_forward(self) -> None:
-        """Called between a slot's forward and its backward pass."""
+        """Called between a micro-batch's forward and its backward pass."""
         self._kept = max(self._kept, allocated_bytes(self._device) - self._before)
 
-    def end_step(self, generation: int, feed: StepBatches) -> SlotMemory:
-        """Called after a step. Returns what is known of its generation's slots of such rows."""
+    def end_step(self, generation: int, feed: StepBatches) -> MicroBatchMemory:
+        """Called after a step. Returns what is known of its generation's micro-batches of such rows."""
         last, there = self._newest, room(self._device)
         if last is not None and last.generation != generation and max(feed.padded_tokens) < SMALLER * last.tokens:
-            give_back(self._device)  # else what larger slots took would keep these from growing again
+            give_back(self._device)  # else what larger micro-batches took would keep these from growing again
             there = room(self._device)
         is_first = last is None or (last.generation, last.sequence_length) != (generation, feed.sequence_length)
-        self._newest = SlotMemory(
+        self._newest = MicroBatchMemory(
             generation=generation,
             sequence_length=feed.sequence_length,
             steps=1 if is_first or last is None else last.steps + 1,
             tokens=max([0 if is_first or last is None else last.tokens, *feed.padded_tokens]),
-            num_slots=feed.num_slots,
+            num_micro_batches=feed.num_micro_batches,
             kept_bytes=max(self._kept, 0 if is_first or last is None else last.kept_bytes),
             resident_bytes=taken_bytes(self._device),
             limit_bytes=there.limit_bytes,

@@ -1,4 +1,4 @@
-"""One step: slots, update, vote. After it every member knows that all have finished the step."""
+"""One step: micro-batches, update, vote. After it every member knows that all have finished the step."""
 
 import platform
 import time
@@ -17,7 +17,7 @@ from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.policy.health.expert_load import expert_load, is_shown
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.messages import SlotMemory, StepRecord
+from orchestrator.protocol.messages import MicroBatchMemory, StepRecord
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.lr_schedule import decay, learning_rate
 from orchestrator.state.ranges import NamedRanges
@@ -44,7 +44,7 @@ class StepResult:
 
     Args:
         gradients: of its update, if there was one and they were to be kept.
-        memory: what its generation's slots take, if that is asked for.
+        memory: what its generation's micro-batches take, if that is asked for.
         saturated: parameters whose gradient was too large here for an exact sum; its update is left out then.
     """
 
@@ -52,7 +52,7 @@ class StepResult:
     progress: Progress
     record: StepRecord
     gradients: NamedRanges | None
-    memory: SlotMemory | None
+    memory: MicroBatchMemory | None
     saturated: tuple[str, ...] = ()
 
 
@@ -60,14 +60,18 @@ class TrainStep:
     """Does steps on whatever shard there is.
 
     Args:
-        before_slot: called before each slot of a step.
+        before_slot: called before each micro-batch of a step.
         validates: as often as the job says; else never.
     """
 
     def __init__(
-        self, factory: ShardFactory, feed: BatchReader, before_slot: Callable[[], None] = noop, validates: bool = True
+        self,
+        factory: ShardFactory,
+        feed: BatchReader,
+        before_micro_batch: Callable[[], None] = noop,
+        validates: bool = True,
     ) -> None:
-        self._before_slot, self._validates = before_slot, validates
+        self._before_micro_batch, self._validates = before_micro_batch, validates
         self._factory, self._feed, self._spec = factory, feed, factory.spec
         self._prefetch = Prefetch(feed, factory.spec.train.steps)
         self._ledger = traffic_meter.Since()
@@ -92,23 +96,25 @@ class TrainStep:
             speak: asked at the last moment before the vote.
         """
         started, waited_s, step = time.perf_counter(), collective_stats.waited_s(), progress.step + 1
-        feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.slot)
+        feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.micro_batch)
         data_wait_s = time.perf_counter() - started
-        losses = np.zeros(feed.num_slots)
+        losses = np.zeros(feed.num_micro_batches)
         routed = RoutingCounts.zeros(len(shard.model.moe_layers), self._spec.model)
         lr, skipped = learning_rate(self._spec.train, step), step in shard.skips
         if skipped:
             self._open_seal(shard, step)
             losses, update = self._evaluated(shard, feed, step), StepOutcome(applied=False, grad_norm=float("inf"))
         else:
-            for number, slot in enumerate(feed.slots, 1):
-                self._before_slot()
-                last, before_backward = number == len(feed.slots), self._measured()
-                seed_draws(self._spec.train.seed, step, slot.number or 0)
-                loss, slot_routed = shard.engine.accumulate(slot.batch, feed.global_tokens, last, before_backward)
-                if slot.number is not None:
-                    losses[slot.number] = float(loss)
-                    routed.add(slot_routed)
+            for number, micro_batch in enumerate(feed.micro_batches, 1):
+                self._before_micro_batch()
+                last, before_backward = number == len(feed.micro_batches), self._measured()
+                seed_draws(self._spec.train.seed, step, micro_batch.number or 0)
+                loss, micro_batch_routed = shard.engine.accumulate(
+                    micro_batch.batch, feed.global_tokens, last, before_backward
+                )
+                if micro_batch.number is not None:
+                    losses[micro_batch.number] = float(loss)
+                    routed.add(micro_batch_routed)
             self._open_seal(shard, step)
             update = shard.engine.step(lr, before_update, keep_gradients)
         validation = self._validate(shard, step)
@@ -125,7 +131,7 @@ class TrainStep:
         voice = speak()
         spoken = time.perf_counter()
         ballot = Ballot(
-            slot_losses=losses,
+            micro_batch_losses=losses,
             validation_losses=validation[0],
             routed=routed,
             applied=update.applied,
@@ -167,7 +173,7 @@ class TrainStep:
             slowness=slowness,
             stage=feed.stage,
             sequence_length=feed.sequence_length,
-            num_slots=feed.num_slots,
+            num_micro_batches=feed.num_micro_batches,
             padding=feed.padding,
             traffic=outcome.traffic,
             compression=chosen,
@@ -194,29 +200,29 @@ class TrainStep:
             )
 
     def _measured(self) -> Callable[[], None]:
-        """Called before a slot; what it returns, between its forward and its backward pass."""
+        """Called before a micro-batch; what it returns, between its forward and its backward pass."""
         if self._gauge is None:
             return noop
         self._gauge.begin_pass()
         return self._gauge.end_forward
 
     def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
-        """Loss sums per validation slot, and the targets in all of them; empty in most steps."""
+        """Loss sums per validation micro-batch, and the targets in all of them; empty in most steps."""
         every, last = self._spec.eval.every, self._spec.train.steps - 1
         if every is None or not self._validates or ((step + 1) % every and step not in (0, last)):
             return np.zeros(0), 0
-        feed = self._feed.validation(shard.rank, shard.world.size, shard.slot)
+        feed = self._feed.validation(shard.rank, shard.world.size, shard.micro_batch)
         return self._evaluated(shard, feed, step), feed.global_tokens
 
     def _evaluated(self, shard: Shard, feed: StepBatches, step: int) -> NDArray[np.float64]:
-        """Loss sums per slot, 0 where the slot is another rank's."""
-        losses = np.zeros(feed.num_slots)
-        for slot in feed.slots:
-            self._before_slot()
-            seed_draws(self._spec.train.seed, step, slot.number or 0)
-            loss = shard.engine.evaluate(slot.batch)
-            if slot.number is not None:
-                losses[slot.number] = float(loss)
+        """Loss sums per micro-batch, 0 where the micro-batch is another rank's."""
+        losses = np.zeros(feed.num_micro_batches)
+        for micro_batch in feed.micro_batches:
+            self._before_micro_batch()
+            seed_draws(self._spec.train.seed, step, micro_batch.number or 0)
+            loss = shard.engine.evaluate(micro_batch.batch)
+            if micro_batch.number is not None:
+                losses[micro_batch.number] = float(loss)
         return losses
 
     def _load(self, generation: int, step: int, counts_LE: Tensor) -> ExpertLoad:

@@ -1,14 +1,14 @@
 """The vote: one small all-reduce that ends a step, from which every member draws the same conclusions.
 
 Every rank fills its own places in a vector of zeros, so the sum holds what each said, and adds no rounding of its own:
-losses per slot stay apart until they are summed in slot order, whatever the world size.
+losses per micro-batch stay apart until they are summed in micro-batch order, whatever the world size.
 
-Layout of the vector, float64 (integers below 2^53 are exact): loss sum per slot, validation loss sum per validation
-slot, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per rank: update applied,
-generation of the fence it has seen, wish to finish, steps that it would have between two snapshots, seconds that it
-computed for a slot, version of the decided stages that it has seen, number of the compression that it would have.
-Last, what is summed over the ranks: bytes by kind that they have sent since their last votes, and their parts of
-digests, in halves of 32 bits.
+Layout of the vector, float64 (integers below 2^53 are exact): loss sum per micro-batch, validation loss sum per
+validation micro-batch, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per
+rank: update applied, generation of the fence it has seen, wish to finish, steps that it would have between two
+snapshots, seconds that it computed for a micro-batch, version of the decided stages that it has seen, number of the
+compression that it would have. Last, what is summed over the ranks: bytes by kind that they have sent since their last
+votes, and their parts of digests, in halves of 32 bits.
 """
 
 from collections.abc import Mapping
@@ -34,21 +34,21 @@ class Ballot:
     """What one rank says at the end of a step.
 
     Args:
-        slot_losses: [S], loss sums of this rank's slots, 0 elsewhere.
+        slot_losses: [S], loss sums of this rank's micro-batches, 0 elsewhere.
         validation_losses: [S'], likewise; empty in a step without validation.
         routed: what this rank's routers counted.
         applied: whether its optimizer updated.
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
         finish: it has seen the wish to end the run.
         interval: steps that it would have between two snapshots.
-        busy_s: how long it computed for one of its slots, waits for peers apart; 0 without a slot.
+        busy_s: how long it computed for one of its micro-batches, waits for peers apart; 0 without a micro-batch.
         stages: version of the decided stages that it has seen.
         traffic: what it has sent since its last vote.
         compression: number of the scheme that it would have; -1 for none that it knows of.
         digests: by rank of the world that is asked for, this rank's part (`orchestrator.state.fingerprint`).
     """
 
-    slot_losses: NDArray[np.float64]
+    micro_batch_losses: NDArray[np.float64]
     validation_losses: NDArray[np.float64]
     routed: RoutingCounts
     applied: bool
@@ -67,7 +67,7 @@ class VoteResult:
     """What all ranks said together; equal on every rank.
 
     Args:
-        loss_sum: over all slots in slot order, nats.
+        loss_sum: over all micro-batches in micro-batch order, nats.
         validation_loss_sum: None in a step without validation.
         routed: what all routers counted over the whole global batch.
         applied: every rank updated.
@@ -99,7 +99,7 @@ def vote(
     ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> VoteResult:
     """Collective over the world. `group` is None in a world of one."""
-    num_slots, num_validation = len(ballot.slot_losses), len(ballot.validation_losses)
+    num_micro_batches, num_validation = len(ballot.micro_batch_losses), len(ballot.validation_losses)
     counts_LE, margins_LEM = ballot.routed.counts_LE, ballot.routed.margins_LEM
     voices = np.zeros((world_size, NUM_VOICES))
     said = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
@@ -109,7 +109,7 @@ def vote(
     halves = np.stack([ballot.digests // HALF, ballot.digests % HALF]).astype(np.float64)
     vector = torch.cat(
         [
-            torch.from_numpy(ballot.slot_losses),
+            torch.from_numpy(ballot.micro_batch_losses),
             torch.from_numpy(ballot.validation_losses),
             counts_LE.reshape(-1).to(torch.float64).cpu(),
             margins_LEM.reshape(-1).to(torch.float64).cpu(),
@@ -123,7 +123,15 @@ def vote(
         dist.all_reduce(vector, group=group)
         traffic_meter.enter_reduced(TrafficKind.CONTROL, vector, world_size)
     num_counts, num_margins = counts_LE.numel(), margins_LEM.numel()
-    sizes = [num_slots, num_validation, num_counts, num_margins, NUM_VOICES * world_size, len(traffic), halves.size]
+    sizes = [
+        num_micro_batches,
+        num_validation,
+        num_counts,
+        num_margins,
+        NUM_VOICES * world_size,
+        len(traffic),
+        halves.size,
+    ]
     parts = torch.split(vector.cpu(), sizes)
     applied, fences, finish, intervals, busy_s, stages, schemes = parts[4].reshape(world_size, NUM_VOICES).T.tolist()
     return VoteResult(

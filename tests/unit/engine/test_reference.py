@@ -14,10 +14,10 @@ from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import TrainSpec
 from orchestrator.spec.model import ModelSpec
-from tests.support.small import empty, slot
+from tests.support.small import empty, micro_batch
 
 SPEC = ModelSpec(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=3, expert_intermediate_size=8)
-TOKENS = 128  # targets of two slots
+TOKENS = 128  # targets of two micro-batches
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_steps_equal_those_of_torch_on_the_mean_loss(alone: ProcessGroups, clipp
     plain = _model()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step in range(3):
-        batches: list[MicroBatch] = [slot(step, 0), slot(step, 1), empty()]
+        batches: list[MicroBatch] = [micro_batch(step, 0), micro_batch(step, 1), empty()]
         for batch in batches:
             engine.accumulate(batch, TOKENS, last=True)
         outcome = engine.step(1e-2)
@@ -62,19 +62,19 @@ def test_a_non_finite_update_changes_nothing_and_is_forgotten(alone: ProcessGrou
     model, engine = _engine(alone)
     before = [p.clone() for p in model.parameters()]
     hook = model.head.register_hook(lambda grad: grad * float("nan"))
-    engine.accumulate(slot(0, 0), TOKENS, last=True)
+    engine.accumulate(micro_batch(0, 0), TOKENS, last=True)
     hook.remove()
     assert not engine.step(1e-2).applied
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    engine.accumulate(slot(0, 0), TOKENS, last=True)
+    engine.accumulate(micro_batch(0, 0), TOKENS, last=True)
     assert engine.step(1e-2).applied
 
 
 def test_evaluation_leaves_no_trace(alone: ProcessGroups) -> None:
     model, engine = _engine(alone)
-    loss, routed = engine.accumulate(slot(0, 0), TOKENS, last=True)
+    loss, routed = engine.accumulate(micro_batch(0, 0), TOKENS, last=True)
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    assert engine.evaluate(slot(0, 0)).item() == pytest.approx(loss.item())
+    assert engine.evaluate(micro_batch(0, 0)).item() == pytest.approx(loss.item())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
     assert routed.counts_LE.sum().item() == 64 * SPEC.top_k
 
@@ -84,13 +84,13 @@ def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: ProcessG
     model, engine = _engine(alone)
     other_model, other = _engine(alone)
     for step in range(2):
-        engine.accumulate(slot(step, 0), TOKENS, last=True)
+        engine.accumulate(micro_batch(step, 0), TOKENS, last=True)
         engine.step(1e-2)
     for name, held in engine.ranges():
         other.ranges().view(name, held.start, held.stop).copy_(held.data)
     other.loaded(2)
     for each in (engine, other):
-        each.accumulate(slot(2, 0), TOKENS, last=True)
+        each.accumulate(micro_batch(2, 0), TOKENS, last=True)
         each.step(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other_model.parameters(), strict=True))
 

@@ -17,7 +17,7 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "
 
 
 def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
-    """Distinct memory that the forward pass of a slot keeps, without weights."""
+    """Distinct memory that the forward pass of a micro-batch keeps, without weights."""
     model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None))
     model.init_weights(0)
     model = model.to(torch.bfloat16 if train.precision == "bf16" else torch.float32)
@@ -28,7 +28,7 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tokens = torch.randint(0, VOCAB, (train.slot_rows, train.sequence_length))
+    tokens = torch.randint(0, VOCAB, (train.micro_batch_rows, train.sequence_length))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(tokens, tokens)
     return sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)

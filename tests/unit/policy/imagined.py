@@ -21,11 +21,11 @@ from orchestrator.protocol.messages import (
     Finish,
     GenerationPlan,
     Handover,
+    MicroBatchMemory,
     Phase,
     Report,
     Restore,
     ShardWritten,
-    SlotMemory,
     StepRecord,
     StoreAddress,
     WorkerError,
@@ -95,7 +95,9 @@ class Life:
     draining: dict[str, float] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)  # times the others' time for a step
     store: StoreAddress | None = FIRST_STORE
-    measured: Callable[[str, GenerationPlan], SlotMemory] | None = None  # what a worker says its slots take
+    measured: Callable[[str, GenerationPlan], MicroBatchMemory] | None = (
+        None  # what a worker says its micro-batches take
+    )
     grant: Grant = UNLIMITED
     directive: Directive = field(init=False)
 
@@ -329,8 +331,8 @@ class Life:
             self.step, current.generation, vote_time=self.now_s, slowest=rank, slowness=slowness
         )
         for worker in members:
-            slots = self.measured(worker, current) if self.measured else None
-            self.say(worker, committed=committed, settled=current.generation, slots=slots)
+            micro_batches = self.measured(worker, current) if self.measured else None
+            self.say(worker, committed=committed, settled=current.generation, micro_batches=micro_batches)
             self._snapshot(worker)
         self._publish()
         last = self.step + 1 == self.limits.steps or self.directive.finish is not Finish.NO

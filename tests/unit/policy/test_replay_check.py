@@ -91,7 +91,7 @@ def test_a_standby_is_asked_once_the_newest_checkpoint_has_steps_behind_it() -> 
     assert (check.number, check.step, check.last_step) == (0, 3, 5) and life.progress.watermark >= 5
     assert life.state.current is not None
     current = life.state.current
-    assert check.worlds == (PastWorld(0, current.world, current.placement, current.slot),)
+    assert check.worlds == (PastWorld(0, current.world, current.placement, current.micro_batch),)
     assert [finding.step for finding in check.findings] == [4, 5]
     _answer(life, check)
     life.run_until(lambda: life.state.check is None)

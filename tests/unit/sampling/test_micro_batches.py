@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.sampling.micro_batches import SlotSize, cut_into_slots, max_slots, padded_tokens, slots_of
+from orchestrator.sampling.micro_batches import (
+    MicroBatchSize,
+    max_micro_batches,
+    micro_batches_of,
+    padded_tokens,
+    split_into_micro_batches,
+)
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=0, max_size=40).map(np.array)
 
@@ -15,12 +21,12 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=0, max_size=40).map(np.array)
 def test_every_row_is_in_one_slot_which_is_no_larger_than_it_may(
     lengths_R: np.ndarray, tokens: int, multiple: int
 ) -> None:
-    slots = cut_into_slots(lengths_R, SlotSize(tokens=tokens, multiple=multiple))
-    assert sorted(row for rows in slots for row in rows) == list(range(len(lengths_R)))
-    for rows, padded in zip(slots, padded_tokens(lengths_R, slots), strict=True):
+    micro_batches = split_into_micro_batches(lengths_R, MicroBatchSize(tokens=tokens, multiple=multiple))
+    assert sorted(row for rows in micro_batches for row in rows) == list(range(len(lengths_R)))
+    for rows, padded in zip(micro_batches, padded_tokens(lengths_R, micro_batches), strict=True):
         assert padded == len(rows) * lengths_R[rows].max()
         assert padded <= tokens or len(rows) == 1
-    by_length = sorted(slots, key=lambda rows: (-lengths_R[rows].max(), -lengths_R[rows].min()))
+    by_length = sorted(micro_batches, key=lambda rows: (-lengths_R[rows].max(), -lengths_R[rows].min()))
     for longer, shorter in pairwise(by_length):  # rows of like length are together
         assert lengths_R[longer].min() >= lengths_R[shorter].max()
 
@@ -33,66 +39,74 @@ def test_there_are_as_few_slots_as_there_can_be_of_rows_in_order_of_length(lengt
     for end in range(1, len(by_length) + 1):
         begins = [b for b in range(end) if (end - b) * by_length[b] <= tokens or end - b == 1]
         least.append(1 + min(least[b] for b in begins))
-    assert len(cut_into_slots(lengths_R, SlotSize(tokens=tokens))) == least[-1]
+    assert len(split_into_micro_batches(lengths_R, MicroBatchSize(tokens=tokens))) == least[-1]
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12), st.integers(1, 4))
 def test_rows_of_one_length_keep_their_order_in_slots_that_are_about_equal(
     num_rows: int, length: int, at_once: int, multiple: int
 ) -> None:
-    slots = cut_into_slots(np.full(num_rows, length), SlotSize(tokens=at_once * length, multiple=multiple))
-    assert [row for rows in slots for row in rows] == list(range(num_rows))
-    sizes = [len(rows) for rows in slots]
+    micro_batches = split_into_micro_batches(
+        np.full(num_rows, length), MicroBatchSize(tokens=at_once * length, multiple=multiple)
+    )
+    assert [row for rows in micro_batches for row in rows] == list(range(num_rows))
+    sizes = [len(rows) for rows in micro_batches]
     wanted = min(ceil(ceil(num_rows / at_once) / multiple) * multiple, num_rows)
     assert max(sizes) == ceil(num_rows / wanted)  # no less would do
 
 
 def test_every_rank_gets_long_rows_and_short_ones() -> None:
     lengths_R = np.arange(64, 0, -1)
-    slots = cut_into_slots(lengths_R, SlotSize(tokens=64))
+    micro_batches = split_into_micro_batches(lengths_R, MicroBatchSize(tokens=64))
     for world_size in (2, 3, 4):
         means = []
         for rank in range(world_size):
-            rows = np.concatenate([slots[n] for n in slots_of(rank, world_size, len(slots))])
+            rows = np.concatenate([micro_batches[n] for n in micro_batches_of(rank, world_size, len(micro_batches))])
             means.append(np.average(lengths_R[rows], weights=lengths_R[rows]))
         assert max(means) < 1.25 * min(means)
 
 
 def test_slots_of_so_many_rows_hold_them_in_order() -> None:
-    slots = cut_into_slots(np.array([3, 9, 1, 7, 2]), SlotSize(rows=2))
-    assert [rows.tolist() for rows in slots] == [[0, 1], [2, 3], [4]]
-    assert padded_tokens(np.array([3, 9, 1, 7, 2]), slots).tolist() == [18, 14, 2]
+    micro_batches = split_into_micro_batches(np.array([3, 9, 1, 7, 2]), MicroBatchSize(rows=2))
+    assert [rows.tolist() for rows in micro_batches] == [[0, 1], [2, 3], [4]]
+    assert padded_tokens(np.array([3, 9, 1, 7, 2]), micro_batches).tolist() == [18, 14, 2]
 
 
 def test_workers_get_equally_many_slots_where_their_number_is_known() -> None:
     lengths_R = np.array([90, 80, 10, 10, 10, 10, 10, 10])
-    sizes = [SlotSize(tokens=180, multiple=multiple) for multiple in (1, 2, 3, 5, 7)]
-    assert [len(cut_into_slots(lengths_R, size)) for size in sizes] == [2, 2, 3, 5, 5]  # of 10 there are two at least
+    sizes = [MicroBatchSize(tokens=180, multiple=multiple) for multiple in (1, 2, 3, 5, 7)]
+    assert [len(split_into_micro_batches(lengths_R, size)) for size in sizes] == [
+        2,
+        2,
+        3,
+        5,
+        5,
+    ]  # of 10 there are two at least
 
 
 @pytest.mark.parametrize("size", [{"rows": 1, "tokens": 1}, {"rows": -1}, {"tokens": 1, "multiple": 0}])
 def test_a_size_that_says_two_things_or_none_is_refused(size: dict[str, int]) -> None:
     with pytest.raises(ValueError):
-        SlotSize(**size)
+        MicroBatchSize(**size)
     with pytest.raises(ValueError, match="doesn't say"):
-        cut_into_slots(np.ones(2, np.int64), SlotSize())
+        split_into_micro_batches(np.ones(2, np.int64), MicroBatchSize())
 
 
-@given(world_size=st.integers(1, 40), num_slots=st.integers(0, 100))
-def test_ranks_in_order_run_every_slot_once_and_evenly(world_size: int, num_slots: int) -> None:
-    blocks = [slots_of(rank, world_size, num_slots) for rank in range(world_size)]
-    assert [slot for block in blocks for slot in block] == list(range(num_slots))
+@given(world_size=st.integers(1, 40), num_micro_batches=st.integers(0, 100))
+def test_ranks_in_order_run_every_slot_once_and_evenly(world_size: int, num_micro_batches: int) -> None:
+    blocks = [micro_batches_of(rank, world_size, num_micro_batches) for rank in range(world_size)]
+    assert [micro_batch for block in blocks for micro_batch in block] == list(range(num_micro_batches))
     lengths = [len(block) for block in blocks]
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[0] - lengths[-1] <= 1
-    assert max(lengths) == max_slots(world_size, num_slots)
+    assert max(lengths) == max_micro_batches(world_size, num_micro_batches)
 
 
 def test_first_ranks_get_one_more() -> None:
-    assert [slots_of(rank, 3, 5) for rank in range(3)] == [range(2), range(2, 4), range(4, 5)]
+    assert [micro_batches_of(rank, 3, 5) for rank in range(3)] == [range(2), range(2, 4), range(4, 5)]
 
 
-@pytest.mark.parametrize(("rank", "world_size", "num_slots"), [(3, 3, 5), (-1, 3, 5), (0, 0, 5), (0, 1, -1)])
-def test_what_no_world_has_is_refused(rank: int, world_size: int, num_slots: int) -> None:
+@pytest.mark.parametrize(("rank", "world_size", "num_micro_batches"), [(3, 3, 5), (-1, 3, 5), (0, 0, 5), (0, 1, -1)])
+def test_what_no_world_has_is_refused(rank: int, world_size: int, num_micro_batches: int) -> None:
     with pytest.raises(ValueError):
-        slots_of(rank, world_size, num_slots)
+        micro_batches_of(rank, world_size, num_micro_batches)

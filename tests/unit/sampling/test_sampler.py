@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import ProtocolError
-from orchestrator.sampling.micro_batches import slots_of
+from orchestrator.sampling.micro_batches import micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, Stage, sample
 
 TWO_STAGES = SamplerState(
@@ -37,15 +37,15 @@ def test_a_batch_may_straddle_epochs() -> None:
 
 def test_the_order_through_4_2_3_ranks_equals_that_of_one() -> None:
     state = SamplerState.of_one_stage(seed=1, global_batch_size=12, sequence_length=8, num_rows=100)
-    micro_batch_size, num_slots = 2, 6
+    micro_batch_size, num_micro_batches = 2, 6
 
     def consumed(world_sizes: list[int]) -> list[int]:
         order: list[int] = []
         for step, world_size in enumerate(world_sizes):
-            rows = sample(state, step).rows.reshape(num_slots, micro_batch_size)
+            rows = sample(state, step).rows.reshape(num_micro_batches, micro_batch_size)
             for rank in range(world_size):
-                for slot in slots_of(rank, world_size, num_slots):
-                    order.extend(rows[slot].tolist())
+                for micro_batch in micro_batches_of(rank, world_size, num_micro_batches):
+                    order.extend(rows[micro_batch].tolist())
         return order
 
     assert consumed([4] * 10 + [2] * 10 + [3] * 10) == consumed([1] * 30)

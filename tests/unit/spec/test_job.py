@@ -186,7 +186,11 @@ def test_keys_that_depend_on_the_entrypoint(model: dict[str, Any], rule: str) ->
 )
 def test_how_much_a_slot_takes(micro_batch_size: int | str, rows: int, tokens: int) -> None:
     train = job(train={"global_batch_size": 12, "micro_batch_size": micro_batch_size}).train
-    assert (train.slot_rows, train.slot_tokens, train.fits_memory) == (rows, tokens, micro_batch_size == "auto")
+    assert (train.micro_batch_rows, train.micro_batch_tokens, train.fits_memory) == (
+        rows,
+        tokens,
+        micro_batch_size == "auto",
+    )
 
 
 def test_a_job_comes_back_from_its_json() -> None:

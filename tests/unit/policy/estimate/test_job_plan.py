@@ -44,7 +44,7 @@ def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
 def test_stage_two_reduces_after_every_slot() -> None:
     once, often = (_plan(zero_stage=stage, global_batch_size=16, micro_batch_size=4).worlds[1] for stage in (1, 2))
     assert once.traffic.gradients_reduced == 4 * 4000
-    assert often.traffic.gradients_reduced == 2 * once.traffic.gradients_reduced  # 4 slots on 2 workers
+    assert often.traffic.gradients_reduced == 2 * once.traffic.gradients_reduced  # 4 micro-batches on 2 workers
 
 
 def test_bf16_halves_weights_and_gathers() -> None:

@@ -1,4 +1,4 @@
-"""What failures cost a run besides the moment: budgets, delays, quarantine, smaller slots, batches left out."""
+"""What failures cost a run besides the moment: budgets, delays, quarantine, smaller micro-batches, batches left out."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from orchestrator.policy.recovery.respond import largest_proper_divisor
 from orchestrator.policy.state.run_state import WorkerFailure
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import RunPhase
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.fault_tolerance import BudgetsSpec, RecoverySpec
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -122,20 +122,20 @@ def test_a_failing_node_is_told_of_once_and_taken_back() -> None:
 
 
 def test_out_of_memory_makes_slots_smaller_once_per_generation() -> None:
-    life = Life(limits_of(steps=400, initial_workers=3, slot=SlotSize(rows=6)))
+    life = Life(limits_of(steps=400, initial_workers=3, micro_batch=MicroBatchSize(rows=6)))
     _goes_on(life, 0)
     _fails(life, "w0", "out_of_memory")
     _fails(life, "w2", "out_of_memory")
     _goes_on(life, 1)
-    assert life.state.current is not None and life.state.current.slot.rows == 3
+    assert life.state.current is not None and life.state.current.micro_batch.rows == 3
     life.causes = {"w1": "out_of_memory"}  # killed by the system
     life.kill("w1")
     _goes_on(life, 2)
-    assert life.state.current.slot.rows == 1
+    assert life.state.current.micro_batch.rows == 1
     assert [n.fields["to_rows"] for n in life.of_kind("micro_batch_reduced")] == [3, 1]
     life.scale(4)
     life.run_until(lambda: len(life.state.members) == 4)
-    assert life.state.current.slot.rows == 1
+    assert life.state.current.micro_batch.rows == 1
 
 
 def test_out_of_memory_in_the_smallest_slots_ends_with_the_budget() -> None:
@@ -172,7 +172,7 @@ def test_a_run_below_its_least_size_says_that_the_next_worker_is_held_back() -> 
 
 @pytest.mark.parametrize("kind", ["out_of_memory", "numeric", "user_error"])
 def test_an_error_that_is_told_after_a_peers_complaint_is_heard_all_the_same(kind: str) -> None:
-    life = Life(limits_of(steps=40, initial_workers=3, slot=SlotSize(rows=4)))
+    life = Life(limits_of(steps=40, initial_workers=3, micro_batch=MicroBatchSize(rows=4)))
     life.run_until(lambda: life.step == 9)
     life.stop("w1")
     life.tick()

@@ -1,4 +1,4 @@
-"""Slots that grow until they fill the memory that workers have, and shrink where they would take more."""
+"""Micro-batches that grow until they fill the memory that workers have, and shrink where they would take more."""
 
 from dataclasses import dataclass, field, replace
 
@@ -16,19 +16,19 @@ from orchestrator.policy.rescale.micro_batch import (
 )
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Probe
-from orchestrator.protocol.messages import GenerationPlan, SlotMemory, StoreAddress
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.protocol.messages import GenerationPlan, MicroBatchMemory, StoreAddress
+from orchestrator.sampling.micro_batches import MicroBatchSize
 from tests.unit.policy.imagined import Life, limits_of
 
 GB = 10**9
 LENGTH = 512
 
-PLAIN = SlotMemory(
+PLAIN = MicroBatchMemory(
     generation=0,
     sequence_length=LENGTH,
     steps=PROBE_STEPS,
     tokens=LENGTH,
-    num_slots=64,
+    num_micro_batches=64,
     kept_bytes=LENGTH * 100_000,
     resident_bytes=GB,
     limit_bytes=8 * GB,
@@ -41,7 +41,7 @@ PLAIN = SlotMemory(
 @dataclass
 class Machine:
     """Workers on one node, which have `base` and take `per_token` beyond; what they have freed they keep, until
-    slots get smaller. Below `reserve` nothing of it shows."""
+    micro-batches get smaller. Below `reserve` nothing of it shows."""
 
     limit: int = 8 * GB
     base: int = GB
@@ -55,23 +55,23 @@ class Machine:
     given: dict[str, int] = field(default_factory=dict)
     steps: dict[tuple[str, int, int], int] = field(default_factory=dict)
 
-    def measured(self, worker: str, plan: GenerationPlan) -> SlotMemory:
-        at_once = max(1, plan.slot.tokens // self.length)
+    def measured(self, worker: str, plan: GenerationPlan) -> MicroBatchMemory:
+        at_once = max(1, plan.micro_batch.tokens // self.length)
         tokens = self.length * at_once
         needed = self.base + max(self.reserve, self.per_token * tokens)
         self.resident = {w: taken for w, taken in self.resident.items() if w in plan.world}
-        if plan.slot.tokens < self.given.get(worker, 0):
-            self.resident.pop(worker, None)  # it gives back what larger slots took
-        self.given[worker] = plan.slot.tokens
+        if plan.micro_batch.tokens < self.given.get(worker, 0):
+            self.resident.pop(worker, None)  # it gives back what larger micro-batches took
+        self.given[worker] = plan.micro_batch.tokens
         self.resident[worker] = max(self.resident.get(worker, 0), needed)
         key = (worker, plan.generation, self.length)
         self.steps[key] = self.steps.get(key, 0) + 1
-        return SlotMemory(
+        return MicroBatchMemory(
             generation=plan.generation,
             sequence_length=self.length,
             steps=self.steps[key],
             tokens=tokens,
-            num_slots=-(-self.rows // at_once),
+            num_micro_batches=-(-self.rows // at_once),
             kept_bytes=self.kept_per_token * tokens,
             resident_bytes=self.resident[worker],
             limit_bytes=self.limit,
@@ -82,7 +82,7 @@ class Machine:
 
 
 def _limits(**changes: object) -> RunLimits:
-    fitted = {"steps": 400, "slot": SlotSize(tokens=LENGTH), "fits_memory": True, "global_batch_size": 256}
+    fitted = {"steps": 400, "micro_batch": MicroBatchSize(tokens=LENGTH), "fits_memory": True, "global_batch_size": 256}
     return limits_of(**(fitted | changes))
 
 
@@ -94,7 +94,7 @@ def _fitted(machine: Machine, steps: int = 60, **changes: object) -> Life:
 
 def _tokens(life: Life) -> int:
     assert life.state.current is not None
-    return life.state.current.slot.tokens
+    return life.state.current.micro_batch.tokens
 
 
 @pytest.mark.parametrize("reserve", [0, GB])
@@ -106,7 +106,7 @@ def test_slots_grow_until_they_fill_what_each_worker_may_take(reserve: int, per_
     assert all(0.8 * share < resident <= TARGET * share for resident in machine.resident.values())
     assert len(life.of_kind("micro_batch_fitted")) <= 6
     assert not life.state.rescales and not life.state.recoveries
-    assert life.state.current is not None and life.state.current.slot.multiple == 2
+    assert life.state.current is not None and life.state.current.micro_batch.multiple == 2
 
 
 def test_slots_grow_no_more_once_every_worker_has_one() -> None:
@@ -136,7 +136,9 @@ def test_a_smaller_world_begins_with_smaller_slots_and_a_larger_one_with_as_larg
     full = _tokens(life)
     life.scale(2)
     life.run_until(lambda: life.state.current is not None and life.state.current.world.size == 2)
-    assert _tokens(life) == full // 2 and life.state.current is not None and life.state.current.slot.multiple == 2
+    assert (
+        _tokens(life) == full // 2 and life.state.current is not None and life.state.current.micro_batch.multiple == 2
+    )
     halved = _tokens(life)
     life.scale(3)
     life.run_until(lambda: life.state.current is not None and life.state.current.world.size == 3)
@@ -157,7 +159,7 @@ def test_out_of_memory_halves_the_slots_which_never_come_back_to_that_size() -> 
 
 
 def test_rows_of_another_length_are_measured_anew() -> None:
-    """Longer rows take more for each token; slots keep their tokens until that is known."""
+    """Longer rows take more for each token; micro-batches keep their tokens until that is known."""
     machine = Machine()
     life = _fitted(machine)
     full = _tokens(life)

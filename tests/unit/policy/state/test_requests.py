@@ -13,7 +13,7 @@ from orchestrator.policy.state.run_state import WorkerFailure
 from orchestrator.protocol.messages import DesiredRunState, Finish, Phase, WorkerError
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.micro_batches import MicroBatchSize
 from tests.unit.policy.imagined import Life, limits_of
 
 ROOM = Grant(None, "there is room for all 4")
@@ -231,14 +231,14 @@ def test_whoever_is_put_out_before_it_has_begun_has_waited_all_the_time() -> Non
 
 
 def test_what_failures_have_taught_is_kept() -> None:
-    """A smaller slot, and the nodes where nobody is put."""
-    life = _life(initial_workers=3, slot=SlotSize(rows=4))
+    """A smaller micro-batch, and the nodes where nobody is put."""
+    life = _life(initial_workers=3, micro_batch=MicroBatchSize(rows=4))
     life.nodes = {f"w{number}": "good" for number in range(9)}
     life.run_until(lambda: life.step == 12)
     for member in life.state.members:
         life.stop(member)
     life.say(life.state.members[0], error=WorkerError("out_of_memory", "no"))
-    life.run_until(lambda: life.state.current is not None and life.state.current.slot.rows == 2)
+    life.run_until(lambda: life.state.current is not None and life.state.current.micro_batch.rows == 2)
     losses = tuple(WorkerFailure(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5))
     life.state = replace(life.state, losses=losses)
     life.run_until(lambda: life.state.quarantine == ("bad",))
@@ -250,7 +250,7 @@ def test_what_failures_have_taught_is_kept() -> None:
     life.tick()
     assert life.state.worker_group and life.state.quarantine == ("bad",)
     life.run_until(lambda: life.state.current is not None)
-    assert life.state.current is not None and life.state.current.slot.rows == 2
+    assert life.state.current is not None and life.state.current.micro_batch.rows == 2
 
 
 def test_who_is_lost_is_replaced_only_within_the_grant() -> None:

@@ -1,4 +1,4 @@
-"""Sample order and slots of real rows, whatever the world."""
+"""Sample order and micro-batches of real rows, whatever the world."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import torch
 
 from orchestrator.data.prepare.options import prepare
 from orchestrator.data.store import TokenStore
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.step.batches import BatchReader
 
-SIZE = SlotSize(rows=2)
+SIZE = MicroBatchSize(rows=2)
 JOB = {
     "schema": "v1",
     "name": "feed",
@@ -42,15 +42,15 @@ def _feed(store: TokenStore, isolate: bool = False) -> BatchReader:
 
 
 def _rows(feed: BatchReader, step: int, world_size: int) -> torch.Tensor:
-    """The global batch as the ranks see it: their slots by number."""
-    slots = {}
+    """The global batch as the ranks see it: their micro-batches by number."""
+    micro_batches = {}
     for rank in range(world_size):
         part = feed.step(step, rank, world_size, SIZE)
-        for slot in part.slots:
-            if slot.number is not None:
-                assert slot.number not in slots
-                slots[slot.number] = slot.batch.inputs_BT
-    return torch.cat([slots[number] for number in range(len(slots))])
+        for micro_batch in part.micro_batches:
+            if micro_batch.number is not None:
+                assert micro_batch.number not in micro_batches
+                micro_batches[micro_batch.number] = micro_batch.batch.inputs_BT
+    return torch.cat([micro_batches[number] for number in range(len(micro_batches))])
 
 
 def test_the_order_through_4_2_3_workers_is_that_of_one(store: TokenStore) -> None:
@@ -96,35 +96,35 @@ def test_an_easy_stage_has_the_short_documents(scored: TokenStore) -> None:
 def test_every_rank_runs_as_many_passes_and_counts_the_same_tokens(store: TokenStore, world_size: int) -> None:
     feed = _feed(store)
     parts = [feed.step(3, rank, world_size, SIZE) for rank in range(world_size)]
-    assert len({len(part.slots) for part in parts}) == 1
+    assert len({len(part.micro_batches) for part in parts}) == 1
     assert len({(part.global_tokens, part.first_position, part.num_positions) for part in parts}) == 1
-    batches = [slot.batch for part in parts for slot in part.slots]
+    batches = [micro_batch.batch for part in parts for micro_batch in part.micro_batches]
     assert sum(int((batch.targets_BT != -100).sum()) for batch in batches) == parts[0].global_tokens
     for part in parts:
-        for slot in part.slots:
-            assert (slot.number is None) == (len(slot.batch.inputs_BT) == 0)
-            assert slot.batch.inputs_BT.shape[1] == 16
+        for micro_batch in part.micro_batches:
+            assert (micro_batch.number is None) == (len(micro_batch.batch.inputs_BT) == 0)
+            assert micro_batch.batch.inputs_BT.shape[1] == 16
 
 
 def test_smaller_slots_hold_the_same_rows(store: TokenStore) -> None:
     feed = _feed(store)
-    wide, narrow = feed.step(3, 0, 1, SIZE), feed.step(3, 0, 1, SlotSize(rows=1))
-    assert (wide.num_slots, narrow.num_slots) == (5, 10) and wide.global_tokens == narrow.global_tokens
-    rows = [torch.cat([slot.batch.inputs_BT for slot in part.slots]) for part in (wide, narrow)]
+    wide, narrow = feed.step(3, 0, 1, SIZE), feed.step(3, 0, 1, MicroBatchSize(rows=1))
+    assert (wide.num_micro_batches, narrow.num_micro_batches) == (5, 10) and wide.global_tokens == narrow.global_tokens
+    rows = [torch.cat([micro_batch.batch.inputs_BT for micro_batch in part.micro_batches]) for part in (wide, narrow)]
     assert torch.equal(*rows)
 
 
 def test_validation_reads_the_same_rows_every_time(store: TokenStore) -> None:
     feed = _feed(store)
     one, again = feed.validation(0, 1, SIZE), feed.validation(0, 1, SIZE)
-    rows = torch.cat([slot.batch.inputs_BT for slot in one.slots])
+    rows = torch.cat([micro_batch.batch.inputs_BT for micro_batch in one.micro_batches])
     assert len(rows) == 7
-    assert torch.equal(rows, torch.cat([slot.batch.inputs_BT for slot in again.slots]))
+    assert torch.equal(rows, torch.cat([micro_batch.batch.inputs_BT for micro_batch in again.micro_batches]))
 
 
 def test_documents_are_named_only_where_they_are_isolated(store: TokenStore) -> None:
-    assert all(slot.batch.documents_BT is None for slot in _feed(store).step(0, 0, 1, SIZE).slots)
-    batch = _feed(store, isolate=True).step(0, 0, 1, SIZE).slots[0].batch
+    assert all(micro_batch.batch.documents_BT is None for micro_batch in _feed(store).step(0, 0, 1, SIZE).micro_batches)
+    batch = _feed(store, isolate=True).step(0, 0, 1, SIZE).micro_batches[0].batch
     assert batch.documents_BT is not None and batch.documents_BT.shape == batch.inputs_BT.shape
 
 
@@ -133,10 +133,10 @@ def test_validation_is_the_same_rows_over_all_ranks_of_any_world(store: TokenSto
     wanted = store.rows("validation", np.arange(7), 16).inputs_RT
     for world_size in (1, 3, 6):
         parts = [feed.validation(rank, world_size, SIZE) for rank in range(world_size)]
-        slots = {s.number: s.batch for part in parts for s in part.slots if s.number is not None}
-        assert sorted(slots) == list(range(parts[0].num_slots)) == [0, 1, 2, 3]
-        assert torch.equal(torch.cat([slots[n].inputs_BT for n in range(4)]), torch.from_numpy(wanted))
-        counted = sum(int((batch.targets_BT != -100).sum()) for batch in slots.values())
+        micro_batches = {s.number: s.batch for part in parts for s in part.micro_batches if s.number is not None}
+        assert sorted(micro_batches) == list(range(parts[0].num_micro_batches)) == [0, 1, 2, 3]
+        assert torch.equal(torch.cat([micro_batches[n].inputs_BT for n in range(4)]), torch.from_numpy(wanted))
+        counted = sum(int((batch.targets_BT != -100).sum()) for batch in micro_batches.values())
         assert counted == parts[-1].global_tokens
 
 
@@ -150,14 +150,14 @@ def test_steps_consume_positions_without_gap_through_many_epochs(store: TokenSto
 SMALL = {**JOB, "train": {**JOB["train"], "sequence_length": 24}, "data": {"rows": "documents"}}  # type: ignore[dict-item]
 
 
-def _batch(feed: BatchReader, step: int, world_size: int, size: SlotSize) -> dict[tuple[int, ...], int]:
+def _batch(feed: BatchReader, step: int, world_size: int, size: MicroBatchSize) -> dict[tuple[int, ...], int]:
     """Rows of a step, without padding, and how often each is there."""
     found: dict[tuple[int, ...], int] = {}
     for rank in range(world_size):
-        for slot in feed.step(step, rank, world_size, size).slots:
-            lengths_B = slot.batch.lengths_B
+        for micro_batch in feed.step(step, rank, world_size, size).micro_batches:
+            lengths_B = micro_batch.batch.lengths_B
             assert lengths_B is not None
-            for row, length in zip(slot.batch.inputs_BT, lengths_B.tolist(), strict=True):
+            for row, length in zip(micro_batch.batch.inputs_BT, lengths_B.tolist(), strict=True):
                 assert not row[length:].any()
                 key = tuple(row[:length].tolist())
                 found[key] = found.get(key, 0) + 1
@@ -188,17 +188,21 @@ def _spans(feed: BatchReader, step: int) -> list[tuple[int, int]]:
 def test_a_step_by_document_holds_the_same_rows_in_any_slots_and_worlds(scored: TokenStore) -> None:
     feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
     for step in range(6):
-        wanted = _batch(feed, step, 1, SlotSize(rows=10))
+        wanted = _batch(feed, step, 1, MicroBatchSize(rows=10))
         assert sum(wanted.values()) == 10
-        for world_size, size in [(1, SlotSize(rows=2)), (3, SlotSize(tokens=50)), (4, SlotSize(tokens=9, multiple=4))]:
+        for world_size, size in [
+            (1, MicroBatchSize(rows=2)),
+            (3, MicroBatchSize(tokens=50)),
+            (4, MicroBatchSize(tokens=9, multiple=4)),
+        ]:
             assert _batch(feed, step, world_size, size) == wanted
 
 
 def test_targets_by_document_are_the_tokens_that_follow_in_it(scored: TokenStore) -> None:
     feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
     ends = {int(d["offset"] + d["length"]) for d in scored.index("train")}
-    part = feed.step(2, 0, 1, SlotSize(tokens=60))
-    cut = [slot.batch for slot in part.slots]
+    part = feed.step(2, 0, 1, MicroBatchSize(tokens=60))
+    cut = [micro_batch.batch for micro_batch in part.micro_batches]
     assert part.global_tokens == sum(int((batch.targets_BT != -100).sum()) for batch in cut)
     all_tokens = scored.read("train", feed.order.at(2).rows.spans, 1)
     assert part.global_tokens == int((all_tokens.targets_RT != -100).sum())
@@ -215,22 +219,22 @@ def test_targets_by_document_are_the_tokens_that_follow_in_it(scored: TokenStore
 def test_slots_of_like_length_waste_less_than_slots_in_order(scored: TokenStore) -> None:
     job = {**SMALL, "train": {**SMALL["train"], "sequence_length": 400, "global_batch_size": 40}}  # type: ignore[dict-item]
     feed = BatchReader(JobSpec.model_validate(job), scored, torch.device("cpu"))
-    in_order, bucketed = (feed.step(0, 0, 1, s) for s in (SlotSize(rows=4), SlotSize(tokens=1600)))
+    in_order, bucketed = (feed.step(0, 0, 1, s) for s in (MicroBatchSize(rows=4), MicroBatchSize(tokens=1600)))
     assert 0 < bucketed.padding < in_order.padding / 2 and sum(bucketed.tokens) == sum(in_order.tokens)
     assert max(bucketed.padded_tokens) <= 1600
 
 
 def test_the_share_of_a_rank_is_counted_in_tokens(scored: TokenStore) -> None:
     feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
-    parts = [feed.step(1, rank, 3, SlotSize(rows=2)) for rank in range(3)]
-    assert sum(part.share for part in parts) == pytest.approx(parts[0].num_slots)
+    parts = [feed.step(1, rank, 3, MicroBatchSize(rows=2)) for rank in range(3)]
+    assert sum(part.share for part in parts) == pytest.approx(parts[0].num_micro_batches)
     packed = [_feed(scored).step(1, rank, 3, SIZE).share for rank in range(3)]
     assert packed == [2, 2, 1]
 
 
 def test_validation_by_document_reads_the_first_ones(scored: TokenStore) -> None:
     feed = BatchReader(JobSpec.model_validate(SMALL), scored, torch.device("cpu"))
-    lengths_B = [s.batch.lengths_B for s in feed.validation(0, 1, SIZE).slots]
+    lengths_B = [s.batch.lengths_B for s in feed.validation(0, 1, SIZE).micro_batches]
     found = torch.cat([b for b in lengths_B if b is not None]).tolist()
     index_D = scored.index("validation")
     wanted = [min(24, int(d["length"]) - n) for d in index_D for n in range(0, int(d["length"]), 24)]

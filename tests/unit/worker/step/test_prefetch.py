@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from orchestrator.sampling.micro_batches import SlotSize
+from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.sampling.sample_order import RowOrder
 from orchestrator.sampling.sampler import SamplerState
 from orchestrator.worker.step.batches import Prefetch, StepBatches
 
 PATIENCE_S = 20.0
-ONE, TWO = SlotSize(rows=1), SlotSize(rows=2)
+ONE, TWO = MicroBatchSize(rows=1), MicroBatchSize(rows=2)
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Asked:
     step: int
     rank: int
     world_size: int
-    slot: SlotSize
+    micro_batch: MicroBatchSize
     thread: str
     seed: int
 
@@ -34,7 +34,7 @@ class Recorder:
         self.bad_step = bad_step
         self._changed = threading.Condition()
 
-    def step(self, step: int, rank: int, world_size: int, size: SlotSize) -> StepBatches:
+    def step(self, step: int, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
         with self._changed:
             name = threading.current_thread().name
             self.asked.append(Asked(step, rank, world_size, size, name, self.order.state.seed))
@@ -82,7 +82,7 @@ def test_smaller_slots_are_read_anew(recorder: Recorder, prefetch: Prefetch) -> 
     prefetch.step(3, 0, 2, TWO)
     recorder.await_asked(4)
     prefetch.step(4, 0, 2, ONE)
-    assert [a.slot.rows for a in recorder.asked if a.step == 4] == [2, 1]
+    assert [a.micro_batch.rows for a in recorder.asked if a.step == 4] == [2, 1]
 
 
 def test_another_order_of_rows_drops_what_was_read(recorder: Recorder, prefetch: Prefetch) -> None:

@@ -22,7 +22,7 @@ def _routed(counts: list[list[int]], margins: list[list[list[int]]] | None = Non
 
 def _ballot(losses: list[float], **changes: Any) -> Ballot:
     fields: dict[str, Any] = {
-        "slot_losses": np.array(losses),
+        "micro_batch_losses": np.array(losses),
         "validation_losses": np.zeros(0),
         "routed": _routed([[1, 2], [3, 4]]),
         "applied": True,
@@ -75,8 +75,8 @@ def test_an_end_needs_everyone_and_one_skipped_update_counts_for_all() -> None:
 def test_the_parts_of_the_vector_do_not_run_into_each_other(world_size: int) -> None:
     ballots = [
         _ballot(
-            [10.0 + rank if slot == rank else 0.0 for slot in range(4)],
-            validation_losses=np.array([100.0 if slot == rank else 0.0 for slot in range(2)]),
+            [10.0 + rank if micro_batch == rank else 0.0 for micro_batch in range(4)],
+            validation_losses=np.array([100.0 if micro_batch == rank else 0.0 for micro_batch in range(2)]),
             routed=_routed([[2**40 + rank, 0, 5]], [[[7, rank], [0, 2**41], [1, 1]]]),
             fence=6,
             finish=True,
