@@ -48,7 +48,7 @@ def main() -> None:
         model.init_weights(train.seed)
     else:
         read_pretrained(job.model.model_copy(update={"vocab_size": store.vocab_size}), engine.ranges())
-    engine.loaded(0)
+    engine.on_state_loaded(0)
     sampler = SamplerState.of_one_stage(
         seed=train.seed,
         global_batch_size=train.global_batch_size,

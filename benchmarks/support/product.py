@@ -50,7 +50,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Request:
-    """A wish for another size, and the rescale that it led to. `asked_time` is `time.time()` before the wish."""
+    """A request for another size, and the rescale that it led to. `asked_time` is `time.time()` before the request."""
 
     asked_time: float
     rescale: Rescale
@@ -91,7 +91,7 @@ class LiveRun:
         return self.plans()[max(self.plans())].world.members
 
     def ask_for(self, workers: int) -> None:
-        """Wish for another size, and wait for nothing."""
+        """Ask for another size, and wait for nothing."""
         self._client.scale(self._id, workers)
 
     def scale(self, workers: int, measured: bool = True) -> Request:

@@ -65,7 +65,7 @@ def steps_of_arms(
         )
         engine = DeepSpeedEngineAdapter(model, TrainSpec(sequence_length=LENGTH), groups, torch.device("cpu"), spec)
         model.init_weights(0)
-        engine.seeded()
+        engine.on_weights_initialized()
         if name == FREE:
             for bucket in engine._gradients._buckets:
                 bucket.reduction = Free(bucket.reduction._group, False)

@@ -1,4 +1,4 @@
-"""What the processes of a baseline tell while they run, in files of one folder, and the wish that they end.
+"""What the processes of a baseline tell while they run, in files of one folder, and the request that they end.
 
 A line is written by one call, so lines of several processes don't mix, and a killed one leaves whole lines.
 """

@@ -97,26 +97,26 @@ class ActorOptions:
     calls_at_once: int = CALLS_AT_ONCE
 
 
-def start_host(name: str, target: str, args: tuple[Any, ...], seat: ActorOptions) -> Handle:
+def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: ActorOptions) -> Handle:
     """Start a detached host called `name`, or find the one that is there. Returns at once; calls wait for its start."""
     placed: Any = "DEFAULT"
-    if seat.group is not None:
-        placed = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=0)
+    if actor_options.group is not None:
+        placed = PlacementGroupSchedulingStrategy(actor_options.group, placement_group_bundle_index=0)
     options = {
         "name": name,
         "namespace": NAMESPACE,
         "lifetime": "detached",
         "get_if_exists": True,
-        "num_cpus": seat.cpus,
-        "num_gpus": seat.gpus,
-        "memory": seat.memory_bytes,
-        "resources": ON_HEAD if seat.group is None else None,
-        "max_concurrency": seat.calls_at_once,
-        "max_restarts": seat.max_restarts,
+        "num_cpus": actor_options.cpus,
+        "num_gpus": actor_options.gpus,
+        "memory": actor_options.memory_bytes,
+        "resources": ON_HEAD if actor_options.group is None else None,
+        "max_concurrency": actor_options.calls_at_once,
+        "max_restarts": actor_options.max_restarts,
         "scheduling_strategy": placed,
-        "runtime_env": {"env_vars": dict(seat.env)} if seat.env else None,
+        "runtime_env": {"env_vars": dict(actor_options.env)} if actor_options.env else None,
     }
-    log_file = None if seat.log_file is None else str(seat.log_file)
+    log_file = None if actor_options.log_file is None else str(actor_options.log_file)
     return ray.remote(Host).options(**options).remote(target, args, log_file)
 
 

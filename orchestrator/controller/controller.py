@@ -96,7 +96,7 @@ class RunController:
         self._account = StepRecorder(
             run_id, self._job.model, self._memory, self._worker_group, self._services.tracker, self._exporter
         )
-        self._wishes = PendingRequests(run_id, self._memory, self._inbox)
+        self._requests = PendingRequests(run_id, self._memory, self._inbox)
         self._faults: list[str] = []
         self._closed = False
         log.info("run %s: controller of term %d, pid %d", run_id, self._term, os.getpid())
@@ -131,20 +131,20 @@ class RunController:
         return self._limits
 
     def scale(self, workers: int | None, reason: str, by_hand: bool = True) -> DesiredRunState:
-        """Want another size; None leaves it to the Scheduler from now on. Returns when the wish is written down, not
+        """Want another size; None leaves it to the Scheduler from now on. Returns when the request is written down, not
         when it has come true.
 
         Args:
-            by_hand: False from the Scheduler, whose wishes give way to those of a user.
+            by_hand: False from the Scheduler, whose requests give way to those of a user.
 
         Raises:
             UsageError: the job doesn't allow this size, or the run is ending.
         """
         if workers is None:
             self._limits.check_autoscale()
-            return self._wishes.aim(Finish.NO, reason, by_hand=False)
+            return self._requests.aim(Finish.NO, reason, by_hand=False)
         self._limits.check_size(workers)
-        return self._wishes.aim(Finish.NO, reason, workers, by_hand=by_hand)
+        return self._requests.aim(Finish.NO, reason, workers, by_hand=by_hand)
 
     def scaling(self) -> ScalingView | None:
         """What the Scheduler needs to decide how many workers this run is to have; None once it is over."""
@@ -156,20 +156,20 @@ class RunController:
 
     def grant(self, grant: Grant) -> None:
         """Hear what the Scheduler lets the run hold. Returns when it is written down; raises NotFinished."""
-        self._wishes.granted(grant)
+        self._requests.granted(grant)
 
     def stage(self, name: str, reason: str) -> DesiredRunState:
-        """Want another stage of the curriculum, or the `next` one. Returns when the wish is written down.
+        """Want another stage of the curriculum, or the `next` one. Returns when the request is written down.
 
         Raises:
             UsageError: the job has no such stage, or the run is ending.
         """
         self._limits.check_stage(name)
-        return self._wishes.aim(Finish.NO, reason, stage=name)
+        return self._requests.aim(Finish.NO, reason, stage=name)
 
     def finish(self, how: Finish, reason: str) -> DesiredRunState:
         """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
-        return self._wishes.aim(how, reason)
+        return self._requests.aim(how, reason)
 
     def kill_worker(self, rank: int | None) -> str:
         """Kill a member's process, as a fault would: the highest rank, or the one named. Returns the worker's id.
@@ -291,7 +291,7 @@ class RunController:
             self._worker_group.reconcile(decision.state.worker_group, (*decision.state.quarantine, *self._drains.nodes))
             self._warm()
             self._worker_group.tell(directive_of(decision.state, self._term))
-        self._wishes.turned()
+        self._requests.turned()
 
     def _observe(self, verifies: bool = True) -> Observation:
         """Args: whether checkpoints are looked through, which may take long, if they are wanted."""
@@ -300,7 +300,7 @@ class RunController:
         return Observation(
             term=self._term,
             now_s=time.time(),
-            target=self._wishes.newest,
+            target=self._requests.newest,
             progress=self._memory.progress,
             reports=dict(self._worker_group.reports),
             lost=dict(self._worker_group.lost),
@@ -314,7 +314,7 @@ class RunController:
             store_address=self._services.store.address,
             faults=(*self._faults, *self._services.faults),
             draining=self._drains.nodes,
-            grant=self._wishes.grant,
+            grant=self._requests.grant,
         )
 
     def _warm(self) -> None:

@@ -42,8 +42,8 @@ class RendezvousClient:
         """Start it, find it, or start it again, and ask where it listens; unless that is known or asked already."""
         if self._handle is None and now_s - self._asked_s >= ASK_AGAIN_S:
             self._asked_s = now_s
-            seat = ActorOptions(log_file=self._log_file, max_restarts=-1)
-            self._handle = start_host(self._name, self._target, (head_address(),), seat)
+            actor_options = ActorOptions(log_file=self._log_file, max_restarts=-1)
+            self._handle = start_host(self._name, self._target, (head_address(),), actor_options)
             post(self._inbox, NAME, "address", self._handle.call.remote("address"))
             post(self._inbox, NAME, "hold", self._handle.hold.remote())
 

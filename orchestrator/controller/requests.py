@@ -25,7 +25,7 @@ def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str
 
 
 class PendingRequests:
-    """Wishes come from any thread; the controller's turns take in the newest, and say so."""
+    """Requests come from any thread; the controller's turns take in the newest, and say so."""
 
     def __init__(self, run_id: str, memory: JournaledRun, inbox: Inbox) -> None:
         self._run_id, self._memory, self._inbox = run_id, memory, inbox
@@ -55,14 +55,14 @@ class PendingRequests:
             if by_hand is False and workers is not None and self.newest.by_hand:
                 return self.newest
             size = self.newest.workers if workers is None else workers
-            wishes = self.newest.stage_wishes + (stage is not None)
+            requests = self.newest.stage_requests + (stage is not None)
             name = self.newest.stage if stage is None else stage
             by_hand = self.newest.by_hand if by_hand is None else by_hand
-            target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, wishes, by_hand)
+            target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
             self._inbox.put(None)
             if not self._turned.wait_for(lambda: self._memory.state.target.seq >= target.seq, PATIENCE_S):
                 why = self._memory.trouble or "it is busy"
-                raise NotFinished(f"run {self._run_id} has not written the wish down yet: {why}", remedy=LATER)
+                raise NotFinished(f"run {self._run_id} has not written the request down yet: {why}", remedy=LATER)
             return target
 
     def granted(self, grant: Grant) -> None:

@@ -29,7 +29,7 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
         "run/committed_steps": progress.watermark + 1,
         "run/committed_time": max(began_time, newest.vote_time if newest else 0.0),
         "run/checkpoint_time": max(began_time, memory.newest_times.get("checkpoint", 0.0)),
-        "elastic/workers_wanted": wanted_size(limits, state.wish, seen.step + 1, state.grant),
+        "elastic/workers_wanted": wanted_size(limits, state.size_request, seen.step + 1, state.grant),
         "elastic/standbys": len(warm_standbys(state, seen)),
         "elastic/rescales": memory.counts["rescaled"],
         "elastic/recoveries": memory.counts["generation_aborted"],

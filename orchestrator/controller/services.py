@@ -116,8 +116,8 @@ class RunServices:
             )
 
     def _begin(self, name: str, target: str, args: tuple[Any, ...]) -> None:
-        seat = ActorOptions(log_file=self._run_dir / "logs" / f"{name}.log")
-        self._handles[name] = start_host(self._name(name), target, args, seat)
+        actor_options = ActorOptions(log_file=self._run_dir / "logs" / f"{name}.log")
+        self._handles[name] = start_host(self._name(name), target, args, actor_options)
 
     def _call(self, name: str, method: str, *args: Any) -> None:
         post(self._inbox, name, method, self._handles[name].call.remote(method, *args))

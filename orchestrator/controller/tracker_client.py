@@ -51,14 +51,14 @@ class TrackerClient:
         """Start the tracker, or find it, unless that was done."""
         if self._handle is not None:
             return self._handle
-        seat = ActorOptions(
+        actor_options = ActorOptions(
             log_file=self._run_dir / "logs" / f"{NAME}.log",
             # One call at once: what was published before `finish` is published. It may come back as often as it dies.
             max_restarts=-1,
             calls_at_once=1,
         )
         setup = tracker_setup(self._run_id, self._run_dir, self._job)
-        self._handle = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), seat)
+        self._handle = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), actor_options)
         return self._handle
 
     def tend(self, now_s: float) -> None:

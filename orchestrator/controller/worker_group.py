@@ -240,7 +240,7 @@ class WorkerGroup:
         env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
         env |= EXACT_ENV if self._job.train.is_exact else {}
         env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
-        seat = ActorOptions(
+        actor_options = ActorOptions(
             cpus=resources.cpus,
             gpus=resources.gpus,
             memory_bytes=resources.memory_bytes or 0,
@@ -249,7 +249,7 @@ class WorkerGroup:
             log_file=self._run_dir / "logs" / f"{worker}.log",
         )
         self._known.add(worker)
-        self._handles[worker] = start_host(name, self._target, (worker,), seat)
+        self._handles[worker] = start_host(name, self._target, (worker,), actor_options)
         self._watch(worker)
 
     def _watch(self, worker: str) -> None:

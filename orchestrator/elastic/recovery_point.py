@@ -57,7 +57,7 @@ def find_recovery_point(worlds: Iterable[World], held: Mapping[str, Collection[H
             own = any(holder == member for holder, member in zip(holders, world.members, strict=True))
             if len(complete) == world.size and own:
                 found.append(RecoveryPoint(world.generation, step, complete))
-    return max(found, key=lambda cut: (cut.step, cut.generation), default=None)
+    return max(found, key=lambda point: (point.step, point.generation), default=None)
 
 
 def _holder(world: World, step: int, rank: int, held: Mapping[str, Collection[Holding]]) -> str | None:
@@ -73,7 +73,7 @@ def world_of(generation: int, holders: Sequence[str]) -> World:
     return World(generation, tuple(dict.fromkeys(holders)))
 
 
-def layout_of_cut(layout: StateLayout, holders: Sequence[str]) -> StateLayout:
+def layout_at_recovery_point(layout: StateLayout, holders: Sequence[str]) -> StateLayout:
     """The same state as it lies with the holders of a cut.
 
     A worker that holds another rank's snapshot has that rank's ranges beside its own; of a partial tensor the sum of
@@ -110,7 +110,7 @@ def layout_of_cut(layout: StateLayout, holders: Sequence[str]) -> StateLayout:
     )
 
 
-def placement_of_cut(placement: ExpertPlacement, holders: Sequence[str]) -> ExpertPlacement:
+def placement_at_recovery_point(placement: ExpertPlacement, holders: Sequence[str]) -> ExpertPlacement:
     """Which of the holders (as ranks of `world_of`) have each expert, in their own shard or in another's snapshot."""
     world = world_of(0, holders)
     rank_of = [world.rank_of(holder) for holder in holders]

@@ -70,15 +70,15 @@ class Engine(Protocol):
         """All state of this rank, as views."""
         ...
 
-    def at_rest(self) -> NamedRanges:
+    def idle_state(self) -> NamedRanges:
         """All memory that nobody writes to between two updates, as views: `ranges`, and what is derived from it."""
         ...
 
-    def seeded(self) -> None:
+    def on_weights_initialized(self) -> None:
         """Called after the model's weights were made from the seed: masters become copies of them, moments zero."""
         ...
 
-    def loaded(self, num_updates: int) -> None:
+    def on_state_loaded(self, num_updates: int) -> None:
         """Called after somebody wrote into `ranges()`: derived copies are made anew; `num_updates` optimizer steps
         have been applied so far."""
         ...

@@ -102,7 +102,7 @@ class Gradients:
             reducer.settle(applied)
         self._count(self._num_updates + applied)
 
-    def seeded(self) -> None:
+    def on_weights_initialized(self) -> None:
         """What is kept, as it is before the first update."""
         for bucket in self._buckets:
             for kept in (bucket.residual, bucket.velocity):
@@ -113,7 +113,7 @@ class Gradients:
                 thin_MK.copy_(first_thin(self._names[id(param)], *thin_MK.shape))
         self._count(0)
 
-    def loaded(self, num_updates: int) -> None:
+    def on_state_loaded(self, num_updates: int) -> None:
         """What is kept was written by somebody else, after so many updates."""
         self._count(num_updates)
 

@@ -90,7 +90,7 @@ class ReferenceEngine:
         self._model.train()
         return loss
 
-    def at_rest(self) -> NamedRanges:
+    def idle_state(self) -> NamedRanges:
         return self.ranges()
 
     def ranges(self) -> NamedRanges:
@@ -104,12 +104,12 @@ class ReferenceEngine:
             ranges.add(f"buffer/{name}", 0, buffer.view(-1))
         return ranges
 
-    def seeded(self) -> None:
+    def on_weights_initialized(self) -> None:
         for param in self._named.values():
             self._optimizer.state[param]["exp_avg"].zero_()
             self._optimizer.state[param]["exp_avg_sq"].zero_()
 
-    def loaded(self, num_updates: int) -> None:
+    def on_state_loaded(self, num_updates: int) -> None:
         for param in self._named.values():
             self._optimizer.state[param]["step"].fill_(float(num_updates))
 

@@ -34,8 +34,8 @@ def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Deci
         without = replace(state, stages=state.stages[:-1])
         return _decided(limits, without, seen, newest.name, newest.after, f"it did not begin at {newest.first_step}")
     after = following(spec, progress.stage)
-    if state.target.stage_wishes > state.stage_wishes:
-        heard = replace(state, stage_wishes=state.target.stage_wishes)
+    if state.target.stage_requests > state.stage_requests:
+        heard = replace(state, stage_requests=state.target.stage_requests)
         by_name = state.target.stage != NEXT
         name = state.target.stage if by_name else after
         if name is None or name == progress.stage:

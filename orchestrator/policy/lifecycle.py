@@ -146,7 +146,9 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         return f"{why_leaving(state, seen, leaving)}; waits for others to take over"
     if state.is_queued:
         return f"waits in the queue: {state.grant.why}"
-    asked, wanted = (wanted_size(limits, state.wish, seen.step + 1, grant) for grant in (UNLIMITED, state.grant))
+    asked, wanted = (
+        wanted_size(limits, state.size_request, seen.step + 1, grant) for grant in (UNLIMITED, state.grant)
+    )
     held = f", {wanted} of {asked}: {state.grant.why}" * (wanted < asked)
     missing = wanted - len(state.members) - len(warm_standbys(state, seen))
     if missing <= 0:

@@ -31,7 +31,7 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Turn a wish to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
+    """Turn a request to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
     A preempted run stops in the same way, to go on later.
 
     Behind a raised fence the move is finished first: it can't be called back. Where nobody has a whole state, and

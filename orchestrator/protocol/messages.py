@@ -34,7 +34,7 @@ class DesiredRunState:
     finish: Finish = Finish.NO
     reason: str = ""
     stage: str = ""
-    stage_wishes: int = 0
+    stage_requests: int = 0
     by_hand: bool = False
 
 
@@ -52,7 +52,7 @@ class Restore:
 
 @dataclass(frozen=True)
 class ResumeRequest:
-    """The wish that a run which has ended, or lost its cluster, goes on. `token` tells repeats from new wishes.
+    """The request that a run which has ended, or lost its cluster, goes on. `token` tells repeats from new requests.
 
     `restore` is None for a run without any checkpoint: it begins again at step 0. `workers` is None for as many as
     were wanted last.
@@ -166,8 +166,9 @@ class StageStart:
 
 @dataclass(frozen=True)
 class ReplayTask:
-    """The wish that a standby does steps again, alone, from the checkpoint after `step` on up to `last_step`. `worlds`
-    did them first, without the batches of `skips`, and came to `findings`. `number` tells one check from another."""
+    """The request that a standby does steps again, alone, from the checkpoint after `step` on up to `last_step`.
+    `worlds` did them first, without the batches of `skips`, and came to `findings`. `number` tells one check from
+    another."""
 
     number: int
     worker: str

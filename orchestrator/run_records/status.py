@@ -48,7 +48,7 @@ def status_of(
         why=preparing if preparing and not over else explain(limits, state, seen),
         step=progress.watermark + 1,
         steps=limits.steps,
-        workers_wanted=0 if over else wanted_size(limits, state.wish, seen.step + 1, state.grant),
+        workers_wanted=0 if over else wanted_size(limits, state.size_request, seen.step + 1, state.grant),
         workers_now=0 if over else len(state.members),
         standbys=0 if over else len(warm_standbys(state, seen)),
         generation=state.activated,

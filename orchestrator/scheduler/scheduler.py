@@ -1,6 +1,6 @@
 """The scheduler: what runs the cluster holds, and the one that users talk to.
 
-It starts a controller per run and hands wishes on to it. It keeps nothing of its own but the place of each run's
+It starts a controller per run and hands requests on to it. It keeps nothing of its own but the place of each run's
 storage, which Ray's store of the cluster holds too; after a restart it finds everybody by name.
 """
 
@@ -126,7 +126,7 @@ class Scheduler:
             if order.workers is not None:
                 limits.check_size(order.workers)
             memory = RunHistory(directory, limits)
-            workers = order.workers or wanted_size(limits, memory.state.wish, done)
+            workers = order.workers or wanted_size(limits, memory.state.size_request, done)
             run = newcomer(limits, job, workers, memory.progress.stage, order.workers is not None)
             check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
@@ -159,29 +159,29 @@ class Scheduler:
     def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> DesiredRunState:
         """Want another number of workers; None leaves it to the job's `autoscale`. Raises UsageError out of min..max,
         or if the run has ended; NotFound."""
-        target: DesiredRunState = self._wish(run_id, "scale", workers, reason)
+        target: DesiredRunState = self._forward(run_id, "scale", workers, reason)
         self._autoscaler.stir()
         return target
 
     def stage(self, run_id: str, name: str, reason: str = "asked for") -> DesiredRunState:
         """Want another stage of the curriculum. Raises UsageError if the job has none of that name, or the run has
         ended; NotFound."""
-        target: DesiredRunState = self._wish(run_id, "stage", name, reason)
+        target: DesiredRunState = self._forward(run_id, "stage", name, reason)
         return target
 
     def cancel(self, run_id: str, reason: str = "cancelled") -> DesiredRunState:
         """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        target: DesiredRunState = self._wish(run_id, "finish", Finish.CANCEL, reason)
+        target: DesiredRunState = self._forward(run_id, "finish", Finish.CANCEL, reason)
         return target
 
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
         """Want the run to end with a checkpoint, to be resumed later. Raises as `cancel` does."""
-        target: DesiredRunState = self._wish(run_id, "finish", Finish.PAUSE, reason)
+        target: DesiredRunState = self._forward(run_id, "finish", Finish.PAUSE, reason)
         return target
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if nobody has the rank; NotFound."""
-        return str(self._wish(run_id, "kill_worker", rank))
+        return str(self._forward(run_id, "kill_worker", rank))
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
         """What happened to the run after the event with `seq` `after`. Raises NotFound."""
@@ -210,7 +210,7 @@ class Scheduler:
         self._autoscaler.expect(run)
         self._autoscaler.stir()
 
-    def _wish(self, run_id: str, method: str, *args: Any) -> Any:
+    def _forward(self, run_id: str, method: str, *args: Any) -> Any:
         handle = find(f"{run_id}/controller")
         if handle is not None:
             try:

@@ -107,8 +107,8 @@ def what_to_verify(
         worlds = past_worlds(events, records)
     if not records:
         raise UsageError(
-            f"step {after + 1} of run {run_id} began a stage of its curriculum by a wish, which its checkpoint of step "
-            f"{after} doesn't know of",
+            f"step {after + 1} of run {run_id} began a stage of its curriculum by a request, which its checkpoint of "
+            f"step {after} doesn't know of",
             remedy="Name another checkpoint: --from STEP.",
         )
     sizes = {record.world_size for record in records}

@@ -216,7 +216,7 @@ class Trainer:
             if plan.source is not None and isinstance(error, DigestMismatch):
                 self._snapshots.distrust(plan.source.world.generation, self._progress.step)
             prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
-            self._strand(plan, error)
+            self._abandon_transition(plan, error)
             return False
         return self._await_activation(prepared)
 
@@ -286,7 +286,7 @@ class Trainer:
             error=WorkerError(kind, str(error), text),
         )
 
-    def _strand(self, plan: GenerationPlan, error: Exception) -> None:
+    def _abandon_transition(self, plan: GenerationPlan, error: Exception) -> None:
         """A move failed: give up the half-built shard, keep the old one, and say so."""
         kind, text = kind_of(error), "".join(traceback.format_exception(error))
         log.warning("the move to generation %d failed: %s", plan.generation, error)

@@ -103,7 +103,7 @@ def _train(
     model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange, nodes=nodes))
     engine = DeepSpeedEngineAdapter(model, TrainSpec(sequence_length=LENGTH), groups, torch.device("cpu"))
     model.init_weights(0)
-    engine.seeded()
+    engine.on_weights_initialized()
     generator = torch.Generator().manual_seed(rank)
 
     def step() -> None:

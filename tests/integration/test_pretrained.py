@@ -83,7 +83,7 @@ def _begin(
     model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
     engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, torch.device("cpu"))
     read_pretrained(spec, engine.ranges())
-    engine.loaded(0)
+    engine.on_state_loaded(0)
     held = {name: (part.start, part.data.detach().clone()) for name, part in engine.ranges()}
     with torch.no_grad():
         return model(inputs_BT), held

@@ -71,7 +71,7 @@ def _replayed(
             for step in shelf.steps():
                 num_replayed += (step - first) % WHOLE_EVERY != 0
                 differing += _differing(shelf.state(step).ranges, truth[step])
-        engine.loaded(done)
+        engine.on_state_loaded(done)
     engine.close()
     return num_replayed, differing
 

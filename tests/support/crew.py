@@ -21,7 +21,7 @@ from typing import Any, Self
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.controller.worker_group import EXACT_ENV
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.recovery_point import find_recovery_point, placement_of_cut, world_of
+from orchestrator.elastic.recovery_point import find_recovery_point, placement_at_recovery_point, world_of
 from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import (
@@ -150,7 +150,7 @@ _idle: list[Member] = []  # processes of earlier crews that ended well
 
 @atexit.register
 def _end_the_idle() -> None:
-    """multiprocessing would ask them to end by SIGTERM, which a worker takes for a wish to hand its shard over."""
+    """multiprocessing would ask them to end by SIGTERM, which a worker takes for a request to hand its shard over."""
     for member in _idle:
         member.kill()
 
@@ -345,7 +345,7 @@ class Crew:
         origin = next(plan for plan in origins if plan.generation == cut.generation)
         world = World(self.newest_generation + 1, tuple(members))
         placement = ExpertPlacement.rebalanced(
-            placement_of_cut(origin.placement, cut.holders), world_of(origin.generation, cut.holders), world
+            placement_at_recovery_point(origin.placement, cut.holders), world_of(origin.generation, cut.holders), world
         )
         plan = GenerationPlan(
             term=1,

@@ -82,7 +82,7 @@ def _strike(rank: int, moment: Moment, shard: Any = None, **at: int) -> None:
     if not fault.flips:
         os.kill(os.getpid(), fault.by)
     _armed = tuple(other for other in _armed if other != fault)  # the step may be done again
-    flip_bit(next(held.data for name, held in shard.engine.at_rest() if name.startswith(fault.flips)))
+    flip_bit(next(held.data for name, held in shard.engine.idle_state() if name.startswith(fault.flips)))
 
 
 def flip_bit(values: Any, bit: int = 10) -> None:

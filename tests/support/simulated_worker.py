@@ -125,7 +125,7 @@ class SimulatedWorker:
                 if self._enter(plan) and not self._train(plan):
                     return
             except (PeerLost, Withdrawn):
-                self._strand(plan)
+                self._abandon_transition(plan)
 
     def _train(self, plan: GenerationPlan) -> bool:
         """Step after step, through all generations that this worker is a member of. False at the end of the run."""
@@ -145,7 +145,7 @@ class SimulatedWorker:
                 if not self._enter(following):
                     return True
             except (PeerLost, Withdrawn):
-                self._strand(following)
+                self._abandon_transition(following)
                 return True
             plan = following
 
@@ -166,7 +166,7 @@ class SimulatedWorker:
             error=WorkerError("peer_lost", str(error)),
         )
 
-    def _strand(self, plan: GenerationPlan) -> None:
+    def _abandon_transition(self, plan: GenerationPlan) -> None:
         phase = Phase.STRANDED if self._kept else Phase.STANDBY
         self._mailbox.publish(phase=phase, failed_generation=plan.generation, holdings=tuple(self._kept))
 

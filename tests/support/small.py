@@ -77,7 +77,7 @@ def build(
     else:
         engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), CommunicationSpec(**communication))
         model.init_weights(seed)
-    engine.seeded()
+    engine.on_weights_initialized()
     return groups, model, engine
 
 

@@ -67,7 +67,7 @@ def _notes(spec: JobSpec) -> Iterator[str]:
     if spec.workers.label_selector:
         yield f"Workers live{pool(spec.workers)} only."
     if spec.train.fits_memory:
-        yield "micro_batch_size is auto: micro-batches begin with one row, as shown here, and grow to what memory takes."
+        yield "micro_batch_size is auto: micro-batches begin with one row, as shown here, and grow to fit memory."
     if spec.data.rows == BY_DOCUMENT:
         yield "Rows are documents: all are taken to be as long as there may be any."
 

@@ -1,4 +1,4 @@
-"""What the live screen is fed with: looks at a cluster that never raise, and wishes to its runs.
+"""What the live screen is fed with: looks at a cluster that never raise, and requests to its runs.
 
 Everything here may wait for the cluster, so it is called from a thread.
 """
@@ -66,7 +66,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a wish, in words."""
+    """What became of a request, in words."""
 
     text: str
     is_error: bool = False
@@ -130,26 +130,26 @@ class Feed:
     def scale_by(self, run_id: str, change: int) -> Answer:
         """Want more workers, or fewer."""
 
-        def wish() -> str:
+        def action() -> str:
             wanted = self._client.get(run_id).workers_wanted + change
             self._client.scale(run_id, wanted)
             return f"{run_id}: {counted(wanted, 'worker')} wanted"
 
-        return _answer(wish)
+        return _answer(action)
 
     def pause(self, run_id: str) -> Answer:
-        def wish() -> str:
+        def action() -> str:
             self._client.pause(run_id)
             return f"{run_id} pauses after its current step"
 
-        return _answer(wish)
+        return _answer(action)
 
     def cancel(self, run_id: str) -> Answer:
-        def wish() -> str:
+        def action() -> str:
             self._client.cancel(run_id)
             return f"{run_id} ends after its current step"
 
-        return _answer(wish)
+        return _answer(action)
 
     def _tail(self, status: RunStatus) -> JournalTail:
         return self._tails.setdefault(status.run_id, JournalTail(Path(status.run_dir)))
@@ -171,10 +171,10 @@ def _goodput(status: RunStatus) -> float | None:
         return None
 
 
-def _answer(wish: Callable[[], str]) -> Answer:
+def _answer(action: Callable[[], str]) -> Answer:
     try:
-        return Answer(wish())
-    except Exception as error:  # a user must not lose the screen over a wish that failed
+        return Answer(action())
+    except Exception as error:  # a user must not lose the screen over a request that failed
         return Answer(_line(error), is_error=True)
 
 

@@ -1,6 +1,6 @@
 """The live screen of a cluster's runs: a thin view over `top_view`. Imports Textual.
 
-A thread looks at the cluster once a second and hands each look to the screen that is shown; wishes are carried out by
+A thread looks at the cluster once a second and hands each look to the screen that is shown; requests are carried out by
 threads too, so the screen never waits for the cluster.
 """
 

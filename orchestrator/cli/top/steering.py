@@ -71,7 +71,7 @@ class Steering(Screen[None]):
 
     def action_scale(self, change: int) -> None:
         if (run := self.chosen) is not None:
-            self._wish(lambda: self._feed.scale_by(run, change))
+            self._act(lambda: self._feed.scale_by(run, change))
 
     def action_pause(self) -> None:
         if (run := self.chosen) is not None:
@@ -82,12 +82,12 @@ class Steering(Screen[None]):
         if (run := self.chosen) is not None:
             self._confirm(f"Cancel {run}? It ends, with a checkpoint.", lambda: self._feed.cancel(run))
 
-    def _confirm(self, question: str, wish: Callable[[], Answer]) -> None:
-        self.app.push_screen(Confirmation(question), lambda yes: self._wish(wish) if yes else None)
+    def _confirm(self, question: str, action: Callable[[], Answer]) -> None:
+        self.app.push_screen(Confirmation(question), lambda yes: self._act(action) if yes else None)
 
-    def _wish(self, wish: Callable[[], Answer]) -> None:
+    def _act(self, action: Callable[[], Answer]) -> None:
         def carry_out() -> None:
-            answer = wish()
+            answer = action()
             severity = "error" if answer.is_error else "information"
             with suppress(RuntimeError):  # the screen was left meanwhile
                 self.app.call_from_thread(self.app.notify, answer.text, severity=severity, markup=False)

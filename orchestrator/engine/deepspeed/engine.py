@@ -183,7 +183,7 @@ class DeepSpeedEngineAdapter:
         self._gradients.add_to(ranges)
         return ranges
 
-    def at_rest(self) -> NamedRanges:
+    def idle_state(self) -> NamedRanges:
         ranges = self._ranges.detached()
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):
             for name, start, here in [] if self._mixed else self._owned[index]:
@@ -191,20 +191,20 @@ class DeepSpeedEngineAdapter:
         return ranges
 
     @torch.no_grad()
-    def seeded(self) -> None:
+    def on_weights_initialized(self) -> None:
         self._copy_weights_to_masters()
         for moments in self._zero.optimizer.state.values():
             moments["exp_avg"].zero_()
             moments["exp_avg_sq"].zero_()
-        self._gradients.seeded()
+        self._gradients.on_weights_initialized()
 
     @torch.no_grad()
-    def loaded(self, num_updates: int) -> None:
+    def on_state_loaded(self, num_updates: int) -> None:
         if not self._mixed:  # the fp32 weights are the masters; DeepSpeed keeps its partition as a copy
             self._copy_weights_to_masters()
         for moments in self._zero.optimizer.state.values():
             moments["step"].fill_(float(num_updates))
-        self._gradients.loaded(num_updates)
+        self._gradients.on_state_loaded(num_updates)
 
     def _copy_weights_to_masters(self) -> None:
         for index, master in enumerate(self._zero.single_partition_of_fp32_groups):

@@ -1,6 +1,6 @@
 """How many workers a run is to have where its job leaves that open, and what Ray's autoscaler is asked for.
 
-    RunState, Observation -> scale_of -> RunScale -> decide_sizes -> a wish for each run that is to change
+    RunState, Observation -> scale_of -> RunScale -> decide_sizes -> a request for each run that is to change
 
 How a cluster is divided among runs is `sharing`'s; here a run that finds its size wants what it gets there. It is made
 larger only when it is steady and has rested, and smaller where its stage wants fewer. With `throughput` it grows by one
@@ -51,14 +51,18 @@ def scale_of(
 ) -> ScalingView:
     """What decides over the run's size, out of its state. `submitted_s`: `time.time()` then."""
     spec, progress = limits.autoscale, seen.progress
-    wanted = wanted_size(limits, state.wish, seen.step + 1)
+    wanted = wanted_size(limits, state.size_request, seen.step + 1)
     least, most = bounds(limits, progress.stage)
-    if state.wish is not None and state.wish.by_hand:  # whatever the stage says
+    if state.size_request is not None and state.size_request.by_hand:  # whatever the stage says
         least = min(least, wanted)
-    if state.wish is not None and state.wish.cap is not None and state.wish.cap_stage == progress.stage:
-        most = max(least, min(most, state.wish.cap))
+    if (
+        state.size_request is not None
+        and state.size_request.cap is not None
+        and state.size_request.cap_stage == progress.stage
+    ):
+        most = max(least, min(most, state.size_request.cap))
     trains = bool(state.members) and all(seen.phase(worker) is Phase.TRAINING for worker in state.members)
-    grown_s = state.wish.grown_s if state.wish else None
+    grown_s = state.size_request.grown_s if state.size_request else None
     step_s = typical_step_s(progress)
     stalls = [rescale.stall_s for rescale in state.rescales[-3:] if rescale.stall_s is not None]
     return ScalingView(
@@ -68,14 +72,14 @@ def scale_of(
         wanted=wanted,
         least=least,
         most=most,
-        standby=workers_to_hold(limits, state.wish, seen.step + 1) - wanted + is_to_be_replaced(limits, state),
+        standby=workers_to_hold(limits, state.size_request, seen.step + 1) - wanted + is_to_be_replaced(limits, state),
         min_gain=spec.min_gain,
         is_steady=trains
         and state.next is None
         and not state.is_ending
         and len(state.members) == state.grant.of(wanted),
         has_begun=state.current is not None,
-        is_pinned=(state.wish is not None and state.wish.by_hand) or state.is_ending,
+        is_pinned=(state.size_request is not None and state.size_request.by_hand) or state.is_ending,
         rests=grown_s is not None and seen.now_s - grown_s < spec.cooldown_s,
         speeds=speeds(progress),
         stall_s=max(stalls, default=STALL_S),

@@ -46,21 +46,21 @@ class NodePacking:
         other._new = {run: list(nodes) for run, nodes in self._new.items()}
         return other
 
-    def seats(self, run: str) -> int:
+    def num_placed(self, run: str) -> int:
         """How many places the run has been given."""
         return self._kept[run] + len(self._new[run])
 
     def keep(self, run: str, workers: int) -> None:
         """Give the run so many places in all, as far as its workers have them already."""
         homes = self._homes.get(run, ())
-        while self.seats(run) < workers and self._kept[run] < len(homes):
+        while self.num_placed(run) < workers and self._kept[run] < len(homes):
             node = homes[self._kept[run]]
             if not fits(self._left[node], self._requests[run]):
                 return
             _take(self._left[node], self._requests[run])
             self._kept[run] += 1
 
-    def seat(self, run: str, workers: int, avoid: Collection[str] = ()) -> bool:
+    def place(self, run: str, workers: int, avoid: Collection[str] = ()) -> bool:
         """Give the run so many places in all, or as many as there are. One whose worker has to go gets no other place
         for it at once.
 
@@ -74,11 +74,11 @@ class NodePacking:
         if self._kept[run] == len(self._homes.get(run, ())):
             for ledger in (self._free, self._left):
                 for node in ledger:
-                    while node not in avoid and self.seats(run) < workers and self._give(run, node, ledger):
+                    while node not in avoid and self.num_placed(run) < workers and self._give(run, node, ledger):
                         pass
-        return self.seats(run) >= workers
+        return self.num_placed(run) >= workers
 
-    def place(self, run: str, nodes: Collection[str]) -> None:
+    def place_on(self, run: str, nodes: Collection[str]) -> None:
         """Give the run these places, which it was given in a copy."""
         for node in nodes:
             self._give(run, node, self._left)

@@ -99,24 +99,24 @@ def divide(
         now_s: `time.time()`.
     """
     known = {run.run_id: run for run in runs}
-    seating = NodePacking(
+    packing = NodePacking(
         free,
         {run: nodes for run, nodes in homes.items() if run in known},
         {run.run_id: run.request for run in runs},
         {run.run_id: run.avoid for run in runs},
     )
     inside = sorted((run for run in runs if run.queued_s is None), key=_seniority)
-    _hold(seating, inside, {run.run_id: run.least for run in inside})
-    scattered = [run for run in inside if not run.has_begun and seating.seats(run.run_id) < run.least]
+    _hold(packing, inside, {run.run_id: run.least for run in inside})
+    scattered = [run for run in inside if not run.has_begun and packing.num_placed(run.run_id) < run.least]
     for run in scattered:
-        seating.unseat(run.run_id)
-    queue = _let_in([run for run in inside if run not in scattered], runs, claims, seating, now_s)
+        packing.unseat(run.run_id)
+    queue = _let_in([run for run in inside if run not in scattered], runs, claims, packing, now_s)
     for priority in sorted({run.priority for run in queue.inside}, reverse=True):
         level = [run for run in queue.inside if run.priority == priority]
-        _hold(seating, sorted(level, key=is_loose), {r.run_id: min(claims[r.run_id], has(r)) for r in level})
+        _hold(packing, sorted(level, key=is_loose), {r.run_id: min(claims[r.run_id], has(r)) for r in level})
         for run in level:
-            seating.seat(run.run_id, claims[run.run_id], queue.nodes_before(priority))
-    return {run.run_id: _share(run, seating, queue) for run in runs}
+            packing.place(run.run_id, claims[run.run_id], queue.nodes_before(priority))
+    return {run.run_id: _share(run, packing, queue) for run in runs}
 
 
 def has(run: ScalingView) -> int:
@@ -140,12 +140,12 @@ def _seniority(run: ScalingView) -> tuple[int, float, str]:
     return -run.priority, run.submitted_s, run.run_id
 
 
-def _hold(seating: NodePacking, runs: Sequence[ScalingView], places: Mapping[str, int]) -> None:
+def _hold(packing: NodePacking, runs: Sequence[ScalingView], places: Mapping[str, int]) -> None:
     """Give each run so many places, if there are: first to all those that their workers have, then the others."""
     for run in runs:
-        seating.keep(run.run_id, places[run.run_id])
+        packing.keep(run.run_id, places[run.run_id])
     for run in runs:
-        seating.seat(run.run_id, places[run.run_id])
+        packing.place(run.run_id, places[run.run_id])
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _let_in(
     inside: Sequence[ScalingView],
     runs: Sequence[ScalingView],
     claims: Mapping[str, int],
-    seating: NodePacking,
+    packing: NodePacking,
     now_s: float,
 ) -> _Queue:
     """Let in who can be, in order. Seats their least, and takes away the seats of who is preempted."""
@@ -187,19 +187,19 @@ def _let_in(
     )
     for run in waiting:
         taken = {node for other in kept for node in other.nodes}
-        room = _room_for(run, present, claims, seating, taken, now_s)
+        room = _room_for(run, present, claims, packing, taken, now_s)
         if room is None:
-            most = seating.capacity(run.run_id)
+            most = packing.capacity(run.run_id)
             why_out[run.run_id] = _why_out(run, most, kept[0].run_id if kept else None)
             if most >= run.least:
-                kept.append(_Kept(run.run_id, rank_of(run, now_s), frozenset(seating.usable(run.run_id))))
+                kept.append(_Kept(run.run_id, rank_of(run, now_s), frozenset(packing.usable(run.run_id))))
             continue
         for victim in room.victims:
-            seating.unseat(victim)
+            packing.unseat(victim)
             del present[victim]
             why_out[victim] = f"{run.run_id} of priority {run.priority} needs its places"
-        seating.keep(run.run_id, run.least)
-        seating.place(run.run_id, room.nodes)
+        packing.keep(run.run_id, run.least)
+        packing.place_on(run.run_id, room.nodes)
         present[run.run_id] = run
     return _Queue(tuple(sorted(present.values(), key=_seniority)), why_out, tuple(kept))
 
@@ -223,12 +223,12 @@ def _room_for(
     run: ScalingView,
     present: Mapping[str, ScalingView],
     claims: Mapping[str, int],
-    seating: NodePacking,
+    packing: NodePacking,
     taken: Collection[str],
     now_s: float,
 ) -> _Room | None:
     """Where this run could be let in, with as few runs preempted as are enough; None if that can't be."""
-    trial, rank = seating.copy(), rank_of(run, now_s)
+    trial, rank = packing.copy(), rank_of(run, now_s)
     firm = [o for o in present.values() if o.priority > rank or (o.priority == rank and not is_loose(o))]
     _hold(trial, firm, {other.run_id: min(claims[other.run_id], has(other)) for other in firm})
     trial.withhold(taken)
@@ -246,34 +246,34 @@ def _room_for(
     needed = [victims.pop()]
     for victim in reversed(victims):  # without the last one it was not enough; of the others, the highest stay first
         spared = trial.copy()
-        if spared.seat(victim.run_id, victim.least) and _places_in(spared, run) is not None:
+        if spared.place(victim.run_id, victim.least) and _places_in(spared, run) is not None:
             trial = spared
         else:
             needed.append(victim)
     return _Room(_places_in(trial, run) or (), tuple(victim.run_id for victim in needed))
 
 
-def _places_in(seating: NodePacking, run: ScalingView) -> tuple[str, ...] | None:
+def _places_in(packing: NodePacking, run: ScalingView) -> tuple[str, ...] | None:
     """Nodes of places for its least, apart from those that it has; None if there aren't so many."""
-    trial = seating.copy()
-    return trial.new_places(run.run_id) if trial.seat(run.run_id, run.least) else None
+    trial = packing.copy()
+    return trial.new_places(run.run_id) if trial.place(run.run_id, run.least) else None
 
 
-def _share(run: ScalingView, seating: NodePacking, queue: _Queue) -> Share:
-    places = seating.seats(run.run_id)
+def _share(run: ScalingView, packing: NodePacking, queue: _Queue) -> Share:
+    places = packing.num_placed(run.run_id)
     if run.run_id in queue.why_out:
-        gives_way = run.grant.workers == 0 and seating.has_homes(run.run_id)  # it still knows for whom
+        gives_way = run.grant.workers == 0 and packing.has_homes(run.run_id)  # it still knows for whom
         return Share(0, run.grant if gives_way else Grant(0, queue.why_out[run.run_id]))
     if places >= run.full:
         return Share(places, Grant(None, f"there is room for all {run.full}"))
-    return Share(places, Grant(max(places, run.least), f"there is room for {places}{_held_by(run, seating, queue)}"))
+    return Share(places, Grant(max(places, run.least), f"there is room for {places}{_held_by(run, packing, queue)}"))
 
 
-def _held_by(run: ScalingView, seating: NodePacking, queue: _Queue) -> str:
+def _held_by(run: ScalingView, packing: NodePacking, queue: _Queue) -> str:
     """Who has, or waits for, what this run would use."""
-    nodes = seating.usable(run.run_id)
+    nodes = packing.usable(run.run_id)
     for other in queue.inside:
-        if other.priority > run.priority and nodes & set(seating.places(other.run_id)):
+        if other.priority > run.priority and nodes & set(packing.places(other.run_id)):
             return f"; {other.run_id} of priority {other.priority} comes first"
     waiting = (kept.run_id for kept in queue.kept if kept.rank >= run.priority and nodes & kept.nodes)
     return next((f"; {run_id} waits for its place" for run_id in waiting), "")

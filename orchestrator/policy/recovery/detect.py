@@ -153,9 +153,9 @@ def _abandoned(state: RunState, seen: Observation, generation: int, why: str) ->
     """Count a failed move; after several in a row the run keeps the size that it has, if it has one already."""
     failed_moves = state.failed_moves + 1
     gives_up = failed_moves >= MAX_FAILED_MOVES and state.current is not None
-    wish = given_up(state, seen) if gives_up else state.wish
+    size_request = given_up(state, seen) if gives_up else state.size_request
     note = Note("move_abandoned", {"generation": generation, "why": why, "gave_up": gives_up})
-    return Decision(replace(state, failed_moves=failed_moves, wish=wish, why=why), (note,))
+    return Decision(replace(state, failed_moves=failed_moves, size_request=size_request, why=why), (note,))
 
 
 def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:

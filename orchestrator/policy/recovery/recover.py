@@ -11,7 +11,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.recovery_point import Holding, RecoveryPoint, find_recovery_point, placement_of_cut, world_of
+from orchestrator.elastic.recovery_point import (
+    Holding,
+    RecoveryPoint,
+    find_recovery_point,
+    placement_at_recovery_point,
+    world_of,
+)
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.budget import MAX_LOSSES, PLACE, exceeded_budget, held_back_s
 from orchestrator.policy.health.leaving import leavers
@@ -38,10 +44,10 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     if hopeless := _hopeless(limits, state, seen):
         return ended(state, RunPhase.FAILED, hopeless, state.traceback)
-    cut = find_recovery_point(_worlds(state), _held(state, seen))
-    if cut is None:
+    point = find_recovery_point(_worlds(state), _held(state, seen))
+    if point is None:
         return _fall_back(limits, state, seen)
-    wanted = wanted_size(limits, state.wish, seen.step + 1, state.grant)
+    wanted = wanted_size(limits, state.size_request, seen.step + 1, state.grant)
     standbys = warm_standbys(state, seen)
     leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
@@ -53,7 +59,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     members += leave[: max(0, least - len(members))]
     if len(members) < least or seen.store_address is None:
         return Decision(state)
-    return _planned_from(limits, state, seen, cut, members)
+    return _planned_from(limits, state, seen, point, members)
 
 
 def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
@@ -69,19 +75,19 @@ def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
 
 
 def _planned_from(
-    limits: RunLimits, state: RunState, seen: Observation, cut: RecoveryPoint, members: tuple[str, ...]
+    limits: RunLimits, state: RunState, seen: Observation, point: RecoveryPoint, members: tuple[str, ...]
 ) -> Decision:
     plans = {plan.generation: plan for plan in (state.previous, state.current) if plan is not None}
-    origin = plans[cut.generation]
+    origin = plans[point.generation]
     world = World(state.num_generations, members)
-    holders = world_of(cut.generation, cut.holders)
-    if members == origin.world.members and cut.holders == members:
+    holders = world_of(point.generation, point.holders)
+    if members == origin.world.members and point.holders == members:
         placement = origin.placement
     else:
-        held = placement_of_cut(origin.placement, cut.holders)
+        held = placement_at_recovery_point(origin.placement, point.holders)
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
-    source = Source(origin.world, origin.placement, cut.holders, cut.step)
-    state = replace(_blamed(state, seen), recovery=_account(state, seen, cut.step, "memory"))
+    source = Source(origin.world, origin.placement, point.holders, point.step)
+    state = replace(_blamed(state, seen), recovery=_account(state, seen, point.step, "memory"))
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
     return with_plan(limits, state, seen, world, placement, source, change, why)
 

@@ -65,9 +65,9 @@ def prepared(seen: Observation, worker: str) -> int:
 def given_up(state: RunState, seen: Observation) -> SizeRequest:
     """After several failed moves: the size that it has, for as long as nobody wants another one again. Whoever was to
     leave has not changed what is wanted."""
-    if state.wish is not None and any(worker in state.leaving for worker in state.members):
-        return state.wish
-    plain = state.wish or SizeRequest(0, 0)
+    if state.size_request is not None and any(worker in state.leaving for worker in state.members):
+        return state.size_request
+    plain = state.size_request or SizeRequest(0, 0)
     return replace(plain, workers=len(state.members), since_step=seen.step + 1, grown_s=seen.now_s)
 
 

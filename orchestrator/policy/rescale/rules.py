@@ -29,7 +29,7 @@ from orchestrator.policy.rescale.generation_plan import (
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import stall_s, typical_step_s
 from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
-from orchestrator.policy.state.world_size import SizeChange, next_change, wanted_size, wish_holds
+from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
 from orchestrator.protocol.messages import Fence, GenerationPlan, Handover, Phase
 from orchestrator.protocol.status import Recovery, Rescale
 from orchestrator.sampling.micro_batches import UNSAID
@@ -47,7 +47,7 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         return _plan_first(limits, state, seen)
     if not can_plan(state, seen):
         return Decision(state)
-    change = next_change(limits, state.wish, len(state.members), seen.step, _horizon_steps(seen), state.grant)
+    change = next_change(limits, state.size_request, len(state.members), seen.step, _horizon_steps(seen), state.grant)
     if change is None and is_to_be_replaced(limits, state):
         return _plan_replacement(limits, state, seen)
     members = members_for(state, seen, change.workers) if change else None
@@ -77,10 +77,10 @@ def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
     failed_moves = state.failed_moves + 1
     gives_up = failed_moves >= MAX_FAILED_MOVES
-    is_fit = state.next.world.members == state.members  # nobody's wish for another size
-    wish = given_up(state, seen) if gives_up and not is_fit else state.wish
+    is_fit = state.next.world.members == state.members  # nobody's request for another size
+    size_request = given_up(state, seen) if gives_up and not is_fit else state.size_request
     note = Note("move_abandoned", {"generation": state.next.generation, "why": broken[0], "gave_up": gives_up})
-    abandoned = replace(state, failed_moves=failed_moves, wish=wish, why=broken[0], broken_s=None)
+    abandoned = replace(state, failed_moves=failed_moves, size_request=size_request, why=broken[0], broken_s=None)
     return Decision(replace(abandoned, next=None, next_first_step=None, next_why=""), (note,))
 
 
@@ -174,7 +174,7 @@ def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
         return Decision(state)
-    size = wanted_size(limits, state.wish, seen.step + 1, state.grant)
+    size = wanted_size(limits, state.size_request, seen.step + 1, state.grant)
     members = node_by_node(seen, warm_standbys(state, seen)[:size])
     if not size or len(members) < size:
         return Decision(state)
@@ -196,14 +196,16 @@ def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> 
 
 def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:
     step = seen.step + 1
-    by_wish = state.wish is not None and wish_holds(limits, state.wish, step)
+    by_request = state.size_request is not None and request_holds(limits, state.size_request, step)
     due = (
-        [state.wish.since_step] if by_wish and state.wish else [e.at_step for e in limits.schedule if e.at_step <= step]
+        [state.size_request.since_step]
+        if by_request and state.size_request
+        else [e.at_step for e in limits.schedule if e.at_step <= step]
     )
-    is_held = wanted_size(limits, state.wish, step, state.grant) < wanted_size(limits, state.wish, step)
+    is_held = wanted_size(limits, state.size_request, step, state.grant) < wanted_size(limits, state.size_request, step)
     if is_held or state.granted_since > max(due, default=0):
         return state.grant.why
-    return (state.target.reason or "asked for") if by_wish else "scheduled"
+    return (state.target.reason or "asked for") if by_request else "scheduled"
 
 
 def _horizon_steps(seen: Observation) -> int:

@@ -1,4 +1,4 @@
-"""Who is there: wishes heard, the dead buried, standbys held ready and let go. Rules of `lifecycle`."""
+"""Who is there: requests heard, the dead buried, standbys held ready and let go. Rules of `lifecycle`."""
 
 from dataclasses import replace
 from typing import Any
@@ -32,22 +32,22 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
         return Decision(replace(state, target=target), (Note("target", fields),))
     wanted, before = (
-        wanted_size(limits, state.wish, seen.step + 1),
-        state.wish or SizeRequest(limits.initial_workers, 0),
+        wanted_size(limits, state.size_request, seen.step + 1),
+        state.size_request or SizeRequest(limits.initial_workers, 0),
     )
     grown_s = seen.now_s if target.workers > wanted and not target.by_hand else before.grown_s
     cap, cap_stage = before.cap, before.cap_stage
     if target.workers < wanted and not target.by_hand and adds_too_little(limits, seen.progress, wanted):
         cap, cap_stage = target.workers, seen.progress.stage
-    wish = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
+    size_request = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
     note = Note("target", fields | {"by_hand": target.by_hand})
-    return Decision(replace(state, target=target, wish=wish, failed_moves=0), (note,))
+    return Decision(replace(state, target=target, size_request=size_request, failed_moves=0), (note,))
 
 
 def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
     """And for nothing else: the size that it names is the one that was asked for last, which may be long ago."""
     same = (target.workers, target.by_hand) == (state.target.workers, state.target.by_hand)
-    return target.stage_wishes != state.target.stage_wishes and same
+    return target.stage_requests != state.target.stage_requests and same
 
 
 def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -88,7 +88,7 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     if state.gives_way or (state.is_ending and not state.is_recovering):
         return Decision(state)
     leaving = leavers(state, seen)
-    wanted = workers_to_hold(limits, state.wish, seen.step + 1, state.grant)
+    wanted = workers_to_hold(limits, state.size_request, seen.step + 1, state.grant)
     wanted = state.grant.of(wanted + is_to_be_replaced(limits, state))
     if state.is_ending:
         wanted = limits.min_workers

@@ -19,8 +19,8 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
     """The state to begin again from. Nobody of the old worker group is counted on; numbers that name things go on
     growing. Stages that were decided are decided still, at the same steps."""
     done = order.restore.step if order.restore else -1
-    wish = state.wish if order.workers is None else SizeRequest(order.workers, done + 1, by_hand=True)
-    workers = wanted_size(limits, wish, done + 1)
+    size_request = state.size_request if order.workers is None else SizeRequest(order.workers, done + 1, by_hand=True)
+    workers = wanted_size(limits, size_request, done + 1)
     fields = {
         "token": order.token,
         "step": done,
@@ -34,9 +34,9 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         workers=workers,
         finish=Finish.NO,
         reason="resumed",
-        stage_wishes=state.stage_wishes,
+        stage_requests=state.stage_requests,
     )
-    begun = replace(begun_again(state, order.restore), target=target, wish=wish)
+    begun = replace(begun_again(state, order.restore), target=target, size_request=size_request)
     return Decision(begun, (Note("resumed", fields),))
 
 
@@ -47,7 +47,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
     return RunState(
         target=state.target,
         seq=state.seq + 1,
-        wish=state.wish,
+        size_request=state.size_request,
         grant=state.grant,
         granted_since=state.granted_since,
         queued_s=state.queued_s,
@@ -60,7 +60,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         differences=state.differences_in(done),
         stages=state.stages,
         stages_version=state.stages_version + bool(state.stages),
-        stage_wishes=state.stage_wishes,
+        stage_requests=state.stage_requests,
     )
 
 
@@ -78,7 +78,11 @@ def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     if grant == state.grant:
         return Decision(state)
     granted = replace(state, grant=grant, granted_since=seen.step + 1)
-    fields = {"workers": grant.workers, "wanted": wanted_size(limits, state.wish, seen.step + 1), "why": grant.why}
+    fields = {
+        "workers": grant.workers,
+        "wanted": wanted_size(limits, state.size_request, seen.step + 1),
+        "why": grant.why,
+    }
     if was_out and is_out:  # it waits for something else now
         return Decision(granted, (Note("queued", {"why": grant.why}),))
     if was_out:

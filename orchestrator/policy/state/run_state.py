@@ -87,7 +87,7 @@ class RunState:
 
     target: DesiredRunState
     seq: int = 0
-    wish: SizeRequest | None = None
+    size_request: SizeRequest | None = None
     grant: Grant = UNLIMITED
     granted_since: int = 0
     queued_s: float | None = None
@@ -123,7 +123,7 @@ class RunState:
     straggler: str = ""
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
-    stage_wishes: int = 0
+    stage_requests: int = 0
     check: ReplayTask | None = None
     num_checks: int = 0
     check_step: int = -1

@@ -1,6 +1,6 @@
-"""Which world size is wanted at which step: the job's schedule, and wishes that came meanwhile.
+"""Which world size is wanted at which step: the job's schedule, and requests that came meanwhile.
 
-The newest of the two wins: a wish holds until the next scheduled change. Neither is more than what the Scheduler
+The newest of the two wins: a request holds until the next scheduled change. Neither is more than what the Scheduler
 grants the run.
 """
 
@@ -34,30 +34,37 @@ class SizeChange:
     first_step: int | None
 
 
-def wanted_size(limits: RunLimits, wish: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
+def wanted_size(limits: RunLimits, size_request: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
     """How many workers should do step `step`; 0 while the run waits for its place in the cluster."""
-    if wish is not None and wish_holds(limits, wish, step):
-        return grant.of(wish.workers)
+    if size_request is not None and request_holds(limits, size_request, step):
+        return grant.of(size_request.workers)
     due = [entry.workers for entry in limits.schedule if entry.at_step <= step]
     return grant.of(due[-1] if due else limits.initial_workers)
 
 
-def wish_holds(limits: RunLimits, wish: SizeRequest | None, step: int) -> bool:
-    """Whether the size for step `step` is a wish's, because no scheduled change came after it."""
-    return wish is not None and not any(wish.since_step < entry.at_step <= step for entry in limits.schedule)
+def request_holds(limits: RunLimits, size_request: SizeRequest | None, step: int) -> bool:
+    """Whether the size for step `step` is a request's, because no scheduled change came after it."""
+    return size_request is not None and not any(
+        size_request.since_step < entry.at_step <= step for entry in limits.schedule
+    )
 
 
 def next_change(
-    limits: RunLimits, wish: SizeRequest | None, size: int, step: int, horizon_steps: int, grant: Grant = UNLIMITED
+    limits: RunLimits,
+    size_request: SizeRequest | None,
+    size: int,
+    step: int,
+    horizon_steps: int,
+    grant: Grant = UNLIMITED,
 ) -> SizeChange | None:
     """The change to prepare now, given a world of `size` that has finished `step`; None if there is none.
 
     A scheduled change is prepared when it is at most `horizon_steps` away: earlier, its half-made generation would
-    only be in the way of a wish. One whose step has passed (its workers weren't warm in time) is due at once.
+    only be in the way of a request. One whose step has passed (its workers weren't warm in time) is due at once.
     """
     if step + 1 >= limits.steps:
         return None
-    wanted = wanted_size(limits, wish, step + 1, grant)
+    wanted = wanted_size(limits, size_request, step + 1, grant)
     if wanted != size:
         return SizeChange(wanted, None)
     for entry in limits.schedule:
@@ -70,12 +77,12 @@ def next_change(
 # -- How many workers a run holds, members and standbys together -------------------------------------------------------
 
 
-def workers_to_hold(limits: RunLimits, wish: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
+def workers_to_hold(limits: RunLimits, size_request: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
     """Workers that should exist, warm or getting warm, while `step` is being done.
 
     The wanted size and the job's standbys; or the largest size still to come by schedule, if that is more, since
     workers must be warm when its step comes. None beyond what the Scheduler grants.
     """
     coming = max((entry.workers for entry in limits.schedule if entry.at_step > step), default=0)
-    wanted = wanted_size(limits, wish, step) + limits.standby
+    wanted = wanted_size(limits, size_request, step) + limits.standby
     return grant.of(min(max(wanted, coming), limits.max_workers + limits.standby))

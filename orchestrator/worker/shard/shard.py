@@ -166,7 +166,7 @@ class ShardFactory:
             choosing=choosing,
             skips=frozenset(plan.skips),
             witnesses=self._witnesses(plan, engine) if self.spec.train.is_exact else (),
-            seal=MemoryGuard(engine.at_rest()) if self.spec.verify.every is not None else None,
+            seal=MemoryGuard(engine.idle_state()) if self.spec.verify.every is not None else None,
         )
 
     def _witnesses(self, plan: GenerationPlan, engine: Engine) -> tuple[tuple[int, StateFingerprint], ...]:

@@ -5,7 +5,7 @@ losses per micro-batch stay apart until they are summed in micro-batch order, wh
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per micro-batch, validation loss sum per
 validation micro-batch, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per
-rank: update applied, generation of the fence it has seen, wish to finish, steps that it would have between two
+rank: update applied, generation of the fence it has seen, request to finish, steps that it would have between two
 snapshots, seconds that it computed for a micro-batch, version of the decided stages that it has seen, number of the
 compression that it would have. Last, what is summed over the ranks: bytes by kind that they have sent since their last
 votes, and their parts of digests, in halves of 32 bits.
@@ -39,7 +39,7 @@ class Ballot:
         routed: what this rank's routers counted.
         applied: whether its optimizer updated.
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
-        finish: it has seen the wish to end the run.
+        finish: it has seen the request to end the run.
         interval: steps that it would have between two snapshots.
         busy_s: how long it computed for one of its micro-batches, waits for peers apart; 0 without a micro-batch.
         stages: version of the decided stages that it has seen.
@@ -72,7 +72,7 @@ class VoteResult:
         routed: what all routers counted over the whole global batch.
         applied: every rank updated.
         fence: the generation to hand over to now: every rank named the same one. Else `NO_FENCE`.
-        finish: every rank has seen the wish to end.
+        finish: every rank has seen the request to end.
         interval: the longest that any rank would have.
         busy_s: by rank.
         stages: version of the decided stages that every rank has seen; -1 if they have seen different ones.

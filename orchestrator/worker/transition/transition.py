@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.comm.transport.rendezvous import connect_store
-from orchestrator.elastic.recovery_point import layout_of_cut
+from orchestrator.elastic.recovery_point import layout_at_recovery_point
 from orchestrator.elastic.state_layout import Kind
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.engine.base import noop
@@ -119,7 +119,7 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
         return PreparedTransition(plan, store, meeting, protection)
     old = factory.layout(source.world, source.placement)
     if source.holders != source.world.members:
-        old = layout_of_cut(old, source.holders)
+        old = layout_at_recovery_point(old, source.holders)
     new = factory.layout(plan.world, plan.placement)
     transfer = TransferPlan.between(old, new)
     # Where micro-batches grow until they fill the memory, none is left, and what a micro-batch takes is being measured.
@@ -180,7 +180,7 @@ def _fill_first(
 ) -> Progress:
     progress = Progress(-1, 0, sampler)
     if plan.restore is not None:
-        shard.engine.seeded()  # for what the checkpoint doesn't have
+        shard.engine.on_weights_initialized()  # for what the checkpoint doesn't have
         progress = read_state(plan.restore, shard.engine.ranges(), sampler, shard.rank, plan.world.size, between)
     elif factory.spec.model.init_from is not None:
         read_pretrained(factory.spec.model, shard.engine.ranges())
@@ -188,9 +188,9 @@ def _fill_first(
         shard.model.init_weights(factory.spec.train.seed)
         if factory.spec.model.entrypoint is not None:
             check_agreement(shard.model, shard.groups.exchange)
-        shard.engine.seeded()
+        shard.engine.on_weights_initialized()
         return progress
-    shard.engine.loaded(progress.num_updates)
+    shard.engine.on_state_loaded(progress.num_updates)
     return progress
 
 
@@ -246,7 +246,7 @@ def move(
     with _closed_if_not_filled(shard):
         execute_transfer(transfer, factory.me, old, new, peers)
         if shard is not None:
-            shard.engine.loaded(progress.num_updates)
+            shard.engine.on_state_loaded(progress.num_updates)
         clock.lap("transfer")
         if before is not None:
             after = StateDigests(whole_names, prepared.replicated, new)

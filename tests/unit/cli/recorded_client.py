@@ -27,14 +27,14 @@ def recorded_looks(storage: Path) -> list[tuple[RunStatus, ...]]:
 
 
 class RecordedClient:
-    """Shows the look that `now` says, or no run if it `hides` them. Wishes are kept in `wishes`."""
+    """Shows the look that `now` says, or no run if it `hides` them. Requests are kept in `requests`."""
 
     address = "10.0.0.5:6379"
 
     def __init__(self, storage: Path) -> None:
         self._looks = recorded_looks(storage)
         self.now, self.is_gone, self.hides, self.most = THREE_WORKERS, False, False, 4
-        self.wishes: list[tuple[str, str, int | None]] = []
+        self.requests: list[tuple[str, str, int | None]] = []
         journal = storage / "quickstart" / "journal"
         journal.mkdir(parents=True)
         shutil.copy(RECORDED / "journal.json", journal / "000001-00000000.json")
@@ -53,14 +53,14 @@ class RecordedClient:
     def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
         if workers is not None and workers > self.most:
             raise UsageError(f"{workers} workers are more than workers.max of {run_id}, which is {self.most}")
-        return self._wish("scale", run_id, workers)
+        return self._act("scale", run_id, workers)
 
     def pause(self, run_id: str) -> DesiredRunState:
-        return self._wish("pause", run_id, None)
+        return self._act("pause", run_id, None)
 
     def cancel(self, run_id: str) -> DesiredRunState:
-        return self._wish("cancel", run_id, None)
+        return self._act("cancel", run_id, None)
 
-    def _wish(self, what: str, run_id: str, workers: int | None) -> DesiredRunState:
-        self.wishes.append((what, run_id, workers))
-        return DesiredRunState(seq=len(self.wishes), workers=workers or 0)
+    def _act(self, what: str, run_id: str, workers: int | None) -> DesiredRunState:
+        self.requests.append((what, run_id, workers))
+        return DesiredRunState(seq=len(self.requests), workers=workers or 0)

@@ -1,4 +1,4 @@
-"""When a wish is accepted, and when it is taken back to who had it."""
+"""When a request is accepted, and when it is taken back to who had it."""
 
 import threading
 from dataclasses import replace
@@ -21,33 +21,35 @@ def memory(tmp_path: Path) -> JournaledRun:
     return JournaledRun(tmp_path, acquire_term(tmp_path), RunLimits.of("run", JobSpec(name="run")))
 
 
-def _aim(wishes: PendingRequests, memory: JournaledRun, finish: Finish, workers: int | None = None) -> DesiredRunState:
-    """Wish from another thread, and be the controller that takes it in."""
+def _aim(
+    requests: PendingRequests, memory: JournaledRun, finish: Finish, workers: int | None = None
+) -> DesiredRunState:
+    """Request from another thread, and be the controller that takes it in."""
     found: list[DesiredRunState] = []
-    wisher = threading.Thread(target=lambda: found.append(wishes.aim(finish, "asked for", workers)), daemon=True)
-    inbox = wishes._inbox
-    wisher.start()
+    asker = threading.Thread(target=lambda: found.append(requests.aim(finish, "asked for", workers)), daemon=True)
+    inbox = requests._inbox
+    asker.start()
     inbox.get(timeout=20.0)
     assert not found  # it waits until it is written down
-    memory.decided(replace(memory.state, target=wishes.newest), [])
-    wishes.turned()
-    wisher.join(20.0)
+    memory.decided(replace(memory.state, target=requests.newest), [])
+    requests.turned()
+    asker.join(20.0)
     return found[0]
 
 
 def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(memory: JournaledRun) -> None:
-    wishes = PendingRequests("run", memory, Inbox())
-    assert _aim(wishes, memory, Finish.NO, 3).workers == 3
-    paused = _aim(wishes, memory, Finish.PAUSE)
+    requests = PendingRequests("run", memory, Inbox())
+    assert _aim(requests, memory, Finish.NO, 3).workers == 3
+    paused = _aim(requests, memory, Finish.PAUSE)
     assert (paused.seq, paused.workers, paused.finish) == (2, 3, Finish.PAUSE)
     assert JournaledRun(memory._run_dir, 1, RunLimits.of("run", JobSpec(name="run"))).state.target == paused
 
 
 def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRun) -> None:
-    wishes = PendingRequests("run", memory, Inbox())
-    _aim(wishes, memory, Finish.PAUSE)
+    requests = PendingRequests("run", memory, Inbox())
+    _aim(requests, memory, Finish.PAUSE)
     for finish in (Finish.NO, Finish.CANCEL):
         with pytest.raises(UsageError, match="run run is ending"):
-            wishes.aim(finish, "asked for", 2)
-    assert wishes.newest.finish is Finish.PAUSE
-    assert _aim(wishes, memory, Finish.PAUSE).seq == 2  # a repeat is harmless
+            requests.aim(finish, "asked for", 2)
+    assert requests.newest.finish is Finish.PAUSE
+    assert _aim(requests, memory, Finish.PAUSE).seq == 2  # a repeat is harmless

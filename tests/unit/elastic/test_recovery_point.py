@@ -11,8 +11,8 @@ from orchestrator.elastic.recovery_point import (
     Holding,
     RecoveryPoint,
     find_recovery_point,
-    layout_of_cut,
-    placement_of_cut,
+    layout_at_recovery_point,
+    placement_at_recovery_point,
     world_of,
 )
 from orchestrator.elastic.snapshot_layout import ALIGNMENT, SnapshotFormat, buddies_of
@@ -79,10 +79,10 @@ def test_survivors_have_all_that_any_new_world_needs(
     lost: tuple[StateLayout, ExpertPlacement, list[str], tuple[str, ...]],
 ) -> None:
     layout, placement, holders, survivors = lost
-    cut = layout_of_cut(layout, holders)
-    assert set(cut.world.members) == set(survivors)
+    point = layout_at_recovery_point(layout, holders)
+    assert set(point.world.members) == set(survivors)
     new_world = World(1, survivors)
-    before = placement_of_cut(placement, holders)
+    before = placement_at_recovery_point(placement, holders)
     again = ExpertPlacement.rebalanced(before, world_of(0, holders), new_world)
     params = [
         ParamSpec(
@@ -95,7 +95,7 @@ def test_survivors_have_all_that_any_new_world_needs(
     ]
     mixed = any(name.startswith("master/") for name in layout.names)
     new = training_layout(params, again, new_world, mixed, [("bias", 5)])
-    plan = TransferPlan.between(cut, new)  # raises StateLost if anything can't be had
+    plan = TransferPlan.between(point, new)  # raises StateLost if anything can't be had
     held = {worker: _really_held(layout, holders, worker) for worker in survivors}
     for tensor, start, stop, source, _ in plan.moves.tolist():
         assert any(
@@ -137,6 +137,6 @@ def test_a_snapshot_has_all_of_a_shard_and_shares_what_no_other_rank_has(
 
 def test_nobody_stands_for_himself() -> None:
     layout = training_layout([ParamSpec("w", 4, None)], ExpertPlacement.balanced(1, 2), World(0, ("a", "b")), False, [])
-    assert np.array_equal(layout_of_cut(layout, ["a", "a"]).bytes_per_rank(), [4 * 4 + 2 * 4 * 4])
+    assert np.array_equal(layout_at_recovery_point(layout, ["a", "a"]).bytes_per_rank(), [4 * 4 + 2 * 4 * 4])
     with pytest.raises(ValueError, match="hold only others' shards"):
-        layout_of_cut(layout, ["b", "a"])
+        layout_at_recovery_point(layout, ["b", "a"])

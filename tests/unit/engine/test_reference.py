@@ -35,7 +35,7 @@ def _model() -> MoELanguageModel:
 def _engine(groups: ProcessGroups, clipping: float = 1.0) -> tuple[MoELanguageModel, ReferenceEngine]:
     model = _model()
     engine = ReferenceEngine(model, TrainSpec(gradient_clipping=clipping), groups)
-    engine.seeded()
+    engine.on_weights_initialized()
     return model, engine
 
 
@@ -88,7 +88,7 @@ def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: ProcessG
         engine.step(1e-2)
     for name, held in engine.ranges():
         other.ranges().view(name, held.start, held.stop).copy_(held.data)
-    other.loaded(2)
+    other.on_state_loaded(2)
     for each in (engine, other):
         each.accumulate(micro_batch(2, 0), TOKENS, last=True)
         each.step(1e-2)

@@ -48,7 +48,7 @@ def _decide(limits: Any, state: RunState, progress: Progress) -> tuple[RunState,
 def test_a_stage_that_is_asked_for_begins_some_steps_ahead_once() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
     state = _training(limits)
-    state = replace(state, target=replace(state.target, seq=9, stage="last", stage_wishes=1))
+    state = replace(state, target=replace(state.target, seq=9, stage="last", stage_requests=1))
     progress = _trained(20, {0: "a"})
     decided, told = _decide(limits, state, progress)
     first_step = 21 + AHEAD + HEARD
@@ -62,11 +62,11 @@ def test_a_stage_that_is_asked_for_begins_some_steps_ahead_once() -> None:
 def test_next_is_the_one_behind_the_present_one() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
     state = _training(limits)
-    state = replace(state, target=replace(state.target, seq=9, stage="next", stage_wishes=1))
+    state = replace(state, target=replace(state.target, seq=9, stage="next", stage_requests=1))
     decided, _ = _decide(limits, state, _trained(20, {0: "a", 10: "b"}))
     assert [stage.name for stage in decided.stages] == ["last"]
     at_the_end, told = _decide(limits, state, _trained(20, {0: "a", 10: "last"}))
-    assert at_the_end.stages == () and at_the_end.stage_wishes == 1
+    assert at_the_end.stages == () and at_the_end.stage_requests == 1
     assert told == [{"stage": "last", "why": "last is the last stage"}]
     assert limits.curriculum is not None and following(limits.curriculum, "") == "b"
 
@@ -74,15 +74,15 @@ def test_next_is_the_one_behind_the_present_one() -> None:
 def test_the_present_stage_is_kept_and_says_so() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
     state = _training(limits)
-    state = replace(state, target=replace(state.target, seq=9, stage="a", stage_wishes=1))
+    state = replace(state, target=replace(state.target, seq=9, stage="a", stage_requests=1))
     kept, told = _decide(limits, state, _trained(20, {0: "a"}))
     assert kept.stages == () and told == [{"stage": "a", "why": "a is the present stage"}]
 
 
 def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
-    state = replace(_training(limits), stages=(StageStart("b", 30),), stages_version=1, stage_wishes=1)
-    state = replace(state, target=replace(state.target, seq=9, stage="last", stage_wishes=2))
+    state = replace(_training(limits), stages=(StageStart("b", 30),), stages_version=1, stage_requests=1)
+    state = replace(state, target=replace(state.target, seq=9, stage="last", stage_requests=2))
     assert _decide(limits, state, _trained(20, {0: "a"})) == (state, [])
     decided, _ = _decide(limits, state, _trained(30, {0: "a", 30: "b"}))
     assert [stage.name for stage in decided.stages] == ["b", "last"] and decided.stages_version == 2

@@ -421,19 +421,19 @@ def test_phase_and_explanation() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    wishes=st.lists(st.tuples(st.integers(0, 25), st.integers(1, 4)), max_size=5),
+    requests=st.lists(st.tuples(st.integers(0, 25), st.integers(1, 4)), max_size=5),
     deaths=st.lists(st.tuples(st.integers(0, 40), st.booleans()), max_size=4),
     standby=st.integers(0, 2),
 )
 def test_no_step_is_lost_or_done_twice_whatever_happens(
-    wishes: list[tuple[int, int]], deaths: list[tuple[int, bool]], standby: int
+    requests: list[tuple[int, int]], deaths: list[tuple[int, bool]], standby: int
 ) -> None:
-    """Wishes at any time, and deaths of workers that hold no shard: the run ends with every step done once."""
+    """Requests at any time, and deaths of workers that hold no shard: the run ends with every step done once."""
     life = Life(limits_of(steps=40, standby=standby), checkpoint_every=7)
     for tick in range(300):
         if life.state.outcome is not None:
             break
-        for at_tick, workers in wishes:
+        for at_tick, workers in requests:
             if at_tick == tick:
                 life.scale(workers)
         for at_tick, prefer_newcomer in deaths:

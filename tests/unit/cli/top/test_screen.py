@@ -112,25 +112,25 @@ def test_scaling_is_done_at_once_and_a_refusal_is_told(client: RecordedClient) -
         await until(pilot, lambda: "4 workers are more than workers.max" in told(pilot))
 
     drive(client, script, "quickstart")
-    assert client.wishes == [("scale", "quickstart", 4), ("scale", "quickstart", 2)]
+    assert client.requests == [("scale", "quickstart", 4), ("scale", "quickstart", 2)]
 
 
-@pytest.mark.parametrize(("key", "wish"), [("p", "pause"), ("c", "cancel")])
-def test_what_ends_a_run_is_asked_for_confirmation(client: RecordedClient, key: str, wish: str) -> None:
+@pytest.mark.parametrize(("key", "action"), [("p", "pause"), ("c", "cancel")])
+def test_what_ends_a_run_is_asked_for_confirmation(client: RecordedClient, key: str, action: str) -> None:
     async def script(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "2 runs" in text(pilot, "title"))
         for answer in ("n", "escape"):
             await pilot.press(key)
             await until(pilot, lambda: isinstance(pilot.app.screen, Confirmation))
-            assert f"{wish.capitalize()} quickstart?" in text(pilot, "question")
+            assert f"{action.capitalize()} quickstart?" in text(pilot, "question")
             await pilot.press(answer)
             await until(pilot, lambda: isinstance(pilot.app.screen, RunsScreen))
-        assert client.wishes == []
+        assert client.requests == []
         await pilot.press(key, "y")
         await until(pilot, lambda: "after its current step" in told(pilot))
 
     drive(client, script)
-    assert client.wishes == [(wish, "quickstart", None)]
+    assert client.requests == [(action, "quickstart", None)]
 
 
 def test_a_cluster_that_is_away_is_a_line_and_is_looked_for_again(client: RecordedClient) -> None:
@@ -148,7 +148,7 @@ def test_a_cluster_that_is_away_is_a_line_and_is_looked_for_again(client: Record
         await until(pilot, lambda: not trouble.display and "180/180" in text(pilot, "head"))
 
     assert drive(client, script, "quickstart").return_code in (0, None)
-    assert client.wishes == []
+    assert client.requests == []
 
 
 def test_a_run_that_is_gone_is_said_to_be(client: RecordedClient) -> None:
@@ -169,7 +169,7 @@ def test_without_runs_the_screen_says_how_to_start_one(client: RecordedClient) -
         assert isinstance(pilot.app.screen, RunsScreen)
 
     drive(client, script)
-    assert client.wishes == []
+    assert client.requests == []
 
 
 def test_no_line_is_wider_than_a_small_terminal(client: RecordedClient) -> None:

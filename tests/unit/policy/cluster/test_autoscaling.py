@@ -277,10 +277,10 @@ def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() ->
     life = Life(limits)
     life.run_until(lambda: life.step == 5)
     life.progress = _progress((2, 40, 0.25, ""), (3, 40, 0.22, ""))  # 400 and 455 tokens a second
-    life.state = replace(life.state, wish=SizeRequest(3, 0))
+    life.state = replace(life.state, size_request=SizeRequest(3, 0))
     seen = life.seen(target=DesiredRunState(seq=9, workers=2, by_hand=False))
     capped = apply_target(limits, life.state, seen).state
-    assert capped.wish is not None and (capped.wish.cap, capped.wish.cap_stage) == (2, "")
+    assert capped.size_request is not None and (capped.size_request.cap, capped.size_request.cap_stage) == (2, "")
     assert scale_of(limits, capped, seen, CPU).most == 2
     elsewhere = life.seen(progress=_progress((2, 40, 0.25, "b")))
     assert scale_of(limits, capped, elsewhere, CPU).most == 4
@@ -289,6 +289,6 @@ def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() ->
 def test_a_size_and_a_stage_may_be_asked_for_at_once() -> None:
     life = Life(limits_of(steps=60, autoscale=AutoscaleSpec(policy="available")))
     life.run_until(lambda: life.step == 5)
-    life.target = DesiredRunState(seq=2, workers=2, stage="next", stage_wishes=1, by_hand=True)
+    life.target = DesiredRunState(seq=2, workers=2, stage="next", stage_requests=1, by_hand=True)
     life.tick()
-    assert life.state.wish is not None and life.state.wish.by_hand
+    assert life.state.size_request is not None and life.state.size_request.by_hand

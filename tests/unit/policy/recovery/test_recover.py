@@ -293,20 +293,20 @@ def test_recoveries_that_lead_to_no_step_come_to_an_end() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    wishes=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4)), max_size=4),
+    requests=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 4)), max_size=4),
     deaths=st.lists(st.tuples(st.integers(3, 90), st.integers(0, 5)), max_size=5),
     standby=st.integers(0, 1),
     every=st.sampled_from([None, 5]),
 )
 def test_every_step_is_published_once_whoever_dies_when(
-    wishes: list[tuple[int, int]], deaths: list[tuple[int, int]], standby: int, every: int | None
+    requests: list[tuple[int, int]], deaths: list[tuple[int, int]], standby: int, every: int | None
 ) -> None:
     """The end comes, whatever happens, and a step that was committed is done again only if a whole state was lost."""
     life = Life(limits_of(steps=40, standby=standby, initial_workers=3), checkpoint_every=every)
     for tick in range(600):
         if life.state.outcome is not None:
             break
-        for at_tick, workers in wishes:
+        for at_tick, workers in requests:
             if at_tick == tick:
                 life.scale(workers)
         for at_tick, number in deaths:

@@ -60,8 +60,8 @@ def test_a_run_that_is_shrunk_grows_back_to_what_is_wanted() -> None:
     life.run_until(lambda: life.sizes[-1] == 1)
     life.run_until(lambda: len(life.state.worker_group) == 1)
     assert life.state.rescales[-1].why == HELD.why and life.replayed == 0
-    life.scale(3)  # a wish that comes meanwhile is heard, and waits
-    life.run_until(lambda: life.state.wish is not None and life.state.wish.workers == 3)
+    life.scale(3)  # a request that comes meanwhile is heard, and waits
+    life.run_until(lambda: life.state.size_request is not None and life.state.size_request.workers == 3)
     for _ in range(5):
         life.tick()
     assert life.sizes[-1] == 1

@@ -7,8 +7,8 @@ from orchestrator.policy.state.world_size import (
     SizeChange,
     SizeRequest,
     next_change,
+    request_holds,
     wanted_size,
-    wish_holds,
     workers_to_hold,
 )
 from orchestrator.spec.job import JobSpec
@@ -18,7 +18,7 @@ PLANNED = limits_of(steps=100, schedule=(ScheduledSize(20, 3), ScheduledSize(60,
 
 
 @pytest.mark.parametrize(
-    ("wish", "step", "size"),
+    ("size_request", "step", "size"),
     [
         (None, 0, 2),
         (None, 19, 2),
@@ -31,17 +31,17 @@ PLANNED = limits_of(steps=100, schedule=(ScheduledSize(20, 3), ScheduledSize(60,
         (SizeRequest(4, 30), 60, 1),
     ],
 )
-def test_the_newest_of_schedule_and_wish_counts(wish: SizeRequest | None, step: int, size: int) -> None:
-    assert wanted_size(PLANNED, wish, step) == size
+def test_the_newest_of_schedule_and_wish_counts(size_request: SizeRequest | None, step: int, size: int) -> None:
+    assert wanted_size(PLANNED, size_request, step) == size
 
 
 @pytest.mark.parametrize(
-    ("wish", "holds"),
+    ("size_request", "holds"),
     [(SizeRequest(3, 25), True), (SizeRequest(3, 20), True), (SizeRequest(3, 10), False), (None, False)],
     ids=["as scheduled, and asked for", "at the same step", "overtaken", "none"],
 )
-def test_what_a_size_is_due_to(wish: SizeRequest | None, holds: bool) -> None:
-    assert wish_holds(PLANNED, wish, 30) is holds
+def test_what_a_size_is_due_to(size_request: SizeRequest | None, holds: bool) -> None:
+    assert request_holds(PLANNED, size_request, 30) is holds
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_change_is_prepared_when_it_is_in_sight(size: int, step: int, change: 
 
 
 @pytest.mark.parametrize(
-    ("standby", "wish", "step", "workers"),
+    ("standby", "size_request", "step", "workers"),
     [
         (0, None, 0, 3),
         (1, None, 0, 3),
@@ -74,9 +74,9 @@ def test_a_change_is_prepared_when_it_is_in_sight(size: int, step: int, change: 
         (0, SizeRequest(1, 30), 30, 1),
     ],
 )
-def test_workers_held(standby: int, wish: SizeRequest | None, step: int, workers: int) -> None:
+def test_workers_held(standby: int, size_request: SizeRequest | None, step: int, workers: int) -> None:
     limits = limits_of(steps=100, standby=standby, schedule=PLANNED.schedule)
-    assert workers_to_hold(limits, wish, step) == workers
+    assert workers_to_hold(limits, size_request, step) == workers
 
 
 def test_never_more_than_max_and_standbys_are_held() -> None:
