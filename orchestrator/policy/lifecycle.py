@@ -19,13 +19,20 @@ from orchestrator.policy.curriculum import decide_stages
 from orchestrator.policy.health.budget import held_back_s
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.health.stragglers import watch_stragglers
-from orchestrator.policy.recovery.detect import bury_members, hear_errors, notice_loss, restart_first
+from orchestrator.policy.recovery.detect import bury_members, hear_errors, notice_failures, restart_first
 from orchestrator.policy.recovery.recover import recover
 from orchestrator.policy.replay_check import watch_checks
 from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.rescale.micro_batch import fit_micro_batches
-from orchestrator.policy.rescale.rules import abandon_move, activate, measure_stalls, plan_next, raise_fence, settle
+from orchestrator.policy.rescale.rules import (
+    abandon_transition,
+    activate,
+    measure_stalls,
+    plan_next,
+    raise_fence,
+    settle,
+)
 from orchestrator.policy.rescale.worker_pool import (
     apply_target,
     hold_worker_group,
@@ -52,12 +59,12 @@ RULES: tuple[Rule, ...] = (
     commit_checkpoint,
     end_run,
     settle,
-    notice_loss,
+    notice_failures,
     hear_errors,
     bury_members,
     remove_lost_workers,
     restart_first,
-    abandon_move,
+    abandon_transition,
     activate,
     recover,
     ask_finish,
@@ -171,7 +178,7 @@ def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> 
         more = f"{missing} more worker" + "s" * (missing > 1)
         there_are = f"{there} {'is' if there == 1 else 'are'} there"
         waits = f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
-        delay_s = held_back_s(state.losses, seen.now_s)
+        delay_s = held_back_s(state.failures, seen.now_s)
         return waits + f"; after so many failures the next worker is started in {delay_s:.0f} s" * (delay_s > 0)
     if seen.store_address is None:
         return f"{state.why}; waits for the rendezvous store to come back"

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES
+from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS
 from orchestrator.policy.rescale.worker_pool import traceback_of, why_gone
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import suspended
@@ -25,8 +25,8 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if state.failed_spawns >= MAX_FAILED_SPAWNS:
         why = f"{state.failed_spawns} workers in a row ended early; {state.why}"
         return ended(state, RunPhase.FAILED, why, state.traceback)
-    if state.failed_moves >= 2 * MAX_FAILED_MOVES:
-        return ended(state, RunPhase.FAILED, f"{state.failed_moves} moves in a row failed; {state.why}")
+    if state.failed_transitions >= 2 * MAX_FAILED_TRANSITIONS:
+        return ended(state, RunPhase.FAILED, f"{state.failed_transitions} moves in a row failed; {state.why}")
     return _fail_while_beginning(state, seen)
 
 

@@ -36,7 +36,13 @@ from orchestrator.worker.step.vote import NO_FENCE, VoteResult
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.save_shard import ShardSaver
 from orchestrator.worker.transition.snapshots import SnapshotManager
-from orchestrator.worker.transition.transition import PreparedTransition, announce, announced, first_shard, move
+from orchestrator.worker.transition.transition import (
+    PreparedTransition,
+    announce,
+    announced,
+    first_shard,
+    make_transition,
+)
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -84,12 +90,12 @@ class Trainer:
             disconnect()
 
     def _live(self) -> None:
-        prepared: PreparedTransition | None = self._await_move()
+        prepared: PreparedTransition | None = self._await_transition()
         while prepared is not None:
             if self._arrive(prepared) and self._shard is not None:
                 prepared = self._train_or_stop(self._shard)
             else:
-                prepared = self._await_move()
+                prepared = self._await_transition()
 
     def _train_or_stop(self, shard: Shard) -> PreparedTransition | None:
         """To the generation's end, whatever that is: a fence, a failure, or the end of the run, which is None."""
@@ -103,7 +109,7 @@ class Trainer:
         except Exception as error:
             del shard
             self._stop(error)
-            return self._await_move()
+            return self._await_transition()
         return None
 
     def abort(self, generation: int) -> None:
@@ -174,7 +180,7 @@ class Trainer:
 
     # -- between generations -----------------------------------------------------------------------------------
 
-    def _await_move(self) -> PreparedTransition:
+    def _await_transition(self) -> PreparedTransition:
         """Stand by, or stranded, until a plan has a place for this worker and its move can begin."""
         while True:
             prepared = self._preparer.await_next(meanwhile=self._may_check)
@@ -241,7 +247,7 @@ class Trainer:
             if source.holders[0] == self._factory.me:
                 announce(prepared, self._progress, self._mailbox.records)
             recorded = next((r for r in reversed(self._mailbox.records) if r.step == self._progress.step), None)
-            self._shard, handover = move(self._factory, prepared, held, self._progress, recorded)
+            self._shard, handover = make_transition(self._factory, prepared, held, self._progress, recorded)
         self._snapshots.acknowledged()  # in the old world: what was begun at the fence
         prepared.close_transfer()
         log.info("generation %d is ready: %s", plan.generation, handover)

@@ -12,7 +12,7 @@ from orchestrator.policy.health.leaving import is_to_leave
 from orchestrator.policy.state.run_state import Observation, RunState, WorkerFailure
 from orchestrator.spec.fault_tolerance import BudgetsSpec
 
-MAX_LOSSES = 256  # kept for judging what to do about the next one
+MAX_FAILURES = 256  # kept for judging what to do about the next one
 WINDOW_S = 3600.0  # of a budget, and of a quarantine
 BURST_S = 60.0  # failures within this are in a row
 FREE_FAILURES = 3  # in a row, before replacements are held back
@@ -50,15 +50,15 @@ def cause_of_loss(state: RunState, seen: Observation, worker: str) -> str:
     return report.error.kind
 
 
-def failures(losses: Sequence[WorkerFailure], now_s: float, window_s: float = WINDOW_S) -> Counter[str]:
+def count_failures(failures: Sequence[WorkerFailure], now_s: float, window_s: float = WINDOW_S) -> Counter[str]:
     """How many failures of each class lie within the window."""
-    recent = {(loss.cause, loss.time_s) for loss in losses if now_s - loss.time_s <= window_s}
+    recent = {(failure.cause, failure.time_s) for failure in failures if now_s - failure.time_s <= window_s}
     return Counter(cause for cause, _ in recent)
 
 
-def exceeded_budget(losses: Sequence[WorkerFailure], now_s: float, budgets: BudgetsSpec) -> str:
+def exceeded_budget(failures: Sequence[WorkerFailure], now_s: float, budgets: BudgetsSpec) -> str:
     """Why the run must end, with the figures and a remedy; empty as long as every class is within its budget."""
-    for cause, count in sorted(failures(losses, now_s).items()):
+    for cause, count in sorted(count_failures(failures, now_s).items()):
         name = cause if cause in BudgetsSpec.model_fields else "internal"
         budget: int = getattr(budgets, name)
         if count > budget:
@@ -69,23 +69,23 @@ def exceeded_budget(losses: Sequence[WorkerFailure], now_s: float, budgets: Budg
     return ""
 
 
-def delay_s(losses: Sequence[WorkerFailure], now_s: float) -> float:
+def delay_s(failures: Sequence[WorkerFailure], now_s: float) -> float:
     """How long after the newest failure nobody is started in its place: nothing for the first few in a row, then twice
     as long for each further one."""
-    in_a_row = sum(failures(losses, now_s, BURST_S).values())
+    in_a_row = sum(count_failures(failures, now_s, BURST_S).values())
     if in_a_row <= FREE_FAILURES:
         return 0.0
     return min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** (in_a_row - FREE_FAILURES - 1))
 
 
-def held_back_s(losses: Sequence[WorkerFailure], now_s: float) -> float:
+def held_back_s(failures: Sequence[WorkerFailure], now_s: float) -> float:
     """Seconds until the next worker may be started."""
-    newest = max((loss.time_s for loss in losses), default=-MAX_DELAY_S)
-    return max(0.0, newest + delay_s(losses, now_s) - now_s)
+    newest = max((failure.time_s for failure in failures), default=-MAX_DELAY_S)
+    return max(0.0, newest + delay_s(failures, now_s) - now_s)
 
 
 def quarantined(
-    losses: Sequence[WorkerFailure],
+    failures: Sequence[WorkerFailure],
     now_s: float,
     after: int | None,
     nodes: Collection[str],
@@ -98,18 +98,18 @@ def quarantined(
         nodes: where workers are known to live. One of them at least is never quarantined: the run needs a place. While
             nobody lives anywhere, no node is added to those `before`.
     """
-    counts = failures_by_node(losses, now_s)
+    counts = failures_by_node(failures, now_s)
     bad = tuple(sorted(node for node, count in counts.items() if after is not None and count >= after))
     if not nodes:
         return tuple(node for node in bad if node in before)
     return bad if set(nodes) - set(bad) else ()
 
 
-def failures_by_node(losses: Sequence[WorkerFailure], now_s: float) -> Counter[str]:
+def failures_by_node(failures: Sequence[WorkerFailure], now_s: float) -> Counter[str]:
     """How many failures that may be the fault of their place each node has seen within the window."""
     moments = {
-        (loss.node, loss.time_s)
-        for loss in losses
-        if loss.node and loss.cause in PLACE and now_s - loss.time_s <= WINDOW_S
+        (failure.node, failure.time_s)
+        for failure in failures
+        if failure.node and failure.cause in PLACE and now_s - failure.time_s <= WINDOW_S
     }
     return Counter(node for node, _ in moments)

@@ -8,10 +8,10 @@ aborted. What members say of themselves is entered, and whoever doesn't stop as 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from orchestrator.policy.health.budget import MAX_LOSSES, cause_of_loss
+from orchestrator.policy.health.budget import MAX_FAILURES, cause_of_loss
 from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S, find_hung_member, is_silent
 from orchestrator.policy.recovery.respond import respond
-from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES, given_up, is_blame_due, without_store
+from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, given_up, is_blame_due, without_store
 from orchestrator.policy.rescale.worker_pool import why_gone
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, KillWorker, Note, Observation, RunState, WorkerFailure
@@ -22,7 +22,7 @@ OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of w
 STOP_S = 3.0  # a member whose generation was aborted stops within this, or is taken for hung
 
 
-def notice_loss(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """End a generation that can't go on: a member is gone, one has stopped by itself, or the move from it is broken."""
     current = state.current
     if current is None:
@@ -64,20 +64,20 @@ def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     if not state.is_recovering or state.current is None or state.recovery is None:
         return Decision(state)
     generation = state.current.generation
-    heard = {loss.worker for loss in state.losses if loss.generation == generation}
+    heard = {failure.worker for failure in state.failures if failure.generation == generation}
     own = _own_errors(seen, (w for w in state.members if w not in heard and _stopped_in(seen, w) == generation))
     if not own:
         return Decision(state)
     moment_s = seen.now_s if state.aborted_s is None else state.aborted_s  # all of it is one failure
-    losses = tuple(WorkerFailure(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
+    failures = tuple(WorkerFailure(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
     worker, error = own[0]
     is_culprit = state.recovery.cause == "network" and all(w in state.worker_group for w in state.members)
     why = f"{worker} failed: {error.kind}: {error.message}" if is_culprit else state.why
     account = replace(state.recovery, cause=error.kind, why=why) if is_culprit else state.recovery
-    known = (*state.losses, *losses)[-MAX_LOSSES:]
+    known = (*state.failures, *failures)[-MAX_FAILURES:]
     traceback = error.traceback or state.traceback
     told, notes = respond(
-        limits, replace(state, recovery=account, losses=known, why=why, traceback=traceback), seen, losses
+        limits, replace(state, recovery=account, failures=known, why=why, traceback=traceback), seen, failures
     )
     return Decision(told, notes)
 
@@ -98,7 +98,7 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     hung = [w for w in gone if w in rest or is_silent(seen, w)]
     if not gone:
         return Decision(state)
-    losses = tuple(
+    failures = tuple(
         WorkerFailure(
             w, seen.nodes.get(w, ""), "hang" if w in hung else cause_of_loss(state, seen, w), seen.step, seen.now_s
         )
@@ -107,17 +107,23 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     notes = tuple(
         Note(
             "worker_lost",
-            {"worker": loss.worker, "step": loss.step, "cause": loss.cause, "why": gone[loss.worker], "member": True},
+            {
+                "worker": failure.worker,
+                "step": failure.step,
+                "cause": failure.cause,
+                "why": gone[failure.worker],
+                "member": True,
+            },
         )
-        for loss in losses
+        for failure in failures
     )
     buried = replace(
         state,
         worker_group=tuple(w for w in state.worker_group if w not in gone),
-        losses=(*state.losses, *losses)[-MAX_LOSSES:],
+        failures=(*state.failures, *failures)[-MAX_FAILURES:],
         why=next(iter(gone.values())),
     )
-    buried, told = respond(limits, buried, seen, losses)
+    buried, told = respond(limits, buried, seen, failures)
     return Decision(buried, (*notes, *told, *(KillWorker(w) for w in hung)))
 
 
@@ -151,11 +157,11 @@ def has_stopped(state: RunState, seen: Observation, member: str) -> bool:
 
 def _abandoned(state: RunState, seen: Observation, generation: int, why: str) -> Decision:
     """Count a failed move; after several in a row the run keeps the size that it has, if it has one already."""
-    failed_moves = state.failed_moves + 1
-    gives_up = failed_moves >= MAX_FAILED_MOVES and state.current is not None
+    failed_transitions = state.failed_transitions + 1
+    gives_up = failed_transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
     size_request = given_up(state, seen) if gives_up else state.size_request
     note = Note("move_abandoned", {"generation": generation, "why": why, "gave_up": gives_up})
-    return Decision(replace(state, failed_moves=failed_moves, size_request=size_request, why=why), (note,))
+    return Decision(replace(state, failed_transitions=failed_transitions, size_request=size_request, why=why), (note,))
 
 
 def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:

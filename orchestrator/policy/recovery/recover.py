@@ -19,7 +19,7 @@ from orchestrator.elastic.recovery_point import (
     world_of,
 )
 from orchestrator.elastic.world import World
-from orchestrator.policy.health.budget import MAX_LOSSES, PLACE, exceeded_budget, held_back_s
+from orchestrator.policy.health.budget import MAX_FAILURES, PLACE, exceeded_budget, held_back_s
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import has_stopped
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
@@ -40,7 +40,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     survivors = tuple(w for w in state.members if w in state.worker_group)
     if not all(has_stopped(state, seen, w) for w in survivors):
         return Decision(state)
-    if held_back_s([loss for loss in state.losses if loss.cause not in PLACE], seen.now_s):
+    if held_back_s([failure for failure in state.failures if failure.cause not in PLACE], seen.now_s):
         return Decision(state)
     if hopeless := _hopeless(limits, state, seen):
         return ended(state, RunPhase.FAILED, hopeless, state.traceback)
@@ -64,13 +64,13 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
     """Why another attempt would end like the ones before; empty if it may not."""
-    same = [loss for loss in state.losses if loss.cause == USER_ERROR and loss.step == seen.step]
+    same = [failure for failure in state.failures if failure.cause == USER_ERROR and failure.step == seen.step]
     if len(same) >= MAX_USER_ERRORS:
         return f"the same error {len(same)} times after step {seen.step}: {state.why}"
     fruitless = [recovery for recovery in state.recoveries[-MAX_FRUITLESS:] if recovery.step >= seen.step]
     if len(fruitless) >= MAX_FRUITLESS:
         return f"{len(fruitless)} recoveries in a row without a step; {state.why}"
-    spent = exceeded_budget(state.losses, seen.now_s, limits.recovery.budgets)
+    spent = exceeded_budget(state.failures, seen.now_s, limits.recovery.budgets)
     return f"{spent} The newest: {state.why}" if spent else ""
 
 
@@ -97,8 +97,8 @@ def _blamed(state: RunState, seen: Observation) -> RunState:
     account = state.recovery
     if account is None or account.cause != "network" or any(w not in state.worker_group for w in state.members):
         return state
-    loss = WorkerFailure("", "", "network", seen.step, seen.now_s)
-    return replace(state, losses=(*state.losses, loss)[-MAX_LOSSES:])
+    failure = WorkerFailure("", "", "network", seen.step, seen.now_s)
+    return replace(state, failures=(*state.failures, failure)[-MAX_FAILURES:])
 
 
 def _account(state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:
@@ -107,7 +107,7 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
     if account is None:
         return None
     lost = tuple(w for w in state.members if w not in state.worker_group)
-    causes = [loss.cause for loss in state.losses if loss.worker in lost]
+    causes = [failure.cause for failure in state.failures if failure.worker in lost]
     return replace(
         account,
         lost=lost,

@@ -11,14 +11,14 @@ SUSPECT_STEPS = 8  # of a generation with larger micro-batches
 
 
 def respond(
-    limits: RunLimits, state: RunState, seen: Observation, losses: Sequence[WorkerFailure]
+    limits: RunLimits, state: RunState, seen: Observation, failures: Sequence[WorkerFailure]
 ) -> tuple[RunState, tuple[Note, ...]]:
     """The state as the next generation is to be planned from it, and what there is to say about that."""
     notes: list[Note] = []
     current = state.current
     last = current or state.previous
     size = last.micro_batch if last is not None and last.micro_batch else limits.micro_batch
-    if any(loss.cause == "out_of_memory" or _died_of_growth(limits, state, seen, loss) for loss in losses):
+    if any(failure.cause == "out_of_memory" or _died_of_growth(limits, state, seen, failure) for failure in failures):
         # Several ranks may tell of it one after the other: once is enough for one generation.
         smaller = _smaller(size)
         untried = not state.micro_batch or (state.micro_batch.rows, state.micro_batch.tokens) > (
@@ -31,17 +31,17 @@ def respond(
             unit = "rows" if size.rows else "tokens"
             sizes = {f"{end}_{unit}": s.rows or s.tokens for end, s in (("from", size), ("to", smaller))}
             notes.append(Note("micro_batch_reduced", sizes | {"step": seen.step}))
-    poisoned = {seen.reports[loss.worker].step + 1 for loss in losses if loss.cause == "numeric"}
+    poisoned = {seen.reports[failure.worker].step + 1 for failure in failures if failure.cause == "numeric"}
     if fresh := poisoned - set(state.skips):
         state = replace(state, skips=tuple(sorted({*state.skips, *fresh})))
         notes += [Note("batch_skipped", {"step": step, "why": state.why}) for step in sorted(fresh)]
     return state, tuple(notes)
 
 
-def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, loss: WorkerFailure) -> bool:
+def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, failure: WorkerFailure) -> bool:
     """A process that ends suddenly in the first steps of larger micro-batches: the kernel, which gives no reason, has
     killed it for want of memory more likely than anything else has."""
-    if not limits.fits_memory or loss.cause != "worker" or state.current is None:
+    if not limits.fits_memory or failure.cause != "worker" or state.current is None:
         return False
     known = [r.micro_batches for w in state.members if (r := seen.reports.get(w)) and r.micro_batches]
     steps = [use.steps for use in known if use.generation == state.current.generation]

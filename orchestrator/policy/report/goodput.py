@@ -104,7 +104,7 @@ def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[Move, ...]]:
             slices.append(Slice(Use.BETWEEN, gap_s, before.world_size))
         else:
             moves.append(_move(attempt.events, before, record, moment_s, gap_s))
-            slices += _parts_of_move(moves[-1])
+            slices += _parts_of_transition(moves[-1])
         slices += _parts_of_step(record, step_s, attempt.counts(record))
         moment_s, before = vote_s, record
     slices += _tail(attempt, before, moment_s)
@@ -163,7 +163,7 @@ def _move(events: Sequence[Event], before: StepRecord, record: StepRecord, momen
     )
 
 
-def _parts_of_move(move: Move) -> Iterator[Slice]:
+def _parts_of_transition(move: Move) -> Iterator[Slice]:
     yield Slice(Use.DETECT, move.detect_s, move.from_size)
     yield Slice(Use.RENDEZVOUS, move.rendezvous_s, move.from_size)
     yield Slice(Use.TRANSFER, move.transfer_s or 0.0, move.from_size)

@@ -189,7 +189,7 @@ def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence
     """Seconds by use, and which are not known, or not all."""
     counted = [record for attempt in attempts for record in attempt.steps if attempt.counts(record)]
     silent_steps = sum(record.communication_wait_s is None for record in counted)
-    silent_moves = sum(move.transfer_s is None for move in moves)
+    silent_transitions = sum(move.transfer_s is None for move in moves)
     spent = []
     for use in Use:
         seconds: float | None = math.fsum(part.seconds for part in slices if part.use is use)
@@ -197,7 +197,7 @@ def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence
         if use is Use.COMMUNICATION:
             seconds, note = _as_known(seconds, silent_steps, len(counted), "steps", Use.COMPUTE)
         elif use in MOVED:
-            seconds, note = _as_known(seconds, silent_moves, len(moves), "moves", Use.RENDEZVOUS)
+            seconds, note = _as_known(seconds, silent_transitions, len(moves), "moves", Use.RENDEZVOUS)
         spent.append(Spent(use, seconds, note))
     return tuple(spent)
 

@@ -7,7 +7,12 @@ to leave is never chosen for anything new.
 from dataclasses import replace
 
 from orchestrator.policy.health.leaving import leavers
-from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES, can_plan, planned_move, warm_standbys
+from orchestrator.policy.rescale.generation_plan import (
+    MAX_FAILED_TRANSITIONS,
+    can_plan,
+    planned_transition,
+    warm_standbys,
+)
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange
@@ -41,16 +46,18 @@ def plan_departure(limits: RunLimits, state: RunState, seen: Observation) -> Dec
     tried, and after several none is made until something else has changed.
     """
     leaving = [worker for worker in leavers(state, seen) if worker in state.members]
-    if not leaving or state.failed_moves >= MAX_FAILED_MOVES:
+    if not leaving or state.failed_transitions >= MAX_FAILED_TRANSITIONS:
         return Decision(state)
     if state.next is not None and state.next_first_step is not None and state.fence is None:
         state = replace(state, next=None, next_first_step=None, next_why="")  # of the schedule: it is planned again
     if not can_plan(state, seen):
         return Decision(state)
-    members = _without(limits, state, leaving, () if state.failed_moves else warm_standbys(state, seen))
+    members = _without(limits, state, leaving, () if state.failed_transitions else warm_standbys(state, seen))
     if members == state.members:
         return Decision(state)
-    return planned_move(limits, state, seen, members, SizeChange(len(members), None), why_leaving(state, seen, leaving))
+    return planned_transition(
+        limits, state, seen, members, SizeChange(len(members), None), why_leaving(state, seen, leaving)
+    )
 
 
 def _without(limits: RunLimits, state: RunState, leaving: list[str], standbys: tuple[str, ...]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from orchestrator.protocol.messages import GenerationPlan, Phase, Source
 from orchestrator.sampling.micro_batches import MicroBatchSize
 
 BLAME_S = 1.0  # the death of a process, or of the rendezvous store, is known this soon after others notice
-MAX_FAILED_MOVES = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
+MAX_FAILED_TRANSITIONS = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
 
 
 def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ def is_blame_due(state: RunState, seen: Observation) -> bool:
     return state.broken_s is not None and seen.now_s - state.broken_s >= BLAME_S
 
 
-def planned_move(
+def planned_transition(
     limits: RunLimits, state: RunState, seen: Observation, members: tuple[str, ...], change: SizeChange, why: str
 ) -> Decision:
     """The state with a move from the current world to one of these members."""

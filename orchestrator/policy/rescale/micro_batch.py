@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from orchestrator.policy.rescale.generation_plan import MAX_FAILED_MOVES, can_plan, planned_move
+from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, can_plan, planned_transition
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Note, Observation, Probe, RunState
 from orchestrator.policy.state.world_size import SizeChange
@@ -50,7 +50,7 @@ def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> 
     memory = {w: use for w, use in told.items() if use is not None and use.generation == state.current.generation}
     if len(memory) < len(state.members) or min(use.steps for use in memory.values()) < PROBE_STEPS:
         return Decision(state)
-    if state.failed_moves >= MAX_FAILED_MOVES:
+    if state.failed_transitions >= MAX_FAILED_TRANSITIONS:
         return Decision(state)
     shares = shares_of(memory, limits.memory_bytes)
     now = max(
@@ -77,7 +77,7 @@ def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> 
     fitted = replace(state, micro_batch=replace(state.current.micro_batch, tokens=wanted), probes=probes)
     change = SizeChange(len(state.members), None)
     why = f"micro-batches of {wanted} tokens fit the memory" if wanted > now else "memory gets short"
-    return planned_move(limits, fitted, seen, state.members, change, why).then(note)
+    return planned_transition(limits, fitted, seen, state.members, change, why).then(note)
 
 
 def shares_of(memory: Mapping[str, MicroBatchMemory], reserved: int | None) -> dict[str, Share]:

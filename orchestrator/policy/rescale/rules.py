@@ -13,14 +13,14 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.rescale.generation_plan import (
-    MAX_FAILED_MOVES,
+    MAX_FAILED_TRANSITIONS,
     can_plan,
     given_up,
     is_blame_due,
     members_for,
     node_by_node,
     nodes_of,
-    planned_move,
+    planned_transition,
     prepared,
     warm_standbys,
     with_plan,
@@ -54,10 +54,10 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
     if change is None or members is None:
         return Decision(state)
     why = f"scheduled for step {change.first_step}" if change.first_step is not None else _why(limits, state, seen)
-    return planned_move(limits, state, seen, members, change, why)
+    return planned_transition(limits, state, seen, members, change, why)
 
 
-def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """The generation to come lost a newcomer, or can't be connected, before its fence: training just goes on."""
     if state.next is None or state.current is None or state.fence is not None or state.is_recovering:
         return Decision(state)
@@ -75,12 +75,14 @@ def abandon_move(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         return Decision(state)
     if not known and not is_blame_due(state, seen):
         return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
-    failed_moves = state.failed_moves + 1
-    gives_up = failed_moves >= MAX_FAILED_MOVES
+    failed_transitions = state.failed_transitions + 1
+    gives_up = failed_transitions >= MAX_FAILED_TRANSITIONS
     is_fit = state.next.world.members == state.members  # nobody's request for another size
     size_request = given_up(state, seen) if gives_up and not is_fit else state.size_request
     note = Note("move_abandoned", {"generation": state.next.generation, "why": broken[0], "gave_up": gives_up})
-    abandoned = replace(state, failed_moves=failed_moves, size_request=size_request, why=broken[0], broken_s=None)
+    abandoned = replace(
+        state, failed_transitions=failed_transitions, size_request=size_request, why=broken[0], broken_s=None
+    )
     return Decision(replace(abandoned, next=None, next_first_step=None, next_why=""), (note,))
 
 
@@ -138,7 +140,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         next_why="",
         fence=None,
         broken_s=None,
-        failed_moves=0 if moved or state.recovery is not None else state.failed_moves,
+        failed_transitions=0 if moved or state.recovery is not None else state.failed_transitions,
         aborted_s=None,
         recovery=None,
         recoveries=recoveries,
@@ -148,7 +150,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         micro_batch=UNSAID,
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )
-    fields = asdict(rescale) | {"members": list(plan.world.members)} | _move_took(plan, seen)
+    fields = asdict(rescale) | {"members": list(plan.world.members)} | _transition_took(plan, seen)
     return Decision(activated, (Note("activated", fields),))
 
 
@@ -191,7 +193,7 @@ def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> 
         return Decision(state)
     members = tuple(standbys[0] if worker == state.straggler else worker for worker in state.members)
     why = f"{state.straggler} is much slower than the others"
-    return planned_move(limits, state, seen, members, SizeChange(len(members), None), why)
+    return planned_transition(limits, state, seen, members, SizeChange(len(members), None), why)
 
 
 def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:
@@ -226,7 +228,7 @@ def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
     return report is not None and report.phase is Phase.READY and report.generation == generation
 
 
-def _move_took(plan: GenerationPlan, seen: Observation) -> dict[str, float]:
+def _transition_took(plan: GenerationPlan, seen: Observation) -> dict[str, float]:
     """Seconds by part of the member that took longest; of one member, so that they add up."""
     handovers = [
         handover

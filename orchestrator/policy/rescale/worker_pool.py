@@ -5,7 +5,7 @@ from typing import Any
 
 from orchestrator.policy.cluster.autoscaling import adds_too_little
 from orchestrator.policy.health.budget import (
-    MAX_LOSSES,
+    MAX_FAILURES,
     PLACE,
     cause_of_loss,
     failures_by_node,
@@ -41,7 +41,7 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         cap, cap_stage = target.workers, seen.progress.stage
     size_request = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
     note = Note("target", fields | {"by_hand": target.by_hand})
-    return Decision(replace(state, target=target, size_request=size_request, failed_moves=0), (note,))
+    return Decision(replace(state, target=target, size_request=size_request, failed_transitions=0), (note,))
 
 
 def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
@@ -66,7 +66,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     worker_group = tuple(w for w in state.worker_group if w not in gone)
     counted = state.failed_spawns + never_warm
     worker, why = next(iter(gone.items()))
-    losses = tuple(
+    failures = tuple(
         WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
         for w in gone
         if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
@@ -75,7 +75,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
         state,
         worker_group=worker_group,
         failed_spawns=counted,
-        losses=(*state.losses, *losses)[-MAX_LOSSES:],
+        failures=(*state.failures, *failures)[-MAX_FAILURES:],
         why=why,
         traceback=traceback_of(seen, worker),
     )
@@ -93,7 +93,7 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     if state.is_ending:
         wanted = limits.min_workers
     missing = wanted - (len(state.worker_group) - len(leaving))
-    if missing > 0 and not _is_moving(limits, state, seen) and not held_back_s(state.losses, seen.now_s):
+    if missing > 0 and not _in_transition(limits, state, seen) and not held_back_s(state.failures, seen.now_s):
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
         note = Note("workers_spawned", {"workers": list(spawned)})
@@ -110,17 +110,17 @@ def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> D
     """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
     after = limits.recovery.quarantine_after
     nodes = {node for worker, node in seen.nodes.items() if worker in state.worker_group and worker not in seen.lost}
-    now = quarantined(state.losses, seen.now_s, after, nodes, state.quarantine) if state.losses else ()
+    now = quarantined(state.failures, seen.now_s, after, nodes, state.quarantine) if state.failures else ()
     if now == state.quarantine:
         return Decision(state)
-    counts = failures_by_node(state.losses, seen.now_s)
+    counts = failures_by_node(state.failures, seen.now_s)
     fresh = [node for node in now if node not in state.quarantine]
     notes = [Note("node_quarantined", {"node": node, "failures": counts[node]}) for node in fresh]
     notes += [Note("node_released", {"node": node}) for node in state.quarantine if node not in now]
     return Decision(replace(state, quarantine=now), tuple(notes))
 
 
-def _is_moving(limits: RunLimits, state: RunState, seen: Observation) -> bool:
+def _in_transition(limits: RunLimits, state: RunState, seen: Observation) -> bool:
     """A move is under way, or the new world has done its first few steps at most: a starting worker would take the
     processors from those who are in it, for a standby that isn't needed before it is over."""
     if state.current is None:

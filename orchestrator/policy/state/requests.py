@@ -111,7 +111,7 @@ def suspended(state: RunState, seen: Observation) -> Decision:
     path = seen.restorable.path if seen.restorable else None
     waits = replace(
         begun_again(state, seen.restorable),
-        losses=state.losses,
+        failures=state.failures,
         recoveries=state.recoveries,
         quarantine=state.quarantine,
         micro_batch=state.micro_batch or state.current.micro_batch,

@@ -106,12 +106,12 @@ class RunState:
     finish: Finish = Finish.NO
     checkpoint_done: int = -1
     failed_spawns: int = 0
-    failed_moves: int = 0
+    failed_transitions: int = 0
     broken_s: float | None = None
     aborted: int = -1
     aborted_s: float | None = None
     settled: int = -1
-    losses: tuple[WorkerFailure, ...] = ()
+    failures: tuple[WorkerFailure, ...] = ()
     micro_batch: MicroBatchSize = UNSAID
     micro_batch_ceiling: int = 0
     ceiling_size: int = 0

@@ -205,7 +205,7 @@ def _closed_if_not_filled(shard: Shard | None) -> Iterator[None]:
         raise
 
 
-def move(
+def make_transition(
     factory: ShardFactory,
     prepared: PreparedTransition,
     held: Held | None,

@@ -176,10 +176,10 @@ def test_an_error_that_is_told_after_a_peers_complaint_is_heard_all_the_same(kin
     life.run_until(lambda: life.step == 9)
     life.stop("w1")
     life.tick()
-    assert life.state.is_recovering and not life.state.losses
+    assert life.state.is_recovering and not life.state.failures
     _fails(life, "w0", kind)
     _goes_on(life, 1)
     assert life.state.recoveries[0].cause == kind and "w0 failed" in life.state.recoveries[0].why
-    assert [(loss.worker, loss.cause) for loss in life.state.losses] == [("w0", kind)]
+    assert [(failure.worker, failure.cause) for failure in life.state.failures] == [("w0", kind)]
     assert len(life.of_kind("micro_batch_reduced")) == (kind == "out_of_memory")
     assert len(life.of_kind("batch_skipped")) == (kind == "numeric")

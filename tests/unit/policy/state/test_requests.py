@@ -239,8 +239,10 @@ def test_what_failures_have_taught_is_kept() -> None:
         life.stop(member)
     life.say(life.state.members[0], error=WorkerError("out_of_memory", "no"))
     life.run_until(lambda: life.state.current is not None and life.state.current.micro_batch.rows == 2)
-    losses = tuple(WorkerFailure(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5))
-    life.state = replace(life.state, losses=losses)
+    failures = tuple(
+        WorkerFailure(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5)
+    )
+    life.state = replace(life.state, failures=failures)
     life.run_until(lambda: life.state.quarantine == ("bad",))
     life.run_until(lambda: life.step == 20)
     life.grant = OUT
