@@ -6,9 +6,9 @@ from orchestrator.policy.health.budget import (
     FREE_FAILURES,
     MAX_DELAY_S,
     WINDOW_S,
+    count_failures,
     delay_s,
     exceeded_budget,
-    failures,
     held_back_s,
     quarantined,
 )
@@ -27,8 +27,8 @@ def _losses(*times_s: float, cause: str = "worker", node: str = "a") -> tuple[Wo
 
 
 def test_whoever_is_lost_in_the_same_moment_is_one_failure() -> None:
-    assert failures(_losses(10.0, 10.0, 11.0), now_s=12.0) == {"worker": 2}
-    assert failures(_losses(10.0, 10.0 + WINDOW_S), now_s=11.0 + WINDOW_S) == {"worker": 1}
+    assert count_failures(_losses(10.0, 10.0, 11.0), now_s=12.0) == {"worker": 2}
+    assert count_failures(_losses(10.0, 10.0 + WINDOW_S), now_s=11.0 + WINDOW_S) == {"worker": 1}
 
 
 def test_a_budget_is_spent_by_its_own_class_only() -> None:
