@@ -38,7 +38,7 @@ from orchestrator.policy.health.hangs import SILENT_S
 from orchestrator.protocol.messages import Phase, Report
 from orchestrator.storage.journal import read_events
 
-ALARMS = ("generation_aborted", "worker_lost", "move_abandoned")
+ALARMS = ("generation_aborted", "worker_lost", "transition_abandoned")
 MINUTES, QUICK_S = 30.0, 10.0
 SCALE_EVERY_S = 180.0
 ASK_EVERY_S = 0.25

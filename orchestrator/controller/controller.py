@@ -35,7 +35,10 @@ from orchestrator.policy.cluster.capacity import threads_of
 from orchestrator.policy.lifecycle import decide, directive_of, phase_of
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import queued, resumed
-from orchestrator.policy.state.run_state import Commit, KillWorker, Note, Observation, ended
+from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, ended
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.run import ControllerFailed, Submitted
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.protocol.messages import DesiredRunState, Finish, ResumeRequest
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunPhase, RunStatus
@@ -78,7 +81,7 @@ class RunController:
         self._memory = retry_until_written(lambda: JournaledRun(self._run_dir, self._term, self._limits))
         if order is not None and order.token != self._memory.resumed_by:
             retry_until_written(lambda: self._resume(order, since_s))
-        elif "submitted" not in self._memory.times:
+        elif Submitted not in self._memory.times:
             retry_until_written(lambda: self._memory.decided(queued(self._memory.state, since_s), []))
         if self._memory.state.current is None:  # whoever was here before may not have come to it
             retry_until_written(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._term))
@@ -104,8 +107,8 @@ class RunController:
 
     def _resume(self, order: ResumeRequest, since_s: float) -> None:
         decision = resumed(self._limits, self._memory.state, order)
-        notes = [action for action in decision.actions if isinstance(action, Note)]
-        self._memory.decided(queued(decision.state, since_s), notes)
+        events = [action for action in decision.actions if isinstance(action, Event)]
+        self._memory.decided(queued(decision.state, since_s), events)
         (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its former end
 
     # -- what others ask ---------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ class RunController:
         state = self._memory.state
         if state.outcome is not None:
             return None
-        submitted_s = self._memory.times.get("submitted", time.time())
+        submitted_s = self._memory.times.get(Submitted, time.time())
         return scale_of(self._limits, state, self._observe(verifies=False), self._worker_group.request, submitted_s)
 
     def grant(self, grant: Grant) -> None:
@@ -216,10 +219,8 @@ class RunController:
 
     def _begin(self) -> None:
         state = self._memory.state
-        if "submitted" not in self._memory.times:
-            retry_until_written(
-                lambda: self._memory.note("submitted", run_id=self._run_id, workers=self._limits.initial_workers)
-            )
+        if Submitted not in self._memory.times:
+            retry_until_written(lambda: self._memory.note(Submitted(self._run_id, self._limits.initial_workers)))
         if state.outcome is None:
             self._services.start(self._memory.data)
         self._drains.start()
@@ -279,9 +280,9 @@ class RunController:
         if self._services.data not in (None, self._memory.data):
             self._memory.prepared(self._services.data)
         decision = decide(self._limits, self._memory.state, self._observe())
-        notes = [action for action in decision.actions if isinstance(action, Note)]
-        for event in self._memory.decided(decision.state, notes):
-            self._account.tell(event)
+        events = [action for action in decision.actions if isinstance(action, Event)]
+        for entry in self._memory.decided(decision.state, events):
+            self._account.tell(entry)
         for action in decision.actions:
             if isinstance(action, Commit):
                 self._commit(action)
@@ -332,13 +333,13 @@ class RunController:
                 raise
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return
-        self._account.note("checkpoint", step=action.step, path=str(path))
+        self._account.note(CheckpointCommitted(action.step, str(path)))
         self._checkpointed = action.step
         self._inbox.put(None)
         deleted = drop_old_checkpoints(self._run_dir, self._job.checkpoint, self._memory.progress.validations)
         if deleted:
             with suppress(StorageError):
-                self._account.note("checkpoints_deleted", steps=list(deleted))
+                self._account.note(CheckpointsDeleted(deleted))
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -346,9 +347,8 @@ class RunController:
         log.exception("run %s: its controller failed", self._run_id)
         told = "".join(traceback.format_exception(error))
         over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", told)
-        notes = [Note("error", {"traceback": told})]
-        notes += [action for action in over.actions if isinstance(action, Note)]
-        retry_until_written(lambda: self._memory.decided(over.state, notes))
+        events = [ControllerFailed(told), *(action for action in over.actions if isinstance(action, Event))]
+        retry_until_written(lambda: self._memory.decided(over.state, events))
 
     def _close(self) -> None:
         """End and remove everything of the run, then leave its last status in run storage."""

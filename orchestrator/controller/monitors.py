@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -15,7 +14,7 @@ from orchestrator.cluster.actors import Handle
 from orchestrator.cluster.nodes import draining_nodes
 from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import StorageError
-from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.events.workers import EnergyRead
 from orchestrator.protocol.usage import EnergyReading
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.telemetry.node import Reading, points_of_readings
@@ -152,7 +151,6 @@ class EnergyWatch:
             self._known[worker] = self._news[worker] = reading
 
     def _write(self) -> None:
-        workers: dict[str, Any] = {worker: to_plain(reading) for worker, reading in self._news.items()}
         with suppress(StorageError):  # tried again with what comes next
-            self._memory.note("energy", workers=workers)
+            self._memory.note(EnergyRead(self._news))
             self._news = {}

@@ -6,9 +6,8 @@ All of it is journalled, then published. What can't be written down is fetched, 
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from orchestrator.controller.tracker_client import TrackerClient
 from orchestrator.controller.worker_group import WorkerGroup
@@ -18,6 +17,14 @@ from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.replay_check import differences
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.policy.termination import complete_checkpoints, publishable
+from orchestrator.protocol.events.base import Event, JournalEntry, plain_of
+from orchestrator.protocol.events.notices import (
+    GradientSaturated,
+    NumericsDiffer,
+    NumericsRecorded,
+    TrackingFails,
+    TrackingWorks,
+)
 from orchestrator.protocol.messages import Saturation, StepRecord
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.model import ModelSpec
@@ -28,7 +35,6 @@ from orchestrator.tracking.sink import MetricPoint
 log = logging.getLogger("orchestrator.control")
 
 RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
-STAMPS = ("seq", "term", "time")  # the log has its own
 
 
 class StepRecorder:
@@ -70,27 +76,26 @@ class StepRecorder:
             points = points_of_steps(before, fresh)
             self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))
             self._exporter.show(points)
-            for event in begun:
-                self.tell(event)
+            for entry in begun:
+                self.tell(entry)
             self._judge_routing()
         self._tracker.look()
 
     def _judge_routing(self) -> None:
         """Write down when experts collapse or their loads swing, and when that is over."""
         for news in routing_news(self._model, self._memory.progress.recent, self._memory.troubles):
-            event = self._memory.note(news.kind, **news.fields)
-            self._memory.hear_of_experts(event)
-            self.tell(event)
+            self.tell(self._memory.note(news))
+            self._memory.troubles = self._memory.troubles.after(news)
 
-    def note(self, kind: str, **fields: Any) -> None:
-        """Write down something that no decision made, and tell it. Raises StorageError."""
-        self.tell(self._memory.note(kind, **fields))
+    def note(self, event: Event) -> None:
+        """Write down an event that no decision made, and publish it. Raises StorageError."""
+        self.tell(self._memory.note(event))
 
-    def tell(self, event: Mapping[str, Any]) -> None:
-        """Tell users of an event that is in the journal."""
-        log.info("run %s: %s", self._run_id, {k: v for k, v in event.items() if k not in STAMPS})
-        self._tracker.publish_event(event)
-        self._exporter.show(points_of_event(event))
+    def tell(self, entry: JournalEntry) -> None:
+        """Publish an event that is in the journal."""
+        log.info("run %s: %s", self._run_id, plain_of(entry.event))
+        self._tracker.publish_event(entry)
+        self._exporter.show(points_of_event(entry))
 
     def hear_numerics(self, worker: str, told: str) -> None:
         """Write down what decides the bits of the run's results, and every worker that has something else."""
@@ -99,11 +104,11 @@ class StepRecorder:
         fingerprint = json.loads(told)
         with suppress(StorageError):  # heard again with its next answer
             if self._memory.numerics is None:
-                self.note("numerics", fingerprint=fingerprint)
+                self.note(NumericsRecorded(fingerprint))
                 self._memory.numerics = fingerprint
             differs = differences(self._memory.numerics, fingerprint)
             if differs and self._memory.differing.get(worker) != differs:
-                self.note("numerics_differ", worker=worker, differs=differs)
+                self.note(NumericsDiffer(worker, differs))
                 self._memory.differing[worker] = differs
             self._numerics[worker] = told
 
@@ -112,7 +117,7 @@ class StepRecorder:
         if told is None or (worker, told.step) in self._memory.saturated:
             return
         with suppress(StorageError):  # heard again with its next answer
-            self.note("gradient_saturated", worker=worker, step=told.step, parameters=list(told.parameters))
+            self.note(GradientSaturated(worker, told.step, told.parameters))
             self._memory.saturated.add((worker, told.step))
 
     def show(self, readings: Sequence[MetricPoint]) -> None:
@@ -125,7 +130,6 @@ class StepRecorder:
         warning = self._tracker.warning
         if (warning is not None) != self._tracking_fails:
             with suppress(StorageError):  # said at the next look
-                event = self._memory.note("tracking_fails", why=warning) if warning else None
-                event = event or self._memory.note("tracking_works")
+                entry = self._memory.note(TrackingWorks() if warning is None else TrackingFails(warning))
                 self._tracking_fails = warning is not None
-                self.tell(event)
+                self.tell(entry)

@@ -5,10 +5,14 @@ from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.protocol.events.generations import Activated, GenerationAborted, Rescaled
+from orchestrator.protocol.events.notices import ReplayChecked, StateDiffers
+from orchestrator.protocol.events.run import Resumed, Submitted
+from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.model import ModelSpec
 
-BEGINNINGS = ("submitted", "activated", "resumed")  # events from which a run's clocks run
+BEGINNINGS = (Submitted, Activated, Resumed)  # events from which a run's clocks run
 
 
 def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen: Observation) -> dict[str, float]:
@@ -18,7 +22,7 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
     """
     state, progress = memory.state, memory.progress
     first = (memory.times.get(kind, 0.0) for kind in BEGINNINGS)
-    began_time = max(*first, memory.newest_times.get("resumed", 0.0))
+    began_time = max(*first, memory.newest_times.get(Resumed, 0.0))
     newest = progress.recent[-1] if progress.recent else None
     return {
         "train/tokens": progress.tokens,
@@ -28,15 +32,15 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
         "run/finished_steps": seen.step + 1,
         "run/committed_steps": progress.watermark + 1,
         "run/committed_time": max(began_time, newest.vote_time if newest else 0.0),
-        "run/checkpoint_time": max(began_time, memory.newest_times.get("checkpoint", 0.0)),
+        "run/checkpoint_time": max(began_time, memory.newest_times.get(CheckpointCommitted, 0.0)),
         "elastic/workers_wanted": wanted_size(limits, state.size_request, seen.step + 1, state.grant),
         "elastic/standbys": len(warm_standbys(state, seen)),
-        "elastic/rescales": memory.counts["rescaled"],
-        "elastic/recoveries": memory.counts["generation_aborted"],
+        "elastic/rescales": memory.counts[Rescaled],
+        "elastic/recoveries": memory.counts[GenerationAborted],
         "elastic/quarantined_nodes": len(state.quarantine),
         "elastic/draining_nodes": len(state.draining),
-        "verify/checks": memory.counts["checked"],
-        "verify/differences": memory.counts["state_differs"],
+        "verify/checks": memory.counts[ReplayChecked],
+        "verify/differences": memory.counts[StateDiffers],
         "moe/collapse": collapse(model, newest.experts.worst_violation if newest else 0.0),
     }
 

@@ -14,6 +14,7 @@ from orchestrator.cluster.calls import ask, reason_of
 from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.expert_load import Loads
+from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import retry_until_written
 from orchestrator.run_records.tracker_setup import tracker_setup
@@ -84,9 +85,9 @@ class TrackerClient:
         if points and self._is_current:
             self._send([("publish", (list(points), after, loads))])
 
-    def publish_event(self, event: Mapping[str, Any]) -> None:
+    def publish_event(self, entry: JournalEntry) -> None:
         if self._is_current:
-            self._send([("event", (dict(event), points_of_event(event)))])
+            self._send([("event", (entry, points_of_event(entry)))])
 
     def look(self) -> None:
         """Ask how it fares, now and then."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, typical_step_s
-from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
+from orchestrator.protocol.events.training import StageDecided, StageKept
 from orchestrator.protocol.messages import StageStart
 from orchestrator.spec.curriculum import CurriculumSpec, StageSpec
 
@@ -40,7 +41,7 @@ def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Deci
         name = state.target.stage if by_name else after
         if name is None or name == progress.stage:
             why = f"{progress.stage} is the last stage" if name is None else f"{name} is the present stage"
-            return Decision(heard, (Note("stage_kept", {"stage": progress.stage, "why": why}),))
+            return Decision(heard, (StageKept(progress.stage, why),))
         ends = "" if by_name else progress.stage
         return _decided(limits, heard, seen, name, ends, state.target.reason or "asked for")
     present = next((stage for stage in spec.stages if stage.name == progress.stage), None)
@@ -64,7 +65,7 @@ def _decided(limits: RunLimits, state: RunState, seen: Observation, name: str, a
         return Decision(state)
     stages = (*state.stages, StageStart(name, first_step, after))
     decided = replace(state, stages=stages, stages_version=state.stages_version + 1)
-    return Decision(decided, (Note("stage_decided", {"stage": name, "first_step": first_step, "why": why}),))
+    return Decision(decided, (StageDecided(name, first_step, why),))
 
 
 def _missed(start: StageStart, progress: Progress) -> bool:

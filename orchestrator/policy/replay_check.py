@@ -13,7 +13,8 @@ from typing import Any
 
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
+from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
 from orchestrator.protocol.messages import PastWorld, ReplayResult, ReplayTask, StepFingerprint, StepRecord
 
 
@@ -107,30 +108,23 @@ def _hear(state: RunState, check: ReplayTask, seen: Observation) -> Decision:
 
 def _compare(state: RunState, check: ReplayTask, answer: ReplayResult, seen: Observation) -> Decision:
     if answer.error:
-        failed = {"worker": check.worker, "step": check.step, "why": answer.error}
-        return Decision(state, (Note("check_failed", failed),))
+        return Decision(state, (ReplayFailed(check.worker, check.step, answer.error),))
     if not answer.findings:
         return Decision(state)  # it was needed elsewhere
     difference = first_difference(check.findings, answer.findings)
-    steps = {"first_step": check.step + 1, "last_step": answer.findings[-1].step}
-    checked = Note("checked", {"worker": check.worker, **steps, "equal": difference is None})
+    checked = ReplayChecked(check.worker, check.step + 1, answer.findings[-1].step, equal=difference is None)
     if difference is None:
         return Decision(state, (checked,))
-    differs = Note("state_differs", told_of(difference, check.worlds, seen.nodes))
+    differs = state_differs(difference, check.worlds, seen.nodes)
     return Decision(replace(state, differences=(*state.differences, difference.step)), (checked, differs))
 
 
-def told_of(difference: Difference, worlds: Sequence[PastWorld], nodes: Mapping[str, str]) -> dict[str, object]:
-    """A difference in an event's fields: the workers that had the ranks then, and where they live."""
+def state_differs(difference: Difference, worlds: Sequence[PastWorld], nodes: Mapping[str, str]) -> StateDiffers:
+    """A difference as an event: with the workers that had the ranks then, and the nodes where they live."""
     world = next(past.world for past in reversed(worlds) if past.first_step <= difference.step)
-    workers = [world.members[rank] for rank in difference.ranks]
-    return {
-        "step": difference.step,
-        "parts": list(difference.parts),
-        "ranks": list(difference.ranks),
-        "workers": workers,
-        "nodes": [nodes.get(worker, "") for worker in workers],
-    }
+    workers = tuple(world.members[rank] for rank in difference.ranks)
+    places = tuple(nodes.get(worker, "") for worker in workers)
+    return StateDiffers(difference.step, difference.parts, difference.ranks, workers, places)
 
 
 # -- Numerics fingerprints, of which `engine.numerics` tells what is in one: who has the same computes the same bits ---

@@ -1,6 +1,6 @@
 """Follows a run's journal for the callbacks of its user: `ray.train.UserCallback`, called in the process of `fit`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,12 @@ from ray.train.v2.api.callback import UserCallback
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.progress import RECENT_STEPS, Progress, absorb
-from orchestrator.policy.state.run_state import RunState
-from orchestrator.protocol.codec import from_plain
+from orchestrator.policy.state.run_state import RunState, StateDecided
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import CheckpointCommitted, StepsCommitted
 from orchestrator.ray_train.results import Row, rows_of
-from orchestrator.run_records.run_history import committed_steps
-from orchestrator.storage.journal import read_events
-
-Event = Mapping[str, Any]
+from orchestrator.run_records.run_history import LEDGER, committed_steps, read_entries
 
 
 class CallbackError(Exception):
@@ -53,21 +52,22 @@ class Follower:
 
     def read_on(self) -> None:
         """Take what is new in the journal. Raises CallbackError."""
-        for event in read_events(self._run_dir, self._after):
-            self._after = event["seq"]
-            if event["kind"] == "steps":
-                self._enter_steps(event)
-            elif event["kind"] == "resumed":
-                before = (e for e in read_events(self._run_dir) if e["seq"] <= event["seq"])
-                self._progress = absorb(Progress(), committed_steps(before))
-            elif event["kind"] == "checkpoint":
-                self._unreported[event["step"]] = event["path"]
-            elif event["kind"] == "state":
-                self._enter_state(from_plain(RunState, event["state"]))
+        for entry in read_entries(self._run_dir, self._after):
+            self._after = entry.seq
+            match entry.event:
+                case StepsCommitted():
+                    self._enter_steps(entry)
+                case Resumed():
+                    before = (e for e in read_entries(self._run_dir, only=LEDGER) if e.seq <= entry.seq)
+                    self._progress = absorb(Progress(), committed_steps(before))
+                case CheckpointCommitted(step, path):
+                    self._unreported[step] = path
+                case StateDecided(state):
+                    self._enter_state(state)
             self._report_checkpoints()
 
-    def _enter_steps(self, event: Event) -> None:
-        records = [record for record in committed_steps([event]) if record.step > self._progress.watermark]
+    def _enter_steps(self, entry: JournalEntry) -> None:
+        records = [record for record in committed_steps([entry]) if record.step > self._progress.watermark]
         for row, record in zip(rows_of(self._progress, records), records, strict=True):
             self._rows[record.step] = [row] * record.world_size
             self._call("after_report", metrics=_copies(self._rows[record.step]), checkpoint=None)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from orchestrator.data.prepare.options import check_enough, check_vocabulary, prepare
 from orchestrator.data.sample_order import Orders
+from orchestrator.protocol.events.base import Event
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import Dataset
@@ -18,6 +19,13 @@ class PreparedData:
     vocab_size: int
     tokenizer: str  # file in the run's directory
     datasets: tuple[Dataset, ...] = ()  # what a tracker shows of it
+
+
+@dataclass(frozen=True)
+class DataPrepared(Event, kind="prepared", internal=True):
+    """The token store is there."""
+
+    data: PreparedData
 
 
 class Preparation:

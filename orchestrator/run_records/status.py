@@ -14,6 +14,8 @@ from orchestrator.policy.state.progress import tokens_per_second, traffic_per_st
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.events.generations import Activated
+from orchestrator.protocol.events.run import Ended, Submitted
 from orchestrator.protocol.status import RunPhase, RunStatus, WorkerStatus
 from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_history import RunHistory
@@ -70,9 +72,9 @@ def status_of(
         or None,
         error=state.why if state.outcome is RunPhase.FAILED else None,
         traceback=(state.traceback or None) if state.outcome is RunPhase.FAILED else None,
-        submitted_time=memory.times.get("submitted"),
-        started_time=memory.times.get("activated"),
-        ended_time=memory.times.get("ended"),
+        submitted_time=memory.times.get(Submitted),
+        started_time=memory.times.get(Activated),
+        ended_time=memory.times.get(Ended),
         stage=progress.stage,
         traffic=traffic_per_step(progress),
         worker_group=_worker_group(state, seen),

@@ -10,10 +10,10 @@ from orchestrator.errors import NotFinished, NotFound
 from orchestrator.policy.health.expert_load import shown_loads
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import RunHistory, committed_steps, read_status, user_events
+from orchestrator.run_records.run_history import RunHistory, committed_steps, read_entries, read_status
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import newest_term, read_events
+from orchestrator.storage.journal import newest_term
 from orchestrator.telemetry.step_metrics import points_after, points_of_event
 from orchestrator.tracking.outbox import num_waiting
 from orchestrator.tracking.tracker import Tracker, TrackerState
@@ -71,9 +71,11 @@ def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> It
     yield "artifact", (str(run_dir / "job.yaml"),)
     if data is not None:
         yield from calls_for_data(data)
-    for event in user_events(run_dir):
-        yield "event", (event, points_of_event(event))
-    steps = committed_steps(read_events(run_dir))
+    entries = read_entries(run_dir)
+    for entry in entries:
+        if not entry.event.is_internal:
+            yield "event", (entry, points_of_event(entry))
+    steps = committed_steps(entries)
     points, loads, after = points_after(steps, position), shown_loads(steps), position
     while points:
         last = points[min(POINTS_PER_CALL, len(points)) - 1].step  # a step's values stay together

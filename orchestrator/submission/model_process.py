@@ -16,7 +16,8 @@ from orchestrator import errors
 from orchestrator.checkpoint.read import choose
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
-from orchestrator.storage.journal import read_events
+from orchestrator.run_records.data_preparation import DataPrepared
+from orchestrator.run_records.run_history import read_entries
 
 MODULE = "orchestrator.inference.process"
 SHOWN_LINES = 20  # of what a process said that ended by itself
@@ -73,7 +74,8 @@ def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
 
 def store_of(run_id: str, run_dir: Path) -> str:
     """Where the run's token store lies. Raises DataError if there is none any more."""
-    prepared = [event["data"]["store_dir"] for event in read_events(run_dir) if event["kind"] == "prepared"]
+    entries = read_entries(run_dir, only=(DataPrepared,))
+    prepared = [entry.event.data.store_dir for entry in entries if isinstance(entry.event, DataPrepared)]
     if not prepared or not Path(prepared[-1]).is_dir():
         gone = f"is gone: {prepared[-1]}" if prepared else "was never prepared"
         raise DataError(f"the token store of run {run_id} {gone}", remedy="Name a text instead: --corpus SOURCE.")

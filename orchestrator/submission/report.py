@@ -1,17 +1,18 @@
 """A run's report from what it has left in run storage: its journal and its job. Needs no cluster."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.flops import ModelSize, size_of
 from orchestrator.policy.health.expert_load import LoadMap, load_map, shown_loads
 from orchestrator.policy.report.report import Rates, RunReport, report_of
+from orchestrator.policy.state.run_state import StateDecided
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.run_records.data_preparation import DataPrepared
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.run_records.run_history import read_steps
+from orchestrator.run_records.run_history import read_entries, read_steps
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import read_events
 from orchestrator.submission.param_listing import state_of
 
 
@@ -23,12 +24,12 @@ def read_report(run_dir: Path, rates: Rates) -> RunReport:
         NotFinished: the run has not written anything yet.
     """
     files = RunFiles(run_dir)
-    events = read_events(run_dir)
-    if not events:
-        return report_of(run_dir.name, events)  # says so
+    entries = read_entries(run_dir, leave_out=(StateDecided,))
+    if not entries:
+        return report_of(run_dir.name, entries)  # which raises NotFinished
     job = files.job()
-    size, note = _size(job, events)
-    return report_of(run_dir.name, events, gpus_per_worker=job.resources.gpus, size=size, size_note=note, rates=rates)
+    size, note = _size(job, entries)
+    return report_of(run_dir.name, entries, gpus_per_worker=job.resources.gpus, size=size, size_note=note, rates=rates)
 
 
 def read_load_map(run_dir: Path) -> LoadMap | None:
@@ -36,9 +37,9 @@ def read_load_map(run_dir: Path) -> LoadMap | None:
     return load_map(shown_loads(read_steps(run_dir)))
 
 
-def _size(job: JobSpec, events: Iterable[Mapping[str, Any]]) -> tuple[ModelSize | None, str]:
+def _size(job: JobSpec, entries: Iterable[JournalEntry]) -> tuple[ModelSize | None, str]:
     """The model's size, its embedding as long as the trained tokenizer has tokens; or why it isn't known."""
-    prepared = [event["data"]["vocab_size"] for event in events if event["kind"] == "prepared"]
+    prepared = [entry.event.data.vocab_size for entry in entries if isinstance(entry.event, DataPrepared)]
     if job.model.vocab_size is None and prepared:
         job = job.model_copy(update={"model": job.model.model_copy(update={"vocab_size": prepared[-1]})})
     try:

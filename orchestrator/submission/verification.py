@@ -23,12 +23,14 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.errors import NotFinished, OrchestratorError, UsageError
 from orchestrator.policy.replay_check import Differences
+from orchestrator.policy.state.run_state import StateDecided
 from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder
-from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.notices import NumericsDiffer, NumericsRecorded
+from orchestrator.protocol.events.training import StageDecided
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, Restore, StepRecord, StoreAddress, WorkerJob
-from orchestrator.run_records.run_history import committed_steps
+from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import Event, read_events
 from orchestrator.submission.model_process import error_of, store_of
 
 MODULE = "orchestrator.worker.replay.replay_rank"
@@ -86,8 +88,8 @@ def what_to_verify(
             f"train.determinism of run {run_id} is {job.train.determinism}: its steps come out otherwise each time",
             remedy="Verify runs of jobs with train.determinism: exact.",
         )
-    events = read_events(run_dir)
-    committed = committed_steps(events)
+    entries = read_entries(run_dir)
+    committed = committed_steps(entries)
     if not committed:
         raise NotFinished(f"run {run_id} has no committed step yet", remedy="Verify it once it has trained.")
     newest = committed[-1].step
@@ -96,15 +98,15 @@ def what_to_verify(
     elif after >= newest:
         raise UsageError(f"run {run_id} has no step after {after}; its newest committed one is {newest}")
     checkpoint = choose(run_dir / "checkpoints", after) if after >= 0 else None
-    decided = [e["first_step"] for e in events if e["kind"] == "stage_decided" and e["first_step"] > after]
+    decided = [e.event.first_step for e in entries if isinstance(e.event, StageDecided) and e.event.first_step > after]
     last = min([after + steps, *(first_step - 1 for first_step in decided)])
     records = tuple(record for record in committed if after < record.step <= last)
-    worlds = past_worlds(events, records)
+    worlds = past_worlds(entries, records)
     if other := [
         past.first_step for past in worlds if past.micro_batch != worlds[0].micro_batch
     ]:  # after a lack of memory
         records = tuple(record for record in records if record.step < other[0])
-        worlds = past_worlds(events, records)
+        worlds = past_worlds(entries, records)
     if not records:
         raise UsageError(
             f"step {after + 1} of run {run_id} began a stage of its curriculum by a request, which its checkpoint of "
@@ -121,26 +123,26 @@ def what_to_verify(
         workers=workers or next(size for size in (1, 2, 3) if size not in sizes or sizes >= {1, 2, 3}),
         checkpoint=checkpoint,
         store_dir=store_of(run_id, run_dir),
-        numerics=next((event["fingerprint"] for event in events if event["kind"] == "numerics"), None),
-        differing=differing_workers(events, worlds),
+        numerics=next((e.event.fingerprint for e in entries if isinstance(e.event, NumericsRecorded)), None),
+        differing=differing_workers(entries, worlds),
     )
 
 
-def differing_workers(events: Sequence[Event], worlds: Sequence[PastWorld]) -> dict[str, Differences]:
+def differing_workers(entries: Sequence[JournalEntry], worlds: Sequence[PastWorld]) -> dict[str, Differences]:
     """Who of these worlds had other numerics than the run's first worker."""
     members = {worker for past in worlds for worker in past.world.members}
-    told = (event for event in events if event["kind"] == "numerics_differ")
-    return {event["worker"]: event["differs"] for event in told if event["worker"] in members}
+    differing = (entry.event for entry in entries if isinstance(entry.event, NumericsDiffer))
+    return {event.worker: event.differs for event in differing if event.worker in members}
 
 
-def past_worlds(events: Sequence[Event], records: Sequence[StepRecord]) -> tuple[PastWorld, ...]:
+def past_worlds(entries: Sequence[JournalEntry], records: Sequence[StepRecord]) -> tuple[PastWorld, ...]:
     """The worlds that have done these steps, by the decisions in the journal."""
-    decisions = (event["state"]["current"] for event in events if event["kind"] == "state")
-    plans = {plan["world"]["generation"]: plan for plan in decisions if plan is not None}
+    decisions = (entry.event.state.current for entry in entries if isinstance(entry.event, StateDecided))
+    plans = {plan.generation: plan for plan in decisions if plan is not None}
     worlds: list[PastWorld] = []
     for record in records:
         if not worlds or worlds[-1].world.generation != record.generation:
-            plan = from_plain(GenerationPlan, plans[record.generation])
+            plan = plans[record.generation]
             worlds.append(PastWorld(record.step, plan.world, plan.placement, plan.micro_batch))
     return tuple(worlds)
 

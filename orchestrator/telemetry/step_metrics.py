@@ -1,9 +1,8 @@
 """Step records and rescales as metric values."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.generations import Recovered, Rescaled
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.tracking.sink import MetricPoint
@@ -67,13 +66,14 @@ def points_after(records: list[StepRecord], step: int) -> list[MetricPoint]:
     return points_of_steps(known, [record for record in records if record.step > step])
 
 
-def points_of_event(event: Mapping[str, Any]) -> list[MetricPoint]:
+def points_of_event(entry: JournalEntry) -> list[MetricPoint]:
     """What a chart shows of an event: the cost of a measured change, at the first step of the new world."""
-    if event["kind"] not in ("rescaled", "recovered"):
+    change = entry.event
+    if not isinstance(change, Rescaled | Recovered):
         return []
-    what = "rescale" if event["kind"] == "rescaled" else "recovery"
-    step, at = event["step"] + 1, event["time"]
+    what = "rescale" if isinstance(change, Rescaled) else "recovery"
+    step, at = change.step + 1, entry.time
     return [
-        MetricPoint(f"elastic/{what}_stall_s", event["stall_s"] or 0.0, step, at),
-        MetricPoint("elastic/moved_bytes", float(event["moved_bytes"]), step, at),
+        MetricPoint(f"elastic/{what}_stall_s", change.stall_s or 0.0, step, at),
+        MetricPoint("elastic/moved_bytes", float(change.moved_bytes), step, at),
     ]

@@ -47,7 +47,7 @@ MARKS = {
     "experts_collapsed": Mark("experts collapsed", LOST, "h", has_line=True),
     "loads_swing": Mark("expert loads swing", LOST, "H", has_line=False),
     "straggler": Mark("straggler", LOST, "d", has_line=False),
-    "move_abandoned": Mark("move abandoned", LOST, "x", has_line=False),
+    "transition_abandoned": Mark("transition abandoned", LOST, "x", has_line=False),
     "resumed": Mark("resumed", INK, ">", has_line=True),
     "stage": Mark("stage", EVAL, "D", has_line=True),
     "checkpoint": Mark("checkpoint", FAINT, "^", has_line=False, is_quiet=True),

@@ -24,6 +24,10 @@ from typing import Any
 from orchestrator.errors import NotFinished, ProtocolError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.events.base import JournalEntry, plain_of_entry
+from orchestrator.protocol.events.reading import entry_of
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.history import CURVES, History, read_history
 from orchestrator.tracking.sink import (
     Artifact,
@@ -117,15 +121,16 @@ class Outbox:
                 self._take(_POSITION, max(point.step for point in points))
                 self._announce()
 
-    def put_event(self, fields: Mapping[str, Any], points: Sequence[MetricPoint] = ()) -> None:
+    def put_event(self, entry: JournalEntry, points: Sequence[MetricPoint] = ()) -> None:
         """Put an event of the journal, with values that follow from it. A `seq` that was here before is a repeat."""
         with self._writing():
-            if self._one("SELECT count(*) FROM events WHERE seq = ?", fields["seq"]):
+            if self._one("SELECT count(*) FROM events WHERE seq = ?", entry.seq):
                 return
-            step = int(fields.get("step", self._newest(_POSITION)))
+            step = getattr(entry.event, "step", None)
+            step = self._newest(_POSITION) if step is None else step
             self._db.execute(
                 "INSERT INTO events (seq, step, body) VALUES (?, ?, ?)",
-                (fields["seq"], step, json.dumps(fields)),
+                (entry.seq, step, json.dumps(plain_of_entry(entry))),
             )
             self._append(points)
             self._announce()
@@ -233,22 +238,22 @@ class Outbox:
         """Let the tracker hear of checkpoints, in their order, once the values of their step are here."""
         rows = self._db.execute("SELECT seq, step, body FROM events WHERE NOT announced ORDER BY seq").fetchall()
         for seq, step, body in rows:
-            event = json.loads(body)
-            if event["kind"] == "checkpoint" and step > self._newest(_POSITION) and not all_of_them:
+            entry = entry_of(json.loads(body))
+            if isinstance(entry.event, CheckpointCommitted) and step > self._newest(_POSITION) and not all_of_them:
                 return
-            self._append(self._items_of(event))
+            self._append(self._items_of(entry))
             self._db.execute("UPDATE events SET announced = 1 WHERE seq = ?", (seq,))
 
-    def _items_of(self, event: Mapping[str, Any]) -> list[Item]:
-        match event["kind"]:
-            case "checkpoint":
-                values = (self._value_at(name, event["step"]) for name in ("train/loss", "eval/loss"))
+    def _items_of(self, entry: JournalEntry) -> list[Item]:
+        match entry.event:
+            case CheckpointCommitted(step, path):
+                values = (self._value_at(name, step) for name in ("train/loss", "eval/loss"))
                 points = tuple(value for value in values if value is not None)
-                return [Checkpoint(event["seq"], event["step"], event["path"], points)]
-            case "checkpoints_deleted":
-                return [CheckpointMark(Fate.DELETED, steps=tuple(event["steps"]))]
-            case "resumed":
-                return [CheckpointMark(Fate.SUPERSEDED, after=event["step"])]
+                return [Checkpoint(entry.seq, step, path, points)]
+            case CheckpointsDeleted(steps):
+                return [CheckpointMark(Fate.DELETED, steps=steps)]
+            case Resumed(step=step):
+                return [CheckpointMark(Fate.SUPERSEDED, after=step)]
         return []
 
     def _value_at(self, name: str, step: int) -> MetricPoint | None:

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 from orchestrator.errors import NotFound, TermSuperseded
 from orchestrator.policy.health.expert_load import Loads
+from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.tracking.history import History, write_table
 from orchestrator.tracking.outbox import FILE, Outbox
 from orchestrator.tracking.publisher import Publisher, Reporting
@@ -88,13 +89,13 @@ class Tracker:
         self._outbox.put_points(points, after, loads)
         self._publisher.wake()
 
-    def event(self, term: int, fields: Mapping[str, object], points: Sequence[MetricPoint] = ()) -> None:
+    def event(self, term: int, entry: JournalEntry, points: Sequence[MetricPoint] = ()) -> None:
         """Take an event of the journal, with values that follow from it; a repeat, told by its `seq`, is dropped.
 
         Of kinds `checkpoint`, `checkpoints_deleted` and `resumed` the tracker makes what MLflow knows of models.
         """
         self._admit(term)
-        self._outbox.put_event(fields, points)
+        self._outbox.put_event(entry, points)
         self._publisher.wake()
 
     def inputs(self, term: int, datasets: Sequence[Dataset]) -> None:

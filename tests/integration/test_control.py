@@ -112,7 +112,7 @@ def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> N
     on.ask("cancel", name)
     status = on.end_of(name)
     assert status.phase is RunPhase.CANCELLED, status
-    assert "move_abandoned" in on.kinds(name)
+    assert "transition_abandoned" in on.kinds(name)
     on.assert_every_step_once(name, status.step)
     assert on.sizes(name)[-1] == 3
 

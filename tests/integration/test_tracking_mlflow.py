@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 
 from orchestrator.errors import NotFound, TermSuperseded, UsageError
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.mlflow_server import MlflowServer
 from orchestrator.tracking.outbox import FILE
 from orchestrator.tracking.sink import Dataset, MetricPoint, RunInfo, TrackerSetup, with_driver
@@ -85,8 +88,8 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
     first.inputs(1, DATASETS)
     first.inputs(1, DATASETS)
     for seq, step in enumerate((599, 1099, 1199)):
-        first.event(1, {"seq": seq, "kind": "checkpoint", "time": time.time(), "step": step, "path": f"/c/{step}"})
-    first.event(1, {"seq": 3, "kind": "checkpoints_deleted", "time": time.time(), "steps": [599]})
+        first.event(1, JournalEntry(seq, 1, time.time(), CheckpointCommitted(step, f"/c/{step}")))
+    first.event(1, JournalEntry(3, 1, time.time(), CheckpointsDeleted((599,))))
     assert first.finish(1, "failed", reason="peer_lost: worker 3", timeout_s=PATIENCE_S), first.describe()
     client = client_of(uri)
     run = only_run(client)
@@ -94,9 +97,9 @@ def whole_life(directory: Path, uri: str) -> tuple[Any, Any]:
 
     second = reborn(first, setup)
     assert second.position() == 1199
-    second.event(2, {"seq": 4, "kind": "resumed", "time": time.time(), "step": 1099})
+    second.event(2, JournalEntry(4, 2, time.time(), Resumed("t", 1099, None, 2)))
     second.publish(2, points("train/loss", range(1100, 1500), 9.0), after=1099)
-    second.event(2, {"seq": 5, "kind": "checkpoint", "time": time.time(), "step": 1499, "path": "/c/1499"})
+    second.event(2, JournalEntry(5, 2, time.time(), CheckpointCommitted(1499, "/c/1499")))
     assert second.finish(2, "succeeded", timeout_s=PATIENCE_S), second.describe()
     assert second.describe()["mlflow_run_id"] == run.info.run_id
     with pytest.raises(TermSuperseded, match="term 1 may not publish: term 2 does"):

@@ -28,6 +28,7 @@ from orchestrator.checkpoint.write import ShardPiece, write_shard
 from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.messages import (
     Directive,
     Finish,
@@ -438,11 +439,11 @@ class FileTracker:
         whole = {} if after is None else {"after": after}
         self._write([{"term": term, "name": p.name, "value": p.value, "step": p.step} | whole for p in points])
 
-    def event(self, term: int, fields: dict[str, Any], points: list[Any]) -> None:
-        if fields["seq"] in self._seqs:
+    def event(self, term: int, entry: JournalEntry, points: list[Any]) -> None:
+        if entry.seq in self._seqs:
             return
-        self._seqs.add(fields["seq"])
-        self._write([{"term": term, "event": fields["kind"], "seq": fields["seq"]}])
+        self._seqs.add(entry.seq)
+        self._write([{"term": term, "event": entry.event.kind, "seq": entry.seq}])
 
     def inputs(self, term: int, datasets: tuple[Any, ...]) -> None:
         pass

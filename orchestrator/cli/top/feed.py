@@ -14,10 +14,14 @@ from typing import Any, Protocol
 from orchestrator.cli.terminal.format import counted
 from orchestrator.errors import OrchestratorError, ProtocolError
 from orchestrator.policy.report.report import report_of
-from orchestrator.protocol.codec import from_plain
+from orchestrator.policy.state.run_state import StateDecided
+from orchestrator.protocol.events.base import is_internal
+from orchestrator.protocol.events.reading import entry_of
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.messages import DesiredRunState, StepRecord
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.run_history import INTERNAL
+from orchestrator.run_records.run_history import read_entries
 from orchestrator.storage.journal import read_events
 
 MOST_RECORDS, MOST_EVENTS = 4096, 1000  # the newest
@@ -87,11 +91,13 @@ class JournalTail:
                 self._enter(event)
 
     def _enter(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "steps":
-            self.steps += [from_plain(StepRecord, plain) for plain in event["records"]]
-        elif event["kind"] == "resumed":  # what came after the checkpoint is done again
-            self.steps = deque((s for s in self.steps if s.step <= event["step"]), maxlen=MOST_RECORDS)
-        if event["kind"] not in INTERNAL:
+        if event["kind"] in (StepsCommitted.kind, Resumed.kind):
+            match entry_of(event).event:
+                case StepsCommitted(records):
+                    self.steps += records
+                case Resumed(step=step):  # what came after the checkpoint is done again
+                    self.steps = deque((s for s in self.steps if s.step <= step), maxlen=MOST_RECORDS)
+        if not is_internal(event["kind"]):
             self.events.append(event)
 
 
@@ -166,7 +172,7 @@ class Feed:
 
 def _goodput(status: RunStatus) -> float | None:
     try:
-        return report_of(status.run_id, read_events(Path(status.run_dir))).goodput
+        return report_of(status.run_id, read_entries(Path(status.run_dir), leave_out=(StateDecided,))).goodput
     except (OSError, ValueError, OrchestratorError):  # it can't be read from here, or holds nothing yet
         return None
 

@@ -1,11 +1,12 @@
 """When a run's experts collapse, or their loads swing, and what a user should do. Pure."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from enum import StrEnum
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from orchestrator.policy.health.expert_load import largest_violation
-from orchestrator.policy.state.run_state import Note
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.notices import ExpertsCollapsed, ExpertsEven, LoadsSteady, LoadsSwing
+from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.model import EMBEDDING_SCALE, ModelSpec
 
@@ -19,26 +20,42 @@ ENOUGH_STEPS = 15  # of them begin a trouble, and as many others end it
 TOKENS_PER_EXPERT = 4  # of a global batch: with fewer, even random choices look uneven
 
 
-class Trouble(StrEnum):
-    """What can be wrong with the routers' choices: the kinds of the events with which it begins."""
+@dataclass(frozen=True)
+class Troubles:
+    """Troubles of the routers that go on, each with the event with which it began."""
 
-    COLLAPSE = "experts_collapsed"  # most tokens of a layer go to the same experts
-    SWING = "loads_swing"  # experts are full and empty by turns
+    collapse: ExpertsCollapsed | None = None
+    swing: LoadsSwing | None = None
+
+    def after(self, event: Event) -> "Troubles":
+        """The troubles once this event has happened."""
+        match event:
+            case ExpertsCollapsed():
+                return replace(self, collapse=event)
+            case ExpertsEven():
+                return replace(self, collapse=None)
+            case LoadsSwing():
+                return replace(self, swing=event)
+            case LoadsSteady():
+                return replace(self, swing=None)
+        return self
+
+    def up_to(self, step: int) -> "Troubles":
+        """Those that began no later than this step: a run that goes back forgets later ones."""
+        collapse = self.collapse if self.collapse is not None and self.collapse.step <= step else None
+        return Troubles(collapse, self.swing if self.swing is not None and self.swing.step <= step else None)
 
 
-ENDS = {Trouble.COLLAPSE: "experts_even", Trouble.SWING: "loads_steady"}  # kinds of the events with which it is over
-
-
-def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Collection[str]) -> list[Note]:
+def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Troubles) -> list[Event]:
     """The troubles that have begun or ended with the newest of these steps, as events.
 
-    A trouble begins, and ends, when `ENOUGH_STEPS` of the newest `LASTING_STEPS` say so. Steps that say nothing are
-    left out: those before the routers have settled, those without tokens (a batch that was left out), and those with
-    very few.
+    A trouble begins, and ends, when `ENOUGH_STEPS` of the newest `LASTING_STEPS` agree on it. Steps without evidence
+    are left out: those before the routers have settled, those without tokens (a batch that was left out), and those
+    with very few.
 
     Args:
         records: the newest ones, in order.
-        known: kinds of the troubles that have begun and not ended.
+        known: troubles that have begun and not ended.
     """
     steps = [
         record
@@ -48,53 +65,54 @@ def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Collect
         and record.tokens >= TOKENS_PER_EXPERT * model.num_experts
     ]
     largest = largest_violation(model.num_experts, model.top_k)
-    collapses = _news(Trouble.COLLAPSE, steps, known, lambda r: r.experts.worst_violation > COLLAPSED * largest > 0)
+    news: list[Event] = []
+    change = _change(steps, known.collapse is not None, lambda r: r.experts.worst_violation > COLLAPSED * largest > 0)
+    if change is not None:
+        first, newest = change
+        begun = ExpertsCollapsed(first, newest.worst_layer, newest.worst_violation)
+        news.append(begun if known.collapse is None else ExpertsEven(first))
     compared = [record for record in steps if record.experts.swing is not None]  # with the step before
-    swings = _news(Trouble.SWING, compared, known, lambda r: (r.experts.swing or 0.0) > SWINGING)
-    return collapses + swings
+    change = _change(compared, known.swing is not None, lambda r: (r.experts.swing or 0.0) > SWINGING)
+    if change is not None:
+        first, newest = change
+        news.append(LoadsSwing(first, newest.swing or 0.0) if known.swing is None else LoadsSteady(first))
+    return news
 
 
-def _news(
-    trouble: Trouble, steps: Sequence[StepRecord], known: Collection[str], is_bad: Callable[[StepRecord], bool]
-) -> list[Note]:
-    was_bad = trouble in known
-    rows = []  # the newest one, and those before it that say the same: many steps may have come at once
+def _change(
+    steps: Sequence[StepRecord], was_bad: bool, is_bad: Callable[[StepRecord], bool]
+) -> tuple[int, ExpertLoad] | None:
+    """First step of a lasting change, and the loads of the newest step that shows it; None without one."""
+    rows = []  # the newest one, and those before it that agree: many steps may have come at once
     for end in range(len(steps), 0, -1):
         changed = [record for record in steps[max(end - LASTING_STEPS, 0) : end] if is_bad(record) is not was_bad]
         if len(changed) < ENOUGH_STEPS:
             break
         rows.append(changed)
-    if not rows:
-        return []
-    first, newest = rows[-1][0].step, rows[0][-1].experts
-    if was_bad:
-        return [Note(ENDS[trouble], {"step": first})]
-    if trouble is Trouble.SWING:
-        return [Note(trouble.value, {"step": first, "swing": newest.swing})]
-    return [Note(trouble.value, {"step": first, "layer": newest.worst_layer, "max_violation": newest.worst_violation})]
+    return (rows[-1][0].step, rows[0][-1].experts) if rows else None
 
 
-def routing_warnings(model: ModelSpec, events: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a user should know of troubles that go on, from the events with which they began, by kind."""
-    swings = Trouble.SWING in events
-    warnings = [_collapse(model, events[Trouble.COLLAPSE], swings)] if Trouble.COLLAPSE in events else []
-    return warnings + ([_swing(model, events[Trouble.SWING])] if swings else [])
+def routing_warnings(model: ModelSpec, troubles: Troubles) -> list[str]:
+    """What a user should know of troubles that go on."""
+    swings = troubles.swing is not None
+    warnings = [] if troubles.collapse is None else [_collapse(model, troubles.collapse, swings)]
+    return warnings + ([] if troubles.swing is None else [_swing(model, troubles.swing)])
 
 
-def _collapse(model: ModelSpec, event: Mapping[str, Any], swings: bool) -> str:
+def _collapse(model: ModelSpec, event: ExpertsCollapsed, swings: bool) -> str:
     """Where loads also swing, a layer is full and empty by turns: what calms them helps, a faster bias doesn't."""
     largest = largest_violation(model.num_experts, model.top_k)
     return (
-        f"MoE layer {event['layer']} has collapsed since step {event['step']}, most of its tokens go to the same "
-        f"experts: its MaxVio was {event['max_violation']:.2f} of {largest:.2f} possible, where at most "
+        f"MoE layer {event.layer} has collapsed since step {event.step}, most of its tokens go to the same "
+        f"experts: its MaxVio was {event.max_violation:.2f} of {largest:.2f} possible, where at most "
         f"{COLLAPSED * largest:.2f} is expected. In the job of a new run, "
         f"{_steadier(model) if swings else _more_even(model)} (docs/balance.md)"
     )
 
 
-def _swing(model: ModelSpec, event: Mapping[str, Any]) -> str:
+def _swing(model: ModelSpec, event: LoadsSwing) -> str:
     return (
-        f"the loads of experts swing since step {event['step']}: {event['swing']:.0%} of the experts went from well "
+        f"the loads of experts swing since step {event.step}: {event.swing:.0%} of the experts went from well "
         f"above the mean load to well below it, or back, from one step to the next, where at most {SWINGING:.0%} is "
         f"expected. In the job of a new run, {_steadier(model)}"
     )

@@ -5,7 +5,8 @@ from dataclasses import replace
 from statistics import median
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
+from orchestrator.protocol.events.workers import StragglerFound
 from orchestrator.protocol.messages import StepRecord
 
 FACTOR = 1.5  # times the others' time
@@ -54,10 +55,7 @@ def watch_stragglers(limits: RunLimits, state: RunState, seen: Observation) -> D
         return Decision(state)
     worker = state.members[slow]
     times = median(r.slowness for r in records if r.slowest == slow)
-    note = Note(
-        "straggler",
-        {"worker": worker, "node": seen.nodes.get(worker, ""), "slowness": round(times, 2), "step": seen.step},
-    )
+    note = StragglerFound(worker, seen.nodes.get(worker, ""), round(times, 2), seen.step)
     return Decision(replace(state, straggler=worker), (note,))
 
 

@@ -14,7 +14,9 @@ from orchestrator.policy.recovery.respond import respond
 from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, given_up, is_blame_due, without_store
 from orchestrator.policy.rescale.worker_pool import why_gone
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, KillWorker, Note, Observation, RunState, WorkerFailure
+from orchestrator.policy.state.run_state import Decision, KillWorker, Observation, RunState, WorkerFailure
+from orchestrator.protocol.events.generations import GenerationAborted, TransitionAbandoned
+from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import Recovery
 
@@ -52,7 +54,7 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
         broken_s=None,
     )
     if gone or stopped:
-        note = Note("generation_aborted", {"generation": current.generation, "step": seen.step, "why": why})
+        note = GenerationAborted(current.generation, seen.step, why)
         account = Recovery(current.generation, (), "network", current.world.size, 0, seen.step, why)
         return Decision(replace(over, recovery=account, traceback=""), (note,))
     return _abandoned(over, seen, newest, why)
@@ -105,16 +107,7 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         for w in gone
     )
     notes = tuple(
-        Note(
-            "worker_lost",
-            {
-                "worker": failure.worker,
-                "step": failure.step,
-                "cause": failure.cause,
-                "why": gone[failure.worker],
-                "member": True,
-            },
-        )
+        WorkerLost(failure.worker, gone[failure.worker], member=True, step=failure.step, cause=failure.cause)
         for failure in failures
     )
     buried = replace(
@@ -160,7 +153,7 @@ def _abandoned(state: RunState, seen: Observation, generation: int, why: str) ->
     failed_transitions = state.failed_transitions + 1
     gives_up = failed_transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
     size_request = given_up(state, seen) if gives_up else state.size_request
-    note = Note("move_abandoned", {"generation": generation, "why": why, "gave_up": gives_up})
+    note = TransitionAbandoned(generation, why, gives_up)
     return Decision(replace(state, failed_transitions=failed_transitions, size_request=size_request, why=why), (note,))
 
 

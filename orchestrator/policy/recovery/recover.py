@@ -24,8 +24,10 @@ from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import has_stopped
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import USER_ERROR, Decision, Note, Observation, RunState, WorkerFailure, ended
+from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observation, RunState, WorkerFailure, ended
 from orchestrator.policy.state.world_size import SizeChange, wanted_size
+from orchestrator.protocol.events.generations import RolledBack
+from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import Finish, Phase, Source
 from orchestrator.protocol.status import Recovery, RunPhase
 
@@ -134,13 +136,8 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         return Decision(state)
     restore = seen.restorable
     done = restore.step if restore else -1
-    fields = {
-        "step": done,
-        "checkpoint": restore.path if restore else None,
-        "why": state.why,
-    }
     account = _account(state, seen, done, "checkpoint")
-    note = Note("rolled_back", fields)
+    note = RolledBack(done, restore.path if restore else None, state.why)
     begun = replace(
         state,
         previous=state.current,
@@ -152,7 +149,7 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     )
     if not state.gives_way:
         return Decision(begun, (note,))
-    gone = Note("workers_released", {"workers": list(state.worker_group)})
+    gone = WorkersReleased(state.worker_group)
     return Decision(replace(begun, finish=Finish.NO, worker_group=()), (note, gone))
 
 

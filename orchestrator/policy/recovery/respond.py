@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Note, Observation, RunState, WorkerFailure
+from orchestrator.policy.state.run_state import Observation, RunState, WorkerFailure
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.training import BatchSkipped, MicroBatchReduced
 from orchestrator.sampling.micro_batches import MicroBatchSize
 
 SUSPECT_STEPS = 8  # of a generation with larger micro-batches
@@ -12,9 +14,9 @@ SUSPECT_STEPS = 8  # of a generation with larger micro-batches
 
 def respond(
     limits: RunLimits, state: RunState, seen: Observation, failures: Sequence[WorkerFailure]
-) -> tuple[RunState, tuple[Note, ...]]:
+) -> tuple[RunState, tuple[Event, ...]]:
     """The state as the next generation is to be planned from it, and what there is to say about that."""
-    notes: list[Note] = []
+    notes: list[Event] = []
     current = state.current
     last = current or state.previous
     size = last.micro_batch if last is not None and last.micro_batch else limits.micro_batch
@@ -28,13 +30,16 @@ def respond(
         if untried and smaller != size:
             world_size = last.world.size if last is not None else limits.initial_workers
             state = replace(state, micro_batch=smaller, micro_batch_ceiling=size.tokens, ceiling_size=world_size)
-            unit = "rows" if size.rows else "tokens"
-            sizes = {f"{end}_{unit}": s.rows or s.tokens for end, s in (("from", size), ("to", smaller))}
-            notes.append(Note("micro_batch_reduced", sizes | {"step": seen.step}))
+            reduced = MicroBatchReduced(seen.step)
+            if size.rows:
+                reduced = replace(reduced, from_rows=size.rows, to_rows=smaller.rows)
+            else:
+                reduced = replace(reduced, from_tokens=size.tokens, to_tokens=smaller.tokens)
+            notes.append(reduced)
     poisoned = {seen.reports[failure.worker].step + 1 for failure in failures if failure.cause == "numeric"}
     if fresh := poisoned - set(state.skips):
         state = replace(state, skips=tuple(sorted({*state.skips, *fresh})))
-        notes += [Note("batch_skipped", {"step": step, "why": state.why}) for step in sorted(fresh)]
+        notes += [BatchSkipped(step, state.why) for step in sorted(fresh)]
     return state, tuple(notes)
 
 

@@ -1,14 +1,14 @@
 """A run's journal cut into attempts: from its submission, an order to go on, or the moment at which it gave its places
 away, to the end that followed. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.generations import Activated
+from orchestrator.protocol.events.run import Admitted, Ended, Queued, Resumed, Suspended
+from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.messages import StepRecord
-
-Event = Mapping[str, Any]
 
 SUSPENDED = "suspended"  # it gave its places away, to go on later: an end of an attempt, and the event that tells of it
 
@@ -29,7 +29,7 @@ class Attempt:
     began_s: float
     ended_s: float
     outcome: str
-    events: tuple[Event, ...]
+    events: tuple[JournalEntry, ...]
     steps: tuple[StepRecord, ...]
     counts_to: int
 
@@ -38,53 +38,54 @@ class Attempt:
         return record.step <= self.counts_to and record.applied
 
 
-def attempts_of(events: Sequence[Event]) -> tuple[Attempt, ...]:
+def attempts_of(events: Sequence[JournalEntry]) -> tuple[Attempt, ...]:
     """All attempts of a run, from every event of its journal. None if there are no events."""
-    groups: list[list[Event]] = []
+    groups: list[list[JournalEntry]] = []
     for event in events:
-        if not groups or event["kind"] == "resumed" or groups[-1][-1]["kind"] == SUSPENDED:
+        if not groups or isinstance(event.event, Resumed) or isinstance(groups[-1][-1].event, Suspended):
             groups.append([])
         groups[-1].append(event)
     attempts: list[Attempt] = []
     for number, group in enumerate(groups):
         after = [_goes_on_after(groups[n - 1], groups[n]) for n in range(number + 1, len(groups))]
         was_suspended = bool(attempts) and attempts[-1].outcome == SUSPENDED
-        asked_s = attempts[-1].ended_s if was_suspended else group[0]["time"]
+        asked_s = attempts[-1].ended_s if was_suspended else group[0].time
         attempts.append(_attempt(group, asked_s, was_suspended, after))
     return tuple(attempts)
 
 
-def _goes_on_after(before: Sequence[Event], group: Sequence[Event]) -> int:
+def _goes_on_after(before: Sequence[JournalEntry], group: Sequence[JournalEntry]) -> int:
     """The step after which an attempt goes on: says the order, or whoever suspended the one before."""
-    step: int = (group[0] if group[0]["kind"] == "resumed" else before[-1])["step"]
-    return step
+    end = group[0].event if isinstance(group[0].event, Resumed) else before[-1].event
+    assert isinstance(end, Resumed | Suspended)
+    return end.step
 
 
-def _attempt(events: Sequence[Event], asked_s: float, was_suspended: bool, later: Sequence[int]) -> Attempt:
+def _attempt(events: Sequence[JournalEntry], asked_s: float, was_suspended: bool, later: Sequence[int]) -> Attempt:
     """Args: steps after which later attempts went on."""
-    plain = [record for event in events if event["kind"] == "steps" for record in event["records"]]
-    steps = tuple(from_plain(StepRecord, record) for record in plain)
-    end = next((event for event in events if event["kind"] in ("ended", SUSPENDED)), None)
+    done = [entry.event.records for entry in events if isinstance(entry.event, StepsCommitted)]
+    steps = tuple(record for records in done for record in records)
+    end = next((entry for entry in events if isinstance(entry.event, Ended | Suspended)), None)
     # What members still knew is written down after the end, and their clocks are not the controller's.
     votes_s = [record.vote_time for record in steps]
-    ended_s = max([event["time"] for event in ([end] if end is not None else events)] + votes_s)
+    ended_s = max([event.time for event in ([end] if end is not None else events)] + votes_s)
     newest = steps[-1].step if steps else -1
     return Attempt(
         asked_s=asked_s,
         began_s=min(_let_in_s(events, asked_s, ended_s, was_suspended), ended_s),
         ended_s=ended_s,
-        outcome=end.get("outcome", SUSPENDED) if end is not None else "",
+        outcome="" if end is None else end.event.outcome if isinstance(end.event, Ended) else SUSPENDED,
         events=tuple(events),
         steps=steps,
         counts_to=min([newest, *later]),
     )
 
 
-def _let_in_s(events: Sequence[Event], asked_s: float, ended_s: float, is_queued: bool) -> float:
+def _let_in_s(events: Sequence[JournalEntry], asked_s: float, ended_s: float, is_queued: bool) -> float:
     """When it was given its place the last time before it trained. Journals of before there was a queue tell nothing
     of it; one that does, and was not let in, waited all the time."""
-    start = next((n for n, event in enumerate(events) if event["kind"] == "activated"), len(events))
-    let_in = [event["time"] for event in events[:start] if event["kind"] == "admitted"]
+    start = next((n for n, event in enumerate(events) if isinstance(event.event, Activated)), len(events))
+    let_in = [event.time for event in events[:start] if isinstance(event.event, Admitted)]
     if let_in:
         return float(let_in[-1])
-    return ended_s if is_queued or any(event["kind"] == "queued" for event in events[:start]) else asked_s
+    return ended_s if is_queued or any(isinstance(event.event, Queued) for event in events[:start]) else asked_s

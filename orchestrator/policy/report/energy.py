@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from orchestrator.policy.report.attempts import Attempt
-from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.events.workers import EnergyRead, WorkersSpawned
 from orchestrator.protocol.usage import EnergyReading
 
 JOULES_PER_KWH = 3.6e6
@@ -66,9 +66,10 @@ def energy_of(attempts: Sequence[Attempt], held_hours: float, watts_per_worker: 
 def _readings(attempt: Attempt) -> Iterator[EnergyReading]:
     """The newest of each worker that the attempt has had; it counts from the worker's beginning."""
     newest: dict[str, EnergyReading] = {}
-    for event in attempt.events:
-        if event["kind"] == "workers_spawned":
-            newest |= dict.fromkeys(event["workers"], EnergyReading())
-        elif event["kind"] == "energy":
-            newest |= {worker: from_plain(EnergyReading, plain) for worker, plain in event["workers"].items()}
+    for entry in attempt.events:
+        match entry.event:
+            case WorkersSpawned(workers):
+                newest |= dict.fromkeys(workers, EnergyReading())
+            case EnergyRead(readings):
+                newest |= readings
     yield from newest.values()

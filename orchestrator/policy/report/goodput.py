@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from orchestrator.policy.report.attempts import Attempt, Event
+from orchestrator.policy.report.attempts import Attempt
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.generations import Activated, GenerationAborted, RolledBack
 from orchestrator.protocol.messages import StepRecord
 
 
@@ -128,20 +130,22 @@ def _parts_of_step(record: StepRecord, step_s: float, counts: bool) -> Iterator[
     yield from (Slice(use, scale * wait_s, record.world_size) for use, wait_s in waits.items())
 
 
-def _move(events: Sequence[Event], before: StepRecord, record: StepRecord, moment_s: float, gap_s: float) -> Move:
+def _move(
+    events: Sequence[JournalEntry], before: StepRecord, record: StepRecord, moment_s: float, gap_s: float
+) -> Move:
     """What filled the `gap_s` seconds after the vote at `moment_s`."""
     between = events[_activation(events, before) + 1 : _activation(events, record) + 1]
-    aborts = [event for event in between if event["kind"] == "generation_aborted"]
-    activated = [event for event in between if event["kind"] == "activated"]
-    detect_s = _within(aborts[0]["time"] - moment_s, gap_s) if aborts else 0.0
+    aborts = [event for event in between if isinstance(event.event, GenerationAborted)]
+    activated = [(event.time, event.event) for event in between if isinstance(event.event, Activated)]
+    detect_s = _within(aborts[0].time - moment_s, gap_s) if aborts else 0.0
     wasted_s = 0.0
-    if activated and any(event["kind"] == "rolled_back" for event in between):
-        wasted_s = _within(moment_s + gap_s - activated[-1]["time"], gap_s - detect_s)
+    if activated and any(isinstance(event.event, RolledBack) for event in between):
+        wasted_s = _within(moment_s + gap_s - activated[-1][0], gap_s - detect_s)
     left_s = gap_s - detect_s - wasted_s
     took = [
-        (event["transfer_s"] + event["digest_s"], event["build_s"])
-        for event in activated
-        if all(part in event for part in ("transfer_s", "digest_s", "build_s"))
+        (event.transfer_s + event.digest_s, event.build_s)
+        for _, event in activated
+        if event.transfer_s is not None and event.digest_s is not None and event.build_s is not None
     ]
     transfer_s = rebuild_s = None
     if activated and len(took) == len(activated):
@@ -178,19 +182,21 @@ def _tail(attempt: Attempt, last: StepRecord | None, moment_s: float) -> Iterato
         yield Slice(Use.START, left_s, 0)
         return
     after = attempt.events[_activation(attempt.events, last) + 1 :]
-    aborts = [event for event in after if event["kind"] == "generation_aborted"]
+    aborts = [event for event in after if isinstance(event.event, GenerationAborted)]
     if not aborts:
         yield Slice(Use.END, left_s, last.world_size)
         return
-    detect_s = _within(aborts[0]["time"] - moment_s, left_s)
+    detect_s = _within(aborts[0].time - moment_s, left_s)
     yield Slice(Use.DETECT, detect_s, last.world_size)
     yield Slice(Use.RENDEZVOUS, left_s - detect_s, last.world_size)
 
 
-def _activation(events: Sequence[Event], record: StepRecord) -> int:
+def _activation(events: Sequence[JournalEntry], record: StepRecord) -> int:
     """Where the journal tells of the activation of the step's generation; -1 if it doesn't."""
     found = (
-        n for n, event in enumerate(events) if event["kind"] == "activated" and event["generation"] == record.generation
+        n
+        for n, entry in enumerate(events)
+        if isinstance(entry.event, Activated) and entry.event.generation == record.generation
     )
     return next(found, -1)
 

@@ -1,6 +1,6 @@
 """What a run has cost and what came of it: time, workers, energy, tokens, operations, money. Pure.
 
-    report_of("books", events, gpus_per_worker=0, size=None, rates=Rates())
+    report_of("books", entries, gpus_per_worker=0, size=None, rates=Rates())
 
 What the journal doesn't tell is None here, and never an estimate that looks like a measurement.
 """
@@ -12,10 +12,11 @@ from itertools import pairwise
 
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.policy.estimate.flops import Flops, ModelSize, flops_of
-from orchestrator.policy.report.attempts import Attempt, Event, attempts_of
+from orchestrator.policy.report.attempts import Attempt, attempts_of
 from orchestrator.policy.report.energy import NOT_MEASURED, Energy, energy_of
 from orchestrator.policy.report.goodput import PRODUCTIVE, Move, Slice, Use, account_of
 from orchestrator.policy.report.worker_hours import Headcount, WorkerHours, headcounts_of, worker_hours
+from orchestrator.protocol.events.base import JournalEntry
 
 MOVED = (Use.TRANSFER, Use.REBUILD)
 
@@ -119,7 +120,7 @@ class RunReport:
 
 def report_of(
     run_id: str,
-    events: Sequence[Event],
+    entries: Sequence[JournalEntry],
     *,
     gpus_per_worker: float = 0.0,
     size: ModelSize | None = None,
@@ -129,14 +130,14 @@ def report_of(
     """The report of a run, whether it has ended or goes on.
 
     Args:
-        events: all of its journal, the controller's own included.
+        entries: all of its journal, the controller's own included.
         size: of its model; None if that isn't known, and `size_note` says why.
 
     Raises:
         NotFinished: the journal is empty.
     """
     rates = rates or Rates()
-    attempts = attempts_of(events)
+    attempts = attempts_of(entries)
     if not attempts:
         raise NotFinished(
             f"the journal of run {run_id} holds no event yet: there is nothing to report",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from orchestrator.policy.report.attempts import Attempt
+from orchestrator.protocol.events.generations import Activated
+from orchestrator.protocol.events.run import Ended
+from orchestrator.protocol.events.workers import WorkerLost, WorkersReleased, WorkersSpawned
 
 RECONCILES = 0.01  # two accounts of worker-hours that differ by no more agree
 
@@ -66,21 +69,22 @@ def headcounts_of(attempt: Attempt) -> tuple[Headcount, ...]:
     worker_group: set[str] = set()
     members: set[str] = set()
     counts = [Headcount(attempt.began_s, 0, 0)]
-    for event in attempt.events:
-        if event["kind"] == "ended":
-            break
-        if event["kind"] == "workers_spawned":
-            worker_group.update(event["workers"])
-        elif event["kind"] == "workers_released":
-            worker_group.difference_update(event["workers"])
-        elif event["kind"] == "worker_lost":
-            worker_group.discard(event["worker"])
-            members.discard(event["worker"])
-        elif event["kind"] == "activated":
-            members = set(event["members"])
-        else:
-            continue
-        time_s = min(max(event["time"], counts[-1].time_s), attempt.ended_s)  # controllers on two hosts, two clocks
+    for entry in attempt.events:
+        match entry.event:
+            case Ended():
+                break
+            case WorkersSpawned(workers):
+                worker_group.update(workers)
+            case WorkersReleased(workers):
+                worker_group.difference_update(workers)
+            case WorkerLost(worker):
+                worker_group.discard(worker)
+                members.discard(worker)
+            case Activated(members=new):
+                members = set(new)
+            case _:
+                continue
+        time_s = min(max(entry.time, counts[-1].time_s), attempt.ended_s)  # controllers on two hosts, two clocks
         counts.append(Headcount(time_s, len(members), len(worker_group)))
     counts.append(Headcount(attempt.ended_s, 0, 0))
     return tuple(counts)

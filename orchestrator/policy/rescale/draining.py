@@ -14,8 +14,9 @@ from orchestrator.policy.rescale.generation_plan import (
     warm_standbys,
 )
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange
+from orchestrator.protocol.events.workers import NodeDraining
 
 
 def watch_drains(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -24,13 +25,10 @@ def watch_drains(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     homes = {seen.nodes.get(worker, "") for worker in state.worker_group}
     fresh = sorted(node for node in seen.draining if node in homes and node not in state.draining)
     notes = tuple(
-        Note(
-            "node_draining",
-            {
-                "node": node,
-                "workers": [worker for worker in state.worker_group if seen.nodes.get(worker, "") == node],
-                "seconds_left": _seconds_left(seen, node),
-            },
+        NodeDraining(
+            node,
+            tuple(worker for worker in state.worker_group if seen.nodes.get(worker, "") == node),
+            _seconds_left(seen, node),
         )
         for node in fresh
     )

@@ -8,8 +8,9 @@ from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
+from orchestrator.protocol.events.generations import GenerationPlanned
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
 from orchestrator.sampling.micro_batches import MicroBatchSize
 
@@ -137,7 +138,6 @@ def with_plan(
         skips=state.skips,
         nodes=nodes,
     )
-    fields = {"generation": world.generation, "members": list(world.members), "first_step": change.first_step}
     planned = replace(
         state,
         next=plan,
@@ -145,4 +145,4 @@ def with_plan(
         next_why=why,
         num_generations=world.generation + 1,
     )
-    return Decision(planned, (Note("generation_planned", fields | {"why": why}),))
+    return Decision(planned, (GenerationPlanned(world.generation, world.members, change.first_step, why),))

@@ -15,8 +15,9 @@ import numpy as np
 
 from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, can_plan, planned_transition
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Note, Observation, Probe, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, Probe, RunState
 from orchestrator.policy.state.world_size import SizeChange
+from orchestrator.protocol.events.training import MicroBatchFitted
 from orchestrator.protocol.messages import MicroBatchMemory
 from orchestrator.sampling.micro_batches import split_into_micro_batches
 
@@ -62,17 +63,14 @@ def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> 
         return Decision(state)
     probes = tuple(Probe(w, u.sequence_length, u.tokens, u.resident_bytes) for w, u in memory.items())
     fullest = max(shares, key=lambda worker: shares[worker].fraction)
-    note = Note(
-        "micro_batch_fitted",
-        {
-            "from_tokens": now,
-            "to_tokens": wanted,
-            "step": seen.step,
-            "worker": fullest,
-            "memory_bytes": shares[fullest].bytes,
-            "taken_bytes": shares[fullest].taken,
-            "kept_bytes": memory[fullest].kept_bytes,
-        },
+    note = MicroBatchFitted(
+        from_tokens=now,
+        to_tokens=wanted,
+        step=seen.step,
+        worker=fullest,
+        memory_bytes=shares[fullest].bytes,
+        taken_bytes=shares[fullest].taken,
+        kept_bytes=memory[fullest].kept_bytes,
     )
     fitted = replace(state, micro_batch=replace(state.current.micro_batch, tokens=wanted), probes=probes)
     change = SizeChange(len(state.members), None)

@@ -6,7 +6,7 @@ activation is journalled the old world can always be rebuilt (`recovery`).
 """
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
@@ -28,8 +28,10 @@ from orchestrator.policy.rescale.generation_plan import (
 )
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import stall_s, typical_step_s
-from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled, TransitionAbandoned
 from orchestrator.protocol.messages import Fence, GenerationPlan, Handover, Phase
 from orchestrator.protocol.status import Recovery, Rescale
 from orchestrator.sampling.micro_batches import UNSAID
@@ -79,7 +81,7 @@ def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) ->
     gives_up = failed_transitions >= MAX_FAILED_TRANSITIONS
     is_fit = state.next.world.members == state.members  # nobody's request for another size
     size_request = given_up(state, seen) if gives_up and not is_fit else state.size_request
-    note = Note("move_abandoned", {"generation": state.next.generation, "why": broken[0], "gave_up": gives_up})
+    note = TransitionAbandoned(state.next.generation, broken[0], gives_up)
     abandoned = replace(
         state, failed_transitions=failed_transitions, size_request=size_request, why=broken[0], broken_s=None
     )
@@ -150,16 +152,16 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         micro_batch=UNSAID,
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )
-    fields = asdict(rescale) | {"members": list(plan.world.members)} | _transition_took(plan, seen)
-    return Decision(activated, (Note("activated", fields),))
+    event = Activated(**vars(rescale), members=plan.world.members, **_transition_took(plan, seen))
+    return Decision(activated, (event,))
 
 
 def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Complete the newest rescales and recoveries with their stall, once the new world has done a few steps."""
     rescales = tuple(_measured(limits, state, seen, rescale) for rescale in state.rescales)
     recoveries = tuple(_measured(limits, state, seen, recovery) for recovery in state.recoveries)
-    notes = [Note("rescaled", asdict(r)) for r in rescales if r not in state.rescales]
-    notes += [Note("recovered", asdict(r)) for r in recoveries if r not in state.recoveries]
+    notes: list[Event] = [Rescaled(**vars(r)) for r in rescales if r not in state.rescales]
+    notes += [Recovered(**vars(r)) for r in recoveries if r not in state.recoveries]
     if not notes:
         return Decision(state)
     return Decision(replace(state, rescales=rescales, recoveries=recoveries), tuple(notes))

@@ -1,7 +1,6 @@
 """Who is there: requests heard, the dead buried, standbys held ready and let go. Rules of `lifecycle`."""
 
 from dataclasses import replace
-from typing import Any
 
 from orchestrator.policy.cluster.autoscaling import adds_too_little
 from orchestrator.policy.health.budget import (
@@ -18,8 +17,17 @@ from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import STALL_STEPS
-from orchestrator.policy.state.run_state import Action, Decision, KillWorker, Note, Observation, RunState, WorkerFailure
+from orchestrator.policy.state.run_state import Action, Decision, KillWorker, Observation, RunState, WorkerFailure
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size, workers_to_hold
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.run import TargetChanged
+from orchestrator.protocol.events.workers import (
+    NodeQuarantined,
+    NodeReleased,
+    WorkerLost,
+    WorkersReleased,
+    WorkersSpawned,
+)
 from orchestrator.protocol.messages import DesiredRunState, Finish, Phase
 
 
@@ -28,9 +36,9 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     target = seen.target
     if target.seq <= state.target.seq:
         return Decision(state)
-    fields: dict[str, Any] = {"workers": target.workers, "finish": target.finish.value, "why": target.reason}
+    event = TargetChanged(target.workers, target.finish.value, target.reason)
     if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
-        return Decision(replace(state, target=target), (Note("target", fields),))
+        return Decision(replace(state, target=target), (event,))
     wanted, before = (
         wanted_size(limits, state.size_request, seen.step + 1),
         state.size_request or SizeRequest(limits.initial_workers, 0),
@@ -40,8 +48,8 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if target.workers < wanted and not target.by_hand and adds_too_little(limits, seen.progress, wanted):
         cap, cap_stage = target.workers, seen.progress.stage
     size_request = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
-    note = Note("target", fields | {"by_hand": target.by_hand})
-    return Decision(replace(state, target=target, size_request=size_request, failed_transitions=0), (note,))
+    event = replace(event, by_hand=target.by_hand)
+    return Decision(replace(state, target=target, size_request=size_request, failed_transitions=0), (event,))
 
 
 def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
@@ -60,9 +68,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     plans = [plan for plan in (state.previous, state.current, state.next) if plan is not None]
     none = {w for plan in plans for w in plan.world.members} | {w for w in gone if is_to_leave(state, seen, w)}
     never_warm = len({seen.nodes.get(w, "") or w for w in gone if w not in none})
-    notes: tuple[Action, ...] = tuple(
-        Note("worker_lost", {"worker": worker, "why": why, "member": False}) for worker, why in gone.items()
-    )
+    notes: tuple[Action, ...] = tuple(WorkerLost(worker, why, member=False) for worker, why in gone.items())
     worker_group = tuple(w for w in state.worker_group if w not in gone)
     counted = state.failed_spawns + never_warm
     worker, why = next(iter(gone.items()))
@@ -96,7 +102,7 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     if missing > 0 and not _in_transition(limits, state, seen) and not held_back_s(state.failures, seen.now_s):
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
-        note = Note("workers_spawned", {"workers": list(spawned)})
+        note = WorkersSpawned(spawned)
         grown = replace(state, worker_group=state.worker_group + spawned, num_spawned=first + missing)
         return Decision(grown, (note,))
     if (missing < 0 or leaving) and state.next is None and not state.is_recovering:
@@ -115,8 +121,8 @@ def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> D
         return Decision(state)
     counts = failures_by_node(state.failures, seen.now_s)
     fresh = [node for node in now if node not in state.quarantine]
-    notes = [Note("node_quarantined", {"node": node, "failures": counts[node]}) for node in fresh]
-    notes += [Note("node_released", {"node": node}) for node in state.quarantine if node not in now]
+    notes: list[Event] = [NodeQuarantined(node, counts[node]) for node in fresh]
+    notes += [NodeReleased(node) for node in state.quarantine if node not in now]
     return Decision(replace(state, quarantine=now), tuple(notes))
 
 
@@ -177,7 +183,7 @@ def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tupl
     if not released:
         return Decision(state)
     worker_group = tuple(w for w in state.worker_group if w not in released)
-    return Decision(replace(state, worker_group=worker_group), (Note("workers_released", {"workers": released}),))
+    return Decision(replace(state, worker_group=worker_group), (WorkersReleased(tuple(released)),))
 
 
 def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:

@@ -7,8 +7,10 @@ A run that gives its places away writes a checkpoint first, and goes on from it:
 from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size
+from orchestrator.protocol.events.run import Admitted, Granted, Preempted, Queued, Resumed, Suspended
+from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import Finish, Restore, ResumeRequest
 from orchestrator.protocol.scaling import JUST_COME
 
@@ -21,13 +23,13 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
     done = order.restore.step if order.restore else -1
     size_request = state.size_request if order.workers is None else SizeRequest(order.workers, done + 1, by_hand=True)
     workers = wanted_size(limits, size_request, done + 1)
-    fields = {
-        "token": order.token,
-        "step": done,
-        "checkpoint": order.restore.path if order.restore else None,
-        "workers": workers,
-        "residuals": "left behind" if order.restore and order.restore.reset_residuals else None,
-    }
+    event = Resumed(
+        token=order.token,
+        step=done,
+        checkpoint=order.restore.path if order.restore else None,
+        workers=workers,
+        residuals="left behind" if order.restore and order.restore.reset_residuals else None,
+    )
     target = replace(
         state.target,
         seq=state.target.seq + 1,
@@ -37,7 +39,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         stage_requests=state.stage_requests,
     )
     begun = replace(begun_again(state, order.restore), target=target, size_request=size_request)
-    return Decision(begun, (Note("resumed", fields),))
+    return Decision(begun, (event,))
 
 
 def begun_again(state: RunState, restore: Restore | None) -> RunState:
@@ -78,25 +80,21 @@ def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     if grant == state.grant:
         return Decision(state)
     granted = replace(state, grant=grant, granted_since=seen.step + 1)
-    fields = {
-        "workers": grant.workers,
-        "wanted": wanted_size(limits, state.size_request, seen.step + 1),
-        "why": grant.why,
-    }
+    wanted = wanted_size(limits, state.size_request, seen.step + 1)
     if was_out and is_out:  # it waits for something else now
-        return Decision(granted, (Note("queued", {"why": grant.why}),))
+        return Decision(granted, (Queued(grant.why),))
     if was_out:
         waited_s = 0.0 if state.queued_s is None else seen.now_s - state.queued_s
         let_in = replace(granted, admitted_s=seen.now_s, begun_s=None)
-        return Decision(let_in, (Note("admitted", fields | {"waited_s": waited_s}),))
+        return Decision(let_in, (Admitted(grant.workers, wanted, grant.why, waited_s),))
     if not is_out:
-        return Decision(granted, (Note("granted", fields),))
+        return Decision(granted, (Granted(grant.workers, wanted, grant.why),))
     waits = replace(granted, queued_s=seen.now_s if state.queued_s is None else state.queued_s)
     if state.current is not None:
-        return Decision(waits, (Note("preempted", fields | {"step": seen.step}),))
+        return Decision(waits, (Preempted(grant.workers, wanted, grant.why, seen.step),))
     waits = replace(waits, worker_group=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
-    gone = Note("workers_released", {"workers": list(state.worker_group)})
-    return Decision(waits, (Note("queued", {"why": grant.why}), gone))
+    gone = WorkersReleased(state.worker_group)
+    return Decision(waits, (Queued(grant.why), gone))
 
 
 def suspended(state: RunState, seen: Observation) -> Decision:
@@ -119,4 +117,4 @@ def suspended(state: RunState, seen: Observation) -> Decision:
         ceiling_size=state.ceiling_size,
         skips=state.skips,
     )
-    return Decision(waits, (Note("suspended", {"step": step, "checkpoint": path}),))
+    return Decision(waits, (Suspended(step, path),))

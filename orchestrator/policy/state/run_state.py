@@ -12,6 +12,8 @@ from typing import Any
 
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.world_size import SizeRequest
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.run import Ended
 from orchestrator.protocol.messages import (
     DesiredRunState,
     Fence,
@@ -184,6 +186,13 @@ class RunState:
 
 
 @dataclass(frozen=True)
+class StateDecided(Event, kind="state", internal=True):
+    """The newest decisions: what a controller goes on from."""
+
+    state: RunState
+
+
+@dataclass(frozen=True)
 class Observation:
     """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
 
@@ -231,14 +240,6 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Note:
-    """An event for the journal, the log and the tracker."""
-
-    kind: str
-    fields: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Commit:
     """All shards of a checkpoint are in run storage: write its marker. `term` is that of the generation's plan."""
 
@@ -255,7 +256,7 @@ class KillWorker:
     worker: str
 
 
-Action = Note | Commit | KillWorker
+Action = Event | Commit | KillWorker
 
 
 @dataclass(frozen=True)
@@ -273,4 +274,4 @@ class Decision:
 def ended(state: RunState, outcome: RunPhase, why: str, traceback: str = "") -> Decision:
     """The run is over: nobody of the worker group is needed any more."""
     over = replace(state, outcome=outcome, why=why, traceback=traceback, worker_group=(), next=None, fence=None)
-    return Decision(over, (Note("ended", {"outcome": outcome.value, "why": why}),))
+    return Decision(over, (Ended(outcome.value, why),))

@@ -11,6 +11,9 @@ import pytest
 
 from orchestrator.controller.tracker_client import TrackerClient
 from orchestrator.controller.worker_group import CallResult
+from orchestrator.protocol.events.generations import Rescaled
+from orchestrator.protocol.events.run import Submitted
+from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.run_records.tracker_setup import tracker_setup
@@ -31,10 +34,10 @@ DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "t
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits_of(steps=STEPS))
-    memory.note("submitted", run_id="run")
+    memory.note(Submitted("run", 2))
     memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
-    memory.note("rescaled", generation=1, from_size=2, to_size=3, step=40, stall_s=0.3, moved_bytes=7)
-    memory.note("checkpoint", step=99, path="/c/99")
+    memory.note(Rescaled(1, 2, 3, step=40, why="", stall_s=0.3, moved_bytes=7))
+    memory.note(CheckpointCommitted(99, "/c/99"))
     return tmp_path
 
 

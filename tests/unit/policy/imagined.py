@@ -6,15 +6,17 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.policy.lifecycle import decide, directive_of, first_state
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.run_state import Commit, KillWorker, Note, Observation, RunState
+from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
 from orchestrator.policy.termination import publishable
 from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.messages import (
     DesiredRunState,
     Directive,
@@ -80,7 +82,7 @@ class Life:
     progress: Progress = field(default_factory=Progress)
     reports: dict[str, Report] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
-    notes: list[Note] = field(default_factory=list)
+    notes: list[Event] = field(default_factory=list)
     committed: int = -1  # newest marked checkpoint
     unreadable: str = ""  # why checkpoints can't be read
     now_s: float = 0.0
@@ -195,7 +197,7 @@ class Life:
         old = self.reports.get(worker) or Report(worker, 1, 0, Phase.COLD, -1, -1, -1)
         self.reports[worker] = replace(old, version=old.version + 1, **changes)  # type: ignore[arg-type]
 
-    def of_kind(self, kind: str) -> list[Note]:
+    def of_kind(self, kind: str) -> list[Any]:
         return [note for note in self.notes if note.kind == kind]
 
     @property

@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.events.base import Event, JournalEntry, plain_of_entry
+from orchestrator.protocol.events.generations import Activated, GenerationAborted
+from orchestrator.protocol.events.run import Admitted, Ended, Preempted, Queued, Resumed, Submitted, Suspended
+from orchestrator.protocol.events.training import StepsCommitted
+from orchestrator.protocol.events.workers import WorkerLost, WorkersReleased, WorkersSpawned
 from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.status import Rescale
 from orchestrator.spec.job import JobSpec
 from tests.unit.policy.imagined import record
 
@@ -19,24 +24,24 @@ class Story:
     """A run on workers w0, w1, and so on. `now_s` is the time of day."""
 
     now_s: float = 1_000_000.0
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[JournalEntry] = field(default_factory=list)
     worker_group: list[str] = field(default_factory=list)
     members: list[str] = field(default_factory=list)
     spawned: int = 0
     generation: int = -1
     step: int = 0
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        self.events.append({"seq": len(self.events), "term": 1, "time": self.now_s, "kind": kind, **fields})
+    def tell(self, event: Event) -> None:
+        self.events.append(JournalEntry(len(self.events), 1, self.now_s, event))
 
     def spawn(self, count: int) -> None:
         names = [f"w{self.spawned + number}" for number in range(count)]
         self.spawned += count
         self.worker_group += names
-        self.tell("workers_spawned", workers=names)
+        self.tell(WorkersSpawned(tuple(names)))
 
     def start(self, workers: int, warm_s: float = 8.0) -> None:
-        self.tell("submitted", workers=workers)
+        self.tell(Submitted("run", workers))
         self._begin(workers, warm_s)
 
     def _begin(self, workers: int, warm_s: float) -> None:
@@ -47,22 +52,23 @@ class Story:
 
     def wait(self, seconds: float) -> None:
         """In the queue, until it is let in."""
-        self.tell("queued", why="there is no room for 1 worker")
+        self.tell(Queued("there is no room for 1 worker"))
         self.now_s += seconds
-        self.tell("admitted", workers=None, wanted=2, why="there is room for all 2", waited_s=seconds)
+        self.tell(Admitted(None, 2, "there is room for all 2", seconds))
 
     def give_way(self, queued_s: float, workers: int) -> None:
         """All places are given away, with a checkpoint, and come back."""
-        self.tell("preempted", workers=0, wanted=workers, why="high needs its places", step=self.step - 1)
+        self.tell(Preempted(0, workers, "high needs its places", self.step - 1))
         self.now_s += 0.5
-        self.tell("suspended", step=self.step - 1, checkpoint="somewhere")
+        self.tell(Suspended(self.step - 1, "somewhere"))
         self.wait(queued_s)
         self._begin(workers, 8.0)
 
     def activate(self, workers: int, **took: float) -> None:
         self.generation += 1
-        self.members = self.worker_group[:workers]
-        self.tell("activated", generation=self.generation, to_size=workers, members=list(self.members), **took)
+        before, self.members = len(self.members), self.worker_group[:workers]
+        rescale = Rescale(self.generation, before, workers, self.step - 1, "asked for")
+        self.tell(Activated(**vars(rescale), members=tuple(self.members), **took))
 
     def train(self, steps: int, step_s: float = 1.0, between_s: float = 0.0, **changes: Any) -> None:
         """Steps of the current world, journalled together."""
@@ -72,7 +78,7 @@ class Story:
             size = {"world_size": len(self.members)}
             done.append(record(self.step, self.generation, self.now_s, step_s, **{**WAITS, **size, **changes}))
             self.step += 1
-        self.tell("steps", records=[to_plain(one) for one in done])
+        self.tell(StepsCommitted(tuple(done)))
 
     def rescale(self, workers: int, stall_s: float = 0.3) -> None:
         missing = workers - len(self.worker_group)
@@ -82,26 +88,26 @@ class Story:
         self.activate(workers, **MOVE)
         if surplus := self.worker_group[workers:]:
             self.worker_group = self.worker_group[:workers]
-            self.tell("workers_released", workers=surplus)
+            self.tell(WorkersReleased(tuple(surplus)))
 
     def kill(self, detect_s: float = 0.1, recover_s: float = 0.25) -> None:
         """The last member dies, the others go on without it."""
         self.now_s += detect_s
         lost = self.members[-1]
-        self.tell("generation_aborted", generation=self.generation, step=self.step - 1, why=f"{lost} died")
+        self.tell(GenerationAborted(self.generation, self.step - 1, f"{lost} died"))
         self.worker_group.remove(lost)
-        self.tell("worker_lost", worker=lost, member=True, why="died")
+        self.tell(WorkerLost(lost, "died", member=True))
         self.now_s += recover_s
         self.activate(len(self.members) - 1, **MOVE)
 
     def end(self, outcome: str, after_s: float = 0.2) -> None:
         self.now_s += after_s
-        self.tell("ended", outcome=outcome, why="")
+        self.tell(Ended(outcome, ""))
 
     def resume(self, workers: int, after_s: float = 600.0, step: int | None = None) -> None:
         self.now_s += after_s
         done = self.step - 1 if step is None else step
-        self.tell("resumed", token=str(len(self.events)), step=done, workers=workers)
+        self.tell(Resumed(str(len(self.events)), done, None, workers))
         self.step = done + 1
         self._begin(workers, 8.0)
 
@@ -128,5 +134,7 @@ def write(story: Story, run_dir: Path, job: JobSpec) -> Path:
     (run_dir / "terms").mkdir()
     (run_dir / "terms" / "000001").touch()
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
-    (run_dir / "journal" / "000001-00000000.json").write_text(json.dumps({"events": story.events}))
+    (run_dir / "journal" / "000001-00000000.json").write_text(
+        json.dumps({"events": [plain_of_entry(entry) for entry in story.events]})
+    )
     return run_dir

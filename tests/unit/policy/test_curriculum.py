@@ -9,6 +9,7 @@ from orchestrator.errors import UsageError
 from orchestrator.policy.curriculum import AHEAD, decide_stages, following
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import Observation, RunState
+from orchestrator.protocol.events.base import plain_of
 from orchestrator.protocol.messages import DesiredRunState, Finish, StageStart, StepRecord
 from orchestrator.spec.curriculum import CurriculumSpec
 from tests.unit.policy.imagined import Life, limits_of, record
@@ -42,7 +43,7 @@ def _seen(progress: Progress, target: DesiredRunState) -> Observation:
 
 def _decide(limits: Any, state: RunState, progress: Progress) -> tuple[RunState, list[dict[str, Any]]]:
     decision = decide_stages(limits, state, _seen(progress, state.target))
-    return decision.state, [action.fields for action in decision.actions]  # type: ignore[union-attr]
+    return decision.state, [plain_of(action) for action in decision.actions]  # type: ignore[union-attr]
 
 
 def test_a_stage_that_is_asked_for_begins_some_steps_ahead_once() -> None:

@@ -10,7 +10,9 @@ from orchestrator.policy.lifecycle import decide, directive_of, explain, phase_o
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
-from orchestrator.policy.state.run_state import Note, Observation
+from orchestrator.policy.state.run_state import Observation
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.workers import WorkersSpawned
 from orchestrator.protocol.messages import Fence, Finish, Handover, Phase, Report, Restore, ResumeRequest, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
@@ -56,7 +58,7 @@ def test_an_activation_tells_what_the_slowest_member_took() -> None:
     life.say("w1", phase=Phase.READY, generation=0, handovers=(handover,))
     life.tick()
     (note,) = [note for note in life.notes if note.kind == "activated"]
-    parts = {part: note.fields[part] for part in ("connect_s", "build_s", "transfer_s", "digest_s")}
+    parts = {part: getattr(note, part) for part in ("connect_s", "build_s", "transfer_s", "digest_s")}
     assert parts == {"connect_s": 0.1, "build_s": 0.2, "transfer_s": 0.3, "digest_s": 0.4}
 
 
@@ -168,7 +170,7 @@ def test_a_newcomer_lost_before_the_fence_costs_nothing() -> None:
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED
     assert life.done_by[-1] == ("w0", "w1", "w3")
-    assert len(life.of_kind("move_abandoned")) == 1
+    assert len(life.of_kind("transition_abandoned")) == 1
     assert all(life.reports.get(w) is None or life.reports[w].phase is not Phase.STRANDED for w in ("w0", "w1"))
 
 
@@ -185,8 +187,8 @@ def test_a_newcomer_lost_behind_the_fence_brings_the_old_world_back() -> None:
     assert life.state.outcome is RunPhase.SUCCEEDED
     assert life.done_by[step + 1] == ("w0", "w1")  # nothing lost, nothing done twice
     assert life.done_by[-1] == ("w0", "w1", "w3")
-    (abandoned,) = life.of_kind("move_abandoned")
-    assert "w2 was lost" in abandoned.fields["why"]
+    (abandoned,) = life.of_kind("transition_abandoned")
+    assert "w2 was lost" in abandoned.why
 
 
 def test_the_mended_generation_takes_another_warm_standby() -> None:
@@ -218,7 +220,7 @@ def test_after_three_failed_moves_the_run_keeps_its_size() -> None:
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED
     assert set(life.sizes) == {2}
-    assert [note.fields["gave_up"] for note in life.of_kind("move_abandoned")] == [False, False, True]
+    assert [note.gave_up for note in life.of_kind("transition_abandoned")] == [False, False, True]
 
 
 def test_a_newcomer_of_the_mended_generation_may_be_lost_too() -> None:
@@ -282,7 +284,7 @@ def test_a_lost_standby_is_replaced() -> None:
     life.kill("w2")
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED
-    assert life.of_kind("workers_spawned")[-1].fields == {"workers": ["w3"]}
+    assert life.of_kind("workers_spawned")[-1] == WorkersSpawned(("w3",))
 
 
 def test_workers_that_never_get_warm_end_the_run() -> None:
@@ -472,10 +474,10 @@ def test_a_resumed_run_begins_from_its_checkpoint_with_new_workers_and_numbers()
     order = ResumeRequest("token", Restore(done, "/checkpoint"), workers=3)
     decision = resumed(limits, before, order)
     state = decision.state
-    assert [(n.kind, n.fields["step"]) for n in decision.actions if isinstance(n, Note)] == [("resumed", done)]
-    assert decision.actions[0].fields["residuals"] is None  # type: ignore[union-attr]
+    assert [(n.kind, n.step) for n in decision.actions if isinstance(n, Resumed)] == [("resumed", done)]
+    assert decision.actions[0].residuals is None  # type: ignore[union-attr]
     without = resumed(limits, before, replace(order, restore=Restore(done, "/checkpoint", reset_residuals=True)))
-    assert without.actions[0].fields["residuals"] == "left behind"  # type: ignore[union-attr]
+    assert without.actions[0].residuals == "left behind"  # type: ignore[union-attr]
     assert (state.worker_group, state.current, state.outcome) == ((), None, None)
     assert state.seq > before.seq and state.target.seq > before.target.seq and state.checkpoint_done == done
     seen = Observation(1, 0.0, state.target, Progress(watermark=done), store_address=life.store)

@@ -3,6 +3,8 @@
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.replay_check import differences, doubt, shown
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.notices import NumericsDiffer
 from orchestrator.protocol.messages import PastWorld
 from orchestrator.submission.verification import differing_workers
 
@@ -27,7 +29,7 @@ def test_steps_are_doubted_only_if_somebody_else_than_here_did_them() -> None:
 
 
 def test_only_workers_that_did_the_steps_count() -> None:
-    told = [{"kind": "numerics_differ", "worker": worker, "differs": {"threads": "1 -> 2"}} for worker in ("w1", "w3")]
+    told = [JournalEntry(0, 1, 0.0, NumericsDiffer(worker, {"threads": "1 -> 2"})) for worker in ("w1", "w3")]
     worlds = [
         PastWorld(first_step, World(generation, members), ExpertPlacement.balanced(4, len(members)))
         for generation, (first_step, members) in enumerate([(0, ("w0",)), (5, ("w0", "w1"))])

@@ -7,8 +7,9 @@ import pytest
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.policy.replay_check import Difference, first_difference, told_of
+from orchestrator.policy.replay_check import Difference, first_difference, state_differs
 from orchestrator.policy.state.requests import begun_again
+from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
 from orchestrator.protocol.messages import PastWorld, Phase, ReplayResult, ReplayTask, Restore, StepRecord
 from orchestrator.spec.fault_tolerance import VerifySpec
 from tests.unit.policy.imagined import Life, limits_of, record
@@ -54,14 +55,10 @@ def test_ranks_are_those_of_the_world_that_did_the_step() -> None:
         PastWorld(5, World(1, ("w1", "w2")), ExpertPlacement.balanced(4, 2)),
     ]
     nodes = {"w1": "there"}
-    assert told_of(Difference(4, ("state",), (1,)), worlds, nodes) == {
-        "step": 4,
-        "parts": ["state"],
-        "ranks": [1],
-        "workers": ["w1"],
-        "nodes": ["there"],
-    }
-    assert told_of(Difference(5, ("state",), (1,)), worlds, nodes)["workers"] == ["w2"]
+    assert state_differs(Difference(4, ("state",), (1,)), worlds, nodes) == StateDiffers(
+        4, ("state",), (1,), ("w1",), ("there",)
+    )
+    assert state_differs(Difference(5, ("state",), (1,)), worlds, nodes).workers == ("w2",)
 
 
 # -- the rule --------------------------------------------------------------------------------------------------------
@@ -96,7 +93,7 @@ def test_a_standby_is_asked_once_the_newest_checkpoint_has_steps_behind_it() -> 
     _answer(life, check)
     life.run_until(lambda: life.state.check is None)
     (note,) = life.of_kind("checked")
-    assert note.fields == {"worker": check.worker, "first_step": 4, "last_step": 5, "equal": True}
+    assert note == ReplayChecked(check.worker, 4, 5, equal=True)
     assert life.of_kind("state_differs") == []
     again = _asked(life)
     assert again.number == 1 and again.step >= 7
@@ -119,10 +116,10 @@ def test_a_difference_names_the_worker_and_its_node() -> None:
     _answer(life, check, digests=("0a", "ff"))
     life.run_until(lambda: life.state.check is None)
     (note,) = life.of_kind("state_differs")
-    assert note.fields["ranks"] == [1] and note.fields["step"] == check.last_step
+    assert note.ranks == (1,) and note.step == check.last_step
     assert life.state.current is not None
-    assert note.fields["workers"] == [check.worlds[0].world.members[1]] and note.fields["nodes"] == ["node-b"]
-    assert [n.fields["equal"] for n in life.of_kind("checked")] == [False]
+    assert note.workers == (check.worlds[0].world.members[1],) and note.nodes == ("node-b",)
+    assert [n.equal for n in life.of_kind("checked")] == [False]
     assert life.state.differences == (check.last_step,)
 
 
@@ -140,7 +137,7 @@ def test_a_check_that_failed_says_why_and_the_next_one_comes() -> None:
     life.say(check.worker, checked=ReplayResult(0, error="no such file"))
     life.run_until(lambda: life.state.check is None)
     (note,) = life.of_kind("check_failed")
-    assert note.fields == {"worker": check.worker, "step": 3, "why": "no such file"}
+    assert note == ReplayFailed(check.worker, 3, "no such file")
     assert _asked(life).number == 1
 
 
@@ -180,7 +177,7 @@ def test_steps_long_ago_are_compared_all_the_same() -> None:
     life.progress = replace(life.progress, recent=life.progress.recent[-1:])
     _answer(life, check, loss=0.5)
     life.run_until(lambda: life.state.check is None)
-    assert [note.fields["parts"] for note in life.of_kind("state_differs")] == [["loss"]]
+    assert [note.parts for note in life.of_kind("state_differs")] == [("loss",)]
 
 
 def test_nobody_is_asked_without_the_wish() -> None:

@@ -43,8 +43,8 @@ def test_a_move_that_was_to_meet_in_a_lost_store_is_planned_anew() -> None:
     life.store = ELSEWHERE
     life.run_until(lambda: life.state.activated > 0)
     assert life.state.current is not None and life.state.current.store_address == ELSEWHERE
-    (abandoned,) = life.of_kind("move_abandoned")
-    assert abandoned.fields["why"] == "the rendezvous store of generation 1 was lost"
+    (abandoned,) = life.of_kind("transition_abandoned")
+    assert abandoned.why == "the rendezvous store of generation 1 was lost"
     _ends_well(life)
     assert life.sizes[-1] == 3 and life.replayed == 0
 
@@ -57,7 +57,7 @@ def test_a_move_that_has_met_needs_its_store_no_more() -> None:
     life.store = ELSEWHERE
     life.run_until(lambda: life.state.activated == 1)
     _ends_well(life)
-    assert life.sizes[-1] == 1 and not life.of_kind("move_abandoned")
+    assert life.sizes[-1] == 1 and not life.of_kind("transition_abandoned")
 
 
 def test_a_recovery_that_was_to_meet_in_a_lost_store_is_planned_anew_at_once() -> None:
@@ -100,7 +100,7 @@ def test_the_first_generation_is_planned_anew_too() -> None:
     life.store = ELSEWHERE
     life.frozen.clear()
     _ends_well(life)
-    assert [note.fields["why"] for note in life.of_kind("move_abandoned")] == [
+    assert [note.why for note in life.of_kind("transition_abandoned")] == [
         "the rendezvous store of generation 0 was lost"
     ]
 
@@ -125,4 +125,4 @@ def test_a_store_whose_loss_is_not_known_yet_costs_no_wish() -> None:
     life.store = ELSEWHERE
     _ends_well(life)
     assert life.sizes[-1] == 3
-    assert not any(note.fields["gave_up"] for note in life.of_kind("move_abandoned"))
+    assert not any(note.gave_up for note in life.of_kind("transition_abandoned"))

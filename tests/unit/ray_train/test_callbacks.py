@@ -5,7 +5,8 @@ import pytest
 from ray.train import BackendConfig, DataConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
 
-from orchestrator.policy.state.run_state import Note
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.ray_train.callbacks import CallbackError, Follower
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.storage.journal import acquire_term
@@ -68,8 +69,8 @@ def test_a_checkpoint_is_reported_with_its_step_even_if_that_comes_later(tmp_pat
     memory, told = memory_of(tmp_path), Told()
     follower = follower_of(tmp_path, told)
     memory.absorb([record(0), record(1)], up_to=100)
-    memory.note("checkpoint", step=0, path="/c/0")
-    memory.note("checkpoint", step=2, path="/c/2")
+    memory.note(CheckpointCommitted(0, "/c/0"))
+    memory.note(CheckpointCommitted(2, "/c/2"))
     follower.read_on()
     assert told.reports == [(0, 2, None), (1, 2, None), (0, 2, "/c/0")]
     memory.absorb([record(2)], up_to=100)
@@ -81,7 +82,7 @@ def test_steps_that_are_done_again_after_a_resume_are_reported_again(tmp_path: P
     memory, told = memory_of(tmp_path), Told()
     follower = follower_of(tmp_path, told)
     memory.absorb([record(step) for step in range(4)], up_to=100)
-    memory.decided(memory.state, [Note("resumed", {"step": 1, "token": "t", "checkpoint": "/c/1", "workers": 2})])
+    memory.decided(memory.state, [Resumed("t", 1, "/c/1", 2)])
     memory.absorb([record(2), record(3)], up_to=100)
     follower.read_on()
     assert [step for step, _, _ in told.reports] == [0, 1, 2, 3, 2, 3]

@@ -1,4 +1,4 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +6,11 @@ import pytest
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
-from orchestrator.policy.state.run_state import Note, Observation, RunState, ended
+from orchestrator.policy.state.run_state import Observation, RunState, ended
+from orchestrator.protocol.events.base import Event, JournalEntry, plain_of_entry
+from orchestrator.protocol.events.generations import Activated, Rescaled
+from orchestrator.protocol.events.run import Ended, Submitted, TargetChanged
+from orchestrator.protocol.events.training import StageBegan
 from orchestrator.protocol.messages import Phase, Restore, ResumeRequest
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
 from orchestrator.run_records.data_preparation import PreparedData
@@ -19,6 +23,7 @@ from tests.unit.policy.imagined import Life, limits_of, record
 
 LIMITS = limits_of(steps=30)
 MODEL = ModelSpec()
+ACTIVATED = Activated(0, 0, 2, -1, "the run starts", members=("w0", "w1"))
 
 
 def remembered(run_dir: Path) -> JournaledRun:
@@ -27,26 +32,26 @@ def remembered(run_dir: Path) -> JournaledRun:
 
 def test_a_successor_remembers_everything(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.note("submitted")
+    memory.note(Submitted("run", 2))
     memory.prepared(PreparedData("/store", 300, "/tokenizer.json"))
     life = Life(LIMITS)
     life.run_until(lambda: life.step == 6)
-    memory.decided(life.state, [Note("activated", {"generation": 0})])
+    memory.decided(life.state, [ACTIVATED])
     memory.absorb(life.progress.recent, up_to=10_000)
     memory.absorb([record(6), record(7, generation=0)], up_to=10_000)
     successor = remembered(tmp_path)
     assert successor.state == life.state
     assert successor.progress == memory.progress and successor.progress.watermark == 7
     assert successor.data == memory.data
-    assert successor.times == memory.times and set(memory.times) >= {"submitted", "activated"}
+    assert successor.times == memory.times and set(memory.times) >= {Submitted, Activated}
 
 
 def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    events = memory.decided(replace(memory.state, seq=3), [Note("target", {"workers": 2})])
+    entries = memory.decided(replace(memory.state, seq=3), [TargetChanged(2, "no", "asked for")])
     memory.absorb([record(0)], up_to=10_000)
-    assert [event["kind"] for event in events] == ["target"]
-    assert user_events(tmp_path) == events
+    assert [entry.event.kind for entry in entries] == ["target"]
+    assert user_events(tmp_path) == [plain_of_entry(entry) for entry in entries]
     assert [step.step for step in read_steps(tmp_path)] == [0]
 
 
@@ -69,10 +74,10 @@ def test_a_stage_that_begins_is_an_event_once(tmp_path: Path) -> None:
     stages = ["easy", "easy", "all", "all"]
     records = [replace(record(step), stage=stage, sequence_length=8) for step, stage in enumerate(stages)]
     _, begun = memory.absorb(records[:1], up_to=10_000)
-    assert [(e["kind"], e["stage"], e["step"], e["sequence_length"]) for e in begun] == [("stage_began", "easy", 0, 8)]
+    assert [entry.event for entry in begun] == [StageBegan("easy", 0, 8)]
     assert memory.absorb(records[1:2], up_to=10_000)[1] == []
     memory = remembered(tmp_path)  # a successor knows the stage
-    assert [(e["stage"], e["step"]) for e in memory.absorb(records, up_to=10_000)[1]] == [("all", 2)]
+    assert [e.event for e in memory.absorb(records, up_to=10_000)[1]] == [StageBegan("all", 2, 8)]
     assert [e["stage"] for e in user_events(tmp_path) if e["kind"] == "stage_began"] == ["easy", "all"]
     assert memory.progress.stage == "all"
 
@@ -153,7 +158,7 @@ def test_points_of_steps_count_on() -> None:
 
 def test_points_of_a_rescale_stand_at_the_first_new_step() -> None:
     rescale = Rescale(1, 2, 3, step=59, why="", moved_bytes=7, stall_s=0.5)
-    event = {"seq": 3, "time": 0.0, "kind": "rescaled", **asdict(rescale)}
+    event = JournalEntry(3, 1, 0.0, Rescaled(**vars(rescale)))
     assert {(p.name, p.value, p.step) for p in points_of_event(event)} == {
         ("elastic/rescale_stall_s", 0.5, 60),
         ("elastic/moved_bytes", 7.0, 60),
@@ -173,9 +178,9 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_pat
     memory.decided(*_over(memory.state, "failed"))
     order = ResumeRequest("token", Restore(3, "/x"))
     decision = resumed(LIMITS, memory.state, order)
-    memory.decided(decision.state, [note for note in decision.actions if isinstance(note, Note)])
+    memory.decided(decision.state, [action for action in decision.actions if isinstance(action, Event)])
     assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).tokens for s in range(4))
-    assert "ended" not in memory.times and memory.resumed_by == "token"
+    assert Ended not in memory.times and memory.resumed_by == "token"
     memory.absorb([record(4, generation=1)], up_to=10_000)
     successor = remembered(tmp_path)
     for one in (memory, successor):
@@ -184,6 +189,6 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_pat
     assert [(r.step, r.generation) for r in read_steps(tmp_path)] == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1)]
 
 
-def _over(state: RunState, why: str) -> tuple[RunState, list[Note]]:
+def _over(state: RunState, why: str) -> tuple[RunState, list[Event]]:
     decision = ended(state, RunPhase.FAILED, why)
-    return decision.state, [note for note in decision.actions if isinstance(note, Note)]
+    return decision.state, [action for action in decision.actions if isinstance(action, Event)]

@@ -8,7 +8,9 @@ from unittest.mock import Mock
 from orchestrator.controller.recorder import StepRecorder
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.policy.state.run_state import Note, Observation
+from orchestrator.policy.state.run_state import Observation
+from orchestrator.protocol.events.notices import ExpertsCollapsed
+from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress
 from orchestrator.run_records.run_history import JournaledRun, RunHistory, user_events
@@ -52,7 +54,7 @@ def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_
     )
     memory.decided(replace(memory.state, worker_group=("w0",), current=None), [])
     assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told
-    memory.decided(memory.state, [Note("resumed", {"token": "t", "step": 2})])
+    memory.decided(memory.state, [Resumed("t", 2, None, 2)])
     assert _warning(tmp_path, memory) is None and _warning(tmp_path, RunHistory(tmp_path, limits_of())) is None
 
 
@@ -85,14 +87,16 @@ def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -
     assert _warning(tmp_path, memory) is None and _warning(tmp_path, RunHistory(tmp_path, limits_of())) is None
     kinds = ["experts_collapsed", "experts_even", "loads_swing", "loads_steady"]
     assert [(e["kind"], e["step"]) for e in user_events(tmp_path)] == list(zip(kinds, (60, 110, 110, 140), strict=True))
-    assert [call.args[0]["kind"] for call in tracker.publish_event.call_args_list] == kinds
+    assert [call.args[0].event.kind for call in tracker.publish_event.call_args_list] == kinds
 
 
 def test_a_run_that_goes_back_before_a_collapse_is_not_warned_of_it(tmp_path: Path) -> None:
     memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits_of())
     memory.absorb([record(step) for step in range(100)], up_to=10_000)
-    memory.hear_of_experts(memory.note("experts_collapsed", step=60, layer=0, max_violation=3.0))
+    collapse = ExpertsCollapsed(60, layer=0, max_violation=3.0)
+    memory.note(collapse)
+    memory.troubles = memory.troubles.after(collapse)
     for step, has_collapsed in ((80, True), (40, False)):
-        memory.decided(memory.state, [Note("resumed", {"token": "t", "step": step})])
+        memory.decided(memory.state, [Resumed("t", step, None, 2)])
         for remembered in (memory, RunHistory(tmp_path, limits_of())):
             assert (_warning(tmp_path, remembered) is not None) is has_collapsed

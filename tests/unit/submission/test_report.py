@@ -4,6 +4,7 @@ import pytest
 
 from orchestrator.errors import NotFound
 from orchestrator.policy.report.report import Rates
+from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.param_listing import state_of
 from orchestrator.submission.report import read_report
@@ -16,7 +17,7 @@ TRAINED = 300  # tokens that the tokenizer has found
 def test_the_model_is_as_large_as_the_trained_tokenizer_makes_it(tmp_path: Path) -> None:
     story = eventful()
     plain = read_report(write(story, tmp_path / "plain", JOB), Rates())
-    story.tell("prepared", data={"store_dir": "/store", "vocab_size": TRAINED, "tokenizer": "/t", "datasets": []})
+    story.tell(DataPrepared(PreparedData("/store", TRAINED, "/t")))
     told = read_report(write(story, tmp_path / "prepared", JOB), Rates())
     assert plain.flops is not None and told.flops is not None
     rows = plain.flops.active_parameters - told.flops.active_parameters

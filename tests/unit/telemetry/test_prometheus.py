@@ -10,7 +10,11 @@ import pytest
 from orchestrator.controller.run_metrics import collapse, values_of_run
 from orchestrator.metrics import DECLARED, Kind, Metric, metric
 from orchestrator.policy.state.progress import Progress
-from orchestrator.policy.state.run_state import Note, Observation
+from orchestrator.policy.state.run_state import Observation
+from orchestrator.protocol.events.generations import GenerationAborted, Rescaled
+from orchestrator.protocol.events.notices import ReplayChecked, StateDiffers
+from orchestrator.protocol.events.run import Resumed, Submitted
+from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.usage import Traffic
@@ -88,7 +92,7 @@ def test_a_failure_is_told_once_and_harms_nobody(caplog: pytest.LogCaptureFixtur
 def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     limits = limits_of(steps=12)
     memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits)
-    submitted = memory.note("submitted", run_id="run")["time"]
+    submitted = memory.note(Submitted("run", 2)).time
 
     def values() -> dict[str, float]:
         seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress)
@@ -105,21 +109,21 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     memory.absorb(
         [replace(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
     )
-    checkpoint = memory.note("checkpoint", step=0, path="/c/0")["time"]
+    checkpoint = memory.note(CheckpointCommitted(0, "/c/0")).time
     later = values()
     assert later["run/committed_steps"] == 1 and later["run/committed_time"] == vote_time
     assert later["run/checkpoint_time"] == checkpoint >= submitted
     assert later["moe/collapse"] == 0.5 and later["train/skipped"] == 1
     assert later["verify/checks"] == later["verify/differences"] == 0
-    memory.decided(memory.state, [Note("checked", {"equal": False}), Note("state_differs", {"step": 0})])
+    memory.decided(memory.state, [ReplayChecked("w1", 0, 0, equal=False), StateDiffers(0, ("loss",), (), (), ())])
     assert values()["verify/checks"] == values()["verify/differences"] == 1
     assert later["elastic/rescales"] == later["elastic/recoveries"] == 0
-    memory.decided(memory.state, [Note("rescaled", {}), *2 * [Note("generation_aborted", {})]])
+    memory.decided(memory.state, [Rescaled(1, 2, 3, 0, ""), *2 * [GenerationAborted(1, 0, "")]])
     assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)
 
     successor = JournaledRun(tmp_path, acquire_term(tmp_path), limits)
     assert successor.newest_times == memory.newest_times and successor.times == memory.times
-    resumed = successor.note("resumed", step=0, token="t")["time"]
+    resumed = successor.note(Resumed("t", 0, None, 2)).time
     memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits)
     assert values()["run/checkpoint_time"] == resumed and values()["train/skipped"] == 1
     assert values()["verify/checks"] == values()["verify/differences"] == 1

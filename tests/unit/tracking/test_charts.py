@@ -4,13 +4,17 @@ import json
 import math
 from pathlib import Path
 
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.generations import Rescaled
+from orchestrator.protocol.events.run import Submitted
+from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.tracking.charts import draw, figure_of
 from orchestrator.tracking.history import MOST_POINTS, History, write_table
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.sink import MetricPoint
 
-RESCALED = {"seq": 3, "kind": "rescaled", "time": 1.7e9, "step": 39, "from_size": 2, "to_size": 3, "stall_s": 0.30127}
-LOST = {"seq": 4, "kind": "worker_lost", "time": 1.7e9, "worker": "<w1>", "why": "killed", "member": True}
+RESCALED = JournalEntry(3, 1, 1.7e9, Rescaled(1, 2, 3, step=39, why="asked for", stall_s=0.30127))
+LOST = JournalEntry(4, 1, 1.7e9, WorkerLost("<w1>", "killed", member=True))
 
 
 def history_of(tmp_path: Path, steps: int = 60) -> History:
@@ -21,7 +25,7 @@ def history_of(tmp_path: Path, steps: int = 60) -> History:
         points.append(MetricPoint("train/loss", loss, step, 0.0))
         points.append(MetricPoint("elastic/world_size", 2.0 + (step >= 40), step, 0.0))
     outbox.put_points(points, after=-1)
-    outbox.put_event({"seq": 0, "kind": "submitted", "time": 1.7e9, "workers": 2, "step": 0})
+    outbox.put_event(JournalEntry(0, 1, 1.7e9, Submitted("demo", 2)))
     outbox.put_event(RESCALED)
     outbox.put_event(LOST)
     return outbox.history()

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import NotFinished, ProtocolError
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
 from orchestrator.tracking.outbox import FILE, Outbox, num_waiting
 from orchestrator.tracking.sink import (
     Artifact,
@@ -113,17 +116,17 @@ def test_a_gap_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_told_after_the_values_of_its_step_and_once(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
-    event = {"seq": 4, "kind": "checkpoint", "time": 9.0, "step": 2, "path": "/c/2"}
+    event = JournalEntry(4, 1, 9.0, CheckpointCommitted(2, "/c/2"))
     outbox.put_points(points("train/loss", range(2)), after=-1)
     outbox.put_event(event)
-    outbox.put_event({"seq": 5, "kind": "checkpoints_deleted", "time": 9.0, "steps": [2]})
+    outbox.put_event(JournalEntry(5, 1, 9.0, CheckpointsDeleted((2,))))
     assert [type(item) for item in rest(outbox)] == [MetricPoint] * 2
     outbox.put_points([*points("train/loss", range(2, 3), 2.5), *points("eval/loss", range(2, 3), 3.5)], after=1)
     outbox.put_event(event)  # told again by a controller that doesn't know better
     loss, validation, checkpoint, mark = rest(outbox)
     assert checkpoint == Checkpoint(4, 2, "/c/2", (loss, validation))  # type: ignore[arg-type]
     assert mark == CheckpointMark(Fate.DELETED, steps=(2,))
-    outbox.put_event({"seq": 6, "kind": "resumed", "time": 9.0, "step": 1})
+    outbox.put_event(JournalEntry(6, 1, 9.0, Resumed("t", 1, None, 2)))
     assert rest(outbox) == [CheckpointMark(Fate.SUPERSEDED, after=1)]
 
 
@@ -163,7 +166,7 @@ def test_what_can_not_be_written_changes_nothing(tmp_path: Path) -> None:
     outbox = Outbox(tmp_path)
     outbox.put_points(points("train/loss", range(2)), after=-1)
     with pytest.raises(TypeError):
-        outbox.put_event({"seq": 1, "kind": "checkpoint", "step": 1, "path": object()})
+        outbox.put_event(JournalEntry(1, 1, 9.0, CheckpointCommitted(1, object())))  # type: ignore[arg-type]
     assert (outbox.num_waiting, outbox.position, len(outbox.history().events)) == (2, 1, 0)
 
 

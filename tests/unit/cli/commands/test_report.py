@@ -9,6 +9,8 @@ import pytest
 
 from orchestrator.cli.report.tables import tables, warnings
 from orchestrator.policy.report.report import report_of
+from orchestrator.protocol.events.workers import EnergyRead
+from orchestrator.protocol.usage import EnergyReading
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import acquire_term
 from tests.unit.cli.test_main import Done, here, orchestrator
@@ -48,7 +50,7 @@ def test_what_was_measured_stands_beside_what_was_not(runs: Path, orchestrator: 
     story = Story()
     story.start(2)
     story.train(30)
-    story.tell("energy", workers={"w0": {"cpu_j": 3.6e6}, "w1": {"cpu_j": 1.8e6}})
+    story.tell(EnergyRead({"w0": EnergyReading(cpu_j=3.6e6), "w1": EnergyReading(cpu_j=1.8e6)}))
     story.end("succeeded")
     write(story, runs / "metered", JOB)
     done = orchestrator("report", "metered", "books")

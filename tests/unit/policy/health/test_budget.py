@@ -132,7 +132,7 @@ def test_out_of_memory_makes_slots_smaller_once_per_generation() -> None:
     life.kill("w1")
     _goes_on(life, 2)
     assert life.state.current.micro_batch.rows == 1
-    assert [n.fields["to_rows"] for n in life.of_kind("micro_batch_reduced")] == [3, 1]
+    assert [n.to_rows for n in life.of_kind("micro_batch_reduced")] == [3, 1]
     life.scale(4)
     life.run_until(lambda: len(life.state.members) == 4)
     assert life.state.current.micro_batch.rows == 1
@@ -155,7 +155,7 @@ def test_a_poisoned_batch_is_left_out_from_the_next_generation_on() -> None:
     _goes_on(life, 1)
     assert life.state.current is not None and life.state.current.skips == (10,)
     (note,) = life.of_kind("batch_skipped")
-    assert note.fields["step"] == 10
+    assert note.step == 10
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED
 

@@ -9,12 +9,13 @@ from orchestrator.policy.health.expert_collapse import (
     ENOUGH_STEPS,
     SETTLED_STEPS,
     TOKENS_PER_EXPERT,
-    Trouble,
+    Troubles,
     routing_news,
     routing_warnings,
 )
 from orchestrator.policy.health.expert_load import expert_load
-from orchestrator.policy.state.run_state import Note
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.notices import ExpertsCollapsed, ExpertsEven, LoadsSteady, LoadsSwing
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.model import ModelSpec
@@ -24,6 +25,9 @@ MODEL = ModelSpec(num_experts=8, top_k=2)  # MaxVio is 3 at most
 EVEN = ExpertLoad(max_violation=0.1, worst_violation=0.2, worst_layer=0, swing=0.0)
 COLLAPSED = ExpertLoad(max_violation=1.0, worst_violation=2.9, worst_layer=2, swing=0.0)
 SWINGING = replace(EVEN, swing=0.8)
+COLLAPSE = ExpertsCollapsed(40, layer=1, max_violation=2.5)
+SWING = LoadsSwing(40, 0.7)
+NONE = Troubles()
 ENOUGH = TOKENS_PER_EXPERT * MODEL.num_experts
 
 
@@ -35,34 +39,34 @@ def _steps(*loads: tuple[ExpertLoad, int], first: int = 0, **changes: object) ->
 
 def test_a_collapse_is_told_once_it_has_lasted_with_its_first_step_and_its_layer() -> None:
     begun = [(EVEN, 100), (COLLAPSED, ENOUGH_STEPS - 1)]
-    assert routing_news(MODEL, _steps(*begun), ()) == []
-    wanted = Note("experts_collapsed", {"step": 100, "layer": 2, "max_violation": 2.9})
-    assert routing_news(MODEL, _steps(*begun, (COLLAPSED, 1)), ()) == [wanted]
-    assert routing_news(MODEL, _steps(*begun, (EVEN, 4), (COLLAPSED, 1), (EVEN, 1)), ()) == [wanted]
-    assert routing_news(MODEL, _steps(*begun, (EVEN, 6), (COLLAPSED, 1)), ()) == []  # too many others among them
-    assert routing_news(MODEL, _steps(*begun, (COLLAPSED, 30)), ()) == [wanted]  # which came at once
-    assert routing_news(MODEL, _steps(*begun, (COLLAPSED, 30)), {Trouble.COLLAPSE}) == []
+    assert routing_news(MODEL, _steps(*begun), NONE) == []
+    wanted = ExpertsCollapsed(100, layer=2, max_violation=2.9)
+    assert routing_news(MODEL, _steps(*begun, (COLLAPSED, 1)), NONE) == [wanted]
+    assert routing_news(MODEL, _steps(*begun, (EVEN, 4), (COLLAPSED, 1), (EVEN, 1)), NONE) == [wanted]
+    assert routing_news(MODEL, _steps(*begun, (EVEN, 6), (COLLAPSED, 1)), NONE) == []  # too many others among them
+    assert routing_news(MODEL, _steps(*begun, (COLLAPSED, 30)), NONE) == [wanted]  # which came at once
+    assert routing_news(MODEL, _steps(*begun, (COLLAPSED, 30)), Troubles(collapse=COLLAPSE)) == []
 
 
 def test_a_collapse_is_over_once_loads_are_even_again() -> None:
-    known = {Trouble.COLLAPSE}
+    known = Troubles(collapse=COLLAPSE)
     steps = [(COLLAPSED, 100), (EVEN, ENOUGH_STEPS - 1)]
     assert routing_news(MODEL, _steps(*steps), known) == []
-    assert routing_news(MODEL, _steps(*steps, (EVEN, 1)), known) == [Note("experts_even", {"step": 100})]
+    assert routing_news(MODEL, _steps(*steps, (EVEN, 1)), known) == [ExpertsEven(100)]
 
 
 def test_swinging_loads_are_told_and_over() -> None:
     swinging = _steps((EVEN, 50), (SWINGING, ENOUGH_STEPS))
-    assert routing_news(MODEL, swinging[:-1], ()) == []
-    assert routing_news(MODEL, swinging, ()) == [Note("loads_swing", {"step": 50, "swing": 0.8})]
-    assert routing_news(MODEL, swinging, {Trouble.SWING}) == []
+    assert routing_news(MODEL, swinging[:-1], NONE) == []
+    assert routing_news(MODEL, swinging, NONE) == [LoadsSwing(50, 0.8)]
+    assert routing_news(MODEL, swinging, Troubles(swing=SWING)) == []
     over = _steps((SWINGING, 50), (EVEN, ENOUGH_STEPS))
-    assert routing_news(MODEL, over, {Trouble.SWING}) == [Note("loads_steady", {"step": 50})]
+    assert routing_news(MODEL, over, Troubles(swing=SWING)) == [LoadsSteady(50)]
 
 
 def test_both_may_begin_at_once() -> None:
     both = _steps((EVEN, 50), (replace(COLLAPSED, swing=0.7), ENOUGH_STEPS))
-    assert [note.kind for note in routing_news(MODEL, both, ())] == ["experts_collapsed", "loads_swing"]
+    assert [note.kind for note in routing_news(MODEL, both, NONE)] == ["experts_collapsed", "loads_swing"]
 
 
 @pytest.mark.parametrize(
@@ -76,20 +80,20 @@ def test_both_may_begin_at_once() -> None:
 def test_steps_that_say_nothing_are_left_out(silent: dict[str, object]) -> None:
     steps = _steps((EVEN, 50), (COLLAPSED, 10), (EVEN, 10), (COLLAPSED, 5))
     steps[60:70] = [replace(record, **silent) for record in steps[60:70]]  # type: ignore[arg-type]
-    assert [note.fields["step"] for note in routing_news(MODEL, steps, ())] == [50]
-    assert routing_news(MODEL, steps[:-1], ()) == []
+    assert [note.step for note in routing_news(MODEL, steps, NONE)] == [50]
+    assert routing_news(MODEL, steps[:-1], NONE) == []
 
 
 def test_steps_that_follow_no_step_of_their_generation_say_nothing_of_swings() -> None:
     steps = _steps((EVEN, 50), (SWINGING, 10), (replace(EVEN, swing=None), 10), (SWINGING, 5))
-    assert [note.fields["step"] for note in routing_news(MODEL, steps, ())] == [50]
+    assert [note.step for note in routing_news(MODEL, steps, NONE)] == [50]
 
 
 @pytest.mark.parametrize("load", [COLLAPSED, SWINGING])
 def test_routers_have_time_to_settle(load: ExpertLoad) -> None:
     young = _steps((load, SETTLED_STEPS + ENOUGH_STEPS))
-    assert routing_news(MODEL, young[:-1], ()) == []
-    assert [note.fields["step"] for note in routing_news(MODEL, young, ())] == [SETTLED_STEPS]
+    assert routing_news(MODEL, young[:-1], NONE) == []
+    assert [note.step for note in routing_news(MODEL, young, NONE)] == [SETTLED_STEPS]
 
 
 @pytest.mark.parametrize(
@@ -108,11 +112,7 @@ def test_no_false_alarm(num_experts: int, top_k: int, counts: list[list[int]]) -
     load = expert_load(counts_LE, counts_LE)
     model = ModelSpec(num_experts=num_experts, top_k=top_k)
     steps = _steps((load, 200), tokens=int(counts_LE.sum()) // top_k)
-    assert routing_news(model, steps, ()) == []
-
-
-COLLAPSE = {"kind": "experts_collapsed", "step": 40, "layer": 1, "max_violation": 2.5}
-SWING = {"kind": "loads_swing", "step": 40, "swing": 0.7}
+    assert routing_news(model, steps, NONE) == []
 
 
 @pytest.mark.parametrize(
@@ -127,20 +127,28 @@ SWING = {"kind": "loads_swing", "step": 40, "swing": 0.7}
         pytest.param(SWING, {"router": "softmax"}, "lower train.lr", id="swing without a bias"),
     ],
 )
-def test_a_warning_names_what_would_help(event: dict[str, object], model: dict[str, object], advice: str) -> None:
+def test_a_warning_names_what_would_help(event: Event, model: dict[str, object], advice: str) -> None:
     spec = MODEL.model_validate({"num_experts": 8, "top_k": 2} | model)
-    (told,) = routing_warnings(spec, {str(event["kind"]): event})
+    (told,) = routing_warnings(spec, NONE.after(event))
     assert advice in f"{told} " and "since step 40" in told
     assert "embedding_scale" not in told or "embedding_scale" in model
 
 
 def test_a_warning_of_a_collapse_says_how_far_it_is() -> None:
-    (told,) = routing_warnings(MODEL, {Trouble.COLLAPSE: COLLAPSE})
+    (told,) = routing_warnings(MODEL, Troubles(collapse=COLLAPSE))
     assert told.startswith("MoE layer 1 has collapsed since step 40")
     assert "MaxVio was 2.50 of 3.00 possible, where at most 1.50 is expected" in told
 
 
 def test_experts_that_are_full_by_turns_need_no_faster_bias() -> None:
-    told = routing_warnings(MODEL, {Trouble.SWING: SWING, Trouble.COLLAPSE: COLLAPSE})
+    told = routing_warnings(MODEL, Troubles(COLLAPSE, SWING))
     assert [line.split()[0] for line in told] == ["MoE", "the"]
     assert "raise" not in " ".join(told) and all("lower model.bias_update_speed" in line for line in told)
+
+
+def test_a_run_that_goes_back_forgets_troubles_of_later_steps() -> None:
+    troubles = NONE.after(COLLAPSE).after(LoadsSwing(90, 0.7))
+    assert troubles.up_to(89) == Troubles(collapse=COLLAPSE)
+    assert troubles.up_to(90) == troubles
+    assert troubles.up_to(39) == NONE
+    assert troubles.after(ExpertsEven(95)).after(LoadsSteady(96)) == NONE

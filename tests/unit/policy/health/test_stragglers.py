@@ -34,8 +34,8 @@ def test_a_slow_member_is_told_of_once() -> None:
     life = _life(replace=False)
     life.run_until(lambda: bool(life.of_kind("straggler")))
     (note,) = life.of_kind("straggler")
-    assert (note.fields["worker"], note.fields["slowness"]) == ("w1", 2 * FACTOR)
-    assert note.fields["step"] >= WINDOW_STEPS - 1
+    assert (note.worker, note.slowness) == ("w1", 2 * FACTOR)
+    assert note.step >= WINDOW_STEPS - 1
     assert "w1 is much slower than the others" in explain(life.limits, life.state, life.seen())
     life.run_until(lambda: life.step == 3 * WINDOW_STEPS)
     assert life.state.members == ("w0", "w1", "w2") and len(life.of_kind("straggler")) == 1

@@ -180,7 +180,7 @@ def test_a_member_that_does_not_stop_is_killed() -> None:
     life.run_until(lambda: "w1" in life.lost, max_ticks=8)
     life.run_to_the_end()
     _trained(life)
-    assert [note.fields["cause"] for note in life.of_kind("worker_lost")] == ["hang"]
+    assert [note.cause for note in life.of_kind("worker_lost")] == ["hang"]
 
 
 def test_without_anybody_lost_the_same_members_go_on() -> None:

@@ -4,6 +4,8 @@ import pytest
 
 from orchestrator.policy.report.attempts import attempts_of
 from orchestrator.policy.report.energy import Energy, EnergyMethod, energy_of
+from orchestrator.protocol.events.workers import EnergyRead
+from orchestrator.protocol.usage import EnergyReading
 from tests.unit.policy.stories import Story
 
 KWH = 3.6e6  # joules
@@ -16,10 +18,14 @@ def found(story: Story, watts: float | None = None) -> dict[EnergyMethod, Energy
 def test_the_newest_reading_of_each_worker_counts_the_dead_and_released_included() -> None:
     story = Story()
     story.start(3)
-    story.tell("energy", workers={"w0": {"cpu_j": 1 * KWH}, "w1": {"cpu_j": 1 * KWH}, "w2": {"cpu_j": 1 * KWH}})
+    story.tell(
+        EnergyRead(
+            {"w0": EnergyReading(cpu_j=1 * KWH), "w1": EnergyReading(cpu_j=1 * KWH), "w2": EnergyReading(cpu_j=1 * KWH)}
+        )
+    )
     story.train(5)
     story.kill()  # w2
-    story.tell("energy", workers={"w0": {"cpu_j": 5 * KWH}})  # w1 had nothing new to say
+    story.tell(EnergyRead({"w0": EnergyReading(cpu_j=5 * KWH)}))  # w1 had nothing new to say
     rapl = found(story)[EnergyMethod.RAPL]
     assert rapl.kwh == pytest.approx(5 + 1 + 1)
     assert rapl.note.startswith("measured: processors") and "of 3 of 3 workers" in rapl.note
@@ -28,12 +34,12 @@ def test_the_newest_reading_of_each_worker_counts_the_dead_and_released_included
 def test_each_attempt_counts_its_own_workers() -> None:
     story = Story()
     story.start(1)
-    story.tell("energy", workers={"w0": {"gpu_j": 2 * KWH, "cpu_j": 1 * KWH}})
+    story.tell(EnergyRead({"w0": EnergyReading(gpu_j=2 * KWH, cpu_j=1 * KWH)}))
     story.train(5)
     story.end("paused")
-    story.tell("energy", workers={"w0": {"gpu_j": 3 * KWH, "cpu_j": 1 * KWH}})  # written down after the end
+    story.tell(EnergyRead({"w0": EnergyReading(gpu_j=3 * KWH, cpu_j=1 * KWH)}))  # written down after the end
     story.resume(2)
-    story.tell("energy", workers={"w1": {"gpu_j": 4 * KWH}})
+    story.tell(EnergyRead({"w1": EnergyReading(gpu_j=4 * KWH)}))
     told = found(story, watts=100.0)
     assert list(told) == [EnergyMethod.NVML, EnergyMethod.RAPL, EnergyMethod.MODEL]
     assert told[EnergyMethod.NVML].kwh == pytest.approx(7.0) and "of 2 of 3 workers" in told[EnergyMethod.NVML].note

@@ -1,6 +1,7 @@
 """What a run's journal is made into. Real journals are read in tests/integration/test_report.py."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,9 @@ from orchestrator.policy.estimate.flops import ModelSize, size_of
 from orchestrator.policy.report.energy import EnergyMethod
 from orchestrator.policy.report.goodput import Use
 from orchestrator.policy.report.report import Rates, RunReport, report_of
+from orchestrator.protocol.events.generations import GenerationAborted, RolledBack
+from orchestrator.protocol.events.run import Preempted, Queued, Submitted, Suspended
+from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.spec.job import JobSpec
 from tests.unit.policy.stories import MOVE, Story, eventful
 
@@ -45,7 +49,7 @@ def test_worker_hours_reconcile_across_a_kill_a_rescale_and_a_pause() -> None:
 def test_time_in_the_queue_is_nobodys() -> None:
     """Before the first step and after the places were given away; worker-hours reconcile beside it."""
     story = Story()
-    story.tell("submitted", workers=2)
+    story.tell(Submitted("run", 2))
     story.wait(50.0)
     story._begin(2, 8.0)
     story.train(60)
@@ -65,10 +69,10 @@ def test_a_run_that_ends_in_the_queue_waited_to_its_end() -> None:
     story = Story()
     story.start(2)
     story.train(10)
-    story.tell("preempted", workers=0, wanted=2, why="high needs its places", step=9)
-    story.tell("queued", why="there is no room for 2 workers")
+    story.tell(Preempted(0, 2, "high needs its places", 9))
+    story.tell(Queued("there is no room for 2 workers"))
     story.now_s += 0.5
-    story.tell("suspended", step=9, checkpoint="somewhere")
+    story.tell(Suspended(9, "somewhere"))
     story.now_s += 30.0
     story.end("cancelled", 0.0)
     assert report(story).queued_s == pytest.approx(30.0)
@@ -76,8 +80,8 @@ def test_a_run_that_ends_in_the_queue_waited_to_its_end() -> None:
 
 def test_a_run_that_was_never_let_in_took_no_time() -> None:
     story = Story()
-    story.tell("submitted", workers=2)
-    story.tell("queued", why="there is no room for 2 workers")
+    story.tell(Submitted("run", 2))
+    story.tell(Queued("there is no room for 2 workers"))
     story.now_s += 30.0
     story.end("cancelled", 0.0)
     told = report(story)
@@ -146,8 +150,8 @@ def test_a_checkpoint_behind_the_newest_record_wastes_the_steps_up_to_it() -> No
     story.start(2)
     story.train(10)
     story.now_s += 0.2
-    story.tell("generation_aborted", generation=0, step=9, why="both died")
-    story.tell("rolled_back", step=4, checkpoint="/x", why="both died")
+    story.tell(GenerationAborted(0, 9, "both died"))
+    story.tell(RolledBack(4, "/x", "both died"))
     story.now_s += 12.0
     story.activate(2, **MOVE)
     story.now_s += 5.0  # steps 5 to 9 once more: their records are known
@@ -193,7 +197,7 @@ def test_a_cluster_that_was_lost_is_counted_to_its_last_sign_of_life() -> None:
 
 def test_a_run_that_never_trained_has_no_goodput_but_hours() -> None:
     story = Story()
-    story.tell("submitted", workers=2)
+    story.tell(Submitted("run", 2))
     story.spawn(2)
     story.now_s += 36.0
     story.end("failed", after_s=0.0)
@@ -209,7 +213,7 @@ def test_a_world_that_found_no_next_one_is_told_to_have_waited() -> None:
     story.start(2)
     story.train(4)
     story.now_s += 0.5
-    story.tell("generation_aborted", generation=0, step=3, why="w1 died")
+    story.tell(GenerationAborted(0, 3, "w1 died"))
     story.now_s += 60.0
     story.end("failed", after_s=0.0)
     told = report(story)
@@ -290,10 +294,10 @@ def test_parts_add_up_to_the_whole_whatever_happens(
         elif what == "pause":
             story.end("paused")
             story.resume(int(amounts[0]), after_s=amounts[1])
-    for event in story.events:
-        for plain in event.get("records", []):
-            plain["vote_time"] += skew_s
-            plain["step_s"] *= longer
+    for number, entry in enumerate(story.events):
+        if isinstance(entry.event, StepsCommitted):
+            odd = (replace(r, vote_time=r.vote_time + skew_s, step_s=r.step_s * longer) for r in entry.event.records)
+            story.events[number] = replace(entry, event=StepsCommitted(tuple(odd)))
     told = report(story)
     assert known_seconds(told) == pytest.approx(told.elapsed_s)
     assert all(spent.seconds is None or spent.seconds >= 0.0 for spent in told.time)

@@ -8,6 +8,7 @@ from orchestrator.policy.health.budget import cause_of_loss
 from orchestrator.policy.lifecycle import decide, explain
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.run_state import Observation
+from orchestrator.protocol.events.workers import NodeDraining
 from orchestrator.protocol.messages import DesiredRunState, Finish, Phase
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
@@ -30,7 +31,7 @@ def test_a_standby_elsewhere_takes_the_place_of_who_leaves() -> None:
     assert (rescale.from_size, rescale.to_size, rescale.why) == (3, 3, "w1 must leave: its node is drained")
     assert life.now_s < life.draining["b"]
     (note,) = life.of_kind("node_draining")
-    assert note.fields == {"node": "b", "workers": ["w1"], "seconds_left": 30.0}
+    assert note == NodeDraining("b", ("w1",), 30.0)
     life.run_until(lambda: len(life.state.worker_group) == 4)
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and life.replayed == 0 and not life.state.recoveries
@@ -67,7 +68,7 @@ def test_all_may_have_to_leave() -> None:
     life.draining = dict.fromkeys("abc", 0.0)
     life.nodes |= {f"w{number}": "d" for number in range(3, 12)}
     life.run_until(lambda: life.state.members == ("w3", "w4", "w5"))
-    assert life.replayed == 0 and life.of_kind("node_draining")[0].fields["seconds_left"] is None
+    assert life.replayed == 0 and life.of_kind("node_draining")[0].seconds_left is None
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED
 

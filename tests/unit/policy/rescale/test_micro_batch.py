@@ -153,7 +153,7 @@ def test_out_of_memory_halves_the_slots_which_never_come_back_to_that_size() -> 
     life.kill("w1")
     life.run_until(lambda: life.step == 200)
     (note,) = life.of_kind("micro_batch_reduced")
-    assert (note.fields["from_tokens"], note.fields["to_tokens"]) == (full, full // 2)
+    assert (note.from_tokens, note.to_tokens) == (full, full // 2)
     assert len(life.state.members) == 2
     assert _tokens(life) < full
 
@@ -236,7 +236,7 @@ def test_a_lack_of_memory_while_larger_slots_are_planned_makes_them_smaller() ->
     life.kill("w1")
     life.run_until(lambda: bool(life.of_kind("micro_batch_reduced")))
     (note,) = life.of_kind("micro_batch_reduced")
-    assert (note.fields["from_tokens"], note.fields["to_tokens"]) == (LENGTH, LENGTH // 2)
+    assert (note.from_tokens, note.to_tokens) == (LENGTH, LENGTH // 2)
 
 
 @pytest.mark.parametrize(("after", "is_suspect"), [(2, True), (40, False)])

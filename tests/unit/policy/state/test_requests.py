@@ -10,6 +10,8 @@ from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.requests import queued
 from orchestrator.policy.state.run_state import WorkerFailure
+from orchestrator.protocol.events.run import Suspended
+from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import DesiredRunState, Finish, Phase, WorkerError
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
@@ -45,8 +47,8 @@ def test_a_run_in_the_queue_holds_nobody_until_it_is_let_in() -> None:
     told = explain(life.limits, life.state, life.seen())
     assert told == "as many workers train as are granted, 2 of 4: there is room for 2"
     (let_in,) = life.of_kind("admitted")
-    assert let_in.fields["waited_s"] == 10.0 and let_in.fields["workers"] == 2 and let_in.fields["wanted"] == 4
-    assert [note.fields["why"] for note in life.of_kind("queued")] == ["there is no room for 1 worker"]
+    assert let_in.waited_s == 10.0 and let_in.workers == 2 and let_in.wanted == 4
+    assert [note.why for note in life.of_kind("queued")] == ["there is no room for 1 worker"]
     life.grant = ROOM
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and len(life.sizes) == 60 and life.sizes[-1] == 4
@@ -67,7 +69,7 @@ def test_a_run_that_is_shrunk_grows_back_to_what_is_wanted() -> None:
     assert life.sizes[-1] == 1
     life.grant = ROOM
     life.run_until(lambda: life.sizes[-1] == 3)
-    assert [note.fields["workers"] for note in life.of_kind("granted")] == [1, None]
+    assert [note.workers for note in life.of_kind("granted")] == [1, None]
     life.scale(2)
     life.run_until(lambda: life.sizes[-1] == 2)
     assert life.state.rescales[-1].why == "asked for"  # the grant has nothing to do with it
@@ -102,7 +104,7 @@ def test_a_preempted_run_loses_no_step_and_goes_on_from_its_checkpoint() -> None
     life.tick()
     assert phase_of(life.state, life.seen()) is RunPhase.QUEUED and life.reports == {}
     (gone,) = life.of_kind("suspended")
-    assert gone.fields == {"step": life.step, "checkpoint": f"step-{life.step}"}
+    assert gone == Suspended(life.step, f"step-{life.step}")
     for _ in range(7):
         life.tick()
     life.grant = ROOM
@@ -113,7 +115,7 @@ def test_a_preempted_run_loses_no_step_and_goes_on_from_its_checkpoint() -> None
         "suspended",
         "admitted",
     ]
-    assert life.of_kind("admitted")[0].fields["waited_s"] >= 7
+    assert life.of_kind("admitted")[0].waited_s >= 7
 
 
 def test_a_run_that_only_starts_gives_its_places_back_at_once() -> None:
@@ -122,7 +124,7 @@ def test_a_run_that_only_starts_gives_its_places_back_at_once() -> None:
     life.grant = OUT
     life.tick()
     assert life.state.worker_group == () and life.state.next is None
-    assert life.of_kind("workers_released")[0].fields == {"workers": ["w0", "w1", "w2", "w3"]}
+    assert life.of_kind("workers_released")[0] == WorkersReleased(("w0", "w1", "w2", "w3"))
     life.grant = ROOM
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and len(life.sizes) == 60

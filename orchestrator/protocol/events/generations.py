@@ -1,0 +1,71 @@
+"""Events of generations: planned, current, abandoned, aborted, and what changes between them cost."""
+
+from dataclasses import dataclass
+
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.status import Recovery, Rescale
+
+
+@dataclass(frozen=True)
+class GenerationPlanned(Event):
+    """The next generation was planned. `first_step` is None where it begins as soon as it is prepared."""
+
+    generation: int
+    members: tuple[str, ...]
+    first_step: int | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Activated(Rescale, Event):
+    """A generation became the current one: every member holds its shard. Its stall is measured later (`Rescaled`,
+    `Recovered`).
+
+    Args:
+        connect_s, build_s, transfer_s, digest_s: seconds by part, of the member that took longest; None where no member
+            reported them.
+    """
+
+    members: tuple[str, ...] = ()
+    connect_s: float | None = None
+    build_s: float | None = None
+    transfer_s: float | None = None
+    digest_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Rescaled(Rescale, Event):
+    """The stall of a rescale was measured."""
+
+
+@dataclass(frozen=True)
+class Recovered(Recovery, Event):
+    """The stall of a recovery was measured."""
+
+
+@dataclass(frozen=True)
+class TransitionAbandoned(Event):
+    """A planned generation was given up before it became current. `gave_up`: after several in a row the run keeps its
+    size."""
+
+    generation: int
+    why: str
+    gave_up: bool
+
+
+@dataclass(frozen=True)
+class GenerationAborted(Event):
+    """The current generation ended because a member failed."""
+
+    generation: int
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
+class RolledBack(Event):
+    """No surviving worker held a whole state: the run goes back to a checkpoint, or without one to its beginning."""
+
+    step: int
+    checkpoint: str | None
+    why: str

@@ -1,0 +1,34 @@
+"""Events read back from the JSON objects of a journal."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from orchestrator.errors import ProtocolError
+from orchestrator.protocol.codec import from_plain
+from orchestrator.protocol.events import generations, notices, run, training, workers
+from orchestrator.protocol.events.base import KINDS, STAMPS, Event, JournalEntry
+
+ROOMS = (run, workers, generations, training, notices)  # imported, so that their kinds are known
+
+
+def entry_of(plain: Mapping[str, Any]) -> JournalEntry:
+    """The entry whose JSON object this is.
+
+    Raises:
+        ProtocolError: unknown kind, a stamp is missing, or the fields are not those of the kind.
+    """
+    kind = plain.get("kind")
+    if kind not in KINDS:
+        raise ProtocolError(f"{kind!r} is no kind of event; was it written by another version?")
+    try:
+        seq, term, time_s = int(plain["seq"]), int(plain["term"]), float(plain["time"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"event {kind} lacks a stamp: {error}") from error
+    fields = {key: value for key, value in plain.items() if key not in STAMPS}
+    return JournalEntry(seq, term, time_s, from_plain(KINDS[kind], fields))
+
+
+def event_types() -> Iterator[type[Event]]:
+    """Every class of events in this folder, by the name of its kind."""
+    here = __name__.rpartition(".")[0]
+    yield from (cls for _, cls in sorted(KINDS.items()) if cls.__module__.startswith(here))

@@ -1,0 +1,99 @@
+"""Events of a run as a whole: submission, queue, requests, end."""
+
+from dataclasses import dataclass
+
+from orchestrator.protocol.events.base import Event
+
+
+@dataclass(frozen=True)
+class Submitted(Event):
+    """The run was submitted. `workers` is the number it starts with."""
+
+    run_id: str
+    workers: int
+
+
+@dataclass(frozen=True)
+class Queued(Event):
+    """The run waits for room in the cluster."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Admitted(Event):
+    """The run was let out of the queue. `workers` is None where the grant has no limit."""
+
+    workers: int | None
+    wanted: int
+    why: str
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class Granted(Event):
+    """The Scheduler changed how many workers the run may hold. `workers` is None without a limit."""
+
+    workers: int | None
+    wanted: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Preempted(Event):
+    """A run of higher priority gets the run's workers: the run writes a checkpoint and waits in the queue."""
+
+    workers: int | None
+    wanted: int
+    why: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Suspended(Event):
+    """A preempted run has written its checkpoint and released its workers. `step` is -1 without a checkpoint."""
+
+    step: int
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The run goes on after `step`, from `checkpoint`, or from its beginning if that is None.
+
+    Args:
+        token: of the request to resume, so that a repeat of it is recognized.
+        residuals: `left behind` where what compression had not sent yet was dropped.
+    """
+
+    token: str
+    step: int
+    checkpoint: str | None
+    workers: int
+    residuals: str | None = None
+
+
+@dataclass(frozen=True)
+class TargetChanged(Event, kind="target"):
+    """A request was written down: another number of workers, another stage, or an end. `by_hand` is None unless the
+    number of workers was requested, False where the Scheduler requested it."""
+
+    workers: int
+    finish: str
+    why: str
+    by_hand: bool | None = None
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """The run is over. `outcome` is a `RunPhase`: succeeded, failed, cancelled or paused."""
+
+    outcome: str
+    why: str
+
+
+@dataclass(frozen=True)
+class ControllerFailed(Event, kind="error"):
+    """The controller failed, and the run with it."""
+
+    traceback: str

@@ -1,0 +1,91 @@
+"""Events of training: steps, checkpoints, micro-batches and stages."""
+
+from dataclasses import dataclass
+
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.messages import StepRecord
+
+
+@dataclass(frozen=True)
+class StepsCommitted(Event, kind="steps", internal=True):
+    """Finished steps, each once: what `orchestrator audit` balances."""
+
+    records: tuple[StepRecord, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointCommitted(Event, kind="checkpoint"):
+    """A checkpoint is complete."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class CheckpointsDeleted(Event):
+    """Retention deleted the checkpoints of these steps."""
+
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MicroBatchFitted(Event):
+    """Micro-batches got another size because memory allows more, or gets short.
+
+    Args:
+        worker: the one whose memory decided.
+        memory_bytes, taken_bytes, kept_bytes: what it may use, uses, and keeps between forward and backward.
+    """
+
+    from_tokens: int
+    to_tokens: int
+    step: int
+    worker: str
+    memory_bytes: int
+    taken_bytes: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class MicroBatchReduced(Event):
+    """Micro-batches got smaller after a lack of memory. Sizes are in rows or in tokens."""
+
+    step: int
+    from_rows: int | None = None
+    to_rows: int | None = None
+    from_tokens: int | None = None
+    to_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class BatchSkipped(Event):
+    """The batch of a step is not trained on because its loss exploded."""
+
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
+class StageDecided(Event):
+    """The next stage of the curriculum begins at `first_step`."""
+
+    stage: str
+    first_step: int
+    why: str
+
+
+@dataclass(frozen=True)
+class StageKept(Event):
+    """Another stage was requested, and there is none to go to."""
+
+    stage: str
+    why: str
+
+
+@dataclass(frozen=True)
+class StageBegan(Event):
+    """A stage of the curriculum began with `step`."""
+
+    stage: str
+    step: int
+    sequence_length: int
