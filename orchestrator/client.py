@@ -16,19 +16,20 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from orchestrator.checkpoint.read import choose, read_manifest
-from orchestrator.cluster.calls import ask
 from orchestrator.cluster.connection import connect, probe
 from orchestrator.cluster.jobs_api import JobsApiClient, is_url
+from orchestrator.cluster.remote import Remote
 from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunCancelled, RunFailed
 from orchestrator.protocol.messages import DesiredRunState, Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_files import LogLine, RunFiles, run_dir_in
 from orchestrator.sampling.sample_ledger import AuditResult
-from orchestrator.scheduler.scheduler import get_or_create_scheduler
+from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.by_url import ask_by_url, refuse_by_url, submit_file
 from orchestrator.submission.submission import order_of
@@ -39,6 +40,10 @@ LOOK_EVERY_S = 0.5
 RETRY_EVERY_S = 1.0
 HEAD_PATIENCE_S = 5.0  # a head that is gone for longer is not waited for
 ANSWER_TIMEOUT_S = 60.0  # the first call may wait for the Scheduler's process to start
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class OrchestratorClient:
@@ -95,17 +100,16 @@ class OrchestratorClient:
             return submit_file(self._port, job, name, overrides)
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
-        return self._when_there_is_room(timeout_s, on_wait, "submit", *args, **options)
+        start = partial(self._ask, Scheduler.submit, *args, **options)
+        return _when_there_is_room(start, timeout_s, on_wait)
 
     def list(self) -> tuple[RunStatus, ...]:
         """Every run that the cluster has seen, the newest last."""
-        found: tuple[RunStatus, ...] = self._ask("list")
-        return found
+        return self._ask(Scheduler.list)
 
     def get(self, run_id: str) -> RunStatus:
         """The run as it is now. Raises NotFound, with the nearest names."""
-        found: RunStatus = self._ask("status", run_id)
-        return found
+        return self._ask(Scheduler.status, run_id)
 
     def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
         """Ask for another number of workers; None leaves the number to the job's `autoscale` again. Returns at once;
@@ -115,8 +119,7 @@ class OrchestratorClient:
             UsageError: outside min..max of the job, its autoscale.policy is manual, or the run has ended.
             NotFound: there is no such run.
         """
-        target: DesiredRunState = self._ask("scale", run_id, workers)
-        return target
+        return self._ask(Scheduler.scale, run_id, workers)
 
     def stage(self, run_id: str, name: str) -> DesiredRunState:
         """Ask for another stage of the run's curriculum, or the `next` one. Returns at once; it begins some steps
@@ -126,8 +129,7 @@ class OrchestratorClient:
             UsageError: the job has no stage of that name, or the run has ended.
             NotFound: there is no such run.
         """
-        target: DesiredRunState = self._ask("stage", run_id, name)
-        return target
+        return self._ask(Scheduler.stage, run_id, name)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill the process of one member, the highest rank unless named, to see the run survive it.
@@ -139,17 +141,15 @@ class OrchestratorClient:
             UsageError: nobody has this rank now, or the run has ended.
             NotFound: there is no such run.
         """
-        return str(self._ask("kill_worker", run_id, rank))
+        return self._ask(Scheduler.kill_worker, run_id, rank)
 
     def cancel(self, run_id: str) -> DesiredRunState:
         """Ask the run to end early, with a checkpoint. Raises UsageError if it has ended, NotFound."""
-        target: DesiredRunState = self._ask("cancel", run_id)
-        return target
+        return self._ask(Scheduler.cancel, run_id)
 
     def pause(self, run_id: str) -> DesiredRunState:
         """Ask the run to write a checkpoint and free its resources; `resume` lets it go on. Raises as `cancel`."""
-        target: DesiredRunState = self._ask("pause", run_id)
-        return target
+        return self._ask(Scheduler.pause, run_id)
 
     def resume(
         self,
@@ -185,7 +185,8 @@ class OrchestratorClient:
         path = choose(run_dir / "checkpoints", from_step)
         restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
         order = ResumeRequest(uuid.uuid4().hex, restore, workers)
-        return self._when_there_is_room(timeout_s, on_wait, "resume", run_id, str(run_dir), order, **options)
+        start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, **options)
+        return _when_there_is_room(start, timeout_s, on_wait)
 
     def wait(
         self, run_id: str, *, timeout_s: float | None = None, on_status: Callable[[RunStatus], None] | None = None
@@ -213,7 +214,7 @@ class OrchestratorClient:
         """
         while True:
             last_look = not follow or self.get(run_id).phase.ended  # asked first: what precedes the end is told
-            for event in self._ask("events", run_id, after):
+            for event in self._ask(Scheduler.events, run_id, after):
                 after = event["seq"]
                 yield event
             if last_look:
@@ -222,8 +223,7 @@ class OrchestratorClient:
 
     def audit(self, run_id: str) -> AuditResult:
         """Whether every sample position was consumed exactly once, in order, from the run's ledger."""
-        account: AuditResult = self._ask("audit", run_id)
-        return account
+        return self._ask(Scheduler.audit, run_id)
 
     def logs(self, run_id: str, *, follow: bool = False) -> Iterator[LogLine]:
         """Log lines of all the run's processes, merged by time; with `follow` until the run has ended."""
@@ -243,33 +243,32 @@ class OrchestratorClient:
                 error.remedy += " A run of another cluster is found by its run storage: --storage DIR."
                 raise error from None
 
-    def _when_there_is_room(
-        self,
-        timeout_s: float | None,
-        on_wait: Callable[[JobDoesNotFit], None] | None,
-        method: str,
-        *args: Any,
-        **options: Any,
-    ) -> str:
-        if timeout_s is None:
-            return str(self._ask(method, *args, **options))
-        deadline_s = time.monotonic() + timeout_s
-        while True:
-            try:
-                return str(self._ask(method, *args, **({"wait": False} | options)))
-            except JobDoesNotFit as error:
-                if time.monotonic() + RETRY_EVERY_S > deadline_s:
-                    raise
-                if on_wait is not None:
-                    on_wait(error)
-                    on_wait = None
-            time.sleep(RETRY_EVERY_S)
-
-    def _ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    def _ask(self, method: Callable[Concatenate[Scheduler, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         if self._port is not None:
-            return ask_by_url(self._port, method, *args)
+            answer: R = ask_by_url(self._port, method.__name__, *args)
+            return answer
         probe(self.address, patience_s=HEAD_PATIENCE_S)
-        return ask(self._scheduler, method, *args, timeout_s=ANSWER_TIMEOUT_S, **kwargs)
+        return Remote[Scheduler](self._scheduler, timeout_s=ANSWER_TIMEOUT_S).ask(method, *args, **kwargs)
+
+
+def _when_there_is_room(
+    start: Callable[..., str], timeout_s: float | None, on_wait: Callable[[JobDoesNotFit], None] | None
+) -> str:
+    """What `start` returns: at once if the run may wait in the queue, which is without a `timeout_s`, else once there
+    is room. Raises JobDoesNotFit."""
+    if timeout_s is None:
+        return start()
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            return start(wait=False)
+        except JobDoesNotFit as error:
+            if time.monotonic() + RETRY_EVERY_S > deadline_s:
+                raise
+            if on_wait is not None:
+                on_wait(error)
+                on_wait = None
+        time.sleep(RETRY_EVERY_S)
 
 
 def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None, overrides: Sequence[str] = ()) -> JobSpec:

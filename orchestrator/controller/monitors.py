@@ -10,8 +10,9 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.cluster.actors import Handle
+from orchestrator.cluster.actors import Handle, Host
 from orchestrator.cluster.nodes import draining_nodes
+from orchestrator.cluster.remote import Remote
 from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import StorageError
 from orchestrator.protocol.events.workers import EnergyRead
@@ -48,7 +49,7 @@ class NodeWatch:
         speakers = {node: worker for worker, node in reversed(self._nodes.items())}
         for worker, handle in handles.items():
             if worker not in self._nodes or speakers[self._nodes[worker]] == worker:
-                post(self._inbox, worker, NodeWatch.READ, handle.read_system.remote(self._directory))
+                post(self._inbox, worker, NodeWatch.READ, Remote[Host](handle).send(Host.read_system, self._directory))
 
     def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
         """Values since the node's reading before, at `step`. None of a worker that is gone: others see to that."""
@@ -126,7 +127,7 @@ class EnergyWatch:
         for worker, handle in handles.items():
             if now_s - self._asked_s.get(worker, float("-inf")) >= ENERGY_EVERY_S:
                 self._asked_s[worker] = now_s
-                post(self._inbox, worker, EnergyWatch.READ, handle.read_energy.remote(self._gpus))
+                post(self._inbox, worker, EnergyWatch.READ, Remote[Host](handle).send(Host.read_energy, self._gpus))
         if self._news and now_s - self._written_s >= WRITE_EVERY_S:
             self._written_s = now_s
             self._write()
@@ -138,7 +139,9 @@ class EnergyWatch:
 
     def close(self, handles: Mapping[str, Handle]) -> None:
         """Ask those once more who can tell, before they are let go, and write it down."""
-        asked = {handles[w].read_energy.remote(self._gpus): w for w in self._known.keys() & handles.keys()}
+        asked = {
+            Remote[Host](handles[w]).send(Host.read_energy, self._gpus): w for w in self._known.keys() & handles.keys()
+        }
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LAST_S) if asked else ([], [])
         for ref in answered:
             with suppress(RayError):

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import ray
 
-from orchestrator.cluster.actors import ActorOptions, Handle, start_host
+from orchestrator.cluster.actors import ActorOptions, Handle, Host, start_host
 from orchestrator.cluster.calls import reason_of
+from orchestrator.cluster.remote import Remote
 from orchestrator.controller.worker_group import CallResult, Inbox, post
+from orchestrator.protocol.actors import RendezvousApi
 from orchestrator.protocol.messages import StoreAddress
 
 log = logging.getLogger("orchestrator.control")
@@ -44,8 +46,13 @@ class RendezvousClient:
             self._asked_s = now_s
             actor_options = ActorOptions(log_file=self._log_file, max_restarts=-1)
             self._handle = start_host(self._name, self._target, (head_address(),), actor_options)
-            post(self._inbox, NAME, "address", self._handle.call.remote("address"))
-            post(self._inbox, NAME, "hold", self._handle.hold.remote())
+            post(
+                self._inbox,
+                NAME,
+                "address",
+                Remote[RendezvousApi](self._handle, is_hosted=True).send(RendezvousApi.address),
+            )
+            post(self._inbox, NAME, "hold", Remote[Host](self._handle).send(Host.hold))
 
     def take(self, answer: CallResult) -> None:
         """Note where it listens, or that it is gone."""

@@ -6,20 +6,22 @@ be away at any time, and come back; what can't be had shows as a fault.
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import ray
 
 from orchestrator.cluster.actors import ActorOptions, Handle, find, start_host
 from orchestrator.cluster.calls import reason_of
+from orchestrator.cluster.remote import Remote
 from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.controller.rendezvous_client import NAME as STORE
 from orchestrator.controller.rendezvous_client import RendezvousClient
 from orchestrator.controller.tracker_client import NAME as TRACKER
 from orchestrator.controller.tracker_client import TrackerClient
 from orchestrator.controller.worker_group import CallResult, Inbox, post
-from orchestrator.run_records.data_preparation import PreparedData
+from orchestrator.run_records.data_preparation import Preparation, PreparedData
 from orchestrator.run_records.run_history import retry_until_written
 from orchestrator.spec.job import JobSpec
 
@@ -27,6 +29,8 @@ log = logging.getLogger("orchestrator.control")
 
 PREPARATION = "preparation"
 NAMES = (PREPARATION, STORE, TRACKER)
+P = ParamSpec("P")
+
 LOOK_EVERY_S = 1.0
 TRACKER_AFTER_S = 10.0  # by then MLflow shows a run that waits in the queue
 
@@ -61,7 +65,8 @@ class RunServices:
         if self.data is None:
             self._begin(PREPARATION, self._parts.preparation, ())
             data_dir = str(storage / ".data")
-            self._call(PREPARATION, "prepare", self._job.model_dump_json(by_alias=True), str(self._run_dir), data_dir)
+            job_json = self._job.model_dump_json(by_alias=True)
+            self._prepare(Preparation.prepare, job_json, str(self._run_dir), data_dir)
         self.store.tend(time.monotonic())
 
     def tend(self, now_s: float, has_places: bool) -> None:
@@ -73,7 +78,7 @@ class RunServices:
         self.tracker.tend(now_s)
         if PREPARATION in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
             self._asked_s = now_s
-            self._call(PREPARATION, "progress")
+            self._prepare(Preparation.progress)
 
     def take(self, answer: CallResult) -> None:
         """Note an answer, or the fault that it is."""
@@ -119,8 +124,9 @@ class RunServices:
         actor_options = ActorOptions(log_file=self._run_dir / "logs" / f"{name}.log")
         self._handles[name] = start_host(self._name(name), target, args, actor_options)
 
-    def _call(self, name: str, method: str, *args: Any) -> None:
-        post(self._inbox, name, method, self._handles[name].call.remote(method, *args))
+    def _prepare(self, method: Callable[Concatenate[Preparation, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
+        preparation = Remote[Preparation](self._handles[PREPARATION], is_hosted=True)
+        post(self._inbox, PREPARATION, method.__name__, preparation.send(method, *args, **kwargs))
 
     def _name(self, name: str) -> str:
         return f"{self._run_id}/{name}"

@@ -4,13 +4,14 @@ of reach, has not acknowledged is read there and published again. Nobody waits f
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from orchestrator.cluster.actors import ActorOptions, Handle, start_host
-from orchestrator.cluster.calls import ask, reason_of
+from orchestrator.cluster.calls import reason_of
+from orchestrator.cluster.remote import Remote
 from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.expert_load import Loads
@@ -22,8 +23,11 @@ from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing
 from orchestrator.spec.job import JobSpec
 from orchestrator.telemetry.step_metrics import points_of_event
 from orchestrator.tracking.sink import MetricPoint
+from orchestrator.tracking.tracker import Tracker
 
 log = logging.getLogger("orchestrator.control")
+
+P = ParamSpec("P")
 
 NAME = "tracker"
 FINISH_S = 30.0  # how long the end of a run waits for its tracker
@@ -67,7 +71,7 @@ class TrackerClient:
         overdue = self._asked_s is None or now_s - self._asked_s >= ASK_AGAIN_S
         if self._handle is not None and not self._is_current and self._num_open == 0 and overdue:
             self._asked_s = now_s
-            self._call("position")
+            self._call(Tracker.position)
 
     def prepared(self, data: PreparedData) -> None:
         """The run's data, which the tracker hears of whenever it has to be told everything."""
@@ -78,23 +82,23 @@ class TrackerClient:
     def publish(self, points: Sequence[MetricPoint]) -> None:
         """Values that the journal doesn't hold."""
         if points and self._is_current:
-            self._send([("publish", (list(points),))])
+            self._send([(Tracker.publish, (list(points),))])
 
     def publish_steps(self, points: Sequence[MetricPoint], after: int, loads: Mapping[int, Loads]) -> None:
         """All values of the steps after this one, and the loads of their experts."""
         if points and self._is_current:
-            self._send([("publish", (list(points), after, loads))])
+            self._send([(Tracker.publish, (list(points), after, loads))])
 
     def publish_event(self, entry: JournalEntry) -> None:
         if self._is_current:
-            self._send([("event", (entry, points_of_event(entry)))])
+            self._send([(Tracker.event, (entry, points_of_event(entry)))])
 
     def look(self) -> None:
         """Ask how it fares, now and then."""
         now_s = time.monotonic()
         if self._handle is not None and self._num_open < MOST_OPEN and now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
-            self._call("describe")
+            self._call(Tracker.describe)
 
     def take(self, answer: CallResult) -> None:
         """Note an answer. Whatever went wrong, the tracker is asked what it has before it gets more."""
@@ -110,15 +114,15 @@ class TrackerClient:
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Let the tracker have everything and send it. What MLflow doesn't take in time stays on disk."""
-        tracker = self.start()
+        tracker = Remote[Tracker](self.start(), is_hosted=True, timeout_s=FINISH_S)
         self._is_current, arrived = True, False
         try:
             for _ in range(LAST_TRIES):
-                position = ask(tracker, "call", "position", timeout_s=FINISH_S)
+                position = tracker.ask(Tracker.position)
                 for method, args in retry_until_written(partial(self._missing, position)):
-                    ask(tracker, "call", method, self._term, *args, timeout_s=FINISH_S)
-                arrived = ask(tracker, "call", "finish", self._term, outcome, why, FINISH_S, timeout_s=FINISH_S + 5.0)
-                state = ask(tracker, "call", "describe", timeout_s=5.0)
+                    tracker.ask(method, self._term, *args)
+                arrived = tracker.within(FINISH_S + 5.0).ask(Tracker.finish, self._term, outcome, why, FINISH_S)
+                state = tracker.within(5.0).ask(Tracker.describe)
                 self._described(state)
                 if state["position"] >= watermark:
                     break
@@ -162,12 +166,13 @@ class TrackerClient:
 
     def _send(self, calls: Sequence[Call] | Iterator[Call]) -> None:
         for method, args in calls:
-            if self._num_open >= MOST_OPEN and method == "publish" and len(args) > 1:
+            if self._num_open >= MOST_OPEN and method is Tracker.publish and len(args) > 1:
                 self._is_current = False  # it is told the rest when it has answered
                 return
             self._call(method, self._term, *args)
 
-    def _call(self, method: str, *args: Any) -> None:
+    def _call(self, method: Callable[Concatenate[Tracker, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
         assert self._handle is not None, "the tracker was not started"
         self._num_open += 1
-        post(self._inbox, NAME, method, self._handle.call.remote(method, *args))
+        tracker = Remote[Tracker](self._handle, is_hosted=True)
+        post(self._inbox, NAME, method.__name__, tracker.send(method, *args, **kwargs))

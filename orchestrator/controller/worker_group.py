@@ -6,23 +6,27 @@ worker never returns, so a death is known as soon as Ray knows it: the call ends
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
-from orchestrator.cluster.actors import ActorOptions, Handle, find, kill_on_node, names_of, start_host
+from orchestrator.cluster.actors import ActorOptions, Handle, Host, find, kill_on_node, names_of, start_host
 from orchestrator.cluster.calls import cause_of, reason_of
+from orchestrator.cluster.remote import Remote
+from orchestrator.protocol.actors import WorkerApi
 from orchestrator.protocol.messages import Directive, Report, WorkerJob
 from orchestrator.spec.job import JobSpec, ResourcesSpec
 from orchestrator.spec.labels import NODE_ID
 
 log = logging.getLogger("orchestrator.control")
+
+P = ParamSpec("P")
 
 POLL_S = 0.5  # how long a worker may wait for news before it answers
 POLL_PAUSE_S = 0.25  # between an answer and the next question, unless a rescale waits for it
@@ -149,14 +153,14 @@ class WorkerGroup:
         )
         for worker in self._handles.keys() - self._warmed:
             self._warmed.add(worker)
-            self._call(worker, "warm", job)
+            self._call(worker, WorkerApi.warm, job)
 
     def tell(self, directive: Directive) -> None:
         """Send the directive to whoever hasn't got it yet."""
         for worker in self._handles:
             if self._told.get(worker, -1) < directive.seq:
                 self._told[worker] = directive.seq
-                self._call(worker, "direct", directive)
+                self._call(worker, WorkerApi.direct, directive)
 
     def poll(self, now_s: float, eager: bool) -> None:
         """Ask everybody for news who isn't being asked; give up who has been silent for too long."""
@@ -168,7 +172,7 @@ class WorkerGroup:
                 if eager or now_s - self._rested_s.get(worker, 0.0) >= POLL_PAUSE_S:
                     version = self.reports[worker].version if worker in self.reports else -1
                     self._polled_s[worker] = now_s
-                    self._call(worker, "report", None, version, POLL_S)
+                    self._call(worker, WorkerApi.report, None, version, POLL_S)
             elif worker in self.reports and now_s - self._polled_s[worker] > POLL_S + SILENCE_S:
                 self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")
 
@@ -188,8 +192,7 @@ class WorkerGroup:
         """Ask for the finished steps after this one; they come as an answer of `WorkerGroup.RECORDS`."""
         if worker not in self._handles:
             return False
-        ref = self._handles[worker].call.remote("report", after_step, -1, 0.0)
-        post(self._inbox, worker, WorkerGroup.RECORDS, ref)
+        post(self._inbox, worker, WorkerGroup.RECORDS, self._worker(worker).send(WorkerApi.report, after_step, -1, 0.0))
         return True
 
     def record_source(self, members: Sequence[str], watermark: int) -> str:
@@ -253,11 +256,17 @@ class WorkerGroup:
         self._watch(worker)
 
     def _watch(self, worker: str) -> None:
-        post(self._inbox, worker, "node", self._handles[worker].node.remote())
-        post(self._inbox, worker, "hold", self._handles[worker].hold.remote())
+        host = Remote[Host](self._handles[worker])
+        post(self._inbox, worker, "node", host.send(Host.node))
+        post(self._inbox, worker, "hold", host.send(Host.hold))
 
-    def _call(self, worker: str, method: str, *args: Any) -> None:
-        post(self._inbox, worker, method, self._handles[worker].call.remote(method, *args))
+    def _worker(self, worker: str) -> Remote[WorkerApi]:
+        return Remote(self._handles[worker], is_hosted=True)
+
+    def _call(
+        self, worker: str, method: Callable[Concatenate[WorkerApi, P], Report], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        post(self._inbox, worker, method.__name__, self._worker(worker).send(method, *args, **kwargs))
 
     def _lose(self, worker: str, why: str) -> None:
         self.lost[worker] = why

@@ -2,7 +2,7 @@
 no tracker got to write into that."""
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from orchestrator.tracking.tracker import Tracker, TrackerState
 
 POINTS_PER_CALL = 2000
 
-Call = tuple[str, tuple[Any, ...]]  # a method of the tracker, and what follows the term
+Call = tuple[Callable[..., None], tuple[Any, ...]]  # a method of `Tracker`, and what follows the term
 
 
 def waits_for_delivery(run_dir: Path) -> int:
@@ -60,29 +60,29 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
     tracker = Tracker(tracker_setup(run_dir.name, run_dir, job))
     data = RunHistory(run_dir, RunLimits.of(run_dir.name, job)).data
     for method, args in missing_calls(run_dir, tracker.position(), data):
-        if method != "artifact" or Path(args[0]).exists():
-            getattr(tracker, method)(term, *args)
+        if method is not Tracker.artifact or Path(args[0]).exists():
+            method(tracker, term, *args)
     tracker.finish(term, status.phase.value, status.why, timeout_s)
     return tracker.describe()
 
 
 def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> Iterator[Call]:
     """Everything that a tracker which has the steps up to `position` may lack. What it has, it knows for a repeat."""
-    yield "artifact", (str(run_dir / "job.yaml"),)
+    yield Tracker.artifact, (str(run_dir / "job.yaml"),)
     if data is not None:
         yield from calls_for_data(data)
     entries = read_entries(run_dir)
     for entry in entries:
         if not entry.event.is_internal:
-            yield "event", (entry, points_of_event(entry))
+            yield Tracker.event, (entry, points_of_event(entry))
     steps = committed_steps(entries)
     points, loads, after = points_after(steps, position), shown_loads(steps), position
     while points:
         last = points[min(POINTS_PER_CALL, len(points)) - 1].step  # a step's values stay together
         batch = [point for point in points[: 2 * POINTS_PER_CALL] if point.step <= last]
-        yield "publish", (batch, after, {step: loads[step] for step in loads if after < step <= last})
+        yield Tracker.publish, (batch, after, {step: loads[step] for step in loads if after < step <= last})
         points, after = points[len(batch) :], last
 
 
 def calls_for_data(data: PreparedData) -> list[Call]:
-    return [("artifact", (data.tokenizer,)), ("inputs", (data.datasets,))]
+    return [(Tracker.artifact, (data.tokenizer,)), (Tracker.inputs, (data.datasets,))]

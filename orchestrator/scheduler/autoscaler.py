@@ -8,9 +8,9 @@ autoscaler is asked again by its successor, or taken back.
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -19,6 +19,8 @@ from ray.util import placement_group_table
 
 from orchestrator.cluster.actors import NAMESPACE, find
 from orchestrator.cluster.nodes import draining_nodes, free_on_nodes, labels_of_nodes
+from orchestrator.cluster.remote import Remote
+from orchestrator.controller.controller import RunController
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.cluster.autoscaling import Demand, claim_of, decide_sizes, demand
 from orchestrator.policy.cluster.fair_share import Share, divide, new_grants
@@ -27,6 +29,8 @@ from orchestrator.protocol.scaling import ScalingView
 from orchestrator.spec.workers import MANUAL
 
 log = logging.getLogger("orchestrator.control")
+
+P = ParamSpec("P")
 
 KV_NAMESPACE = b"orchestrator-demand"
 ASKED = b"asked"  # there while Ray's autoscaler has a request of ours
@@ -98,12 +102,12 @@ class Autoscaler:
             is_sure = new.patience_s is None or self._is_sure(before, what, now_s, new.patience_s)
             if is_sure and new.run_id in answered:
                 log.info("run %s: %s workers granted: %s", new.run_id, new.grant.workers, new.grant.why)
-                self._tell(new.run_id, "grant", new.grant)
+                self._tell(new.run_id, RunController.grant, new.grant)
         for resize in decide_sizes(runs, shares):
             is_sure = self._is_sure(before, ("size", resize.run_id, resize.workers), now_s)
             if is_sure and resize.run_id in answered:
                 log.info("run %s: %d workers: %s", resize.run_id, resize.workers, resize.why)
-                self._tell(resize.run_id, "scale", resize.workers, resize.why, False)
+                self._tell(resize.run_id, RunController.scale, resize.workers, resize.why, False)
         if self._since_s:
             return SETTLING_S
         is_still = all(run.policy == MANUAL and run.grant.workers is None for run in runs)
@@ -140,7 +144,7 @@ class Autoscaler:
         controller doesn't answer just now is remembered as it was."""
         expected = dict(self._expected)
         handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
-        calls = {handle.scaling.remote(): run for run, handle in handles.items()}
+        calls = {Remote[RunController](handle).send(RunController.scaling): run for run, handle in handles.items()}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
         heard: dict[str, ScalingView | None] = {}
         for call in answered:
@@ -166,12 +170,14 @@ class Autoscaler:
             if (is_late or run in heard or run not in there) and self._expected.get(run) is newcomer:
                 del self._expected[run]
 
-    def _tell(self, run_id: str, method: str, *args: Any) -> None:
+    def _tell(
+        self, run_id: str, method: Callable[Concatenate[RunController, P], Any], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
         handle = find(f"{run_id}/controller")
         if handle is None:
             return
         try:
-            ray.get(getattr(handle, method).remote(*args), timeout=PATIENCE_S)
+            ray.get(Remote[RunController](handle).send(method, *args, **kwargs), timeout=PATIENCE_S)
         except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
             log.info("run %s was not told: %s", run_id, error)
 

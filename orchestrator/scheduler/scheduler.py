@@ -7,15 +7,16 @@ storage, which Ray's store of the cluster holds too; after a restart it finds ev
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.experimental import internal_kv
 
 from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
-from orchestrator.cluster.calls import ask
+from orchestrator.cluster.remote import Remote
 from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.controller.controller import RunController
 from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
@@ -34,6 +35,9 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import newest_term
 
 log = logging.getLogger("orchestrator.control")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NAME = "scheduler"
 KV_NAMESPACE = b"orchestrator-runs"
@@ -148,9 +152,9 @@ class Scheduler:
         directory = self._directory_of(run_id)
         deadline_s = time.monotonic() + PATIENCE_S
         while True:
-            handle = find(f"{run_id}/controller")
+            controller = _controller_of(run_id)
             try:
-                return self._answer(handle, "status") if handle else read_status(directory)
+                return controller.ask(RunController.status) if controller else read_status(directory)
             except (ClusterUnreachable, NotFound):  # it is just ending, or just coming back
                 if time.monotonic() > deadline_s:
                     raise
@@ -159,29 +163,26 @@ class Scheduler:
     def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> DesiredRunState:
         """Want another number of workers; None leaves it to the job's `autoscale`. Raises UsageError out of min..max,
         or if the run has ended; NotFound."""
-        target: DesiredRunState = self._forward(run_id, "scale", workers, reason)
+        target = self._forward(run_id, RunController.scale, workers, reason)
         self._autoscaler.stir()
         return target
 
     def stage(self, run_id: str, name: str, reason: str = "asked for") -> DesiredRunState:
         """Want another stage of the curriculum. Raises UsageError if the job has none of that name, or the run has
         ended; NotFound."""
-        target: DesiredRunState = self._forward(run_id, "stage", name, reason)
-        return target
+        return self._forward(run_id, RunController.stage, name, reason)
 
     def cancel(self, run_id: str, reason: str = "cancelled") -> DesiredRunState:
         """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        target: DesiredRunState = self._forward(run_id, "finish", Finish.CANCEL, reason)
-        return target
+        return self._forward(run_id, RunController.finish, Finish.CANCEL, reason)
 
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
         """Want the run to end with a checkpoint, to be resumed later. Raises as `cancel` does."""
-        target: DesiredRunState = self._forward(run_id, "finish", Finish.PAUSE, reason)
-        return target
+        return self._forward(run_id, RunController.finish, Finish.PAUSE, reason)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if nobody has the rank; NotFound."""
-        return str(self._forward(run_id, "kill_worker", rank))
+        return self._forward(run_id, RunController.kill_worker, rank)
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
         """What happened to the run after the event with `seq` `after`. Raises NotFound."""
@@ -210,11 +211,13 @@ class Scheduler:
         self._autoscaler.expect(run)
         self._autoscaler.stir()
 
-    def _forward(self, run_id: str, method: str, *args: Any) -> Any:
-        handle = find(f"{run_id}/controller")
-        if handle is not None:
+    def _forward(
+        self, run_id: str, method: Callable[Concatenate[RunController, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        controller = _controller_of(run_id)
+        if controller is not None:
             try:
-                return self._answer(handle, method, *args)
+                return controller.ask(method, *args, **kwargs)
             except ClusterUnreachable:  # it has ended, or it hasn't answered: its status tells
                 pass
         status = self.status(run_id)
@@ -225,9 +228,6 @@ class Scheduler:
                 unchanged="Nothing was changed.",
             )
         raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
-
-    def _answer(self, handle: Handle, method: str, *args: Any) -> Any:
-        return ask(handle, method, *args, timeout_s=PATIENCE_S)
 
     def _directory_of(self, run_id: str) -> Path:
         place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
@@ -248,6 +248,11 @@ class Scheduler:
 def known_runs() -> list[str]:
     """Names of all runs that this cluster has seen."""
     return [key.decode() for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE)]
+
+
+def _controller_of(run_id: str) -> Remote[RunController] | None:
+    handle = find(f"{run_id}/controller")
+    return None if handle is None else Remote(handle, timeout_s=PATIENCE_S)
 
 
 def get_or_create_scheduler() -> Handle:

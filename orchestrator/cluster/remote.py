@@ -1,0 +1,58 @@
+"""Typed calls to actors: the only place that knows Ray's handles and the names of methods.
+
+    Remote[Scheduler](handle).ask(Scheduler.scale, "my-run", 3)
+
+The method is named by the class or the protocol that has it, so a type checker knows arguments and answer, and an
+editor finds the definition on the other side of the process border.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+from orchestrator.cluster.actors import Handle
+from orchestrator.cluster.calls import ask
+
+A = TypeVar("A")  # class, or protocol, of the object that answers
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Remote(Generic[A]):
+    """An object in another process.
+
+    Args:
+        handle: of the Ray actor.
+        is_hosted: the actor is a `Host`, which forwards calls to the object.
+        timeout_s: how long `ask` waits for an answer.
+        repeat: whether `ask` asks again while the actor is being restarted. Not for what must not be done twice.
+    """
+
+    handle: Handle
+    is_hosted: bool = False
+    timeout_s: float = 30.0
+    repeat: bool = True
+
+    def within(self, timeout_s: float) -> "Remote[A]":
+        """The same object, asked with another patience."""
+        return replace(self, timeout_s=timeout_s)
+
+    def ask(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """What the method returns.
+
+        Raises:
+            OrchestratorError: raised by the method.
+            ClusterUnreachable: the actor has ended, or did not answer in time.
+        """
+        name, given = self._addressed(method.__name__, args)
+        answer: R = ask(self.handle, name, *given, timeout_s=self.timeout_s, repeat=self.repeat, **kwargs)
+        return answer
+
+    def send(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Call without waiting. Returns Ray's reference of the answer."""
+        name, given = self._addressed(method.__name__, args)
+        return getattr(self.handle, name).remote(*given, **kwargs)
+
+    def _addressed(self, name: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
+        return ("call", (name, *args)) if self.is_hosted else (name, args)
