@@ -1,16 +1,20 @@
-"""Writes the pages that follow from the code: job-file.md from the JSON Schema, metrics.md from the registry.
+"""Writes the pages that follow from the code: job-file.md from the JSON Schema, metrics.md from the registry, events.md
+from the classes of events.
 
-    python docs/generate.py      # after a change of orchestrator/spec/ or orchestrator/metrics.py
+    python docs/generate.py      # after a change of orchestrator/spec, orchestrator/metrics.py or protocol/events
 
 `tests/unit/docs/test_generated.py` fails while a page is older than the code.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from orchestrator.metrics import DECLARED, Metric
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.reading import MODULES, event_types
 from orchestrator.spec.job import JobSpec
 
 DIRECTORY = Path(__file__).parent
@@ -46,6 +50,16 @@ Prometheus has the newest value of each, under the name in the third column, wit
 the sum since the start of the run's controller ([operating.md](operating.md#prometheus-and-grafana)).
 """
 
+EVENTS_HEAD = """\
+# Events
+
+*Written by `python docs/generate.py` from `orchestrator/protocol/events`; change the code, not this page.*
+
+What happens to a run is in its journal. `orchestrator events RUN` prints it, `-o json` as JSON objects, and
+`OrchestratorClient.events` yields these objects. Each has `kind`, `seq` (counts all events of the run), `term` (of the
+controller that wrote it), `time` (`time.time()` seconds), and the fields of its kind. Fields marked with ? may be null.
+"""
+
 LIVE_HEAD = """\
 ## Of the moment
 
@@ -77,7 +91,29 @@ def _prometheus_name(declared: Metric) -> str:
     return f"`ray_{declared.prometheus}`" + (f" {{{declared.label}}}" if declared.label else "")
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"job-file.md": job_file, "metrics.md": metrics}
+def events() -> str:
+    """Every kind of event that users see, by the module of its class."""
+    parts = [EVENTS_HEAD]
+    for module in MODULES:
+        kinds = [cls for cls in event_types() if cls.__module__ == module.__name__ and not cls.is_internal]
+        rows = [(f"`{cls.kind}`", _fields(cls), _meaning(cls)) for cls in kinds]
+        parts += [f"## {str(module.__doc__).strip().removeprefix('Events of ').rstrip('.').capitalize()}\n"]
+        parts += [_table(("kind", "fields", "meaning"), rows)]
+    return "\n".join(parts)
+
+
+def _fields(cls: type[Event]) -> str:
+    optional = {name for name, hint in get_type_hints(cls).items() if type(None) in get_args(hint)}
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return ", ".join(f"`{name}`" + "?" * (name in optional) for name in names)
+
+
+def _meaning(cls: type[Event]) -> str:
+    """The first paragraph of the docstring."""
+    return " ".join(str(cls.__doc__).split("\n\n")[0].split())
+
+
+PAGES: Mapping[str, Callable[[], str]] = {"job-file.md": job_file, "metrics.md": metrics, "events.md": events}
 
 
 def _sections(schema: Schema, defs: Mapping[str, Schema], path: str) -> Iterator[tuple[str, Schema]]:

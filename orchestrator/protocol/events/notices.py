@@ -1,4 +1,4 @@
-"""Events that users should know of: experts, replay checks, numerics, tracking."""
+"""Events of interest to users: experts, replay checks, numerics, tracking."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -8,7 +8,7 @@ from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.events import generations, notices, run, training, workers
 from orchestrator.protocol.events.base import KINDS, STAMPS, Event, JournalEntry
 
-ROOMS = (run, workers, generations, training, notices)  # imported, so that their kinds are known
+MODULES = (run, workers, generations, training, notices)  # imported, so that their kinds are known
 
 
 def entry_of(plain: Mapping[str, Any]) -> JournalEntry:

@@ -1,4 +1,4 @@
-"""Events of a run as a whole: submission, queue, requests, end."""
+"""Events of the run as a whole: submission, queue, requests, end."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Events of workers and of the nodes that they live on."""
+"""Events of workers and nodes."""
 
 from dataclasses import dataclass
 
