@@ -209,7 +209,7 @@ class RunController:
             waits_for_time = (
                 state.is_recovering
                 or state.wants_restore
-                or state.broken_s is not None
+                or (state.transition is not None and state.transition.failing_since_s is not None)
                 or self._worker_group.is_quiet()
             )
             waits_for_time = waits_for_time and not state.is_queued
@@ -289,7 +289,9 @@ class RunController:
             elif isinstance(action, KillWorker):
                 self._worker_group.kill(action.worker)
         if decision.state.outcome is None:  # else `_close` sees to the worker group, who may still know something
-            self._worker_group.reconcile(decision.state.worker_group, (*decision.state.quarantine, *self._drains.nodes))
+            self._worker_group.reconcile(
+                decision.state.worker_group, (*decision.state.failures.quarantine, *self._drains.nodes)
+            )
             self._warm()
             self._worker_group.tell(directive_of(decision.state, self._term))
         self._requests.turned()

@@ -31,7 +31,7 @@ class PendingRequests:
         self._run_id, self._memory, self._inbox = run_id, memory, inbox
         self._turned = threading.Condition()
         self.newest = memory.state.target
-        self.grant = memory.state.grant
+        self.grant = memory.state.queue.grant
 
     def aim(
         self,
@@ -74,7 +74,7 @@ class PendingRequests:
         with self._turned:
             self.grant = grant
             self._inbox.put(None)
-            if not self._turned.wait_for(lambda: self._memory.state.grant == self.grant, PATIENCE_S):
+            if not self._turned.wait_for(lambda: self._memory.state.queue.grant == self.grant, PATIENCE_S):
                 raise NotFinished(f"run {self._run_id} has not written down what it is granted", remedy=LATER)
 
     def turned(self) -> None:

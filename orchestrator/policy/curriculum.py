@@ -28,15 +28,15 @@ def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Deci
     spec, progress = limits.curriculum, seen.progress
     if spec is None or state.current is None or state.is_recovering or state.is_ending or not progress.stage:
         return Decision(state)
-    newest = state.stages[-1] if state.stages else None
+    newest = state.curriculum.stages[-1] if state.curriculum.stages else None
     if newest is not None and newest.first_step > progress.watermark:
         return Decision(state)
     if newest is not None and _missed(newest, progress):
-        without = replace(state, stages=state.stages[:-1])
+        without = replace(state, curriculum=replace(state.curriculum, stages=state.curriculum.stages[:-1]))
         return _decided(limits, without, seen, newest.name, newest.after, f"it did not begin at {newest.first_step}")
     after = following(spec, progress.stage)
-    if state.target.stage_requests > state.stage_requests:
-        heard = replace(state, stage_requests=state.target.stage_requests)
+    if state.target.stage_requests > state.curriculum.requests:
+        heard = replace(state, curriculum=replace(state.curriculum, requests=state.target.stage_requests))
         by_name = state.target.stage != NEXT
         name = state.target.stage if by_name else after
         if name is None or name == progress.stage:
@@ -63,8 +63,8 @@ def _decided(limits: RunLimits, state: RunState, seen: Observation, name: str, a
     first_step = seen.step + 1 + AHEAD + (math.ceil(HEARD_S / step_s) if step_s > 0 else 0)
     if first_step >= limits.steps:
         return Decision(state)
-    stages = (*state.stages, StageStart(name, first_step, after))
-    decided = replace(state, stages=stages, stages_version=state.stages_version + 1)
+    stages = (*state.curriculum.stages, StageStart(name, first_step, after))
+    decided = replace(state, curriculum=replace(state.curriculum, stages=stages, version=state.curriculum.version + 1))
     return Decision(decided, (StageDecided(name, first_step, why),))
 
 

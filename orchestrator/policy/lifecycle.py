@@ -107,13 +107,13 @@ def directive_of(state: RunState, term: int, seq: int | None = None) -> Directiv
         next=state.next,
         fence=state.fence,
         activated=state.activated,
-        aborted=state.aborted,
+        aborted=state.abort.generation,
         settled=state.settled,
         finish=state.finish,
         checkpoint_done=state.checkpoint_done,
-        stages=state.stages,
-        stages_version=state.stages_version,
-        check=state.check,
+        stages=state.curriculum.stages,
+        stages_version=state.curriculum.version,
+        check=state.replay.task,
     )
 
 
@@ -123,7 +123,7 @@ def phase_of(state: RunState, seen: Observation) -> RunPhase:
         return state.outcome
     if state.is_queued:
         return RunPhase.QUEUED
-    if state.is_recovering or (state.current is None and state.recovery is not None):
+    if state.is_recovering or (state.current is None and state.abort.account is not None):
         return RunPhase.RECOVERING
     if state.current is None:
         return RunPhase.STARTING
@@ -142,28 +142,31 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     if state.outcome is not None:
         return state.why
     if state.gives_way:
-        return f"gives its places away at the next fence, with a checkpoint, and goes on later: {state.grant.why}"
+        return f"gives its places away at the next fence, with a checkpoint, and goes on later: {state.queue.grant.why}"
     if state.is_ending:
         return "ends at the next fence with a checkpoint"
     if state.is_recovering and state.next is None:
         return _explain_recovery(limits, state, seen)
-    if state.next is not None:
-        return f"generation {state.next.generation} with {state.next.world.size} workers: {state.next_why}"
+    if state.transition is not None:
+        plan = state.transition.plan
+        return f"generation {plan.generation} with {plan.world.size} workers: {state.transition.why}"
     if leaving := [w for w in leavers(state, seen) if w in state.members]:
         return f"{why_leaving(state, seen, leaving)}; waits for others to take over"
     if state.is_queued:
-        return f"waits in the queue: {state.grant.why}"
+        return f"waits in the queue: {state.queue.grant.why}"
     asked, wanted = (
-        wanted_size(limits, state.size_request, seen.step + 1, grant) for grant in (UNLIMITED, state.grant)
+        wanted_size(limits, state.size_request, seen.step + 1, grant) for grant in (UNLIMITED, state.queue.grant)
     )
-    held = f", {wanted} of {asked}: {state.grant.why}" * (wanted < asked)
+    held = f", {wanted} of {asked}: {state.queue.grant.why}" * (wanted < asked)
     missing = wanted - len(state.members) - len(warm_standbys(state, seen))
     if missing <= 0:
         slow = f"; {state.straggler} is much slower than the others" * (state.straggler in state.members)
         trains = f"as many workers train as are {'granted' if held else 'wanted'}{held or f': {wanted}'}"
         return (trains if state.current else "all workers are warm") + slow
     unplaced = sum(worker not in seen.reports for worker in state.worker_group)
-    avoided = f"; nodes that get none after failures: {len(state.quarantine)}" * bool(state.quarantine)
+    avoided = f"; nodes that get none after failures: {len(state.failures.quarantine)}" * bool(
+        state.failures.quarantine
+    )
     placed = (f"; {unplaced} have no place yet" + avoided) * bool(unplaced)
     return f"waits for {missing} of {wanted} workers to get warm" + placed + f"; granted{held}" * bool(held)
 
@@ -178,7 +181,7 @@ def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> 
         more = f"{missing} more worker" + "s" * (missing > 1)
         there_are = f"{there} {'is' if there == 1 else 'are'} there"
         waits = f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
-        delay_s = held_back_s(state.failures, seen.now_s)
+        delay_s = held_back_s(state.failures.recent, seen.now_s)
         return waits + f"; after so many failures the next worker is started in {delay_s:.0f} s" * (delay_s > 0)
     if seen.store_address is None:
         return f"{state.why}; waits for the rendezvous store to come back"

@@ -55,8 +55,8 @@ def _difference(record: StepRecord | StepFingerprint, other: StepRecord | StepFi
 
 def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Have a standby do steps again when that is due, and tell what came of it. A rule of `lifecycle`."""
-    if state.check is not None:
-        return _hear(state, state.check, seen)
+    if state.replay.task is not None:
+        return _hear(state, state.replay.task, seen)
     standbys = [worker for worker in warm_standbys(state, seen) if _computes_alike(state, seen, worker)]
     if limits.verify.every is None or state.current is None or not standbys or state.next is not None:
         return Decision(state)
@@ -65,27 +65,29 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     first, last = state.checkpoint_done, state.checkpoint_done + limits.verify.steps
     done = (record for record in seen.progress.recent if first < record.step <= last)
     check = ReplayTask(
-        number=state.num_checks,
+        number=state.replay.count,
         worker=standbys[-1],  # the last to be taken into a world
         step=first,
         last_step=last,
         worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.micro_batch),),
         findings=tuple(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests) for record in done),
-        skips=tuple(step for step in state.skips if first < step <= last),
+        skips=tuple(step for step in state.failures.skips if first < step <= last),
     )
-    return Decision(replace(state, check=check, num_checks=check.number + 1, check_step=check.step))
+    return Decision(
+        replace(state, replay=replace(state.replay, task=check, count=check.number + 1, last_step=check.step))
+    )
 
 
 def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
     """The newest checkpoint has enough steps behind it, all of the present world and in an order that it knew of."""
     first, last = state.checkpoint_done, state.checkpoint_done + steps
-    is_new = state.num_checks == 0 or (first > state.check_step and first - state.check_step >= every)
+    is_new = state.replay.count == 0 or (first > state.replay.last_step and first - state.replay.last_step >= every)
     if first < 0 or not is_new or seen.progress.watermark < last:
         return False
     done = [record for record in seen.progress.recent if first < record.step <= last]
     assert state.current is not None
     in_one_world = all(record.generation == state.current.generation for record in done)
-    as_known = not any(first < stage.first_step <= last for stage in state.stages)
+    as_known = not any(first < stage.first_step <= last for stage in state.curriculum.stages)
     return len(done) == steps and in_one_world and as_known
 
 
@@ -98,12 +100,12 @@ def _computes_alike(state: RunState, seen: Observation, worker: str) -> bool:
 def _hear(state: RunState, check: ReplayTask, seen: Observation) -> Decision:
     report = seen.reports.get(check.worker)
     if check.worker not in state.worker_group or report is None:
-        return Decision(replace(state, check=None))
+        return Decision(replace(state, replay=replace(state.replay, task=None)))
     answer = report.checked
     if answer is None or answer.number != check.number:
         never = check.worker in state.members  # it was taken in before it came to it
-        return Decision(replace(state, check=None) if never else state)
-    return _compare(replace(state, check=None), check, answer, seen)
+        return Decision(replace(state, replay=replace(state.replay, task=None)) if never else state)
+    return _compare(replace(state, replay=replace(state.replay, task=None)), check, answer, seen)
 
 
 def _compare(state: RunState, check: ReplayTask, answer: ReplayResult, seen: Observation) -> Decision:
@@ -116,7 +118,8 @@ def _compare(state: RunState, check: ReplayTask, answer: ReplayResult, seen: Obs
     if difference is None:
         return Decision(state, (checked,))
     differs = state_differs(difference, check.worlds, seen.nodes)
-    return Decision(replace(state, differences=(*state.differences, difference.step)), (checked, differs))
+    differences = (*state.replay.differences, difference.step)
+    return Decision(replace(state, replay=replace(state.replay, differences=differences)), (checked, differs))
 
 
 def state_differs(difference: Difference, worlds: Sequence[PastWorld], nodes: Mapping[str, str]) -> StateDiffers:

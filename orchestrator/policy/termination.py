@@ -22,11 +22,11 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if mistaken and state.current is None:  # later it is a standby's that can't be taken in; training goes on
         worker = mistaken[0]
         return ended(state, RunPhase.FAILED, why_gone(seen, worker), traceback_of(seen, worker))
-    if state.failed_spawns >= MAX_FAILED_SPAWNS:
-        why = f"{state.failed_spawns} workers in a row ended early; {state.why}"
+    if state.failures.spawns >= MAX_FAILED_SPAWNS:
+        why = f"{state.failures.spawns} workers in a row ended early; {state.why}"
         return ended(state, RunPhase.FAILED, why, state.traceback)
-    if state.failed_transitions >= 2 * MAX_FAILED_TRANSITIONS:
-        return ended(state, RunPhase.FAILED, f"{state.failed_transitions} moves in a row failed; {state.why}")
+    if state.failures.transitions >= 2 * MAX_FAILED_TRANSITIONS:
+        return ended(state, RunPhase.FAILED, f"{state.failures.transitions} moves in a row failed; {state.why}")
     return _fail_while_beginning(state, seen)
 
 
@@ -48,7 +48,7 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         return Decision(state)
     if state.is_recovering:  # on its way to the world that is to end
         return Decision(replace(state, finish=asked))
-    return Decision(replace(state, finish=asked, next=None, next_first_step=None, next_why=""))
+    return Decision(replace(state, finish=asked, transition=None))
 
 
 def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:

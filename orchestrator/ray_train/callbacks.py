@@ -87,7 +87,11 @@ class Follower:
         before, self._state = self._state, state
         if before is None:
             return
-        fresh = [loss for loss in state.failures if loss not in before.failures and loss.worker in before.members]
+        fresh = [
+            loss
+            for loss in state.failures.recent
+            if loss not in before.failures.recent and loss.worker in before.members
+        ]
         if fresh:
             ranks = {loss.worker: before.members.index(loss.worker) for loss in fresh}
             self.failures = {ranks[loss.worker]: _error_of(loss.worker, loss.cause, state) for loss in fresh}

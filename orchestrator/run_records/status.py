@@ -50,7 +50,7 @@ def status_of(
         why=preparing if preparing and not over else explain(limits, state, seen),
         step=progress.watermark + 1,
         steps=limits.steps,
-        workers_wanted=0 if over else wanted_size(limits, state.size_request, seen.step + 1, state.grant),
+        workers_wanted=0 if over else wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant),
         workers_now=0 if over else len(state.members),
         standbys=0 if over else len(warm_standbys(state, seen)),
         generation=state.activated,
@@ -84,10 +84,10 @@ def status_of(
 
 def _doubt(state: RunState) -> str | None:
     """What checks have found, and the steps since are made of."""
-    if not state.differences:
+    if not state.replay.differences:
         return None
     return (
-        f"step {min(state.differences)} came out otherwise when a standby did it again: some processor or memory is "
+        f"step {min(state.replay.differences)} came out otherwise when a standby did it again: some processor or memory is "
         "wrong; `orchestrator events` says more. To go back, pause the run if it trains, and resume it --from a "
         "checkpoint before that step"
     )

@@ -77,21 +77,21 @@ def scale_of(
         is_steady=trains
         and state.next is None
         and not state.is_ending
-        and len(state.members) == state.grant.of(wanted),
+        and len(state.members) == state.queue.grant.of(wanted),
         has_begun=state.current is not None,
         is_pinned=(state.size_request is not None and state.size_request.by_hand) or state.is_ending,
         rests=grown_s is not None and seen.now_s - grown_s < spec.cooldown_s,
         speeds=speeds(progress),
         stall_s=max(stalls, default=STALL_S),
         left_s=None if step_s is None else step_s * (limits.steps - 1 - seen.step),
-        avoid=state.quarantine,
+        avoid=state.failures.quarantine,
         selector=limits.label_selector,
         priority=limits.priority,
         submitted_s=submitted_s,
-        grant=state.grant,
-        queued_s=state.queued_s if state.grant.workers == 0 else None,
-        admitted_s=state.admitted_s,
-        begun_s=state.begun_s,
+        grant=state.queue.grant,
+        queued_s=state.queue.since_s if state.queue.grant.workers == 0 else None,
+        admitted_s=state.queue.admitted_s,
+        begun_s=state.queue.begun_s,
     )
 
 

@@ -8,7 +8,7 @@ aborted. What members say of themselves is entered, and whoever doesn't stop as 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from orchestrator.policy.health.budget import MAX_FAILURES, cause_of_loss
+from orchestrator.policy.health.budget import cause_of_loss
 from orchestrator.policy.health.hangs import SILENT_WHEN_STOPPING_S, find_hung_member, is_silent
 from orchestrator.policy.recovery.respond import respond
 from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, given_up, is_blame_due, without_store
@@ -44,57 +44,55 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
     newest = current.generation if state.next is None else state.next.generation
     over = replace(
         state,
-        aborted=newest,
-        aborted_s=seen.now_s,
+        abort=replace(state.abort, generation=newest, since_s=seen.now_s),
         why=why,
-        next=None,
-        next_first_step=None,
-        next_why="",
-        fence=None,
-        broken_s=None,
+        transition=None,
     )
     if gone or stopped:
         note = GenerationAborted(current.generation, seen.step, why)
         account = Recovery(current.generation, (), "network", current.world.size, 0, seen.step, why)
-        return Decision(replace(over, recovery=account, traceback=""), (note,))
+        return Decision(replace(over, abort=replace(over.abort, account=account), traceback=""), (note,))
     return _abandoned(over, seen, newest, why)
 
 
 def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Enter what members of an aborted generation say of themselves, once each. It may come after the complaints of
     their peers: whoever only lost a peer has nothing to write down first."""
-    if not state.is_recovering or state.current is None or state.recovery is None:
+    if not state.is_recovering or state.current is None or state.abort.account is None:
         return Decision(state)
     generation = state.current.generation
-    heard = {failure.worker for failure in state.failures if failure.generation == generation}
+    heard = {failure.worker for failure in state.failures.recent if failure.generation == generation}
     own = _own_errors(seen, (w for w in state.members if w not in heard and _stopped_in(seen, w) == generation))
     if not own:
         return Decision(state)
-    moment_s = seen.now_s if state.aborted_s is None else state.aborted_s  # all of it is one failure
+    moment_s = seen.now_s if state.abort.since_s is None else state.abort.since_s  # all of it is one failure
     failures = tuple(WorkerFailure(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
     worker, error = own[0]
-    is_culprit = state.recovery.cause == "network" and all(w in state.worker_group for w in state.members)
+    is_culprit = state.abort.account.cause == "network" and all(w in state.worker_group for w in state.members)
     why = f"{worker} failed: {error.kind}: {error.message}" if is_culprit else state.why
-    account = replace(state.recovery, cause=error.kind, why=why) if is_culprit else state.recovery
-    known = (*state.failures, *failures)[-MAX_FAILURES:]
+    account = replace(state.abort.account, cause=error.kind, why=why) if is_culprit else state.abort.account
+    known = state.failures.with_new(failures)
     traceback = error.traceback or state.traceback
     told, notes = respond(
-        limits, replace(state, recovery=account, failures=known, why=why, traceback=traceback), seen, failures
+        limits,
+        replace(state, abort=replace(state.abort, account=account), failures=known, why=why, traceback=traceback),
+        seen,
+        failures,
     )
     return Decision(told, notes)
 
 
 def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Drop members of an aborted generation from the worker group who are gone, or don't stop although they should."""
-    if not state.is_recovering or state.aborted_s is None:
+    if not state.is_recovering or state.abort.since_s is None:
         return Decision(state)
     gone = {w: why for w in state.worker_group if w in state.members and (why := why_gone(seen, w))}
     rest = [w for w in state.worker_group if w in state.members and w not in gone and not has_stopped(state, seen, w)]
     if state.next is not None:  # all had stopped when it was planned, and are on their way to it
         rest = []
-    if seen.now_s - state.aborted_s >= STOP_S:
+    if seen.now_s - state.abort.since_s >= STOP_S:
         gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in rest}
-    elif seen.now_s - state.aborted_s >= SILENT_WHEN_STOPPING_S:
+    elif seen.now_s - state.abort.since_s >= SILENT_WHEN_STOPPING_S:
         silent = [w for w in rest if is_silent(seen, w, SILENT_WHEN_STOPPING_S)]
         gone |= {w: f"{w} did not answer when its peers had lost somebody" for w in silent}
     hung = [w for w in gone if w in rest or is_silent(seen, w)]
@@ -113,7 +111,7 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     buried = replace(
         state,
         worker_group=tuple(w for w in state.worker_group if w not in gone),
-        failures=(*state.failures, *failures)[-MAX_FAILURES:],
+        failures=state.failures.with_new(failures),
         why=next(iter(gone.values())),
     )
     buried, told = respond(limits, buried, seen, failures)
@@ -122,19 +120,20 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
 
 def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """A world that is made of the seed or of a checkpoint has lost somebody: plan it anew."""
-    plan = state.next
-    if plan is None or state.current is not None:
+    transition = state.transition
+    if transition is None or state.current is not None:
         return Decision(state)
+    plan = transition.plan
     lost = [w for w in plan.world.members if w not in state.worker_group]
     failed = [w for w in plan.world.members if _failed_generation(seen, w) == plan.generation]
     why = without_store(state, seen)
     if not lost and not failed and not why:
         return Decision(state)
     if not lost and not why and not is_blame_due(state, seen):
-        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
+        return Decision(replace(state, transition=transition.failing(seen.now_s)))
     what = "was lost" if lost else f"could not reach generation {plan.generation}"
     why = why or f"{', '.join(lost or failed)} {what}"
-    over = replace(state, aborted=plan.generation, next=None, next_why="", broken_s=None)
+    over = replace(state, abort=replace(state.abort, generation=plan.generation), transition=None)
     return _abandoned(over, seen, plan.generation, why)
 
 
@@ -150,27 +149,29 @@ def has_stopped(state: RunState, seen: Observation, member: str) -> bool:
 
 def _abandoned(state: RunState, seen: Observation, generation: int, why: str) -> Decision:
     """Count a failed move; after several in a row the run keeps the size that it has, if it has one already."""
-    failed_transitions = state.failed_transitions + 1
-    gives_up = failed_transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
+    failures = replace(state.failures, transitions=state.failures.transitions + 1)
+    gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
     size_request = given_up(state, seen) if gives_up else state.size_request
     note = TransitionAbandoned(generation, why, gives_up)
-    return Decision(replace(state, failed_transitions=failed_transitions, size_request=size_request, why=why), (note,))
+    return Decision(replace(state, failures=failures, size_request=size_request, why=why), (note,))
 
 
 def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
     """Somebody was lost on the way to the generation that recovers: give it up, and free whoever waits in it."""
-    if state.next is None:
+    transition = state.transition
+    if transition is None:
         return Decision(state)
-    lost = [w for w in state.next.involved if w not in state.worker_group or why_gone(seen, w)]
-    failed = [w for w in state.next.involved if _failed_generation(seen, w) == state.next.generation]
+    plan = transition.plan
+    lost = [w for w in plan.involved if w not in state.worker_group or why_gone(seen, w)]
+    failed = [w for w in plan.involved if _failed_generation(seen, w) == plan.generation]
     why = without_store(state, seen)
     if not lost and not failed and not why:
         return Decision(state)
     if not lost and not why and not is_blame_due(state, seen):
-        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
+        return Decision(replace(state, transition=transition.failing(seen.now_s)))
     why = why or (f"{', '.join(lost)} was lost" if lost else _could_not_reach("it", failed, seen))
-    again = replace(state, aborted=state.next.generation, aborted_s=seen.now_s, next=None, next_why="", broken_s=None)
-    return _abandoned(again, seen, state.next.generation, why)
+    abort = replace(state.abort, generation=plan.generation, since_s=seen.now_s)
+    return _abandoned(replace(state, abort=abort, transition=None), seen, plan.generation, why)
 
 
 def _broken_behind_fence(state: RunState, seen: Observation) -> str:

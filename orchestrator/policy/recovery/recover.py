@@ -19,7 +19,7 @@ from orchestrator.elastic.recovery_point import (
     world_of,
 )
 from orchestrator.elastic.world import World
-from orchestrator.policy.health.budget import MAX_FAILURES, PLACE, exceeded_budget, held_back_s
+from orchestrator.policy.health.budget import PLACE, exceeded_budget, held_back_s
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import has_stopped
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
@@ -42,14 +42,14 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     survivors = tuple(w for w in state.members if w in state.worker_group)
     if not all(has_stopped(state, seen, w) for w in survivors):
         return Decision(state)
-    if held_back_s([failure for failure in state.failures if failure.cause not in PLACE], seen.now_s):
+    if held_back_s([failure for failure in state.failures.recent if failure.cause not in PLACE], seen.now_s):
         return Decision(state)
     if hopeless := _hopeless(limits, state, seen):
         return ended(state, RunPhase.FAILED, hopeless, state.traceback)
     point = find_recovery_point(_worlds(state), _held(state, seen))
     if point is None:
         return _fall_back(limits, state, seen)
-    wanted = wanted_size(limits, state.size_request, seen.step + 1, state.grant)
+    wanted = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
     standbys = warm_standbys(state, seen)
     leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
@@ -66,13 +66,13 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
     """Why another attempt would end like the ones before; empty if it may not."""
-    same = [failure for failure in state.failures if failure.cause == USER_ERROR and failure.step == seen.step]
+    same = [failure for failure in state.failures.recent if failure.cause == USER_ERROR and failure.step == seen.step]
     if len(same) >= MAX_USER_ERRORS:
         return f"the same error {len(same)} times after step {seen.step}: {state.why}"
     fruitless = [recovery for recovery in state.recoveries[-MAX_FRUITLESS:] if recovery.step >= seen.step]
     if len(fruitless) >= MAX_FRUITLESS:
         return f"{len(fruitless)} recoveries in a row without a step; {state.why}"
-    spent = exceeded_budget(state.failures, seen.now_s, limits.recovery.budgets)
+    spent = exceeded_budget(state.failures.recent, seen.now_s, limits.recovery.budgets)
     return f"{spent} The newest: {state.why}" if spent else ""
 
 
@@ -89,27 +89,28 @@ def _planned_from(
         held = placement_at_recovery_point(origin.placement, point.holders)
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
     source = Source(origin.world, origin.placement, point.holders, point.step)
-    state = replace(_blamed(state, seen), recovery=_account(state, seen, point.step, "memory"))
+    abort = replace(state.abort, account=_account(state, seen, point.step, "memory"))
+    state = replace(_blamed(state, seen), abort=abort)
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
     return with_plan(limits, state, seen, world, placement, source, change, why)
 
 
 def _blamed(state: RunState, seen: Observation) -> RunState:
     """Nobody was lost and nobody erred: then the network did."""
-    account = state.recovery
+    account = state.abort.account
     if account is None or account.cause != "network" or any(w not in state.worker_group for w in state.members):
         return state
     failure = WorkerFailure("", "", "network", seen.step, seen.now_s)
-    return replace(state, failures=(*state.failures, failure)[-MAX_FAILURES:])
+    return replace(state, failures=state.failures.with_new([failure]))
 
 
 def _account(state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:
     """What the recovery is known to cost so far; None if nobody was lost but a move."""
-    account = state.recovery
+    account = state.abort.account
     if account is None:
         return None
     lost = tuple(w for w in state.members if w not in state.worker_group)
-    causes = [failure.cause for failure in state.failures if failure.worker in lost]
+    causes = [failure.cause for failure in state.failures.recent if failure.worker in lost]
     return replace(
         account,
         lost=lost,
@@ -143,9 +144,9 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
         previous=state.current,
         current=None,
         restore=restore,
-        recovery=account,
+        abort=replace(state.abort, account=account),
         wants_restore=False,
-        differences=state.differences_in(done),
+        replay=state.replay.up_to(done),
     )
     if not state.gives_way:
         return Decision(begun, (note,))

@@ -23,13 +23,14 @@ def respond(
     if any(failure.cause == "out_of_memory" or _died_of_growth(limits, state, seen, failure) for failure in failures):
         # Several ranks may tell of it one after the other: once is enough for one generation.
         smaller = _smaller(size)
-        untried = not state.micro_batch or (state.micro_batch.rows, state.micro_batch.tokens) > (
+        untried = not state.micro_batch.size or (state.micro_batch.rows, state.micro_batch.tokens) > (
             smaller.rows,
             smaller.tokens,
         )
         if untried and smaller != size:
             world_size = last.world.size if last is not None else limits.initial_workers
-            state = replace(state, micro_batch=smaller, micro_batch_ceiling=size.tokens, ceiling_size=world_size)
+            fitted = replace(state.micro_batch, size=smaller, ceiling_tokens=size.tokens, ceiling_workers=world_size)
+            state = replace(state, micro_batch=fitted)
             reduced = MicroBatchReduced(seen.step)
             if size.rows:
                 reduced = replace(reduced, from_rows=size.rows, to_rows=smaller.rows)
@@ -37,8 +38,8 @@ def respond(
                 reduced = replace(reduced, from_tokens=size.tokens, to_tokens=smaller.tokens)
             notes.append(reduced)
     poisoned = {seen.reports[failure.worker].step + 1 for failure in failures if failure.cause == "numeric"}
-    if fresh := poisoned - set(state.skips):
-        state = replace(state, skips=tuple(sorted({*state.skips, *fresh})))
+    if fresh := poisoned - set(state.failures.skips):
+        state = replace(state, failures=replace(state.failures, skips=tuple(sorted({*state.failures.skips, *fresh}))))
         notes += [BatchSkipped(step, state.why) for step in sorted(fresh)]
     return state, tuple(notes)
 
@@ -50,7 +51,7 @@ def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, failu
         return False
     known = [r.micro_batches for w in state.members if (r := seen.reports.get(w)) and r.micro_batches]
     steps = [use.steps for use in known if use.generation == state.current.generation]
-    smallest = min((probe.tokens for probe in state.probes), default=state.current.micro_batch.tokens)
+    smallest = min((probe.tokens for probe in state.micro_batch.probes), default=state.current.micro_batch.tokens)
     return smallest < state.current.micro_batch.tokens and max(steps, default=SUSPECT_STEPS) < SUSPECT_STEPS
 
 

@@ -44,13 +44,14 @@ def plan_departure(limits: RunLimits, state: RunState, seen: Observation) -> Dec
     tried, and after several none is made until something else has changed.
     """
     leaving = [worker for worker in leavers(state, seen) if worker in state.members]
-    if not leaving or state.failed_transitions >= MAX_FAILED_TRANSITIONS:
+    if not leaving or state.failures.transitions >= MAX_FAILED_TRANSITIONS:
         return Decision(state)
-    if state.next is not None and state.next_first_step is not None and state.fence is None:
-        state = replace(state, next=None, next_first_step=None, next_why="")  # of the schedule: it is planned again
+    planned = state.transition
+    if planned is not None and planned.first_step is not None and planned.fence is None:
+        state = replace(state, transition=None)  # of the schedule: it is planned again
     if not can_plan(state, seen):
         return Decision(state)
-    members = _without(limits, state, leaving, () if state.failed_transitions else warm_standbys(state, seen))
+    members = _without(limits, state, leaving, () if state.failures.transitions else warm_standbys(state, seen))
     if members == state.members:
         return Decision(state)
     return planned_transition(

@@ -8,7 +8,7 @@ from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState, Transition
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.events.generations import GenerationPlanned
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
@@ -84,7 +84,8 @@ def without_store(state: RunState, seen: Observation) -> str:
 
 def is_blame_due(state: RunState, seen: Observation) -> bool:
     """A move was seen to fail so long ago that whoever is to blame would be known: whoever notices first is not."""
-    return state.broken_s is not None and seen.now_s - state.broken_s >= BLAME_S
+    since_s = state.transition.failing_since_s if state.transition is not None else None
+    return since_s is not None and seen.now_s - since_s >= BLAME_S
 
 
 def planned_transition(
@@ -104,7 +105,7 @@ def micro_batch_for(limits: RunLimits, state: RunState, world: World) -> MicroBa
     """Micro-batches of a generation to come: what was decided, else as they are. Where they are fitted, a smaller world
     begins with smaller ones: each of its workers holds more of the state."""
     last = state.current or state.previous
-    size = state.micro_batch or (last.micro_batch if last is not None else limits.micro_batch)
+    size = state.micro_batch.size or (last.micro_batch if last is not None else limits.micro_batch)
     if not limits.fits_memory:
         return size
     shrunk = min(1.0, world.size / last.world.size) if last is not None else 1.0
@@ -135,14 +136,12 @@ def with_plan(
         buddies=buddies_of(nodes) if limits.protected else (),
         restore=state.restore if source is None else None,
         micro_batch=micro_batch_for(limits, state, world),
-        skips=state.skips,
+        skips=state.failures.skips,
         nodes=nodes,
     )
     planned = replace(
         state,
-        next=plan,
-        next_first_step=change.first_step,
-        next_why=why,
+        transition=Transition(plan, change.first_step, why),
         num_generations=world.generation + 1,
     )
     return Decision(planned, (GenerationPlanned(world.generation, world.members, change.first_step, why),))

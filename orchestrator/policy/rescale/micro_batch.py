@@ -51,14 +51,14 @@ def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> 
     memory = {w: use for w, use in told.items() if use is not None and use.generation == state.current.generation}
     if len(memory) < len(state.members) or min(use.steps for use in memory.values()) < PROBE_STEPS:
         return Decision(state)
-    if state.failed_transitions >= MAX_FAILED_TRANSITIONS:
+    if state.failures.transitions >= MAX_FAILED_TRANSITIONS:
         return Decision(state)
     shares = shares_of(memory, limits.memory_bytes)
     now = max(
         state.current.micro_batch.tokens, *(use.tokens for use in memory.values())
     )  # a row may be longer than a micro-batch
-    ceiling = state.micro_batch_ceiling if len(state.members) <= state.ceiling_size else 0
-    wanted = next_tokens(now, memory, shares, state.probes, ceiling)
+    ceiling = state.micro_batch.ceiling_tokens if len(state.members) <= state.micro_batch.ceiling_workers else 0
+    wanted = next_tokens(now, memory, shares, state.micro_batch.probes, ceiling)
     if not is_worth_it(limits, state, now, wanted, memory):
         return Decision(state)
     probes = tuple(Probe(w, u.sequence_length, u.tokens, u.resident_bytes) for w, u in memory.items())
@@ -72,7 +72,10 @@ def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> 
         taken_bytes=shares[fullest].taken,
         kept_bytes=memory[fullest].kept_bytes,
     )
-    fitted = replace(state, micro_batch=replace(state.current.micro_batch, tokens=wanted), probes=probes)
+    fitted = replace(
+        state,
+        micro_batch=replace(state.micro_batch, size=replace(state.current.micro_batch, tokens=wanted), probes=probes),
+    )
     change = SizeChange(len(state.members), None)
     why = f"micro-batches of {wanted} tokens fit the memory" if wanted > now else "memory gets short"
     return planned_transition(limits, fitted, seen, state.members, change, why).then(note)

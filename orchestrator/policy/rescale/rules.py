@@ -49,7 +49,9 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
         return _plan_first(limits, state, seen)
     if not can_plan(state, seen):
         return Decision(state)
-    change = next_change(limits, state.size_request, len(state.members), seen.step, _horizon_steps(seen), state.grant)
+    change = next_change(
+        limits, state.size_request, len(state.members), seen.step, _horizon_steps(seen), state.queue.grant
+    )
     if change is None and is_to_be_replaced(limits, state):
         return _plan_replacement(limits, state, seen)
     members = members_for(state, seen, change.workers) if change else None
@@ -61,31 +63,31 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 
 def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """The generation to come lost a newcomer, or can't be connected, before its fence: training just goes on."""
-    if state.next is None or state.current is None or state.fence is not None or state.is_recovering:
+    transition = state.transition
+    if transition is None or state.current is None or transition.fence is not None or state.is_recovering:
         return Decision(state)
+    plan = transition.plan
     if any(seen.phase(member) is not Phase.TRAINING for member in state.members):
         return Decision(state)
-    involved = state.next.involved
+    involved = plan.involved
     known = [f"{w} was lost" for w in involved if w not in state.worker_group]
     known += [why] if (why := without_store(state, seen)) else []
     broken = known + [
-        f"{w} could not reach generation {state.next.generation}"
+        f"{w} could not reach generation {plan.generation}"
         for w in involved
-        if (report := seen.reports.get(w)) and report.failed_generation == state.next.generation
+        if (report := seen.reports.get(w)) and report.failed_generation == plan.generation
     ]
     if not broken:
         return Decision(state)
     if not known and not is_blame_due(state, seen):
-        return Decision(replace(state, broken_s=seen.now_s if state.broken_s is None else state.broken_s))
-    failed_transitions = state.failed_transitions + 1
-    gives_up = failed_transitions >= MAX_FAILED_TRANSITIONS
-    is_fit = state.next.world.members == state.members  # nobody's request for another size
+        return Decision(replace(state, transition=transition.failing(seen.now_s)))
+    failures = replace(state.failures, transitions=state.failures.transitions + 1)
+    gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS
+    is_fit = plan.world.members == state.members  # nobody's request for another size
     size_request = given_up(state, seen) if gives_up and not is_fit else state.size_request
-    note = TransitionAbandoned(state.next.generation, broken[0], gives_up)
-    abandoned = replace(
-        state, failed_transitions=failed_transitions, size_request=size_request, why=broken[0], broken_s=None
-    )
-    return Decision(replace(abandoned, next=None, next_first_step=None, next_why=""), (note,))
+    note = TransitionAbandoned(plan.generation, broken[0], gives_up)
+    abandoned = replace(state, failures=failures, size_request=size_request, why=broken[0], transition=None)
+    return Decision(abandoned, (note,))
 
 
 def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -93,13 +95,14 @@ def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
 
     The first generation needs no fence: nobody trains before it.
     """
-    if state.next is None or state.current is None or state.fence is not None or state.is_recovering:
+    transition = state.transition
+    if transition is None or state.current is None or transition.fence is not None or state.is_recovering:
         return Decision(state)
-    generation = state.next.generation
+    generation = transition.plan.generation
     if not all(prepared(seen, worker) >= generation for worker in state.involved):
         return Decision(state)
-    at_step = None if state.next_first_step is None else state.next_first_step - 1
-    return Decision(replace(state, fence=Fence(to_generation=generation, at_step=at_step)))
+    fence = Fence(generation, at_step=None if transition.first_step is None else transition.first_step - 1)
+    return Decision(replace(state, transition=replace(transition, fence=fence)))
 
 
 def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -107,8 +110,10 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
     From here on the old shards may go. The note is journalled before any worker hears of it.
     """
-    plan = state.next
-    if plan is None or not all(_is_ready(seen, member, plan.generation) for member in plan.world.members):
+    if state.transition is None:
+        return Decision(state)
+    plan = state.transition.plan
+    if not all(_is_ready(seen, member, plan.generation) for member in plan.world.members):
         return Decision(state)
     old = state.current.world if state.current else None
     moved_bytes, state_identical = _handed_over(state, seen)
@@ -117,15 +122,15 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         from_size=old.size if old else 0,
         to_size=plan.world.size,
         step=seen.step,
-        why=state.next_why,
+        why=state.transition.why,
         moved_bytes=moved_bytes,
         state_identical=state_identical,
     )
-    moved = old is not None and old.members != plan.world.members and state.recovery is None
+    moved = old is not None and old.members != plan.world.members and state.abort.account is None
     recoveries = state.recoveries
-    if state.recovery is not None:
+    if state.abort.account is not None:
         account = replace(
-            state.recovery,
+            state.abort.account,
             generation=plan.generation,
             to_size=plan.world.size,
             moved_bytes=moved_bytes,
@@ -137,19 +142,16 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         previous=state.current,
         current=plan,
         activated=plan.generation,
-        next=None,
-        next_first_step=None,
-        next_why="",
-        fence=None,
-        broken_s=None,
-        failed_transitions=0 if moved or state.recovery is not None else state.failed_transitions,
-        aborted_s=None,
-        recovery=None,
+        transition=None,
+        failures=replace(
+            state.failures,
+            spawns=0,
+            transitions=0 if moved or state.abort.account is not None else state.failures.transitions,
+        ),
+        abort=replace(state.abort, since_s=None, account=None),
         recoveries=recoveries,
-        failed_spawns=0,
-        queued_s=None,
-        begun_s=seen.now_s if state.current is None else state.begun_s,
-        micro_batch=UNSAID,
+        queue=replace(state.queue, since_s=None, begun_s=seen.now_s if state.current is None else state.queue.begun_s),
+        micro_batch=replace(state.micro_batch, size=UNSAID),
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )
     event = Activated(**vars(rescale), members=plan.world.members, **_transition_took(plan, seen))
@@ -178,7 +180,7 @@ def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     if state.next is not None or state.is_ending or state.is_recovering or seen.store_address is None:
         return Decision(state)
-    size = wanted_size(limits, state.size_request, seen.step + 1, state.grant)
+    size = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
     members = node_by_node(seen, warm_standbys(state, seen)[:size])
     if not size or len(members) < size:
         return Decision(state)
@@ -206,9 +208,11 @@ def _why(limits: RunLimits, state: RunState, seen: Observation) -> str:
         if by_request and state.size_request
         else [e.at_step for e in limits.schedule if e.at_step <= step]
     )
-    is_held = wanted_size(limits, state.size_request, step, state.grant) < wanted_size(limits, state.size_request, step)
-    if is_held or state.granted_since > max(due, default=0):
-        return state.grant.why
+    is_held = wanted_size(limits, state.size_request, step, state.queue.grant) < wanted_size(
+        limits, state.size_request, step
+    )
+    if is_held or state.queue.granted_since > max(due, default=0):
+        return state.queue.grant.why
     return (state.target.reason or "asked for") if by_request else "scheduled"
 
 

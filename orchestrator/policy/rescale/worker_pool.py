@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from orchestrator.policy.cluster.autoscaling import adds_too_little
 from orchestrator.policy.health.budget import (
-    MAX_FAILURES,
     PLACE,
     cause_of_loss,
     failures_by_node,
@@ -49,7 +48,10 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         cap, cap_stage = target.workers, seen.progress.stage
     size_request = SizeRequest(target.workers, seen.step + 1, target.by_hand, grown_s, cap, cap_stage)
     event = replace(event, by_hand=target.by_hand)
-    return Decision(replace(state, target=target, size_request=size_request, failed_transitions=0), (event,))
+    return Decision(
+        replace(state, target=target, size_request=size_request, failures=replace(state.failures, transitions=0)),
+        (event,),
+    )
 
 
 def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
@@ -70,7 +72,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     never_warm = len({seen.nodes.get(w, "") or w for w in gone if w not in none})
     notes: tuple[Action, ...] = tuple(WorkerLost(worker, why, member=False) for worker, why in gone.items())
     worker_group = tuple(w for w in state.worker_group if w not in gone)
-    counted = state.failed_spawns + never_warm
+    counted = state.failures.spawns + never_warm
     worker, why = next(iter(gone.items()))
     failures = tuple(
         WorkerFailure(w, seen.nodes.get(w, ""), cause, seen.step, seen.now_s)
@@ -80,8 +82,7 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
     buried = replace(
         state,
         worker_group=worker_group,
-        failed_spawns=counted,
-        failures=(*state.failures, *failures)[-MAX_FAILURES:],
+        failures=replace(state.failures.with_new(failures), spawns=counted),
         why=why,
         traceback=traceback_of(seen, worker),
     )
@@ -94,12 +95,12 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
     if state.gives_way or (state.is_ending and not state.is_recovering):
         return Decision(state)
     leaving = leavers(state, seen)
-    wanted = workers_to_hold(limits, state.size_request, seen.step + 1, state.grant)
-    wanted = state.grant.of(wanted + is_to_be_replaced(limits, state))
+    wanted = workers_to_hold(limits, state.size_request, seen.step + 1, state.queue.grant)
+    wanted = state.queue.grant.of(wanted + is_to_be_replaced(limits, state))
     if state.is_ending:
         wanted = limits.min_workers
     missing = wanted - (len(state.worker_group) - len(leaving))
-    if missing > 0 and not _in_transition(limits, state, seen) and not held_back_s(state.failures, seen.now_s):
+    if missing > 0 and not _in_transition(limits, state, seen) and not held_back_s(state.failures.recent, seen.now_s):
         first = state.num_spawned
         spawned = tuple(f"w{number}" for number in range(first, first + missing))
         note = WorkersSpawned(spawned)
@@ -116,14 +117,18 @@ def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> D
     """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
     after = limits.recovery.quarantine_after
     nodes = {node for worker, node in seen.nodes.items() if worker in state.worker_group and worker not in seen.lost}
-    now = quarantined(state.failures, seen.now_s, after, nodes, state.quarantine) if state.failures else ()
-    if now == state.quarantine:
+    now = (
+        quarantined(state.failures.recent, seen.now_s, after, nodes, state.failures.quarantine)
+        if state.failures.recent
+        else ()
+    )
+    if now == state.failures.quarantine:
         return Decision(state)
-    counts = failures_by_node(state.failures, seen.now_s)
-    fresh = [node for node in now if node not in state.quarantine]
+    counts = failures_by_node(state.failures.recent, seen.now_s)
+    fresh = [node for node in now if node not in state.failures.quarantine]
     notes: list[Event] = [NodeQuarantined(node, counts[node]) for node in fresh]
-    notes += [NodeReleased(node) for node in state.quarantine if node not in now]
-    return Decision(replace(state, quarantine=now), tuple(notes))
+    notes += [NodeReleased(node) for node in state.failures.quarantine if node not in now]
+    return Decision(replace(state, failures=replace(state.failures, quarantine=now)), tuple(notes))
 
 
 def _in_transition(limits: RunLimits, state: RunState, seen: Observation) -> bool:
@@ -194,6 +199,6 @@ def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
 def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:
     """The whole worker group got warm: earlier failures were no rule."""
     cold = (Phase.COLD, Phase.WARMING)
-    if state.failed_spawns and all(seen.phase(worker) not in cold for worker in state.worker_group):
-        return replace(state, failed_spawns=0)
+    if state.failures.spawns and all(seen.phase(worker) not in cold for worker in state.worker_group):
+        return replace(state, failures=replace(state.failures, spawns=0))
     return state

@@ -7,7 +7,7 @@ A run that gives its places away writes a checkpoint first, and goes on from it:
 from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Observation, RunState
+from orchestrator.policy.state.run_state import Decision, Observation, QueueState, ReplayState, RunState
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size
 from orchestrator.protocol.events.run import Admitted, Granted, Preempted, Queued, Resumed, Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
@@ -36,7 +36,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         workers=workers,
         finish=Finish.NO,
         reason="resumed",
-        stage_requests=state.stage_requests,
+        stage_requests=state.curriculum.requests,
     )
     begun = replace(begun_again(state, order.restore), target=target, size_request=size_request)
     return Decision(begun, (event,))
@@ -50,19 +50,15 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         target=state.target,
         seq=state.seq + 1,
         size_request=state.size_request,
-        grant=state.grant,
-        granted_since=state.granted_since,
-        queued_s=state.queued_s,
+        queue=QueueState(state.queue.grant, state.queue.granted_since, state.queue.since_s),
         num_spawned=state.num_spawned,
         num_generations=state.num_generations,
         activated=state.activated,
         checkpoint_done=done,
         rescales=tuple(r for r in state.rescales if r.step < done),
         restore=restore,
-        differences=state.differences_in(done),
-        stages=state.stages,
-        stages_version=state.stages_version + bool(state.stages),
-        stage_requests=state.stage_requests,
+        replay=ReplayState(differences=state.replay.up_to(done).differences),
+        curriculum=replace(state.curriculum, version=state.curriculum.version + bool(state.curriculum.stages)),
     )
 
 
@@ -71,28 +67,31 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
 
 def queued(state: RunState, since_s: float) -> RunState:
     """A run that was submitted at `since_s`, or is to go on since then: the Scheduler lets it in."""
-    return replace(state, grant=JUST_COME, queued_s=since_s, admitted_s=None, begun_s=None)
+    return replace(state, queue=QueueState(JUST_COME, state.queue.granted_since, since_s))
 
 
 def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Take in the newest grant. A run without a world gives its places back at once."""
-    grant, was_out, is_out = seen.grant, state.grant.workers == 0, seen.grant.workers == 0
-    if grant == state.grant:
+    grant, was_out, is_out = seen.grant, state.queue.grant.workers == 0, seen.grant.workers == 0
+    if grant == state.queue.grant:
         return Decision(state)
-    granted = replace(state, grant=grant, granted_since=seen.step + 1)
+    granted = replace(state, queue=replace(state.queue, grant=grant, granted_since=seen.step + 1))
     wanted = wanted_size(limits, state.size_request, seen.step + 1)
     if was_out and is_out:  # it waits for something else now
         return Decision(granted, (Queued(grant.why),))
     if was_out:
-        waited_s = 0.0 if state.queued_s is None else seen.now_s - state.queued_s
-        let_in = replace(granted, admitted_s=seen.now_s, begun_s=None)
+        waited_s = 0.0 if state.queue.since_s is None else seen.now_s - state.queue.since_s
+        let_in = replace(granted, queue=replace(granted.queue, admitted_s=seen.now_s, begun_s=None))
         return Decision(let_in, (Admitted(grant.workers, wanted, grant.why, waited_s),))
     if not is_out:
         return Decision(granted, (Granted(grant.workers, wanted, grant.why),))
-    waits = replace(granted, queued_s=seen.now_s if state.queued_s is None else state.queued_s)
+    waits = replace(
+        granted,
+        queue=replace(granted.queue, since_s=seen.now_s if state.queue.since_s is None else state.queue.since_s),
+    )
     if state.current is not None:
         return Decision(waits, (Preempted(grant.workers, wanted, grant.why, seen.step),))
-    waits = replace(waits, worker_group=(), next=None, next_first_step=None, next_why="", fence=None, broken_s=None)
+    waits = replace(waits, worker_group=(), transition=None)
     gone = WorkersReleased(state.worker_group)
     return Decision(waits, (Queued(grant.why), gone))
 
@@ -109,12 +108,8 @@ def suspended(state: RunState, seen: Observation) -> Decision:
     path = seen.restorable.path if seen.restorable else None
     waits = replace(
         begun_again(state, seen.restorable),
-        failures=state.failures,
         recoveries=state.recoveries,
-        quarantine=state.quarantine,
-        micro_batch=state.micro_batch or state.current.micro_batch,
-        micro_batch_ceiling=state.micro_batch_ceiling,
-        ceiling_size=state.ceiling_size,
-        skips=state.skips,
+        failures=replace(state.failures, spawns=0, transitions=0),
+        micro_batch=replace(state.micro_batch, size=state.micro_batch.size or state.current.micro_batch, probes=()),
     )
     return Decision(waits, (Suspended(step, path),))

@@ -6,7 +6,7 @@ state alone (`RunState.worker_group`, `lifecycle.directive_of`), so the controll
 asked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,79 +58,174 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Transition:
+    """A planned generation, from its plan to its activation.
+
+    Args:
+        first_step: its first step; None where it begins as soon as all are prepared.
+        fence: where the current generation ends; None until all are prepared.
+        failing_since_s: when it was first seen to fail with no culprit known.
+    """
+
+    plan: GenerationPlan
+    first_step: int | None
+    why: str
+    fence: Fence | None = None
+    failing_since_s: float | None = None
+
+    def failing(self, now_s: float) -> "Transition":
+        """The same, known to fail since now or longer."""
+        return self if self.failing_since_s is not None else replace(self, failing_since_s=now_s)
+
+
+@dataclass(frozen=True)
+class QueueState:
+    """The run's place in the cluster.
+
+    Args:
+        grant: what the Scheduler lets the run hold, received before step `granted_since` was done.
+        since_s: since when the run has waited for a world of its own; None once it has one.
+        admitted_s: when it was let out of the queue last.
+        begun_s: when it first had a world then.
+    """
+
+    grant: Grant = UNLIMITED
+    granted_since: int = 0
+    since_s: float | None = None
+    admitted_s: float | None = None
+    begun_s: float | None = None
+
+
+@dataclass(frozen=True)
+class AbortState:
+    """The newest generation that was ended because a member failed. Until another one is activated the run recovers.
+
+    Args:
+        generation: -1 before the first abort.
+        since_s: when it was aborted; None once the next generation is active.
+        account: what the recovery is known to cost so far.
+    """
+
+    generation: int = -1
+    since_s: float | None = None
+    account: Recovery | None = None
+
+
+@dataclass(frozen=True)
+class FailureState:
+    """What failures have led to.
+
+    Args:
+        recent: the newest ones.
+        spawns, transitions: failures in a row to start workers and to change the generation.
+        quarantine: nodes that get no new workers.
+        skips: steps whose batches are left out, because their loss exploded.
+    """
+
+    recent: tuple[WorkerFailure, ...] = ()
+    spawns: int = 0
+    transitions: int = 0
+    quarantine: tuple[str, ...] = ()
+    skips: tuple[int, ...] = ()
+
+    def with_new(self, failures: Sequence[WorkerFailure]) -> "FailureState":
+        """With more failures; the newest `MAX_FAILURES` are kept."""
+        return replace(self, recent=(*self.recent, *failures)[-MAX_FAILURES:])
+
+
+@dataclass(frozen=True)
+class MicroBatchState:
+    """How large micro-batches are to be from the next generation on.
+
+    Args:
+        size: unset for as they are.
+        ceiling_tokens: too many tokens in a world of `ceiling_workers`; 0 where none is known.
+        probes: what workers had taken when micro-batches were changed last.
+    """
+
+    size: MicroBatchSize = UNSAID
+    ceiling_tokens: int = 0
+    ceiling_workers: int = 0
+    probes: tuple[Probe, ...] = ()
+
+
+@dataclass(frozen=True)
+class CurriculumState:
+    """Stages of the curriculum that were decided.
+
+    Args:
+        version: counts decisions.
+        requests: how many requests for a stage were heeded.
+    """
+
+    stages: tuple[StageStart, ...] = ()
+    version: int = 0
+    requests: int = 0
+
+
+@dataclass(frozen=True)
+class ReplayState:
+    """Replay checks by a standby.
+
+    Args:
+        task: the one under way.
+        count: how many were begun.
+        last_step: the step after which the last one began.
+        differences: steps that did not reproduce.
+    """
+
+    task: ReplayTask | None = None
+    count: int = 0
+    last_step: int = -1
+    differences: tuple[int, ...] = ()
+
+    def up_to(self, step: int) -> "ReplayState":
+        """With those differences only that the state after this step is made of."""
+        return replace(self, differences=tuple(differing for differing in self.differences if differing <= step))
+
+
+@dataclass(frozen=True)
 class RunState:
     """What a run is to be and has come to.
 
-    `worker_group` names the workers that should exist, oldest first. `next` is the generation being prepared or moved
-    to, `next_first_step` its first step if that is fixed, `next_why` the reason. `previous` is the generation before
-    `current`, whose shards of a checkpoint or snapshots may still be of use. `failed_spawns` and `failed_moves` count
-    failures in a row; `broken_s` is when a move was first seen to fail, with no culprit known.
-
-    `aborted` is the newest generation that was ended because somebody in it was lost, at `aborted_s`; until another one
-    is activated the run recovers, and `recovery` is the account of that so far. `settled` is the newest generation that
-    has a committed step of its own. `losses` are the newest members lost.
-
-    `wants_restore`: nobody has a whole state any more, so checkpoints are looked through. `restore` is the one that a
-    generation without a source begins from. `outcome` is None while the run goes on. `traceback` is that of the
-    worker's error that `why` tells of. `micro_batch` is how much a micro-batch is to take from the next generation on;
-    if it says nothing, what it takes now. `micro_batch_ceiling` is a number of tokens that were too many in a world of
-    `ceiling_size`; `probes` tell what workers had taken when micro-batches were changed last. `skips` are steps whose
-    batches are left out; `quarantine` names nodes that get no new workers, `draining` nodes that will soon be gone,
-    `leaving` workers that are to leave, `straggler` one that is much slower than the others. `stages` are those that
-    were decided, `stages_version` counts decisions, and `stage_wishes` those that were asked for and are decided.
-
-    `check` is what a standby does again, `num_checks` counts those that were begun, `check_step` is the step after
-    which the last one began, and `differences` are the steps that didn't come out again as they had.
-
-    `grant` is what the Scheduler lets the run hold, heard before step `granted_since` was done. `queued_s` is since
-    when it has waited for a world of its own, None once it has one; `admitted_s` is when it was last given its place in
-    the cluster, `begun_s` when it first had a world there.
+    Args:
+        target: the newest request that was heeded.
+        seq: counts decisions.
+        worker_group: workers that should exist, oldest first.
+        previous: the generation before `current`, whose shards of a checkpoint or snapshots may still be of use.
+        activated, settled: newest generation that was activated; that has committed a step of its own.
+        finish: how the fence ends the run, once it is raised.
+        checkpoint_done: newest step with a complete checkpoint.
+        draining: nodes that will soon be gone. `leaving`: workers that are to leave.
+        straggler: a worker that is much slower than the others; empty for none.
+        wants_restore: nobody holds a whole state any more, so checkpoints are looked through.
+        restore: the checkpoint that a generation without a source begins from.
+        outcome: None while the run goes on.
+        why, traceback: of the newest failure, or of the end.
     """
 
     target: DesiredRunState
     seq: int = 0
     size_request: SizeRequest | None = None
-    grant: Grant = UNLIMITED
-    granted_since: int = 0
-    queued_s: float | None = None
-    admitted_s: float | None = None
-    begun_s: float | None = None
+    queue: QueueState = QueueState()
     worker_group: tuple[str, ...] = ()
     num_spawned: int = 0
     num_generations: int = 0
     previous: GenerationPlan | None = None
     current: GenerationPlan | None = None
-    next: GenerationPlan | None = None
-    next_first_step: int | None = None
-    next_why: str = ""
-    fence: Fence | None = None
+    transition: Transition | None = None
     activated: int = -1
+    settled: int = -1
     finish: Finish = Finish.NO
     checkpoint_done: int = -1
-    failed_spawns: int = 0
-    failed_transitions: int = 0
-    broken_s: float | None = None
-    aborted: int = -1
-    aborted_s: float | None = None
-    settled: int = -1
-    failures: tuple[WorkerFailure, ...] = ()
-    micro_batch: MicroBatchSize = UNSAID
-    micro_batch_ceiling: int = 0
-    ceiling_size: int = 0
-    probes: tuple[Probe, ...] = ()
-    skips: tuple[int, ...] = ()
-    quarantine: tuple[str, ...] = ()
+    abort: AbortState = AbortState()
+    failures: FailureState = FailureState()
+    micro_batch: MicroBatchState = MicroBatchState()
     draining: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
     straggler: str = ""
-    stages: tuple[StageStart, ...] = ()
-    stages_version: int = 0
-    stage_requests: int = 0
-    check: ReplayTask | None = None
-    num_checks: int = 0
-    check_step: int = -1
-    differences: tuple[int, ...] = ()
-    recovery: Recovery | None = None
+    curriculum: CurriculumState = CurriculumState()
+    replay: ReplayState = ReplayState()
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
     recoveries: tuple[Recovery, ...] = ()
@@ -140,6 +235,16 @@ class RunState:
     traceback: str = ""
 
     @property
+    def next(self) -> GenerationPlan | None:
+        """The generation that is being prepared or moved to."""
+        return self.transition.plan if self.transition is not None else None
+
+    @property
+    def fence(self) -> Fence | None:
+        """Where the current generation ends, once that is decided."""
+        return self.transition.fence if self.transition is not None else None
+
+    @property
     def is_ending(self) -> bool:
         """Whether it was asked to end, or is about to."""
         return any(finish is not Finish.NO for finish in (self.target.finish, self.finish))
@@ -147,13 +252,13 @@ class RunState:
     @property
     def is_queued(self) -> bool:
         """It waits for its place in the cluster, and holds nobody."""
-        return self.grant.workers == 0 and self.current is None
+        return self.queue.grant.workers == 0 and self.current is None
 
     @property
     def gives_way(self) -> bool:
         """It has a world, and stops to give all its places away and go on later. It finishes that once it has begun,
         whatever is granted meanwhile."""
-        stops = self.grant.workers == 0 or self.finish is not Finish.NO
+        stops = self.queue.grant.workers == 0 or self.finish is not Finish.NO
         return self.current is not None and self.target.finish is Finish.NO and stops
 
     @property
@@ -168,16 +273,12 @@ class RunState:
     @property
     def is_recovering(self) -> bool:
         """The current generation is over, and no other one has begun."""
-        return self.current is not None and self.aborted >= self.current.generation
+        return self.current is not None and self.abort.generation >= self.current.generation
 
     @property
     def is_changing(self) -> bool:
         """Another generation is on its way, or has to be."""
         return self.current is None or self.next is not None or self.is_recovering
-
-    def differences_in(self, step: int) -> tuple[int, ...]:
-        """Those that the state after this step is made of."""
-        return tuple(differing for differing in self.differences if differing <= step)
 
     @property
     def involved(self) -> tuple[str, ...]:
@@ -273,5 +374,5 @@ class Decision:
 
 def ended(state: RunState, outcome: RunPhase, why: str, traceback: str = "") -> Decision:
     """The run is over: nobody of the worker group is needed any more."""
-    over = replace(state, outcome=outcome, why=why, traceback=traceback, worker_group=(), next=None, fence=None)
+    over = replace(state, outcome=outcome, why=why, traceback=traceback, worker_group=(), transition=None)
     return Decision(over, (Ended(outcome.value, why),))

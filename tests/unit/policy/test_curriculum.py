@@ -53,7 +53,7 @@ def test_a_stage_that_is_asked_for_begins_some_steps_ahead_once() -> None:
     progress = _trained(20, {0: "a"})
     decided, told = _decide(limits, state, progress)
     first_step = 21 + AHEAD + HEARD
-    assert decided.stages == (StageStart("last", first_step),) and decided.stages_version == 1
+    assert decided.curriculum.stages == (StageStart("last", first_step),) and decided.curriculum.version == 1
     assert [(t["stage"], t["first_step"]) for t in told] == [("last", first_step)]
     assert _decide(limits, decided, progress) == (decided, [])
     later = _trained(first_step + 3, {0: "a", first_step: "last"})
@@ -65,7 +65,7 @@ def test_next_is_the_one_behind_the_present_one() -> None:
     state = _training(limits)
     state = replace(state, target=replace(state.target, seq=9, stage="next", stage_requests=1))
     decided, _ = _decide(limits, state, _trained(20, {0: "a", 10: "b"}))
-    assert [stage.name for stage in decided.stages] == ["last"]
+    assert [stage.name for stage in decided.curriculum.stages] == ["last"]
     at_the_end, told = _decide(limits, state, _trained(20, {0: "a", 10: "last"}))
     assert at_the_end.stages == () and at_the_end.stage_requests == 1
     assert told == [{"stage": "last", "why": "last is the last stage"}]
@@ -86,7 +86,7 @@ def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
     state = replace(state, target=replace(state.target, seq=9, stage="last", stage_requests=2))
     assert _decide(limits, state, _trained(20, {0: "a"})) == (state, [])
     decided, _ = _decide(limits, state, _trained(30, {0: "a", 30: "b"}))
-    assert [stage.name for stage in decided.stages] == ["b", "last"] and decided.stages_version == 2
+    assert [stage.name for stage in decided.curriculum.stages] == ["b", "last"] and decided.curriculum.version == 2
 
 
 def test_next_is_void_once_another_stage_has_come() -> None:
@@ -102,7 +102,7 @@ def test_a_validation_loss_ends_a_stage_if_it_is_of_that_stage() -> None:
     state = _training(limits)
     assert _decide(limits, state, _trained(20, {0: "a", 5: "b"}, {4: 2.9, 9: 3.1, 19: 3.0}))[1] == []
     decided, told = _decide(limits, state, _trained(20, {0: "a", 5: "b"}, {4: 2.9, 9: 3.1, 19: 2.99}))
-    assert [stage.name for stage in decided.stages] == ["last"]
+    assert [stage.name for stage in decided.curriculum.stages] == ["last"]
     assert told[0]["why"] == "the validation loss is 2.9900, below 3"
 
 
@@ -118,7 +118,7 @@ def test_a_validation_loss_ends_a_stage_if_it_is_of_that_stage() -> None:
 def test_a_plateau_ends_a_stage(losses: dict[int, float], ends: bool) -> None:
     limits = _limits({"plateau": 2, "max_steps": 100})
     decided, _ = _decide(limits, _training(limits), _trained(8, {0: "a"}, losses))
-    assert [stage.name for stage in decided.stages] == (["last"] if ends else [])
+    assert [stage.name for stage in decided.curriculum.stages] == (["last"] if ends else [])
 
 
 def test_a_stage_that_did_not_begin_is_decided_again() -> None:
@@ -126,7 +126,7 @@ def test_a_stage_that_did_not_begin_is_decided_again() -> None:
     state = replace(_training(limits), stages=(StageStart("last", 20),), stages_version=1)
     assert _decide(limits, state, _trained(19, {0: "a"}, {5: 2.0})) == (state, [])  # not known yet
     decided, told = _decide(limits, state, _trained(22, {0: "a"}, {5: 2.0}))
-    assert decided.stages == (StageStart("last", 23 + AHEAD + HEARD),) and decided.stages_version == 2
+    assert decided.curriculum.stages == (StageStart("last", 23 + AHEAD + HEARD),) and decided.curriculum.version == 2
     assert told[0]["why"] == "it did not begin at 20"
 
 

@@ -70,9 +70,9 @@ def _life(every: int = 4, steps: int = 2, **limits: object) -> Life:
 
 
 def _asked(life: Life) -> ReplayTask:
-    life.run_until(lambda: life.state.check is not None)
-    assert life.state.check is not None and life.directive.check == life.state.check
-    return life.state.check
+    life.run_until(lambda: life.state.replay.task is not None)
+    assert life.state.replay.task is not None and life.directive.check == life.state.replay.task
+    return life.state.replay.task
 
 
 def _answer(life: Life, check: ReplayTask, **changes: Any) -> None:
@@ -91,7 +91,7 @@ def test_a_standby_is_asked_once_the_newest_checkpoint_has_steps_behind_it() -> 
     assert check.worlds == (PastWorld(0, current.world, current.placement, current.micro_batch),)
     assert [finding.step for finding in check.findings] == [4, 5]
     _answer(life, check)
-    life.run_until(lambda: life.state.check is None)
+    life.run_until(lambda: life.state.replay.task is None)
     (note,) = life.of_kind("checked")
     assert note == ReplayChecked(check.worker, 4, 5, equal=True)
     assert life.of_kind("state_differs") == []
@@ -103,7 +103,7 @@ def test_checks_are_no_more_often_than_asked_for() -> None:
     life = _life(every=8)
     first = _asked(life)
     _answer(life, first)
-    life.run_until(lambda: life.state.check is None)
+    life.run_until(lambda: life.state.replay.task is None)
     assert _asked(life).step >= first.step + 8
 
 
@@ -114,13 +114,13 @@ def test_a_difference_names_the_worker_and_its_node() -> None:
     check = replace(check, findings=tuple(replace(finding, digests=DIGESTS) for finding in check.findings))
     life.state = replace(life.state, check=check)
     _answer(life, check, digests=("0a", "ff"))
-    life.run_until(lambda: life.state.check is None)
+    life.run_until(lambda: life.state.replay.task is None)
     (note,) = life.of_kind("state_differs")
     assert note.ranks == (1,) and note.step == check.last_step
     assert life.state.current is not None
     assert note.workers == (check.worlds[0].world.members[1],) and note.nodes == ("node-b",)
     assert [n.equal for n in life.of_kind("checked")] == [False]
-    assert life.state.differences == (check.last_step,)
+    assert life.state.replay.differences == (check.last_step,)
 
 
 def test_what_differed_is_doubted_until_the_run_goes_back_before_it() -> None:
@@ -135,7 +135,7 @@ def test_a_check_that_failed_says_why_and_the_next_one_comes() -> None:
     life = _life()
     check = _asked(life)
     life.say(check.worker, checked=ReplayResult(0, error="no such file"))
-    life.run_until(lambda: life.state.check is None)
+    life.run_until(lambda: life.state.replay.task is None)
     (note,) = life.of_kind("check_failed")
     assert note == ReplayFailed(check.worker, 3, "no such file")
     assert _asked(life).number == 1
@@ -145,7 +145,7 @@ def test_a_check_ends_with_its_worker() -> None:
     life = _life()
     check = _asked(life)
     life.lost[check.worker] = "killed"
-    life.run_until(lambda: life.state.check is None)
+    life.run_until(lambda: life.state.replay.task is None)
     assert not [note for note in life.notes if note.kind.startswith("check")]
 
 
@@ -155,7 +155,7 @@ def test_a_check_ends_if_its_worker_is_needed_first() -> None:
     check = _asked(life)
     life.scale(3)
     life.run_until(lambda: check.worker in life.state.members)
-    life.run_until(lambda: life.state.check is None)
+    life.run_until(lambda: life.state.replay.task is None)
     assert life.of_kind("checked") == []
 
 
@@ -165,7 +165,7 @@ def test_whoever_computes_otherwise_is_not_asked() -> None:
     for worker in life.state.worker_group:
         life.say(worker, numerics="a" if worker in life.state.members else "b")
     life.run_until(lambda: life.progress.watermark > 12)
-    assert life.state.num_checks == 0
+    assert life.state.replay.count == 0
     for worker in life.state.worker_group:
         life.say(worker, numerics="a")
     _asked(life)
@@ -176,14 +176,14 @@ def test_steps_long_ago_are_compared_all_the_same() -> None:
     check = _asked(life)
     life.progress = replace(life.progress, recent=life.progress.recent[-1:])
     _answer(life, check, loss=0.5)
-    life.run_until(lambda: life.state.check is None)
+    life.run_until(lambda: life.state.replay.task is None)
     assert [note.parts for note in life.of_kind("state_differs")] == [("loss",)]
 
 
 def test_nobody_is_asked_without_the_wish() -> None:
     life = Life(limits_of(standby=1, max_workers=3), checkpoint_every=4)
     life.run_until(lambda: life.progress.watermark > 9)
-    assert life.state.check is None and life.state.num_checks == 0
+    assert life.state.replay.task is None and life.state.replay.count == 0
 
 
 def test_steps_of_two_worlds_are_left_to_the_next_checkpoint() -> None:
@@ -191,7 +191,7 @@ def test_steps_of_two_worlds_are_left_to_the_next_checkpoint() -> None:
     life.run_until(lambda: life.state.checkpoint_done == 3)
     life.scale(3)
     life.run_until(lambda: life.state.current is not None and life.state.current.world.size == 3)
-    assert life.state.check is None or life.state.check.step > 3
+    assert life.state.replay.task is None or life.state.replay.task.step > 3
     check = _asked(life)
     done = [r for r in life.progress.recent if check.step < r.step <= check.last_step]
     assert {r.generation for r in done} == {life.state.current.generation}  # type: ignore[union-attr]

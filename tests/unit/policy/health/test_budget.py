@@ -115,9 +115,9 @@ def test_a_failing_node_is_told_of_once_and_taken_back() -> None:
         life.run_until(lambda v=victim: v in life.state.members and life.state.next is None)
         life.kill(victim)
     life.run_until(lambda: bool(life.of_kind("node_quarantined")))
-    assert life.state.quarantine == ("bad",)
+    assert life.state.failures.quarantine == ("bad",)
     life.now_s += WINDOW_S
-    life.run_until(lambda: not life.state.quarantine)
+    life.run_until(lambda: not life.state.failures.quarantine)
     assert [len(life.of_kind(kind)) for kind in ("node_quarantined", "node_released")] == [1, 1]
 
 
@@ -176,10 +176,10 @@ def test_an_error_that_is_told_after_a_peers_complaint_is_heard_all_the_same(kin
     life.run_until(lambda: life.step == 9)
     life.stop("w1")
     life.tick()
-    assert life.state.is_recovering and not life.state.failures
+    assert life.state.is_recovering and not life.state.failures.recent
     _fails(life, "w0", kind)
     _goes_on(life, 1)
     assert life.state.recoveries[0].cause == kind and "w0 failed" in life.state.recoveries[0].why
-    assert [(failure.worker, failure.cause) for failure in life.state.failures] == [("w0", kind)]
+    assert [(failure.worker, failure.cause) for failure in life.state.failures.recent] == [("w0", kind)]
     assert len(life.of_kind("micro_batch_reduced")) == (kind == "out_of_memory")
     assert len(life.of_kind("batch_skipped")) == (kind == "numeric")

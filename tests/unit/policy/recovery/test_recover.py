@@ -71,7 +71,7 @@ def test_a_rank_lost_with_its_buddy_sends_the_run_back_to_a_checkpoint(with_chec
     life.kill("w1")
     life.kill(buddy)
     life.run_until(lambda: life.state.activated == 1)
-    assert life.state.differences == ((3,) if with_checkpoint else ())  # the rest is done again
+    assert life.state.replay.differences == ((3,) if with_checkpoint else ())  # the rest is done again
     (recovery,) = life.state.recoveries
     assert recovery.source == "checkpoint" and recovery.step == (7 if with_checkpoint else -1)
     assert recovery.steps_lost == 8 - recovery.step
@@ -244,10 +244,10 @@ def test_of_members_that_all_answer_the_one_with_the_fewest_collectives_hangs() 
     life.run_until(lambda: life.step == 5)
     for worker, number in {"w0": 7, "w1": 6, "w2": 7}.items():
         life.say(worker, collective=number)
-    assert decide(life.limits, life.state, life.seen(idle_s=29.0)).state.aborted < 0
+    assert decide(life.limits, life.state, life.seen(idle_s=29.0)).state.abort.generation < 0
     assert "w1 hangs" in decide(life.limits, life.state, life.seen(idle_s=31.0)).state.why
     life.say("w2", collective=6)  # two: it may be the network between them
-    assert decide(life.limits, life.state, life.seen(idle_s=31.0)).state.aborted < 0
+    assert decide(life.limits, life.state, life.seen(idle_s=31.0)).state.abort.generation < 0
 
 
 def _fails_by_itself(life: Life, worker: str, kind: str) -> None:

@@ -30,7 +30,7 @@ def _life(**changes: object) -> Life:
 def _queued(**changes: object) -> Life:
     life = _life(**changes)
     life.state = queued(life.state, life.now_s)
-    life.grant = life.state.grant
+    life.grant = life.state.queue.grant
     return life
 
 
@@ -226,10 +226,10 @@ def test_whoever_is_put_out_before_it_has_begun_has_waited_all_the_time() -> Non
     life.tick()
     life.grant = Grant(0, "there is no room for 1 worker")
     life.tick()
-    assert life.state.queued_s == 0.0 and life.of_kind("preempted") == []
+    assert life.state.queue.since_s == 0.0 and life.of_kind("preempted") == []
     life.grant = ROOM
     life.run_until(lambda: life.step == 3)
-    assert life.state.queued_s is None and life.state.begun_s is not None
+    assert life.state.queue.since_s is None and life.state.queue.begun_s is not None
 
 
 def test_what_failures_have_taught_is_kept() -> None:
@@ -245,14 +245,14 @@ def test_what_failures_have_taught_is_kept() -> None:
         WorkerFailure(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5)
     )
     life.state = replace(life.state, failures=failures)
-    life.run_until(lambda: life.state.quarantine == ("bad",))
+    life.run_until(lambda: life.state.failures.quarantine == ("bad",))
     life.run_until(lambda: life.step == 20)
     life.grant = OUT
     life.run_until(lambda: life.state.current is None)
     life.tick()
     life.grant = ROOM
     life.tick()
-    assert life.state.worker_group and life.state.quarantine == ("bad",)
+    assert life.state.worker_group and life.state.failures.quarantine == ("bad",)
     life.run_until(lambda: life.state.current is not None)
     assert life.state.current is not None and life.state.current.micro_batch.rows == 2
 
@@ -306,7 +306,7 @@ def test_no_step_is_lost_or_done_twice_whatever_is_granted(data: st.DataObject) 
             if life.state.outcome is None:
                 life.tick()
                 held = [w for w in life.state.worker_group if life.seen().phase(w) is not Phase.FAILED]
-                assert life.state.grant.workers != 0 or life.state.current is not None or held == []
+                assert life.state.queue.grant.workers != 0 or life.state.current is not None or held == []
     life.grant = UNLIMITED
     life.run_until(lambda: life.state.outcome is not None, max_ticks=400)
     assert life.state.outcome is RunPhase.SUCCEEDED
@@ -318,5 +318,5 @@ def test_what_was_granted_is_remembered_by_a_successor() -> None:
     life.run_until(lambda: life.step == 5)
     life.grant = HELD
     life.tick()
-    assert life.state.grant == HELD  # through the journal's JSON, in `Life.tick`
+    assert life.state.queue.grant == HELD  # through the journal's JSON, in `Life.tick`
     assert replace(life.state, grant=UNLIMITED) != life.state
