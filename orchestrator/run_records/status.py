@@ -87,9 +87,9 @@ def _doubt(state: RunState) -> str | None:
     if not state.replay.differences:
         return None
     return (
-        f"step {min(state.replay.differences)} came out otherwise when a standby did it again: some processor or memory is "
-        "wrong; `orchestrator events` says more. To go back, pause the run if it trains, and resume it --from a "
-        "checkpoint before that step"
+        f"step {min(state.replay.differences)} came out otherwise when a standby did it again: some processor or "
+        "memory is wrong; `orchestrator events` says more. To go back, pause the run if it trains, and resume it --from "
+        "a checkpoint before that step"
     )
 
 

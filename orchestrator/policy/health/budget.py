@@ -12,7 +12,6 @@ from orchestrator.policy.health.leaving import is_to_leave
 from orchestrator.policy.state.run_state import Observation, RunState, WorkerFailure
 from orchestrator.spec.fault_tolerance import BudgetsSpec
 
-MAX_FAILURES = 256  # kept for judging what to do about the next one
 WINDOW_S = 3600.0  # of a budget, and of a quarantine
 BURST_S = 60.0  # failures within this are in a row
 FREE_FAILURES = 3  # in a row, before replacements are held back

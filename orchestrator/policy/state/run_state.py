@@ -31,6 +31,7 @@ from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
+MAX_FAILURES = 256  # kept for judging what to do about the next one
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 
 
