@@ -1,9 +1,8 @@
-"""What crosses a process: frozen values, never changes to apply.
+"""Frozen values that cross process borders.
 
 `DesiredRunState` (Scheduler to RunController) and `Directive` (RunController to Worker) each carry the whole desired
 state, so the newest wins and a repeat is harmless. `Report` is what a worker answers. Everything carries
-(term, generation); a receiver refuses a lower term.
-"""
+(term, generation); a receiver refuses a lower term."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum

@@ -3,7 +3,7 @@
 Metrics are those of committed steps, under the names of docs/metrics.md, and `step`, counted from 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from ray.train.v2.api.result import Result
 from orchestrator.checkpoint.manifest import step_name
 from orchestrator.checkpoint.read import list_steps
 from orchestrator.policy.state.progress import Progress
+from orchestrator.protocol.events.base import JournalEntry
+from orchestrator.protocol.events.generations import Recovered, Rescaled
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_files import RunFiles
+from orchestrator.run_records.run_history import read_entries
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.sink import MetricPoint
 
@@ -42,7 +45,7 @@ def result_of(
         NotFound: the directory holds no run.
     """
     files = RunFiles(run_dir)
-    rows = rows_of(Progress(), files.steps(), files.events())
+    rows = rows_of(Progress(), files.steps(), read_entries(files.run_dir, only=(Rescaled, Recovered)))
     rated = with_validations(rows)
     kept = list_steps(run_dir / DIRECTORY)
     checkpoints = [
@@ -58,12 +61,12 @@ def result_of(
     )
 
 
-def rows_of(before: Progress, steps: Sequence[StepRecord], events: Sequence[Mapping[str, Any]] = ()) -> list[Row]:
+def rows_of(before: Progress, steps: Sequence[StepRecord], entries: Sequence[JournalEntry] = ()) -> list[Row]:
     """Metrics of these steps, which follow upon `before`; those of events that belong to one of them are added."""
     rows = {record.step: Row(step=record.step) for record in steps}
     points: list[MetricPoint] = points_of_steps(before, list(steps))
-    for event in events:
-        points += points_of_event(event)
+    for entry in entries:
+        points += points_of_event(entry)
     for point in points:
         if point.step in rows:
             rows[point.step][point.name] = point.value

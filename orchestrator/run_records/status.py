@@ -88,8 +88,8 @@ def _doubt(state: RunState) -> str | None:
         return None
     return (
         f"step {min(state.replay.differences)} came out otherwise when a standby did it again: some processor or "
-        "memory is wrong; `orchestrator events` says more. To go back, pause the run if it trains, and resume it --from "
-        "a checkpoint before that step"
+        "memory is wrong; `orchestrator events` has more. To go back, pause the run if it trains, and resume it "
+        "--from a checkpoint before that step"
     )
 
 

@@ -10,6 +10,8 @@ from orchestrator.cli.terminal.format import counted
 from orchestrator.cli.terminal.options import Address, Output, RunId, Storage
 from orchestrator.cli.terminal.output import Format, say, show, show_json
 from orchestrator.policy.replay_check import Difference
+from orchestrator.protocol.codec import to_plain
+from orchestrator.protocol.events.notices import StateDiffers
 
 REMARK_EVERY_S = 5.0
 DIFFER = 100
@@ -41,7 +43,7 @@ def verify(
     For runs with train.determinism exact. Nothing of the run changes, and it may go on meanwhile.
     """
     from orchestrator.cli.terminal.run_lookup import find_run
-    from orchestrator.policy.replay_check import differences, doubt, first_difference, told_of
+    from orchestrator.policy.replay_check import differences, doubt, first_difference, state_differs
     from orchestrator.protocol.child_process import Numerics
     from orchestrator.submission.verification import done_again, numerics_here, what_to_verify
 
@@ -66,14 +68,14 @@ def verify(
     members = list(dict.fromkeys(worker for past in order.worlds for worker in past.world.members))
     if told := doubt(members, order.differing, elsewhere):
         say(told)
-    where = told_of(difference, order.worlds, {}) if difference is not None else None
+    where = state_differs(difference, order.worlds, {}) if difference is not None else None
     if output is Format.JSON:
         summary = {"run": run, "first_step": first, "last_step": again[-1].step, "workers": order.workers}
         show_json(
             summary
             | {
                 "equal": where is None,
-                "difference": where,
+                "difference": None if where is None else to_plain(where),
                 "numerics_differ": elsewhere,
                 "workers_differ": order.differing,
             }
@@ -82,18 +84,16 @@ def verify(
         what = "losses, norms and states" if all(record.digests for record in order.records) else "losses and norms"
         show(f"{counted(len(again), 'step')}: {what} are the same, bit for bit.")
     else:
-        show(_told(difference, where or {}))
+        show(_told(difference, where))
     if difference is not None:
         raise typer.Exit(DIFFER)
 
 
-def _told(difference: Difference, where: dict[str, object]) -> str:
+def _told(difference: Difference, where: StateDiffers | None) -> str:
     names = {"loss": "its loss", "grad_norm": "its gradients' norm", "state": "the state that it led to"}
     parts = ", ".join(names[part] for part in difference.parts)
-    if difference.ranks:
-        workers = where["workers"]
-        assert isinstance(workers, list)
-        pairs = ", ".join(f"{rank} ({worker})" for rank, worker in zip(difference.ranks, workers, strict=True))
+    if where is not None and where.ranks:
+        pairs = ", ".join(f"{rank} ({worker})" for rank, worker in zip(where.ranks, where.workers, strict=True))
         return f"Step {difference.step} differs: {parts}, of rank {pairs} only. Look at the memory of its node."
     return f"Step {difference.step} differs: {parts}. It can't be told which rank was wrong."
 

@@ -23,10 +23,8 @@ def respond(
     if any(failure.cause == "out_of_memory" or _died_of_growth(limits, state, seen, failure) for failure in failures):
         # Several ranks may tell of it one after the other: once is enough for one generation.
         smaller = _smaller(size)
-        untried = not state.micro_batch.size or (state.micro_batch.rows, state.micro_batch.tokens) > (
-            smaller.rows,
-            smaller.tokens,
-        )
+        planned = state.micro_batch.size
+        untried = not planned or (planned.rows, planned.tokens) > (smaller.rows, smaller.tokens)
         if untried and smaller != size:
             world_size = last.world.size if last is not None else limits.initial_workers
             fitted = replace(state.micro_batch, size=smaller, ceiling_tokens=size.tokens, ceiling_workers=world_size)

@@ -40,7 +40,6 @@ Change = TypeVar("Change", Rescale, Recovery)
 
 HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and no less than HORIZON_STEPS
 HORIZON_STEPS = 8
-MOVE_PARTS = ("connect_s", "build_s", "transfer_s", "digest_s")  # of a `Handover`
 
 
 def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -154,8 +153,8 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         micro_batch=replace(state.micro_batch, size=UNSAID),
         rescales=(*state.rescales, rescale) if moved else state.rescales,
     )
-    event = Activated(**vars(rescale), members=plan.world.members, **_transition_took(plan, seen))
-    return Decision(activated, (event,))
+    event = Activated(**vars(rescale), members=plan.world.members)
+    return Decision(activated, (_with_times(event, plan, seen),))
 
 
 def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -234,16 +233,24 @@ def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
     return report is not None and report.phase is Phase.READY and report.generation == generation
 
 
-def _transition_took(plan: GenerationPlan, seen: Observation) -> dict[str, float]:
-    """Seconds by part of the member that took longest; of one member, so that they add up."""
+def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Activated:
+    """With the seconds by part of the member that took longest; of one member, so that they add up."""
     handovers = [
         handover
         for worker in plan.world.members
         for handover in seen.reports[worker].handovers
         if handover.generation == plan.generation
     ]
-    took = [{part: float(getattr(handover, part)) for part in MOVE_PARTS} for handover in handovers]
-    return max(took, key=lambda parts: sum(parts.values()), default={})
+    if not handovers:
+        return event
+    longest = max(handovers, key=lambda h: h.connect_s + h.build_s + h.transfer_s + h.digest_s)
+    return replace(
+        event,
+        connect_s=longest.connect_s,
+        build_s=longest.build_s,
+        transfer_s=longest.transfer_s,
+        digest_s=longest.digest_s,
+    )
 
 
 def _handed_over(state: RunState, seen: Observation) -> tuple[int, bool | None]:

@@ -23,6 +23,7 @@ from orchestrator.storage.journal import acquire_term
 from orchestrator.telemetry.node import Reading, points_of_readings, read_system
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.sink import Dataset
+from orchestrator.tracking.tracker import Tracker
 from tests.unit.policy.imagined import limits_of, record
 
 STEPS = 500
@@ -44,14 +45,16 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("position", [-1, 0, 123, STEPS - 2, STEPS - 1])
 def test_a_tracker_gets_what_it_lacks_and_every_step_once(run_dir: Path, position: int) -> None:
     outbox = Outbox(run_dir / "tracking")
-    have = [point for method, args in missing_calls(run_dir, -1, None) if method == "publish" for point in args[0]]
+    have = [
+        point for method, args in missing_calls(run_dir, -1, None) if method is Tracker.publish for point in args[0]
+    ]
     known = {step: LOADS for step in SHOWN if step <= position}
     outbox.put_points([point for point in have if point.step <= position], after=-1, loads=known)
     for method, args in [*missing_calls(run_dir, position, DATA), *missing_calls(run_dir, STEPS - 1, DATA)]:
-        if method == "publish":
+        if method is Tracker.publish:
             assert len(args[0]) <= POINTS_PER_CALL + 20
             outbox.put_points(*args)
-        elif method == "event":
+        elif method is Tracker.event:
             outbox.put_event(*args)
     history = outbox.history()
     assert outbox.position == STEPS - 1
@@ -106,12 +109,16 @@ def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) 
 
 
 def test_files_and_data_are_told_too(run_dir: Path) -> None:
-    told = [(method, args) for method, args in missing_calls(run_dir, STEPS, DATA) if method in ("artifact", "inputs")]
+    told = [
+        (method, args)
+        for method, args in missing_calls(run_dir, STEPS, DATA)
+        if method in (Tracker.artifact, Tracker.inputs)
+    ]
     job = str(run_dir / "job.yaml")
     assert told == [
-        ("artifact", (job,)),
-        ("artifact", ("/run/tokenizer.json",)),
-        ("inputs", (DATA.datasets,)),
+        (Tracker.artifact, (job,)),
+        (Tracker.artifact, ("/run/tokenizer.json",)),
+        (Tracker.inputs, (DATA.datasets,)),
     ]
 
 

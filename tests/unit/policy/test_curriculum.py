@@ -8,8 +8,8 @@ import pytest
 from orchestrator.errors import UsageError
 from orchestrator.policy.curriculum import AHEAD, decide_stages, following
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.run_state import Observation, RunState
-from orchestrator.protocol.events.base import plain_of
+from orchestrator.policy.state.run_state import CurriculumState, Observation, RunState
+from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.messages import DesiredRunState, Finish, StageStart, StepRecord
 from orchestrator.spec.curriculum import CurriculumSpec
 from tests.unit.policy.imagined import Life, limits_of, record
@@ -43,7 +43,7 @@ def _seen(progress: Progress, target: DesiredRunState) -> Observation:
 
 def _decide(limits: Any, state: RunState, progress: Progress) -> tuple[RunState, list[dict[str, Any]]]:
     decision = decide_stages(limits, state, _seen(progress, state.target))
-    return decision.state, [plain_of(action) for action in decision.actions]  # type: ignore[union-attr]
+    return decision.state, [to_plain(action) for action in decision.actions]  # type: ignore[union-attr]
 
 
 def test_a_stage_that_is_asked_for_begins_some_steps_ahead_once() -> None:
@@ -67,7 +67,7 @@ def test_next_is_the_one_behind_the_present_one() -> None:
     decided, _ = _decide(limits, state, _trained(20, {0: "a", 10: "b"}))
     assert [stage.name for stage in decided.curriculum.stages] == ["last"]
     at_the_end, told = _decide(limits, state, _trained(20, {0: "a", 10: "last"}))
-    assert at_the_end.stages == () and at_the_end.stage_requests == 1
+    assert at_the_end.curriculum == CurriculumState(requests=1)
     assert told == [{"stage": "last", "why": "last is the last stage"}]
     assert limits.curriculum is not None and following(limits.curriculum, "") == "b"
 
@@ -77,12 +77,12 @@ def test_the_present_stage_is_kept_and_says_so() -> None:
     state = _training(limits)
     state = replace(state, target=replace(state.target, seq=9, stage="a", stage_requests=1))
     kept, told = _decide(limits, state, _trained(20, {0: "a"}))
-    assert kept.stages == () and told == [{"stage": "a", "why": "a is the present stage"}]
+    assert kept.curriculum.stages == () and told == [{"stage": "a", "why": "a is the present stage"}]
 
 
 def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
-    state = replace(_training(limits), stages=(StageStart("b", 30),), stages_version=1, stage_requests=1)
+    state = replace(_training(limits), curriculum=CurriculumState((StageStart("b", 30),), 1, 1))
     state = replace(state, target=replace(state.target, seq=9, stage="last", stage_requests=2))
     assert _decide(limits, state, _trained(20, {0: "a"})) == (state, [])
     decided, _ = _decide(limits, state, _trained(30, {0: "a", 30: "b"}))
@@ -91,9 +91,9 @@ def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
 
 def test_next_is_void_once_another_stage_has_come() -> None:
     limits = _limits({"steps": 25}, {"steps": 50})
-    state = replace(_training(limits), stages=(StageStart("b", 28, after="a"),), stages_version=1)
+    state = replace(_training(limits), curriculum=CurriculumState((StageStart("b", 28, after="a"),), 1))
     assert _decide(limits, state, _trained(30, {0: "a", 25: "b"})) == (state, [])
-    other = replace(state, stages=(StageStart("last", 28, after="a"),))
+    other = replace(state, curriculum=CurriculumState((StageStart("last", 28, after="a"),), 1))
     assert _decide(limits, other, _trained(30, {0: "a", 25: "b"})) == (other, [])
 
 
@@ -123,7 +123,7 @@ def test_a_plateau_ends_a_stage(losses: dict[int, float], ends: bool) -> None:
 
 def test_a_stage_that_did_not_begin_is_decided_again() -> None:
     limits = _limits({"validation_below": 3.0, "max_steps": 100})
-    state = replace(_training(limits), stages=(StageStart("last", 20),), stages_version=1)
+    state = replace(_training(limits), curriculum=CurriculumState((StageStart("last", 20),), 1))
     assert _decide(limits, state, _trained(19, {0: "a"}, {5: 2.0})) == (state, [])  # not known yet
     decided, told = _decide(limits, state, _trained(22, {0: "a"}, {5: 2.0}))
     assert decided.curriculum.stages == (StageStart("last", 23 + AHEAD + HEARD),) and decided.curriculum.version == 2
@@ -136,7 +136,7 @@ def test_nothing_is_decided_for_a_run_that_ends_or_has_no_curriculum() -> None:
     ending = replace(state, target=replace(state.target, finish=Finish.PAUSE))
     assert _decide(limits, ending, progress) == (ending, [])
     assert _decide(limits_of(), state, progress) == (state, [])
-    assert _decide(replace(limits, steps=23), state, progress)[0].stages == ()  # too near the end
+    assert _decide(replace(limits, steps=23), state, progress)[0].curriculum.stages == ()  # too near the end
 
 
 def test_stages_that_the_job_does_not_have_are_refused() -> None:

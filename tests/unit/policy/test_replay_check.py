@@ -9,6 +9,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.replay_check import Difference, first_difference, state_differs
 from orchestrator.policy.state.requests import begun_again
+from orchestrator.policy.state.run_state import ReplayState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
 from orchestrator.protocol.messages import PastWorld, Phase, ReplayResult, ReplayTask, Restore, StepRecord
 from orchestrator.spec.fault_tolerance import VerifySpec
@@ -112,7 +113,7 @@ def test_a_difference_names_the_worker_and_its_node() -> None:
     life.nodes = {"w1": "node-b"}
     check = _asked(life)
     check = replace(check, findings=tuple(replace(finding, digests=DIGESTS) for finding in check.findings))
-    life.state = replace(life.state, check=check)
+    life.state = replace(life.state, replay=replace(life.state.replay, task=check))
     _answer(life, check, digests=("0a", "ff"))
     life.run_until(lambda: life.state.replay.task is None)
     (note,) = life.of_kind("state_differs")
@@ -125,10 +126,10 @@ def test_a_difference_names_the_worker_and_its_node() -> None:
 
 def test_what_differed_is_doubted_until_the_run_goes_back_before_it() -> None:
     life = _life()
-    state = replace(life.state, differences=(4, 9))
-    assert begun_again(state, Restore(9, "/c/9")).differences == (4, 9)  # made of what went wrong
-    assert begun_again(state, Restore(7, "/c/7")).differences == (4,)
-    assert begun_again(state, None).differences == ()
+    state = replace(life.state, replay=ReplayState(differences=(4, 9)))
+    assert begun_again(state, Restore(9, "/c/9")).replay.differences == (4, 9)  # made of what went wrong
+    assert begun_again(state, Restore(7, "/c/7")).replay.differences == (4,)
+    assert begun_again(state, None).replay.differences == ()
 
 
 def test_a_check_that_failed_says_why_and_the_next_one_comes() -> None:

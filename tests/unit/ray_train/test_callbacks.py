@@ -103,7 +103,7 @@ def test_a_loss_is_told_by_rank_and_forgotten_after_a_step(tmp_path: Path) -> No
     live_until(lambda: life.step >= 3)
     assert told.exceptions == []
     life.kill("w1")
-    live_until(lambda: bool(life.state.losses))
+    live_until(lambda: bool(life.state.failures.recent))
     (failed,) = told.exceptions
     assert list(failed) == [1] and failed[1].startswith("w1 died")
     assert list(follower.failures) == [1]

@@ -6,7 +6,7 @@ import pytest
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
-from orchestrator.policy.state.run_state import Observation, RunState, ended
+from orchestrator.policy.state.run_state import Observation, ReplayState, RunState, ended
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of_entry
 from orchestrator.protocol.events.generations import Activated, Rescaled
 from orchestrator.protocol.events.run import Ended, Submitted, TargetChanged
@@ -113,7 +113,7 @@ def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
 
 
 def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> None:
-    state = RunState(target=Life(LIMITS).target, differences=(9, 7))
+    state = RunState(target=Life(LIMITS).target, replay=ReplayState(differences=(9, 7)))
     warning = status_after(tmp_path, state, closed=False).warning
     assert warning is not None and warning.startswith("step 7 came out otherwise") and "resume it --from" in warning
     memory = remembered(tmp_path)

@@ -14,6 +14,7 @@ from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.sink import MetricPoint
 
 RESCALED = JournalEntry(3, 1, 1.7e9, Rescaled(1, 2, 3, step=39, why="asked for", stall_s=0.30127))
+DETAILS = "generation 1, from_size 2, to_size 3, why asked for, moved_bytes 0, stall_s 0.3013, steps_lost 0"
 LOST = JournalEntry(4, 1, 1.7e9, WorkerLost("<w1>", "killed", member=True))
 
 
@@ -52,8 +53,8 @@ def test_the_page_needs_nothing_else_and_believes_no_text(tmp_path: Path) -> Non
 def test_the_table_has_a_row_per_event(tmp_path: Path) -> None:
     table = json.loads(write_table(history_of(tmp_path), tmp_path).read_text())
     assert table["columns"] == ["time", "step", "event", "details"]
-    assert table["data"][1] == ["2023-11-14 22:13:20", 39, "rescaled", "from_size 2, to_size 3, stall_s 0.3013"]
-    assert [row[1] for row in table["data"]] == [0, 39, 59]
+    assert table["data"][1] == ["2023-11-14 22:13:20", 39, "rescaled", DETAILS]
+    assert [row[1] for row in table["data"]] == [59, 39, 59]
 
 
 def test_a_long_run_is_thinned_out_but_no_change_of_size_is_lost(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.lifecycle import decide, explain, phase_of
-from orchestrator.policy.state.run_state import KillWorker
+from orchestrator.policy.state.run_state import KillWorker, ReplayState
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
@@ -67,7 +67,7 @@ def test_a_rank_lost_with_its_buddy_sends_the_run_back_to_a_checkpoint(with_chec
     current = life.state.current
     assert current is not None
     buddy = current.world.members[current.buddies[1]]
-    life.state = replace(life.state, differences=(3, 8))
+    life.state = replace(life.state, replay=ReplayState(differences=(3, 8)))
     life.kill("w1")
     life.kill(buddy)
     life.run_until(lambda: life.state.activated == 1)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.requests import queued
-from orchestrator.policy.state.run_state import WorkerFailure
+from orchestrator.policy.state.run_state import FailureState, WorkerFailure
 from orchestrator.protocol.events.run import Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import DesiredRunState, Finish, Phase, WorkerError
@@ -244,7 +244,7 @@ def test_what_failures_have_taught_is_kept() -> None:
     failures = tuple(
         WorkerFailure(f"x{number}", "bad", "worker", 3, life.now_s - 100.0 * number) for number in range(5)
     )
-    life.state = replace(life.state, failures=failures)
+    life.state = replace(life.state, failures=FailureState(failures))
     life.run_until(lambda: life.state.failures.quarantine == ("bad",))
     life.run_until(lambda: life.step == 20)
     life.grant = OUT
@@ -319,4 +319,4 @@ def test_what_was_granted_is_remembered_by_a_successor() -> None:
     life.grant = HELD
     life.tick()
     assert life.state.queue.grant == HELD  # through the journal's JSON, in `Life.tick`
-    assert replace(life.state, grant=UNLIMITED) != life.state
+    assert replace(life.state, queue=replace(life.state.queue, grant=UNLIMITED)) != life.state
