@@ -1,6 +1,6 @@
 """A user's own model: `model: {entrypoint: "package.module:build"}`.
 
-    def build(spec: ModelSpec, vocab_size: int, experts: ExpertHome) -> nn.Module
+    def build(spec: ModelSpec, vocab_size: int, experts: ExpertParallelContext) -> nn.Module
 
 The module that `build` returns maps tokens (B, T) to logits (B, T, V); `UserModel` adds the loss and all else that
 training asks of a model. docs/own-model.md tells users what they may do.

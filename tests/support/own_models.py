@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 LINEAR = """
 import torch
 from torch import nn
-from orchestrator.elastic.expert_placement import Placement
-from orchestrator.model.moe.layer import ExpertHome, MoELayer
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 
 class Model(nn.Module):
     def __init__(self, spec, vocab_size, experts):

@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"a.experts.0.weight, a.experts.0.bias have names of the form \*\.experts\.NUMBER",
     ),
     "other experts": (
-        {"layers": "self.moe = MoELayer(spec, ExpertHome(Placement.balanced(4, 2), 0, None))"},
+        {"layers": "self.moe = MoELayer(spec, ExpertParallelContext(ExpertPlacement.balanced(4, 2), 0, None))"},
         r"moe must be MoELayer\(spec, experts\) with the `experts` that build was given",
     ),
 }
