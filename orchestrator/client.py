@@ -1,4 +1,4 @@
-"""The Python API, which the CLI uses too.
+"""The Python API; the CLI uses it too.
 
     from orchestrator.client import OrchestratorClient
 
@@ -7,9 +7,8 @@
     client.scale(run_id, workers=3)
     print(client.wait(run_id).validation_loss)
 
-A client talks to the cluster's Scheduler through Ray, or through the HTTP port of its Jobs API, where each question is
-a job of some seconds. Everything that passes between them is a plain value, and all calls go through
-`OrchestratorClient._ask`, which knows both ways.
+A client calls the cluster's Scheduler through Ray, or through the HTTP port of its Jobs API, where each call is a job
+of some seconds. Arguments and results are plain values; `OrchestratorClient._ask` implements both ways.
 """
 
 import os
@@ -38,7 +37,7 @@ __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]
 
 LOOK_EVERY_S = 0.5
 RETRY_EVERY_S = 1.0
-HEAD_PATIENCE_S = 5.0  # a head that is gone for longer is not waited for
+HEAD_PATIENCE_S = 5.0  # calls fail if the head is unreachable for longer
 ANSWER_TIMEOUT_S = 60.0  # the first call may wait for the Scheduler's process to start
 
 
@@ -47,15 +46,15 @@ R = TypeVar("R")
 
 
 class OrchestratorClient:
-    """Submit runs to a cluster, watch and steer them.
+    """Client of a cluster, to submit, watch and steer runs.
 
     Args:
         address: HOST:PORT of the cluster's head, or the URL of its Jobs API; None for RAY_ADDRESS, else the local
-            cluster. By URL, `resume` and `logs` are refused: they are commands of `orchestrator` only.
+            cluster. A client by URL refuses `resume` and `logs`: use the commands of `orchestrator`.
 
     Raises:
-        ClusterUnreachable: there is none, or it doesn't answer.
-        NotAllowed: it refused our token.
+        ClusterUnreachable: there is no cluster, or it doesn't answer.
+        NotAllowed: the cluster refused the token.
     """
 
     def __init__(self, address: str | None = None) -> None:
@@ -74,27 +73,27 @@ class OrchestratorClient:
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
     ) -> str:
-        """Put a run of a job, or of a job file, into the queue: it starts when the cluster has room for its least.
-        Paths in it are taken from the current directory.
+        """Queue a run of a job or job file. It starts once the cluster has room for `workers.min`. Relative paths in
+        the job are resolved against the current directory.
 
-        By URL it must be a job file in the current directory, which is sent along; `timeout_s` has no meaning then.
+        By URL, `job` must be a file in the current directory, which is sent with it, and `timeout_s` is ignored.
 
         Args:
-            name: the run's name, in place of the job's.
-            overrides: of a job file, each `KEY=VALUE`, a dotted key and YAML, in place of what the file says.
-            timeout_s: don't leave it in the queue: if there is no room within so long, submit nothing.
-            on_wait: called once with what is missing, if there is no room now and a `timeout_s`.
+            name: overrides the job's name.
+            overrides: `KEY=VALUE`, a dotted key and YAML, each overriding a key of the job file.
+            timeout_s: don't queue the run: submit nothing if there is no room within this time.
+            on_wait: called once with what is missing, if there is no room yet and `timeout_s` is set.
             options: passed on to `Scheduler.submit`.
 
         Returns:
-            the run's id: its name.
+            the run's id, which is its name.
 
         Raises:
             SpecError: the file has mistakes.
-            DataError: there is no such corpus.
+            DataError: the corpus doesn't exist.
             EntrypointError: the job's own model can't be trained.
             NameTaken: the storage or the cluster has a run of this name.
-            JobDoesNotFit: the cluster is too small for `workers.min`, or has had no room for `timeout_s`.
+            JobDoesNotFit: the cluster is too small for `workers.min`, or had no room within `timeout_s`.
         """
         if self._port is not None:
             return submit_file(self._port, job, name, overrides)
@@ -104,16 +103,16 @@ class OrchestratorClient:
         return _when_there_is_room(start, timeout_s, on_wait)
 
     def list(self) -> tuple[RunStatus, ...]:
-        """Every run that the cluster has seen, the newest last."""
+        """Every run that the cluster knows, the newest last."""
         return self._ask(Scheduler.list)
 
     def get(self, run_id: str) -> RunStatus:
-        """The run as it is now. Raises NotFound, with the nearest names."""
+        """The run's current status. Raises NotFound, with the nearest names."""
         return self._ask(Scheduler.status, run_id)
 
     def scale(self, run_id: str, workers: int | None) -> DesiredRunState:
-        """Ask for another number of workers; None leaves the number to the job's `autoscale` again. Returns at once;
-        the run changes at its next fence.
+        """Request another number of workers; None returns the decision to the job's `autoscale`. Returns at once;
+        the run rescales at its next fence.
 
         Raises:
             UsageError: outside min..max of the job, its autoscale.policy is manual, or the run has ended.
@@ -122,8 +121,8 @@ class OrchestratorClient:
         return self._ask(Scheduler.scale, run_id, workers)
 
     def stage(self, run_id: str, name: str) -> DesiredRunState:
-        """Ask for another stage of the run's curriculum, or the `next` one. Returns at once; it begins some steps
-        later, on all workers at the same one.
+        """Request another stage of the run's curriculum, or the `next` one. Returns at once; the stage begins some
+        steps later, at the same step on all workers.
 
         Raises:
             UsageError: the job has no stage of that name, or the run has ended.
@@ -132,23 +131,23 @@ class OrchestratorClient:
         return self._ask(Scheduler.stage, run_id, name)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
-        """Kill the process of one member, the highest rank unless named, to see the run survive it.
+        """Kill the process of one member, by default the highest rank, to test recovery.
 
         Returns:
             the worker's id.
 
         Raises:
-            UsageError: nobody has this rank now, or the run has ended.
+            UsageError: no member has this rank now, or the run has ended.
             NotFound: there is no such run.
         """
         return self._ask(Scheduler.kill_worker, run_id, rank)
 
     def cancel(self, run_id: str) -> DesiredRunState:
-        """Ask the run to end early, with a checkpoint. Raises UsageError if it has ended, NotFound."""
+        """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound."""
         return self._ask(Scheduler.cancel, run_id)
 
     def pause(self, run_id: str) -> DesiredRunState:
-        """Ask the run to write a checkpoint and free its resources; `resume` lets it go on. Raises as `cancel`."""
+        """Request a checkpoint and the release of the run's resources; `resume` continues it. Raises as `cancel`."""
         return self._ask(Scheduler.pause, run_id)
 
     def resume(
@@ -163,22 +162,23 @@ class OrchestratorClient:
         on_wait: Callable[[JobDoesNotFit], None] | None = None,
         **options: Any,
     ) -> str:
-        """Let a run go on from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run.
+        """Resume a run from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run.
 
-        Steps after the checkpoint are done again; checkpoints after it are set aside, not deleted.
+        Steps after the checkpoint are repeated; later checkpoints are set aside, not deleted.
 
         Args:
-            storage: run storage with the run; None for where this cluster knows it to be, else ./runs.
-            from_step: of the checkpoint; None for the newest. Without any checkpoint the run begins again.
-            workers: how many; None for as many as were wanted last.
-            reset_residuals: leave what compression of gradients had not sent yet; without compression there is none.
-            timeout_s: don't leave it in the queue: if there is no room within so long, resume nothing.
+            storage: run storage with the run; None for the directory that this cluster knows, else ./runs.
+            from_step: of the checkpoint; None for the newest. Without any checkpoint the run starts from the beginning.
+            workers: number of workers; None for the number requested last.
+            reset_residuals: discard gradients that compression has not sent yet; without compression there are none.
+            timeout_s: don't queue the run: resume nothing if there is no room within this time.
 
         Raises:
             NotFound: there is no such run, or no checkpoint of this step.
-            CheckpointCorrupt: the checkpoint isn't as it was written; the message names the one before.
-            UsageError: the run goes on, has done all its steps, may not have so many workers, or compresses otherwise.
-            JobDoesNotFit: the cluster is too small for it, or has had no room for `timeout_s`.
+            CheckpointCorrupt: files of the checkpoint are missing or changed; the message names the one before.
+            UsageError: the run is active, has done all its steps, may not have so many workers, or was compressed
+                otherwise.
+            JobDoesNotFit: the cluster is too small for it, or had no room within `timeout_s`.
         """
         refuse_by_url(self._port, "resume")
         run_dir = self._run_dir(run_id, storage)
@@ -191,10 +191,10 @@ class OrchestratorClient:
     def wait(
         self, run_id: str, *, timeout_s: float | None = None, on_status: Callable[[RunStatus], None] | None = None
     ) -> RunStatus:
-        """Wait for the run's end, however it ends, and return how. `on_status` is called with every look at it.
+        """Wait until the run has ended and return its status. `on_status` is called with every status polled.
 
         Raises:
-            NotFinished: not within `timeout_s`. The run goes on.
+            NotFinished: the run has not ended within `timeout_s`. It continues.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
@@ -208,12 +208,12 @@ class OrchestratorClient:
             time.sleep(LOOK_EVERY_S)
 
     def events(self, run_id: str, *, after: int = -1, follow: bool = False) -> Iterator[dict[str, Any]]:
-        """What happened to the run, after the event whose `seq` is `after`; with `follow` until the run has ended.
+        """The run's events after the one whose `seq` is `after`; with `follow` until the run has ended.
 
-        Each has `seq`, `time` (`time.time()` seconds), `kind`, and fields of its kind. Raises NotFound at the first.
+        Each has `seq`, `time` (`time.time()` seconds), `kind`, and fields of its kind. The first raises NotFound.
         """
         while True:
-            last_look = not follow or self.get(run_id).phase.ended  # asked first: what precedes the end is told
+            last_look = not follow or self.get(run_id).phase.ended  # asked first, to yield all events before the end
             for event in self._ask(Scheduler.events, run_id, after):
                 after = event["seq"]
                 yield event
@@ -222,7 +222,7 @@ class OrchestratorClient:
             time.sleep(LOOK_EVERY_S)
 
     def audit(self, run_id: str) -> AuditResult:
-        """Whether every sample position was consumed exactly once, in order, from the run's ledger."""
+        """Check from the run's ledger that every sample position was consumed exactly once, in order."""
         return self._ask(Scheduler.audit, run_id)
 
     def logs(self, run_id: str, *, follow: bool = False) -> Iterator[LogLine]:
@@ -254,8 +254,8 @@ class OrchestratorClient:
 def _when_there_is_room(
     start: Callable[..., str], timeout_s: float | None, on_wait: Callable[[JobDoesNotFit], None] | None
 ) -> str:
-    """What `start` returns: at once if the run may wait in the queue, which is without a `timeout_s`, else once there
-    is room. Raises JobDoesNotFit."""
+    """The result of `start`: at once without a `timeout_s`, as the run may then wait in the queue, else once there is
+    room. Raises JobDoesNotFit."""
     if timeout_s is None:
         return start()
     deadline_s = time.monotonic() + timeout_s
@@ -272,22 +272,22 @@ def _when_there_is_room(
 
 
 def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job, if it could be submitted as far as is known without a cluster. Raises what `submit` raises."""
+    """The job, checked as far as is possible without a cluster. Raises what `submit` raises."""
     return order_of(job, name, overrides).spec
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:
-    """The end of a run as an exception.
+    """Raise the error that corresponds to the status of a run.
 
     Raises:
-        RunFailed, RunCancelled: it ended so.
-        NotFinished: it goes on.
+        RunFailed, RunCancelled: the run ended that way.
+        NotFinished: it is paused or active.
     """
     if status.phase is RunPhase.FAILED:
         raise RunFailed(
             f"run {status.run_id} failed: {status.error or status.why}",
             traceback=status.traceback or "",
-            remedy=f"`orchestrator logs {status.run_id}` shows what its processes said.",
+            remedy=f"`orchestrator logs {status.run_id}` shows the log lines of its processes.",
             unchanged=f"Its newest checkpoint is {status.checkpoint}." if status.checkpoint else "",
         )
     if status.phase is RunPhase.CANCELLED:

@@ -1,7 +1,7 @@
-"""Every error that a user may meet, in one tree; each class carries the exit code of the command that ends with it.
+"""The tree of errors that users may see; each class has the exit code of the command that ends with it.
 
-A message says the value and the rule it broke; `remedy` says what to do, `unchanged` what stayed as it was. All three
-are kept apart so that a terminal can set them apart, and all survive pickling, because errors cross processes.
+A message gives the value and the rule it broke, `remedy` the action to take, `unchanged` the state that was kept. They
+are separate fields so that a terminal can format them, and all survive pickling, because errors cross processes.
 
     raise DataError("corpus /data/books holds no .txt file", remedy="Point data.source at a folder with text files.",
                     unchanged="Nothing was written.")
@@ -14,18 +14,18 @@ from typing import ClassVar
 
 
 class OrchestratorError(Exception):
-    """The root: everything raised on purpose. A bug is any other exception (exit code 70).
+    """Root of all errors raised on purpose. Any other exception is a bug (exit code 70).
 
     Args:
         message: the value and the rule that it broke.
-        remedy: what the user can do about it.
-        unchanged: what stayed as it was.
+        remedy: the action for the user to take.
+        unchanged: the state that the failed action left as it was.
     """
 
     exit_code: ClassVar[int] = 100
 
     def __init__(self, message: str, *, remedy: str = "", unchanged: str = "") -> None:
-        super().__init__(message)  # args holds what a copy is made of; the fields below travel in __dict__
+        super().__init__(message)  # pickle calls the class with args; the fields below travel in __dict__
         self.message = message
         self.remedy = remedy
         self.unchanged = unchanged
@@ -35,7 +35,7 @@ class OrchestratorError(Exception):
 
 
 class UsageError(OrchestratorError):
-    """What was asked for makes no sense, or is not allowed by the job: the asker must change it."""
+    """An invalid request, or one that the job doesn't allow: the caller must change it."""
 
     exit_code = 2
 
@@ -56,7 +56,7 @@ class Problem:
 
 
 class SpecError(UsageError):
-    """A job file with mistakes: all of them at once, one a line, in the order of the file."""
+    """A job file with mistakes: all of them, one per line, in the order of the file."""
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -81,7 +81,7 @@ class DataError(UsageError):
 
 
 class EntrypointError(UsageError):
-    """A user's own model that can't be imported or built, or isn't what training needs.
+    """A user-defined model that can't be imported or built, or doesn't meet the requirements of training.
 
     Args:
         traceback: of the user's code, where that raised.
@@ -97,7 +97,7 @@ class StoreCorrupt(DataError):
 
 
 class StorageError(UsageError):
-    """Run storage that can't be written: full, read-only or away."""
+    """Run storage that can't be written: full, read-only or unavailable."""
 
 
 class ClusterUnreachable(OrchestratorError):
@@ -107,14 +107,14 @@ class ClusterUnreachable(OrchestratorError):
 
 
 class NotAllowed(OrchestratorError):
-    """The cluster refused a wrong or missing token; or we do: others reach it and it asks for none, or others may read
-    the token."""
+    """The cluster refused a wrong or missing token; or the client refused an exposed cluster that requires no token, or
+    a token that others may read."""
 
     exit_code = 77
 
 
 class RunFailed(OrchestratorError):
-    """The run ended as failed, with a named reason.
+    """The run failed, with a named reason.
 
     Args:
         traceback: of the worker's error that ended it, where there was one.
@@ -136,7 +136,7 @@ class CheckpointCorrupt(OrchestratorError):
 
 
 class TermSuperseded(OrchestratorError):
-    """A newer controller of this run exists; this one belongs to the past and must not write."""
+    """A newer controller of this run exists; this one's term has ended and it must not write."""
 
 
 class ProtocolError(OrchestratorError):
@@ -144,7 +144,7 @@ class ProtocolError(OrchestratorError):
 
 
 class NotFinished(OrchestratorError):
-    """The answer needs a run that has ended, and this one goes on."""
+    """The request needs a run that has ended, and this one has not."""
 
     exit_code = 101
 
@@ -162,13 +162,13 @@ class RunCancelled(OrchestratorError):
 
 
 def of_code(exit_code: int) -> type[OrchestratorError]:
-    """The most general error that a command ends with that way."""
+    """The most general class of error with this exit code."""
     general = (UsageError, ClusterUnreachable, NotAllowed, RunFailed, NotFinished, NotFound, RunCancelled)
     return next((kind for kind in general if kind.exit_code == exit_code), OrchestratorError)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that offers the known names that are like this one; empty if none is."""
+    """A sentence that suggests the known names most similar to this one; empty if none is."""
     found = [f"`{near}`" for near in get_close_matches(name, sorted(known), n=3, cutoff=0.5)]
     return f"Did you mean {' or '.join(found)}? " if found else ""
 

@@ -1,7 +1,7 @@
 """The metric registry: every number that a run publishes, declared once with its unit, kind and meaning.
 
-Writers and readers name a metric by `metric(name)`, so that a misspelt name is an error and not an empty chart. What a
-metric is called in Prometheus follows from its declaration (`Metric.prometheus`).
+Writers and readers look metrics up by `metric(name)`, so that a misspelt name is an error and not an empty chart. The
+name in Prometheus follows from the declaration (`Metric.prometheus`).
 """
 
 from collections.abc import Mapping
@@ -14,16 +14,16 @@ from orchestrator.errors import NotFound
 
 
 class Kind(StrEnum):
-    """How values of different steps relate."""
+    """Relation between the values of different steps."""
 
     GAUGE = "gauge"  # each value stands alone
     COUNTER = "counter"  # only grows within a run
-    AMOUNT = "amount"  # of one step: those of several steps add up
+    AMOUNT = "amount"  # of one step; the values of several steps add up
 
 
 UNIX_S = "s since 1970"
 
-# Prometheus wants base units, at a name's end: what a name ends in here, what there, and what a value is multiplied by.
+# Prometheus wants base units as suffixes. By unit: suffix here, suffix in Prometheus, factor of the values.
 _ENDINGS: Mapping[str, tuple[str, str, float]] = MappingProxyType(
     {
         "s": ("_s", "_seconds", 1.0),
@@ -37,8 +37,8 @@ _ENDINGS: Mapping[str, tuple[str, str, float]] = MappingProxyType(
 class Metric:
     """One declared metric. `name` is `group/what`; a name of a duration or size ends in its unit.
 
-    `label` is what tells several values of one run apart. `live`: of the moment and not of a step, so Prometheus has it
-    and MLflow hasn't.
+    `label` distinguishes several values of one run. `live` metrics belong to a moment and not to a step: Prometheus has
+    them, MLflow doesn't.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Metric:
 
     @property
     def prometheus(self) -> str:
-        """Its name in Prometheus, without the `ray_` that Ray puts before it. What adds up ends in `_total`."""
+        """The name in Prometheus, without Ray's prefix `ray_`. Amounts, and counters of things, end in `_total`."""
         own, theirs, _ = _ENDINGS.get(self.unit, ("", "", 1.0))
         stem = self.name.replace("/", "_").removesuffix(own) + theirs
         numbers_something = self.kind is Kind.COUNTER and self.unit == "1"
@@ -59,7 +59,7 @@ class Metric:
 
     @property
     def factor(self) -> float:
-        """What a value is multiplied by for Prometheus: shares are of 1 there and not of 100."""
+        """Factor of values for Prometheus, where shares are of 1 and not of 100."""
         return _ENDINGS.get(self.unit, ("", "", 1.0))[2]
 
 
@@ -86,7 +86,7 @@ DECLARED = (
     ),
     Metric("perf/micro_batches", "micro_batches", Kind.GAUGE, "micro-batches of the step, of all workers together"),
     *(
-        Metric(f"comm/{kind}_bytes", "bytes", Kind.AMOUNT, f"sent between workers since the vote before: {meaning}")
+        Metric(f"comm/{kind}_bytes", "bytes", Kind.AMOUNT, f"sent between workers since the previous vote: {meaning}")
         for kind, meaning in (
             ("gradient", "pieces of gradients, indices included"),
             ("parameter", "updated weights"),
@@ -97,13 +97,13 @@ DECLARED = (
             ("control", "votes, expert counts and norms"),
         )
     ),
-    Metric("comm/sent_bytes", "bytes", Kind.AMOUNT, "all of these together"),
-    Metric("comm/raw_bytes", "bytes", Kind.AMOUNT, "what they would be without compression"),
+    Metric("comm/sent_bytes", "bytes", Kind.AMOUNT, "sent between workers since the previous vote, all kinds together"),
+    Metric("comm/raw_bytes", "bytes", Kind.AMOUNT, "comm/sent_bytes as it would be without compression"),
     Metric(
         "comm/tokens_across_nodes_bytes",
         "bytes",
         Kind.AMOUNT,
-        "of tokens and results, and their gradients, those sent to another node",
+        "tokens, results and their gradients sent to another node",
     ),
     Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
     Metric("elastic/snapshot_interval", "steps", Kind.GAUGE, "steps between two snapshots; 0 where none are taken"),
@@ -113,7 +113,7 @@ DECLARED = (
         "elastic/recovery_stall_s",
         "s",
         Kind.AMOUNT,
-        "training time lost to the loss of workers, at the first step after",
+        "training time lost to failures of workers, at the first step after",
     ),
     Metric(
         "elastic/moved_bytes",
@@ -145,29 +145,29 @@ DECLARED = (
     *(
         Metric(name, unit, kind, meaning, live=True)
         for name, unit, kind, meaning in (
-            ("run/wanted_steps", "steps", Kind.GAUGE, "how many the job wants"),
-            ("run/finished_steps", "steps", Kind.COUNTER, "done, as far as any worker has told"),
+            ("run/wanted_steps", "steps", Kind.GAUGE, "steps of the job"),
+            ("run/finished_steps", "steps", Kind.COUNTER, "steps done, as far as any worker has reported"),
             (
                 "run/committed_steps",
                 "steps",
                 Kind.COUNTER,
-                "those on record that can't be lost any more: the watermark",
+                "recorded steps that can't be lost any more: the watermark",
             ),
-            ("run/committed_time", UNIX_S, Kind.GAUGE, "when the newest of these was done, or the run last began"),
+            ("run/committed_time", UNIX_S, Kind.GAUGE, "time of the newest committed step, or of the run's last start"),
             (
                 "run/checkpoint_time",
                 UNIX_S,
                 Kind.GAUGE,
-                "when the newest checkpoint was complete, or the run last began",
+                "time of the newest complete checkpoint, or of the run's last start",
             ),
             ("elastic/workers_wanted", "workers", Kind.GAUGE, "how many workers the run should have"),
             ("elastic/standbys", "workers", Kind.GAUGE, "warm workers that hold no state"),
-            ("elastic/rescales", "rescales", Kind.COUNTER, "changes of the members without a loss"),
+            ("elastic/rescales", "rescales", Kind.COUNTER, "changes of the members without a failure"),
             (
                 "elastic/recoveries",
                 "recoveries",
                 Kind.COUNTER,
-                "times that a generation ended by a loss, and the run went on",
+                "times that a generation ended by a failure, and the run went on",
             ),
             (
                 "elastic/quarantined_nodes",
@@ -176,8 +176,8 @@ DECLARED = (
                 "nodes that get no new workers, as too many failed there",
             ),
             ("elastic/draining_nodes", "nodes", Kind.GAUGE, "nodes that will soon be taken away"),
-            ("verify/checks", "checks", Kind.COUNTER, "times that a standby did steps again"),
-            ("verify/differences", "checks", Kind.COUNTER, "of these, those that came to other bits"),
+            ("verify/checks", "checks", Kind.COUNTER, "replays of steps by a standby"),
+            ("verify/differences", "checks", Kind.COUNTER, "replays that computed other bits"),
             (
                 "moe/collapse",
                 "1",
@@ -190,7 +190,7 @@ DECLARED = (
         "run/phase",
         "1",
         Kind.GAUGE,
-        "where the run is: 1 for this phase, 0 for the others",
+        "phase of the run: 1 for the current one, 0 for the others",
         label="phase",
         live=True,
     ),

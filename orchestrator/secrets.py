@@ -1,6 +1,6 @@
-"""Secrets of a job: read where the job's code runs, given to its environment, and kept out of what it says.
+"""Secrets of a job: read on the node that runs its code, set in the environment, and redacted from its output.
 
-The job only names where a secret is. So none is in the job file, in run storage, in Ray's listings or in MLflow.
+A job only names the source of a secret, so no value is in the job file, in run storage, in Ray's listings or in MLflow.
 """
 
 import logging
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from orchestrator.errors import UsageError
 
-SHORTEST = 6  # characters; what is shorter is a word that logs may hold for other reasons
+SHORTEST = 6  # characters; shorter values may be words that logs contain for other reasons
 HIDDEN = "***"
 
 _known: set[str] = set()
 
 
 def take_secrets(secrets: Mapping[str, str]) -> None:
-    """Set environment variables to the secrets that a job names: `file:PATH` or `env:NAME`, on this node.
+    """Set environment variables to the secrets that a job names as `file:PATH` or `env:NAME` on this node.
 
     Raises:
-        UsageError: one isn't there, or can't be read. No value is told.
+        UsageError: a secret is missing or can't be read. The message contains no value.
     """
     for name, reference in secrets.items():
         value = os.environ[name] = read_secret(name, reference)
@@ -36,15 +36,15 @@ def redacted(text: str) -> str:
 
 
 def without(text: str, values: Iterable[str]) -> str:
-    """A text without these values; those of several lines are hidden line by line too."""
+    """A text without these values; those of several lines are also hidden line by line."""
     parts = {part for value in values for part in (value, *value.splitlines()) if len(part) >= SHORTEST}
-    for part in sorted(parts, key=len, reverse=True):  # one may hold another
+    for part in sorted(parts, key=len, reverse=True):  # one may contain another
         text = text.replace(part, HIDDEN)
     return text
 
 
 def read_secret(name: str, reference: str) -> str:
-    """The value that `file:PATH` or `env:NAME` stands for on this node. Raises UsageError, without any value."""
+    """The value of `file:PATH` or `env:NAME` on this node. Raises UsageError, without any value."""
     kind, _, where = reference.partition(":")
     value = os.environ.get(where) if kind == "env" else _read(name, Path(where))
     if value is None:
@@ -59,10 +59,10 @@ def _read(name: str, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(
             f"secret {name} can't be read from {path} on this node: {reason}",
-            remedy="Every node that may have a worker needs the file, readable for who runs Ray there.",
+            remedy="Every node that may have a worker needs the file, readable by the user that runs Ray there.",
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""Functions of a user's own, which a job names as "package.module:function": a model, a score.
+"""User-defined functions, such as a model or a score, which a job names as "package.module:function".
 
-They come from the directory that was submitted with the job and from nowhere else. A job file that somebody was given
-can't name what Python and its installed packages bring along, as `os:system` would.
+They are imported only from the directory that was submitted with the job: a job file from somebody else can't name
+functions of Python or its installed packages, such as `os:system`.
 """
 
 import importlib
@@ -11,11 +11,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 
-_from: dict[str, Path] = {}  # where the packages lie that were imported here, by their first name
+_from: dict[str, Path] = {}  # directory of each top-level package imported here
 
 
 class Elsewhere(ImportError):
-    """The module is there, but not in the user's directory."""
+    """The module exists, but outside of the user's directory."""
 
 
 def place_of(module: str, directory: Path) -> Path:
@@ -23,11 +23,11 @@ def place_of(module: str, directory: Path) -> Path:
 
     Args:
         module: its dotted name.
-        directory: where the user's code lies.
+        directory: the user's code.
 
     Raises:
-        ModuleNotFoundError: there is none.
-        Elsewhere: it lies outside of the directory: by a link, or since that is a directory of Python itself.
+        ModuleNotFoundError: there is no such module.
+        Elsewhere: a link leads out of the directory, or the file belongs to Python or to an installed package.
     """
     importlib.invalidate_caches()  # it may have been written just now
     search, name = [str(directory.absolute())], ""
@@ -49,11 +49,11 @@ def place_of(module: str, directory: Path) -> Path:
 
 
 def imported(module: str, directory: Path) -> ModuleType:
-    """The module, from that directory, which is searched first for whatever it imports itself.
+    """Import a module from a directory, which is searched first for the module's own imports.
 
     Raises:
         ModuleNotFoundError, Elsewhere: as `place_of`; or another module of its name is in use.
-        Exception: whatever it raises.
+        Exception: any error that the module raises.
     """
     place_of(module, directory)
     top, root = module.partition(".")[0], directory.absolute()

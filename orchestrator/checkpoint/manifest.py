@@ -1,12 +1,12 @@
-"""What a checkpoint holds, as a value: which element range of which tensor lies where. Pure.
+"""Manifest of a checkpoint: the file and key of every element range of every tensor. Pure.
 
 A checkpoint is a directory of run storage, `step-00000120`, with one safetensors file per writer and `manifest.json`:
 
-    step-00000120/manifest.json          this value, with its own digest
+    step-00000120/manifest.json          a `Manifest`, with its own digest
     step-00000120/shard-00000.safetensors
     .incomplete-00000120-000003-000007/  the same before its commit: step, term, generation
 
-A manifest speaks of tensors and pieces, never of ranks or of a world size: any world may read what any other wrote.
+A manifest lists tensors and pieces, never ranks or a world size, so any world can read the checkpoint of any other.
 Tensors are named as in the layout: `master/NAME` (fp32 weights), `exp_avg/NAME`, `exp_avg_sq/NAME`, `buffer/NAME`.
 """
 
@@ -30,7 +30,7 @@ _INCOMPLETE_NAME = re.compile(r"\.incomplete-(\d{8,})-(\d{6,})-(\d{6,})")
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, stop) of a flattened tensor lie in `file` under `key`, as a one-dimensional array."""
+    """Elements [start, stop) of a flattened tensor, stored in `file` under `key` as a one-dimensional array."""
 
     file: str
     key: str
@@ -40,7 +40,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor. `pieces` are in the order of their elements and cover each of them once."""
+    """One tensor. `pieces` are in the order of their elements and cover each element once."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -61,8 +61,8 @@ class FileEntry:
 class Manifest:
     """A whole checkpoint.
 
-    `meta` is what is not a tensor: sampler position, optimizer step. (term, generation) name the generation that wrote
-    it: the term is that of its plan. They fence out the past.
+    `meta` holds all state that is not a tensor: sampler position, optimizer step. (term, generation) identify the
+    writing generation, with the term of its plan; `commit` refuses writers with a lower pair.
     """
 
     run_id: str
@@ -86,7 +86,7 @@ class Manifest:
                 raise self._corrupt(f"has tensor {name!r} {fault}")
 
     def to_json(self) -> str:
-        """JSON with the digest of its content, so that a changed manifest is noticed like a changed file."""
+        """JSON with the digest of its content, so that a changed manifest is detected like a changed file."""
         body = asdict(self)
         return json.dumps({"sha256": _digest(body), "manifest": body}, indent=1, sort_keys=True)
 
@@ -118,12 +118,12 @@ def manifest_of(
     shapes: Mapping[str, Sequence[int]],
     dtypes: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Join what the ranks of one generation wrote for one step.
+    """Join the shards that the ranks of one generation wrote for one step.
 
     Args:
-        term: of the generation's plan, as the shards were written with.
+        term: term of the generation's plan, under which the shards were written.
         shapes: the shape of every tensor that the checkpoint must hold.
-        dtypes: numpy's names; a tensor that isn't named is float32.
+        dtypes: numpy's names; tensors without an entry are float32.
 
     Raises:
         ProtocolError: the shards are not of one step and generation, or disagree on `meta` or on the tensors.
@@ -159,12 +159,12 @@ def manifest_of(
 
 
 def step_name(step: int) -> str:
-    """The directory of a complete checkpoint."""
+    """Directory name of a complete checkpoint."""
     return f"step-{step:08d}"
 
 
 def incomplete_name(step: int, term: int, generation: int) -> str:
-    """The directory in which the ranks of a generation write their shards."""
+    """Name of the directory in which the ranks of a generation write their shards."""
     return f".incomplete-{step:08d}-{term:06d}-{generation:06d}"
 
 
@@ -193,7 +193,7 @@ def _tensor_from(fields: dict[str, object]) -> TensorEntry:
 
 
 def _coverage_fault(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str:
-    """What is wrong with a tensor's pieces; empty if they cover its elements exactly once."""
+    """The first fault of a tensor's pieces; empty if they cover its elements exactly once."""
     if tensor.dtype not in DTYPES:
         return f"of dtype {tensor.dtype!r}, stored are {', '.join(DTYPES)}"
     covered = 0

@@ -1,4 +1,4 @@
-"""Reading checkpoints: which there are, any element range of any tensor, whether one is whole, dropping old ones."""
+"""Reading of checkpoints: listing, element ranges of tensors, verification of digests, deletion of old ones."""
 
 import hashlib
 import shutil
@@ -15,11 +15,11 @@ from safetensors import SafetensorError, safe_open
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, parse_incomplete_name, parse_step_name
 from orchestrator.errors import CheckpointCorrupt, NotFound
 
-DISCARDED_PREFIX = ".discarded-"  # on its way out: renamed first, so that what is half deleted is never listed
+DISCARDED_PREFIX = ".discarded-"  # renamed before deletion, so that a half-deleted checkpoint is never listed
 
 
 def list_checkpoints(checkpoints: Path) -> tuple[Path, ...]:
-    """The complete checkpoints in a run's directory of checkpoints, the oldest step first. Files are not read."""
+    """The complete checkpoints in a run's directory of checkpoints, oldest step first. Files are not read."""
     if not checkpoints.is_dir():
         return ()
     found = ((parse_step_name(path.name), path) for path in checkpoints.iterdir())
@@ -27,7 +27,7 @@ def list_checkpoints(checkpoints: Path) -> tuple[Path, ...]:
 
 
 def list_steps(checkpoints: Path) -> tuple[int, ...]:
-    """The last finished steps of the complete checkpoints, ascending."""
+    """The last finished step of each complete checkpoint, ascending."""
     return tuple(step for path in list_checkpoints(checkpoints) if (step := parse_step_name(path.name)) is not None)
 
 
@@ -38,7 +38,7 @@ def latest(checkpoints: Path) -> Path | None:
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a complete checkpoint. Raises CheckpointCorrupt if it is missing or not as it was written."""
+    """The manifest of a complete checkpoint. Raises CheckpointCorrupt if it is missing or was changed."""
     path = checkpoint / MANIFEST_FILE
     try:
         manifest = Manifest.from_json(path.read_text())
@@ -52,9 +52,9 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 class CheckpointReader:
-    """Reads any element range of any tensor, whatever the world that wrote the checkpoint. A context manager.
+    """Reads any element range of any tensor, independent of the world that wrote it. A context manager.
 
-    Files are mapped into memory when they are first needed: only what is asked for is read.
+    Files are mapped into memory on first use; only the requested ranges are read.
 
     Args:
         checkpoint: the directory of a complete checkpoint.
@@ -77,7 +77,7 @@ class CheckpointReader:
         Raises:
             NotFound: there is no such tensor.
             ValueError: the range lies outside of the tensor.
-            CheckpointCorrupt: a file is missing, or isn't what the manifest says.
+            CheckpointCorrupt: a file is missing or doesn't match the manifest.
         """
         entry = self.manifest.tensors.get(tensor)
         if entry is None:
@@ -95,7 +95,7 @@ class CheckpointReader:
         return out
 
     def verify(self) -> None:
-        """Digest every file. Raises CheckpointCorrupt that names the file, both digests and the previous good one."""
+        """Digest every file. Raises CheckpointCorrupt with the file, both digests and the previous good checkpoint."""
         if fault := self._fault():
             good = _previous_good(self.path)
             remedy = (
@@ -133,7 +133,7 @@ class CheckpointReader:
         return self._files[file]
 
     def _fault(self) -> str:
-        """What is wrong with the files; empty if nothing is. The manifest itself was checked when it was read."""
+        """The first fault of the files; empty if there is none. The manifest itself was checked when it was read."""
         for name, entry in self.manifest.files.items():
             path = self.path / name
             if not path.is_file():
@@ -146,11 +146,11 @@ class CheckpointReader:
 
 
 def choose(checkpoints: Path, step: int | None = None) -> Path | None:
-    """The checkpoint to go on from, digests checked: that of `step`, or the newest. None if there is none at all.
+    """The checkpoint to resume from, with verified digests: that of `step`, or the newest. None without checkpoints.
 
     Raises:
-        NotFound: there is none of `step`; the message names those that there are.
-        CheckpointCorrupt: it isn't as it was written; the message names the previous good one.
+        NotFound: there is none of `step`; the message lists the steps with one.
+        CheckpointCorrupt: its files were changed; the message names the previous good checkpoint.
     """
     found = list_checkpoints(checkpoints)
     if step is not None:
@@ -171,10 +171,10 @@ def choose(checkpoints: Path, step: int | None = None) -> Path | None:
 
 
 def set_aside(checkpoints: Path, after_step: int, mark: str) -> tuple[Path, ...]:
-    """Hide the complete checkpoints after `after_step`, under names with `mark`: the run goes on from before them.
+    """Hide the complete checkpoints after `after_step`, under names with `mark`: the run resumes from an earlier step.
 
     Returns:
-        where they lie now; nothing is deleted.
+        their new paths; nothing is deleted.
     """
     hidden = []
     for path in list_checkpoints(checkpoints):
@@ -185,10 +185,9 @@ def set_aside(checkpoints: Path, after_step: int, mark: str) -> tuple[Path, ...]
 
 
 def prune(checkpoints: Path, keep_last: int, keep_steps: Collection[int] = ()) -> tuple[Path, ...]:
-    """Delete all but the `keep_last` newest checkpoints and those of `keep_steps`, and unfinished ones that can't be
-    finished any more.
+    """Delete all but the `keep_last` newest checkpoints and those of `keep_steps`, and abandoned unfinished ones.
 
-    Only the run's controller calls this. An unfinished one is given up when a later one of the same or a later
+    Only the run's controller calls this. An unfinished checkpoint is abandoned once a later one of the same or a later
     (term, generation) is complete.
 
     Returns:
@@ -212,7 +211,7 @@ def prune(checkpoints: Path, keep_last: int, keep_steps: Collection[int] = ()) -
 
 
 def _age(checkpoint: Path) -> tuple[int, int, int]:
-    """(term, generation, step); lower than any other where the manifest can't be trusted."""
+    """(term, generation, step); lower than any other if the manifest can't be trusted."""
     try:
         manifest = read_manifest(checkpoint)
     except CheckpointCorrupt:

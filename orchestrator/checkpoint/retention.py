@@ -1,15 +1,15 @@
-"""Which old checkpoints are worth their room."""
+"""Selection of the checkpoints to keep by validation loss."""
 
 from collections.abc import Sequence
 
 
 def best_checkpoints(steps: Sequence[int], validations: Sequence[tuple[int, float]], count: int) -> tuple[int, ...]:
-    """The `count` checkpoints with the lowest validation loss, later ones first where it is equal.
+    """The `count` checkpoints with the lowest validation loss; of equal losses, later checkpoints first.
 
     Args:
-        steps: of the complete checkpoints, ascending.
-        validations: (step, validation loss), ascending. A checkpoint has the loss of the newest validation up to it;
-            one without any is not among the best.
+        steps: steps of the complete checkpoints, ascending.
+        validations: (step, validation loss), ascending. A checkpoint is rated by the newest validation up to its step;
+            a checkpoint before the first validation is never among the best.
     """
     rated = []
     for step in steps:

@@ -1,11 +1,11 @@
-"""Writing a checkpoint: every rank its shard (`write_shard`), then the controller the marker (`commit`).
+"""Writing of checkpoints: every rank writes its shard (`write_shard`), then the controller the marker (`commit`).
 
-The shards of a step lie in a hidden directory until the controller has heard of all of them; `commit` adds the
-manifest and renames the directory. So a checkpoint is complete, or does not exist.
+The shards of a step stay in a hidden directory until every rank has reported its own; `commit` adds the manifest and
+renames the directory. So a checkpoint is complete, or does not exist.
 
 The safetensors format is eight bytes of header length, a JSON header and the raw little-endian arrays
-(https://github.com/huggingface/safetensors#format). It is written here, not by the library, because one pass then
-writes and digests, and no second copy of the shard is held in memory.
+(https://github.com/huggingface/safetensors#format). It is written here, not by the library, because this writes and
+digests in one pass, without a second copy of the shard in memory.
 """
 
 import errno
@@ -26,7 +26,7 @@ from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.messages import ShardWritten
 
-_FENCE_FILE = ".term"  # the highest term that has committed here
+_FENCE_FILE = ".term"  # holds the highest term that has committed here
 _SAFETENSORS_DTYPES = {
     "float32": "F32",
     "float64": "F64",
@@ -39,7 +39,7 @@ _SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class ShardPiece:
-    """Elements [start, stop) of a flattened tensor, to be stored by this rank. `array` has stop - start elements."""
+    """Elements [start, stop) of a flattened tensor, stored by this rank. `array` has stop - start elements."""
 
     tensor: str
     start: int
@@ -68,12 +68,12 @@ def write_shard(
 
     Args:
         checkpoints: the run's directory of checkpoints.
-        term: of the generation's plan, so that all its ranks name the same directory, whichever controller they hear.
-        meta: JSON of what is not a tensor; equal on all ranks.
+        term: term of the generation's plan: it gives all ranks the same directory, even if the controller changes.
+        meta: JSON of the state that is not a tensor; equal on all ranks.
 
     Raises:
         ValueError: an array's length or dtype doesn't fit.
-        OSError: run storage can't be written; no complete checkpoint is touched.
+        OSError: run storage can't be written; complete checkpoints stay unchanged.
     """
     directory = checkpoints / incomplete_name(step, term, generation)
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,18 +93,18 @@ def write_shard(
 
 
 def commit(checkpoints: Path, manifest: Manifest, *, term: int) -> Path:
-    """Make the shards of `manifest` a checkpoint. Only the run's controller calls this; a repeat is harmless.
+    """Mark the shards of `manifest` a complete checkpoint. Only the run's controller calls this; it is idempotent.
 
-    A checkpoint of the same step is replaced if its (term, generation) is lower: a replay did that step anew.
+    A checkpoint of the same step is replaced if its (term, generation) is lower: the step was trained again.
 
     Args:
-        term: the controller's own. It may be higher than the manifest's: a controller that was started anew commits
-            what the generation of the one before it wrote.
+        term: the controller's own. It may be higher than the manifest's: a restarted controller commits the shards
+            of its predecessor's generation.
 
     Raises:
         TermSuperseded: a controller with a higher term has committed here.
         ProtocolError: a later generation has committed this step.
-        CheckpointCorrupt: a shard is missing or has another size than it was written with.
+        CheckpointCorrupt: a shard is missing, or its size has changed since it was written.
     """
     final = checkpoints / step_name(manifest.step)
     existing = _manifest_or_none(final)
@@ -116,7 +116,7 @@ def commit(checkpoints: Path, manifest: Manifest, *, term: int) -> Path:
         _check_size(source / name, entry.num_bytes)
     _write_file(source / MANIFEST_FILE, iter([manifest.to_json().encode()]))
     _flush_directory(source)
-    if final.exists():  # a crash between the two renames leaves all shards; the controller's repeat ends it
+    if final.exists():  # a crash between the two renames leaves all shards; the controller's retry completes them
         replaced = checkpoints / f"{DISCARDED_PREFIX}{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
@@ -129,7 +129,7 @@ def commit(checkpoints: Path, manifest: Manifest, *, term: int) -> Path:
 
 
 def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest | None, term: int) -> None:
-    """Raise if a later writer was here; else note this one's term, so that an earlier one is refused."""
+    """Raise if a later writer has committed; else record this term, so that earlier writers are refused."""
     fence = checkpoints / _FENCE_FILE
     highest = int(fence.read_text()) if fence.exists() else -1
     if highest > term:
@@ -148,7 +148,7 @@ def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest |
 
 
 def _manifest_or_none(path: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None if there is none or it is corrupt, which makes it worth replacing."""
+    """The manifest of a checkpoint; None if it is missing or corrupt and may be replaced."""
     try:
         return read_manifest(path)
     except CheckpointCorrupt:
@@ -185,7 +185,7 @@ def _safetensors_chunks(pieces: Sequence[ShardPiece]) -> Iterator[bytes | memory
     if len(header) != len(pieces):
         raise ValueError(f"a range is named twice among {[piece.key for piece in pieces]}")
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the arrays start at a multiple of 8, for whoever maps the file
+    encoded += b" " * (-len(encoded) % 8)  # arrays start at a multiple of 8, aligned for readers that map the file
     yield len(encoded).to_bytes(8, "little") + encoded
     for array in arrays:
         yield array.view(np.uint8).data
@@ -207,12 +207,12 @@ def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[str, 
 
 
 def _flush_directory(path: Path) -> None:
-    """Make renames within `path` durable, where the file system knows how to."""
+    """Make renames within `path` durable, where the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems refuse it for directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems refuse fsync of directories
             raise
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
-"""The command `orchestrator`: every verb, and how errors become exit codes.
+"""The command `orchestrator`: its subcommands, and the exit codes of errors.
 
 0 ok; 2 bad usage or job file; 69 no cluster; 70 a bug; 77 not allowed; 100 the run failed; 101 it hasn't finished;
-102 no such run; 103 it was cancelled. Ray and all that is slow is imported by the commands that need it.
+102 no such run; 103 it was cancelled. Ray and other slow modules are imported by the commands that need them.
 """
 
 import os
@@ -32,7 +32,7 @@ from orchestrator.cli.terminal.output import show_error
 from orchestrator.errors import OrchestratorError
 
 INTERNAL_ERROR = 70
-INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,7 +71,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception:

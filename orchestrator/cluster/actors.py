@@ -1,6 +1,6 @@
-"""A torch-free Ray actor that holds an object of any class in a process of its own.
+"""Torch-free Ray actor that hosts an object of any class in its own process.
 
-Who starts it names the class by a dotted string, so control never imports torch: the host imports it where it runs.
+The class is named by a dotted string, so the control layer never imports torch: the host imports it where it runs.
 Calls run in threads, so one that waits never blocks another.
 """
 
@@ -26,18 +26,18 @@ from orchestrator.telemetry.node import Reading, read_system
 NAMESPACE = "orchestrator"
 CALLS_AT_ONCE = 16
 
-# Whoever steers lives on the head, whose loss ends the cluster anyway: no other node's loss ends a run's control then.
-# Ray puts an actor that needs no resource onto any node, even if it was to prefer one. Every head has 1.0 of this one.
+# Control actors run on the head, whose failure ends the cluster anyway: so no other node's failure ends run control.
+# Ray puts an actor without resources on any node, even if it should prefer one. Every head has 1.0 of this resource.
 ON_HEAD = {"node:__internal_head__": 0.0001}
 
-Handle = Any  # a Ray actor handle; Ray's own types don't say what an actor answers
+Handle = Any  # a Ray actor handle; Ray's own types lack the result types of an actor's methods
 
 
 class Host:
-    """Makes `target` ("package.module:Class") from `args` and forwards calls to it.
+    """Creates `target` ("package.module:Class") from `args` and forwards calls to it.
 
     Args:
-        log_file: where the log lines of `orchestrator` in this process go; None leaves logging alone.
+        log_file: file for this process's log lines of `orchestrator`; None leaves logging unchanged.
     """
 
     def __init__(self, target: str, args: tuple[Any, ...], log_file: str | None) -> None:
@@ -55,23 +55,23 @@ class Host:
         return os.getpid()
 
     def node(self) -> str:
-        """The id of the node that this process lives on."""
+        """Id of the node that this process runs on."""
         return str(ray.get_runtime_context().get_node_id())
 
     def read_system(self, directory: str) -> Reading:
-        """How busy this node is; `directory` lies in the file system whose room counts."""
+        """Load of this node; `directory` is in the file system whose usage is read."""
         return read_system(str(ray.util.get_node_ip_address()), directory)  # type: ignore[no-untyped-call]
 
     def read_energy(self, gpus: float) -> EnergyReading:
-        """What this process has used so far; `gpus` are those that it reserves."""
+        """Energy that this process has used so far; `gpus` is the number that it reserves."""
         with self._lock:
             return self._energy.read(gpus)
 
     def hold(self) -> None:
-        """Doesn't return: the call's error is how the caller hears of this process's end, within milliseconds.
+        """Block until a newer call: an error of this call tells the caller of this process's end, in milliseconds.
 
-        The newest caller's, that is: a controller that was killed leaves its call behind in one of few threads, and its
-        successor frees that.
+        A newer call ends the previous one because a killed controller leaves its call in one of few threads, which its
+        successor's call frees.
         """
         with self._lock:
             self._held.set()
@@ -81,10 +81,10 @@ class Host:
 
 @dataclass(frozen=True)
 class ActorOptions:
-    """Where and how a hosted process runs. `group` reserves its resources; without one it needs none, and lives on the
-    cluster's head.
+    """Placement and options of a hosted process. `group` reserves its resources; without one it needs none, and runs on
+    the cluster's head.
 
-    With one call at once, calls of one caller are done in the order in which they were made.
+    With `calls_at_once` of 1, calls of one caller run in the order in which they were made.
     """
 
     cpus: float = 0.0
@@ -98,7 +98,7 @@ class ActorOptions:
 
 
 def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: ActorOptions) -> Handle:
-    """Start a detached host called `name`, or find the one that is there. Returns at once; calls wait for its start."""
+    """Start a detached host named `name`, or find the existing one. Returns at once; calls wait for its start."""
     placed: Any = "DEFAULT"
     if actor_options.group is not None:
         placed = PlacementGroupSchedulingStrategy(actor_options.group, placement_group_bundle_index=0)
@@ -127,7 +127,7 @@ def _kill(pid: int) -> None:
 
 
 def kill_on_node(node_id: str, pid: int) -> Any:
-    """Kill a process of the run on its node, whatever it is doing. Returns the reference of the call."""
+    """Kill a process of the run on its node, whatever it is doing. Returns Ray's reference of the call."""
     placed = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return _kill.options(scheduling_strategy=placed).remote(pid)
 

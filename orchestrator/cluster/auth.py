@@ -1,7 +1,7 @@
-"""Who gets into a cluster: one that is reached beyond loopback must ask for a token, and a token is its owner's alone.
+"""Access control: a cluster reachable beyond loopback must ask for a token, and only its owner may read a token file.
 
-Ray 2.60 lets whoever reaches a port run anything unless it was started with RAY_AUTH_MODE=token, and a client with a
-token joins a cluster that asks for none without a word. So whoever is about to connect asks first, showing none.
+Ray 2.60 lets anyone who reaches a port run anything unless it was started with RAY_AUTH_MODE=token, and a client with a
+token silently joins a cluster that asks for none. So a request without a token is sent before connecting.
 """
 
 import ipaddress
@@ -14,19 +14,19 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import ClusterUnreachable, NotAllowed
 
-ALLOW_NO_TOKEN = "ORCHESTRATOR_ALLOW_NO_TOKEN"  # 1: clusters that ask for none are taken as they are
+ALLOW_NO_TOKEN = "ORCHESTRATOR_ALLOW_NO_TOKEN"  # 1: accept clusters that ask for none
 ANSWER_TIMEOUT_S = 5.0
 
 
 def check_head(address: str) -> None:
-    """See that a cluster which is reached beyond loopback asks for a token.
+    """Check that a cluster reachable beyond loopback asks for a token.
 
     Args:
         address: HOST:PORT of its head.
 
     Raises:
-        NotAllowed: it does not.
-        ClusterUnreachable: what listens there does not answer as a head of Ray does.
+        NotAllowed: it asks for none.
+        ClusterUnreachable: the process that listens there is no head of Ray.
     """
     import grpc  # type: ignore[import-untyped]  # Ray's Jobs API and dashboard need it too
     from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -51,7 +51,7 @@ def check_head(address: str) -> None:
 
 
 def check_jobs_port(url: str) -> None:
-    """The same of a Jobs API. Raises NotAllowed, and RequestException where nobody answers."""
+    """Check the same for a Jobs API. Raises NotAllowed, and RequestException if nothing answers."""
     import requests
 
     if _is_allowed() or is_loopback(urlsplit(url).hostname or ""):
@@ -62,10 +62,10 @@ def check_jobs_port(url: str) -> None:
 
 
 def check_token_file() -> None:
-    """See that the token that this process would show, if it is in a file, is its owner's alone.
+    """Check that this process's token file, if it uses one, is accessible to its owner only.
 
     Raises:
-        NotAllowed: it is not, or is not there.
+        NotAllowed: others have access to it, or it can't be read.
     """
     if os.environ.get("RAY_AUTH_MODE") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
@@ -85,7 +85,7 @@ def check_token_file() -> None:
 
 
 def reread_environment() -> None:
-    """Have Ray take the environment of now: whoever imported it before us made it read that of then."""
+    """Make Ray read the current environment: it read an earlier one if it was imported before."""
     from ray._private import ray_constants as constants
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -96,13 +96,13 @@ def reread_environment() -> None:
 
 def token_refused(address: str) -> NotAllowed:
     return NotAllowed(
-        f"the cluster at {address} refused this process: its token is missing or another one",
+        f"the cluster at {address} refused this process: its token is missing or wrong",
         remedy="Point RAY_AUTH_TOKEN_PATH at the cluster's token and set RAY_AUTH_MODE=token.",
     )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether all that a name or an address stands for is this machine alone."""
+    """Whether a host name or address resolves to loopback addresses only."""
     try:
         found = socket.getaddrinfo(host, None)
     except OSError:
@@ -116,9 +116,9 @@ def _is_allowed() -> bool:
 
 def _asks_for_none(address: str) -> NotAllowed:
     return NotAllowed(
-        f"the cluster at {address} asks for no token, and more than this machine reaches it: "
-        "anybody there may run anything on it",
-        remedy=f"Start it with RAY_AUTH_MODE=token (docs/clusters.md), or say {ALLOW_NO_TOKEN}=1 if nobody else "
+        f"the cluster at {address} asks for no token and is reachable from beyond this machine: "
+        "anyone who reaches it can run anything on it",
+        remedy=f"Start it with RAY_AUTH_MODE=token (docs/clusters.md), or set {ALLOW_NO_TOKEN}=1 if no one else "
         "reaches its network.",
         unchanged="Nothing was sent.",
     )

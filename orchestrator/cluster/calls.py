@@ -1,6 +1,6 @@
-"""Calls to actors, with their errors as our own.
+"""Calls to actors that raise the package's own errors.
 
-Ray wraps what an actor raises into an error of a class made at run time. Callers here get the original back.
+Ray wraps an actor's exception into an error of a class made at run time. Callers here get the original exception.
 """
 
 import time
@@ -12,19 +12,19 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, OutOfMemoryEr
 from orchestrator.cluster.actors import Handle
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 
-KILLED = "connection error code 2"  # Ray's words for a process whose socket was closed without a good-bye
+KILLED = "connection error code 2"  # Ray's words for a process whose socket was closed without notice
 
-NODE_DIED = "its node has died"  # Ray's words for the loss of a whole node
+NODE_DIED = "its node has died"  # Ray's words for the failure of a whole node
 
 
 def ask(handle: Handle, method: str, *args: Any, timeout_s: float = 30.0, repeat: bool = True, **kwargs: Any) -> Any:
-    """What the actor's method returns.
+    """The result of the actor's method.
 
     Args:
-        repeat: ask again while the actor is being restarted. Not for what must not be done twice.
+        repeat: retry while the actor is being restarted. Not for calls that must not run twice.
 
     Raises:
-        OrchestratorError: whatever of ours the method raised.
+        OrchestratorError: raised by the method.
         ClusterUnreachable: the actor has ended, or did not answer within `timeout_s`.
     """
     deadline_s = time.monotonic() + timeout_s
@@ -41,23 +41,23 @@ def ask(handle: Handle, method: str, *args: Any, timeout_s: float = 30.0, repeat
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a call failed, in one line: what the callee raised, or how its process ended."""
+    """Why a call failed, in one line: the callee's exception, or how its process ended."""
     if isinstance(error, RayTaskError) and error.cause is not None:
         known = isinstance(error.cause, OrchestratorError)
         return str(error.cause) if known else f"{type(error.cause).__name__}: {error.cause}"
-    if isinstance(error, ActorUnavailableError):  # whose text is about one call
-        return "its connections broke, and nothing tells yet whether its process or its whole host has ended"
+    if isinstance(error, ActorUnavailableError):  # its text describes a single call
+        return "its connections broke, and it is not known yet whether its process or its whole host has ended"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     table = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
-    told = " ".join(line for line in lines if not line.startswith(table))
-    told = told.partition(" Some common causes")[0].rpartition("Worker exit detail: ")[2]
-    if KILLED in told:
+    detail = " ".join(line for line in lines if not line.startswith(table))
+    detail = detail.partition(" Some common causes")[0].rpartition("Worker exit detail: ")[2]
+    if KILLED in detail:
         return "its process ended suddenly: killed from outside, out of memory, or crashed"
-    return told or type(error).__name__
+    return detail or type(error).__name__
 
 
 def cause_of(error: BaseException) -> str:
-    """The class of failure that the end of a process belongs to, as far as Ray tells; see `policy.failures`."""
+    """Class of the failure that ended a process, as far as Ray reports it; see `policy.health.budget`."""
     if isinstance(error, OutOfMemoryError):
         return "out_of_memory"
     if isinstance(error, ActorUnavailableError):
@@ -68,7 +68,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def _own_error(error: Exception, what: str, timeout_s: float) -> Exception:
-    """The error of ours that `error` stands for; an error that is a bug stays itself."""
+    """The package's own error for `error`; an error that indicates a bug is returned unchanged."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, OrchestratorError):
         return error.cause
     if isinstance(error, GetTimeoutError):

@@ -1,4 +1,4 @@
-"""Connecting this process to a cluster: quickly, or with an error that says what to do."""
+"""Connection of this process to a cluster: made quickly, or refused with an error that names a remedy."""
 
 import logging
 import os
@@ -19,12 +19,12 @@ START_ONE = "Start one with `orchestrator cluster up`, or name yours: --address 
 def connect(address: str | None = None) -> str:
     """Connect Ray to the cluster at `address`, else at RAY_ADDRESS, else to the local one. Returns its address.
 
-    A process that is connected already stays connected where it is.
+    A process that is already connected keeps its connection.
 
     Raises:
-        UsageError: the address is none.
-        ClusterUnreachable: nobody answers there, or there is no cluster.
-        NotAllowed: the cluster refused our token, or asks for none although more than this machine reaches it.
+        UsageError: the address is invalid.
+        ClusterUnreachable: nothing answers there, or there is no cluster.
+        NotAllowed: the cluster refused our token, or asks for none although it is reachable beyond this machine.
     """
     if "ray" in sys.modules and (joined := _connected_to()) is not None:
         check_head(joined)
@@ -43,7 +43,7 @@ def connect(address: str | None = None) -> str:
 
 
 def disconnect() -> None:
-    """Leave the cluster; whatever is detached there goes on."""
+    """Leave the cluster; detached actors there continue."""
     if "ray" in sys.modules:
         import ray
 
@@ -57,14 +57,14 @@ def _connected_to() -> str | None:
 
 
 def probe(address: str, patience_s: float = 0.0) -> None:
-    """See that somebody listens there: Ray itself would try for minutes where that is known at once.
+    """Check that a process listens at the address: Ray itself would retry for minutes if none does.
 
     Args:
-        patience_s: how long to wait for a head that is just being restarted.
+        patience_s: how long to wait for a head that is being restarted.
 
     Raises:
-        UsageError: the address is none.
-        ClusterUnreachable: nobody listens.
+        UsageError: the address is invalid.
+        ClusterUnreachable: nothing listens.
     """
     host, _, port = address.rpartition(":")
     if address.startswith(("http:", "https:")):
@@ -94,11 +94,11 @@ def _join(address: str) -> None:
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
-    # Else Ray ends this whole process, and its last words, a minute after the cluster went away.
+    # Else Ray ends this whole process, with its final messages, a minute after the cluster has gone.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
     reread_environment()
     try:
-        GcsClient(address=address)  # says at once what ray.init says after 20 tries
+        GcsClient(address=address)  # fails at once where ray.init fails after 20 tries
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError:
         raise token_refused(address) from None

@@ -1,4 +1,4 @@
-"""What could be wrong with this machine, looked at one thing at a time. Changes nothing, starts nothing."""
+"""Checks of this machine's fitness for runs, one subject at a time. Changes nothing, starts nothing."""
 
 import importlib.metadata
 import os
@@ -19,7 +19,7 @@ from orchestrator.errors import OrchestratorError
 DISTRIBUTION = "elastic-orchestrator"
 NEEDED_GIB = 4  # two workers of a small model, and Ray
 NEEDED_DISK_GIB = 2
-LEFT_BY_RAY = Path("/tmp/ray/ray_current_cluster")  # Ray joins what it names, whether it lives or not
+LEFT_BY_RAY = Path("/tmp/ray/ray_current_cluster")  # Ray joins the cluster that it names, alive or not
 
 
 class Verdict(StrEnum):
@@ -30,7 +30,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; `remedy` is empty where all is well."""
+    """Result of one check; `remedy` is empty where all is well."""
 
     subject: str
     verdict: Verdict
@@ -39,7 +39,7 @@ class Finding:
 
 
 def examine(storage: Path) -> Iterator[Finding]:
-    """Look at everything.
+    """Run all checks.
 
     Args:
         storage: where runs are to be stored; it need not exist yet.
@@ -82,7 +82,7 @@ def _memory() -> Finding:
     free_gib = psutil.virtual_memory().available / 2**30
     if free_gib < NEEDED_GIB:
         text = f"{free_gib:.1f} GiB free; two workers and Ray need about {NEEDED_GIB}"
-        return Finding("memory", Verdict.WARNING, text, "End something, or run fewer workers.")
+        return Finding("memory", Verdict.WARNING, text, "End other processes, or run fewer workers.")
     return Finding("memory", Verdict.OK, f"{free_gib:.1f} GiB free")
 
 
@@ -103,7 +103,7 @@ def _cluster() -> Finding:
     record = local.status()
     address = os.environ.get("RAY_ADDRESS") or (record.address if record else None)
     if address is None:
-        return Finding("cluster", Verdict.OK, "none; `orchestrator run` brings one, `cluster up` one that stays")
+        return Finding("cluster", Verdict.OK, "none; `orchestrator run` starts its own, `cluster up` one that stays")
     try:
         probe(address)
     except OrchestratorError as error:

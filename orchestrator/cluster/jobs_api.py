@@ -1,8 +1,8 @@
-"""Ray's Jobs API: how a cluster is reached by who reaches nothing of it but one HTTP port.
+"""Client of Ray's Jobs API, for machines that reach only one HTTP port of a cluster.
 
 A job is submitted as a Ray job whose driver (`orchestrator.cli.commands.remote`) stays until the run's end. All other
-commands run in the cluster as jobs of a few seconds; the next one has Ray forget those before it. What such a command
-writes to stderr comes marked, since a job has one log for both.
+commands run in the cluster as jobs of a few seconds; each has Ray forget those before it. Lines that such a command
+writes to stderr are marked, since a job has one log for both streams.
 """
 
 import asyncio
@@ -30,13 +30,13 @@ from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageErro
 
 MARK = "\x1f"  # begins a line that was written to stderr
 MARKED = "ORCHESTRATOR_MARK_STDERR"
-OURS = f"{MARK}{MARK}ours"  # the line after Ray's own
-PYTHON = "ORCHESTRATOR_PYTHON"  # in the head's environment: the interpreter that has us installed, if not `python`
+OURS = f"{MARK}{MARK}ours"  # the line that separates Ray's lines from ours
+PYTHON = "ORCHESTRATOR_PYTHON"  # in the head's environment: the interpreter with this package, if not `python`
 PATIENCE_S = 60.0  # for a job to begin
-SUBMITTED_S = 300.0  # for a run to be submitted by then: a model of the user's own may be tried out for two minutes
+SUBMITTED_S = 300.0  # for a run to be submitted: trying out a user's own model may take two minutes
 LONGEST_S = 3600.0  # for a command that doesn't stay: it may wait for room
 LOOK_EVERY_S = 0.2
-WATCHED_S = 3.0  # for so long Ray looks after a job that has ended, and one that it is to forget comes back as failed
+WATCHED_S = 3.0  # Ray monitors an ended job for this long; one that is deleted earlier reappears as failed
 COMMAND = "command"
 REACH = "Name the port of the cluster's Jobs API, like http://10.0.0.5:8265."
 
@@ -52,9 +52,9 @@ class JobsApiClient:
         url: http://HOST:PORT, or https.
 
     Raises:
-        UsageError: it is no such URL.
-        ClusterUnreachable: nobody answers there, or something else.
-        NotAllowed: the cluster wants a token, or another one; or it asks for none and isn't on loopback.
+        UsageError: the URL is invalid.
+        ClusterUnreachable: nothing answers there, or something other than a Jobs API does.
+        NotAllowed: our token is missing or wrong; or the cluster asks for none and isn't on loopback.
     """
 
     def __init__(self, url: str) -> None:
@@ -64,7 +64,7 @@ class JobsApiClient:
             raise UsageError(f"cluster address {url} is no URL of a Jobs API", remedy=REACH)
         from ray.job_submission import JobSubmissionClient
 
-        for module in ("dashboard_sdk", "job.sdk"):  # tell of every upload
+        for module in ("dashboard_sdk", "job.sdk"):  # which log every upload
             logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         check_token_file()
         self._asked(lambda: check_jobs_port(url))
@@ -73,10 +73,10 @@ class JobsApiClient:
             self._client = self._asked(lambda: JobSubmissionClient(url))
 
     def run(self, command: list[str], on_line: Callable[[str], None], stays: bool = False) -> int:
-        """Run a command of ours in the cluster, hand each line of its output on, and return its exit code.
+        """Run a command of ours in the cluster, pass on each line of its output, and return its exit code.
 
         Args:
-            stays: it goes on until it is interrupted or a run ends, and may say much.
+            stays: the command runs until it is interrupted or a run ends, and may print much.
         """
         job = self._submit(command, {}, {"orchestrator": COMMAND}, COMMAND)
         with self._stopped_with_us(job):
@@ -84,36 +84,36 @@ class JobsApiClient:
             if stays:
                 return self.follow(job, on_line)
             ended = self._ended(job, LONGEST_S)
-            # a connection for its output would be closed some seconds after its end only
+            # a streaming connection would only close some seconds after the job's end
             lines = _Lines(on_line)
             for line in self._logs(job):
                 lines.take(line)
             return self._exit_code(job, ended, lines)
 
     def follow(self, job: str, on_line: Callable[[str], None]) -> int:
-        """Hand the lines of a job of ours on until it ends, and return its exit code."""
+        """Pass on the lines of a job of ours until it ends, and return its exit code."""
         lines = _Lines(on_line)
         while True:
             asyncio.run(self._follow(job, lines))
             info = self._asked(lambda: self._client.get_job_info(job))
             if info.status.is_terminal():
                 return self._exit_code(job, info, lines)
-            time.sleep(LOOK_EVERY_S)  # the connection was lost, or Ray is about to say that it has ended
+            time.sleep(LOOK_EVERY_S)  # the connection broke, or Ray is about to report the job's end
 
     def start(
         self, command: list[str], directory: Path, name: str, on_line: Callable[[str], bool]
     ) -> tuple[str, int | None]:
-        """Start a driver of ours in a copy of `directory`; hand lines of its output on until `on_line` says no more.
+        """Start a driver of ours in a copy of `directory`; pass on its output until `on_line` returns False.
 
         Returns:
-            the job's id, and None: it goes on; or the exit code with which it has refused, and is forgotten.
+            the job's id, and None if the job continues, or the exit code with which it refused and was deleted.
 
         Raises:
             UsageError: the directory is too large to be sent, or has links that lead out of it.
             ClusterUnreachable: the job ended, or did not begin in time.
         """
         check(directory)
-        os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # what was generated may be needed, too
+        os.environ["RAY_RUNTIME_ENV_IGNORE_GITIGNORE"] = "1"  # generated files may be needed, too
         runtime_env = {"working_dir": str(directory), "excludes": LEFT_OUT}
         job = self._submit(command, runtime_env, {"orchestrator": "run", "run": name}, name)
         with self._stopped_with_us(job):
@@ -141,18 +141,18 @@ class JobsApiClient:
                 raise ClusterUnreachable(
                     f"job {job} has not {'begun' if seen == 0 else 'submitted its run'} within {patience_s:.0f} s: "
                     f"{info.message}",
-                    remedy="See with `ray status` what keeps the cluster from starting a process on its head.",
+                    remedy="Check with `ray status` what keeps the cluster from starting a process on its head.",
                     unchanged="The job was stopped.",
                 )
             time.sleep(LOOK_EVERY_S)
 
     @contextmanager
     def _stopped_with_us(self, job: str) -> Iterator[None]:
-        """Have Ray stop the job if we are interrupted or give it up meanwhile."""
+        """Have Ray stop the job if this process is interrupted or fails meanwhile."""
         try:
             yield
         except BaseException:
-            with suppress(OrchestratorError):  # it has ended, or the cluster is away
+            with suppress(OrchestratorError):  # it has ended, or the cluster is unreachable
                 self._asked(lambda: self._client.stop_job(job))
             raise
 
@@ -170,7 +170,7 @@ class JobsApiClient:
 
     async def _follow(self, job: str, lines: "_Lines") -> None:
         rest, known, chunks = "", lines.taken, self._client.tail_job_logs(job)
-        async for chunk in _without_failures(chunks):  # from the first line on, whatever was handed on before
+        async for chunk in _without_failures(chunks):  # each connection starts from the first line
             *whole, rest = (rest + chunk).split("\n")
             for line in whole[known:]:
                 lines.take(line)
@@ -187,7 +187,7 @@ class JobsApiClient:
             if time.monotonic() > deadline_s:
                 raise ClusterUnreachable(
                     f"job {job} has not ended within {patience_s:.0f} s: {info.message}",
-                    remedy="See with `ray job logs` what it waits for.",
+                    remedy="Check with `ray job logs` what it waits for.",
                     unchanged="The job was stopped.",
                 )
             time.sleep(LOOK_EVERY_S)
@@ -196,16 +196,16 @@ class JobsApiClient:
     def _exit_code(self, job: str, ended: Any, lines: "_Lines") -> int:
         if lines.are_ours and ended.driver_exit_code is not None:
             return int(ended.driver_exit_code)
-        said = "\n".join(lines.before[-5:])
-        raise ClusterUnreachable(f"the cluster's job {job} {ended.status.lower()}: {ended.message}\n{said}".rstrip())
+        last = "\n".join(lines.before[-5:])
+        raise ClusterUnreachable(f"the cluster's job {job} {ended.status.lower()}: {ended.message}\n{last}".rstrip())
 
     def _forget_earlier(self, job: str) -> None:
-        """Have Ray forget commands that had ended well before this one began, by the cluster's own clock."""
+        """Have Ray forget commands that ended well before this one began, by the cluster's own clock."""
         began_ms = self._asked(lambda: self._client.get_job_info(job)).start_time
         for info in self._asked(self._client.list_jobs):
             name, ended_ms = info.submission_id or "", info.end_time
             if name.startswith(f"{COMMAND}-") and ended_ms and ended_ms + WATCHED_S * 1000 < began_ms:
-                with suppress(OrchestratorError):  # another one was faster
+                with suppress(OrchestratorError):  # another client deleted it first
                     self._asked(partial(self._client.delete_job, name))
 
     def _asked(self, ask: Callable[[], Any]) -> Any:
@@ -219,12 +219,12 @@ class JobsApiClient:
         except (ConnectionError, RequestException) as error:
             raise ClusterUnreachable(f"no cluster answers at {self.url}", remedy=REACH) from error
         except RuntimeError as error:
-            told = str(error).splitlines()[0]
-            raise ClusterUnreachable(f"the cluster at {self.url} answered: {told}", remedy=REACH) from error
+            answer = str(error).splitlines()[0]
+            raise ClusterUnreachable(f"the cluster at {self.url} answered: {answer}", remedy=REACH) from error
 
 
 class _Lines:
-    """A job's lines, handed on from ours on; those before are Ray's."""
+    """Lines of a job: ours are passed on, Ray's before them are kept apart."""
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
         self._on_line = on_line
@@ -243,7 +243,7 @@ class _Lines:
 
 @contextmanager
 def _no_other_address() -> Iterator[None]:
-    """Without what Ray would take instead of the address that it is told."""
+    """Hide the environment variables that Ray would prefer to the given address."""
     names = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     kept = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
@@ -253,12 +253,12 @@ def _no_other_address() -> Iterator[None]:
 
 
 def _allowance() -> dict[str, str]:
-    """What the user has said aloud here holds for what we start there, too."""
+    """The user's explicit permission here, passed on to processes started in the cluster."""
     return {name: value for name, value in os.environ.items() if name == ALLOW_NO_TOKEN}
 
 
 async def _without_failures(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
-    """What comes until the connection ends; a job that has ended breaks it at times."""
+    """Chunks until the connection ends; a job that has ended sometimes breaks it."""
     try:
         async for chunk in chunks:
             yield chunk

@@ -1,16 +1,16 @@
-"""A Ray cluster on this machine, for `orchestrator cluster up | status | down` and for `orchestrator run`.
+"""Ray cluster on this machine, for `orchestrator cluster up | status | down` and for `orchestrator run`.
 
-The head is `ray start --head --block` in a session of its own, so it outlives the terminal; it listens on loopback
-only, asks for a token, and keeps its files in a temporary directory of its own. What was started is recorded in
+The head is `ray start --head --block` in its own session, so it outlives the terminal; it listens on loopback only,
+asks for a token, and keeps its files in its own temporary directory. The cluster is recorded in
 
     $ORCHESTRATOR_HOME/clusters/local/    (default ~/.orchestrator)
       cluster.json   the `ClusterRecord`: address, processes with their start times
       token          the secret, readable by its owner only
-      head.log       what Ray's processes said while they started
-      scrape.json    where Prometheus finds its metrics, in the form that `file_sd_configs` reads
+      head.log       output of Ray's processes while they started
+      scrape.json    metrics target for Prometheus, in the format of `file_sd_configs`
 
-`down` ends the processes of that record and everything in their session, and nothing else: a pid that was given to
-another process since is told by its start time.
+`down` ends the recorded processes and everything in their session, and nothing else: a pid that another process has
+since reused is recognised by its start time.
 """
 
 import fcntl
@@ -52,33 +52,33 @@ class ClusterRecord:
     log_path: str
     started_time: float
     head: Process
-    processes: tuple[Process, ...]  # what came up with the head; workers come and go
-    metrics_address: str = ""  # where Prometheus scrapes; empty in records of before there were metrics
+    processes: tuple[Process, ...]  # those started with the head; workers come and go
+    metrics_address: str = ""  # where Prometheus scrapes; empty in records older than the metrics
 
 
 @dataclass(frozen=True)
 class Up:
-    """The cluster that is up now; `fresh` if this call started it."""
+    """The running cluster; `fresh` if this call started it."""
 
     record: ClusterRecord
     fresh: bool
 
 
 def state_dir() -> Path:
-    """Where the local cluster is recorded; ORCHESTRATOR_HOME moves it."""
+    """Directory of the local cluster's record; ORCHESTRATOR_HOME moves it."""
     home = os.environ.get("ORCHESTRATOR_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".orchestrator").absolute() / "clusters" / "local"
 
 
 def up(num_cpus: int, jobs_port: int | None = None) -> Up:
-    """Start a cluster with `num_cpus` logical CPUs, unless one is up already: then that one is left as it is.
+    """Start a cluster with `num_cpus` logical CPUs, unless one is up already, which is returned unchanged.
 
     Args:
-        jobs_port: of Ray's Jobs API and dashboard, on loopback; None for none.
+        jobs_port: port of Ray's Jobs API and dashboard, on loopback; None for none.
 
     Raises:
         UsageError: the port is taken, or one of those that Ray gives to its workers.
-        ClusterUnreachable: Ray did not start; what was begun has been removed again.
+        ClusterUnreachable: Ray did not start; everything begun has been removed again.
     """
     directory = state_dir()
     with _locked(directory):
@@ -91,7 +91,7 @@ def up(num_cpus: int, jobs_port: int | None = None) -> Up:
 
 
 def status() -> ClusterRecord | None:
-    """The cluster that is up; None if there is none. What a crashed one left behind is removed."""
+    """The running cluster; None if there is none. Removes what a crashed one left behind."""
     directory = state_dir()
     if not (directory / "cluster.json").exists():
         return None
@@ -103,7 +103,7 @@ def down() -> ClusterRecord | None:
     """End the local cluster with all its processes, workers included; None if none was up.
 
     Raises:
-        OrchestratorError: a process would not end; the record stays, so that `down` can be tried again.
+        OrchestratorError: a process did not end; the record stays, so that `down` can be tried again.
     """
     directory = state_dir()
     if not (directory / "cluster.json").exists():
@@ -117,25 +117,25 @@ def down() -> ClusterRecord | None:
 
 
 def environment(record: ClusterRecord) -> dict[str, str]:
-    """What a process needs in its environment to connect, before it imports Ray."""
+    """Environment variables that a process needs before it imports Ray, to connect."""
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": record.token_path,
         "RAY_ADDRESS": record.address,
-        # Else Ray 2.60 takes 127.0.0.1 for this machine's outer address, where the cluster does not listen.
+        # Else Ray 2.60 replaces 127.0.0.1 by this machine's outer address, where the cluster does not listen.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
 
 
 def _present(directory: Path) -> ClusterRecord | None:
-    """The recorded cluster if its head lives. The lock is held by the caller."""
+    """The recorded cluster if its head is alive. The caller holds the lock."""
     try:
         record = from_plain(ClusterRecord, json.loads((directory / "cluster.json").read_text()))
     except FileNotFoundError:
         return None
     if is_running(record.head):
         return record
-    _end(record)  # the head is gone: what still runs of its session serves nobody
+    _end(record)  # the head is gone: the rest of its session is useless
     _forget(directory, record)
     return None
 
@@ -145,7 +145,7 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
     metrics_port, client_port = _free_ports(2)
     metrics_address = f"127.0.0.1:{metrics_port}"
     _write_secret(token_path)
-    temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))  # ours alone; Ray opens its own to everybody
+    temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))  # private; Ray makes its own accessible to all
     with log_path.open("wb") as log:
         head = subprocess.Popen(
             _head_command(temp_dir, num_cpus, metrics_port, client_port, jobs_port),
@@ -160,7 +160,7 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
     leader = Process(head.pid, started_time, "ray start")
     record = ClusterRecord("", num_cpus, str(temp_dir), str(token_path), str(log_path), started_time, leader, (leader,))
     try:
-        _save(directory, record)  # before it is ready: whatever happens to us, `down` finds it
+        _save(directory, record)  # before it is ready: `down` finds it even if we are killed
         address = _await_address(head, temp_dir, log_path)
     except BaseException:
         end_session(record.head, record.processes)
@@ -179,7 +179,7 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
         metrics_address,
     )
     _save(directory, record)
-    # Ray writes such a list too, but only with its dashboard. The port is another each time, the file's place is not.
+    # Ray writes such a list too, but only with its dashboard. The port changes each time, the file's path does not.
     _replace(directory / "scrape.json", [{"targets": [metrics_address], "labels": {"job": "ray"}}])
     return record
 
@@ -193,7 +193,7 @@ def _check_free(jobs_port: int) -> None:
             try:
                 return probe.bind(("127.0.0.1", jobs_port))
             except OSError as error:
-                wrong = f"it can't be had: {error.strerror}"
+                wrong = f"it can't be used: {error.strerror}"
     raise UsageError(
         f"port {jobs_port} for the Jobs API: {wrong}",
         remedy="Name another one, like 8265, Ray's own choice.",
@@ -210,7 +210,7 @@ def _head_command(
         "ray-client-server-port": client_port,
         "dashboard-agent-listen-port": 0,
         "metrics-export-port": metrics_port,
-        "include-log-monitor": "false",  # it would read all logs ten times a second, for drivers; ours ask for none
+        "include-log-monitor": "false",  # it reads all logs ten times a second for drivers; ours don't use it
         "include-dashboard": "false" if jobs_port is None else "true",
         "dashboard-host": "127.0.0.1",
         "dashboard-port": jobs_port or 0,
@@ -222,7 +222,7 @@ def _head_command(
 
 
 def _head_environment(token_path: Path) -> dict[str, str]:
-    """Ours, less what would change how Ray starts; workers inherit it and must import this very package."""
+    """Our environment without what changes how Ray starts; workers inherit it and must import this very package."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     root = str(Path(__file__).parents[2])
     path = [root, *(entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != root)]
@@ -234,7 +234,7 @@ def _head_environment(token_path: Path) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback, see `environment`
         "RAY_USAGE_STATS_ENABLED": "0",
         # Else Ray starts a process per CPU for its first driver's tasks, just when a run's own processes start. None of
-        # them would do: each of ours has an environment of its own.
+        # them can be used: each of ours has its own environment.
         "RAY_prestart_worker_first_driver": "0",
         PYTHON: sys.executable,
         "NO_COLOR": "1",
@@ -245,16 +245,16 @@ def _await_address(head: "subprocess.Popen[bytes]", temp_dir: Path, log_path: Pa
     deadline, written = time.monotonic() + START_TIMEOUT_S, temp_dir / RAY_DIR / "ray_current_cluster"
     while time.monotonic() < deadline and head.poll() is None:
         if STARTED in log_path.read_text(errors="replace"):
-            with suppress(FileNotFoundError):  # Ray may say so before it has written where
+            with suppress(FileNotFoundError):  # Ray may print this before it has written its address
                 if address := written.read_text().strip():
                     return address
         time.sleep(0.05)
     what = f"ended with code {head.returncode}" if head.returncode is not None else f"took over {START_TIMEOUT_S:.0f} s"
-    said = "\n".join(log_path.read_text(errors="replace").strip().splitlines()[-5:])
+    output = "\n".join(log_path.read_text(errors="replace").strip().splitlines()[-5:])
     raise ClusterUnreachable(
-        f"Ray did not start on this machine: it {what}. It said last:\n{said}",
+        f"Ray did not start on this machine: it {what}. Its last output:\n{output}",
         remedy="Free memory or disk, or look for the cause in that text, and try again.",
-        unchanged="What was begun has been removed.",
+        unchanged="Everything begun has been removed.",
     )
 
 
@@ -263,7 +263,7 @@ def _end(record: ClusterRecord) -> None:
     if left:
         names = ", ".join(f"{process.pid} ({process.name})" for process in left)
         raise OrchestratorError(
-            f"processes of the local cluster would not end: {names}",
+            f"processes of the local cluster did not end: {names}",
             remedy="End them yourself, then run `orchestrator cluster down` again.",
             unchanged="The cluster's record was kept.",
         )
@@ -274,7 +274,7 @@ def _save(directory: Path, record: ClusterRecord) -> None:
 
 
 def _replace(path: Path, content: object) -> None:
-    """Write JSON that nobody ever reads half of."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
@@ -294,7 +294,7 @@ def _write_secret(path: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """So many different ones: each is held until all are found."""
+    """`count` different free ports: each is held until all are found."""
     with ExitStack() as held:
         probes = [held.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -304,9 +304,9 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One starts or stops at a time: two `up` at once must not start two clusters."""
+    """Serialise starts and stops: two `up` at once must not start two clusters."""
     directory.mkdir(parents=True, exist_ok=True)
-    directory.chmod(0o700)  # whoever made it, and with whatever umask
+    directory.chmod(0o700)  # regardless of its creator and umask
     with (directory / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What came with submitted jobs, in run storage: each in a directory that all nodes see, as long as a run refers to it.
+"""Packages of submitted jobs, in run storage: each a directory that all nodes see, kept while a run refers to it.
 
 STORAGE/.packages/ID/     a copy of the directory that was sent
 """
@@ -17,11 +17,11 @@ from orchestrator.errors import UsageError
 PACKAGES = ".packages"
 LEFT_OUT = [".git", ".venv", "venv", "runs", "mlruns", "__pycache__", "*.pyc", ".*_cache", "node_modules"]
 MOST_BYTES = 100 << 20
-YOUNG_S = 3600.0  # a submission takes minutes at most: younger ones may be of one that is under way
+YOUNG_S = 3600.0  # a submission takes minutes at most: younger packages may belong to an open one
 
 
 def check(directory: Path) -> None:
-    """Raise UsageError if what would be sent is too much, or not in there: Ray sends what links lead to."""
+    """Raise UsageError if the directory is too large, or links lead out of it: Ray sends what links lead to."""
     sizes: dict[Path, int] = {}
     for folder, folders, files in os.walk(directory):
         folders[:] = [name for name in folders if not _is_left_out(name)]
@@ -65,26 +65,26 @@ def _is_left_out(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Package:
-    """A copy in run storage. `is_first` if the storage was made for it."""
+    """A copy in run storage. `is_first` if the storage was created for it."""
 
     path: Path
     is_first: bool
 
     def discard(self) -> None:
-        """Remove it, and what was made for it alone."""
+        """Remove the copy, and directories that were created for it alone."""
         shutil.rmtree(self.path, ignore_errors=True)
         above = [self.path.parent, *([self.path.parent.parent] if self.is_first else [])]
-        with suppress(OSError):  # others are in there by now
+        with suppress(OSError):  # they hold other packages by now
             for directory in above:
                 directory.rmdir()
 
 
 def keep(directory: Path, storage: Path) -> Package:
-    """Copy what came with a job to run storage. Raises UsageError if that can't be written."""
+    """Copy a job's directory to run storage. Raises UsageError if that can't be written."""
     package = Package(storage / PACKAGES / uuid.uuid4().hex, not storage.exists())
     try:
         shutil.copytree(directory, package.path, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        os.utime(package.path)  # it is as old as its being here
+        os.utime(package.path)  # its age counts from now
     except OSError as error:
         package.discard()
         raise UsageError(
@@ -96,7 +96,7 @@ def keep(directory: Path, storage: Path) -> Package:
 
 
 def sweep(storage: Path, now: float | None = None) -> list[Path]:
-    """Remove packages that no run in the storage refers to. Returns those.
+    """Remove old packages that no run in the storage refers to. Returns the removed ones.
 
     Args:
         now: `time.time()` seconds.

@@ -1,4 +1,4 @@
-"""Processes that we started, told apart from strangers with a reused pid by their start time."""
+"""Processes that we started, distinguished by start time from others with a reused pid."""
 
 import os
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ import psutil
 
 KILL_TIMEOUT_S = 5.0
 ROUNDS = 5
-CLOCK_DRIFT_S = 2.0  # start times are counted from the boot's, which moves when the clock is set
+CLOCK_DRIFT_S = 2.0  # start times count from the boot time, which moves when the clock is set
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process of this machine. `created_time` is psutil's, in seconds; with the pid it names one process for good."""
+    """A process of this machine. `created_time` is psutil's, in seconds; with the pid it identifies one process."""
 
     pid: int
     created_time: float
@@ -25,14 +25,14 @@ def describe(process: psutil.Process) -> Process:
 
 
 def is_running(recorded: Process) -> bool:
-    """Whether that very process runs; a zombie does not."""
+    """Whether exactly this process runs; a zombie does not."""
     return _find(recorded) is not None
 
 
 def living_of(leader: Process, recorded: Iterable[Process]) -> list[psutil.Process]:
-    """What lives of a session that `leader` began: the recorded processes, their descendants, the session's members.
+    """Living processes of `leader`'s session: the recorded ones, their descendants, the session's members.
 
-    A leader's pid that was given to another process since names a session of strangers, which is left alone.
+    If another process has reused the leader's pid, the session of that id is foreign, and is left alone.
     """
     roots = [process for process in map(_find, recorded) if process is not None]
     found = {process.pid: process for process in roots}
@@ -44,9 +44,9 @@ def living_of(leader: Process, recorded: Iterable[Process]) -> list[psutil.Proce
 
 
 def end_session(leader: Process, recorded: Iterable[Process]) -> tuple[Process, ...]:
-    """Kill all of it, the leader first, until nothing is left. Returns what would not end.
+    """Kill the whole session, the leader first, until nothing is left. Returns the processes that did not end.
 
-    Not asked politely: Ray's head answers SIGTERM by draining for 30 s while its actors go on, and restarts actors that
+    SIGTERM is not used: Ray's head answers it by draining for 30 s while its actors continue, and restarts actors that
     end before it does.
     """
     known = tuple(recorded)
@@ -72,7 +72,7 @@ def _find(recorded: Process) -> psutil.Process | None:
 
 
 def _is_stranger(recorded: Process) -> bool:
-    """Whether the pid is another process's now. A zombie still is the recorded one."""
+    """Whether the pid belongs to another process now. A zombie still is the recorded one."""
     try:
         return not _same(psutil.Process(recorded.pid), recorded)
     except psutil.NoSuchProcess:
@@ -91,7 +91,7 @@ def _descendants(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _session(leader: Process) -> list[psutil.Process]:
-    """Members of the leader's session, also those whose parents are gone."""
+    """Members of the leader's session, including those whose parents are gone."""
     return [process for process in psutil.process_iter() if _session_id(process.pid) == leader.pid and _alive(process)]
 
 

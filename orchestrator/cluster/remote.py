@@ -1,9 +1,9 @@
-"""Typed calls to actors: the only place that knows Ray's handles and the names of methods.
+"""Typed calls to actors: the only module that uses Ray's handles and the names of methods.
 
     Remote[Scheduler](handle).ask(Scheduler.scale, "my-run", 3)
 
-The method is named by the class or the protocol that has it, so a type checker knows arguments and answer, and an
-editor finds the definition on the other side of the process border.
+Methods are taken from the class or protocol that defines them, so a type checker knows arguments and result, and an
+editor finds the definition across the process border.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Remote(Generic[A]):
         handle: of the Ray actor.
         is_hosted: the actor is a `Host`, which forwards calls to the object.
         timeout_s: how long `ask` waits for an answer.
-        repeat: whether `ask` asks again while the actor is being restarted. Not for what must not be done twice.
+        repeat: whether `ask` retries while the actor is being restarted. Not for calls that must not run twice.
     """
 
     handle: Handle
@@ -35,11 +35,11 @@ class Remote(Generic[A]):
     repeat: bool = True
 
     def within(self, timeout_s: float) -> "Remote[A]":
-        """The same object, asked with another patience."""
+        """The same object with another timeout."""
         return replace(self, timeout_s=timeout_s)
 
     def ask(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """What the method returns.
+        """The result of the method.
 
         Raises:
             OrchestratorError: raised by the method.
@@ -50,7 +50,7 @@ class Remote(Generic[A]):
         return answer
 
     def send(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Call without waiting. Returns Ray's reference of the answer."""
+        """Call without waiting. Returns Ray's reference of the result."""
         name, given = self._addressed(method.__name__, args)
         return getattr(self.handle, name).remote(*given, **kwargs)
 

@@ -1,8 +1,8 @@
-"""What this process's training thread does with its peers: how many collectives it has entered, how long it waited.
+"""Counters of the training thread's collectives: how many it has entered, and how long it has waited in them.
 
-All ranks of a generation enter the same collectives in the same order. If one hangs outside of them (in a user's code,
-in a driver), the others wait in the next one: its number is the lowest, and that tells who it is. If one is only slow,
-the others wait for it at every collective: it is the one that waits least.
+All ranks of a generation enter the same collectives in the same order. If one rank hangs outside of them (in user code
+or in a driver), the others wait in the next one: the hung rank has the lowest count. If a rank is only slow, the others
+wait for it at every collective: the slow rank has the shortest wait.
 """
 
 import time
@@ -14,14 +14,14 @@ _waited_s = 0.0
 
 
 def enter() -> None:
-    """Called before each collective that every rank calls equally often. By the training thread only."""
+    """Count a collective that every rank calls equally often. Call before it, from the training thread only."""
     global _entered
     _entered += 1
 
 
 @contextmanager
 def waiting() -> Iterator[None]:
-    """Around whatever ends only when peers have come as far. By the training thread only."""
+    """Time a block that ends only once peers have reached the same point. Training thread only."""
     global _waited_s
     began_s = time.perf_counter()
     try:
@@ -31,16 +31,16 @@ def waiting() -> Iterator[None]:
 
 
 def reset() -> None:
-    """A new generation counts from zero."""
+    """Restart the counts for a new generation."""
     global _entered, _waited_s
     _entered, _waited_s = 0, 0.0
 
 
 def entered() -> int:
-    """From any thread."""
+    """Collectives entered in this generation. Safe from any thread."""
     return _entered
 
 
 def waited_s() -> float:
-    """All waits of this generation, seconds."""
+    """Seconds waited in this generation."""
     return _waited_s

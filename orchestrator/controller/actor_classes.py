@@ -1,4 +1,4 @@
-"""The classes that a run's hosts hold, by dotted name. Tests put torch-free ones in their place."""
+"""Classes of a run's hosted actors, by dotted name. Tests substitute torch-free ones."""
 
 from dataclasses import dataclass
 

@@ -1,10 +1,10 @@
-"""The controller of one run: it observes, asks `policy.lifecycle`, writes the decision down, and carries it out.
+"""Controller of one run: observes, asks `policy.lifecycle` for a decision, journals it and carries it out.
 
-    RunController._live     the whole life, in a thread of its own
+    RunController._live     the run from beginning to end, in its own thread
     RunController._turn     one decision
 
-A detached actor that Ray restarts for ever. Whatever it knows is in the journal; whoever it works with has a name.
-So an incarnation that comes after a crash takes a new term and goes on, while the workers have gone on training.
+A detached actor with unlimited restarts. Its state is in the journal, and the actors it works with have names. So after
+a crash the next incarnation takes a new term and continues, while the workers have kept training.
 """
 
 import logging
@@ -51,16 +51,16 @@ from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")
 
-BEAT_S = 0.05  # how often questions that are due get asked while the world changes
-CALM_BEAT_S = 0.25  # and while it trains: a beat takes half a millisecond of a core that workers may need
+BEAT_S = 0.05  # poll interval while the world changes
+CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of a core that workers may need
 
 
 class RunController:
-    """One run, by name in run storage: `run_dir` holds `job.json`. Methods may be called from any thread.
+    """Controls one run, whose `run_dir` in run storage contains `job.json`. Methods may be called from any thread.
 
     Args:
-        order: to go on from a checkpoint; obeyed once, whatever incarnation reads it.
-        since_s: `time.time()` when this was asked for, and the run came into the queue; None for now.
+        order: request to resume from a checkpoint; applied once, whichever incarnation reads it.
+        since_s: `time.time()` when the run was requested and entered the queue; None for now.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class RunController:
             retry_until_written(lambda: self._resume(order, since_s))
         elif Submitted not in self._memory.times:
             retry_until_written(lambda: self._memory.decided(queued(self._memory.state, since_s), []))
-        if self._memory.state.current is None:  # whoever was here before may not have come to it
+        if self._memory.state.current is None:  # an earlier incarnation may have crashed before this
             retry_until_written(lambda: leave_behind(self._run_dir, self._memory.state.checkpoint_done, self._term))
         cores = cores_of_nodes(self._job.workers.label_selector)
         self._threads = threads_of(cores, self._limits.initial_workers)
-        if self._job.train.is_exact:  # they must not depend on what the cluster happens to be
+        if self._job.train.is_exact:  # its results must not depend on the cluster's nodes
             self._threads = max(1, int(self._job.resources.cpus))
         self._worker_group = WorkerGroup(run_id, self._run_dir, self._job, parts.worker, self._threads, self._inbox)
         self._services = RunServices(run_id, self._run_dir, self._job, parts, self._term, self._inbox)
@@ -109,9 +109,9 @@ class RunController:
         decision = resumed(self._limits, self._memory.state, order)
         events = [action for action in decision.actions if isinstance(action, Event)]
         self._memory.decided(queued(decision.state, since_s), events)
-        (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its former end
+        (self._run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its previous end
 
-    # -- what others ask ---------------------------------------------------------------------------------------
+    # -- requests and queries ----------------------------------------------------------------------------------
 
     def status(self) -> RunStatus:
         return self._status(self._closed)
@@ -134,11 +134,11 @@ class RunController:
         return self._limits
 
     def scale(self, workers: int | None, reason: str, by_hand: bool = True) -> DesiredRunState:
-        """Want another size; None leaves it to the Scheduler from now on. Returns when the request is written down, not
-        when it has come true.
+        """Request another size; None leaves it to the Scheduler from now on. Returns when the request is journalled,
+        not when it is fulfilled.
 
         Args:
-            by_hand: False from the Scheduler, whose requests give way to those of a user.
+            by_hand: False from the Scheduler, whose requests yield to those of a user.
 
         Raises:
             UsageError: the job doesn't allow this size, or the run is ending.
@@ -150,7 +150,7 @@ class RunController:
         return self._requests.aim(Finish.NO, reason, workers, by_hand=by_hand)
 
     def scaling(self) -> ScalingView | None:
-        """What the Scheduler needs to decide how many workers this run is to have; None once it is over."""
+        """Input for the Scheduler's decision on this run's size; None once the run is over."""
         state = self._memory.state
         if state.outcome is not None:
             return None
@@ -158,11 +158,11 @@ class RunController:
         return scale_of(self._limits, state, self._observe(verifies=False), self._worker_group.request, submitted_s)
 
     def grant(self, grant: Grant) -> None:
-        """Hear what the Scheduler lets the run hold. Returns when it is written down; raises NotFinished."""
+        """Accept the Scheduler's grant of workers. Returns when it is journalled; raises NotFinished."""
         self._requests.granted(grant)
 
     def stage(self, name: str, reason: str) -> DesiredRunState:
-        """Want another stage of the curriculum, or the `next` one. Returns when the request is written down.
+        """Request another stage of the curriculum, or the `next` one. Returns when the request is journalled.
 
         Raises:
             UsageError: the job has no such stage, or the run is ending.
@@ -171,14 +171,14 @@ class RunController:
         return self._requests.aim(Finish.NO, reason, stage=name)
 
     def finish(self, how: Finish, reason: str) -> DesiredRunState:
-        """Want the run to end, with a checkpoint. Raises UsageError if it is ending another way already."""
+        """Request the run's end, with a checkpoint. Raises UsageError if it is already ending another way."""
         return self._requests.aim(how, reason)
 
     def kill_worker(self, rank: int | None) -> str:
-        """Kill a member's process, as a fault would: the highest rank, or the one named. Returns the worker's id.
+        """Kill a member's process, as a fault would: the highest rank, or the given one. Returns the worker's id.
 
         Raises:
-            UsageError: nobody has this rank now.
+            UsageError: no member has this rank now.
         """
         worker = member_of_rank(self._run_id, self._memory.state.members, rank)
         self._worker_group.kill(worker)
@@ -192,13 +192,13 @@ class RunController:
                 self._train()
             except TermSuperseded:
                 raise
-            except Exception as error:  # whatever it is, the run ends with a name for it and leaves nothing behind
+            except Exception as error:  # the run ends as failed, with this as its reason, and is cleaned up
                 self._fail(error)
             self._close()
         except TermSuperseded as error:
             log.error("run %s: %s", self._run_id, error)
         except Exception:
-            log.exception("run %s: its end could not be written down; the next incarnation tries again", self._run_id)
+            log.exception("run %s: its end could not be recorded; the next incarnation tries again", self._run_id)
             os._exit(1)
         self._exit()
 
@@ -214,7 +214,7 @@ class RunController:
             )
             waits_for_time = waits_for_time and not state.is_queued
             if self._listen() or waits_for_time or self._memory.trouble is not None:
-                with suppress(StorageError):  # nothing was decided then, and the next turn decides it
+                with suppress(StorageError):  # nothing was decided; the next turn decides again
                     self._turn()
 
     def _begin(self) -> None:
@@ -227,14 +227,14 @@ class RunController:
         self._worker_group.adopt(state.worker_group)
         remove_groups(
             self._run_id, state.num_spawned, keep=self._worker_group.handles
-        )  # which the one before may have left
-        self._inbox.put(None)  # the first turn
+        )  # left by an earlier incarnation
+        self._inbox.put(None)  # triggers the first turn
 
     def _listen(self) -> bool:
-        """Take every answer that has come, waiting a little for the first, then ask what is due.
+        """Process all answers that have arrived, waiting briefly for the first, then send the polls that are due.
 
         Returns:
-            whether there was anything new.
+            whether anything arrived.
         """
         answers: list[CallResult | None] = []
         with suppress(Empty):
@@ -276,7 +276,7 @@ class RunController:
         return None
 
     def _turn(self) -> None:
-        """One decision: written down first, then carried out."""
+        """Make one decision: journal it first, then carry it out."""
         if self._services.data not in (None, self._memory.data):
             self._memory.prepared(self._services.data)
         decision = decide(self._limits, self._memory.state, self._observe())
@@ -288,7 +288,7 @@ class RunController:
                 self._commit(action)
             elif isinstance(action, KillWorker):
                 self._worker_group.kill(action.worker)
-        if decision.state.outcome is None:  # else `_close` sees to the worker group, who may still know something
+        if decision.state.outcome is None:  # else `_close` ends the workers, once their last records are read
             self._worker_group.reconcile(
                 decision.state.worker_group, (*decision.state.failures.quarantine, *self._drains.nodes)
             )
@@ -297,7 +297,7 @@ class RunController:
         self._requests.turned()
 
     def _observe(self, verifies: bool = True) -> Observation:
-        """Args: whether checkpoints are looked through, which may take long, if they are wanted."""
+        """Snapshot of what is known now. `verifies`: verify checkpoints, which may take long, if one is wanted."""
         wanted = self._memory.state.wants_restore
         restorable = self._back.newest_good(time.monotonic()) if verifies and wanted else None
         return Observation(
@@ -321,7 +321,7 @@ class RunController:
         )
 
     def _warm(self) -> None:
-        """Workers need to know where the data is before they can warm up."""
+        """Warm up new workers, once the data's location is known."""
         data = self._memory.data
         if data is None:
             return
@@ -347,13 +347,13 @@ class RunController:
 
     def _fail(self, error: Exception) -> None:
         log.exception("run %s: its controller failed", self._run_id)
-        told = "".join(traceback.format_exception(error))
-        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", told)
-        events = [ControllerFailed(told), *(action for action in over.actions if isinstance(action, Event))]
+        trace = "".join(traceback.format_exception(error))
+        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", trace)
+        events = [ControllerFailed(trace), *(action for action in over.actions if isinstance(action, Event))]
         retry_until_written(lambda: self._memory.decided(over.state, events))
 
     def _close(self) -> None:
-        """End and remove everything of the run, then leave its last status in run storage."""
+        """End and remove everything of the run, then write its final status to run storage."""
         state = self._memory.state
         collect_final_records(
             self._worker_group, self._inbox, state.members, self._memory.progress.watermark, self._take
@@ -364,11 +364,11 @@ class RunController:
         self._services.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
         retry_until_written(lambda: self._memory.conclude(to_json(self._status(closed=True))))
-        self._closed = True  # said only once run storage says so too
+        self._closed = True  # only once run storage shows it too
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 
     def _exit(self) -> None:
-        """Leave for good: Ray restarts an actor that just exits."""
+        """Exit for good: Ray restarts an actor that merely exits."""
         me = find(f"{self._run_id}/controller")
         if me is not None:
             ray.kill(me, no_restart=True)

@@ -26,11 +26,11 @@ log = logging.getLogger("orchestrator.control")
 NODES_EVERY_S = 10.0
 
 
-# -- How busy nodes are ----
+# -- Load of nodes ---------
 
 
 class NodeWatch:
-    """Answers come into the controller's inbox with the method `READ`."""
+    """Polls the load of a run's nodes. Answers arrive in the controller's inbox with the method `READ`."""
 
     READ = "read_system"
 
@@ -41,18 +41,18 @@ class NodeWatch:
         self._readings: dict[str, Reading] = {}  # the newest of each node
 
     def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
-        """Ask, if it is time: whoever's node isn't known yet, and one worker of every other node."""
+        """If it is time, ask every worker whose node is not known yet, and one worker of every known node."""
         if self._asked_s is not None and now_s - self._asked_s < NODES_EVERY_S:
             return
         self._asked_s = now_s
         self._nodes = {worker: node for worker, node in self._nodes.items() if worker in handles}
-        speakers = {node: worker for worker, node in reversed(self._nodes.items())}
+        readers = {node: worker for worker, node in reversed(self._nodes.items())}
         for worker, handle in handles.items():
-            if worker not in self._nodes or speakers[self._nodes[worker]] == worker:
+            if worker not in self._nodes or readers[self._nodes[worker]] == worker:
                 post(self._inbox, worker, NodeWatch.READ, Remote[Host](handle).send(Host.read_system, self._directory))
 
     def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
-        """Values since the node's reading before, at `step`. None of a worker that is gone: others see to that."""
+        """Metric values since the node's previous reading, at `step`; none from a failed worker, handled elsewhere."""
         if answer.future.exception() is not None:
             return []
         reading: Reading = answer.future.result()
@@ -62,13 +62,13 @@ class NodeWatch:
         return list(points_of_readings(before, reading, step)) if before is not None and step >= 0 else []
 
 
-# -- Looks which nodes are being drained: by an operator, an autoscaler, or a cloud that wants them back ---------------
+# -- Draining nodes: drained by an operator, an autoscaler, or a cloud provider that reclaims them ---------------------
 
-DRAINS_EVERY_S = 0.25  # a look takes Ray's head half a millisecond
+DRAINS_EVERY_S = 0.25  # a poll costs Ray's head half a millisecond
 
 
 class DrainWatch:
-    """In a thread of its own, since Ray's head may be slow to answer. Its news come into the inbox as None."""
+    """Polls in its own thread, since Ray's head may be slow to answer. Changes arrive in the inbox as None."""
 
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
@@ -76,7 +76,7 @@ class DrainWatch:
 
     @property
     def nodes(self) -> Mapping[str, float]:
-        """All nodes that were seen to be drained: it can't be taken back, and a node that is gone is none any more."""
+        """All nodes ever seen draining, gone ones included: a drain can't be undone."""
         return self._nodes
 
     def start(self) -> None:
@@ -89,9 +89,9 @@ class DrainWatch:
             try:
                 known = {**self._nodes, **draining_nodes()}
                 has_failed = False
-            except Exception:  # Ray's head is away, which others notice too
+            except Exception:  # Ray's head is unreachable, which is detected elsewhere too
                 if not has_failed:
-                    log.exception("nodes that are drained can't be seen")
+                    log.exception("draining nodes can't be read from Ray")
                 has_failed = True
                 continue
             if known != self._nodes:
@@ -99,18 +99,18 @@ class DrainWatch:
                 self._inbox.put(None)
 
 
-# -- Now and then asks each worker of a run what energy it has used, and journals what they say ------------------------
+# -- Energy used by workers, polled and journalled ---------------------------------------------------------------------
 
 ENERGY_EVERY_S = 10.0
 WRITE_EVERY_S = 30.0
-LAST_S = 1.0  # how long a run that has ended waits for what its workers have used
+LAST_S = 1.0  # how long a run that has ended waits for its workers' last readings
 
 
 class EnergyWatch:
-    """Of one run. Answers come into the controller's inbox with the method `READ`.
+    """Energy of one run. Answers arrive in the controller's inbox with the method `READ`.
 
     Args:
-        gpus: that each worker reserves.
+        gpus: number that each worker reserves.
     """
 
     READ = "read_energy"
@@ -119,11 +119,11 @@ class EnergyWatch:
         self._gpus, self._memory, self._inbox = gpus, memory, inbox
         self._asked_s: dict[str, float] = {}
         self._written_s = 0.0
-        self._known: dict[str, EnergyReading] = {}  # what workers said last
-        self._news: dict[str, EnergyReading] = {}  # of it, what isn't in the journal
+        self._known: dict[str, EnergyReading] = {}  # newest reading of each worker
+        self._news: dict[str, EnergyReading] = {}  # those not yet in the journal
 
     def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
-        """Ask whoever is due, and write down what has come since."""
+        """Ask the workers that are due, and journal new readings."""
         for worker, handle in handles.items():
             if now_s - self._asked_s.get(worker, float("-inf")) >= ENERGY_EVERY_S:
                 self._asked_s[worker] = now_s
@@ -133,12 +133,12 @@ class EnergyWatch:
             self._write()
 
     def take(self, answer: CallResult) -> None:
-        """Note what a worker said. Nothing of one that is gone: others see to that."""
+        """Note a worker's reading. A failed worker has none, and is handled elsewhere."""
         if answer.future.exception() is None:
             self._enter(answer.of, answer.future.result())
 
     def close(self, handles: Mapping[str, Handle]) -> None:
-        """Ask those once more who can tell, before they are let go, and write it down."""
+        """Ask workers with earlier readings once more, before they are ended, and journal the answers."""
         asked = {
             Remote[Host](handles[w]).send(Host.read_energy, self._gpus): w for w in self._known.keys() & handles.keys()
         }
@@ -154,6 +154,6 @@ class EnergyWatch:
             self._known[worker] = self._news[worker] = reading
 
     def _write(self) -> None:
-        with suppress(StorageError):  # tried again with what comes next
+        with suppress(StorageError):  # retried with the next readings
             self._memory.note(EnergyRead(self._news))
             self._news = {}

@@ -1,6 +1,6 @@
-"""A run's account: finished steps fetched from its members, and what else users should know.
+"""Recorder of a run's steps and notices: fetched from its members, journalled, then published.
 
-All of it is journalled, then published. What can't be written down is fetched, or said, again.
+What can't be journalled is fetched, or reported, again.
 """
 
 import json
@@ -34,11 +34,11 @@ from orchestrator.tracking.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
 
-RECORDS_EVERY_S = 1.0  # steps are received, written down and published in batches of this length
+RECORDS_EVERY_S = 1.0  # steps are fetched, journalled and published in batches of this length
 
 
 class StepRecorder:
-    """Of one run, kept by its controller."""
+    """Records the steps and notices of one run, for its controller."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class StepRecorder:
     ) -> None:
         self._run_id, self._model, self._memory, self._worker_group = run_id, model, memory, worker_group
         self._tracker, self._exporter = tracker, exporter
-        self._asked_s = 0.0  # when records were last asked for; inf while they are
-        self._numerics: dict[str, str] = {}  # by worker, as it was written down
-        self._tracking_fails = False  # and users were told
+        self._asked_s = 0.0  # when records were last requested; inf while a request is open
+        self._numerics: dict[str, str] = {}  # by worker, as journalled
+        self._tracking_fails = False  # as journalled
 
     def ask(self, seen: Observation, now_s: float) -> None:
-        """Ask for records once in a while, and at once when a checkpoint waits for them."""
+        """Request records at intervals, and at once when a checkpoint waits for them."""
         state, watermark = self._memory.state, self._memory.progress.watermark
         if not state.members or publishable(state, seen) <= watermark or self._asked_s == float("inf"):
             return
@@ -65,12 +65,12 @@ class StepRecorder:
             self._asked_s = float("inf") if self._worker_group.ask_records(record_source, watermark) else now_s
 
     def answered(self) -> None:
-        """The question for records has an answer, whatever it is."""
+        """Note that the request for records has ended, with an answer or an error."""
         self._asked_s = time.monotonic()
 
     def enter(self, records: Sequence[StepRecord], seen: Observation) -> None:
-        """Enter those steps that can't be lost any more, and publish them."""
-        with suppress(StorageError):  # they are asked for again
+        """Journal and publish the steps that can no longer be lost."""
+        with suppress(StorageError):  # they are requested again
             before = self._memory.progress
             fresh, begun = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
             points = points_of_steps(before, fresh)
@@ -82,27 +82,27 @@ class StepRecorder:
         self._tracker.look()
 
     def _judge_routing(self) -> None:
-        """Write down when experts collapse or their loads swing, and when that is over."""
+        """Journal when experts collapse or their loads swing, and when that is over."""
         for news in routing_news(self._model, self._memory.progress.recent, self._memory.troubles):
             self.tell(self._memory.note(news))
             self._memory.troubles = self._memory.troubles.after(news)
 
     def note(self, event: Event) -> None:
-        """Write down an event that no decision made, and publish it. Raises StorageError."""
+        """Journal and publish an event that no decision made. Raises StorageError."""
         self.tell(self._memory.note(event))
 
     def tell(self, entry: JournalEntry) -> None:
-        """Publish an event that is in the journal."""
+        """Publish a journalled event."""
         log.info("run %s: %s", self._run_id, plain_of(entry.event))
         self._tracker.publish_event(entry)
         self._exporter.show(points_of_event(entry))
 
-    def hear_numerics(self, worker: str, told: str) -> None:
-        """Write down what decides the bits of the run's results, and every worker that has something else."""
-        if not told or self._numerics.get(worker) == told:
+    def hear_numerics(self, worker: str, numerics: str) -> None:
+        """Journal what determines the bits of the run's results, and every worker that differs in it."""
+        if not numerics or self._numerics.get(worker) == numerics:
             return
-        fingerprint = json.loads(told)
-        with suppress(StorageError):  # heard again with its next answer
+        fingerprint = json.loads(numerics)
+        with suppress(StorageError):  # received again with the worker's next answer
             if self._memory.numerics is None:
                 self.note(NumericsRecorded(fingerprint))
                 self._memory.numerics = fingerprint
@@ -110,26 +110,26 @@ class StepRecorder:
             if differs and self._memory.differing.get(worker) != differs:
                 self.note(NumericsDiffer(worker, differs))
                 self._memory.differing[worker] = differs
-            self._numerics[worker] = told
+            self._numerics[worker] = numerics
 
-    def hear_saturation(self, worker: str, told: Saturation | None) -> None:
-        """Write down whose gradient was too large for an exact sum."""
-        if told is None or (worker, told.step) in self._memory.saturated:
+    def hear_saturation(self, worker: str, found: Saturation | None) -> None:
+        """Journal a worker's gradient that was too large for an exact sum."""
+        if found is None or (worker, found.step) in self._memory.saturated:
             return
-        with suppress(StorageError):  # heard again with its next answer
-            self.note(GradientSaturated(worker, told.step, told.parameters))
-            self._memory.saturated.add((worker, told.step))
+        with suppress(StorageError):  # received again with the worker's next answer
+            self.note(GradientSaturated(worker, found.step, found.parameters))
+            self._memory.saturated.add((worker, found.step))
 
     def show(self, readings: Sequence[MetricPoint]) -> None:
-        """Publish values that the journal doesn't hold."""
+        """Publish values that are not journalled."""
         self._tracker.publish(readings)
         self._exporter.show(readings)
 
     def tell_of_tracking(self) -> None:
-        """Write down when metrics begin to wait, and when they arrive again."""
+        """Journal when metrics begin to wait, and when they arrive again."""
         warning = self._tracker.warning
         if (warning is not None) != self._tracking_fails:
-            with suppress(StorageError):  # said at the next look
+            with suppress(StorageError):  # retried at the next call
                 entry = self._memory.note(TrackingWorks() if warning is None else TrackingFails(warning))
                 self._tracking_fails = warning is not None
                 self.tell(entry)

@@ -1,7 +1,7 @@
-"""The controller's line to the run's rendezvous store.
+"""Client of the run's rendezvous store.
 
-Generations meet in the store; whoever has met needs it no more, so training goes on while it is away. Ray restarts its
-process, which then listens elsewhere: every plan names the store that it is made with (`GenerationPlan.store_address`).
+Members of a generation need the store only to connect, so training continues while it is down. Ray restarts its
+process, which then has another address: every plan names the store it is made with (`GenerationPlan.store_address`).
 """
 
 import logging
@@ -21,11 +21,11 @@ log = logging.getLogger("orchestrator.control")
 
 NAME = "rendezvous"
 ASK_AGAIN_S = 0.5
-GIVE_UP_S = 60.0  # without an address, and calls fail: it can't be started here
+GIVE_UP_S = 60.0  # of failing calls without an address: the store can't be started here
 
 
 class RendezvousClient:
-    """Starts or finds the store, and knows where it listens.
+    """Starts or finds the store, and keeps its address.
 
     Args:
         target: dotted name of the store's class.
@@ -34,14 +34,14 @@ class RendezvousClient:
     def __init__(self, run_id: str, run_dir: Path, target: str, inbox: Inbox) -> None:
         self._name, self._target, self._inbox = f"{run_id}/{NAME}", target, inbox
         self._log_file = run_dir / "logs" / f"{NAME}.log"
-        self._handle: Handle | None = None  # while it is asked or known to be there
+        self._handle: Handle | None = None  # while a call to it is open or it is known to be alive
         self._asked_s = 0.0
-        self._failing_s: float | None = None  # since when
-        self.address: StoreAddress | None = None  # None while it is away
-        self.fault = ""  # why there will be no store any more
+        self._failing_s: float | None = None  # since when it fails
+        self.address: StoreAddress | None = None  # None while it is down
+        self.fault = ""  # why the store was given up
 
     def tend(self, now_s: float) -> None:
-        """Start it, find it, or start it again, and ask where it listens; unless that is known or asked already."""
+        """Start, find or restart the store, and ask for its address, unless it is known or already asked for."""
         if self._handle is None and now_s - self._asked_s >= ASK_AGAIN_S:
             self._asked_s = now_s
             actor_options = ActorOptions(log_file=self._log_file, max_restarts=-1)
@@ -55,10 +55,10 @@ class RendezvousClient:
             post(self._inbox, NAME, "hold", Remote[Host](self._handle).send(Host.hold))
 
     def take(self, answer: CallResult) -> None:
-        """Note where it listens, or that it is gone."""
+        """Note the store's address, or that it failed."""
         error = answer.future.exception()
         another_holds_it = error is None and answer.method == "hold"
-        if self._handle is None or another_holds_it:  # None: its end was said already
+        if self._handle is None or another_holds_it:  # None: its failure is already noted
             return
         if error is None:
             self.address, self._failing_s = StoreAddress(*answer.future.result()), None
@@ -74,5 +74,5 @@ class RendezvousClient:
 
 
 def head_address() -> str:
-    """Where workers of other nodes reach this one, which is the store's too: both live on the head."""
+    """Address at which workers of other nodes reach this node, and the store, which is on the head too."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What others want of a run, from the call that says so until the run's controller has written it down."""
+"""Requests to a run, from the call until the run's controller has journalled them."""
 
 import threading
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.run_history import JournaledRun
 
 PATIENCE_S = 10.0
-LATER = "Look at its status, and try again in a moment."
+LATER = "Check its status and try again in a moment."
 
 
 def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str:
-    """The member with this rank; None for the highest. Raises UsageError if nobody has it now."""
+    """The member with this rank; None for the highest. Raises UsageError if no member has it now."""
     if not members or not -1 <= (-1 if rank is None else rank) < len(members):
         raise UsageError(
             f"rank {rank if rank is not None else 'any'} asked for; {run_id} has {len(members)} members now",
             remedy="Name a rank from 0 to one less than that.",
-            unchanged="Nobody was killed.",
+            unchanged="No worker was killed.",
         )
     return members[-1 if rank is None else rank]
 
 
 class PendingRequests:
-    """Requests come from any thread; the controller's turns take in the newest, and say so."""
+    """Newest requests of any thread, which wait until a turn of the controller has journalled them."""
 
     def __init__(self, run_id: str, memory: JournaledRun, inbox: Inbox) -> None:
         self._run_id, self._memory, self._inbox = run_id, memory, inbox
@@ -41,13 +41,12 @@ class PendingRequests:
         stage: str | None = None,
         by_hand: bool | None = None,
     ) -> DesiredRunState:
-        """Want this; `workers` is None for as many as before, `stage` for no other one, `by_hand` for whoever decided
-        on the number before. Returns when it is written down; a number that is not wanted by hand gives way at once to
-        one that is.
+        """Request this state; None keeps the previous value of `workers`, `stage` or `by_hand`. Returns when it is
+        journalled. A size that was not requested by hand yields at once to one that was.
 
         Raises:
             UsageError: the run is ending, or is to end in another way.
-            NotFinished: it was not written down in time.
+            NotFinished: it was not journalled in time.
         """
         with self._turned:
             if self._memory.state.outcome is not None or self.newest.finish not in (Finish.NO, finish):
@@ -62,22 +61,22 @@ class PendingRequests:
             self._inbox.put(None)
             if not self._turned.wait_for(lambda: self._memory.state.target.seq >= target.seq, PATIENCE_S):
                 why = self._memory.trouble or "it is busy"
-                raise NotFinished(f"run {self._run_id} has not written the request down yet: {why}", remedy=LATER)
+                raise NotFinished(f"run {self._run_id} has not journalled the request yet: {why}", remedy=LATER)
             return target
 
     def granted(self, grant: Grant) -> None:
-        """Hear what the Scheduler lets the run hold. Returns when it is written down.
+        """Accept the Scheduler's grant of workers. Returns when it is journalled.
 
         Raises:
-            NotFinished: it was not written down in time.
+            NotFinished: it was not journalled in time.
         """
         with self._turned:
             self.grant = grant
             self._inbox.put(None)
             if not self._turned.wait_for(lambda: self._memory.state.queue.grant == self.grant, PATIENCE_S):
-                raise NotFinished(f"run {self._run_id} has not written down what it is granted", remedy=LATER)
+                raise NotFinished(f"run {self._run_id} has not journalled its grant yet", remedy=LATER)
 
     def turned(self) -> None:
-        """A turn has ended: what was wanted before it is written down, if it could be."""
+        """Wake the callers after a turn: earlier requests are journalled, unless writing failed."""
         with self._turned:
             self._turned.notify_all()

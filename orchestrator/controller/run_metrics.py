@@ -1,4 +1,4 @@
-"""What is so of a run at one moment, as values of live metrics: where it is, and what its alerts are about."""
+"""Live metrics of a run at one moment: its progress, and the values that its alerts watch."""
 
 from orchestrator.policy.health.expert_load import largest_violation
 from orchestrator.policy.rescale.generation_plan import warm_standbys
@@ -12,13 +12,13 @@ from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.run_records.run_history import RunHistory
 from orchestrator.spec.model import ModelSpec
 
-BEGINNINGS = (Submitted, Activated, Resumed)  # events from which a run's clocks run
+BEGINNINGS = (Submitted, Activated, Resumed)  # events that start a run's clocks
 
 
 def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen: Observation) -> dict[str, float]:
-    """By names of metrics. Times are `time.time()` seconds, and those of the run's last beginning until there is more
-    to tell; a run that was resumed begins anew. Counters are those of the whole run, also before the first step of a
-    controller: they must not seem to fall and rise again.
+    """Values by metric name. Times are `time.time()` seconds, and those of the run's last beginning until there is a
+    later one; a resumed run begins anew. Counters cover the whole run, also before a controller's first step: they must
+    not seem to fall and rise again.
     """
     state, progress = memory.state, memory.progress
     first = (memory.times.get(kind, 0.0) for kind in BEGINNINGS)

@@ -1,7 +1,7 @@
-"""What a run has besides workers, each in a process of its own: data preparation, rendezvous store and tracker.
+"""Services of a run besides its workers, one process each: data preparation, rendezvous store and tracker.
 
-All of them are started while workers start; the tracker, for whom nobody waits, a little later. Tracker and store may
-be away at any time, and come back; what can't be had shows as a fault.
+All start while workers start; the tracker, for which nothing waits, a little later. Tracker and store may fail at any
+time and come back; a service that can't be provided shows as a fault.
 """
 
 import logging
@@ -32,11 +32,11 @@ NAMES = (PREPARATION, STORE, TRACKER)
 P = ParamSpec("P")
 
 LOOK_EVERY_S = 1.0
-TRACKER_AFTER_S = 10.0  # by then MLflow shows a run that waits in the queue
+TRACKER_AFTER_S = 10.0  # by then MLflow shows even a run that is still queued
 
 
 class RunServices:
-    """Starts or finds them, and knows what they have answered."""
+    """Starts or finds the services, and keeps their answers."""
 
     def __init__(self, run_id: str, run_dir: Path, job: JobSpec, parts: ActorClasses, term: int, inbox: Inbox) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
@@ -44,8 +44,8 @@ class RunServices:
         self._handles: dict[str, Handle] = {}
         self._made_s = time.monotonic()
         self.data: PreparedData | None = None
-        self.preparing = ""  # how far the data is, in words; empty once it is there
-        self._asked_s = 0.0  # when its progress was last asked for
+        self.preparing = ""  # progress of data preparation, in words; empty once it is done
+        self._asked_s = 0.0  # when that progress was last requested
         self._known_data: PreparedData | None = None
         self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, term, inbox)
         self.store = RendezvousClient(run_id, run_dir, parts.rendezvous, inbox)
@@ -56,7 +56,7 @@ class RunServices:
         return (*self._faults, self.store.fault) if self.store.fault else tuple(self._faults)
 
     def start(self, data: PreparedData | None) -> None:
-        """Start what isn't there. `data` is what an earlier controller has prepared, made anew if it is gone."""
+        """Start what isn't running. `data`, prepared by an earlier controller, is made anew if it is gone."""
         self._known_data = data
         self.data = data if data is not None and retry_until_written(Path(data.store_dir).is_dir) else None
         if self.data is not None:
@@ -70,8 +70,8 @@ class RunServices:
         self.store.tend(time.monotonic())
 
     def tend(self, now_s: float, has_places: bool) -> None:
-        """Look after all of them, and ask how far the data is, once in a while. `has_places`: of the run's workers, any
-        has its place. Until then another run may be making room, which a tracker's start would slow."""
+        """Tend all services, and poll the data's progress at intervals. `has_places`: at least one of the run's workers
+        is placed. Until then another run may be making room, which a tracker's start would slow."""
         self.store.tend(now_s)
         if has_places or now_s - self._made_s >= TRACKER_AFTER_S:
             self.tracker.start()
@@ -81,20 +81,20 @@ class RunServices:
             self._prepare(Preparation.progress)
 
     def take(self, answer: CallResult) -> None:
-        """Note an answer, or the fault that it is."""
+        """Note an answer or a fault."""
         if answer.of == TRACKER:
             self.tracker.take(answer)
         elif answer.of == STORE:
             self.store.take(answer)
         elif (error := answer.future.exception()) is None:
             self._note(answer)
-        elif answer.method == "progress":  # it has ended meanwhile
+        elif answer.method == "progress":  # preparation has ended meanwhile
             return
         else:
             self._faults.append(reason_of(error))
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
-        """Let the tracker finish, then end all of them."""
+        """Let the tracker finish, then end all services."""
         self.tracker.close(outcome, why, watermark)
         for name in NAMES:
             if (handle := find(self._name(name))) is not None:
@@ -116,7 +116,7 @@ class RunServices:
             self.tracker.prepared(data)
         else:
             self._faults.append(
-                "the corpus is not what the run has trained on so far, and the store that was made of it is gone: "
+                "the corpus differs from what the run was trained on, and the token store of the original is gone: "
                 f"{known.store_dir}"
             )
 

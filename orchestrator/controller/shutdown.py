@@ -1,4 +1,4 @@
-"""The end of a run: what its members still know, and nothing of it left in the cluster."""
+"""Shutdown of a run: the last records of its members, and removal of everything of it from the cluster."""
 
 import logging
 import time
@@ -12,8 +12,8 @@ from orchestrator.errors import ProtocolError
 
 log = logging.getLogger("orchestrator.control")
 
-LAST_WORDS_S = 2.0  # how long a run that has ended waits for what its members still know
-GONE_WITHIN_S = 10.0  # and for its processes to be gone
+LAST_WORDS_S = 2.0  # how long a run that has ended waits for its members' last records
+GONE_WITHIN_S = 10.0  # and for its processes to end
 LOOK_EVERY_S = 0.02
 
 
@@ -24,7 +24,7 @@ def collect_final_records(
     watermark: int,
     take: Callable[[CallResult], None],
 ) -> None:
-    """Steps that members finished since they were last asked: they count, whatever has ended the run."""
+    """Collect the steps that members finished since the last request: they count, whatever ended the run."""
     asked = {member for member in members if worker_group.ask_records(member, watermark)}
     deadline_s = time.monotonic() + LAST_WORDS_S
     while asked and time.monotonic() < deadline_s:
@@ -32,22 +32,22 @@ def collect_final_records(
             answer = inbox.get(timeout=LOOK_EVERY_S)
             if answer is not None and answer.method == WorkerGroup.RECORDS:
                 asked.discard(answer.of)
-                with suppress(ProtocolError):  # a newcomer may lack the steps before it came; another has them
+                with suppress(ProtocolError):  # a late joiner may lack earlier steps, which another member has
                     take(answer)
 
 
 def remove_groups(run_id: str, num_spawned: int, keep: Container[str] = ()) -> None:
-    """Free what workers had reserved, those of an earlier controller included."""
+    """Free the workers' reservations, those of an earlier controller included."""
     for worker in (f"w{number}" for number in range(num_spawned)):
         if worker not in keep:
             remove_group(f"{run_id}/worker/{worker}")
 
 
 def await_gone(run_id: str) -> None:
-    """Wait until only the run's controller is left, who says so if somebody else is."""
+    """Wait until only the run's controller is left, and log the actors that remain."""
     deadline_s = time.monotonic() + GONE_WITHIN_S
     mine = f"{run_id}/controller"
     while (rest := [name for name in names_of(run_id) if name != mine]) and time.monotonic() < deadline_s:
         time.sleep(LOOK_EVERY_S)
     if rest:
-        log.error("run %s: %s are still there", run_id, rest)
+        log.error("run %s: actors are still alive: %s", run_id, rest)

@@ -1,5 +1,5 @@
-"""The controller's line to the run's tracker. The journal is the source: whatever a tracker that died, or that was out
-of reach, has not acknowledged is read there and published again. Nobody waits for the tracker but the run's end.
+"""Client of the run's tracker. The journal is the source: what a failed or unreachable tracker has not acknowledged is
+read from it and published again. Only the run's end waits for the tracker.
 """
 
 import logging
@@ -38,27 +38,27 @@ LAST_TRIES = 3
 
 
 class TrackerClient:
-    """Starts or finds the run's tracker, and sees to it that it gets everything once."""
+    """Starts or finds the run's tracker, and ensures that it gets everything once."""
 
     def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, term: int, inbox: Inbox) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._target, self._term, self._inbox = target, term, inbox
         self._handle: Handle | None = None
         self._data: PreparedData | None = None
-        self._is_current = False  # it has, or was sent, all that the journal holds
-        self._asked_s: float | None = None  # when its position was asked for last
+        self._is_current = False  # it has, or was sent, everything in the journal
+        self._asked_s: float | None = None  # when its position was last requested
         self._num_open = 0
-        self._looked_s = 0.0  # when it was last asked how it fares
+        self._looked_s = 0.0  # when its description was last requested
         self.url: str | None = None
-        self.warning: str | None = None  # values that don't arrive
+        self.warning: str | None = None  # about values that don't arrive
 
     def start(self) -> Handle:
-        """Start the tracker, or find it, unless that was done."""
+        """Start or find the tracker, unless that was done already."""
         if self._handle is not None:
             return self._handle
         actor_options = ActorOptions(
             log_file=self._run_dir / "logs" / f"{NAME}.log",
-            # One call at once: what was published before `finish` is published. It may come back as often as it dies.
+            # One call at once: what was sent before `finish` is published before it. Restarts are unlimited.
             max_restarts=-1,
             calls_at_once=1,
         )
@@ -67,25 +67,25 @@ class TrackerClient:
         return self._handle
 
     def tend(self, now_s: float) -> None:
-        """Ask a tracker that lacks something what it has, now and then."""
+        """Ask a tracker that lacks something for its position, at intervals."""
         overdue = self._asked_s is None or now_s - self._asked_s >= ASK_AGAIN_S
         if self._handle is not None and not self._is_current and self._num_open == 0 and overdue:
             self._asked_s = now_s
             self._call(Tracker.position)
 
     def prepared(self, data: PreparedData) -> None:
-        """The run's data, which the tracker hears of whenever it has to be told everything."""
+        """Note the run's data, which is also sent whenever the tracker has to catch up."""
         self._data = data
         if self._is_current:
             self._send(calls_for_data(data))
 
     def publish(self, points: Sequence[MetricPoint]) -> None:
-        """Values that the journal doesn't hold."""
+        """Publish values that are not journalled."""
         if points and self._is_current:
             self._send([(Tracker.publish, (list(points),))])
 
     def publish_steps(self, points: Sequence[MetricPoint], after: int, loads: Mapping[int, Loads]) -> None:
-        """All values of the steps after this one, and the loads of their experts."""
+        """Publish all values of the steps after `after`, and the loads of their experts."""
         if points and self._is_current:
             self._send([(Tracker.publish, (list(points), after, loads))])
 
@@ -94,14 +94,14 @@ class TrackerClient:
             self._send([(Tracker.event, (entry, points_of_event(entry)))])
 
     def look(self) -> None:
-        """Ask how it fares, now and then."""
+        """Ask the tracker for its URL and its errors, at intervals."""
         now_s = time.monotonic()
         if self._handle is not None and self._num_open < MOST_OPEN and now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
             self._call(Tracker.describe)
 
     def take(self, answer: CallResult) -> None:
-        """Note an answer. Whatever went wrong, the tracker is asked what it has before it gets more."""
+        """Note an answer. After any error, the tracker is asked for its position before it gets more."""
         self._num_open -= 1
         error = answer.future.exception()
         if error is not None:
@@ -113,7 +113,7 @@ class TrackerClient:
             self._described(answer.future.result())
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
-        """Let the tracker have everything and send it. What MLflow doesn't take in time stays on disk."""
+        """Send the tracker what it lacks, and let it deliver. What MLflow doesn't take in time stays on disk."""
         tracker = Remote[Tracker](self.start(), is_hosted=True, timeout_s=FINISH_S)
         self._is_current, arrived = True, False
         try:
@@ -138,7 +138,7 @@ class TrackerClient:
         self._is_current = True
         try:
             self._send(missing_calls(self._run_dir, position, self._data))
-        except OSError as error:  # it is asked again what it has, and told the rest once the journal can be read
+        except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
             self._is_current = False
             self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
         else:
@@ -148,7 +148,7 @@ class TrackerClient:
         return list(missing_calls(self._run_dir, position, self._data))
 
     def _failed(self, method: str, why: str) -> None:
-        """Users hear of a tracker that can't even say what it has: it is gone, and may be on its way back."""
+        """Warn users only of a tracker that can't report its position: it is down, and may be restarting."""
         if method != "position":
             log.warning("tracker: %s failed: %s", method, why)
             return
@@ -161,13 +161,13 @@ class TrackerClient:
 
     def _described(self, state: Mapping[str, Any]) -> None:
         self.url = state["url"] or self.url
-        if state["error"] or self._is_current:  # else it is well, and lacks what waits in the journal
+        if state["error"] or self._is_current:  # else it works, and lacks what waits in the journal
             self.warning = f"metrics wait on disk: {state['error']}" if state["error"] else None
 
     def _send(self, calls: Sequence[Call] | Iterator[Call]) -> None:
         for method, args in calls:
             if self._num_open >= MOST_OPEN and method is Tracker.publish and len(args) > 1:
-                self._is_current = False  # it is told the rest when it has answered
+                self._is_current = False  # the rest is sent once it has answered
                 return
             self._call(method, self._term, *args)
 

@@ -1,7 +1,7 @@
-"""A run's workers as its controller handles them: started, asked, told and let go, all without waiting.
+"""Worker group of a run: starts, polls, directs and ends workers for the controller, without blocking.
 
-Every call's answer comes into the controller's inbox as an `Answer`. News are asked for by long polls. One call per
-worker never returns, so a death is known as soon as Ray knows it: the call ends with an error.
+Every answer arrives in the controller's inbox as a `CallResult`. Reports are requested by long polls. One call per
+worker never returns, so a failure is known as soon as Ray knows it: the call ends with an error.
 """
 
 import logging
@@ -29,19 +29,19 @@ log = logging.getLogger("orchestrator.control")
 P = ParamSpec("P")
 
 POLL_S = 0.5  # how long a worker may wait for news before it answers
-POLL_PAUSE_S = 0.25  # between an answer and the next question, unless a rescale waits for it
-SILENCE_S = 60.0  # a cold worker that answered before and lets a poll hang this long is as good as dead
-QUIET_S = 1.0  # without an answer, or without anything new: then time itself may decide something
+POLL_PAUSE_S = 0.25  # between an answer and the next poll, unless a rescale waits for it
+SILENCE_S = 60.0  # a cold worker that answered before counts as failed if a poll hangs this long
+QUIET_S = 1.0  # without an answer or news: from then on, time alone may change a decision
 
-# A worker keeps the memory that it has freed (glibc's mallopt variables): every step and every fence allocates tens of
-# megabytes again, and getting them from the kernel anew costs more than filling them. Seen at 17 M parameters on two
-# cores: the median stall of a rescale fell from 0.6 to 0.3 s. Huge pages, where the kernel gives them to those who ask:
-# a killed process gives back its memory before it closes its connections, and until then no peer knows. With 1.2 GB of
-# small pages that takes 80 ms, with huge ones 11 (a scratch script).
+# A worker keeps freed memory (glibc's mallopt variables): every step and every fence allocates tens of megabytes again,
+# and getting them from the kernel anew costs more than filling them. At 17 M parameters on two cores the median stall
+# of a rescale fell from 0.6 to 0.3 s. Huge pages, where the kernel gives them on request: a killed process returns its
+# memory before it closes its connections, and until then no peer notices. With 1.2 GB of small pages that takes 80 ms,
+# with huge ones 11 (a scratch script).
 #
-# A thread spins at a barrier for 10,000 turns at most, not libgomp's 300,000: the one that it waits for may need its
+# A thread spins at a barrier for at most 10,000 iterations, not libgomp's 300,000: the thread it waits for may need its
 # core. On two cores, one run each: a pass of a small model took 0.046 s with either limit and 0.09 s without spinning.
-# Where others kept the cores busy, it took 0.8 to 1.8 s and, with libgomp's own, more than 7 s (a scratch script).
+# On cores busy with other work it took 0.8 to 1.8 s and, with libgomp's limit, more than 7 s (a scratch script).
 WORKER_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "GOMP_SPINCOUNT": "10000",
@@ -50,16 +50,16 @@ WORKER_ENV = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
 }
 
-# A lost peer may end the communicator, but never the process, which holds state that is needed now: 2 means so, and
-# the monitor of nccl's watchdog would end a process that waits in an abort. Not tried on GPUs yet.
+# A failed peer may end the communicator, but never the process, whose state is needed now: 2 does that. The monitor of
+# NCCL's watchdog would end a process that waits in an abort. Not tried on GPUs yet.
 NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
-# Where bits are to be the same, libraries must not choose by what they find at a moment, or by where memory lies. On
-# one processor 166 of 400 shapes of fp32 products had other bits if a matrix began elsewhere, and none with MKL_CBWR,
-# which cost nothing (a scratch script).
+# For bitwise reproducible runs, libraries must not choose algorithms by current load or by memory addresses. On one
+# processor 166 of 400 shapes of fp32 products had other bits if a matrix began at another address, and none with
+# MKL_CBWR, which cost nothing (a scratch script).
 EXACT_ENV = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # as torch.use_deterministic_algorithms wants it
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # required by torch.use_deterministic_algorithms
     "MKL_CBWR": "AUTO,STRICT",
     "MKL_DYNAMIC": "FALSE",
     "OMP_DYNAMIC": "FALSE",
@@ -68,18 +68,18 @@ EXACT_ENV = {
 
 @dataclass(frozen=True)
 class CallResult:
-    """The end of a call: `of` is a worker id or another name, `method` what was called."""
+    """Result of a call: `of` is a worker id or another actor's name, `method` the called method."""
 
     of: str
     method: str
     future: "Future[Any]"
 
 
-Inbox = SimpleQueue[CallResult | None]  # None: look again, something else has changed
+Inbox = SimpleQueue[CallResult | None]  # None: something else has changed
 
 
 def post(inbox: Inbox, of: str, method: str, ref: Any) -> None:
-    """Have the result of a Ray call put into the inbox."""
+    """Put the result of a Ray call into the inbox when it arrives."""
     ref.future().add_done_callback(lambda future: inbox.put(CallResult(of, method, future)))
 
 
@@ -96,31 +96,31 @@ class WorkerGroup:
         self._job_json = job.model_dump_json(by_alias=True)
         self._target, self._threads, self._inbox = target, threads, inbox
         self._handles: dict[str, Handle] = {}
-        self._known: set[str] = set()  # whoever was started, by us or by an earlier controller
+        self._known: set[str] = set()  # workers started by this or an earlier controller
         self._told: dict[str, int] = {}
         self._warmed: set[str] = set()
-        self._polled_s: dict[str, float] = {}  # polls under way, since when
-        self._rested_s: dict[str, float] = {}  # when the last answer came
+        self._polled_s: dict[str, float] = {}  # open polls, since when
+        self._rested_s: dict[str, float] = {}  # when the last report came
         self.reports: dict[str, Report] = {}
-        self._heard_s: dict[str, float] = {}  # when any answer last came
+        self._heard_s: dict[str, float] = {}  # when the last answer to any call came
         self._last_poll_s = time.monotonic()
-        self.stirred_s = time.monotonic()  # when somebody last said something new
+        self.stirred_s = time.monotonic()  # when any worker last reported something new
         self.lost: dict[str, str] = {}
-        self.causes: dict[str, str] = {}  # the class of each loss, where Ray tells
-        self.nodes: dict[str, str] = {}  # where workers live, once they have said so
+        self.causes: dict[str, str] = {}  # the class of each failure, as far as Ray reports it
+        self.nodes: dict[str, str] = {}  # by worker, once it has reported its node
 
     @property
     def handles(self) -> Mapping[str, Handle]:
-        """The workers that are there, by id."""
+        """Handles of the living workers, by id."""
         return self._handles
 
     @property
     def request(self) -> dict[str, float]:
-        """What Ray reserves for each worker."""
+        """Resources that Ray reserves for each worker."""
         return request_of(self._job.resources)
 
     def adopt(self, worker_group: tuple[str, ...]) -> None:
-        """Find the workers that an earlier controller started; end those that it did not write down."""
+        """Find the workers that an earlier controller started; end those that it did not journal."""
         for name in names_of(self._run_id):
             if name.startswith(f"{self._run_id}/worker/"):
                 worker = name.rpartition("/")[2]
@@ -129,11 +129,11 @@ class WorkerGroup:
         for worker in worker_group:
             self._known.add(worker)
             if self._handles.get(worker) is None:
-                self.lost[worker] = "it was gone when the run's controller came back"
+                self.lost[worker] = "it was gone when the run's controller restarted"
         self.reconcile(worker_group)
 
     def reconcile(self, worker_group: tuple[str, ...], avoid: tuple[str, ...] = ()) -> None:
-        """Start who is missing, on none of the nodes to `avoid`; end who is not wanted."""
+        """Start missing workers, on none of the nodes to `avoid`; end those outside `worker_group`."""
         for worker in [w for w in self._handles if w not in worker_group]:
             self._dismiss(worker)
         for worker in worker_group:
@@ -141,7 +141,7 @@ class WorkerGroup:
                 self._start(worker, avoid)
 
     def warm(self, store_dir: str, vocab_size: int, head_host: str) -> None:
-        """Have every worker that hasn't begun become a standby, with the data of `store_dir`."""
+        """Turn every worker that hasn't begun into a standby, with the data of `store_dir`."""
         job = WorkerJob(
             run_id=self._run_id,
             job_json=self._job_json,
@@ -156,15 +156,15 @@ class WorkerGroup:
             self._call(worker, WorkerApi.warm, job)
 
     def tell(self, directive: Directive) -> None:
-        """Send the directive to whoever hasn't got it yet."""
+        """Send the directive to every worker that doesn't have it yet."""
         for worker in self._handles:
             if self._told.get(worker, -1) < directive.seq:
                 self._told[worker] = directive.seq
                 self._call(worker, WorkerApi.direct, directive)
 
     def poll(self, now_s: float, eager: bool) -> None:
-        """Ask everybody for news who isn't being asked; give up who has been silent for too long."""
-        if now_s - self._last_poll_s > QUIET_S:  # we were held up ourselves: answers may be on their way
+        """Poll every worker without an open poll; count one as failed that has been silent for too long."""
+        if now_s - self._last_poll_s > QUIET_S:  # this process was delayed: answers may be on their way
             self._polled_s = dict.fromkeys(self._polled_s, now_s)
         self._last_poll_s = now_s
         for worker in list(self._handles):
@@ -177,26 +177,26 @@ class WorkerGroup:
                 self._lose(worker, f"it did not answer for {SILENCE_S:.0f} s")
 
     def silence_s(self, now_s: float) -> dict[str, float]:
-        """For how long each worker has owed an answer. One is due after `POLL_S` at the latest; a question that was
-        asked while the process still started counts from its first answer to any other."""
+        """Seconds for which each worker's answer is overdue. An answer is due after `POLL_S` at the latest; a poll that
+        was sent while the process still started counts from its first answer to any other call."""
         known = [(w, since_s) for w, since_s in self._polled_s.items() if w in self._handles and w in self.reports]
         asked = {worker: max(since_s, self._heard_s.get(worker, since_s)) for worker, since_s in known}
         return {worker: max(0.0, now_s - since_s - POLL_S) for worker, since_s in asked.items()}
 
     def is_quiet(self) -> bool:
-        """Somebody owes an answer, or nobody has said anything new for a while."""
+        """Whether an answer is overdue, or no worker has reported anything new, for `QUIET_S`."""
         now_s = time.monotonic()
         return now_s - self.stirred_s > QUIET_S or max(self.silence_s(now_s).values(), default=0.0) > QUIET_S
 
     def ask_records(self, worker: str, after_step: int) -> bool:
-        """Ask for the finished steps after this one; they come as an answer of `WorkerGroup.RECORDS`."""
+        """Request the finished steps after this one; they arrive as an answer of `WorkerGroup.RECORDS`."""
         if worker not in self._handles:
             return False
         post(self._inbox, worker, WorkerGroup.RECORDS, self._worker(worker).send(WorkerApi.report, after_step, -1, 0.0))
         return True
 
     def record_source(self, members: Sequence[str], watermark: int) -> str:
-        """The first member that knows the steps after `watermark`: whoever joined later doesn't."""
+        """The first member that has the steps after `watermark`; those that joined later don't."""
         known = (w for w in members if w in self.reports and self.reports[w].first_record <= watermark + 1)
         return next(known, members[0])
 
@@ -209,20 +209,20 @@ class WorkerGroup:
     RECORDS = "records"
 
     def take(self, answer: CallResult) -> Report | None:
-        """Note what a worker said, or that it can't say anything any more."""
+        """Note a worker's answer or failure. Returns its report, if that was the answer."""
         worker = answer.of
         if answer.method == "report":
             self._polled_s.pop(worker, None)
             self._rested_s[worker] = time.monotonic()
         if worker not in self._handles or answer.method == "kill":
-            return None  # let go meanwhile; and what a killing has led to shows elsewhere
+            return None  # dismissed meanwhile; and the effect of a kill shows elsewhere
         error = answer.future.exception()
         if error is not None:
             self.causes[worker] = cause_of(error)
             self._lose(worker, reason_of(error))
             return None
         if answer.method == "hold":
-            return None  # another controller holds it now; this one will hear that its term is over
+            return None  # another controller holds it now; this one will find its term superseded
         if answer.method == "node":
             self.nodes[worker] = answer.future.result()
             return None
@@ -273,7 +273,7 @@ class WorkerGroup:
         self._dismiss(worker)
 
     def _dismiss(self, worker: str) -> None:
-        """End a worker's process, whatever it is doing, and free what it had reserved."""
+        """Kill a worker's process, whatever it is doing, and free its reservation."""
         handle = self._handles.pop(worker)
         self.reports.pop(worker, None)
         ray.kill(handle, no_restart=True)
@@ -281,7 +281,7 @@ class WorkerGroup:
 
 
 def request_of(resources: ResourcesSpec) -> dict[str, float]:
-    """Ray's resources of a worker, those of which it needs any."""
+    """Ray resources of a worker, without those that it doesn't need."""
     amounts = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
     return {name: amount for name, amount in amounts.items() if amount}
 

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation: a function of a document's id, so that a growing corpus keeps them."""
+"""Choice of validation documents, by their ids, so that it is stable as a corpus grows."""
 
 import hashlib
 import os
@@ -9,9 +9,9 @@ from orchestrator.errors import DataError
 
 
 class Holdout:
-    """Documents in order, and whether each is held out. A byte of memory per document.
+    """Marks documents, in order, as held out or not, in one byte of memory each.
 
-    Documents are ranked by a hash of their id in [0, 1); those below `holdout` are held out. Where that leaves a split
+    Documents are ranked by a hash of their id in [0, 1); those below `holdout` are held out. If that leaves a split
     empty, the lowest (or the highest) goes there.
     """
 
@@ -44,7 +44,7 @@ class Holdout:
 
 
 def split_documents(document_ids: Iterable[str], holdout: float) -> tuple[Split, ...]:
-    """The split of each document, as `Holdout` has it. Raises DataError for fewer than two documents."""
+    """The split of each document, by `Holdout`. Raises DataError for fewer than two documents."""
     splits = Holdout(holdout)
     for document_id in document_ids:
         splits.add(document_id)
@@ -52,6 +52,6 @@ def split_documents(document_ids: Iterable[str], holdout: float) -> tuple[Split,
 
 
 def fraction_of(document_id: str, purpose: bytes = b"holdout") -> float:
-    """A number in [0, 1) that depends on the id, and on what it is for, alone."""
+    """A hash in [0, 1) of the id and the purpose."""
     digest = hashlib.sha256(purpose + b"\n" + os.fsencode(document_id)).digest()
     return int.from_bytes(digest[:6], "big") / (1 << 48)

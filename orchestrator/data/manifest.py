@@ -1,12 +1,12 @@
-"""What a packed store says of itself: `manifest.json`, the last file that is written.
+"""Manifest and file names of a packed store. `manifest.json` is written last.
 
-    STORE/manifest.json           this
+    STORE/manifest.json           a `Manifest`
     STORE/documents.jsonl         ids of the corpus's documents, one JSON string a line, in the corpus's order
-    STORE/tokenizer.json          the tokenizer that made the tokens; if it is another's, tokenizer_config.json too
+    STORE/tokenizer.json          the tokenizer that made the tokens; with tokenizer_config.json if it was imported
     STORE/SPLIT.tokens            the tokens of a split's documents, back to back: little-endian integers, nothing else
     STORE/SPLIT.index.npy         one INDEX_DTYPE record per document of the split, in the order of the tokens
 
-Row length is no part of a store: the same store serves every sequence length.
+A store is independent of row length: it serves every sequence length.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ INDEX_DTYPE = np.dtype(
         ("document", "<i8"),  # line of documents.jsonl, from 0
         ("offset", "<i8"),  # of its first token, in tokens
         ("length", "<i8"),  # in tokens, its document token included: at least 1
-        ("score", "<f4"),  # difficulty, by the signal that the options name; NaN without one
+        ("score", "<f4"),  # difficulty, by the options' signal; NaN without one
     ]
 )
 
@@ -45,7 +45,7 @@ def index_file(split: Split) -> str:
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    optional: ClassVar[frozenset[str]] = frozenset()  # left out where it is None: stores without it keep their digest
+    optional: ClassVar[frozenset[str]] = frozenset()  # omitted when None, so that older stores keep their digest
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_there(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -53,28 +53,28 @@ class _Record(BaseModel):
 
 
 class PrepareOptions(_Record):
-    """All that decides a store's content besides the corpus."""
+    """All inputs of a store's content besides the corpus."""
 
-    vocab_size: int  # asked for
+    vocab_size: int  # requested
     holdout: float  # fraction of documents in `validation`
-    tokenizer_train_bytes: int  # the tokenizer learns from at most about this much text
-    tokenizer: str | None = None  # digest of one that was given instead
-    difficulty: str | None = None  # the signal that documents are scored by
-    min_chars: int | None = None  # shorter documents are left out,
-    max_chars: int | None = None  # longer ones,
-    deduplicate: bool | None = None  # and those whose text an earlier one has
+    tokenizer_train_bytes: int  # the tokenizer learns from about this much text at most
+    tokenizer: str | None = None  # digest of a given tokenizer; None to train one
+    difficulty: str | None = None  # the signal that scores documents
+    min_chars: int | None = None  # shorter documents are left out
+    max_chars: int | None = None  # longer documents are left out
+    deduplicate: bool | None = None  # documents with the text of an earlier one are left out
     weights: tuple[float, ...] | None = None  # shares of the sources in the training split's tokens
 
     optional: ClassVar[frozenset[str]] = frozenset({"min_chars", "max_chars", "deduplicate", "weights"})
 
 
 class Dropped(_Record):
-    """Records of a source that are no documents of the store, by the reason."""
+    """Number of a source's records that are not in the store, by reason."""
 
     shorter: int = 0  # than min_chars
     longer: int = 0  # than max_chars
     duplicates: int = 0
-    bad: int = 0  # put into quarantine
+    bad: int = 0  # quarantined
     surplus: int = 0  # training documents beyond the source's weight
 
     @property
@@ -83,10 +83,10 @@ class Dropped(_Record):
 
 
 class Source(_Record):
-    """A corpus that went into the store."""
+    """A corpus of the store."""
 
     name: str
-    digest: str  # of the documents that were not dropped, surplus ones included; as are these counts
+    digest: str  # digest and counts cover documents that were not dropped, and surplus ones
     num_documents: int
     num_bytes: int
     dropped: Dropped | None = None
@@ -110,7 +110,7 @@ class Manifest(_Record):
     format_version: Literal[1]
     sources: tuple[Source, ...]
     options: PrepareOptions
-    vocab_size: int  # the tokenizer's: may be less than asked for
+    vocab_size: int  # the tokenizer's; may be less than requested
     tokenizer_digest: str
     token_dtype: Literal["<u2", "<u4"]
     splits: dict[Split, SplitCounts]
@@ -118,12 +118,12 @@ class Manifest(_Record):
 
 
 def is_store(directory: Path) -> bool:
-    """Whether a token store lies there, and not text."""
+    """Whether the directory is a token store."""
     return (directory / MANIFEST).is_file() and (directory / DOCUMENTS).is_file()
 
 
 def store_key(source_digest: str, options: PrepareOptions) -> str:
-    """The directory name of the store that these make: another corpus or option, another name."""
+    """Directory name of a store, unique per corpus and options."""
     made_of = f"{FORMAT_VERSION}\n{source_digest}\n{options.model_dump_json(exclude_none=True)}"
     return "store-" + hashlib.sha256(made_of.encode("utf-8")).hexdigest()[:16]
 

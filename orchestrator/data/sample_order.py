@@ -16,10 +16,10 @@ from orchestrator.spec.job import JobSpec
 
 
 class Orders:
-    """The orders that a job may have on its corpus: what it begins with, and what is decided or read back later.
+    """Sample orders of a job on its corpus: the first one, those after later decisions, and restored ones.
 
     Raises:
-        DataError: the corpus doesn't suffice for the curriculum.
+        DataError: the corpus is too small for the curriculum.
     """
 
     def __init__(self, job: JobSpec, store: TokenStore) -> None:
@@ -40,11 +40,11 @@ class Orders:
         self.first = RowOrder(state, self._chunks)
 
     def decided(self, present: Order, stages: Sequence[StageStart], first_step: int) -> Order:
-        """The present order with what was decided from `first_step` on; the same one where nothing changes.
+        """The present order with the stages decided from `first_step` on; the same object if nothing changes.
 
         Raises:
-            ValueError: a stage that the job doesn't have.
-            DataError: the corpus doesn't suffice.
+            ValueError: the job has no such stage.
+            DataError: the corpus is too small.
         """
         spec = self._job.curriculum
         if spec is None or self._chunks is None or not isinstance(present, CurriculumOrder):
@@ -53,7 +53,7 @@ class Orders:
         return present if state == present.state else CurriculumOrder(self._chunks, state)
 
     def saved(self, text: str) -> Order:
-        """What `Order.to_json` gave. Raises ProtocolError for anything else."""
+        """The order from the output of `Order.to_json`. Raises ProtocolError for anything else."""
         if self._job.curriculum is None or self._chunks is None:
             return RowOrder(SamplerState.from_json(text), self._chunks)
         return CurriculumOrder(self._chunks, CurriculumState.from_json(text))

@@ -1,9 +1,9 @@
-"""The packed token store, read side: a split's documents back to back, cut into rows of any length when asked.
+"""The packed token store, read side: a split's documents back to back, read as rows of any length.
 
 Row r of a split at sequence length T covers its tokens [r * T, r * T + T]: T inputs, and as targets the same shifted by
 one. Rows cross document borders; the loss doesn't: a document's first token is never a target.
 
-Shape suffixes: R rows asked for, T tokens of a row, U = T + 1, D documents of the split.
+Shape suffixes: R requested rows, T tokens of a row, U = T + 1, D documents of the split.
 """
 
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.sampling.chunks import Spans
 
-IGNORED_TARGET = -100  # what torch's cross_entropy ignores
+IGNORED_TARGET = -100  # ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Some rows, ready for a model."""
+    """Rows in the form that a model takes."""
 
     inputs_RT: NDArray[np.int64]
     targets_RT: NDArray[np.int64]  # IGNORED_TARGET where the target is the first token of a document
-    documents_RT: NDArray[np.int32]  # which document of its row an input belongs to, from 0
-    lengths_R: NDArray[np.int64] | None = None  # given, tokens from there on are padding: input 0, target ignored
+    documents_RT: NDArray[np.int32]  # index of an input's document within its row, from 0
+    lengths_R: NDArray[np.int64] | None = None  # if set, later tokens are padding: input 0, target ignored
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,9 @@ class TokenStore:
     """A prepared corpus on disk, memory-mapped. Make one with `prepare`, open it with `TokenStore.open`.
 
     Attributes:
-        directory: where it lies.
-        manifest: what it says of itself.
-        digest: sha256 of the manifest, and so of everything in the store.
+        directory: the store's directory.
+        manifest: content of its `manifest.json`.
+        digest: sha256 of the manifest, which covers everything in the store.
     """
 
     def __init__(self, directory: Path, manifest: Manifest, digest: str) -> None:
@@ -66,11 +66,11 @@ class TokenStore:
 
     @classmethod
     def open(cls, directory: Path | str, verify: bool = False) -> "TokenStore":
-        """Opens a store after checking that its files are there in full size; with `verify`, every byte of them.
+        """Open a store after checking the sizes of its files; with `verify`, their digests too.
 
         Raises:
             DataError: there is no store.
-            StoreCorrupt: a file isn't what the manifest says.
+            StoreCorrupt: a file doesn't match the manifest.
         """
         directory = Path(directory)
         path = directory / MANIFEST
@@ -115,24 +115,24 @@ class TokenStore:
         return (self.num_tokens(split) - 1) // _checked_length(sequence_length)
 
     def num_pieces(self, split: Split, longest: int) -> int:
-        """Documents of a split, those that are longer cut into pieces of `longest` tokens."""
+        """Number of documents of a split, with longer ones split into pieces of `longest` tokens."""
         lengths_D = self.index(split)["length"].astype(np.int64)
         return int((-(-lengths_D // _checked_length(longest))).sum())
 
     def rows(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> Rows:
-        """Reads rows, in the order asked for; none is fine. Raises ValueError for a row that doesn't exist."""
+        """Read rows in the given order, which may be empty. Raises ValueError for a row that doesn't exist."""
         return self.read(split, self.spans(split, row_numbers, sequence_length), sequence_length)
 
     def spans(self, split: Split, row_numbers: NDArray[np.int64], sequence_length: int) -> Spans:
-        """Where the inputs of rows lie. Raises ValueError for a row that doesn't exist."""
+        """Token spans of the rows' inputs. Raises ValueError for a row that doesn't exist."""
         starts_R = self._row_starts(split, row_numbers, sequence_length)
         return Spans(starts_R, np.full(len(starts_R), sequence_length))
 
     def read(self, split: Split, spans: Spans, sequence_length: int) -> Rows:
-        """Reads the inputs that lie in `spans`, row after row, and for each the token that follows it in its document.
+        """Read the inputs in `spans`, row by row, and for each the next token of its document.
 
-        A row may be of several spans; where one begins that doesn't go on where the one before ended, attention may
-        stop as at a document's border.
+        A row may consist of several spans; where a span doesn't continue the one before, attention may stop as at a
+        document's border.
 
         Raises:
             ValueError: tokens that don't exist, or not whole rows.
@@ -153,7 +153,7 @@ class TokenStore:
         )
 
     def read_padded(self, split: Split, spans: Spans) -> Rows:
-        """Reads spans as a row each, padded to the longest. None is fine. Raises ValueError for tokens that don't
+        """Read each span as a row, padded to the longest; `spans` may be empty. Raises ValueError for tokens that don't
         exist."""
         longest = int(spans.length.max(initial=1))
         real_RT = np.arange(longest) < spans.length[:, None]
@@ -169,12 +169,12 @@ class TokenStore:
         return rows
 
     def target_count(self, split: Split, spans: Spans) -> int:
-        """Targets of what lies in `spans` that aren't ignored, without reading a token. Raises ValueError as `read`."""
+        """Number of targets in `spans` that aren't ignored, without reading tokens. Raises ValueError as `read`."""
         arrays = self._splits[split]
         first_target = self._checked(split, spans).start + 1
         ends = np.searchsorted(arrays.starts_D, first_target + spans.length)
         borders = int((ends - np.searchsorted(arrays.starts_D, first_target)).sum())
-        borders += int(np.sum(spans.start + spans.length == len(arrays.tokens)))  # nothing follows the last token
+        borders += int(np.sum(spans.start + spans.length == len(arrays.tokens)))  # the split's last token has no target
         return spans.num_tokens - borders
 
     def _checked(self, split: Split, spans: Spans) -> Spans:
@@ -208,13 +208,13 @@ def _map_split(directory: Path, manifest: Manifest, split: Split) -> _SplitArray
     tokens = np.asarray(np.memmap(directory / tokens_file(split), dtype=manifest.token_dtype, mode="r"))
     try:
         index_D = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:  # a header that was changed and kept its size
+    except ValueError as error:  # a changed header of the same size
         raise _corrupt(path, f"{path} is no array: {error}") from error
     return _SplitArrays(tokens, index_D, np.ascontiguousarray(index_D["offset"]))
 
 
 def _check_file(path: Path, recorded: FileDigest, verify: bool) -> None:
-    """Compares sizes, and with `verify` digests; hashes a file of wrong size too, for the message."""
+    """Compare sizes, and with `verify` digests; a file of wrong size is digested too, for the message."""
     try:
         if not verify and path.stat().st_size == recorded.num_bytes:
             return
@@ -224,7 +224,7 @@ def _check_file(path: Path, recorded: FileDigest, verify: bool) -> None:
     if found != recorded:
         raise _corrupt(
             path,
-            f"{path} has sha256 {found.sha256} and {found.num_bytes} bytes; {MANIFEST} says {recorded.sha256} and "
+            f"{path} has sha256 {found.sha256} and {found.num_bytes} bytes; {MANIFEST} has {recorded.sha256} and "
             f"{recorded.num_bytes} bytes",
         )
 

@@ -1,10 +1,10 @@
-"""Byte-level BPE with one special token, `<|document|>`, which stands at the start of every document.
+"""Byte-level BPE with one special token, `<|document|>`, at the start of every document.
 
 Byte-level: any text can be encoded and decoded back exactly, there is no unknown token (Sennrich, Haddow and Birch,
 2016; the byte alphabet is GPT-2's). Saved as the `tokenizer.json` of the `tokenizers` library.
 
-A tokenizer of somebody else has another border: what the files beside its `tokenizer.json` name as `bos_token`, else
-as `eos_token`. It is saved with a `tokenizer_config.json` that names it.
+An imported tokenizer has another document token: the `bos_token`, or else the `eos_token`, named by the files beside
+its `tokenizer.json`. It is saved with a `tokenizer_config.json` that names this token.
 """
 
 import hashlib
@@ -19,25 +19,25 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from orchestrator.errors import DataError
 
 DOCUMENT_TOKEN = "<|document|>"
-CONFIG = "tokenizer_config.json"  # names the border, if it isn't DOCUMENT_TOKEN
+CONFIG = "tokenizer_config.json"  # names the document token ("border") if it isn't DOCUMENT_TOKEN
 BORDER_FILES = (CONFIG, "generation_config.json", "config.json")
 MIN_VOCAB_SIZE = 257  # 256 bytes and the document token
 
 
 class TextTokenizer:
-    """Text to token numbers and back.
+    """Encodes text as token numbers, and decodes them.
 
     Attributes:
-        vocab_size: the highest token's number and 1; training on little text may find fewer than were asked for.
+        vocab_size: the highest token number plus 1; training on little text may find fewer tokens than requested.
         document_token: number of the token that starts a document.
-        digest: sha256 of the saved form, and of the border where that is another's.
+        digest: sha256 of the saved form, and of the border if it isn't DOCUMENT_TOKEN.
     """
 
     def __init__(self, saved: bytes, border: str = DOCUMENT_TOKEN) -> None:
-        """Restores a tokenizer from the bytes that `to_bytes` gave, or that somebody else has saved.
+        """Restore a tokenizer from the bytes of `to_bytes`, or from those of an imported tokenizer.
 
         Raises:
-            DataError: they are no tokenizer, or one without the token `border`.
+            DataError: the bytes are no tokenizer, or it lacks the token `border`.
         """
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(saved.decode("utf-8"))
@@ -46,9 +46,9 @@ class TextTokenizer:
         document_token = self._tokenizer.token_to_id(border)
         if document_token is None:
             raise _not_ours(f"it has no token {border}")
-        # A text that holds these characters must not start a document; the saved form doesn't keep this setting.
+        # Special tokens spelled out in a text must not start a document; the saved form doesn't keep this setting.
         self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()  # what somebody else has set for their own purpose
+        self._tokenizer.no_truncation()  # an imported tokenizer may have set both
         self._tokenizer.no_padding()
         self._saved, self._border = saved, border
         self.document_token: int = document_token
@@ -57,7 +57,7 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "TextTokenizer":
-        """Learns `vocab_size` tokens or fewer from `texts`. Raises DataError below MIN_VOCAB_SIZE."""
+        """Train up to `vocab_size` tokens on `texts`. Raises DataError below MIN_VOCAB_SIZE."""
         if vocab_size < MIN_VOCAB_SIZE:
             raise DataError(
                 f"data.vocab_size is {vocab_size}; a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}",
@@ -78,17 +78,17 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "TextTokenizer":
-        """Reads a `tokenizer.json` of ours or of somebody else.
+        """Read a `tokenizer.json`, our own or imported.
 
         Raises:
-            DataError: it is none, or it isn't ours and nothing beside it names a token that could begin a document.
+            DataError: it is no tokenizer, or it is imported and no file beside it names a token to begin documents.
             OSError: it can't be read.
         """
         saved = path.read_bytes()
         return cls(saved, _border_of(path, saved))
 
     def save(self, path: Path) -> None:
-        """Writes `path`, and where the border is another's, a `tokenizer_config.json` beside it that names it."""
+        """Write `path`, and beside it a `tokenizer_config.json` if the border isn't DOCUMENT_TOKEN."""
         path.write_bytes(self._saved)
         if self._border != DOCUMENT_TOKEN:
             path.with_name(CONFIG).write_text(json.dumps({"bos_token": self._border, "eos_token": self._border}) + "\n")
@@ -106,11 +106,11 @@ class TextTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some tokens, without document tokens; bytes that are no whole character become U+FFFD."""
+        """The text of tokens, without document tokens; bytes that form no whole character become U+FFFD."""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def stream(self) -> Callable[[int], str]:
-        """Decodes one token after another, each call giving the text that became whole with its token."""
+        """A function that decodes token by token: each call returns the text that its token completes."""
         stream = decoders.DecodeStream(skip_special_tokens=True)
         return lambda token: stream.step(self._tokenizer, token) or ""
 
@@ -139,13 +139,13 @@ def _border_of(path: Path, saved: bytes) -> str:
 
 
 def _token_named(known: tokenizers.Tokenizer, content: dict[str, Any], kind: str) -> str | None:
-    """The token that a file names, by itself or by its number."""
+    """The token that a file names, by its text or its number."""
     token, number = content.get(f"{kind}_token"), content.get(f"{kind}_token_id")
-    if isinstance(token, dict):  # as older versions of transformers write it
+    if isinstance(token, dict):  # format of older versions of transformers
         token = token.get("content")
     if isinstance(token, str):
         return token
-    if isinstance(number, list) and number:  # several that may end a document
+    if isinstance(number, list) and number:  # several EOS tokens
         number = number[0]
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         return None

@@ -1,7 +1,7 @@
-"""Buckets: runs of parameters whose gradients are summed over the ranks together.
+"""Partition of parameters into buckets, whose gradients are summed over the ranks together.
 
-Pure: engine and layout cut alike. A bucket is a group of ZeRO, so a rank's part of it is the bucket's n-th piece, and a
-reduce-scatter of the bucket gives each rank just what it updates.
+Pure: engine and layout use the same partition. A bucket is a group of ZeRO: a rank owns the bucket's n-th piece, and a
+reduce-scatter of the bucket gives each rank exactly what it updates.
 """
 
 from collections.abc import Sequence
@@ -9,30 +9,30 @@ from collections.abc import Sequence
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.spec.communication import BLOCK, CommunicationSpec, CompressionSpec
 
-UNDER_WAY = 4  # buckets that travel at once: enough for a link never to idle, and it bounds the memory
+UNDER_WAY = 4  # buckets in flight: enough to keep a link busy, few enough to bound the memory
 MANY_RANKS = 64
-SMALL = 1024  # elements; less isn't worth compressing
+SMALL = 1024  # elements; smaller tensors aren't worth compressing
 
-# Elements: every piece is a multiple of it. torch's fused AdamW takes as many at once, 64 bytes, on a CPU, and what is
-# left over at the end of a piece one by one, with other roundings: so nothing is left over, and an element's update
-# doesn't depend on where in a piece it lies.
+# Elements: every piece is a multiple of it. On a CPU, torch's fused AdamW processes this many at once, 64 bytes, and
+# the remainder of a piece one by one, with different rounding: with no remainder, an element's update doesn't depend on
+# its position in a piece.
 PIECE_MULTIPLE = 16
 
 
 def is_compressed(param: ParamSpec, compression: CompressionSpec) -> bool:
-    """Whether its gradients are. Norms, biases, routers, small tensors and experts stay as they are."""
+    """Whether its gradients are compressed. Norms, biases, routers, small tensors and experts are not."""
     is_large = param.rows > 1 and param.numel >= SMALL
     return compression.is_active and param.expert is None and is_large and ".router." not in f".{param.name}"
 
 
 def piece_multiple(compressed: bool) -> int:
-    """Elements that each piece of a bucket is a multiple of: whole blocks, where it is compressed."""
+    """The number of elements that each piece of a bucket is a multiple of: whole blocks if it is compressed."""
     return BLOCK if compressed else PIECE_MULTIPLE
 
 
 def buckets(numel: Sequence[int], num_ranks: int, communication: CommunicationSpec) -> list[list[int]]:
-    """Indexes of parameters, cut from the end into runs of at most a bucket's size; a larger parameter has one of its
-    own. Backward passes reach the last parameters first: so the first bucket is the first to be complete, and within a
+    """Indexes of parameters, grouped from the end into runs of at most a bucket's size; a larger parameter gets its own
+    bucket. Backward passes reach the last parameters first, so the first bucket is the first to be complete; within a
     bucket the order is the model's.
     """
     cut: list[list[int]] = []
@@ -47,13 +47,13 @@ def buckets(numel: Sequence[int], num_ranks: int, communication: CommunicationSp
 
 
 def capacity(communication: CommunicationSpec, num_ranks: int) -> int:
-    """Elements of a bucket, at most, if a parameter isn't larger. More than the job says over very many ranks, as in
-    Megatron: their pieces would get too small."""
+    """Largest number of elements of a bucket, unless one parameter is larger. Exceeds the job's setting on very many
+    ranks, as in Megatron, where pieces would become too small."""
     return max(1, int(communication.bucket_mb * 2**20) // 4) * max(1, num_ranks // MANY_RANKS)
 
 
 def rank_of_product(param: ParamSpec, compression: CompressionSpec) -> int:
-    """Columns of the two matrices that PowerSGD sends in place of a parameter's gradient. Each is summed over the
-    ranks, which sends it twice."""
+    """Columns of the two matrices that PowerSGD sends instead of a parameter's gradient. Both are summed over the
+    ranks, which sends them twice."""
     columns = param.numel // param.rows
     return max(1, int(compression.share * param.numel / (2 * (param.rows + columns))))

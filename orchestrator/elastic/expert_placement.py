@@ -1,12 +1,12 @@
-"""Which ranks hold which expert.
+"""Placement of experts on ranks.
 
-Two rules make a placement *balanced*. With at least as many experts as ranks, every expert lies on one rank and
-the ranks' expert counts differ by at most one. With more ranks than experts, every rank holds one expert and the
-sizes of the experts' replica sets differ by at most one. Both are one problem: deal the items of the longer side
-(experts or ranks) into the bins of the shorter side so that the bins' sizes differ by at most one.
+Two rules make a placement *balanced*. With at least as many experts as ranks, every expert is on one rank and the
+ranks' expert counts differ by at most one. With more ranks than experts, every rank holds one expert and the sizes of
+the experts' replica sets differ by at most one. Both are one problem: deal the items of the longer side (experts or
+ranks) into the bins of the shorter side so that the bins' sizes differ by at most one.
 
-Replicas of an expert lie on different nodes as far as that goes, so that a node has as many experts as it can: a token
-is sent to another node only for what its own doesn't have.
+Replicas of an expert are spread over different nodes where possible, so that a node has as many experts as it can: a
+token is sent to another node only for experts that its own lacks.
 """
 
 from collections import Counter, deque
@@ -27,10 +27,10 @@ class ExpertPlacement:
     Args:
         num_experts: routed experts per layer; every layer is placed alike.
         world_size: number of ranks.
-        holders: per expert, the ranks that hold it: at least one, ascending.
+        holders: per expert, the ranks that hold it: at least one, in ascending order.
 
     Raises:
-        ValueError: holders that don't fit the two numbers, or an expert that nobody holds.
+        ValueError: holders that don't match the two numbers, or an expert without a holder.
     """
 
     num_experts: int
@@ -52,12 +52,12 @@ class ExpertPlacement:
 
     @classmethod
     def balanced(cls, num_experts: int, world_size: int, nodes: Sequence[str] = ()) -> Self:
-        """Contiguous blocks: of experts per rank, or of ranks per expert where ranks outnumber experts. There, if the
-        ranks live on several nodes, they take experts in turn, node by node: no node has an expert twice before it has
-        all of them.
+        """Contiguous blocks: of experts per rank, or of ranks per expert where ranks outnumber experts. In the latter
+        case, if the ranks run on several nodes, experts are assigned round-robin, node by node: no node gets an expert
+        twice before it has all of them.
 
         Args:
-            nodes: by rank, the node that it lives on; empty where that isn't known.
+            nodes: by rank, the node that it runs on; empty if unknown.
         """
         if num_experts < 1 or world_size < 1:
             raise ValueError(f"{num_experts} experts on {world_size} ranks; a placement needs one of each")
@@ -71,13 +71,13 @@ class ExpertPlacement:
 
     @classmethod
     def rebalanced(cls, previous: "ExpertPlacement", old: World, new: World, nodes: Sequence[str] = ()) -> Self:
-        """A balanced placement on `new` that gives the fewest experts to workers that lacked them in `old`: to each one
-        that its node has fewest of.
+        """A balanced placement on `new` that gives workers the fewest experts that they lacked in `old`: each time one
+        that is scarcest on its node.
 
-        Deterministic. A worker is known by its id, so a survivor keeps its experts whatever its new rank is.
+        Deterministic. Workers are identified by id, so a survivor keeps its experts whatever its new rank is.
 
         Args:
-            nodes: by rank of `new`, the node that it lives on; empty where that isn't known.
+            nodes: by rank of `new`, the node that it runs on; empty if unknown.
 
         Raises:
             ValueError: `previous` is not a placement on `old`.
@@ -118,18 +118,18 @@ class ExpertPlacement:
         return self.holders[expert]
 
     def destinations(self, nodes: Sequence[str] = ()) -> list[tuple[int, ...]]:
-        """[sender][expert]: the rank that a sender's tokens for an expert go to. Itself if it holds the expert, else a
-        holder on its own node, else, where that has none, any holder. Senders spread over those that they may choose
-        among.
+        """[sender][expert]: the rank that a sender's tokens for an expert go to. The sender itself if it holds the
+        expert, else a holder on its node, else any holder. Senders are spread evenly over the holders that they may
+        choose among.
 
         Args:
-            nodes: by rank, the node that it lives on; empty where that isn't known, and all are near each other.
+            nodes: by rank, the node that it runs on; empty if unknown, in which case all count as near each other.
         """
         homes = tuple(nodes) or ("",) * self.world_size
         return list(zip(*(_receivers(ranks, homes) for ranks in self.holders), strict=True))
 
     def groups(self) -> tuple[tuple[ReplicaSet, ...], ...]:
-        """The distinct replica sets by colour: sets of one colour share no rank, sorted within a colour.
+        """The distinct replica sets by colour: sets of one colour are disjoint, and sorted.
 
         The engine makes one optimizer group per colour, so every rank has equally many groups whatever it holds.
         A balanced placement has one colour.
@@ -153,8 +153,8 @@ class ExpertPlacement:
 
 
 def groups_open(sizes: Iterable[int], asked: int, top_k: int) -> int:
-    """Groups of experts, of these sizes, that a token may visit: `asked`, or as many more as hold `top_k` experts
-    whichever they are. All of them where they don't."""
+    """Number of groups of experts, of these sizes, that a token may visit: `asked`, raised until any such groups hold
+    `top_k` experts. All groups if that is never the case."""
     ascending = sorted(sizes)
     held = list(accumulate(ascending))
     enough = next((number for number, experts in enumerate(held, 1) if experts >= top_k), len(held))
@@ -162,8 +162,8 @@ def groups_open(sizes: Iterable[int], asked: int, top_k: int) -> int:
 
 
 def _receivers(holders: ReplicaSet, nodes: Sequence[str]) -> list[int]:
-    """By sender, the holder of an expert that it sends to. Those who have no choice but within their node come first;
-    everybody takes the one with the fewest senders so far, itself included."""
+    """By sender, the holder of an expert that it sends to. Senders limited to their node are assigned first; each takes
+    the holder with the fewest senders so far, a holder counting as its own sender."""
     if len(holders) == 1:
         return list(holders) * len(nodes)
     near: dict[str, list[int]] = {}
@@ -179,12 +179,12 @@ def _receivers(holders: ReplicaSet, nodes: Sequence[str]) -> list[int]:
 
 
 def _deal(wanted: Sequence[Sequence[int]], num_bins: int, nodes: Sequence[str] = ()) -> list[int]:
-    """Deal items into bins whose sizes differ by at most one, as many items as possible into a bin they want, and the
-    others where fewest of their node are.
+    """Deal items into bins whose sizes differ by at most one, with as many items as possible in a bin that they want,
+    and the others where their node has the fewest items.
 
     Args:
         wanted: per item, the bins it wants; at least `num_bins` items.
-        nodes: per item, where it lives; empty if that doesn't matter.
+        nodes: per item, its node; empty if nodes don't matter.
 
     Returns:
         The bin of every item.
@@ -194,7 +194,7 @@ def _deal(wanted: Sequence[Sequence[int]], num_bins: int, nodes: Sequence[str] =
     unplaced = [item for item in range(len(wanted)) if not _place(item, wanted, bins, size, larger)]
     homes = tuple(nodes) or ("",) * len(wanted)
     there = Counter((homes[item], b) for b, items in enumerate(bins) for item in items)
-    for item in sorted(unplaced, key=lambda item: -homes.count(homes[item])):  # full nodes have least to choose from
+    for item in sorted(unplaced, key=lambda item: -homes.count(homes[item])):  # full nodes have the least choice
         spare = larger - sum(len(items) > size for items in bins)
         open_bins = [b for b, items in enumerate(bins) if len(items) < size + (spare > 0)]
         b = min(open_bins, key=lambda b: (there[homes[item], b], len(bins[b])))
@@ -211,10 +211,10 @@ def _place(item: int, wanted: Sequence[Sequence[int]], bins: list[list[int]], si
     """Put `item` into a bin that it wants, moving placed items between bins they want if that makes room.
 
     One augmenting path of a maximum flow, by breadth-first search. `larger` bins may take `size + 1` items: a bin at
-    `size` may also take that right from a bin that uses it, which then has to give an item away.
+    `size` may also take this right from a bin that uses it, which then has to pass on an item.
 
     Returns:
-        Whether there was a way; if not, `bins` is unchanged.
+        Whether a path was found; if not, `bins` is unchanged.
     """
     spare = larger - sum(len(items) > size for items in bins)
     came_from: dict[int, tuple[int, int]] = {}  # bin -> (bin before it or -1, item that moves here or -1)

@@ -1,4 +1,4 @@
-"""What a model is made of, as far as its state is concerned."""
+"""Description of a model's parameters, as far as layouts of its state need it."""
 
 from dataclasses import dataclass
 

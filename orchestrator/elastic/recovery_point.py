@@ -1,7 +1,7 @@
-"""Complete states that lie about in the memory of workers, and the newest of them.
+"""Recovery points: the newest step for which live workers hold every shard.
 
-After a step each rank's shard lies in its own worker's memory, and once protected in its buddy's too. A *cut* is a step
-after which somebody reachable still has every rank's shard: what training can go on from.
+After a step each rank's shard is in its own worker's memory and, once protected, in its buddy's too. A *recovery point*
+is a step for which reachable workers still hold every rank's shard: training can continue from it.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from orchestrator.elastic.world import World
 
 @dataclass(frozen=True)
 class Holding:
-    """A rank's whole shard after `step`, as `generation` had cut the state into shards."""
+    """A rank's whole shard after `step`, in the layout of `generation`."""
 
     generation: int
     step: int
@@ -25,10 +25,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class RecoveryPoint:
-    """A complete state.
+    """A complete training state in the memory of workers.
 
     Args:
-        generation: whose layout the shards have.
+        generation: the generation whose layout the shards have.
         step: the last finished step in it.
         holders: by rank of that generation, the worker that holds the rank's shard.
     """
@@ -39,14 +39,14 @@ class RecoveryPoint:
 
 
 def find_recovery_point(worlds: Iterable[World], held: Mapping[str, Collection[Holding]]) -> RecoveryPoint | None:
-    """The newest state of which every rank's shard is held by somebody; None if there is none.
+    """The newest state of which reachable workers hold every rank's shard; None if there is none.
 
-    A rank's own worker comes first, since nothing needs to move then. At least one rank must be held by its own worker:
-    snapshots leave out what every rank of a world has.
+    A rank's own worker is preferred, since nothing is transferred then. At least one rank must be held by its own
+    worker: snapshots for buddies omit what every rank of a world has.
 
     Args:
-        worlds: generations that states may be of.
-        held: what each reachable worker holds.
+        worlds: generations that states may belong to.
+        held: shards that each reachable worker holds.
     """
     found: list[RecoveryPoint] = []
     for world in worlds:
@@ -69,16 +69,16 @@ def _holder(world: World, step: int, rank: int, held: Mapping[str, Collection[Ho
 
 
 def world_of(generation: int, holders: Sequence[str]) -> World:
-    """The holders of a cut as a world, in the order of the ranks that they stand for."""
+    """The holders of a recovery point as a world, in the order of the ranks that they stand for."""
     return World(generation, tuple(dict.fromkeys(holders)))
 
 
 def layout_at_recovery_point(layout: StateLayout, holders: Sequence[str]) -> StateLayout:
-    """The same state as it lies with the holders of a cut.
+    """The layout of the same state on the holders of a recovery point.
 
-    A worker that holds another rank's snapshot has that rank's ranges beside its own; of a partial tensor the sum of
-    both. What every rank of the world has is in no snapshot of another's, so only ranks held by their own workers count
-    for it.
+    A worker that holds another rank's snapshot has that rank's ranges besides its own; of a partial tensor, the sum of
+    both. Snapshots for buddies omit what every rank of the world has, so for it only ranks held by their own workers
+    count.
 
     Raises:
         ValueError: no rank is held by its own worker.
@@ -92,7 +92,7 @@ def layout_at_recovery_point(layout: StateLayout, holders: Sequence[str]) -> Sta
     for ranks in layout.holder_sets:
         counted = own if len(ranks) == layout.world.size else ranks
         sets.append(tuple(sorted({int(rank_of[rank]) for rank in counted})))
-    partial = layout.kind == Kind.PARTIAL  # each rank has a part of its own
+    partial = layout.kind == Kind.PARTIAL  # each rank has its own part
     holder_set = np.where(partial, len(sets), layout.holder_set)
     if partial.any():
         sets.append(tuple(sorted({int(rank) for rank in rank_of})))
@@ -111,7 +111,7 @@ def layout_at_recovery_point(layout: StateLayout, holders: Sequence[str]) -> Sta
 
 
 def placement_at_recovery_point(placement: ExpertPlacement, holders: Sequence[str]) -> ExpertPlacement:
-    """Which of the holders (as ranks of `world_of`) have each expert, in their own shard or in another's snapshot."""
+    """The holders (as ranks of `world_of`) of each expert, in their own shard or in another rank's snapshot."""
     world = world_of(0, holders)
     rank_of = [world.rank_of(holder) for holder in holders]
     return ExpertPlacement(

@@ -1,12 +1,12 @@
-"""How a rank's shard lies in a snapshot: one stretch of bytes, the part that its buddy gets first.
+"""The format of a rank's snapshot: one contiguous byte range, with the part that its buddy receives first.
 
-Both ends derive the format from the layout, so only bytes travel. What every rank of the world has (dense weights,
-buffers) stays out of the buddy's part: whoever survives has it too. It is in the rank's own copy, since a survivor may
-have to go back a step.
+Both ends derive the format from the layout, so only bytes are sent. What every rank of the world has (dense weights,
+buffers) is not in the buddy's part: every survivor has it too. It is in the rank's own copy, since a survivor may have
+to go back a step.
 
-A snapshot is *whole*, or a *delta*: the gradients that a step has given to this rank's part of the optimizer, from
-which the step can be done again, and what no update of this rank makes (weights of others' parts, buffers, what
-compression keeps).
+A snapshot is *whole*, or a *delta*: the gradients of a step for this rank's part of the optimizer, from which the step
+can be repeated, and the state that this rank's updates don't produce (weights of other ranks' parts, buffers, state of
+compression).
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from orchestrator.elastic.state_layout import IntArray, Kind, StateLayout
 
 ALIGNMENT = 64  # bytes; every range starts at a multiple, so any number format may be read in place
-GRADIENT_BYTES = 4  # of an element; masters and moments have as many
-AS_THEY_ARE = ("buffer", "residual", "velocity", "powersgd")  # kinds of tensors that no update makes from gradients
+GRADIENT_BYTES = 4  # per element; masters and moments have as many
+AS_THEY_ARE = ("buffer", "residual", "velocity", "powersgd")  # kinds of tensors that no update computes from gradients
 
 
 @dataclass(frozen=True, eq=False)
 class SnapshotFormat:
-    """The places of n ranges in a snapshot.
+    """Positions of n ranges in a snapshot.
 
     Args:
         names: [n], tensors; in a delta `grad/NAME` where a whole snapshot has `exp_avg/NAME`.
         start, stop: [n], elements of the flattened tensor.
         itemsize: [n], bytes per element.
-        offset: [n], bytes from the snapshot's beginning.
-        num_shared: how many of the ranges, the first ones, go to the buddy.
-        shared_bytes, total_bytes: length of the buddy's part and of the whole.
+        offset: [n], bytes from the beginning of the snapshot.
+        num_shared: number of ranges, the first ones, that are sent to the buddy.
+        shared_bytes, total_bytes: length of the buddy's part and of the whole snapshot.
     """
 
     names: tuple[str, ...]
@@ -79,7 +79,7 @@ class SnapshotFormat:
     def _of_ranges(
         cls, names: list[str], start: IntArray, stop: IntArray, itemsize: IntArray, everywhere: NDArray[np.bool_]
     ) -> Self:
-        """Ranges one behind the other, those that other ranks don't have first."""
+        """Ranges back to back, first those that not every rank has."""
         order = np.argsort(everywhere, kind="stable")
         num_bytes = (stop - start) * itemsize
         offset = np.append(0, np.cumsum(-(-num_bytes[order] // ALIGNMENT) * ALIGNMENT))
@@ -103,21 +103,21 @@ def _is_everywhere(layout: StateLayout) -> NDArray[np.bool_]:
     return answer
 
 
-# -- Who keeps a copy of whose shard -----------------------------------------------------------------------------------
+# -- Assignment of buddies ---------------------------------------------------------------------------------------------
 
 
 def buddies_of(nodes: Sequence[str]) -> tuple[int, ...]:
-    """For each rank the rank that keeps its snapshot, in another failure domain wherever there is one.
+    """For each rank the rank that keeps its snapshot, in another failure domain wherever possible.
 
-    Every rank keeps one other rank's snapshot, so memory and traffic are the same everywhere. Ranks are laid out node
-    by node, the fullest node first, and each takes the one that many places on as the fullest node has ranks: never its
-    own node, unless that holds more than half of the world. Then as many ranks as possible have a buddy elsewhere.
+    Every rank keeps one other rank's snapshot, so memory and traffic are the same everywhere. Ranks are ordered by
+    node, the fullest first, and each takes the rank n places further, n being the fullest node's rank count: never on
+    its own node, unless that holds more than half of the world. Then as many ranks as possible have a buddy elsewhere.
 
     Args:
-        nodes: by rank, the node (failure domain) that the rank lives on.
+        nodes: by rank, the node (failure domain) that it runs on.
 
     Returns:
-        a permutation without fixed points; empty in a world of one, where there is nobody.
+        a permutation without fixed points; empty in a world of one.
     """
     size = len(nodes)
     if size < 2:

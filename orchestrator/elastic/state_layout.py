@@ -1,7 +1,7 @@
-"""Which rank holds which element range of every training tensor.
+"""Layout of the training state: which rank holds which element range of every training tensor.
 
-`training_layout` reproduces how ZeRO 1 and 2 cut the state of a model, so that a plan between two worlds can be made
-without asking any engine. Struct of arrays: at 1,024 ranks and 50,000 tensors an object per range would take minutes.
+`training_layout` reproduces how ZeRO 1 and 2 partition the state of a model, so that a plan between two worlds needs no
+engine. Struct of arrays: at 1,024 ranks and 50,000 tensors an object per range would take minutes.
 """
 
 from collections import Counter
@@ -35,18 +35,18 @@ class StateLayout:
     """The holders of T tensors in a world.
 
     Args:
-        world: whose ranks are meant.
+        world: the world of the ranks.
         names: of the tensors, distinct.
         numel: [T], elements.
         itemsize: [T], bytes per element.
         kind: [T], values of `Kind`.
         holder_sets: rank tuples, ascending; many tensors share one.
         holder_set: [T], index in `holder_sets` of a replicated or partial tensor; -1 if sharded.
-        shards: [n, 4], rows (tensor, start, stop, rank) in elements, sorted; of the sharded tensors only. A row lies in
-            one piece of memory.
+        shards: [n, 4], rows (tensor, start, stop, rank) in elements, sorted; only of sharded tensors. A row is
+            contiguous in memory.
 
     Raises:
-        ValueError: arrays that don't fit each other, an empty holder set, or shards that don't cover each sharded
+        ValueError: arrays that don't match each other, an empty holder set, or shards that don't cover each sharded
             tensor exactly once.
     """
 
@@ -92,14 +92,14 @@ class StateLayout:
             raise ValueError("shards must be sorted and cover every sharded tensor exactly once")
 
     def line(self) -> IntArray:
-        """[T + 1]: where each tensor begins if only the sharded ones are laid end to end; last, the whole length."""
+        """[T + 1]: offset of each tensor if only the sharded ones are laid end to end; last, the total length."""
         return np.append(0, np.cumsum(np.where(self.kind == Kind.SHARDED, self.numel, 0)))
 
     def ranges_of(self, worker: str) -> IntArray:
-        """[n, 3], rows (tensor, start, stop) that `worker` holds, sorted. Raises ValueError if it is no member."""
+        """[n, 3], rows (tensor, start, stop) that `worker` holds, sorted. Raises ValueError if it is not a member."""
         rank = self.world.rank_of(worker)
         sharded = self.shards[self.shards[:, 3] == rank, :3]
-        mine = np.array([rank in ranks for ranks in self.holder_sets] + [False])  # the last one answers for -1
+        mine = np.array([rank in ranks for ranks in self.holder_sets] + [False])  # the last entry is for index -1
         (tensor,) = np.nonzero(mine[self.holder_set])
         whole = np.stack([tensor, np.zeros_like(tensor), self.numel[tensor]], axis=1)
         ranges = np.concatenate([sharded, whole])
@@ -126,12 +126,12 @@ def training_layout(
 ) -> StateLayout:
     """The layout of a run's training state under ZeRO 1 or 2 with our parameter groups.
 
-    Dense parameters belong to all ranks, those of an expert to its replica set. What belongs to the same ranks, and is
-    compressed or isn't, is cut into buckets, each of which is laid end to end in the order of `params`, padded, and cut
-    into equal partitions, one per rank in order. Tensors, for a parameter NAME: `param/NAME` replicated over its ranks;
-    `exp_avg/NAME`, `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a buffer,
-    `buffer/NAME` on all ranks. What compression keeps: `residual/NAME` and `velocity/NAME`, of which each rank has a
-    part, and `powersgd/NAME` on all ranks.
+    Dense parameters belong to all ranks, those of an expert to its replica set. Parameters of the same ranks,
+    compressed ones apart, are grouped into buckets, each of which is laid end to end in the order of `params`, padded,
+    and divided into equal partitions, one per rank in order. Tensors of a parameter NAME: `param/NAME` replicated over
+    its ranks; `exp_avg/NAME`, `exp_avg_sq/NAME` and, with mixed precision, `master/NAME` sharded over them; for a
+    buffer, `buffer/NAME` on all ranks. State of compression: `residual/NAME` and `velocity/NAME`, of which each rank
+    has a part, and `powersgd/NAME` on all ranks.
 
     Args:
         params: every parameter of the whole model, in the engine's order, the same in every world.
@@ -139,7 +139,7 @@ def training_layout(
         buffers: (name, numel) of fp32 state that every rank holds.
 
     Raises:
-        ValueError: a placement for another world size, or a parameter of an expert that is not placed.
+        ValueError: a placement for another world size, or a parameter of an expert that isn't placed.
     """
     if placement.world_size != world.size:
         raise ValueError(f"the placement is for {placement.world_size} ranks; the world has {world.size}")
@@ -181,14 +181,14 @@ def training_layout(
         ),
         holder_sets=holder_sets,
         holder_set=np.concatenate([group, np.repeat([-1, 0], [num_sharded, num_others])]),
-        shards=np.concatenate(  # other tensors, same cuts
+        shards=np.concatenate(  # the same boundaries for other tensors
             [shards + np.array([(1 + nth) * num_params, 0, 0, 0]) for nth in range(len(sharded_prefixes))]
         ),
     )
 
 
 def kept_tensors(params: Sequence[ParamSpec], communication: CommunicationSpec) -> list[tuple[str, int, Kind]]:
-    """What compression keeps from step to step, in fp32, on all ranks: (name, elements, how they share it)."""
+    """State that compression keeps between steps, in fp32, on all ranks: (name, elements, kind)."""
     compression = communication.compression
     compressed = [spec for spec in params if is_compressed(spec, compression)]
     kept = []
@@ -203,7 +203,7 @@ def kept_tensors(params: Sequence[ParamSpec], communication: CommunicationSpec) 
 
 
 def _partition(param: IntArray, param_numel: IntArray, ranks: ReplicaSet, multiple: int) -> IntArray:
-    """[n, 4], rows (param, start, stop, rank): a bucket's flat buffer cut into one partition per holder."""
+    """[n, 4], rows (param, start, stop, rank): a bucket's flat buffer divided into one partition per holder."""
     begin = np.append(0, np.cumsum(param_numel[param]))
     total, alignment = int(begin[-1]), multiple * len(ranks)
     partition_size = -(-total // alignment) * alignment // len(ranks)

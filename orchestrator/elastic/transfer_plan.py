@@ -1,11 +1,11 @@
-"""The moves that turn one layout into another.
+"""Transfer plans: the moves that turn one layout into another.
 
     plan = TransferPlan.between(old, new)
     mine = plan.for_worker("w7")  # what w7 sends, receives, keeps and zeroes
 
-Pure: every worker makes the same plan from the same two layouts, so no plan is ever sent. A move is one contiguous run
-of one tensor, in one held range at both ends. Nothing that a worker holds and still needs is moved, every element that
-it lacks comes from exactly one other worker, and the bytes are the least for the two layouts.
+Pure: every worker derives the same plan from the same two layouts, so no plan is ever sent. A move is one contiguous
+run of one tensor, within one held range at both ends. No data that a worker holds and still needs is moved, every
+element that it lacks comes from exactly one other worker, and the bytes are minimal for the two layouts.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,7 +21,7 @@ from orchestrator.errors import OrchestratorError
 
 
 class StateLost(OrchestratorError):
-    """Elements of `tensors` are needed and no available worker holds them."""
+    """Elements of `tensors` are needed, but no available worker holds them."""
 
     def __init__(self, tensors: tuple[str, ...]) -> None:
         shown = ", ".join(tensors[:5]) + (f" and {len(tensors) - 5} more" if len(tensors) > 5 else "")
@@ -42,9 +42,9 @@ class WorkerMoves:
 
     Args:
         sends: by destination, in the order of the plan's workers.
-        receives: by source, in the same order. What arrives for a tensor that accumulates is added.
+        receives: by source, in the same order. Data received for a tensor that accumulates is added.
         keeps: held before and after.
-        zeros: to be set to zero before anything is added.
+        zeros: set to zero before anything is added.
     """
 
     sends: dict[str, IntArray]
@@ -58,9 +58,9 @@ class TransferPlan:
     """Where every element of a new layout comes from. Tensors and workers are given by index.
 
     Args:
-        workers: members of the old world, then those that only the new one has.
+        workers: members of the old world, then those only in the new one.
         names, itemsize: of the T tensors; bytes per element.
-        accumulates: [T], whether moves of the tensor are added to what the destination has (it is partial).
+        accumulates: [T], whether moves of the tensor are added at the destination (the tensor is partial).
         moves: [n, 5], rows (tensor, start, stop, source, destination), start and stop in elements.
         keeps: [n, 4], rows (tensor, start, stop, worker).
         zeros: [n, 4], likewise: a partial's new holders start from zero.
@@ -79,11 +79,11 @@ class TransferPlan:
         """The plan from `old` to `new`.
 
         Args:
-            available: the workers that still have what `old` says they hold; None means all. The others neither send
-                nor keep anything.
+            available: the workers that still hold their part of `old`; None means all. The others neither send nor
+                keep anything.
 
         Raises:
-            StateLost: nobody available holds some elements, or one rank's part of a partial tensor.
+            StateLost: no available worker holds some elements, or one rank's part of a partial tensor.
             ValueError: the layouts don't describe the same tensors.
         """
         _check_same_tensors(old, new)
@@ -109,7 +109,7 @@ class TransferPlan:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that all workers together send."""
+        """Bytes sent by all workers together."""
         return int(np.sum((self.moves[:, 2] - self.moves[:, 1]) * self.itemsize[self.moves[:, 0]]))
 
     def for_worker(self, worker: str) -> WorkerMoves:
@@ -128,12 +128,12 @@ class TransferPlan:
         parts = np.split(moves[:, :3], firsts[1:])
         return {
             self.workers[peer]: part for peer, part in zip(peers.tolist(), parts, strict=False)
-        }  # no peer: one empty part
+        }  # without peers: one empty part
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """Rows found so far, as in `TransferPlan`; `lost` are indices of tensors that can't be had."""
+    """Rows found so far, as in `TransferPlan`; `lost` are indices of tensors without a source."""
 
     moves: list[IntArray]
     keeps: list[IntArray]
@@ -156,7 +156,7 @@ def _check_same_tensors(old: StateLayout, new: StateLayout) -> None:
 def _plan_shards(
     old: StateLayout, new: StateLayout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found
 ) -> None:
-    """Sharded tensors, laid end to end on one line: between two cuts of either layout nothing changes hands."""
+    """Sharded tensors, laid end to end on one line: between two boundaries of either layout no holder changes."""
     line = old.line()
     held = old.shards[sources[old.shards[:, 3]]]
     held_begin, held_end = line[held[:, 0]] + held[:, 1], line[held[:, 0]] + held[:, 2]
@@ -174,7 +174,7 @@ def _plan_shards(
     unheld = (begin < held_begin[have]) | (begin >= held_end[have])
     if unheld.any():
         found.lost.append(tensor[unheld])
-    source, destination = held[have, 3], new_workers[new.shards[need, 3]]  # an old rank is its number in the plan
+    source, destination = held[have, 3], new_workers[new.shards[need, 3]]  # old ranks are indices in plan.workers
     stays = source == destination
     found.keeps.append(np.stack([tensor, start, stop, source], axis=1)[stays])
     found.moves.append(np.stack([tensor, start, stop, source, destination], axis=1)[~stays])
@@ -214,8 +214,8 @@ def _plan_whole(
 def _spread(layout: StateLayout, tensors: IntArray, holders: Sequence[int], joining: Sequence[int]) -> IntArray:
     """Moves of whole `tensors` to all of `joining`, with the same load for all of `holders`.
 
-    The bytes to be received are laid on one line, receiver after receiver and tensor after tensor, and every holder
-    sends an equal stretch of it: loads differ by two elements at most, and few moves are cut in two.
+    The bytes to be received are laid on one line, by receiver and then by tensor, and every holder sends an equal
+    stretch of it: loads differ by two elements at most, and few moves are split.
     """
     if not joining:
         return np.zeros((0, 5), dtype=np.int64)

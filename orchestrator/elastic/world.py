@@ -1,4 +1,4 @@
-"""The membership of one generation: which worker is which rank.
+"""The membership of one generation: the worker of each rank.
 
 Pure values. A worker keeps its id for life; its rank may change with every generation.
 """
@@ -32,7 +32,7 @@ class World:
         return len(self.members)
 
     def rank_of(self, worker: str) -> int:
-        """The rank of `worker`. Raises ValueError if it is no member."""
+        """The rank of `worker`. Raises ValueError if it is not a member."""
         return self.members.index(worker)
 
     def __contains__(self, worker: object) -> bool:
@@ -42,7 +42,7 @@ class World:
 def union(old: World | None, new: World) -> tuple[str, ...]:
     """Members of either world: the old ones in rank order, then the new ones in rank order.
 
-    The order in which the transfer group numbers its members.
+    The transfer group numbers its members in this order.
     """
     before = old.members if old is not None else ()
     return before + tuple(w for w in new.members if w not in before)

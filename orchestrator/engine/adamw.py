@@ -1,8 +1,8 @@
-"""AdamW as DeepSpeed steps it, and the same updates done again on snapshots.
+"""AdamW as DeepSpeed steps it, and replay of the same updates on snapshots.
 
 torch's fused kernel is elementwise, so an element's update has the same bits wherever it lies in memory, with one
-exception: on a CPU it takes 64 bytes at once, and what is left over at the end of a tensor one by one, with other
-roundings. So nothing is ever left over: partitions are multiples of `PIECE_MULTIPLE`, and so are pieces here.
+exception: on a CPU it takes 64 bytes at once, and the remainder at the end of a tensor one by one, with other
+roundings. So there is never a remainder: partitions are multiples of `PIECE_MULTIPLE`, and so are pieces here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ Row = tuple[str, int, int]  # a parameter's name, and elements [start, stop) of 
 
 
 class AdamW(torch.optim.AdamW):
-    """Tells when an update begins, and keeps its gradients if asked. DeepSpeed steps it once for each group.
+    """Calls back when an update begins, and keeps its gradients if requested. DeepSpeed steps it once for each group.
 
-    Its state must be there before the first step. It calls the kernel itself: torch's own `step` would load torch's
+    Its state must exist before the first step. It calls the kernel itself: torch's own `step` would load torch's
     compiler, which takes a starting worker a second.
     """
 
@@ -38,8 +38,8 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        tell, self.before_update = self.before_update, noop
-        tell()
+        callback, self.before_update = self.before_update, noop
+        callback()
         for group in self.param_groups:
             masters = [p for p in group["params"] if p.grad is not None]
             if self.gradients is not None:
@@ -64,10 +64,10 @@ class AdamW(torch.optim.AdamW):
 
 
 class Replayer:
-    """Does a rank's updates again, on the part of the state that it owns. A `Replay`.
+    """Replays a rank's updates on the part of the state that it owns. A `Replay`.
 
     Args:
-        device: where training does them: another kind of processor may round otherwise.
+        device: where training does them: another kind of processor may round differently.
     """
 
     def __init__(self, train: TrainSpec, device: torch.device) -> None:
@@ -78,8 +78,8 @@ class Replayer:
         """
         Args:
             state: after the step before the first delta; becomes that after the last one. Where it lacks a parameter,
-                since all ranks have it, only its moments are made.
-            deltas: of one step after another.
+                since all ranks have it, only its moments are computed.
+            deltas: of consecutive steps.
         """
         rows = [(n.removeprefix("grad/"), r.start, r.stop) for n, r in deltas[0].ranges if n.startswith("grad/")]
         parts, gradients = _Parts(state, self._device), [_Parts(delta.ranges, self._device) for delta in deltas]
@@ -87,7 +87,7 @@ class Replayer:
         for piece in _pieces(rows):
             self._replay(parts, piece, updates, gradients)
         for name, place in deltas[-1].ranges:
-            if name in parts.names:  # weights of others' parts, and buffers
+            if name in parts.names:  # weights that other ranks update, and buffers
                 state.view(name, place.start, place.stop).copy_(place.data)
 
     def _replay(
@@ -128,7 +128,7 @@ class _Parts:
         self.mixed = any(name.startswith("master/") for name in self.names)
 
     def read(self, kind: str, piece: list[Row]) -> Tensor:
-        """A copy, fp32; zeros for what isn't held."""
+        """A copy, fp32; zeros for parameters that aren't held."""
         num_elements = sum(stop - start for _, start, stop in piece)
         parts = [
             self._ranges.view(f"{kind}/{name}", start, stop)
@@ -139,7 +139,7 @@ class _Parts:
         return torch.cat([*parts, torch.zeros(-num_elements % PIECE_MULTIPLE)]).to(self._device)
 
     def write(self, kind: str, piece: list[Row], flat: Tensor) -> None:
-        """Into what is held of it, in its own number format."""
+        """Write to the held ranges of it, in their own number format."""
         begin = 0
         for name, start, stop in piece:
             if f"{kind}/{name}" in self.names:

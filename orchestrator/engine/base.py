@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine. Two exist: DeepSpeed's, and a plain-torch reference, the oracle."""
+"""The training loop's interface to an engine. Two exist: DeepSpeed's, and a plain-torch reference, the oracle."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from orchestrator.state.ranges import NamedRanges
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did.
+    """Result of an optimizer step.
 
     Args:
         applied: False when the gradients were not finite; then no rank changed anything.
         grad_norm: global norm before clipping; inf when not applied.
-        gradients: if they were to be kept and were applied: `grad/NAME`, fp32, of what this rank updates; clipped.
-        saturated: parameters whose gradient was too large on this rank for an exact sum; no rank applies it then.
+        gradients: if requested and applied: `grad/NAME`, fp32, clipped, of the elements that this rank updates.
+        saturated: parameters whose gradient was too large here for an exact sum; then no rank applies the update.
     """
 
     applied: bool
@@ -29,7 +29,7 @@ class StepOutcome:
 
 
 def noop() -> None:
-    """For a step that nobody has to be told of."""
+    """Do nothing: the default callback."""
 
 
 class Engine(Protocol):
@@ -38,17 +38,16 @@ class Engine(Protocol):
     def accumulate(
         self, micro_batch: MicroBatch, global_tokens: int, last: bool, before_backward: Callable[[], None] = noop
     ) -> tuple[Tensor, RoutingCounts]:
-        """Forward and backward of one micro-batch: its loss sum divided by `global_tokens` is backpropagated and added
-        up.
+        """Forward and backward of one micro-batch. Accumulates the gradient of its loss sum / `global_tokens`.
 
         Every rank calls it equally often per step; a rank without a micro-batch passes one with no rows.
 
         Args:
-            last: `step` comes next: gradients may travel during this backward pass.
+            last: `step` comes next: gradients may be sent during this backward pass.
             before_backward: called between the two.
 
         Returns:
-            the micro-batch's loss sum (scalar, fp32, detached), and what its routers counted.
+            the micro-batch's loss sum (scalar, fp32, detached), and its routers' counts.
         """
         ...
 
@@ -58,7 +57,7 @@ class Engine(Protocol):
         Args:
             before_update: called once, when everything is known and the state is about to change; not if the update is
                 skipped. If anything is raised before it is called, the state is that of the step before.
-            keep_gradients: give them back, as long as somebody refers to them.
+            keep_gradients: return the gradients; they live as long as they are referenced.
         """
         ...
 
@@ -71,18 +70,18 @@ class Engine(Protocol):
         ...
 
     def idle_state(self) -> NamedRanges:
-        """All memory that nobody writes to between two updates, as views: `ranges`, and what is derived from it."""
+        """All memory that is constant between two updates, as views: `ranges`, and copies derived from it."""
         ...
 
     def on_weights_initialized(self) -> None:
-        """Called after the model's weights were made from the seed: masters become copies of them, moments zero."""
+        """Called after the model's weights were drawn from the seed: masters become copies of them, moments zero."""
         ...
 
     def on_state_loaded(self, num_updates: int) -> None:
-        """Called after somebody wrote into `ranges()`: derived copies are made anew; `num_updates` optimizer steps
-        have been applied so far."""
+        """Called after `ranges()` was written: derived copies are made anew; `num_updates` optimizer steps have been
+        applied so far."""
         ...
 
     def close(self) -> None:
-        """Give up hooks and groups. Ranges handed out before stay readable."""
+        """Release hooks and groups. Ranges returned before stay readable."""
         ...

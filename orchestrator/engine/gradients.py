@@ -1,4 +1,4 @@
-"""An engine's gradients: a bucket for each parameter group, how it is summed, and what compression keeps for later."""
+"""An engine's gradients: a bucket for each parameter group, its reduction, and the state that compression keeps."""
 
 import logging
 import time
@@ -27,8 +27,8 @@ class Gradients:
 
     Args:
         groups: in DeepSpeed's order.
-        every_slot: send what each micro-batch brings (ZeRO 2), not once per step.
-        largest_term: given, sums are exact (`orchestrator.comm.gradients.exact_sum`).
+        every_micro_batch: send each micro-batch's gradients (ZeRO 2), not once per step.
+        largest_term: if given, sums are exact (`orchestrator.comm.gradients.exact_sum`).
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class Gradients:
         self._all = Buckets(self._buckets, every_micro_batch, communication.overlap)
         self.saturated: tuple[str, ...] = ()  # of the newest sums: parameters with too large a gradient on this rank
         self._began_s = self._waited_s = self._ended_s = 0.0
-        # Of the newest micro-batch's backward pass, waits apart, and from its end until all sums were there; seconds.
+        # Seconds of the newest micro-batch's backward pass without waits, and from its end until all sums were there.
         self.backward_s = self.after_backward_s = 0.0
 
     @property
     def order(self) -> list[str]:
-        """What is sent among all ranks, bucket by bucket."""
+        """Parameters sent between all ranks, bucket by bucket."""
         dense = [group for group in self._groups if group.is_dense]
         return [", ".join(f"{self._names[id(p)]} {tuple(p.shape)}" for p in group.params) for group in dense]
 
@@ -80,7 +80,7 @@ class Gradients:
         return sums
 
     def use(self, scheme: str, overlap: bool) -> None:
-        """For a job whose compression is `auto`: how gradients travel from now on. The same on all ranks."""
+        """Set how gradients are sent from now on, where compression is `auto`. The same on all ranks."""
         self._all.overlap = overlap
         for reducer in self._reducers(Compressed):
             reducer.codec = codec_of(self._compression, reducer.num_pieces, self._num_updates, scheme)
@@ -92,18 +92,18 @@ class Gradients:
 
     @property
     def num_buckets(self) -> int:
-        """That travel between all ranks."""
+        """Buckets that are sent between all ranks."""
         return sum(group.is_dense for group in self._groups)
 
     def settle(self, applied: bool) -> None:
-        """The step's update was applied, or left out: then what is kept is as it was before."""
+        """Take in whether the step's update was applied; if it was skipped, kept state returns to that before."""
         self._all.settle(applied)
         for reducer in self._reducers(PowerSGD):
             reducer.settle(applied)
         self._count(self._num_updates + applied)
 
     def on_weights_initialized(self) -> None:
-        """What is kept, as it is before the first update."""
+        """Reset kept state to that before the first update."""
         for bucket in self._buckets:
             for kept in (bucket.residual, bucket.velocity):
                 if kept is not None:
@@ -114,16 +114,16 @@ class Gradients:
         self._count(0)
 
     def on_state_loaded(self, num_updates: int) -> None:
-        """What is kept was written by somebody else, after so many updates."""
+        """Called after kept state was written from outside: it is that after `num_updates` updates."""
         self._count(num_updates)
 
     @property
     def keeps(self) -> bool:
-        """Whether anything is kept from step to step."""
+        """Whether compression keeps state from step to step."""
         return self._compression.error_feedback or self._compression.scheme == "powersgd"
 
     def add_to(self, ranges: NamedRanges) -> None:
-        """Enter what is kept, as views."""
+        """Add kept state to `ranges`, as views."""
         for bucket in self._buckets:
             for kind, kept in (("residual", bucket.residual), ("velocity", bucket.velocity)):
                 for param, span in bucket.spans() if kept is not None else ():

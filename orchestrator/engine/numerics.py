@@ -1,6 +1,6 @@
-"""What decides the bits of a computation beside the job: pinned, where `train.determinism` is exact, and told.
+"""What determines the bits of a computation besides the job: pinned and reported where `train.determinism` is exact.
 
-The contract: the same job, and the same fingerprint, give the same bits.
+The contract: the same job and the same fingerprint give the same bits.
 """
 
 import json
@@ -13,9 +13,9 @@ import torch
 
 
 def pin(device: torch.device) -> None:
-    """Have torch use only operations that give the same bits at every call.
+    """Make torch use only operations that give the same bits at every call.
 
-    What has to be there before libraries are loaded is in a worker's environment
+    Settings that must exist before libraries are loaded are in a worker's environment
     (`orchestrator.controller.worker_group`).
     """
     torch.backends.cudnn.benchmark = False  # it would choose algorithms by measured time
@@ -24,7 +24,7 @@ def pin(device: torch.device) -> None:
 
 
 def fingerprint(device: torch.device) -> str:
-    """As JSON: versions, kind of processor and threads. Threads count, as they cut sums into parts."""
+    """Versions, kind of processor and threads, as JSON. Threads matter, as they split sums into parts."""
     found = {
         "orchestrator": version_of_ours(),
         "torch": torch.__version__,
@@ -40,20 +40,20 @@ def fingerprint(device: torch.device) -> str:
 
 
 def version_of_ours() -> str:
-    """Of this package; empty if it isn't installed but only found."""
+    """Version of this package; empty if it is importable but not installed."""
     with suppress(PackageNotFoundError):
         return version("elastic-orchestrator")
     return ""
 
 
 def version_of_mkl() -> str:
-    """Of the library that torch was built with; empty for another one."""
+    """Version of the MKL that torch was built with; empty for another library."""
     lines = (line.strip("- ") for line in torch.__config__.show().splitlines())
     return next((line for line in lines if "Math Kernel Library" in line), "")
 
 
 def processor() -> str:
-    """Its name, as far as the system tells; libraries choose their code by it."""
+    """Name of the processor, as reported by the system; libraries choose their code by it."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             for line in file:

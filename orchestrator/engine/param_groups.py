@@ -1,8 +1,8 @@
-"""Parameter groups of a model on one rank, as DeepSpeed is given them: buckets of gradients (`elastic.buckets`).
+"""Parameter groups of a model on one rank, as passed to DeepSpeed: gradient buckets (`elastic.bucket_partition`).
 
-Dense parameters lie on all ranks, an expert's on its replica set; what lies on the same ranks, and is compressed or
-isn't, is cut into buckets. Each ends with a filler that makes its partitions even. DeepSpeed wants experts on every
-rank: one that holds nothing of a colour has a group of a filler alone there.
+Dense parameters are on all ranks, an expert's on its replica set. Parameters on the same ranks that are compressed, or
+are not, are split into buckets. Each ends with a filler that makes its partitions even. DeepSpeed expects experts on
+every rank: one that holds none of a colour has a group with only a filler there.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ COMPRESSED, EXPERTS = "compressed", "experts_"
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters whose gradients are summed together over `ranks`, and whose optimizer state is cut over those.
+    """Parameters whose gradients are summed together over `ranks`, and whose optimizer state is partitioned over those.
 
     Args:
-        name: of what lies on the same ranks: all its buckets have it.
-        params: in the model's order; there may be none.
-        filler: behind them, None if nothing is missing.
+        name: shared by all buckets of parameters on the same ranks.
+        params: in the model's order; may be empty.
+        filler: padding after them, None if none is needed.
         ranks: that have these parameters.
-        is_dense: they are all ranks of the world.
-        is_compressed: gradients are compressed on their way.
+        is_dense: whether `ranks` are all ranks of the world.
+        is_compressed: whether gradients are compressed for sending.
     """
 
     name: str
@@ -57,7 +57,7 @@ def is_filler(name: str) -> bool:
 
 
 def groups_of(model: TrainableModel, groups: ProcessGroups, communication: CommunicationSpec) -> list[ParamGroup]:
-    """In the order in which a backward pass reaches them, the last parameters first."""
+    """Groups in the order in which a backward pass reaches them, the last parameters first."""
     named = list(model.named_parameters())
     place = {id(param): index for index, (_, param) in enumerate(named)}
     compressed = {n for n, p in named if is_compressed(spec_of(n, p), communication.compression)}
@@ -81,7 +81,7 @@ def groups_of(model: TrainableModel, groups: ProcessGroups, communication: Commu
 
 @dataclass(frozen=True)
 class _Cutting:
-    """Cuts parameters into buckets and adds what their partitions lack."""
+    """Splits parameters into buckets and adds fillers to them."""
 
     model: TrainableModel
     communication: CommunicationSpec

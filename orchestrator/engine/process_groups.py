@@ -1,12 +1,12 @@
-"""The process groups of one generation, made over the run's rendezvous store.
+"""Process groups of one generation, made over the run's rendezvous store.
 
-The store is up before any generation and outlives them all; every generation meets under a prefix of its own, so
-nobody of the past can join. A rendezvous costs milliseconds that way instead of half a second.
+The store is up before any generation and outlives them all; every generation meets under its own prefix, so members of
+older generations can't join. A rendezvous takes milliseconds that way instead of half a second.
 
 A `PendingGroups` connects the ranks and may be made in the background while an older generation trains;
-`PendingGroups.adopt` makes what was connected this process's torch world, and waits for nobody. So no rank has to be
-waited for once a fence is reached, and one that dies is noticed at once: its connections are up already. nccl meets in
-`adopt`, since its communicators belong to the device that still trains.
+`PendingGroups.adopt` makes the connected ranks this process's torch world without waiting for any of them. So nothing
+waits for a rank once a fence is reached, and a failed one is noticed at once: its connections are up already. nccl
+connects in `adopt`, since its communicators belong to the device that still trains.
 """
 
 import sys
@@ -27,7 +27,7 @@ CONNECTED = "connected"  # in torch's registry: gloo groups that were connected 
 
 
 def _connected(made_by_torch: Any, connected: dist.ProcessGroupGloo | None) -> dist.ProcessGroupGloo:
-    """What torch calls for a group: hand out the connected one; a group that others ask for is connected now."""
+    """Called by torch for a group: return the connected one; a group that others create is connected now."""
     if connected is not None:
         return connected
     rank, size = made_by_torch.group_rank, made_by_torch.group_size
@@ -45,7 +45,7 @@ class ProcessGroups:
         rank, world_size: this rank in its world.
         placement: which ranks hold which experts.
         world: all ranks.
-        reduction: all ranks once more, for gradients, which don't queue up with tokens there.
+        reduction: all ranks again, for gradients, so that they don't queue behind tokens.
         replicas: per colour of the placement, the ranks that hold the same experts of that colour as this rank;
             a group of this rank alone where it holds none.
     """
@@ -64,17 +64,17 @@ class ProcessGroups:
 
 
 class PendingGroups:
-    """The ranks of a generation to come, connected. Collective: every rank constructs it.
+    """Connected ranks of a future generation. Collective: every rank constructs it.
 
     Args:
         store: the run's rendezvous store.
         prefix: unique to the generation and the controller's term.
         backend: gloo, or nccl for ranks with a GPU each.
-        timeout_s: how long a rank is waited for, now and in every operation later.
+        timeout_s: how long to wait for a rank, now and in every later operation.
         address: where this process can be reached, as `gloo_group` takes it.
 
     Raises:
-        RuntimeError: a rank did not come.
+        RuntimeError: a rank did not connect.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class PendingGroups:
                     self._connect(f"{colour}/{ranks[0]}", ranks)
 
     def adopt(self) -> ProcessGroups:
-        """Make this generation the process's torch world. `disconnect` ends it; the meeting is used up."""
+        """Make this generation the process's torch world. `disconnect` ends it; these groups are used up."""
         hook = sys.excepthook  # torch wraps it anew for every world
         backend = CONNECTED if self.backend == "gloo" else self.backend
         dist.init_process_group(
@@ -147,12 +147,12 @@ def connect(
     timeout_s: float = TIMEOUT_S,
     address: str | None = None,
 ) -> ProcessGroups:
-    """Meet and adopt at once, where no older generation is in the way. Collective over the world."""
+    """Connect and adopt at once, where no older generation is active. Collective over the world."""
     return PendingGroups(store, prefix, rank, placement, backend, timeout_s, address).adopt()
 
 
 def abort_collectives() -> None:
-    """Free whoever waits in a collective of nccl, which may have no connection that could be shut. From any thread.
+    """Free threads that wait in an nccl collective, which may have no connection to shut. From any thread.
 
     Not tried on GPUs yet. gloo's waits end with `orchestrator.comm.transport.gloo.shut_connections`.
     """

@@ -1,4 +1,4 @@
-"""The plain-torch engine: no partitions, nothing clever. The oracle that the DeepSpeed engine is compared with.
+"""A plain-torch engine without partitions: the oracle that the DeepSpeed engine is compared with.
 
 Every rank holds the full moments of its parameters; dense gradients are summed over the world, an expert's over its
 replica set. fp32 only.

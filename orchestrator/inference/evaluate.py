@@ -1,4 +1,4 @@
-"""The loss of a model on a text: per token, per byte, and as perplexity.
+"""Loss of a model on a text: per token, per byte, and as perplexity.
 
 Shape legend: R = rows, T = tokens of a row.
 """
@@ -27,22 +27,22 @@ REMARK_EVERY_S = 5.0
 def evaluate(
     request: Evaluation, job: JobSpec, tokenizer: TextTokenizer, model: TrainableModel
 ) -> Iterator[Remark | EvaluationResult]:
-    """Remarks on how far it is, and the result. Attention stays within documents if it did so in training.
+    """Yield remarks on progress, then the result. Attention stays within documents if it did so in training.
 
     Raises:
-        DataError: the text can't be read, has no tokens, or its tokens are another tokenizer's.
+        DataError: the text can't be read, has no tokens, or was encoded by another tokenizer.
     """
     loss_sum, num_rows, num_tokens = 0.0, 0, 0
     text = _TextLength(tokenizer)
-    said_s = time.monotonic()
+    reported_s = time.monotonic()
     for rows in _limited(_rows(request, job, tokenizer), request.max_rows):
         loss_sum += _loss_sum(model, rows, job.data.isolate_documents)
         num_rows += len(rows.inputs_RT)
         num_tokens += int((rows.targets_RT != IGNORED_TARGET).sum())
         text.add(rows)
-        if time.monotonic() - said_s > REMARK_EVERY_S:
+        if time.monotonic() - reported_s > REMARK_EVERY_S:
             yield Remark(f"{num_rows} rows, {num_tokens} tokens: loss {loss_sum / max(num_tokens, 1):.3f} so far")
-            said_s = time.monotonic()
+            reported_s = time.monotonic()
     num_bytes = text.num_bytes()
     if not num_tokens or not num_bytes:
         raise DataError(
@@ -54,7 +54,7 @@ def evaluate(
         tokens=num_tokens,
         num_bytes=num_bytes,
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # beyond it, a float has no place for it
+        perplexity=math.exp(min(loss, 700.0)),  # exp overflows a float soon after 700
         bits_per_byte=loss_sum / math.log(2.0) / num_bytes,
     )
 
@@ -97,7 +97,7 @@ def _loss_sum(model: TrainableModel, rows: Rows, isolate_documents: bool) -> flo
 
 
 class _TextLength:
-    """Bytes of the text that targets stand for. Decoded a document at a time: a character may span tokens and rows."""
+    """Counts bytes of the targets' text. It decodes whole documents, as a character may span tokens and rows."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer

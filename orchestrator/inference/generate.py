@@ -1,4 +1,4 @@
-"""Text from a model, token by token."""
+"""Text generation, token by token."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from orchestrator.spec.job import JobSpec
 def generate(
     request: Generation, job: JobSpec, tokenizer: TextTokenizer, model: TrainableModel
 ) -> Iterator[Piece | Remark | GenerationResult]:
-    """Pieces of the continuation as they come, and all of it at the end.
+    """Yield pieces of the continuation as they are generated, then the result with all of it.
 
     Raises:
         UsageError: the prompt has no tokens.
@@ -32,7 +32,7 @@ def generate(
     if longest > (trained := job.train.sequence_length):
         yield Remark(
             f"The prompt's {len(prompt)} tokens and up to {request.max_tokens} more pass the {trained} that a row had "
-            "in training: what comes after them may make no sense."
+            "in training: text beyond them may make no sense."
         )
     generator = torch.Generator().manual_seed(request.seed)
     continued = _continuation(model, longest)
@@ -41,7 +41,7 @@ def generate(
     new_BT, ended = torch.tensor([prompt], device=device), False
     started_s = time.perf_counter()
     while len(tokens) < request.max_tokens and not ended:
-        # Of a vocabulary that is padded, the rows beyond the tokenizer's tokens mean nothing.
+        # Logits beyond the tokenizer's vocabulary are padding.
         logits_V = continued(new_BT)[0, : tokenizer.vocab_size].float().cpu()
         token = next_token(logits_V, request.temperature, request.top_k, request.top_p, generator)
         ended = token == tokenizer.document_token
@@ -61,8 +61,8 @@ def generate(
 
 
 def _continuation(model: TrainableModel, longest: int) -> Callable[[Tensor], Tensor]:
-    """A function from the next tokens (1, T) to the logits (1, V) after them and all before. Our own model caches keys
-    and values of what came before; a user's is run on all of it again."""
+    """A function from the next tokens (1, T) to the logits (1, V) after them and all earlier tokens. Our own model
+    caches keys and values; a user's model runs on the whole sequence each time."""
     if isinstance(model, MoELanguageModel):
         cache = KVCache(model.spec, 1, longest, model.head)
         return lambda new_BT: model.extend(new_BT, cache)

@@ -1,9 +1,9 @@
-"""A run's model outside of training: a process that is asked one thing on stdin and answers on stdout, a line each.
+"""Child process for inference: it reads one request from stdin and writes JSON lines of answers to stdout.
 
     python -m orchestrator.inference.process < request.json
 
-`orchestrator.submission.model_process` starts it. No engine and no world: weights are read from the checkpoint, moments
-are not.
+`orchestrator.submission.model_process` starts it. It needs no engine and no world, and reads weights from the
+checkpoint, but no optimizer moments.
 """
 
 import sys
@@ -25,7 +25,7 @@ from orchestrator.spec.job import JobSpec
 
 
 def answers(request: Request) -> Iterator[Answer]:
-    """What the request is answered with, the result last."""
+    """Answers to the request, the result last."""
     run_dir = Path(request.run_dir)
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     tokenizer = TextTokenizer.load(run_dir / "tokenizer.json")
@@ -41,8 +41,8 @@ def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> Tra
     """The whole model in fp32, on a GPU if there is one.
 
     Raises:
-        CheckpointCorrupt: it can't be read, or is of another model or tokenizer.
-        EntrypointError: the job's own model can't be built any more.
+        CheckpointCorrupt: it can't be read, or belongs to another model or tokenizer.
+        EntrypointError: the user's own model can't be built any more.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with device:
@@ -74,12 +74,12 @@ def main() -> None:
         for answer in answers(request):
             _write(answer)
     except OrchestratorError as error:
-        told = error.traceback if isinstance(error, EntrypointError) else ""
-        _write(Fault(type(error).__name__, error.message, error.remedy, error.unchanged, told))
+        user_traceback = error.traceback if isinstance(error, EntrypointError) else ""
+        _write(Fault(type(error).__name__, error.message, error.remedy, error.unchanged, user_traceback))
     except (torch.OutOfMemoryError, MemoryError):
         traceback.print_exc()
-        remedy = "Free memory, or ask for less."
-        _write(Fault("OrchestratorError", "the model, or what it was asked for, doesn't fit in memory", remedy, ""))
+        remedy = "Free memory, or request less."
+        _write(Fault("OrchestratorError", "the model and the request don't fit in memory", remedy, ""))
 
 
 if __name__ == "__main__":

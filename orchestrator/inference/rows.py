@@ -1,6 +1,6 @@
-"""A corpus as rows for a model, without a store: tokens of all documents back to back, none left out.
+"""Rows of a corpus without a token store: tokens of all documents back to back, none left out.
 
-Rows are cut as a store's are (`orchestrator.data.store`), but the last one is as long as it gets.
+Rows are split as in a store (`orchestrator.data.store`), except that the last one may be shorter.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ DOCUMENTS_AT_ONCE = 64
 def rows_of_documents(
     documents: Iterable[Document], tokenizer: TextTokenizer, sequence_length: int, rows_at_once: int
 ) -> Iterator[Rows]:
-    """Batches of up to `rows_at_once` rows; the last row, if shorter than the others, by itself."""
+    """Yield batches of up to `rows_at_once` rows; a shorter last row is a batch of its own."""
     batch_tokens = rows_at_once * sequence_length
     tokens_U, starts_U = np.empty(0, np.int64), np.empty(0, np.bool_)
     for some in _encoded(documents, tokenizer):
@@ -53,7 +53,7 @@ def _start(length: int) -> NDArray[np.bool_]:
 
 
 def _cut(tokens_U: NDArray[np.int64], starts_U: NDArray[np.bool_], length: int) -> Rows:
-    """Rows of R * length + 1 tokens."""
+    """Split R * length + 1 tokens into R rows."""
     shape = (-1, length)
     documents_RT = starts_U[:-1].reshape(shape).cumsum(1, dtype=np.int32)
     return Rows(

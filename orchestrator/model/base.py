@@ -1,4 +1,4 @@
-"""What engine, trainer and workshop ask of a model: ours, or a user's own in `orchestrator.model.user_model`.
+"""The model interface of engine, trainer and worker: ours, or a user's own in `orchestrator.model.user_model`.
 
 Shape legend: B = rows, T = tokens in a row, V = vocabulary, L = MoE layers, E = experts.
 """
@@ -21,8 +21,8 @@ from orchestrator.spec.model import ModelSpec
 class TrainableModel(nn.Module, ABC):
     """A language model as one rank holds it: all dense weights and this rank's experts.
 
-    Weights are unset until `init_weights` or a transfer fills them. Parameters and persistent buffers are state: they
-    move at a rescale and stand in checkpoints.
+    Weights are unset until `init_weights` or a transfer fills them. Parameters and persistent buffers are training
+    state: they are transferred at a rescale and saved in checkpoints.
     """
 
     spec: ModelSpec
@@ -42,32 +42,32 @@ class TrainableModel(nn.Module, ABC):
             inputs_BT: token ids. B may be 0.
             targets_BT: the next token of each, or `IGNORED`.
             documents_BT: a document number per token; given, attention stays within a document.
-            lengths_B: given, what lies behind so many tokens of a row is padding, has no target and is not routed.
+            lengths_B: if given, tokens of a row from this index on are padding, without targets and not routed.
         """
 
     @abstractmethod
     def init_weights(self, seed: int) -> None:
-        """Make the weights from the seed: the same on every rank and at every world size."""
+        """Set the weights from the seed: the same on every rank and at every world size."""
 
     @property
     def moe_layers(self) -> list[MoELayer]:
         return [m for m in self.modules() if isinstance(m, MoELayer)]
 
     def state_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The persistent buffers by name. Others, such as tables of positions, are made again with the model."""
+        """The persistent buffers by name. Others, such as tables of positions, are rebuilt with the model."""
         kept = self.state_dict().keys()
         return ((name, buffer) for name, buffer in self.named_buffers() if name in kept)
 
     def expert_counts(self) -> Tensor:
-        """Copies that this rank routed to each expert in its last forward pass (L, E)."""
+        """Tokens (counted once per choice) that this rank routed to each expert in its last forward pass (L, E)."""
         layers = self.moe_layers
         if not layers:
             return torch.zeros(0, self.spec.num_experts, dtype=torch.int64)
         return torch.stack([m.last_counts_E for m in layers])
 
     def routing_counts(self) -> RoutingCounts:
-        """What the routers of this rank counted in its last forward pass, a training pass. The histogram of a layer
-        whose router counts no margins is empty."""
+        """Counts of this rank's routers in its last forward pass, a training pass. The histogram of a layer whose
+        router counts no margins is empty."""
         routed = RoutingCounts.zeros(len(self.moe_layers), self.spec, next(self.parameters()).device)
         for layer, counts_E, margins_EM in zip(self.moe_layers, routed.counts_LE, routed.margins_LEM, strict=True):
             counts_E.copy_(layer.last_counts_E)
@@ -76,7 +76,7 @@ class TrainableModel(nn.Module, ABC):
         return routed
 
     def with_balance_losses(self, loss: Tensor) -> Tensor:
-        """The loss as it is, with the gradients of the routers' auxiliary losses of the last forward pass added."""
+        """The loss value unchanged, with the gradients of the last forward pass's auxiliary losses added."""
         for moe in self.moe_layers:
             if moe.last_balance_loss is not None:
                 loss = _Besides.apply(loss, moe.last_balance_loss)  # type: ignore[no-untyped-call]
@@ -84,7 +84,7 @@ class TrainableModel(nn.Module, ABC):
 
 
 class _Besides(torch.autograd.Function):
-    """The loss as it is, with the gradient of another one added: what is reported stays the cross-entropy."""
+    """Adds the gradient of another loss without changing the value: the reported loss stays the cross-entropy."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, other: Tensor) -> Tensor:
@@ -103,19 +103,19 @@ def expert_of(name: str) -> int | None:
 
 
 def spec_of(name: str, param: Tensor) -> ParamSpec:
-    """A parameter as layouts know it."""
+    """The parameter's description for layouts."""
     return ParamSpec(name, param.numel(), expert_of(name), param.shape[0] if param.dim() > 1 else 1)
 
 
 @torch.no_grad()
 def draw_normal(param: Tensor, name: str, seed: int, std: float) -> None:
-    """Normal values that depend on (seed, name) alone, so that a rank can make its own experts without the others'."""
+    """Draw normal values that depend on (seed, name) alone, so a rank can draw its own experts without the others'."""
     generator = torch.Generator().manual_seed(_key(seed, name))
     param.copy_(torch.empty(param.shape).normal_(0.0, std, generator=generator))
 
 
 def seed_draws(seed: int, step: int, micro_batch: int) -> None:
-    """From now on torch draws the numbers of a micro-batch's pass: the same whichever rank does it."""
+    """Seed torch's generator for the pass of one micro-batch: the same on whichever rank runs it."""
     torch.manual_seed(_key(seed, f"step {step}, micro-batch {micro_batch}"))
 
 

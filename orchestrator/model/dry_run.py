@@ -1,9 +1,9 @@
-"""A user's own model tried out before it is trained: built, one pass forward and back on a row and one on no rows.
+"""Dry run of a user's own model: build it, and run one forward and backward pass on a row and one on no rows.
 
-    python -m orchestrator.model.dry_run < job.json      # writes a line of JSON: null, or what is wrong
+    python -m orchestrator.model.dry_run < job.json      # writes a line of JSON: null, or the fault
 
-Workers rehearse while they warm up. `orchestrator.submission.user_code` runs the command above at submission, so that a
-mistake is told at once.
+Workers run it while they warm up. `orchestrator.submission.user_code` runs the command above at submission, so that
+mistakes are reported at once.
 
 Shape legend: B = rows, T = tokens in a row.
 """
@@ -23,11 +23,11 @@ from orchestrator.model.user_entrypoint import calling_user
 from orchestrator.model.user_rules import shown
 from orchestrator.spec.job import JobSpec
 
-MAX_ELEMENTS = 200_000_000  # dense ones; a larger model is not built where the job is submitted, which may be a laptop
+MAX_ELEMENTS = 200_000_000  # dense ones; larger models aren't built where the job is submitted, possibly a laptop
 
 
 def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
-    """Train a user's model for no step, in a world of one and with as few experts as routing needs.
+    """Run a user's model without an update, in a world of one and with as few experts as routing needs.
 
     Raises:
         EntrypointError: it can't be trained.
@@ -38,7 +38,7 @@ def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
         model = build_model(spec, vocab_size, single_rank(spec))
     model.init_weights(job.train.seed)
     if job.train.precision == "bf16":
-        for param in model.parameters():  # buffers stay as they are, as in the engine
+        for param in model.parameters():  # buffers keep their dtype, as in the engine
             param.data = param.data.bfloat16()
     for num_rows in (1, 0):
         tokens_BT = torch.zeros(num_rows, job.train.sequence_length, dtype=torch.int64, device=device)
@@ -51,7 +51,7 @@ def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
 
 
 def _pass(model: TrainableModel, tokens_BT: Tensor, documents_BT: Tensor | None) -> dict[str, Tensor]:
-    """Gradients by parameter."""
+    """Gradients by parameter name, after a forward and backward pass."""
     rows = "a row" if len(tokens_BT) else "no rows"
     try:
         with torch.random.fork_rng(), calling_user(f"a pass of {model.spec.entrypoint} on {rows}"):
@@ -98,7 +98,7 @@ def _check_repeats(model: TrainableModel, first: dict[str, Tensor], second: dict
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a model, as it crosses to the process that asked. Fields as in EntrypointError."""
+    """What is wrong with a model, serialized for the calling process. Fields as in EntrypointError."""
 
     message: str
     remedy: str
@@ -106,7 +106,7 @@ class Fault:
 
 
 def fault_of(job: JobSpec) -> Fault | None:
-    """What would keep the job's model from being trained, as far as it can be seen here; None if nothing would."""
+    """The first fault that would keep the job's model from being trained, as far as this process can check."""
     vocab_size = job.model.vocab_size or job.data.vocab_size
     try:
         params, _, _ = catalogue(job.model, vocab_size)
@@ -119,7 +119,7 @@ def fault_of(job: JobSpec) -> Fault | None:
 
 def main() -> None:
     job = JobSpec.model_validate_json(sys.stdin.read())
-    with redirect_stdout(sys.stderr):  # what the user's code prints is no answer
+    with redirect_stdout(sys.stderr):  # keep the user code's prints out of the answer
         fault = fault_of(job)
     print(json.dumps(None if fault is None else vars(fault)))
 

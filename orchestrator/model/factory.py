@@ -1,4 +1,4 @@
-"""The model that a job names, ours or a user's own, and what it consists of."""
+"""Construction of a job's model, ours or a user's own, and the listing of its parameters."""
 
 import torch
 
@@ -12,22 +12,22 @@ from orchestrator.spec.model import ModelSpec
 
 
 def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> TrainableModel:
-    """The model as one rank holds it; its weights are to be filled.
+    """The model as one rank holds it, with unset weights.
 
     Args:
         spec: the model part of a job.
         vocab_size: V, from the tokenizer.
-        home: which experts are here.
+        home: placement of the experts, seen from this rank.
 
     Raises:
-        EntrypointError: the user's module can't be imported, fails, or builds what can't be trained.
+        EntrypointError: the user's module can't be imported, fails, or builds a model that can't be trained.
     """
     kind = MoELanguageModel if spec.entrypoint is None else UserModel
     return kind(spec, vocab_size, home)
 
 
 def single_rank(spec: ModelSpec) -> ExpertParallelContext:
-    """All experts on one rank, without a group: for a model in a world of one."""
+    """All experts on one rank, without a process group: for a model in a world of one."""
     return ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None)
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of tokens that were seen, so that each further token costs the work of one.
+"""Key/value cache for decoding: each further token costs the work of one.
 
 Shape legend: B = rows, T = tokens added, C = tokens held, G = key/value heads, S = head size.
 """
@@ -10,17 +10,17 @@ from orchestrator.spec.model import ModelSpec
 
 
 class LayerCache:
-    """Of one layer. `length` tokens are held."""
+    """Cache of one layer; it holds `length` tokens."""
 
     def __init__(self, room_BGCS: tuple[int, int, int, int], like: Tensor) -> None:
         self._keys_BGCS, self._values_BGCS = (like.new_empty(room_BGCS) for _ in range(2))
         self.length = 0
 
     def append(self, k_BGTS: Tensor, v_BGTS: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in keys, already rotated, and values; returns all that are held now (B, G, C, S), as views.
+        """Add keys, already rotated, and values; returns all cached ones (B, G, C, S), as views.
 
         Raises:
-            ValueError: there is no room for them.
+            ValueError: they exceed the capacity.
         """
         start, stop = self.length, self.length + k_BGTS.shape[2]
         if stop > self._keys_BGCS.shape[2]:
@@ -32,13 +32,13 @@ class LayerCache:
 
 
 class KVCache:
-    """Of all layers.
+    """Caches of all layers.
 
     Args:
         spec: the model's.
         batch_size: rows, all of the same length.
-        capacity: tokens of a row at most.
-        like: any weight of the model: number format and device.
+        capacity: largest number of tokens of a row.
+        like: any weight of the model, for dtype and device.
     """
 
     def __init__(self, spec: ModelSpec, batch_size: int, capacity: int, like: Tensor) -> None:

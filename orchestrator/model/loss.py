@@ -1,9 +1,9 @@
 """Cross-entropy over a large vocabulary that never holds all logits.
 
-The logits of a chunk of tokens are made, turned into their loss and its gradients, and dropped, all in the forward
-pass: the same three matrix products as in the plain form, and memory for a chunk instead of for all tokens (the idea of
-Liger Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.2, with plain products). Backward only scales
-what forward has found.
+The logits of one chunk of tokens at a time are computed, reduced to their loss and gradients, and dropped, all in the
+forward pass: the same three matrix products as in the plain form, and memory for a chunk instead of for all tokens (the
+idea of Liger Kernel's fused linear cross-entropy, arXiv:2410.10989, section 3.2, with plain products). The backward
+pass only scales these gradients.
 
 Shape legend: N = tokens, C = tokens of a chunk, D = hidden size, V = vocabulary.
 """
@@ -20,13 +20,13 @@ MIN_CHUNK = 64  # fewer tokens make poor matrix products
 
 
 def cross_entropy_sum(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int | None = None) -> Tensor:
-    """Sum over the tokens whose target isn't `IGNORED` of their cross-entropy, in nats, fp32.
+    """Sum of the cross-entropy over the tokens whose target isn't `IGNORED`, in nats, fp32.
 
     Args:
         x_ND: final hidden states.
-        head_VD: the output matrix, in the same precision. Logits are computed in it and then taken as fp32.
-        targets_N: token numbers, or `IGNORED`.
-        chunk: C; None for a size that suits vocabulary and device.
+        head_VD: the output matrix, in the same precision. Logits are computed in it and then converted to fp32.
+        targets_N: token ids, or `IGNORED`.
+        chunk: C; None for a size that suits the vocabulary and the device.
     """
     if chunk is None:
         elements = CHUNK_ELEMENTS.get(x_ND.device.type, CHUNK_ELEMENTS["cuda"])
@@ -47,14 +47,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits_CV = F.linear(x_CD, head_VD).float()
             counted_C1 = (targets_C != IGNORED)[:, None]
             index_C1 = targets_C.clamp_min(0)[:, None]
-            # All in the logits' own memory, with one exponential for the loss and its gradient.
+            # In place in the logits' memory, with one exponential for the loss and its gradient.
             logits_CV.sub_(logits_CV.amax(-1, keepdim=True))
             target_C1 = logits_CV.gather(1, index_C1)
             exp_CV = logits_CV.exp_()
             sum_C1 = exp_CV.sum(-1, keepdim=True)
             loss += ((sum_C1.log() - target_C1) * counted_C1).sum()
             if grad_ND is not None and grad_VD is not None:
-                # The gradient of the loss by the logits: softmax minus one at the target.
+                # Gradient of the loss with respect to the logits: softmax minus one at the target.
                 d_CV = exp_CV.mul_(counted_C1 / sum_C1)
                 d_CV.scatter_add_(1, index_C1, -counted_C1.float())
                 d_CV = d_CV.to(x_ND.dtype)

@@ -1,4 +1,4 @@
-"""The model of a job as a list of parameters, printed by a process of its own: who plans has no torch.
+"""Prints a job's model as a list of parameters. A process of its own, since the planning process doesn't load torch.
 
     python -m orchestrator.model.param_listing < job.json
 

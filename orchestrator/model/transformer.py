@@ -1,10 +1,10 @@
 """The language model: a decoder-only transformer with dense first layers and mixture-of-experts layers after them.
 
 RMSNorm (arXiv:1910.07467), rotary positions (arXiv:2104.09864), grouped-query attention (arXiv:2305.13245). Plain
-torch: it knows no engine. Weights are made by `init_weights`, keyed by (seed, name), so that a rank can make its own
-experts without making the others'.
+torch, independent of the engine. `init_weights` draws weights keyed by (seed, name), so that a rank can draw its own
+experts without the others'.
 
-Rows of unequal length go through it as one row of all their tokens (1, N); only attention sees them padded.
+Rows of unequal length are processed as one row of all their tokens (1, N); only attention pads them.
 
 Shape legend: B = rows, T = tokens in a row, N = tokens of all rows, D = hidden size, V = vocabulary, A = attention
 heads, G = key/value heads, S = head size, C = tokens in a cache.
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         padding: Padding | None = None,
     ) -> Tensor:
         B, T, _ = x_BTD.shape
-        # Sizes are written out (no -1): a forward pass with no rows must work too.
+        # Sizes are explicit (no -1): a forward pass on no rows must work too.
         q_BTAS = F.linear(x_BTD, self.query, self.query_bias).view(B, T, self.num_heads, self.head_size)
         k_BTGS = F.linear(x_BTD, self.key, self.key_bias).view(B, T, self.num_kv_heads, self.head_size)
         v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_kv_heads, self.head_size)
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         k_BGTS = rotate(k_BTGS.transpose(1, 2), *rotary)
         v_BGTS = v_BTGS.transpose(1, 2)
         if cache is not None:
-            k_BGTS, v_BGTS = cache.append(k_BGTS, v_BGTS)  # those before as well
+            k_BGTS, v_BGTS = cache.append(k_BGTS, v_BGTS)  # with those of earlier tokens
         y_BATS = F.scaled_dot_product_attention(
             q_BATS,
             k_BGTS,
@@ -81,8 +81,8 @@ class Attention(nn.Module):
 def rotary_tables(
     length: int, rotary_size: int, theta: float, device: torch.device, start: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, rotary_size) in fp32 of the positions from `start` on, the halves of a head rotated against
-    each other."""
+    """Cosines and sines (T, rotary_size) in fp32 of the positions from `start` on, for rotating the halves of a head
+    against each other."""
     inverse = theta ** -(torch.arange(0, rotary_size, 2, dtype=torch.float32, device=device) / rotary_size)
     positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
     angles = torch.outer(positions, inverse).repeat(1, 2)
@@ -90,7 +90,7 @@ def rotary_tables(
 
 
 def rotate(x_BATS: Tensor, cos_TS: Tensor, sin_TS: Tensor) -> Tensor:
-    """Rotary position embedding over the first part of each head; the rest passes."""
+    """Rotary position embedding on the first part of each head; the rest is unchanged."""
     size = cos_TS.shape[-1]
     turned, rest = x_BATS[..., :size], x_BATS[..., size:]
     half = torch.cat((-turned[..., size // 2 :], turned[..., : size // 2]), dim=-1)
@@ -99,7 +99,7 @@ def rotate(x_BATS: Tensor, cos_TS: Tensor, sin_TS: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and then an MLP or experts, each behind a norm and around a residual."""
+    """Attention, then an MLP or experts, each with a norm before it and a residual connection."""
 
     def __init__(self, spec: ModelSpec, index: int, home: ExpertParallelContext) -> None:
         super().__init__()
@@ -135,12 +135,12 @@ class Block(nn.Module):
 
 
 class MoELanguageModel(TrainableModel):
-    """Our model.
+    """The project's own model.
 
     Args:
         spec: the model part of a job.
         vocab_size: V, from the tokenizer.
-        home: which experts are here.
+        home: placement of the experts, seen from this rank.
     """
 
     def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> None:
@@ -174,12 +174,12 @@ class MoELanguageModel(TrainableModel):
 
     @torch.no_grad()
     def extend(self, inputs_BT: Tensor, cache: KVCache) -> Tensor:
-        """Logits (B, V) after the last of some tokens that follow those in the cache, which takes them in."""
+        """Logits (B, V) after the last of some tokens that follow those in the cache; adds the tokens to the cache."""
         length, before = inputs_BT.shape[1], cache.length
         sizes = (self.spec.rotary_size, self.spec.rope_theta)
         rotary = rotary_tables(length, *sizes, inputs_BT.device, start=before)
         mask_11TC = None
-        if before and length > 1:  # each sees all that came before it; one token alone sees everything anyway
+        if before and length > 1:  # each token attends to all earlier ones; a single token needs no mask
             seen_TC = torch.ones(length, before + length, dtype=torch.bool, device=inputs_BT.device)
             mask_11TC = seen_TC.tril(before)[None, None]
         x_BTD = self._embedded(inputs_BT)
@@ -188,15 +188,15 @@ class MoELanguageModel(TrainableModel):
         return F.linear(self.norm(x_BTD[:, -1]), self.head)
 
     def _embedded(self, inputs_BT: Tensor) -> Tensor:
-        """Tokens as they enter the first layer. Scaled (arXiv:1706.03762, section 3.4), so that what tells them apart
-        outweighs what the layers write at first, which is nearly the same for all of them."""
+        """Embeddings for the first layer. Scaled (arXiv:1706.03762, section 3.4), so that the differences between
+        tokens outweigh the layers' first outputs, which are nearly the same for all tokens."""
         embedded_BTD: Tensor = self.embedding(inputs_BT)
         return embedded_BTD * self.spec.embedding_scale
 
     def _run_layers(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None, padding: Padding | None
     ) -> Tensor:
-        """All blocks, with as many of their activations kept for the backward pass as `recompute` says."""
+        """Run all blocks, keeping activations for the backward pass according to `recompute`."""
         if self.spec.recompute == "none" or not torch.is_grad_enabled():
             for layer in self.layers:
                 x_BTD = layer(x_BTD, rotary, mask_B1TT, None, padding)
@@ -215,8 +215,8 @@ class MoELanguageModel(TrainableModel):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights with std `init_std`, scaled down by depth for what writes into the residual stream
-        (GPT-2), ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
+        """Normal weights with std `init_std`, scaled down by depth where they write into the residual stream (GPT-2),
+        ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
         residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
         for name, param in self.named_parameters():
             if "norm" in name or name.endswith("_bias"):
@@ -229,14 +229,14 @@ class MoELanguageModel(TrainableModel):
 
 
 def segments(num_layers: int, recompute: str) -> list[range]:
-    """Runs of layers of which only the input is kept: single ones, or about sqrt(L) of about sqrt(L) layers, which
-    makes the activations held at once grow with the root of the depth (Chen et al., arXiv:1604.06174, section 4.1)."""
+    """Runs of layers of which only the input is kept: single ones, or about sqrt(L) runs of about sqrt(L) layers, so
+    that activations held at once grow with the root of the depth (Chen et al., arXiv:1604.06174, section 4.1)."""
     size = 1 if recompute == "full" else math.isqrt(num_layers - 1) + 1
     return [range(start, min(start + size, num_layers)) for start in range(0, num_layers, size)]
 
 
 def within_documents(documents_BT: Tensor) -> Tensor:
-    """Mask (B, 1, T, T), true where a token may look: not ahead, not into another document."""
+    """Mask (B, 1, T, T), true where a token may attend: not ahead, not into another document."""
     T = documents_BT.shape[1]
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
     return ((documents_BT[:, :, None] == documents_BT[:, None, :]) & causal_TT)[:, None]

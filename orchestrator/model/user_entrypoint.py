@@ -1,4 +1,4 @@
-"""A user's code: imported and called so that what it raises is told as its own."""
+"""Import and calls of a user's code, with its exceptions reported as its own."""
 
 import importlib
 import traceback
@@ -21,7 +21,7 @@ Build = Callable[[ModelSpec, int, ExpertParallelContext], nn.Module]
 
 
 def built(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext, seed: int) -> nn.Module:
-    """What the entrypoint builds, torch's random numbers seeded meanwhile.
+    """The module that the entrypoint builds, with torch's random numbers seeded meanwhile.
 
     Raises:
         EntrypointError: it can't be imported, raises, or returns no module.
@@ -40,14 +40,14 @@ def built(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext, seed: i
 
 @contextmanager
 def calling_user(what: str) -> Iterator[None]:
-    """Tell what the user's code raises within as an EntrypointError with its traceback; want of memory stays itself."""
+    """Turn exceptions of the user's code into EntrypointErrors with its traceback; memory errors pass unchanged."""
     try:
         yield
     except (EntrypointError, MemoryError, torch.OutOfMemoryError):
         raise
     except (Exception, SystemExit) as error:
         raise EntrypointError(
-            f"{what} raised {type(error).__name__}: {error}", traceback=_traceback_of(error), remedy="Mend your code."
+            f"{what} raised {type(error).__name__}: {error}", traceback=_traceback_of(error), remedy="Fix your code."
         ) from error
 
 
@@ -80,7 +80,7 @@ def _nearest(name: str, module: ModuleType) -> str:
 
 
 def _traceback_of(error: BaseException) -> str:
-    """The error's traceback without the frames above the user's code, which are ours and importlib's."""
+    """The error's traceback without the frames above the user's code (ours and importlib's)."""
     frames = error.__traceback__
     while frames is not None and _is_ours(frames):
         frames = frames.tb_next

@@ -2,8 +2,8 @@
 
     def build(spec: ModelSpec, vocab_size: int, experts: ExpertParallelContext) -> nn.Module
 
-The module that `build` returns maps tokens (B, T) to logits (B, T, V); `UserModel` adds the loss and all else that
-training asks of a model. docs/own-model.md tells users what they may do.
+The module that `build` returns maps tokens (B, T) to logits (B, T, V); `UserModel` adds the loss and the rest of the
+interface that training needs. docs/own-model.md is the guide for users.
 
 Shape legend: B = rows, T = tokens in a row, V = vocabulary.
 """
@@ -26,19 +26,19 @@ from orchestrator.model.user_entrypoint import built, calling_user
 from orchestrator.model.user_rules import broken_rules, shown
 from orchestrator.spec.model import ModelSpec
 
-DOCUMENTS = "documents_BT"  # the parameter of `forward` that says: attention stays within documents
+DOCUMENTS = "documents_BT"  # parameter of `forward` by which attention stays within documents
 
 
 class UserModel(TrainableModel):
-    """A user's module as training needs it.
+    """Adapts a user's module to the training interface.
 
     Args:
-        spec: names the entrypoint, and is handed to it.
+        spec: names the entrypoint, and is passed to it.
         vocab_size: V, from the tokenizer.
-        home: which experts are here.
+        home: placement of the experts, seen from this rank.
 
     Raises:
-        EntrypointError: the entrypoint can't be imported, fails, or builds what can't be trained.
+        EntrypointError: the entrypoint can't be imported, fails, or builds a model that can't be trained.
     """
 
     def __init__(self, spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -> None:
@@ -50,7 +50,7 @@ class UserModel(TrainableModel):
         if broken:
             raise EntrypointError(
                 "\n".join(f"the model of {spec.entrypoint}: {rule}" for rule in broken),
-                remedy="docs/own-model.md says what a model of your own may be.",
+                remedy="docs/own-model.md lists the requirements on a model of your own.",
             )
 
     def forward(
@@ -93,10 +93,10 @@ class UserModel(TrainableModel):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Dense weights as the user's module makes them, those of MoE layers as in our model.
+        """Dense weights as the user's module makes them; those of MoE layers as in our model.
 
-        They are taken from a twin that holds no experts. So what `build` draws depends on the seed alone, however many
-        experts this rank holds; a module's own `init_weights(seed)` is called on it too.
+        Dense weights are copied from a second instance that holds no experts. So what `build` draws depends on the seed
+        alone, however many experts this rank holds; a module's own `init_weights(seed)` is called on it too.
         """
         with next(self.parameters()).device:
             twin = built(self.spec, self.vocab_size, _no_experts(self.spec), seed)
@@ -115,7 +115,7 @@ class UserModel(TrainableModel):
             tensor.copy_(made[name])
 
     def _draw_layers(self, seed: int) -> set[str]:
-        """Make the weights of MoE layers. Returns the names of their state."""
+        """Draw the weights of MoE layers. Returns the names of their tensors."""
         residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
         names: set[str] = set()
         for prefix, layer in self.named_modules():
@@ -131,15 +131,15 @@ class UserModel(TrainableModel):
 
 
 def _no_experts(spec: ModelSpec) -> ExpertParallelContext:
-    """A rank that holds none: all are on another one."""
+    """A rank without experts: all of them are on another one."""
     return ExpertParallelContext(ExpertPlacement(spec.num_experts, 2, ((0,),) * spec.num_experts), 1, None)
 
 
 def _parameters(function: object) -> Collection[str]:
-    """Names of a function's parameters; nothing for what is no function."""
+    """Names of a function's parameters; empty if it is not callable."""
     return inspect.signature(function).parameters if callable(function) else ()
 
 
 def raised_by_forward(error: BaseException) -> bool:
-    """Whether `error` came out of the forward pass of a user's module."""
+    """Whether `error` was raised within the forward pass of a user's module."""
     return any(frame.f_code is UserModel._logits.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))

@@ -1,4 +1,4 @@
-"""What a user's module must be so that any number of ranks can train it: rules that name what breaks them."""
+"""Rules that a user's module must meet so that any number of ranks can train it; messages name the violations."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +12,7 @@ SHOWN = 5  # names in a message; a module with a mistake often has it in each la
 
 
 def broken_rules(model: TrainableModel, home: ExpertParallelContext) -> Iterator[str]:
-    """The rules that `model` breaks, each with what to do about it."""
+    """The rules that `model` breaks, each with the remedy."""
     yield from _broken_parameter_rules(model)
     yield from _broken_expert_rules(model, home)
     buffers = [name for name, b in model.state_buffers() if b.dtype is not torch.float32]
@@ -59,7 +59,7 @@ def _broken_expert_rules(model: TrainableModel, home: ExpertParallelContext) -> 
 
 
 def shown(names: Sequence[str]) -> str:
-    """Names as a message has them, without what the wrapper puts before them."""
+    """Names for a message, without the wrapper's prefix."""
     own = [name.removeprefix("model.") for name in names]
     more = f" and {len(own) - SHOWN} more" if len(own) > SHOWN else ""
     return ", ".join(own[:SHOWN]) + more

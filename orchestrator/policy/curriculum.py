@@ -1,7 +1,7 @@
-"""Which stage of its curriculum a run is to be in, where that doesn't follow from the job alone. Rules of `lifecycle`.
+"""Decisions on curriculum stages that don't follow from the job alone. Rules of `lifecycle`.
 
 A stage is decided by hand, or because the one before has reached its end: a validation loss, or a plateau. It begins
-some steps ahead, so that every member hears of it before; if one doesn't, none begins it, and it is decided again.
+some steps ahead, so that every member receives it in time; if one doesn't, none begins it, and it is decided again.
 """
 
 import math
@@ -15,7 +15,7 @@ from orchestrator.protocol.messages import StageStart
 from orchestrator.spec.curriculum import CurriculumSpec, StageSpec
 
 NEXT = "next"
-HEARD_S = 2.0  # every member hears of a directive within this
+HEARD_S = 2.0  # every member receives a directive within this
 AHEAD = 3  # steps more: a decision is followed two votes before its first step
 BETTER = 0.005  # a validation loss that is lower by this share is no plateau
 
@@ -23,7 +23,7 @@ BETTER = 0.005  # a validation loss that is lower by this share is no plateau
 def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Decide the next stage if it was asked for, if the present one has reached its end, or if it didn't begin.
 
-    One at a time: what is asked for meanwhile waits.
+    One at a time: requests that arrive meanwhile wait.
     """
     spec, progress = limits.curriculum, seen.progress
     if spec is None or state.current is None or state.is_recovering or state.is_ending or not progress.stage:
@@ -36,14 +36,14 @@ def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Deci
         return _decided(limits, without, seen, newest.name, newest.after, f"it did not begin at {newest.first_step}")
     after = following(spec, progress.stage)
     if state.target.stage_requests > state.curriculum.requests:
-        heard = replace(state, curriculum=replace(state.curriculum, requests=state.target.stage_requests))
+        applied = replace(state, curriculum=replace(state.curriculum, requests=state.target.stage_requests))
         by_name = state.target.stage != NEXT
         name = state.target.stage if by_name else after
         if name is None or name == progress.stage:
             why = f"{progress.stage} is the last stage" if name is None else f"{name} is the present stage"
-            return Decision(heard, (StageKept(progress.stage, why),))
+            return Decision(applied, (StageKept(progress.stage, why),))
         ends = "" if by_name else progress.stage
-        return _decided(limits, heard, seen, name, ends, state.target.reason or "asked for")
+        return _decided(limits, applied, seen, name, ends, state.target.reason or "asked for")
     present = next((stage for stage in spec.stages if stage.name == progress.stage), None)
     if present is None or after is None or not (why := _reached(present, progress)):
         return Decision(state)
@@ -51,8 +51,7 @@ def decide_stages(limits: RunLimits, state: RunState, seen: Observation) -> Deci
 
 
 def following(spec: CurriculumSpec, stage: str) -> str | None:
-    """The stage that the job names behind this one; None behind the last. Before the first step the first one counts as
-    present."""
+    """The job's stage after this one; None after the last. Before the first step the first one counts as present."""
     names = [s.name for s in spec.stages]
     place = names.index(stage) if stage in names else 0
     return names[place + 1] if place + 1 < len(names) else None

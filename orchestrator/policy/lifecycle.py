@@ -1,15 +1,15 @@
-"""The life of a run, as a pure function: what it is, what is seen, what it is to be next.
+"""The lifecycle of a run as a pure function: from the state and an observation to the next state and actions.
 
     start    spawn workers -> all warm -> plan generation 0 -> all READY -> activate
     rescale  warm standbys -> plan g+1 -> all connected -> fence -> all READY -> activate
-    mend     a newcomer is lost on the way -> the old world goes on, or is rebuilt from its own shards
-    recover  a member is lost -> all stop -> plan g+1 from what the survivors hold -> all READY -> activate
-    preempt  all FINISHED, checkpoint marked -> nobody in the worker group, waits in the queue -> start from the
-    checkpoint end      all FINISHED, last checkpoint marked -> succeeded or cancelled
+    mend     a newcomer fails in transition -> the old world continues, or is rebuilt from its own shards
+    recover  a member fails -> all stop -> plan g+1 from the survivors' state -> all READY -> activate
+    preempt  all FINISHED, checkpoint marked -> empty worker group, queued -> start from the checkpoint
+    end      all FINISHED, last checkpoint marked -> succeeded or cancelled
 
-The controller calls `decide` whenever anything changes, journals the new state, sees to it that `state.worker_group`
-exists and that every worker knows `directive_of(state)`. A call that finds nothing to do returns the same state, so it
-may be called at any time, also by a successor that has only the journalled state.
+The controller calls `decide` at every change, journals the new state, ensures that `state.worker_group` exists and
+sends `directive_of(state)` to every worker. A call with nothing to do returns the same state, so `decide` may be called
+at any time, also by a successor that has only the journalled state.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def first_state(limits: RunLimits) -> RunState:
-    """A run that was just submitted."""
+    """The state of a newly submitted run."""
     return RunState(target=DesiredRunState(seq=0, workers=limits.initial_workers))
 
 
@@ -99,7 +99,7 @@ def decide(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def directive_of(state: RunState, term: int, seq: int | None = None) -> Directive:
-    """What every worker of the run is told; `seq` is the state's unless given."""
+    """The directive for every worker of the run; `seq` is the state's unless given."""
     return Directive(
         term=term,
         seq=state.seq if seq is None else seq,
@@ -118,7 +118,7 @@ def directive_of(state: RunState, term: int, seq: int | None = None) -> Directiv
 
 
 def phase_of(state: RunState, seen: Observation) -> RunPhase:
-    """The word for where the run is. RESCALING only while training waits for it."""
+    """The run's phase. RESCALING only while training waits for the transition."""
     if state.outcome is not None:
         return state.outcome
     if state.is_queued:
@@ -138,11 +138,11 @@ def phase_of(state: RunState, seen: Observation) -> RunPhase:
 
 
 def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
-    """One sentence: what the run waits for, or how it ended."""
+    """One sentence on what the run waits for, or how it ended."""
     if state.outcome is not None:
         return state.why
     if state.gives_way:
-        return f"gives its places away at the next fence, with a checkpoint, and goes on later: {state.queue.grant.why}"
+        return f"preempted: checkpoints at the next fence, releases its workers, resumes later: {state.queue.grant.why}"
     if state.is_ending:
         return "ends at the next fence with a checkpoint"
     if state.is_recovering and state.next is None:
@@ -153,7 +153,7 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
     if leaving := [w for w in leavers(state, seen) if w in state.members]:
         return f"{why_leaving(state, seen, leaving)}; waits for others to take over"
     if state.is_queued:
-        return f"waits in the queue: {state.queue.grant.why}"
+        return f"queued: {state.queue.grant.why}"
     asked, wanted = (
         wanted_size(limits, state.size_request, seen.step + 1, grant) for grant in (UNLIMITED, state.queue.grant)
     )
@@ -164,9 +164,7 @@ def explain(limits: RunLimits, state: RunState, seen: Observation) -> str:
         trains = f"as many workers train as are {'granted' if held else 'wanted'}{held or f': {wanted}'}"
         return (trains if state.current else "all workers are warm") + slow
     unplaced = sum(worker not in seen.reports for worker in state.worker_group)
-    avoided = f"; nodes that get none after failures: {len(state.failures.quarantine)}" * bool(
-        state.failures.quarantine
-    )
+    avoided = f"; nodes quarantined after failures: {len(state.failures.quarantine)}" * bool(state.failures.quarantine)
     placed = (f"; {unplaced} have no place yet" + avoided) * bool(unplaced)
     return f"waits for {missing} of {wanted} workers to get warm" + placed + f"; granted{held}" * bool(held)
 
@@ -182,7 +180,7 @@ def _explain_recovery(limits: RunLimits, state: RunState, seen: Observation) -> 
         there_are = f"{there} {'is' if there == 1 else 'are'} there"
         waits = f"{state.why}; waits for {more}: {there_are}, workers.min is {limits.min_workers}"
         delay_s = held_back_s(state.failures.recent, seen.now_s)
-        return waits + f"; after so many failures the next worker is started in {delay_s:.0f} s" * (delay_s > 0)
+        return waits + f"; after repeated failures the next worker starts in {delay_s:.0f} s" * (delay_s > 0)
     if seen.store_address is None:
         return f"{state.why}; waits for the rendezvous store to come back"
-    return f"{state.why}; waits until {', '.join(survivors) or 'nobody'} has stopped"
+    return f"{state.why}; waits until {', '.join(survivors) or 'every member'} has stopped"

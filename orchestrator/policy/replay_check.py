@@ -1,10 +1,10 @@
-"""Steps done again, and compared: when a standby is to do it, and what its answer means.
+"""Replay checks: when a standby repeats committed steps, and what a difference means.
 
-A step's record tells the loss, the gradients' norm, and a digest of what each rank has come to. Where training is
-exact, whoever does the step again has the same ones, in whatever world. The first step that differs tells what was
-wrong. If it is nothing but the state of some ranks, their updates went wrong, or their memory changed; or a gradient of
-what they update, by too little to show in the norm. If it is the loss or the norm, it came in by what all ranks have
-made together, and whoever updates what it has changed isn't to blame.
+A step's record holds the loss, the gradients' norm, and a digest of each rank's state. Where training is exact, a
+replay of the step gives the same values in any world. The first step that differs shows the fault. If only the state of
+some ranks differs, their updates went wrong or their memory changed; or a gradient of the parameters that they update
+was wrong, by too little to show in the norm. If the loss or the norm differs, the fault entered a result of all ranks
+together, and the ranks that update the affected parameters aren't to blame.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ from orchestrator.protocol.messages import PastWorld, ReplayResult, ReplayTask, 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first step that came out otherwise.
+    """The first step that did not reproduce.
 
     Args:
-        parts: what of it: loss, grad_norm, state.
-        ranks: whose state, where that alone differs, and not everybody's.
+        parts: which of loss, grad_norm, state differ.
+        ranks: those whose state differs, where the state alone differs and not on all ranks.
     """
 
     step: int
@@ -35,7 +35,7 @@ class Difference:
 def first_difference(
     records: Sequence[StepRecord | StepFingerprint], again: Sequence[StepRecord | StepFingerprint]
 ) -> Difference | None:
-    """Between steps and the same steps done again. What one side only has doesn't count: steps, digests."""
+    """The first difference between steps and their replay. Steps and digests that only one side has are ignored."""
     repeated = {record.step: record for record in again}
     for record in records:
         other = repeated.get(record.step)
@@ -47,14 +47,14 @@ def first_difference(
 def _difference(record: StepRecord | StepFingerprint, other: StepRecord | StepFingerprint) -> Difference | None:
     ranks = [rank for rank, (a, b) in enumerate(zip(record.digests, other.digests, strict=False)) if a != b]
     values = {name: (getattr(record, name), getattr(other, name)) for name in ("loss", "grad_norm")}
-    # By its digits: NaN is like itself then.
+    # Compared by repr, so that NaN equals NaN.
     parts = (*(name for name, (a, b) in values.items() if repr(a) != repr(b)), *(["state"] if ranks else []))
-    told = ranks if parts == ("state",) and len(ranks) < len(record.digests) else []
-    return Difference(record.step, parts, tuple(told)) if parts else None
+    some = ranks if parts == ("state",) and len(ranks) < len(record.digests) else []
+    return Difference(record.step, parts, tuple(some)) if parts else None
 
 
 def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Have a standby do steps again when that is due, and tell what came of it. A rule of `lifecycle`."""
+    """Assign a replay to a standby when one is due, and report its result. A rule of `lifecycle`."""
     if state.replay.task is not None:
         return _hear(state, state.replay.task, seen)
     standbys = [worker for worker in warm_standbys(state, seen) if _computes_alike(state, seen, worker)]
@@ -66,7 +66,7 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     done = (record for record in seen.progress.recent if first < record.step <= last)
     check = ReplayTask(
         number=state.replay.count,
-        worker=standbys[-1],  # the last to be taken into a world
+        worker=standbys[-1],  # the last in line to join a world
         step=first,
         last_step=last,
         worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.micro_batch),),
@@ -79,7 +79,7 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
 
 
 def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
-    """The newest checkpoint has enough steps behind it, all of the present world and in an order that it knew of."""
+    """Whether enough steps follow the newest checkpoint, all in the present world, with no decided stage among them."""
     first, last = state.checkpoint_done, state.checkpoint_done + steps
     is_new = state.replay.count == 0 or (first > state.replay.last_step and first - state.replay.last_step >= every)
     if first < 0 or not is_new or seen.progress.watermark < last:
@@ -92,9 +92,9 @@ def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
 
 
 def _computes_alike(state: RunState, seen: Observation, worker: str) -> bool:
-    """Its numerics are those of all members: others come to other bits, with nothing wrong."""
-    told = {report.numerics for w in (worker, *state.members) if (report := seen.reports.get(w)) is not None}
-    return len(told) == 1
+    """Whether it has the numerics of all members: with others, bits differ without a fault."""
+    numerics = {report.numerics for w in (worker, *state.members) if (report := seen.reports.get(w)) is not None}
+    return len(numerics) == 1
 
 
 def _hear(state: RunState, check: ReplayTask, seen: Observation) -> Decision:
@@ -103,7 +103,7 @@ def _hear(state: RunState, check: ReplayTask, seen: Observation) -> Decision:
         return Decision(replace(state, replay=replace(state.replay, task=None)))
     answer = report.checked
     if answer is None or answer.number != check.number:
-        never = check.worker in state.members  # it was taken in before it came to it
+        never = check.worker in state.members  # it joined the world before it could replay
         return Decision(replace(state, replay=replace(state.replay, task=None)) if never else state)
     return _compare(replace(state, replay=replace(state.replay, task=None)), check, answer, seen)
 
@@ -112,7 +112,7 @@ def _compare(state: RunState, check: ReplayTask, answer: ReplayResult, seen: Obs
     if answer.error:
         return Decision(state, (ReplayFailed(check.worker, check.step, answer.error),))
     if not answer.findings:
-        return Decision(state)  # it was needed elsewhere
+        return Decision(state)  # cancelled: the worker was needed elsewhere
     difference = first_difference(check.findings, answer.findings)
     checked = ReplayChecked(check.worker, check.step + 1, answer.findings[-1].step, equal=difference is None)
     if difference is None:
@@ -123,42 +123,42 @@ def _compare(state: RunState, check: ReplayTask, answer: ReplayResult, seen: Obs
 
 
 def state_differs(difference: Difference, worlds: Sequence[PastWorld], nodes: Mapping[str, str]) -> StateDiffers:
-    """A difference as an event: with the workers that had the ranks then, and the nodes where they live."""
+    """The event for a difference, with the workers that had the ranks at that step, and their nodes."""
     world = next(past.world for past in reversed(worlds) if past.first_step <= difference.step)
     workers = tuple(world.members[rank] for rank in difference.ranks)
     places = tuple(nodes.get(worker, "") for worker in workers)
     return StateDiffers(difference.step, difference.parts, difference.ranks, workers, places)
 
 
-# -- Numerics fingerprints, of which `engine.numerics` tells what is in one: who has the same computes the same bits ---
+# -- Numerics fingerprints (contents: `engine.numerics`): workers with equal ones compute the same bits ----------------
 
 Differences = Mapping[str, str]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
-    """In words, by key."""
+    """Changes between two fingerprints as text, by key."""
     keys = sorted(before.keys() | now.keys())
     return {key: f"{before.get(key)} -> {now.get(key)}" for key in keys if before.get(key) != now.get(key)}
 
 
 def shown(differing: Mapping[str, Differences]) -> str:
-    """Workers with what of their fingerprint is another: `w2, w3 (instructions: AVX512 -> AVX2)`."""
+    """Workers with the differing parts of their fingerprints: `w2, w3 (instructions: AVX512 -> AVX2)`."""
     alike: dict[str, list[str]] = {}
     for worker, differs in differing.items():
         alike.setdefault(", ".join(f"{key}: {change}" for key, change in differs.items()), []).append(worker)
-    return "; ".join(f"{', '.join(workers)} ({told})" for told, workers in alike.items())
+    return "; ".join(f"{', '.join(workers)} ({changes})" for changes, workers in alike.items())
 
 
 def doubt(members: Sequence[str], differing: Mapping[str, Differences], here: Differences) -> str:
-    """Why steps done again here may differ with nothing wrong: whoever did them computes other bits. Empty if not.
+    """Why a replay in this process may differ without a fault: its numerics are not the workers'. Empty if they are.
 
     Args:
-        members: the workers that did them.
-        differing: of them, those whose numerics aren't those of the run's first worker.
-        here: how this process's numerics are others than that one's.
+        members: the workers that did the steps.
+        differing: those of them whose numerics differ from those of the run's first worker.
+        here: how this process's numerics differ from that worker's.
     """
     if all(differing.get(member, {}) == here for member in members):
         return ""
     others = {member: differing[member] for member in members if member in differing}
-    told = shown(others | ({"this process": here} if here else {}))
-    return f"The numerics of whoever did these steps are not those here, which may be all that differs: {told}."
+    text = shown(others | ({"this process": here} if here else {}))
+    return f"Numerics differ between the workers of these steps and this process, which may be the only cause: {text}."

@@ -1,4 +1,4 @@
-"""How a run ends, and the checkpoints it leaves. Rules of `lifecycle`."""
+"""End of a run, and completion of its checkpoints. Rules of `lifecycle`."""
 
 from dataclasses import replace
 
@@ -15,27 +15,27 @@ OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
 
 
 def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """End the run when it can't go on, with the cause by name."""
+    """End the run when it can't continue, with the cause."""
     if seen.faults:
         return ended(state, RunPhase.FAILED, seen.faults[0])
     mistaken = [r.worker for r in seen.reports.values() if r.error is not None and r.error.kind == USER_ERROR]
-    if mistaken and state.current is None:  # later it is a standby's that can't be taken in; training goes on
+    if mistaken and state.current is None:  # later it is a standby's that can't join, and training continues
         worker = mistaken[0]
         return ended(state, RunPhase.FAILED, why_gone(seen, worker), traceback_of(seen, worker))
     if state.failures.spawns >= MAX_FAILED_SPAWNS:
         why = f"{state.failures.spawns} workers in a row ended early; {state.why}"
         return ended(state, RunPhase.FAILED, why, state.traceback)
     if state.failures.transitions >= 2 * MAX_FAILED_TRANSITIONS:
-        return ended(state, RunPhase.FAILED, f"{state.failures.transitions} moves in a row failed; {state.why}")
+        return ended(state, RunPhase.FAILED, f"{state.failures.transitions} transitions in a row failed; {state.why}")
     return _fail_while_beginning(state, seen)
 
 
 def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Turn a request to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
-    A preempted run stops in the same way, to go on later.
+    A preempted run stops in the same way, to resume later.
 
-    Behind a raised fence the move is finished first: it can't be called back. Where nobody has a whole state, and
-    checkpoints can't be read, nothing is waited for.
+    Behind a raised fence the transition is finished first, as it can't be cancelled. The run ends at once where no live
+    workers hold a whole state and checkpoints can't be read.
     """
     is_lost = state.wants_restore and bool(seen.unreadable)
     if state.target.finish is not Finish.NO and (state.current is None or is_lost):
@@ -52,8 +52,8 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
 
 def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Have the oldest complete checkpoint marked whose shards have all been written, once its steps are on record: who
-    goes back to it must find the account of what came before.
+    """Commit the oldest checkpoint whose shards are all written, once the records of its steps are journalled: a run
+    that goes back to it needs the records of the steps before.
     """
     if seen.checkpointed > state.checkpoint_done:
         return Decision(replace(state, checkpoint_done=seen.checkpointed))
@@ -64,7 +64,7 @@ def commit_checkpoint(limits: RunLimits, state: RunState, seen: Observation) -> 
 
 
 def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Everybody has finished, the last checkpoint is marked and the last record received: the run is over."""
+    """End the run once all members have finished, the last checkpoint is marked and the last record received."""
     reports = [seen.reports[w] for w in state.members if w in seen.reports]
     if not reports or len(reports) < len(state.members) or any(r.phase is not Phase.FINISHED for r in reports):
         return Decision(state)
@@ -79,11 +79,11 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return ended(state, outcome, f"{why}, after {last_step + 1} of {limits.steps} steps")
     if state.gives_way:
         return suspended(state, seen)
-    return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps}, unasked")
+    return ended(state, RunPhase.FAILED, f"workers stopped after step {last_step} of {limits.steps} without request")
 
 
 def _fail_while_beginning(state: RunState, seen: Observation) -> Decision:
-    """A worker that fails, by more than a lost peer, while the first world is made: another would do the same."""
+    """End the run if a worker fails, by more than a lost peer, while the first world is made: others would fail too."""
     planned = state.next.world.members if state.next is not None and state.current is None else ()
     failed = [w for w in planned if w not in seen.lost and seen.phase(w) is Phase.FAILED]
     if not failed:
@@ -93,13 +93,13 @@ def _fail_while_beginning(state: RunState, seen: Observation) -> Decision:
 
 
 def publishable(state: RunState, seen: Observation) -> int:
-    """The newest step that can't be lost any more: by its members' votes, or by a checkpoint that is all written."""
+    """The newest step that can't be lost any more, by members' votes or by a checkpoint with all shards written."""
     written = (commit.step for commit in complete_checkpoints(state, seen))
     return max([seen.committed, *written])
 
 
 def complete_checkpoints(state: RunState, seen: Observation) -> list[Commit]:
-    """Checkpoints of the current and the previous generation whose every rank has written its shard, oldest first."""
+    """Checkpoints of the current and previous generation with the shards of all ranks written, oldest first."""
     plans = {plan.generation: plan for plan in (state.previous, state.current) if plan}
     shards: dict[tuple[int, int], dict[int, ShardWritten]] = {}
     for report in seen.reports.values():

@@ -1,4 +1,4 @@
-"""What the controller asks of actors whose classes it cannot import, because they need torch."""
+"""Interfaces of actors whose classes the controller cannot import, because they need torch."""
 
 from typing import Protocol
 
@@ -9,16 +9,16 @@ class WorkerApi(Protocol):
     """A worker (`orchestrator.worker.actor.Worker`)."""
 
     def warm(self, job: WorkerJob) -> Report:
-        """Become a standby. A repeat is harmless."""
+        """Become a standby. Idempotent."""
 
     def direct(self, directive: Directive) -> Report:
-        """Take a directive; the newest wins. Raises TermSuperseded for one from a replaced controller."""
+        """Take a directive; the newest wins. Raises TermSuperseded for a directive of a replaced controller."""
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
-        """The worker's state, as soon as it is newer than `known_version` or `timeout_s` have passed.
+        """The worker's state, once it is newer than `known_version` or `timeout_s` has passed.
 
         Args:
-            after_step: with the records of the finished steps after this one; None for no records.
+            after_step: include records of the finished steps after this one; None for no records.
         """
 
 
@@ -26,4 +26,4 @@ class RendezvousApi(Protocol):
     """A run's rendezvous store (`orchestrator.comm.transport.rendezvous`)."""
 
     def address(self) -> tuple[str, int]:
-        """Host and port where the store listens."""
+        """Host and port on which the store listens."""

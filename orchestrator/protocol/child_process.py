@@ -1,4 +1,4 @@
-"""What is asked of a run's model outside of training: frozen values that cross to a process with torch."""
+"""Messages between a torch-free process and its child processes with torch: inference and replay."""
 
 import json
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress, WorkerJob
 
-# -- Messages to and from a process of one's own: a line of JSON each, on its stdin and stdout -------------------------
+# -- Messages to and from a child process: a line of JSON each, on its stdin and stdout --------------------------------
 
 
 class Lines:
-    """Writes and reads messages of some dataclasses."""
+    """Writes and reads messages of the given dataclasses."""
 
     def __init__(self, *kinds: type[Any]) -> None:
         self._kinds = {kind.__name__: kind for kind in kinds}
 
     def write(self, message: Any) -> str:
-        """A message as one line, without its end."""
+        """A message as one line, without a line break."""
         return json.dumps({"kind": type(message).__name__, "value": to_plain(message)})
 
     def read(self, line: str) -> Any:
-        """The message that `write` wrote. Raises ProtocolError if it is none."""
+        """The message of a line from `write`. Raises ProtocolError for any other line."""
         try:
             content = json.loads(line)
             kind = self._kinds[content["kind"]]
@@ -32,11 +32,11 @@ class Lines:
         return from_plain(kind, content["value"])
 
 
-# -- What is asked of a run's model outside of training: frozen values that cross to a process with torch --------------
+# -- Requests to a run's model outside of training, and answers --------------------------------------------------------
 
 
 class Split(StrEnum):
-    """Of a run's own text."""
+    """A split of a run's own text."""
 
     VALIDATION = "validation"
     TRAIN = "train"
@@ -44,14 +44,14 @@ class Split(StrEnum):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss on a text.
+    """Request for the loss on a text.
 
     Args:
-        run_dir: the run's directory: its job and tokenizer.
+        run_dir: the run's directory, with its job and tokenizer.
         checkpoint: directory of a complete checkpoint.
         store_dir: the run's token store, of which `split` is read; None for another corpus.
-        corpus, text_key: a source as in the job file, all of it; None for the run's store.
-        max_rows: rows of the job's length, at most.
+        corpus, text_key: a whole source as in the job file; None for the run's store.
+        max_rows: maximum number of rows of the job's length.
     """
 
     run_dir: str
@@ -65,7 +65,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Losses are means over `tokens` targets, in nats; `num_bytes` is their text's length in UTF-8."""
+    """Loss on a text: mean over `tokens` targets, in nats. `num_bytes` is the length of their text in UTF-8."""
 
     rows: int
     tokens: int
@@ -77,14 +77,14 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation of a prompt.
+    """Request for a continuation of a prompt.
 
     Args:
         run_dir, checkpoint: as in `Evaluation`.
-        max_tokens: of the continuation, at most; it ends before at the border of the document.
+        max_tokens: maximum length of the continuation, which ends earlier at the end of the document.
         temperature: 0 for the likeliest token each time.
-        top_k: choose among so many; None for all.
-        top_p: choose among the likeliest that hold this share, in (0, 1].
+        top_k: sample from this many likeliest tokens; None for all.
+        top_p: sample from the likeliest tokens with this total probability, in (0, 1].
     """
 
     run_dir: str
@@ -99,7 +99,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """`text` is the continuation alone; `ended` whether the document ended before `max_tokens`."""
+    """`text` is the continuation without the prompt; `ended`: the document ended before `max_tokens`."""
 
     text: str
     tokens: tuple[int, ...]
@@ -110,21 +110,21 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that the continuation has grown by."""
+    """New text of the continuation."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Remark:
-    """What the user should know meanwhile."""
+    """A progress message or warning for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Fault:
-    """How it ended instead: an error of `orchestrator.errors`, by its class, with the traceback of a user's code."""
+    """Failure of a request: class name and fields of an `orchestrator.errors` error; `traceback` is of user code."""
 
     kind: str
     message: str
@@ -138,13 +138,13 @@ Answer = Piece | Remark | Fault | EvaluationResult | GenerationResult
 MODEL_LINES = Lines(Evaluation, Generation, Piece, Remark, Fault, EvaluationResult, GenerationResult)
 
 
-# -- What the processes that do a run's steps again are told, and what they answer -------------------------------------
+# -- Messages to and from processes that replay a run's steps ----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ReplayOrder:
-    """Do the steps up to `last_step` again, as `worker` in the plan's world. A store address without a port: make the
-    store, and say where it listens."""
+    """Order to replay the steps up to `last_step`, as `worker` in the plan's world. If the store address has no port,
+    this process creates the store and reports its address."""
 
     worker: str
     job: WorkerJob
@@ -154,10 +154,10 @@ class ReplayOrder:
 
 @dataclass(frozen=True)
 class Numerics:
-    """What decides the bits of this process's results, as JSON."""
+    """Properties that determine the bits of this process's results, as JSON."""
 
     fingerprint: str
 
 
-PEER_LOST = "PeerLost"  # kind of a Fault that another rank is to blame for
+PEER_LOST = "PeerLost"  # kind of a Fault that another rank caused
 REPLAY_LINES = Lines(ReplayOrder, Numerics, StoreAddress, StepRecord, Fault)

@@ -1,8 +1,8 @@
-"""Frozen dataclasses to plain JSON values and back, by their type hints.
+"""Conversion between frozen dataclasses and plain JSON values, by type hints.
 
-What the journal and `status.json` hold is written and read by this one pair, so that every value of `protocol` and
-`policy` can be stored without a line of its own. Reading is strict: a key that the class does not have, or a value
-of another type, is an error, because a half-understood state must not be acted on.
+The journal and `status.json` are written and read with this one pair of functions, so values of `protocol` and
+`policy` need no serialization code of their own. Reading is strict: an unknown key or a value of another type is an
+error, because a partly understood state must not be acted on.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses to dicts, tuples to lists, enums to their values; what JSON knows stays as it is."""
+    """Dataclasses to dicts, tuples to lists, enums to their values; JSON values stay unchanged."""
     if type(value) in SCALARS:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -51,19 +51,19 @@ def from_plain(cls: type[T], plain: Any) -> T:
 
 
 class _Unfit(Exception):
-    """A value isn't what its type hint says. `at` is where, the innermost first."""
+    """A value doesn't match its type hint. `at` is its path, innermost part first."""
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
         self.at: list[str] = []
 
 
-Reader = Callable[[Any], Any]  # of a plain value
+Reader = Callable[[Any], Any]  # from a plain value
 
 
 @cache
 def _reader(hint: Any) -> Reader:
-    """What reads values of this type, made once: journals have many."""
+    """Reader of values of this type, cached, as journals have many values."""
     if hint is Any:
         return _as_it_is
     origin = get_origin(hint)

@@ -1,21 +1,21 @@
-"""The load of the experts in a step, summarised."""
+"""Summary of the experts' load in a step."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ExpertLoad:
-    """How evenly the tokens of a step's global batch were spread over the experts. All 0 without experts or tokens.
+    """Balance of a step's global batch over the experts. All 0 without experts or tokens.
 
     Args:
         max_violation: MaxVio (arXiv:2408.15664, section 2.1), max load / mean load - 1 of a layer; mean over layers.
-        worst_violation: the same of the layer where it is largest.
+        worst_violation: the same for the layer where it is largest.
         worst_layer: that layer, counted from 0 among the MoE layers; -1 without any.
-        utilisation: mean load / max load, mean over layers: the share of the time that experts on ranks of their own
-            would be busy.
+        utilisation: mean load / max load, mean over layers: the share of time that experts would be busy if each had a
+            rank of its own.
         dead: share of all layers' experts that no token chose.
-        entropy: of the distribution of choices over its largest value, log E; mean over layers.
-        swing: share of experts whose load changed from well above the mean to well below it or back since the step
+        entropy: entropy of the distribution of choices, relative to its maximum, log E; mean over layers.
+        swing: share of experts whose load changed from well above the mean to well below it, or back, since the step
             before; None in the first step of a generation.
     """
 

@@ -1,7 +1,7 @@
 """Frozen values that cross process borders.
 
 `DesiredRunState` (Scheduler to RunController) and `Directive` (RunController to Worker) each carry the whole desired
-state, so the newest wins and a repeat is harmless. `Report` is what a worker answers. Everything carries
+state, so the newest wins and a repeat is harmless. A worker answers with a `Report`. Everything carries
 (term, generation); a receiver refuses a lower term."""
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 
 class Finish(StrEnum):
-    """How a run is asked to end before its last step."""
+    """Requested end of a run before its last step."""
 
     NO = "no"
     CANCEL = "cancel"
@@ -25,8 +25,8 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class DesiredRunState:
-    """What the Scheduler wants a run to be. `by_hand` says that a user asked for this size. `stage` is the stage that
-    was asked for last, `next` for the one that comes next, and `stage_wishes` counts how often one was."""
+    """Desired state of a run, from the Scheduler. `by_hand`: a user requested this size. `stage` is the stage requested
+    last, or `next` for the following one, and `stage_requests` counts such requests."""
 
     seq: int
     workers: int
@@ -39,9 +39,9 @@ class DesiredRunState:
 
 @dataclass(frozen=True)
 class Restore:
-    """A complete checkpoint that state is read from: its last finished step, and its directory.
+    """A complete checkpoint to restore from: its last finished step, and its directory.
 
-    `reset_residuals`: what compression of gradients had kept is left there.
+    `reset_residuals`: the residuals of gradient compression are not restored.
     """
 
     step: int
@@ -51,10 +51,10 @@ class Restore:
 
 @dataclass(frozen=True)
 class ResumeRequest:
-    """The request that a run which has ended, or lost its cluster, goes on. `token` tells repeats from new requests.
+    """Request to resume a run that has ended or lost its cluster. `token` distinguishes repeats from new requests.
 
-    `restore` is None for a run without any checkpoint: it begins again at step 0. `workers` is None for as many as
-    were wanted last.
+    `restore` is None for a run without any checkpoint: it begins again at step 0. `workers` is None to keep the number
+    that was wanted last.
     """
 
     token: str
@@ -64,10 +64,10 @@ class ResumeRequest:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a generation's state comes from: the world that has made it, and who holds it.
+    """Source of a generation's state: the world that produced it, and the workers that hold it.
 
-    `step` is the finished step after which the state is taken; None for the fence that the members of `world` come to.
-    `holders` names by rank the worker that has the rank's shard: its own or, after a loss, a buddy's copy.
+    `step` is the finished step after which the state is taken; None for the fence that the members of `world` reach.
+    `holders` lists by rank the worker that has the rank's shard: its own or, after a failure, a buddy's copy.
     """
 
     world: World
@@ -78,8 +78,8 @@ class Source:
 
 @dataclass(frozen=True)
 class PastWorld:
-    """A world that has trained steps, from `first_step` on until the next one did, where its experts were, and how much
-    its micro-batches took."""
+    """A world that trained steps, from `first_step` until the next world's first step, with its expert placement and
+    micro-batch size."""
 
     first_step: int
     world: World
@@ -89,7 +89,7 @@ class PastWorld:
 
 @dataclass(frozen=True)
 class StepFingerprint:
-    """What a step that is done again has to come to, bit by bit: fields as in `StepRecord`."""
+    """Results that a replayed step must reproduce bit by bit; fields as in `StepRecord`."""
 
     step: int
     loss: float
@@ -99,7 +99,7 @@ class StepFingerprint:
 
 @dataclass(frozen=True)
 class StoreAddress:
-    """Where the run's rendezvous store listens. One that comes back after its death listens elsewhere."""
+    """Address of the run's rendezvous store. A restarted store has another address."""
 
     host: str
     port: int
@@ -107,16 +107,16 @@ class StoreAddress:
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """A generation to come: who is in it, which rank holds which experts, and where its state comes from.
+    """Plan of a generation: its members, the placement of experts on ranks, and the source of its state.
 
-    `source` is None for a state that is made from the seed, or read from the checkpoint `restore`. Workers of the
-    source that are not in `world` hand over what they hold and become standbys. `buddies` names by rank the rank that
-    keeps its snapshots; empty where nobody does. `store_prefix` names the generation's keys in the rendezvous store: it
-    holds term and generation, so nobody of the past can meet this world. All meet in the store at `store_address`; a
-    world that has met needs it no more. `micro_batch` is how much a micro-batch takes, as the job says if it says
-    nothing; `skips` are steps whose batches are left out. `nodes` names by rank the node that it lives on; empty where
-    nobody knows. `replayed`: worlds whose steps this one does again, to be compared: the digests of its steps are those
-    of their ranks.
+    `source` is None for a state that is initialized from the seed, or read from the checkpoint `restore`. Workers of
+    the source that are not in `world` send their shards and become standbys. `buddies` lists by rank the rank that
+    keeps its snapshots; empty without snapshots. `store_prefix` prefixes the generation's keys in the rendezvous store:
+    it contains term and generation, so that processes of earlier generations can't join this world. All members meet
+    in the store at `store_address`; a connected world no longer needs it. `micro_batch` is the size of micro-batches,
+    by default the job's; `skips` are steps whose batches are left out. `nodes` lists the node of each rank; empty if
+    unknown. `replayed`: worlds whose steps this one replays for comparison; digests of its steps are then by their
+    ranks.
     """
 
     term: int
@@ -139,15 +139,15 @@ class GenerationPlan:
 
     @property
     def involved(self) -> tuple[str, ...]:
-        """Who has a part in the move: the holders of the state in rank order, then the other members."""
+        """Participants of the transition: holders of the state in rank order, then the other members."""
         holders = self.source.holders if self.source else ()
         return tuple(dict.fromkeys(holders + self.world.members))
 
 
 @dataclass(frozen=True)
 class Fence:
-    """Where the current generation ends: after the step `at_step` has finished, or, if None, after the first
-    step whose vote shows that every member has seen this fence."""
+    """End of the current generation: after the step `at_step` or, if None, after the first step whose vote shows that
+    every member has seen this fence."""
 
     to_generation: int
     at_step: int | None = None
@@ -155,8 +155,8 @@ class Fence:
 
 @dataclass(frozen=True)
 class StageStart:
-    """A stage of the curriculum begins at `first_step`, whatever the job would have had there: it was decided while the
-    run trains. `after` is the stage that it ends: if another one has come by then, it is void. Empty: it ends any."""
+    """Start of a curriculum stage at `first_step`, decided during training and overriding the job's plan. `after` is
+    the stage that it ends: the decision is void if another stage has begun by then. Empty: it ends any stage."""
 
     name: str
     first_step: int
@@ -165,9 +165,8 @@ class StageStart:
 
 @dataclass(frozen=True)
 class ReplayTask:
-    """The request that a standby does steps again, alone, from the checkpoint after `step` on up to `last_step`.
-    `worlds` did them first, without the batches of `skips`, and came to `findings`. `number` tells one check from
-    another."""
+    """Request that a standby alone replays steps from the checkpoint after `step` up to `last_step`. `worlds` trained
+    them first, without the batches of `skips`, with the results `findings`. `number` identifies the check."""
 
     number: int
     worker: str
@@ -185,11 +184,11 @@ class Directive:
     `current` is the generation being trained (None before the first), `next` the one to be prepared in the
     background, `fence` where current hands over to next. `activated` is the newest generation that may train: a
     worker that is ready for a generation waits until it is activated. `aborted` is the newest generation that must
-    train no more, since somebody is lost; whoever waits for a peer in it shuts the connection. `settled` is the newest
-    generation that has committed a step of its own: what older ones held may go. `finish` asks for a fence, a
-    checkpoint and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
-    `stages` are all that were decided so far, in order, and `stages_version` counts decisions: members take in one once
-    all of them have seen it; what it has of steps before the one after the next comes too late and is left out.
+    stop training because a member failed; workers that wait for a peer in it close the connection. `settled` is the
+    newest generation that has committed a step of its own: state of older ones may be freed. `finish` requests a fence,
+    a checkpoint and the end. `checkpoint_done` is the newest step whose checkpoint the controller has marked complete.
+    `stages` are all decisions so far, in order, and `stages_version` counts them: members apply a decision once all of
+    them have seen it; its parts that concern steps before the one after the next are too late and are ignored.
     """
 
     term: int
@@ -208,7 +207,7 @@ class Directive:
 
 
 class Phase(StrEnum):
-    """What a worker is doing."""
+    """Phase of a worker."""
 
     COLD = "cold"
     WARMING = "warming"
@@ -216,14 +215,14 @@ class Phase(StrEnum):
     TRAINING = "training"
     MOVING = "moving"  # past a fence: transfer and rebuild
     READY = "ready"  # holds its shard of the next generation, waits for activation
-    STRANDED = "stranded"  # its generation or the move from it has failed; holds state, waits for a plan
+    STRANDED = "stranded"  # its generation or the transition from it failed; holds state, waits for a plan
     FINISHED = "finished"  # the last step is done; the final checkpoint is written
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One finished step as every member knows it. Times are `time.time()` seconds."""
+    """One finished step, as known to every member. Times are `time.time()` seconds."""
 
     step: int
     generation: int
@@ -238,29 +237,29 @@ class StepRecord:
     step_s: float
     vote_time: float
     validation_loss: float | None = None
-    data_wait_s: float = 0.0  # of step_s, how long the training thread of whoever reports waited for its rows
-    protection_wait_s: float = 0.0  # likewise, for its snapshot to be with its buddy
-    skipped: bool = False  # its batch was left out, after it had made the loss explode
+    data_wait_s: float = 0.0  # part of step_s that the reporting worker's training thread waited for its rows
+    protection_wait_s: float = 0.0  # likewise, for its snapshot to reach its buddy
+    skipped: bool = False  # its batch was left out because it had made the loss explode
     slowest: int = (
         -1
-    )  # rank that computed longest for a micro-batch, waits for peers apart; -1: there are no two to compare
+    )  # rank with the longest compute time per micro-batch, without waits for peers; -1: no two ranks to compare
     slowness: float = 1.0  # its time over the median of the others'
-    snapshot_interval: int = 0  # steps between two snapshots when it was done; 0: none are taken
+    snapshot_interval: int = 0  # steps between two snapshots at that time; 0: none are taken
     stage: str = ""  # of the curriculum; empty without one
-    sequence_length: int = 0  # tokens of its rows, or of the longest; 0 in records of before there were stages
+    sequence_length: int = 0  # tokens of its rows, or of the longest; 0 in records from before there were stages
     num_micro_batches: int = 0  # of all workers together
     padding: float = 0.0  # share of the micro-batches' tokens
-    traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, what all workers sent since the vote before
-    compression: str = ""  # of its gradients; empty in records of before there was any
-    communication_wait_s: float | None = None  # of step_s, how long it waited for peers; None: it was not measured
-    digests: tuple[str, ...] = ()  # by rank, of the state that it led to; where training is exact
+    traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, sent by all workers since the vote before
+    compression: str = ""  # of its gradients; empty in records from before there was any
+    communication_wait_s: float | None = None  # part of step_s spent waiting for peers; None: not measured
+    digests: tuple[str, ...] = ()  # by rank, of the state after the step; if training is exact
     experts: ExpertLoad = field(default_factory=ExpertLoad)
-    loads: tuple[tuple[int, ...], ...] = ()  # by MoE layer, tokens of each expert; in steps that a heat map shows
+    loads: tuple[tuple[int, ...], ...] = ()  # by MoE layer, tokens of each expert; for steps that a heat map shows
 
 
 @dataclass(frozen=True)
 class Handover:
-    """What a worker saw of one rescale, after it became ready for `generation`."""
+    """A worker's measurements of one rescale, after it became ready for `generation`."""
 
     generation: int
     step: int  # last finished step of the old generation
@@ -271,12 +270,12 @@ class Handover:
     sent_bytes: int
     received_bytes: int
     state_identical: bool | None  # None: digests were not taken
-    residual_error: float = 0.0  # how far what error feedback keeps, summed over the ranks, has moved, over its norm
+    residual_error: float = 0.0  # change of the error-feedback residuals, summed over the ranks, relative to their norm
 
 
 @dataclass(frozen=True)
 class ShardWritten:
-    """A rank's part of a checkpoint lies in run storage; the controller writes the marker when all ranks' do."""
+    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards."""
 
     step: int
     generation: int
@@ -285,13 +284,13 @@ class ShardWritten:
     sha256: str
     entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
     num_bytes: int
-    meta: str  # JSON: what is not a tensor (sampler position, optimizer step); equal on all ranks
+    meta: str  # JSON of state that is not a tensor (sampler position, optimizer step); equal on all ranks
 
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What a standby has to say of a check: the steps that it has done again, all or, where it was needed elsewhere,
-    the first ones; or why it couldn't."""
+    """Result of a standby's replay check: fingerprints of all steps, or of the first ones if it was interrupted by
+    other work; or the error."""
 
     number: int
     findings: tuple[StepFingerprint, ...] = ()
@@ -300,7 +299,7 @@ class ReplayResult:
 
 @dataclass(frozen=True)
 class Saturation:
-    """Parameters whose gradient was too large on a worker for an exact sum; the step's update was left out."""
+    """Parameters whose gradient on a worker was too large for an exact sum; the step's update was skipped."""
 
     step: int
     parameters: tuple[str, ...]
@@ -308,19 +307,18 @@ class Saturation:
 
 @dataclass(frozen=True)
 class MicroBatchMemory:
-    """What the micro-batches of a generation took on a worker, since rows had this length; asked for where
-    micro-batches are fitted.
+    """Memory use of a generation's micro-batches on a worker, since rows had this length. Used to fit micro-batches.
 
     Args:
-        steps: finished so far.
-        tokens: of the largest micro-batch, padding included.
-        num_micro_batches: of the last step, of all workers together.
-        kept_bytes: what a forward pass kept for its backward pass, at most; 0 where that can't be told.
-        resident_bytes: what the process has taken: on a CPU, where it keeps what it has freed, the most so far.
-        limit_bytes: memory of the host, or of the group of processes that it is confined to, or of the GPU.
-        used_bytes: of it, by all processes, without what the system can take back.
-        place: what memory that is: workers that name the same one share it.
-        is_gpu: it is a GPU's.
+        steps: finished steps so far.
+        tokens: tokens of the largest micro-batch, padding included.
+        num_micro_batches: in the last step, of all workers together.
+        kept_bytes: most bytes that a forward pass kept for its backward pass; 0 if unknown.
+        resident_bytes: memory of the process; on a CPU, where freed memory is kept, its maximum so far.
+        limit_bytes: memory of the host, of the control group that confines the process, or of the GPU.
+        used_bytes: part of `limit_bytes` used by all processes, without memory that the system can reclaim.
+        place: id of that memory: workers with the same id share it.
+        is_gpu: it is the memory of a GPU.
     """
 
     generation: int
@@ -338,8 +336,8 @@ class MicroBatchMemory:
 
 @dataclass(frozen=True)
 class WorkerError:
-    """Why a worker failed. `kind` is a stable word: peer_lost, user_error, numeric, out_of_memory, corrupted,
-    doubtful (a state that others have brought), internal."""
+    """Cause of a worker's failure. `kind` is a stable word: peer_lost, user_error, numeric, out_of_memory, corrupted,
+    doubtful (a state received from others), internal."""
 
     kind: str
     message: str
@@ -348,13 +346,13 @@ class WorkerError:
 
 @dataclass(frozen=True)
 class Report:
-    """What a worker answers when asked: its whole visible state.
+    """The whole visible state of a worker.
 
-    `records` are the finished steps newer than the asker named; `prepared` is the newest generation whose
-    groups this worker has connected. `committed` is the newest step that the votes have shown to be held twice, and
-    `settled` the newest generation of which that is known. `holdings` are the states that lie in this worker's memory,
-    told once it has stopped; `stopped` is the newest generation that it has left because a peer or itself failed, with
-    the cause in `error`.
+    `records` are the finished steps after the requested one; `prepared` is the newest generation whose groups this
+    worker has connected. `committed` is the newest step of which the votes have shown that two workers hold its state,
+    and `settled` the newest generation with such a step. `holdings` are the states in this worker's memory, reported
+    once it has stopped; `stopped` is the newest generation that it has left because it or a peer failed, with the cause
+    in `error`.
     """
 
     worker: str
@@ -373,28 +371,28 @@ class Report:
     failed_generation: int = -1  # a generation that could not be reached, while STRANDED
     committed: int = -1
     settled: int = -1
-    first_record: int = 0  # the oldest finished step that this worker can tell of
+    first_record: int = 0  # the oldest finished step that this worker still has a record of
     stopped: int = -1
     holdings: tuple[Holding, ...] = ()
     rss_bytes: int = 0
-    collective: int = 0  # collectives that its training thread has entered in this generation
+    collective: int = 0  # number of collectives that its training thread has entered in this generation
     micro_batches: MicroBatchMemory | None = None
     checked: ReplayResult | None = None
     saturated: Saturation | None = None  # the newest
-    numerics: str = ""  # what decides the bits of its results, where they are to be exact
-    leaving: bool = False  # it was told to end (SIGTERM), and soon will be made to
+    numerics: str = ""  # properties that determine the bits of its results, if training is exact
+    leaving: bool = False  # it received SIGTERM and will be killed soon
     extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What a worker needs to know of its run, once."""
+    """Constant information of a run for its workers, sent once."""
 
     run_id: str
     job_json: str  # the JobSpec, as JSON
     store_dir: str  # the packed token store
     storage_dir: str  # the run's directory in run storage
-    head_host: str  # where the cluster's head is reached, the rendezvous store's home
+    head_host: str  # address of the cluster's head, where the rendezvous store runs
     threads: int  # torch threads
-    orphan_s: float = 60.0  # a worker that hears from no controller for this long exits
-    vocab_size: int = 0  # the trained tokenizer's
+    orphan_s: float = 60.0  # a worker without contact to a controller for this long exits
+    vocab_size: int = 0  # of the trained tokenizer

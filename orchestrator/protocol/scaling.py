@@ -1,4 +1,4 @@
-"""What the Scheduler hears of a run to decide how many workers it is to have, and what it grants it."""
+"""Values between a run and the Scheduler: the run's state for scaling decisions, and the grant of workers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,35 +6,35 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Grant:
-    """How many workers a run may hold, standbys included, whatever is wanted; None for as many as are. With 0 it waits
-    in the queue and holds nobody."""
+    """Limit on the workers of a run, standbys included; None for no limit. A run with 0 is queued and holds no
+    workers."""
 
     workers: int | None
     why: str = ""
 
     def of(self, workers: int) -> int:
-        """As many of these as are granted."""
+        """The granted number out of `workers`."""
         return workers if self.workers is None else min(workers, self.workers)
 
 
 UNLIMITED = Grant(None)
-JUST_COME = Grant(0, "it has only just come")
+JUST_COME = Grant(0, "not yet considered by the scheduler")
 
 
 @dataclass(frozen=True)
 class ScalingView:
-    """A run, as far as its size goes. It may have `least` to `most` workers now, by its job and its present stage.
+    """State of a run that matters for its size. Its job and present stage allow `least` to `most` workers.
 
-    `request` is what Ray reserves for each worker, `wanted` the size that it is to have, with `standby` more kept warm;
-    of both it holds what the `grant` allows. It has begun once it has a world; it is steady if so many train and
-    nothing is about to change, pinned if its user has asked for this size or it is about to end, and it rests for a
-    while after it was made larger. `speeds` are target tokens per second by world size, of the present stage's newest
-    steps, `stall_s` what a rescale costs, and `left_s` how long the rest takes at the present speed. `selector`
-    says what labels of a node must be for its workers to live there, and `avoid` names nodes on which it puts nobody
-    new, whatever their labels.
+    `request` is what Ray reserves for each worker, `wanted` the target world size, with `standby` more workers kept
+    warm; the run holds as many of both as `grant` allows. `has_begun`: it has a world. `is_steady`: the wanted number
+    of workers trains and no change is pending. `is_pinned`: its user requested this size, or it is about to end.
+    `rests`: it was enlarged a short time ago. `speeds` are target tokens per second by world size, from the present
+    stage's newest steps, `stall_s` is the cost of a rescale, and `left_s` the remaining time at the present speed.
+    `selector` has the node labels that its workers require, and `avoid` lists nodes that get no new workers of the run,
+    whatever their labels.
 
-    Times are `time.time()` seconds: `queued_s` is since when it waits in the queue, None if it does not, `admitted_s`
-    when it was let out of it last, and `begun_s` when it first had a world then.
+    Times are `time.time()` seconds: `queued_s` is when the run was queued, None if it is not queued, `admitted_s` when
+    it was last admitted, and `begun_s` when it first had a world after that.
     """
 
     run_id: str
@@ -63,5 +63,5 @@ class ScalingView:
 
     @property
     def full(self) -> int:
-        """What it holds if it is granted all that is wanted."""
+        """Number of workers that it holds without a limit."""
         return self.wanted + self.standby

@@ -1,4 +1,4 @@
-"""What a user sees of a run: the answer to `status`, and what `status.json` in run storage keeps after the end."""
+"""Status of a run for users: the answer to `status`, and the content of `status.json` after the end."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -8,8 +8,8 @@ from orchestrator.protocol.usage import Traffic
 
 
 class RunPhase(StrEnum):
-    """Where a run is in its life. One that is queued holds no worker yet, or none any more. The last four hold nothing
-    of a cluster any more; `resume` leads out of three."""
+    """Phase of a run. A queued run holds no workers. Runs in the last four phases have ended and hold no resources of a
+    cluster; `resume` continues a run from three of them."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -31,8 +31,8 @@ class RunPhase(StrEnum):
 class Rescale:
     """One change of the world size, as the journal and the summary of a run show it.
 
-    `step` is the last one that the old world finished; the new world does `step + 1`. `stall_s` is the time between
-    the two steps' votes that is more than a step takes; None until the new world has done a few steps.
+    `step` is the last step of the old world; the new world begins with `step + 1`. `stall_s` is the time between the
+    votes of these two steps, minus the usual time of a step; None until the new world has finished a few steps.
     """
 
     generation: int
@@ -48,12 +48,12 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What the loss of members cost, as the journal and the summary of a run show it. `cause` is that of the first one.
+    """Cost of a failure of members, as in the journal and the summary of a run. `cause` is that of the first failure.
 
-    `step` is the one after which training went on, `source` where its state came from: `memory` or `checkpoint`.
+    `step` is the last step before training continued, `source` the origin of its state: `memory` or `checkpoint`.
     `steps_replayed` counts finished steps that were done again, `steps_lost` those among them that had been committed.
-    `stall_s` is the time between the votes of `step` and of the one after it that is more than a step takes: what was
-    computed of the interrupted step is in it. None until the new world has done a few steps.
+    `stall_s` is the time between the votes of `step` and of the step after it, minus the usual time of a step: it
+    includes the interrupted step's computation. None until the new world has finished a few steps.
     """
 
     generation: int
@@ -73,7 +73,7 @@ class Recovery:
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """A worker and what it does. `rank` is None for one that is no member; `node` is Ray's id, empty until known."""
+    """A worker and its phase. `rank` is None if it is not a member; `node` is Ray's id, empty until known."""
 
     worker: str
     rank: int | None
@@ -83,7 +83,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run at one moment. Steps and losses are those of the watermark: nothing beyond it is shown.
+    """Status of a run at one moment. Steps and losses are shown up to the watermark.
 
     `step` counts finished steps: it equals `steps` at the end. Times are `time.time()` seconds.
     """
@@ -91,7 +91,7 @@ class RunStatus:
     run_id: str
     run_dir: str
     phase: RunPhase
-    why: str  # one sentence: what the run waits for, or how it ended
+    why: str  # one sentence: the reason for waiting, or how the run ended
     step: int
     steps: int
     workers_wanted: int
@@ -109,14 +109,14 @@ class RunStatus:
     tracking_url: str | None
     error: str | None
     submitted_time: float | None
-    started_time: float | None  # the first generation was activated
+    started_time: float | None  # activation of the first generation
     ended_time: float | None
-    warning: str | None = None  # what does not work, or is in doubt, although the run goes on; or was so until its end
+    warning: str | None = None  # a fault or doubt that does not stop the run; after the end, the last one
     traceback: str | None = None  # of the worker's error that ended the run
     recoveries: tuple[Recovery, ...] = ()
     stage: str = ""  # of the curriculum; empty without one
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
-    worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; nobody after the end
+    worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; empty after the end
     priority: int = 0
 
     @property

@@ -1,15 +1,15 @@
-"""What workers send one another, by kind: the account that every step closes."""
+"""Resource usage of workers: traffic between them by kind, per step, and energy."""
 
 from dataclasses import astuple, dataclass
 from enum import StrEnum
 
 
 class TrafficKind(StrEnum):
-    """What bytes between workers are for."""
+    """Purpose of bytes between workers."""
 
-    GRADIENT = "gradient"  # pieces of gradients, on their way to the rank that updates with them
+    GRADIENT = "gradient"  # pieces of gradients, sent to the rank that updates the parameters
     PARAMETER = "parameter"  # updated weights, gathered
-    DISPATCH = "dispatch"  # tokens to their experts, and the gradients that come back that way
+    DISPATCH = "dispatch"  # tokens to their experts, and the gradients that return on this path
     COMBINE = "combine"  # experts' results, and their gradients
     PROTECTION = "protection"  # snapshots to a buddy
     TRANSFER = "transfer"  # state in a rescale or recovery
@@ -18,13 +18,13 @@ class TrafficKind(StrEnum):
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that leave a worker for another one.
+    """Bytes that a worker sends to other workers.
 
     Args:
-        raw: what they would be without compression.
-        payload: values, scales included.
-        index: where values belong, if only some of them are sent.
-        across: those of tokens and results that go to another node; 0 for other kinds, or if nobody knows the nodes.
+        raw: size without compression.
+        payload: values, including scales.
+        index: positions of values, if only some of them are sent.
+        across: bytes of tokens and results to another node; 0 for other kinds, or if the nodes are unknown.
     """
 
     raw: int = 0
@@ -43,16 +43,16 @@ class Traffic:
         return Traffic(*(mine - others for mine, others in zip(astuple(self), astuple(other), strict=True)))
 
 
-# -- What a worker has used, as the counters of its machine tell -------------------------------------------------------
+# -- Energy of a worker, from the counters of its machine --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EnergyReading:
-    """Joules since the worker's process began. None: no such counter could be read, which is not 0.
+    """Joules since the start of the worker's process. None, unlike 0: no such counter could be read.
 
     Args:
-        gpu_j: of its GPUs (NVML).
-        cpu_j: its share of its node's processors and memory (RAPL).
+        gpu_j: energy of its GPUs (NVML).
+        cpu_j: its share of the energy of its node's processors and memory (RAPL).
     """
 
     gpu_j: float | None = None

@@ -1,11 +1,11 @@
-"""Follows a run's journal for the callbacks of its user: `ray.train.UserCallback`, called in the process of `fit`."""
+"""Calls a user's `ray.train.UserCallback`s in the process of `fit`, from what is new in a run's journal."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ray.train import Checkpoint
-from ray.train.v2._internal.execution.context import TrainRunContext  # what callbacks get: Ray has it nowhere else
+from ray.train.v2._internal.execution.context import TrainRunContext  # callbacks get it; Ray has it nowhere else
 from ray.train.v2.api.callback import UserCallback
 
 from orchestrator.errors import OrchestratorError
@@ -27,31 +27,31 @@ class CallbackError(Exception):
 
 
 class Follower:
-    """Tells callbacks what a run commits and whom it loses, from the moment on when this is made.
+    """Reports a run's commits and failures of members to callbacks, from the moment of its construction.
 
-    `failures` are those of members after which no step was done: rank in the world that they ended, and how.
+    `failures` are those of members after which no step was done: rank in the world that they ended, and error.
 
     Args:
-        run_dir: the run's directory in run storage; it may not be there yet.
+        run_dir: the run's directory in run storage; it may not exist yet.
     """
 
     def __init__(self, run_dir: Path, callbacks: Sequence[UserCallback], context: TrainRunContext) -> None:
         self.failures: dict[int, Exception] = {}
-        self._failed_after = -1  # the step
+        self._failed_after = -1  # step
         self._run_dir = run_dir
         self._callbacks: Sequence[UserCallback] = ()
         self._context = context
         self._after = -1
         self._progress = Progress()
         self._rows: dict[int, list[Row]] = {}  # of the newest steps, one per member
-        self._unreported: dict[int, str] = {}  # checkpoints whose step isn't on record yet
+        self._unreported: dict[int, str] = {}  # checkpoints whose step isn't committed yet
         self._state: RunState | None = None
         self.read_on()
         self.failures = {}
         self._callbacks = callbacks
 
     def read_on(self) -> None:
-        """Take what is new in the journal. Raises CallbackError."""
+        """Process new entries of the journal. Raises CallbackError."""
         for entry in read_entries(self._run_dir, self._after):
             self._after = entry.seq
             match entry.event:
@@ -88,13 +88,13 @@ class Follower:
         if before is None:
             return
         fresh = [
-            loss
-            for loss in state.failures.recent
-            if loss not in before.failures.recent and loss.worker in before.members
+            failure
+            for failure in state.failures.recent
+            if failure not in before.failures.recent and failure.worker in before.members
         ]
         if fresh:
-            ranks = {loss.worker: before.members.index(loss.worker) for loss in fresh}
-            self.failures = {ranks[loss.worker]: _error_of(loss.worker, loss.cause, state) for loss in fresh}
+            ranks = {failure.worker: before.members.index(failure.worker) for failure in fresh}
+            self.failures = {ranks[one.worker]: _error_of(one.worker, one.cause, state) for one in fresh}
             self._failed_after = fresh[-1].step
             self._call("after_exception", worker_exceptions=dict(self.failures))
 
@@ -111,9 +111,9 @@ def _copies(rows: Sequence[Row]) -> list[Row]:
 
 
 def _error_of(worker: str, cause: str, state: RunState) -> Exception:
-    """How a member failed; the traceback of its own error, where there is one, is a note of it."""
-    is_told = state.why.startswith(f"{worker} ")
-    error = OrchestratorError(state.why if is_told else f"{worker} failed: {cause}")
-    if is_told and state.traceback:
+    """The failure of a member as an error; the traceback of its own error, where there is one, is a note of it."""
+    is_named = state.why.startswith(f"{worker} ")
+    error = OrchestratorError(state.why if is_named else f"{worker} failed: {cause}")
+    if is_named and state.traceback:
         error.add_note(state.traceback)
     return error

@@ -1,12 +1,12 @@
-"""What Ray Train's configs say of a job, as settings in place of what the job says itself. Pure.
+"""Ray Train's configs as settings that override keys of a job. Pure functions.
 
     settings_of(ScalingConfig(num_workers=(2, 8)), RunConfig(name="try"))
 
-Ray Train's configs can't tell a default from a value that was written down. So a field that has its default says
-nothing and leaves the key to the job, except for `num_workers`, which always counts. A field that asks for what can't
-be done here is refused: nothing is left out silently.
+Ray Train's configs don't distinguish a default from a value that was written down. So a field with its default leaves
+the key to the job, except for `num_workers`, which always counts. A field that asks for something unsupported is
+refused: nothing is ignored silently.
 
-The classes are those of `ray.train`, imported from where Ray defines them, as type checkers see older ones there.
+The classes are those of `ray.train`, imported from where Ray defines them: type checkers see older ones in `ray.train`.
 """
 
 import re
@@ -26,14 +26,14 @@ from orchestrator.spec.section import Path
 from orchestrator.spec.workers import AVAILABLE, MANUAL
 
 VALIDATION = "eval/loss"  # the metric by which checkpoints can be kept
-# What Ray Train counts as failures of workers. Explosions of the loss and of the storage it doesn't know.
+# Kinds that Ray Train counts as failures of workers. It doesn't know loss explosions and failures of the storage.
 WORKER_FAILURES = ("worker", "node", "network", "hang", "user_error", "out_of_memory", "internal")
 GENERATED_NAME = re.compile(r"ray_train_run-\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 
 
 @dataclass(frozen=True)
 class _Refusal:
-    """A field that asks for what can't be done: the rule and the remedy."""
+    """An unsupported field, as its user wrote it; `rule` gives the rule and the remedy."""
 
     said: str
     rule: str
@@ -43,16 +43,16 @@ _Said = Iterator[Setting | _Refusal]
 
 
 def settings_of(scaling: ScalingConfig | None, run: RunConfig | None) -> tuple[Setting, ...]:
-    """What the configs say, in place of the job; None says nothing.
+    """Settings of the configs, which override the job's keys; none for None.
 
     Raises:
-        UsageError: they ask for what can't be done here; all such fields are named.
+        UsageError: the configs ask for something unsupported; all such fields are named.
     """
-    said = [*(_of_scaling(scaling) if scaling is not None else ()), *(_of_run(run) if run is not None else ())]
-    refused = [f"{one.said}: {one.rule}" for one in said if isinstance(one, _Refusal)]
+    found = [*(_of_scaling(scaling) if scaling is not None else ()), *(_of_run(run) if run is not None else ())]
+    refused = [f"{one.said}: {one.rule}" for one in found if isinstance(one, _Refusal)]
     if refused:
         raise UsageError("\n".join(refused), unchanged="Nothing was started.")
-    return tuple(one for one in said if isinstance(one, Setting))
+    return tuple(one for one in found if isinstance(one, Setting))
 
 
 def _of_scaling(config: ScalingConfig) -> _Said:
@@ -72,40 +72,40 @@ def _of_scaling(config: ScalingConfig) -> _Said:
 
 
 def _labels(config: ScalingConfig) -> _Said:
-    """One selector for all workers; one for each would name workers that come and go."""
-    said = _said(config, "label_selector")
+    """One selector for all workers: one per worker would name workers that come and go."""
+    written = _said(config, "label_selector")
     if isinstance(config.label_selector, dict):
-        yield Setting(("workers", "label_selector"), config.label_selector, said)
+        yield Setting(("workers", "label_selector"), config.label_selector, written)
     elif config.label_selector:
-        yield _Refusal(said, "workers are alike, as they come and go: name one selector for all of them")
+        yield _Refusal(written, "workers are alike, as they come and go: name one selector for all of them")
 
 
 def _sizes(config: ScalingConfig) -> _Said:
-    said = _said(config, "num_workers")
-    yield Setting(("workers", "min"), config.min_workers, said)
-    yield Setting(("workers", "max"), config.max_workers, said)
+    written = _said(config, "num_workers")
+    yield Setting(("workers", "min"), config.min_workers, written)
+    yield Setting(("workers", "max"), config.max_workers, written)
     policy: Path = ("autoscale", "policy")
     if config.min_workers == config.max_workers:
-        yield Setting(("workers", "initial"), config.max_workers, said)
-        yield Setting(("workers", "schedule"), [], said)
-        yield Setting(policy, MANUAL, said)
+        yield Setting(("workers", "initial"), config.max_workers, written)
+        yield Setting(("workers", "schedule"), [], written)
+        yield Setting(policy, MANUAL, written)
         return
-    yield Setting(policy, AVAILABLE, said, unless=(policy, ("workers", "schedule")))
+    yield Setting(policy, AVAILABLE, written, unless=(policy, ("workers", "schedule")))
     interval = "elastic_resize_monitor_interval_s"
     if getattr(config, interval) != ScalingConfig.elastic_resize_monitor_interval_s:
         yield Setting(("autoscale", "cooldown_s"), getattr(config, interval), _said(config, interval))
 
 
 def _resources(config: ScalingConfig) -> _Said:
-    said = _said(config, "use_gpu", "resources_per_worker")
+    written = _said(config, "use_gpu", "resources_per_worker")
     asked: dict[str, Any] = {**({"GPU": 1} if config.use_gpu else {}), **(_dict(config.resources_per_worker))}
     for name, amount in asked.items():
         if name in ("CPU", "GPU"):
-            yield Setting(("resources", f"{name.lower()}s"), amount, said)
+            yield Setting(("resources", f"{name.lower()}s"), amount, written)
         elif name == "memory":
-            yield Setting(("resources", "memory"), f"{amount / 1e6:.6f}".rstrip("0").rstrip(".") + "MB", said)
+            yield Setting(("resources", "memory"), f"{amount / 1e6:.6f}".rstrip("0").rstrip(".") + "MB", written)
         else:
-            yield _Refusal(said, f"workers reserve CPU, GPU and memory, {name} is none of them: leave it out")
+            yield _Refusal(written, f"workers reserve CPU, GPU and memory, {name} is none of them: leave it out")
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -135,14 +135,14 @@ def _failures(config: FailureConfig) -> _Said:
         for kind in WORKER_FAILURES:
             yield Setting(("recovery", "budgets", kind), budget, _said(config, "max_failures"))
     if config.max_preemption_failures != -1:
-        budget, said = config.max_preemption_failures, _said(config, "max_preemption_failures")
-        yield Setting(("recovery", "budgets", "preemption"), budget, said)
+        budget, written = config.max_preemption_failures, _said(config, "max_preemption_failures")
+        yield Setting(("recovery", "budgets", "preemption"), budget, written)
     if config.controller_failure_limit != -1:
         rule = "a controller that dies is always started again, and training goes on meanwhile: leave it out"
         yield _Refusal(_said(config, "controller_failure_limit"), rule)
     for field in ("relax_collectives_on_preemption", "preemption_grace_s"):
         if getattr(config, field):
-            rule = "workers leave a node that is taken away at a fence, and nobody waits for them: leave it out"
+            rule = "workers leave a node that is taken away at a fence, and no worker waits for them: leave it out"
             yield _Refusal(_said(config, field), rule)
 
 
@@ -172,5 +172,5 @@ def _environment(config: RunConfig) -> _Said:
 
 
 def _said(config: Any, *fields: str) -> str:
-    """As a user writes it: `ScalingConfig(num_workers=(2, 8))`."""
+    """Fields of a config as a user writes them: `ScalingConfig(num_workers=(2, 8))`."""
     return f"{type(config).__name__}({', '.join(f'{field}={getattr(config, field)!r}' for field in fields)})"

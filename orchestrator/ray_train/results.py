@@ -1,4 +1,4 @@
-"""What a run has left in run storage, as Ray Train's `Result`.
+"""A run in run storage as Ray Train's `Result`.
 
 Metrics are those of committed steps, under the names of docs/metrics.md, and `step`, counted from 0.
 """
@@ -32,14 +32,14 @@ VALIDATION = "eval/loss"
 def result_of(
     run_dir: Path, config: CheckpointConfig | None = None, error: TrainingFailedError | None = None
 ) -> Result:
-    """The run as far as it is.
+    """The run's result so far.
 
     `metrics` are those of the newest committed step, with the newest validation. `metrics_dataframe` has a row per
-    committed step. `best_checkpoints` are all that are kept, the best one last by the config's score, else the newest.
+    committed step. `best_checkpoints` are all that are kept, last the best one by the config's score, else the newest.
 
     Args:
         run_dir: the run's directory in run storage.
-        error: that the run has ended with.
+        error: with which the run has ended.
 
     Raises:
         NotFound: the directory holds no run.
@@ -62,7 +62,7 @@ def result_of(
 
 
 def rows_of(before: Progress, steps: Sequence[StepRecord], entries: Sequence[JournalEntry] = ()) -> list[Row]:
-    """Metrics of these steps, which follow upon `before`; those of events that belong to one of them are added."""
+    """Metrics of these steps, which follow `before`, with those of the events that belong to one of them."""
     rows = {record.step: Row(step=record.step) for record in steps}
     points: list[MetricPoint] = points_of_steps(before, list(steps))
     for entry in entries:
@@ -74,7 +74,7 @@ def rows_of(before: Progress, steps: Sequence[StepRecord], entries: Sequence[Jou
 
 
 def with_validations(rows: Sequence[Row]) -> dict[int, Row]:
-    """The rows by step, each with the newest validation up to it: by that checkpoints are kept."""
+    """The rows by step, each with the newest validation up to it, by which checkpoints are kept."""
     known: Row = {}
     found = {}
     for row in rows:
@@ -84,7 +84,7 @@ def with_validations(rows: Sequence[Row]) -> dict[int, Row]:
 
 
 def _ranked(checkpoints: Sequence[tuple[Checkpoint, Row]], config: CheckpointConfig) -> list[tuple[Checkpoint, Row]]:
-    """Worst first; a checkpoint without the score is worse than any."""
+    """Checkpoints, worst first; one without the score is worse than any."""
     metric, sign = config.checkpoint_score_attribute, 1 if config.checkpoint_score_order == "max" else -1
     if metric is None:
         return list(checkpoints)

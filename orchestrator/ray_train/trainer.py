@@ -1,4 +1,4 @@
-"""Ray Train's way to run a job: `ElasticTrainer(job, scaling_config=…, run_config=…).fit()`.
+"""Ray Train interface to jobs: `ElasticTrainer(job, scaling_config=…, run_config=…).fit()`.
 
     from orchestrator import ElasticTrainer
     from ray.train import RunConfig, ScalingConfig
@@ -10,8 +10,8 @@
     )
     result = trainer.fit()
 
-The configs and the `Result` are Ray Train's own; the training loop is the job's. docs/ray-train.md says what maps to
-what. Nothing is printed: what happens is told by `logging`, under `orchestrator.ray_train`.
+The configs and the `Result` are Ray Train's own; the training loop is the job's. docs/ray-train.md lists the mapping.
+Nothing is printed: events are logged by `logging`, under `orchestrator.ray_train`.
 """
 
 import json
@@ -51,22 +51,22 @@ from orchestrator.submission.submission import resolved
 log = logging.getLogger("orchestrator.ray_train")
 
 CANCEL_S = 120.0  # how long a cancelled run may take to write its checkpoint and end
-LOCAL_CPUS = 8  # logical, at least, of a cluster that is started for a run
+LOCAL_CPUS = 8  # logical; the least of a cluster that is started for a run
 
 
 class ElasticTrainer:
-    """A job with Ray Train's configs, ready to be run.
+    """A job with Ray Train's configs, which override it.
 
     Args:
-        job: a job file, the same as a dict, or a JobSpec. What the configs say counts in its place.
-        scaling_config: how many workers, and what each reserves; None for what the job says.
-        run_config: name, storage, failures, checkpoints, callbacks; None for what the job says.
+        job: a job file, the same as a dict, or a JobSpec.
+        scaling_config: number of workers, and resources of each; None for the job's.
+        run_config: name, storage, failures, checkpoints, callbacks; None for the job's.
         address: HOST:PORT of the cluster's head; None for the one that this process is connected to, RAY_ADDRESS, or
             the local cluster. Without any, one is started on this machine for the run.
 
     Raises:
-        UsageError: a config asks for what can't be done here, or is none of Ray Train's.
-        SpecError: the job, with what the configs say, has mistakes.
+        UsageError: a config asks for something unsupported, or is none of Ray Train's.
+        SpecError: the job, with the configs applied, has mistakes.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class ElasticTrainer:
         return self.job.storage_path / self.job.name
 
     def fit(self) -> Result:
-        """Run the job and wait for its end. A run of this name that is in the storage goes on: from its newest
-        checkpoint, or, if the cluster is at it already, where it is. One that has succeeded is not begun again.
+        """Run the job and wait for its end. A run of this name in the storage is followed if the cluster is running it,
+        else resumed from its newest checkpoint. One that has succeeded is not repeated.
 
         Ctrl-C cancels the run, which writes a checkpoint, and is raised once it has ended.
 
@@ -102,12 +102,12 @@ class ElasticTrainer:
             ray.train.TrainingFailedError: the run did not succeed; our error is its cause. WorkerGroupError where a
                 failure of workers ended it, else ControllerError.
             UsageError: the run of this name is one of another job.
-            OrchestratorError: whatever else keeps it from being started, as `OrchestratorClient` says.
+            OrchestratorError: any other reason why it can't start, as in `OrchestratorClient`.
         """
         if self.run_config.logging_config not in (None, LoggingConfig()):
             log.setLevel(self.run_config.logging_config.log_level)
         if not holds_run(self.run_dir):
-            check_job(self.job)  # before any cluster is looked for, or started
+            check_job(self.job)  # before connecting to a cluster or starting one
         elif self._has_succeeded():
             log.info("run %s has succeeded already", self.job.name)
             return self._result()
@@ -123,7 +123,7 @@ class ElasticTrainer:
         return self._result()
 
     def _has_succeeded(self) -> bool:
-        """Whether the run that is there is over for good. Raises UsageError if it is a run of another job."""
+        """Whether the stored run has succeeded. Raises UsageError if it is a run of another job."""
         if different := _differences(read_job(self.run_dir), resolved(self.job)):
             raise UsageError(
                 f"{self.run_dir} is a run of another job: {'; '.join(different)}",
@@ -147,10 +147,10 @@ class ElasticTrainer:
         log.info("run %s goes on", name)
 
     def _follow(self, client: OrchestratorClient, follower: Follower) -> RunStatus:
-        name, told = self.job.name, _Told()
+        name, logged = self.job.name, _Told()
 
         def look(status: RunStatus) -> None:
-            told.tell(status)
+            logged.tell(status)
             if self.run_config.callbacks or status.phase.ended:
                 follower.read_on()
 
@@ -179,7 +179,7 @@ class ElasticTrainer:
 
 
 class _Told:
-    """What has been logged of a run."""
+    """Logs changes of a run's status, each once."""
 
     def __init__(self) -> None:
         self._phase: RunPhase | None = None
@@ -206,7 +206,7 @@ class _Told:
 
 @contextmanager
 def _client(address: str | None, job: JobSpec) -> Iterator[OrchestratorClient]:
-    """A client of the cluster that there is; without any, of one on this machine that is ended again."""
+    """A client of the existing cluster; without one, of a cluster on this machine, which is stopped again."""
     is_there = address or os.environ.get("RAY_ADDRESS") or ray.is_initialized() or local.status() is not None
     if is_there:
         yield OrchestratorClient(address)
@@ -224,11 +224,11 @@ def _client(address: str | None, job: JobSpec) -> Iterator[OrchestratorClient]:
 
 
 def _is_busy(address: str) -> bool:
-    """Whether a run goes on there, or might."""
+    """Whether a run is active there, or may be."""
     try:
         return any(not status.phase.ended for status in OrchestratorClient(address).list())
     except OrchestratorError as error:
-        log.warning("the local cluster stays up, as it can't tell its runs: %s", error)
+        log.warning("the local cluster stays up, as its runs can't be listed: %s", error)
         return True
 
 

@@ -1,4 +1,4 @@
-"""The controller's part of checkpoints: the marker that makes the ranks' shards one, and which of them are kept."""
+"""Checkpoints as the controller handles them: the marker that completes the ranks' shards, retention and search."""
 
 import errno
 import json
@@ -18,27 +18,27 @@ from orchestrator.spec.job import CheckpointSpec
 log = logging.getLogger("orchestrator.control")
 
 DIRECTORY = "checkpoints"  # in the run's directory
-LOOK_AGAIN_S = 2.0  # at what couldn't be read
+LOOK_AGAIN_S = 2.0  # until checkpoints that couldn't be read are tried again
 
-# A file that isn't there, or is something else, is a broken checkpoint. All else that an operating system may say is of
-# storage that is out of reach: what lies there may be good.
+# A file that is missing, or is something else, means a broken checkpoint. Any other error of the operating system means
+# that storage is unreachable: the checkpoint may be good.
 BROKEN = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def commit_checkpoint(run_id: str, run_dir: Path, term: int, action: Commit) -> Path:
-    """Mark the checkpoint complete, in the name of the controller's `term`. A repeat is harmless.
+    """Mark the checkpoint complete under the controller's `term`. A repeat is harmless.
 
-    Shapes are what the workers say in `meta["shapes"]`; a tensor that they don't mention is flat.
+    Shapes are those in the workers' `meta["shapes"]`; a tensor that is not listed there is flat.
 
     Raises:
-        CheckpointCorrupt: the shards don't cover every tensor, or a file is not what its rank wrote.
+        CheckpointCorrupt: the shards don't cover every tensor, or a file differs from what its rank wrote.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in action.shards:
         for name, _, _, stop in shard.entries:
             shapes[name] = (max(stop, *shapes.get(name, (0,))),)
-    told = json.loads(action.shards[0].meta).get("shapes", {})
-    shapes |= {name: tuple(shape) for name, shape in told.items() if name in shapes}
+    listed = json.loads(action.shards[0].meta).get("shapes", {})
+    shapes |= {name: tuple(shape) for name, shape in listed.items() if name in shapes}
     manifest = manifest_of(action.shards, run_id=run_id, term=action.term, shapes=shapes)
     return commit(run_dir / DIRECTORY, manifest, term=term)
 
@@ -46,10 +46,10 @@ def commit_checkpoint(run_id: str, run_dir: Path, term: int, action: Commit) -> 
 def drop_old_checkpoints(
     run_dir: Path, keep: CheckpointSpec, validations: Sequence[tuple[int, float]]
 ) -> tuple[int, ...]:
-    """Delete what the job doesn't keep. What can't be deleted is tried again after the next checkpoint.
+    """Delete checkpoints that the job doesn't keep. Failed deletions are retried after the next checkpoint.
 
     Returns:
-        the steps of those that were deleted.
+        the steps of the deleted ones.
     """
     if keep.keep_last is None:
         return ()
@@ -66,16 +66,16 @@ def drop_old_checkpoints(
 
 
 class CheckpointFinder:
-    """Finds the checkpoint that a run may go back to. While run storage can't be read nobody knows which that is."""
+    """Finds the checkpoint that a run may restore, which is unknown while run storage can't be read."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._looked_s = 0.0
-        self.trouble = ""  # why that can't be said now
+        self.trouble = ""  # why it is unknown now
 
     def newest_good(self, now_s: float) -> Restore | None:
-        """The newest good one; None where there is none, and while there is `trouble`. That is looked at again after a
-        while."""
+        """The newest good checkpoint; None if there is none, or while there is `trouble`, which is rechecked at
+        intervals."""
         if self.trouble and now_s - self._looked_s < LOOK_AGAIN_S:
             return None
         self._looked_s, before = now_s, self.trouble
@@ -84,7 +84,7 @@ class CheckpointFinder:
         except OSError as error:
             where = error.filename or self._run_dir
             self.trouble = (
-                f"checkpoints can't be read: {error.strerror or error}: {where}; the run waits until they can: mend "
+                f"checkpoints can't be read: {error.strerror or error}: {where}; the run waits until they can: repair "
                 "the storage, or remove the checkpoint to go back to the one before"
             )
             if self.trouble != before:
@@ -95,7 +95,7 @@ class CheckpointFinder:
 
 
 def newest_good(run_dir: Path) -> Restore | None:
-    """The newest complete checkpoint whose digests are right; worse ones are named in the log and passed over.
+    """The newest complete checkpoint with correct digests; bad ones are logged and skipped.
 
     Raises:
         OSError: one can't be read now, and may be good.
@@ -109,13 +109,13 @@ def newest_good(run_dir: Path) -> Restore | None:
         except (OrchestratorError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in BROKEN:
                 raise
-            log.error("%s can't be gone back to: %s", path, error)
+            log.error("%s can't be restored: %s", path, error)
             continue
         return Restore(step, str(path))
     return None
 
 
 def leave_behind(run_dir: Path, after_step: int, term: int) -> None:
-    """The run goes on after `after_step`: later checkpoints belong to a future that didn't come. They are hidden."""
+    """Hide the checkpoints after `after_step`, from which the run continues: their steps were discarded."""
     for path in set_aside(run_dir / DIRECTORY, after_step, f"{term:06d}"):
-        log.info("a checkpoint that the run went back from is kept as %s", path)
+        log.info("a checkpoint after the step that the run continues from is kept as %s", path)

@@ -1,4 +1,4 @@
-"""Data preparation in a process of its own: a store made or found, and the tokenizer saved with the run."""
+"""Data preparation in its own process: makes or finds the token store, and saves the tokenizer with the run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,24 +18,24 @@ class PreparedData:
     store_dir: str
     vocab_size: int
     tokenizer: str  # file in the run's directory
-    datasets: tuple[Dataset, ...] = ()  # what a tracker shows of it
+    datasets: tuple[Dataset, ...] = ()  # the data as a tracker shows it
 
 
 @dataclass(frozen=True)
 class DataPrepared(Event, kind="prepared", internal=True):
-    """The token store is there."""
+    """The token store is complete."""
 
     data: PreparedData
 
 
 class Preparation:
-    """Hosted by `control.host`, so that control itself loads no tokenizer. Its methods may run at once."""
+    """Hosted by `cluster.actors.Host`, so the control layer loads no tokenizer. Its methods may run concurrently."""
 
     def __init__(self) -> None:
         self._progress = ("reading", 0.0)
 
     def progress(self) -> tuple[str, float]:
-        """The stage, and the fraction of it that is done."""
+        """The stage of preparation, and the fraction of it that is done."""
         return self._progress
 
     def prepare(self, job_json: str, run_dir: str, data_dir: str) -> PreparedData:
@@ -66,7 +66,7 @@ class Preparation:
             int(job.eval.every is not None),
             by_document=job.data.rows == BY_DOCUMENT,
         )
-        Orders(job, store)  # what a curriculum lacks shows now, before any worker has it
+        Orders(job, store)  # shows what a curriculum lacks, before any worker has the store
         tokenizer = Path(run_dir) / "tokenizer.json"
         store.tokenizer().save(tokenizer)
         datasets = tuple(

@@ -1,4 +1,4 @@
-"""A run's job in run storage: what was submitted, written once."""
+"""Job of a run in run storage, written once, at submission."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +10,7 @@ from orchestrator.storage.journal import write_atomically
 
 
 def write_job(directory: Path, job_json: str, job_text: str) -> None:
-    """Make a run's directory with its job, resolved and as its user wrote it. Raises StorageError; nothing is left."""
+    """Create a run's directory with its job, resolved and as its user wrote it; on a StorageError nothing is left."""
     files = {directory / "job.yaml": job_text, directory / "job.json": job_json}
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run has left in run storage, read without any cluster: status, events, ledger, log lines."""
+"""Records of a run in run storage, read without a cluster: status, events, sample ledger, log lines."""
 
 import re
 import time
@@ -23,7 +23,7 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3}")  # how a log line
 
 @dataclass(frozen=True)
 class LogLine:
-    """A log line, with those that continue it. `source` is who wrote it: controller, tracker, a worker's id."""
+    """A log line, with those that continue it. `source` names its writer: controller, tracker, a worker's id."""
 
     stamp: str
     source: str
@@ -45,22 +45,22 @@ class RunFiles:
         self.run_dir = run_dir
 
     def job(self) -> JobSpec:
-        """The job that it is a run of, with every path absolute."""
+        """The run's job, with every path absolute."""
         return JobSpec.model_validate_json((self.run_dir / "job.json").read_text())
 
     def status(self) -> RunStatus:
-        """How the run ended; of one that hasn't, what its journal tells."""
+        """The run's final status; until it has ended, the status from its journal."""
         try:
             return read_status(self.run_dir)
         except NotFound:
             return status_from_journal(self.run_dir)
 
     def events(self, after: int = -1) -> list[dict[str, Any]]:
-        """What happened after the event whose `seq` is `after`."""
+        """Events after the one whose `seq` is `after`."""
         return user_events(self.run_dir, after)
 
     def events_to_come(self, is_over: Callable[[], bool], after: int = -1) -> Iterator[dict[str, Any]]:
-        """What happened and what will, until `is_over` says yes."""
+        """Past and future events, until `is_over` returns True."""
         while True:
             last_look = is_over()  # asked before reading: what is written before the end is read
             for event in self.events(after):
@@ -83,19 +83,19 @@ class RunFiles:
     def logs(
         self, is_over: Callable[[], bool] | None = None, source: str | None = None, tail: int | None = None
     ) -> Iterator[LogLine]:
-        """The log lines of all processes, merged by time; with `is_over` also those to come, until it says yes.
+        """Log lines of all processes, merged by time; with `is_over` also future ones, until it returns True.
 
-        Lines that are written while we look are in order within one look.
+        Future lines are in order within one poll.
 
         Args:
-            source: only lines of this one: controller, tracker, a worker's id.
-            tail: of those that there are already, only so many of the newest.
+            source: only lines of this process: controller, tracker, a worker's id.
+            tail: of the existing lines, only so many of the newest.
 
         Raises:
-            NotFound: nobody of that name has written a log.
+            NotFound: no process of that name has written a log.
         """
         if source is not None and not (self.run_dir / "logs" / f"{source}.log").exists():
-            known = ", ".join(sorted(path.stem for path in self.run_dir.glob("logs/*.log"))) or "nobody yet"
+            known = ", ".join(sorted(path.stem for path in self.run_dir.glob("logs/*.log"))) or "no process yet"
             raise NotFound(f"run {self.run_dir.name} has no log of {source!r}", remedy=f"It has logs of {known}.")
         offsets: dict[Path, int] = {}
         while True:
@@ -110,8 +110,8 @@ class RunFiles:
 
 
 def run_dir_in(storage: Path, run_id: str) -> Path:
-    """Where a run of that name is in run storage, if it is there. Raises NotFound for what can't be a run's name, and
-    might lead out of the storage."""
+    """Directory of a run of that name in run storage, existing or not. Raises NotFound for an invalid name, which might
+    lead out of the storage."""
     if not RUN_NAME.fullmatch(run_id):
         raise NotFound(
             f"no run can be called {run_id!r}",
@@ -131,7 +131,7 @@ def runs_in(storage: Path) -> list[str]:
 
 
 def _read_on(path: Path, offsets: dict[Path, int]) -> list[LogLine]:
-    """Whole lines that were added to the file since the last call."""
+    """Whole lines added to the file since the last call."""
     with path.open("rb") as file:
         file.seek(offsets.get(path, 0))
         added = file.read()

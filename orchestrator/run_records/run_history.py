@@ -1,6 +1,6 @@
-"""What a run remembers: all that a controller needs to go on from run storage, whoever it was before.
+"""History of a run: all that any incarnation of its controller needs to continue from run storage.
 
-`RunHistory` is what follows from the journal, `JournaledRun` that and the right to write on.
+`RunHistory` is derived from the journal; `JournaledRun` may append to it, too.
 """
 
 import json
@@ -32,7 +32,7 @@ from orchestrator.storage.journal import Journal, read_events, write_atomically
 
 log = logging.getLogger("orchestrator.control")
 
-LEDGER = (StepsCommitted, Resumed)  # events that committed steps follow from
+LEDGER = (StepsCommitted, Resumed)  # events that determine the committed steps
 STATUS_FILE = "status.json"
 WRITE_AGAIN_S = 1.0
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class RunHistory:
-    """The run's state and progress as its journal tells them. Needs no cluster, writes nothing."""
+    """State and progress of a run, read from its journal. Needs no cluster, writes nothing."""
 
     def __init__(self, run_dir: Path, limits: RunLimits) -> None:
         self._run_dir = run_dir
@@ -51,8 +51,8 @@ class RunHistory:
         self.newest_times: dict[type[Event], float] = {}  # of the newest one
         self.counts: Counter[type[Event]] = Counter()
         self.numerics: dict[str, Any] | None = None  # of its first worker, where the run is exact
-        self.differing: dict[str, dict[str, str]] = {}  # by worker, how its numerics are others
-        self.first_steps: dict[str, int] = {}  # by worker, the first that it may have trained of the steps that count
+        self.differing: dict[str, dict[str, str]] = {}  # by worker, how its numerics differ
+        self.first_steps: dict[str, int] = {}  # by worker, the first committed step that it may have trained
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were reported
         self.troubles = Troubles()  # of its experts
         self.resumed_by = ""  # token of the newest request to resume
@@ -91,7 +91,7 @@ class RunHistory:
         self.counts[kind] += 1
 
     def _go_back(self, seq: int, event: Resumed) -> None:
-        """The run went on from a checkpoint: what came after it is done again."""
+        """Drop progress after the checkpoint that the run resumed from: those steps are repeated."""
         self.resumed_by = event.token
         self.times.pop(Ended, None)
         before = takewhile(lambda entry: entry.seq <= seq, read_entries(self._run_dir, only=LEDGER))
@@ -101,10 +101,10 @@ class RunHistory:
 
 
 class JournaledRun(RunHistory):
-    """The run's state and progress, each change written down before anybody acts on it.
+    """State and progress of a run; each change is journalled before anything acts on it.
 
-    What can't be written raises StorageError and changes nothing, so it can be tried again; `trouble` says so until
-    something is written.
+    A failed write raises StorageError and changes nothing, so it can be tried again; `trouble` holds its reason until a
+    write succeeds.
 
     Args:
         run_dir: the run's directory in run storage.
@@ -117,7 +117,7 @@ class JournaledRun(RunHistory):
         super().__init__(run_dir, limits)
 
     def decided(self, state: RunState, events: Sequence[Event]) -> list[JournalEntry]:
-        """Write down a decision with the events that it means for users. Returns these as they were written."""
+        """Journal a decision with its events for users. Returns the events' journal entries."""
         changed = [StateDecided(state)] if state != self.state else []
         written = self._append([*events, *changed])
         self._become(state)
@@ -127,8 +127,8 @@ class JournaledRun(RunHistory):
         return written[: len(events)]
 
     def absorb(self, records: Sequence[StepRecord], up_to: int) -> tuple[list[StepRecord], list[JournalEntry]]:
-        """Write down steps that are new and no later than `up_to`, and the stages that begin with them. Returns the
-        steps, and the events of the stages."""
+        """Journal steps that are new and no later than `up_to`, and the stages that begin with them. Returns the steps,
+        and the stages' journal entries."""
         records = [record for record in records if record.step <= up_to]
         progress = absorb(self.progress, records)
         fresh = [record for record in records if record.step > self.progress.watermark]
@@ -144,12 +144,12 @@ class JournaledRun(RunHistory):
         self.data = data
 
     def note(self, event: Event) -> JournalEntry:
-        """Write down an event that no decision made."""
+        """Journal an event that no decision made."""
         (entry,) = self._append([event])
         return entry
 
     def conclude(self, status_text: str) -> None:
-        """Leave the status with which the run has ended."""
+        """Write the run's final status."""
         with self._writing():
             write_atomically(self._run_dir / STATUS_FILE, status_text)
 
@@ -179,7 +179,7 @@ class JournaledRun(RunHistory):
 
 
 def retry_until_written(write: Callable[[], T]) -> T:
-    """What `write` returns, tried again until run storage lets it: for what nothing can go on without."""
+    """The result of `write`, retried until storage works: for writes without which the run can't continue."""
     while True:
         try:
             return write()
@@ -188,7 +188,7 @@ def retry_until_written(write: Callable[[], T]) -> T:
 
 
 def storage_error(error: OSError, directory: Path) -> StorageError:
-    """What a failed write to run storage means to a user."""
+    """The error shown to users for a failed write to run storage."""
     return StorageError(
         f"run storage can't be written: {error.strerror or error}: {error.filename or directory}",
         remedy="Make it writable and make room, or name another storage in the job file.",
@@ -203,7 +203,7 @@ def read_entries(
 
     Args:
         only: types of events; empty for all.
-        leave_out: types that are not wanted: states take long to read.
+        leave_out: types to skip: states take long to read.
     """
     wanted, unwanted = {cls.kind for cls in only}, {cls.kind for cls in leave_out}
     plain = read_events(run_dir, after)
@@ -211,12 +211,12 @@ def read_entries(
 
 
 def read_steps(run_dir: Path) -> list[StepRecord]:
-    """Every step that the run has committed, in order. Needs no cluster."""
+    """All committed steps of the run, in order. Needs no cluster."""
     return committed_steps(read_entries(run_dir, only=LEDGER))
 
 
 def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
-    """The steps of a journal, once each: those after a checkpoint from which the run went on don't count."""
+    """Committed steps of a journal, once each: steps after a checkpoint that the run resumed from are dropped."""
     steps: list[StepRecord] = []
     for entry in entries:
         match entry.event:
@@ -228,12 +228,12 @@ def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
 
 
 def user_events(run_dir: Path, after: int = -1) -> list[dict[str, Any]]:
-    """What happened to the run, as JSON objects, without the controller's own bookkeeping. Needs no cluster."""
+    """Events of the run as JSON objects, without the controller's internal ones. Needs no cluster."""
     return [plain for plain in read_events(run_dir, after) if not is_internal(plain["kind"])]
 
 
 def read_status(run_dir: Path) -> RunStatus:
-    """The status with which the run ended. Raises NotFound if it hasn't."""
+    """The run's final status. Raises NotFound if it has not ended."""
     try:
         return from_plain(RunStatus, json.loads((run_dir / STATUS_FILE).read_text()))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A run's status, made from what its controller remembers and sees."""
+"""Status of a run, from its history and its controller's observation."""
 
 import json
 from dataclasses import replace
@@ -35,10 +35,10 @@ def status_of(
     preparing: str = "",
     closed: bool,
 ) -> RunStatus:
-    """The status now. Until everything of the run is `closed`, one that has ended is still finishing.
+    """The current status. A run that has ended is still finishing until everything of it is `closed`.
 
     Args:
-        preparing: how far the data is that the first step waits for; empty once it is there.
+        preparing: progress of the data that the first step waits for; empty once it is prepared.
     """
     state, progress = memory.state, memory.progress
     over = state.outcome is not None
@@ -83,30 +83,29 @@ def status_of(
 
 
 def _doubt(state: RunState) -> str | None:
-    """What checks have found, and the steps since are made of."""
+    """Warning of wrong steps found by replay checks, on which all later steps build."""
     if not state.replay.differences:
         return None
     return (
-        f"step {min(state.replay.differences)} came out otherwise when a standby did it again: some processor or "
-        "memory is wrong; `orchestrator events` has more. To go back, pause the run if it trains, and resume it "
-        "--from a checkpoint before that step"
+        f"step {min(state.replay.differences)} did not reproduce on a standby: suspect faulty CPU or memory; "
+        "see `orchestrator events`. To go back, pause the run if it trains, and resume it --from a checkpoint before it"
     )
 
 
 def _unlike(memory: RunHistory) -> str | None:
-    """Who has trained and computes other bits than the run's first worker, where that matters."""
+    """Warning of workers that have trained with other bits than the run's first worker, where that matters."""
     differing = {worker: memory.differing[worker] for worker in memory.first_steps if worker in memory.differing}
     if not differing:
         return None
     return (
-        f"workers have trained whose numerics are not the run's: {shown(differing)}; its bits are others since. For "
-        "those that it would have had, pause the run if it trains, and resume it --from a checkpoint before, on "
-        "machines like its first one"
+        f"workers whose numerics differ from the run's have trained: {shown(differing)}; its bits differ since. To get "
+        "the original bits, pause the run if it trains, and resume it --from a checkpoint before, on machines like its "
+        "first one"
     )
 
 
 def _worker_group(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...]:
-    """Workers that aren't known to be lost; all of them are let go at the end."""
+    """Workers that are not known to have failed; all are dismissed at the run's end."""
     ranks = {worker: rank for rank, worker in enumerate(state.members)}
     others = [worker for worker in state.worker_group if worker not in ranks]
     there = [worker for worker in (*state.members, *others) if worker in state.worker_group and worker not in seen.lost]
@@ -114,13 +113,14 @@ def _worker_group(state: RunState, seen: Observation) -> tuple[WorkerStatus, ...
 
 
 def status_from_journal(run_dir: Path) -> RunStatus:
-    """Where the run was when its journal was written last, for a run that has not ended. Needs no cluster."""
+    """Status as of the journal's newest entry, for a run that has not ended. Needs no cluster."""
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     limits = RunLimits.of(run_dir.name, job)
     memory = RunHistory(run_dir, limits)
     seen = Observation(term=0, now_s=0.0, target=memory.state.target, progress=memory.progress)
     status = status_of(limits, job.model, memory, seen, run_dir=run_dir, closed=False)
-    return replace(status, worker_group=(), why="it has not ended, says its journal; only the run's cluster knows more")
+    why = "it has not ended, according to its journal; only the run's cluster knows more"
+    return replace(status, worker_group=(), why=why)
 
 
 def to_json(status: RunStatus) -> str:

@@ -1,4 +1,4 @@
-"""What a run's tracker is told, from its job. Needs no cluster: what waits after the end is delivered the same way."""
+"""Setup of a run's tracker, from its job. Needs no cluster: what waits after the end is delivered the same way."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""What a run that has ended still owes MLflow, delivered without a cluster: from its outbox, and from its journal what
-no tracker got to write into that."""
+"""Delivery of an ended run's waiting values to MLflow, without a cluster: from its outbox, and from its journal what no
+tracker had written to the outbox."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -24,10 +24,10 @@ Call = tuple[Callable[..., None], tuple[Any, ...]]  # a method of `Tracker`, and
 
 
 def waits_for_delivery(run_dir: Path) -> int:
-    """How many values and other things lie in the run's outbox.
+    """Number of values and other items in the run's outbox.
 
     Raises:
-        NotFinished: a tracker is at work on it.
+        NotFinished: a tracker is using it.
     """
     try:
         return num_waiting(run_dir / "tracking")
@@ -41,18 +41,17 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
     """Send everything that MLflow lacks of the run, its end included. Repeats are harmless.
 
     Returns:
-        where delivery stands: nothing waits any more, or `error` says why.
+        state of the delivery: nothing waits any more, or `error` gives the reason.
 
     Raises:
-        NotFound: the run has not ended.
-        NotFinished: a tracker is at work on it.
+        NotFinished: the run has not ended, or a tracker is using its outbox.
     """
     try:
         status = read_status(run_dir)
     except NotFound as error:
         raise NotFinished(
             f"run {run_dir.name} has not ended, as far as its storage knows",
-            remedy="Its tracker delivers while it goes on; if it lost its cluster, `orchestrator resume` goes on.",
+            remedy="Its tracker delivers while it goes on; if it lost its cluster, `orchestrator resume` continues it.",
             unchanged="Nothing was changed.",
         ) from error
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
@@ -67,7 +66,7 @@ def deliver(run_dir: Path, timeout_s: float) -> TrackerState:
 
 
 def missing_calls(run_dir: Path, position: int, data: PreparedData | None) -> Iterator[Call]:
-    """Everything that a tracker which has the steps up to `position` may lack. What it has, it knows for a repeat."""
+    """Calls for everything that a tracker with the steps up to `position` may lack. It recognises repeats."""
     yield Tracker.artifact, (str(run_dir / "job.yaml"),)
     if data is not None:
         yield from calls_for_data(data)

@@ -1,4 +1,4 @@
-"""The training split as chunks: documents, the long ones cut, which a curriculum draws from in an order of its own."""
+"""The training split as chunks, documents with long ones divided, which a curriculum draws from in its own order."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -11,12 +11,12 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """C chunks in the order of their tokens; together they are the whole split.
+    """C chunks in the order of their tokens; together they cover the whole split.
 
     Args:
-        start: [C], place of the first token in the split.
+        start: [C], position of the first token in the split.
         length: [C], tokens.
-        difficulty: [C], that of its document: the share of the split's tokens in easier documents, in [0, 1).
+        difficulty: [C], of the chunk's document: the share of the split's tokens in easier documents, in [0, 1).
     """
 
     start: Ints
@@ -25,15 +25,15 @@ class Chunks:
 
     @classmethod
     def of(cls, lengths_D: Ints, scores_D: NDArray[np.float64], max_length: int) -> Self:
-        """Cut documents that lie back to back.
+        """Divide documents that lie back to back into chunks.
 
         Args:
-            lengths_D: tokens of each, at least 1.
-            scores_D: higher is harder; documents of equal score count as ever harder in their order.
-            max_length: of a chunk.
+            lengths_D: tokens of each document, at least 1.
+            scores_D: higher is harder; documents of equal score rank as harder the later they come.
+            max_length: largest length of a chunk.
 
         Raises:
-            ValueError: no documents, a chunk of no tokens, or a score that is no number.
+            ValueError: no documents, a chunk of no tokens, or a score that isn't finite.
         """
         if not len(lengths_D) or max_length < 1 or len(lengths_D) != len(scores_D) or lengths_D.min() < 1:
             raise ValueError(f"{len(lengths_D)} documents in chunks of {max_length}; both take at least 1")
@@ -63,7 +63,7 @@ class Spans:
     """S runs of tokens, in order.
 
     Args:
-        start: [S], place of the first token in the split.
+        start: [S], position of the first token in the split.
         length: [S], tokens, at least 1.
     """
 
@@ -71,7 +71,7 @@ class Spans:
     length: Ints
 
     def __getitem__(self, which: Ints) -> "Spans":
-        """Those of these numbers, in this order."""
+        """The spans with these indices, in this order."""
         return Spans(self.start[which], self.length[which])
 
     @property
@@ -79,20 +79,20 @@ class Spans:
         return int(self.length.sum())
 
     def places(self) -> Ints:
-        """[num_tokens], of every token."""
+        """[num_tokens], the position of every token."""
         begins = np.cumsum(self.length) - self.length
         places: Ints = np.arange(self.num_tokens) + np.repeat(self.start - begins, self.length)
         return places
 
     def part(self, begin: int, end: int) -> "Spans":
-        """Tokens [begin, end) of these, counted from 0."""
+        """Tokens [begin, end) of the concatenated spans, counted from 0."""
         ends = np.cumsum(self.length)
         begins = ends - self.length
         low, high = np.maximum(begins, begin), np.minimum(ends, end)
         return Spans(self.start + low - begins, high - low).some()
 
     def some(self) -> "Spans":
-        """Those of at least one token."""
+        """The spans of at least one token."""
         some = self.length > 0
         return Spans(self.start[some], self.length[some])
 

@@ -1,8 +1,8 @@
-"""Which tokens a step trains on under a curriculum: a pure function of the chunks, the stages so far and the step.
+"""The order of tokens under a curriculum: a pure function of the chunks, the stages so far and the step.
 
-A stage says what it admits and how long its rows are. While it lasts, its steps draw what it admits; when nothing of
-that is left in the epoch, whatever else is; when the epoch is over, of the next one again what it admits. Whoever wants
-a stage to end instead asks `steps_left` ahead of time and begins the next one.
+A stage defines which documents it admits and how long its rows are. Its steps draw admitted documents; once none are
+left in the epoch, they draw any others; when the epoch is over, they draw admitted documents of the next one. To end a
+stage instead, the caller checks `steps_left` ahead of time and begins the next stage.
 """
 
 import json
@@ -16,16 +16,16 @@ from orchestrator.errors import ProtocolError
 from orchestrator.sampling.chunks import Chunks, Spans
 from orchestrator.sampling.token_stream import Stream
 
-# -- Which documents a stage of a curriculum admits, by their difficulty, as it goes on --------------------------------
+# -- Documents that a stage of a curriculum admits over its steps, by difficulty ---------------------------------------
 
-LEVELS = 64  # a pace grows in so many levels at most, so that what is admitted is worked out anew only then
+LEVELS = 64  # limit on the levels of a pace, so that admitted documents are recomputed only that often
 
 Pace = Literal["none", "linear", "root", "step"]
 
 
 @dataclass(frozen=True)
 class Admission:
-    """What a stage admits at each of its steps.
+    """The range of difficulties that a stage admits at each of its steps.
 
     Args:
         low, high: difficulties [low, high) of the whole stage.
@@ -33,12 +33,12 @@ class Admission:
             step: each step adds as many documents as it can train on, Platanis et al., "Competence-based Curriculum
             Learning for Neural Machine Translation", NAACL 2019, equation 7 with p = 2), or `step` (in equal steps).
         start: the share of the range that is open at first.
-        num_steps: steps until all of it is open.
-        num_jumps: of `step`.
-        hardest_first: it opens from `high` downwards: an anti-curriculum.
+        num_steps: steps until the whole range is open.
+        num_jumps: number of jumps of pace `step`.
+        hardest_first: open the range from `high` downwards: an anti-curriculum.
 
     Raises:
-        ValueError: a range outside [0, 1] or an empty one, or a pace that never gets there.
+        ValueError: a range outside [0, 1] or an empty one, or a pace that never opens the whole range.
     """
 
     low: float = 0.0
@@ -58,7 +58,7 @@ class Admission:
             raise ValueError(f"pace {self.pace} takes {self.num_steps} steps; it takes at least 1")
 
     def competence(self, step: int) -> float:
-        """The share of the range that is open at a step of the stage, counted from 0."""
+        """The open share of the range at a step of the stage, counted from 0."""
         if self.pace == "none" or step >= self.num_steps:
             return 1.0
         done, start = step / self.num_steps, self.start
@@ -71,33 +71,33 @@ class Admission:
         return max(start, math.floor(share * LEVELS) / LEVELS)
 
     def at(self, step: int) -> tuple[float, float]:
-        """The difficulties [low, high) that are admitted at a step of the stage."""
+        """The difficulties [low, high) admitted at a step of the stage."""
         width = (self.high - self.low) * self.competence(step)
         return (self.high - width, self.high) if self.hardest_first else (self.low, self.low + width)
 
     def next_change(self, step: int) -> int | None:
-        """The first step after `step` that admits something else; None if there is none."""
+        """The first step after `step` that admits another range; None if there is none."""
         now = self.at(step)
         later = step + 1
         if self.at(max(later, self.num_steps)) == now:
             return None
         high = max(later, self.num_steps)
-        while later < high:  # what is admitted only grows
+        while later < high:  # binary search: the admitted range only grows
             middle = (later + high) // 2
             later, high = (middle + 1, high) if self.at(middle) == now else (later, middle)
         return later
 
 
-# -- Which tokens a step trains on under a curriculum: a pure function of the chunks, the stages so far and the step ---
+# -- Tokens of a step under a curriculum -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BegunStage:
-    """A stage that a run has come to, or knows that it will.
+    """A stage that a run has reached, or whose first step is already fixed.
 
     Args:
         first_step: of the run; earlier than that of the stage after it.
-        sequence_length: tokens of a row, or of the longest.
+        sequence_length: tokens of a row, or of the longest row.
     """
 
     name: str
@@ -108,13 +108,13 @@ class BegunStage:
 
 @dataclass(frozen=True)
 class CurriculumState:
-    """All that decides the order of tokens, beside the chunks. Saved with checkpoints.
+    """All that determines the order of tokens, besides the chunks. Saved in checkpoints.
 
     Args:
         seed: of the order.
         global_batch_size: rows in a step.
         stages: by `first_step`, which is 0 for the first.
-        by_document: a row is a document, or a piece of a long one; else documents lie back to back in rows of one
+        by_document: a row is a document, or a piece of a long one; otherwise documents lie back to back in rows of one
             length.
 
     Raises:
@@ -123,7 +123,7 @@ class CurriculumState:
 
     seed: int
     global_batch_size: int
-    num_tokens: int  # of the split: another corpus has another number, most likely
+    num_tokens: int  # of the split; detects most changes of the corpus
     stages: tuple[BegunStage, ...]
     by_document: bool = False
 
@@ -137,13 +137,13 @@ class CurriculumState:
                 raise ValueError(f"{after} doesn't follow {before}; it must begin at a later step")
 
     def stage_at(self, step: int) -> BegunStage:
-        """The stage that `step` belongs to. Raises ValueError for a negative step."""
+        """The stage of `step`. Raises ValueError for a negative step."""
         if step < 0:
             raise ValueError(f"step {step} doesn't exist; steps count from 0")
         return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
 
     def step_units(self, step: int) -> int:
-        """What a step takes: tokens, or rows where these are of unequal length."""
+        """Units that a step consumes: tokens, or rows where these are of unequal length."""
         return self.global_batch_size * (1 if self.by_document else self.stage_at(step).sequence_length)
 
     def to_json(self) -> str:
@@ -151,7 +151,7 @@ class CurriculumState:
 
     @classmethod
     def from_json(cls, text: str) -> "CurriculumState":
-        """What `to_json` wrote. Raises ProtocolError for anything else."""
+        """Parse the output of `to_json`. Raises ProtocolError for anything else."""
         try:
             state = json.loads(text)
             stages = tuple(
@@ -167,11 +167,11 @@ class CurriculumState:
 
 
 class Curriculum:
-    """Walks through the order of tokens. Steps one after the other are fast; any other is found from the beginning, in
+    """Iterates over the order of tokens. Consecutive steps are fast; any other step is found from the beginning, in
     time that grows with the stages and their paces, not with the steps.
 
     Args:
-        state: its stages may be more than the step that is asked for needs, never fewer.
+        state: must include all stages up to the requested steps; later stages are allowed.
     """
 
     def __init__(self, chunks: Chunks, state: CurriculumState) -> None:
@@ -181,15 +181,15 @@ class Curriculum:
         self._rewind()
 
     def spans(self, step: int) -> Spans:
-        """The tokens of a step, row by row: by document, a span each."""
+        """The tokens of a step, row by row; with `by_document`, one span per row."""
         self._go_to(step)
         spans = Spans.joined(list(self._consume(self.state.step_units(step), wanted=True)))
         self._step = step + 1
         return spans
 
     def steps_left(self, step: int) -> int:
-        """How many steps from `step` on its stage can do before nothing that it admits is left in this epoch, if it
-        admits no more than now."""
+        """Number of steps from `step` on that its stage can take before the admitted part of this epoch is used up, if
+        it admits no more than now."""
         self._go_to(step)
         return self._stream.admitted // self.state.step_units(step) if not self._relaxed else 0
 
@@ -199,7 +199,7 @@ class Curriculum:
         self._admitting: tuple[float, float, int | None] | None = None
 
     def _go_to(self, step: int) -> None:
-        """Be before `step`, with what it admits admitted."""
+        """Move to the beginning of `step`, with its range admitted."""
         if step < self._step:
             self._rewind()
         while True:
@@ -215,7 +215,7 @@ class Curriculum:
             self._step = until
 
     def _next_change(self, stage: BegunStage) -> int:
-        """The first step after this one at which something else is admitted, or rows are of another length."""
+        """The first later step at which the admitted range or the length of rows changes."""
         later = [s.first_step for s in self.state.stages if s.first_step > self._step]
         change = stage.admission.next_change(self._step - stage.first_step)
         if change is not None:

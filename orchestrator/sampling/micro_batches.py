@@ -1,6 +1,6 @@
-"""Into which micro-batches a step's rows are cut, and which rank runs which of them.
+"""Division of a step's rows into micro-batches, and assignment of micro-batches to ranks.
 
-The cut depends on the rows and on the size of a micro-batch, never on who trains; a rank takes a contiguous block of
+The division depends on the rows and on the micro-batch size, never on the workers; a rank takes a contiguous block of
 micro-batches, so that results joined in rank order are in micro-batch order.
 
 Shape legend: R = rows of a step, S = micro-batches.
@@ -17,14 +17,13 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class MicroBatchSize:
-    """How much a micro-batch (micro-batch) may be. One of `rows` and `tokens` is 0, which says nothing; both: the job's
-    own.
+    """The size of a micro-batch, in rows or in tokens. The other one is 0; both are 0 for the job's own size.
 
     Args:
-        rows: rows of it, however long.
-        tokens: what its rows take when all are padded to the longest. A row that is longer is a micro-batch by itself.
-        multiple: of `tokens`: there are so many micro-batches, or a multiple of that, where there are as many rows.
-            Where the size is found by measuring, workers get equally many.
+        rows: rows of it, of any length.
+        tokens: tokens of its rows, all padded to the longest. A longer row is a micro-batch by itself.
+        multiple: for `tokens`: the number of micro-batches is a multiple of this, if there are as many rows. Used where
+            the size is found by measuring, so that workers get equally many.
     """
 
     rows: int = 0
@@ -44,18 +43,18 @@ ONE_ROW = MicroBatchSize(rows=1)
 
 
 def split_into_micro_batches(lengths_R: Ints, size: MicroBatchSize) -> list[Ints]:
-    """[S] row numbers of each micro-batch; all rows once.
+    """[S] row indices of each micro-batch; every row once.
 
-    Micro-batches of so many rows hold them in their order. Micro-batches of so many tokens hold rows of like length and
-    are about equally full: a bucket's padding is what its longest row has over the others, so rows that lie next to
-    each other in order of length waste least. Long rows take more time for each token, so micro-batches are in an order
-    in which any run of them has about as many long ones as another. Rows of equal length keep their order.
+    Micro-batches sized in rows keep the order of the rows. Micro-batches sized in tokens hold rows of similar length
+    and are about equally full: padding fills rows up to the longest, so rows that are adjacent in order of length waste
+    least. Long rows take more time per token, so micro-batches are ordered such that any run of them has about as many
+    long ones as another. Rows of equal length keep their order.
 
     Raises:
-        ValueError: a size that says nothing.
+        ValueError: a size of neither rows nor tokens.
     """
     if not size:
-        raise ValueError(f"{size} doesn't say how much a micro-batch may be")
+        raise ValueError(f"{size} sets neither rows nor tokens of a micro-batch")
     if not len(lengths_R):
         return []
     if size.rows:
@@ -74,20 +73,20 @@ def split_into_micro_batches(lengths_R: Ints, size: MicroBatchSize) -> list[Ints
 
 
 def spread(count: int) -> list[int]:
-    """The numbers below `count` by their bits in reverse, as van der Corput's sequence has them: those that follow one
-    another are far apart, and every run of them is spread over all."""
+    """The numbers below `count` by their reversed bits, as in van der Corput's sequence: adjacent ones are far apart,
+    and every run of them is spread over the whole range."""
     bits = max(1, (count - 1).bit_length())
     return sorted(range(count), key=lambda number: f"{number:0{bits}b}"[::-1])
 
 
 def padded_tokens(lengths_R: Ints, micro_batches: Sequence[Ints]) -> Ints:
-    """[S] tokens of each micro-batch when its rows are as long as its longest."""
+    """[S] tokens of each micro-batch with its rows padded to the longest."""
     return np.array([lengths_R[rows].max(initial=0) * len(rows) for rows in micro_batches], dtype=np.int64)
 
 
 def _starts(sorted_R: Ints, tokens: int) -> list[int]:
-    """Where micro-batches of at most so many tokens begin, each as full as it gets: as few as there can be, as every
-    micro-batch ends with the shortest row that it could have."""
+    """Start of each micro-batch of at most `tokens` tokens, filled greedily: the fewest possible, as every micro-batch
+    ends with the shortest row that it could have."""
     starts, end = [], 0
     while end < len(sorted_R):
         starts.append(end)
@@ -96,8 +95,8 @@ def _starts(sorted_R: Ints, tokens: int) -> list[int]:
 
 
 def _least_tokens(sorted_R: Ints, tokens: int, num_micro_batches: int) -> int:
-    """The smallest size of micro-batches, up to `tokens`, that takes no more than `num_slots`: with it they are about
-    equally full."""
+    """The smallest size, up to `tokens`, that takes no more than `num_micro_batches`: it makes them about equally
+    full."""
     low, high = 1, tokens
     while low < high:
         middle = (low + high) // 2
@@ -106,7 +105,7 @@ def _least_tokens(sorted_R: Ints, tokens: int, num_micro_batches: int) -> int:
 
 
 def micro_batches_of(rank: int, world_size: int, num_micro_batches: int) -> range:
-    """The micro-batches of `rank`: balanced contiguous blocks, the first ranks have one more. May be empty.
+    """The micro-batches of `rank`: balanced contiguous blocks, the first ranks get one more. May be empty.
 
     Raises:
         ValueError: a rank outside the world, an empty world, or a negative number of micro-batches.
@@ -120,7 +119,7 @@ def micro_batches_of(rank: int, world_size: int, num_micro_batches: int) -> rang
 
 
 def max_micro_batches(world_size: int, num_micro_batches: int) -> int:
-    """Forward passes that every rank runs: a rank with fewer micro-batches runs the rest with no rows, or peers
+    """Number of forward passes of every rank: a rank with fewer micro-batches runs the rest on no rows, or peers
     deadlock."""
     _check(world_size, num_micro_batches)
     return -(-num_micro_batches // world_size)

@@ -1,7 +1,7 @@
-"""A pseudo-random order of rows that needs no memory: any position can be looked up alone, on any rank.
+"""A pseudo-random order of rows without memory: any position can be computed separately, on any rank.
 
-A balanced Feistel network (Luby and Rackoff, 1988) permutes the numbers of 2n bits, whatever its round function
-is; walking its cycles until the value falls below `num_rows` restricts it to a permutation of that many numbers
+A balanced Feistel network (Luby and Rackoff, 1988) permutes the numbers of 2n bits, for any round function; walking its
+cycles until the value falls below `num_rows` restricts it to a permutation of that many numbers
 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, section 3). The round function is the
 finalizer of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014).
 """
@@ -17,14 +17,14 @@ _Words = NDArray[np.uint64]
 
 
 def row_at(seed: int, epoch: int, position_in_epoch: int, num_rows: int) -> int:
-    """The row at one position of an epoch: `rows_at` for a single number."""
+    """The row at one position of an epoch: `rows_at` for a single position."""
     return int(rows_at(seed, np.array([epoch]), np.array([position_in_epoch]), num_rows)[0])
 
 
 def rows_at(
     seed: int, epochs: NDArray[np.int64], positions_in_epoch: NDArray[np.int64], num_rows: int
 ) -> NDArray[np.int64]:
-    """The rows at some positions: for a fixed (seed, epoch) a bijection of [0, num_rows).
+    """The rows at the given positions: for a fixed (seed, epoch) a bijection of [0, num_rows).
 
     Args:
         seed: any integer; only its lowest 64 bits count.
@@ -42,20 +42,20 @@ def rows_at(
     half_bits = max(1, -(-(num_rows - 1).bit_length() // 2))
     keys = _mix(_mix(np.array([seed & _WORD_MASK], np.uint64)) + epochs.astype(np.uint64))
     rows = _feistel(positions_in_epoch.astype(np.uint64), keys, half_bits)
-    # The network's domain is at most 4 times num_rows, so few turns bring every value inside.
+    # The network's domain is at most 4 times num_rows, so few passes bring every value inside.
     while (outside := np.flatnonzero(rows >= num_rows)).size:
         rows[outside] = _feistel(rows[outside], keys[outside], half_bits)
     return rows.astype(np.int64)
 
 
 def mixed(seed: int, epoch: int, values: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A pseudo-random number for each value, another one in every epoch: what orders values by chance."""
+    """A pseudo-random number for each value, different in every epoch: a sort key for a random order."""
     key = _mix(_mix(np.array([seed & _WORD_MASK], np.uint64)) + np.uint64(epoch))
     return _mix(_mix(values.astype(np.uint64)) ^ key)
 
 
 def _feistel(values: _Words, keys: _Words, half_bits: int) -> _Words:
-    """One pass of the network over numbers of 2 * half_bits bits; each value under its own key."""
+    """One pass of the network over numbers of 2 * half_bits bits, each value with its own key."""
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> half, values & mask
     for turn in range(1, _ROUNDS + 1):
@@ -64,7 +64,7 @@ def _feistel(values: _Words, keys: _Words, half_bits: int) -> _Words:
 
 
 def _mix(words: _Words) -> _Words:
-    """SplitMix64's finalizer; arrays wrap around silently, which is what it wants."""
+    """SplitMix64's finalizer; relies on arrays wrapping around silently."""
     words = words + _GOLDEN
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

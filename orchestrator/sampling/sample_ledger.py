@@ -1,7 +1,7 @@
-"""The sample ledger: which positions every committed step consumed, and the audit that it balances.
+"""The sample ledger: the positions that every committed step consumed, and an audit of such records.
 
-`SampleLedger` grows as steps commit and refuses an entry that doesn't follow the last. `audit` trusts nobody: it
-goes through records from wherever they were kept and names every gap, repeat and disorder.
+`SampleLedger` grows as steps commit and refuses an entry that doesn't follow the last. `audit` assumes nothing: it
+checks records from any source and names every gap, repeat and disorder.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,8 +21,8 @@ class StepRange(NamedTuple):
 
 @dataclass(frozen=True)
 class AuditResult:
-    """`problems` is empty exactly when `ok`; `steps` and `positions` count what was recorded. The positions of the
-    steps `left_out` were consumed without being trained on: their batches had made the loss explode."""
+    """`problems` is empty exactly when `ok`; `steps` and `positions` count the records. The positions of the steps
+    `left_out` were consumed without training on them: their batches had made the loss explode."""
 
     ok: bool
     problems: tuple[str, ...]
@@ -32,11 +32,11 @@ class AuditResult:
 
 
 def audit(records: Iterable[tuple[int, int, int]], left_out: Iterable[int] = ()) -> AuditResult:
-    """Checks that every position from 0 on was consumed exactly once, in order, by consecutive steps from 0.
+    """Check that every position from 0 on was consumed exactly once, in order, by consecutive steps from 0.
 
     Args:
-        records: (step, first_position, num_positions) of each committed step, in the order of commitment.
-        left_out: steps that are said to have been left out.
+        records: (step, first_position, num_positions) of each committed step, in order of commitment.
+        left_out: steps that were reported as left out.
     """
     problems: list[str] = []
     next_step = next_position = num_steps = num_positions = 0
@@ -58,7 +58,7 @@ def audit(records: Iterable[tuple[int, int, int]], left_out: Iterable[int] = ())
 
 @dataclass(frozen=True)
 class _Stretch:
-    """Consecutive steps that consumed equally many positions each: a long run stays a short account."""
+    """Consecutive steps with equal numbers of positions: keeps the ledger of a long run short."""
 
     first_step: int
     num_steps: int
@@ -75,7 +75,7 @@ class _Stretch:
 
 
 class SampleLedger:
-    """Append-only account of the positions that committed steps consumed."""
+    """Append-only record of the positions that committed steps consumed."""
 
     def __init__(self) -> None:
         self._stretches: list[_Stretch] = []
@@ -89,7 +89,7 @@ class SampleLedger:
         return self._stretches[-1].end_position if self._stretches else 0
 
     def append(self, step: int, first_position: int, num_positions: int) -> None:
-        """Records a committed step. Raises ProtocolError unless it follows the last one without gap or overlap."""
+        """Record a committed step. Raises ProtocolError unless it follows the last one without gap or overlap."""
         if (step, first_position) != (self.next_step, self.next_position) or num_positions < 1:
             raise ProtocolError(
                 f"step {step} with {num_positions} positions from {first_position} on doesn't follow the ledger, "
@@ -104,7 +104,7 @@ class SampleLedger:
             self._stretches.append(_Stretch(step, 1, first_position, num_positions))
 
     def records(self) -> Iterator[StepRange]:
-        """Every committed step, in order; what `audit` takes."""
+        """Every committed step, in order; input for `audit`."""
         for stretch in self._stretches:
             for n in range(stretch.num_steps):
                 first_position = stretch.first_position + n * stretch.positions_per_step
@@ -114,7 +114,7 @@ class SampleLedger:
         return {"stretches": [asdict(stretch) for stretch in self._stretches]}
 
     def load_state_dict(self, state: dict[str, list[dict[str, int]]]) -> None:
-        """Takes over what `state_dict` gave. Raises ProtocolError, changing nothing, if it isn't whole."""
+        """Restore a `state_dict`. Raises ProtocolError, changing nothing, if it is inconsistent."""
         try:
             stretches = [_Stretch(**stretch) for stretch in state["stretches"]]
             step = position = 0

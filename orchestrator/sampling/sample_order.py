@@ -1,4 +1,4 @@
-"""The two orders of a run's samples behind one face: rows of a split, or what a curriculum draws."""
+"""A common interface for the two orders of a run's samples: rows of a split, or the draws of a curriculum."""
 
 import threading
 from dataclasses import dataclass, replace
@@ -10,18 +10,18 @@ from orchestrator.sampling.chunks import Chunks, Ints, Spans
 from orchestrator.sampling.curriculum import Curriculum, CurriculumState
 from orchestrator.sampling.sampler import SamplerState, sample
 
-KEPT = 3  # steps
+KEPT = 3  # newest steps of a curriculum whose spans are cached
 
 
 @dataclass(frozen=True, eq=False)
 class RowSpans:
-    """Rows, as where their tokens lie.
+    """Rows, given as the positions of their tokens.
 
     Args:
-        spans: the rows' tokens, row after row; a span each if `by_document`.
-        sequence_length: tokens of a row; if `by_document`, of the longest that there may be.
-        by_document: a row is a document, or a piece of a long one. Else all rows are equally long, and may each be of
-            several spans.
+        spans: the rows' tokens, row after row; one span per row if `by_document`.
+        sequence_length: tokens of a row; if `by_document`, the limit for the longest row.
+        by_document: a row is a document, or a piece of a long one. Otherwise all rows are equally long, and each may
+            consist of several spans.
     """
 
     spans: Spans
@@ -36,7 +36,7 @@ class RowSpans:
         return np.full(self.spans.num_tokens // self.sequence_length, self.sequence_length)
 
     def take(self, rows: Ints) -> "RowSpans":
-        """Those of these numbers; consecutive ones, unless rows are by document."""
+        """The rows with these indices; they must be consecutive unless rows are by document."""
         if self.by_document:
             return replace(self, spans=self.spans[rows])
         first, last = (int(rows[0]), int(rows[-1]) + 1) if len(rows) else (0, 0)
@@ -45,11 +45,11 @@ class RowSpans:
 
 @dataclass(frozen=True, eq=False)
 class StepTokens:
-    """What a step trains on.
+    """The rows that a step trains on.
 
     Args:
-        stage: its name.
-        first_position, num_positions: the rows' places in the whole run.
+        stage: name of the stage.
+        first_position, num_positions: the rows' positions in the whole run.
         rows: in order.
     """
 
@@ -60,22 +60,22 @@ class StepTokens:
 
 
 class Order(Protocol):
-    """Which tokens a step trains on. Two exist: without a curriculum and with one."""
+    """The order of tokens over steps. Two implementations: without a curriculum and with one."""
 
     def at(self, step: int) -> StepTokens: ...
 
     def to_json(self) -> str:
-        """All that decides it, for checkpoints."""
+        """The state that determines the order, for checkpoints."""
         ...
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """All rows of the split in a pseudo-random order, found without memory.
+    """All rows of the split in a pseudo-random order, computed without memory.
 
     Args:
-        state: whose rows are the split's of one length.
-        chunks: given, they are these instead: a row by document.
+        state: sampler state over the split's rows, which are of one length.
+        chunks: if given, these are the rows instead: one row per document or piece.
     """
 
     state: SamplerState
@@ -95,13 +95,13 @@ class RowOrder:
 
 
 class CurriculumOrder:
-    """What stages admit. From any thread."""
+    """The order of a curriculum's stages. Safe from any thread."""
 
     def __init__(self, chunks: Chunks, state: CurriculumState) -> None:
         self.state = state
         self._curriculum = Curriculum(chunks, state)
-        self._lock = threading.Lock()  # it walks
-        self._newest: dict[int, Spans] = {}  # steps that were read ahead are asked for again after a rescale
+        self._lock = threading.Lock()  # the curriculum has a current position
+        self._newest: dict[int, Spans] = {}  # prefetched steps are requested again after a rescale
 
     def at(self, step: int) -> StepTokens:
         stage, rows = self.state.stage_at(step), self.state.global_batch_size

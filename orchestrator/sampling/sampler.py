@@ -1,8 +1,8 @@
-"""Which rows a step trains on: a pure function of the sampler state and the step.
+"""The rows that a step trains on: a pure function of the sampler state and the step.
 
-Every row that a run consumes has a *position*: positions count from 0 through the whole run, `global_batch_size`
-to a step. Within a stage, an epoch is one pass over its rows in an order of its own; a batch may straddle two
-epochs. Nothing here knows world size, ranks or micro-batches, so the order can't depend on them.
+Every row that a run consumes has a *position*: positions count from 0 through the whole run, `global_batch_size` per
+step. Within a stage, an epoch is one pass over its rows, each in a different order; a batch may straddle two epochs.
+This module knows neither world size, ranks nor micro-batches, so the order can't depend on them.
 """
 
 import json
@@ -38,18 +38,18 @@ class GlobalBatch:
     stage: Stage
     first_position: int
     positions: NDArray[np.int64]  # first_position, first_position + 1, ...
-    epochs: NDArray[np.int64]  # passes over the stage's rows that lie before each position
+    epochs: NDArray[np.int64]  # completed passes over the stage's rows before each position
     rows: NDArray[np.int64]  # row numbers in [0, stage.num_rows)
 
 
 @dataclass(frozen=True)
 class SamplerState:
-    """All that decides the order of rows. Saved with checkpoints; the position follows from the step.
+    """All that determines the order of rows. Saved in checkpoints; the position follows from the step.
 
     Args:
         seed: of the order.
         global_batch_size: rows in a step, at every step of the run.
-        stages: by `first_step`; the first begins at step 0 and position 0, each next one where the one before ends.
+        stages: by `first_step`; the first begins at step 0 and position 0, each later one where its predecessor ends.
 
     Raises:
         ValueError: stages that don't follow one another, or a size below 1.
@@ -79,7 +79,7 @@ class SamplerState:
         return cls(seed, global_batch_size, (Stage("all", 0, sequence_length, num_rows, 0),))
 
     def stage_at(self, step: int) -> Stage:
-        """The stage that `step` belongs to. Raises ValueError for a negative step."""
+        """The stage of `step`. Raises ValueError for a negative step."""
         if step < 0:
             raise ValueError(f"step {step} doesn't exist; steps count from 0")
         return next(stage for stage in reversed(self.stages) if stage.first_step <= step)
@@ -89,7 +89,7 @@ class SamplerState:
 
     @classmethod
     def from_json(cls, text: str) -> "SamplerState":
-        """What `to_json` wrote. Raises ProtocolError for anything else: there are no defaults for a saved state."""
+        """Parse the output of `to_json`. Raises ProtocolError for anything else: a saved state has no defaults."""
         try:
             state = json.loads(text)
             _require_fields(cls, state)
@@ -124,7 +124,7 @@ _JSON_TYPES: dict[object, type] = {int: int, str: str, tuple[Stage, ...]: list}
 
 
 def _require_fields(kind: type[SamplerState] | type[Stage], value: object) -> None:
-    """Raises ValueError unless `value` is an object with exactly the fields of `kind`, each of its type."""
+    """Raise ValueError unless `value` is an object with exactly the fields of `kind`, each of its type."""
     names = {field.name: _JSON_TYPES[field.type] for field in fields(kind)}
     if not isinstance(value, dict) or value.keys() != names.keys():
         raise ValueError(f"{kind.__name__} must have exactly the fields {sorted(names)}; found {value!r}")

@@ -1,14 +1,14 @@
-"""The tokens that a curriculum trains on, in order: what is admitted and not yet consumed, an epoch after the other.
+"""The stream of tokens that a curriculum trains on: admitted and not yet consumed tokens, epoch after epoch.
 
-An epoch is one pass over all chunks of the split. It has an order of its own, made from the seed; a stage consumes the
-chunks that it admits in that order and leaves the others to later stages. A chunk that a step has begun is finished by
-whichever step comes next and admits it, whatever the length of its rows: no token is lost or trained on twice within an
-epoch. When less is left of an epoch than a step takes, the next one begins in the middle of the step.
+An epoch is one pass over all chunks of the split, in its own order, derived from the seed; a stage consumes the chunks
+that it admits in that order and leaves the others to later stages. A chunk that a step has begun is finished by the
+next step that admits it, whatever the length of its rows: no token is lost or trained on twice within an epoch. When
+less is left of an epoch than a step takes, the next one begins in the middle of the step.
 
-What is drawn is counted in *units*: tokens, or rows, of which a chunk has as many as its length takes; its last one is
-as long as it gets.
+Draws are counted in *units*: tokens, or rows, a chunk having as many rows as its length takes; its last row may be
+shorter.
 
-All of it follows from the chunks, the seed and the stages. Nothing here knows world size, ranks or the clock.
+The stream follows from the chunks, the seed and the stages. It knows neither world size, ranks nor the clock.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from orchestrator.sampling.permutation import mixed
 
 
 class Stream:
-    """Where an order of tokens has come to. Draws change it; two that have drawn the same are equal.
+    """A position in an order of tokens. Draws advance it; streams with the same draws are equal.
 
     Args:
         seed: of the order.
@@ -32,7 +32,7 @@ class Stream:
         self._begin_epoch()
 
     def admit(self, low: float, high: float, row_length: int | None = None) -> None:
-        """From now on draw chunks of difficulties [low, high) only: tokens, or rows of at most `row_length` tokens."""
+        """From now on draw only chunks of difficulties [low, high): tokens, or rows of at most `row_length` tokens."""
         self._range, self._row_length = (low, high), row_length
         order = self._order
         difficulty = self._chunks.difficulty[order]
@@ -42,21 +42,21 @@ class Stream:
 
     @property
     def _unit(self) -> int:
-        """Tokens of a unit that is no chunk's last."""
+        """Tokens of a unit, except for a chunk's last one."""
         return self._row_length or 1
 
     @property
     def admitted(self) -> int:
-        """Units left of the epoch within what is admitted."""
+        """Units left in the epoch within the admitted range."""
         return (int(self._ends[-1]) if len(self._ends) else 0) - self._drawn
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left of the epoch, admitted or not. Asked after `settle`."""
+        """Whether nothing is left of the epoch, admitted or not. Call after `settle`."""
         return not self._left.any()
 
     def draw(self, num_units: int) -> Spans:
-        """The next units: rows as a span each. Raises ValueError for more than are `admitted`."""
+        """The next units; rows as one span each. Raises ValueError for more than are `admitted`."""
         if num_units > self.admitted:
             raise ValueError(f"{num_units} units were asked for; {self.admitted} are admitted and left")
         begin, end = self._drawn, self._drawn + num_units
@@ -76,13 +76,13 @@ class Stream:
         return Spans(start[chunk] + before, np.minimum(self._row_length, left[chunk] - before))
 
     def skip(self, num_units: int) -> None:
-        """As `draw`, for whoever needs none of them."""
+        """Advance like `draw`, without returning spans."""
         if num_units > self.admitted:
             raise ValueError(f"{num_units} units were to be skipped; {self.admitted} are admitted and left")
         self._drawn += num_units
 
     def settle(self) -> None:
-        """Enter what was drawn. Nothing is admitted then."""
+        """Deduct the drawn units from the epoch. Nothing is admitted afterwards."""
         whole = int(np.searchsorted(self._ends, self._drawn, side="right"))
         if whole < len(self._next):
             before = int(self._ends[whole - 1]) if whole else 0
@@ -98,7 +98,7 @@ class Stream:
         self.admit(*self._range, self._row_length)
 
     def next_epoch(self) -> None:
-        """Begin the next pass. Raises ValueError if something of this one is left."""
+        """Begin the next pass. Raises ValueError if anything of this one is left."""
         if not self.is_over:
             raise ValueError(f"{int(self._left.sum())} tokens of epoch {self.epoch} are not consumed")
         self._begin_epoch()

@@ -1,4 +1,4 @@
-"""Whether the cluster has room for a run: said when it is submitted, or is to go on."""
+"""Admission check: whether the cluster has room for a run, at submission and on resume."""
 
 import time
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
 
-SETTLE_S = 3.0  # what an ended run has freed is counted as free this late
+SETTLE_S = 3.0  # until the resources of an ended run count as free
 
 
 def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_hand: bool = False) -> ScalingView:
-    """A run that comes into the queue now, as the Scheduler sees it until its controller speaks for it.
+    """View of a run that enters the queue now, used by the Scheduler until its controller reports.
 
     Args:
-        wanted: how many workers; `by_hand` if a user has said so just now.
-        stage: of the curriculum, in which it begins; empty for the first one.
+        wanted: number of workers; `by_hand` if a user has just requested it.
+        stage: of the curriculum in which it begins; empty for the first one.
     """
     now_s = time.time()
     least, _ = bounds(limits, stage)
@@ -46,10 +46,10 @@ def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_h
 
 
 def check_admissible(run: ScalingView, now: Autoscaler | None = None) -> None:
-    """Raise JobDoesNotFit for a newcomer that could never have its least, or has no room now.
+    """Raise JobDoesNotFit for a run whose minimum of workers could never fit, or has no room now.
 
     Args:
-        now: who knows what other runs have and want; None if the run may wait.
+        now: the autoscaler, which knows the other runs' workers and requests; None if the run may wait.
     """
     run_id, request, least = run.run_id, run.request, run.least
     selector, labels = run.selector, labels_of_nodes()
@@ -70,7 +70,7 @@ def check_admissible(run: ScalingView, now: Autoscaler | None = None) -> None:
             raise JobDoesNotFit(
                 f"{run_id}, whose workers take {_amounts(request)}, would have to wait: {share.grant.why}; free are "
                 + "; ".join(_amounts(node) for node in free),
-                remedy="Leave --timeout out and it waits in the queue, or give it a higher priority or less.",
+                remedy="Omit --timeout to let it wait in the queue, raise its priority, or request less.",
                 unchanged="Nothing was started.",
             )
         time.sleep(0.2)

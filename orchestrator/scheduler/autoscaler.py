@@ -1,8 +1,8 @@
-"""The part of the Scheduler that runs by itself: how a cluster is divided among its runs, how many workers runs are to
-have, and for how many Ray has to care.
+"""Background thread of the Scheduler: divides the cluster among its runs, sets their sizes, and requests resources from
+Ray's autoscaler.
 
-It keeps nothing that matters: what it decides is journalled by the run's controller, and what it has asked of Ray's
-autoscaler is asked again by its successor, or taken back.
+It holds no state that must survive: its decisions are journalled by the runs' controllers, and its request to Ray's
+autoscaler is repeated or withdrawn by its successor.
 """
 
 import logging
@@ -33,20 +33,20 @@ log = logging.getLogger("orchestrator.control")
 P = ParamSpec("P")
 
 KV_NAMESPACE = b"orchestrator-demand"
-ASKED = b"asked"  # there while Ray's autoscaler has a request of ours
-SETTLING_S, EVERY_S, IDLE_S = 0.2, 0.5, 3.0  # between two looks: where something is to change, could, or isn't up to us
-PATIENCE_S = 2.0  # for a controller's answer; one that is busy is heard the next time
-EXPECTED_S = 30.0  # who has not spoken by then holds nobody up any more
-SUCCESSION_S = 10.0  # a new scheduler decides nothing until it has heard all controllers that it finds, or is so old
+ASKED = b"asked"  # present while Ray's autoscaler has a request of ours
+SETTLING_S, EVERY_S, IDLE_S = 0.2, 0.5, 3.0  # between turns: a change is pending, possible, or not up to us
+PATIENCE_S = 2.0  # for a controller's answer; a busy one is asked again in the next turn
+EXPECTED_S = 30.0  # a run whose controller is silent for this long stops blocking the queue
+SUCCESSION_S = 10.0  # how long a new scheduler waits for all controllers' answers before it decides anything
 
 
 class Autoscaler:
-    """Looks at all runs that have a controller again and again, in a thread of its own."""
+    """Evaluates all runs that have a controller periodically, in its own thread."""
 
     def __init__(self) -> None:
-        self._known: dict[str, ScalingView] = {}  # what each controller said last
-        self._expected: dict[str, ScalingView] = {}  # what is known of runs whose new controller has said nothing yet
-        self._since_s: dict[tuple[str, str, int | None], float] = {}  # what is decided again and again, since when
+        self._known: dict[str, ScalingView] = {}  # newest view of each controller
+        self._expected: dict[str, ScalingView] = {}  # views of runs whose new controller has not reported yet
+        self._since_s: dict[tuple[str, str, int | None], float] = {}  # repeated decisions, since when
         self._began_s = time.monotonic()
         self._demand: tuple[Demand, ...] | None = None
         self._has_failed = False
@@ -56,17 +56,17 @@ class Autoscaler:
         threading.Thread(target=self._live, name="autoscaler", daemon=True).start()
 
     def stir(self) -> None:
-        """Look now: something has changed."""
+        """Evaluate now: something has changed."""
         self._stirred.set()
 
     def share_of(self, newcomer: ScalingView) -> Share:
-        """What a run would get if it were submitted now."""
+        """The share that a run would get if it were submitted now."""
         runs = self._known | self._expected | {newcomer.run_id: newcomer}
         return _divide(list(runs.values()))[newcomer.run_id]
 
     def expect(self, newcomer: ScalingView) -> None:
-        """Know of a run whose controller was just started: whoever comes after it must not be let in before it only
-        because that one's controller is the first to speak. That is all it gets before it speaks: nobody makes room."""
+        """Register a run whose controller was just started, so that no later run is admitted before it only because its
+        controller reports first. Until the run's own controller reports, no other run makes room for it."""
         self._expected[newcomer.run_id] = newcomer
 
     def _live(self) -> None:
@@ -77,17 +77,17 @@ class Autoscaler:
             try:
                 pause_s = self._turn()
                 self._has_failed = False
-            except Exception:  # the cluster is going away, or something of it doesn't answer: the next turn tries again
+            except Exception:  # the cluster is shutting down, or part of it doesn't answer: the next turn tries again
                 pause_s = EVERY_S
                 self._since_s = {}
                 if not self._has_failed:
-                    log.exception("the sizes of runs could not be looked at")
+                    log.exception("the sizes of runs could not be evaluated")
                 self._has_failed = True
 
     def _turn(self) -> float:
-        """Returns how long nobody has to look again, seconds."""
-        answered, unheard = self._ask_all()
-        if unheard and time.monotonic() - self._began_s < SUCCESSION_S:
+        """Evaluate all runs once. Returns the seconds until the next turn."""
+        answered, unknown = self._ask_all()
+        if unknown and time.monotonic() - self._began_s < SUCCESSION_S:
             return SETTLING_S
         runs = [self._known[run] for run in sorted(self._known)]
         self._ask_for(demand(runs))
@@ -120,15 +120,15 @@ class Autoscaler:
         now_s: float,
         patience_s: float = 0.0,
     ) -> bool:
-        """Whether this was decided before, and for so long. What is free and what is placed aren't told at one moment:
-        only what is seen twice, at least, is so."""
+        """Whether this decision has been repeated for at least `patience_s`. Ray reports free resources and placements
+        at different moments, so a decision counts only if it is made at least twice."""
         self._since_s[what] = before.get(what, now_s)
         return what in before and now_s - before[what] >= patience_s
 
     def _ask_for(self, demand: tuple[Demand, ...]) -> None:
-        """Tell Ray's autoscaler, which keeps the newest request for ever, whoever made it: one that isn't ours is left
-        alone as long as we have none."""
-        if self._demand is None:  # ours, or that of a scheduler before us
+        """Send the demand to Ray's autoscaler, which keeps the newest request of any sender for ever: one that isn't
+        ours is left alone as long as we have none."""
+        if self._demand is None:  # unknown if an earlier scheduler has left a request
             self._demand = None if internal_kv._internal_kv_exists(ASKED, namespace=KV_NAMESPACE) else ()
         if demand == self._demand:
             return
@@ -140,34 +140,34 @@ class Autoscaler:
         self._demand = demand
 
     def _ask_all(self) -> tuple[set[str], set[str]]:
-        """Hear what controllers say of their runs. Who has answered, and of whom nothing is known. A run whose
-        controller doesn't answer just now is remembered as it was."""
+        """Ask all controllers for views of their runs. Returns the runs that answered, and those of which nothing is
+        known. A run whose controller doesn't answer in time keeps its last view."""
         expected = dict(self._expected)
         handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
         calls = {Remote[RunController](handle).send(RunController.scaling): run for run, handle in handles.items()}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
-        heard: dict[str, ScalingView | None] = {}
+        views: dict[str, ScalingView | None] = {}
         for call in answered:
-            with suppress(ray.exceptions.RayError):  # it ends, or comes back
-                heard[calls[call]] = ray.get(call)
-        self._forget(expected, heard, handles)
+            with suppress(ray.exceptions.RayError):  # it is ending, or restarting
+                views[calls[call]] = ray.get(call)
+        self._forget(expected, views, handles)
         remembered = {run: scale for run, scale in self._known.items() if run in handles and run not in self._expected}
-        known = remembered | heard
+        known = remembered | views
         self._known = {run: scale for run, scale in known.items() if scale is not None}
-        speaking = {run for run, scale in heard.items() if scale is not None}
-        return speaking, set(handles) - set(known) - set(self._expected)
+        reporting = {run for run, scale in views.items() if scale is not None}
+        return reporting, set(handles) - set(known) - set(self._expected)
 
-    def _forget(self, expected: Mapping[str, ScalingView], heard: Collection[str], there: Collection[str]) -> None:
-        """Expect nobody any more who has spoken, is gone, or is too late."""
+    def _forget(self, expected: Mapping[str, ScalingView], reported: Collection[str], there: Collection[str]) -> None:
+        """Stop expecting runs whose controller has reported, is gone, or is too late."""
         for run, newcomer in expected.items():
-            is_late = run in there and run not in heard and time.time() - (newcomer.queued_s or 0.0) > EXPECTED_S
+            is_late = run in there and run not in reported and time.time() - (newcomer.queued_s or 0.0) > EXPECTED_S
             if is_late:
                 log.warning(
-                    "run %s: its controller hasn't spoken within %.0f s; nobody behind it waits any longer",
+                    "run %s: its controller has not reported within %.0f s; it stops blocking the runs behind it",
                     run,
                     EXPECTED_S,
                 )
-            if (is_late or run in heard or run not in there) and self._expected.get(run) is newcomer:
+            if (is_late or run in reported or run not in there) and self._expected.get(run) is newcomer:
                 del self._expected[run]
 
     def _tell(
@@ -179,11 +179,11 @@ class Autoscaler:
         try:
             ray.get(Remote[RunController](handle).send(method, *args, **kwargs), timeout=PATIENCE_S)
         except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
-            log.info("run %s was not told: %s", run_id, error)
+            log.info("run %s did not take the decision: %s", run_id, error)
 
 
 def _shares(runs: Sequence[ScalingView], expected: Sequence[ScalingView]) -> dict[str, Share]:
-    """The share of each of `runs`. Who is expected is only in the way of whoever is behind it in the queue."""
+    """The share of each of `runs`. An expected run only blocks those behind it in the queue."""
     shares = _divide(runs)
     if not expected:
         return shares
@@ -207,7 +207,7 @@ def _controlled() -> list[str]:
 
 
 def _homes(nodes: set[str]) -> dict[str, list[str]]:
-    """Which of these nodes each run's workers have their places on, oldest first; Ray reserves them before a worker
+    """By run, the nodes among these on which its workers are placed, oldest first. Ray reserves places before a worker
     starts."""
     placed: dict[str, list[tuple[int, str]]] = {}
     for group in placement_group_table().values():

@@ -1,7 +1,7 @@
-"""The scheduler: what runs the cluster holds, and the one that users talk to.
+"""Scheduler of a cluster: the list of its runs, and the actor that users' commands call.
 
-It starts a controller per run and hands requests on to it. It keeps nothing of its own but the place of each run's
-storage, which Ray's store of the cluster holds too; after a restart it finds everybody by name.
+It starts a controller per run and forwards requests to it. Its only state is each run's directory, kept in Ray's
+internal key-value store; after a restart it finds all controllers by name.
 """
 
 import logging
@@ -44,8 +44,8 @@ KV_NAMESPACE = b"orchestrator-runs"
 PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time
 MAX_CALLS_AT_ONCE = 32
 
-# When the connection to a worker breaks, Ray waits 1 s for news of its end before it fails the call, and looks once a
-# second whether it is over. The worker's node tells within milliseconds; if it is gone too, nobody ever does.
+# When the connection to a worker breaks, Ray waits 1 s for news of its end before it fails the call, and checks once a
+# second whether that is over. The worker's node reports the end within milliseconds; if the node is gone, nothing does.
 CONTROLLER_ENV = {
     "RAY_timeout_ms_task_wait_for_death_info": "200",
     "RAY_core_worker_internal_heartbeat_ms": "100",
@@ -69,15 +69,15 @@ class Scheduler:
         wait: bool = True,
         parts: ActorClasses | None = None,
     ) -> str:
-        """Put a run into the queue: write its job into run storage and give it a controller. It starts when it has
+        """Put a run into the queue: write its job to run storage and start its controller. The run begins once it has
         its place.
 
         Args:
             job_json: the resolved `JobSpec`.
-            run_dir: the run's directory in run storage, absolute; made here.
+            run_dir: the run's directory in run storage, absolute; created here.
             job_text: the job file as the user wrote it.
-            wait: even if it would have to wait for room.
-            parts: other classes than the product's, for tests.
+            wait: accept the run even if it has to wait for room.
+            parts: actor classes other than the default ones, for tests.
 
         Raises:
             NameTaken: the cluster or the storage has a run of this name.
@@ -97,16 +97,16 @@ class Scheduler:
     def resume(
         self, run_id: str, run_dir: str, order: ResumeRequest, wait: bool = True, parts: ActorClasses | None = None
     ) -> str:
-        """Give a run that has ended, or has lost its cluster, a controller again.
+        """Start a controller again for a run that has ended, or has lost its cluster.
 
         Args:
             run_dir: the run's directory in run storage, absolute.
-            wait: even if it would have to wait for room.
+            wait: accept the run even if it has to wait for room.
 
         Raises:
             NotFound: the directory holds no run.
-            UsageError: the run goes on, or has done all its steps, or may not have so many workers, or compresses its
-                gradients otherwise than when it wrote the checkpoint.
+            UsageError: the run has a controller, has done all its steps, may not have so many workers, or compresses
+                its gradients differently than when it wrote the checkpoint.
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
         directory = Path(run_dir)
@@ -123,7 +123,7 @@ class Scheduler:
             if done >= limits.steps:
                 raise UsageError(
                     f"run {run_id} has done all its {limits.steps} steps",
-                    remedy="Go on from an earlier checkpoint with --from, or submit a new run.",
+                    remedy="Resume from an earlier checkpoint with --from, or submit a new run.",
                     unchanged="Nothing was started.",
                 )
             _refuse_other_residuals(order.restore, job)
@@ -138,7 +138,7 @@ class Scheduler:
         return run_id
 
     def list(self) -> tuple[RunStatus, ...]:
-        """Every run that the cluster has seen, the newest last. A run whose storage is gone is left out."""
+        """All runs that the cluster has seen, the newest last. Runs whose storage is gone are left out."""
         found: list[RunStatus] = []
         for run_id in known_runs():
             try:
@@ -155,41 +155,41 @@ class Scheduler:
             controller = _controller_of(run_id)
             try:
                 return controller.ask(RunController.status) if controller else read_status(directory)
-            except (ClusterUnreachable, NotFound):  # it is just ending, or just coming back
+            except (ClusterUnreachable, NotFound):  # its controller is ending, or restarting
                 if time.monotonic() > deadline_s:
                     raise
                 time.sleep(0.1)
 
     def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> DesiredRunState:
-        """Want another number of workers; None leaves it to the job's `autoscale`. Raises UsageError out of min..max,
-        or if the run has ended; NotFound."""
+        """Request another number of workers; None leaves it to the job's `autoscale`. Raises UsageError outside
+        min..max, or if the run has ended; NotFound."""
         target = self._forward(run_id, RunController.scale, workers, reason)
         self._autoscaler.stir()
         return target
 
     def stage(self, run_id: str, name: str, reason: str = "asked for") -> DesiredRunState:
-        """Want another stage of the curriculum. Raises UsageError if the job has none of that name, or the run has
+        """Request another stage of the curriculum. Raises UsageError if the job has none of that name, or the run has
         ended; NotFound."""
         return self._forward(run_id, RunController.stage, name, reason)
 
     def cancel(self, run_id: str, reason: str = "cancelled") -> DesiredRunState:
-        """Want the run to end with a checkpoint. Raises UsageError if it has ended; NotFound."""
+        """Request the run's end, with a checkpoint. Raises UsageError if it has ended; NotFound."""
         return self._forward(run_id, RunController.finish, Finish.CANCEL, reason)
 
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
-        """Want the run to end with a checkpoint, to be resumed later. Raises as `cancel` does."""
+        """Request the run's end, with a checkpoint, to be resumed later. Raises as `cancel` does."""
         return self._forward(run_id, RunController.finish, Finish.PAUSE, reason)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
-        """Kill one member's process. Returns the worker's id. Raises UsageError if nobody has the rank; NotFound."""
+        """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""
         return self._forward(run_id, RunController.kill_worker, rank)
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
-        """What happened to the run after the event with `seq` `after`. Raises NotFound."""
+        """Events of the run after the one whose `seq` is `after`. Raises NotFound."""
         return tuple(user_events(self._directory_of(run_id), after))
 
     def audit(self, run_id: str) -> AuditResult:
-        """Whether the run's account of samples balances. Raises NotFound."""
+        """Audit of the run's sample ledger. Raises NotFound."""
         return RunFiles(self._directory_of(run_id)).audit()
 
     def _start_controller(
@@ -218,13 +218,13 @@ class Scheduler:
         if controller is not None:
             try:
                 return controller.ask(method, *args, **kwargs)
-            except ClusterUnreachable:  # it has ended, or it hasn't answered: its status tells
+            except ClusterUnreachable:  # it has ended, or did not answer: its status shows which
                 pass
         status = self.status(run_id)
         if status.phase.ended:
             raise UsageError(
                 f"run {run_id} has ended: it is {status.phase}",
-                remedy="Only a run that goes on can be changed; `orchestrator resume` lets one go on that isn't done.",
+                remedy="Only an active run can be changed; `orchestrator resume` continues one that isn't done.",
                 unchanged="Nothing was changed.",
             )
         raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
@@ -238,7 +238,7 @@ class Scheduler:
 
     def _refuse_taken(self, run_id: str, directory: Path) -> None:
         remedy = "Choose another name, or move that run's directory away."
-        is_over = (directory / STATUS_FILE).exists()  # its controller may be about to leave
+        is_over = (directory / STATUS_FILE).exists()  # its controller may be about to exit
         if find(f"{run_id}/controller") is not None and not is_over:
             raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
         if newest_term(directory) > 0 or (directory / "job.json").exists():
@@ -272,7 +272,7 @@ def get_or_create_scheduler() -> Handle:
 
 
 def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:
-    """Raise UsageError where compression can't go on from what the checkpoint's had kept."""
+    """Raise UsageError if the job's compression can't continue from the residuals in the checkpoint."""
     if restore is None or restore.reset_residuals:
         return
     saved = str(read_manifest(Path(restore.path)).meta.get("compression", ""))
@@ -281,7 +281,7 @@ def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:
         raise UsageError(
             f"{restore.path} was written by a run that kept {saved or 'nothing'} of its gradients; the job would keep "
             f"{wanted or 'nothing'}",
-            remedy="Resume with the compression that it was trained with, or with --reset-residuals, which leaves "
-            "behind what had not been sent.",
+            remedy="Resume with the compression that it was trained with, or with --reset-residuals, which drops the "
+            "values not sent yet.",
             unchanged="Nothing was started.",
         )

@@ -1,4 +1,4 @@
-"""The `communication` section: how gradients and tokens travel between workers."""
+"""The `communication` section: transfer of gradients and tokens between workers."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -8,45 +8,44 @@ from pydantic import BeforeValidator, Field
 from orchestrator.spec.section import Broken, Path, Section
 
 BUCKET_MB = 25.0  # as in DistributedDataParallel (Li et al., 2020)
-BLOCK = 256  # elements that share a scale, or of which the largest are sent: their numbers fit a byte
-SPARSE_BYTES = 3  # of an element that top-k sends: its number in its block, and its value in bf16
+BLOCK = 256  # elements that share a scale, or of which top-k sends the largest: an index fits a byte
+SPARSE_BYTES = 3  # per element that top-k sends: its index in its block, and its value in bf16
 MANY = 1_000_000  # ranks
-COARSE = ("int4", "topk", "powersgd", "auto")  # schemes that lose too much to do without error feedback
+COARSE = ("int4", "topk", "powersgd", "auto")  # schemes with too much error to do without error feedback
 
 
 class CompressionSpec(Section):
-    """What dense gradients are turned into before they travel. Norms, biases, routers and small tensors never are, nor
-    are gradients of experts."""
+    """Compression of dense gradients in transit. Norms, biases, routers, small tensors and experts are never
+    compressed."""
 
     scheme: Literal["none", "fp16", "bf16", "int8", "int4", "topk", "powersgd", "auto"] = Field(
         default="none",
-        description="none: fp32. fp16, int8 and int4 have a scale for each 256 elements. topk: of each 256 elements "
-        "the largest, in bf16. powersgd: two thin matrices whose product is nearest (Vogels et al., 2019). auto: none, "
-        "bf16, int8 or int4, whichever the first steps of a generation show to be fastest.",
+        description="none: fp32. fp16, int8 and int4 have a scale for each 256 elements. topk: the largest of each 256 "
+        "elements, in bf16. powersgd: two thin matrices with the nearest product (Vogels et al., 2019). auto: none, "
+        "bf16, int8 or int4, whichever is fastest in the first steps of a generation.",
     )
     share: float = Field(
         default=0.05,
         gt=0,
         le=0.5,
-        description="For topk and powersgd: bytes that each worker sends, indices included, over those of what is "
-        "compressed in fp32, at any number of workers. PowerSGD sends one column at least.",
+        description="For topk and powersgd: bytes that each worker sends, indices included, over the fp32 bytes of the "
+        "compressed gradients, at any number of workers. PowerSGD sends at least one column.",
     )
     error_feedback: bool = Field(
         default_factory=lambda known: known.get("scheme") in COARSE,
-        description="true: what a step didn't send is added to the next step's gradients, so nothing is lost for good. "
-        "Default: true for int4, topk, powersgd and auto. Takes 4 bytes per dense parameter on each worker.",
+        description="true: a step's compression error is added to the next step's gradients, so nothing is lost for "
+        "good. Default: true for int4, topk, powersgd and auto. Takes 4 bytes per dense parameter on each worker.",
     )
     warmup_steps: int = Field(
         default=0,
         ge=0,
-        description="For topk: updates in which the share falls, by one factor each, from 0.5 to `share` (Lin et al., "
-        "2018).",
+        description="For topk: updates in which the share falls geometrically from 0.5 to `share` (Lin et al., 2018).",
     )
     momentum: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="For topk: momentum that is gathered before the choice (momentum correction, Lin et al., 2018), in "
+        description="For topk: momentum applied before the selection (momentum correction, Lin et al., 2018), in "
         "place of the optimizer's, whose betas[0] must be 0.",
     )
 
@@ -56,18 +55,17 @@ class CompressionSpec(Section):
 
     @property
     def keeps(self) -> str:
-        """What it keeps from step to step, as checkpoints say it; empty if nothing."""
+        """State that the scheme keeps between steps, as written in checkpoints; empty if none."""
         kept = ["residual"] * self.error_feedback + ["velocity"] * bool(self.momentum)
         if self.scheme == "powersgd":
             kept.append(f"thin matrices of share {self.share}")
         return f"{self.scheme}: {', '.join(kept)}" if kept else ""
 
     def kept_per_block(self, num_ranks: int, share: float | None = None) -> int:
-        """Elements that topk sends of each block: fewer the more ranks there are, since a piece of its own is what a
-        rank doesn't send.
+        """Elements that topk sends of each block: fewer with more ranks, since a rank doesn't send its own piece.
 
         Args:
-            share: of bytes; None for what was asked for.
+            share: of bytes; None for the job's share.
         """
         density = (share or self.share) * 4 / SPARSE_BYTES * num_ranks / max(num_ranks - 1, 1)
         return min(BLOCK, int(density * BLOCK))
@@ -82,14 +80,14 @@ class CompressionSpec(Section):
                 rule = f"{key} is for scheme topk alone; got {getattr(self, key)} and {self.scheme}"
                 yield Broken(((key,), ("scheme",)), rule)
         if self.momentum and not self.error_feedback:
-            keys: tuple[Path, ...] = (("momentum",), ("error_feedback",), ("scheme",))  # whose default follows from it
+            keys: tuple[Path, ...] = (("momentum",), ("error_feedback",), ("scheme",))  # its default depends on scheme
             yield Broken(keys, "momentum needs error_feedback; got false")
         if self.error_feedback and not self.is_active:
             yield Broken((("error_feedback",), ("scheme",)), "error_feedback needs a scheme; got none")
 
 
 def _compression(value: Any) -> Any:
-    """Reads the short form: the name of a scheme."""
+    """Expand the short form: the name of a scheme."""
     return {"scheme": value} if isinstance(value, str) else value
 
 
@@ -97,30 +95,30 @@ Compression = Annotated[CompressionSpec, BeforeValidator(_compression, json_sche
 
 
 class CommunicationSpec(Section):
-    """What travels between workers in a step, and when."""
+    """Transfer of gradients and tokens between workers, and its overlap with computation."""
 
     bucket_mb: float = Field(
         default=BUCKET_MB,
         gt=0,
         le=4096,
-        description="MiB of fp32 gradients that are summed over the workers together, at most. Smaller ones are under "
-        "way sooner, larger ones cost less each.",
+        description="Largest size, in MiB of fp32, of gradients that are summed over the workers together. Smaller "
+        "buckets are sent sooner, larger ones have less overhead.",
     )
     overlap: bool = Field(
         default=True,
-        description="true: a bucket's gradients travel while the backward pass computes the next ones. false: they "
+        description="true: complete buckets are sent while the backward pass computes the next ones. false: they "
         "wait for its end; the result has the same bits.",
     )
     tokens: Literal["exact", "bf16", "int8"] = Field(
         default="exact",
-        description="How tokens travel to experts on other workers, results back, and their gradients. exact: in the "
-        "number format that they are computed in. int8 has a scale for each token.",
+        description="Encoding of tokens sent to experts on other workers, of their results, and of both gradients. "
+        "exact: the number format of the computation. int8 has a scale for each token.",
     )
     ranks_per_token: int | None = Field(
         default=None,
         ge=1,
-        description="Workers whose experts a token may visit: the best ones for it, and as many as hold top_k experts. "
-        "null: all. What is chosen then depends on where experts lie, so on the number of workers too.",
+        description="Workers whose experts a token may visit: the best ones for it, more if needed to hold top_k "
+        "experts. null: all. The choice then depends on the placement of experts, so on the number of workers too.",
     )
     nodes_per_token: int | None = Field(
         default=None, ge=1, description="The same for nodes, whose workers' experts a token may visit."

@@ -1,4 +1,4 @@
-"""The `curriculum` section: in which order a run meets its text, by difficulty."""
+"""The `curriculum` section: the order of a run's documents, by difficulty."""
 
 import re
 from collections.abc import Iterator
@@ -32,32 +32,32 @@ class PaceSpec(Section):
     kind: Literal["linear", "root", "step"] = Field(
         default="root",
         description="linear; root: by the square root of the step, so that each step adds as much as it can train on "
-        "(Platanis et al., 2019); step: in jumps.",
+        "(Platanis et al., 2019); step: in equal jumps.",
     )
     start: float = Field(default=0.1, gt=0, le=1, description="The share of the range that is open at first.")
-    steps: int = Field(ge=1, description="Steps until all of it is open.")
-    jumps: int = Field(default=3, ge=1, description="Of kind step.")
+    steps: int = Field(ge=1, description="Steps until the whole range is open.")
+    jumps: int = Field(default=3, ge=1, description="Number of jumps, for kind step.")
     hardest_first: bool = Field(
-        default=False, description="true: it opens from the difficult end, to compare with (an anti-curriculum)."
+        default=False, description="true: open from the difficult end (an anti-curriculum), for comparison."
     )
 
 
 class UntilSpec(Section):
-    """When a stage ends; exactly one of these."""
+    """The end of a stage; exactly one of these conditions."""
 
-    steps: int | None = Field(default=None, ge=1, description="After so many steps.")
-    tokens: int | None = Field(default=None, ge=1, description="After the step in which it has trained on so many.")
+    steps: int | None = Field(default=None, ge=1, description="After this many steps.")
+    tokens: int | None = Field(default=None, ge=1, description="After the step that reaches this many trained tokens.")
     validation_below: float | None = Field(
         default=None, gt=0, description="Some steps after a validation loss below this; max_steps at the latest."
     )
     plateau: int | None = Field(
         default=None,
         ge=1,
-        description="Some steps after so many validations in a row that were not 0.5 % better than the best one "
+        description="Some steps after this many validations in a row that were not 0.5 % better than the best one "
         "before; max_steps at the latest.",
     )
     max_steps: int | None = Field(
-        default=None, ge=1, description="With validation_below and plateau: after so many steps in any case."
+        default=None, ge=1, description="With validation_below and plateau: after this many steps in any case."
     )
 
     def broken_rules(self) -> Iterator[Broken]:
@@ -75,7 +75,7 @@ class UntilSpec(Section):
 
 
 class StageSpec(Section):
-    """A stage: which documents it admits, and how it trains on them."""
+    """A stage: the documents that it admits, and how it trains on them."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,39}$", description="Its name: up to 40 of a-z, 0-9 and -.")
     difficulty: Annotated[tuple[Share, Share], AfterValidator(_range)] = Field(
@@ -89,8 +89,8 @@ class StageSpec(Section):
     sequence_length: int | None = Field(default=None, ge=1, description="Tokens of a row. null: train.sequence_length.")
     workers: Range | None = Field(
         default=None,
-        description='How many workers it wants, as in "2..4"; needs an autoscale.policy. null: as many as the policy '
-        "finds.",
+        description='Number of workers for the stage, as in "2..4"; needs an autoscale.policy. null: as the policy '
+        "decides.",
     )
     until: UntilSpec | None = Field(
         default=None, description="When it ends. null, for the last one only: with the run."
@@ -98,24 +98,24 @@ class StageSpec(Section):
 
 
 class CurriculumSpec(Section):
-    """Stages of difficulty. Each document counts once an epoch, whichever stage trains on it."""
+    """Stages of difficulty. Each document is used once per epoch, by whichever stage."""
 
     signal: Annotated[str, AfterValidator(_signal)] = Field(
         default="rarity",
-        description="What makes a document difficult: length (tokens), compression (bytes after zlib over bytes "
+        description="Measure of a document's difficulty: length (tokens), compression (bytes after zlib over bytes "
         "before), rarity (mean surprisal of its tokens by their frequency), diversity (distinct tokens in windows of "
         "50), reference_loss (mean loss of its tokens under a bigram model of the training split without it), or a "
-        "function of yours, package.module:score, from its text to a number.",
+        "function of your own, package.module:score, from its text to a number.",
     )
     code_dir: str = Field(
         default=HERE,
         min_length=1,
-        description="Directory from which a function of yours is imported, on every node; relative to the current one.",
+        description="Directory from which your own function is imported, on every node; relative to the current one.",
     )
     on_exhausted: Literal["next", "relax", "fail"] = Field(
         default="relax",
-        description="When nothing is left of what a stage admits: the next stage begins, whatever is left of the epoch "
-        "is admitted, or the job is refused before it starts.",
+        description="If no admitted documents are left in the epoch: next begins the next stage, relax admits the rest "
+        "of the epoch, fail refuses the job before it starts.",
     )
     stages: tuple[StageSpec, ...] = Field(description="In their order; at least one.")
 
@@ -128,7 +128,7 @@ class CurriculumSpec(Section):
             yield Broken((("code_dir",), ("signal",)), rule)
         for i, stage in enumerate(self.stages):
             if stage.name == "next":
-                rule = "no stage is called next: that is the one behind the present one"
+                rule = "no stage is called next: the name refers to the stage after the current one"
                 yield Broken((("stages", i, "name"),), rule)
             if stage.name in [earlier.name for earlier in self.stages[:i]]:
                 yield Broken((("stages", i, "name"),), f"names of stages are distinct; {stage.name} is there twice")

@@ -23,37 +23,33 @@ def _source(source: str) -> str:
 
 
 class DataSpec(Section):
-    """The text to train on, and how it becomes tokens."""
+    """The training text, and its conversion to tokens."""
 
     source: Annotated[str, AfterValidator(_source)] = Field(
         default="builtin:stdlib",
-        description="`builtin:stdlib` (the running Python's own library), `builtin:pydocs` (Python's manual, of "
+        description="`builtin:stdlib` (the running Python's own library), `builtin:pydocs` (Python's manual, from "
         "Debian's python3.13-doc), one file, or a folder of files: .txt or .jsonl, both also as .gz, .parquet or "
-        ".arrow. Of a folder that the datasets library saved, the files that it names are read in its order; of one "
-        "with several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written.",
+        ".arrow. If the datasets library saved the folder, its listed files are read in their order; of one with "
+        "several splits, `train`. Or the directory of a store that `orchestrator data prepare` has written.",
     )
-    text_key: str = Field(
-        default="text", min_length=1, description="Key or column that holds the text, in files that have rows."
-    )
+    text_key: str = Field(default="text", min_length=1, description="Key or column of the text, in files with rows.")
     vocab_size: int = Field(
         default=2048,
         ge=257,
-        description="Tokens of the byte-level BPE tokenizer, at most; 256 bytes and one border included. Without "
-        "meaning with a tokenizer that is given.",
+        description="Largest vocabulary of the trained byte-level BPE tokenizer, including 256 bytes and one border "
+        "token. Not used with a given tokenizer.",
     )
     tokenizer: Annotated[str, AfterValidator(directory)] | None = Field(
         default=None,
         description="A tokenizer.json to use instead of training one; the files beside it name the token that begins a "
-        "document. null: that of model.init_from, else a trained one.",
+        "document. null: the one of model.init_from, else a trained one.",
     )
-    holdout: float = Field(
-        default=0.05, gt=0, lt=1, description="Fraction of the documents that is kept for validation."
-    )
+    holdout: float = Field(default=0.05, gt=0, lt=1, description="Fraction of the documents kept for validation.")
     rows: Literal["packed", "documents"] = Field(
         default="packed",
-        description="packed: documents lie back to back and are cut into rows of one length, without padding. "
-        "documents: a row is a document, or a piece of a long one, so rows are of unequal length; in a "
-        "micro-batch they are padded to its longest.",
+        description="packed: documents lie back to back and are divided into rows of one length, without padding. "
+        "documents: a row is a document, or a piece of a long one, so rows are of unequal length; within a "
+        "micro-batch they are padded to the longest.",
     )
     isolate_documents: bool = Field(
         default=False, description="true: attention stops at the borders of documents. The loss never crosses them."

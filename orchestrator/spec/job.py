@@ -1,8 +1,8 @@
-"""What a user may ask for: the job file as frozen, validated values.
+"""The job file as frozen, validated values.
 
-`orchestrator.spec.loading` reads them from YAML with errors that name file, line and column. Made directly, as in
-`JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value raises pydantic's `ValidationError`. Only `name` has no
-default.
+`orchestrator.spec.loading` reads them from YAML with errors that name file, line and column. When constructed directly,
+as in `JobSpec(name="try", workers=WorkersSpec(max=3))`, a bad value raises pydantic's `ValidationError`. Only `name`
+has no default.
 """
 
 import re
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
-# What changes how a process is loaded, or how Ray and we behave: by how a name begins, and whole.
+# Variables that change how a process is loaded, or how Ray and we behave: by prefix, and by full name.
 REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
 REFUSED_NAMES = ("BASH_ENV", "ENV", "GCONV_PATH", "GLIBC_TUNABLES", "LOCPATH", "OPENSSL_CONF", "OPENSSL_MODULES")
 
@@ -56,7 +56,7 @@ class EvalSpec(Section):
     """Validation on the held-out documents."""
 
     every: int | None = Field(default=None, ge=1, description="Steps between two validations. null: no validation.")
-    rows: int = Field(default=64, ge=1, description="Rows of the held-out split that each validation reads, at most.")
+    rows: int = Field(default=64, ge=1, description="Largest number of held-out rows that each validation reads.")
 
 
 Storage = Annotated[
@@ -82,50 +82,48 @@ class JobSpec(Section):
         default=0,
         ge=-100,
         le=100,
-        description="Who gets places first when several runs share a cluster: a higher one shrinks lower ones to their "
-        "workers.min, and pauses them where that is not enough.",
+        description="Priority when several runs share a cluster: a higher one shrinks lower ones to their workers.min, "
+        "and pauses them where that is not enough.",
     )
-    autoscale: AutoscaleSpec = Field(
-        default=AutoscaleSpec(), description="Whether and how the number of workers changes by itself."
-    )
-    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What each worker reserves.")
+    autoscale: AutoscaleSpec = Field(default=AutoscaleSpec(), description="Automatic changes of the number of workers.")
+    resources: ResourcesSpec = Field(default=ResourcesSpec(), description="Resources that each worker reserves.")
     model: ModelSpec = Field(default=ModelSpec(), description="The language model.")
-    train: TrainSpec = Field(default=TrainSpec(), description="How it is trained.")
+    train: TrainSpec = Field(default=TrainSpec(), description="The training.")
     communication: CommunicationSpec = Field(
-        default=CommunicationSpec(), description="What travels between workers in a step."
+        default=CommunicationSpec(), description="Transfer of data between workers in a step."
     )
     eval: EvalSpec = Field(default=EvalSpec(), description="Validation.")
-    data: DataSpec = Field(default=DataSpec(), description="The text.")
+    data: DataSpec = Field(default=DataSpec(), description="The training text.")
     curriculum: CurriculumSpec | None = Field(
-        default=None, description="Stages of difficulty. null: all rows in a random order, an epoch after the other."
+        default=None, description="Stages of difficulty. null: all rows in a random order, epoch after epoch."
     )
-    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="Durable copies.")
+    checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="Durable copies of the training state.")
     protection: Protection = Field(
         default=EVERY_STEP,
-        description="How often each worker's state is copied to another worker's memory, so that a worker may be lost "
+        description="How often each worker's state is copied to another worker's memory, so that a worker may fail "
         'at any moment: every_step, "every N" (N steps), auto (as often as costs under 3 % of a step) or off.',
     )
-    recovery: RecoverySpec = Field(default=RecoverySpec(), description="What failures lead to.")
-    verify: VerifySpec = Field(default=VerifySpec(), description="Doing steps again, to compare them.")
+    recovery: RecoverySpec = Field(default=RecoverySpec(), description="Response to failures.")
+    verify: VerifySpec = Field(default=VerifySpec(), description="Replay of steps, to compare results.")
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="Metrics.")
     storage: Storage = Field(
         default="./runs", description="Directory of the run storage, relative to the current one. null: ./runs."
     )
     envs: dict[str, str] = Field(
         default={},
-        description="Environment variables of the workers. Visible to everyone who sees the cluster: put no secret "
-        "here. What changes how a process is loaded (LD_*, PYTHON*, GLIBC_TUNABLES and such) or how Ray and we behave "
-        "(RAY_*, ORCHESTRATOR_*) is refused, and OMP_NUM_THREADS, which follows from cores and workers.",
+        description="Environment variables of the workers. Visible to everyone with access to the cluster: put no "
+        "secret here. Refused are variables that change how a process is loaded (LD_*, PYTHON*, GLIBC_TUNABLES and "
+        "such) or how Ray and we behave (RAY_*, ORCHESTRATOR_*), and OMP_NUM_THREADS, set from cores and workers.",
     )
     secrets: dict[str, str] = Field(
         default={},
         description="Environment variables of the workers whose values are read on each worker's node: file:PATH, "
-        "absolute, or env:NAME, of Ray's own environment there. The job holds no value, and logs don't show it.",
+        "absolute, or env:NAME, from Ray's own environment there. The job holds no value, and logs don't show it.",
     )
 
     @property
     def storage_path(self) -> FilePath:
-        """The run storage as an absolute path, seen from the current directory."""
+        """The run storage as an absolute path, relative to the current directory."""
         return FilePath(self.storage).expanduser().absolute()
 
     def broken_rules(self) -> Iterator[Broken]:
@@ -167,30 +165,30 @@ class JobSpec(Section):
         yield from self._broken_environment()
 
     def _inexact(self) -> Iterator[Broken]:
-        """What makes results depend on the number of workers, on where experts lie, or on measured time."""
+        """Settings that make results depend on the number of workers, the placement of experts, or measured time."""
         sent, compression = self.communication, self.communication.compression
         wrong: list[tuple[Path, object, str]] = []
         if compression.is_active:
             key: Path = ("communication", "compression")
-            wrong.append((key, compression.scheme, "what is lost depends on the number of workers"))
+            wrong.append((key, compression.scheme, "compression error depends on the number of workers"))
         if sent.tokens != "exact":
-            wrong.append((("communication", "tokens"), sent.tokens, "what stays on a worker loses nothing"))
+            wrong.append((("communication", "tokens"), sent.tokens, "tokens that stay on a worker are not rounded"))
         for name in ("ranks_per_token", "nodes_per_token"):
             if (limit := getattr(sent, name)) is not None:
-                wrong.append((("communication", name), limit, "a token's choice depends on where experts lie"))
+                wrong.append((("communication", name), limit, "a token's choice depends on the placement of experts"))
         if self.train.fits_memory:
             wrong.append((("train", "micro_batch_size"), "auto", "what fits is found by measuring"))
         for i, stage in enumerate(self.curriculum.stages if self.curriculum else ()):
             for name in ("validation_below", "plateau"):
                 if stage.until is not None and (end := getattr(stage.until, name)) is not None:
                     key = ("curriculum", "stages", i, "until", name)
-                    wrong.append((key, end, "when its end is noticed depends on time"))
+                    wrong.append((key, end, "the step at which its end is noticed depends on time"))
         for key, value, why in wrong:
             rule = f"must not be {value} where train.determinism is exact: {why}"
             yield Broken((key, ("train", "determinism")), rule)
 
     def _unverifiable(self) -> Iterator[Broken]:
-        """What a check needs: steps that give the same bits again, somebody who does them, and where to begin."""
+        """Requirements of a replay: steps that reproduce their bits, a standby that runs them, and a starting point."""
         needs: tuple[tuple[Path, object, bool, str], ...] = (
             (("train", "determinism"), self.train.determinism, self.train.is_exact, "exact"),
             (("workers", "standby"), self.workers.standby, self.workers.standby > 0, "at least 1"),
@@ -228,7 +226,7 @@ class JobSpec(Section):
                 yield Broken(((section, name),), "a value must not hold a NUL character")
 
     def _broken_sizes(self) -> Iterator[Broken]:
-        """Rules of who decides the number of workers."""
+        """Rules between the settings that decide the number of workers."""
         policy, workers = self.autoscale.policy, self.workers
         stages = self.curriculum.stages if self.curriculum else ()
         named = [(i, stage.name, stage.workers) for i, stage in enumerate(stages) if stage.workers is not None]

@@ -1,4 +1,4 @@
-"""Job files: YAML in, a `JobSpec` out, or every mistake at once with file, line, column and the nearest known key."""
+"""Loading of job files: YAML to a `JobSpec`, or all mistakes at once with file, line, column and nearest known key."""
 
 import copy
 import json
@@ -18,16 +18,16 @@ from orchestrator.spec.section import Broken, Path, Section
 from orchestrator.spec.yaml import Document, dotted, read_document
 
 MAX_BYTES = 2**20
-MAX_PROBLEMS = 100  # a file with more is something else than a job file; the first ones say so
+MAX_PROBLEMS = 100  # a file with more isn't a job file, which the first ones show
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value in place of what a job says at `key`.
+    """A value that replaces the job's own at `key`.
 
     Args:
-        said: who says so, which errors name in place of the file.
-        unless: keys; where the job says something at one of them, this says nothing.
+        said: source of the value, which errors name instead of the file.
+        unless: keys; if the job sets one of them, this setting is ignored.
     """
 
     key: Path
@@ -37,10 +37,10 @@ class Setting:
 
 
 def load_job(path: str | os.PathLike[str], overrides: Sequence[str | Setting] = ()) -> JobSpec:
-    """Reads a job file.
+    """Read a job file.
 
     Args:
-        overrides: in place of what the file says; text is `KEY=VALUE`, a dotted key and YAML.
+        overrides: replacements of the file's values; text is `KEY=VALUE`, a dotted key and YAML.
 
     Raises:
         UsageError: the file can't be read, is larger than 1 MiB, or an override is no `KEY=VALUE`.
@@ -69,7 +69,7 @@ def load_job(path: str | os.PathLike[str], overrides: Sequence[str | Setting] = 
 
 
 def parse_job(text: str, file: str = "<string>", overrides: Sequence[str | Setting] = ()) -> JobSpec:
-    """Reads a job from YAML text; `file` is only named in errors, `overrides` as in `load_job`.
+    """Read a job from YAML text; `file` is only named in errors, `overrides` as in `load_job`.
 
     Raises:
         SpecError: the text has mistakes; all of them are listed, up to MAX_PROBLEMS.
@@ -78,7 +78,7 @@ def parse_job(text: str, file: str = "<string>", overrides: Sequence[str | Setti
 
 
 def job_from(values: Mapping[str, Any], file: str = "job", overrides: Sequence[Setting] = ()) -> JobSpec:
-    """A job from values as a job file would hold them, tuples and paths too; `file` is only named in errors.
+    """Build a job from values as in a job file, tuples and paths too; `file` is only named in errors.
 
     Raises:
         SpecError: the values have mistakes; all of them are listed, up to MAX_PROBLEMS.
@@ -115,25 +115,25 @@ def _apply(document: Document, override: str) -> None:
             f"--set {override} sets nothing; it must be KEY=VALUE with a dotted key, like train.steps=200",
             unchanged="Nothing was started.",
         )
-    said = f"--set {override}"
-    value = read_document(text, said)
+    source = f"--set {override}"
+    value = read_document(text, source)
     document.problems += value.problems
-    document.put(path, value.value, said)
+    document.put(path, value.value, source)
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """A mistake, and all keys that it may be due to."""
+    """A mistake, and all keys that may cause it."""
 
     problem: Problem
     keys: tuple[Path, ...]
 
 
 def _validated(document: Document) -> tuple[JobSpec | None, list[Problem]]:
-    """The job if it could be made, and what is wrong.
+    """The job if it is valid, and the problems.
 
-    A mistake keeps pydantic from checking the rules of the section above it. So what is wrong is taken out and the
-    rest is validated again, until nothing more is found. A rule that reads a key which was taken out says nothing.
+    A mistake keeps pydantic from checking the rules of the section above it. So invalid keys are removed and the rest
+    is validated again, until nothing more is found. Rules that read a removed key are not reported.
     """
     problems = list(document.problems)
     problems += [document.problem((key,), f"required; write `{key}: {example}`") for key, example in _missing(document)]
@@ -145,7 +145,7 @@ def _validated(document: Document) -> tuple[JobSpec | None, list[Problem]]:
         progress = [_take_out(values, document.written(key)) for key in to_remove]
         if to_remove and not any(progress):
             break
-        values.setdefault("name", "stand-in")  # a name that is missing or wrong is no reason to say less of the rest
+        values.setdefault("name", "stand-in")  # a missing or wrong name must not hide problems of the other keys
         try:
             return JobSpec.model_validate_json(json.dumps(values), strict=True), problems
         except ValidationError as error:
@@ -163,13 +163,13 @@ def _missing(document: Document) -> Iterator[tuple[str, str]]:
 
 
 def _removable(key: Path) -> Path:
-    """The list that holds `key`, if one does: without one item, the places of the others would be wrong."""
+    """The list that holds `key`, if any: removing a single item would shift the positions of the others."""
     ends = [i for i, part in enumerate(key) if isinstance(part, int)]
     return key[: ends[0]] if ends else key
 
 
 def _take_out(values: dict[str, Any], key: Path) -> bool:
-    """Takes `key` out of `values`; False if it isn't there."""
+    """Remove `key` from `values`; False if it isn't there."""
     section: Any = values
     for part in key[:-1]:
         section = section.get(part) if isinstance(section, dict) else None
@@ -180,14 +180,14 @@ def _take_out(values: dict[str, Any], key: Path) -> bool:
 
 
 def _touches(key: Path, removed: set[Path]) -> bool:
-    """Whether a removed path is `key`, lies above or below it."""
+    """Whether a removed path is `key`, or lies above or below it."""
     return any(key[: len(path)] == path[: len(key)] for path in removed)
 
 
 def _findings(document: Document, details: ErrorDetails) -> Iterator[_Finding]:
-    """What one of pydantic's errors means to the writer of the file."""
+    """Translate one of pydantic's errors for the author of the file."""
     path, kind = details["loc"], details["type"]
-    if kind == "default_factory_not_called":  # only follows from another error of the same section
+    if kind == "default_factory_not_called":  # a consequence of another error in the same section
         return
     if kind != "broken_rules":
         yield _Finding(document.problem(path, _rule(details)), (path,))
@@ -200,7 +200,7 @@ def _findings(document: Document, details: ErrorDetails) -> Iterator[_Finding]:
 
 
 def _rule(details: ErrorDetails) -> str:
-    """The rule that a value breaks, and the value."""
+    """The rule that a value breaks, with the value."""
     path, kind = details["loc"], details["type"]
     if kind == "extra_forbidden":
         return f"unknown key; {_nearest_keys(path)}"
@@ -225,11 +225,11 @@ _WORDING = {
 }
 
 
-SURELY_MEANT = 0.9  # likeness of a key beside it, from which on the same word elsewhere counts for nothing
+SURELY_MEANT = 0.9  # similarity of a sibling key, above which the same word elsewhere is ignored
 
 
 def _nearest_keys(path: Path) -> str:
-    """Where a key that is unknown at `path` may belong."""
+    """Suggestion for an unknown key at `path`."""
     known = list(_keys_of(path[:-1]))
     nearest = get_close_matches(str(path[-1]), known, n=1, cutoff=SURELY_MEANT)
     elsewhere = [dotted(other) for other in _all_keys(JobSpec, ()) if other[-1] == path[-1]]
@@ -257,7 +257,7 @@ def _all_keys(section: type[Section], path: Path) -> Iterator[Path]:
 
 
 def _fields(section: type[Section]) -> Iterator[tuple[str, type[Section] | None]]:
-    """Keys of a section; those that hold a section, or a list of them, with it."""
+    """Keys of a section; with the inner section for keys that hold one, or a list of them."""
     for name, info in section.model_fields.items():
         candidates = (info.annotation, *get_args(info.annotation))
         inner = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
@@ -265,7 +265,7 @@ def _fields(section: type[Section]) -> Iterator[tuple[str, type[Section] | None]
 
 
 def _shown(value: Any) -> str:
-    """A value as the file could have it, cut to a line."""
+    """A value as written in a file, shortened to one line."""
     if value is None:
         return "nothing"
     text = json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The learning rate: a pure function of the step, so that every rank of every world has the same one."""
+"""The learning rate schedule: a pure function of the step, so every rank of every world uses the same value."""
 
 import math
 
@@ -9,11 +9,11 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     """The learning rate of `step` (counted from 0).
 
     It rises linearly from lr / warmup_steps at step 0 to lr at the last step of the warm-up, then follows the kind's
-    curve from lr down to final_fraction * lr at the last step of the run, where it stays.
+    curve from lr down to final_fraction * lr at the last step of the run, and stays there.
     """
     schedule = train.schedule
     if step < schedule.warmup_steps:
-        return train.lr * ((step + 1) / schedule.warmup_steps)  # exactly lr at its end
+        return train.lr * ((step + 1) / schedule.warmup_steps)  # exactly lr at the end of the warm-up
     if schedule.kind == "constant":
         return train.lr
     peak_step = max(schedule.warmup_steps - 1, 0)

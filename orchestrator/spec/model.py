@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, JsonValue
 
 from orchestrator.spec.section import HERE, Broken, Section, directory, refuse
 
-# What a directory's config.json says as well.
+# Keys that an init_from directory's config.json sets too.
 IN_CONFIG = frozenset(
     {
         "vocab_size",
@@ -50,14 +50,14 @@ class ModelSpec(Section):
 
     init_from: Annotated[str, AfterValidator(directory)] | None = Field(
         default=None,
-        description="Directory of a Glm4MoeForCausalLM as transformers saves it: its weights instead of random ones. "
-        "Sizes that are left out are those of its config.json, others must agree. Every worker reads it.",
+        description="Directory of a Glm4MoeForCausalLM saved by transformers: its weights replace random ones. "
+        "Omitted sizes come from its config.json, others must agree. Every worker reads it.",
     )
     vocab_size: int | None = Field(
         default=None,
         ge=1,
         description="Rows of the embedding and of the head; those beyond the tokenizer's tokens are never used. null: "
-        "as many as the tokenizer has, or as init_from has.",
+        "as many as the tokenizer or init_from has.",
     )
     hidden_size: int = Field(default=128, ge=1, description="Width of the residual stream.")
     num_layers: int = Field(default=4, ge=1, description="Layers, dense ones included.")
@@ -80,11 +80,11 @@ class ModelSpec(Section):
         "auxiliary loss (balance_loss_weight).",
     )
     num_expert_groups: int = Field(
-        default=1, ge=1, description="Groups of equally many experts; a token visits experts of its best groups only."
+        default=1, ge=1, description="Groups of equally many experts; a token visits only experts of its best groups."
     )
     top_k_groups: int = Field(default=1, ge=1, description="Groups whose experts a token may visit.")
     balance_loss_weight: float = Field(
-        default=0.01, ge=0, description="Weight of the softmax router's auxiliary loss. Without meaning for sigmoid."
+        default=0.01, ge=0, description="Weight of the softmax router's auxiliary loss. Not used with sigmoid."
     )
     routed_scaling_factor: float = Field(
         default=1.0, gt=0, description="Factor on the sum of the routed experts' outputs."
@@ -93,41 +93,41 @@ class ModelSpec(Section):
     qk_norm: bool = Field(default=False, description="true: RMSNorm on each head's queries and keys.")
     rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary embedding's wavelengths.")
     rope_fraction: float = Field(
-        default=1.0, ge=0, le=1, description="Part of each head that is rotated; an even width."
+        default=1.0, ge=0, le=1, description="Part of each head that is rotated; its width must be even."
     )
     norm_eps: float = Field(default=1e-6, gt=0, description="Added to the mean square in RMSNorm.")
     recompute: Literal["none", "selective", "sqrt", "full"] = Field(
         default="none",
-        description="Activations that are computed again in the backward pass instead of kept: none, those of MLPs "
-        "and experts (selective), all within about sqrt(num_layers) runs of layers (sqrt), or within each layer "
-        "(full). The last three send tokens to experts once more.",
+        description="Activations recomputed in the backward pass instead of kept: none, those of MLPs and experts "
+        "(selective), all within about sqrt(num_layers) runs of layers (sqrt), or within each layer (full). The last "
+        "three send tokens to experts once more.",
     )
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
     embedding_scale: float = Field(
         default_factory=lambda known: EMBEDDING_SCALE if known["init_from"] is None else 1.0,
         gt=0,
-        description="Factor on the embedding where it enters the first layer. With 1, at high learning rates, the "
-        "first updates drown what tells tokens apart, and routers send all of them to the same experts "
-        "(docs/balance.md). Default: 8, with init_from 1. Without meaning for entrypoint.",
+        description="Factor on the embedding before the first layer. With 1, at high learning rates, the first updates "
+        "outweigh the differences between tokens, and routers send all of them to the same experts "
+        "(docs/balance.md). Default: 8, with init_from 1. Not used with entrypoint.",
     )
     bias_update: Literal["quantile", "sign"] = Field(
         default="quantile",
-        description="How the router's load-balancing bias moves after each update. quantile: by a share of the way to "
-        "the mean load, which the scores of the step's tokens show. sign: by a fixed step against the load.",
+        description="Change of the router's load-balancing bias after each update. quantile: by a share of the way to "
+        "the mean load, estimated from the scores of the step's tokens. sign: by a fixed step against the load.",
     )
     bias_update_speed: float = Field(
         default_factory=lambda known: BIAS_UPDATE_SPEED[known["bias_update"]] if known["router"] == "sigmoid" else 0.0,
         ge=0,
-        description="Size of a move: with quantile the share of the way, with sign the step in units of a score. "
+        description="Size of a change: with quantile the share of the way, with sign the step in units of a score. "
         "0: no bias. Default: 0.5 with quantile, 0.001 with sign, 0 with a softmax router.",
     )
 
     entrypoint: Annotated[str, AfterValidator(_entrypoint)] | None = Field(
         default=None,
-        description='A function "package.module:build" that makes the model instead of ours; it gets these keys '
+        description='A function "package.module:build" that builds the model instead of ours; it gets these keys '
         "(docs/own-model.md).",
     )
-    options: dict[str, JsonValue] = Field(default={}, description="More keys for `entrypoint`, of your own choice.")
+    options: dict[str, JsonValue] = Field(default={}, description="Further keys for `entrypoint`, of your own choice.")
     code_dir: str = Field(
         default=HERE,
         min_length=1,
@@ -141,7 +141,7 @@ class ModelSpec(Section):
 
     @property
     def counts_margins(self) -> bool:
-        """Whether routers count what the bias's quantile rule needs: nothing where every token visits all experts."""
+        """Whether routers count margins for the bias's quantile rule: not if every token visits all experts."""
         return self.bias_update == "quantile" and self.bias_update_speed > 0 and self.top_k < self.num_experts
 
     def broken_rules(self) -> Iterator[Broken]:

@@ -1,7 +1,7 @@
-"""The base of every section of a job file, and how a section says which of its rules are broken.
+"""The base of a job file's sections, and the report of rules that they break.
 
-A rule between keys names all keys that it reads. So a file with several mistakes gets them all reported at once, each
-at the line of a key that the user wrote, and no rule is reported that only breaks because of another mistake.
+A rule between keys names all keys that it reads. So all mistakes of a file are reported at once, each at the line of a
+key that the user wrote, without rules that only break because of another mistake.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Section(BaseModel):
     )
 
     def broken_rules(self) -> Iterator[Broken]:
-        """The rules between keys that don't hold. Sections with such rules override this."""
+        """The rules between keys that are broken. Sections with such rules override this."""
         return iter(())
 
     @model_validator(mode="after")
@@ -57,7 +57,7 @@ def refuse(rule: str) -> PydanticCustomError:
 
 
 def directory(path: str) -> str:
-    """A validator: a path of the file system, whether or not there is anything."""
+    """Validate a path of the file system, whether or not it exists."""
     if not path.strip() or "\0" in path or "://" in path:
         raise refuse("must be a path of the file system")
     return path

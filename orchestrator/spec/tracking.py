@@ -1,4 +1,4 @@
-"""The `tracking` section: where metrics go, and what becomes of the last checkpoint there."""
+"""The `tracking` section: destination of metrics, and registration of the last checkpoint there."""
 
 import re
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def _alias(name: str) -> str:
 
 
 class TrackingSpec(Section):
-    """Where metrics go."""
+    """Destination of metrics."""
 
     uri: Annotated[str, AfterValidator(_tracking_uri)] | None = Field(
         default=None,
@@ -45,10 +45,10 @@ class TrackingSpec(Section):
     )
     register_as: Annotated[str, Field(max_length=200), AfterValidator(_registered_name)] | None = Field(
         default=None,
-        description="When the run succeeds, its newest checkpoint becomes a version of this registered model.",
+        description="If the run succeeds, its newest checkpoint becomes a version of this registered model.",
     )
     alias: Annotated[str, Field(max_length=200), AfterValidator(_alias)] | None = Field(
-        default=None, description="Alias that this version then gets. Needs register_as."
+        default=None, description="Alias that this version gets. Needs register_as."
     )
 
     def broken_rules(self) -> Iterator[Broken]:

@@ -1,4 +1,4 @@
-"""The `train` section: what an update is, and how many there are."""
+"""The `train` section: the updates of a run and their number."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from orchestrator.spec.section import Broken, Section, refuse
 
-# -- The `micro_batch_size` key: how much one forward and backward of a worker takes -----------------------------------
+# -- The `micro_batch_size` key: the size of one forward and backward pass of a worker ---------------------------------
 
 AUTO = "auto"
 RULE = 'must be a number of rows, at least 1, "N tokens" or auto'
@@ -26,12 +26,12 @@ MicroBatchSetting = Annotated[int | str, BeforeValidator(_micro_batch, json_sche
 
 
 def tokens_of(micro_batch: int | str) -> int | None:
-    """Of "N tokens"; None for what is said in another way."""
+    """N of "N tokens"; None for other forms."""
     number, _, unit = str(micro_batch).partition(" ")
     return int(number) if unit else None
 
 
-# -- The `train` section: what an update is, and how many there are ----------------------------------------------------
+# -- The `train` section: the updates of a run and their number --------------------------------------------------------
 
 
 class OptimizerSpec(Section):
@@ -48,10 +48,10 @@ class OptimizerSpec(Section):
 class ScheduleSpec(Section):
     """The learning rate over the steps; `orchestrator.spec.lr_schedule` computes it."""
 
-    kind: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Its shape after the warm-up.")
+    kind: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Shape after the warm-up.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps in which it rises linearly to lr.")
     final_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="The last step's learning rate over lr; without meaning for kind constant."
+        default=0.1, ge=0, le=1, description="The last step's learning rate over lr; not used with kind constant."
     )
 
 
@@ -62,12 +62,12 @@ class TrainSpec(Section):
     global_batch_size: int = Field(default=16, ge=1, description="Rows of an update, over all workers.")
     micro_batch_size: MicroBatchSetting = Field(
         default=4,
-        description="How much a micro-batch takes, one forward and backward of one worker: a number of rows, which "
-        'divides global_batch_size; "N tokens": as many rows of like length as make N tokens when they are padded to '
-        "the longest; auto: as many tokens as the worker's memory takes, found by measuring.",
+        description="Size of a micro-batch, one forward and backward pass of one worker: a number of rows, which "
+        'divides global_batch_size; "N tokens": as many rows of similar length as make N tokens when padded to '
+        "the longest; auto: as many tokens as fit the worker's memory, found by measuring.",
     )
     sequence_length: int = Field(
-        default=128, ge=1, description="Tokens of a row; with data.rows: documents, of the longest."
+        default=128, ge=1, description="Tokens of a row; with data.rows: documents, of the longest row."
     )
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
     lr: float = Field(default=3e-3, gt=0, description="Learning rate at its highest.")
@@ -80,13 +80,13 @@ class TrainSpec(Section):
         default="fp32", description="Number format of forward and backward. Weights are kept in fp32 with either."
     )
     zero_stage: Literal[1, 2] = Field(
-        default=1, description="What the workers share out: 1 optimizer state, 2 gradients as well."
+        default=1, description="State partitioned over the workers: 1 optimizer state, 2 gradients as well."
     )
 
     determinism: Literal["fast", "exact"] = Field(
         default="fast",
-        description="exact: the same job ends with the same bits whatever its workers went through and however many "
-        "they were, on the same kind of processor with the same versions and threads; takes longer. fast: rounding may "
+        description="exact: the same job ends with the same bits whatever happens to its workers and however many "
+        "they are, on the same kind of processor with the same versions and threads; takes longer. fast: rounding may "
         "differ.",
     )
 
@@ -96,7 +96,7 @@ class TrainSpec(Section):
 
     @property
     def most_micro_batches(self) -> int:
-        """Micro-batches of a step at most: each has a row."""
+        """Largest number of micro-batches in a step, each with at least one row."""
         return self.global_batch_size // (self.micro_batch_rows or 1)
 
     @property
@@ -106,7 +106,7 @@ class TrainSpec(Section):
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens of a micro-batch at most, if a row isn't longer; with `auto` of the smallest, which is a row."""
+        """Largest tokens of a micro-batch unless a row is longer; with `auto` those of the smallest, which is a row."""
         if isinstance(self.micro_batch_size, int):
             return self.micro_batch_size * self.sequence_length
         return tokens_of(self.micro_batch_size) or self.sequence_length

@@ -1,4 +1,4 @@
-"""The `workers` section: how many workers a run has, and may have."""
+"""The `workers` section: the number of workers of a run, and its limits."""
 
 import re
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from orchestrator.spec.section import Broken, Path, Section, refuse
 class ScheduledScale(Section):
     """A change of the number of workers at a known step."""
 
-    at_step: int = Field(ge=1, description="The first step (counted from 0) that the new number of workers does.")
+    at_step: int = Field(ge=1, description="The first step (counted from 0) with the new number of workers.")
     workers: int = Field(ge=1, description="The number of workers from then on, within min..max.")
 
 
 class WorkersSpec(Section):
-    """How many workers the run has, may have, and keeps warm."""
+    """Number of workers of the run, its limits, and standbys."""
 
-    min: int = Field(default=1, ge=1, description="Fewest workers that the run may have.")
+    min: int = Field(default=1, ge=1, description="Fewest workers.")
     max: int = Field(
         default_factory=lambda known: known["min"], ge=1, description="Most workers. Default: the same as min."
     )
@@ -29,7 +29,7 @@ class WorkersSpec(Section):
         default_factory=lambda known: known["min"], ge=1, description="Workers at the start. Default: min."
     )
     standby: int = Field(
-        default=0, ge=0, description="Workers kept warm, with resources reserved, so that a rescale is fast."
+        default=0, ge=0, description="Workers kept warm, with reserved resources, so that a rescale is fast."
     )
     schedule: tuple[ScheduledScale, ...] = Field(
         default=(),
@@ -38,7 +38,7 @@ class WorkersSpec(Section):
 
     label_selector: LabelSelector = Field(
         default={},
-        description='Labels of the nodes that workers may live on, as in {pool: gpu, zone: "in(a,b)", spot: "!yes"}: '
+        description='Labels of the nodes that workers may run on, as in {pool: gpu, zone: "in(a,b)", spot: "!yes"}: '
         "value, !value, in(a,b) or !in(a,b). All must hold; {} is any node.",
     )
 
@@ -71,7 +71,7 @@ class WorkerRange(Section):
 
 
 def _workers(value: Any) -> Any:
-    """Reads the short forms: 2, "2" and "2..4"."""
+    """Expand the short forms: 2, "2" and "2..4"."""
     if isinstance(value, dict) and isinstance(value.get("schedule"), list):
         return {
             **value,
@@ -90,7 +90,7 @@ Workers = Annotated[WorkersSpec, BeforeValidator(_workers, json_schema_input_typ
 Range = Annotated[WorkerRange, BeforeValidator(_workers, json_schema_input_type=WorkerRange | int | str)]
 
 
-# -- The `autoscale` section: how the number of workers changes by itself ----------------------------------------------
+# -- The `autoscale` section: automatic changes of the number of workers -----------------------------------------------
 
 Policy = Literal["manual", "available", "stage", "throughput"]
 MANUAL: Policy = "manual"
@@ -100,27 +100,25 @@ THROUGHPUT: Policy = "throughput"
 
 
 class AutoscaleSpec(Section):
-    """Who decides how many workers a run has, within `workers.min` and `max` and what its stage names."""
+    """Control of the number of workers, within `workers.min` and `max` and the range of the current stage."""
 
     policy: Policy = Field(
         default=MANUAL,
-        description="manual: you, by `orchestrator scale` and workers.schedule. available: as many as the cluster has "
-        "room for. stage: as many as the stage names, and Ray's autoscaler is asked for nodes for the most of them. "
+        description="manual: by `orchestrator scale` and workers.schedule. available: as many as the cluster has "
+        "room for. stage: as many as the stage names; Ray's autoscaler is asked for nodes for the most of them. "
         "throughput: one more at a time, as long as it adds enough; Ray's autoscaler is asked for nodes.",
     )
-    cooldown_s: float = Field(
-        default=30.0, ge=0, description="Seconds between two changes of its own that add workers."
-    )
+    cooldown_s: float = Field(default=30.0, ge=0, description="Seconds between two automatic changes that add workers.")
     min_gain: float = Field(
         default=0.5,
         gt=0,
         le=1,
-        description="throughput: what a further worker has to add, as a share of what each had done before. It goes "
-        "again if it adds less.",
+        description="throughput: least gain of a further worker, as a share of what each contributed before. If it "
+        "adds less, it is removed again.",
     )
 
 
-# -- The `resources` section: what Ray reserves for each worker --------------------------------------------------------
+# -- The `resources` section: Ray's reservation for each worker --------------------------------------------------------
 
 BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -132,20 +130,20 @@ def _memory(size: str) -> str:
 
 
 class ResourcesSpec(Section):
-    """What Ray reserves for each worker, standbys included. Logical: nothing is enforced by the operating system."""
+    """Ray's reservation for each worker, standbys included. Logical: the operating system enforces nothing."""
 
     cpus: float = Field(default=1, gt=0, description="CPUs of each worker; fractions are allowed.")
     gpus: float = Field(
         default=0,
         ge=0,
         le=1,
-        description="GPUs of each worker: one, none, or a part of one, which other jobs may have the rest of. A worker "
-        "trains on one GPU; for more of them have more workers, of which a node may hold several.",
+        description="GPUs of each worker: one, none, or a part of one, the rest of which other jobs may use. A worker "
+        "trains on one GPU; to use more, add workers, of which a node may hold several.",
     )
     memory: Annotated[str, AfterValidator(_memory)] | None = Field(
         default=None,
         description='Memory of each worker, as in "2GiB". A job whose workers would need more is refused. null: '
-        "nothing is reserved.",
+        "no reservation.",
     )
 
     @property

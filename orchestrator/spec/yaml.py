@@ -1,7 +1,7 @@
 """A strict subset of YAML as plain values, with the line and column of every key.
 
-What makes a job file ambiguous is refused: duplicate keys, anchors and aliases, tags, several documents, and the words
-that YAML 1.1 takes for booleans (yes, no, on, off). Numbers are those of YAML 1.2, so `3.0e-3` and `1e-3` both work.
+Ambiguous constructs are refused: duplicate keys, anchors and aliases, tags, several documents, and the words that YAML
+1.1 reads as booleans (yes, no, on, off). Numbers are those of YAML 1.2, so `3.0e-3` and `1e-3` both work.
 """
 
 import re
@@ -34,23 +34,23 @@ _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-
 
 @dataclass
 class Document:
-    """A parsed file: its value, made of dict, list, str, int, float, bool and None, and where each key stands."""
+    """A parsed file: its value, made of dict, list, str, int, float, bool and None, and the position of each key."""
 
     file: str
     value: Any = None
     places: dict[Path, tuple[int, int]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    refused: set[Path] = field(default_factory=set)  # keys whose value is not to be read any further
-    overrides: dict[Path, str] = field(default_factory=dict)  # keys that were set from outside, and how
+    refused: set[Path] = field(default_factory=set)  # keys whose values must not be read any further
+    overrides: dict[Path, str] = field(default_factory=dict)  # keys set from outside, with their source
 
     def written(self, path: Path) -> Path:
-        """`path`, or the nearest path above it that stands in the file; () for the whole file."""
+        """`path`, or the nearest path above it that is in the file; () for the whole file."""
         while path and path not in self.places:
             path = path[:-1]
         return path
 
     def problem(self, path: Path, message: str) -> Problem:
-        """A problem with the key at `path`; it is placed where the key, or what should hold it, stands."""
+        """A problem with the key at `path`, at the position of the key, or of the section that should hold it."""
         written = self.written(path)
         line, column = self.places.get(written, (1, 1))
         return Problem(self.overrides.get(written, self.file), line, column, dotted(path), message)
@@ -62,28 +62,28 @@ class Document:
             value = value.get(part) if isinstance(value, dict) else None
         return value not in (None, [], {})
 
-    def put(self, path: Path, value: Any, said: str) -> None:
-        """Set the key at `path`, whatever the file says of it; `said` is named in errors in place of the file."""
+    def put(self, path: Path, value: Any, source: str) -> None:
+        """Set the key at `path`, overriding the file; errors name `source` instead of the file."""
         section = self.value
         for depth, part in enumerate(path[:-1], 1):
             if not isinstance(section.get(part), dict):
                 section[part] = {}
-                self._place(path[:depth], said)
+                self._place(path[:depth], source)
             section = section[part]
         section[path[-1]] = value
         for known in [known for known in self.places if known[: len(path)] == path]:
             del self.places[known]
-        self._place(path, said)
+        self._place(path, source)
 
-    def _place(self, path: Path, said: str) -> None:
-        self.places[path], self.overrides[path] = (1, 1), said
+    def _place(self, path: Path, source: str) -> None:
+        self.places[path], self.overrides[path] = (1, 1), source
 
 
 def read_document(text: str, file: str) -> Document:
-    """Parses `text`. What is refused but leaves a readable document is listed in its `problems`.
+    """Parse `text`. Refused constructs that leave a readable document are listed in its `problems`.
 
     Raises:
-        SpecError: the text is no YAML, holds several documents, or nests deeper than MAX_DEPTH.
+        SpecError: the text is not YAML, holds several documents, or nests deeper than MAX_DEPTH.
     """
     reader = _Reader(file)
     try:
@@ -104,7 +104,7 @@ def read_document(text: str, file: str) -> Document:
 
 @dataclass
 class _Open:
-    """A mapping or list whose end hasn't come yet. In a mapping, `key` is the one that waits for its value."""
+    """A mapping or list that is still open. In a mapping, `key` is the one whose value comes next."""
 
     path: Path
     value: dict[str, Any] | list[Any]
@@ -162,7 +162,7 @@ class _Reader:
         if event.value in parent.value:
             first_line, _ = self.document.places[path]
             self._note(event, path, f"a key must stand once; this one stands on line {first_line} already")
-        self.document.places[path] = _place(event)  # of a key that stands twice, the last value is read
+        self.document.places[path] = _place(event)  # of a duplicate key, the last value is read
         self._refuse_indirection(event, path)
         parent.key = event.value
 
@@ -205,7 +205,7 @@ class _Reader:
 
 
 def dotted(path: Path) -> str:
-    """`path` as users read it: train.optimizer.betas.0"""
+    """`path` as users write it: train.optimizer.betas.0"""
     return ".".join(str(part) for part in path)
 
 

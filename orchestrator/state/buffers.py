@@ -1,8 +1,8 @@
-"""Memory of snapshots that goes from one generation to the next.
+"""Memory for snapshots, reused from one generation to the next.
 
-Each generation keeps several hundred megabytes of snapshots, in a dozen buffers, and two generations' are there while
-one follows the other. Asked of malloc anew each time, they leave holes that the next ones don't quite fit, so the heap
-grows with every rebuild although nothing more is in use.
+Each generation keeps several hundred megabytes of snapshots, in a dozen buffers, and two generations' exist while
+one follows the other. Allocated by malloc anew each time, they leave holes that the next ones don't quite fit, so the
+heap grows with every rebuild although nothing more is in use.
 """
 
 import threading
@@ -16,23 +16,23 @@ from torch import Tensor
 
 Block = NDArray[np.uint8]
 
-# A block may be so many times what is asked for. Enough for worlds of 2 and 3 workers to use each other's: where one
+# A block may be so many times the requested size. Enough for worlds of 2 and 3 workers to use each other's: where one
 # rebuild follows another at once, the free blocks are those of a world of the other size.
 MOST_SPARE = 1.6
 
 
 class Buffers:
-    """Hands out buffers in host memory, and takes each back when no tensor or array refers to it any more, whoever had
-    it: a thread that still fills a buffer of an ended generation can't meet the next one's in it. From any thread."""
+    """Hands out buffers in host memory, and takes each back once no tensor or array refers to it any more: a thread
+    that still fills a buffer of an ended generation can't write to the next one's. From any thread."""
 
     def __init__(self) -> None:
         self._taking = threading.Lock()
         self._free: list[Block] = []
         self._idle: list[Block] = []  # those of them that have been free since the last `drop_idle`
-        # Entered by finalizers, which may run in any thread at any moment, one that is taking a buffer included: they
+        # Filled by finalizers, which may run in any thread at any moment, one that is taking a buffer included: they
         # must not wait for the lock.
         self._returned: deque[Block] = deque()
-        self.made_bytes = 0  # asked of malloc so far
+        self.made_bytes = 0  # allocated so far
         self.held_bytes = 0  # of them, those that are lent or wait for the next one
 
     def take(self, num_bytes: int) -> Tensor:
@@ -47,13 +47,12 @@ class Buffers:
                 block = torch.empty(num_bytes, dtype=torch.uint8).numpy()
                 self.made_bytes += num_bytes
                 self.held_bytes += num_bytes
-        lent = block[:]  # the only view of the block, and it lives as long as whatever is made of it
+        lent = block[:]  # the only view of the block, and it lives as long as anything made of it
         weakref.finalize(lent, self._returned.append, block).atexit = False
         return torch.from_numpy(lent)[:num_bytes]
 
     def drop_idle(self) -> None:
-        """Give the blocks back to malloc that nothing has used since the last call: those of a world of another size,
-        say."""
+        """Return blocks to malloc that were unused since the last call, such as those of a world of another size."""
         with self._taking:
             self._collect()
             for block in self._idle:

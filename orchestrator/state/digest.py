@@ -1,10 +1,10 @@
-"""Digests of named tensors that don't depend on how a tensor is cut: equal before and after a transfer, or a bit moved.
+"""Digests of named tensors, independent of how a tensor is split: equal before and after a transfer, or a bit changed.
 
 A tensor is read as 64-bit words, from its first element on. The digest of words w_j is sum_j w_j * r_j modulo 2^64, a
 multilinear hash (Carter and Wegman, 1979) with odd pseudo-random r_j. Digests of disjoint ranges add up to that of the
-tensor, also where a word is cut, so each rank hashes what it holds, whoever holds the rest. It is chosen apart from the
+tensor, also where a word is split, so each rank hashes what it holds and needs nothing else. It doesn't depend on the
 transfer plan, so that a wrong plan can't hide. A changed element always changes it, since r_j is odd. It guards against
-mistakes and bad memory, not against an enemy; tests compare sha256 as well. About 0.3 ns per fp32 element and core.
+mistakes and bad memory, not against an attacker; tests compare sha256 as well. About 0.3 ns per fp32 element and core.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def digest(start: int, data: Tensor) -> int:
 
 
 def _padded(part: NDArray[np.uint8], at: int) -> NDArray[np.uint64]:
-    """A word that has only these bytes of it, from the byte `at` on."""
+    """A word with only these bytes set, from the byte `at` on."""
     word = np.zeros(WORD, dtype=np.uint8)
     word[at : at + len(part)] = part
     return word.view(np.uint64)
@@ -65,11 +65,11 @@ def _block_key(block: int) -> int:
 
 
 class StateDigests:
-    """Digests of all named tensors, as far as one worker holds them.
+    """Digests of one worker's parts of all named tensors.
 
     Args:
         names: tensors in an order that all workers share; others are left out.
-        replicated: those of which each holder has all, by name; of the others the holders' digests add up.
+        replicated: names of those that each holder has in full; the holders' digests of the others add up.
         ranges: what this worker holds; None if it is no member.
     """
 
@@ -110,10 +110,10 @@ def differing(names: Sequence[str], before: StateDigests, after: StateDigests, p
 
 
 class PartSums:
-    """What ranks' parts of partial tensors add up to, as far as one worker holds them: a sum of their elements with
+    """Sums of ranks' parts of partial tensors, as far as one worker holds them: a sum of their elements with
     pseudo-random signs, which adds up over the ranks as they do.
 
-    Sums in fp32 are rounded, so no digest of bits could tell whether one was kept.
+    Sums in fp32 are rounded, so no digest of bits could show whether one was kept.
 
     Args:
         names: of the partial tensors, in an order that all workers share; each is whole on every rank.
@@ -134,7 +134,7 @@ _SIGNS = np.where(_TABLE >> np.uint64(63), 1.0, -1.0)
 
 
 def change(before: PartSums, after: PartSums, peers: PeerGroup) -> float:
-    """How far the sums have moved, over the norm of all parts together; of the tensor where it is most. Collective."""
+    """Change of the sums relative to the norm of all parts together, of the tensor where it is largest. Collective."""
     signed, squares = torch.stack([before.signed, after.signed]), before.squares.clone()
     peers.reduce(signed, dist.ReduceOp.SUM)
     peers.reduce(squares, dist.ReduceOp.SUM)

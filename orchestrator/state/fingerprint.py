@@ -1,8 +1,8 @@
-"""One number for what each rank of a world has come to, after every step: what a replay of the step is compared with.
+"""Fingerprint of the state of each rank of a world after every step: what a replay of the step is compared with.
 
-A rank answers for what it updates: its ranges of the weights, fp32 where there are masters, and of both moments. A
+A rank accounts for what it updates: its ranges of the weights, fp32 where there are masters, and of both moments. A
 number is a sum of digests modulo 2^64, each times an odd key of its tensor's name, so it adds up over parts. Ranks of
-any other world can make it together, each from what of it lies there, and the sum over all ranks depends on no world.
+any other world can compute it together, each from the parts it holds, and the sum over all ranks depends on no world.
 """
 
 import hashlib
@@ -20,10 +20,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StateFingerprint:
-    """What one rank can say of the state of a world's ranks: its own world's, or that of one whose steps it replays.
+    """One rank's part of the fingerprints of a world's ranks: of its own world, or of one whose steps it replays.
 
     Args:
-        ranges: that lie here. They are read at every call.
+        ranges: held by this rank, read at every call.
         layout: of the world whose ranks are asked for.
     """
 
@@ -40,7 +40,7 @@ class StateFingerprint:
 
 
 def _parts(ranges: NamedRanges, layout: StateLayout) -> Iterator[tuple[int, str, Range]]:
-    """(rank that answers for it, tensor, elements): what this rank updates, cut as the layout cuts it."""
+    """(accountable rank, tensor, elements) of all that this rank updates, split as in the layout."""
     index = {name: i for i, name in enumerate(layout.names)}
     tensor, starts, stops, ranks = layout.shards.T
     for moment in (name for name in ranges.names() if name.startswith(f"{MOMENTS[0]}/")):
@@ -56,10 +56,10 @@ def _parts(ranges: NamedRanges, layout: StateLayout) -> Iterator[tuple[int, str,
 
 
 class MemoryGuard:
-    """Tells whether anybody has written to ranges between two moments when nobody should.
+    """Detects writes to ranges during a time in which none should happen.
 
     Args:
-        ranges: that lie here. They are read at every call.
+        ranges: held by this rank, read at every call.
     """
 
     def __init__(self, ranges: NamedRanges) -> None:
@@ -67,11 +67,11 @@ class MemoryGuard:
         self._digests: list[int] = []
 
     def close(self) -> None:
-        """Nobody writes from now on."""
+        """Begin the time without writes."""
         self._digests = self._look()
 
     def open(self) -> list[str]:
-        """From now on anybody may. Returns the tensors that somebody has written to since it was closed."""
+        """End the time without writes. Returns the tensors that were written since `close`."""
         if not self._digests:
             return []
         pairs = zip(self._ranges, self._digests, self._look(), strict=True)

@@ -1,6 +1,6 @@
-"""Training state as named ranges: the one form in which an engine shows its state to anybody else.
+"""Training state as named ranges: the only form in which an engine exposes its state.
 
-A tensor's name says what it is (`param/…`, `master/…`, `exp_avg/…`, `exp_avg_sq/…`, `buffer/…`, as in
+A tensor's name gives its kind (`param/…`, `master/…`, `exp_avg/…`, `exp_avg_sq/…`, `buffer/…`, as in
 `orchestrator.elastic.state_layout`); a range is a run of its elements, in the order of the flattened tensor, lying in
 this process's memory. The tensors are views: writing to them writes the engine's state.
 """
@@ -32,7 +32,7 @@ class NamedRanges:
         self._ranges: dict[str, list[Range]] = {}
 
     def add(self, name: str, start: int, data: Tensor) -> None:
-        """Enter `data` (flat, contiguous) as elements [start, start + numel) of `name`. Empty data is left out."""
+        """Add `data` (flat, contiguous) as elements [start, start + numel) of `name`. Empty data is left out."""
         if data.numel():
             ranges = self._ranges.setdefault(name, [])
             ranges.append(Range(start, start + data.numel(), data))
@@ -64,7 +64,7 @@ class NamedRanges:
         return sum(held.data.numel() * held.data.element_size() for _, held in self)
 
     def detached(self) -> "NamedRanges":
-        """The same memory under views of their own, so that the engine that made them can go."""
+        """The same memory under new views, so that the engine that made the old ones can be freed."""
         copy = NamedRanges()
         for name, held in self:
             copy.add(name, held.start, held.data.detach())

@@ -1,6 +1,6 @@
-"""Snapshots of shards in memory: this worker's own, and those that it keeps for others.
+"""Snapshots of shards in memory: this worker's own, and those that it keeps for other ranks.
 
-A snapshot is one buffer, laid out by `orchestrator.elastic.snapshot_layout`: a whole shard, or what a step has changed.
+A snapshot is one buffer, laid out by `orchestrator.elastic.snapshot_layout`: a whole shard, or the changes of a step.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -20,7 +20,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 @dataclass(frozen=True)
 class Update:
-    """An optimizer update, the gradients apart.
+    """An optimizer update without its gradients.
 
     Args:
         number: of the update, counted from 1; AdamW's corrections depend on it.
@@ -37,9 +37,9 @@ class Snapshot:
 
     Args:
         holding: what it is a snapshot of.
-        note: what belongs to the state and is no tensor.
+        note: the part of the state that is no tensor.
         ranges: views into the buffer.
-        update: of a delta, which leads here from the step before; None where the snapshot is whole.
+        update: from the step before to this one, for a delta; None where the snapshot is whole.
     """
 
     holding: Holding
@@ -50,12 +50,12 @@ class Snapshot:
 
 
 Replay = Callable[[NamedRanges, Sequence[Snapshot]], None]
-"""Do updates again: on the state after the step before the first delta, in order."""
+"""Apply updates again: on the state after the step before the first delta, in order."""
 
 
 @torch.no_grad()
 def copy_into(snapshot: Snapshot, ranges: NamedRanges) -> None:
-    """Fill a snapshot of one's own from the live shard; a delta from the gradients as well."""
+    """Fill this rank's own snapshot from the live shard; a delta from the gradients as well."""
     for name, place in snapshot.ranges:
         place.data.copy_(ranges.view(name, place.start, place.stop))
 
@@ -73,13 +73,13 @@ def views(form: SnapshotFormat, buffer: Tensor, shared_only: bool) -> NamedRange
 
 @torch.no_grad()
 def merge_ranges(parts: Collection[NamedRanges]) -> NamedRanges:
-    """Ranges of several shards as one; what two of them have is taken from the first, or added up where they are parts
-    of a sum."""
+    """Ranges of several shards as one; elements that two of them hold are taken from the first, or added up where they
+    are parts of a sum."""
     result = NamedRanges()
     sums: dict[str, Tensor] = {}
     for part in parts:
         for name, held in part:
-            if name.startswith(PARTIAL):  # whole on each
+            if name.startswith(PARTIAL):  # each holds all elements
                 sums[name] = held.data if name not in sums else sums[name] + held.data.to(sums[name].device)
             elif not any(start < held.stop and held.start < stop for start, stop in result.spans(name)):
                 result.add(name, held.start, held.data)

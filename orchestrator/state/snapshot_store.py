@@ -1,9 +1,8 @@
-"""Where snapshots lie: a shelf for each rank whose snapshots a worker has, and the vault with all its shelves.
+"""Snapshots in memory: `RankSnapshots` for each rank whose snapshots a worker holds, `SnapshotStore` for all of them.
 
-Buffers are taken when they are first needed and then used again and again. Those that a generation leaves free when it
-ends, and all of them once it is settled, are the next generation's (`orchestrator.state.buffers`). While a snapshot is
-written the two states before it, or at least the one, stay: a state that is complete somewhere is never given up for
-one that isn't yet.
+Buffers are allocated when first needed and then reused. Those that a generation leaves free when it ends, and all of
+them once it is settled, pass to the next generation (`orchestrator.state.buffers`). While a snapshot is written, the
+two states before it, or at least one, stay: a complete state is never dropped for one that isn't complete yet.
 
     whole 4   delta 5   delta 6   delta 7   whole 8   delta 9     after 9 the newest states are 8 and 9, and 4 .. 7 go
 """
@@ -20,12 +19,12 @@ from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.snapshot import Replay, Snapshot, Update, views
 
-KEPT = 2  # states: whoever has finished a step later than others may have to go back to theirs
+KEPT = 2  # states: a worker one step ahead of the others may have to return to their step
 
 
 @dataclass
 class _Base:
-    """A whole snapshot, and the deltas that lead on from it, one for each step."""
+    """A whole snapshot, and the deltas that follow it, one for each step."""
 
     whole: Snapshot
     deltas: list[Snapshot] = field(default_factory=list)
@@ -42,9 +41,9 @@ class RankSnapshots:
         layout: of the generation's state.
         shared_only: only the part that goes to a buddy is kept.
         whole_every: every so many snapshots one is whole, the others are deltas; 1: all are whole.
-        replay: does the updates of deltas again.
-        pinned: buffers that a GPU can be copied to without a stop.
-        buffers: where others come from.
+        replay: applies the updates of deltas.
+        pinned: allocate buffers to which a GPU's memory is copied without a stop.
+        buffers: source of other buffers.
     """
 
     def __init__(
@@ -65,17 +64,17 @@ class RankSnapshots:
         self._buffers = buffers or Buffers()
         self._whole_format, self._delta_format = SnapshotFormat.of(layout, rank), SnapshotFormat.of_delta(layout, rank)
         num_deltas = whole_every if whole_every > 1 else 0  # all of a base, and the first one of the next
-        # None: not taken yet.
+        # None: not allocated yet.
         self._free_whole: list[Tensor | None] = [self._pinned(self._whole_format) if pinned else None for _ in range(2)]
         self._free_deltas: list[Tensor | None] = [
             self._pinned(self._delta_format) if pinned else None for _ in range(num_deltas)
         ]
 
     def begin(self, step: int, note: str, update: Update | None = None) -> Snapshot:
-        """A snapshot to be filled; `finish` enters it. The oldest whole one gives its memory if there are two.
+        """A snapshot to be filled; `finish` adds it. The oldest whole one gives its memory if there are two.
 
         Args:
-            update: that led from the step before to this one, for a delta. Its step follows the newest one here.
+            update: from the step before to this one, for a delta. Its step follows the newest one here.
 
         Raises:
             ValueError: a delta of another step, or one more than there may be between two whole snapshots.
@@ -94,7 +93,7 @@ class RankSnapshots:
         return Snapshot(holding, note, buffer, views(form, buffer, self.shared_only), update)
 
     def finish(self, snapshot: Snapshot) -> None:
-        """It is whole here. States that are older than the newest two go, where they leave memory free."""
+        """Add a completed snapshot. States older than the newest two are dropped where that frees memory."""
         with self._lock:
             if snapshot.update is None:
                 self._bases.append(_Base(snapshot))
@@ -105,12 +104,12 @@ class RankSnapshots:
                 self._drop(base)
 
     def give_up(self, snapshot: Snapshot) -> None:
-        """It won't be whole: its memory is free again."""
+        """Release the memory of a snapshot that won't be completed."""
         with self._lock:
             self._release(snapshot)
 
     def leave_free(self) -> None:
-        """Leave the buffers that hold nothing to others. They are taken anew should they be needed after all."""
+        """Leave unused buffers to others. They are allocated anew if they are needed after all."""
         with self._lock:
             self._free_whole = [None] * len(self._free_whole)
             self._free_deltas = [None] * len(self._free_deltas)
@@ -121,16 +120,16 @@ class RankSnapshots:
         return view
 
     def steps(self) -> tuple[int, ...]:
-        """After which the state is here, ascending."""
+        """Steps after which the state is held here, ascending."""
         with self._lock:
             return self._steps()
 
     def state(self, step: int) -> Snapshot:
-        """The state after a step, whole; replayed if need be. A replayed one needs the memory of a whole snapshot: the
-        free one, or if there is none that of its base, which nothing newer is made of any more.
+        """The whole state after a step; replayed if necessary. A replay needs the memory of a whole snapshot: the free
+        one, or if there is none that of its base, from which nothing newer is made any more.
 
         Raises:
-            KeyError: it isn't here.
+            KeyError: it isn't held here.
         """
         with self._lock:
             for base in self._bases:
@@ -142,16 +141,16 @@ class RankSnapshots:
             raise KeyError(f"step {step} of rank {self.rank} is not held here; held: {self._steps()}")
 
     def num_bytes(self) -> int:
-        """All buffers together, once all were needed."""
+        """Bytes of all buffers together, once all were needed."""
         of_delta = self._of(self._delta_format) * self._whole_every if self._whole_every > 1 else 0
         return 2 * self._of(self._whole_format) + of_delta
 
     def copied_bytes(self, whole: bool) -> int:
-        """Of a whole snapshot, or a delta, as it lies here."""
+        """Bytes of a whole snapshot, or a delta, as stored here."""
         return self._of(self._whole_format if whole else self._delta_format)
 
     def shared_bytes(self, whole: bool) -> int:
-        """What goes to the buddy with a whole snapshot, or a delta."""
+        """Bytes sent to the buddy with a whole snapshot, or a delta."""
         return (self._whole_format if whole else self._delta_format).shared_bytes
 
     # -- with the lock -----------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ class RankSnapshots:
             ranges = views(self._whole_format, buffer, self.shared_only)
             self._replay(ranges, deltas)
         except BaseException:
-            if in_place:  # half of it is of another step
+            if in_place:  # it is partly of another step
                 self._drop(base)
             else:
                 self._free_whole.append(buffer)
@@ -194,7 +193,7 @@ class RankSnapshots:
         (self._free_whole if snapshot.update is None else self._free_deltas).append(snapshot.buffer)
 
     def _take(self, free: list[Tensor | None], form: SnapshotFormat) -> Tensor:
-        """The buffer that became free last. If there is no memory for a new one, as many may be taken as before."""
+        """The buffer freed last. If there is no memory for a new one, the number of free ones is unchanged."""
         buffer = free[-1]
         if buffer is None:
             buffer = self._buffers.take(self._of(form))
@@ -202,7 +201,7 @@ class RankSnapshots:
         return buffer
 
     def _pinned(self, form: SnapshotFormat) -> Tensor:
-        """Made at once, since that takes long. torch keeps it for the next shelf itself."""
+        """Allocated at once, since that takes long. torch itself caches it for the next `RankSnapshots`."""
         return torch.empty(self._of(form), dtype=torch.uint8, pin_memory=True)
 
     def _of(self, form: SnapshotFormat) -> int:
@@ -210,7 +209,7 @@ class RankSnapshots:
 
 
 class SnapshotStore:
-    """All snapshots in this process, by generation: its own rank's, and its ward's."""
+    """All snapshots in this process, by generation: its own rank's, and its protected rank's."""
 
     def __init__(self) -> None:
         self._shelves: tuple[RankSnapshots, ...] = ()
@@ -223,17 +222,17 @@ class SnapshotStore:
         return shelf
 
     def leave_free(self) -> None:
-        """A generation ends: what holds none of its snapshots is for the next one. From any thread."""
+        """Leave buffers without a snapshot to the next generation, when one ends. From any thread."""
         for shelf in self._shelves:
             shelf.leave_free()
 
     def drop_before(self, generation: int) -> None:
-        """Forget older generations. From any thread."""
+        """Drop older generations. From any thread."""
         with self._changing:
             self._shelves = tuple(shelf for shelf in self._shelves if shelf.generation >= generation)
 
     def distrust(self, generation: int, step: int) -> None:
-        """A state is not what it was: it counts as not held. From any thread."""
+        """Treat a state that no longer matches its record as not held. From any thread."""
         with self._changing:
             self._distrusted |= {(generation, step)}
 
@@ -243,7 +242,7 @@ class SnapshotStore:
         return tuple(sorted(held, key=lambda h: (h.generation, h.step, h.rank)))
 
     def find(self, holding: Holding) -> Snapshot:
-        """Raises KeyError if it isn't held."""
+        """The snapshot of `holding`. Raises KeyError if it isn't held."""
         for shelf in self._shelves if (holding.generation, holding.step) not in self._distrusted else ():
             if (shelf.generation, shelf.rank) == (holding.generation, holding.rank) and holding.step in shelf.steps():
                 return shelf.state(holding.step)

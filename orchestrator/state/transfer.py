@@ -1,8 +1,8 @@
-"""Carrying out a transfer plan: ranges in, ranges out, peer to peer, in bounded chunks.
+"""Execution of a transfer plan: ranges in, ranges out, peer to peer, in bounded chunks.
 
-Both ends of a pair cut their common list of moves into the same chunks, so only data travels. Each pair has a thread of
-its own at either end: a receiver that took its sources one after another could wait in a circle with others. Memory
-beside the two shards is one chunk per pair.
+Both ends of a pair split their common list of moves into the same chunks, so only data is sent. Each pair has its own
+thread at either end: receivers that took their sources one after another could deadlock in a circle. Memory beside the
+two shards is one chunk per pair.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from orchestrator.elastic.state_layout import IntArray
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.state.ranges import NamedRanges
 
-CHUNK_BYTES = 4 << 20  # a message; smaller moves are packed into one, larger ones are cut
+CHUNK_BYTES = 4 << 20  # a message; smaller moves are packed into one, larger ones are split
 
 Piece = tuple[int, int, int]  # (tensor, start, stop)
 
@@ -27,13 +27,13 @@ def execute_transfer(
     """Fill `new` from `old` and from the peers. Collective over the plan's workers.
 
     Args:
-        plan: made alike by every worker.
-        old: what this worker holds; None if it was no member. Only read.
-        new: memory for what it shall hold; None if it is no member. Every element is written.
+        plan: computed identically by every worker.
+        old: state that this worker holds; None if it was no member. Only read.
+        new: memory for its new state; None if it is no member. Every element is written.
         peers: connects the plan's workers.
 
     Raises:
-        RuntimeError: a peer was lost; `old` is as it was, `new` is undefined.
+        RuntimeError: a peer failed; `old` is unchanged, `new` is undefined.
     """
     mine = plan.for_worker(me)
     keep(plan, mine.keeps, old, new)
@@ -48,7 +48,7 @@ def execute_transfer(
 
 
 def keep(plan: TransferPlan, rows: IntArray, old: NamedRanges | None, new: NamedRanges | None) -> None:
-    """Copy what stays from the old shard's memory to the new one's."""
+    """Copy elements that stay from the old shard's memory to the new one's."""
     for tensor, start, stop in rows.tolist():
         name = plan.names[tensor]
         _held(new).view(name, start, stop).copy_(_held(old).view(name, start, stop))
@@ -105,7 +105,7 @@ def _deliver(view: Tensor, part: Tensor, adds: bool) -> None:
 
 
 def chunks(rows: IntArray, itemsize: IntArray, chunk_bytes: int = CHUNK_BYTES) -> Iterator[list[Piece]]:
-    """Cut moves into messages of at most `chunk_bytes`, in order. A move that fills a message goes alone.
+    """Split moves into messages of at most `chunk_bytes`, in order. A move that fills a message goes alone.
 
     Args:
         rows: [n, 3] (tensor, start, stop).

@@ -1,11 +1,11 @@
-"""The journal of a run: what was decided and done, as small append-only objects in run storage.
+"""Journal of a run: decisions and events, as small append-only objects in run storage.
 
-    RUN/terms/000002                     made by the controller that took term 2; never removed
+    RUN/terms/000002                     created by the controller that took term 2; never removed
     RUN/journal/000002-00000042.json      events 42 and following, written by term 2: {"events": [...]}
 
-Nothing is ever overwritten. An event's `seq` counts through all terms. A controller of the past that still manages
-to write an object after its successor has begun is ignored by readers: its events have numbers that the successor's
-first event claims already.
+Nothing is ever overwritten. An event's `seq` counts through all terms. Readers ignore objects that a superseded
+controller still manages to write after its successor has begun: their events have numbers that the successor's first
+event claims already.
 """
 
 import json
@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 def acquire_term(run_dir: Path) -> int:
-    """Take the next term of the run. Two callers never get the same."""
+    """Take the next term of the run. No two callers get the same."""
     terms = run_dir / "terms"
     terms.mkdir(parents=True, exist_ok=True)
     while True:
@@ -36,13 +36,13 @@ def acquire_term(run_dir: Path) -> int:
 
 
 def newest_term(run_dir: Path) -> int:
-    """The highest term that was taken; 0 if none was."""
+    """The highest term taken so far; 0 if none was."""
     terms = run_dir / "terms"
     return max((int(entry.name) for entry in terms.iterdir()), default=0) if terms.is_dir() else 0
 
 
 class Journal:
-    """Appends in the name of one term.
+    """Appends events under one term.
 
     Args:
         run_dir: the run's directory in run storage.
@@ -57,7 +57,7 @@ class Journal:
         self._next_seq = past[-1]["seq"] + 1 if past else 0
 
     def append(self, events: Sequence[Mapping[str, Any]]) -> list[Event]:
-        """Write these events as one object: all of them are read again, or none.
+        """Write these events as one object: readers see all of them or none.
 
         Returns:
             the events with their `seq`, `term` and `time` (`time.time()` seconds).
@@ -74,7 +74,7 @@ class Journal:
         stamps = ({"seq": self._next_seq + i, "term": self._term, "time": time.time()} for i in range(len(events)))
         numbered = [
             {**stamp, **event, **stamp} for stamp, event in zip(stamps, events, strict=True)
-        ]  # no event forges one
+        ]  # an event can't forge its stamp
         if numbered:
             name = f"{self._term:06d}-{self._next_seq:08d}.json"
             _create(self._run_dir / "journal" / name, json.dumps({"events": numbered}, separators=(",", ":")))
@@ -108,13 +108,13 @@ def write_atomically(path: Path, text: str) -> None:
 def _objects(run_dir: Path) -> Iterator[tuple[int, int, Path]]:
     journal = run_dir / "journal"
     if journal.is_dir():
-        for name in os.listdir(journal):  # not by `glob`, for which a directory that can't be read is an empty one
+        for name in os.listdir(journal):  # `glob` would treat an unreadable directory as empty
             if (numbers := re.fullmatch(r"(\d+)-(\d+)\.json", name)) is not None:
                 yield int(numbers[1]), int(numbers[2]), journal / name
 
 
 def _create(path: Path, text: str) -> None:
-    """Write a new file at once or not at all. Raises FileExistsError rather than overwrite."""
+    """Create a file atomically. Raises FileExistsError rather than overwrite."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         _write(temporary, text)

@@ -1,4 +1,4 @@
-"""A job sent to a cluster of which one reaches nothing but its Jobs API: looked at here, submitted there."""
+"""Submission to a cluster that is reachable only by its Jobs API: jobs are checked here and submitted there."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import load_job
 from orchestrator.submission.user_code import check_places, own_code_of
 
-BEGUN = f"{MARK}{MARK}begun"  # the driver's word that the run is submitted
+BEGUN = f"{MARK}{MARK}begun"  # the driver prints it once the run is submitted
 UNCHANGED = "Nothing was started."
 
 
 def load_for_elsewhere(job: Path, overrides: Sequence[str]) -> JobSpec:
-    """The job, if it could be meant for another machine.
+    """Load a job that is to be sent to another machine.
 
     Raises:
-        SpecError, UsageError: as far as can be known here: the job file, where it is, and where its code is.
+        SpecError, UsageError: the job file has mistakes, or its path, storage or code is of no use on that machine.
     """
     spec = load_job(job, overrides)
     if job.is_absolute() or ".." in job.parts:
@@ -37,7 +37,7 @@ def load_for_elsewhere(job: Path, overrides: Sequence[str]) -> JobSpec:
     if not Path(spec.storage).is_absolute():
         raise UsageError(
             f"storage {spec.storage} is relative; a cluster needs an absolute path that all its nodes share",
-            remedy="Say storage: /shared/runs in the job file, or --set storage=/shared/runs.",
+            remedy="Set storage: /shared/runs in the job file, or pass --set storage=/shared/runs.",
             unchanged=UNCHANGED,
         )
     for key, name, code_dir in own_code_of(spec):
@@ -54,13 +54,13 @@ def load_for_elsewhere(job: Path, overrides: Sequence[str]) -> JobSpec:
 def send(
     port: JobsApiClient, job: Path, run_id: str, overrides: Sequence[str], on_said: Callable[[str], object]
 ) -> tuple[str, int | None]:
-    """Send a job and the current directory; returns once the run is submitted there, or refused.
+    """Send a job and the current directory. Returns once the run is submitted in the cluster, or refused.
 
     Args:
-        on_said: gets what the driver says on stderr, line by line.
+        on_said: called with each line that the driver writes to stderr.
 
     Returns:
-        the id of its job, and the exit code if the run was refused.
+        the id of the Ray job, and the exit code if the run was refused.
     """
     command = ["drive", str(job), "--name", run_id, *(word for text in overrides for word in ("--set", text))]
 
@@ -73,26 +73,26 @@ def send(
 
 
 def submit_file(port: JobsApiClient, job: object, name: str | None, overrides: Sequence[str]) -> str:
-    """`send` for who has no terminal. Returns the run's name.
+    """`send` for callers without a terminal. Returns the run's name.
 
     Raises:
-        OrchestratorError: what the driver said, of the class that its exit code stands for.
+        OrchestratorError: the driver's message, of the class that its exit code stands for.
     """
     if not isinstance(job, str | os.PathLike):
         raise UsageError("a job is sent to a URL as a file of the current directory", remedy="Name that file.")
     run_id = name or load_for_elsewhere(Path(job), overrides).name
-    said: list[str] = []
-    _, refused = send(port, Path(job), run_id, overrides, said.append)
+    lines: list[str] = []
+    _, refused = send(port, Path(job), run_id, overrides, lines.append)
     if refused is not None:
-        told = "\n".join(line.lstrip(MARK) for line in said)
-        raise of_code(refused)(told.removeprefix("error: "))
+        message = "\n".join(line.lstrip(MARK) for line in lines)
+        raise of_code(refused)(message.removeprefix("error: "))
     return run_id
 
 
-# -- Questions to a cluster's Scheduler by way of its Jobs API: each a short job, which asks there and prints the answer
+# -- Calls to a cluster's Scheduler by its Jobs API: each is a short job, which makes the call and prints the answer
 
 ANSWER_TIMEOUT_S = 60.0
-ANSWERS: dict[str, Any] = {  # what may be asked, and of what type the answer is
+ANSWERS: dict[str, Any] = {  # methods that may be called, and the types of their answers
     "list": tuple[RunStatus, ...],
     "status": RunStatus,
     "events": list,
@@ -106,20 +106,20 @@ ANSWERS: dict[str, Any] = {  # what may be asked, and of what type the answer is
 
 
 def ask_by_url(port: JobsApiClient, method: str, *args: Any) -> Any:
-    """What the Scheduler's method returns.
+    """Call a method of the Scheduler and return its result.
 
     Raises:
-        OrchestratorError: whatever of ours it raised, or the way there.
-        UsageError: this can't be asked by URL.
+        OrchestratorError: raised by the method, or on the way to it.
+        UsageError: the method can't be called by URL.
     """
     if method not in ANSWERS:
         refuse_by_url(port, method)
-    said: list[str] = []
-    code = port.run(["answer", method, json.dumps(args)], said.append)
-    lines = [line for line in said if not line.startswith(MARK)]
+    output: list[str] = []
+    code = port.run(["answer", method, json.dumps(args)], output.append)
+    lines = [line for line in output if not line.startswith(MARK)]
     if code != 0 or not lines:
-        told = "\n".join(line.lstrip(MARK) for line in said)
-        raise ClusterUnreachable(f"the cluster at {port.url} gave no answer to {method}: {told}")
+        text = "\n".join(line.lstrip(MARK) for line in output)
+        raise ClusterUnreachable(f"the cluster at {port.url} gave no answer to {method}: {text}")
     found = json.loads(lines[-1])
     if "error" in found:
         raise _error(**found["error"])
@@ -130,15 +130,15 @@ def refuse_by_url(port: JobsApiClient | None, what: str) -> None:
     """Raise UsageError if the cluster is reached by URL."""
     if port is not None:
         raise UsageError(
-            f"{what} is not done by the URL of a Jobs API from Python",
+            f"{what} is not available from Python by the URL of a Jobs API",
             remedy=f"Call `orchestrator {what} … --address {port.url}`, or use a client in the cluster.",
             unchanged="Nothing was changed.",
         )
 
 
 def answer(method: str, args_json: str) -> str:
-    """Ask the Scheduler from inside the cluster. Returns a line of JSON: the answer, or an error of ours."""
-    from orchestrator.cluster.calls import ask  # and with it Ray, which who asks from outside doesn't need
+    """Call the Scheduler from inside the cluster. Returns a line of JSON: the answer, or an OrchestratorError."""
+    from orchestrator.cluster.calls import ask  # imports Ray, which callers outside don't need
     from orchestrator.cluster.connection import connect
     from orchestrator.scheduler.scheduler import get_or_create_scheduler
 
@@ -146,8 +146,8 @@ def answer(method: str, args_json: str) -> str:
         connect()
         found = ask(get_or_create_scheduler(), method, *json.loads(args_json), timeout_s=ANSWER_TIMEOUT_S)
     except OrchestratorError as error:
-        told = {"message": error.message, "remedy": error.remedy, "unchanged": error.unchanged}
-        return json.dumps({"error": {"kind": type(error).__name__, **told}})
+        fields = {"message": error.message, "remedy": error.remedy, "unchanged": error.unchanged}
+        return json.dumps({"error": {"kind": type(error).__name__, **fields}})
     return json.dumps({"answer": to_plain(found)})
 
 

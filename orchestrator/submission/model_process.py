@@ -1,4 +1,4 @@
-"""Asking a run's model something outside of training, in a process of its own: torch is imported there only.
+"""Requests to a run's model outside of training, in a child process: only that imports torch.
 
     for answer in ask_model(Generation(…)):
         ...
@@ -20,23 +20,23 @@ from orchestrator.run_records.data_preparation import DataPrepared
 from orchestrator.run_records.run_history import read_entries
 
 MODULE = "orchestrator.inference.process"
-SHOWN_LINES = 20  # of what a process said that ended by itself
+SHOWN_LINES = 20  # at most, of the output of a process that ended by itself
 
 
 def ask_model(request: Request) -> Iterator[Answer]:
-    """The answers as they come, the result last. The process ends with the iterator.
+    """Yield the answers as they arrive, the result last. The process ends with the iterator.
 
     Raises:
-        OrchestratorError: what the process ran into, as the error that it was there.
+        OrchestratorError: the error of the process, of the same class.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", MODULE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=stderr,
             text=True,
-            start_new_session=True,  # Ctrl-C is for us; we end the process
+            start_new_session=True,  # Ctrl-C goes to this process only, which ends the child
         )
         try:
             assert process.stdin is not None and process.stdout is not None
@@ -48,8 +48,8 @@ def ask_model(request: Request) -> Iterator[Answer]:
                     raise error_of(answer)
                 yield answer
             if process.wait() != 0:
-                said.seek(0)
-                lines = "\n".join(said.read().splitlines()[-SHOWN_LINES:])
+                stderr.seek(0)
+                lines = "\n".join(stderr.read().splitlines()[-SHOWN_LINES:])
                 raise OrchestratorError(f"the process with the model ended by itself ({process.returncode}):\n{lines}")
         finally:
             process.kill()
@@ -60,8 +60,8 @@ def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest, digests checked.
 
     Raises:
-        NotFound: there is none.
-        CheckpointCorrupt: it isn't as it was written; the message names the previous good one.
+        NotFound: there is no such checkpoint.
+        CheckpointCorrupt: its files are missing or changed; the message names the previous good one.
     """
     checkpoint = choose(run_dir / "checkpoints", step)
     if checkpoint is None:
@@ -73,7 +73,7 @@ def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
 
 
 def store_of(run_id: str, run_dir: Path) -> str:
-    """Where the run's token store lies. Raises DataError if there is none any more."""
+    """Directory of the run's token store. Raises DataError if it no longer exists."""
     entries = read_entries(run_dir, only=(DataPrepared,))
     prepared = [entry.event.data.store_dir for entry in entries if isinstance(entry.event, DataPrepared)]
     if not prepared or not Path(prepared[-1]).is_dir():
@@ -83,7 +83,7 @@ def store_of(run_id: str, run_dir: Path) -> str:
 
 
 def error_of(fault: Fault) -> OrchestratorError:
-    """What a process ran into, as the error that it was there."""
+    """The error of a child process, of the same class."""
     cls = getattr(errors, fault.kind, OrchestratorError)
     error: OrchestratorError = cls(fault.message, remedy=fault.remedy, unchanged=fault.unchanged)
     if isinstance(error, errors.EntrypointError):

@@ -1,4 +1,4 @@
-"""A job's model as a list of parameters, from a process of its own: control never imports torch."""
+"""Parameters of a job's model, listed by a child process: control code never imports torch."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from orchestrator.spec.job import JobSpec
 
 
 def plan_of(job: JobSpec) -> JobPlan:
-    """What the job will take at each world size. Raises UsageError if its model can't be built."""
+    """The job's needs at each world size. Raises UsageError if its model can't be built."""
     return plan_job(job, state_of(job), ours=job.model.entrypoint is None)
 
 
@@ -20,7 +20,7 @@ def state_of(job: JobSpec) -> StatePlan:
     """The model's parameters and buffers.
 
     Raises:
-        UsageError: the model can't be built; the message is what the process said.
+        UsageError: the model can't be built; the message is the stderr of the process.
     """
     found = json.loads(_listed(job.name, job.model_dump_json(by_alias=True)))
     vocab_size = job.model.vocab_size or job.data.vocab_size
@@ -28,7 +28,7 @@ def state_of(job: JobSpec) -> StatePlan:
     return StatePlan(params, tuple((name, numel) for name, numel in found["buffers"]), vocab_size)
 
 
-@cache  # a command checks a job before it looks for a cluster, and again as it submits it
+@cache  # a command checks a job before it connects to a cluster, and again as it submits it
 def _listed(name: str, job_json: str) -> str:
     command = [sys.executable, "-m", "orchestrator.model.param_listing"]
     listed = subprocess.run(command, input=job_json, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A run's report from what it has left in run storage: its journal and its job. Needs no cluster."""
+"""A run's report from its journal and job in run storage. Needs no cluster."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,11 +38,11 @@ def read_load_map(run_dir: Path) -> LoadMap | None:
 
 
 def _size(job: JobSpec, entries: Iterable[JournalEntry]) -> tuple[ModelSize | None, str]:
-    """The model's size, its embedding as long as the trained tokenizer has tokens; or why it isn't known."""
+    """The model's size, with an embedding for the trained tokenizer's tokens; or why it isn't known."""
     prepared = [entry.event.data.vocab_size for entry in entries if isinstance(entry.event, DataPrepared)]
     if job.model.vocab_size is None and prepared:
         job = job.model_copy(update={"model": job.model.model_copy(update={"vocab_size": prepared[-1]})})
     try:
         return size_of(job, state_of(job).params), ""
-    except UsageError as error:  # a model of the user's own, whose code isn't here
+    except UsageError as error:  # a user-defined model whose code isn't on this machine
         return None, f"not known: {error.message.strip().splitlines()[-1]}"

@@ -1,4 +1,4 @@
-"""A job made ready to be handed to the cluster: read, renamed, every path absolute, checked as far as is known here."""
+"""Preparation of a job for submission: read, renamed, paths made absolute, checked as far as possible here."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from orchestrator.submission.user_code import check_own_code
 
 @dataclass(frozen=True)
 class Submission:
-    """What the Scheduler needs: the job with every path absolute, and the text that the user wrote."""
+    """Input of the Scheduler: the job with every path absolute, and the text that the user wrote."""
 
     spec: JobSpec
     text: str
@@ -38,7 +38,7 @@ class Submission:
 
 
 def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides: Sequence[str] = ()) -> Submission:
-    """Read and resolve a job, checked as far as is possible from here; `overrides` of a job file as in `load_job`."""
+    """Read, resolve and check a job as far as possible here; `overrides` of a job file as in `load_job`."""
     if isinstance(job, JobSpec):
         spec, text = job, yaml.safe_dump(job.model_dump(mode="json", by_alias=True), sort_keys=False)
     else:
@@ -55,14 +55,14 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
         )
     spec = resolved(spec)
     check_own_code(spec)
-    if spec.resources.memory is not None:  # else nothing would be refused, and a process with torch takes seconds
+    if spec.resources.memory is not None:  # else nothing is refused, and a process with torch takes seconds
         check_memory(spec, plan_of(spec))
     return Submission(spec, text)
 
 
 def resolved(spec: JobSpec) -> JobSpec:
-    """The job as run storage keeps it: it stands for itself, and every path is absolute. Raises as `with_pretrained`,
-    and DataError if there is no such text."""
+    """The job as run storage keeps it: self-contained, every path absolute. Raises as `with_pretrained`, and DataError
+    if the corpus doesn't exist."""
     spec = with_pretrained(spec)
     data = spec.data.model_copy(update={"source": _absolute_source(spec.data.source)})
     changes = {"storage": str(spec.storage_path), "data": data, **_with_absolute_code(spec)}
@@ -70,11 +70,11 @@ def resolved(spec: JobSpec) -> JobSpec:
 
 
 def with_pretrained(spec: JobSpec) -> JobSpec:
-    """The job with what `model.init_from` says of the model, so that it stands for itself: sizes and tokenizer.
+    """The job with sizes and tokenizer of the model in `model.init_from`, so that it is self-contained.
 
     Raises:
-        UsageError: the directory is of another architecture, or of other sizes than the job says.
-        CheckpointCorrupt: its weights are not whole.
+        UsageError: the directory's architecture or sizes differ from the job's.
+        CheckpointCorrupt: its weights are not complete.
         DataError: the tokenizer can't be used, or has more tokens than the model.
     """
     model, tokenizer = spec.model, spec.data.tokenizer
@@ -92,7 +92,7 @@ def with_pretrained(spec: JobSpec) -> JobSpec:
 
 
 def _with_absolute_code(spec: JobSpec) -> dict[str, Any]:
-    """Sections that name code of the user's own, with the directory that it comes from as an absolute path."""
+    """Sections that name user-defined code, with the directory of that code as an absolute path."""
     changed: dict[str, Any] = {}
     if spec.model.entrypoint is not None:
         changed["model"] = spec.model.model_copy(update={"code_dir": _absolute(spec.model.code_dir)})

@@ -1,5 +1,5 @@
-"""A user's own code looked for before its run is submitted. A model is also tried out, in a process of its own: control
-never imports torch."""
+"""Checks of user-defined code before its run is submitted. A model is also built and run once, in a child process:
+control code never imports torch."""
 
 import json
 import os
@@ -21,8 +21,8 @@ UNCHANGED = "Nothing was started."
 
 
 def check_own_code(job: JobSpec) -> None:
-    """See that the user's own code is in the job's directory, and import and build its model as a worker would. Nothing
-    for a job without any.
+    """Check that user-defined code is in the job's directory; import and build its model as a worker would. Does
+    nothing for a job without such code.
 
     Raises:
         EntrypointError: there is no such module, or the model can't be trained. Carries the traceback of the user's
@@ -34,7 +34,7 @@ def check_own_code(job: JobSpec) -> None:
 
 
 def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
-    """Of each function of the user's own: its key in the job file, its name, the directory that it comes from."""
+    """Key in the job file, name and directory of each user-defined function."""
     if job.model.entrypoint is not None:
         yield "model.entrypoint", job.model.entrypoint, job.model.code_dir
     if job.curriculum is not None and ":" in job.curriculum.signal:
@@ -42,7 +42,7 @@ def own_code_of(job: JobSpec) -> Iterator[tuple[str, str, str]]:
 
 
 def check_places(job: JobSpec) -> None:
-    """See that modules of the user's own are where the job says, without running them. Raises EntrypointError."""
+    """Check that user-defined modules are where the job names them, without running them. Raises EntrypointError."""
     for key, name, directory in own_code_of(job):
         try:
             place_of(name.partition(":")[0], Path(directory).expanduser().absolute())
@@ -54,14 +54,14 @@ def check_places(job: JobSpec) -> None:
             ) from None
 
 
-@cache  # a command checks a job before it looks for a cluster, and again as it submits it
+@cache  # a command checks a job before it connects to a cluster, and again as it submits it
 def _rehearse(job_json: str) -> None:
     job = JobSpec.model_validate_json(job_json)
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     secrets, missing = _secrets_here(job)
     try:
-        # -P: the current directory is searched only where the job says so, as in a worker.
+        # -P: the current directory is searched only where the job names it, as in a worker.
         done = subprocess.run(
             [sys.executable, "-P", "-m", REHEARSAL],
             input=job_json,
@@ -84,10 +84,10 @@ def _rehearse(job_json: str) -> None:
         )
     fault: dict[str, str] | None = json.loads(done.stdout)
     if fault is not None:
-        told = {key: without(text, secrets.values()) for key, text in fault.items()}
+        fields = {key: without(text, secrets.values()) for key, text in fault.items()}
         if missing:
-            told["remedy"] += f" The job's secrets that are not on this machine were not there: {', '.join(missing)}."
-        raise EntrypointError(**told, unchanged=UNCHANGED)
+            fields["remedy"] += f" The job's secrets that are not on this machine were not set: {', '.join(missing)}."
+        raise EntrypointError(**fields, unchanged=UNCHANGED)
 
 
 def _secrets_here(job: JobSpec) -> tuple[dict[str, str], list[str]]:

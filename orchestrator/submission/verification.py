@@ -1,9 +1,9 @@
-"""A user's own proof: steps of a run done again in a world of another size, on this machine, and compared.
+"""Replay of committed steps at another world size, on this machine, to compare bits.
 
     order = what_to_verify("demo", run_dir)
     for record in done_again(order): ...
 
-Needs run storage, no cluster. The run is only read, and may go on meanwhile.
+Needs run storage, no cluster. The run is only read, and may be active meanwhile.
 """
 
 import json
@@ -35,23 +35,23 @@ from orchestrator.submission.model_process import error_of, store_of
 
 MODULE = "orchestrator.worker.replay.replay_rank"
 LOOPBACK = "127.0.0.1"
-PATIENCE_S = 3.0  # how long others are waited for when one has ended: what they say may be the cause
-SHOWN_LINES = 20  # of what a process said that ended by itself
+PATIENCE_S = 3.0  # to wait for the other ranks after one has ended: their faults may be the cause
+SHOWN_LINES = 20  # at most, of the output of a process that ended by itself
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Steps that are to be done again.
+    """Steps to replay.
 
     Args:
-        records: of the steps, as the run has done them.
-        worlds: that have done them.
-        workers: that are to do them again.
-        checkpoint: after which they come; None for the beginning.
-        numerics: what decided the bits of the run's first worker; None where that isn't known.
-        differing: workers of `worlds` that came to other bits than that one, and what of their numerics is another.
+        records: of the steps, as the run did them.
+        worlds: that did them.
+        workers: world size of the replay.
+        checkpoint: before the first of the steps; None for the beginning.
+        numerics: fingerprint of the run's first worker, on which the bits depend; None where that isn't known.
+        differing: workers of `worlds` whose numerics differ from that one's, and in what.
     """
 
     run_id: str
@@ -69,23 +69,23 @@ class Verification:
 def what_to_verify(
     run_id: str, run_dir: Path, after: int | None = None, steps: int = 20, workers: int | None = None
 ) -> Verification:
-    """At most so many steps after a checkpoint.
+    """Choose at most `steps` steps after a checkpoint.
 
     Args:
         after: the checkpoint's step, -1 for the run's beginning; None for the newest checkpoint with steps after it, or
             else the beginning.
-        workers: None for another number than any of the steps were done by.
+        workers: None for another world size than those of the steps.
 
     Raises:
         UsageError: training is not exact, or there are no such steps.
         NotFound: there is no such checkpoint.
-        CheckpointCorrupt: it isn't as it was written.
+        CheckpointCorrupt: its files are missing or changed.
         DataError: the token store is gone.
     """
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     if not job.train.is_exact:
         raise UsageError(
-            f"train.determinism of run {run_id} is {job.train.determinism}: its steps come out otherwise each time",
+            f"train.determinism of run {run_id} is {job.train.determinism}: repeating its steps may give other bits",
             remedy="Verify runs of jobs with train.determinism: exact.",
         )
     entries = read_entries(run_dir)
@@ -104,7 +104,7 @@ def what_to_verify(
     worlds = past_worlds(entries, records)
     if other := [
         past.first_step for past in worlds if past.micro_batch != worlds[0].micro_batch
-    ]:  # after a lack of memory
+    ]:  # changed after an out-of-memory failure
         records = tuple(record for record in records if record.step < other[0])
         worlds = past_worlds(entries, records)
     if not records:
@@ -129,14 +129,14 @@ def what_to_verify(
 
 
 def differing_workers(entries: Sequence[JournalEntry], worlds: Sequence[PastWorld]) -> dict[str, Differences]:
-    """Who of these worlds had other numerics than the run's first worker."""
+    """Workers of these worlds whose numerics differed from the run's first worker's."""
     members = {worker for past in worlds for worker in past.world.members}
     differing = (entry.event for entry in entries if isinstance(entry.event, NumericsDiffer))
     return {event.worker: event.differs for event in differing if event.worker in members}
 
 
 def past_worlds(entries: Sequence[JournalEntry], records: Sequence[StepRecord]) -> tuple[PastWorld, ...]:
-    """The worlds that have done these steps, by the decisions in the journal."""
+    """The worlds that did these steps, from the decisions in the journal."""
     decisions = (entry.event.state.current for entry in entries if isinstance(entry.event, StateDecided))
     plans = {plan.generation: plan for plan in decisions if plan is not None}
     worlds: list[PastWorld] = []
@@ -148,10 +148,10 @@ def past_worlds(entries: Sequence[JournalEntry], records: Sequence[StepRecord]) 
 
 
 def done_again(order: Verification) -> Iterator[Numerics | StepRecord]:
-    """What decides the bits here, then each step as it is done. The processes end with the iterator.
+    """Yield the numerics of this machine, then each replayed step. The processes end with the iterator.
 
     Raises:
-        OrchestratorError: what one of them ran into.
+        OrchestratorError: the error of one of them.
     """
     plan = _plan(order)
     with ExitStack() as stack:
@@ -189,9 +189,9 @@ class _Ended(Exception):
     """A rank's process has ended, or is about to.
 
     Args:
-        fault: what it said last.
-        code: how it ended; None while it lives.
-        said: the end of what it wrote beside its answers.
+        fault: that it reported last.
+        code: its exit code; None while it lives.
+        said: the end of its output beside the answers.
     """
 
     def __init__(self, rank: "_Rank", fault: Fault | None, code: int | None, said: str) -> None:
@@ -199,8 +199,8 @@ class _Ended(Exception):
 
 
 def _cause(ends: Sequence[_Ended]) -> OrchestratorError:
-    """Why the replay failed, by how its ranks ended, the one that was noticed first of all: what one tells of itself
-    first, then a sudden end, then that peers are lost."""
+    """The cause of a failed replay from the ends of its ranks, in order of detection: a rank's own fault comes first,
+    then a sudden end, then lost peers."""
     for end in ends:
         if end.fault is not None and end.fault.kind != PEER_LOST:
             return error_of(end.fault)
@@ -208,12 +208,12 @@ def _cause(ends: Sequence[_Ended]) -> OrchestratorError:
         if end.code:
             return OrchestratorError(f"the process of rank {end.rank.worker} ended by itself ({end.code}):\n{end.said}")
     first = ends[0]
-    told = first.fault.message if first.fault is not None else "ended without a word"
-    return OrchestratorError(f"rank {first.rank.worker} of the replay: {told}")
+    reason = first.fault.message if first.fault is not None else "ended without an error message"
+    return OrchestratorError(f"rank {first.rank.worker} of the replay: {reason}")
 
 
 class _Rank:
-    """The process of one rank. Its answers come by a pipe of their own: what models print is something else."""
+    """The process of one rank. Its answers have a pipe of their own, apart from what models print."""
 
     def __init__(self, order: Verification, worker: str, number: int) -> None:
         self.worker, self._order = worker, order
@@ -241,18 +241,18 @@ class _Rank:
                     stderr=self._said,
                     text=True,
                     pass_fds=[writing],
-                    start_new_session=True,  # Ctrl-C is for us; we end the process
+                    start_new_session=True,  # Ctrl-C goes to this process only, which ends the child
                     env=os.environ | env,
                 )
             self._open = opened.pop_all()
 
     def tell(self, plan: GenerationPlan) -> None:
-        """Raises _Ended."""
+        """Send the plan. Raises _Ended."""
         assert self._process.stdin is not None
         order = ReplayOrder(self.worker, self._job, plan, self._order.records[-1].step)
         try:
-            with self._process.stdin as told:
-                told.write(REPLAY_LINES.write(order) + "\n")
+            with self._process.stdin as stdin:
+                stdin.write(REPLAY_LINES.write(order) + "\n")
         except OSError:
             raise self.end(PATIENCE_S) from None
 
@@ -267,15 +267,15 @@ class _Rank:
         raise self.end(PATIENCE_S)
 
     def end(self, patience_s: float) -> _Ended:
-        """How it ended, if it does so now that another one has."""
+        """How it ended, if it does within `patience_s` of another one's end."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience_s)
         if self._process.poll() is None:
             return _Ended(self, None, None, "")
-        told = [answer for line in self._answers if isinstance(answer := REPLAY_LINES.read(line), Fault)]
+        faults = [answer for line in self._answers if isinstance(answer := REPLAY_LINES.read(line), Fault)]
         self._said.seek(0)
-        said = "\n".join(self._said.read().splitlines()[-SHOWN_LINES:])
-        return _Ended(self, told[-1] if told else None, self._process.returncode, said)
+        output = "\n".join(self._said.read().splitlines()[-SHOWN_LINES:])
+        return _Ended(self, faults[-1] if faults else None, self._process.returncode, output)
 
     def __enter__(self) -> "_Rank":
         return self
@@ -283,7 +283,7 @@ class _Rank:
     def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.wait()
-        with suppress(OSError):  # nobody reads what is still to be written
+        with suppress(OSError):  # the reader has ended before all was written
             self._process.stdin.close()  # type: ignore[union-attr]
         self._open.close()
 
@@ -294,7 +294,7 @@ def _device(number: int) -> str:
     return str(number) if visible is None else "".join(visible.split(",")[number : number + 1])
 
 
-def numerics_here(told: Numerics) -> dict[str, Any]:
-    """A fingerprint as the journal has it."""
-    found: dict[str, Any] = json.loads(told.fingerprint)
+def numerics_here(numerics: Numerics) -> dict[str, Any]:
+    """A fingerprint in the journal's form."""
+    found: dict[str, Any] = json.loads(numerics.fingerprint)
     return found

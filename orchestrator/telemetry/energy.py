@@ -1,7 +1,7 @@
-"""The energy that a worker uses: counters of its GPUs and of its node's processors, read by its own process.
+"""Energy used by a worker: counters of its GPUs and of its node's processors, read by its own process.
 
-Counters of processors are those of a node, which others use too. Each worker takes of what they gained the share that
-its process has of the node's processor time: so workers of one node together never have more than the node.
+Processor counters cover a whole node, which others use too. Each worker is assigned the share of their increase that
+its process has of the node's processor time, so workers of one node together never have more than the node.
 
 RAPL: https://docs.kernel.org/power/powercap/powercap.html. NVML: `nvmlDeviceGetTotalEnergyConsumption`, of Volta and
 later.
@@ -23,12 +23,12 @@ from orchestrator.telemetry.node import read_processors
 log = logging.getLogger("orchestrator.control")
 
 POWERCAP = Path("/sys/class/powercap")
-MOST_WATTS = 2000.0  # of one counter. One that fell as if it had used more was not full, but set to 0 again
+MOST_WATTS = 2000.0  # of one counter. A fall that would mean more power was a reset to 0, not a wrap
 
 
 @dataclass(frozen=True)
 class Counter:
-    """Joules that a device has used since some moment. At `range_j` it begins at 0 again; None: it doesn't."""
+    """Joules that a device has used since some moment. Wraps to 0 at `range_j`; None: never wraps."""
 
     joules: float
     range_j: float | None = None
@@ -38,9 +38,9 @@ Counters = Mapping[str, Counter]
 
 
 def gained(before: Counters, after: Counters, passed_s: float) -> float:
-    """Joules that were used between two readings, by whoever is in both.
+    """Joules used between two readings, by the devices in both.
 
-    A counter that fell was full, or was set to 0: then what it has counted since is all that is known.
+    A counter that fell has wrapped, or was reset to 0: then only what it has counted since is known.
     """
     total = 0.0
     for name in before.keys() & after.keys():
@@ -53,10 +53,10 @@ def gained(before: Counters, after: Counters, passed_s: float) -> float:
 
 
 def read_rapl(root: Path = POWERCAP) -> Counters:
-    """The node's processor packages and, where they count apart, its memory; none where they can't be read.
+    """The node's processor packages and, where counted separately, its memory; empty where they can't be read.
 
-    Cores and what else lies in a package are in its counter already, and so is a package in that of a whole platform
-    (`psys`), which few machines have. Since Linux 5.10 the counters are root's, unless the machine says otherwise.
+    A package's counter includes its cores and other parts, and that of a whole platform (`psys`), which few machines
+    have, includes the packages. Since Linux 5.10 only root reads them, unless the machine is configured otherwise.
     """
     counters: dict[str, Counter] = {}
     for package in sorted(root.glob("intel-rapl/intel-rapl:*")):
@@ -65,7 +65,7 @@ def read_rapl(root: Path = POWERCAP) -> Counters:
                 name = (zone / "name").read_text().strip()
                 if name == "dram" or name.startswith("package"):
                     counters[f"{zone.name} {name}"] = Counter(_joules(zone / "energy_uj"), _range_of(zone))
-            except (OSError, ValueError):  # another user's, or a zone of another kind
+            except (OSError, ValueError):  # not readable by us, or a zone of another kind
                 continue
     return counters
 
@@ -85,13 +85,13 @@ class Gpus:
     """Counters of the GPUs that this process may use.
 
     Args:
-        visible: `CUDA_VISIBLE_DEVICES`, as Ray sets it: indices or UUIDs. None: nobody says which are ours.
+        visible: `CUDA_VISIBLE_DEVICES`, as Ray sets it: indices or UUIDs. None: it is unknown which are ours.
         nvml: the module `pynvml`; imported if it isn't given.
     """
 
     def __init__(self, visible: str | None, nvml: Any = None) -> None:
         self._handles: dict[str, Any] = {}
-        # Imported here: 25 ms, and only where there are GPUs.
+        # Imported here since it takes 25 ms and is only needed with GPUs.
         self._nvml = nvml = nvml if nvml is not None else importlib.import_module("pynvml")
         try:
             nvml.nvmlInit()
@@ -100,10 +100,10 @@ class Gpus:
                 self._handles[name] = by(int(name) if name.isdigit() else name)
         except nvml.NVMLError as error:
             self._handles = {}
-            log.info("no energy of GPUs: %s", error)
+            log.info("energy of GPUs can't be read: %s", error)
 
     def read(self) -> Counters:
-        """None where there is no NVML, or a GPU of the worker has no such counter."""
+        """Counters by GPU; empty without NVML, or if a GPU of the worker has no such counter."""
         read = self._nvml.nvmlDeviceGetTotalEnergyConsumption
         try:
             return {name: Counter(read(handle) / 1e3) for name, handle in self._handles.items()}
@@ -113,7 +113,7 @@ class Gpus:
 
 @dataclass(frozen=True)
 class ProcessorTime:
-    """Seconds of processors in use: by this process, and by all of its node."""
+    """Processor time used, seconds: by this process, and by its whole node."""
 
     own_s: float
     node_s: float
@@ -125,7 +125,7 @@ def read_processor_time() -> ProcessorTime:
 
 
 class Tally:
-    """Joules of some counters, added up; None until there are two readings."""
+    """Sum of the joules of some counters; None until there are two readings."""
 
     def __init__(self) -> None:
         self.joules: float | None = None
@@ -133,8 +133,8 @@ class Tally:
         self._read_s = 0.0
 
     def enter(self, counters: Counters, now_s: float, share: float) -> None:
-        """Args: `share` is ours of what was used since the last reading."""
-        if not counters:  # they can't be read, or not now: what they gain meanwhile is seen at the next reading
+        """Add a reading; `share` is our part of the increase since the last one."""
+        if not counters:  # they can't be read, at least now: the next reading includes the increase
             return
         if self._counters:
             joules = share * gained(self._counters, counters, now_s - self._read_s)
@@ -143,9 +143,9 @@ class Tally:
 
 
 class EnergyMeter:
-    """Of this process, from its making on. Nothing runs between two readings.
+    """Energy of this process, from the meter's creation on. Nothing runs between two readings.
 
-    One must come before a counter is full twice: at 2,000 W a usual one lasts two minutes.
+    Readings must be closer than two wraps of a counter: at 2,000 W a usual one wraps after two minutes.
 
     Args:
         visible: `CUDA_VISIBLE_DEVICES`.
@@ -169,10 +169,10 @@ class EnergyMeter:
         self._cpu.enter(read_rapl(root), clock(), 0.0)
 
     def read(self, gpus: float) -> EnergyReading:
-        """What has been used so far; of GPUs, since the first call.
+        """Energy used so far; of GPUs, since the first call.
 
         Args:
-            gpus: that the worker reserves. Of a part of one it gets that part of its energy; with 0 none is read.
+            gpus: number that the worker reserves. A fraction counts that part of one GPU's energy; with 0 none is read.
         """
         now_s = self._clock()
         if gpus:
@@ -180,7 +180,7 @@ class EnergyMeter:
             self._gpu.enter(self._gpus.read(), now_s, min(1.0, gpus))
         processor, rapl = self._processor_time(), read_rapl(self._root)
         node_s = processor.node_s - self._processor.node_s
-        if rapl and node_s > 0:  # else it is too soon to tell shares
+        if rapl and node_s > 0:  # else it is too early to compute shares
             share = min(1.0, max(0.0, (processor.own_s - self._processor.own_s) / node_s))
             self._processor = processor
             self._cpu.enter(rapl, now_s, share)

@@ -1,4 +1,4 @@
-"""How busy a node is: counters read by a process there, and the metric values between two readings."""
+"""Load of a node: counters read by a process there, and the metric values between two readings."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from orchestrator.tracking.sink import MetricPoint
 
 @dataclass(frozen=True)
 class Reading:
-    """Counters of one node. `time` is `time.time()` seconds; what counts up does so since the node's start."""
+    """Counters of one node. `time` is `time.time()` seconds; cumulative values count from the node's start."""
 
     node: str
     time: float
@@ -39,7 +39,7 @@ def read_processors() -> Processors:
 
 
 def read_system(node: str, directory: str) -> Reading:
-    """A reading of this machine, in about a millisecond. `directory` lies in the file system whose room counts."""
+    """A reading of this machine, in about a millisecond. `directory` is in the file system whose usage is read."""
     processors = read_processors()
     network = psutil.net_io_counters()
     return Reading(
@@ -55,7 +55,7 @@ def read_system(node: str, directory: str) -> Reading:
 
 
 def points_of_readings(before: Reading, after: Reading, step: int) -> Iterator[MetricPoint]:
-    """What a node did between two readings, at the newest step."""
+    """Metric values of a node between two readings, at the newest step."""
     passed_s = after.time - before.time
     counted_s = after.total_s - before.total_s
     if passed_s <= 0 or counted_s <= 0:

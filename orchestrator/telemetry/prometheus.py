@@ -1,10 +1,10 @@
-"""A run's metrics for Prometheus, by way of `ray.util.metrics`.
+"""Prometheus metrics of a run, through `ray.util.metrics`.
 
 The controller sets values in its own memory, in microseconds; Ray sends them to its agent on the node every 10 s, and
-Prometheus scrapes that one. Nobody waits for any of it.
+Prometheus scrapes the agent. Nothing waits for any of it.
 
-All are Ray gauges, counters too: of a gauge the agent forgets a series 20 s after its process has ended, of a counter
-never. So a run's series end with its controller. What adds up is added here, and begins at 0 with each controller.
+All are Ray gauges, counters too: the agent drops a gauge's series 20 s after its process has ended, a counter's never.
+So a run's series end with its controller. Totals are summed here, and begin at 0 with each controller.
 """
 
 import logging
@@ -20,11 +20,11 @@ from orchestrator.tracking.sink import MetricPoint
 
 log = logging.getLogger("orchestrator.control")
 
-EVERY_S = 1.0  # how often what isn't of a step is set
+EVERY_S = 1.0  # how often values that belong to no step are set
 
 
 class Series(Protocol):
-    """What we need of a `ray.util.metrics.Gauge`."""
+    """The part of `ray.util.metrics.Gauge` that is used here."""
 
     def set(self, value: float, tags: dict[str, str]) -> None: ...
 
@@ -36,7 +36,7 @@ def ray_gauge(declared: Metric) -> Series:
 
 
 class Exporter:
-    """Of one run. A failure is logged once and never reaches the run.
+    """Exports the metrics of one run. A failure is logged once and never reaches the run.
 
     Args:
         make: makes the series of a metric.
@@ -46,26 +46,26 @@ class Exporter:
         self._run_id, self._make = run_id, make
         self._series: dict[str, Series] = {}
         self._sums: dict[str, float] = {}
-        self._shown_s = float("-inf")  # when what isn't of a step was set last
+        self._shown_s = float("-inf")  # when values that belong to no step were last set
         self._has_failed = False
-        # From the beginning, so that what has not happened yet is 0 and not nothing, and its first time is a rise.
+        # From the beginning, so that what has not happened yet is 0 rather than missing, and its first time is a rise.
         with self._harmless():
             for declared in DECLARED:
                 if declared.kind is Kind.AMOUNT:
                     self._set(declared, 0.0)
 
     def show(self, points: Iterable[MetricPoint]) -> None:
-        """The newest values of steps, events and nodes, in their order."""
+        """Set the newest values of steps, events and nodes, in their order."""
         with self._harmless():
             for point in points:
                 self._enter(point)
 
     def is_due(self, now_s: float) -> bool:
-        """Whether `show_run` is to be called again."""
+        """Whether `show_run` is due again."""
         return now_s - self._shown_s >= EVERY_S
 
     def show_run(self, now_s: float, values: Mapping[str, float], phase: RunPhase) -> None:
-        """What is so now, by names of metrics."""
+        """Set the run's current values, by metric name, and its phase."""
         self._shown_s = now_s
         with self._harmless():
             for name, value in values.items():
@@ -90,7 +90,7 @@ class Exporter:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception:  # whatever Ray throws: a chart is missing, the run goes on
+        except Exception:  # any error of Ray's: a chart is missing, the run continues
             if not self._has_failed:
                 log.exception("run %s: values for Prometheus can't be set", self._run_id)
             self._has_failed = True

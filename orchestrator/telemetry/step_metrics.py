@@ -1,4 +1,4 @@
-"""Step records and rescales as metric values."""
+"""Metric values of step records, rescales and recoveries."""
 
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.protocol.events.base import JournalEntry
@@ -9,7 +9,7 @@ from orchestrator.tracking.sink import MetricPoint
 
 
 def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricPoint]:
-    """What a chart shows of these steps, which follow upon `before`."""
+    """Metric points of these steps, which follow `before`."""
     points: list[MetricPoint] = []
     tokens, skipped = before.tokens, before.skipped
     for record in records:
@@ -49,7 +49,7 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
 
 
 def values_of_experts(load: ExpertLoad) -> dict[str, float]:
-    """What a chart shows of the experts' loads in a step that had any."""
+    """Metric values of the experts' loads in a step that had any."""
     values = {
         "moe/max_violation": load.max_violation,
         "moe/worst_violation": load.worst_violation,
@@ -61,13 +61,13 @@ def values_of_experts(load: ExpertLoad) -> dict[str, float]:
 
 
 def points_after(records: list[StepRecord], step: int) -> list[MetricPoint]:
-    """What a chart shows of the steps after this one, from all records of the run."""
+    """Metric points of the steps after `step`, from all records of the run."""
     known = absorb(Progress(), [record for record in records if record.step <= step])
     return points_of_steps(known, [record for record in records if record.step > step])
 
 
 def points_of_event(entry: JournalEntry) -> list[MetricPoint]:
-    """What a chart shows of an event: the cost of a measured change, at the first step of the new world."""
+    """Metric points of an event: the cost of a rescale or recovery, at the first step of the new world."""
     change = entry.event
     if not isinstance(change, Rescaled | Recovered):
         return []

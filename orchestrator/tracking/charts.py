@@ -1,4 +1,4 @@
-"""A run's story in one picture: loss over steps, the world size under it, and marks where something happened.
+"""Chart of a run's history: loss over steps, world size below, and marks at events.
 
     draw(history, "my-run", directory)      # writes story.png, and story.html with the events beside it
 
@@ -27,11 +27,11 @@ LABEL_GAP = 0.045  # of the width: labels nearer than this to the one before are
 
 @dataclass(frozen=True)
 class Mark:
-    """How a kind of event is drawn and what the legend calls it."""
+    """Appearance of a kind of event, and its name in the legend."""
 
     meaning: str
     colour: str
-    symbol: str  # of matplotlib; at the upper border of the loss, or at its lower one if it `is_quiet`
+    symbol: str  # matplotlib marker; at the top of the loss panel, or at its bottom if it `is_quiet`
     has_line: bool  # through both panels
     is_quiet: bool = False
 
@@ -40,7 +40,7 @@ MARKS = {
     "rescaled": Mark("rescale", WORLD, "v", has_line=True),
     "recovered": Mark("recovery", WORLD, "P", has_line=False),
     "worker_lost": Mark("worker lost", LOST, "X", has_line=True),
-    "state_differs": Mark("other bits when done again", LOST, "*", has_line=True),
+    "state_differs": Mark("replay not identical", LOST, "*", has_line=True),
     "batch_skipped": Mark("batch left out", LOST, "s", has_line=False),
     "micro_batch_reduced": Mark("smaller micro-batch", INK, "1", has_line=False),
     "micro_batch_fitted": Mark("micro-batch fitted", INK, "+", has_line=False),
@@ -55,7 +55,7 @@ MARKS = {
 
 
 def draw(history: History, title: str, directory: Path) -> tuple[Path, Path]:
-    """Write the picture, and the page. Returns where they are."""
+    """Write the picture and the page. Returns their paths."""
     png, page = directory / PNG_FILE, directory / HTML_FILE
     figure = figure_of(history, title)
     figure.savefig(png, dpi=140)
@@ -97,7 +97,7 @@ def figure_of(history: History, title: str) -> Figure:
 def _draw_loss(axes: Axes, train: Curve, validation: Curve) -> None:
     steps, losses = _columns(train)
     window = max(1, len(train) // 100)
-    if window > 2:  # noise behind, the trend before it
+    if window > 2:  # raw values in the background, their moving average in front
         axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smoothed(losses, window), color=TRAIN, linewidth=1.6, label=f"train, mean of {window} values")
     else:
@@ -109,7 +109,7 @@ def _draw_loss(axes: Axes, train: Curve, validation: Curve) -> None:
 
 
 def _draw_marks(loss_axes: Axes, world_axes: Axes, events: Sequence[RunEvent]) -> list[Mark]:
-    """Symbols at the borders of the loss, lines through both panels, and sizes above rescales where there is room."""
+    """Draw symbols at the borders of the loss, lines through both panels, and sizes above rescales if they fit."""
     low, high = loss_axes.get_xlim()
     upper, lower = loss_axes.get_xaxis_transform(), 0.0
     labelled = -math.inf
@@ -120,7 +120,7 @@ def _draw_marks(loss_axes: Axes, world_axes: Axes, events: Sequence[RunEvent]) -
             continue
         used[event.kind] = mark
         changes = event.kind in ("rescaled", "recovered")
-        step = event.step + 1 if changes else max(event.step, 0)  # the new world's first
+        step = event.step + 1 if changes else max(event.step, 0)  # the new world's first step
         loss_axes.plot(
             [step],
             [lower if mark.is_quiet else 1.0],
@@ -166,7 +166,7 @@ def _told(history: History) -> str:
 
 
 def _smoothed(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the values around each, `window` of them where there are so many."""
+    """Centred moving average over `window` values, fewer at the ends."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -179,7 +179,7 @@ def _columns(curve: Curve) -> tuple[list[int], list[float]]:
 
 
 def plain(axes: Axes) -> None:
-    """No frame, faint lines across."""
+    """Remove the frame and draw faint horizontal lines."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=FAINT, labelcolor=INK, labelsize=9)

@@ -1,4 +1,4 @@
-"""The story of a run as its outbox keeps it: curves and events, for its chart and its table of events."""
+"""History of a run from its outbox: curves and events for its charts and its table of events."""
 
 import json
 import sqlite3
@@ -12,14 +12,14 @@ from orchestrator.policy.health.expert_load import Loads
 
 CURVES = ("train/loss", "eval/loss", "elastic/world_size")
 TABLE_FILE = "events.json"
-MOST_POINTS = 4000  # of a curve in a chart: more than its pixels
+MOST_POINTS = 4000  # per curve in a chart: more than its pixels
 
 Curve = tuple[tuple[int, float], ...]  # (step, value), ascending
 
 
 @dataclass(frozen=True)
 class RunEvent:
-    """One event of the journal. `step` is the newest known one where the event itself names none."""
+    """One event of the journal. `step` is the newest known step if the event has none of its own."""
 
     seq: int
     step: int
@@ -36,7 +36,7 @@ class History:
 
 
 def read_history(db: sqlite3.Connection) -> History:
-    """Curves are thinned out evenly where they have too many points, changes of the world size never."""
+    """Read the history. Curves with too many points are thinned out evenly, but keep changes of the world size."""
     events = []
     for seq, step, body in db.execute("SELECT seq, step, body FROM events ORDER BY seq"):
         fields = json.loads(body)
@@ -61,13 +61,13 @@ def rows_of(history: History) -> list[list[str | int]]:
     rows: list[list[str | int]] = [["time", "step", "event", "details"]]
     for event in history.events:
         moment = datetime.fromtimestamp(event.time, UTC).isoformat(sep=" ", timespec="seconds")
-        told = ", ".join(f"{key} {_short(value)}" for key, value in event.fields.items() if _is_told(key, value))
-        rows.append([moment.removesuffix("+00:00"), event.step, event.kind, told])
+        details = ", ".join(f"{key} {_short(value)}" for key, value in event.fields.items() if _is_told(key, value))
+        rows.append([moment.removesuffix("+00:00"), event.step, event.kind, details])
     return rows
 
 
 def write_table(history: History, directory: Path) -> Path:
-    """The events as MLflow's UI shows a table. Returns where it is."""
+    """Write the events in the table format of MLflow's UI. Returns the path."""
     head, *rows = rows_of(history)
     path = directory / TABLE_FILE
     path.write_text(json.dumps({"columns": head, "data": rows}))

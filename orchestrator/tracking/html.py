@@ -1,4 +1,4 @@
-"""Pages of one file that need nothing else: figures and tables, for screens, phones and paper.
+"""Self-contained HTML pages with figures and tables, for screens, phones and paper.
 
 page_of("Report of books", "succeeded", svg_of(figure) + table_of(("RUN", "books"), rows))
 """
@@ -15,10 +15,10 @@ FIGURE_SPACE = "\u2007"  # as wide as a digit
 SPACES = re.compile(r"  +")
 
 
-def page_of(title: str, told: str, body: str) -> str:
-    """Args: `title` and `told`, the line below it, are text; `body` is HTML."""
+def page_of(title: str, summary: str, body: str) -> str:
+    """A page. `title` and `summary`, the line below it, are text; `body` is HTML."""
     written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return PAGE.format(title=html.escape(title), told=html.escape(told), body=body, written=written, style=STYLE)
+    return PAGE.format(title=html.escape(title), summary=html.escape(summary), body=body, written=written, style=STYLE)
 
 
 def svg_of(figure: Figure) -> str:
@@ -29,13 +29,13 @@ def svg_of(figure: Figure) -> str:
 
 
 def table_of(head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A table of text. Columns of numbers, but for the first one, are aligned at their right."""
+    """A table of text. Columns of numbers, except for the first column, are right-aligned."""
     columns = list(zip(*rows, strict=True)) or [()] * len(head)
     kinds = ["number" if place and _holds_numbers(column) else "text" for place, column in enumerate(columns)]
     header = _row("th", head, kinds)
     body = "\n".join(_row("td", row, kinds) for row in rows)
-    told = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
-    return f'<div class="table"><div class="wide"><table>\n{header}\n{body}\n</table></div>\n{told}</div>\n'
+    paragraphs = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
+    return f'<div class="table"><div class="wide"><table>\n{header}\n{body}\n</table></div>\n{paragraphs}</div>\n'
 
 
 def _holds_numbers(column: Sequence[str]) -> bool:
@@ -50,7 +50,7 @@ def _row(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
 
 
 def _spaced(cell: str) -> str:
-    """HTML makes one space of several, which are there to align digits."""
+    """Keep runs of spaces, which align digits: HTML would collapse them."""
     return SPACES.sub(lambda found: FIGURE_SPACE * len(found.group()), cell.strip())
 
 
@@ -90,7 +90,7 @@ PAGE = """<!doctype html>
 <title>{title}</title>
 <style>{style}</style>
 <h1>{title}</h1>
-<p>{told}<br>Written {written}.</p>
+<p>{summary}<br>Written {written}.</p>
 {body}
 </html>
 """

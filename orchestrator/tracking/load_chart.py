@@ -1,4 +1,4 @@
-"""The loads of experts over a run's steps as a heat map: one panel per MoE layer.
+"""Heat map of expert loads over a run's steps: one panel per MoE layer.
 
     draw_loads(history.loads, "my-run", directory)      # writes experts.png
 
@@ -23,13 +23,13 @@ from orchestrator.tracking.charts import FAINT, GRID, INK
 FILE = "experts.png"
 MOST_LAYERS = 12
 MOST_IN_COLUMN = 4
-MOST_LOAD = 3.0  # over the mean: what is larger has the same colour
+MOST_LOAD = 3.0  # relative to the mean; larger loads have the same colour
 COLOURS = "RdBu_r"  # blue below the mean, white at it, red above
 EXPERT_INCHES, PANEL_INCHES, EDGE_INCHES = 0.14, (1.3, 2.4), 1.2
 
 
 def draw_loads(loads: Mapping[int, Loads], title: str, directory: Path) -> tuple[Path, ...]:
-    """Write the picture. Returns where it is; nothing where no tokens went to experts."""
+    """Write the picture. Returns its path; empty if no tokens were routed to experts."""
     found = load_map(loads)
     if found is None:
         return ()
@@ -39,7 +39,7 @@ def draw_loads(loads: Mapping[int, Loads], title: str, directory: Path) -> tuple
 
 
 def load_figure(loads: LoadMap, title: str) -> Figure:
-    """The panels of all layers or, of more than `MOST_LAYERS`, of the least even ones, in the order of the model."""
+    """One panel per layer in the model's order; of more than `MOST_LAYERS` layers, only the least even ones."""
     num_layers, num_experts, _ = loads.load_LES.shape
     layers = _least_even(loads.load_LES)
     columns = math.ceil(len(layers) / MOST_IN_COLUMN)
@@ -70,10 +70,10 @@ def load_figure(loads: LoadMap, title: str) -> Figure:
 
 
 def _draw_layer(axes: Axes, edges: NDArray[np.float64], load_ES: NDArray[np.float64], norm: TwoSlopeNorm) -> None:
-    """A step that has no tokens stays grey."""
+    """Draw one layer; steps without tokens stay grey."""
     axes.set_facecolor(GRID)
     rows = np.arange(len(load_ES) + 1) - 0.5
-    # As pixels: in SVG each cell would be a path of its own.
+    # Rasterized: in SVG each cell would be a path of its own.
     axes.pcolormesh(edges, rows, np.ma.masked_invalid(load_ES), cmap=COLOURS, norm=norm, rasterized=True)
     axes.set_ylim(len(load_ES) - 0.5, -0.5)  # expert 0 above
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
@@ -84,13 +84,13 @@ def _draw_layer(axes: Axes, edges: NDArray[np.float64], load_ES: NDArray[np.floa
 
 
 def _least_even(load_LES: NDArray[np.float64]) -> list[int]:
-    """At most `MOST_LAYERS` layers, those whose fullest experts are fullest over all steps, ascending."""
+    """Up to `MOST_LAYERS` layers with the highest load of the fullest expert, summed over steps; ascending indices."""
     fullest_L = np.nansum(np.nan_to_num(load_LES).max(1), axis=-1)
     return sorted(np.argsort(-fullest_L, kind="stable")[:MOST_LAYERS].tolist())
 
 
 def _edges(steps: tuple[int, ...]) -> NDArray[np.float64]:
-    """Where columns begin and end: half-way between steps. The outer halves are as wide as the inner ones."""
+    """Borders of the columns, half-way between steps. The outer halves are as wide as the inner ones."""
     middles = np.asarray(steps, dtype=np.float64)
     if len(middles) == 1:
         return np.array([middles[0] - 0.5, middles[0] + 0.5])

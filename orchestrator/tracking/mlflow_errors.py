@@ -1,4 +1,4 @@
-"""What a failure of MLflow means to a user: what is wrong, and what to do about it, in one line."""
+"""One-line explanations of MLflow failures, with a remedy."""
 
 import re
 
@@ -12,14 +12,14 @@ CREDENTIALS = (
 
 
 def explain(error: Exception, uri: str) -> str:
-    """The failure of a tracker at `uri`, without any password."""
+    """An explanation of a tracker's failure, with passwords redacted."""
     shown = redacted(uri)
     text = redacted(str(error).replace(uri, shown))
     for known in (_of_a_database(text, shown), _of_a_server(text, shown) if uri.startswith("http") else ""):
         if known:
             return known
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    of_the_database = [line for line in lines if re.match(r"\(\w+\.[\w.]*Error\)", line)]  # SQLAlchemy talks around it
+    of_the_database = [line for line in lines if re.match(r"\(\w+\.[\w.]*Error\)", line)]  # within SQLAlchemy's message
     return f"{type(error).__name__}: {[*of_the_database, *lines, ''][0]}"
 
 

@@ -1,5 +1,5 @@
-"""Checkpoints as MLflow's LoggedModels of type `checkpoint`. Their shards stay in run storage; MLflow holds where they
-lie, their step and their metrics:
+"""Checkpoints as MLflow's LoggedModels of type `checkpoint`. Shards stay in run storage; MLflow has their path, step
+and metrics:
 
     mlflow.search_logged_models(filter_string="metrics.`eval/loss` < 3 AND tags.`orchestrator.checkpoint` = 'stored'")
 """
@@ -16,8 +16,8 @@ from orchestrator.tracking.sink import Checkpoint, CheckpointMark, Fate
 FATE_TAG = "orchestrator.checkpoint"  # a `Fate`
 STEP_TAG = "orchestrator.step"
 PATH_TAG = "orchestrator.path"
-SEQ_TAG = "orchestrator.seq"  # of the event, which names one checkpoint for good
-EXTERNAL_TAG = "mlflow.model.isExternal"  # MLflow's word for artifacts that lie elsewhere
+SEQ_TAG = "orchestrator.seq"  # of the checkpoint's event; unique, unlike its step
+EXTERNAL_TAG = "mlflow.model.isExternal"  # MLflow's tag for artifacts that are stored elsewhere
 MODEL_TYPE = "checkpoint"
 _TAKEN = ("RESOURCE_ALREADY_EXISTS", "ALREADY_EXISTS")
 _PAGE = 100
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunModels:
-    """The models of one run. Every method may be repeated."""
+    """The models of one run. Every method is idempotent."""
 
     def __init__(self, client: MlflowClient, run: Run, run_id: str) -> None:
         self._client, self._run_id = client, run_id
@@ -47,7 +47,7 @@ class RunModels:
             for p in checkpoint.points
         ]
         if metrics:
-            self._client.log_batch(self._tracked_id, metrics=metrics)  # the run has these very values already
+            self._client.log_batch(self._tracked_id, metrics=metrics)  # repeats of values that the run has already
         self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
     def mark(self, mark: CheckpointMark) -> None:
@@ -74,7 +74,7 @@ class RunModels:
             self._client.set_registered_model_alias(name, alias, version)
 
     def _version_of(self, name: str, model: LoggedModel) -> str:
-        """The model's version: that of an earlier try, if its tag says so."""
+        """The model's version, from an earlier attempt if one has its tag."""
         tags = {PATH_TAG: model.tags[PATH_TAG], STEP_TAG: model.tags[STEP_TAG], SEQ_TAG: model.tags[SEQ_TAG]}
         for known in self._client.search_model_versions(f"name = '{name}' AND run_id = '{self._tracked_id}'"):
             if known.tags.get(SEQ_TAG) == tags[SEQ_TAG]:
@@ -103,7 +103,7 @@ class RunModels:
         )
 
     def _all(self, condition: str = "") -> Iterator[LoggedModel]:
-        """The models that this room made of the run, those that are not ready yet included."""
+        """The run's models that this class created, including those that are not ready yet."""
         token: str | None = None
         while True:
             page = self._client.search_logged_models(

@@ -1,4 +1,4 @@
-"""An MLflow server of our own on this machine, until we end it.
+"""A local MLflow server as a child process.
 
 with MlflowServer("sqlite:////runs/mlflow.db", port=5000) as server:
     server.wait()
@@ -26,20 +26,20 @@ START_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 EVERYWHERE = ("0.0.0.0", "::")
-PRIORITY = 15  # that of Ray's workers: pages that somebody looks at don't slow a run on the same machine
+PRIORITY = 15  # that of Ray's workers, so that serving pages doesn't slow a run on the same machine
 
 
 class MlflowServer:
-    """`mlflow server` in a session of its own; its words go to `log`, or to this process's stderr.
+    """`mlflow server` in a session of its own; its output goes to `log`, or to this process's stderr.
 
     Args:
-        uri: of the database.
-        port: 0 for any that is free.
-        artifacts: where files lie if they don't lie beside an sqlite file.
-        names: under which browsers may ask for it, beside `host`.
+        uri: URI of the database.
+        port: 0 for any free port.
+        artifacts: directory of artifacts, unless the database is an sqlite file: then they are beside it.
+        names: host names that browsers may use for it, besides `host`.
 
     Raises:
-        UsageError: the URI is none of a database, or the port is taken.
+        UsageError: the URI is not that of a database, or the port is taken.
         OrchestratorError: it did not start.
     """
 
@@ -62,14 +62,14 @@ class MlflowServer:
         command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", str(self.port)]
         command += ["--default-artifact-root", root, "--workers", "1"]
         places = [f"{name}:{self.port}" for name in (*names_of(host), *names)]
-        # MLflow's own choice would let in 10.evil.example, which is a name and no address of a private network.
+        # MLflow's default would admit 10.evil.example, which is a name and not an address of a private network.
         command += ["--allowed-hosts", ",".join(places)]
         command += ["--cors-allowed-origins", ",".join(f"http://{place}" for place in places)]
         variables = {
             "MLFLOW_BACKEND_STORE_URI": with_driver(uri),  # not on the command line, which others can read
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",  # whatever our own environment says
+            "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE": "false",  # overrides our own environment
         }
         sink = log.open("ab") if log is not None else None
         try:
@@ -84,7 +84,7 @@ class MlflowServer:
         finally:
             if sink is not None:
                 sink.close()
-        with suppress(OSError):  # it has ended, and is told below
+        with suppress(OSError):  # it has ended; `_await_answer` reports that
             os.setpriority(os.PRIO_PROCESS, self.process.pid, PRIORITY)  # its children inherit it
         try:
             self._await_answer()
@@ -93,11 +93,11 @@ class MlflowServer:
             raise
 
     def wait(self) -> None:
-        """Until it ends by itself."""
+        """Wait until it ends by itself."""
         self.process.wait()
 
     def stop(self) -> None:
-        """End all of its processes: politely, then not."""
+        """End all of its processes: with SIGTERM, then with SIGKILL."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
@@ -105,7 +105,7 @@ class MlflowServer:
                 self.process.wait(END_TIMEOUT_S)
 
     def kill(self) -> None:
-        """End all of its processes at once, as a machine that fails does."""
+        """Kill all of its processes, as a failing machine would."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -122,7 +122,7 @@ class MlflowServer:
             if self.process.poll() is not None:
                 raise OrchestratorError(
                     f"the MLflow server ended with code {self.process.returncode} before it answered",
-                    remedy="Its last words say why.",
+                    remedy="See the end of its output.",
                 )
             with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2.0):
                 return
@@ -131,8 +131,8 @@ class MlflowServer:
 
 
 def names_of(host: str) -> list[str]:
-    """What a browser may call a server that listens at `host`: pages of other sites, which a name of theirs has led
-    here, call it otherwise."""
+    """Host names that browsers may use for a server listening at `host`. Any other name may be a DNS entry of a foreign
+    site that points here."""
     if host not in EVERYWHERE:
         return LOOPBACK if host in LOOPBACK else [f"[{host}]" if ":" in host else host]
     found = [address for addresses in psutil.net_if_addrs().values() for address in addresses]

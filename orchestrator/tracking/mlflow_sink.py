@@ -1,7 +1,7 @@
-"""MLflow as a sink: one MLflow run for a run's whole life, found again by its tag after any restart.
+"""MLflow sink: one MLflow run for a run's whole life, found by its tag after a restart.
 
 Uses `MlflowClient` with an explicit URI only: no active run, no environment, no `./mlruns`. Importing this module
-imports MLflow (2 s), and the first use of a new database makes its tables (2 s): do both where nobody waits.
+imports MLflow (2 s), and the first use of a new database makes its tables (2 s): do both in the background.
 """
 
 import json
@@ -44,12 +44,12 @@ class MlflowSink:
     """A `Sink` that writes to one run of one MLflow experiment.
 
     Args:
-        uri: of an sqlite file by its absolute path, a PostgreSQL database, or an MLflow server.
-        experiment: made if it doesn't exist.
-        artifacts: where files of a run lie that MLflow keeps in a PostgreSQL database.
+        uri: URI of an sqlite file with an absolute path, a PostgreSQL database, or an MLflow server.
+        experiment: name of the experiment, created if it doesn't exist.
+        artifacts: directory of a run's files if the database is PostgreSQL.
 
     Raises:
-        UsageError: the URI is none of these.
+        UsageError: the URI has another form.
         MlflowException: the tracker can't be reached.
     """
 
@@ -59,7 +59,7 @@ class MlflowSink:
         self._artifact_root = artifact_root(uri, artifacts)
         if uri.startswith("sqlite:"):
             sqlite_path(uri).parent.mkdir(parents=True, exist_ok=True)
-        elif self._artifact_root is not None:  # MLflow itself would try for an hour before it says why not
+        elif self._artifact_root is not None:  # MLflow itself would retry for an hour before it reports an error
             engine = create_engine(with_driver(uri), poolclass=NullPool)
             engine.connect().close()
         self._client = MlflowClient(tracking_uri=with_driver(uri), registry_uri=with_driver(uri))
@@ -89,20 +89,20 @@ class MlflowSink:
         return {metric.key: metric.step for metric in self._client.get_run(self.tracked_id).to_proto().data.metrics}
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
-        """A value's identity in MLflow is all of it, so a call that failed may be repeated, whatever it had done."""
+        """Log values. MLflow drops exact repeats, so a failed call may be repeated even if it was partly done."""
         metrics = [Metric(point.key, point.value, int(point.time * 1000), point.step) for point in points]
         for first in range(0, len(metrics), _METRICS_PER_CALL):
             self._client.log_batch(self.tracked_id, metrics=metrics[first : first + _METRICS_PER_CALL])
 
     def log_artifact(self, path: Path) -> None:
-        """A file lands at the top of the run's artifacts, a directory under its own name."""
+        """Log a file at the top of the run's artifacts, or a directory under its own name."""
         if path.is_dir():
             self._client.log_artifacts(self.tracked_id, str(path), artifact_path=path.name)
         else:
             self._client.log_artifact(self.tracked_id, str(path))
 
     def log_table(self, path: Path) -> None:
-        """MLflow's own `log_table` appends; this replaces, so a repeat is harmless. The tag makes its UI show it."""
+        """Replace the table; MLflow's own `log_table` would append on a repeat. The tag makes MLflow's UI show it."""
         self._client.log_artifact(self.tracked_id, str(path))
         self._client.set_tag(
             self.tracked_id, "mlflow.loggedArtifacts", json.dumps([{"path": path.name, "type": "table"}])
@@ -141,14 +141,14 @@ class MlflowSink:
             self._client.set_tag(self.tracked_id, REASON_TAG, end.reason)
         if end.outcome is Outcome.SUCCEEDED and self._info.register_as is not None:
             self._models().register(self._info.register_as, self._info.alias)
-        if end.outcome is Outcome.PAUSED:  # not the end: what MLflow calls waiting for its turn
+        if end.outcome is Outcome.PAUSED:  # not terminated: SCHEDULED is MLflow's status for a waiting run
             self._client.update_run(self.tracked_id, status="SCHEDULED")
         else:
             self._client.set_terminated(self.tracked_id, status=_STATUS[end.outcome])
 
     @property
     def url(self) -> str:
-        """A server's page of the run; for a database its URI, which `orchestrator ui --uri` takes."""
+        """The run's page on a server; for a database its URI, which `orchestrator ui --uri` accepts."""
         if self._run is None or self._artifact_root is not None:
             return redacted(self._uri)
         info = self._run.info

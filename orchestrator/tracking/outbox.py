@@ -1,14 +1,14 @@
-"""What a run has published and the tracker has not taken yet, in an sqlite file in the run's directory.
+"""Outbox of a run: items that the tracker has not taken yet, in an sqlite file in the run's directory.
 
-    waiting   items in their order, until the tracker has taken them
-    taken     the newest step of every metric that was ever put here: older or equal ones are repeats
-    curves    what the run's chart shows, for good
-    loads     tokens of each expert in the steps that its heat map shows, for good
-    events    what happened to the run, for good
+    waiting   items in order, until the tracker has taken them
+    taken     the newest step of every metric that was ever put here: values of older or equal steps are repeats
+    curves    points of the run's chart, kept for good
+    loads     tokens of each expert in the steps that the heat map shows, kept for good
+    events    the run's events, kept for good
 
-What `put…` has returned from is on disk. So a metric has one value per step, whatever is replayed or sent again: a
-repeat is turned away here, and what is sent twice because a process died in between is equal to the last bit, which the
-tracker takes as one.
+Items are on disk when a `put…` method returns. A metric has one value per step even if steps are replayed or sent
+again: repeats are dropped here, and items that are sent twice because a process died in between have identical bits, so
+the tracker keeps one.
 
 One process at a time holds the file, until it ends.
 """
@@ -41,7 +41,7 @@ from orchestrator.tracking.sink import (
 )
 
 FILE = "outbox.sqlite"
-LOCK_PATIENCE_S = 10.0  # a predecessor that was killed lets go at once
+LOCK_PATIENCE_S = 10.0  # a killed predecessor releases the lock at once
 
 _KINDS: Mapping[str, type[Any]] = {
     kind.__name__: kind for kind in (MetricPoint, Artifact, Inputs, Checkpoint, CheckpointMark, Finish)
@@ -55,12 +55,12 @@ CREATE TABLE IF NOT EXISTS loads (step INTEGER PRIMARY KEY, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY, step INTEGER NOT NULL, body TEXT NOT NULL,
     announced INTEGER NOT NULL DEFAULT 0);
 """
-_POSITION = "(steps)"  # among `taken`: up to which step nothing is missing
-_JOINED = "(joined)"  # among `taken`: the tracker was asked once what it has
+_POSITION = "(steps)"  # key in `taken`: the newest step up to which no values are missing
+_JOINED = "(joined)"  # key in `taken`: set once `join` has compared the outbox with the tracker
 
 
 class Outbox:
-    """Thread-safe.
+    """Durable queue and history of one run. Thread-safe.
 
     Raises:
         NotFinished: another process holds the file.
@@ -87,7 +87,7 @@ class Outbox:
             ) from error
         self._num_waiting = int(self._one("SELECT count(*) FROM waiting"))
 
-    # -- putting in --------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------------------
 
     def put(self, items: Sequence[Item]) -> None:
         with self._writing():
@@ -96,14 +96,14 @@ class Outbox:
     def put_points(
         self, points: Sequence[MetricPoint], after: int | None = None, loads: Mapping[int, Loads] = {}
     ) -> None:
-        """Put values; those of a step that their metric had before are repeats, and left out.
+        """Put values. A value whose metric has one for the same or a later step is a repeat and is dropped.
 
         Args:
             after: the points are those of all steps after this one, up to their newest.
-            loads: by step, those of its experts. What was put for a step stays.
+            loads: expert loads by step. The first loads of a step are kept.
 
         Raises:
-            ProtocolError: steps before them are missing; nothing was put.
+            ProtocolError: values of earlier steps are missing; nothing was put.
         """
         with self._writing():
             if after is not None and after > self._newest(_POSITION):
@@ -122,7 +122,7 @@ class Outbox:
                 self._announce()
 
     def put_event(self, entry: JournalEntry, points: Sequence[MetricPoint] = ()) -> None:
-        """Put an event of the journal, with values that follow from it. A `seq` that was here before is a repeat."""
+        """Put an event of the journal, with values derived from it. An event with a known `seq` is dropped."""
         with self._writing():
             if self._one("SELECT count(*) FROM events WHERE seq = ?", entry.seq):
                 return
@@ -136,24 +136,24 @@ class Outbox:
             self._announce()
 
     def put_finish(self, end: Finish) -> None:
-        """Put the end of the run, in place of one that waits."""
+        """Put the end of the run, replacing one that is waiting."""
         with self._writing():
             self._announce(all_of_them=True)
             self._withdraw_finish()
             self._append([end])
 
     def withdraw_finish(self) -> None:
-        """The run goes on: an end that still waits is none."""
+        """Remove a waiting end: the run goes on."""
         with self._writing():
             self._withdraw_finish()
 
-    # -- taking out --------------------------------------------------------------------------------------------
+    # -- sending -----------------------------------------------------------------------------------------------
 
     def head(self, limit: int) -> tuple[int, list[Item]]:
-        """What is to be sent next: values up to something else, at most `limit`, or the one thing that comes first.
+        """Next items to send: up to `limit` values that precede any other item, or else the one item at the head.
 
         Returns:
-            a number for `remove`, and the items; none if nothing waits.
+            a number for `remove`, and the items; empty if nothing is waiting.
         """
         with self._lock:
             rows = self._db.execute("SELECT id, kind, body FROM waiting ORDER BY id LIMIT ?", (limit,)).fetchall()
@@ -164,12 +164,12 @@ class Outbox:
         return (chosen[-1][0] if chosen else -1), items
 
     def remove(self, number: int) -> None:
-        """The tracker has taken all up to here."""
+        """Remove all items up to `number`: the tracker has taken them."""
         with self._writing():
             self._num_waiting -= self._db.execute("DELETE FROM waiting WHERE id <= ?", (number,)).rowcount
 
     def join(self, newest: Mapping[str, int]) -> None:
-        """Once in the life of this file: what the tracker has already is not sent, nor taken again."""
+        """Drop values that the tracker has already, now and in later puts. Runs once in the life of the file."""
         with self._writing():
             if self._newest(_JOINED) >= 0:
                 return
@@ -182,7 +182,7 @@ class Outbox:
             self._num_waiting -= len(known)
             self._take(_JOINED, 0)
 
-    # -- looking -----------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------------------
 
     @property
     def num_waiting(self) -> int:
@@ -190,7 +190,7 @@ class Outbox:
 
     @property
     def position(self) -> int:
-        """The newest step up to which the values of every step were put here; -1 before any."""
+        """The newest step up to which values of every step were put; -1 before any."""
         with self._lock:
             return self._newest(_POSITION)
 
@@ -202,7 +202,7 @@ class Outbox:
         with self._lock:
             self._db.close()
 
-    # -- inside ------------------------------------------------------------------------------------------------
+    # -- internal ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -235,7 +235,7 @@ class Outbox:
         return fresh
 
     def _announce(self, all_of_them: bool = False) -> None:
-        """Let the tracker hear of checkpoints, in their order, once the values of their step are here."""
+        """Queue checkpoints for the tracker, in order, once the values of their steps are here."""
         rows = self._db.execute("SELECT seq, step, body FROM events WHERE NOT announced ORDER BY seq").fetchall()
         for seq, step, body in rows:
             entry = entry_of(json.loads(body))
@@ -277,14 +277,14 @@ class Outbox:
 
 def _read(kind: str, body: str) -> Item:
     fields = json.loads(body)
-    if kind == MetricPoint.__name__:  # flat, and most of what there is
+    if kind == MetricPoint.__name__:  # fast path: flat, and most items
         return MetricPoint(**fields)
     item: Item = from_plain(_KINDS[kind], fields)
     return item
 
 
 def num_waiting(directory: Path) -> int:
-    """How much waits in the outbox of a run that has ended; 0 if it has none. Raises sqlite3.Error if it is held."""
+    """Number of waiting items in an ended run's outbox; 0 without an outbox. Raises sqlite3.Error if it is held."""
     path = directory / FILE
     if not path.exists():
         return 0

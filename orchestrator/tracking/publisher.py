@@ -1,6 +1,6 @@
-"""From the outbox to the tracker: one thread connects, sends in order, and after a failure tries the same again.
+"""Delivery from the outbox to the tracker: one thread connects, sends in order, and retries after failures.
 
-Callers never wait and never see the tracker fail: what they put is on disk, and memory holds one batch of it.
+Callers never wait and never see the tracker fail: their items are on disk, and memory holds one batch of them.
 """
 
 import logging
@@ -32,19 +32,19 @@ LOWEST_PRIORITY = 19
 
 @dataclass(frozen=True)
 class Pace:
-    """How the thread works. The defaults are for a training run: a call costs some 30 ms of a core, so few of them."""
+    """Timing of the thread. The defaults suit a training run: a call costs some 30 ms of a core, so calls are few."""
 
-    flush_s: float = 5.0  # a value waits at most this long
-    batch: int = 1000  # values in one call: MLflow takes no more
+    flush_s: float = 5.0  # longest wait of a value
+    batch: int = 1000  # values per call: MLflow's limit
     retry_s: float = 0.5  # pause after the first failure; doubles
     retry_max_s: float = 30.0
-    table_s: float = 30.0  # how often new events are sent
-    charts_s: float = 600.0  # and charts, which take a second to draw
+    table_s: float = 30.0  # interval for sending new events
+    charts_s: float = 600.0  # interval for sending charts, which take a second to draw
 
 
 @dataclass(frozen=True)
 class Reporting:
-    """Makes files that tell the run's story. Each returns what it wrote."""
+    """Writers of files that show the run's history. Each returns the paths that it wrote."""
 
     table: Callable[[History], Path]
     charts: Callable[[History], Sequence[Path]]
@@ -52,7 +52,7 @@ class Reporting:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where the publisher stands. `error` is the newest failure, empty once the tracker takes things again."""
+    """State of the publisher. `error` is the newest failure, empty once the tracker takes items again."""
 
     url: str
     tracked_id: str
@@ -62,12 +62,12 @@ class Delivery:
 
 
 class Publisher:
-    """Sends what is in the outbox to the sink that `connect` makes, from a thread that ends with the process.
+    """Sends items of the outbox to the sink that `connect` makes, from a thread that ends with the process.
 
     Args:
         connect: makes the sink; called again until it succeeds.
-        run: what the sink is told of the run.
-        explain: what a failure means to a user, in one line.
+        run: description of the run for `Sink.start`.
+        explain: turns a failure into one line for the user.
     """
 
     def __init__(
@@ -83,23 +83,23 @@ class Publisher:
         self._reporting, self._explain, self._pace = reporting, explain, pace
         self._changed = threading.Condition()  # guards `_hurry` and `_idle`
         self._hurry = False
-        self._idle = False  # nothing waits, nothing is under way
+        self._idle = False  # nothing is waiting or being sent
         self._sink: Sink | None = None
         self._published = 0
         self._error = ""
-        self._num_told = 0  # events that the table has
+        self._num_told = 0  # events in the last table
         self._table_s = self._charts_s = time.monotonic()
         threading.Thread(target=self._work, name="tracking", daemon=True).start()
 
     def wake(self, hurry: bool = False) -> None:
-        """Something was put into the outbox; with `hurry`, try at once."""
+        """Report that an item was put into the outbox; with `hurry`, send at once."""
         with self._changed:
             self._hurry |= hurry
             self._idle = False
             self._changed.notify_all()
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait until the tracker has everything. Returns whether it has."""
+        """Wait until the tracker has everything. Returns False after `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(lambda: self._idle, timeout_s)
 
@@ -114,12 +114,12 @@ class Publisher:
         )
 
     def _work(self) -> None:
-        os.nice(LOWEST_PRIORITY)  # of this thread only, on Linux: training goes first where cores are short
+        os.nice(LOWEST_PRIORITY)  # of this thread only, on Linux: training has priority when cores are scarce
         pause_s = self._pace.retry_s
         while True:
             try:
                 self._deliver()
-            except Exception as error:  # whatever the tracker throws: the run goes on, and `state` says so
+            except Exception as error:  # any error of the tracker: the run goes on, and `state` reports it
                 self._note(self._explain(error))
                 self._rest(pause_s)
                 pause_s = min(2 * pause_s, self._pace.retry_max_s)
@@ -135,7 +135,7 @@ class Publisher:
             self._changed.wait_for(lambda: self._hurry, timeout=pause_s)
 
     def _deliver(self) -> None:
-        """Send all that waits. What was sent leaves the outbox, so a failure repeats only what it broke off."""
+        """Send all waiting items. Sent items leave the outbox, so only the interrupted call is repeated."""
         with self._changed:
             self._hurry = False
         if self._sink is None:
@@ -172,7 +172,7 @@ class Publisher:
                 sink.finish(items[0])
 
     def _report(self, sink: Sink, is_last: bool) -> None:
-        """The table and the charts, each when it is due."""
+        """Send the table and the charts, each when it is due."""
         now_s = time.monotonic()
         table_due = is_last or now_s - self._table_s >= self._pace.table_s
         charts_due = is_last or now_s - self._charts_s >= self._pace.charts_s
@@ -189,7 +189,7 @@ class Publisher:
             self._charts_s = now_s
 
     def _drawn(self, history: History) -> Sequence[Path]:
-        """The charts; none if they can't be drawn: that must not hold up what waits behind them."""
+        """The charts; none if they can't be drawn, so that a fault in drawing doesn't block later items."""
         try:
             return self._reporting.charts(history)
         except Exception:
@@ -197,7 +197,7 @@ class Publisher:
             return ()
 
     def _note(self, error: str) -> None:
-        """One line per change between failing and working."""
+        """Log one line per change between failing and working."""
         if error and not self._error:
             logger.warning("tracking of run %s fails, will be tried again: %s", self._run.run_id, error)
         if self._error and not error:

@@ -1,4 +1,4 @@
-"""A run's report in pictures: where time went, how many workers there were, what each move took.
+"""Charts of a run's report: time by use, number of workers, and duration of each transition.
 
 Importing this module imports matplotlib (0.5 s).
 """
@@ -30,13 +30,13 @@ COLOURS = {
 }
 DARK = (Use.COMPUTE, Use.WASTED, Use.DETECT, Use.TRANSFER)
 PARTS_OF_MOVE = (Use.DETECT, Use.RENDEZVOUS, Use.TRANSFER, Use.REBUILD, Use.WASTED)
-LABELLED = 0.045  # of the bar: smaller parts get no number
-MOST_MOVES = 40  # the newest
+LABELLED = 0.045  # share of the bar: smaller parts get no number
+MOST_MOVES = 40  # the newest are shown
 BAR_INCHES, EDGE_INCHES = 0.42, 1.15
 
 
 def time_figure(reports: Sequence[RunReport]) -> Figure:
-    """A bar for each run: the share of its elapsed time by use."""
+    """A bar per run: shares of its elapsed time by use."""
     figure, axes = _bars(len(reports))
     names = [f"{report.run_id}\n{_lasting(report.elapsed_s)}" for report in reports]
     used = []
@@ -63,7 +63,7 @@ def time_figure(reports: Sequence[RunReport]) -> Figure:
 
 
 def workers_figure(report: RunReport) -> Figure:
-    """Members and all workers held, over the time of the run's attempts; what lies between them is cut out."""
+    """Members and all workers held, over the time of the run's attempts; time between attempts is left out."""
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     axes = figure.subplots()
     plain(axes)
@@ -74,8 +74,8 @@ def workers_figure(report: RunReport) -> Figure:
     axes.step(times, members, where="post", color=WORLD, linewidth=1.6, label="members")
     losses = [_elapsed_s(report, move.began_s) / scale for move in report.moves if move.kind == "recovery"]
     resumed = [_elapsed_s(report, span.began_s) / scale for span in report.attempts[1:]]
-    _upright(axes, losses, LOST, "-", "a loss")
-    _upright(axes, resumed, INK, ":", "it ended here, and went on later")
+    _upright(axes, losses, LOST, "-", "worker failure")
+    _upright(axes, resumed, INK, ":", "run ended and was resumed")
     axes.set_ylim(0, max(held, default=1) * 1.2 + 0.1)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     axes.set_ylabel("workers", color=INK)
@@ -86,7 +86,7 @@ def workers_figure(report: RunReport) -> Figure:
 
 
 def moves_figure(report: RunReport) -> Figure:
-    """A bar for each move, the newest `MOST_MOVES`: seconds by part."""
+    """A bar per transition, for the newest `MOST_MOVES`: seconds by part."""
     moves = report.moves[-MOST_MOVES:]
     figure, axes = _bars(len(moves))
     rows = list(range(len(moves)))
@@ -117,12 +117,12 @@ def _bars(count: int) -> tuple[Figure, Axes]:
 
 
 def _elapsed_s(report: RunReport, time_s: float) -> float:
-    """How much of the run's attempts was over at this time of day."""
+    """Seconds of the run's attempts that had passed at `time_s`."""
     return sum(max(0.0, min(time_s, span.ended_s) - span.began_s) for span in report.attempts)
 
 
 def _upright(axes: Axes, places: Sequence[float], colour: str, style: str, meaning: str) -> None:
-    """Lines across the axes, one of them in the legend."""
+    """Vertical lines across the axes, with one entry in the legend."""
     for place in places:
         axes.axvline(place, color=colour, linewidth=0.9, linestyle=style, label=meaning if place is places[0] else None)
 

@@ -1,4 +1,4 @@
-"""Where metrics, events and artifacts of a run go: the face that the rest of the package sees. Imports no tracker."""
+"""Interface of trackers for metrics, events and artifacts of a run. Imports no tracker."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from orchestrator.metrics import metric
 
 @dataclass(frozen=True)
 class MetricPoint:
-    """One value of one metric at one step. `time` is `time.time()` seconds; `node` is set where each has its own.
+    """One value of one metric at one step. `time` is `time.time()` seconds; `node` is set for metrics per node.
 
     Raises:
         NotFound: the name is not declared in `orchestrator.metrics`.
@@ -31,13 +31,13 @@ class MetricPoint:
 
     @property
     def key(self) -> str:
-        """What the tracker calls it: `train/loss`, `system/cpu_percent/10.0.0.7`."""
+        """The metric's name in the tracker: `train/loss`, `system/cpu_percent/10.0.0.7`."""
         return f"{self.name}/{self.node}" if self.node else self.name
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split of a corpus. `digest` is that of the text it was made of, `source` where that lies."""
+    """One split of a corpus. `digest` is that of its source text, `source` the location of that text."""
 
     name: str
     context: str  # train or validation
@@ -48,7 +48,7 @@ class Dataset:
 
 
 class Fate(StrEnum):
-    """What has become of a checkpoint."""
+    """State of a checkpoint's files."""
 
     STORED = "stored"
     DELETED = "deleted"  # by retention
@@ -57,9 +57,9 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. `seq` is that of its event: a step may have another one after the run went back.
+    """A complete checkpoint. `seq` is that of its event: after a rollback a step may have a second checkpoint.
 
-    `points` are the newest values up to its step of what describes a model.
+    `points` are the newest values, up to its step, of metrics that describe a model.
     """
 
     seq: int
@@ -70,7 +70,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointMark:
-    """Checkpoints that met a fate: those of `steps`, and all after the step `after`."""
+    """A new `Fate` of the checkpoints of `steps` and of all after the step `after`."""
 
     fate: Fate
     steps: tuple[int, ...] = ()
@@ -98,7 +98,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of the run, after all else."""
+    """The end of the run, after all other items."""
 
     outcome: Outcome
     reason: str
@@ -109,9 +109,9 @@ Item = MetricPoint | Artifact | Inputs | Checkpoint | CheckpointMark | Finish
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink is told of a run, once. `params` are set for good; `run_id` finds the run again after a restart.
+    """Description of a run, passed to a sink once. `params` never change; `run_id` identifies the run after a restart.
 
-    A run that succeeds has the model of its newest checkpoint registered as `register_as`, under `alias`.
+    When the run succeeds, the model of its newest checkpoint is registered as `register_as`, under `alias`.
     """
 
     run_id: str
@@ -124,9 +124,9 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class TrackerSetup:
-    """All that a tracker's process needs.
+    """Arguments of a tracker's process.
 
-    `directory` keeps what waits and must outlive the process; `artifacts` is where files go if no server keeps them.
+    `directory` holds the outbox and must outlive the process; `artifacts` is for files that no server stores.
     """
 
     uri: str
@@ -137,22 +137,22 @@ class TrackerSetup:
 
 
 class Sink(Protocol):
-    """Takes what a run publishes. Every method may block and may raise, and may then be called again."""
+    """Receiver of a run's metrics and artifacts. Every method may block or raise, and may then be called again."""
 
     def start(self, run: RunInfo) -> None:
-        """Find the run, or make it."""
+        """Find the run, or create it."""
 
     def newest_steps(self) -> Mapping[str, int]:
-        """The newest step that each metric, by its key, has a value for."""
+        """The newest step with a value, by the metric's key."""
 
     def log_metrics(self, points: Sequence[MetricPoint]) -> None:
-        """Keep values. A repeat of the very same ones changes nothing."""
+        """Store values. Repeating identical ones changes nothing."""
 
     def log_artifact(self, path: Path) -> None:
-        """Keep a copy of a file or of a directory."""
+        """Store a copy of a file or of a directory."""
 
     def log_table(self, path: Path) -> None:
-        """Keep a file of `columns` and `data` as a table."""
+        """Store a file of `columns` and `data` as a table."""
 
     def log_inputs(self, datasets: Sequence[Dataset]) -> None: ...
 
@@ -165,7 +165,7 @@ class Sink(Protocol):
 
     @property
     def url(self) -> str:
-        """Where a person looks at the run; empty before `start`."""
+        """Address of the run's page; empty before `start`."""
 
     @property
     def tracked_id(self) -> str:
@@ -173,7 +173,7 @@ class Sink(Protocol):
 
 
 def check_uri(uri: str) -> None:
-    """Raises UsageError if the URI is of no form that is known to work from any directory."""
+    """Raises UsageError unless the URI has a supported form, which works from any directory."""
     if not re.fullmatch(r"sqlite:////.+|postgresql(\+psycopg2)?://.+|https?://.+", uri):
         raise UsageError(
             f"tracking URI {redacted(uri)!r} is neither sqlite:////ABSOLUTE/PATH.db, nor postgresql://HOST/DATABASE, "
@@ -183,8 +183,8 @@ def check_uri(uri: str) -> None:
 
 
 def artifact_root(uri: str, artifacts: str) -> str | None:
-    """Where artifacts of the tracker at `uri` lie: beside an sqlite file, in `artifacts` with another database, None
-    where a server decides. Raises UsageError as `check_uri` does."""
+    """Root of artifacts for the tracker at `uri`: beside an sqlite file, in `artifacts` for another database, None if a
+    server decides. Raises UsageError as `check_uri` does."""
     check_uri(uri)
     if uri.startswith("http"):
         return None
@@ -198,17 +198,17 @@ def sqlite_path(uri: str) -> Path:
 
 
 def with_driver(uri: str) -> str:
-    """The URI as SQLAlchemy is told it: its own choice of a PostgreSQL driver differs between versions."""
+    """The URI with an explicit PostgreSQL driver: SQLAlchemy's default differs between versions."""
     return "postgresql+psycopg2" + uri.removeprefix("postgresql") if uri.startswith("postgresql://") else uri
 
 
 def redacted(uri: str) -> str:
-    """The URI as it may be shown: without its password."""
+    """The URI without its password, for display."""
     return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", uri)
 
 
 def flattened(value: object, path: str = "") -> dict[str, str]:
-    """A JSON value as dotted names and texts: {"train": {"lr": 0.1}} is {"train.lr": "0.1"}. Lists stay JSON."""
+    """A JSON value as dotted names and texts: {"train": {"lr": 0.1}} becomes {"train.lr": "0.1"}. Lists stay JSON."""
     if isinstance(value, Mapping):
         items = ((f"{path}.{key}" if path else str(key), inner) for key, inner in value.items())
         return {name: text for key, inner in items for name, text in flattened(inner, key).items()}

@@ -1,11 +1,11 @@
-"""The tracker of one run: a plain class for a process of its own, which the run's controller calls by name.
+"""The tracker of one run: a plain class for a process of its own, called by the run's controller.
 
     tracker = Tracker(TrackerSetup(uri="sqlite:////runs/mlflow.db", experiment="demo", run=RunInfo("r1", "r1"),
                                    directory="/runs/r1/tracking", artifacts="/runs/mlflow-artifacts"))
     tracker.publish(term, [MetricPoint("train/loss", 2.5, step=0, time=time.time())], after=-1)
     tracker.finish(term, "succeeded")
 
-Training never waits for it, and it never raises because MLflow fails. What a method has returned from is on disk.
+Training never waits for it, and failures of MLflow never raise. Items are on disk when a method returns.
 """
 
 import logging
@@ -39,23 +39,23 @@ logger = logging.getLogger(__name__)
 
 
 class TrackerState(TypedDict):
-    """What `Tracker.describe` answers. `url` and `mlflow_run_id` are empty until MLflow has answered once."""
+    """Result of `Tracker.describe`. `url` and `mlflow_run_id` are empty until MLflow has answered once."""
 
     uri: str
     url: str
     mlflow_run_id: str
     term: int  # the highest seen
     position: int  # the newest step up to which no values are missing here
-    waiting: int  # values and other things on disk that MLflow has not taken yet
-    published: int  # metric values in MLflow, sent by this process
-    error: str  # the newest failure; empty once MLflow takes things again
+    waiting: int  # items on disk that MLflow has not taken yet
+    published: int  # metric values that this process has sent to MLflow
+    error: str  # the newest failure; empty once MLflow takes items again
 
 
 class Tracker:
-    """Publishes one run to MLflow. Thread-safe; every method but `finish` returns as soon as the disk has it.
+    """Publishes one run to MLflow. Thread-safe; every method but `finish` returns once the item is on disk.
 
     Raises:
-        UsageError: the URI is of no known form.
+        UsageError: the URI has no supported form.
         NotFinished: another process delivers for this run.
     """
 
@@ -65,47 +65,47 @@ class Tracker:
         self._term = -1
         self._term_lock = threading.Lock()
         self._outbox = _open_outbox(Path(setup.directory))
-        self._outbox.withdraw_finish()  # whoever starts a tracker has a run that goes on, or says again how it ended
+        self._outbox.withdraw_finish()  # the starting controller continues the run, or reports its end again
         self._publisher = publisher_of(setup, self._outbox)
 
     def position(self) -> int:
-        """The newest step up to which the values of every step were published; -1 before any."""
+        """The newest step up to which values of every step were published; -1 before any."""
         return self._outbox.position
 
     def publish(
         self, term: int, points: Sequence[MetricPoint], after: int | None = None, loads: Mapping[int, Loads] = {}
     ) -> None:
-        """Take values. Of each metric, steps not newer than its newest one are dropped as repeats.
+        """Take values. A metric's values for its newest step or older ones are dropped as repeats.
 
         Args:
-            after: the points are all those of the steps after this one.
-            loads: by step, those of its experts, where a heat map shows them.
+            after: the points are those of all steps after this one.
+            loads: expert loads by step, for steps that the heat map shows.
 
         Raises:
-            ProtocolError: steps before those are missing; see `position`. Nothing was taken.
-            TermSuperseded: a controller with a higher term has published here. The same holds for all below.
+            ProtocolError: values of earlier steps are missing; see `position`. Nothing was taken.
+            TermSuperseded: a controller with a higher term has published here. The methods below raise it too.
         """
         self._admit(term)
         self._outbox.put_points(points, after, loads)
         self._publisher.wake()
 
     def event(self, term: int, entry: JournalEntry, points: Sequence[MetricPoint] = ()) -> None:
-        """Take an event of the journal, with values that follow from it; a repeat, told by its `seq`, is dropped.
+        """Take an event of the journal, with values derived from it; an event with a known `seq` is dropped.
 
-        Of kinds `checkpoint`, `checkpoints_deleted` and `resumed` the tracker makes what MLflow knows of models.
+        Events `checkpoint`, `checkpoints_deleted` and `resumed` create and update models in MLflow.
         """
         self._admit(term)
         self._outbox.put_event(entry, points)
         self._publisher.wake()
 
     def inputs(self, term: int, datasets: Sequence[Dataset]) -> None:
-        """Take what the run is trained on and validated with."""
+        """Take the datasets for training and validation."""
         self._admit(term)
         self._outbox.put([Inputs(tuple(datasets))])
         self._publisher.wake()
 
     def artifact(self, term: int, path: str) -> None:
-        """Take the name of a file or directory, to be copied later. Raises NotFound if there is none."""
+        """Take the path of a file or directory, which is copied later. Raises NotFound if it doesn't exist."""
         self._admit(term)
         if not Path(path).exists():
             raise NotFound(f"artifact {path} does not exist", unchanged="Nothing was published.")
@@ -113,13 +113,13 @@ class Tracker:
         self._publisher.wake()
 
     def finish(self, term: int, outcome: str, reason: str = "", timeout_s: float = 30.0) -> bool:
-        """Send everything, then mark the run as ended. Waits; a tracker that fails is given up after `timeout_s`.
+        """Send everything, then mark the run as ended. Blocks for up to `timeout_s`.
 
         Args:
             outcome: an `Outcome`: succeeded, failed, cancelled, paused.
 
         Returns:
-            whether everything has arrived; if not, `describe` says why, and it is still being tried.
+            whether everything has arrived; if not, `describe` gives the reason, and delivery goes on.
         """
         self._admit(term)
         self._outbox.put_finish(Finish(Outcome(outcome), reason))
@@ -149,12 +149,12 @@ class Tracker:
 
 
 def publisher_of(setup: TrackerSetup, outbox: Outbox) -> Publisher:
-    """A publisher to MLflow, which is imported by its thread: that takes 2 s, and who makes one doesn't wait for it."""
+    """A publisher to MLflow. Its thread imports MLflow, which takes 2 s, so the caller doesn't wait."""
     directory = Path(setup.directory)
 
     def connect() -> Sink:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # The publisher repeats what failed. MLflow's own repeats would hide for minutes that nobody answers.
+        # The publisher retries. MLflow's own retries would hide an unreachable server for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         from orchestrator.tracking.mlflow_sink import MlflowSink
@@ -177,11 +177,11 @@ def publisher_of(setup: TrackerSetup, outbox: Outbox) -> Publisher:
 
 
 def _open_outbox(directory: Path) -> Outbox:
-    """The outbox; one that is damaged is set aside, and the controller publishes what its journal knows anew."""
+    """The outbox; a damaged one is set aside, and the controller publishes its journal again."""
     try:
         return Outbox(directory)
     except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):  # the disk, not the file
+        if isinstance(error, sqlite3.OperationalError):  # a fault of the disk, not of the file
             raise
         damaged = (directory / FILE).rename(directory / f"{FILE}.damaged")
         logger.error("the outbox can't be read: %s; it is kept as %s", error, damaged)

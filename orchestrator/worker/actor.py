@@ -1,7 +1,7 @@
-"""The worker: what a Ray actor process hosts (see `orchestrator.cluster.actors`), and the control thread's face.
+"""The worker hosted by a Ray actor process (`orchestrator.cluster.actors`), called from its control thread.
 
-Every method but `warm` returns at once or within the caller's timeout. All that computes runs in a thread of its own,
-the training thread, from warm-up on (`orchestrator.engine.threads`).
+Every method but `warm` returns at once or within the caller's timeout. All computation runs in a separate thread, the
+training thread, from warm-up on (`orchestrator.engine.threads`).
 """
 
 import logging
@@ -43,7 +43,7 @@ class Worker:
     """One worker of one run.
 
     Args:
-        worker_id: its id for life.
+        worker_id: its id, constant for its lifetime.
     """
 
     def __init__(self, worker_id: str) -> None:
@@ -59,7 +59,7 @@ class Worker:
             signal.signal(signal.SIGTERM, lambda *_: self._hear_sigterm(before))
 
     def warm(self, job: WorkerJob) -> Report:
-        """Become a standby: import, build and drop a small engine, start the training thread. A repeat is harmless."""
+        """Become a standby: import, build and drop a small engine, start the training thread. Idempotent."""
         self._heard()
         with self._warming:
             if self._mailbox.state.phase is Phase.COLD:
@@ -69,28 +69,28 @@ class Worker:
                 self._training.start()
                 try:
                     standby.result()
-                except UsageError as error:  # the user's own model, or a secret that isn't there
-                    told = error.traceback if isinstance(error, EntrypointError) else ""
-                    log.error("%s\n%s", told, error)
-                    self._mailbox.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), told))
+                except UsageError as error:  # an error in the user's model, or a missing secret
+                    trace = error.traceback if isinstance(error, EntrypointError) else ""
+                    log.error("%s\n%s", trace, error)
+                    self._mailbox.publish(phase=Phase.FAILED, error=WorkerError("user_error", str(error), trace))
                 except Exception as error:
                     log.exception("%s could not warm up", self._id)  # the caller gets the error, the log its traceback
-                    if (told := redacted(str(error))) != str(error):
-                        raise RuntimeError(f"{type(error).__name__}: {told}") from None
+                    if (message := redacted(str(error))) != str(error):
+                        raise RuntimeError(f"{type(error).__name__}: {message}") from None
                     raise
         return self.report(None, -1, 0.0)
 
     def direct(self, directive: Directive) -> Report:
-        """Take a directive; the newest wins. Raises TermSuperseded for one from a replaced controller."""
+        """Accept a directive; the newest wins. Raises TermSuperseded for one from a replaced controller."""
         self._heard()
-        if self._trainer is not None:  # first: what the directive asks for next must find nothing to be shut
+        if self._trainer is not None:  # first, so that it can't shut connections that the new directive asks for
             self._trainer.abort(directive.aborted)
             self._trainer.settle(directive.settled)
         self._mailbox.put(directive)
         return self.report(None, -1, 0.0)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
-        """This worker's visible state, as soon as it is newer than `known_version` or `timeout_s` have passed."""
+        """This worker's report, as soon as its version is above `known_version` or `timeout_s` have passed."""
         self._heard()
         report = self._mailbox.report(after_step, known_version, timeout_s)
         self._heard()
@@ -100,22 +100,22 @@ class Worker:
         return replace(report, rss_bytes=self._process.memory_info().rss, collective=collective_stats.entered())
 
     def shutdown(self) -> None:
-        """End this process. State that nobody else holds is gone."""
+        """End this process. State that no other worker holds is lost."""
         log.info("%s shuts down", self._id)
         os._exit(0)
 
     def _live(self, job: WorkerJob, standby: "Future[None]") -> None:
-        """The training thread: warms up, and then trains to the end of the run."""
+        """Body of the training thread: warm up, then train to the end of the run."""
         try:
             trainer = self._become_standby(job)
-        except BaseException as error:  # whatever it is, `warm` waits for it
+        except BaseException as error:  # of any kind: `warm` waits for the outcome
             standby.set_exception(error)
             return
         standby.set_result(None)
         trainer.run()
 
     def _become_standby(self, job: WorkerJob) -> Trainer:
-        """All that `warm` promises, in the training thread: warm-up computes in parallel as steps do."""
+        """Do the work of `warm` in the training thread, since warm-up computes in parallel as steps do."""
         compute_here(job.threads)
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
@@ -139,29 +139,29 @@ class Worker:
         return self._trainer
 
     def _hear_sigterm(self, before: Any) -> None:
-        """This process was told to end, and will be made to: its controller lets it go once others have its shard. Told
-        once more it ends at once."""
+        """Report that this process will soon be killed: its controller releases it once others have its shard. A second
+        SIGTERM ends it at once."""
         signal.signal(signal.SIGTERM, before)
-        # Not here: the signal may have interrupted somebody who holds the desk.
+        # Not in the handler: the signal may have interrupted a thread that holds the mailbox's lock.
         threading.Thread(target=self._leave, name="leave", daemon=True).start()
 
     def _leave(self) -> None:
-        log.warning("%s was told to end (SIGTERM)", self._id)
+        log.warning("%s received SIGTERM", self._id)
         self._mailbox.publish(leaving=True)
 
     def _heard(self) -> None:
         self._last_heard = time.monotonic()
 
     def _watch_controller(self, orphan_s: float) -> None:
-        """A worker that no controller asks for any more has been forgotten; it must not stay.
+        """Exit once no controller has called for `orphan_s` seconds: the worker is orphaned.
 
-        Ticks are counted and not the clock: while the process is stopped (a paused container, a suspended machine) it
-        can't hear, and its controller may well have been stopped with it.
+        Counts ticks instead of reading the clock: while the process is stopped (a paused container, a suspended
+        machine) it can't receive calls, and its controller may well have been stopped with it.
         """
-        heard, quiet_s = self._last_heard, 0.0
+        last_call, quiet_s = self._last_heard, 0.0
         while quiet_s < orphan_s:
             time.sleep(ORPHAN_TICK_S)
-            quiet_s = quiet_s + ORPHAN_TICK_S if self._last_heard == heard else 0.0
-            heard = self._last_heard
-        log.error("%s heard from no controller for %.0f s and exits", self._id, quiet_s)
+            quiet_s = quiet_s + ORPHAN_TICK_S if self._last_heard == last_call else 0.0
+            last_call = self._last_heard
+        log.error("%s exits: no controller has called for %.0f s", self._id, quiet_s)
         os._exit(1)

@@ -1,8 +1,8 @@
-"""The training thread of a worker: stand by, move into a generation, train to its fence, and so on to the end.
+"""The training thread of a worker: stand by, enter a generation, train to its fence, and repeat until the run ends.
 
-`Trainer.run` is a worker's life, `Trainer.train` its generation, `TrainStep.step` a step. When a peer is lost, or the
-step fails here, the generation is over: the thread lets go of everything that peers may wait for, keeps its state, and
-waits for the plan of the next generation.
+`Trainer.run` is a worker's lifetime, `Trainer.train` one generation, `TrainStep.step` one step. When a peer fails, or
+the step fails here, the generation is over: the thread releases everything that peers may wait for, keeps its state,
+and waits for the plan of the next generation.
 """
 
 import gc
@@ -46,16 +46,16 @@ from orchestrator.worker.transition.transition import (
 
 log = logging.getLogger("orchestrator.worker")
 
-POLL_S = 0.25  # how often a waiting newcomer looks whether its plan still stands
+POLL_S = 0.25  # how often a waiting newcomer checks whether its plan is still wanted
 
 
 class Trainer:
-    """Trains one shard after another, as the desk's directives ask.
+    """Trains one shard after another, as directed through the mailbox.
 
     Args:
-        desk: where directives come in and reports go out.
-        workshop: builds shards.
-        feed: rows of a step.
+        mailbox: source of directives and destination of reports.
+        factory: builds shards.
+        feed: reads the rows of a step.
     """
 
     def __init__(self, mailbox: WorkerMailbox, factory: ShardFactory, feed: BatchReader) -> None:
@@ -71,14 +71,14 @@ class Trainer:
         self._shard: Shard | None = None
         self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.steps - 1)
         self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
-        self._between_steps = True  # False: the shard's state is that of no finished step
+        self._between_steps = True  # False: the shard's state belongs to no finished step
         self._progress = Progress(-1, 0, feed.first_order)
         self._stages = Stages(feed)
 
     # -- a worker's life ---------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """From standby to the end of the run. Errors end up in the report."""
+        """Run from standby to the end of the run. Errors end up in the report."""
         try:
             self._live()
         except Exception as error:
@@ -98,13 +98,13 @@ class Trainer:
                 prepared = self._await_transition()
 
     def _train_or_stop(self, shard: Shard) -> PreparedTransition | None:
-        """To the generation's end, whatever that is: a fence, a failure, or the end of the run, which is None."""
+        """Train until a fence or a failure and return the next transition; None at the end of the run."""
         try:
             fence = self.train(shard)
             if fence is not None:
                 return fence
             self._finish(shard)
-        except StateCorrupted:  # nothing that lies in this process is to be trusted: its buddy has what it had
+        except StateCorrupted:  # this process's memory can't be trusted; its buddy holds a copy of its state
             raise
         except Exception as error:
             del shard
@@ -113,17 +113,17 @@ class Trainer:
         return None
 
     def abort(self, generation: int) -> None:
-        """Called from the control thread: generations up to this one are over, whoever waits in one is freed."""
+        """End generations up to this one and free the training thread from them. Called from the control thread."""
         self._abort_handle.abort(generation)
 
     def settle(self, generation: int) -> None:
-        """Called from the control thread: nobody goes back to a generation before this one."""
+        """Drop snapshots of older generations, to which the run won't return. Called from the control thread."""
         self._snapshots.settle(generation)
 
     # -- a generation ------------------------------------------------------------------------------------------
 
     def train(self, shard: Shard) -> PreparedTransition | None:
-        """Step after step until all members agree on a fence. None when there is no step left, or the run shall end."""
+        """Train until all members agree on a fence. None when no step is left, or the run is to end."""
         self._abort_handle.begin(shard.world.generation)
         collective_stats.reset()
         if shard.seal is not None:
@@ -141,7 +141,7 @@ class Trainer:
         return None
 
     def _step(self, shard: Shard) -> VoteResult:
-        """One step, and the snapshot after it."""
+        """Do one step, and take the snapshot after it."""
         step = self._progress.step + 1
         is_due = self._snapshots.due(step)
 
@@ -161,7 +161,7 @@ class Trainer:
         keep_gradients = self._snapshots.wants_gradients(step)
         stepped = self._stepper.step(shard, self._progress, before_update, speak, keep_gradients)
         why = explosion(self._mailbox.records, stepped.record, self._spec.recovery.loss_explosion)
-        if why:  # the shard is that of a step that doesn't count: only snapshots of earlier ones are of use now
+        if why:  # the shard's state is that of a discarded step: only snapshots of earlier ones are usable
             self._between_steps = False
             raise LossExploded(why)
         outcome, generation = stepped.outcome, shard.world.generation
@@ -181,7 +181,7 @@ class Trainer:
     # -- between generations -----------------------------------------------------------------------------------
 
     def _await_transition(self) -> PreparedTransition:
-        """Stand by, or stranded, until a plan has a place for this worker and its move can begin."""
+        """Wait, on standby or stranded, until a plan includes this worker and its transition can begin."""
         while True:
             prepared = self._preparer.await_next(meanwhile=self._may_check)
             if prepared is None:
@@ -193,11 +193,11 @@ class Trainer:
             prepared.close()
 
     def _may_check(self, directive: Directive) -> bool:
-        """A check is asked for, and this worker holds nothing that it would have to make room beside."""
+        """Whether a replay check is requested and this worker holds no state that takes memory beside it."""
         return self._mailbox.state.phase is Phase.STANDBY and self._checks.is_asked(directive)
 
     def _await_fence(self, prepared: PreparedTransition) -> bool:
-        """Wait for the old world to reach its fence. False if the plan is given up before, or can't be heard of."""
+        """Wait for the old world to reach its fence. False if the plan is dropped before, or its store fails."""
         plan = prepared.plan
         try:
             while (standing := announced(prepared, POLL_S)) is None:
@@ -212,7 +212,7 @@ class Trainer:
         return True
 
     def _arrive(self, prepared: PreparedTransition) -> bool:
-        """Move, and wait until the new generation is activated. False if it isn't reached; then all is as before."""
+        """Enter the new generation and wait for its activation. False if that fails; the old state is kept."""
         plan = prepared.plan
         try:
             self._move(prepared)
@@ -221,13 +221,13 @@ class Trainer:
                 raise
             if plan.source is not None and isinstance(error, DigestMismatch):
                 self._snapshots.distrust(plan.source.world.generation, self._progress.step)
-            prepared.close()  # first of all: peers that wait for this worker, not for the lost one, are freed
+            prepared.close()  # first: frees peers that wait for this worker, not for the failed one
             self._abandon_transition(plan, error)
             return False
         return self._await_activation(prepared)
 
     def _move(self, prepared: PreparedTransition) -> None:
-        """Into the next generation, up to the point where only activation is missing."""
+        """Enter the next generation, up to the point where only activation is missing."""
         plan, source = prepared.plan, prepared.plan.source
         self._abort_handle.begin(plan.generation if source is None else source.world.generation)
         self._mailbox.publish(phase=Phase.MOVING, error=None)
@@ -248,7 +248,7 @@ class Trainer:
                 announce(prepared, self._progress, self._mailbox.records)
             recorded = next((r for r in reversed(self._mailbox.records) if r.step == self._progress.step), None)
             self._shard, handover = make_transition(self._factory, prepared, held, self._progress, recorded)
-        self._snapshots.acknowledged()  # in the old world: what was begun at the fence
+        self._snapshots.acknowledged()  # of the old world: the snapshot begun at the fence
         prepared.close_transfer()
         log.info("generation %d is ready: %s", plan.generation, handover)
         self._mailbox.publish(
@@ -259,26 +259,26 @@ class Trainer:
         )
 
     def _hold(self) -> None:
-        """Take the engine away from the shard; its state stays in memory, if it is that of a finished step."""
+        """Close the shard's engine; its state stays in memory if it belongs to a finished step."""
         if self._shard is not None:
             if self._between_steps:
                 self._snapshots.hold(self._shard, self._progress)
             self._drop()
 
     def _drop(self) -> None:
-        """Let the engine go, and with it the generation's groups."""
+        """Close the engine and the generation's process groups."""
         if self._shard is not None:
             self._shard.engine.close()
             self._shard = None
         disconnect()
 
     def _stop(self, error: Exception) -> None:
-        """The generation is over: free whoever waits for this worker, keep what it has, and say so."""
+        """End the generation after an error: free peers that wait for this worker, keep its state, and report."""
         assert self._shard is not None
         generation, text = self._shard.world.generation, "".join(traceback.format_exception(error))
         kind = kind_of(error)
         log.warning("generation %d stops after step %d: %s: %s", generation, self._progress.step, kind, error)
-        shut_connections()  # first of all: others may wait for this worker, not for whoever is lost
+        shut_connections()  # first: peers may wait for this worker, not for the failed one
         abort_collectives()
         self._hold()
         self._snapshots.leave()
@@ -293,9 +293,9 @@ class Trainer:
         )
 
     def _abandon_transition(self, plan: GenerationPlan, error: Exception) -> None:
-        """A move failed: give up the half-built shard, keep the old one, and say so."""
+        """Drop the half-built shard of a failed transition, keep the old one, and report."""
         kind, text = kind_of(error), "".join(traceback.format_exception(error))
-        log.warning("the move to generation %d failed: %s", plan.generation, error)
+        log.warning("the transition to generation %d failed: %s", plan.generation, error)
         self._snapshots.leave()
         self._drop()
         self._free_peers(error)
@@ -310,9 +310,9 @@ class Trainer:
         )
 
     def _await_activation(self, prepared: PreparedTransition) -> bool:
-        """True once the run has moved on by this plan and this worker is a member; then the old shard is let go. False
-        if it is none, or another plan came in its place: a newcomer that was ready for a plan that failed may have no
-        part in the next one."""
+        """True once this plan is activated with this worker as a member; then the old shard is dropped. False if this
+        worker leaves, or another plan replaced this one: a newcomer that was ready for a failed plan may have no part
+        in the next one."""
         plan = prepared.plan
         activated = self._preparer.await_activation(plan)
         if activated != plan.generation:
@@ -340,7 +340,7 @@ class Trainer:
         return every is not None and done % every == 0 and done < self._spec.train.steps
 
     def _finish(self, shard: Shard) -> None:
-        """Write the last checkpoint, and stay until it is marked: if somebody is lost before, the step isn't safe."""
+        """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""
         generation, step = shard.world.generation, self._progress.step
         self._saver.save(shard, self._progress)
         self._saver.wait()
@@ -370,7 +370,7 @@ class Trainer:
         self._mailbox.publish(phase=Phase.FAILED, error=WorkerError(kind, str(error), text))
 
     def _free_peers(self, error: BaseException) -> None:
-        """Close the connections that peers may be blocked on. gloo does so only once nothing refers to its groups, not
+        """Close connections that peers may be blocked on. gloo closes them only once nothing refers to its groups, not
         even the frames of an error."""
         cause: BaseException | None = error
         while cause is not None:

@@ -285,4 +285,4 @@ def test_a_cluster_that_dies_ends_the_command_and_leaves_what_is_known(alone: He
     assert "no cluster answers" in stderr and "status orphaned --storage" in stderr
     told = alone("status", "orphaned").stdout
     # Its members may have died, and the controller have seen it, a moment before the controller died too.
-    assert re.search("orphaned: (training|recovering)", told) and "has not ended, says its journal" in told
+    assert re.search("orphaned: (training|recovering)", told) and "has not ended, according to its journal" in told

@@ -156,7 +156,7 @@ def test_a_port_that_cannot_be_had_is_told_before_anything_starts(home: Path) ->
         local.up(2, jobs_port=18265)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"port {port} for the Jobs API: it can't be had: Address already in use"):
+        with pytest.raises(UsageError, match=f"port {port} for the Jobs API: it can't be used: Address already in use"):
             local.up(2, jobs_port=port)
     assert local.status() is None
 

@@ -129,7 +129,7 @@ def test_ended_midway_it_goes_on_and_ends_the_same(command: list[str], corpus: P
     first.send_signal(signal.SIGINT)
     _, narration = first.communicate(timeout=PATIENCE_S)
     assert first.returncode == 130, narration
-    assert "the same command goes on" in narration and "Stopped the Ray that was started." in narration
+    assert "the same command continues" in narration and "Stopped the Ray that was started." in narration
 
     second = started(args, env)
     await_parts(second, out, len(parts_in(out)) + 1)

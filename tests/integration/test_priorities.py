@@ -74,7 +74,7 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     on.submit("third", wait=True, **_job("1..1"))
     waiting = on.until("third", lambda s: "behind second" in s.why)
     assert (waiting.phase, waiting.workers_now) == (RunPhase.QUEUED, 0)
-    assert waiting.why == "waits in the queue: there is no room for 1 worker; behind second in the queue"
+    assert waiting.why == "queued: there is no room for 1 worker; behind second in the queue"
     names = [g["name"] for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
     assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # nobody else holds a place
     with pytest.raises(JobDoesNotFit, match=r"fourth, whose workers take 1 CPU, would have to wait: there is no"):
@@ -116,7 +116,7 @@ def test_a_run_that_waits_may_be_cancelled_and_leaves_nothing(on: Cluster) -> No
     on.submit("here", **_job("1..1", cpus=4))
     on.until("here", lambda s: s.phase is RunPhase.TRAINING)
     on.submit("waits", wait=True, **_job("1..1"))
-    on.until("waits", lambda s: s.why.startswith("waits in the queue: there is no room"))
+    on.until("waits", lambda s: s.why.startswith("queued: there is no room"))
     on.ask("cancel", "waits")
     assert on.end_of("waits").phase is RunPhase.CANCELLED
     on.assert_nothing_left("waits", [])

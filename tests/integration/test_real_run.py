@@ -114,7 +114,7 @@ def test_a_member_that_is_told_to_end_leaves_at_a_fence(
     status = until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     (rescale,) = status.rescales
     assert (rescale.from_size, rescale.to_size) == (2, 2) and rescale.state_identical and not status.recoveries
-    assert rescale.why == "w1 must leave: it was told to end"
+    assert rescale.why == "w1 must leave: it was asked to end"
     deadline_s = time.monotonic() + 20.0
     while f"{run}/worker/w1" in names_of(run) or psutil.pid_exists(pid):
         assert time.monotonic() < deadline_s, names_of(run)

@@ -62,7 +62,7 @@ def test_a_run_is_opened_scaled_and_cancelled_by_keys(texts: Path, tmp_path: Pat
             await pilot.pause()
             await pilot.press("c", "y")
             await until("head", "cancelled")
-            await until("workers-text", "nobody: the run has ended")
+            await until("workers-text", "none: the run has ended")
             refused = [note.message for note in app._notifications if note.severity == "error"]
             assert refused and "4" in refused[0]  # more than workers.max
 

@@ -213,7 +213,7 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
         wrong = told("state_differs")[0]
     # All ranks take a gradient over, so it can't be told whose it was.
     assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.CANCELLED
-    assert status.warning is not None and f"step {wrong['step']} came out otherwise" in status.warning
+    assert status.warning is not None and f"step {wrong['step']} did not reproduce" in status.warning
     unequal = next(event for event in _events(status) if event["kind"] == "checked" and not event["equal"])
     assert unequal["first_step"] <= wrong["step"] <= unequal["last_step"]
 
@@ -289,7 +289,7 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     differs = {"processor": "a -> b"}
     Journal(run_dir, acquire_term(run_dir)).append([{"kind": "numerics_differ", "worker": worker, "differs": differs}])
     told = verify("--workers", "1", expect=100)
-    assert f"which may be all that differs: {worker} (processor: a -> b)." in told.stderr
+    assert f"which may be the only cause: {worker} (processor: a -> b)." in told.stderr
     assert json.loads(verify("-o", "json", expect=100).stdout)["workers_differ"] == {worker: differs}
 
     assert "has no step after 29; its newest committed one is 29" in verify("--from", "29", expect=2).stderr

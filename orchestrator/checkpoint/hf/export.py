@@ -1,6 +1,6 @@
-"""A checkpoint written as a directory that `transformers` loads: weights, configuration, tokenizer.
+"""Export of a checkpoint as a directory that `transformers` loads: weights, configuration, tokenizer.
 
-One tensor at a time, so that memory for a file of weights is enough.
+Tensors are read one at a time, so peak memory is that of one weights file.
 """
 
 import json
@@ -20,8 +20,8 @@ from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.job import JobSpec
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-FILE_BYTES = 4 * 2**30  # a weights file is closed once it holds this much
-FP32_ALWAYS = ("mlp.gate.weight", "e_score_correction_bias")  # as the architecture keeps them
+FILE_BYTES = 4 * 2**30  # a weights file is closed once it reaches this size
+FP32_ALWAYS = ("mlp.gate.weight", "e_score_correction_bias")  # the architecture keeps these in fp32
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 WEIGHTS = "model-{number:05d}-of-{count:05d}.safetensors"
 
@@ -29,20 +29,20 @@ Array = npt.NDArray[Any]
 
 
 def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: str = "bf16") -> int:
-    """Write `to`, which must not exist yet or be empty. It appears whole or not at all.
+    """Write the directory `to`, which must be new or empty. It appears atomically, by a rename.
 
     Args:
         checkpoint: directory of a complete checkpoint.
-        job: of the run that wrote it.
+        job: job of the run that wrote the checkpoint.
         tokenizer: the run's `tokenizer.json`.
-        dtype: of the weights: fp32 or bf16; routers stay fp32.
+        dtype: number format of the weights, fp32 or bf16; routers stay fp32.
 
     Returns:
         bytes of weights.
 
     Raises:
-        UsageError: `to` is not empty, or the format has no such model.
-        CheckpointCorrupt: the checkpoint can't be read, or is of another model.
+        UsageError: `to` is not empty, or the format cannot express the model.
+        CheckpointCorrupt: the checkpoint can't be read, or belongs to another model.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(
@@ -80,11 +80,11 @@ def _check_sizes(reader: CheckpointReader, wanted: dict[str, tuple[int, ...]]) -
         entry = reader.manifest.tensors.get(name)
         if entry is None or entry.shape != shape:
             found = "no such tensor" if entry is None else f"shape {entry.shape}"
-            raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer say {shape}")
+            raise CheckpointCorrupt(f"{reader.path}: {name} has {found}; the run's job and tokenizer imply {shape}")
 
 
 def _tensors(reader: CheckpointReader, embedding_scale: float) -> Iterator[tuple[str, Array]]:
-    """Weights and buffers under their names, fp32."""
+    """Weights and buffers in fp32, under the names of transformers."""
     for key, entry in reader.manifest.tensors.items():
         kind, _, name = key.partition("/")
         if kind in ("master", "buffer"):
@@ -92,7 +92,7 @@ def _tensors(reader: CheckpointReader, embedding_scale: float) -> Iterator[tuple
 
 
 def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: Path) -> int:
-    """Files of about `FILE_BYTES` and their index; the number of files is known at the end only."""
+    """Write files of about `FILE_BYTES` and their index, and return the bytes. Files get their names at the end."""
     files: list[list[str]] = []
     held: dict[str, tuple[str, tuple[int, ...], Array]] = {}  # dtype, shape, data
     total = size = 0
@@ -103,7 +103,7 @@ def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: 
             for n, (kept, shape, data) in held.items()
         }
         path = directory / f"part-{len(files)}"
-        path.touch()  # with the permissions of any other file; the library would make one for its owner alone
+        path.touch()  # keeps the umask's permissions; safetensors would make a file that only its owner can read
         mode = path.stat().st_mode
         serialize_file(specs, path, {"format": "pt"})
         path.chmod(mode)
@@ -132,16 +132,16 @@ def _write_weights(tensors: Iterator[tuple[str, Array]], dtype: str, directory: 
 
 
 def rounded_to_bf16(values: Array) -> npt.NDArray[np.uint16]:
-    """bf16 as bits, which numpy has no type for: the upper halves of fp32 values, rounded to nearest, ties to even. Not
-    for NaN."""
+    """bf16 values as uint16 bits, as numpy has no bf16: upper halves of fp32, rounded to nearest, ties to even. NaN is
+    not supported."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def _write_tokenizer(tokenizer: Path, library: Tokenizer, sequence_length: int, directory: Path) -> None:
-    """The library's own file, and what transformers wants to know. What begins a document ends the one before it."""
+    """Write the tokenizer and its configuration. The token that separates documents is both BOS and EOS."""
     shutil.copyfile(tokenizer, directory / TOKENIZER)
-    named = tokenizer.with_name(TOKENIZER_CONFIG)  # another's tokenizer says here what begins a document
+    named = tokenizer.with_name(TOKENIZER_CONFIG)  # an imported tokenizer names its BOS token here
     border = (
         json.loads(named.read_text())["bos_token"] if named.exists() else library.get_added_tokens_decoder()[0].content
     )

@@ -1,8 +1,8 @@
-"""Our model in Hugging Face's format: the names, the split and the configuration of `Glm4MoeForCausalLM`.
+"""Mapping between our model and `Glm4MoeForCausalLM` of transformers: names, split of tensors, configuration.
 
-The maths is the same, so weights are only renamed, the embedding multiplied by its scale, and the joint gate-and-up
-matrices cut in two, or put together again where such a directory is read (`orchestrator.checkpoint.hf.pretrained`).
-Experts are written one by one, `experts.7.gate_proj.weight`, as published checkpoints of this architecture have them.
+The maths is the same, so weights are only renamed, the embedding is multiplied by its scale, and the joint gate-and-up
+matrices are split in two, or joined when such a directory is read (`orchestrator.checkpoint.hf.pretrained`).
+Experts are written one by one, `experts.7.gate_proj.weight`, as in published checkpoints of this architecture.
 `tests/integration/test_glm4_moe.py` compares logits and gradients with transformers.
 """
 
@@ -20,7 +20,7 @@ from orchestrator.spec.model import ModelSpec
 
 ARCHITECTURE = "Glm4MoeForCausalLM"
 
-_WHOLE = {  # ours within a layer: theirs
+_WHOLE = {  # our name within a layer: theirs
     "attention_norm.weight": "input_layernorm.weight",
     "attention.query": "self_attn.q_proj.weight",
     "attention.key": "self_attn.k_proj.weight",
@@ -62,7 +62,7 @@ _SIZES = {  # their key: ours, where only the name differs
     "topk_group": "top_k_groups",
     "first_k_dense_replace": "num_dense_layers",
 }
-_DEFAULTS: dict[str, Any] = {  # what transformers takes where config.json says nothing
+_DEFAULTS: dict[str, Any] = {  # defaults of transformers for keys that config.json lacks
     "head_dim": None,
     "rms_norm_eps": 1e-5,
     "attention_bias": False,
@@ -74,14 +74,14 @@ _DEFAULTS: dict[str, Any] = {  # what transformers takes where config.json says 
     "first_k_dense_replace": 1,
 }
 _ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "norm_topk_prob": True}  # our model knows no other
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "norm_topk_prob": True}  # the only values that our model supports
 
 
 def their_names(name: str) -> tuple[str, ...]:
-    """What a tensor of ours, parameter or buffer, is called there: one name, or those of a gate-and-up matrix's halves.
+    """Names in transformers of one of our parameters or buffers: one, or two for the halves of a gate-and-up matrix.
 
     Raises:
-        KeyError: we have no tensor of this name.
+        KeyError: our model has no tensor of this name.
     """
     layer = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     if layer is None:
@@ -96,14 +96,14 @@ def their_names(name: str) -> tuple[str, ...]:
 
 
 def stacked_name(name: str) -> tuple[str, int] | None:
-    """The tensor that holds all experts of a layer, as models in memory and some files have it, and the place of ours
-    in it; None for what belongs to no expert."""
+    """Name of the tensor that stacks all experts of a layer, as in memory and in some files, and the index of our
+    tensor in it; None for a tensor that belongs to no expert."""
     expert = _EXPERT.fullmatch(name)
     return (f"model.layers.{expert[1]}.mlp.experts.{expert[3]}_proj", int(expert[2])) if expert else None
 
 
 def renamed(name: str, tensor: npt.NDArray[Any], embedding_scale: float) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """A tensor of ours under their names, as it is there. Raises KeyError: we have no tensor of this name."""
+    """One of our tensors, converted to the names and values of transformers. Raises KeyError for an unknown name."""
     names = their_names(name)
     if name == "embedding.weight":
         tensor = tensor * np.float32(embedding_scale)
@@ -111,7 +111,7 @@ def renamed(name: str, tensor: npt.NDArray[Any], embedding_scale: float) -> Iter
 
 
 def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of ours, parameters and buffers."""
+    """Name and shape of every parameter and buffer of our model."""
     wide, queries, keys = spec.hidden_size, spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
     yield from (("embedding.weight", (vocab_size, wide)), ("norm.weight", (wide,)), ("head", (vocab_size, wide)))
     within = {
@@ -143,7 +143,7 @@ def configuration(spec: ModelSpec, vocab_size: int, sequence_length: int, dtype:
     """The content of `config.json`.
 
     Raises:
-        UsageError: the architecture has no such model.
+        UsageError: the architecture cannot express the model.
     """
     if spec.router != "sigmoid":
         raise UsageError(
@@ -168,7 +168,7 @@ def configuration(spec: ModelSpec, vocab_size: int, sequence_length: int, dtype:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a `config.json` says under `their_key`: the value of our `key`."""
+    """A value of `config.json`, with its key there and our key."""
 
     their_key: str
     key: str
@@ -179,7 +179,7 @@ def settings(config: Mapping[str, Any]) -> list[Setting]:
     """A `config.json` as keys of our `model` section.
 
     Raises:
-        UsageError: another architecture, keys that are missing, or a model that ours can't be. All of them are named.
+        UsageError: another architecture, missing keys, or values that our model does not support. It names all of them.
     """
     architectures = config.get("architectures")
     if architectures != [ARCHITECTURE]:
@@ -188,7 +188,7 @@ def settings(config: Mapping[str, Any]) -> list[Setting]:
     if missing := [key for key in _SIZES if key not in known]:
         raise UsageError(f"it lacks {', '.join(missing)}")
     rope = _ROPE | {key: config[key] for key in _ROPE if config.get(key) is not None}
-    for scaling in ("rope_scaling", "rope_parameters"):  # as older and newer versions of transformers write it
+    for scaling in ("rope_scaling", "rope_parameters"):  # keys of older and newer versions of transformers
         rope |= config.get(scaling) or {}
     wrong = {key: known[key] for key, value in _FIXED.items() if known.get(key, value) != value}
     wrong |= {

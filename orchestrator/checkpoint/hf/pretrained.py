@@ -1,4 +1,4 @@
-"""A directory of a `Glm4MoeForCausalLM` as `transformers` saves it, whose weights a run begins with.
+"""Directory of a `Glm4MoeForCausalLM` saved by `transformers`, as the initial weights of a run.
 
 Torch-free, so that a submission can check it: only `config.json`, the index and the headers of the weights' files are
 read. `orchestrator.worker.transition.load_state` reads the weights. Experts may be stored one by one or stacked.
@@ -23,7 +23,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 FLOATS = ("F32", "F16", "BF16")
 NAMED_AT_MOST = 8  # tensors in a message
 _BEYOND = re.compile(r"model\.layers\.(\d+)\..*")
-_UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older versions of transformers saved what they compute
+_UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")  # older versions of transformers saved this computed table
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Which tensors there are, by their names there: file, shape and number format.
+    """File, shape and number format of every tensor of the directory, by its name in transformers.
 
     Args:
-        tied: the head is the embedding; ours becomes a copy of it, which is trained by itself.
+        tied: the head shares the embedding's weights; ours becomes a copy, which is trained separately.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Pretrained:
     tied: bool
 
     def parts(self, name: str) -> tuple[Part, ...]:
-        """Where a tensor of ours lies: the parts, one below the other. Raises KeyError if it isn't there."""
+        """Parts of one of our tensors, in the order of their rows. Raises KeyError if the directory lacks it."""
         wanted = their_names("embedding.weight" if self.tied and name == "head" else name)
         stacked = stacked_name(name)
         if stacked is not None and stacked[0] in self.files:
@@ -58,7 +58,7 @@ class Pretrained:
         return tuple(Part(self.path / self.files[theirs], theirs) for theirs in wanted)
 
     def check(self, spec: ModelSpec) -> None:
-        """Raises CheckpointCorrupt that names what is missing, of another shape or number format, or has no place."""
+        """Raises CheckpointCorrupt, which names tensors that are missing, unexpected, or of another shape or format."""
         assert spec.vocab_size is not None
         wanted: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes(spec, spec.vocab_size):
@@ -80,7 +80,7 @@ class Pretrained:
         self._refuse("holds tensors that such a model has no place for:", over)
 
     def _ignored(self, name: str, spec: ModelSpec) -> bool:
-        """Whether transformers ignores it too: layers for multi-token prediction, tables, the head of a tied model."""
+        """Whether transformers ignores it too: multi-token prediction layers, RoPE tables, the head of a tied model."""
         beyond = _BEYOND.fullmatch(name)
         if beyond is not None and int(beyond[1]) >= spec.num_layers:
             return True
@@ -97,11 +97,11 @@ class Pretrained:
 
 
 def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
-    """The model section with everything that the directory's `config.json` says; what the section says itself must
-    agree. Weights are not looked at.
+    """The model section, completed from the directory's `config.json`; keys that the section sets must agree with it.
+    Weights are not read.
 
     Raises:
-        UsageError: no such directory, another architecture, or values that differ: all of them are named.
+        UsageError: no such directory, another architecture, or differing values, all of which it names.
     """
     path = directory / CONFIG
     try:
@@ -123,11 +123,11 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
 
 
 def open_pretrained(directory: Path) -> Pretrained:
-    """Read which tensors there are, from the files' headers.
+    """List the tensors, from the files' headers.
 
     Raises:
         UsageError: there is no `config.json`.
-        CheckpointCorrupt: a file is missing, cut off, or not what its name says.
+        CheckpointCorrupt: a file is missing, truncated, or not of the format that its name implies.
     """
     tied = bool(_read_json(directory / CONFIG).get("tie_word_embeddings", False))
     index = directory / INDEX
@@ -153,7 +153,7 @@ def open_pretrained(directory: Path) -> Pretrained:
             raise _broken(f"{directory / file} can't be read: {error}") from error
     lost = [name for name, file in (named or {}).items() if files.get(name) != file]
     if lost:
-        raise _broken(f"{index} names tensors that aren't where it says: {', '.join(lost[:NAMED_AT_MOST])}")
+        raise _broken(f"{index} names tensors that its files lack: {', '.join(lost[:NAMED_AT_MOST])}")
     return Pretrained(directory, files, found_shapes, dtypes, tied)
 
 

@@ -1,4 +1,4 @@
-"""`checkpoints`, `checkpoint verify`: what a run could go on from."""
+"""`checkpoints`, `checkpoint verify`: list and check the checkpoints of a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from orchestrator.cli.terminal.format import moment, number, size
 from orchestrator.cli.terminal.options import Address, Output, RunId, Storage
 from orchestrator.cli.terminal.output import Format, say, show_json, show_table
 
-app = typer.Typer(no_args_is_help=True, help="Look after checkpoints.")
+app = typer.Typer(no_args_is_help=True, help="Check checkpoints.")
 
 
 def checkpoints(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
@@ -50,7 +50,7 @@ def verify(
     path: Annotated[Path, typer.Argument(help="Directory of a checkpoint.", show_default=False)],
     output: Output = Format.TEXT,
 ) -> None:
-    """Digest every file of a checkpoint and compare. Exits 100 if one is missing or changed."""
+    """Compare every file of a checkpoint with its digest. Exits 100 if one is missing or changed."""
     from orchestrator.checkpoint.read import CheckpointReader
     from orchestrator.errors import NotFound
 

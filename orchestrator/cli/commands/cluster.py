@@ -20,7 +20,7 @@ def up(
         typer.Option(
             "--cpus",
             min=1,
-            help="Logical CPUs, which may be more than there are: each worker and standby reserves what its job says. "
+            help="Logical CPUs, which may be more than there are: each worker and standby reserves resources.cpus. "
             "Default: 8, or the machine's if it has more.",
         ),
     ] = None,
@@ -30,7 +30,7 @@ def up(
     ] = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Start it, unless it is up. It outlives this terminal."""
+    """Start the local cluster, unless it is up. It outlives this terminal."""
     from orchestrator.cluster import local
 
     started = local.up(cpus or default_cpus(), jobs_port)
@@ -47,7 +47,7 @@ def up(
 
 @app.command()
 def status(output: Output = Format.TEXT) -> None:
-    """Say whether it is up, and where. Exits 69 if it isn't."""
+    """Show whether the local cluster is up, and where. Exits 69 if it isn't."""
     from orchestrator.cli.terminal.format import moment
     from orchestrator.cluster import local
     from orchestrator.cluster.processes import is_running
@@ -70,9 +70,9 @@ def status(output: Output = Format.TEXT) -> None:
 
 @app.command()
 def down(
-    force: Annotated[bool, typer.Option("--force", help="Also if runs are going on; they end where they are.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also if runs are active; they end at once.")] = False,
 ) -> None:
-    """End it, with all its processes."""
+    """End the local cluster and all its processes."""
     from orchestrator.cluster import local
 
     record = local.status()
@@ -83,8 +83,8 @@ def down(
         active = [] if force else active_runs(record.address)
     except ClusterUnreachable as error:
         raise ClusterUnreachable(
-            f"the local cluster can't tell its runs: {error.message}",
-            remedy="Try again in a moment, or pass --force to end it whatever it does.",
+            f"the local cluster can't list its runs: {error.message}",
+            remedy="Try again in a moment, or pass --force to end it anyway.",
             unchanged="Nothing was changed.",
         ) from error
     if active:
@@ -102,7 +102,7 @@ def default_cpus() -> int:
 
 
 def active_runs(address: str) -> list[str]:
-    """Names of runs that have not ended. Raises ClusterUnreachable if the cluster can't tell."""
+    """Names of runs that have not ended. Raises ClusterUnreachable if the cluster can't list them."""
     from orchestrator.client import OrchestratorClient
 
     return [status.run_id for status in OrchestratorClient(address).list() if not status.phase.ended]

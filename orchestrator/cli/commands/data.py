@@ -1,4 +1,4 @@
-"""`data prepare`: text of any size to a token store that jobs train on."""
+"""`data prepare`: make a token store, on which jobs train, from text of any size."""
 
 import os
 import shutil
@@ -18,8 +18,8 @@ from orchestrator.cli.terminal.progress import ERASE_LINE, LINE_EVERY_S, bar
 from orchestrator.errors import DataError, UsageError
 
 REDRAW_EVERY_S = 0.1
-INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
-OPTIONS = {  # what the library calls them, and what they are called here
+INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
+OPTIONS = {  # names in the library, and here
     "data.source": "SOURCE",
     "data.text_key": "--text-key",
     "data.vocab_size": "--vocab-size",
@@ -31,7 +31,7 @@ OPTIONS = {  # what the library calls them, and what they are called here
     "max_bad": "--max-bad",
 }
 
-app = typer.Typer(no_args_is_help=True, help="Text made ready for training.")
+app = typer.Typer(no_args_is_help=True, help="Prepare text for training.")
 
 
 @app.command()
@@ -40,7 +40,7 @@ def prepare(
         list[str],
         typer.Argument(metavar="SOURCE", help="Files, folders or built-in texts, as in data.source of a job file."),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where stores lie, each named by its content.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of stores, each named by its content.")],
     text_key: Annotated[str, typer.Option("--text-key", metavar="KEY", help="Key or column with the text.")] = "text",
     vocab_size: Annotated[int, typer.Option("--vocab-size", min=257, help="Tokens to learn, at most.")] = 2048,
     tokenizer: Annotated[
@@ -48,7 +48,7 @@ def prepare(
         typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json to use instead of learning one."),
     ] = None,
     holdout: Annotated[
-        float, typer.Option("--holdout", metavar="SHARE", help="Of the documents, kept for validation.")
+        float, typer.Option("--holdout", metavar="SHARE", help="Share of the documents kept for validation.")
     ] = 0.05,
     difficulty: Annotated[
         str | None,
@@ -57,25 +57,21 @@ def prepare(
     min_chars: Annotated[int | None, typer.Option("--min-chars", min=1, help="Leave shorter documents out.")] = None,
     max_chars: Annotated[int | None, typer.Option("--max-chars", min=1, help="Leave longer documents out.")] = None,
     keep_duplicates: Annotated[
-        bool, typer.Option("--keep-duplicates", help="Keep documents whose text an earlier one has.")
+        bool, typer.Option("--keep-duplicates", help="Keep documents with the text of an earlier one.")
     ] = False,
     weights: Annotated[
         str | None,
-        typer.Option(
-            "--weights",
-            metavar="W,W...",
-            help="Shares of the sources in the tokens to train on. Default: all there is.",
-        ),
+        typer.Option("--weights", metavar="W,W...", help="Shares of the sources in the training tokens. Default: all."),
     ] = None,
     max_bad: Annotated[
-        float, typer.Option("--max-bad", metavar="SHARE", help="Of the records, that may be bad and are left out.")
+        float, typer.Option("--max-bad", metavar="SHARE", help="Share of the records that may be left out as bad.")
     ] = 0.001,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Make a token store of text, on all nodes of a cluster. Name its directory as data.source of a job.
+    """Make a token store from text, on all nodes of a cluster. Name its directory as data.source of a job.
 
-    Without a cluster, one is started on this machine, and ended afterwards. Ctrl-C ends it; the same command goes on.
+    Without a cluster, one is started on this machine and ended afterwards. Ctrl-C ends it; the same command continues.
     """
     from orchestrator.cli.terminal.summary import aligned
     from orchestrator.data.prepare.pipeline import Request, check, prepare_corpora
@@ -96,27 +92,27 @@ def prepare(
     )
     progress = Progress()
     with _in_words_of_options():
-        check(request)  # before any cluster is looked for, or started
+        check(request)  # before connecting to a cluster or starting one
         with _cluster(address):
             try:
                 done = prepare_corpora(request, out.expanduser(), on_cluster, progress.tell)
             except KeyboardInterrupt:
                 progress.close()
-                say("Ended. What is done is kept: the same command goes on.")
+                say("Ended. Finished work is kept: the same command continues.")
                 raise typer.Exit(INTERRUPTED) from None
             finally:
                 progress.close()
     if done.found:
         say("The store was there already. Nothing was changed.")
-    told = described(done)
+    result = described(done)
     if output is Format.JSON:
-        show_json(told)
+        show_json(result)
     else:
-        show(aligned(_lines(told)))
+        show(aligned(_lines(result)))
 
 
 def described(done: Any) -> dict[str, Any]:
-    """What was read, dropped and written, as plain values."""
+    """Counts and paths of what was read, dropped and written, as plain values."""
     manifest = done.store.manifest
     return {
         "store": str(done.store.directory),
@@ -132,10 +128,10 @@ def described(done: Any) -> dict[str, Any]:
 
 
 class Progress:
-    """A bar on stderr; where nobody looks, a line for each stage and every few seconds.
+    """A bar on stderr; without a terminal, a line for each stage and every few seconds.
 
     Args:
-        stream: where to write; a terminal is told by `isatty`.
+        stream: output; `isatty` decides whether it is a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -157,7 +153,7 @@ class Progress:
             self._write(line + "\n")
 
     def close(self) -> None:
-        """Leave the terminal's line to others."""
+        """Erase the bar."""
         if self._refreshes and self._stage:
             self._write(ERASE_LINE)
 
@@ -166,17 +162,18 @@ class Progress:
         self._stream.flush()
 
 
-def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = [("store", told["store"]), ("read", f"{told['records']:,} records, {told['empty']:,} of them without text")]
-    for source in told["sources"]:
+def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
+    read = f"{result['records']:,} records, {result['empty']:,} of them without text"
+    lines = [("store", result["store"]), ("read", read)]
+    for source in result["sources"]:
         dropped = {reason: count for reason, count in (source.get("dropped") or {}).items() if count}
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         kept = f"{source['name']}: {counted(source['num_documents'], 'document')}, {size(source['num_bytes'])}"
         lines.append(("kept", f"{kept}; left out: {left_out or 'none'}"))
-    lines.append(("quarantine", told["quarantine"] or "nothing"))
-    for split, counts in told["splits"].items():
+    lines.append(("quarantine", result["quarantine"] or "nothing"))
+    for split, counts in result["splits"].items():
         lines.append((split, f"{counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens"))
-    lines.append(("tokenizer", f"{told['vocab_size']:,} tokens, sha256 {told['tokenizer_digest'][:16]}"))
+    lines.append(("tokenizer", f"{result['vocab_size']:,} tokens, sha256 {result['tokenizer_digest'][:16]}"))
     return lines
 
 
@@ -189,7 +186,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 @contextmanager
 def _in_words_of_options() -> Iterator[None]:
-    """What is said of a job's keys, said of the options that stand for them here."""
+    """Replace keys of a job in error messages by the options that stand for them here."""
     try:
         yield
     except DataError as error:
@@ -201,7 +198,7 @@ def _in_words_of_options() -> Iterator[None]:
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Connected to the cluster that is named, or to the local one, started if need be and then ended again."""
+    """A connection to the named cluster, or to the local one, which is started if necessary and then ended again."""
     from orchestrator.cluster import local
     from orchestrator.cluster.connection import connect, disconnect
 
@@ -218,14 +215,14 @@ def _cluster(address: str | None) -> Iterator[None]:
         used = fresh and _is_used_by_others()
         disconnect()
         if used:
-            say("The local cluster stays up: it is used otherwise now. End it with `orchestrator cluster down`.")
+            say("The local cluster stays up: it has other users now. End it with `orchestrator cluster down`.")
         elif fresh:
             local.down()
             say("Stopped the Ray that was started.")
 
 
 def _is_used_by_others() -> bool:
-    """Whether somebody has submitted a run to the cluster meanwhile: its Scheduler then stays for ever."""
+    """Whether a run was submitted to the cluster meanwhile: its Scheduler then never ends."""
     import ray
 
     from orchestrator.cluster.connection import NAMESPACE

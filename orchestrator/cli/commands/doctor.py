@@ -1,4 +1,4 @@
-"""`doctor`: what could be wrong here."""
+"""`doctor`: check this machine for problems."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +11,10 @@ from orchestrator.cli.terminal.output import Format, show, show_json
 
 
 def doctor(
-    storage: Annotated[Path, typer.Option("--storage", metavar="DIR", help="Where runs are to be stored.")] = Path(
-        "runs"
-    ),
+    storage: Annotated[Path, typer.Option("--storage", metavar="DIR", help="Run storage to check.")] = Path("runs"),
     output: Output = Format.TEXT,
 ) -> None:
-    """Look for what could be wrong with this machine. Changes nothing. Exits 100 if something would fail."""
+    """Check this machine for problems. Changes nothing. Exits 100 if something would fail."""
     from orchestrator.cluster.doctor import Verdict, examine
 
     found = list(examine(storage))

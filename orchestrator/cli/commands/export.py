@@ -1,4 +1,4 @@
-"""`export`: a run's model for others."""
+"""`export`: write a run's model for other libraries."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -24,7 +24,7 @@ def export(
     run: RunId,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new directory.", show_default=False)],
     model_format: Annotated[
-        ModelFormat, typer.Option("--format", help="hf: what transformers loads.")
+        ModelFormat, typer.Option("--format", help="hf: as transformers loads it.")
     ] = ModelFormat.HF,
     from_step: Annotated[
         int | None, typer.Option("--from", min=0, metavar="STEP", help="The checkpoint. Default: the newest.")
@@ -34,7 +34,7 @@ def export(
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Write a run's model as a directory that others load. Prints the directory."""
+    """Write a run's model as a directory that other libraries load. Prints the directory."""
     from orchestrator.checkpoint.hf.export import export_hf
     from orchestrator.checkpoint.read import choose
     from orchestrator.cli.terminal.run_lookup import find_run

@@ -1,4 +1,4 @@
-"""`eval` and `generate`: a run's model put to use, from run storage alone."""
+"""`eval` and `generate`: evaluate a run's model and generate text, from run storage alone."""
 
 import math
 import secrets
@@ -25,7 +25,7 @@ from orchestrator.protocol.child_process import (
     Split,
 )
 
-INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 
 Step = Annotated[int | None, typer.Option("--step", min=0, metavar="STEP", help="The checkpoint. Default: the newest.")]
 
@@ -88,33 +88,31 @@ def evaluate(
 
 def generate(
     run: RunId,
-    prompt: Annotated[
-        str, typer.Option("--prompt", metavar="TEXT", help="What the text begins with; - reads it from stdin.")
-    ],
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Of the continuation.")] = 100,
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Start of the text; - reads it from stdin.")],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Tokens to generate.")] = 100,
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, metavar="T", help="0: the likeliest token each time.")
     ] = 0.8,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", min=1, metavar="K", help="Choose among so many tokens. Default: all.")
+        int | None, typer.Option("--top-k", min=1, metavar="K", help="Sample from the K likeliest. Default: all.")
     ] = None,
     top_p: Annotated[
-        float, typer.Option("--top-p", max=1.0, metavar="P", help="Choose among those that hold this share.")
+        float, typer.Option("--top-p", max=1.0, metavar="P", help="Sample from those that hold this probability.")
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, metavar="S", help="Of the choice. Default: another one each time.")
+        int | None, typer.Option("--seed", min=0, metavar="S", help="Seed of the sampling. Default: a random one.")
     ] = None,
     step: Step = None,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Let a run's model go on with a text. Prints the continuation as it comes; Ctrl-C ends it."""
+    """Generate text from a run's model. Prints the continuation as it is made; Ctrl-C ends it."""
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.submission.model_process import ask_model, checkpoint_to_ask
 
     if not top_p > 0.0 or not math.isfinite(temperature):
-        raise UsageError(f"--top-p is {top_p} and --temperature {temperature}; the first is above 0, both are numbers")
+        raise UsageError(f"--top-p is {top_p}, --temperature {temperature}; the first must be above 0, both finite")
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
         raise UsageError("the prompt is empty", remedy="Give it some text: --prompt TEXT, or --prompt - for stdin.")
@@ -162,7 +160,7 @@ def until_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _in_words_of_options() -> Iterator[None]:
-    """What is said of a job's text, said of the options that name it here."""
+    """Replace keys of a job in error messages by the options that name the text here."""
     try:
         yield
     except DataError as error:

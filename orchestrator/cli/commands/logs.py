@@ -1,4 +1,4 @@
-"""`logs`, `events`, `audit`: what a run has written down."""
+"""`logs`, `events`, `audit`: records of a run."""
 
 import sys
 from dataclasses import asdict
@@ -15,7 +15,7 @@ def logs(
     run: RunId,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
     worker: Annotated[
-        str | None, typer.Option("--worker", metavar="ID", help="Only this one's: w0, controller, tracker, …")
+        str | None, typer.Option("--worker", metavar="ID", help="Only this process: w0, controller, tracker, …")
     ] = None,
     tail: Annotated[
         int | None, typer.Option("--tail", min=0, metavar="N", help="Only the newest lines so far.")
@@ -24,12 +24,12 @@ def logs(
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Print the log lines of a run's processes, merged by time; first of all the traceback of what ended the run."""
+    """Print the log lines of a run's processes, merged by time, after the traceback of the error that ended the run."""
     from orchestrator.cli.terminal.run_lookup import find_run
 
     found = find_run(run, storage, address)
-    if output is Format.TEXT and worker is None and (told := found.status().traceback):
-        show(told.rstrip() + "\n")
+    if output is Format.TEXT and worker is None and (traceback := found.status().traceback):
+        show(traceback.rstrip() + "\n")
     try:
         for line in found.files.logs(found.is_over if follow else None, worker, tail):
             if output is Format.JSON:
@@ -37,7 +37,7 @@ def logs(
             else:
                 show(f"{line.stamp}  {line.source:<12}  {line.text}")
     except KeyboardInterrupt:
-        raise typer.Exit from None  # how one stops following
+        raise typer.Exit from None  # Ctrl-C ends following
 
 
 def events(
@@ -49,7 +49,7 @@ def events(
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Print what happened to a run: generations, rescales, checkpoints, losses of workers, its end."""
+    """Print a run's events: generations, rescales, checkpoints, failures of workers, its end."""
     from orchestrator.cli.terminal.run_lookup import find_run
 
     found = find_run(run, storage, address)
@@ -64,7 +64,7 @@ def events(
                 show(event_line(event))
                 sys.stdout.flush()
     except KeyboardInterrupt:
-        raise typer.Exit from None  # how one stops following
+        raise typer.Exit from None  # Ctrl-C ends following
 
 
 def audit(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:

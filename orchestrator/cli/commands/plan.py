@@ -1,4 +1,4 @@
-"""`plan`: what a job will take, without starting anything."""
+"""`plan`: estimate a job's memory, traffic and stalls, without starting anything."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,7 +32,7 @@ def plan(
     ] = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Say what a job will take at each world size: memory by part, bytes per step by kind, the stall of a rescale.
+    """Show a job's needs at each world size: memory by part, bytes per step by kind, the stall of a rescale.
 
     Refuses a job whose workers don't fit their resources.memory, as `run` and `submit` do.
     """
@@ -58,7 +58,7 @@ def plan(
     else:
         say(" ".join([NOTES, *_notes(spec)]))
         _show(planned)
-    check_memory(spec, planned)  # told after the figures, which show why
+    check_memory(spec, planned)  # after the figures, which show why
     if warning := crowding(spec, planned, psutil.virtual_memory().total):
         say(f"Warning: {warning}")
 
@@ -69,7 +69,7 @@ def _notes(spec: JobSpec) -> Iterator[str]:
     if spec.train.fits_memory:
         yield "micro_batch_size is auto: micro-batches begin with one row, as shown here, and grow to fit memory."
     if spec.data.rows == BY_DOCUMENT:
-        yield "Rows are documents: all are taken to be as long as there may be any."
+        yield "Rows are documents: all are assumed to have the maximum length."
 
 
 def _show(planned: JobPlan) -> None:
@@ -104,7 +104,7 @@ def _show(planned: JobPlan) -> None:
 
 
 def _by_scheme(worlds: tuple[WorldPlan, ...]) -> list[tuple[str, list[str]]]:
-    """What each scheme would send, and how long one worker's part of it takes on a link."""
+    """Bytes that each scheme would send, and seconds that one worker's part of them takes on a link."""
     rows = []
     for place, (scheme, _) in enumerate(worlds[0].traffic.gradients_by_scheme):
         cells = []
@@ -122,7 +122,7 @@ def _section(title: str, head: list[str], rows: list[tuple[str, list[str]]]) -> 
 
 
 def _spread(counts: tuple[int, ...]) -> str:
-    """Counts of the ranks: those that there are, the highest first."""
+    """The distinct counts of the ranks, the highest first."""
     return "/".join(str(count) for count in sorted(set(counts), reverse=True))
 
 

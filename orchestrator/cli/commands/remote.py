@@ -1,7 +1,7 @@
-"""Commands for a cluster of which one reaches nothing but its Jobs API, at both ends.
+"""Commands for a cluster that is reachable only by its Jobs API, at both ends.
 
-Here: `forwarded` has a command run in the cluster, as a short job. There: `drive` is the driver of a submitted job: it
-keeps the code that came with it in run storage, submits the run and stays until its end, so that Ray shows both as one.
+Outside, `forwarded` runs a command in the cluster as a short job. Inside, `drive` is the driver of a submitted job: it
+keeps the submitted code in run storage, submits the run and stays until its end, so that Ray shows both as one.
 """
 
 import os
@@ -20,7 +20,7 @@ from orchestrator.cli.terminal.output import say, show
 from orchestrator.cluster.jobs_api import MARK, MARKED, OURS, JobsApiClient, is_url
 from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 
-# What reads or steers runs. The rest works on files of this machine.
+# Commands that read or steer runs. The others work on files of this machine.
 FORWARDED = (
     *("list", "status", "scale", "stage", "kill", "cancel", "pause", "resume"),
     *("events", "audit", "logs", "checkpoints", "report"),
@@ -41,12 +41,12 @@ def forwarded(arguments: list[str]) -> int | None:
         return JobsApiClient(str(url)).run(rest, write, stays)
     except KeyboardInterrupt:
         if stays:
-            return 0  # how one stops following
+            return 0  # Ctrl-C ends following
         raise
 
 
 def write(line: str) -> None:
-    """A line of a command in the cluster, to where it belongs."""
+    """Print a line of a command in the cluster, to stdout or stderr as marked."""
     text = line.lstrip(MARK)
     print(text, file=sys.stderr if line.startswith(MARK) else sys.stdout, flush=True)
 
@@ -56,8 +56,8 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     submitted there.
 
     Raises:
-        SpecError, UsageError: as far as can be known here: the job file, and where it is.
-        OrchestratorError: what the cluster says.
+        SpecError, UsageError: as `load_for_elsewhere`.
+        OrchestratorError: the error of the cluster.
     """
     spec = load_for_elsewhere(job, overrides)
     run_id = name or spec.name
@@ -95,7 +95,7 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
     package = keep(Path.cwd(), storage)
     try:
         os.chdir(package.path)
-        check_job(job, name, overrides)  # takes long with a model of one's own
+        check_job(job, name, overrides)  # takes long with a user-defined model
         client = OrchestratorClient()
         with stopped.later():
             run_id = client.submit(job, name=name, overrides=overrides)
@@ -103,7 +103,7 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
         os.chdir("/")
         package.discard()
         raise
-    stopped.then(lambda: client.cancel(run_id))  # Ray ends us in 3 s; the controller writes the checkpoint
+    stopped.then(lambda: client.cancel(run_id))  # Ray kills this process in 3 s; the controller writes the checkpoint
     show(BEGUN)
     sys.stdout.flush()
     sweep(storage)
@@ -114,8 +114,8 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
 
 
 class _Stopped:
-    """What SIGTERM leads to, by which `ray job stop` is heard: this process ends, once what has to be done before is
-    done. It never falls between a run's submission and our knowledge of it."""
+    """Handler of SIGTERM, which `ray job stop` sends: takes the action that is due before the end, then ends this
+    process. It never acts between a run's submission and our knowledge of it."""
 
     def __init__(self) -> None:
         self._waits, self._heard = False, False
@@ -124,8 +124,8 @@ class _Stopped:
 
     @contextmanager
     def later(self) -> Iterator[None]:
-        """What is heard within is acted upon once `then` has said how."""
-        signal.signal(signal.SIGTERM, self._hear)  # again: Ray takes the signal for itself when it connects
+        """Defer the handling of signals until `then` has set the action."""
+        signal.signal(signal.SIGTERM, self._hear)  # again: Ray sets a handler of its own when it connects
         self._waits = True
         yield
 
@@ -145,7 +145,7 @@ class _Stopped:
 
 
 class Marked:
-    """A stream whose lines are marked as those of stderr, for who reads both in one log."""
+    """A stream that marks its lines as those of stderr, for readers of a log that has both."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._begins = stream, True
@@ -161,7 +161,7 @@ class Marked:
 
 
 def mark_stderr() -> None:
-    """In a job in the cluster."""
+    """Mark the lines of stderr, in a job in the cluster."""
     if os.environ.pop(MARKED, None):
         show(OURS)
         sys.stdout.flush()
@@ -169,7 +169,7 @@ def mark_stderr() -> None:
 
 
 def _without_address(arguments: list[str]) -> tuple[list[str], str | None]:
-    """A command without --address, and that or RAY_ADDRESS."""
+    """A command without --address, and the value of that or of RAY_ADDRESS."""
     rest: list[str] = []
     url, words = os.environ.get("RAY_ADDRESS"), iter(arguments)
     for word in words:
@@ -183,7 +183,7 @@ def _without_address(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def answer(method: str, arguments: str) -> None:
-    """Ask the cluster's Scheduler from within; prints a line of JSON."""
+    """Call the cluster's Scheduler from within; prints a line of JSON."""
     from orchestrator.submission import by_url
 
     show(by_url.answer(method, arguments))

@@ -1,4 +1,4 @@
-"""`report`: what a run has cost and what came of it, alone or beside another."""
+"""`report`: cost and results of a run, alone or beside another."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +19,7 @@ class ReportFormat(StrEnum):
 def report(
     run: RunId,
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="A second run, to be shown beside it.", show_default=False)
+        str | None, typer.Argument(metavar="[OTHER]", help="A second run, shown beside it.", show_default=False)
     ] = None,
     cost_per_worker_hour: Annotated[
         float | None,
@@ -27,15 +27,15 @@ def report(
     ] = None,
     watts_per_worker: Annotated[
         float | None,
-        typer.Option("--watts-per-worker", metavar="W", help="Adds a model of the energy to what was measured."),
+        typer.Option("--watts-per-worker", metavar="W", help="Adds modelled energy to the measured."),
     ] = None,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="FILE", help="Of html. Default: report.html in the run's directory.")
+        Path | None, typer.Option("--to", metavar="FILE", help="The page. Default: report.html in the run's directory.")
     ] = None,
     storage: Storage = None,
     address: Address = None,
     output: Annotated[
-        ReportFormat, typer.Option("-o", "--output", help="How to write it; html prints where the page is.")
+        ReportFormat, typer.Option("-o", "--output", help="Format; html prints the path of the page.")
     ] = ReportFormat.TEXT,
 ) -> None:
     """Account for a run: goodput, where time went, worker-hours, energy, tokens, FLOPs, cost. Two runs side by side."""

@@ -1,4 +1,4 @@
-"""`run`: a job in the foreground, with a cluster of its own if there is none."""
+"""`run`: run a job in the foreground, with a cluster of its own if there is none."""
 
 import math
 import shlex
@@ -25,13 +25,13 @@ def run(
     settings: Set = None,
     workers: Range = None,
     timeout: Timeout = None,
-    local: Annotated[bool, typer.Option("--local", help="On this machine, whatever RAY_ADDRESS says.")] = False,
+    local: Annotated[bool, typer.Option("--local", help="On this machine, even if RAY_ADDRESS is set.")] = False,
     keep_cluster: Annotated[
         bool, typer.Option("--keep-cluster", help="Leave the local cluster up that this command started.")
     ] = False,
     kill_at: Annotated[
         int | None,
-        typer.Option("--kill-at", min=1, metavar="STEP", help="Kill one worker's process when so many steps are done."),
+        typer.Option("--kill-at", min=1, metavar="STEP", help="Kill one worker's process after this many steps."),
     ] = None,
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Return once the run is submitted; a cluster of its own stays up.")
@@ -61,7 +61,7 @@ def run(
         else:
             run_by_url(str(address), job, name, overrides)
         return
-    spec = check_job(job, name, overrides)  # before any cluster is looked for, or started
+    spec = check_job(job, name, overrides)  # before connecting to a cluster or starting one
     with _cluster(spec, None if local else address, keep_cluster or detach) as place:
         client = OrchestratorClient(place.address)
         run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=tell_wait)
@@ -81,7 +81,7 @@ def run(
         try:
             status = client.wait(run_id, on_status=look)
         except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only cut off the last words
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only truncate the messages
             live.close()
             place.keep = True
             say(_detached(run_id))
@@ -100,7 +100,7 @@ def run(
 
 
 class _Place:
-    """Where the run is. `keep` leaves a cluster up that was started for it."""
+    """The run's cluster. `keep` leaves a cluster up that was started for it."""
 
     def __init__(self, address: str, keep: bool) -> None:
         self.address, self.keep = address, keep
@@ -108,7 +108,7 @@ class _Place:
 
 @contextmanager
 def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]:
-    """The cluster that is named, or the local one, started if need be and then ended again."""
+    """The named cluster, or the local one, which is started if necessary and then ended again."""
     if address is not None:
         yield _Place(address, keep=True)
         return
@@ -127,7 +127,7 @@ def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]
 
 
 def _end_cluster(address: str) -> None:
-    """End the cluster that was started, unless a run goes on there, or might."""
+    """End the cluster that was started, unless a run is active there, or may be."""
     from orchestrator.cli.commands.cluster import active_runs
     from orchestrator.cluster import local
     from orchestrator.cluster.connection import disconnect
@@ -138,7 +138,7 @@ def _end_cluster(address: str) -> None:
     try:
         active = active_runs(address)
     except OrchestratorError as error:
-        say(f"The local cluster stays up: it can't tell its runs: {error} End it with `orchestrator cluster down`.")
+        say(f"The local cluster stays up: it can't list its runs: {error} End it with `orchestrator cluster down`.")
         return
     finally:
         disconnect()
@@ -150,7 +150,7 @@ def _end_cluster(address: str) -> None:
 
 
 def logical_cpus(spec: JobSpec) -> int:
-    """What all workers that the job may have at once reserve, standbys included, and what a rescale needs beyond."""
+    """CPUs reserved by as many workers as the job may have at once, standbys or one more for a rescale included."""
     return math.ceil(spec.resources.cpus * (spec.workers.max + max(1, spec.workers.standby)))
 
 

@@ -1,4 +1,4 @@
-"""`submit`, `list`, `status`, `scale`, `cancel`: steering runs."""
+"""`submit`, `list`, `status`, `scale`, `cancel` and other commands that steer runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,12 +32,12 @@ def submit(
     name: Name = None,
     settings: Set = None,
     workers: Range = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the job, and where it would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the job, and show its destination.")] = False,
     timeout: Timeout = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Start a run and return; prints its name. To the URL of a Jobs API it sends the current directory too."""
+    """Submit a run and return; prints its name. To the URL of a Jobs API it sends the current directory too."""
     from orchestrator.client import OrchestratorClient, check_job
 
     overrides = overrides_of(settings, workers)
@@ -45,7 +45,7 @@ def submit(
         run_id, _ = submit_by_url(str(address), job, name, overrides, dry_run)
         _show_name(run_id, output)
         return
-    spec = check_job(job, name, overrides)  # before any cluster is looked for
+    spec = check_job(job, name, overrides)  # before connecting to a cluster
     client = OrchestratorClient(address)
     if dry_run:
         say(
@@ -91,7 +91,7 @@ def list_runs(watch: Watch = False, address: Address = None, output: Output = Fo
 def status(
     run: RunId, watch: Watch = False, storage: Storage = None, address: Address = None, output: Output = Format.TEXT
 ) -> None:
-    """Show where a run is and why, or how it ended. Watching ends with the run."""
+    """Show a run's progress and state, or how it ended. Watching ends with the run."""
     from orchestrator.cli.terminal.progress import watch_runs
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.cli.terminal.summary import aligned, details
@@ -115,7 +115,7 @@ def scale(
     run: RunId,
     workers: Annotated[
         str,
-        typer.Option("--workers", "-n", metavar="N|auto", help="How many; auto: as many as the job's autoscale finds."),
+        typer.Option("--workers", "-n", metavar="N|auto", help="Number of workers; auto: the job's autoscale decides."),
     ],
     address: Address = None,
     output: Output = Format.TEXT,
@@ -127,7 +127,7 @@ def scale(
     client = OrchestratorClient(address)
     target = client.scale(run, size)
     if size is None:
-        say(f"Run {run} finds its number of workers itself from now on.")
+        say(f"The job's autoscale decides the number of workers of run {run} from now on.")
         _show_target(run, target, output)
         return
     asked = counted(size, "worker")
@@ -140,11 +140,11 @@ def scale(
 
 def stage(
     run: RunId,
-    name: Annotated[str, typer.Argument(metavar="next|NAME", help="The stage that comes next, or one of the job's.")],
+    name: Annotated[str, typer.Argument(metavar="next|NAME", help="The next stage, or one of the job's by name.")],
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Have a run go on to another stage of its curriculum. `events` tells the step at which it begins."""
+    """Switch a run to another stage of its curriculum. `events` shows the step at which it begins."""
     from orchestrator.client import OrchestratorClient
 
     target = OrchestratorClient(address).stage(run, name)
@@ -155,11 +155,11 @@ def stage(
 
 def kill(
     run: RunId,
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Whose process. Default: the highest rank.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Rank to kill. Default: the highest.")] = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Kill one worker's process, as a fault would, to see the run survive it. `status` tells what it cost."""
+    """Kill one worker's process, as a fault would, to test recovery. `status` shows what it cost."""
     from orchestrator.client import OrchestratorClient
 
     worker = OrchestratorClient(address).kill_worker(run, rank)
@@ -178,7 +178,7 @@ def cancel(run: RunId, address: Address = None, output: Output = Format.TEXT) ->
 
 
 def pause(run: RunId, address: Address = None, output: Output = Format.TEXT) -> None:
-    """Write a checkpoint and free a run's resources; `resume` lets it go on."""
+    """Write a checkpoint and free a run's resources; `resume` continues it."""
     from orchestrator.client import OrchestratorClient
 
     target = OrchestratorClient(address).pause(run)
@@ -190,24 +190,24 @@ def resume(
     run: RunId,
     from_step: Annotated[
         int | None,
-        typer.Option("--from", min=0, metavar="STEP", help="Go on from the checkpoint of this step. Default: newest."),
+        typer.Option("--from", min=0, metavar="STEP", help="Resume from the checkpoint of this step. Default: newest."),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "-n", min=1, help="How many workers. Default: as many as were wanted last."),
+        typer.Option("--workers", "-n", min=1, help="Number of workers. Default: the number requested last."),
     ] = None,
     reset_residuals: Annotated[
-        bool, typer.Option("--reset-residuals", help="Leave behind what compressed gradients had not sent yet.")
+        bool, typer.Option("--reset-residuals", help="Discard gradients that compression has not sent yet.")
     ] = False,
     storage: Annotated[
         Path | None,
-        typer.Option("--storage", metavar="DIR", help="Run storage with the run, if this cluster has never seen it."),
+        typer.Option("--storage", metavar="DIR", help="Run storage with the run, if this cluster doesn't know it."),
     ] = None,
     timeout: Timeout = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Let a run go on from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run."""
+    """Resume a run from a checkpoint: after its end, or in a new cluster. It keeps its name and its MLflow run."""
     from orchestrator.client import OrchestratorClient
 
     client = OrchestratorClient(address)
@@ -242,7 +242,7 @@ def _show_name(run_id: str, output: Format) -> None:
 
 
 def _show_target(run_id: str, target: DesiredRunState, output: Format) -> None:
-    """What the run is to be, for programs; people are told in words."""
+    """Print the run's desired state for programs; users have read a message on stderr."""
     if output is Format.JSON:
         show_json({"run_id": run_id, **to_plain(target)})
 

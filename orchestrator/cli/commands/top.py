@@ -11,7 +11,7 @@ from orchestrator.errors import UsageError
 
 def top(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="Opened at once. Default: all runs.", show_default=False)
+        str | None, typer.Argument(metavar="[RUN]", help="Run to open. Default: the list of all.", show_default=False)
     ] = None,
     address: Address = None,
 ) -> None:
@@ -19,8 +19,8 @@ def top(
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
             "top draws on a terminal, and its input or output is none",
-            remedy="`orchestrator status RUN -o json`, or `orchestrator list -o json`, says the same to programs; "
-            "--watch goes on.",
+            remedy="`orchestrator status RUN -o json`, or `orchestrator list -o json`, has the same for programs; "
+            "--watch repeats it.",
             unchanged="Nothing was changed.",
         )
     from orchestrator.cli.top.client_process import ClusterLink
@@ -29,10 +29,10 @@ def top(
     link = ClusterLink(address)
     try:
         if run is None:
-            link.list()  # what is wrong from the beginning is an error as of any command
+            link.list()  # an error at the start ends the command, as in any other
         else:
             link.get(run)
-        from orchestrator.cli.top.screen import TopApp  # Textual, once it is known that there is something to show
+        from orchestrator.cli.top.screen import TopApp  # Textual, once there is something to show
 
         TopApp(Feed(link), run).run()
     finally:

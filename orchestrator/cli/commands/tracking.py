@@ -1,4 +1,4 @@
-"""`ui`, `sync`: MLflow's pages, and what has not reached them."""
+"""`ui`, `sync`: serve MLflow's pages, and deliver what MLflow lacks."""
 
 import signal
 from pathlib import Path
@@ -14,15 +14,15 @@ from orchestrator.errors import NotFinished, UsageError
 
 def ui(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="Of this run's tracker. Default: of run storage.")
+        str | None, typer.Argument(metavar="[RUN]", help="Run whose tracker to show. Default: run storage.")
     ] = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 5000,
     host: Annotated[
-        str, typer.Option("--host", help="Anyone who reaches another than the default may read and change everything.")
+        str, typer.Option("--host", help="Another than the default lets all who reach it read and change everything.")
     ] = "127.0.0.1",
     names: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", metavar="NAME", help="A further name by which browsers reach it, as by a proxy."),
+        typer.Option("--allow-host", metavar="NAME", help="Another name by which browsers reach it, as by a proxy."),
     ] = None,
     storage: Annotated[
         Path | None, typer.Option("--storage", metavar="DIR", help="Run storage. Default: ./runs.")
@@ -74,13 +74,13 @@ def sync(
     storage: Storage = None,
     address: Address = None,
 ) -> None:
-    """Deliver what MLflow has not taken of a run that has ended. Exits 101 if something still waits."""
+    """Deliver what MLflow has not accepted of a run that has ended. Exits 101 if something remains."""
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.run_records.tracking_sync import deliver, waits_for_delivery
 
     run_dir = find_run(run, storage, address).files.run_dir
     waiting = waits_for_delivery(run_dir)
-    say(f"{counted(waiting, 'thing')} of run {run} waiting for MLflow; looking for what else it lacks.")
+    say(f"{counted(waiting, 'item')} of run {run} waiting for MLflow; checking what else it lacks.")
     state = deliver(run_dir, timeout)
     if state["waiting"]:
         raise NotFinished(

@@ -1,4 +1,4 @@
-"""`verify`: steps of a run done again by another number of workers, and compared bit by bit."""
+"""`verify`: replay steps of a run with another number of workers and compare them bit by bit."""
 
 import time
 from typing import Annotated
@@ -26,21 +26,21 @@ def verify(
             min=-1,
             metavar="STEP",
             help="Begin after the checkpoint of this step; -1: at the run's beginning. Default: after the newest one "
-            "that has steps behind it.",
+            "that has steps after it.",
         ),
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="How many steps, at most.")] = 20,
+    steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Number of steps, at most.")] = 20,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "-n", min=1, help="How many workers. Default: another number than did them first."),
+        typer.Option("--workers", "-n", min=1, help="Number of workers. Default: another than the run's."),
     ] = None,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Do steps of a run again, here, with another number of workers, and compare every bit. Exits 100 if one differs.
+    """Replay steps of a run here with another number of workers and compare every bit. Exits 100 if one differs.
 
-    For runs with train.determinism exact. Nothing of the run changes, and it may go on meanwhile.
+    For runs with train.determinism exact. Nothing of the run changes, and it may be active meanwhile.
     """
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.policy.replay_check import differences, doubt, first_difference, state_differs
@@ -52,7 +52,7 @@ def verify(
     began = order.checkpoint.name if order.checkpoint is not None else "the beginning"
     done_by = ", then ".join(str(past.world.size) for past in order.worlds)
     say(f"Steps {first} to {last} of run {run}, done by {done_by} workers, again with {order.workers}, from {began}.")
-    again, elsewhere, said_s = [], {}, time.monotonic()
+    again, elsewhere, remarked_s = [], {}, time.monotonic()
     difference: Difference | None = None
     with until_interrupted():
         for answer in done_again(order):
@@ -60,14 +60,14 @@ def verify(
                 elsewhere = differences(order.numerics or {}, numerics_here(answer)) if order.numerics else {}
                 continue
             again.append(answer)
-            if time.monotonic() - said_s > REMARK_EVERY_S:
+            if time.monotonic() - remarked_s > REMARK_EVERY_S:
                 say(f"{len(again)} of {counted(len(order.records), 'step')}")
-                said_s = time.monotonic()
+                remarked_s = time.monotonic()
             if (difference := first_difference(order.records, [answer])) is not None:
                 break
     members = list(dict.fromkeys(worker for past in order.worlds for worker in past.world.members))
-    if told := doubt(members, order.differing, elsewhere):
-        say(told)
+    if warning := doubt(members, order.differing, elsewhere):
+        say(warning)
     where = state_differs(difference, order.worlds, {}) if difference is not None else None
     if output is Format.JSON:
         summary = {"run": run, "first_step": first, "last_step": again[-1].step, "workers": order.workers}
@@ -95,7 +95,7 @@ def _told(difference: Difference, where: StateDiffers | None) -> str:
     if where is not None and where.ranks:
         pairs = ", ".join(f"{rank} ({worker})" for rank, worker in zip(where.ranks, where.workers, strict=True))
         return f"Step {difference.step} differs: {parts}, of rank {pairs} only. Look at the memory of its node."
-    return f"Step {difference.step} differs: {parts}. It can't be told which rank was wrong."
+    return f"Step {difference.step} differs: {parts}. The rank that was wrong can't be determined."
 
 
 def register(app: typer.Typer) -> None:

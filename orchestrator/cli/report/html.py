@@ -1,4 +1,4 @@
-"""A run's report as one HTML file that needs nothing else. Imports matplotlib."""
+"""A run's report as one self-contained HTML file. Imports matplotlib."""
 
 import html
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""A run's report in words: tables that the terminal and the page share. Pure."""
+"""Tables of a run's report, shared by the terminal and the HTML page. Pure functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from orchestrator.policy.report.worker_hours import RECONCILES
 
 NOT_MEASURED = "not measured"
 
-Row = tuple[str, Callable[[RunReport], str]]  # its heading, and what it says of a report
+Row = tuple[str, Callable[[RunReport], str]]  # heading, and the cell for a report
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Table:
 
 
 def tables(reports: Sequence[RunReport]) -> tuple[Table, ...]:
-    """One column per run; moves in a table of each run's own."""
+    """Tables with one column per run, and a table of each run's transitions."""
     names = tuple(report.run_id for report in reports)
     return (
         _table(("RUN", *names), reports, _RUN),
@@ -37,17 +37,17 @@ def tables(reports: Sequence[RunReport]) -> tuple[Table, ...]:
 
 
 def warnings(report: RunReport) -> list[str]:
-    """What a reader should know before the figures."""
-    told = []
+    """Warnings to be read before the figures."""
+    lines = []
     if not report.outcome:
-        told.append(f"{report.run_id} has not ended, says its journal: all figures are up to its newest entry.")
+        lines.append(f"{report.run_id} has not ended according to its journal: all figures are up to its newest entry.")
     if not report.workers.reconciles:
-        told.append(
+        lines.append(
             f"Worker-hours of {report.run_id} don't agree: {_hours(report.workers.members)} by events, "
             f"{_hours(report.workers.by_steps)} by steps, which differ by {_difference(report)}; at most "
-            f"{RECONCILES:.0%} is expected of a run that is long against its starts, moves and waits for workers."
+            f"{RECONCILES:.0%} is expected of a run that is long against its starts, transitions and waits for workers."
         )
-    return told
+    return lines
 
 
 def _table(
@@ -75,7 +75,7 @@ def _time(reports: Sequence[RunReport]) -> Table:
 
 
 def _moves(report: RunReport) -> Table:
-    head = (f"MOVES OF {report.run_id}", "WORKERS", "STEP", "DETECT", "RENDEZVOUS", "TRANSFER", "REBUILD", "TOGETHER")
+    head = (f"TRANSITIONS OF {report.run_id}", "WORKERS", "STEP", "DETECT", "RENDEZVOUS", "TRANSFER", "REBUILD", "SUM")
     return Table(head, tuple(_move(move) for move in report.moves), ("Seconds; steps done again are in the sum.",))
 
 
@@ -111,7 +111,7 @@ def _tokens(report: RunReport) -> str:
 
 
 def _energy(reports: Sequence[RunReport]) -> tuple[Row, ...]:
-    """A row for each method that found any, in any report."""
+    """A row for each method that any report uses."""
     used = {energy.method for report in reports for energy in report.energy}
     rows = tuple((f"energy, {method}", partial(_kwh, method)) for method in EnergyMethod if method in used)
     return rows or (("energy", lambda _: NOT_MEASURED),)
@@ -122,7 +122,7 @@ def _kwh(method: EnergyMethod, report: RunReport) -> str:
 
 
 def _energy_notes(reports: Sequence[RunReport]) -> list[str]:
-    """What each method is, of each run; once if that is the same."""
+    """Notes on each method and run, without repetitions."""
     notes = [f"Energy, {energy.method}: {energy.note}." for report in reports for energy in report.energy]
     lacking = [f"Energy: {report.energy_note}." for report in reports if report.energy_note]
     return list(dict.fromkeys(notes + lacking))
@@ -166,7 +166,7 @@ _RUN: tuple[Row, ...] = (
     ("tokens per second", lambda r: rate(r.tokens_per_second)),
     ("train loss", lambda r: number(r.loss)),
     ("validation loss", lambda r: number(r.validation_loss)),
-    ("moves", lambda r: counted(len(r.moves), "move")),
+    ("transitions", lambda r: counted(len(r.moves), "transition")),
 )
 _WORKERS: tuple[Row, ...] = (
     ("members, by events", lambda r: _hours(r.workers.members)),
@@ -184,7 +184,7 @@ _COSTS: tuple[Row, ...] = (
     ("per member", _speed),
 )
 _HOURS = (
-    "Members train; held are also standbys and workers that start or wait for room. Pauses are in none of these hours."
+    "Members train; hours held include standbys and workers that start or wait for room. Pauses are never included."
 )
 _FLOPS = (
     "FLOPs of steps that count, by formula: 6 x active parameters x tokens (Kaplan et al. 2020) without the input "

@@ -1,4 +1,4 @@
-"""Runs and rescales in words: the texts that several commands share. Pure."""
+"""Texts of runs and rescales that several commands share. Pure functions."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -22,7 +22,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def pool(workers: WorkersSpec) -> str:
-    """Where workers may live, after what is told of them; empty for anywhere."""
+    """A suffix that names the nodes on which workers may live; empty for all nodes."""
     return f" on nodes with labels {shown(workers.label_selector)}" if workers.label_selector else ""
 
 
@@ -44,7 +44,7 @@ def size(num_bytes: int) -> str:
 
 
 def traffic(kinds: Mapping[str, Traffic]) -> str:
-    """What all workers send in a step, and by kind; of what was compressed, also what it was made of."""
+    """Bytes that all workers send in a step, in sum and by kind; for compressed kinds also the raw bytes."""
     if not kinds:
         return NONE
     parts = []
@@ -67,7 +67,7 @@ def duration(seconds: float) -> str:
 
 
 def progress(status: RunStatus) -> str:
-    """One line that says where the run is."""
+    """The run's progress as one line."""
     parts = [f"{status.run_id} {status.phase}", f"step {status.step}/{status.steps}"]
     if status.stage:
         parts.append(f"stage {status.stage}")
@@ -92,7 +92,7 @@ def workers(status: RunStatus) -> str:
 
 
 def rescale(change: Rescale) -> str:
-    """One line that says what a rescale cost. Its first step is the first of the new world."""
+    """A rescale and its cost as one line. The step shown is the first of the new world."""
     stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
     identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
     return (
@@ -102,7 +102,7 @@ def rescale(change: Rescale) -> str:
 
 
 def recovery(change: Recovery) -> str:
-    """One line that says what the loss of workers cost. Its first step is the first of the new world."""
+    """A recovery from failures and its cost as one line. The step shown is the first of the new world."""
     lost = ", ".join(change.lost) or "a connection"
     stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"
     identical = {True: ", state identical", False: ", STATE DIFFERS", None: ""}[change.state_identical]
@@ -119,10 +119,10 @@ def event(fields: dict[str, Any]) -> str:
 
 
 def happening(fields: Mapping[str, Any], kind_width: int = 0) -> str:
-    """What an event says but for when."""
+    """Kind and fields of an event, without its time."""
     shown = {key: value for key, value in fields.items() if key not in STAMPS and value is not None}
-    told = "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
-    return f"{fields['kind']:<{kind_width}}  {told}".rstrip()
+    pairs = "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
+    return f"{fields['kind']:<{kind_width}}  {pairs}".rstrip()
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ from orchestrator.cli.terminal.output import Format
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Name = Annotated[
     str | None,
-    typer.Option("--name", metavar="NAME", help="The run's name, in place of the job's.", show_default=False),
+    typer.Option("--name", metavar="NAME", help="The run's name. Default: the job's.", show_default=False),
 ]
 
 
@@ -19,7 +19,7 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="In place of what the job file says, like train.steps=200. May be given several times.",
+        help="Override a key of the job file, like train.steps=200. May be given several times.",
         show_default=False,
     ),
 ]
@@ -30,12 +30,12 @@ Range = Annotated[
 
 
 def overrides_of(settings: list[str] | None, workers: str | None) -> list[str]:
-    """What --set and --workers say of a job file."""
+    """Overrides of a job file from --set and --workers."""
     return [*(settings or []), *([f"workers={workers}"] if workers is not None else [])]
 
 
 def _known_runs(incomplete: str) -> list[str]:
-    """What a shell offers for RUN: runs in ./runs."""
+    """Completions of RUN for shells: runs in ./runs."""
     from orchestrator.run_records.run_files import runs_in
 
     return [run for run in runs_in(Path("runs")) if run.startswith(incomplete)]
@@ -62,9 +62,9 @@ Storage = Annotated[
         help="Read the run from here; needs no cluster. Default: ask the cluster; if none knows it, ./runs.",
     ),
 ]
-Output = Annotated[Format, typer.Option("-o", "--output", help="How to write it.")]
+Output = Annotated[Format, typer.Option("-o", "--output", help="Format of the output.")]
 Watch = Annotated[
-    bool, typer.Option("-w", "--watch", help="Go on showing it until the end; with -o json a line per change.")
+    bool, typer.Option("-w", "--watch", help="Show updates until the end; with -o json a line per change.")
 ]
 Timeout = Annotated[
     float | None,
@@ -72,7 +72,7 @@ Timeout = Annotated[
         "--timeout",
         min=0,
         metavar="SECONDS",
-        help="Start nothing if the cluster has no room within so long. Default: wait in the queue.",
+        help="Start nothing if the cluster has no room within this time. Default: wait in the queue.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""How commands speak: data on stdout, plain and greppable, or as JSON; narration and errors on stderr."""
+"""Output of commands: data on stdout, as greppable text or JSON; messages and errors on stderr."""
 
 import json
 import sys
@@ -22,22 +22,22 @@ class Format(StrEnum):
 
 @cache
 def stderr() -> Console:
-    """The console for narration. Rich leaves colours out where NO_COLOR is set or nobody looks."""
+    """The console for messages. Rich omits colours where NO_COLOR is set or stderr is not a terminal."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
-    """Tell the user what happens."""
+    """Print a message to stderr."""
     stderr().print(escape(text))
 
 
 def tell_wait(error: JobDoesNotFit) -> None:
-    """Say what a submission waits for."""
+    """Print what a submission waits for."""
     say(f"Waiting for room: {error.message}.")
 
 
 def show(text: str) -> None:
-    """Write data."""
+    """Write data to stdout."""
     sys.stdout.write(text + "\n")
 
 
@@ -46,21 +46,21 @@ def show_json(value: Any) -> None:
 
 
 def show_line(value: Any) -> None:
-    """A value of a stream, as one line of JSON; seen at once by who reads a pipe."""
+    """Write a value of a stream as one line of JSON, flushed for readers of a pipe."""
     show(json.dumps(value, separators=(",", ":")))
     sys.stdout.flush()
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Left-aligned columns, as wide as they need to be, whatever the terminal's width."""
+    """Write left-aligned columns, as wide as they need to be, regardless of the terminal's width."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def show_error(error: OrchestratorError) -> None:
-    """The message, then what to do, then what stayed as it was; before it the traceback of what a worker or a user's
-    own code raised."""
+    """Print the message, the remedy and what stayed unchanged; before them the traceback of an error of a worker or of
+    user-defined code."""
     console = stderr()
     if isinstance(error, EntrypointError | RunFailed) and error.traceback:
         console.print(escape(error.traceback.rstrip()))

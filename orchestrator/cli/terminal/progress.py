@@ -1,6 +1,6 @@
 """The live progress of a run on stderr: one line that is rewritten on a terminal, a line every few seconds elsewhere.
 
-What is worth keeping (a rescale and its stall, a new phase without a terminal) gets a line of its own.
+Lasting information (a rescale and its stall, a new phase without a terminal) gets a line of its own.
 """
 
 import shutil
@@ -23,11 +23,11 @@ def watch_runs(
     on_change: Callable[[RunStatus], None] | None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Look again and again until all runs that are seen have ended; Ctrl-C ends it too.
+    """Poll until all runs that are seen have ended; Ctrl-C ends it too.
 
     Args:
         on_change: called with each status that is new or has changed; None for live lines on stderr.
-        is_over: asked before each look: whether nothing will change after it.
+        is_over: called before each poll: whether nothing will change after it.
     """
     seen: dict[str, RunStatus] = {}
     lines: dict[str, LiveProgress] = {}
@@ -47,24 +47,24 @@ def watch_runs(
                 return
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
-        raise SystemExit(0) from None  # how one stops watching
+        raise SystemExit(0) from None  # Ctrl-C ends watching
     finally:
         for line in lines.values():
             line.close()
 
 
 class LiveProgress:
-    """Give it every status of the run, in order, and `close` it at the end.
+    """Progress of one run: `show` every status of it, in order, and `close` at the end.
 
     Args:
-        stream: where to write; a terminal is told by `isatty`.
+        stream: output; `isatty` decides whether it is a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream if stream is not None else sys.stderr
         self._refreshes = self._stream.isatty()
         self._told_rescales = self._told_recoveries = 0
-        self._warning: str | None = None  # as it was shown last
+        self._warning: str | None = None  # the one shown last
         self._phase: RunPhase | None = None
         self._line = ""
         self._written_s = 0.0
@@ -72,14 +72,14 @@ class LiveProgress:
     def show(self, status: RunStatus) -> None:
         for change in status.rescales[self._told_rescales :]:
             if change.stall_s is None and not status.phase.ended:
-                break  # told when it has been measured
+                break  # shown once it has been measured
             self._told_rescales += 1
             self.keep(f"{status.run_id} rescaled {rescale(change)}")
-        for loss in status.recoveries[self._told_recoveries :]:
-            if loss.stall_s is None and not status.phase.ended:
+        for failure in status.recoveries[self._told_recoveries :]:
+            if failure.stall_s is None and not status.phase.ended:
                 break
             self._told_recoveries += 1
-            self.keep(f"{status.run_id} recovered: {recovery(loss)}")
+            self.keep(f"{status.run_id} recovered: {recovery(failure)}")
         if status.warning and status.warning != self._warning:
             self.keep(f"{status.run_id} goes on, but {status.warning}")
         self._warning = status.warning
@@ -93,12 +93,12 @@ class LiveProgress:
         self._line, self._phase = line, status.phase
 
     def close(self) -> None:
-        """Leave the terminal's line to others."""
+        """Erase the line that was rewritten."""
         if self._refreshes and self._line:
             self._write(ERASE_LINE)
 
     def keep(self, line: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
         self._write(f"{ERASE_LINE if self._refreshes else ''}{line}\n")
 
     def _is_due(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where a run can be read: in the cluster while that is up, in run storage at any time."""
+"""Lookup of runs: in the cluster while that is up, in run storage at any time."""
 
 import os
 from pathlib import Path
@@ -22,12 +22,12 @@ class FoundRun:
         return self._client.get(self.run_id) if self._client else self.files.status()
 
     def is_over(self) -> bool:
-        """Whether nothing more will be written, as far as is known: without a cluster nobody writes."""
+        """Whether nothing more will be written, as far as is known: without a cluster nothing writes."""
         return self._client is None or self._client.get(self.run_id).phase.ended
 
 
 def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun:
-    """The run in the named storage; else in the cluster; else, if no cluster knows it, in ./runs.
+    """Find a run in the named storage; else in the cluster; else, if no cluster knows it, in ./runs.
 
     Raises:
         NotFound: there is no such run; the message gives the nearest names.

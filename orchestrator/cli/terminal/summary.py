@@ -1,4 +1,4 @@
-"""What a run has come to, in the words of its end. Pure."""
+"""Summaries of a run, at its end or at any moment. Pure functions."""
 
 import shlex
 import shutil
@@ -10,7 +10,7 @@ from orchestrator.protocol.status import RunStatus
 
 
 def summary(status: RunStatus) -> list[tuple[str, str]]:
-    """The end of a run as (heading, value) pairs; a heading is empty where the one before goes on."""
+    """A run as (heading, value) pairs; an empty heading continues the one before."""
     lines = [
         ("run", f"{status.run_id}: {status.phase}, {status.step} of {status.steps} steps{_took(status)}"),
         ("train loss", _from_to(status.first_loss, status.loss)),
@@ -20,8 +20,8 @@ def summary(status: RunStatus) -> list[tuple[str, str]]:
     changes = [rescale(change) for change in status.rescales] or ["none"]
     lines += list(zip(["rescales", *[""] * (len(changes) - 1)], changes, strict=True))
     if status.recoveries:
-        losses = [recovery(change) for change in status.recoveries]
-        lines += list(zip(["recoveries", *[""] * (len(losses) - 1)], losses, strict=True))
+        recoveries = [recovery(change) for change in status.recoveries]
+        lines += list(zip(["recoveries", *[""] * (len(recoveries) - 1)], recoveries, strict=True))
     lines.append(("checkpoint", status.checkpoint or NONE))
     if status.tracking_url:
         lines.append(("mlflow", tracking_command(status.tracking_url)))
@@ -33,7 +33,7 @@ def summary(status: RunStatus) -> list[tuple[str, str]]:
 
 
 def details(status: RunStatus) -> list[tuple[str, str]]:
-    """A run at any moment."""
+    """The summary of a run, and its current state."""
     return [
         *summary(status),
         ("state", status.why or NONE),
@@ -54,7 +54,7 @@ def aligned(lines: list[tuple[str, str]]) -> str:
 
 
 def tracking_command(url: str) -> str:
-    """How to look at the run's metrics: a server's page as it is, a database through MLflow's own UI."""
+    """URL of the run's metrics on a server, or the command that shows a database in MLflow's own UI."""
     if url.startswith(("http://", "https://")):
         return url
     return f"{shlex.quote(_mlflow())} ui --backend-store-uri {shlex.quote(url)}"
@@ -71,7 +71,7 @@ def _took(status: RunStatus) -> str:
 
 
 def _mlflow() -> str:
-    """MLflow's command as one can type it here: our own environment's need not be on the PATH."""
+    """MLflow's command as typed here: that of our own environment may not be on the PATH."""
     beside = Path(sys.executable).parent / "mlflow"
     if shutil.which("mlflow") or not beside.exists():
         return "mlflow"

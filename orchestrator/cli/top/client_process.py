@@ -1,7 +1,7 @@
-"""A client of the cluster in a process of its own, for a screen that outlives the cluster.
+"""A client of the cluster in a child process, for a screen that outlives the cluster.
 
-Ray joins one cluster in the life of a process and can't leave one that has died; and what it prints would spoil the
-screen. So a process talks to the cluster, and when the cluster is lost another one takes its place.
+Ray joins one cluster in the life of a process and can't leave one that has died; and its output would spoil the screen.
+So a child process calls the cluster, and when the cluster is lost another child replaces it.
 """
 
 import multiprocessing
@@ -21,7 +21,7 @@ PATIENCE_S = 75.0  # a client gives up after 65
 
 @dataclass(frozen=True)
 class Reply:
-    """Args: `is_lost`: the connection is of no use any more."""
+    """The outcome of a call. `is_lost`: the connection can't be used any more."""
 
     address: str
     value: Any = None
@@ -30,10 +30,10 @@ class Reply:
 
 
 class ClusterLink:
-    """Answers as an `OrchestratorClient` does, from any thread, one call at a time.
+    """Methods of an `OrchestratorClient`, for any thread, one call at a time.
 
     Args:
-        address: as an `OrchestratorClient` takes it. With None a local cluster that comes later is found, too.
+        address: as of an `OrchestratorClient`. With None a local cluster that starts later is found, too.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -63,7 +63,7 @@ class ClusterLink:
         return target
 
     def close(self) -> None:
-        """End the process, whatever it waits for."""
+        """Kill the process, even if it waits for an answer."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -99,8 +99,8 @@ class ClusterLink:
 
 
 def serve(address: str | None, pipe: Connection) -> None:
-    """The other process: answers until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, for who draws on it
+    """Main function of the child process: answers calls until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the process that draws on the terminal
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -109,15 +109,15 @@ def serve(address: str | None, pipe: Connection) -> None:
         try:
             method, args = pipe.recv()
         except EOFError:
-            os._exit(0)  # leaving a cluster that has died would take for ever
+            os._exit(0)  # leaving a dead cluster would never end
         try:
             client = client or _connect(address)
             reply = Reply(client.address, getattr(client, method)(*args))
         except OrchestratorError as error:
             reply = Reply(address or "", error=error, is_lost=isinstance(error, ClusterUnreachable) and _has_joined())
-        except Exception as error:  # whatever Ray throws while a cluster goes
-            told = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            reply = Reply(address or "", error=ClusterUnreachable(told), is_lost=True)
+        except Exception as error:  # any error of Ray while a cluster ends
+            message = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            reply = Reply(address or "", error=ClusterUnreachable(message), is_lost=True)
         pipe.send(reply)
 
 

@@ -1,6 +1,6 @@
-"""What the live screen is fed with: looks at a cluster that never raise, and requests to its runs.
+"""Data of the live screen: polls of a cluster, which never raise, and requests to its runs.
 
-Everything here may wait for the cluster, so it is called from a thread.
+All of it may wait for the cluster, so it is called from a thread.
 """
 
 import time
@@ -25,12 +25,12 @@ from orchestrator.run_records.run_history import read_entries
 from orchestrator.storage.journal import read_events
 
 MOST_RECORDS, MOST_EVENTS = 4096, 1000  # the newest
-GOODPUT_EVERY_S = 5.0  # reading a whole journal may take so long that it is done more seldom:
-GOODPUT_REST = 20  # after so many times what it took
+GOODPUT_EVERY_S = 5.0  # or less often, since reading a whole journal may take long:
+GOODPUT_REST = 20  # times the duration of the last reading
 
 
 class Client(Protocol):
-    """What is needed of an `OrchestratorClient`."""
+    """The methods of an `OrchestratorClient` that are used here."""
 
     @property
     def address(self) -> str: ...
@@ -44,7 +44,7 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What a run has written down: its newest events and steps, and its goodput so far, if that is known."""
+    """Records of a run: its newest events and steps, and its goodput so far, if that is known."""
 
     events: tuple[dict[str, Any], ...] = ()
     steps: tuple[StepRecord, ...] = ()
@@ -53,12 +53,12 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class Look:
-    """One look at the cluster; `statuses` are those of the last one that was answered.
+    """One poll of the cluster; `statuses` are those of the last one that was answered.
 
     Args:
         trouble: why there are no new ones; empty if there are.
         newest: the newest event by run, where there is one.
-        opened: of the run that was asked for.
+        opened: records of the run that is open.
     """
 
     address: str
@@ -70,14 +70,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a request, in words."""
+    """The outcome of a request, as text."""
 
     text: str
     is_error: bool = False
 
 
 class JournalTail:
-    """A run's journal, read on from where it was read last. One that can't be read has nothing new."""
+    """Incremental reader of a run's journal. A journal that can't be read has nothing new."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir, self._seq = run_dir, -1
@@ -95,17 +95,17 @@ class JournalTail:
             match entry_of(event).event:
                 case StepsCommitted(records):
                     self.steps += records
-                case Resumed(step=step):  # what came after the checkpoint is done again
+                case Resumed(step=step):  # steps after the checkpoint are done again
                     self.steps = deque((s for s in self.steps if s.step <= step), maxlen=MOST_RECORDS)
         if not is_internal(event["kind"]):
             self.events.append(event)
 
 
 class Feed:
-    """Of one cluster.
+    """Polls one cluster and sends requests to it.
 
     Args:
-        client: finds the cluster again by itself.
+        client: reconnects to the cluster by itself.
     """
 
     def __init__(self, client: Client) -> None:
@@ -116,11 +116,11 @@ class Feed:
         self._goodput_due_s: dict[str, float] = {}
 
     def look(self, opened: str | None) -> Look:
-        """All runs; and of the one that is `opened` what it has written down."""
+        """Poll all runs, with the records of the run that is `opened`."""
         trouble, before = "", {status.run_id: status for status in self._last}
         try:
             self._last = tuple(self._client.list())
-        except Exception as error:  # the next look tries again
+        except Exception as error:  # the next poll tries again
             trouble = _line(error)
         newest = {}
         for status in self._last:
@@ -134,7 +134,7 @@ class Feed:
         return Look(self._client.address, self._last, trouble, newest, records)
 
     def scale_by(self, run_id: str, change: int) -> Answer:
-        """Want more workers, or fewer."""
+        """Request more workers, or fewer."""
 
         def action() -> str:
             wanted = self._client.get(run_id).workers_wanted + change
@@ -180,7 +180,7 @@ def _goodput(status: RunStatus) -> float | None:
 def _answer(action: Callable[[], str]) -> Answer:
     try:
         return Answer(action())
-    except Exception as error:  # a user must not lose the screen over a request that failed
+    except Exception as error:  # a failed request must not end the screen
         return Answer(_line(error), is_error=True)
 
 

@@ -1,7 +1,7 @@
-"""The live screen of a cluster's runs: a thin view over `top_view`. Imports Textual.
+"""The live screen of a cluster's runs: a thin layer over `cli.top.view`. Imports Textual.
 
-A thread looks at the cluster once a second and hands each look to the screen that is shown; requests are carried out by
-threads too, so the screen never waits for the cluster.
+A thread polls the cluster once a second and passes each result to the screen that is shown; requests run in threads
+too, so the screen never waits for the cluster.
 """
 
 import threading
@@ -25,7 +25,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 
 LOOK_EVERY_S = 1.0
 BAR = 24  # cells
-GAP = 2  # that a table's column takes beside its own
+GAP = 2  # cells that a column takes in addition to its width
 GREEN, FAINT = "#8fce7e", "#8595a3"
 COLOURS = {
     RunPhase.QUEUED: "#e8c15f",
@@ -98,12 +98,12 @@ class RunsScreen(Steering):
     def _remark(self) -> None:
         chosen = next((status for status in self._statuses if status.run_id == self.chosen), None)
         lines = remarks(chosen, self._look.newest.get(chosen.run_id)) if chosen and self._look else ()
-        told = lines or ("no run yet: `orchestrator submit JOB.yaml` starts one",)
-        self.query_one("#remarks", Static).update(Text("\n".join(told)))
+        shown = lines or ("no run yet: `orchestrator submit JOB.yaml` starts one",)
+        self.query_one("#remarks", Static).update(Text("\n".join(shown)))
 
 
 class RunScreen(Steering):
-    """One run: where it is, its workers, its curves, what it sends, what happened."""
+    """One run: its progress, workers, curves, traffic and events."""
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "app.pop_screen", "Back")]
 
@@ -159,7 +159,7 @@ class RunScreen(Steering):
 
 
 class TopApp(App[None]):
-    """Args: `run_id` is opened at once; None for the list of all runs."""
+    """The application. `run_id` is opened at once; None for the list of all runs."""
 
     TITLE = "orchestrator top"
     ENABLE_COMMAND_PALETTE = False
@@ -194,7 +194,7 @@ class TopApp(App[None]):
         self.push_screen(RunsScreen(self._feed))
         if self._opened is not None:
             self.push_screen(RunScreen(self._feed, self._opened))
-        # Of our own, and a daemon: whoever quits shall not wait for a cluster that doesn't answer.
+        # Our own, and a daemon: quitting must not wait for a cluster that doesn't answer.
         threading.Thread(target=self._watch, daemon=True).start()
 
     def on_unmount(self) -> None:
@@ -203,7 +203,7 @@ class TopApp(App[None]):
 
     @on(LookWanted)
     def look_soon(self) -> None:
-        """What was seen last is shown at once, and something newer soon."""
+        """Show the newest poll at once, and poll again soon."""
         if self._newest is not None:
             self._show(self._newest)
         self._look_now.set()
@@ -213,7 +213,7 @@ class TopApp(App[None]):
             self._look_now.clear()
             look = self._feed.look(self._run_on_screen())
             if not self._is_over:
-                with suppress(RuntimeError):  # it ends just now
+                with suppress(RuntimeError):  # the application is ending
                     self.call_from_thread(self._show, look)
             self._look_now.wait(self._look_every_s)
 
@@ -224,7 +224,7 @@ class TopApp(App[None]):
     def _show(self, look: Look) -> None:
         self._newest = look
         shown = [screen for screen in self.screen_stack if isinstance(screen, Steering)]
-        with suppress(NoMatches):  # it isn't composed yet: the next look is
+        with suppress(NoMatches):  # not composed yet; it will be at the next poll
             shown[-1].show(look)
 
 

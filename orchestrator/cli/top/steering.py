@@ -1,4 +1,4 @@
-"""What both live screens have: a title, a line of trouble, keys that steer the run that is chosen. Imports Textual."""
+"""Base of both live screens: title, error line, keys that steer the chosen run. Imports Textual."""
 
 import threading
 import time
@@ -18,11 +18,11 @@ from orchestrator.cli.top.feed import Answer, Feed, Look
 
 
 class LookWanted(Message):
-    """A screen has come up and has nothing to show, or something old."""
+    """A screen is shown that has no data, or old data."""
 
 
 class Confirmation(ModalScreen[bool]):
-    """Asks before what can't be taken back."""
+    """Asks before an action that can't be undone."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "dismiss(True)", "Yes"),
@@ -62,8 +62,8 @@ class Steering(Screen[None]):
     def show(self, look: Look) -> None:
         going_on = [status for status in look.statuses if not status.phase.ended]
         held = sum(status.workers_now + status.standbys for status in going_on)
-        told = f"{counted(len(look.statuses), 'run')}, {len(going_on)} going on, {counted(held, 'worker')}"
-        left, right = f" orchestrator top   {look.address}", f"{told}   {time.strftime('%H:%M:%S')} "
+        totals = f"{counted(len(look.statuses), 'run')}, {len(going_on)} going on, {counted(held, 'worker')}"
+        left, right = f" orchestrator top   {look.address}", f"{totals}   {time.strftime('%H:%M:%S')} "
         self.query_one("#title", Static).update(left + right.rjust(max(0, self.size.width - len(left))))
         trouble = self.query_one("#trouble", Static)
         trouble.update(Text(f" No answer, trying again: {look.trouble}"))
@@ -89,7 +89,7 @@ class Steering(Screen[None]):
         def carry_out() -> None:
             answer = action()
             severity = "error" if answer.is_error else "information"
-            with suppress(RuntimeError):  # the screen was left meanwhile
+            with suppress(RuntimeError):  # the screen was closed meanwhile
                 self.app.call_from_thread(self.app.notify, answer.text, severity=severity, markup=False)
 
         threading.Thread(target=carry_out, daemon=True).start()

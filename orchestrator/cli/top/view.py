@@ -1,4 +1,4 @@
-"""What the live screen shows, as text: from statuses, events and step records. Pure."""
+"""Texts of the live screen, from statuses, events and step records. Pure functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus, WorkerStatus
 
-RECENT = 32  # steps that waits and the time to go are told from
-SLOW = 1.2  # a member that computes so much longer than the others is named
-WORTH_TELLING = 0.005  # of a step
+RECENT = 32  # steps from which waits and the time to go are estimated
+SLOW = 1.2  # a member that computes this many times as long as the others is named
+WORTH_TELLING = 0.005  # waits of a smaller share of a step are left out
 SHORT_NODE = 8  # characters of a node's id
 LONGEST_NAME = 24
-EVENT_LEAST = 24  # columns that are worth a column of events
-# What a line has room for. `orchestrator events` has everything.
+EVENT_LEAST = 24  # the least width of a column of events
+# Fields for which a line has room. `orchestrator events` shows all.
 TOLD = {
     "submitted": ("workers",),
     "generation_planned": ("generation", "members", "why"),
@@ -44,7 +44,7 @@ Event = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run among others. Each field but `phase` is a cell of text."""
+    """A row of the table of runs. Each field but `phase` is a cell of text."""
 
     run_id: str
     phase: RunPhase
@@ -58,7 +58,7 @@ class RunRow:
 
 @dataclass(frozen=True)
 class Column:
-    """Of the table of runs. `field` is that of `RunRow`."""
+    """A column of the table of runs. `field` is that of `RunRow`."""
 
     header: str
     field: str
@@ -67,11 +67,11 @@ class Column:
 
 @dataclass(frozen=True)
 class RunView:
-    """One run by itself.
+    """The view of one run.
 
     Args:
         done: share of its steps.
-        figures: lines of them.
+        figures: as lines of text.
         loss, speed: by step, in order; speed in tokens per second. Steps whose loss isn't finite are left out.
         workers, traffic, events: a line each, events the newest first.
     """
@@ -89,14 +89,14 @@ class RunView:
 
 
 def in_order(statuses: Sequence[RunStatus]) -> tuple[RunStatus, ...]:
-    """Runs that go on first, and of those that have ended the newest first."""
+    """Active runs first, then ended ones, the newest first."""
     going_on = [status for status in statuses if not status.phase.ended]
     over = [status for status in statuses if status.phase.ended]
     return (*going_on, *sorted(over, key=lambda status: status.ended_time or 0.0, reverse=True))
 
 
 def row_of(status: RunStatus, newest: Event | None) -> RunRow:
-    """Args: `newest` is the run's newest event."""
+    """The row of a run. `newest` is its newest event."""
     return RunRow(
         run_id=status.run_id,
         phase=status.phase,
@@ -110,32 +110,32 @@ def row_of(status: RunStatus, newest: Event | None) -> RunRow:
 
 
 def columns(rows: Sequence[RunRow], width: int, gap: int) -> tuple[Column, ...]:
-    """What fits into a table of this width, of which each column takes `gap` more than its own. Events get what the
-    others leave, if that is something."""
+    """The columns that fit into a table of this width, where each takes `gap` more than its own. Events get what the
+    others leave, if that is at least EVENT_LEAST."""
     shown = (
         *(("RUN", "run_id"), ("PHASE", "phase"), ("STEP", "step"), ("LOSS", "loss"), ("TOKENS/S", "speed")),
         *(("WORKERS", "workers"), ("STALL", "stall")),
     )
     widest = [max(map(len, [header, *(str(getattr(row, field)) for row in rows)])) for header, field in shown]
     widest[0] = min(widest[0], LONGEST_NAME)
-    widest[1] = max(map(len, RunPhase))  # the table shouldn't jump
+    widest[1] = max(map(len, RunPhase))  # constant, so that the table doesn't jump
     fixed = tuple(Column(header, field, wide) for (header, field), wide in zip(shown, widest, strict=True))
     left = width - sum(column.width + gap for column in fixed) - gap
     return (*fixed, Column("LAST EVENT", "event", left)) if left >= EVENT_LEAST else fixed
 
 
 def remarks(status: RunStatus, newest: Event | None) -> tuple[str, ...]:
-    """What a row has no room for: what the run waits for or how it ended, its newest event, what doesn't work."""
-    told = [status.why or ("goes on" if not status.phase.ended else "")]
-    told += [event_line(newest)] if newest is not None else []
-    told += [f"warning: {status.warning}"] if status.warning else []
-    return tuple(line for line in told if line)
+    """Texts for which a row has no room: the run's state or end, its newest event, its warning."""
+    lines = [status.why or ("goes on" if not status.phase.ended else "")]
+    lines += [event_line(newest)] if newest is not None else []
+    lines += [f"warning: {status.warning}"] if status.warning else []
+    return tuple(line for line in lines if line)
 
 
 def view_of(
     status: RunStatus, events: Sequence[Event], records: Sequence[StepRecord], goodput: float | None
 ) -> RunView:
-    """Args: `events` and `records` in order, as far as they are known."""
+    """The view of a run. `events` and `records` are in order, as far as they are known."""
     return RunView(
         run_id=status.run_id,
         phase=status.phase,
@@ -158,13 +158,13 @@ def event_line(event: Event) -> str:
 def _words(event: Event) -> str:
     kind = event["kind"]
     plain = {key: value for key, value in event.items() if key not in STAMPS}
-    with suppress(ProtocolError):  # another version's
+    with suppress(ProtocolError):  # written by another version
         if kind == "rescaled":
             return f"{kind}  {rescale(from_plain(Rescale, plain))}"
         if kind == "recovered":
             return f"{kind}  {recovery(from_plain(Recovery, plain))}"
-    told = TOLD.get(kind, tuple(plain))
-    return happening({"kind": kind, **{key: plain[key] for key in told if key in plain}})
+    shown = TOLD.get(kind, tuple(plain))
+    return happening({"kind": kind, **{key: plain[key] for key in shown if key in plain}})
 
 
 def _workers(status: RunStatus) -> str:
@@ -175,7 +175,7 @@ def _workers(status: RunStatus) -> str:
 
 
 def _stall(status: RunStatus) -> str:
-    """Of the newest rescale or recovery."""
+    """The stall of the newest rescale or recovery."""
     changes: list[Rescale | Recovery] = [*status.rescales, *status.recoveries]
     if not changes:
         return NONE
@@ -224,11 +224,11 @@ def _worker(worker: WorkerStatus, status: RunStatus, records: Sequence[StepRecor
 
 
 def _nobody(status: RunStatus) -> str:
-    return "nobody: the run has ended" if status.phase.ended else "nobody yet"
+    return "none: the run has ended" if status.phase.ended else "none yet"
 
 
 def _traffic(status: RunStatus, records: Sequence[StepRecord]) -> tuple[str, ...]:
-    """How long a step takes and what it waits for, over the newest steps; what workers send in it."""
+    """Duration and waits of a step, over the newest steps, and the bytes that workers send in it."""
     recent = records[-RECENT:]
     if not recent:
         return ("no step yet",)
@@ -238,13 +238,13 @@ def _traffic(status: RunStatus, records: Sequence[StepRecord]) -> tuple[str, ...
     waits["rows"] = fmean(record.data_wait_s for record in recent)
     waits["buddies"] = fmean(record.protection_wait_s for record in recent)
     shares = {what: wait / step_s for what, wait in waits.items() if wait is not None and step_s > 0}
-    told = [f"{what} {share:.0%}" for what, share in shares.items() if share >= WORTH_TELLING]
+    named = [f"{what} {share:.0%}" for what, share in shares.items() if share >= WORTH_TELLING]
     interval = recent[-1].snapshot_interval
     snapshots = {0: "none", 1: "each step"}.get(interval, f"each {interval} steps")
     sent = status.traffic.values()
     lines = [
         ("a step", f"{step_s:.3f} s"),
-        ("waits for", ", ".join(told) or "next to nothing"),
+        ("waits for", ", ".join(named) or "almost nothing"),
         ("snapshots", snapshots),
         ("compression", recent[-1].compression or NONE),
         ("sent", f"{size(sum(each.sent for each in sent))} a step" if sent else "nothing: one worker"),

@@ -1,11 +1,11 @@
-"""Gradients on their way into sums: bucket by bucket, while the backward pass goes on.
+"""Gradient buckets, summed over ranks while the backward pass continues.
 
-Each parameter's gradient is added to its bucket as soon as autograd has it, in fp32; one that is a product of matrices
-may be made there (as Megatron-LM's `gradient_accumulation_fusion` does). In the last micro-batch of a step a bucket
-that is complete is under way at once, so that all but the last of them travel while others are computed. Ranks begin
-them in one order, that of the list, whatever order autograd comes in: else they would add up what doesn't belong
-together, or wait for ever. Tokens go before them (`orchestrator.comm.tokens.link_priority`). Where sums must be exact,
-gradients are rounded as they are added, and sums are made in fp64 (`orchestrator.comm.gradients.exact_sum`).
+Each parameter's gradient is added in fp32 to its bucket as soon as autograd produces it; a gradient that is a matrix
+product can be computed in the bucket's memory (as in Megatron-LM's `gradient_accumulation_fusion`). In the last
+micro-batch of a step a complete bucket is sent at once, so all buckets but the last overlap with computation. Each rank
+starts buckets in the order of the list, whatever order autograd reaches them in: otherwise ranks would sum buckets that
+don't correspond, or deadlock. Tokens have priority on the links (`orchestrator.comm.tokens.link_priority`). Where sums
+must be exact, gradients are rounded as they are added, and summed in fp64 (`orchestrator.comm.gradients.exact_sum`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +20,20 @@ from orchestrator.comm.gradients.reduce_scatter import Reducer, Reduction
 from orchestrator.comm.tokens import link_priority
 from orchestrator.elastic.bucket_partition import UNDER_WAY
 
-LAG = UNDER_WAY // 2  # buckets that begin before a second collective follows the first one of a bucket
+LAG = UNDER_WAY // 2  # buckets started between the first and the second collective of a bucket
 
 
 class Bucket:
-    """Parameters whose gradients are summed together, end to end in memory.
+    """Parameters whose gradients are summed together, contiguous in memory.
 
     Args:
-        params: in their order; there may be none.
-        numel: of the bucket, a multiple of the reduction's pieces. What lies behind the parameters is 0.
+        params: in memory order; may be empty.
+        numel: size of the bucket, a multiple of the reduction's pieces. Elements after the parameters are 0.
         reduction: over the ranks that have these parameters.
-        feedback: what was not sent is kept for the next step.
-        momentum: of gradients as they are gathered, where not 0.
-        largest_term: given, the sum is one of `orchestrator.comm.gradients.exact_sum`, and fp64 travels. It is NaN
-            where a gradient of one micro-batch is larger.
+        feedback: keep what compression did not send for the next step (error feedback).
+        momentum: momentum applied to gradients before compression, if not 0.
+        largest_term: if given, the sum is exact (`orchestrator.comm.gradients.exact_sum`) and sent in fp64. It is NaN
+            where a gradient of one micro-batch exceeds this value.
     """
 
     def __init__(
@@ -55,33 +55,33 @@ class Bucket:
         self.params, self.reduction = params, reduction
         self._spans, self._end, self._numel = list(pairwise(ends)), ends[-1], numel
         self._device = device
-        # What steps before have not sent of this rank's gradients, and their momentum. Never written to, but in a
-        # transfer: a snapshot may still be reading them when the next ones are there.
+        # Gradients of this rank that earlier steps did not send, and their momentum. Only transfers write to these
+        # tensors: a snapshot may still be reading them when their successors exist.
         self.residual = torch.zeros(numel, dtype=torch.float32, device=device) if feedback else None
         self.velocity = torch.zeros(numel, dtype=torch.float32, device=device) if momentum else None
         self._momentum = momentum
         self._largest_term, self._dtype = largest_term, torch.float32 if largest_term is None else torch.float64
         self._too_large = torch.zeros(len(params), dtype=torch.bool, device=device)
-        self.saturated: list[nn.Parameter] = []  # of the newest sum: a gradient was larger than a term may be
-        self._rest: Tensor | None = None  # what takes their place once the step's update is applied
+        self.saturated: list[nn.Parameter] = []  # parameters whose gradient exceeded the largest term in the newest sum
+        self._rest: Tensor | None = None  # replaces the residual once the step's update is applied
         self._moving: Tensor | None = None
         self._flat: Tensor | None = None
         self._filled = [False] * len(params)  # has a gradient in `_flat`
-        self._missing = len(params)  # gradients that this micro-batch has not brought yet
+        self._missing = len(params)  # gradients that this micro-batch has not produced yet
         self._under_way: Reduction | None = None
         self._sum: Tensor | None = None
 
     @property
     def is_complete(self) -> bool:
-        """This micro-batch has brought every gradient."""
+        """Whether this micro-batch has produced every gradient."""
         return self._missing == 0
 
     def begin_micro_batch(self) -> None:
         self._missing = len(self.params)
 
     def take(self, nth: int) -> None:
-        """Add the gradient that autograd has just left with the n-th parameter, if it wasn't brought as products: this
-        micro-batch has no more of it."""
+        """Add the gradient that autograd has just accumulated for the n-th parameter, unless it came as products: this
+        micro-batch produces no more of it."""
         param = self.params[nth]
         if param.grad is not None:
             self._add(nth, param.grad)
@@ -89,8 +89,8 @@ class Bucket:
         param.grad = None
 
     def add_product(self, nth: int, left: Tensor, right: Tensor) -> None:
-        """Add a part of the n-th parameter's gradient, the product of two matrices. It is made in the bucket's memory
-        where terms are added as they are, in its precision: written there once instead of made, read and added."""
+        """Add a part of the n-th parameter's gradient, given as the product of two matrices. Where terms need no
+        rounding and precisions match, it is computed in the bucket's memory: one write, no separate read and add."""
         if self._largest_term is not None or left.dtype != self._dtype:
             self._add(nth, torch.mm(left, right))
             return
@@ -102,7 +102,7 @@ class Bucket:
         self._filled[nth] = True
 
     def _place(self, nth: int) -> Tensor:
-        """Of the n-th parameter's gradient, flat."""
+        """The n-th parameter's gradient in the bucket, flat. Allocates the bucket's memory if needed."""
         if self._flat is None:
             self._flat = torch.empty(self._numel, dtype=self._dtype, device=self._device)
         return self._flat[slice(*self._spans[nth])]
@@ -120,7 +120,7 @@ class Bucket:
         self._filled[nth] = True
 
     def start(self) -> None:
-        """Send what there is; a parameter without a gradient has one of zeros."""
+        """Start the reduction; parameters without a gradient contribute zeros."""
         if self._flat is None:
             self._flat = torch.zeros(self._numel, dtype=self._dtype, device=self._device)
         else:
@@ -140,7 +140,7 @@ class Bucket:
         self._filled = [False] * len(self.params)
 
     def _give_up(self, flat: Tensor) -> None:
-        """Where a term was too large, every rank is to know that the sum can't be had."""
+        """Mark terms that were too large with NaN, so that every rank learns that the sum is invalid."""
         for nth in self._too_large.nonzero().flatten().tolist():
             flat[self._spans[nth][0]] = float("nan")
             self.saturated.append(self.params[nth])
@@ -148,32 +148,32 @@ class Bucket:
 
     @property
     def is_under_way(self) -> bool:
-        """Sent, and not yet seen to have arrived."""
+        """Whether it was sent and has not completed yet."""
         if self._under_way is not None and self._under_way.is_done():
-            self.end()  # its memory is free then
+            self.end()  # frees its memory
         return self._under_way is not None
 
     def go_on(self) -> None:
-        """Begin what follows upon what is under way, if anything does."""
+        """Start the second collective of the running reduction, if it has one."""
         if self._under_way is not None:
             self._under_way.go_on()
 
     def end(self) -> None:
-        """Wait for what is under way, if anything is."""
+        """Wait for the running reduction, if any."""
         if self._under_way is not None:
             total = self._under_way.wait()
             self._under_way = None
             self._sum = total if self._sum is None else self._sum.add_(total)
 
     def take_sum(self) -> Tensor:
-        """This rank's piece of the sum over ranks and micro-batches, fp32. The next one begins from nothing."""
+        """This rank's piece of the sum over ranks and micro-batches, fp32. The next sum starts empty."""
         self.end()
         total, self._sum = self._sum, None
         assert total is not None, "a bucket was asked for its sum before it was started"
         return total.float()
 
     def settle(self, applied: bool) -> None:
-        """The step's update was applied, or wasn't: then what it had taken of the residual is there again."""
+        """Commit the residual and momentum if the step's update was applied; otherwise keep the previous ones."""
         if applied and self._rest is not None:
             self.residual = self._rest
         if applied and self._moving is not None:
@@ -181,23 +181,23 @@ class Bucket:
         self._rest = self._moving = None
 
     def spans(self) -> Iterator[tuple[nn.Parameter, slice]]:
-        """Where each parameter's elements lie."""
+        """Each parameter with its range of elements in the bucket."""
         return ((param, slice(*span)) for param, span in zip(self.params, self._spans, strict=True))
 
 
 def noop() -> None:
-    """What is left to do."""
+    """Placeholder for a callback that is no longer registered."""
 
 
 class Buckets:
-    """All gradients of a rank.
+    """All gradient buckets of a rank.
 
     Args:
-        buckets: in the order in which they are sent, the same on all ranks of a bucket; the backward pass should come
-            to the first ones first.
-        every_slot: send what each micro-batch brings and keep only this rank's pieces, as ZeRO 2 does; else a step's
-            micro-batches are added up here and sent once.
-        overlap: send during the backward pass; else after it, with the same result.
+        buckets: in sending order, the same on all ranks of a bucket; the backward pass should reach the first ones
+            first.
+        every_micro_batch: reduce after each micro-batch and keep only this rank's pieces, as in ZeRO 2; otherwise
+            accumulate a step's micro-batches locally and reduce once.
+        overlap: send during the backward pass; otherwise after it, with the same result.
     """
 
     def __init__(self, buckets: Sequence[Bucket], every_micro_batch: bool, overlap: bool) -> None:
@@ -207,7 +207,7 @@ class Buckets:
         self._next = 0
         self._stop_listening = link_priority.listen(self._send_complete)
         self._travelling: list[Bucket] = []
-        self._begun: list[Bucket] = []  # whose second collective hasn't begun, if they have one
+        self._begun: list[Bucket] = []  # buckets whose second collective, if they have one, hasn't started
         for bucket in buckets:
             for nth, param in enumerate(bucket.params):
                 param.gradient_sink = partial(bucket.add_product, nth)  # type: ignore[attr-defined]
@@ -218,13 +218,13 @@ class Buckets:
         ]
 
     def begin_micro_batch(self, last: bool) -> None:
-        """Called before a micro-batch's backward pass; `last` of its step."""
+        """Prepare for a micro-batch's backward pass; `last` if it is the last of its step."""
         self._sends, self._next = last or self._every_micro_batch, 0
         for bucket in self.buckets:
             bucket.begin_micro_batch()
 
     def end_micro_batch(self) -> None:
-        """Called after it: what it brought no gradient for is sent too."""
+        """Send the remaining buckets after the backward pass, including those with missing gradients."""
         if self._sends:
             self._send(len(self.buckets))
             self._sends = False
@@ -232,17 +232,17 @@ class Buckets:
                 self._begun.pop(0).go_on()
 
     def sums(self) -> list[Tensor]:
-        """This rank's piece of each bucket's sum, in order. Called after the last micro-batch; waits for what is under
-        way."""
+        """This rank's piece of each bucket's sum, in order. Call after the last micro-batch; waits for running
+        reductions."""
         return [bucket.take_sum() for bucket in self.buckets]
 
     def settle(self, applied: bool) -> None:
-        """Called after the step's update, or where it was left out."""
+        """Call after the step's update, or after skipping it."""
         for bucket in self.buckets:
             bucket.settle(applied)
 
     def close(self) -> None:
-        """Let go of everything: connections end once nothing refers to their groups."""
+        """Release all references: connections close once nothing refers to their groups."""
         self._stop_listening()
         self._stop_listening = noop
         for hook in self._hooks:
@@ -261,7 +261,7 @@ class Buckets:
         return taken
 
     def _send_complete(self) -> None:
-        """What the backward pass has come to, in the order of the list."""
+        """Send the complete buckets at the head of the list, in order."""
         if self._sends and self.overlap:
             complete = self._next
             while complete < len(self.buckets) and self.buckets[complete].is_complete:
@@ -270,7 +270,7 @@ class Buckets:
 
     def _send(self, until: int) -> None:
         for bucket in self.buckets[self._next : until]:
-            bucket.end()  # of the micro-batch before
+            bucket.end()  # the previous micro-batch's reduction
             self._travelling = [other for other in self._travelling if other.is_under_way]
             if len(self._travelling) == UNDER_WAY:
                 self._travelling.pop(0).end()

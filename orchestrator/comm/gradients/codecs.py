@@ -1,8 +1,8 @@
-"""Gradients in fewer bytes: what a rank sends of each piece, and what is read from it.
+"""Gradient compression codecs: encode the pieces that a rank sends, and decode the payloads that it receives.
 
-A codec's payload has a size that follows from the piece's alone, so that ranks needn't tell one another, and holds a
-NaN wherever a value isn't finite, so that the step is skipped on all ranks. What it leaves out, or rounds off, it can
-leave behind in the gradients, for error feedback (Seide et al., 2014).
+The size of a codec's payload depends on the piece's size alone, so ranks exchange no sizes. A payload decodes to a
+non-finite value wherever an input isn't finite, so that all ranks skip the step. What a codec omits or rounds off can
+stay in the gradients for error feedback (Seide et al., 2014).
 
 Shape legend: W = pieces, S = elements of a piece, a multiple of `BLOCK`; B = blocks of a piece, K = elements kept of a
 block, P = bytes of a piece's payload.
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
 
-WARMUP_SHARE = 0.5  # of the bytes, at the first update
+WARMUP_SHARE = 0.5  # share of the bytes at the first update
 
 
 class Codec(ABC):
-    """Compresses pieces. Stateless: what is to be kept, its users keep."""
+    """Compresses pieces. Stateless: callers keep residuals and the like."""
 
-    index_share = 0.0  # of a payload's bytes, those that say where values belong
+    index_share = 0.0  # share of a payload's bytes that are indices
 
     @abstractmethod
     def encode(self, x_WS: Tensor) -> Tensor:
@@ -29,25 +29,25 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, payload_WP: Tensor) -> Tensor:
-        """What is read from payloads (W, S), fp32."""
+        """Decoded payloads (W, S), fp32."""
 
     def take(self, x_WS: Tensor) -> Tensor:
-        """Payloads; what they don't say stays in `x_WS`."""
+        """Encode payloads, and leave the compression error in `x_WS`."""
         payload_WP = self.encode(x_WS)
         x_WS.sub_(self.decode(payload_WP))
         return payload_WP
 
     def clear(self, x_WS: Tensor, payload_WP: Tensor) -> None:
-        """Set to 0 what payloads say something of."""
+        """Zero the elements that the payloads contain."""
         x_WS.zero_()
 
     def add(self, total_S: Tensor, payload_P: Tensor) -> None:
-        """Add what is read from the payload of a piece."""
+        """Add the decoded payload of one piece to `total_S`."""
         total_S.add_(self.decode(payload_P[None])[0])
 
 
 class Exact(Codec):
-    """As they are."""
+    """Unchanged fp32."""
 
     def encode(self, x_WS: Tensor) -> Tensor:
         return x_WS.clone().view(torch.uint8)
@@ -57,7 +57,7 @@ class Exact(Codec):
 
 
 class Bf16(Codec):
-    """Half the bytes, 8 bits of mantissa."""
+    """bfloat16: half the bytes, 8 bits of mantissa."""
 
     def encode(self, x_WS: Tensor) -> Tensor:
         return x_WS.to(torch.bfloat16).view(torch.uint8)
@@ -67,7 +67,7 @@ class Bf16(Codec):
 
 
 class Fp16(Codec):
-    """Blocks of fp16, each with a scale of its own in fp32, so that none is too large or too small for it."""
+    """Blocks of fp16, each with its own fp32 scale, so that no value overflows or underflows."""
 
     LARGEST = 32_768.0
 
@@ -81,9 +81,9 @@ class Fp16(Codec):
 
 
 class Int8(Codec):
-    """Blocks of whole numbers from -127 to 127, each block with a scale of its own in fp32."""
+    """Blocks of integers from -127 to 127, each with its own fp32 scale."""
 
-    LARGEST, NUM_BYTES = 127, BLOCK  # of a block
+    LARGEST, NUM_BYTES = 127, BLOCK  # bytes per block
 
     def encode(self, x_WS: Tensor) -> Tensor:
         scale_WB1, scaled_WBE = _scaled(x_WS, self.LARGEST)
@@ -96,7 +96,7 @@ class Int8(Codec):
     def take(self, x_WS: Tensor) -> Tensor:
         scale_WB1, numbers_WBE = _scaled(x_WS, self.LARGEST)
         payload_WP = _joined(self._pack(numbers_WBE.round_().to(torch.int8)), scale_WB1)
-        x_WS.sub_(numbers_WBE.mul_(scale_WB1).view_as(x_WS))  # what `decode` says
+        x_WS.sub_(numbers_WBE.mul_(scale_WB1).view_as(x_WS))  # equals what `decode` returns
         return payload_WP
 
     def _read(self, payload_WP: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ class Int8(Codec):
 
 
 class Int4(Int8):
-    """Whole numbers from -7 to 7, two to a byte: one of the block's first half, and one of its second."""
+    """Integers from -7 to 7, two per byte: one of the block's first half and one of its second."""
 
     LARGEST, NUM_BYTES = 7, BLOCK // 2
 
@@ -124,21 +124,21 @@ class Int4(Int8):
 
 
 def _scaled(x_WS: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """Scales by block (W, B, 1), and the blocks (W, B, E) with their largest numbers at `largest`. Where a number isn't
-    finite the scale isn't either, so whatever becomes of the number is read as not finite."""
+    """Scales by block (W, B, 1), and the blocks (W, B, E) scaled so that their largest magnitude is `largest`. Where a
+    number isn't finite the scale isn't either, so the number decodes as not finite whatever it is rounded to."""
     x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
     scale_WB1 = x_WBE.abs().amax(-1, keepdim=True).div_(largest)
     return scale_WB1, x_WBE / torch.where(scale_WB1 == 0, 1.0, scale_WB1)
 
 
 def _joined(numbers_WBn: Tensor, scale_WB1: Tensor) -> Tensor:
-    """A payload: all numbers, then all scales."""
+    """A payload (W, P): all numbers, then all scales."""
     parts = [part.view(len(scale_WB1), -1).view(torch.uint8) for part in (numbers_WBn, scale_WB1)]
     return torch.cat(parts, dim=1)
 
 
 def _parted(payload_WP: Tensor, num_bytes: int) -> tuple[Tensor, Tensor]:
-    """Of `_joined`, the blocks, each of so many bytes, and the scales."""
+    """Split a payload of `_joined` into blocks of `num_bytes` bytes each, and scales."""
     num_blocks = payload_WP.shape[1] // (num_bytes + 4)
     numbers, scales = torch.split(payload_WP, [num_blocks * num_bytes, num_blocks * 4], dim=1)
     scale_WB1 = scales.contiguous().view(torch.float32)[..., None]
@@ -146,18 +146,18 @@ def _parted(payload_WP: Tensor, num_bytes: int) -> tuple[Tensor, Tensor]:
 
 
 class TopK(Codec):
-    """Of each block the K largest, in bf16, and where they lie in it, a byte each.
+    """The K largest elements of each block in bf16, with their positions in the block, one byte each.
 
-    Choosing within blocks, as ScaleCom does (Chen et al., 2020), takes a short sort instead of a long one, numbers of
-    one byte instead of four, and gives each rank's piece equally many, so that a reduce-scatter's cost doesn't grow
-    with the ranks.
+    Selecting within blocks, as in ScaleCom (Chen et al., 2020), needs short sorts instead of a long one and one-byte
+    indices instead of four-byte ones. Each rank's piece has equally many elements, so the cost of a reduce-scatter
+    doesn't grow with the number of ranks.
     """
 
     index_share = 1 / SPARSE_BYTES
 
     def __init__(self, kept_per_block: int) -> None:
         if not 1 <= kept_per_block <= BLOCK:
-            raise ValueError(f"{kept_per_block} of {BLOCK} elements are to be kept; from 1 to all of them can be")
+            raise ValueError(f"top-k can't keep {kept_per_block} of {BLOCK} elements; choose 1 to {BLOCK}")
         self._kept = kept_per_block
 
     def encode(self, x_WS: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ class TopK(Codec):
         total_S.view(-1, BLOCK).scatter_add_(-1, index_BK.long(), value_BK.float())
 
     def _encode(self, x_WS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Payloads, where the chosen lie, and what rounding leaves of them."""
+        """Payloads, the positions of the chosen elements, and their rounding errors."""
         x_WBE = x_WS.view(len(x_WS), -1, BLOCK)
         index_WBK = x_WBE.abs().topk(self._kept, dim=-1, sorted=False).indices  # a NaN counts as the largest
         chosen_WBK = x_WBE.gather(-1, index_WBK)
@@ -198,10 +198,10 @@ class TopK(Codec):
 
 
 def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int, scheme: str | None = None) -> Codec:
-    """For the update after so many. Not for `powersgd`, which is no codec.
+    """The codec for the update after `num_updates` updates. Not for `powersgd`, which is no codec.
 
     Args:
-        scheme: what `auto` has chosen; None for what the job says.
+        scheme: the choice of `auto`; None for the job's own scheme.
     """
     match scheme or compression.scheme:
         case "none" | "auto":
@@ -220,7 +220,7 @@ def codec_of(compression: CompressionSpec, num_ranks: int, num_updates: int, sch
 
 
 def warmed_up(compression: CompressionSpec, num_updates: int) -> float:
-    """The share of bytes after so many updates: from half, by one factor each, to what was asked for."""
+    """The share of bytes after `num_updates` updates: falls geometrically from half to the requested share."""
     if num_updates >= compression.warmup_steps:
         return compression.share
     done = num_updates / compression.warmup_steps

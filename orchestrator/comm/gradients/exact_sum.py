@@ -1,10 +1,9 @@
-"""Sums whose bits depend neither on the order of their terms nor on who adds up which of them.
+"""Sums whose bits depend neither on the order of their terms nor on how terms are grouped.
 
-Terms are rounded to multiples of one power of two, and added up in fp64: as long as no partial sum has more than 53
-bits above that, nothing is rounded any more, so the addition is associative. It is fixed-point arithmetic in fp64's
-mantissa, where a processor adds as fast as ever, and where infinity and NaN stay what they are. (The idea of
-pre-rounding, as in Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013, with a grid that is
-known beforehand.)
+Terms are rounded to multiples of one power of two and added in fp64: as long as no partial sum needs more than 53 bits
+above that, no addition rounds, so addition is associative. This is fixed-point arithmetic in the mantissa of fp64, at
+full processor speed, and it preserves infinity and NaN. (The idea of pre-rounding, as in Demmel and Nguyen, "Fast
+Reproducible Floating-Point Summation", ARITH 2013, with a grid that is known beforehand.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,29 +14,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-GRID = 2.0**-44  # terms are multiples of it: fp32 has coarser ones above 1e-6
+GRID = 2.0**-44  # terms are multiples of it; fp32's spacing is coarser above 1e-6
 LARGEST_SUM = 2.0**7  # of absolute values; a quarter of what 53 bits hold
-_ROUNDING = 1.5 * 2.0**52 * GRID  # added and taken away again, it rounds what is at most 2**51 * GRID to the grid
-CHUNK = 1 << 15  # elements at once, so that what lies between stays in a core's cache
+_ROUNDING = 1.5 * 2.0**52 * GRID  # adding and subtracting it rounds values of at most 2**51 * GRID to the grid
+CHUNK = 1 << 15  # elements at once, so that intermediate results stay in a core's cache
 
-_SQUARE_BITS = 23  # of the largest element, for the norm: as many as fp32 has
-_BLOCK = 128  # squares of so many bits, which add up exactly in fp64
-_SQUARES_AT_ONCE = 1 << 24  # elements, so that what lies between takes little memory
-_SQUARES_AT_ONCE_ON_CPU = 1 << 17  # so that a cache holds most of it
+_SQUARE_BITS = 23  # bits kept of the largest element for the norm: as many as fp32 has
+_BLOCK = 128  # squares of that many bits, which add up exactly in fp64
+_SQUARES_AT_ONCE = 1 << 24  # elements, to limit the memory of intermediate results
+_SQUARES_AT_ONCE_ON_CPU = 1 << 17  # so that a cache holds most of them
 _WORD = 26  # bits of the lower word of a sum of squares
 
 
 def largest_term(num_terms: int) -> float:
-    """What a term's absolute value may be at most, if there are so many: their sum is exact then."""
+    """Largest absolute value of a term for which a sum of `num_terms` terms is exact."""
     return LARGEST_SUM / max(num_terms, 1)
 
 
 def put_rounded(total_N: Tensor, term_N: Tensor) -> None:
-    """Begin a sum with its first term, rounded to the grid.
+    """Start a sum with its first term, rounded to the grid.
 
     Args:
         total_N: fp64.
-        term_N: of any floating-point format; what is not finite stays so.
+        term_N: of any floating-point format; non-finite values stay non-finite.
     """
     if total_N.is_cpu:
         for total_C, term_C in _chunks(total_N, term_N):
@@ -47,25 +46,25 @@ def put_rounded(total_N: Tensor, term_N: Tensor) -> None:
 
 
 def add_rounded(total_N: Tensor, term_N: Tensor) -> None:
-    """Add a term, rounded to the grid, to a sum of such.
+    """Add a term, rounded to the grid, to a sum of rounded terms.
 
     Args:
         total_N: fp64, multiples of the grid.
-        term_N: of any floating-point format; what is not finite stays so.
+        term_N: of any floating-point format; non-finite values stay non-finite.
     """
     if total_N.is_cpu:
         spare_C = np.empty(min(CHUNK, len(total_N)))
         for total_C, term_C in _chunks(total_N, term_N):
             rounded_C = spare_C[: len(term_C)]
             _round(rounded_C, term_C)
-            with np.errstate(invalid="ignore"):  # two infinities of opposite signs are a step that isn't finite
+            with np.errstate(invalid="ignore"):  # opposite infinities give NaN: the step isn't finite
                 np.add(total_C, rounded_C, out=total_C)
     else:
         total_N.add_(term_N.to(torch.float64, copy=True).add_(_ROUNDING).sub_(_ROUNDING))
 
 
 def _chunks(total_N: Tensor, term_N: Tensor) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """Parts that a core's cache holds. NumPy's, whose operations take less time to begin than torch's."""
+    """Chunks that fit a core's cache. NumPy's operations have less overhead per call than torch's."""
     total, term = total_N.numpy(), (term_N.float() if term_N.dtype is torch.bfloat16 else term_N).detach().numpy()
     for start in range(0, len(total), CHUNK):
         yield total[start : start + CHUNK], term[start : start + CHUNK]
@@ -78,7 +77,7 @@ def _round(out_C: NDArray[Any], term_C: NDArray[Any]) -> None:
 
 
 def largest_of(pieces: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value in all of them, fp32: 0 if there is nothing, infinity if something is not finite."""
+    """The largest absolute value of all pieces, fp32: 0 if they are empty, infinity if a value is not finite."""
     ends = [torch.stack(piece.aminmax()) for piece in pieces if piece.numel()]
     if not ends:
         return torch.zeros((), device=pieces[0].device if pieces else None)
@@ -86,13 +85,13 @@ def largest_of(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def square_sums(pieces: Sequence[Tensor], largest: Tensor) -> Tensor:
-    """Sums of squares, as two words of an integer (2,) int64: those of several calls may be added up in any order, over
-    ranks too, and `total_square` makes one number of them.
+    """Sums of squares, as two words of an integer (2,) int64: those of several calls may be added in any order, over
+    ranks too, and `total_square` converts them to one number.
 
     Args:
         pieces: fp32.
-        largest: absolute value, of all elements of all calls whose sums are added up. They are rounded to multiples of
-            a power of two that leaves it 23 bits, so that their squares are integers.
+        largest: largest absolute value over all calls whose sums are added up. Elements are rounded to multiples of a
+            power of two that leaves it 23 bits, so that their squares are integers.
     """
     scale = torch.ldexp(torch.ones_like(largest), _exponent(largest))
     sums = [torch.zeros(1, dtype=torch.float64, device=largest.device)]
@@ -106,11 +105,11 @@ def square_sums(pieces: Sequence[Tensor], largest: Tensor) -> Tensor:
 
 
 def total_square(words: Tensor, largest: Tensor) -> Tensor:
-    """What `square_sums` have come to, fp64. NaN where an element was not finite."""
+    """The sum of squares from the words of `square_sums`, fp64. NaN where an element was not finite."""
     total = torch.ldexp(words[0].double() * 2.0**_WORD + words[1].double(), -2 * _exponent(largest))
     return torch.where(torch.isfinite(largest), total, torch.full_like(total, float("nan")))
 
 
 def _exponent(largest: Tensor) -> Tensor:
-    """Of the power of two by which elements are multiplied before they are rounded; one that fp32 has."""
+    """Exponent of the power of two that scales elements before rounding, within the range of fp32."""
     return (_SQUARE_BITS - torch.frexp(largest).exponent).clamp(-126, 126)

@@ -1,7 +1,7 @@
-"""PowerSGD (Vogels et al., 2019): a matrix of gradients as the product of two thin ones.
+"""PowerSGD (Vogels et al., 2019): a gradient matrix as the product of two thin ones.
 
-One step of power iteration per update, which begins where the last one ended: P = sum of M Q over the ranks, made
-orthonormal, then Q = sum of M^T P; the sum of all M is taken to be P Q^T. Every rank has both, and makes of them the
+One step of power iteration per update, which starts from the previous result: P = sum of M Q over the ranks, made
+orthonormal, then Q = sum of M^T P; P Q^T approximates the sum of all M. Every rank has both factors and computes the
 piece that it updates.
 
 Shape legend: N = rows, M = columns, K = columns of the thin matrices.
@@ -23,7 +23,7 @@ from orchestrator.protocol.usage import TrafficKind
 
 @dataclass(frozen=True)
 class Matrix:
-    """A parameter's gradients within a bucket.
+    """A parameter's gradient within a bucket.
 
     Args:
         start: its first element in the bucket.
@@ -41,22 +41,22 @@ class Matrix:
         return self.start + self.rows * self.columns
 
     def of(self, flat: Tensor) -> Tensor:
-        """As a view of the bucket (N, M)."""
+        """This matrix as a view of the bucket (N, M)."""
         return flat[self.start : self.stop].view(self.rows, self.columns)
 
 
 class PowerSGD(Reducer):
-    """For one bucket.
+    """PowerSGD for one bucket.
 
     Args:
-        matrices: that it consists of; what lies behind them is padding.
-        keeps_rest: what isn't sent stays in the terms.
+        matrices: in the bucket, back to back; elements after them are padding.
+        keeps_rest: leave the approximation error in the terms.
     """
 
     def __init__(self, group: dist.ProcessGroup, everyone: bool, matrices: Sequence[Matrix], keeps_rest: bool) -> None:
         super().__init__(group, everyone)
         self.matrices, self._keeps_rest = matrices, keeps_rest
-        self.thin_MK: list[Tensor] = []  # Q, by matrix: where the next update begins
+        self.thin_MK: list[Tensor] = []  # Q, by matrix: the start of the next update
         self._fresh_MK: list[Tensor] = []
 
     def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
@@ -65,14 +65,14 @@ class PowerSGD(Reducer):
         return _Iteration(self, flat)
 
     def settle(self, applied: bool) -> None:
-        """The step's update was applied, or wasn't: then the next one begins where this one did."""
+        """Keep the new factors if the step's update was applied; otherwise the next update starts from the old ones."""
         if applied and self._fresh_MK:
             for thin_MK, fresh_MK in zip(self.thin_MK, self._fresh_MK, strict=True):
                 thin_MK.copy_(fresh_MK)
         self._fresh_MK = []
 
     def sum(self, parts: Sequence[Tensor], raw: int) -> "_Sum":
-        """Begin to sum tensors over the ranks."""
+        """Start summing tensors over the ranks."""
         self._enter()
         flat = torch.cat([part.reshape(-1) for part in parts])
         work = dist.all_reduce(flat, group=self._group, async_op=True)
@@ -81,7 +81,7 @@ class PowerSGD(Reducer):
         return _Sum(work, flat, [tuple(part.shape) for part in parts])
 
     def piece(self, left_NK: Sequence[Tensor], right_MK: Sequence[Tensor], num_elements: int) -> Tensor:
-        """This rank's piece of the products."""
+        """This rank's piece of the products P Q^T."""
         size = num_elements // self.num_pieces
         low, high = self._rank * size, (self._rank + 1) * size
         piece_S = right_MK[0].new_zeros(size)
@@ -97,7 +97,7 @@ class PowerSGD(Reducer):
     def finish(
         self, flat: Tensor, left_NK: Sequence[Tensor], own_MK: Sequence[Tensor], right_MK: list[Tensor]
     ) -> Tensor:
-        """The piece; what this rank's part of the products doesn't say stays in the terms."""
+        """This rank's piece of the sum. With `keeps_rest`, its own approximation error stays in the terms."""
         self._fresh_MK = right_MK
         if self._keeps_rest:
             for matrix, left, own in zip(self.matrices, left_NK, own_MK, strict=True):
@@ -120,11 +120,11 @@ class _Sum:
 
 
 class _Iteration(Reduction):
-    """P under way, then Q."""
+    """The sum of P in progress, then that of Q."""
 
     def __init__(self, scheme: PowerSGD, flat: Tensor) -> None:
         self._scheme, self._flat = scheme, flat
-        starts = scheme._fresh_MK or scheme.thin_MK  # of this step's micro-batch before, if it has sent one
+        starts = scheme._fresh_MK or scheme.thin_MK  # fresh: from an earlier micro-batch of this step
         products = [matrix.of(flat) @ thin for matrix, thin in zip(scheme.matrices, starts, strict=True)]
         self._first: _Sum | None = scheme.sum(products, raw=flat.nbytes)
         self._second: _Sum | None = None
@@ -151,7 +151,7 @@ class _Iteration(Reduction):
 
 
 def orthonormal(left_NK: Tensor) -> Tensor:
-    """Columns that span the same. NaN where one isn't finite."""
+    """An orthonormal basis of the columns' span. All NaN if a value isn't finite."""
     if not left_NK.isfinite().all():
         return torch.full_like(left_NK, float("nan"))
     columns: Tensor = torch.linalg.qr(left_NK).Q
@@ -159,6 +159,6 @@ def orthonormal(left_NK: Tensor) -> Tensor:
 
 
 def first_thin(name: str, columns: int, rank: int) -> Tensor:
-    """Where the first update begins (M, K): the same on every rank."""
+    """Start of the first update (M, K): the same on every rank."""
     seed = int.from_bytes(sha256(name.encode()).digest()[:7], "little")
     return torch.empty(columns, rank).normal_(generator=torch.Generator().manual_seed(seed))

@@ -1,9 +1,9 @@
-"""Sums over the ranks, each of which gets the piece that it updates.
+"""Reduce-scatter of gradients: each rank gets the sum of the piece that it updates.
 
-A rank sends every other one the piece of its gradients that is theirs, and adds up what comes for its own: each byte
-travels once, (W - 1) / W of the gradients leave a rank however many there are, and the terms are added in the order of
-the ranks, so a sum has the same bits at every call and wherever the others are. Pieces may be compressed on their way;
-a rank's own isn't.
+A rank sends every other rank that rank's piece of its gradients, and adds up what it receives for its own: each byte
+travels once, (W - 1) / W of the gradients leave a rank whatever W is, and terms are added in rank order, so a sum has
+the same bits at every call and wherever the other ranks run. Pieces may be compressed in transit; a rank's own piece
+isn't.
 
 Shape legend: W = ranks, S = elements of a piece, P = bytes of a payload.
 """
@@ -20,28 +20,28 @@ from orchestrator.protocol.usage import TrafficKind
 
 
 class Reduction(ABC):
-    """A sum under way."""
+    """A sum in progress."""
 
     def go_on(self) -> None:
-        """Begin the second collective of a scheme that needs two. All ranks call it at the same point among their
-        collectives; it waits for the first one."""
+        """Start the second collective of a scheme that needs two, after waiting for the first. All ranks call it at the
+        same point in their sequence of collectives."""
         return
 
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether `wait` would not wait for peers."""
+        """Whether `wait` would return without waiting for peers."""
 
     @abstractmethod
     def wait(self) -> Tensor:
-        """This rank's piece of the sum (S). The terms that were given have become what was not sent of them, if that
-        is kept, or are free. Raises RuntimeError if a peer is lost."""
+        """This rank's piece of the sum (S). Afterwards the given terms hold what was not sent, if the scheme keeps it,
+        and are free otherwise. Raises RuntimeError if a peer fails."""
 
 
 class Reducer(ABC):
-    """For one group of ranks, any number of times.
+    """Reductions over one group of ranks; reusable.
 
     Args:
-        group: whose gradients are summed; a group of one has them already.
+        group: ranks whose gradients are summed; a group of one communicates nothing.
         everyone: all ranks of the world call it equally often, so it counts in `orchestrator.comm.collective_stats`.
     """
 
@@ -51,14 +51,14 @@ class Reducer(ABC):
 
     @abstractmethod
     def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
-        """Begin with this rank's terms (W * S), fp32, which aren't to be touched until the end. Returns at once.
+        """Start with this rank's terms (W * S), fp32, which must not be modified until the end. Returns at once.
 
         Args:
-            cleared: for a codec that sends some of the terms: set to 0 where it does.
+            cleared: for a codec that sends some of the terms: zeroed where it does.
         """
 
     def _send(self, sent: Tensor) -> tuple[Tensor, dist.Work]:
-        """Begin to send each rank its part of a tensor."""
+        """Start sending each rank its part of a tensor."""
         self._enter()
         received = torch.empty_like(sent)
         return received, dist.all_to_all_single(received, sent, group=self._group, async_op=True)
@@ -68,12 +68,12 @@ class Reducer(ABC):
             collective_stats.enter()
 
     def _leaving(self, num_bytes: int) -> int:
-        """Of so many bytes, those that aren't for this rank itself."""
+        """Of `num_bytes` bytes, those addressed to other ranks."""
         return num_bytes * (self.num_pieces - 1) // self.num_pieces
 
 
 class ReduceScatter(Reducer):
-    """As they are; in fp64 too."""
+    """Uncompressed; fp64 too."""
 
     def start(self, flat: Tensor, cleared: Tensor | None = None) -> Reduction:
         if self.num_pieces == 1:
@@ -84,10 +84,10 @@ class ReduceScatter(Reducer):
 
 
 class Compressed(Reducer):
-    """By a codec.
+    """Compressed by a codec.
 
     Args:
-        keeps_rest: what isn't sent stays in the terms.
+        keeps_rest: leave the compression error in the terms.
     """
 
     def __init__(self, group: dist.ProcessGroup, everyone: bool, codec: Codec, keeps_rest: bool) -> None:
@@ -101,7 +101,7 @@ class Compressed(Reducer):
         own_S = x_WS[self._rank].clone()
         payload_WP = self.codec.take(x_WS) if self._keeps_rest else self.codec.encode(x_WS)
         if cleared is None:
-            x_WS[self._rank].zero_()  # is added as it is
+            x_WS[self._rank].zero_()  # the own piece is added uncompressed
         else:
             self.codec.clear(cleared.view_as(x_WS), payload_WP)
             own_S.zero_()
@@ -114,7 +114,7 @@ class Compressed(Reducer):
 
 
 class LocalReduction(Reduction):
-    """The sum of one rank's terms."""
+    """The sum in a group of one rank."""
 
     def __init__(self, flat: Tensor, keeps_rest: bool) -> None:
         self._total = flat

@@ -1,6 +1,6 @@
-"""Rows of activations in fewer bytes, for their way to another rank and back.
+"""Codecs for rows of activations sent to another rank and back.
 
-Shape legend: N = rows, D = their elements, P = bytes of a row on its way.
+Shape legend: N = rows, D = elements of a row, P = bytes of an encoded row.
 """
 
 from typing import Literal
@@ -13,10 +13,10 @@ SCALE_BYTES = 4
 
 
 def encode(x_ND: Tensor, wire: Wire, whole: int = 0) -> Tensor:
-    """Rows as they travel: as they are, or in bytes (N, P), in bf16, or in int8 with a scale for each row.
+    """Rows as sent: unchanged, or as bytes (N, P), in bf16 or in int8 with a scale for each row.
 
     Args:
-        whole: so many elements at the end of each row travel as they are in any case.
+        whole: number of elements at the end of each row that are always sent unchanged.
     """
     if _is_whole(wire, x_ND.dtype):
         return x_ND.contiguous()
@@ -25,7 +25,7 @@ def encode(x_ND: Tensor, wire: Wire, whole: int = 0) -> Tensor:
         parts = [x_ND.to(torch.bfloat16)]
     else:
         scale_N1 = x_ND.abs().amax(-1, keepdim=True).float().div_(127.0)
-        scaled_ND = (x_ND / torch.where(scale_N1 == 0, 1.0, scale_N1)).round_().nan_to_num_()  # the scale tells of NaN
+        scaled_ND = (x_ND / torch.where(scale_N1 == 0, 1.0, scale_N1)).round_().nan_to_num_()  # the scale keeps NaN
         parts = [scaled_ND.to(torch.int8), scale_N1]
     if whole:
         parts.append(whole_NL)
@@ -33,7 +33,7 @@ def encode(x_ND: Tensor, wire: Wire, whole: int = 0) -> Tensor:
 
 
 def decode(rows: Tensor, wire: Wire, dtype: torch.dtype, whole: int = 0) -> Tensor:
-    """What `encode` was given, as near as it comes, in `dtype`, which was its own."""
+    """Rows decoded from `encode`, up to its rounding, in `dtype`, their original one."""
     if _is_whole(wire, dtype):
         return rows
     size = whole * dtype.itemsize
@@ -50,5 +50,5 @@ def _read(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_whole(wire: Wire, dtype: torch.dtype) -> bool:
-    """Nothing is lost, so rows travel as they are."""
+    """Whether the encoding would be lossless, so rows are sent unchanged."""
     return wire == "exact" or (wire == "bf16" and dtype == torch.bfloat16)

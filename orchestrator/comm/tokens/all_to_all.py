@@ -1,4 +1,4 @@
-"""Token exchange between ranks: an uneven all-to-all that autograd can run backwards, and that computation overlaps.
+"""Token exchange between ranks: an uneven all-to-all with a backward pass, overlapped with computation.
 
 Shape legend: N = rows sent by this rank, M = rows received, D = hidden size, W = world size.
 """
@@ -18,24 +18,24 @@ from orchestrator.protocol.usage import TrafficKind
 
 
 class AsyncAllToAll:
-    """Rows on their way to other ranks: what is computed between `begin` and `end` overlaps with the transfer.
+    """An all-to-all of rows: computation between `begin` and `end` overlaps with the transfer.
 
-        journey = Journey(sent_W, received_W, group)
-        on_the_way_MD = journey.begin(x_ND)
+        exchange = AsyncAllToAll(sent_W, received_W, group, kind)
+        on_the_way_MD = exchange.begin(x_ND)
         ...                                   # reads neither of them
-        received_MD = journey.end(on_the_way_MD)
+        received_MD = exchange.end(on_the_way_MD)
 
-    The gradient travels the same way back, begun by `end` and ended by `begin`, so that the gradients of what was
-    computed between the two overlap with it as well: autograd runs later calls first. For one journey each.
+    The gradient travels back the same way, started in the backward pass of `end` and completed in that of `begin`, so
+    it overlaps with the gradients of what was computed between the two: autograd runs later calls first. Use once.
 
     Args:
         sent_W: rows for each rank; the first are for rank 0, the next for rank 1, and so on.
         received_W: rows from each rank, ordered likewise.
         group: the world; None means a world of one, where nothing moves.
-        kind: what the rows are, for the ledger.
-        wire: how they travel.
-        whole: so many elements at the end of each row travel exactly, whatever `wire` says.
-        is_far_W: by rank, whether it lives on another node, for the ledger; empty where that isn't known.
+        kind: what the rows are, for the traffic meter.
+        wire: the encoding.
+        whole: number of elements at the end of each row that are sent exactly, whatever `wire` is.
+        is_far_W: by rank, whether it runs on another node, for the traffic meter; empty if unknown.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class AsyncAllToAll:
         self._transfer: _Transfer | None = None
 
     def begin(self, x_ND: Tensor) -> Tensor:
-        """Send rows. Returns the memory (M, D) that they will be received in."""
+        """Send rows. Returns the memory (M, D) that receives the rows of other ranks."""
         if self._group is None:
             return x_ND
         on_the_way_MD: Tensor = _Begin.apply(x_ND, self)  # type: ignore[no-untyped-call]
         return on_the_way_MD
 
     def end(self, on_the_way_MD: Tensor) -> Tensor:
-        """Wait until all rows are there."""
+        """Wait until all rows have arrived."""
         if self._group is None:
             return on_the_way_MD
         received_MD: Tensor = _End.apply(on_the_way_MD, self)  # type: ignore[no-untyped-call]
@@ -72,7 +72,7 @@ class AsyncAllToAll:
         return self._transfer is not None
 
     def depart(self, x_ND: Tensor, *, home: bool = False) -> Tensor:
-        """Start a transfer, or one of gradients `home`, and return what receives it."""
+        """Start a transfer, or with `home` that of its gradients, and return the receiving memory."""
         sent_W, received_W = (self._received_W, self._sent_W) if home else (self._sent_W, self._received_W)
         assert self._group is not None  # in a world of one nothing departs
         collective_stats.enter()
@@ -89,10 +89,10 @@ class AsyncAllToAll:
         return received_MD
 
     def arrive(self) -> Tensor:
-        """Wait for the transfer that was started. Raises RuntimeError if a peer is lost."""
+        """Wait for the started transfer. Raises RuntimeError if a peer fails."""
         transfer, self._transfer = self._transfer, None
         if transfer is None:
-            raise ValueError("a journey was ended that had not begun; begin() and end() go in pairs, once")
+            raise ValueError("a transfer was ended that had not begun; begin() and end() go in pairs, once")
         with collective_stats.waiting():
             transfer.work.wait()
         if transfer.received is not transfer.received_MD:
@@ -103,7 +103,7 @@ class AsyncAllToAll:
 
 @dataclass(frozen=True)
 class _Transfer:
-    """An all-to-all under way, with the memory that it reads and writes, and that of the rows as they are to be."""
+    """An all-to-all in progress: the buffers that it reads and writes, and the memory for the decoded rows."""
 
     work: dist.Work
     sent: Tensor
@@ -115,13 +115,13 @@ class _Begin(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, journey: AsyncAllToAll) -> Tensor:
         ctx.journey = journey
-        if ctx.needs_input_grad[0]:  # not in a pass that is computed again later
+        if ctx.needs_input_grad[0]:  # not in a pass that is recomputed later
             link_priority.will_return()
         return journey.depart(x_ND)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        home = ctx.journey.arrive()  # what was passed here is what `_End` was given: the same before its journey
+        home = ctx.journey.arrive()  # `grads` is what `_End.backward` passed on: the gradients before their transfer
         link_priority.has_returned()
         return home, None
 
@@ -139,7 +139,7 @@ class _End(torch.autograd.Function):
 
 
 def gather_counts(sent_W: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """How many rows each rank sends to each (W, W), from how many this one sends to each (W)."""
+    """Rows that each rank sends to each (W, W), gathered from what this rank sends to each (W)."""
     world_size = dist.get_world_size(group)
     counts_WW = sent_W.new_empty(world_size, sent_W.numel())
     collective_stats.enter()

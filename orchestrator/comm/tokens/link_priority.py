@@ -1,9 +1,9 @@
-"""Whose turn it is on the links in a backward pass: tokens go first, gradients while computation needs no link.
+"""Link priority in a backward pass: tokens first, gradients while computation needs no link.
 
-Computation waits for tokens, and only the end of the step for gradients. A gradient that leaves as soon as it is there
-meets the next layer's tokens on the link and delays them, and then the link idles while that layer is computed. So
-gradients that are complete leave right after tokens have arrived, and without a wait once no more tokens are to come.
-By the training thread, and where a GPU has one of its own for backward passes, by that.
+Computation waits for tokens, but only the end of the step waits for gradients. A gradient sent as soon as it is ready
+competes with the next layer's tokens and delays them, and then the link idles while that layer is computed. So complete
+gradients are sent right after tokens have arrived, and at once when no more tokens are to come. Used by the training
+thread and, on a GPU, by autograd's own thread for backward passes.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ _listeners: list[Callable[[], None]] = []
 
 
 def will_return() -> None:
-    """Called for each transfer of a forward pass: the backward pass has one too."""
+    """Register a transfer of a forward pass: the backward pass will repeat it."""
     global _to_come
     _to_come += 1
 
 
 def has_returned() -> None:
-    """Called when a transfer of a backward pass has arrived."""
+    """Record that a transfer of a backward pass has arrived, and notify the listeners."""
     global _to_come
     _to_come = max(0, _to_come - 1)
     for listener in _listeners:
@@ -27,17 +27,17 @@ def has_returned() -> None:
 
 
 def to_come() -> int:
-    """Transfers that the rest of the backward pass has."""
+    """Transfers that remain in the backward pass."""
     return _to_come
 
 
 def begin() -> None:
-    """Called before a forward pass whose gradients are wanted: one that was broken off may have left transfers."""
+    """Reset the count before a forward pass with gradients: an aborted pass may have left transfers."""
     global _to_come
     _to_come = 0
 
 
 def listen(listener: Callable[[], None]) -> Callable[[], None]:
-    """Have `listener` called at every arrival, until what is returned is called."""
+    """Call `listener` at every arrival, until the returned function is called."""
     _listeners.append(listener)
     return lambda: _listeners.remove(listener)

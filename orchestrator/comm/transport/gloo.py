@@ -1,9 +1,9 @@
-"""The process's own connections to its peers: where they listen, and how all of them are cut at once.
+"""This process's gloo connections: a shared listening device, and a way to shut all connections at once.
 
 gloo can't be interrupted: an operation that waits for a frozen or unreachable peer waits for its timeout, and `abort`
 does not free it. Shutting the socket under it does, within milliseconds and whatever the peer does. So that only gloo's
-own sockets are shut, and none of Ray's in the same process, all groups share one device, whose port is known, and
-peers tell each other theirs. Linux only: sockets are found in /proc.
+own sockets are shut, and none of Ray's in the same process, all groups share one device with a known port, and peers
+exchange their addresses. Linux only: sockets are found in /proc.
 """
 
 import os
@@ -19,18 +19,18 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 Address = tuple[str, int]
 LOOPBACK = "127.0.0.1"
-DISCARD = 9  # any port will do
+DISCARD = 9  # any port works
 
 _lock = threading.Lock()
 _device: Any = None
-_address, _port = "", -1  # where it listens
-# Where the peers of all groups listen, or did: how long a group lives isn't known here, as torch keeps those that it
-# has adopted and drops their Python objects.
+_address, _port = "", -1  # where the device listens
+# Listening addresses of the peers of all groups, past ones included: the life of a group isn't known here, since torch
+# keeps groups that it has adopted and drops their Python objects.
 _peers: set[Address] = set()
 
 
 def local_address(host: str) -> str:
-    """The address of this machine that `host` is reached from: where peers on the same network find us."""
+    """The address of this machine on the route to `host`, where peers on the same network reach it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, DISCARD))  # sends nothing
         return str(probe.getsockname()[0])
@@ -40,11 +40,11 @@ def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedel
     """A gloo group over the shared device. Collective over its `size` members.
 
     Args:
-        address: where this process can be reached, as `local_address` says; the same for all of its groups. None: where
-            its earlier groups are reached, on loopback if there were none.
+        address: where peers reach this process, as from `local_address`; the same for all of its groups. None: that of
+            its earlier groups, or loopback if there were none.
 
     Raises:
-        RuntimeError: a peer did not come within `timeout`, or earlier groups are reached elsewhere.
+        RuntimeError: a peer did not connect within `timeout`, or earlier groups use another address.
     """
     named = PrefixStore(prefix, store)
     options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -52,14 +52,14 @@ def gloo_group(store: Store, prefix: str, rank: int, size: int, timeout: timedel
     options._timeout = timeout
     named.set(f"listens/{rank}", f"{_address}:{_port}")
     group = dist.ProcessGroupGloo(named, rank, size, options)
-    told = [address.decode().rpartition(":") for address in named.multi_get([f"listens/{p}" for p in range(size)])]
+    listens = [address.decode().rpartition(":") for address in named.multi_get([f"listens/{p}" for p in range(size)])]
     with _lock:
-        _peers.update((host, int(port)) for host, _, port in told)
+        _peers.update((host, int(port)) for host, _, port in listens)
     return group
 
 
 def shut_connections() -> int:
-    """Shut every connection of this process's gloo groups: whoever waits in one, at either end, fails at once.
+    """Shut every connection of this process's gloo groups: operations waiting at either end fail at once.
 
     Returns:
         how many were shut.
@@ -84,7 +84,7 @@ def _shared_device(address: str | None) -> Any:
             _address = address or LOOPBACK
             _device = dist.ProcessGroupGloo.create_device(hostname=_address)
             (_port,) = _listening_ports() - before
-        elif address not in (None, _address):  # peers would be told the one and find nobody there
+        elif address not in (None, _address):  # the device doesn't listen at the address that peers would get
             raise RuntimeError(f"this process's gloo groups are reached at {_address}, a new one can't be at {address}")
         return _device
 
@@ -100,7 +100,7 @@ def _listening_ports() -> set[int]:
 
 
 def _tcp_sockets() -> Iterator[socket.socket]:
-    """This process's TCP sockets, each as a copy of its descriptor, to be closed."""
+    """This process's TCP sockets, each through a duplicated descriptor that the caller closes."""
     for name in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):

@@ -1,8 +1,8 @@
-"""A group of peers for moving state: point-to-point sends and small sums.
+"""A group of peers for state transfers: point-to-point sends and small reductions.
 
-Apart from the world that trains, since its members differ: a transfer joins the members of two generations. Built
-straight on gloo, so that it can be connected from a background thread while the old world trains. Tensors on a GPU go
-through host memory in chunks.
+Separate from the training world, since its members differ: a transfer joins the members of two generations. Built
+directly on gloo, so that a background thread can connect it while the old world trains. Tensors on a GPU go through
+host memory in chunks.
 """
 
 from datetime import timedelta
@@ -19,15 +19,15 @@ from orchestrator.protocol.usage import TrafficKind
 
 
 class PeerGroup:
-    """Members of a transfer. Collective: every member constructs it.
+    """The members of a transfer. Collective: every member constructs it.
 
     Args:
         store: the run's rendezvous store.
         prefix: unique to this transfer.
         members: worker ids in an order that all members share.
-        me: this worker's id.
-        timeout_s: how long an operation may wait for a peer.
-        address: where this process can be reached, as `gloo_group` takes it.
+        me: id of this worker.
+        timeout_s: longest wait of an operation for a peer.
+        address: where peers reach this process, as for `gloo_group`.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PeerGroup:
             self._group = gloo_group(store, prefix, self._index[me], len(members), timeout, address)
 
     def send(self, data: Tensor, to: str) -> None:
-        """Send a contiguous tensor in host memory; returns when it has left. Order per pair is kept."""
+        """Send a contiguous tensor in host memory; returns when it has left. Order is kept per pair of workers."""
         self._pg.send([data], self._index[to], 0).wait()
         self.sent_bytes += data.nbytes
         traffic_meter.enter(TrafficKind.TRANSFER, data.nbytes)
@@ -69,7 +69,7 @@ class PeerGroup:
             traffic_meter.enter_reduced(TrafficKind.TRANSFER, data, len(self.members))
 
     def barrier(self) -> None:
-        """Return once every member has called it. A member that is gone makes it fail at once for all."""
+        """Return once every member has called it. Fails at once for all if a member has ended."""
         self.reduce(torch.zeros(1), dist.ReduceOp.SUM)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""The run's rendezvous store: one TCP store that is up before the first generation and outlives every worker.
+"""The run's rendezvous store: one TCP store that starts before the first generation and outlives every worker.
 
-Hosted in a process of its own. Generations meet in it under a prefix each (`orchestrator.engine.process_groups`).
-Whoever has met needs it no more: if it dies, training goes on, and the next generation meets in the one that came in
-its place.
+Hosted in its own process. Generations connect through it, each under its own prefix
+(`orchestrator.engine.process_groups`). A connected generation no longer needs the store: if it dies, training
+continues, and the next generation uses its replacement.
 """
 
 import socket
@@ -14,7 +14,7 @@ CONNECT_TIMEOUT_S = 60.0
 
 
 class RendezvousServer:
-    """Holds the store. `host` is the address that workers reach; the port is free and chosen by the system."""
+    """Hosts the store. `host` is the address that workers reach; the system chooses a free port."""
 
     def __init__(self, host: str) -> None:
         self._host = host
@@ -25,7 +25,7 @@ class RendezvousServer:
 
 
 def connect_store(host: str, port: int) -> Store:
-    """A client of the run's store. Raises OSError where nothing answers: a plan may name one that has died."""
+    """Connect to the run's store. Raises OSError if nothing answers: a plan may name a store that has died."""
     socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()  # torch would try for two minutes
     return TCPStore(
         host, port, None, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=CONNECT_TIMEOUT_S)

@@ -1,7 +1,7 @@
 """A stream of framed bytes from one worker to another, from memory into memory.
 
-A frame is a header of JSON and a body of raw bytes; the receiver answers each with one byte when it has it all. A
-listener gives away its address with a random word that whoever connects must say first, so nobody else is heard.
+A frame is a JSON header and a body of raw bytes; the receiver acknowledges each complete frame with one byte. A
+listener's address includes a random token that a connecting peer must send first, so other connections are rejected.
 
     address (in the run's rendezvous store) -> Listener.accept / dial -> Stream
 """
@@ -21,14 +21,14 @@ DONE = b"\x06"
 
 
 class StreamClosed(RuntimeError):
-    """The other end is gone, or this one was shut."""
+    """The other end is closed, or this one was shut."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"connection closed by peer: {why}")
 
 
 class Listener:
-    """Waits for one peer. `address` is what the peer needs."""
+    """Waits for one peer. `address` is what the peer passes to `dial`."""
 
     def __init__(self, host: str) -> None:
         self._socket = socket.create_server((host, 0), backlog=4)
@@ -36,7 +36,7 @@ class Listener:
         self.address = f"{host}:{self._socket.getsockname()[1]}:{self._word}"
 
     def accept(self, timeout_s: float) -> "Stream":
-        """The stream of the peer that knows the word; others are turned away. Raises StreamClosed if none comes."""
+        """The stream of the peer that knows the token; others are rejected. Raises StreamClosed if none connects."""
         self._socket.settimeout(timeout_s)
         try:
             while True:
@@ -47,7 +47,7 @@ class Listener:
                         return Stream(connection)
                 connection.close()
         except OSError as error:
-            raise StreamClosed(f"nobody came within {timeout_s:.0f} s: {error}") from error
+            raise StreamClosed(f"no peer connected within {timeout_s:.0f} s: {error}") from error
 
     def close(self) -> None:
         self._socket.close()
@@ -76,7 +76,7 @@ class Stream:
         self.received_bytes = 0
 
     def send(self, header: dict[str, Any], body: memoryview) -> None:
-        """Send a frame and return once the receiver has all of it. Raises StreamClosed."""
+        """Send a frame and return once the receiver has acknowledged it. Raises StreamClosed."""
         text = json.dumps(header).encode()
         try:
             self._socket.sendall(_LENGTHS.pack(len(text), len(body)) + text)
@@ -88,10 +88,10 @@ class Stream:
         _exactly(self._socket, len(DONE))
 
     def receive(self, place: Callable[[dict[str, Any], int], memoryview]) -> dict[str, Any]:
-        """Take a frame in; `acknowledge` answers for it.
+        """Receive a frame; `acknowledge` confirms it.
 
         Args:
-            place: from the header and the body's length, the memory for the body, of that length.
+            place: returns the memory for the body, given the header and the body's length.
 
         Returns:
             the header. Raises StreamClosed.
@@ -106,14 +106,14 @@ class Stream:
         return header
 
     def acknowledge(self) -> None:
-        """Answer for the newest frame. Raises StreamClosed."""
+        """Confirm the newest frame. Raises StreamClosed."""
         try:
             self._socket.sendall(DONE)
         except OSError as error:
             raise StreamClosed(str(error)) from error
 
     def shut(self) -> None:
-        """End the connection: both ends fail at once."""
+        """End the connection: operations at both ends fail at once."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -140,7 +140,7 @@ def _fill(connection: socket.socket, place: memoryview) -> None:
         while done < len(place):
             count = connection.recv_into(place[done:], min(len(place) - done, PART))
             if count == 0:
-                raise StreamClosed("it sent no more")
+                raise StreamClosed("it sent no more data")
             done += count
     except OSError as error:
         raise StreamClosed(str(error)) from error

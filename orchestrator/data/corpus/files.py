@@ -1,7 +1,7 @@
-"""Files that hold text: plain, JSON lines, Parquet, and what the `datasets` library saves.
+"""Text files: plain, JSON lines, Parquet, and data sets saved by the `datasets` library.
 
-Plain ones and JSON lines may be gzipped. A plain file is one document, a row of the others is one each. What isn't as
-it should be is named with file and row.
+Plain files and JSON lines may be gzipped. A plain file is one document; in the other formats each row is one. Errors
+name the file and the row.
 """
 
 import gzip
@@ -15,12 +15,12 @@ from orchestrator.errors import DataError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 KINDS = ", ".join(SUFFIXES)
-CUT_CHARS = 16_384  # the shortest document that a lone plain file is cut into; the last one may be shorter
+CUT_CHARS = 16_384  # minimum length of the documents that a lone plain file is split into, except for the last one
 ROWS_AT_ONCE = 256  # decoded rows of a Parquet file in memory
 
 
 def suffix_of(path: Path) -> str | None:
-    """Which of `SUFFIXES` a file has; None for any other."""
+    """The entry of `SUFFIXES` that a file's name ends with; None if there is none."""
     return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix)), None)
 
 
@@ -29,17 +29,17 @@ def is_plain(path: Path) -> bool:
 
 
 def texts_in(path: Path, text_key: str) -> Iterator[str]:
-    """The texts of a file, in its order: one of a plain file, else one per row, empty ones included.
+    """The texts of a file, in its order: one for a plain file, else one per row, including empty ones.
 
     Args:
         text_key: the key or column that holds the text.
 
     Raises:
-        DataError: the file can't be read, isn't what its name says, or has no such key or column.
+        DataError: the file can't be read, isn't of the format that its name implies, or lacks the key or column.
     """
     try:
         match suffix_of(path):
-            case ".txt" | ".txt.gz" | None:  # no other suffix than these: somebody knows that it is plain
+            case ".txt" | ".txt.gz" | None:  # files with other suffixes: the caller has checked that they are plain
                 yield _decoded(path, _bytes_of(path))
             case ".jsonl" | ".jsonl.gz":
                 yield from _json_lines(path, text_key)
@@ -95,11 +95,11 @@ def _columns(path: Path, text_key: str) -> Iterator[str]:
 
 
 def column(path: Path, text_key: str, first_row: int = 0) -> Iterator[Any]:
-    """A column from a row on, as arrays, mapped into memory: no more of the file than an array is held at once.
+    """A column from `first_row` on, as arrays. The file is memory-mapped, with one array at a time in memory.
 
     Raises:
         DataError: there is no such column.
-        pyarrow.ArrowException: the file isn't what its name says, or is damaged.
+        pyarrow.ArrowException: the file isn't of the format that its name implies, or is damaged.
     """
     for values in _arrays(path, text_key, first_row):
         skipped = min(first_row, len(values))
@@ -109,7 +109,7 @@ def column(path: Path, text_key: str, first_row: int = 0) -> Iterator[Any]:
 
 
 def _arrays(path: Path, text_key: str, first_row: int) -> Iterator[Any]:
-    """A whole column; row groups that lie before the row are not read, and come as nulls."""
+    """A whole column; row groups before `first_row` are not read, but replaced by nulls."""
     import pyarrow
     from pyarrow import parquet
 
@@ -158,24 +158,24 @@ def _broken(message: str) -> DataError:
     return DataError(message, remedy="Mend it, or move it out of the corpus.", unchanged="Nothing was written.")
 
 
-# -- The files of a folder that hold text, in order; folders that the `datasets` library saved say themselves which ----
+# -- Text files of a folder, in order; folders saved by the `datasets` library list their own --------------------------
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 TRAIN = "train"
 
 
 def text_files(folder: Path) -> tuple[Path, ...]:
-    """Every file with text at any depth, sorted by its path below the folder; those of a saved data set in its order.
+    """Every text file at any depth, sorted by path below the folder; files of a saved data set in its own order.
 
     Raises:
-        DataError: a saved data set lacks a file that it names, or several have no `train` among them.
+        DataError: a saved data set lacks a file that it names, or there are several data sets and none is `train`.
     """
     found = _found(folder)
     return tuple(sorted(found, key=lambda path: (path.parent / found[path]).relative_to(folder).as_posix()))
 
 
 def _found(folder: Path) -> dict[Path, str]:
-    """The files, each with the name that it is sorted by."""
+    """The files, each with the name by which it is sorted."""
     splits = _entry(folder / SPLITS, "splits")
     if splits is not None:
         if TRAIN not in splits:
@@ -196,7 +196,7 @@ def _found(folder: Path) -> dict[Path, str]:
 
 
 def _saved(folder: Path) -> list[Path] | None:
-    """The files of the data set that was saved here, in its order; None if none was."""
+    """The files of the data set that is saved here, in its order; None if there is none."""
     entries = _entry(folder / STATE, "_data_files")
     if entries is None or not all(isinstance(entry, dict) and "filename" in entry for entry in entries):
         return None
@@ -212,7 +212,7 @@ def _saved(folder: Path) -> list[Path] | None:
 
 
 def _entry(path: Path, key: str) -> list[Any] | None:
-    """The list under `key`, if the file is there and has one: other programs write a state.json too."""
+    """The list under `key`; None without the file or list, as other programs write a state.json too."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,10 +1,10 @@
-"""A file as a stream of records, the bad ones included and named, from any record on.
+"""Streams of records from files, starting at any record; faults are records too.
 
-`orchestrator.data.corpus.files` reads a corpus that must be good: its first fault is an error. Here a fault is a record
-too, so that preparation can put it aside and go on, and no more of a file is in memory than a record and what is read
-ahead. Good records are the same, with the same numbers.
+`orchestrator.data.corpus.files` reads a corpus that must be valid: its first fault is an error. Here a fault is a
+record, so that preparation can quarantine it and go on. Only one record and the read-ahead buffer are in memory. Valid
+records are the same in both, with the same numbers.
 
-What can't be read any further (a gzip stream that is cut off, a Parquet page that is damaged) is one bad record, the
+If the rest of a file can't be read (a truncated gzip stream, a damaged Parquet page), it counts as one bad record, the
 file's last.
 """
 
@@ -27,27 +27,27 @@ READ_BYTES = 1 << 20
 
 
 class Form(StrEnum):
-    """How a file is cut into records."""
+    """How a file is split into records."""
 
-    WHOLE = "whole"  # it is one
-    PIECES = "pieces"  # at blank lines: a plain file that is a corpus by itself
-    LINES = "lines"  # of JSON
-    COLUMN = "column"  # a row each
+    WHOLE = "whole"  # one record
+    PIECES = "pieces"  # at blank lines: a plain file that is the whole corpus
+    LINES = "lines"  # JSON lines
+    COLUMN = "column"  # one record per row
 
 
 class Place(NamedTuple):
-    """Where a record begins."""
+    """Start of a record."""
 
     row: int = 0  # records before it
     line: int = 1  # of the file; in a column its row, from 1
-    offset: int = 0  # in bytes; where the file is compressed, of what is in it
+    offset: int = 0  # in bytes; in compressed files, of the uncompressed content
 
 
 BEGINNING = Place()
 
 
 class Record(NamedTuple):
-    """A text, or a fault: then `text` is None. `line` is that of the fault if there is one."""
+    """A text, or a fault, with `text` None. `line` is that of the fault if there is one."""
 
     place: Place
     line: int
@@ -61,7 +61,7 @@ class Unreadable(Exception):
 
 @dataclass
 class _Cursor:
-    """How far a file was read, for the name of what can't be."""
+    """Position in a file, to name what can't be read."""
 
     row: int = 0
     line: int = 1
@@ -73,7 +73,7 @@ class _Cursor:
 
 
 def form_of(path: Path, alone: bool) -> Form:
-    """How a file is read that is all of its corpus, or one of several files."""
+    """The form of a file; `alone`: it is the only file of its corpus."""
     if path.suffix == ".py" or (is_plain(path) and not alone):
         return Form.WHOLE
     if is_plain(path):
@@ -82,14 +82,14 @@ def form_of(path: Path, alone: bool) -> Form:
 
 
 def can_be_entered(path: Path, form: Form) -> bool:
-    """Whether reading can begin at a record without reading what is before it."""
+    """Whether reading can begin at a record without reading the ones before it."""
     return form in (Form.LINES, Form.PIECES) and not path.name.endswith(".gz")
 
 
 def records(path: Path, form: Form, text_key: str, start: Place = BEGINNING) -> Iterator[Record]:
     """The records of a file from `start` on, which is the place of one of them.
 
-    Blank lines are none, as in `files.texts_in`; texts of white space are. Nothing is raised for what is in the file.
+    Blank lines are not records, as in `files.texts_in`; texts of white space are. Bad content never raises.
     """
     cursor = _Cursor(*start) if can_be_entered(path, form) else _Cursor()
     reading = _READERS[form](path, text_key, cursor, start.row)
@@ -148,7 +148,7 @@ def _lines(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Iterat
 
 
 def _rest_of_line(file: BufferedIOBase, line: bytes) -> int:
-    """Reads on to the line's end; returns the bytes read."""
+    """Read to the end of the line; returns the number of bytes read."""
     num_bytes = 0
     while not line.endswith(b"\n") and (line := file.readline(READ_BYTES)):
         num_bytes += len(line)
@@ -196,15 +196,15 @@ def _column(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Itera
     except DataError as error:  # no such column
         raise Unreadable(error.message) from error
     except (pyarrow.lib.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's; those of damage have no number
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; pyarrow's for damage have no errno
             raise
         what = " ".join(str(error).split())
         raise Unreadable(f"no {path.suffix.removeprefix('.')} file, or damaged from here on: {what}") from error
 
 
 def _pieces(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Iterator[Record]:
-    """As `corpus` cuts a lone file. What is no UTF-8 passes as single surrogates, which UTF-8 itself can't hold, so
-    that one bad byte costs its own piece only."""
+    """Split a lone file as `sources` does. Invalid UTF-8 becomes lone surrogates, which valid UTF-8 can't contain, so
+    that a bad byte costs only its own piece."""
     with _opened(path) as file:
         if cursor.offset:
             file.seek(cursor.offset)
@@ -244,7 +244,7 @@ class _Piece(NamedTuple):
 
 def _cut(file: BufferedIOBase) -> Iterator[_Piece]:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    held, ended, lost = "", False, _Piece(None, 0, 0)  # lost: the beginning of a piece that is too long
+    held, ended, lost = "", False, _Piece(None, 0, 0)  # lost: the discarded beginning of a piece that is too long
     while True:
         blank = held.find("\n\n", 0 if lost.num_bytes else CUT_CHARS)
         if blank < 0 and not ended:

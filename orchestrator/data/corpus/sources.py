@@ -1,9 +1,9 @@
-"""Where text comes from: a named source becomes documents in a fixed order, with a digest over all of them.
+"""Text sources: a named source becomes documents in a fixed order, with a digest over all of them.
 
 Sources: `builtin:stdlib` (the running Python's own library, without its tests: English and code, on every
 machine), `builtin:pydocs` (Python's manual, where Debian's python3.13-doc is installed), a directory of text files
-(searched recursively), or one such file; `orchestrator.data.corpus.files` says which kinds there are. A plain file is a
-document, and so is each row of the others; a corpus of one plain file is cut at blank lines into documents, so that
+(searched recursively), or one such file; `orchestrator.data.corpus.files` lists the formats. A plain file is a
+document, and so is each row of the others; a corpus of one plain file is split at blank lines into documents, so that
 whole documents can still be held out.
 """
 
@@ -21,12 +21,12 @@ from orchestrator.errors import DataError
 
 BUILTIN_STDLIB = "builtin:stdlib"
 BUILTIN_PYDOCS = "builtin:pydocs"
-PYDOCS = Path("/usr/share/doc/python3.13/html/_sources")  # where Debian's package puts them
+PYDOCS = Path("/usr/share/doc/python3.13/html/_sources")  # installed by Debian's package
 _NOT_STDLIB = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
 class Document(NamedTuple):
-    """One text and its id: the path below the source's root, with `#n` for a row, or where a lone file was cut."""
+    """One text and its id: the path below the source's root, with `#n` for a row or for a part of a lone file."""
 
     id: str
     text: str
@@ -34,7 +34,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order; iterate to read them. Documents of white space only are left out.
+    """Documents in a fixed order; iterate to read them. Documents with only white space are left out.
 
     Iterating raises DataError at the end if the files changed since `open_corpus`, and never yields more than `ids`.
     """
@@ -51,7 +51,7 @@ class Corpus:
         digest = hashlib.sha256()
         for number, document in enumerate(_read_documents(self.root, self.files, self.text_key)):
             add_to_digest(digest, document)
-            if number == len(self.ids):  # more than there were: whoever counts on `ids` must not see it
+            if number == len(self.ids):  # the files have grown: callers rely on `ids`
                 break
             yield document
         if digest.hexdigest() != self.digest:
@@ -64,14 +64,15 @@ class Corpus:
 
 
 def open_corpus(source: str, text_key: str = "text") -> Corpus:
-    """Reads a source through once, to check it and to take its digest.
+    """Read a source once, to check it and to compute its digest.
 
     Args:
         source: `builtin:stdlib`, `builtin:pydocs`, a directory, or a file.
         text_key: key or column of the text in files that have rows.
 
     Raises:
-        DataError: no such source, a file that can't be read, isn't UTF-8 or isn't what its name says, or no text in it.
+        DataError: no such source, an unreadable file, one that isn't UTF-8 or of the format its name implies, or no
+            text at all.
     """
     root, files = find_files(source)
     digest, ids, num_bytes = hashlib.sha256(), [], 0
@@ -88,8 +89,7 @@ def open_corpus(source: str, text_key: str = "text") -> Corpus:
 
 
 def find_files(source: str) -> tuple[Path, tuple[Path, ...]]:
-    """The root of a source and its files in order. Raises DataError if there is no such source, or a folder of it can't
-    be listed."""
+    """The root of a source and its files in order. Raises DataError for an unknown source or an unreadable folder."""
     try:
         return _found(source)
     except OSError as error:
@@ -152,7 +152,7 @@ def _read_documents(root: Path, files: tuple[Path, ...], text_key: str) -> Itera
 
 
 def _cut(name: str, text: str) -> list[Document]:
-    """Cuts a text at blank lines into documents of at least `CUT_CHARS`; nothing of it is lost."""
+    """Split a text at blank lines into documents of at least `CUT_CHARS`, keeping all characters."""
     documents: list[Document] = []
     start = 0
     while start < len(text):
@@ -164,9 +164,9 @@ def _cut(name: str, text: str) -> list[Document]:
 
 
 def add_to_digest(digest: "hashlib._Hash", document: Document) -> int:
-    """Adds a document to a digest, lengths first so that no two corpora collide; returns the bytes of its text.
+    """Add a document to a digest, lengths first so that no two corpora collide; returns the bytes of its text.
 
-    Raises DataError for half of a surrogate pair, which JSON can hold and UTF-8 can't.
+    Raises DataError for half of a surrogate pair, which JSON can encode and UTF-8 can't.
     """
     try:
         text = document.text.encode("utf-8")
@@ -180,7 +180,7 @@ def add_to_digest(digest: "hashlib._Hash", document: Document) -> int:
 
 
 def add_bytes(digest: "hashlib._Hash", document_id: str, text: bytes) -> int:
-    """As `add_to_digest`, of a text in UTF-8."""
+    """As `add_to_digest`, for a text in UTF-8."""
     name = os.fsencode(document_id)
     digest.update(f"{len(name)} {len(text)}\n".encode("ascii"))
     digest.update(name)

@@ -1,13 +1,13 @@
-"""What of a store is done: a file of tokens per block, kept until the store is published, so that a preparation that
-was ended goes on where it was.
+"""Cache of finished blocks: a file of tokens per block, kept until the store is published, so that an interrupted
+preparation can resume.
 
-    DIR/.STORE.parts/lock                     held by who prepares STORE
+    DIR/.STORE.parts/lock                     held by the process that prepares STORE
     DIR/.STORE.parts/tokenizer-DIGEST/        the tokenizer, as in a store
     DIR/.STORE.parts/00000012.part            the documents of block 12: tokens, lengths, scores, footer
-    DIR/.STORE.parts/store/                   the store, while it is put together
+    DIR/.STORE.parts/store/                   the store while it is assembled
 
-A part is renamed to its name when it is whole. Its footer says what it was made of and the sha256 of the rest, so one
-of another corpus, tokenizer or signal, or a damaged one, is made anew. None of these names is that of a store.
+A part gets its name by a rename when it is whole. Its footer has a digest of its inputs and the sha256 of the rest, so
+a part of another corpus, tokenizer or signal, or a damaged one, is made again. No store has any of these names.
 """
 
 import fcntl
@@ -41,11 +41,11 @@ class Footer:
     num_documents: int
     num_tokens: int
     token_dtype: str
-    sha256: str  # of all before the footer
+    sha256: str  # of all bytes before the footer
 
 
 class PartWriter:
-    """Writes a part: `add` every document. Made by `written`."""
+    """Writer of a part, from `written`: `add` every document."""
 
     def __init__(self, file: BinaryIO, made_of: str, token_dtype: str) -> None:
         self._file, self._made_of, self._dtype = file, made_of, token_dtype
@@ -54,7 +54,7 @@ class PartWriter:
         self.num_tokens = 0
 
     def add(self, tokens: NDArray[np.unsignedinteger], score: float) -> None:
-        """A document; `score` is NaN if it has none yet."""
+        """Append a document; `score` is NaN if it is not known yet."""
         self._write(np.ascontiguousarray(tokens, self._dtype).tobytes())
         self._lengths.append(len(tokens))
         self._scores.append(score)
@@ -74,7 +74,7 @@ class PartWriter:
 
 @contextmanager
 def written(path: Path, made_of: str, token_dtype: str) -> Iterator[PartWriter]:
-    """A part that has its name when the block ends well, and leaves nothing when it doesn't."""
+    """Writer of a part that gets its name if the block succeeds, and is removed if it fails."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with partial.open("xb") as file:
@@ -89,7 +89,7 @@ def written(path: Path, made_of: str, token_dtype: str) -> Iterator[PartWriter]:
 
 
 def checked(path: Path, made_of: str) -> Footer | None:
-    """The footer of a part that is whole and made of that; None for any other, or none."""
+    """The footer of a whole part with the inputs `made_of`; None if it is missing, damaged or has other inputs."""
     try:
         with path.open("rb") as file:
             footer, size = _footer(file)
@@ -122,7 +122,7 @@ def documents_in(path: Path, footer: Footer) -> Iterator[tuple[NDArray[np.unsign
 
 
 def _footer(file: BinaryIO) -> tuple[Footer | None, int]:
-    """The footer of a part, and the bytes before it. Raises OSError or ValueError where there is none."""
+    """The footer of a part, and the number of bytes before it. Raises OSError or ValueError without a footer."""
     end = file.seek(-FOOTER_LENGTH_BYTES, os.SEEK_END)
     length = int.from_bytes(file.read(FOOTER_LENGTH_BYTES), "little")
     if length > end:
@@ -132,7 +132,7 @@ def _footer(file: BinaryIO) -> tuple[Footer | None, int]:
 
 
 class Parts:
-    """The parts of one store. Made by `Parts.held`."""
+    """The parts of one store, from `Parts.held`."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -140,7 +140,7 @@ class Parts:
     @classmethod
     @contextmanager
     def held(cls, final: Path) -> Iterator["Parts"]:
-        """The parts of the store `final`, for this process only. Raises DataError if another one prepares it."""
+        """The parts of the store `final`, locked for this process. Raises DataError if another one prepares it."""
         directory = final.with_name(f".{final.name}.parts")
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "lock").open("a") as lock:
@@ -156,7 +156,7 @@ class Parts:
 
     @property
     def assembly(self) -> Path:
-        """Where the store is put together; nothing is there now."""
+        """Directory for assembling the store; removes what is there."""
         path = self.directory / "store"
         shutil.rmtree(path, ignore_errors=True)
         return path
@@ -165,7 +165,7 @@ class Parts:
         return self.directory / f"{block:08d}.part"
 
     def tokenizer(self) -> TextTokenizer | None:
-        """The one that was kept, if it is whole."""
+        """The kept tokenizer; None if it is missing or damaged."""
         for folder in self.directory.glob("tokenizer-*"):
             with suppress(DataError, OSError):
                 found = TextTokenizer.load(folder / TOKENIZER)
@@ -174,7 +174,7 @@ class Parts:
         return None
 
     def keep_tokenizer(self, tokenizer: TextTokenizer) -> Path:
-        """The file of the tokenizer, there from now on."""
+        """Save the tokenizer and return the path of its file."""
         folder = self.directory / _folder_of(tokenizer)
         partial = self.directory / f".{folder.name}.{secrets.token_hex(4)}"
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Blocks: consecutive records of a corpus that are worked on at once, on whichever node there is room.
+"""Blocks: consecutive records of a corpus, the unit of work on any node.
 
-A block names where its records lie and which of them are documents, with a digest over these; it holds no text. Who
-works on it reads the files itself, so they must be readable on every node, and finds out if they have changed.
+A block has the location of its records and marks which of them are documents, with a digest over these; it holds no
+text. Its task reads the files, so they must be readable on every node, and detects if they have changed.
 """
 
 import hashlib
@@ -18,15 +18,15 @@ from orchestrator.data.corpus.sources import Document
 from orchestrator.errors import DataError
 
 LARGEST_RECORDS = 1 << 16  # in a block
-# A block in the middle of a file that can't be entered there costs reading all before it. Blocks that grow with what
-# is before them keep the sum of that below 9 times the file.
+# A block in the middle of a file that can't be entered there requires reading all before it. Blocks that grow with
+# their distance from the start keep the total below 9 times the file.
 GROWTH = 8
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive records of a file. `name` is the file's in the ids of its documents; `row`, `line`, `offset` are the
-    place of the first record."""
+    """Consecutive records of a file. `name` is the file's name in document ids; `row`, `line` and `offset` locate the
+    first record."""
 
     path: str
     name: str
@@ -42,10 +42,10 @@ class Block:
     """Consecutive records of a source.
 
     Attributes:
-        number: of the block, from 0, in the order of the corpus.
+        number: index of the block, from 0, in the order of the corpus.
         first_document: number of its first document in the corpus.
-        kept: a bit per record, in hexadecimal: whether it is a document.
-        digest: sha256 over ids and sha256s of its documents.
+        kept: bit mask of the records that are documents, in hexadecimal.
+        digest: sha256 over the ids and sha256s of its documents.
     """
 
     number: int
@@ -58,14 +58,14 @@ class Block:
 
 
 class Located(NamedTuple):
-    """A document, and the file and line that it comes from."""
+    """A document, with its file and line."""
 
     document: Document
     where: str
 
 
 class BlockDigest:
-    """Over the documents of a block, each by its id and the sha256 of its text."""
+    """Digest over a block's documents, each by its id and the sha256 of its text."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -80,7 +80,7 @@ class BlockDigest:
 
 @dataclass
 class SourceFile:
-    """A file that is being read for the first time. `name` begins the ids of its documents."""
+    """A file during its first reading. `name` begins the ids of its documents."""
 
     path: Path
     name: str
@@ -91,7 +91,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Kept:
-    """A record that is a document; its text in UTF-8."""
+    """A record that is a document, with its text in UTF-8."""
 
     id: str
     raw: bytes
@@ -99,8 +99,8 @@ class Kept:
 
 
 class BlockBuilder:
-    """Puts consecutive records together to blocks of about `wanted_chars` characters: `add` each, `close` at the end of
-    each source."""
+    """Groups consecutive records into blocks of about `wanted_chars` characters: `add` each, `close` at the end of each
+    source."""
 
     def __init__(self, text_key: str, wanted_chars: int) -> None:
         self.blocks: list[Block] = []
@@ -125,7 +125,7 @@ class BlockBuilder:
             self._digest.add(kept.id, kept.sha256)
 
     def close(self) -> None:
-        """Ends the block. One without a document is left out."""
+        """End the block. A block without documents is left out."""
         self._close_stretch()
         num_documents = sum(self._kept)
         if num_documents:
@@ -147,7 +147,7 @@ class BlockBuilder:
         self._stretches: list[Stretch] = []
         self._kept = bytearray()  # a byte per record
         self._digest = BlockDigest()
-        self._num_chars = self._num_before = 0  # before: records of the block that lie in closed stretches
+        self._num_chars = self._num_before = 0  # before: records of the block in closed stretches
 
     def _close_stretch(self) -> None:
         if self._file is not None:
@@ -159,12 +159,12 @@ class BlockBuilder:
 
 
 def document_id(name: str, form: Form, row: int) -> str:
-    """As `corpus` names documents; `name` is the file's below its source."""
+    """Id of a document as in `sources`; `name` is the file's path below its source."""
     return name if form is Form.WHOLE else f"{name}#{row}"
 
 
 def documents_of(block: Block) -> Iterator[Located]:
-    """Reads the documents of a block. Raises DataError at the end, or before, if the files have changed."""
+    """Read the documents of a block. Raises DataError, at the end or earlier, if the files have changed."""
     num_records = sum(stretch.num_records for stretch in block.stretches)
     kept = np.unpackbits(np.frombuffer(bytes.fromhex(block.kept), np.uint8), count=num_records)
     digest, number = BlockDigest(), 0
@@ -185,7 +185,7 @@ def documents_of(block: Block) -> Iterator[Located]:
 
 def _changed(path: str) -> DataError:
     return DataError(
-        f"the corpus changed while it was read: {path} is not what it was",
+        f"the corpus changed while it was read: {path} was modified",
         remedy="Leave its files alone and start again.",
         unchanged="No store was written.",
     )

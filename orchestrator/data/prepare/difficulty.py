@@ -1,6 +1,6 @@
-"""How difficult a document is, by one of several signals: higher is harder.
+"""Difficulty of documents, by one of several signals: higher is harder.
 
-Which of them helps a model learn is a question for measurement; a curriculum uses only the order that they give.
+Measurement must show which of them helps a model learn; a curriculum uses only their order.
 """
 
 import math
@@ -17,11 +17,11 @@ from orchestrator.errors import DataError
 from orchestrator.spec.curriculum import SIGNALS
 from orchestrator.user_code import imported
 
-# -- The small language model whose loss says how difficult a document is: bigrams, interpolated with unigrams ---------
+# -- A small language model whose loss is a measure of difficulty: bigrams, interpolated with unigrams -----------------
 
 CELL_BITS = 22
-# Pairs that the unigram's share is worth. Of 1, 5, 20, 50, 100, 200, 500 and 2,000 it gave the lowest loss on held-out
-# files of Python's library, with 2,048, 8,192 and 32,768 tokens alike; 20 and 500 order documents almost the same.
+# Weight of the unigram, in pairs. Of 1, 5, 20, 50, 100, 200, 500 and 2,000, 100 gave the lowest loss on held-out files
+# of Python's library, with 2,048, 8,192 and 32,768 tokens alike; 20 and 500 order documents almost the same.
 PRIOR = 100
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, an odd number
 
@@ -30,12 +30,12 @@ Counts = NDArray[np.int64]
 
 
 class PairCounts:
-    """How often one token follows another within documents, in 32 MiB however many there are: `add` each.
+    """Counts of token pairs within documents, in 32 MiB for any number of documents: `add` each.
 
     Attributes:
-        pairs_C: how often pairs occur, by the cell of the pair. 8 bytes each: 4 would run over in large corpora.
-        firsts_V, seconds_V: how many pairs a token is the first of, and the second.
-        num_pairs: of all documents.
+        pairs_C: counts by the pair's cell. 8 bytes each: 4 would overflow in large corpora.
+        firsts_V, seconds_V: number of pairs in which a token is the first, and the second.
+        num_pairs: number of pairs in all documents.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -45,14 +45,14 @@ class PairCounts:
         self.num_pairs = 0
 
     def add(self, tokens: Tokens) -> None:
-        """A whole document: its last token and the first of the next one are no pair."""
+        """Count a whole document. No pair spans two documents."""
         np.add.at(self.pairs_C, self.cells_of(tokens), 1)
         np.add.at(self.firsts_V, tokens[:-1], 1)
         np.add.at(self.seconds_V, tokens[1:], 1)
         self.num_pairs += max(0, len(tokens) - 1)
 
     def cells_of(self, tokens: Tokens) -> NDArray[np.uint64]:
-        """The cell of each pair (T): its own if there are enough, which is up to 2,048 tokens; else by multiplicative
+        """The cell of each pair (T): its own for up to 2,048 tokens, when there are enough; else by multiplicative
         hashing (Knuth, "The Art of Computer Programming", volume 3, section 6.4)."""
         vocab_size = len(self.firsts_V)
         pairs_T = tokens[:-1].astype(np.uint64) * np.uint64(vocab_size) + tokens[1:].astype(np.uint64)
@@ -60,17 +60,17 @@ class PairCounts:
 
 
 def reference_loss(counts: PairCounts, tokens: Tokens, was_added: bool) -> float:
-    """Mean -log p of a document's tokens, each given the one before it, in nats; 0.0 for one of nothing but its border.
+    """Mean -log p of a document's tokens, each given the one before it, in nats; 0.0 for an empty document.
 
         p(b | a) = (c(a, b) + PRIOR p(b)) / (c(a) + PRIOR)    p(b) = (c(b) + 1) / (c + V)
 
     Jelinek-Mercer interpolation, the bigram's weight c(a) / (c(a) + PRIOR) growing with how often its context was seen
     (Chen and Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling", 1998, section 2.3), as a
-    Dirichlet prior gives it (MacKay and Peto, "A Hierarchical Dirichlet Language Model", 1995). Witten-Bell has the
-    number of different tokens after `a` for PRIOR, which cells that pairs share can't tell.
+    Dirichlet prior gives it (MacKay and Peto, "A Hierarchical Dirichlet Language Model", 1995). Witten-Bell uses the
+    number of distinct tokens after `a` as PRIOR, which is unknown where pairs share cells.
 
     Args:
-        was_added: the document is one of those counted. Its own counts are then left out: a rare text must not be easy
+        was_added: the document is among those counted. Its own counts are then subtracted: a rare text must not be easy
             because the model has seen it.
     """
     cells_T, firsts_T, seconds_T = counts.cells_of(tokens), tokens[:-1], tokens[1:]
@@ -83,24 +83,24 @@ def reference_loss(counts: PairCounts, tokens: Tokens, was_added: bool) -> float
         first_T -= _repeats(firsts_T)
         second_T -= _repeats(seconds_T)
         num_pairs -= len(cells_T)
-    # A pair isn't more frequent than its tokens. Its cell may say so, if others share it: p would be above 1.
+    # A pair can't be more frequent than its tokens. A cell shared with other pairs may count more: p would exceed 1.
     pair_T = np.minimum(pair_T, np.minimum(first_T, second_T))
     unigram_T = (second_T + 1) / (num_pairs + len(counts.seconds_V))
     return float(-np.log((pair_T + PRIOR * unigram_T) / (first_T + PRIOR)).mean())
 
 
 def _repeats(values_T: NDArray[np.integer]) -> Counts:
-    """How often each value occurs among all of them."""
+    """Number of occurrences of each value."""
     _, place_T, counts = np.unique(values_T, return_inverse=True, return_counts=True)
     repeats_T: Counts = counts[place_T]
     return repeats_T
 
 
-# -- How difficult a document is, by one of several signals: higher is harder ------------------------------------------
+# -- Signals of difficulty: higher is harder ---------------------------------------------------------------------------
 
 WINDOW = 50  # tokens
 HERE = Path()
-LARGEST = float(np.finfo(np.float32).max)  # that the index holds
+LARGEST = float(np.finfo(np.float32).max)  # limit of the index's float32
 Signal = Callable[[Tokens], float]
 
 
@@ -112,14 +112,14 @@ def signal_of(
     is_training: bool,
     code_dir: Path = HERE,
 ) -> Signal:
-    """What scores a document from its tokens.
+    """A function that scores a document from its tokens.
 
     Args:
-        name: of a signal, or `package.module:score`, which gets the document's text.
-        counts: how often each token of the vocabulary occurs in the training split; asked for if it is needed.
-        pairs: how often tokens follow one another in the training split's documents; asked for if it is needed.
+        name: a signal, or `package.module:score`, which gets the document's text.
+        counts: token counts of the training split by vocabulary; called only if needed.
+        pairs: token pair counts of the training split's documents; called only if needed.
         is_training: the documents to score are those of the training split.
-        code_dir: the directory that a function of the user's own comes from.
+        code_dir: directory of the user's own function.
 
     Raises:
         DataError: there is no such function.
@@ -153,7 +153,7 @@ def check_signal(name: str, code_dir: Path = HERE) -> None:
 
 
 def scores(signal: Signal, name: str, documents: Iterator[tuple[str, Tokens]]) -> NDArray[np.float64]:
-    """The scores of (id, tokens) one after the other. Raises DataError naming the document that has none."""
+    """Scores of (id, tokens) in order. Raises DataError with the id of a document that can't be scored."""
     found = []
     for document_id, tokens in documents:
         try:
@@ -170,24 +170,24 @@ def diversity(tokens: Tokens) -> float:
     """Mean share of distinct tokens in windows of `WINDOW`: the moving-average type-token ratio, which unlike the plain
     one doesn't fall with length (Covington and McFall, "Cutting the Gordian Knot", Journal of Quantitative Linguistics,
     2010)."""
-    tokens = tokens[1:]  # the document's own token says nothing
+    tokens = tokens[1:]  # without the document token
     n = len(tokens)
     window = min(WINDOW, n)
     if n == 0:
         return 0.0
     by_token = np.argsort(tokens, kind="stable")
-    before = np.full(n, -1)  # where the same token stood last
+    before = np.full(n, -1)  # last position of the same token
     same = tokens[by_token[1:]] == tokens[by_token[:-1]]
     before[by_token[1:][same]] = by_token[:-1][same]
     place = np.arange(n)
-    # A token counts in all windows that hold it and not the one before: their first places.
+    # A token counts in all windows that contain it but not its previous occurrence: the range of their starts.
     first = np.maximum(np.maximum(before + 1, place - window + 1), 0)
     last = np.minimum(place, n - window)
     return float(np.maximum(last - first + 1, 0).sum() / ((n - window + 1) * window))
 
 
 def _surprisal(counts_V: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Nats of each token by its frequency, one added to each count."""
+    """Surprisal of each token in nats, from its frequency with add-one smoothing."""
     surprisal_V: NDArray[np.float64] = -np.log((counts_V + 1) / (counts_V.sum() + len(counts_V)))
     return surprisal_V
 
@@ -205,7 +205,7 @@ def _imported(name: str, code_dir: Path) -> Callable[[str], float]:
     module, _, attribute = name.partition(":")
     try:
         function: Callable[[str], float] = getattr(imported(module, code_dir), attribute)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing user code may raise anything
         raise DataError(
             f"curriculum.signal {name} can't be imported: {error}",
             remedy="Name a function of a module in the current directory, or in curriculum.code_dir.",

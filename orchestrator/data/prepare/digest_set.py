@@ -1,4 +1,4 @@
-"""Which texts there were before, exactly but for collisions of 128 bits, in 24 to 48 bytes each."""
+"""Set of text digests for deduplication, exact but for collisions of 128 bits, in 24 to 48 bytes each."""
 
 KEY_BYTES = 16
 EMPTY = bytes(KEY_BYTES)
@@ -6,7 +6,7 @@ FIRST_SLOTS = 1 << 12
 
 
 class DigestSet:
-    """A set of 16-byte digests: one array with linear probing. A set of Python's takes three to four times as much."""
+    """A set of 16-byte digests: one array with linear probing. A Python set needs three to four times the memory."""
 
     def __init__(self) -> None:
         self._table = bytearray(FIRST_SLOTS * KEY_BYTES)
@@ -17,7 +17,7 @@ class DigestSet:
         return self._num_used
 
     def add(self, digest: bytes) -> bool:
-        """Whether it is new. Raises ValueError for one of another length."""
+        """Add a digest; returns whether it is new. Raises ValueError for another length."""
         if len(digest) != KEY_BYTES:
             raise ValueError(f"a digest of {len(digest)} bytes; it must have {KEY_BYTES}")
         key = digest if digest != EMPTY else digest[:-1] + b"\1"  # the empty slot's own value
@@ -31,7 +31,7 @@ class DigestSet:
         return True
 
     def _slot_of(self, key: bytes) -> int:
-        """The byte at which the key lies, or has to lie."""
+        """Byte offset of the key, or of the empty slot for it."""
         slot = int.from_bytes(key[:8], "little") & (self._num_slots - 1)
         while True:
             place = slot * KEY_BYTES

@@ -1,6 +1,6 @@
-"""What is done with a block, on any node: a sample of its text for the tokenizer, and its tokens as a part file.
+"""Tasks on a block, on any node: a sample of its text for the tokenizer, and its tokens as a part file.
 
-Tasks and results are JSON. A result says what went wrong as well, so that an error keeps its words whoever carries it.
+Tasks and results are JSON. A result may be an error, so that its message arrives unchanged.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from orchestrator.protocol.codec import from_plain, to_plain
 
 PART_FORMAT = 1
 BATCH_CHARS = 1 << 18  # encoded at once; the tokenizer's own working memory is some 50 bytes per character
-# Signals that need counts over the training split: scored at the end.
+# Signals that need counts over the training split, so documents are scored at the end.
 OVER_ALL_DOCUMENTS = frozenset({"rarity", "reference_loss"})
 Encode = Callable[[Sequence[str]], list[NDArray[np.unsignedinteger]]]
 
@@ -44,13 +44,13 @@ class EncodeTask:
     part: str  # file to write
     tokenizer: str  # file
     tokenizer_digest: str
-    signal: str | None  # that documents are scored by here
-    code_dir: str = "."  # where a signal of the user's own comes from
+    signal: str | None  # signal that this task scores documents by
+    code_dir: str = "."  # directory of a user's own signal
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a task: texts of a sample, or tokens that were written; or what went wrong."""
+    """Result of a task: texts of a sample, the number of tokens written, or an error."""
 
     block: int
     texts: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ def saved(task: SampleTask | EncodeTask) -> str:
 
 
 def outcomes(results: Iterable[str]) -> Iterator[Outcome]:
-    """What came of tasks, as it comes. Raises DataError for the first that went wrong."""
+    """Results of tasks in order of arrival. Raises DataError for the first that failed."""
     for result in results:
         outcome = from_plain(Outcome, json.loads(result))
         if outcome.error:
@@ -74,17 +74,17 @@ def outcomes(results: Iterable[str]) -> Iterator[Outcome]:
 
 
 def signal_here(difficulty: str | None) -> str | None:
-    """The signal, if a document's score depends on the document alone."""
+    """The signal, if a document's score depends on the document alone; else None."""
     return None if difficulty in OVER_ALL_DOCUMENTS else difficulty
 
 
 def made_of(block: Block, tokenizer_digest: str, signal: str | None) -> str:
-    """Names all that a part depends on."""
+    """Digest of all inputs of a part."""
     return hashlib.sha256(f"{PART_FORMAT}\n{block.digest}\n{tokenizer_digest}\n{signal}".encode()).hexdigest()
 
 
 def sample_block(task_json: str) -> str:
-    """Carries out a `SampleTask`."""
+    """Execute a `SampleTask`."""
     task = from_plain(SampleTask, json.loads(task_json))
 
     def sample() -> Outcome:
@@ -97,7 +97,7 @@ def sample_block(task_json: str) -> str:
 
 
 def encode_block(task_json: str) -> str:
-    """Carries out an `EncodeTask`; a good part that is there already is left as it is."""
+    """Execute an `EncodeTask`; a valid existing part is kept."""
     task = from_plain(EncodeTask, json.loads(task_json))
     return _told(task.block, lambda: _encode(task))
 
@@ -153,8 +153,8 @@ def _batches(documents: Iterator[Located]) -> Iterator[list[Located]]:
 
 @lru_cache(maxsize=1)
 def _loaded(path: str, digest: str) -> tuple[TextTokenizer, Encode]:
-    """The tokenizer and what encodes with it on one core. A process reads it once for all its blocks, and keeps the
-    words that it has seen; another tokenizer has another digest."""
+    """The tokenizer and its encoding function for one core. A process loads it once for all its blocks, and caches
+    the words that it has seen; the digest detects another tokenizer."""
     found = TextTokenizer.load(Path(path))
     if found.digest != digest:
         raise DataError(

@@ -1,6 +1,6 @@
-"""From a corpus to a packed token store: hold documents out, train a tokenizer, encode, publish.
+"""Preparation of a corpus as a packed token store: hold documents out, train a tokenizer, encode, publish.
 
-The store's directory is named by what it is made of, so asking again for the same corpus and options finds it:
+The store's directory is named by its inputs, so a repeat with the same corpus and options finds it:
 
     store = prepare("builtin:stdlib", vocab_size=2048, holdout=0.05, directory=Path("runs/data"))
 """
@@ -36,34 +36,33 @@ def prepare(
     difficulty: str | None = None,
     code_dir: Path = HERE,
 ) -> TokenStore:
-    """The store of `source` below `directory`: found, or made now.
+    """The store of `source` below `directory`, prepared if it doesn't exist.
 
     Args:
-        source: see `open_corpus`; or the directory of a store, which is taken as it is.
+        source: see `open_corpus`; or the directory of a store, which is used unchanged.
         vocab_size: tokens to learn; little text may give fewer.
         holdout: fraction of documents in `validation`, in [0, 1); either split gets at least one.
-        directory: holds stores, each in a directory named by its content. Made if missing.
-        text_key: key or column of the text in files that have rows.
-        tokenizer: a `tokenizer.json` to use instead of learning one; `vocab_size` has no meaning then.
-        difficulty: the signal that documents are scored by (`orchestrator.data.prepare.difficulty`); None for no
-        scores.
-        code_dir: the directory that a signal of the user's own comes from.
-        progress: called with a stage ("reading", "tokenizer", "encoding", "done") and the fraction of it that is done.
+        directory: parent of stores, each in a directory named by its content. Created if missing.
+        text_key: key or column of the text in files with rows.
+        tokenizer: a `tokenizer.json` to use instead of training one; `vocab_size` is then ignored.
+        difficulty: the signal that scores documents (`orchestrator.data.prepare.difficulty`); None for no scores.
+        code_dir: directory of a user's own signal.
+        progress: called with a stage ("reading", "tokenizer", "encoding", "done") and its finished fraction.
 
     Raises:
-        DataError: a corpus that can't be read or split, an option out of range or another than the named store's, or a
-            directory that can't be written.
+        DataError: the corpus can't be read or split, an option is invalid or differs from the store's, or `directory`
+            can't be written.
         StoreCorrupt: the store exists and doesn't match its digests.
     """
-    tell = progress or (lambda stage, fraction: None)
+    report = progress or (lambda stage, fraction: None)
     check_holdout(holdout)
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     if is_store(Path(source)):
         store = TokenStore.open(source, verify=True)
         _check_agreement(store, vocab_size, holdout, given, difficulty)
-        tell("done", 1.0)
+        report("done", 1.0)
         return store
-    tell("reading", 0.0)
+    report("reading", 0.0)
     corpus = open_corpus(source, text_key)
     options = PrepareOptions(
         vocab_size=vocab_size if given is None else given.vocab_size,
@@ -75,10 +74,10 @@ def prepare(
     splits = split_documents(corpus.ids, holdout)
     final = Path(directory) / store_key(corpus.digest, options)
     if not final.exists():
-        used = given or TextTokenizer.train(_training_texts(corpus, splits, options, tell), vocab_size)
+        used = given or TextTokenizer.train(_training_texts(corpus, splits, options, report), vocab_size)
         try:
             with published(final) as partial:
-                _write(corpus, splits, options, used, StoreWriter(partial, used, code_dir), tell)
+                _write(corpus, splits, options, used, StoreWriter(partial, used, code_dir), report)
         except OSError as error:
             raise DataError(
                 f"the token store can't be written to {directory}: {error}",
@@ -86,7 +85,7 @@ def prepare(
                 unchanged="No store was written.",
             ) from error
     store = TokenStore.open(final, verify=True)
-    tell("done", 1.0)
+    report("done", 1.0)
     return store
 
 
@@ -101,7 +100,7 @@ def check_holdout(holdout: float) -> None:
 
 
 def load_tokenizer(path: Path) -> TextTokenizer:
-    """The tokenizer that a job names. Raises DataError if it can't be read or used."""
+    """The tokenizer of a job. Raises DataError if it can't be read or used."""
     try:
         return TextTokenizer.load(path)
     except DataError as error:
@@ -125,13 +124,12 @@ def check_enough(
     min_validation_rows: int = 0,
     by_document: bool = False,
 ) -> None:
-    """Refuses a store too small for a job: less than one global batch, or fewer validation rows than it needs.
+    """Refuse a store too small for a job: less than one global batch, or fewer validation rows than it needs.
 
-    Args:
-        by_document: a row is a document, or a piece of a long one.
+    With `by_document`, a row is a document, or a piece of a long one.
 
     Raises:
-        DataError: says the rows found, the rows needed, and what to change.
+        DataError: with the rows found, the rows needed, and a remedy.
     """
     wanted: tuple[tuple[Split, int, str], ...] = (
         ("train", global_batch_size, "one global batch"),
@@ -151,7 +149,7 @@ def check_enough(
 
 
 def check_vocabulary(model_vocab_size: int | None, tokenizer_vocab_size: int) -> None:
-    """Raises DataError if the tokenizer has tokens that the model has no rows for. None: as many as the tokenizer."""
+    """Raises DataError if the tokenizer has tokens without rows in the model. None: the model follows the tokenizer."""
     if model_vocab_size is not None and model_vocab_size < tokenizer_vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer_vocab_size} tokens, the model has rows for {model_vocab_size} only "
@@ -162,7 +160,7 @@ def check_vocabulary(model_vocab_size: int | None, tokenizer_vocab_size: int) ->
 
 
 def sample_of(document: Document, share: float) -> str:
-    """A share of a document, from a place that its id names."""
+    """A share of a document, at a position given by a hash of its id."""
     length = math.ceil(len(document.text) * share)
     start = int(fraction_of(document.id) * (len(document.text) - length + 1))
     return document.text[start : start + length]
@@ -171,7 +169,7 @@ def sample_of(document: Document, share: float) -> str:
 def _check_agreement(
     store: TokenStore, vocab_size: int, holdout: float, given: TextTokenizer | None, difficulty: str | None
 ) -> None:
-    """Raises DataError if a job wants a store otherwise than it is. What a job leaves at its default wants nothing."""
+    """Raises DataError if a job's options differ from the store's. Options left at their defaults are not compared."""
     options, made = DataSpec(), store.manifest.options
     wanted: list[tuple[str, object, object]] = []
     if given is not None:
@@ -191,13 +189,15 @@ def _check_agreement(
             )
 
 
-def _training_texts(corpus: Corpus, splits: Sequence[Split], options: PrepareOptions, tell: Progress) -> Iterator[str]:
-    """What the tokenizer learns from: the same share of every training document."""
+def _training_texts(
+    corpus: Corpus, splits: Sequence[Split], options: PrepareOptions, report: Progress
+) -> Iterator[str]:
+    """Training text of the tokenizer: the same share of every training document."""
     share = min(1.0, options.tokenizer_train_bytes / corpus.num_bytes)
     for number, (document, split) in enumerate(zip(corpus, splits, strict=True)):
         if split == "train":
             yield sample_of(document, share)
-        tell("tokenizer", number / len(splits))
+        report("tokenizer", number / len(splits))
 
 
 def _write(
@@ -206,7 +206,7 @@ def _write(
     options: PrepareOptions,
     tokenizer: TextTokenizer,
     writer: StoreWriter,
-    tell: Progress,
+    report: Progress,
 ) -> None:
     source = Source(name=corpus.name, digest=corpus.digest, num_documents=len(corpus.ids), num_bytes=corpus.num_bytes)
     try:
@@ -215,14 +215,14 @@ def _write(
             for tokens in tokenizer.encode([document.text for document in batch]):
                 writer.add(splits[number], number, tokens)
                 number += 1
-            tell("encoding", number / len(splits))
+            report("encoding", number / len(splits))
         writer.finish([source], corpus.ids, options)
     finally:
         writer.close()
 
 
 def _batches(documents: Corpus) -> Iterator[list[Document]]:
-    """Consecutive documents, together at least `_BATCH_CHARS` long but for the last batch."""
+    """Batches of consecutive documents, at least `_BATCH_CHARS` long except for the last."""
     batch: list[Document] = []
     num_chars = 0
     for document in documents:

@@ -1,13 +1,13 @@
-"""From corpora of any size to a packed store: read and judge every record, learn a tokenizer, encode in blocks on the
-cluster's nodes, put together, publish.
+"""Preparation of corpora of any size as a packed store: scan all records, train a tokenizer, encode blocks on the
+cluster's nodes, assemble, publish.
 
     done = prepare_corpora(Request(("books.jsonl", "builtin:pydocs")), Path("data"), on_cluster)
     done.store.directory
 
-For one source, nothing bad, and no option beyond those of `prepare`, the store is that of `prepare` to the last byte,
-whoever encoded which block. The text is read two times, three if a tokenizer is learned: the store's name needs a
-digest over all documents in order, the learner's share of a document depends on how much text there is, and only then
-can anything be encoded. To keep it meanwhile would take as much room again.
+For one source without bad records, and with the options of `prepare` only, the store has the same bytes as that of
+`prepare`, on any nodes. The text is read twice, or three times if a tokenizer is trained: the store's name needs a
+digest over all documents in order, the sampled share of a document depends on the amount of text, and only then can
+anything be encoded. Keeping the text in between would take as much space again.
 """
 
 import json
@@ -48,15 +48,15 @@ from orchestrator.errors import DataError, StoreCorrupt
 
 @dataclass(frozen=True)
 class Request:
-    """What to prepare.
+    """Sources and options of a preparation.
 
     Args:
         sources: see `open_corpus`.
         vocab_size, holdout, text_key, tokenizer, difficulty, code_dir: as for `prepare`.
         min_chars, max_chars: shorter and longer documents are left out.
-        deduplicate: of documents with equal texts the first is kept.
-        weights: shares of the sources in the training split's tokens; None to take all there is.
-        max_bad: the share of the records that may be bad.
+        deduplicate: keep only the first of documents with equal texts.
+        weights: shares of the sources in the training split's tokens; None to use all documents.
+        max_bad: largest allowed share of bad records.
     """
 
     sources: tuple[str, ...]
@@ -75,11 +75,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Done:
-    """A store, made or found.
+    """A store, new or found.
 
     Attributes:
-        num_records, num_empty: records read now, and those without text.
-        quarantine: the file that names the bad records and the files without text; None if there are none.
+        num_records, num_empty: records read in this preparation, and those of them without text.
+        quarantine: the file that lists bad records and files without text; None if there are none.
     """
 
     store: TokenStore
@@ -91,19 +91,19 @@ class Done:
 
 
 def prepare_corpora(request: Request, directory: Path, spread: Spread, progress: Progress | None = None) -> Done:
-    """The store of the request below `directory`: found, or made now.
+    """The store of the request below `directory`, prepared if it doesn't exist.
 
     Args:
-        spread: carries out tasks: `on_cluster`, or `map` to do without a cluster.
-        progress: called with a stage ("reading", "tokenizer", "encoding", "writing", "done") and the fraction of it
-            that is done.
+        spread: executes tasks: `on_cluster`, or `map` to work without a cluster.
+        progress: called with a stage ("reading", "tokenizer", "encoding", "writing", "done") and the finished
+            fraction of it.
 
     Raises:
         DataError: a source that can't be read, too many bad records, an option out of range, a document without a
             score, or a directory that can't be written.
         StoreCorrupt: the store exists and doesn't match its digests.
     """
-    tell = progress or (lambda stage, fraction: None)
+    report = progress or (lambda stage, fraction: None)
     check(request)
     given = None if request.tokenizer is None else load_tokenizer(request.tokenizer)
     options = _options(request, given)
@@ -112,14 +112,14 @@ def prepare_corpora(request: Request, directory: Path, spread: Spread, progress:
         directory.mkdir(parents=True, exist_ok=True)
         with _scratch(directory) as ids, _scratch(directory) as lines:
             quarantine = Quarantine(lines, directory)
-            tell("reading", 0.0)
+            report("reading", 0.0)
             found = scan(
                 request.sources,
                 request.text_key,
                 options,
                 quarantine,
                 ids,
-                lambda fraction: tell("reading", fraction),
+                lambda fraction: report("reading", fraction),
                 request.max_bad,
             )
             final = directory / store_key(found.digest, options)
@@ -127,7 +127,7 @@ def prepare_corpora(request: Request, directory: Path, spread: Spread, progress:
             with Parts.held(final) as parts:
                 was_there = final.exists()
                 if not was_there:
-                    _Making(request, options, given, found, parts, spread, tell).make(final, ids)
+                    _Making(request, options, given, found, parts, spread, report).make(final, ids)
                 parts.remove()
     except OSError as error:
         raise DataError(
@@ -136,12 +136,12 @@ def prepare_corpora(request: Request, directory: Path, spread: Spread, progress:
             unchanged="No store was written; what is done is kept.",
         ) from error
     store = TokenStore.open(final, verify=True)
-    tell("done", 1.0)
+    report("done", 1.0)
     return Done(store, was_there, found.num_records, found.num_empty, named, len(found.blocks))
 
 
 def check(request: Request) -> None:
-    """Raises DataError for an option out of range, or a source that isn't there."""
+    """Raises DataError for an option out of range, or a source that doesn't exist."""
     check_holdout(request.holdout)
     if request.difficulty is not None:
         check_signal(request.difficulty, request.code_dir)
@@ -185,13 +185,13 @@ def _options(request: Request, given: TextTokenizer | None) -> PrepareOptions:
 
 
 def _scratch(directory: Path) -> IO[str]:
-    """A file without a name: however this process ends, nothing of it is left."""
+    """A file without a name, so that it vanishes with the process, even after a crash."""
     return TemporaryFile("w+", encoding="ascii", dir=directory)
 
 
 @dataclass(frozen=True)
 class _Making:
-    """A store that is being made."""
+    """Preparation of one store."""
 
     request: Request
     options: PrepareOptions
@@ -263,7 +263,7 @@ class _Making:
         return footers
 
     def _surplus(self, footers: Sequence[Footer]) -> NDArray[np.bool_]:
-        """Which documents of the corpus are left out for the weights of their sources."""
+        """Mask of the corpus's documents that are left out to meet the weights of sources."""
         left_out_D = np.zeros(self.found.num_documents, np.bool_)
         if self.options.weights is None:
             return left_out_D

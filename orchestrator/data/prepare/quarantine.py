@@ -1,8 +1,8 @@
-"""Bad records put aside: a file of JSON lines that says where each lies and why, never what is in it.
+"""Quarantine of bad records: JSON lines with the location and fault of each, never its content.
 
     {"source": "books", "file": "/data/books/a.jsonl", "line": 17, "reason": "not UTF-8: byte 0xe9"}
 
-`line` counts from 1; in Parquet and Arrow it is the row. Files without any text are named too, but count as empty, not
+`line` counts from 1; in Parquet and Arrow it is the row. Files without any text are listed too, but count as empty, not
 as bad.
 """
 
@@ -20,11 +20,11 @@ NO_TEXT = "no text in this file"
 
 
 class Quarantine:
-    """What is put aside while a corpus is read.
+    """Collects bad records while a corpus is read.
 
     Args:
-        scratch: takes the lines until it is known which store they belong to.
-        directory: where the lines go that let no store come about.
+        scratch: holds the lines until the name of their store is known.
+        directory: gets the lines if there are too many for a store.
     """
 
     def __init__(self, scratch: IO[str], directory: Path) -> None:
@@ -34,7 +34,7 @@ class Quarantine:
         self.num_bad = 0
 
     def add(self, source: str, file: Path, line: int, reason: str) -> None:
-        """A bad record."""
+        """Add a bad record."""
         self._write(source, file, line, reason)
         self.num_bad += 1
         if len(self._first) < SHOWN:
@@ -44,7 +44,7 @@ class Quarantine:
         self._write(source, file, 1, NO_TEXT)
 
     def save(self, path: Path) -> Path | None:
-        """Writes the lines to `path`, whole or not at all; None, and no file there, if there are none."""
+        """Write the lines to `path` atomically; without lines, remove the file and return None."""
         if not self._num_lines:
             path.unlink(missing_ok=True)
             return None
@@ -58,7 +58,7 @@ class Quarantine:
         return path
 
     def check(self, num_records: int, max_bad: float) -> None:
-        """Raises DataError if more than the share `max_bad` of the records is bad; all of them are saved for it."""
+        """Raises DataError if the share of bad records exceeds `max_bad`, after saving all lines."""
         if self.num_bad <= max_bad * num_records:
             return
         saved = self.save(self._directory / REFUSED)

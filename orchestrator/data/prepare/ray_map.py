@@ -1,4 +1,4 @@
-"""Tasks spread over a cluster with Ray Data. Ray itself is imported when it is needed."""
+"""Execution of tasks on a cluster with Ray Data. Ray itself is imported on first use."""
 
 import logging
 import os
@@ -8,26 +8,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from orchestrator.errors import OrchestratorError
 
 Spread = Callable[[Callable[[str], str], Sequence[str]], Iterable[str]]  # `map` is one too
-TASK_CPUS = 0.66  # three tasks on two cores: none is idle while Ray hands out the next one
-MOST_BLOCKS = 4096  # of Ray's: more tasks than these share them
+TASK_CPUS = 0.66  # three tasks on two cores: no core is idle while Ray schedules the next task
+MOST_BLOCKS = 4096  # blocks of Ray Data; more tasks than that share blocks
 
 
 def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator[str]:
-    """What `function` makes of each task, as it is done, in any order: `map` on the cluster that Ray is connected to.
+    """Results of `function` for each task, in order of completion: a `map` on the cluster that Ray is connected to.
 
-    The cluster runs half as many again at once as it has CPUs free. Tasks of a node that is lost are done again on
-    others.
+    The cluster runs 1.5 tasks per free CPU at once. Tasks of a failed node are repeated on others.
 
     Args:
         function: importable by name on every node.
 
     Raises:
-        OrchestratorError: the cluster went away, or can't run the function.
+        OrchestratorError: the cluster is unreachable, or can't run the function.
     """
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # there is one for all stages
+    context.enable_progress_bars = False  # our own covers all stages
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     blocks = max(1, min(MOST_BLOCKS, len(tasks)))
     try:
@@ -43,14 +42,14 @@ def on_cluster(function: Callable[[str], str], tasks: Sequence[str]) -> Iterator
 
 
 def _reason(error: Exception) -> str:
-    """The error that is at the bottom of a traceback that Ray hands on as text, whatever advice follows it."""
+    """The last error in a traceback that Ray passes on as text, without the advice that may follow it."""
     lines = str(error).strip().splitlines()
     named = [line for line in lines if re.match(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception): ", line)]
     return (named or lines or [type(error).__name__])[-1]
 
 
 class _Work:
-    """The function on a row. One core per task: the tokenizer's own threads would fight over the others."""
+    """The function on a row. One core per task: the tokenizer's own threads would compete for the others."""
 
     def __init__(self, function: Callable[[str], str]) -> None:
         self._function = function

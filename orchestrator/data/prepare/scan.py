@@ -1,8 +1,8 @@
-"""The first reading of a corpus: which records are documents, where they lie, and a digest over them.
+"""First reading of a corpus: find the documents among its records, their locations, and a digest over them.
 
-One process reads everything once, in order, because the digest that names a store runs over all documents one after
-the other, and because of equal texts the first is kept. Nothing of the text stays in memory, per document a byte or
-two, and up to 48 where equal texts are left out. The slow part, tokenising, follows in blocks, anywhere.
+One process reads everything once, in order, because the digest that names a store covers all documents in order, and
+because the first of equal texts is kept. No text stays in memory: a document takes a byte or two, or up to 48 with
+deduplication. The slow part, tokenising, follows in blocks on any node.
 """
 
 import hashlib
@@ -23,22 +23,21 @@ from orchestrator.data.prepare.digest_set import KEY_BYTES, DigestSet
 from orchestrator.data.prepare.quarantine import Quarantine
 from orchestrator.errors import DataError
 
-BLOCKS = 128  # wanted of a corpus, within
+BLOCKS = 128  # target number per corpus, within the limits below
 SMALLEST_BLOCK, LARGEST_BLOCK = 1 << 20, 1 << 24  # characters
 TELL_EVERY = 256  # records
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What the first reading found.
+    """Result of the first reading.
 
     Attributes:
-        sources: each with its counts, in the order asked for.
-        first_documents: number of each source's first document, and then of all.
+        sources: each with its counts, in the requested order.
+        first_documents: number of each source's first document, then the number of all documents.
         held_out: 1 for each document in `validation`, else 0.
-        ranks: of each document among those of its source, in [0, 1), by which surplus ones are left out; empty where
-            the sources have no weights.
-        num_records, num_empty: records read, and those without text.
+        ranks: hash of each document's id in [0, 1), which orders surplus documents of a source; empty without weights.
+        num_records, num_empty: records read, and those of them without text.
     """
 
     blocks: tuple[Block, ...]
@@ -59,7 +58,7 @@ class Scan:
 
     @property
     def digest(self) -> str:
-        """Of one source its own; of several, over theirs."""
+        """The digest of the only source, or a digest over those of several."""
         digests = [source.digest for source in self.sources]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode("ascii")).hexdigest()
 
@@ -70,24 +69,23 @@ def scan(
     options: PrepareOptions,
     quarantine: Quarantine,
     ids: IO[str],
-    tell: Callable[[float], None],
+    report: Callable[[float], None],
     max_bad: float = 0.0,
 ) -> Scan:
-    """Reads the sources through, one after the other.
+    """Read the sources in order.
 
     Args:
-        sources: see `open_corpus`. The ids of several begin with the source's number, from 0, and a colon.
+        sources: see `open_corpus`. With several, ids begin with the source's number, from 0, and a colon.
         quarantine: gets the bad records.
-        ids: gets the ids of the documents, a JSON string a line.
-        tell: called with the fraction that is read.
-        max_bad: the share of the records that may be bad.
+        ids: gets the ids of the documents, a JSON string per line.
+        report: called with the fraction that has been read.
+        max_bad: largest allowed share of bad records.
 
     Raises:
-        DataError: no such source, more bad records than are allowed, a source without any document, or fewer than two
-            documents in all.
+        DataError: no such source, too many bad records, a source without documents, or fewer than two documents in all.
     """
     listed = [_Listed.of(number, source, len(sources) > 1) for number, source in enumerate(sources)]
-    scanner = _Scanner(text_key, options, quarantine, ids, tell, listed)
+    scanner = _Scanner(text_key, options, quarantine, ids, report, listed)
     for source in listed:
         scanner.read(source)
     quarantine.check(scanner.num_records, max_bad)
@@ -99,7 +97,7 @@ class _Listed:
     """A source and its files."""
 
     name: str
-    prefix: str  # of the ids in the store
+    prefix: str  # of document ids in the store
     root: Path
     files: tuple[Path, ...]
     num_bytes: int
@@ -131,11 +129,11 @@ class _Scanner:
         options: PrepareOptions,
         quarantine: Quarantine,
         ids: IO[str],
-        tell: Callable[[float], None],
+        report: Callable[[float], None],
         listed: Sequence[_Listed],
     ) -> None:
         self._text_key, self._options, self._quarantine = text_key, options, quarantine
-        self._ids, self._tell, self._listed = ids, tell, listed
+        self._ids, self._tell, self._listed = ids, report, listed
         self._seen = DigestSet() if options.deduplicate else None
         self._splits = Holdout(options.holdout)
         self._ranks = array("d")
@@ -191,7 +189,7 @@ class _Scanner:
         )
 
     def _judge(self, source: str, file: SourceFile, record: Record, counts: _Counts) -> Kept | None:
-        """The record's text if it is a document; else it is counted."""
+        """The record's text if it is a document; else count the reason and return None."""
         self.num_records += 1
         text, fault, raw = record.text, record.fault, b""
         if text is not None:
@@ -201,7 +199,7 @@ class _Scanner:
                 fault = f"half of a surrogate pair at character {error.start}"
         if fault:
             counts.bad += 1
-            file.has_text = True  # it has its line in the quarantine
+            file.has_text = True  # the quarantine lists it already
             self._quarantine.add(source, file.path, record.line, fault)
             return None
         if text is None or not text.strip():
@@ -232,7 +230,7 @@ class _Scanner:
 
 
 def _size(path: Path) -> int:
-    """In bytes, for the progress only: what can't be read is told where it is read."""
+    """Size in bytes, for progress only: an unreadable file is reported when it is read."""
     try:
         return path.stat().st_size
     except OSError:

@@ -1,7 +1,7 @@
 """The packed token store, write side: built in a hidden sibling directory, published by one rename.
 
-A store under its final name is whole: every file was flushed to disk before the rename. What a killed process
-leaves behind has a name that nobody opens.
+A store under its final name is whole: every file was flushed to disk before the rename. Files left by a killed process
+have hidden names, which are never opened.
 """
 
 import json
@@ -38,17 +38,17 @@ from orchestrator.data.manifest import (
 from orchestrator.data.prepare.difficulty import HERE, PairCounts, scores, signal_of
 from orchestrator.data.tokenizer import TextTokenizer
 
-INDEX_RECORD = struct.Struct("<qqqf")  # one INDEX_DTYPE
-COUNTED_AT_ONCE = 1 << 22  # tokens, which numpy counts as 8 bytes each
+INDEX_RECORD = struct.Struct("<qqqf")  # one INDEX_DTYPE record
+COUNTED_AT_ONCE = 1 << 22  # tokens; np.bincount needs 8 bytes for each
 
 
 class StoreWriter:
     """Writes the files of one store into an empty directory: `add` every document, then `finish`.
 
-    Of each document it keeps a record of the index in memory, 28 bytes.
+    It keeps the index in memory, 28 bytes per document.
 
     Args:
-        code_dir: where a function of the user's own comes from that scores documents.
+        code_dir: directory of a user's own scoring function.
     """
 
     def __init__(self, directory: Path, tokenizer: TextTokenizer, code_dir: Path = HERE) -> None:
@@ -66,7 +66,7 @@ class StoreWriter:
         tokens: Sequence[int] | NDArray[np.unsignedinteger],
         score: float = float("nan"),
     ) -> None:
-        """Appends a document to a split, after all with a lower number. `document` is its number in the corpus;
+        """Append a document to a split, after all with a lower number. `document` is its number in the corpus;
         `tokens` has at least one; `score` is NaN if it isn't known yet."""
         self._tokens[split].write(np.asarray(tokens, self._dtype).tobytes())
         self._index[split] += INDEX_RECORD.pack(document, self._num_tokens[split], len(tokens), score)
@@ -77,8 +77,8 @@ class StoreWriter:
             file.close()
 
     def finish(self, sources: Sequence[Source], document_ids: Iterable[str], options: PrepareOptions) -> None:
-        """Writes all but the tokens, the manifest last, and flushes everything to disk. Documents without a score are
-        scored if the options name a signal. Raises DataError if one can't be."""
+        """Write all files but the tokens, the manifest last, and flush everything to disk. Documents without a score
+        are scored if the options name a signal. Raises DataError if one can't be scored."""
         self.close()
         with (self._directory / DOCUMENTS).open("w", encoding="ascii") as lines:
             lines.writelines(json.dumps(document_id) + "\n" for document_id in document_ids)
@@ -120,7 +120,7 @@ class StoreWriter:
         return scores(signal, name, documents)
 
     def _ids(self, numbers_D: NDArray[np.int64]) -> Iterator[str]:
-        """The ids of some documents by their numbers, which rise."""
+        """The ids of documents by their numbers, which are ascending."""
         with (self._directory / DOCUMENTS).open(encoding="ascii") as lines:
             before = -1
             for number in numbers_D.tolist():
@@ -128,7 +128,7 @@ class StoreWriter:
                 before = number
 
     def _counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in the training split."""
+        """Token counts of the training split."""
         tokens, counts_V = self._read("train"), np.zeros(self._tokenizer.vocab_size, np.int64)
         for start in range(0, len(tokens), COUNTED_AT_ONCE):
             counts_V += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=len(counts_V))
@@ -136,7 +136,7 @@ class StoreWriter:
 
     @cached_property
     def _pairs(self) -> PairCounts:
-        """How often tokens follow one another in the training split's documents: both splits are scored by it."""
+        """Token pair counts of the training split's documents, by which both splits are scored."""
         tokens, counts = self._read("train"), PairCounts(self._tokenizer.vocab_size)
         for _, offset, length, _ in INDEX_RECORD.iter_unpack(self._index["train"]):
             counts.add(tokens[offset : offset + length])
@@ -150,12 +150,12 @@ class StoreWriter:
 
 @contextmanager
 def published(final: Path, partial: Path | None = None) -> Iterator[Path]:
-    """A directory to fill; it becomes `final` when the block ends well, and vanishes when it doesn't.
+    """A directory to fill; it becomes `final` if the block succeeds, and is removed if it fails.
 
-    If another process published `final` meanwhile, that one stays: both were made from the same key.
+    If another process has published `final` meanwhile, that one stays: both have the same key.
 
     Args:
-        partial: the directory, which doesn't exist; on the same file system. None for one beside `final`.
+        partial: path of the new directory, on the same file system. None for one beside `final`.
     """
     partial = partial or final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     partial.mkdir(parents=True)
@@ -173,12 +173,12 @@ def published(final: Path, partial: Path | None = None) -> Iterator[Path]:
 
 
 def token_dtype(tokenizer: TextTokenizer) -> Literal["<u2", "<u4"]:
-    """The smallest that holds all tokens."""
+    """The smallest type for all token numbers."""
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
 
 
 def flush(path: Path) -> None:
-    """Forces a file, or the names in a directory, to disk."""
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,12 +1,12 @@
-"""Texts to tokens by a table of words, several times as fast as the tokenizer itself on one core.
+"""Tokenisation with a cache of words, several times as fast as the tokenizer itself on one core.
 
-A byte-level BPE cuts a text into words and splits each by itself (Radford et al., 2019, whose pattern this is), and
-most words of a text were there before. So the tokenizer is asked for a word once, and a text's tokens are those of its
-words, one after the other. The library's own table saves the merges only, and these are 2 % of its time: the rest goes
-into cutting, and into memory for where each byte came from.
+A byte-level BPE splits a text into words and encodes each separately (Radford et al., 2019, whose pattern this is), and
+most words of a text have occurred before. So the tokenizer encodes each word once, and a text's tokens are those of its
+words in order. The library's own cache saves only the merges, which are 2 % of its time: the rest goes into splitting,
+and into memory for the origin of each byte.
 
-The pattern is evaluated here for ASCII, where it has one meaning; what holds other characters is left to the tokenizer
-whole, up to the next place where no word can go on: white space after a printed ASCII character.
+The pattern is evaluated here for ASCII, where it is unambiguous; the tokenizer encodes text with other characters as a
+whole, up to the next place where no word can continue: white space after a printed ASCII character.
 """
 
 import json
@@ -20,16 +20,16 @@ from orchestrator.data.prepare.store_writer import token_dtype
 from orchestrator.data.tokenizer import TextTokenizer
 
 LARGEST_TABLE = 1 << 25  # bytes, about
-ENTRY_BYTES = 200  # of a word, besides its characters and tokens: two objects and their place in the table
+ENTRY_BYTES = 200  # overhead of a word beyond its characters and tokens: two objects and their dict entry
 _WORD = re.compile(r" ?[A-Za-z]+|'(?:[sdmt]|ll|ve|re)| ?[^\sA-Za-z0-9]+| ?[0-9]+|\s+(?!\S)|\s+", re.ASCII)
 _LINE_END = re.compile(r"(?<=[!-~])(?=\n)")
 _CUT = re.compile(r"(?<=[!-~])(?=[\t\n\r ])")
 
 
 class WordCache(dict[str, bytes]):
-    """The tokens of words, as they are in a part; one that is not there is asked for and kept.
+    """Tokens of words, in the bytes of a part; a missing word is encoded and kept.
 
-    `encode` is as `TextTokenizer.encode`, for a tokenizer that `has_words`. Holds up to `largest` bytes, about.
+    `encode` is as `TextTokenizer.encode`, for a tokenizer that `has_words`. Holds about `largest` bytes at most.
     """
 
     def __init__(self, tokenizer: TextTokenizer, largest: int = LARGEST_TABLE) -> None:
@@ -56,7 +56,7 @@ class WordCache(dict[str, bytes]):
 
 
 def has_words(tokenizer: TextTokenizer) -> bool:
-    """Whether a text's tokens are those of its `words_of`: a plain byte-level BPE with GPT-2's pattern, as ours are."""
+    """Whether a text's tokens are those of its `words_of`: for plain byte-level BPEs with GPT-2's pattern, as ours."""
     saved = json.loads(tokenizer.to_bytes())
     cutting, model = saved["pre_tokenizer"] or {}, saved["model"]
     return (
@@ -71,7 +71,7 @@ def has_words(tokenizer: TextTokenizer) -> bool:
 
 
 def words_of(text: str) -> list[str]:
-    """Cuts a text, so that the tokens of the parts are those of the whole."""
+    """Split a text so that the tokens of the parts are those of the whole."""
     if text.isascii():
         return _WORD.findall(text)
     words: list[str] = []

@@ -1,15 +1,15 @@
-"""The engine that trains: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
+"""The training engine: DeepSpeed ZeRO 1 or 2 around our model, rebuilt in place for every generation.
 
 What is ours and why:
-- Parameter groups (`orchestrator.engine.param_groups`), and how gradients are added up over micro-batches and ranks
-  (`orchestrator.comm.gradients.buckets`): in fp32, with bf16 weights too, and while the backward pass goes on.
-  DeepSpeed is handed this rank's pieces of the sums, and clips, updates and gathers weights
+- Parameter groups (`orchestrator.engine.param_groups`), and the sum of gradients over micro-batches and ranks
+  (`orchestrator.comm.gradients.buckets`): in fp32, with bf16 weights too, and during the backward pass.
+  DeepSpeed receives this rank's pieces of the sums, and clips, updates and gathers weights
   (`orchestrator.engine.deepspeed.zero_optimizer`).
 - Gradients are summed, not averaged: a micro-batch's loss is already divided by the global batch's token count.
-- All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is switched off, and so is the
+- All weights come from the seed or from a transfer, so DeepSpeed's broadcast at build is disabled, and so is the
   shared-memory op that it would compile at first use.
 
-Read with deepspeed 0.19.8; `tests/integration/test_engine.py` compares with stock DeepSpeed and with plain torch.
+Written against deepspeed 0.19.8; `tests/integration/test_engine.py` compares with stock DeepSpeed and with plain torch.
 """
 
 import functools
@@ -45,7 +45,7 @@ from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
-# Compiling this op takes 46 s at the first init, it assumes one host, and gloo serves us better.
+# Compiling this op takes 46 s at the first init, it assumes one host, and gloo is the better choice here.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed_logger.setLevel(logging.WARNING)
 
@@ -54,7 +54,7 @@ WAITING = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "a
 
 
 class _ExpertMarker(MoE):  # type: ignore[misc]
-    """A parameter-free child that tells DeepSpeed there are experts: it only asks isinstance(module, MoE)."""
+    """A parameter-free child that marks the model as having experts: DeepSpeed only checks isinstance(module, MoE)."""
 
     def __init__(self, num_experts: int) -> None:
         nn.Module.__init__(self)
@@ -65,7 +65,7 @@ class _ExpertMarker(MoE):  # type: ignore[misc]
 
 
 class _Core(DeepSpeedEngine):  # type: ignore[misc]
-    """DeepSpeed's engine without what costs and isn't used."""
+    """DeepSpeed's engine without its costly and unused parts."""
 
     def _broadcast_model(self) -> None:
         """Weights come from the seed or a transfer, equal on all ranks by construction and checked by digest."""
@@ -125,7 +125,7 @@ class DeepSpeedEngineAdapter:
 
     @property
     def gradients(self) -> Gradients:
-        """How they travel, for whoever chooses that."""
+        """The engine's gradients, for the tuner of their compression."""
         return self._gradients
 
     @property
@@ -220,7 +220,7 @@ class DeepSpeedEngineAdapter:
         return int(torch.distributed.get_rank(self._zero.real_dp_process_group[group]))
 
     def _make_optimizer_state(self) -> None:
-        """Moments exist before the first step, so that a transfer finds memory to write to; it needn't be zeroed."""
+        """Create moments before the first step, so that a transfer has memory to write to; it needn't be zeroed."""
         for master in self._zero.single_partition_of_fp32_groups:
             self._zero.optimizer.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),  # where the fused kernel reads it
@@ -229,8 +229,8 @@ class DeepSpeedEngineAdapter:
             }
 
     def _find_owned(self) -> list[list[tuple[str, int, slice]]]:
-        """By group, what this rank's partition is made of: a parameter's name, the element where its part begins, and
-        where in the partition it lies."""
+        """Contents of this rank's partition by group: a parameter's name, the element where its part begins, and its
+        slice of the partition."""
         found: list[list[tuple[str, int, slice]]] = []
         for index, params in enumerate(self._zero.round_robin_bit16_groups):
             size = self._zero.partition_size[index]
@@ -274,7 +274,7 @@ def _config(train: TrainSpec) -> dict[str, Any]:
             "reduce_scatter": True,
             "contiguous_gradients": True,
             "overlap_comm": False,
-            "reduce_bucket_size": 1,  # its own reduction, which is not used
+            "reduce_bucket_size": 1,  # of DeepSpeed's own reduction, which is not used
         },
     }
     if train.precision == "bf16":
@@ -285,7 +285,7 @@ def _config(train: TrainSpec) -> dict[str, Any]:
 
 
 def _register(groups: ProcessGroups) -> None:
-    """Put our groups where DeepSpeed looks for them; it would make its own by new rendezvous otherwise."""
+    """Register our groups with DeepSpeed, which would make its own by new rendezvous otherwise."""
     _unregister()
     registry._WORLD_GROUP = groups.world
     for colour, replicas in enumerate(groups.replicas):
@@ -295,7 +295,7 @@ def _register(groups: ProcessGroups) -> None:
 
 
 def _count_waits(backend: Any) -> None:
-    """Have the time in DeepSpeed's own collectives, gradient reduction above all, counted as waiting for peers."""
+    """Count the time in DeepSpeed's own collectives, gradient reduction above all, as waiting for peers."""
     for name in WAITING:
         collective = getattr(backend, name, None)
         if collective is not None:

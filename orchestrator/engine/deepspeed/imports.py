@@ -1,11 +1,11 @@
-"""Imports DeepSpeed without what no worker uses and every worker would wait for.
+"""Imports DeepSpeed without modules that no worker uses and every worker would wait for.
 
 - MLflow, for DeepSpeed's autotuner: a second and 110 MB.
 - torch's compiler: two seconds. DeepSpeed imports the kernels of an optimizer called Muon, compiled, in its first
-  reduction of gradients; here they stay uncompiled. And DeepSpeed's engine and torch's optimizers mark what mustn't be
-  compiled, which loads the compiler at the first call; here it stays unmarked. Whatever a model compiles itself is.
+  reduction of gradients; here they stay uncompiled. Also, DeepSpeed's engine and torch's optimizers mark functions not
+  to be compiled, which loads the compiler at the first call; here they stay unmarked. A model can still compile itself.
 
-Import this module before `deepspeed`. Whoever imports MLflow later gets it.
+Import this module before `deepspeed`. Later imports of MLflow work.
 """
 
 import importlib
@@ -19,7 +19,7 @@ import torch
 
 @contextmanager
 def _without(module: str) -> Iterator[None]:
-    """Its import fails, as if it were not installed, unless it is loaded already."""
+    """Make an import of `module` fail, as if it were not installed, unless it is loaded already."""
     if module in sys.modules:
         yield
         return
@@ -32,7 +32,7 @@ def _without(module: str) -> Iterator[None]:
 
 @contextmanager
 def _unchanged_by(*decorators: str) -> Iterator[None]:
-    """What these decorators of torch are put on stays as it is."""
+    """Replace these decorators of torch by ones that change nothing."""
 
     def decorator(function: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Any:
         return function if function is not None else lambda decorated: decorated
@@ -48,7 +48,7 @@ def _unchanged_by(*decorators: str) -> Iterator[None]:
 
 
 def _leave_unmarked(kind: type) -> None:
-    """`torch._disable_dynamo` loads the compiler at a method's first call, unless the method is marked already."""
+    """Mark methods beforehand: `torch._disable_dynamo` loads the compiler at an unmarked method's first call."""
     for method in vars(kind).values():
         wrapped = getattr(method, "__wrapped__", None)
         if wrapped is not None and not hasattr(wrapped, "__dynamo_disable"):

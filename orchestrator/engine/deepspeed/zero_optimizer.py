@@ -1,8 +1,8 @@
-"""Where DeepSpeed's ZeRO optimizer meets our reduction: all that is assumed of its inside, for deepspeed 0.19.8.
+"""Adapter between DeepSpeed's ZeRO optimizer and our reduction: all assumptions on its internals (deepspeed 0.19.8).
 
-It finds this rank's pieces of the summed gradients where its compiled passes leave theirs, as flat partitions; its
-hooks and its own reduction do nothing any more. The global norm is one small sum over the ranks in place of two per
-parameter group, in exact runs a maximum too; gradients that are not finite show in it.
+The optimizer finds this rank's pieces of the summed gradients where its compiled passes leave theirs, as flat
+partitions; its hooks and its own reduction are disabled. The global norm is one small sum over the ranks in place of
+two per parameter group, in exact runs a maximum too; gradients that are not finite show in it.
 `tests/integration/test_engine.py` compares with stock DeepSpeed, and fails when an upgrade moves any of this.
 """
 
@@ -18,7 +18,7 @@ from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.gradients.exact_sum import largest_of, square_sums, total_square
 from orchestrator.protocol.usage import TrafficKind
 
-INVALID = -1.0  # DeepSpeed's word for a norm that is not finite
+INVALID = -1.0  # DeepSpeed's value for a norm that is not finite
 NORM_BLOCK = 1024  # elements whose squares are added up in fp32; those sums are added up in fp64
 
 
@@ -26,14 +26,14 @@ class ZeroOptimizerAdapter:
     """Steps a ZeRO 1 or 2 optimizer on gradients that were summed elsewhere.
 
     Args:
-        zero: fresh; its hooks are taken off.
+        zero: newly made; its hooks are removed.
         world: all ranks; None for a world of one.
         is_exact: the norm has the same bits however the pieces are cut.
     """
 
     def __init__(self, zero: Any, world: dist.ProcessGroup | None, is_exact: bool = False) -> None:
         if not isinstance(zero, DeepSpeedZeroOptimizer):
-            raise TypeError(f"DeepSpeed made a {type(zero).__name__}; this seam is for DeepSpeedZeroOptimizer")
+            raise TypeError(f"DeepSpeed made a {type(zero).__name__}; this adapter is for DeepSpeedZeroOptimizer")
         self._zero, self._world, self._is_exact = zero, world, is_exact
         self._norm = torch.zeros(())
         for hook in zero._grad_acc_hooks:

@@ -1,18 +1,18 @@
-"""Load balancing of routers without an auxiliary loss: the correction bias of the next step from a step's choices.
+"""Load balancing of routers without an auxiliary loss: computes the next step's correction bias from a step's choices.
 
-A router chooses the top K of score + bias (`orchestrator.model.moe.router`). Two rules move the bias after each update:
+A router chooses the top K of score + bias (`orchestrator.model.moe.router`). Two rules change the bias after updates:
 
-- `quantile`: an expert's bias moves by a share of what would by itself give the expert the mean load. A token's
-  *margin* at an expert is what its score + bias exceeds the K-th best of the other experts by; the token chooses the
-  expert where the margin is above 0. So an expert would have n tokens if its bias moved by minus its n-th largest
-  margin. Histograms of margins are summed over the global batch in integers, so the result has the same bits in every
-  world. As far as the bias of a single expert goes this is one step of the auction for a balanced assignment in BASE
-  layers (arXiv:2103.16716), which sorts tokens within a step; here no token of the step is displaced.
+- `quantile`: an expert's bias moves by a share of the change that by itself would give the expert the mean load. A
+  token's *margin* at an expert is the amount by which its score + bias exceeds the K-th best of the other experts; the
+  token chooses the expert if the margin is above 0. So an expert would have n tokens if its bias moved by minus its
+  n-th largest margin. Histograms of margins are summed over the global batch in integers, so the result has the same
+  bits in every world. For the bias of a single expert this is one step of the auction for a balanced assignment in
+  BASE layers (arXiv:2103.16716), which sorts tokens within a step; here no token of the step is displaced.
 - `sign`: a fixed step up for experts with less than the mean load, down for those with more (DeepSeek-V3,
   arXiv:2412.19437, section 2.1.2).
 
-The quantile rule has no scale of its own: it follows scores however far they are apart or move. The sign rule moves by
-its speed only, and lags behind wherever scores move faster (measured by `python -m benchmarks.balance`).
+The quantile rule is scale-free: it follows scores whatever their spread or rate of change. The sign rule moves by its
+speed only, and lags behind scores that change faster (measured by `python -m benchmarks.balance`).
 
 Shape legend: N = tokens, E = experts, K = experts per token, L = MoE layers, M = bins of a histogram of margins.
 """
@@ -28,7 +28,7 @@ from orchestrator.spec.model import BIAS_UPDATE_SPEED, ModelSpec
 
 @dataclass(frozen=True)
 class RoutingCounts:
-    """What routers counted over some tokens, int64: sums of integers, the same however the tokens are divided.
+    """Integer counts of routers over some tokens, int64: sums don't depend on how the tokens are divided.
 
     Args:
         counts_LE: tokens that chose each expert.
@@ -40,26 +40,26 @@ class RoutingCounts:
 
     @classmethod
     def zeros(cls, num_layers: int, spec: ModelSpec, device: torch.device | None = None) -> "RoutingCounts":
-        """Counts of no tokens."""
+        """Zero counts."""
         counts_LE = torch.zeros(num_layers, spec.num_experts, dtype=torch.int64, device=device)
         num_bins = NUM_MARGIN_BINS if spec.counts_margins else 0
         return cls(counts_LE, counts_LE.new_zeros(*counts_LE.shape, num_bins))
 
     def add(self, other: "RoutingCounts") -> None:
-        """Add what other tokens have shown, from whatever device."""
+        """Add the counts of other tokens, from any device."""
         self.counts_LE.add_(other.counts_LE.to(self.counts_LE.device))
         self.margins_LEM.add_(other.margins_LEM.to(self.margins_LEM.device))
 
 
 def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: float) -> Tensor:
-    """The bias for the next step, by the rule of the job. A layer whose router counts no margins, a user's own, follows
+    """The bias for the next step, by the rule of the job. A layer whose router counts no margins (a user's own) follows
     the sign rule with its default speed.
 
     Args:
-        bias_LE: correction bias of each MoE layer, with which the step's tokens chose.
+        bias_LE: correction bias of each MoE layer that the step's routing used.
         routed: counts of the whole global batch, on the bias's device.
-        decay: the learning rate over its highest, once that is reached. The quantile rule's share falls with it, to a
-            tenth at most: scores move as fast as weights do, and a smaller share follows the noise of a batch less.
+        decay: the learning rate over its peak, after warm-up. The quantile rule's share falls with it, to a tenth at
+            most: scores move as fast as weights do, and a smaller share follows the noise of a batch less.
     """
     speed = spec.bias_update_speed
     if spec.bias_update == "sign":
@@ -72,12 +72,12 @@ def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: fl
 
 
 def margins(choice_NE: Tensor, best_NK: Tensor) -> Tensor:
-    """Margin of each token at each expert (N, E): above 0 at most where the token chooses the expert.
+    """Margin of each token at each expert (N, E): above 0 only where the token chooses the expert.
 
     Args:
         choice_NE: score + bias.
-        best_NK: the K + 1 largest of those that a token may choose, in descending order (so the last dimension is
-            K + 1); the last is -inf where it may choose K only.
+        best_NK: the K + 1 largest among those that a token may choose, in descending order (so the last dimension is
+            K + 1); the last is -inf where it may choose only K.
     """
     last_in_N1, first_out_N1 = best_NK[:, -2:-1], best_NK[:, -1:]
     return choice_NE - torch.where(choice_NE >= last_in_N1, first_out_N1, last_in_N1)
@@ -98,24 +98,24 @@ def quantile_bias(bias_LE: Tensor, margins_LEM: Tensor, top_k: int, speed: float
     """The bias for the next step, by the quantile rule.
 
     Args:
-        bias_LE: correction bias of each MoE layer, with which the choices were made.
+        bias_LE: correction bias of each MoE layer that the routing used.
         margins_LEM: histograms of the whole global batch.
         top_k: K.
         speed: the share of the way to the mean load that a bias moves, 0 to 1.
 
     Returns:
-        (L, E); a layer without tokens keeps its bias. The mean of a layer's moves is 0: adding the same to all biases
-        changes no choice.
+        (L, E); a layer without tokens keeps its bias. The mean of a layer's changes is 0: a constant added to all
+        biases changes no choice.
     """
     num_experts = bias_LE.shape[1]
     tokens_L1 = margins_LEM[:, :1].sum(-1)
     wanted_L1 = tokens_L1.double() * top_k / num_experts
-    # By bin, from the highest down: tokens above its lower edge.
+    # By bin, in descending order: tokens above the bin's lower edge.
     above_LEM = margins_LEM.flip(-1).cumsum(-1).double()
     place_LE1 = (above_LEM < wanted_L1[..., None]).sum(-1, keepdim=True).clamp(max=NUM_MARGIN_BINS - 1)
     within_LE = margins_LEM.flip(-1).gather(-1, place_LE1).squeeze(-1).double()
     before_LE = above_LEM.gather(-1, place_LE1).squeeze(-1) - within_LE
-    # Bins descend: bin 0 lies above the highest edge, the last one below the lowest; both count as that edge.
+    # Bin 0 lies above the highest edge, the last bin below the lowest; both are represented by that edge.
     edges = torch.tensor(MARGIN_EDGES, dtype=torch.float64, device=bias_LE.device).flip(0)
     upper = torch.cat([edges[:1], edges])
     lower = torch.cat([edges, edges[-1:]])

@@ -1,8 +1,8 @@
-"""Which tokens go to which rank: each once to every rank that holds experts of its choice, with its gates for them.
+"""Dispatch of tokens to ranks: each token once to every rank that holds experts of its choice, with its gates for them.
 
-The rank adds up what its experts make of a token, each times its gate, and sends back one result. So copies of a token
-travel as one where their experts are together. Where bits mustn't depend on which experts are together, each copy
-travels by itself and the token's own rank adds up.
+The rank sums the outputs of its experts for a token, each times its gate, and sends back one result. So copies of a
+token for experts on one rank travel as one row. Where bits must not depend on which experts share a rank, each copy is
+sent separately and the token's own rank sums the results.
 
 Shape legend: N = local tokens, K = experts per token, S = rows sent, M = rows received, R = copies that are computed,
 E = experts, W = world size, L = experts of the rank that holds most of them.
@@ -20,12 +20,12 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Rows:
-    """What a rank sends: rows for rank 0, then those for rank 1, and so on, each rank's in the order of the tokens.
+    """The rows that a rank sends: for rank 0, then for rank 1, and so on, each in the order of the tokens.
 
     Args:
         token_S: the token of each row.
-        gates_SL: its gates for the receiver's experts, in their order; 0 for those that it hasn't chosen. One that is
-            chosen with a gate of 0 adds nothing, nor to any gradient.
+        gates_SL: its gates for the receiver's experts, in their order; 0 for experts that it hasn't chosen. A chosen
+            expert with a gate of 0 adds nothing, to no gradient either.
         sent_W: rows for each rank.
     """
 
@@ -35,11 +35,11 @@ class Rows:
 
 
 class Dispatch:
-    """The ways from one rank's tokens to all experts. Fixed for the life of a generation.
+    """Routes from one rank's tokens to all experts. Fixed for the life of a generation.
 
     Args:
         rank: this rank.
-        destinations: by expert, the rank that its tokens go to.
+        destinations: by expert, the rank that computes this rank's tokens for it.
     """
 
     def __init__(self, placement: ExpertPlacement, rank: int, destinations: Sequence[int]) -> None:
@@ -62,8 +62,8 @@ class Dispatch:
         return Rows(token_S, gates_SL, goes_NW.sum(0))
 
     def rows_apart(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> tuple[Rows, Tensor]:
-        """A row for each choice of a token, one rank's after another's, each rank's by expert and then by token; and
-        which of the N * K choices each row is."""
+        """One row for each choice of a token, by rank, then by expert, then by token; and the index among the N * K
+        choices of each row."""
         column_S, order_S = self._column_E[expert_ids_NK.reshape(-1)].sort(stable=True)
         token_S = order_S.div(expert_ids_NK.shape[1], rounding_mode="floor")
         to_S = column_S.div(self.num_columns, rounding_mode="floor")
@@ -73,11 +73,11 @@ class Dispatch:
         return Rows(token_S, gates_SL, torch.bincount(to_S, minlength=self.world_size)), order_S
 
     def copies(self, gates_ML: Tensor, received_W: Sequence[int] | None = None) -> tuple[Tensor, list[int], Tensor]:
-        """What this rank's experts compute of what has arrived, as `run_experts` takes it: the row of each copy (R), by
-        expert and then in the rows' order, the number of copies for each expert, and their gates (R).
+        """The received work for this rank's experts, as for `run_experts`: the row of each copy (R), by expert and then
+        in the rows' order, the number of copies for each expert, and their gates (R).
 
         Args:
-            received_W: rows from each rank: the number of copies is by expert and then by rank.
+            received_W: rows from each rank; if given, numbers of copies are by expert and then by rank.
         """
         gates_LM = gates_ML[:, : self.num_local].t()
         chosen_LM = gates_LM != 0
@@ -89,11 +89,11 @@ class Dispatch:
 
 
 class PerChoiceRows:
-    """Tokens to the rows of their choices, and results of these back, added up in the order of the choices: with the
-    same bits wherever the experts are, forward and backward.
+    """Maps tokens to one row per choice, and sums results per token in the order of the choices: with the same bits
+    wherever the experts are, forward and backward.
 
     Args:
-        order_S: which of the N * K choices each row is.
+        order_S: the index among the N * K choices of each row.
         top_k: K.
     """
 

@@ -1,9 +1,9 @@
-"""Gated MLPs, and many of them at once over the tokens that were routed to each.
+"""Gated MLPs, and the grouped computation of many of them over the tokens routed to each.
 
-A few experts at a time, `AT_ONCE`: their tokens are gathered, each expert computes its products, and what they all need
-besides is one operation for all of them, small enough for the CPU's caches. One function with a backward pass of its
-own: it keeps the inner activations only, gathers the tokens again instead of keeping a copy of each, and makes every
-expert's gradient in that expert's size, where gradients are added up if that is known. Measured by
+Experts run in groups sized by `AT_ONCE`: a group's tokens are gathered, each expert computes its matrix products, and
+elementwise operations cover the whole group, small enough for the CPU's caches. One autograd function with its own
+backward pass: it keeps only the inner activations, gathers tokens again instead of keeping copies, and computes each
+expert's gradient at that expert's size, directly in the gradient buckets if there are any. Measured by
 `python -m benchmarks.moe_layer`.
 
 Shape legend: N = tokens, R = copies of tokens, C = copies for some experts, D = hidden size, H = intermediate size,
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Inner activations, gates and ups, that experts compute together: 4 MB in fp32 suit a CPU's caches.
+# Inner activations, gates and ups, that a group of experts computes together: 4 MB in fp32 suit a CPU's caches.
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
@@ -34,7 +34,7 @@ class GatedMLP(nn.Module):
         return self.outer(self.inner(x_ND))
 
     def inner(self, x_ND: Tensor) -> Tensor:
-        """The first half: x (N, D) to the gated activations (N, H)."""
+        """The first half: x (N, D) to gated activations (N, H)."""
         gate_NH, up_NH = F.linear(x_ND, self.gate_up).chunk(2, dim=-1)
         return F.silu(gate_NH) * up_NH
 
@@ -44,26 +44,26 @@ class GatedMLP(nn.Module):
 
 
 # Takes a part of a parameter's gradient as two matrices, whose product it is. A parameter has one as `gradient_sink`
-# where something else than autograd adds gradients up (`orchestrator.comm.gradients.buckets`); autograd finds no
-# gradient then.
+# where gradients are accumulated outside of autograd (`orchestrator.comm.gradients.buckets`); autograd then gets no
+# gradient.
 GradientSink = Callable[[Tensor, Tensor], None]
 
 
 def run_experts(
     x_ND: Tensor, token_R: Tensor, counts: Sequence[int], experts: Sequence[GatedMLP], gates_R: Tensor | None = None
 ) -> Tensor:
-    """Every copy through its expert, times its gate, added up per token.
+    """Run every copy through its expert and sum the outputs, times their gates, per token.
 
     Args:
         x_ND: tokens.
         token_R: the token of each copy, the first expert's copies first, then the second's, and so on.
         counts: copies for each of the L experts; their sum is R.
-        experts: one without copies has gradients of zero, not none: a collective may wait for them. One may be there
+        experts: one without copies gets zero gradients, not None: a collective may wait for them. One may be listed
             several times, with some of its copies each, if its parameters have a `gradient_sink`.
         gates_R: weights of the copies, in the precision of x; None for ones.
 
     Returns:
-        (N, D); zeros for a token without a copy. Differentiable by tokens, gates and experts, once.
+        (N, D); zeros for a token without a copy. Differentiable once, by tokens, gates and experts.
     """
     weights = [expert.gate_up for expert in experts] + [expert.down for expert in experts]
     result: Tensor = _Experts.apply(x_ND, gates_R, token_R, list(counts), *weights)  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         gate_ups, downs = weights[: len(counts)], weights[len(counts) :]
         y_ND = torch.zeros_like(x_ND)
-        # Gate and up: all that is kept for the backward pass.
+        # Gate and up: the only activations kept for the backward pass.
         before_RH = x_ND.new_empty(len(token_R), gate_ups[0].shape[0] if gate_ups else 0)
         for part in _parts(counts, before_RH):
             token_C, before_CH = token_R[part.copies], before_RH[part.copies]
@@ -86,9 +86,9 @@ class _Experts(torch.autograd.Function):
                 torch.mm(x_cD, gate_up.t(), out=before_cH)
             gate_CH, up_CH = before_CH.chunk(2, 1)
             inner_CH = F.silu(gate_CH).mul_(up_CH)
-            if gates_R is not None:  # before the product, so that its output needn't be kept for the gates' gradient
+            if gates_R is not None:  # before the product, so that its output isn't needed for the gates' gradient
                 inner_CH.mul_(gates_R[part.copies, None])
-            y_CD = x_CD  # in its memory
+            y_CD = x_CD  # reuses the memory
             for inner_cH, y_cD, down in part.each(inner_CH, y_CD, downs):
                 torch.mm(inner_cH, down.t(), out=y_cD)
             y_ND.index_add_(0, token_C, y_CD)
@@ -126,7 +126,7 @@ class _Experts(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(dinner_CH.mul_(up_CH), gate_CH, grad_input=dgate_CH)
             for number, dbefore_cH, x_cD in part.each_numbered(dbefore_CH, x_ND.index_select(0, token_C)):
                 dweights.add(number, dbefore_cH.t(), x_cD)
-            dx_CD = dy_CD  # in its memory
+            dx_CD = dy_CD  # reuses the memory
             for dbefore_cH, dx_cD, gate_up in part.each(dbefore_CH, dx_CD, gate_ups):
                 torch.mm(dbefore_cH, gate_up, out=dx_cD)
             dx_ND.index_add_(0, token_C, dx_CD)
@@ -135,24 +135,24 @@ class _Experts(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Part:
-    """Some experts, one after another, and their copies."""
+    """A run of consecutive experts, and their copies."""
 
     experts: slice
     copies: slice
     counts: list[int]
 
     def each(self, a_CX: Tensor, b_CY: Tensor, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each expert's copies in two tensors of this part's, and its weight."""
+        """Each expert's copies in two of this part's tensors, and its weight."""
         return zip(torch.split(a_CX, self.counts), torch.split(b_CY, self.counts), weights[self.experts], strict=True)
 
     def each_numbered(self, a_CX: Tensor, b_CY: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each expert's number, and its copies in two tensors of this part's."""
+        """Each expert's index, and its copies in two of this part's tensors."""
         numbers = range(self.experts.start, self.experts.stop)
         return zip(numbers, torch.split(a_CX, self.counts), torch.split(b_CY, self.counts), strict=True)
 
 
 def _parts(counts: Sequence[int], before_RH: Tensor) -> Iterator[_Part]:
-    """All experts, as many at a time as have `AT_ONCE` inner activations, at least one."""
+    """All experts, in groups of at most `AT_ONCE` inner activations, or of a single expert."""
     most = AT_ONCE.get(before_RH.device.type, AT_ONCE["cuda"]) // max(before_RH.shape[1], 1)
     first = begin = end = 0
     for expert, count in enumerate(counts):
@@ -165,7 +165,7 @@ def _parts(counts: Sequence[int], before_RH: Tensor) -> Iterator[_Part]:
 
 
 class _WeightGradients:
-    """For autograd, those that don't go to their parameter's sink."""
+    """Collects weight gradients for autograd, except those that go to their parameter's sink."""
 
     def __init__(self, sinks: Sequence[GradientSink | None]) -> None:
         self._sinks = sinks

@@ -1,8 +1,8 @@
-"""The mixture-of-experts layer: experts spread over ranks unevenly, tokens sent to them and back, none dropped.
+"""The mixture-of-experts layer: experts spread unevenly over ranks, tokens sent to them and back, none dropped.
 
-A token is sent once to each rank that holds experts of its choice, by an uneven all-to-all, runs through them there and
-comes back as the sum of what they made of it. Experts are keyed by their global id, so a parameter's name says which
-expert it is whatever rank holds it.
+A token is sent once to each rank that holds experts of its choice, by an uneven all-to-all, is processed there, and
+returns as the sum of these experts' outputs. Experts are keyed by their global id, so a parameter's name identifies its
+expert on whichever rank it is.
 
 Shape legend: N = local tokens, K = experts per token, R = N * K copies, S = rows sent, M = rows received, D = hidden
 size, H = expert intermediate size, E = experts, W = world size.
@@ -29,17 +29,17 @@ from orchestrator.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class ExpertParallelContext:
-    """Where the experts live, seen from one rank.
+    """The placement of experts, seen from one rank.
 
     Args:
         placement: which ranks hold which expert.
         rank: this rank.
         group: the world; None for a world of one.
-        wire: how tokens and results travel.
-        ranks_per_token: ranks whose experts a token may choose among, None for all; as many as hold enough experts.
-        nodes: by rank, the node that it lives on; empty where that isn't known.
+        wire: encoding of tokens and results in transit.
+        ranks_per_token: ranks whose experts a token may choose among, None for all; raised until they hold enough.
+        nodes: by rank, the node that it runs on; empty if unknown.
         nodes_per_token: the same for nodes.
-        is_exact: what comes out, and every gradient, has the same bits wherever the experts are, for the same rows.
+        is_exact: outputs and gradients have the same bits for the same rows wherever the experts are.
     """
 
     placement: ExpertPlacement
@@ -57,16 +57,16 @@ class ExpertParallelContext:
 
     @cached_property
     def destinations(self) -> tuple[int, ...]:
-        """By expert, the rank that this rank's tokens for it go to: itself, else one on its node, if one has it."""
+        """By expert, the rank that computes this rank's tokens for it: itself, else one on its node, if one has it."""
         return self.placement.destinations(self.nodes)[self.rank]
 
     @cached_property
     def is_far_W(self) -> tuple[bool, ...]:
-        """By rank, whether it is known to live on another node."""
+        """By rank, whether it is known to run on another node."""
         return tuple(node != self.nodes[self.rank] for node in self.nodes)
 
     def limits(self, top_k: int) -> list[Limit]:
-        """What a token that visits `top_k` experts may choose among, nodes first."""
+        """Limits on the choice of a token that visits `top_k` experts, nodes first."""
         ranks = self.destinations
         limits: list[Limit] = []
         if self.nodes_per_token is not None and self.nodes:
@@ -80,8 +80,8 @@ class MoELayer(nn.Module):
     """Routed experts plus shared ones.
 
     Args:
-        spec: sizes and routing. The shared experts, which every token visits, are fused into one MLP.
-        home: which experts this rank holds.
+        spec: sizes and routing. The shared experts, which process every token, are fused into one MLP.
+        home: placement of the experts, seen from this rank.
     """
 
     def __init__(self, spec: ModelSpec, home: ExpertParallelContext) -> None:
@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         self.shared = GatedMLP(size, spec.num_shared_experts * inner) if spec.num_shared_experts else None
         self.home = home
         self._dispatch = Dispatch(home.placement, home.rank, home.destinations)
-        self.real_N: Tensor | None = None  # given, the numbers of the tokens that aren't padding, which isn't routed
+        self.real_N: Tensor | None = None  # if given, indices of the tokens that aren't padding; only these are routed
         self.last_counts_E: Tensor = torch.zeros(num_experts, dtype=torch.int64)
         self.last_margins_EM: Tensor | None = None
         self.last_balance_loss: Tensor | None = None
@@ -120,7 +120,7 @@ class MoELayer(nn.Module):
         return self._run_everywhere(x_ND, routing.expert_ids_NK, gates_NK, self.home.group)
 
     def _run_here(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, counts_E: Tensor) -> Tensor:
-        """A world of one: nothing travels, and experts read the tokens where they are."""
+        """A world of one: nothing is sent, and experts read the tokens in place."""
         order_R = expert_ids_NK.reshape(-1).argsort(stable=True)
         token_R = order_R.div(self.top_k, rounding_mode="floor")
         y_ND = run_experts(x_ND, token_R, counts_E.tolist(), self._local_experts, gates_NK.reshape(-1)[order_R])
@@ -129,8 +129,8 @@ class MoELayer(nn.Module):
     def _run_everywhere(
         self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor, group: dist.ProcessGroup
     ) -> Tensor:
-        """Send tokens to their experts and bring the results back. While they travel, either way and in the backward
-        pass too, the shared experts are computed, half each."""
+        """Send tokens to their experts and return the results. The shared experts are computed during the transfers,
+        half during each, in the backward pass too."""
         rows, columns = self._dispatch.rows(expert_ids_NK, gates_NK), self._dispatch.num_columns
         counts_WW = gather_counts(rows.sent_W, group).cpu()
         sent_W, received_W = counts_WW[self.home.rank].tolist(), counts_WW[:, self.home.rank].tolist()
@@ -150,8 +150,8 @@ class MoELayer(nn.Module):
         return y_ND.index_add(0, rows.token_S, back.end(on_the_way_SD))
 
     def _run_exactly(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor) -> Tensor:
-        """The same with each copy sent by itself, and no product that mixes the tokens of two ranks: these are the
-        operations of a world of one, whatever the world."""
+        """Like `_run_everywhere` with each copy sent separately, and no product that mixes the tokens of two ranks: the
+        operations are those of a world of one, at any world size."""
         rows, order_S = self._dispatch.rows_apart(expert_ids_NK, gates_NK)
         apart, columns, group = PerChoiceRows(order_S, self.top_k), self._dispatch.num_columns, self.home.group
         counts_WW = rows.sent_W[None] if group is None else gather_counts(rows.sent_W, group).cpu()

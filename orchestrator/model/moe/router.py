@@ -1,11 +1,11 @@
 """The router: scores for every expert, top-k by score plus a correction bias, gates normalised over the chosen.
 
 Two kinds. Sigmoid scores are balanced without an auxiliary loss, as in DeepSeek-V3 (arXiv:2412.19437, section 2.1.2):
-the bias takes part in the selection only, and moves after each update (`orchestrator.model.moe.balance`) by what the
-whole global batch has shown. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961,
-section 2.2), taken over each micro-batch, so that it doesn't depend on the world size. Either may choose among the
-experts of the best groups only (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in
-V3, section 2.1.2).
+the bias affects the selection only, and changes after each update (`orchestrator.model.moe.balance`) by the counts of
+the whole global batch. Softmax scores are balanced by an auxiliary loss (Switch Transformer, arXiv:2101.03961, section
+2.2), computed over each micro-batch, so that it doesn't depend on the world size. Either may be limited to the experts
+of the best groups (DeepSeek-V2, arXiv:2405.04434, section 2.2.2; by the sum of a group's best scores as in V3, section
+2.1.2).
 
 Shape legend: N = tokens, D = hidden size, E = experts, K = experts per token, M = bins of margins, G = groups of
 experts, e = experts of the largest group.
@@ -24,13 +24,13 @@ from orchestrator.spec.model import ModelSpec
 
 @dataclass(frozen=True)
 class Routing:
-    """Where each token goes.
+    """The routing of some tokens.
 
     Args:
         expert_ids_NK: chosen experts, global ids.
         gates_NK: weights of their outputs; sum to the scaling factor per token.
-        balance_loss: to be added to the sum of the tokens' losses; None where balance needs no loss.
-        margins_EM: histogram of the tokens by their margin at each expert; None where balance needs none.
+        balance_loss: to be added to the sum of the tokens' losses; None if there is no auxiliary loss.
+        margins_EM: histogram of the tokens by their margin at each expert; None if not counted.
     """
 
     expert_ids_NK: Tensor
@@ -40,12 +40,12 @@ class Routing:
 
 
 class Limit:
-    """A token chooses among the experts of its best groups only.
+    """Limits each token to the experts of its best groups.
 
     Args:
         groups: by expert, its group, by any name.
-        top: groups that a token may visit.
-        best: a group is as good as so many of its best experts together.
+        top: number of groups that a token may visit.
+        best: a group's score is the sum of its `best` highest expert scores.
     """
 
     def __init__(self, groups: Sequence[int | str], top: int, best: int) -> None:
@@ -58,8 +58,8 @@ class Limit:
         )
 
     def apply(self, choice_NE: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores with those of all but a token's best groups at -inf, and of each expert's group what it exceeds
-        the best one out of reach by, or (at most 0) what it lacks to the last one within reach."""
+        """The scores with those outside of a token's best groups at -inf; and by expert the margin of its group: the
+        excess over the best excluded group, or (at most 0) the deficit to the last admitted one."""
         padded_NE = F.pad(choice_NE, (0, 1), value=float("-inf"))
         choice_NGe = padded_NE[:, self._member_Ge]
         first_NG, *others = choice_NGe.topk(self._best, dim=-1).values.unbind(-1)
@@ -70,7 +70,7 @@ class Limit:
         last_in_N1 = best.values[:, -1:]
         first_out_N1 = goodness_NG.masked_fill(is_best_NG > 0, float("-inf")).amax(-1, keepdim=True)
         margin_NG = goodness_NG - torch.where(is_best_NG > 0, first_out_N1, last_in_N1)
-        margin_NG = margin_NG.masked_fill(goodness_NG == float("-inf"), float("inf"))  # out by another limit
+        margin_NG = margin_NG.masked_fill(goodness_NG == float("-inf"), float("inf"))  # excluded by another limit
         return limited_NE, margin_NG[:, self._group_E]
 
 
@@ -79,7 +79,7 @@ class Router(nn.Module):
 
     Args:
         spec: kind, sizes, groups and the weight of the auxiliary loss.
-        limits: by where experts lie, beside the model's own.
+        limits: by the placement of experts, in addition to the model's own.
     """
 
     correction_bias_E: Tensor
@@ -105,7 +105,7 @@ class Router(nn.Module):
             group_margins.append(margin_NE)
         if self.spec.counts_margins and self.training:
             best = choice_NE.topk(self.top_k + 1, dim=-1)
-            expert_ids_NK = best.indices[:, : self.top_k].contiguous()  # kept for the backward pass, the rest isn't
+            expert_ids_NK = best.indices[:, : self.top_k].contiguous()  # a copy, so that backward doesn't keep the rest
             margin_NE = margins(biased_NE, best.values)
             for margin_of_group_NE in group_margins:
                 margin_NE = torch.minimum(margin_NE, margin_of_group_NE)
@@ -121,7 +121,7 @@ class Router(nn.Module):
 
 def balance_loss(scores_NE: Tensor, expert_ids_NK: Tensor) -> Tensor:
     """N E sum_e f_e P_e: f is the share of choices that went to an expert, P its mean score (arXiv:2101.03961, eq. 4,
-    times the number of tokens). Smallest, N, where both are uniform; 0 without tokens."""
+    times the number of tokens). Its minimum, N, is where both are uniform; 0 without tokens."""
     num_experts = scores_NE.shape[1]
     counts_E = torch.bincount(expert_ids_NK.reshape(-1), minlength=num_experts).to(scores_NE.dtype)
     share_E = counts_E / max(expert_ids_NK.numel(), 1)

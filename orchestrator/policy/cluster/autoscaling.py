@@ -1,11 +1,11 @@
-"""How many workers a run is to have where its job leaves that open, and what Ray's autoscaler is asked for.
+"""Sizes of runs whose jobs leave them open, and the resources requested from Ray's autoscaler.
 
-    RunState, Observation -> scale_of -> RunScale -> decide_sizes -> a request for each run that is to change
+    RunState, Observation -> scale_of -> ScalingView -> decide_sizes -> a request for each run that is to change
 
-How a cluster is divided among runs is `sharing`'s; here a run that finds its size wants what it gets there. It is made
-larger only when it is steady and has rested, and smaller where its stage wants fewer. With `throughput` it grows by one
-worker at a time, while the last one has added enough and the time saved is more than a rescale costs. A worker that
-turns out to add too little goes again, and no more than that many are tried until the stage changes.
+`fair_share` divides the cluster among runs; a run with an open size takes its share. It grows only when it is steady
+and its cooldown has passed, and shrinks where its stage wants fewer. With `throughput` it grows by one worker at a
+time, while the last one added enough and the time saved is more than a rescale costs. A worker that adds too little is
+removed, and the size without it is not exceeded again until the stage changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +22,16 @@ from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.spec.workers import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 
-MIN_STEPS = 12  # of a size, before its speed is known
-STALL_S = 1.0  # what a rescale is taken to cost before one was seen
-NOISE = 0.03  # of a speed: what it may be wrong by, where that takes a worker away
+MIN_STEPS = 12  # at a size, before its speed is known
+STALL_S = 1.0  # assumed cost of a rescale before one was measured
+NOISE = 0.03  # possible error of a speed, as a share, when it decides to remove a worker
 
 Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Resize:
-    """A run is to have another size."""
+    """A decision to give a run another size."""
 
     run_id: str
     workers: int
@@ -40,7 +40,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Demand:
-    """A place that one worker needs: what is reserved for it, on a node with such labels."""
+    """Resources that one worker reserves, on a node that matches the selector."""
 
     request: Resources
     selector: Mapping[str, str] = field(default_factory=dict)
@@ -49,11 +49,11 @@ class Demand:
 def scale_of(
     limits: RunLimits, state: RunState, seen: Observation, request: Resources, submitted_s: float = 0.0
 ) -> ScalingView:
-    """What decides over the run's size, out of its state. `submitted_s`: `time.time()` then."""
+    """The inputs for decisions on the run's size, from its state. `submitted_s`: `time.time()` of its submission."""
     spec, progress = limits.autoscale, seen.progress
     wanted = wanted_size(limits, state.size_request, seen.step + 1)
     least, most = bounds(limits, progress.stage)
-    if state.size_request is not None and state.size_request.by_hand:  # whatever the stage says
+    if state.size_request is not None and state.size_request.by_hand:  # overrides the stage's least
         least = min(least, wanted)
     if (
         state.size_request is not None
@@ -101,7 +101,7 @@ def bounds(limits: RunLimits, stage: str) -> tuple[int, int]:
     present = next((s for s in stages if s.name == stage), stages[0] if stages else None)
     if present is not None and present.workers is not None:
         return present.workers.min, present.workers.max
-    if limits.autoscale.policy == STAGE:  # this one names none
+    if limits.autoscale.policy == STAGE:  # the stage sets none
         return limits.initial_workers, limits.initial_workers
     return limits.min_workers, limits.max_workers
 
@@ -116,27 +116,27 @@ def speeds(progress: Progress) -> dict[int, float]:
 
 
 def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
-    """Whether the last of `size` workers turned out not to be worth it, by the job's `min_gain`."""
+    """Whether the last of `size` workers was measured to add less than the job's `min_gain`."""
     gain = _gain_of(speeds(progress), size, NOISE)
     return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
 
 
 def decide_sizes(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tuple[Resize, ...]:
-    """The runs that are to change, and to what, given what each gets of the cluster."""
+    """Size changes of runs, given each run's share of the cluster."""
     found = (_decide(run, shares[run.run_id]) for run in runs)
     return tuple(resize for resize in found if resize is not None)
 
 
 def claim_of(run: ScalingView) -> int:
-    """How many workers it would have if there were room, standbys included."""
+    """Number of workers the run would hold if there were room, standbys included."""
     grows = run.policy == AVAILABLE and not run.is_pinned
     return max(run.least, (max(run.wanted, run.most) if grows else _hoped(run)) + run.standby)
 
 
 def demand(runs: Sequence[ScalingView]) -> tuple[Demand, ...]:
-    """What Ray's autoscaler is asked to have room for, one entry per worker: those that runs are to have, and those
-    that they would have if there were room. Nothing where no run leaves its size open or lacks anything: Ray sees
-    whoever waits for a place by itself, and what others have asked it for is left alone."""
+    """The request to Ray's autoscaler, one entry per worker that runs are to have or would have if there were room.
+    Empty where no run leaves its size open or lacks workers: Ray sees pending workers by itself, and requests that
+    others made are left alone."""
     if all(run.policy == MANUAL and run.grant.workers is None for run in runs):
         return ()
     return tuple(Demand(run.request, run.selector) for run in runs for _ in range(_hoped(run) + run.standby))
@@ -163,8 +163,8 @@ def _decide(run: ScalingView, share: Share) -> Resize | None:
 
 
 def _gain_of(speeds: Mapping[int, float], size: int, noise: float) -> float | None:
-    """What the last of `size` workers adds to the speed, as a share of what each of the others does, and with `noise`
-    (a share of the speed) at most; None if that isn't known."""
+    """Speed that the last of `size` workers adds, as a share of the mean speed of the others; an upper bound given
+    `noise`, a share of the speed. None if unknown."""
     here, before = speeds.get(size), speeds.get(size - 1)
     if here is None or before is None or size < 2:
         return None
@@ -172,7 +172,7 @@ def _gain_of(speeds: Mapping[int, float], size: int, noise: float) -> float | No
 
 
 def _worth_another(run: ScalingView) -> str:
-    """Why another worker is worth its rescale; empty if it isn't, or if that isn't known yet."""
+    """Why another worker is worth its rescale; empty if it isn't, or if that is unknown yet."""
     here = run.speeds.get(run.wanted)
     if here is None or run.left_s is None:
         return ""
@@ -188,7 +188,7 @@ def _worth_another(run: ScalingView) -> str:
 
 
 def _hoped(run: ScalingView) -> int:
-    """How many it would have if there were room."""
+    """Number of workers the run would have if there were room, without standbys."""
     if run.is_pinned or run.policy in (MANUAL, AVAILABLE):
         return run.wanted
     if run.policy == STAGE:

@@ -1,4 +1,4 @@
-"""Places of a cluster, given away one by one: which worker would be on which node. Ray does it for real."""
+"""Assignment of a cluster's places to runs, one by one: a model of the placement that Ray makes."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -9,16 +9,16 @@ Ledger = dict[str, dict[str, float]]
 
 
 class NodePacking:
-    """What is left on each node while places are given away. Runs are named, and each has workers that are all alike.
+    """Resources left on each node while places are assigned. All workers of a run need the same resources.
 
-    A worker stays where it is; a run that gets fewer places lets its youngest workers go. What nobody holds is given
-    away before what others would have to leave.
+    A worker stays where it is; a run that gets fewer places releases its youngest workers. Free resources are assigned
+    before those that other workers would have to leave.
 
     Args:
-        free: what nobody holds, by node.
-        homes: nodes of the workers that each run has now, oldest first; what they hold is given away anew.
-        requests: what a worker of each run takes.
-        avoid: nodes on which a run puts nobody new.
+        free: unused resources, by node.
+        homes: nodes of the workers that each run has now, oldest first; their resources are assigned anew.
+        requests: resources of a worker, by run.
+        avoid: nodes on which a run places no new worker.
     """
 
     def __init__(
@@ -31,14 +31,14 @@ class NodePacking:
         self._free: Ledger = {node: dict(amounts) for node, amounts in free.items()}
         self._left: Ledger = {node: dict(amounts) for node, amounts in free.items()}
         self._homes, self._requests, self._avoid = homes, requests, avoid
-        self._kept = dict.fromkeys(requests, 0)  # how many workers keep their homes
+        self._kept = dict.fromkeys(requests, 0)  # number of workers that keep their homes
         self._new: dict[str, list[str]] = {run: [] for run in requests}  # other places that a run was given
         for run, nodes in homes.items():
             for node in nodes:
                 _add(self._left.setdefault(node, {}), requests[run])
 
     def copy(self) -> "NodePacking":
-        """The same places, to try something out."""
+        """A copy, for a trial assignment."""
         other = NodePacking({}, {}, self._requests, self._avoid)
         other._free = {node: dict(amounts) for node, amounts in self._free.items()}
         other._left = {node: dict(amounts) for node, amounts in self._left.items()}
@@ -47,11 +47,11 @@ class NodePacking:
         return other
 
     def num_placed(self, run: str) -> int:
-        """How many places the run has been given."""
+        """Number of places that the run has been given."""
         return self._kept[run] + len(self._new[run])
 
     def keep(self, run: str, workers: int) -> None:
-        """Give the run so many places in all, as far as its workers have them already."""
+        """Give the run up to `workers` places in all, of those that its workers have already."""
         homes = self._homes.get(run, ())
         while self.num_placed(run) < workers and self._kept[run] < len(homes):
             node = homes[self._kept[run]]
@@ -61,11 +61,11 @@ class NodePacking:
             self._kept[run] += 1
 
     def place(self, run: str, workers: int, avoid: Collection[str] = ()) -> bool:
-        """Give the run so many places in all, or as many as there are. One whose worker has to go gets no other place
-        for it at once.
+        """Give the run `workers` places in all, or as many as there are. A run whose worker has to leave its place gets
+        no other place for it at once.
 
         Args:
-            avoid: nodes that are kept for others; the run's own places there are not.
+            avoid: nodes that are kept for others, apart from the run's own places there.
 
         Returns:
             whether it has them all.
@@ -79,24 +79,24 @@ class NodePacking:
         return self.num_placed(run) >= workers
 
     def place_on(self, run: str, nodes: Collection[str]) -> None:
-        """Give the run these places, which it was given in a copy."""
+        """Give the run these places, as found in a copy."""
         for node in nodes:
             self._give(run, node, self._left)
 
     def new_places(self, run: str) -> tuple[str, ...]:
-        """Where the places are that the run has been given, apart from those that it has."""
+        """Nodes of the places given to the run, apart from those that it has already."""
         return tuple(self._new[run])
 
     def places(self, run: str) -> tuple[str, ...]:
-        """Where all the places are that the run has been given."""
+        """Nodes of all places given to the run."""
         return (*self._homes.get(run, ())[: self._kept[run]], *self._new[run])
 
     def has_homes(self, run: str) -> bool:
-        """Whether it has workers somewhere, whatever they are given now."""
+        """Whether the run has workers now, regardless of the places given to it."""
         return bool(self._homes.get(run, ()))
 
     def withhold(self, nodes: Collection[str]) -> None:
-        """Give nothing away that is left on these nodes; what is taken back from a run there may be given again."""
+        """Assign nothing that is left on these nodes; places taken back from a run there may be assigned again."""
         for ledger in (self._free, self._left):
             ledger.update({node: {} for node in nodes})
 
@@ -109,15 +109,15 @@ class NodePacking:
         self._kept[run], self._new[run] = 0, []
 
     def usable(self, run: str) -> set[str]:
-        """Nodes that could hold a worker of the run if nobody else were there."""
+        """Nodes that could hold a worker of the run if the cluster were otherwise empty."""
         return {n for n, amounts in self._whole(run).items() if fits(amounts, self._requests[run])}
 
     def capacity(self, run: str) -> int:
-        """How many workers of the run the cluster could hold if nobody else were there."""
+        """Number of the run's workers that the cluster could hold if it were otherwise empty."""
         return places(list(self._whole(run).values()), self._requests[run])
 
     def _whole(self, run: str) -> Ledger:
-        """What there is on the nodes that the run may use."""
+        """All resources of the nodes that the run may use."""
         whole = {node: dict(amounts) for node, amounts in self._left.items()}
         for other in self._requests:
             for node in self.places(other):
@@ -125,7 +125,7 @@ class NodePacking:
         return {node: amounts for node, amounts in whole.items() if node not in self._avoid[run]}
 
     def _give(self, run: str, node: str, ledger: Ledger) -> bool:
-        """Give the run a place on a node, out of what nobody holds first. Args: ledger: in which it has to fit, too."""
+        """Give the run a place on a node, from free resources first. Args: ledger: must have room for it, too."""
         request, left = self._requests[run], self._left.get(node)
         if left is None or node in self._avoid[run] or not (fits(left, request) and fits(ledger[node], request)):
             return False

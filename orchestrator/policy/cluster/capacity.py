@@ -1,19 +1,19 @@
-"""Whether a cluster has room for workers that are all alike.
+"""Capacity of a cluster for workers with equal requests.
 
-Ray gives a worker a part of one GPU only, but tells how much of a node's GPUs is free for all of them together. So
-parts that are free are counted as if they lay on as few GPUs as possible; and what is taken, where it is as much as
-some workers of this kind would take, as if they had taken it. On a node where all are alike that is so.
+Ray gives a worker a fraction of one GPU only, but reports the free amount of a node's GPUs as one sum. So free
+fractions are counted as if they lay on as few GPUs as possible. A used amount that is a multiple of the request is
+counted as if workers of this kind had taken it, which is exact on a node where all workers are alike.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
-DEVICES = "GPU devices"  # beside Ray's own names: how many GPUs a node has, if that is known
+DEVICES = "GPU devices"  # not a name of Ray's: number of GPUs of a node, if known
 EPSILON = 1e-9
 
 
 def places(free: Sequence[Mapping[str, float]], request: Mapping[str, float]) -> int:
-    """How many workers of `request` fit, given what is free on each node."""
+    """Number of workers of `request` that fit the free resources of each node."""
     wanted = {name: amount for name, amount in request.items() if amount > 0}
     return sum(min(_fit(node, name, amount) for name, amount in wanted.items()) for node in free)
 
@@ -31,13 +31,13 @@ def _fit(node: Mapping[str, float], name: str, amount: float) -> int:
 
 
 def threads_of(cores: Sequence[int], workers: int) -> int:
-    """Threads for each of so many workers that are spread evenly over nodes with so many cores: of the smallest node
-    its share, at least one."""
+    """Threads per worker, with `workers` spread evenly over nodes of `cores`: its share of the smallest node, at least
+    one."""
     least = min((number for number in cores if number > 0), default=1)
     nodes = max(1, sum(number > 0 for number in cores))
     return max(1, least // math.ceil(workers / nodes))
 
 
 def fits(node: Mapping[str, float], request: Mapping[str, float]) -> bool:
-    """Whether a worker of `request` fits, given what is free on a node."""
+    """Whether a worker of `request` fits the free resources of a node."""
     return all(_fit(node, name, amount) > 0 for name, amount in request.items() if amount > 0)

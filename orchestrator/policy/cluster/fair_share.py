@@ -1,21 +1,21 @@
-"""How a cluster's places are divided among its runs.
+"""Division of a cluster's places among its runs.
 
-    RunScale of each run, who is where, what is free -> divide -> a Share for each run -> new_grants
+    ScalingView of each run, homes of workers, free resources -> divide -> a Share for each run -> new_grants
 
 In this order:
 
-1. Every run that was let in keeps its least. One whose places turn out not to be there, before it has begun, is back
-   in the queue.
-2. Who waits in the queue is let in, in order of rank, once there is room for its least: in what is free, and in what
-   runs of lower priority hold beyond their own least; from runs of its own priority it gets what they would not have
-   asked for by themselves. Where that isn't enough, runs of lower priority are preempted. The first that can't be let
-   in keeps the nodes that it could use for itself: nobody behind it is let in or grows there, so it doesn't starve;
-   only what a run takes from those that it preempts is its own. Who doesn't fit the empty cluster keeps nothing.
-3. What is left is for what runs want beyond their least, by priority. Of one priority, what a run has comes before what
-   another one would like to have; then the older run comes first.
+1. Every admitted run keeps its least. One whose places are gone before it has begun returns to the queue.
+2. Queued runs are admitted in order of rank, once there is room for their least: in free resources, and in those that
+   runs of lower priority hold beyond their own least; from runs of its own priority a queued run gets only places that
+   no user asked for. Where that isn't enough, runs of lower priority are preempted. The first run that can't be
+   admitted reserves the nodes that it could use: no run behind it is admitted or grows there, so it doesn't starve;
+   only places taken from preempted runs belong to the run that preempts them. A run that doesn't fit the empty cluster
+   reserves nothing.
+3. The rest goes to what runs want beyond their least, by priority. Within a priority, places that a run holds come
+   before places that another one wants; then the older run comes first.
 
-A run's rank in the queue is its priority, and one more for every `AGE_S` that it has waited for a world of its own, so
-those of low priority get their turn; nobody preempts it before it has had one for `PROTECTED_S`, if it starts in time.
+A run's rank in the queue is its priority, plus one for every `AGE_S` that it has waited for a world of its own, so runs
+of low priority get their turn. It is not preempted before it has had a world for `PROTECTED_S`, if it starts in time.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -27,14 +27,14 @@ from orchestrator.spec.workers import MANUAL
 
 AGE_S = 600.0
 PROTECTED_S = 60.0
-STARTING_S = 600.0  # a run that was let in and has no world by then is not protected any more
-FREED_S = 5.0  # what a lost worker has freed is counted as free within this
+STARTING_S = 600.0  # an admitted run without a world by then is no longer protected
+FREED_S = 5.0  # resources of a failed worker show as free within this
 FREEING_S = 1.0  # a run that ends frees its places one after another, within this
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a run gets: places for so many workers, standbys included, and what it is granted because of that."""
+    """A run's number of places, standbys included, and the grant that follows from it."""
 
     places: int
     grant: Grant
@@ -42,8 +42,8 @@ class Share:
 
 @dataclass(frozen=True)
 class NewGrant:
-    """A run is to hold another number of workers, or waits for something else, if that has been decided again and again
-    for `patience_s`; None: at once."""
+    """A change of a run's number of workers, or of its reason to wait, to apply once the same decision has held for
+    `patience_s`; None: at once."""
 
     run_id: str
     grant: Grant
@@ -51,9 +51,9 @@ class NewGrant:
 
 
 def new_grants(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
-    """What runs are to be told. Whoever is to give places away comes first: that takes longer than to have a worker
-    started. A place that was lost, or that another run wants, has to be missing for a while, unless a run is let in. A
-    run that trains and may have more, but not yet all that it wants, waits a moment for the rest: it grows once."""
+    """The changed grants. Runs that lose places come first: releasing takes longer than starting a worker. A place that
+    was lost, or that another run wants, has to be missing for a while, unless a run is admitted. A run that trains and
+    may have more, but not yet all that it wants, waits a moment for the rest, so that it grows only once."""
     lets_in = any(run.queued_s is not None and shares[run.run_id].places for run in runs)
     found: list[NewGrant] = []
     for run in runs:
@@ -66,7 +66,7 @@ def new_grants(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tupl
             patience_s = 0.0 if lets_in else FREED_S
         elif run.grant.workers and grant.workers is not None:
             patience_s = FREEING_S
-        elif len(runs) == 1:  # nobody else can be meant by what is free
+        elif len(runs) == 1:  # free places can't be meant for another run
             patience_s = None
         found.append(NewGrant(run.run_id, grant, patience_s))
     known = {run.run_id: run for run in runs}
@@ -74,12 +74,12 @@ def new_grants(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tupl
 
 
 def _is_less(grant: Grant, run: ScalingView) -> bool:
-    """Than the run may hold now."""
+    """Whether the grant is less than the run may hold now."""
     return grant.workers is not None and run.grant.of(grant.workers + 1) > grant.workers
 
 
 def rank_of(run: ScalingView, now_s: float) -> int:
-    """Its place in the order of the queue, the highest first."""
+    """The run's rank in the queue; the highest is first."""
     return run.priority + (int(max(0.0, now_s - run.queued_s) / AGE_S) if run.queued_s is not None else 0)
 
 
@@ -93,9 +93,9 @@ def divide(
     """The share of each run.
 
     Args:
-        claims: how many workers each run would have if there were room, standbys included; no less than its least.
-        homes: nodes of the workers that each run has, oldest first, as far as these nodes stay.
-        free: what is free on each node that stays.
+        claims: workers that each run would have if there were room, standbys included; no less than its least.
+        homes: nodes of the workers that each run has, oldest first, without nodes that are leaving.
+        free: free resources of each node that stays.
         now_s: `time.time()`.
     """
     known = {run.run_id: run for run in runs}
@@ -120,17 +120,17 @@ def divide(
 
 
 def has(run: ScalingView) -> int:
-    """How many workers it is to hold by what was decided already, whether they have a place yet or not."""
+    """Number of workers that the run is to hold by its present grant, placed or not."""
     return run.grant.of(run.full)
 
 
 def is_loose(run: ScalingView) -> bool:
-    """Its size is found for it: what it holds beyond its least is what nobody needed."""
+    """Whether the run's size is found for it: workers beyond its least use places that no other run needed."""
     return run.policy != MANUAL and not run.is_pinned
 
 
 def is_preemptible(run: ScalingView, now_s: float) -> bool:
-    """It has trained for a while since it was let in, or has had long enough to begin."""
+    """Whether the run has trained for `PROTECTED_S` since its admission, or has not begun within `STARTING_S`."""
     if run.begun_s is not None:
         return now_s - run.begun_s >= PROTECTED_S
     return run.admitted_s is None or now_s - run.admitted_s >= STARTING_S
@@ -141,7 +141,7 @@ def _seniority(run: ScalingView) -> tuple[int, float, str]:
 
 
 def _hold(packing: NodePacking, runs: Sequence[ScalingView], places: Mapping[str, int]) -> None:
-    """Give each run so many places, if there are: first to all those that their workers have, then the others."""
+    """Give each run its number of places if there are: to all runs those that their workers have, then others."""
     for run in runs:
         packing.keep(run.run_id, places[run.run_id])
     for run in runs:
@@ -150,7 +150,7 @@ def _hold(packing: NodePacking, runs: Sequence[ScalingView], places: Mapping[str
 
 @dataclass(frozen=True)
 class _Kept:
-    """Nodes that are kept for a run that could not be let in."""
+    """Nodes reserved for a run that could not be admitted."""
 
     run_id: str
     rank: int
@@ -159,14 +159,14 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Queue:
-    """Who is in, by priority and age; who is out, and why; what is kept for whom."""
+    """Admitted runs by priority and age, reasons of the runs that are not, and reserved nodes."""
 
     inside: tuple[ScalingView, ...]
     why_out: Mapping[str, str]
     kept: tuple[_Kept, ...]
 
     def nodes_before(self, priority: int) -> Collection[str]:
-        """Where runs of this priority may not grow."""
+        """Nodes on which runs of this priority may not grow."""
         return {node for kept in self.kept if kept.rank >= priority for node in kept.nodes}
 
 
@@ -177,7 +177,7 @@ def _let_in(
     packing: NodePacking,
     now_s: float,
 ) -> _Queue:
-    """Let in who can be, in order. Seats their least, and takes away the seats of who is preempted."""
+    """Admit queued runs in order. Places their least, and takes the places of preempted runs away."""
     present = {run.run_id: run for run in inside}
     why_out: dict[str, str] = {}
     kept: list[_Kept] = []
@@ -206,14 +206,14 @@ def _let_in(
 
 def _why_out(run: ScalingView, most: int, ahead: str | None) -> str:
     if most < run.least:
-        return f"the cluster has room for {most} of its workers at most, and {run.least} are its least"
+        return f"the cluster has room for at most {most} of its workers; it needs at least {run.least}"
     behind = f"; behind {ahead} in the queue" * (ahead is not None)
     return f"there is no room for {run.least} worker{'s' * (run.least > 1)}{behind}"
 
 
 @dataclass(frozen=True)
 class _Room:
-    """Places for a run's least, apart from those that it has, and who has to be preempted for them."""
+    """Places for a run's least, apart from those that it has, and the runs to preempt for them."""
 
     nodes: tuple[str, ...]
     victims: tuple[str, ...] = ()
@@ -227,7 +227,7 @@ def _room_for(
     taken: Collection[str],
     now_s: float,
 ) -> _Room | None:
-    """Where this run could be let in, with as few runs preempted as are enough; None if that can't be."""
+    """Places to admit this run with, preempting as few runs as are enough; None if it can't be admitted."""
     trial, rank = packing.copy(), rank_of(run, now_s)
     firm = [o for o in present.values() if o.priority > rank or (o.priority == rank and not is_loose(o))]
     _hold(trial, firm, {other.run_id: min(claims[other.run_id], has(other)) for other in firm})
@@ -244,7 +244,7 @@ def _room_for(
     else:
         return None
     needed = [victims.pop()]
-    for victim in reversed(victims):  # without the last one it was not enough; of the others, the highest stay first
+    for victim in reversed(victims):  # the last is needed; of the others, the highest priority is spared first
         spared = trial.copy()
         if spared.place(victim.run_id, victim.least) and _places_in(spared, run) is not None:
             trial = spared
@@ -254,7 +254,7 @@ def _room_for(
 
 
 def _places_in(packing: NodePacking, run: ScalingView) -> tuple[str, ...] | None:
-    """Nodes of places for its least, apart from those that it has; None if there aren't so many."""
+    """Nodes of places for the run's least, apart from those that it has; None if there are too few."""
     trial = packing.copy()
     return trial.new_places(run.run_id) if trial.place(run.run_id, run.least) else None
 
@@ -262,7 +262,7 @@ def _places_in(packing: NodePacking, run: ScalingView) -> tuple[str, ...] | None
 def _share(run: ScalingView, packing: NodePacking, queue: _Queue) -> Share:
     places = packing.num_placed(run.run_id)
     if run.run_id in queue.why_out:
-        gives_way = run.grant.workers == 0 and packing.has_homes(run.run_id)  # it still knows for whom
+        gives_way = run.grant.workers == 0 and packing.has_homes(run.run_id)  # keeps the preemption as its reason
         return Share(0, run.grant if gives_way else Grant(0, queue.why_out[run.run_id]))
     if places >= run.full:
         return Share(places, Grant(None, f"there is room for all {run.full}"))
@@ -270,7 +270,7 @@ def _share(run: ScalingView, packing: NodePacking, queue: _Queue) -> Share:
 
 
 def _held_by(run: ScalingView, packing: NodePacking, queue: _Queue) -> str:
-    """Who has, or waits for, what this run would use."""
+    """The run that holds, or waits for, places that this run could use, as text; empty if there is none."""
     nodes = packing.usable(run.run_id)
     for other in queue.inside:
         if other.priority > run.priority and nodes & set(packing.places(other.run_id)):

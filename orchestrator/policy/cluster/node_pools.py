@@ -1,4 +1,4 @@
-"""Which nodes the workers of a run may live on: those whose labels are as its job says."""
+"""Node pools: the nodes whose labels match a job's selector, on which its workers may live."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -12,8 +12,8 @@ MAX_SHOWN = 8  # values of a label, in an error
 
 
 def matches(labels: Labels, selector: Labels) -> bool:
-    """Whether a node with these labels is as a `workers.label_selector` says; what Ray decides when it places a worker.
-    A label that isn't there is as good as none of the values."""
+    """Whether a node's labels match a `workers.label_selector`, as Ray decides when it places a worker. A missing label
+    equals none of the values."""
     conditions = [(labels.get(key), Condition.of(text)) for key, text in selector.items()]
     return all(which is not None and (label in which.values) != which.is_negated for label, which in conditions)
 
@@ -24,7 +24,7 @@ def pool_of(selector: Labels, nodes: Mapping[str, Labels]) -> set[str]:
 
 
 def confined(run: ScalingView, nodes: Mapping[str, Labels]) -> ScalingView:
-    """The run, as one that avoids the nodes outside of its pool too."""
+    """The run, with the nodes outside of its pool added to those that it avoids."""
     outside = nodes.keys() - pool_of(run.selector, nodes)
     return replace(run, avoid=(*run.avoid, *sorted(outside)))
 

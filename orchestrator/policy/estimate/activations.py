@@ -1,7 +1,7 @@
-"""What our model keeps of a micro-batch for its backward pass, as a formula: an estimate that needs no torch.
+"""Activations that our model keeps of a micro-batch for its backward pass, by formula: an estimate without torch.
 
-Counted from what autograd saves; `tests/unit/model/test_planned_activations.py` compares. Bytes per token
-unless said otherwise.
+Counted from the tensors that autograd saves; `tests/unit/model/test_planned_activations.py` compares. Bytes per token
+unless noted otherwise.
 """
 
 import math
@@ -14,11 +14,11 @@ MIN_CHUNK = 64
 
 
 def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
-    """Kept at most at one time by one rank.
+    """Most bytes of activations that one rank keeps at one time.
 
     Args:
-        crowding: copies of tokens that reach the rank's experts over those that it sends; 0 in a world of one, where
-            nothing is sent and experts read tokens where they are.
+        crowding: ratio of token copies that reach the rank's experts to those that it sends; 0 in a world of one, where
+            nothing is sent and experts read tokens in place.
     """
     item = item_bytes(train)
     stream = item * spec.hidden_size
@@ -37,13 +37,13 @@ def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
 
 
 def loss_bytes(spec: ModelSpec, train: TrainSpec, vocab_size: int) -> int:
-    """A chunk of logits with its copy in the training precision, and the gradient of the output matrix, in fp32."""
+    """Bytes of a chunk of logits with its copy in the training precision, and of the output matrix's fp32 gradient."""
     chunk = min(_micro_batch_tokens(train), max(MIN_CHUNK, LOGITS // vocab_size))
     return chunk * vocab_size * (4 + item_bytes(train) % 4) + 4 * vocab_size * spec.hidden_size
 
 
 def item_bytes(train: TrainSpec) -> int:
-    """Of a weight or an activation."""
+    """Bytes of a weight or an activation."""
     return 2 if train.precision == "bf16" else 4
 
 
@@ -52,7 +52,7 @@ def _micro_batch_tokens(train: TrainSpec) -> int:
 
 
 def _norm(spec: ModelSpec, item: int) -> int:
-    """What comes in and that over its root mean square, in fp32; what goes out."""
+    """Bytes of a norm: its input, and that over its root mean square, in fp32; its output."""
     return 4 * (2 * spec.hidden_size + 1) + item * spec.hidden_size
 
 
@@ -62,5 +62,5 @@ def _mlp(spec: ModelSpec, index: int, item: int, crowding: float) -> int:
     shared = item * 4 * spec.num_shared_experts * spec.expert_intermediate_size
     scores = 4 * spec.num_experts + 32 * spec.top_k + (4 * spec.hidden_size if item == 2 else 0)  # in fp32
     inner = 2 * spec.top_k * (crowding or 1.0) * spec.expert_intermediate_size  # gate and up
-    travelled = spec.top_k * crowding * spec.hidden_size  # what has come in; less where several copies came as one
+    travelled = spec.top_k * crowding * spec.hidden_size  # received copies; fewer where several came as one
     return shared + scores + math.ceil(item * (inner + travelled))

@@ -1,7 +1,7 @@
-"""Which compression makes a step fastest, from what the first steps have shown. Pure.
+"""Choice of the compression scheme with the fastest step, from measurements of the first steps. Pure.
 
-A step computes, and sends gradients while it computes: only what doesn't fit into the backward pass is waited for.
-Coding takes time that nothing hides where it needs the same processor.
+A step sends gradients while it computes: it waits only for those that don't fit into the backward pass. The time of
+coding is not hidden where it needs the same processor.
 """
 
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.policy.estimate.traffic import sent_share
 from orchestrator.spec.communication import CompressionSpec
 
-CANDIDATES = ("none", "bf16", "int8", "int4")  # by what they lose; all go on from the same kept state
+CANDIDATES = ("none", "bf16", "int8", "int4")  # by increasing error; all continue from the same kept state
 WORTH = 0.02  # a coarser scheme must save this share of a step
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a rank has seen, in seconds and bytes of one step.
+    """Measurements of a rank, in seconds and bytes of one step.
 
     Args:
         step_s: a step without its waits for gradients.
         backward_s: of it, the last micro-batch's backward pass.
-        num_buckets: that gradients travel in.
-        gradient_bytes: fp32, that this rank sends.
-        bytes_per_s: what the link takes of gradients while nothing is computed.
-        coding_s: by scheme, what encoding and decoding a step's gradients takes.
+        num_buckets: buckets in which gradients are sent.
+        gradient_bytes: gradients in fp32 that this rank sends.
+        bytes_per_s: rate of the link for gradients while nothing is computed.
+        coding_s: by scheme, time to encode and decode a step's gradients.
     """
 
     step_s: float
@@ -37,7 +37,7 @@ class Measured:
 
 
 def predicted_step_s(measured: Measured, scheme: str) -> float:
-    """How long a step will take. The last bucket begins its way when the backward pass is over."""
+    """Predicted time of a step. The last bucket is sent when the backward pass is over."""
     share = sent_share(ANY, CompressionSpec.model_validate({"scheme": scheme}), MANY) if scheme != "none" else 1.0
     sending_s = measured.gradient_bytes * share / measured.bytes_per_s
     last_s = sending_s / measured.num_buckets

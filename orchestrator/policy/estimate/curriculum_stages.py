@@ -1,4 +1,4 @@
-"""Which stage a run is in at which step, as far as that follows from the job and its corpus."""
+"""Stages of a curriculum and their first steps, as far as they follow from the job and its corpus."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,9 +21,9 @@ def planned_stages(
     """The run's stages with their first steps.
 
     Args:
-        decided: stages that begin earlier than the job would have them, or others than it would have there, ascending.
-            The stages that the job names behind them follow them.
-        begun: stages that can't be changed any more; what is decided is behind the first step of the last of them.
+        decided: stages that begin earlier than in the job's order, or other stages than there, ascending. The job's
+            later stages follow them.
+        begun: stages that can't be changed any more; decided ones begin after the first step of the last of them.
         by_document: a row is a document, or a piece of a long one.
 
     Raises:
@@ -37,7 +37,7 @@ def planned_stages(
     known = list(begun)
 
     def walk() -> Curriculum:
-        """Through what is known so far."""
+        """The curriculum through the stages known so far."""
         rows = train.global_batch_size
         return Curriculum(chunks, CurriculumState(train.seed, rows, chunks.num_tokens, tuple(known), by_document))
 
@@ -71,8 +71,8 @@ def continued(
     chunks: Chunks,
     decided: Sequence[StageStart],
 ) -> CurriculumState:
-    """The plan that trains on the same tokens as `present` before `first_step`, and follows what is decided from there
-    on; what was decided for earlier comes too late. Raises as `planned_stages`."""
+    """The plan that trains on the same tokens as `present` before `first_step` and follows the decided stages from
+    there on; those decided for earlier steps are too late. Raises as `planned_stages`."""
     begun = [stage for stage in present.stages if stage.first_step < first_step]
     ahead = [s for s in decided if s.first_step >= first_step]
     return planned_stages(spec, train, chunks, ahead, begun, present.by_document)
@@ -92,7 +92,7 @@ def _admission(stage: StageSpec) -> Admission:
 
 
 def _natural_end(stage: StageSpec, begun: BegunStage, walk: Callable[[], Curriculum], num_steps: int) -> int:
-    """The step after the stage's last one, if nobody decides otherwise."""
+    """The step after the stage's last one, unless another stage is decided."""
     assert stage.until is not None
     if stage.until.steps is not None:
         return begun.first_step + stage.until.steps
@@ -133,7 +133,7 @@ def _too_little(stage: StageSpec, done: int, wanted: int) -> DataError:
 
 
 def _exhausted_at(curriculum: Curriculum, stage: BegunStage, end: int) -> int:
-    """The first step before `end` that finds less than it takes of what its stage admits; `end` if there is none."""
+    """The first step before `end` for which the stage admits too little data; `end` if there is none."""
     for step, until in _constant(stage, end):
         left = curriculum.steps_left(step)
         if step + left < until:
@@ -142,7 +142,7 @@ def _exhausted_at(curriculum: Curriculum, stage: BegunStage, end: int) -> int:
 
 
 def _constant(stage: BegunStage, end: int) -> Iterator[tuple[int, int]]:
-    """Stretches [step, until) of a stage in which it admits the same."""
+    """Stretches [step, until) of a stage with constant admission."""
     step = stage.first_step
     while step < end:
         change = stage.admission.next_change(step - stage.first_step)

@@ -1,10 +1,10 @@
 """Floating-point operations of a model's training, by formula. Pure.
 
 Of a step: 6 x active parameters x tokens, 2 for the forward and 4 for the backward pass (Kaplan et al. 2020, "Scaling
-Laws for Neural Language Models", section 2.1). Active is what a token is multiplied with: all dense parameters and
-top_k of the routed experts; our input embedding is a look-up and left out. Attention's scores and sums, which grow with
-the length of a row, are told apart: 12 x layers x heads x head size x length per token (Chowdhery et al. 2022, "PaLM",
-appendix B), counted as if nothing were masked. What is computed twice to save memory isn't counted.
+Laws for Neural Language Models", section 2.1). Active parameters are those that a token is multiplied with: all dense
+ones and top_k of the routed experts; our input embedding is a look-up and left out. Attention's scores and sums, which
+grow with the row length, are separate: 12 x layers x heads x head size x length per token (Chowdhery et al. 2022,
+"PaLM", appendix B), counted as if nothing were masked. Recomputation to save memory isn't counted.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,12 +19,12 @@ INPUT_EMBEDDING = "embedding.weight"  # of our own model
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the formulas need to know.
+    """Inputs of the formulas.
 
     Args:
-        active_parameters: that a token is multiplied with.
-        attention: layers x heads x head size; None for a model of the user's own, whose layers we don't know.
-        length: tokens of a row where a step's record doesn't say.
+        active_parameters: those that a token is multiplied with.
+        attention: layers x heads x head size; None for a user's own model, whose layers are unknown.
+        length: tokens of a row, for steps whose record lacks it.
     """
 
     parameters: int
@@ -35,7 +35,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of all steps that count. `attention` is None where it isn't known; it is not in `parameters`."""
+    """Operations of all steps that count. `attention` is None if unknown, and not included in `parameters`."""
 
     active_parameters: float
     parameters: float
@@ -43,7 +43,7 @@ class Flops:
 
 
 def size_of(job: JobSpec, params: Sequence[ParamSpec]) -> ModelSize:
-    """The job's model, from the list of its parameters."""
+    """The size of the job's model, from the list of its parameters."""
     spec, ours = job.model, job.model.entrypoint is None
     share = spec.top_k / spec.num_experts
     multiplied = [param for param in params if not (ours and param.name == INPUT_EMBEDDING)]
@@ -56,7 +56,7 @@ def size_of(job: JobSpec, params: Sequence[ParamSpec]) -> ModelSize:
 
 
 def flops_of(size: ModelSize, steps: Iterable[StepRecord]) -> Flops:
-    """Of these steps. Where rows are documents, as if all were as long as the longest."""
+    """Operations of these steps. Where rows are documents, all count as long as the longest."""
     known = list(steps)
     token_lengths = sum(record.tokens * (record.sequence_length or size.length) for record in known)
     return Flops(

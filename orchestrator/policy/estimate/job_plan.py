@@ -1,10 +1,10 @@
-"""What a job will take at every world size that it may have: memory per worker by part, bytes per step by kind, and the
-stall of a rescale. Pure: from the job and the list of the model's parameters.
+"""Plan of a job at every world size that it may have: memory per worker by part, bytes per step by kind, and the stall
+of a rescale. Pure: from the job and the list of the model's parameters.
 
-What is exact: weights, masters, moments and buffers, which follow from the layout; parameters gathered, gradients
-reduced, and bytes moved at a rescale. What is an estimate: gradients' buffers, activations and the loss, which follow
-from what buckets and autograd were seen to keep; dispatch and combine, which take experts as equally popular; and
-the stall, whose constants were measured on two cores.
+Exact: weights, masters, moments and buffers, which follow from the layout; parameters gathered, gradients reduced, and
+bytes moved at a rescale. Estimates: gradients' buffers, activations and the loss, from the memory that buckets and
+autograd were measured to keep; dispatch and combine, which take experts as equally popular; and the stall, whose
+constants were measured on two cores.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ LINK_BYTES_PER_S = 0.5e9
 
 @dataclass(frozen=True)
 class StatePlan:
-    """The catalogue of a model: every parameter in the engine's order, and buffers as (name, elements)."""
+    """The parameters of a model in the engine's order, and its buffers as (name, elements)."""
 
     params: tuple[ParamSpec, ...]
     buffers: tuple[tuple[str, int], ...]
@@ -47,11 +47,11 @@ class MemoryPlan:
     """Bytes of the worker that holds most.
 
     Args:
-        kept: what compression of gradients keeps.
+        kept: state of gradient compression.
         activations, loss: None for a model that isn't ours.
-        fence: the largest second shard that it holds while it moves to a neighbouring size, or recovers at its own.
-        snapshots: two of its own and two of its ward's.
-        deltas: what lies between them.
+        fence: the largest second shard during a transition to a neighbouring size, or a recovery at the same size.
+        snapshots: two of its own and two of its protected rank's.
+        deltas: those between them.
     """
 
     weights: int
@@ -69,12 +69,12 @@ class MemoryPlan:
 
     @property
     def state(self) -> int:
-        """The shard, as an engine holds it."""
+        """The shard in the engine."""
         return self.weights + self.masters + self.moments + self.buffers + self.kept
 
     @property
     def engine(self) -> int:
-        """What an engine holds from its first step on."""
+        """Memory of an engine from its first step on."""
         return self.state + self.gradients
 
     @property
@@ -84,18 +84,18 @@ class MemoryPlan:
 
     @property
     def at_fence(self) -> int:
-        """Activations, loss and gradients are gone, a second shard is there."""
+        """Memory at a fence: without activations, loss and gradients, with a second shard."""
         return self.state + self.fence + self.snapshots + self.deltas + self.process
 
     @property
     def after_fence(self) -> int:
-        """The first step of a new world: its first whole snapshots are taken, and the old world's stay until they are
-        acknowledged. All others lie where the old world's lay (`orchestrator.state.buffers`)."""
+        """Memory at the first step of a new world: its first whole snapshots are taken, and the old world's stay until
+        they are acknowledged. All others reuse the old world's buffers (`orchestrator.state.buffers`)."""
         return self.training + self.first_snapshots
 
     @property
     def first_snapshots(self) -> int:
-        """One whole one of its own, and one of its ward's."""
+        """One whole snapshot of its own, and one of its protected rank's."""
         return self.snapshots // 2
 
     @property
@@ -105,7 +105,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class RescalePlan:
-    """From a world to another: bytes moved in all, by the worker that sends and receives most, and the stall."""
+    """A rescale to `to_size`: bytes moved in all, by the worker that sends and receives most, and the stall."""
 
     to_size: int
     moved_bytes: int
@@ -136,7 +136,7 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
     """The plan for every world size of the job.
 
     Args:
-        ours: the model is the product's own, so what its forward pass keeps is known.
+        ours: the model is the product's own, so the activations that its forward pass keeps are known.
     """
     job = _with_longest_rows(job)
     sizes = range(job.workers.min, job.workers.max + 1)
@@ -148,12 +148,12 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
 
 
 def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:
-    """The memory of a worker in a world of one size, with arguments as `plan_job` takes them."""
+    """The memory of a worker in a world of `size`. Arguments as in `plan_job`."""
     job = _with_longest_rows(job)
     placement = ExpertPlacement.balanced(job.model.num_experts, size)
     layout = _layout(job, state, placement, _world(0, size))
     seconds = [_second_shard(layout, _next_layout(job, state, layout, placement, to)) for to in _neighbours(job, size)]
-    if size > 1:  # a lost worker may be replaced before the others go on
+    if size > 1:  # a failed worker may be replaced before the others continue
         seconds.append(int(layout.bytes_per_rank().max()))
     return _memory(job, state, layout, placement, max(seconds, default=0), ours)
 
@@ -172,7 +172,7 @@ def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldP
 
 
 def _with_longest_rows(job: JobSpec) -> JobSpec:
-    """Memory is that of a curriculum's longest rows, and bytes of dispatch too."""
+    """The job with its curriculum's longest rows, which set memory and bytes of dispatch."""
     if job.curriculum is None:
         return job
     longest = {"sequence_length": longest_row(job.curriculum, job.train)}
@@ -219,7 +219,7 @@ def _memory(
 
 
 def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
-    """[world size] bytes that each rank holds of `param/`, `master/` and so on."""
+    """[world size] bytes held by each rank, by part: `param/`, `master/` and so on."""
     parts = np.array([name.partition("/")[0] for name in layout.names])
     tensor, start, stop, rank = layout.shards.T
     held: dict[str, IntArray] = {}
@@ -238,7 +238,7 @@ def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
 
 
 def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
-    """Of all ranks together, per step."""
+    """Snapshot bytes that all ranks together send, per step."""
     interval = interval_of(job.protection)
     if interval is None or layout.world.size < 2:
         return 0
@@ -249,7 +249,7 @@ def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
 
 
 def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, int]:
-    """Of two whole snapshots of a rank's own and two of the largest ward that it may have, and of both's deltas."""
+    """Bytes of two whole snapshots of a rank's own and two of the largest protected rank possible, and of deltas."""
     if interval_of(job.protection) is None or layout.world.size < 2:
         return 0, 0
     every = whole_every(job.protection, job.recovery.whole_every)
@@ -264,7 +264,7 @@ def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int) -> int:
 
 
 def _is_shared(param: ParamSpec, rank: int, placement: ExpertPlacement) -> bool:
-    """Whether this rank and others have it, so that its gradients travel."""
+    """Whether this rank and others hold the parameter, so that its gradients are sent."""
     if param.expert is None:
         return placement.world_size > 1
     replicas = placement.replica_set(param.expert)

@@ -1,4 +1,4 @@
-"""Whether workers fit the memory that they get: a rank's state, its snapshots, and those that it keeps for another."""
+"""Check of workers' memory: a rank's state, its snapshots, and those that it keeps for another rank."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 def check_memory(job: JobSpec, plan: JobPlan) -> None:
-    """Compare every planned world with `resources.memory`; nothing for a job that names none.
+    """Compare every planned world with `resources.memory`; a job that sets none passes.
 
     Raises:
         UsageError: in some world a worker needs more.
@@ -32,8 +32,8 @@ def check_memory(job: JobSpec, plan: JobPlan) -> None:
 
 
 def crowding(job: JobSpec, plan: JobPlan, node_bytes: int) -> str:
-    """A warning: all workers need more than a node of `node_bytes` has. Empty if they don't, or if `resources.memory`
-    says how many Ray may place on a node."""
+    """A warning that all workers together need more than a node of `node_bytes` has. Empty if they don't, or if
+    `resources.memory` limits how many Ray places on a node."""
     if job.resources.memory is not None:
         return ""
     needed = {world.world_size: world.world_size * world.memory.peak for world in plan.worlds}
@@ -48,7 +48,7 @@ def crowding(job: JobSpec, plan: JobPlan, node_bytes: int) -> str:
 
 
 def _parts(memory: MemoryPlan) -> str:
-    """What the peak is made of. Gradients, activations and loss are gone where a second shard is there."""
+    """Parts of the peak. Gradients, activations and loss are freed where a second shard is held."""
     state = {part: getattr(memory, part) for part in ("weights", "masters", "moments", "buffers")}
     if memory.at_fence == memory.peak:
         rest = {"a second shard at a fence": memory.fence}
@@ -56,7 +56,7 @@ def _parts(memory: MemoryPlan) -> str:
         rest = {part: getattr(memory, part) for part in ("gradients", "activations", "loss")}
         rest["the first snapshots of a second world"] = memory.first_snapshots
     rest |= {
-        "its own snapshots and its ward's": memory.snapshots,
+        "its own snapshots and its protected rank's": memory.snapshots,
         "gradients of the steps between two of them": memory.deltas,
     }
     parts = state | rest | {"process": memory.process}

@@ -1,4 +1,4 @@
-"""What the workers of a job send one another in a step, and what it would be by other schemes of compression. Pure."""
+"""Traffic between a job's workers in a step, with its own and other compression schemes. Pure."""
 
 import math
 from collections import Counter
@@ -19,19 +19,19 @@ from orchestrator.spec.communication import BLOCK, SPARSE_BYTES, CompressionSpec
 from orchestrator.spec.job import JobSpec
 
 VOICES = 7  # numbers that each rank adds to a vote (orchestrator.worker.step.vote)
-SCHEMES = ("none", "bf16", "int8", "int4", "topk", "powersgd")  # that a plan tells of, beside the job's own
+SCHEMES = ("none", "bf16", "int8", "int4", "topk", "powersgd")  # shown in a plan, beside the job's own
 
 
 @dataclass(frozen=True)
 class TrafficPlan:
-    """Bytes that leave a worker for another in one step, of all workers together. Of collectives as in a ring.
+    """Bytes sent between workers in one step, of all workers together. Collectives count as in a ring.
 
-    `snapshots` is what buddies get after a step, divided by the steps between two snapshots.
+    `snapshots` is the bytes that buddies get after a step, divided by the steps between two snapshots.
 
-    `gradients_by_scheme` is what `gradients_reduced` would be with another `communication.compression`.
+    `gradients_by_scheme` holds `gradients_reduced` with another `communication.compression`.
 
-    `dispatch` is tokens on their way to experts, and their gradients on the way back; `combine` is results and theirs;
-    as many as there would be if all experts were as likely. `control` is counts of tokens and votes.
+    `dispatch` is tokens sent to experts, and their gradients sent back; `combine` is results and their gradients; both
+    assume equally likely experts. `control` is counts of tokens and votes.
     """
 
     gradients_reduced: int
@@ -49,7 +49,7 @@ class TrafficPlan:
 
 
 def num_micro_batches(job: JobSpec) -> int:
-    """Micro-batches of a step whose rows are all as long as there may be any; of fitted ones, as many as at first."""
+    """Micro-batches of a step whose rows all have the largest length; for fitted sizes, the number at first."""
     lengths_R = np.full(job.train.global_batch_size, job.train.sequence_length)
     return len(split_into_micro_batches(lengths_R, micro_batch_of(job)))
 
@@ -57,7 +57,7 @@ def num_micro_batches(job: JobSpec) -> int:
 def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlacement, snapshots: int) -> TrafficPlan:
     """
     Args:
-        params: every parameter of the whole model.
+        params: all parameters of the model.
         snapshots: bytes that buddies get per step.
     """
     size, train, model, micro_batches = placement.world_size, job.train, job.model, num_micro_batches(job)
@@ -76,7 +76,7 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
             rows += tokens * model.top_k * sum(other != rank for other in to) / len(to)
         else:
             rows += tokens * ranks_visited(to, rank, model.top_k, limit)
-    again = model.recompute != "none"  # computed again in the backward pass, so sent again
+    again = model.recompute != "none"  # recomputed in the backward pass, so sent again
     journeys = round(rows) * moe_layers * (2 + again)
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
     passes = max_micro_batches(size, micro_batches) * (1 + again)
@@ -115,11 +115,11 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
 
 
 def ranks_visited(destinations: Sequence[int], rank: int, top_k: int, ranks_per_token: int | None = None) -> float:
-    """Other ranks that a token of `rank` is sent to, on average, if every choice of experts is as likely.
+    """Average number of other ranks that a token of `rank` is sent to, if all choices of experts are equally likely.
 
     Args:
-        destinations: by expert, the rank that its tokens for it go to.
-        ranks_per_token: ranks that it may choose among, any as likely; None for all.
+        destinations: by expert, the rank that the tokens go to.
+        ranks_per_token: number of ranks that a token may choose among, all equally likely; None for all.
     """
     experts = Counter(destinations)
     in_reach = groups_open(experts.values(), ranks_per_token or len(experts), top_k) / len(experts)
@@ -129,7 +129,7 @@ def ranks_visited(destinations: Sequence[int], rank: int, top_k: int, ranks_per_
 
 
 def gradient_bytes(params: Sequence[ParamSpec], placement: ExpertPlacement, compression: CompressionSpec) -> int:
-    """Of one sum of all gradients, that all ranks together send."""
+    """Bytes that all ranks together send for one reduction of all gradients."""
     size, sent = placement.world_size, 0.0
     for param in params:
         share = sent_share(param, compression, size) if is_compressed(param, compression) else 1.0
@@ -138,7 +138,7 @@ def gradient_bytes(params: Sequence[ParamSpec], placement: ExpertPlacement, comp
 
 
 def sent_share(param: ParamSpec, compression: CompressionSpec, num_ranks: int) -> float:
-    """Bytes over fp32 of a compressed parameter's gradients on their way between so many ranks."""
+    """Bytes of a compressed parameter's gradients sent between `num_ranks`, as a share of fp32."""
     scale = 4 / (4 * BLOCK)
     match compression.scheme:
         case "bf16":
@@ -162,6 +162,6 @@ def _holders(param: ParamSpec, placement: ExpertPlacement) -> int:
 
 
 def _token_bytes(job: JobSpec) -> int:
-    """Of one token on its way to an expert."""
+    """Bytes of one token sent to an expert."""
     size, plain = job.model.hidden_size, item_bytes(job.train)
     return {"exact": size * plain, "bf16": 2 * size, "int8": size + 4}[job.communication.tokens]

@@ -1,8 +1,8 @@
-"""Classes of failures, what each may cost, and when enough is enough.
+"""Failure classes, their hourly budgets, the delay of replacements, and quarantine of nodes.
 
-A failure is a moment, not a worker: whoever is lost in the same moment in the same way is one. Each class has a budget
-per hour (`orchestrator.spec.fault_tolerance`). Budgets end runs that fail slowly; a run that fails without doing a step
-ends by `recovery.MAX_FRUITLESS`, and one whose workers never get warm by `endings.MAX_FAILED_SPAWNS`.
+A failure is a moment, not a worker: workers that fail in the same moment with the same cause count once. Each class has
+a budget per hour (`orchestrator.spec.fault_tolerance`). Budgets end runs that fail slowly; a run that fails without
+a step is ended by `recover.MAX_FRUITLESS`, one whose workers never get warm by `termination.MAX_FAILED_SPAWNS`.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from orchestrator.policy.state.run_state import Observation, RunState, WorkerFai
 from orchestrator.spec.fault_tolerance import BudgetsSpec
 
 WINDOW_S = 3600.0  # of a budget, and of a quarantine
-BURST_S = 60.0  # failures within this are in a row
+BURST_S = 60.0  # failures within this count as in a row
 FREE_FAILURES = 3  # in a row, before replacements are held back
 FIRST_DELAY_S, MAX_DELAY_S = 1.0, 30.0
 
@@ -24,7 +24,7 @@ PLACE = (
     "hang",
     "preemption",
     "corrupted",
-)  # where it happened may be to blame, not the run itself
+)  # the place may be to blame, not the run itself
 REMEDIES = {
     "worker": "Look at the end of the workers' logs, and at the system log for processes that were killed.",
     "node": "Look at the nodes.",
@@ -41,7 +41,7 @@ REMEDIES = {
 
 
 def cause_of_loss(state: RunState, seen: Observation, worker: str) -> str:
-    """The class of a failure, by what is known of it."""
+    """The class of a worker's failure: its own error's kind, or that of its process's end."""
     report = seen.reports.get(worker)
     if worker in seen.lost or report is None or report.error is None:
         known = seen.causes.get(worker, "worker")
@@ -50,7 +50,7 @@ def cause_of_loss(state: RunState, seen: Observation, worker: str) -> str:
 
 
 def count_failures(failures: Sequence[WorkerFailure], now_s: float, window_s: float = WINDOW_S) -> Counter[str]:
-    """How many failures of each class lie within the window."""
+    """Number of failures of each class within the window."""
     recent = {(failure.cause, failure.time_s) for failure in failures if now_s - failure.time_s <= window_s}
     return Counter(cause for cause, _ in recent)
 
@@ -69,8 +69,8 @@ def exceeded_budget(failures: Sequence[WorkerFailure], now_s: float, budgets: Bu
 
 
 def delay_s(failures: Sequence[WorkerFailure], now_s: float) -> float:
-    """How long after the newest failure nobody is started in its place: nothing for the first few in a row, then twice
-    as long for each further one."""
+    """Delay after the newest failure before a replacement starts: none for the first `FREE_FAILURES` in a row, then
+    doubling with each further one up to `MAX_DELAY_S`."""
     in_a_row = sum(count_failures(failures, now_s, BURST_S).values())
     if in_a_row <= FREE_FAILURES:
         return 0.0
@@ -90,12 +90,12 @@ def quarantined(
     nodes: Collection[str],
     before: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Nodes that get no new workers: so many failures that may be their fault lie within the window.
+    """Nodes that get no new workers, because too many failures that may be their fault lie within the window.
 
     Args:
-        after: how many; None for never.
+        after: number of failures; None for never.
         nodes: where workers are known to live. One of them at least is never quarantined: the run needs a place. While
-            nobody lives anywhere, no node is added to those `before`.
+            no worker's node is known, none is added to those `before`.
     """
     counts = failures_by_node(failures, now_s)
     bad = tuple(sorted(node for node, count in counts.items() if after is not None and count >= after))
@@ -105,7 +105,7 @@ def quarantined(
 
 
 def failures_by_node(failures: Sequence[WorkerFailure], now_s: float) -> Counter[str]:
-    """How many failures that may be the fault of their place each node has seen within the window."""
+    """Number of failures within the window that may be the fault of the node, by node."""
     moments = {
         (failure.node, failure.time_s)
         for failure in failures

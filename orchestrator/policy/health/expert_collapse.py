@@ -1,4 +1,4 @@
-"""When a run's experts collapse, or their loads swing, and what a user should do. Pure."""
+"""Detection of collapsed experts and swinging loads, with advice for the user. Pure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,21 +14,21 @@ from orchestrator.spec.model import EMBEDDING_SCALE, ModelSpec
 # swing at 0.01; with the sign rule at 0.001 at 0.99, at 0.05 the swing at 0.36, at 0.3 at 0.65.
 COLLAPSED = 0.5  # of the largest possible MaxVio
 SWINGING = 0.25  # of all experts
-SETTLED_STEPS = 30  # before which routers are uneven because they begin so
-LASTING_STEPS = 20  # that are looked at: a single batch can be uneven
-ENOUGH_STEPS = 15  # of them begin a trouble, and as many others end it
+SETTLED_STEPS = 30  # before this routers are uneven from initialisation
+LASTING_STEPS = 20  # looked at together: a single batch can be uneven
+ENOUGH_STEPS = 15  # of them that begin a trouble, and as many that end it
 TOKENS_PER_EXPERT = 4  # of a global batch: with fewer, even random choices look uneven
 
 
 @dataclass(frozen=True)
 class Troubles:
-    """Troubles of the routers that go on, each with the event with which it began."""
+    """Present troubles of the routers, each with the event that began it."""
 
     collapse: ExpertsCollapsed | None = None
     swing: LoadsSwing | None = None
 
     def after(self, event: Event) -> "Troubles":
-        """The troubles once this event has happened."""
+        """The troubles after this event."""
         match event:
             case ExpertsCollapsed():
                 return replace(self, collapse=event)
@@ -47,7 +47,7 @@ class Troubles:
 
 
 def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Troubles) -> list[Event]:
-    """The troubles that have begun or ended with the newest of these steps, as events.
+    """Events for troubles that began or ended with the newest of these steps.
 
     A trouble begins, and ends, when `ENOUGH_STEPS` of the newest `LASTING_STEPS` agree on it. Steps without evidence
     are left out: those before the routers have settled, those without tokens (a batch that was left out), and those
@@ -83,7 +83,7 @@ def _change(
     steps: Sequence[StepRecord], was_bad: bool, is_bad: Callable[[StepRecord], bool]
 ) -> tuple[int, ExpertLoad] | None:
     """First step of a lasting change, and the loads of the newest step that shows it; None without one."""
-    rows = []  # the newest one, and those before it that agree: many steps may have come at once
+    rows = []  # the newest window and those before it that agree: many steps may arrive at once
     for end in range(len(steps), 0, -1):
         changed = [record for record in steps[max(end - LASTING_STEPS, 0) : end] if is_bad(record) is not was_bad]
         if len(changed) < ENOUGH_STEPS:
@@ -93,14 +93,14 @@ def _change(
 
 
 def routing_warnings(model: ModelSpec, troubles: Troubles) -> list[str]:
-    """What a user should know of troubles that go on."""
+    """Warnings for the user about present troubles, with advice."""
     swings = troubles.swing is not None
     warnings = [] if troubles.collapse is None else [_collapse(model, troubles.collapse, swings)]
     return warnings + ([] if troubles.swing is None else [_swing(model, troubles.swing)])
 
 
 def _collapse(model: ModelSpec, event: ExpertsCollapsed, swings: bool) -> str:
-    """Where loads also swing, a layer is full and empty by turns: what calms them helps, a faster bias doesn't."""
+    """Warning of a collapse. If loads also swing, a layer fills and empties by turns: damp them, keep the bias slow."""
     largest = largest_violation(model.num_experts, model.top_k)
     return (
         f"MoE layer {event.layer} has collapsed since step {event.step}, most of its tokens go to the same "
@@ -119,14 +119,14 @@ def _swing(model: ModelSpec, event: LoadsSwing) -> str:
 
 
 def _steadier(model: ModelSpec) -> str:
-    """What calms swinging loads: a smaller move of the bias, if one moves."""
+    """Advice that damps swinging loads: a slower bias update, if there is one."""
     if model.bias_update_speed > 0:
         return f"lower model.bias_update_speed, which is {model.bias_update_speed:g}"
     return "lower train.lr"
 
 
 def _more_even(model: ModelSpec) -> str:
-    """What evens out choices that have collapsed, by what the job has of it."""
+    """Advice against a collapse, by the job's means of balancing."""
     if model.router == "softmax" and not model.bias_update_speed:
         return f"raise model.balance_loss_weight, which is {model.balance_loss_weight:g}"
     if not model.bias_update_speed:

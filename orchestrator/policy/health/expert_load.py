@@ -1,4 +1,4 @@
-"""How evenly a step's tokens are spread over experts. Pure.
+"""Balance of a step's tokens over experts. Pure.
 
 Shape legend: L = MoE layers, E = experts, S = steps.
 """
@@ -39,11 +39,11 @@ class LoadMap:
 
 
 def expert_load(counts_LE: NDArray[np.int64], before_LE: NDArray[np.int64] | None = None) -> ExpertLoad:
-    """The load of each expert, summarised.
+    """Summary of the experts' loads in a step.
 
     Args:
         counts_LE: tokens routed to each expert over the global batch of a step.
-        before_LE: the same of the step before; None where that isn't known.
+        before_LE: the same of the step before; None if unknown.
     """
     (layers,) = np.nonzero(counts_LE.any(-1))
     if not len(layers):  # no experts, or nothing routed
@@ -74,7 +74,7 @@ def _swing(load_LE: NDArray[np.float64], before_LE: NDArray[np.int64]) -> float:
 
 
 def is_shown(step: int, num_steps: int) -> bool:
-    """Whether the loads of a step stand in its record: those of about `SHOWN_STEPS` steps, evenly spaced."""
+    """Whether a step's record holds its loads: those of about `SHOWN_STEPS` steps do, evenly spaced."""
     return step % max(num_steps // SHOWN_STEPS, 1) == 0 or step == num_steps - 1
 
 
@@ -84,12 +84,12 @@ def largest_violation(num_experts: int, top_k: int) -> float:
 
 
 def shown_loads(records: Iterable[StepRecord]) -> dict[int, Loads]:
-    """By step, the loads that stand in records."""
+    """The loads in records, by step."""
     return {record.step: record.loads for record in records if record.loads}
 
 
 def load_map(loads: Mapping[int, Loads]) -> LoadMap | None:
-    """What a heat map shows of the loads of these steps; None where no token was routed in any of them."""
+    """Heat map of the loads of these steps; None where no token was routed in any of them."""
     if not any(any(tokens_E) for tokens_LE in loads.values() for tokens_E in tokens_LE):
         return None
     steps = tuple(sorted(loads))

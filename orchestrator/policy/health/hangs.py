@@ -1,28 +1,28 @@
-"""Who is to be given up, though nothing says that its process has ended.
+"""Detection of unresponsive workers whose processes may still be alive.
 
-One path for a frozen process, a lost host and a cut link: its control thread doesn't answer, whatever its training
-thread is doing. If all answer and no step gets done, somebody hangs outside of a collective while the others wait in
-the next one: whoever has entered the fewest.
+A frozen process, a lost host and a broken link look alike: the control thread doesn't answer, whatever the training
+thread is doing. If all answer and no step is finished, one member hangs outside of a collective while the others wait
+in the next one: the member that has entered the fewest collectives.
 """
 
 from orchestrator.policy.state.progress import typical_step_s
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.protocol.messages import Phase
 
-SILENT_S = 2.25  # without the answer that a warm worker owes
-SILENT_WHEN_STOPPING_S = 1.0  # likewise, when its peers have complained and it should have stopped
-STUCK_S = 30.0  # the least time without a step; longer steps are given more
+SILENT_S = 2.25  # without an answer from a warm worker
+SILENT_WHEN_STOPPING_S = 1.0  # likewise, after its peers complained and it should have stopped
+STUCK_S = 30.0  # least time without a step before a member counts as hung; more for long steps
 STUCK_STEPS = 10.0
-UNKNOWN_STEP_S = 12.0  # what a step is taken to last before any was done
+UNKNOWN_STEP_S = 12.0  # assumed step time before the first step
 
 
 def is_silent(seen: Observation, worker: str, limit_s: float = SILENT_S) -> bool:
-    """Whether it has not answered for so long. Whoever imports torch may be silent for longer."""
+    """Whether a worker has not answered for `limit_s`. Workers that still import torch may be silent for longer."""
     return seen.phase(worker) not in (Phase.COLD, Phase.WARMING) and seen.silence_s.get(worker, 0.0) >= limit_s
 
 
 def find_hung_member(state: RunState, seen: Observation) -> str | None:
-    """The member that keeps the others waiting; None if they aren't, or if it can't be told who it is."""
+    """The member that the others wait for; None if they don't wait, or if it can't be identified."""
     members = [report for w in state.members if (report := seen.reports.get(w)) is not None]
     if len(members) < max(2, len(state.members)) or any(r.phase is not Phase.TRAINING for r in members):
         return None

@@ -1,4 +1,4 @@
-"""When a step's loss tells that it must not count. Pure, and the same on every member: all know the same records."""
+"""Loss spikes: steps that must be undone. Pure, and the same on every member: all know the same records."""
 
 import math
 from collections.abc import Sequence
@@ -7,22 +7,22 @@ from statistics import median
 
 from orchestrator.protocol.messages import StepRecord
 
-USUAL_STEPS = 32  # before a step, that tell what is usual
-FEWEST_STEPS = 8  # of them, to judge by
-LEAST_RISE = 1.0  # nats above what is usual: less is no explosion, however small the loss was
+USUAL_STEPS = 32  # before a step, from which the usual loss is taken
+FEWEST_STEPS = 8  # of them, needed to judge
+LEAST_RISE = 1.0  # nats above the usual loss: less is no spike, however small the loss was
 MAX_NOT_FINITE = 8  # updates in a row
 
 
 def explosion(before: Sequence[StepRecord], record: StepRecord, factor: float | None) -> str:
-    """Why the step must be undone and left out; empty if it need not be.
+    """Why the step must be undone and left out; empty if it counts.
 
     Args:
         before: records of the steps before, oldest first.
-        factor: of the usual loss, above which it explodes; None: losses are not judged.
+        factor: multiple of the usual loss above which a loss is a spike; None: losses are not judged.
     """
     if record.skipped:
         return ""
-    if not record.applied:  # nothing was changed; but so it can't go on for ever
+    if not record.applied:  # state is unchanged, but this can't go on forever
         row = 1 + sum(1 for _ in takewhile(lambda r: not r.applied and not r.skipped, reversed(before)))
         return f"the updates of {row} steps in a row were not finite" if row >= MAX_NOT_FINITE else ""
     if factor is None:

@@ -1,20 +1,20 @@
-"""How often snapshots are taken where the job says `protection: auto`: as often as costs little."""
+"""Snapshot interval with `protection: auto`: as short as its cost allows."""
 
 import math
 from collections import deque
 from statistics import median
 
-ALLOWED_COST = 0.02  # of a step's time; under the 3 % that users are promised, as costs vary
-MEASURED = 5  # snapshots that a choice rests on
-MAX_INTERVAL = 64  # steps: what a loss may cost at most
+ALLOWED_COST = 0.02  # of a step's time; below the documented 3 %, as costs vary
+MEASURED = 5  # snapshots that a choice is based on
+MAX_INTERVAL = 64  # steps: most that a failure may cost
 
 
 def interval_for(cost_s: float, step_s: float) -> int:
-    """Fewest steps between two snapshots that keep their cost within `ALLOWED_COST`.
+    """Shortest interval, in steps, that keeps the cost of snapshots within `ALLOWED_COST`.
 
     Args:
-        cost_s: what one snapshot takes from training, seconds.
-        step_s: how long a step takes, seconds.
+        cost_s: training time that one snapshot takes, seconds.
+        step_s: duration of a step, seconds.
     """
     if step_s <= 0:
         return 1
@@ -22,14 +22,13 @@ def interval_for(cost_s: float, step_s: float) -> int:
 
 
 class IntervalChoice:
-    """A member's choice, by what the newest snapshots have cost it. Every step until some have been measured.
+    """A member's choice by the cost of its newest snapshots. Every step until `MEASURED` of them are measured.
 
-    Snapshots cost by the byte, as far as they can be told apart: those of every step are smaller, as most of them hold
-    only what the step has changed.
+    The cost is taken per byte: snapshots of every step are smaller, as most of them hold only the changes of the step.
 
     Args:
-        whole_bytes: of a snapshot that doesn't follow the one before at once.
-        mean_bytes: of a snapshot if one follows every step.
+        whole_bytes: size of a snapshot that doesn't directly follow the one before.
+        mean_bytes: mean size of a snapshot if one is taken every step.
     """
 
     def __init__(self, whole_bytes: int, mean_bytes: float) -> None:
@@ -38,7 +37,7 @@ class IntervalChoice:
         self._steps: deque[float] = deque(maxlen=MEASURED)
 
     def observe(self, cost_s: float, num_bytes: int, step_s: float) -> None:
-        """A snapshot of so many bytes has cost this much, in a step of this length."""
+        """Record the cost of a snapshot of `num_bytes`, in a step of `step_s`."""
         self._costs.append(cost_s / max(num_bytes, 1))
         self._steps.append(step_s)
 

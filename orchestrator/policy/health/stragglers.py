@@ -1,4 +1,4 @@
-"""Who is much slower than the others, for long: told by the time in which a rank computes, waits for peers apart."""
+"""Stragglers: members much slower than the others for long, by compute time without waits for peers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,17 +11,17 @@ from orchestrator.protocol.messages import StepRecord
 
 FACTOR = 1.5  # times the others' time
 WINDOW_STEPS = 24
-MOST, FEW = 0.75, 0.25  # of the window's steps: to be taken for slow, and no more to be
+MOST, FEW = 0.75, 0.25  # shares of the window's steps: at which slowness begins, and ends
 
 
 def slowest(busy_s: Sequence[float]) -> tuple[int, float]:
-    """The rank that computes longest for a micro-batch, and its time over the median of the others'.
+    """The rank with the longest compute time per micro-batch, and that time over the others' median.
 
     Args:
         busy_s: by rank, seconds per micro-batch; 0 for a rank without a micro-batch.
 
     Returns:
-        (-1, 1.0) where there are no two to compare.
+        (-1, 1.0) where fewer than two ranks can be compared.
     """
     known = [rank for rank, time_s in enumerate(busy_s) if time_s > 0]
     if len(known) < 2:
@@ -31,13 +31,13 @@ def slowest(busy_s: Sequence[float]) -> tuple[int, float]:
 
 
 def share_of_slow_steps(records: Sequence[StepRecord], rank: int) -> float:
-    """Of these steps, in how many the rank was the slowest one and slow."""
+    """The share of these steps in which the rank was the slowest and slower by `FACTOR`."""
     slow = [r for r in records if r.slowest == rank and r.slowness >= FACTOR]
     return len(slow) / len(records)
 
 
 def watch_stragglers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Name a member that is slow, and forget it once it is gone or no more slow. A rule of `lifecycle`."""
+    """Mark a member that is slow, and clear the mark once it is gone or fast again. A rule of `lifecycle`."""
     if state.straggler and state.straggler not in state.worker_group:
         return Decision(replace(state, straggler=""))
     if state.current is None or state.is_recovering:
@@ -60,5 +60,5 @@ def watch_stragglers(limits: RunLimits, state: RunState, seen: Observation) -> D
 
 
 def is_to_be_replaced(limits: RunLimits, state: RunState) -> bool:
-    """Whether the slow one is a member that the job wants another in place of."""
+    """Whether the straggler is a member and the job has stragglers replaced."""
     return limits.recovery.replace_stragglers and state.straggler in state.members

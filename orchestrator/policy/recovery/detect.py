@@ -1,7 +1,7 @@
-"""How a run notices that its world has lost somebody, and ends the generation. Rules of `lifecycle`.
+"""Detection of failed members, and the abort of their generation. Rules of `lifecycle`.
 
-A member is gone, or has stopped by itself, or hangs, or the move that has begun can't be finished: the generation is
-aborted. What members say of themselves is entered, and whoever doesn't stop as it should is buried. What comes then is
+A generation is aborted when a member is gone, stops by itself or hangs, or when a transition that has begun can't be
+finished. Errors that members report are recorded, and members that don't stop in time are removed. Recovery follows in
 `orchestrator.policy.recovery.recover`.
 """
 
@@ -20,12 +20,12 @@ from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import Recovery
 
-OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of whoever tells them
-STOP_S = 3.0  # a member whose generation was aborted stops within this, or is taken for hung
+OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of the worker that reports them
+STOP_S = 3.0  # a member of an aborted generation that does not stop within this counts as hung
 
 
 def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """End a generation that can't go on: a member is gone, one has stopped by itself, or the move from it is broken."""
+    """Abort a generation that can't continue: a member is gone, one stopped by itself, or the transition failed."""
     current = state.current
     if current is None:
         return Decision(state)
@@ -39,8 +39,8 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
     if not gone and not stopped and not broken:
         return Decision(state)
     own = _own_errors(seen, stopped)
-    told = [f"{worker} failed: {error.kind}: {error.message}" for worker, error in own]
-    why = next(iter([*gone.values(), *told]), "") or broken or f"{', '.join(stopped)} can't reach a peer"
+    errors = [f"{worker} failed: {error.kind}: {error.message}" for worker, error in own]
+    why = next(iter([*gone.values(), *errors]), "") or broken or f"{', '.join(stopped)} can't reach a peer"
     newest = current.generation if state.next is None else state.next.generation
     over = replace(
         state,
@@ -56,45 +56,45 @@ def notice_failures(limits: RunLimits, state: RunState, seen: Observation) -> De
 
 
 def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Enter what members of an aborted generation say of themselves, once each. It may come after the complaints of
-    their peers: whoever only lost a peer has nothing to write down first."""
+    """Record the errors that members of an aborted generation report, once each. They may arrive after the complaints
+    of peers, which have no error of their own to write down first."""
     if not state.is_recovering or state.current is None or state.abort.account is None:
         return Decision(state)
     generation = state.current.generation
-    heard = {failure.worker for failure in state.failures.recent if failure.generation == generation}
-    own = _own_errors(seen, (w for w in state.members if w not in heard and _stopped_in(seen, w) == generation))
+    known = {failure.worker for failure in state.failures.recent if failure.generation == generation}
+    own = _own_errors(seen, (w for w in state.members if w not in known and _stopped_in(seen, w) == generation))
     if not own:
         return Decision(state)
-    moment_s = seen.now_s if state.abort.since_s is None else state.abort.since_s  # all of it is one failure
+    moment_s = seen.now_s if state.abort.since_s is None else state.abort.since_s  # one abort is one failure
     failures = tuple(WorkerFailure(w, seen.nodes.get(w, ""), e.kind, seen.step, moment_s, generation) for w, e in own)
     worker, error = own[0]
     is_culprit = state.abort.account.cause == "network" and all(w in state.worker_group for w in state.members)
     why = f"{worker} failed: {error.kind}: {error.message}" if is_culprit else state.why
     account = replace(state.abort.account, cause=error.kind, why=why) if is_culprit else state.abort.account
-    known = state.failures.with_new(failures)
+    recorded = state.failures.with_new(failures)
     traceback = error.traceback or state.traceback
-    told, notes = respond(
+    responded, notes = respond(
         limits,
-        replace(state, abort=replace(state.abort, account=account), failures=known, why=why, traceback=traceback),
+        replace(state, abort=replace(state.abort, account=account), failures=recorded, why=why, traceback=traceback),
         seen,
         failures,
     )
-    return Decision(told, notes)
+    return Decision(responded, notes)
 
 
 def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop members of an aborted generation from the worker group who are gone, or don't stop although they should."""
+    """Drop members of an aborted generation that are gone or don't stop in time from the worker group."""
     if not state.is_recovering or state.abort.since_s is None:
         return Decision(state)
     gone = {w: why for w in state.worker_group if w in state.members and (why := why_gone(seen, w))}
     rest = [w for w in state.worker_group if w in state.members and w not in gone and not has_stopped(state, seen, w)]
-    if state.next is not None:  # all had stopped when it was planned, and are on their way to it
+    if state.next is not None:  # all had stopped when it was planned, and are in transition to it
         rest = []
     if seen.now_s - state.abort.since_s >= STOP_S:
         gone |= {w: f"{w} hung: it did not stop within {STOP_S:.0f} s of the generation's end" for w in rest}
     elif seen.now_s - state.abort.since_s >= SILENT_WHEN_STOPPING_S:
         silent = [w for w in rest if is_silent(seen, w, SILENT_WHEN_STOPPING_S)]
-        gone |= {w: f"{w} did not answer when its peers had lost somebody" for w in silent}
+        gone |= {w: f"{w} did not answer after a peer failed" for w in silent}
     hung = [w for w in gone if w in rest or is_silent(seen, w)]
     if not gone:
         return Decision(state)
@@ -108,18 +108,18 @@ def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         WorkerLost(failure.worker, gone[failure.worker], member=True, step=failure.step, cause=failure.cause)
         for failure in failures
     )
-    buried = replace(
+    remaining = replace(
         state,
         worker_group=tuple(w for w in state.worker_group if w not in gone),
         failures=state.failures.with_new(failures),
         why=next(iter(gone.values())),
     )
-    buried, told = respond(limits, buried, seen, failures)
-    return Decision(buried, (*notes, *told, *(KillWorker(w) for w in hung)))
+    remaining, responses = respond(limits, remaining, seen, failures)
+    return Decision(remaining, (*notes, *responses, *(KillWorker(w) for w in hung)))
 
 
 def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """A world that is made of the seed or of a checkpoint has lost somebody: plan it anew."""
+    """Drop the plan of a first world (from the seed or a checkpoint) if a worker of it failed; it is planned anew."""
     transition = state.transition
     if transition is None or state.current is not None:
         return Decision(state)
@@ -138,7 +138,7 @@ def restart_first(limits: RunLimits, state: RunState, seen: Observation) -> Deci
 
 
 def has_stopped(state: RunState, seen: Observation, member: str) -> bool:
-    """It has left the current generation, and says what it holds."""
+    """Whether the member has left the current generation and reports its holdings."""
     assert state.current is not None
     report = seen.reports.get(member)
     if report is None:
@@ -148,7 +148,7 @@ def has_stopped(state: RunState, seen: Observation, member: str) -> bool:
 
 
 def _abandoned(state: RunState, seen: Observation, generation: int, why: str) -> Decision:
-    """Count a failed move; after several in a row the run keeps the size that it has, if it has one already."""
+    """Count a failed transition; after several in a row the run keeps its size, if it has one already."""
     failures = replace(state.failures, transitions=state.failures.transitions + 1)
     gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS and state.current is not None
     size_request = given_up(state, seen) if gives_up else state.size_request
@@ -157,7 +157,7 @@ def _abandoned(state: RunState, seen: Observation, generation: int, why: str) ->
 
 
 def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
-    """Somebody was lost on the way to the generation that recovers: give it up, and free whoever waits in it."""
+    """Abandon the recovery's generation if one of its workers fails in transition, and free those that wait in it."""
     transition = state.transition
     if transition is None:
         return Decision(state)
@@ -175,7 +175,7 @@ def _notice_broken_recovery(state: RunState, seen: Observation) -> Decision:
 
 
 def _broken_behind_fence(state: RunState, seen: Observation) -> str:
-    """Why the move that the current world has begun can't be finished; empty if it can, or none has begun."""
+    """Why the transition that the world has begun can't be finished; empty if it can, or none has begun."""
     if state.next is None or state.current is None:
         return ""
     begun = state.fence is not None or any(seen.phase(w) is not Phase.TRAINING for w in state.members)
@@ -199,7 +199,7 @@ def _stopped_in(seen: Observation, worker: str) -> int:
 
 
 def _own_errors(seen: Observation, workers: Iterable[str]) -> list[tuple[str, WorkerError]]:
-    """Errors of these workers that are their own: more than a lost peer, or a state that others have brought."""
+    """Errors of these workers that are their own: not a lost peer, nor a doubtful state received from others."""
     errors = [(worker, report.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
     return [(worker, error) for worker, error in errors if error is not None and error.kind not in OTHERS]
 

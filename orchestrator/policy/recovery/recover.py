@@ -1,10 +1,9 @@
-"""How a run goes on after its world has lost somebody. Rules of `lifecycle`; `orchestrator.policy.recovery.detect`
-notices it.
+"""Recovery after members of the world fail. Rules of `lifecycle`; `orchestrator.policy.recovery.detect` detects it.
 
-    recover  all survivors have stopped -> the newest complete state -> plan g+1 from it -> (moves) READY -> activate
+    recover  all survivors have stopped -> newest complete state -> plan g+1 from it -> (transition) READY -> activate
 
-The ladder: a rank's own memory, its buddy's snapshot, the newest checkpoint, the one before. Survivors go on at once
-with as many as are left, if that is enough; whoever replaces the lost ones joins at a later fence.
+Sources in order: a rank's own memory, its buddy's snapshot, the newest checkpoint, the one before. Survivors continue
+at once if they are enough; replacements of the failed workers join at a later fence.
 """
 
 from collections.abc import Iterable
@@ -31,12 +30,12 @@ from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import Finish, Phase, Source
 from orchestrator.protocol.status import Recovery, RunPhase
 
-MAX_USER_ERRORS = 2  # in the same step: then it is no accident
-MAX_FRUITLESS = 5  # recoveries in a row after which no step was done
+MAX_USER_ERRORS = 2  # in the same step: then it is deterministic
+MAX_FRUITLESS = 5  # recoveries in a row with no step between them
 
 
 def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Plan the generation after a loss, once nobody trains any more and enough workers are there."""
+    """Plan the generation after a failure, once all survivors have stopped and enough workers are available."""
     if not state.is_recovering or state.next is not None or state.current is None:
         return Decision(state)
     survivors = tuple(w for w in state.members if w in state.worker_group)
@@ -51,10 +50,10 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return _fall_back(limits, state, seen)
     wanted = wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant)
     standbys = warm_standbys(state, seen)
-    leaving = leavers(state, seen)  # they come in only where too few others are there; what they hold is used anyway
+    leaving = leavers(state, seen)  # members again only where others are too few; their state is used anyway
     stay, leave = (tuple(w for w in survivors if (w in leaving) is going) for going in (False, True))
     least = limits.min_workers
-    if state.gives_way:  # whoever is left is enough for a checkpoint, and nobody else has a place
+    if state.gives_way:  # survivors are enough for a checkpoint, and no other worker has a place
         wanted, least = len(survivors), 1
     chosen = (stay + standbys)[: max(wanted, least)]
     members = chosen[: len(stay)] + node_by_node(seen, chosen[len(stay) :])
@@ -65,7 +64,7 @@ def recover(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def _hopeless(limits: RunLimits, state: RunState, seen: Observation) -> str:
-    """Why another attempt would end like the ones before; empty if it may not."""
+    """Why another attempt would fail like the ones before; empty if it might succeed."""
     same = [failure for failure in state.failures.recent if failure.cause == USER_ERROR and failure.step == seen.step]
     if len(same) >= MAX_USER_ERRORS:
         return f"the same error {len(same)} times after step {seen.step}: {state.why}"
@@ -96,7 +95,7 @@ def _planned_from(
 
 
 def _blamed(state: RunState, seen: Observation) -> RunState:
-    """Nobody was lost and nobody erred: then the network did."""
+    """The state with a network failure recorded, where no worker was lost and none reported an error of its own."""
     account = state.abort.account
     if account is None or account.cause != "network" or any(w not in state.worker_group for w in state.members):
         return state
@@ -105,7 +104,7 @@ def _blamed(state: RunState, seen: Observation) -> RunState:
 
 
 def _account(state: RunState, seen: Observation, step: int, source: str) -> Recovery | None:
-    """What the recovery is known to cost so far; None if nobody was lost but a move."""
+    """The recovery's cost as far as it is known; None if only a transition failed and no worker."""
     account = state.abort.account
     if account is None:
         return None
@@ -124,16 +123,16 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
 
 
 def _committed(state: RunState, seen: Observation) -> int:
-    """The newest step that survivors know to be committed; without any, the newest that was published."""
+    """The newest step that members' reports show as committed; without any, the newest that was published."""
     known = [report.committed for w in state.members if (report := seen.reports.get(w)) is not None]
     return max(known, default=seen.progress.watermark)
 
 
 def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Nobody reachable has a whole state: begin again from a checkpoint, or from the seed if there is none."""
+    """Begin again from a checkpoint, or from the seed if there is none: no live workers hold a whole state."""
     if not state.wants_restore:
         return Decision(replace(state, wants_restore=True))
-    if seen.unreadable:  # one that is good may be there
+    if seen.unreadable:  # a good one may exist
         return Decision(state)
     restore = seen.restorable
     done = restore.step if restore else -1
@@ -155,7 +154,7 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
 
 def _worlds(state: RunState) -> Iterable[World]:
-    """Generations whose states may still be whole: the current one, and until it has settled the one before."""
+    """Worlds whose states may still be complete: the current one, and until it has settled the one before."""
     assert state.current is not None
     yield state.current.world
     if state.previous is not None and state.settled < state.current.generation:

@@ -1,4 +1,4 @@
-"""How training goes on differently after a failure: smaller micro-batches, batches left out."""
+"""Changes to training in response to a failure: smaller micro-batches, skipped batches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,13 +15,13 @@ SUSPECT_STEPS = 8  # of a generation with larger micro-batches
 def respond(
     limits: RunLimits, state: RunState, seen: Observation, failures: Sequence[WorkerFailure]
 ) -> tuple[RunState, tuple[Event, ...]]:
-    """The state as the next generation is to be planned from it, and what there is to say about that."""
+    """The state from which to plan the next generation, and the events of its changes."""
     notes: list[Event] = []
     current = state.current
     last = current or state.previous
     size = last.micro_batch if last is not None and last.micro_batch else limits.micro_batch
     if any(failure.cause == "out_of_memory" or _died_of_growth(limits, state, seen, failure) for failure in failures):
-        # Several ranks may tell of it one after the other: once is enough for one generation.
+        # Several ranks may report it one after the other: shrink once per generation.
         smaller = _smaller(size)
         planned = state.micro_batch.size
         untried = not planned or (planned.rows, planned.tokens) > (smaller.rows, smaller.tokens)
@@ -43,8 +43,8 @@ def respond(
 
 
 def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, failure: WorkerFailure) -> bool:
-    """A process that ends suddenly in the first steps of larger micro-batches: the kernel, which gives no reason, has
-    killed it for want of memory more likely than anything else has."""
+    """Whether a process ended suddenly in the first steps of larger micro-batches: most likely the kernel killed it for
+    want of memory, for which it gives no reason."""
     if not limits.fits_memory or failure.cause != "worker" or state.current is None:
         return False
     known = [r.micro_batches for w in state.members if (r := seen.reports.get(w)) and r.micro_batches]
@@ -54,13 +54,12 @@ def _died_of_growth(limits: RunLimits, state: RunState, seen: Observation, failu
 
 
 def _smaller(size: MicroBatchSize) -> MicroBatchSize:
-    """So many rows that micro-batches still fill the global batch, or half as many tokens; the same if it can't be
-    less."""
+    """Fewer rows, so that micro-batches still fill the global batch, or half as many tokens; unchanged at the least."""
     if size.rows:
         return replace(size, rows=largest_proper_divisor(size.rows))
     return replace(size, tokens=max(1, size.tokens // 2))
 
 
 def largest_proper_divisor(number: int) -> int:
-    """So that micro-batches still fill the global batch. 1 for 1."""
+    """The largest divisor below `number`, so that micro-batches still fill the global batch. 1 for 1."""
     return next((number // d for d in range(2, number + 1) if number % d == 0), 1)

@@ -1,5 +1,5 @@
-"""A run's journal cut into attempts: from its submission, an order to go on, or the moment at which it gave its places
-away, to the end that followed. Pure."""
+"""Attempts of a run, split from its journal. Each lasts from the submission, a resume request or the preemption of the
+attempt before to the next end. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from orchestrator.protocol.events.run import Admitted, Ended, Queued, Resumed, S
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.messages import StepRecord
 
-SUSPENDED = "suspended"  # it gave its places away, to go on later: an end of an attempt, and the event that tells of it
+SUSPENDED = "suspended"  # outcome of an attempt that ended by preemption, to be resumed later
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A stretch of a run between two pauses, or whatever else had ended it. Times are `time.time()` seconds.
+    """A stretch of a run up to a pause or another end. Times are `time.time()` seconds.
 
     Args:
-        asked_s: when it was submitted, or was to go on; it waited in the queue until `began_s`.
-        ended_s: when it ended, says the journal; where that holds no end, its newest sign of life.
-        outcome: how it ended; empty where the journal holds no end: it goes on, or its cluster was lost.
-        steps: all that were finished and journalled, in order.
-        counts_to: the newest step that counts: those after it were done again by a later attempt.
+        asked_s: when it was submitted or resumed; it was queued until `began_s`.
+        ended_s: when it ended by the journal; where that holds no end, the time of its newest event or vote.
+        outcome: how it ended; empty where the journal holds no end: it is still running, or its cluster was lost.
+        steps: all finished and journalled steps, in order.
+        counts_to: the newest step that counts: later ones were done again by a later attempt.
     """
 
     asked_s: float
@@ -39,7 +39,7 @@ class Attempt:
 
 
 def attempts_of(events: Sequence[JournalEntry]) -> tuple[Attempt, ...]:
-    """All attempts of a run, from every event of its journal. None if there are no events."""
+    """All attempts of a run, from every event of its journal; empty if there are no events."""
     groups: list[list[JournalEntry]] = []
     for event in events:
         if not groups or isinstance(event.event, Resumed) or isinstance(groups[-1][-1].event, Suspended):
@@ -55,18 +55,18 @@ def attempts_of(events: Sequence[JournalEntry]) -> tuple[Attempt, ...]:
 
 
 def _goes_on_after(before: Sequence[JournalEntry], group: Sequence[JournalEntry]) -> int:
-    """The step after which an attempt goes on: says the order, or whoever suspended the one before."""
+    """The step after which an attempt continues, by its `Resumed` event or the `Suspended` event before it."""
     end = group[0].event if isinstance(group[0].event, Resumed) else before[-1].event
     assert isinstance(end, Resumed | Suspended)
     return end.step
 
 
 def _attempt(events: Sequence[JournalEntry], asked_s: float, was_suspended: bool, later: Sequence[int]) -> Attempt:
-    """Args: steps after which later attempts went on."""
+    """Args: later: steps after which later attempts continued."""
     done = [entry.event.records for entry in events if isinstance(entry.event, StepsCommitted)]
     steps = tuple(record for records in done for record in records)
     end = next((entry for entry in events if isinstance(entry.event, Ended | Suspended)), None)
-    # What members still knew is written down after the end, and their clocks are not the controller's.
+    # Members' last records are journalled after the end, and their clocks are not the controller's.
     votes_s = [record.vote_time for record in steps]
     ended_s = max([event.time for event in ([end] if end is not None else events)] + votes_s)
     newest = steps[-1].step if steps else -1
@@ -82,8 +82,8 @@ def _attempt(events: Sequence[JournalEntry], asked_s: float, was_suspended: bool
 
 
 def _let_in_s(events: Sequence[JournalEntry], asked_s: float, ended_s: float, is_queued: bool) -> float:
-    """When it was given its place the last time before it trained. Journals of before there was a queue tell nothing
-    of it; one that does, and was not let in, waited all the time."""
+    """The last admission before the attempt trained. Older journals have no queue events: then `asked_s`. An attempt
+    that was queued and not admitted waited until `ended_s`."""
     start = next((n for n, event in enumerate(events) if isinstance(event.event, Activated)), len(events))
     let_in = [event.time for event in events[:start] if isinstance(event.event, Admitted)]
     if let_in:

@@ -1,4 +1,4 @@
-"""The energy that a run's workers used, by the method that it was found with. Pure."""
+"""Energy used by a run's workers, by method of measurement. Pure."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ JOULES_PER_KWH = 3.6e6
 
 
 class EnergyMethod(StrEnum):
-    """How energy is found."""
+    """Source of an energy figure."""
 
     NVML = "NVML"
     RAPL = "RAPL"
@@ -30,8 +30,8 @@ NOT_MEASURED = "not measured: no worker could read counters of NVML or RAPL; --w
 
 @dataclass(frozen=True)
 class Energy:
-    """What one method finds. Methods measure different things, or the same thing in different ways: `note` says what,
-    and how much of it is known."""
+    """Energy by one method. Methods measure different things, or the same thing in different ways: `note` names what is
+    measured, and how much of it is known."""
 
     method: EnergyMethod
     kwh: float
@@ -39,19 +39,19 @@ class Energy:
 
 
 def energy_of(attempts: Sequence[Attempt], held_hours: float, watts_per_worker: float | None) -> tuple[Energy, ...]:
-    """All that is known, what was measured first; empty where nothing is.
+    """Energy by each method with data, measured ones first; empty without data.
 
     Args:
         held_hours: worker-hours, those of standbys included.
-        watts_per_worker: of the model; None for none.
+        watts_per_worker: for the modelled figure; None for no such figure.
     """
     workers = [worker for attempt in attempts for worker in _readings(attempt)]
     found = []
-    for method, told in (
+    for method, readings in (
         (EnergyMethod.NVML, [reading.gpu_j for reading in workers]),
         (EnergyMethod.RAPL, [reading.cpu_j for reading in workers]),
     ):
-        joules = [each for each in told if each is not None]
+        joules = [each for each in readings if each is not None]
         if joules:
             note = (
                 f"measured: {MEASURES[method]}; of {len(joules)} of {len(workers)} workers, to each one's last reading"
@@ -64,7 +64,7 @@ def energy_of(attempts: Sequence[Attempt], held_hours: float, watts_per_worker: 
 
 
 def _readings(attempt: Attempt) -> Iterator[EnergyReading]:
-    """The newest of each worker that the attempt has had; it counts from the worker's beginning."""
+    """The newest reading of each worker of the attempt; readings count from the worker's start."""
     newest: dict[str, EnergyReading] = {}
     for entry in attempt.events:
         match entry.event:

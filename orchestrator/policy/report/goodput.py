@@ -1,8 +1,8 @@
-"""Where the seconds of a run went, from the votes of its steps and the events between them. Pure.
+"""Time of a run by use, from the votes of its steps and the events between them. Pure.
 
-Each attempt is cut at the votes. The stretch before a vote is the step, as long as its record says, and before that
-what kept it from beginning: nothing to speak of inside a generation, else the move from one world to the next. So all
-parts of an attempt add up to its length, whatever isn't known.
+Each attempt is split at the votes. The stretch before a vote is the step, of the length in its record, preceded by a
+gap: nearly zero inside a generation, else the transition from one world to the next. So all parts of an attempt add up
+to its length, even where details are unknown.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from orchestrator.protocol.messages import StepRecord
 
 
 class Use(StrEnum):
-    """What time was spent on."""
+    """Use of a run's time."""
 
     COMPUTE = "compute"
     COMMUNICATION = "exposed communication"
@@ -41,7 +41,7 @@ MEANINGS = {
     Use.PROTECTION: "of these steps, waits for a snapshot to be with its buddy",
     Use.BETWEEN: "from a vote to the next step of the same world: copies for checkpoints and snapshots begin",
     Use.WASTED: "steps that were done again after a checkpoint, or whose update was left out",
-    Use.START: "from when it was let in to the first step: data, warm workers, first engines",
+    Use.START: "from admission to the first step: data, warm workers, first engines",
     Use.DETECT: "from the last step that counts to the end of its generation; what was computed since is in it",
     Use.RENDEZVOUS: "stopping, waiting for enough workers, planning, connecting, activating",
     Use.TRANSFER: "state on its way between workers, and its digests",
@@ -52,8 +52,8 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Some seconds of a run, and the world size that step records tell for them: that of the step, between worlds that
-    of the older one, before the first step none."""
+    """Some seconds of a run, and the world size by step records: that of the step, between worlds that of the older
+    one, before the first step 0."""
 
     use: Use
     seconds: float
@@ -62,15 +62,15 @@ class Slice:
 
 @dataclass(frozen=True)
 class Move:
-    """What came between the last step of a world and the first of the next one that did any.
+    """The time between the last step of a world and the first step of the next world with steps.
 
     Args:
-        kind: `recovery` where a generation had to be ended, else `rescale`.
+        kind: `recovery` where a generation was aborted, else `rescale`.
         generation: of the new world.
         step: its first one.
         began_s: `time.time()` of the old world's last vote.
         wasted_s: steps that were done again, after a checkpoint.
-        transfer_s, rebuild_s: of the member that took longest. None: the journal doesn't tell; rendezvous has them.
+        transfer_s, rebuild_s: of the member that took longest. None: not journalled, and part of `rendezvous_s`.
     """
 
     kind: str
@@ -92,12 +92,12 @@ class Move:
 
 
 def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[Move, ...]]:
-    """The attempt's time, all of it, and its moves."""
+    """All of the attempt's time in slices, and its transitions."""
     slices: list[Slice] = []
     moves: list[Move] = []
     moment_s, before = attempt.began_s, None
     for record in attempt.steps:
-        vote_s = max(record.vote_time, moment_s)  # of another worker than the one before, on another host: never back
+        vote_s = max(record.vote_time, moment_s)  # votes of workers on different hosts: never back in time
         step_s = min(record.step_s, vote_s - moment_s)
         gap_s = vote_s - moment_s - step_s
         if before is None:
@@ -114,8 +114,8 @@ def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[Move, ...]]:
 
 
 def _parts_of_step(record: StepRecord, step_s: float, counts: bool) -> Iterator[Slice]:
-    """Waits as the record says; the rest is computing. Of a step that is longer than the time from vote to vote, which
-    two clocks can make it, in proportion."""
+    """The record's waits, and the rest as computing. Scaled down where the step is longer than the time between votes,
+    which two clocks can cause."""
     if not counts:
         yield Slice(Use.WASTED, step_s, record.world_size)
         return
@@ -133,7 +133,7 @@ def _parts_of_step(record: StepRecord, step_s: float, counts: bool) -> Iterator[
 def _move(
     events: Sequence[JournalEntry], before: StepRecord, record: StepRecord, moment_s: float, gap_s: float
 ) -> Move:
-    """What filled the `gap_s` seconds after the vote at `moment_s`."""
+    """The transition in the `gap_s` seconds after the vote at `moment_s`, by part."""
     between = events[_activation(events, before) + 1 : _activation(events, record) + 1]
     aborts = [event for event in between if isinstance(event.event, GenerationAborted)]
     activated = [(event.time, event.event) for event in between if isinstance(event.event, Activated)]
@@ -176,7 +176,7 @@ def _parts_of_transition(move: Move) -> Iterator[Slice]:
 
 
 def _tail(attempt: Attempt, last: StepRecord | None, moment_s: float) -> Iterator[Slice]:
-    """From the last step to the end: an orderly one, or of a world that has lost somebody and found no next one."""
+    """From the last step to the end: an orderly end, or the end of an aborted generation without a successor."""
     left_s = attempt.ended_s - moment_s
     if last is None:
         yield Slice(Use.START, left_s, 0)
@@ -192,7 +192,7 @@ def _tail(attempt: Attempt, last: StepRecord | None, moment_s: float) -> Iterato
 
 
 def _activation(events: Sequence[JournalEntry], record: StepRecord) -> int:
-    """Where the journal tells of the activation of the step's generation; -1 if it doesn't."""
+    """Index of the event that activated the step's generation; -1 if there is none."""
     found = (
         n
         for n, entry in enumerate(events)

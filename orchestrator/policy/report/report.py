@@ -1,8 +1,8 @@
-"""What a run has cost and what came of it: time, workers, energy, tokens, operations, money. Pure.
+"""Report on a run's costs and results: time, workers, energy, tokens, operations, money. Pure.
 
     report_of("books", entries, gpus_per_worker=0, size=None, rates=Rates())
 
-What the journal doesn't tell is None here, and never an estimate that looks like a measurement.
+Figures that the journal lacks are None, never an estimate that looks like a measurement.
 """
 
 import math
@@ -23,7 +23,7 @@ MOVED = (Use.TRANSFER, Use.REBUILD)
 
 @dataclass(frozen=True)
 class Rates:
-    """What an hour of a worker costs, in any currency, and the watts that it takes; None where that isn't known.
+    """Cost of a worker-hour, in any currency, and power of a worker in watts; None where unknown.
 
     Raises:
         UsageError: one is negative or not finite.
@@ -44,7 +44,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Span:
-    """An attempt: when it began and ended (`time.time()`), and how; `outcome` is empty where no end is known."""
+    """Begin and end of an attempt (`time.time()`), and its outcome, empty where no end is known."""
 
     began_s: float
     ended_s: float
@@ -53,8 +53,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of one use. None: it was not measured, and `note` says where it is instead; a note beside seconds says
-    what they lack."""
+    """Seconds of one use. None: not measured, and `note` names the use that includes them; a note beside seconds
+    names the part that is missing."""
 
     use: Use
     seconds: float | None
@@ -63,7 +63,7 @@ class Spent:
 
 @dataclass(frozen=True)
 class Cost:
-    """In the currency of the price, for all hours of all workers that were held; None without a price, or tokens."""
+    """Cost of all hours of all workers held, in the currency of the price; None without a price, or tokens."""
 
     total: float | None
     per_million_tokens: float | None
@@ -71,21 +71,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run's account.
+    """Figures of a run.
 
     Args:
         outcome: of the newest attempt.
         elapsed_s: length of all attempts together; the parts of `time` add up to it.
-        queued_s: waiting in the queue, before attempts.
+        queued_s: time in the queue, before attempts.
         paused_s: between attempts, after a pause; `down_s` after any other end.
         goodput: share of `elapsed_s` spent computing and communicating in steps that count.
-        steps: that count: not done again later, and their update was made. `wasted_steps` are the others that the
-            journal holds.
+        steps: number that count: not done again later, and their update was made. `wasted_steps` are the others in the
+            journal.
         tokens: target tokens of the steps that count.
-        energy: by method; empty where `energy_note` says why.
+        energy: by method; if empty, `energy_note` gives the reason.
         loss, validation_loss: the newest.
-        flops: None where `flops_note` says why.
-        headcounts: over time, the numbers of workers.
+        flops: if None, `flops_note` gives the reason.
+        headcounts: numbers of workers over time.
     """
 
     run_id: str
@@ -114,7 +114,7 @@ class RunReport:
     headcounts: tuple[Headcount, ...]
 
     def seconds(self, use: Use) -> float:
-        """0 where it was not measured."""
+        """Seconds of a use; 0 where not measured."""
         return next((spent.seconds or 0.0 for spent in self.time if spent.use is use), 0.0)
 
 
@@ -127,11 +127,11 @@ def report_of(
     size_note: str = "",
     rates: Rates | None = None,
 ) -> RunReport:
-    """The report of a run, whether it has ended or goes on.
+    """The report of a run, ended or running.
 
     Args:
         entries: all of its journal, the controller's own included.
-        size: of its model; None if that isn't known, and `size_note` says why.
+        size: of its model; None if unknown, with the reason in `size_note`.
 
     Raises:
         NotFinished: the journal is empty.
@@ -141,7 +141,7 @@ def report_of(
     if not attempts:
         raise NotFinished(
             f"the journal of run {run_id} holds no event yet: there is nothing to report",
-            remedy=f"`orchestrator status {run_id}` says what it waits for.",
+            remedy=f"`orchestrator status {run_id}` shows what it waits for.",
             unchanged="Nothing was written.",
         )
     accounts = [account_of(attempt) for attempt in attempts]
@@ -187,7 +187,7 @@ def report_of(
 
 
 def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence[Move]) -> tuple[Spent, ...]:
-    """Seconds by use, and which are not known, or not all."""
+    """Seconds by use, with notes on those that are unknown or incomplete."""
     counted = [record for attempt in attempts for record in attempt.steps if attempt.counts(record)]
     silent_steps = sum(record.communication_wait_s is None for record in counted)
     silent_transitions = sum(move.transfer_s is None for move in moves)
@@ -198,7 +198,7 @@ def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence
         if use is Use.COMMUNICATION:
             seconds, note = _as_known(seconds, silent_steps, len(counted), "steps", Use.COMPUTE)
         elif use in MOVED:
-            seconds, note = _as_known(seconds, silent_transitions, len(moves), "moves", Use.RENDEZVOUS)
+            seconds, note = _as_known(seconds, silent_transitions, len(moves), "transitions", Use.RENDEZVOUS)
         spent.append(Spent(use, seconds, note))
     return tuple(spent)
 

@@ -1,4 +1,4 @@
-"""How many workers a run had, and for how long, as the events of its journal tell. Pure."""
+"""Numbers of workers of a run over time, and worker-hours, from the events of its journal. Pure."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ RECONCILES = 0.01  # two accounts of worker-hours that differ by no more agree
 
 @dataclass(frozen=True)
 class Headcount:
-    """From `time_s` (`time.time()`) on.
+    """Numbers of workers from `time_s` (`time.time()`) on.
 
     Args:
-        members: of the current world that are not known to be lost.
-        held: workers that the run had asked for and not let go or lost: members, standbys, and those that start.
+        members: of the current world, without those known to have failed.
+        held: workers spawned and neither released nor failed: members, standbys, and those that start.
     """
 
     time_s: float
@@ -29,12 +29,12 @@ class Headcount:
 
 @dataclass(frozen=True)
 class WorkerHours:
-    """Hours times workers. `members` and `held` are those of `Headcount`; `by_steps` is what step records, their votes
-    and world sizes, make of members' hours: a second account of the same thing. All that it has from events is when an
-    attempt ended: its last world lasts until then.
+    """Worker-hours. `members` and `held` are those of `Headcount`. `by_steps` is a second account of the members'
+    hours, from votes and world sizes in step records; it takes only the end of an attempt from events, until which its
+    last world lasts.
 
     Args:
-        difference: of `by_steps` from `members`, as a share of the larger; None where there were no members.
+        difference: of `by_steps` from `members`, as a share of the larger; None without members.
         gpu: `held` times the GPUs that each worker reserves.
     """
 
@@ -50,7 +50,7 @@ class WorkerHours:
 
 
 def worker_hours(headcounts: Sequence[Headcount], by_steps_s: float, gpus_per_worker: float) -> WorkerHours:
-    """Args: `by_steps_s` are worker-seconds."""
+    """Worker-hours over these headcounts. Args: by_steps_s: worker-seconds by step records."""
     members = _hours(headcounts, (count.members for count in headcounts))
     held = _hours(headcounts, (count.held for count in headcounts))
     by_steps = by_steps_s / 3600
@@ -65,7 +65,7 @@ def worker_hours(headcounts: Sequence[Headcount], by_steps_s: float, gpus_per_wo
 
 
 def headcounts_of(attempt: Attempt) -> tuple[Headcount, ...]:
-    """One at the attempt's beginning, one for each change, and one with nobody at its end."""
+    """Headcounts of an attempt: one at its beginning, one for each change, and one of 0 at its end."""
     worker_group: set[str] = set()
     members: set[str] = set()
     counts = [Headcount(attempt.began_s, 0, 0)]
@@ -91,7 +91,7 @@ def headcounts_of(attempt: Attempt) -> tuple[Headcount, ...]:
 
 
 def _hours(headcounts: Sequence[Headcount], workers: Iterable[int]) -> float:
-    """Each number of workers lasts until the next headcount."""
+    """Worker-hours; each number of workers lasts until the next headcount."""
     times_s = [count.time_s for count in headcounts]
     lasting_s = (after - before for before, after in pairwise(times_s))
     return math.fsum(number * seconds for number, seconds in zip(workers, lasting_s, strict=False)) / 3600

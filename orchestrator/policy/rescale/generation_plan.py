@@ -1,4 +1,4 @@
-"""How the next generation is put together: members, placement, source, buddies. Used by the rules that plan one."""
+"""Contents of the next generation's plan: members, placement, source, buddies. Used by the rules that plan one."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -14,40 +14,40 @@ from orchestrator.protocol.events.generations import GenerationPlanned
 from orchestrator.protocol.messages import GenerationPlan, Phase, Source
 from orchestrator.sampling.micro_batches import MicroBatchSize
 
-BLAME_S = 1.0  # the death of a process, or of the rendezvous store, is known this soon after others notice
-MAX_FAILED_TRANSITIONS = 3  # in a row; then the run keeps its size and goes on; after twice as many it has failed
+BLAME_S = 1.0  # a dead process or rendezvous store is identified within this after its peers notice
+MAX_FAILED_TRANSITIONS = 3  # in a row; then the run keeps its size and continues; after twice as many it fails
 
 
 def warm_standbys(state: RunState, seen: Observation) -> tuple[str, ...]:
-    """Workers of the worker group that could join a generation now, oldest first; none that is to leave soon. Where no
-    world has the state, also those who are left of one, or were ready for one that didn't come about."""
+    """Workers of the group that could join a generation now, oldest first, without those that leave soon. Where no
+    world has the state, this includes workers left from one and workers ready for one that was abandoned."""
     idle = (Phase.STANDBY,) if state.current is not None else (Phase.STANDBY, Phase.STRANDED, Phase.READY)
     out = {*state.members, *leavers(state, seen)}
     return tuple(w for w in state.worker_group if w not in out and seen.phase(w) in idle)
 
 
 def nodes_of(seen: Observation, workers: Iterable[str]) -> tuple[str, ...]:
-    """The node that each of them lives on; empty text where that isn't known."""
+    """The node of each worker; empty text where it is unknown."""
     return tuple(seen.nodes.get(worker, "") for worker in workers)
 
 
 def node_by_node(seen: Observation, workers: Sequence[str]) -> tuple[str, ...]:
-    """In the order in which they become ranks together: weights are gathered from neighbour to neighbour, so few of
-    these should live on two nodes."""
+    """The workers grouped by node, in rank order: weights are gathered from neighbour to neighbour, so few neighbours
+    should live on different nodes."""
     first = list(nodes_of(seen, workers))
     return tuple(sorted(workers, key=lambda worker: first.index(seen.nodes.get(worker, ""))))
 
 
 def can_plan(state: RunState, seen: Observation) -> bool:
-    """Whether another generation may be planned now: all members train, and nothing else is under way."""
+    """Whether another generation may be planned now: all members train, and no other transition is under way."""
     if state.current is None or state.next is not None or state.is_ending or state.is_recovering:
         return False
     return seen.store_address is not None and all(seen.phase(w) is Phase.TRAINING for w in state.members)
 
 
 def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...] | None:
-    """A world of `size`: old members keep their order, those who are to leave go first, then the last, and warm
-    standbys follow, node by node. None: too few are warm."""
+    """Members of a world of `size`. Old members keep their order; leavers are dropped first, then the last ranks. Warm
+    standbys are appended, grouped by node. None: too few are warm."""
     missing = size - len(state.members)
     if missing <= 0:
         leaving = leavers(state, seen)
@@ -58,14 +58,14 @@ def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...
 
 
 def prepared(seen: Observation, worker: str) -> int:
-    """The newest generation that this worker has connected; -1 if none."""
+    """The newest generation that this worker has connected to; -1 if none."""
     report = seen.reports.get(worker)
     return report.prepared if report else -1
 
 
 def given_up(state: RunState, seen: Observation) -> SizeRequest:
-    """After several failed moves: the size that it has, for as long as nobody wants another one again. Whoever was to
-    leave has not changed what is wanted."""
+    """The size request after several failed transitions: the present size, until another one is requested. Where
+    members were to leave, the request is unchanged: their departure does not change the wanted size."""
     if state.size_request is not None and any(worker in state.leaving for worker in state.members):
         return state.size_request
     plain = state.size_request or SizeRequest(0, 0)
@@ -73,8 +73,8 @@ def given_up(state: RunState, seen: Observation) -> SizeRequest:
 
 
 def without_store(state: RunState, seen: Observation) -> str:
-    """Why the generation to come can't be connected, whoever lives: its rendezvous store is gone, and somebody has yet
-    to meet there. Empty if it can, or while there is no other store: nothing could be planned instead."""
+    """Why the next generation can't connect even if all its workers live: its rendezvous store is gone, and some worker
+    has yet to connect there. Empty if it can, or while there is no other store to plan a replacement with."""
     plan = state.next
     if plan is None or seen.store_address in (None, plan.store_address):
         return ""
@@ -83,7 +83,7 @@ def without_store(state: RunState, seen: Observation) -> str:
 
 
 def is_blame_due(state: RunState, seen: Observation) -> bool:
-    """A move was seen to fail so long ago that whoever is to blame would be known: whoever notices first is not."""
+    """Whether a transition has failed for long enough to know the culprit, which is not the first to report it."""
     since_s = state.transition.failing_since_s if state.transition is not None else None
     return since_s is not None and seen.now_s - since_s >= BLAME_S
 
@@ -91,7 +91,7 @@ def is_blame_due(state: RunState, seen: Observation) -> bool:
 def planned_transition(
     limits: RunLimits, state: RunState, seen: Observation, members: tuple[str, ...], change: SizeChange, why: str
 ) -> Decision:
-    """The state with a move from the current world to one of these members."""
+    """The state with a transition from the current world to one of these members."""
     assert state.current is not None
     old, new = state.current.world, World(state.num_generations, members)
     unchanged = members == old.members
@@ -102,8 +102,8 @@ def planned_transition(
 
 
 def micro_batch_for(limits: RunLimits, state: RunState, world: World) -> MicroBatchSize:
-    """Micro-batches of a generation to come: what was decided, else as they are. Where they are fitted, a smaller world
-    begins with smaller ones: each of its workers holds more of the state."""
+    """Micro-batch size of the next generation: the decided one, else the present one. Where it is fitted to memory, a
+    smaller world begins with a smaller one: each of its workers holds more of the state."""
     last = state.current or state.previous
     size = state.micro_batch.size or (last.micro_batch if last is not None else limits.micro_batch)
     if not limits.fits_memory:
@@ -123,7 +123,7 @@ def with_plan(
     change: SizeChange,
     why: str,
 ) -> Decision:
-    """The state with this generation as the next one. There must be a rendezvous store."""
+    """The state with this generation as the next one. Requires a rendezvous store."""
     assert seen.store_address is not None
     nodes = nodes_of(seen, world.members)
     plan = GenerationPlan(

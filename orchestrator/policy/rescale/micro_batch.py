@@ -1,11 +1,10 @@
-"""How much a micro-batch takes, and where the job has that found: as much as the workers' memory holds.
+"""Micro-batch sizes fitted to the workers' memory, where the job asks for that.
 
-    fit_micro_batches: a generation trains -> its members tell what their micro-batches took -> how much more would fit
-               -> plan g+1 of the same members with larger micro-batches, until nothing is won by another move
+    fit_micro_batches: a generation trains -> its members report the memory of their micro-batches -> room for more
+               -> plan g+1 of the same members with larger micro-batches, until another transition gains nothing
 
-The first micro-batches are one row long. Each generation is a probe: its steps count, nothing is tried out beside them.
-A micro-batch grows at most fourfold at once, since what a small one takes may not show above memory that the process
-had anyway.
+The first micro-batches are one row long. Each generation is a probe: its steps count, and there are no trial steps. A
+micro-batch grows at most fourfold at once, since a small one's use may be hidden by memory that the process had anyway.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +20,19 @@ from orchestrator.protocol.events.training import MicroBatchFitted
 from orchestrator.protocol.messages import MicroBatchMemory
 from orchestrator.sampling.micro_batches import split_into_micro_batches
 
-PROBE_STEPS = 3  # of a generation, or of rows of another length in it, that tell what its micro-batches take
-TARGET = 0.9  # of a worker's memory; Ray ends workers above 0.95 of a node's
-HIGH = 0.95  # from here on micro-batches get smaller
-GROWTH = 4.0  # at once
-KEPT_FACTOR = 1.5  # a pass takes at most so many times what its forward part keeps for its backward part
-SEEN_FACTOR = 1.1  # what was seen to be taken for a token may be a little less than what the next ones take
-WORTH_IT = 1.1  # of the present size: less isn't worth a move
+PROBE_STEPS = 3  # of a generation, or of a row length within it, before its memory use is known
+TARGET = 0.9  # of a worker's memory; Ray kills workers above 0.95 of a node's
+HIGH = 0.95  # of a worker's memory; above it micro-batches shrink
+GROWTH = 4.0  # at most, in one transition
+KEPT_FACTOR = 1.5  # peak of a pass over the activations that its forward part keeps, at most
+SEEN_FACTOR = 1.1  # margin on the measured bytes per token, which may be a little low for later ones
+WORTH_IT = 1.1  # of the present size: less isn't worth a transition
 SMALLER = 0.8  # of the present size
 
 
 @dataclass(frozen=True)
 class Share:
-    """What of its host's memory, or its GPU's, a worker may take, and what it has taken, in bytes."""
+    """Bytes of its host's or its GPU's memory that a worker may take, and bytes that it has taken."""
 
     bytes: int
     taken: int
@@ -44,11 +43,11 @@ class Share:
 
 
 def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Let micro-batches grow to what fits, or shrink before too much is taken. A rule of `lifecycle`."""
+    """Grow micro-batches to what fits, or shrink them before memory runs out. A rule of `lifecycle`."""
     if not limits.fits_memory or state.current is None or not can_plan(state, seen):
         return Decision(state)
-    told = {w: seen.reports[w].micro_batches for w in state.members}
-    memory = {w: use for w, use in told.items() if use is not None and use.generation == state.current.generation}
+    reported = {w: seen.reports[w].micro_batches for w in state.members}
+    memory = {w: use for w, use in reported.items() if use is not None and use.generation == state.current.generation}
     if len(memory) < len(state.members) or min(use.steps for use in memory.values()) < PROBE_STEPS:
         return Decision(state)
     if state.failures.transitions >= MAX_FAILED_TRANSITIONS:
@@ -77,15 +76,15 @@ def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> 
         micro_batch=replace(state.micro_batch, size=replace(state.current.micro_batch, tokens=wanted), probes=probes),
     )
     change = SizeChange(len(state.members), None)
-    why = f"micro-batches of {wanted} tokens fit the memory" if wanted > now else "memory gets short"
+    why = f"micro-batches of {wanted} tokens fit the memory" if wanted > now else "memory is short"
     return planned_transition(limits, fitted, seen, state.members, change, why).then(note)
 
 
 def shares_of(memory: Mapping[str, MicroBatchMemory], reserved: int | None) -> dict[str, Share]:
-    """What each worker may take: what others leave of the memory that it shares, in equal parts.
+    """The memory that each worker may take: an equal part of what other processes leave of the memory that it shares.
 
     Args:
-        reserved: what the job says that each gets of a host's memory at most; None if it doesn't.
+        reserved: the job's limit of a host's memory per worker; None if it sets none.
     """
     shares = {}
     for worker, use in memory.items():
@@ -104,12 +103,12 @@ def next_tokens(
     probes: Sequence[Probe],
     ceiling: int,
 ) -> int:
-    """Tokens of the micro-batches to come: what fits the worker with the least room.
+    """Tokens of the next micro-batches: what fits the worker with the least room.
 
     Args:
         now: tokens of the present micro-batches.
-        probes: what workers had taken when micro-batches were changed last.
-        ceiling: micro-batches stay smaller than this, which was too much; 0 for none.
+        probes: memory that workers had taken at the last change of the micro-batch size.
+        ceiling: a size that was too large, so micro-batches stay smaller; 0 for none.
     """
     last = {probe.worker: probe for probe in probes}
     if any(shares[w].fraction > HIGH and _has_grown(use, last.get(w)) for w, use in memory.items()):
@@ -123,8 +122,8 @@ def next_tokens(
 def is_worth_it(
     limits: RunLimits, state: RunState, now: int, wanted: int, memory: Mapping[str, MicroBatchMemory]
 ) -> bool:
-    """Whether micro-batches of another size change enough: a step must become fewer of them, and workers have one
-    each."""
+    """Whether another size changes enough: always if smaller; a larger one must reduce the number of micro-batches of a
+    step, of which each worker needs one."""
     assert state.current is not None
     if wanted < now:
         return True
@@ -139,24 +138,24 @@ def is_worth_it(
 
 
 def _fitting(use: MicroBatchMemory, share: Share, before: Probe | None) -> float:
-    """Tokens of a micro-batch with which a worker takes what it should."""
+    """Tokens of a micro-batch with which a worker takes `TARGET` of its share."""
     kept = use.kept_bytes / max(use.tokens, 1)
     per_token = KEPT_FACTOR * kept
     if before is not None and use.tokens > before.tokens:
         seen = (use.resident_bytes - before.resident_bytes) / (use.tokens - before.tokens)
-        if seen >= kept:  # less can't be: then some of it was memory that the process had anyway
+        if seen >= kept:  # a smaller figure can't be: part of it was memory that the process had anyway
             per_token = SEEN_FACTOR * seen
     room = TARGET * share.bytes - share.taken
-    if per_token <= 0:  # nothing is known: careful
+    if per_token <= 0:  # unknown: grow carefully
         return 2.0 * use.tokens if room > 0 else 0.0
     return use.tokens + room / per_token
 
 
 def _has_grown(use: MicroBatchMemory, before: Probe | None) -> bool:
-    """Processes keep what they have freed, so smaller micro-batches don't help one that has stopped growing."""
+    """Whether its memory still grows. Processes keep freed memory, so smaller micro-batches help only then."""
     return before is not None and use.resident_bytes > 1.01 * before.resident_bytes
 
 
 def _row_length(memory: Mapping[str, MicroBatchMemory]) -> int:
-    """Tokens of a row, or of the longest: all members are in the same step."""
+    """Tokens of the (longest) row, the same on all members as they are in the same step."""
     return next(iter(memory.values())).sequence_length

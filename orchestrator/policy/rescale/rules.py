@@ -1,8 +1,8 @@
-"""From one generation to the next: prepare, fence, move, activate.
+"""Transition from one generation to the next: prepare, fence, move, activate.
 
-Each function is a rule of `lifecycle`: a state and what is seen in, a decision out; a rule that has nothing to do
-returns the state as it is. While a move is made every member of the old world keeps its old shard, so until the
-activation is journalled the old world can always be rebuilt (`recovery`).
+Each function is a rule of `lifecycle`: it takes a state and an observation and returns a decision; a rule that has
+nothing to do returns the state unchanged. During a transition every member of the old world keeps its old shard, so
+until the activation is journalled the old world can always be rebuilt (`recovery`).
 """
 
 import math
@@ -38,7 +38,7 @@ from orchestrator.sampling.micro_batches import UNSAID
 
 Change = TypeVar("Change", Rescale, Recovery)
 
-HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and no less than HORIZON_STEPS
+HORIZON_S = 3.0  # a scheduled change is prepared this long before its step, and at least HORIZON_STEPS
 HORIZON_STEPS = 8
 
 
@@ -61,7 +61,7 @@ def plan_next(limits: RunLimits, state: RunState, seen: Observation) -> Decision
 
 
 def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """The generation to come lost a newcomer, or can't be connected, before its fence: training just goes on."""
+    """Drop the next generation if a newcomer fails, or can't connect, before the fence: training continues."""
     transition = state.transition
     if transition is None or state.current is None or transition.fence is not None or state.is_recovering:
         return Decision(state)
@@ -82,7 +82,7 @@ def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) ->
         return Decision(replace(state, transition=transition.failing(seen.now_s)))
     failures = replace(state.failures, transitions=state.failures.transitions + 1)
     gives_up = failures.transitions >= MAX_FAILED_TRANSITIONS
-    is_fit = plan.world.members == state.members  # nobody's request for another size
+    is_fit = plan.world.members == state.members  # the same members with other micro-batches: no request to drop
     size_request = given_up(state, seen) if gives_up and not is_fit else state.size_request
     note = TransitionAbandoned(plan.generation, broken[0], gives_up)
     abandoned = replace(state, failures=failures, size_request=size_request, why=broken[0], transition=None)
@@ -90,9 +90,9 @@ def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) ->
 
 
 def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Everybody concerned is connected for the next generation: let the current one end.
+    """Set the fence that ends the current generation, once all involved workers are connected for the next one.
 
-    The first generation needs no fence: nobody trains before it.
+    The first generation needs no fence: no worker trains before it.
     """
     transition = state.transition
     if transition is None or state.current is None or transition.fence is not None or state.is_recovering:
@@ -105,9 +105,9 @@ def raise_fence(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
 
 
 def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Every member of the next generation holds its shard: it becomes the current one.
+    """Make the next generation the current one, once every member of it holds its shard.
 
-    From here on the old shards may go. The note is journalled before any worker hears of it.
+    From here on the old shards may be dropped. The event is journalled before any worker receives the directive.
     """
     if state.transition is None:
         return Decision(state)
@@ -158,7 +158,7 @@ def activate(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Complete the newest rescales and recoveries with their stall, once the new world has done a few steps."""
+    """Add the measured stall to the newest rescales and recoveries, once the new world has done a few steps."""
     rescales = tuple(_measured(limits, state, seen, rescale) for rescale in state.rescales)
     recoveries = tuple(_measured(limits, state, seen, recovery) for recovery in state.recoveries)
     notes: list[Event] = [Rescaled(**vars(r)) for r in rescales if r not in state.rescales]
@@ -169,7 +169,7 @@ def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Dec
 
 
 def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """The current generation has committed a step of its own: what older ones held may go."""
+    """Mark the current generation settled once it has committed a step of its own: older state may be dropped."""
     settled = max((r.settled for w in state.members if (r := seen.reports.get(w))), default=-1)
     if state.current is None or settled <= state.settled or settled < state.current.generation:
         return Decision(state)
@@ -185,12 +185,12 @@ def _plan_first(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
         return Decision(state)
     world = World(state.num_generations, members)
     placement = ExpertPlacement.balanced(limits.num_experts, size, nodes_of(seen, members))
-    why = f"goes on after step {state.restore.step}" if state.restore else "the run starts"
+    why = f"continues after step {state.restore.step}" if state.restore else "the run starts"
     return with_plan(limits, state, seen, world, placement, None, SizeChange(size, None), why)
 
 
 def _plan_replacement(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """The same world with a standby in place of the slow member, once one is warm."""
+    """Plan the same world with a standby in place of the slow member, once one is warm."""
     standbys = warm_standbys(state, seen)
     if not standbys:
         return Decision(state)
@@ -234,7 +234,7 @@ def _is_ready(seen: Observation, worker: str, generation: int) -> bool:
 
 
 def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Activated:
-    """With the seconds by part of the member that took longest; of one member, so that they add up."""
+    """The event with the seconds per part of the member that took longest: of one member, so that they add up."""
     handovers = [
         handover
         for worker in plan.world.members
@@ -254,7 +254,7 @@ def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Ac
 
 
 def _handed_over(state: RunState, seen: Observation) -> tuple[int, bool | None]:
-    """Bytes that crossed between workers, and whether every digest taken was equal before and after."""
+    """Bytes moved between workers, and whether every digest taken was equal before and after; None without digests."""
     assert state.next is not None
     handovers: list[Handover] = [
         handover

@@ -1,4 +1,4 @@
-"""Who is there: requests heard, the dead buried, standbys held ready and let go. Rules of `lifecycle`."""
+"""Membership of the worker group: apply requests, remove failed workers, spawn and release. Rules of `lifecycle`."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ from orchestrator.protocol.messages import DesiredRunState, Finish, Phase
 
 
 def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Take in the newest target. What it wants is acted on when the present move has ended."""
+    """Apply the newest target. Its size takes effect when the present transition has ended."""
     target = seen.target
     if target.seq <= state.target.seq:
         return Decision(state)
@@ -55,18 +55,17 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
 
 
 def _asks_for_a_stage(state: RunState, target: DesiredRunState) -> bool:
-    """And for nothing else: the size that it names is the one that was asked for last, which may be long ago."""
+    """Whether it asks for a stage only: the size in it then repeats the last request, which may be long ago."""
     same = (target.workers, target.by_hand) == (state.target.workers, state.target.by_hand)
     return target.stage_requests != state.target.stage_requests and same
 
 
 def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Drop from the worker group who is gone or has failed, apart from the world's members: `recovery` sees to
-    those."""
+    """Drop failed workers from the worker group, except for the world's members, which `recovery` handles."""
     gone = {w: why for w in state.worker_group if w not in state.members and (why := why_gone(seen, w))}
     if not gone:
         return Decision(state)
-    # Workers that go with their node are one failure, and who was a member, or was to leave, is none of theirs.
+    # Workers that fail with their node count as one failed spawn; former members and leavers don't count.
     plans = [plan for plan in (state.previous, state.current, state.next) if plan is not None]
     none = {w for plan in plans for w in plan.world.members} | {w for w in gone if is_to_leave(state, seen, w)}
     never_warm = len({seen.nodes.get(w, "") or w for w in gone if w not in none})
@@ -79,19 +78,19 @@ def remove_lost_workers(limits: RunLimits, state: RunState, seen: Observation) -
         for w in gone
         if (cause := "hang" if is_silent(seen, w) else cause_of_loss(state, seen, w)) in PLACE
     )
-    buried = replace(
+    remaining = replace(
         state,
         worker_group=worker_group,
         failures=replace(state.failures.with_new(failures), spawns=counted),
         why=why,
         traceback=traceback_of(seen, worker),
     )
-    return Decision(buried, (*notes, *(KillWorker(w) for w in gone if is_silent(seen, w))))
+    return Decision(remaining, (*notes, *(KillWorker(w) for w in gone if is_silent(seen, w))))
 
 
 def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Spawn the workers that will be needed, and let go of standbys that won't, or that are to leave. A run that is to
-    end needs no more, unless it has lost what it would end with; one that gives way gets none in any case."""
+    """Spawn the workers that will be needed, and release standbys that won't, or that are to leave. An ending run gets
+    no more unless it is recovering; a preempted one gets none in any case."""
     if state.gives_way or (state.is_ending and not state.is_recovering):
         return Decision(state)
     leaving = leavers(state, seen)
@@ -114,7 +113,7 @@ def hold_worker_group(limits: RunLimits, state: RunState, seen: Observation) -> 
 
 
 def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Keep new workers from nodes where they fail; take the nodes back once that is long enough ago."""
+    """Keep new workers off nodes where workers fail; release the nodes once the failures are old enough."""
     after = limits.recovery.quarantine_after
     nodes = {node for worker, node in seen.nodes.items() if worker in state.worker_group and worker not in seen.lost}
     now = (
@@ -132,11 +131,11 @@ def quarantine_nodes(limits: RunLimits, state: RunState, seen: Observation) -> D
 
 
 def _in_transition(limits: RunLimits, state: RunState, seen: Observation) -> bool:
-    """A move is under way, or the new world has done its first few steps at most: a starting worker would take the
-    processors from those who are in it, for a standby that isn't needed before it is over."""
+    """Whether a transition is under way, or the new world has done `STALL_STEPS` steps at most. A starting worker would
+    take processors from the world's members, for a standby that isn't needed before the transition is over."""
     if state.current is None:
         return False
-    if state.is_recovering:  # without it, unless too few are left
+    if state.is_recovering:  # no new workers, unless too few are left
         there = len([w for w in state.members if w in state.worker_group]) + len(warm_standbys(state, seen))
         return there >= limits.min_workers
     is_planned = state.next is not None
@@ -147,7 +146,7 @@ def _in_transition(limits: RunLimits, state: RunState, seen: Observation) -> boo
 
 
 def why_gone(seen: Observation, worker: str) -> str:
-    """Why this worker is of no use any more; empty if it is."""
+    """Why this worker is unusable: its process ended, it failed, or it is silent; empty if it is usable."""
     if worker in seen.lost:
         return f"{worker} died: {seen.lost[worker]}"
     report = seen.reports.get(worker)
@@ -160,20 +159,20 @@ def why_gone(seen: Observation, worker: str) -> str:
 
 
 def traceback_of(seen: Observation, worker: str) -> str:
-    """Of the error with which this worker failed; empty if there is none, or it says only that a peer is gone."""
+    """Traceback of the error with which this worker failed; empty if there is none, or it is only a lost peer."""
     report = seen.reports.get(worker)
     error = report.error if report is not None else None
     return error.traceback if error is not None and error.kind != "peer_lost" else ""
 
 
 def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tuple[str, ...]) -> Decision:
-    """Let go of whoever is to leave, and of a slow standby or the youngest, but of none that holds a part of a
-    checkpoint not yet marked."""
-    begins_anew = state.current is None  # from a checkpoint: what workers hold is of no use
+    """Release workers that are to leave, then a slow standby or the youngest; none that holds a shard of a checkpoint
+    without its marker."""
+    begins_anew = state.current is None  # from a checkpoint: state in workers is not used
     if state.settled < state.activated and not begins_anew:
-        return Decision(state)  # somebody who left may hold what would be needed if the new world failed
+        return Decision(state)  # a worker that left may hold state that is needed if the new world fails
     if any(member not in seen.reports for member in state.members):
-        return Decision(state)  # this controller has only come back, and knows nobody yet
+        return Decision(state)  # this controller has just restarted and has no reports yet
     idle = (Phase.COLD, Phase.WARMING, Phase.STANDBY)
     stopped = (Phase.STRANDED, Phase.READY)
     free = [
@@ -197,7 +196,7 @@ def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
 
 
 def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:
-    """The whole worker group got warm: earlier failures were no rule."""
+    """Reset the count of failed spawns once the whole worker group is warm."""
     cold = (Phase.COLD, Phase.WARMING)
     if state.failures.spawns and all(seen.phase(worker) not in cold for worker in state.worker_group):
         return replace(state, failures=replace(state.failures, spawns=0))

@@ -1,4 +1,4 @@
-"""What decisions need to know of a job: the sizes it may have, when, and how long it runs."""
+"""The part of a job that decisions depend on: its world sizes, their schedule, and its length."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ DEFAULT_VERIFY = VerifySpec()
 
 @dataclass(frozen=True)
 class ScheduledSize:
-    """From step `at_step` on the run has `workers` members: step `at_step` is the first that the new world does."""
+    """A scheduled world size: step `at_step` is the first step of the world of `workers` members."""
 
     at_step: int
     workers: int
@@ -27,9 +27,9 @@ class ScheduledSize:
 
 @dataclass(frozen=True)
 class RunLimits:
-    """The part of a job that its life depends on. `steps` are numbered from 0; `protected`: workers keep snapshots.
-    `micro_batch` is how much a micro-batch takes; `fits_memory`: only at first. Each worker gets `memory_bytes`, None
-    if that isn't said. `by_document`: rows are of unequal length."""
+    """The part of a job that its lifecycle depends on. `steps` are numbered from 0; `protected`: workers keep
+    snapshots. `micro_batch` is the micro-batch size, with `fits_memory` only the first one. `memory_bytes` is per
+    worker, None if the job sets none. `by_document`: rows are of unequal length."""
 
     run_id: str
     steps: int
@@ -78,14 +78,14 @@ class RunLimits:
         )
 
     def check_stage(self, name: str) -> None:
-        """Raises UsageError if the job has no such stage. `next` is whichever comes next."""
+        """Raises UsageError if the job has no such stage. `next` names the following stage."""
         names = [stage.name for stage in self.curriculum.stages] if self.curriculum else []
         if not names or name not in ("next", *names):
             known = f"its stages are {', '.join(names)}" if names else "its job has no curriculum"
             raise UsageError(
                 f"stage {name} asked for; {self.run_id} has none of that name: {known}",
                 remedy="Name one of its stages, or next." if names else "Submit a job with a curriculum.",
-                unchanged=f"{self.run_id} goes on as it was.",
+                unchanged=f"{self.run_id} continues unchanged.",
             )
 
     def check_autoscale(self) -> None:
@@ -94,7 +94,7 @@ class RunLimits:
             raise UsageError(
                 f"{self.run_id} can't find its number of workers itself: its job's autoscale.policy is {MANUAL}",
                 remedy="Ask for a number, or submit a job with another autoscale.policy.",
-                unchanged=f"{self.run_id} goes on as it was.",
+                unchanged=f"{self.run_id} continues unchanged.",
             )
 
     def check_size(self, workers: int) -> None:
@@ -103,12 +103,12 @@ class RunLimits:
             raise UsageError(
                 f"{workers} workers asked for; {self.run_id} allows {self.min_workers} to {self.max_workers}",
                 remedy="Ask for a number in between, or submit a job with other workers.min and workers.max.",
-                unchanged=f"{self.run_id} goes on as it was.",
+                unchanged=f"{self.run_id} continues unchanged.",
             )
 
 
 def micro_batch_of(job: JobSpec) -> MicroBatchSize:
-    """How much a micro-batch takes, as the job says; where it is fitted, at first: a row of the first stage."""
+    """The job's micro-batch size; where it is fitted to memory, the first one: a row of the first stage."""
     if job.train.micro_batch_rows:
         return MicroBatchSize(rows=job.train.micro_batch_rows)
     if not job.train.fits_memory:

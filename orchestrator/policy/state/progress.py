@@ -1,4 +1,4 @@
-"""How far a run is, in the steps whose records were received: the watermark, and figures over the newest steps."""
+"""Progress of a run by the step records received: the watermark, and figures over the newest steps."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -9,7 +9,7 @@ from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.usage import Traffic, TrafficKind
 
 RECENT_STEPS = 512
-STALL_STEPS = 5  # steps of a new generation that tell how long its step takes
+STALL_STEPS = 5  # steps of a new generation from which its step time is taken
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Progress:
 
 
 def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
-    """Progress with these records, which may repeat what is known.
+    """Progress with these records added; they may repeat known ones.
 
     Raises:
         ProtocolError: a step is missing between the watermark and the records.
@@ -76,7 +76,7 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
 
 
 def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:
-    """The first steps of stages among those that follow `progress`."""
+    """Records of first steps of stages among the `fresh` ones that follow `progress`."""
     stages = [progress.stage, *(record.stage for record in fresh)]
     return [record for record, before in zip(fresh, stages, strict=False) if record.stage != before]
 
@@ -96,7 +96,7 @@ def tokens_per_second(progress: Progress, num_steps: int = 20) -> float | None:
 
 
 def traffic_per_step(progress: Progress, num_steps: int = 20) -> dict[str, Traffic]:
-    """What all workers send in a step, by kind: the mean of the newest steps; empty where there is one worker."""
+    """Traffic of all workers per step, by kind: the mean of the newest steps; empty where there is one worker."""
     newest = progress.recent[-num_steps:]
     kinds = [kind.value for kind in TrafficKind if any(kind.value in record.traffic for record in newest)]
     sums = {kind: sum((r.traffic.get(kind, Traffic()) for r in newest), Traffic()) for kind in kinds}
@@ -104,9 +104,9 @@ def traffic_per_step(progress: Progress, num_steps: int = 20) -> dict[str, Traff
 
 
 def stall_s(progress: Progress, generation: int, last_word: bool) -> float | None:
-    """How much longer than a step the first step of `generation` took to come, counted between votes.
+    """Stall before the first step of `generation`: the time between votes minus the time of a step.
 
-    None while too few of its steps are known to say how long a step takes; `last_word` says that no more will come.
+    None while too few of its steps are known for a step time; `last_word`: no more will come.
     """
     before = [r for r in progress.recent if r.generation < generation]
     after = [r for r in progress.recent if r.generation == generation][:STALL_STEPS]

@@ -1,7 +1,7 @@
-"""What a run makes of its grant: it waits for its place in the cluster, gets one, holds fewer workers than are wanted,
-or gives them all away and waits again. Rules of `lifecycle`; who is granted what is decided by `sharing`.
+"""Effects of grants on a run: it is queued, is admitted, holds fewer workers than are wanted, or is preempted and
+queued again. Rules of `lifecycle`; `fair_share` decides the grants.
 
-A run that gives its places away writes a checkpoint first, and goes on from it: it costs no step.
+A preempted run writes a checkpoint first and resumes from it: preemption costs no step.
 """
 
 from dataclasses import replace
@@ -14,12 +14,12 @@ from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import Finish, Restore, ResumeRequest
 from orchestrator.protocol.scaling import JUST_COME
 
-# -- A run that goes on from a checkpoint, after it has ended, has lost its cluster, or has given its places away ------
+# -- Resuming from a checkpoint, after the run has ended, lost its cluster, or was preempted ---------------------------
 
 
 def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decision:
-    """The state to begin again from. Nobody of the old worker group is counted on; numbers that name things go on
-    growing. Stages that were decided are decided still, at the same steps."""
+    """The state of a resumed run. No worker of the old group is kept; numbers in names continue to grow. Decided stages
+    stay decided, at the same steps."""
     done = order.restore.step if order.restore else -1
     size_request = state.size_request if order.workers is None else SizeRequest(order.workers, done + 1, by_hand=True)
     workers = wanted_size(limits, size_request, done + 1)
@@ -43,8 +43,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
 
 
 def begun_again(state: RunState, restore: Restore | None) -> RunState:
-    """The state with nobody in the worker group and no generation, to begin from this checkpoint; None: from the
-    seed."""
+    """The state with an empty worker group and no generation, to begin from this checkpoint; None: from the seed."""
     done = restore.step if restore else -1
     return RunState(
         target=state.target,
@@ -62,22 +61,22 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
     )
 
 
-# -- Grants of the Scheduler: a run waits for its place, gets one, holds fewer workers than are wanted -----------------
+# -- Grants of the Scheduler: a run is queued, is admitted, holds fewer workers than are wanted ------------------------
 
 
 def queued(state: RunState, since_s: float) -> RunState:
-    """A run that was submitted at `since_s`, or is to go on since then: the Scheduler lets it in."""
+    """The state of a run submitted or resumed at `since_s`: queued until the Scheduler admits it."""
     return replace(state, queue=QueueState(JUST_COME, state.queue.granted_since, since_s))
 
 
 def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Take in the newest grant. A run without a world gives its places back at once."""
+    """Apply the newest grant. A run without a world that loses its grant releases its workers at once."""
     grant, was_out, is_out = seen.grant, state.queue.grant.workers == 0, seen.grant.workers == 0
     if grant == state.queue.grant:
         return Decision(state)
     granted = replace(state, queue=replace(state.queue, grant=grant, granted_since=seen.step + 1))
     wanted = wanted_size(limits, state.size_request, seen.step + 1)
-    if was_out and is_out:  # it waits for something else now
+    if was_out and is_out:  # still queued, for another reason
         return Decision(granted, (Queued(grant.why),))
     if was_out:
         waited_s = 0.0 if state.queue.since_s is None else seen.now_s - state.queue.since_s
@@ -97,8 +96,8 @@ def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
 
 
 def suspended(state: RunState, seen: Observation) -> Decision:
-    """All members of a run that gives way have written its checkpoint: they go, and it waits for its place again. What
-    failures have taught is remembered."""
+    """Release the members of a preempted run whose checkpoint is written, and queue the run again. The record of
+    failures and the micro-batch size are kept."""
     if not state.wants_restore:
         return Decision(replace(state, wants_restore=True))
     if seen.unreadable:

@@ -1,9 +1,8 @@
-"""The values that a run's decisions are made from and lead to.
+"""Inputs and outputs of a run's decisions.
 
-`RunState` is what a controller must remember: it is journalled at every change and is all that its successor needs.
-`Observation` is what the controller sees at one moment. Which workers exist and what they are told follows from the
-state alone (`RunState.worker_group`, `lifecycle.directive_of`), so the controller brings it about however often it is
-asked.
+`RunState` is the controller's memory: it is journalled at every change, and a successor needs nothing else.
+`Observation` is the controller's view at one moment. The workers that should exist and the directive that they receive
+follow from the state alone (`RunState.worker_group`, `lifecycle.directive_of`), so applying it is idempotent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,14 +30,14 @@ from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
-MAX_FAILURES = 256  # kept for judging what to do about the next one
+MAX_FAILURES = 256  # kept as the history that the response to the next one depends on
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
 
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """A failure: which worker on which node (empty: nobody's), in what way, after which finished step, and in which
-    generation, if it tells of it itself."""
+    """A failure: its worker and node (empty: of no single worker), its class, the last finished step, and the
+    generation if the worker reported the failure itself."""
 
     worker: str
     node: str
@@ -50,7 +49,7 @@ class WorkerFailure:
 
 @dataclass(frozen=True)
 class Probe:
-    """What a worker had taken, in bytes, when its largest micro-batch had so many tokens, padding included."""
+    """Memory that a worker had taken, in bytes, with `tokens` in its largest micro-batch, padding included."""
 
     worker: str
     sequence_length: int
@@ -75,7 +74,7 @@ class Transition:
     failing_since_s: float | None = None
 
     def failing(self, now_s: float) -> "Transition":
-        """The same, known to fail since now or longer."""
+        """This transition, marked as failing since `now_s` unless it already is."""
         return self if self.failing_since_s is not None else replace(self, failing_since_s=now_s)
 
 
@@ -84,10 +83,10 @@ class QueueState:
     """The run's place in the cluster.
 
     Args:
-        grant: what the Scheduler lets the run hold, received before step `granted_since` was done.
-        since_s: since when the run has waited for a world of its own; None once it has one.
-        admitted_s: when it was let out of the queue last.
-        begun_s: when it first had a world then.
+        grant: workers that the Scheduler lets the run hold, received before step `granted_since` was done.
+        since_s: when the run began to wait for a world of its own; None once it has one.
+        admitted_s: when it last left the queue.
+        begun_s: when it first had a world after that.
     """
 
     grant: Grant = UNLIMITED
@@ -104,7 +103,7 @@ class AbortState:
     Args:
         generation: -1 before the first abort.
         since_s: when it was aborted; None once the next generation is active.
-        account: what the recovery is known to cost so far.
+        account: the recovery's cost as far as it is known.
     """
 
     generation: int = -1
@@ -114,7 +113,7 @@ class AbortState:
 
 @dataclass(frozen=True)
 class FailureState:
-    """What failures have led to.
+    """Failures and their consequences.
 
     Args:
         recent: the newest ones.
@@ -136,12 +135,12 @@ class FailureState:
 
 @dataclass(frozen=True)
 class MicroBatchState:
-    """How large micro-batches are to be from the next generation on.
+    """Micro-batch size from the next generation on.
 
     Args:
-        size: unset for as they are.
-        ceiling_tokens: too many tokens in a world of `ceiling_workers`; 0 where none is known.
-        probes: what workers had taken when micro-batches were changed last.
+        size: unset for no change.
+        ceiling_tokens: a size that was too large in a world of `ceiling_workers`; 0 where none is known.
+        probes: memory that workers had taken at the last change of the size.
     """
 
     size: MicroBatchSize = UNSAID
@@ -152,11 +151,11 @@ class MicroBatchState:
 
 @dataclass(frozen=True)
 class CurriculumState:
-    """Stages of the curriculum that were decided.
+    """Decided stages of the curriculum.
 
     Args:
         version: counts decisions.
-        requests: how many requests for a stage were heeded.
+        requests: number of requests for a stage that were applied.
     """
 
     stages: tuple[StageStart, ...] = ()
@@ -169,9 +168,9 @@ class ReplayState:
     """Replay checks by a standby.
 
     Args:
-        task: the one under way.
-        count: how many were begun.
-        last_step: the step after which the last one began.
+        task: the one in progress.
+        count: number of checks begun.
+        last_step: the step after which the newest one began.
         differences: steps that did not reproduce.
     """
 
@@ -181,27 +180,27 @@ class ReplayState:
     differences: tuple[int, ...] = ()
 
     def up_to(self, step: int) -> "ReplayState":
-        """With those differences only that the state after this step is made of."""
+        """Without differences at later steps, which the state after this step does not contain."""
         return replace(self, differences=tuple(differing for differing in self.differences if differing <= step))
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run is to be and has come to.
+    """Desired and actual state of a run.
 
     Args:
-        target: the newest request that was heeded.
+        target: the newest request that was applied.
         seq: counts decisions.
         worker_group: workers that should exist, oldest first.
-        previous: the generation before `current`, whose shards of a checkpoint or snapshots may still be of use.
+        previous: the generation before `current`, whose checkpoint shards or snapshots may still be needed.
         activated, settled: newest generation that was activated; that has committed a step of its own.
         finish: how the fence ends the run, once it is raised.
         checkpoint_done: newest step with a complete checkpoint.
-        draining: nodes that will soon be gone. `leaving`: workers that are to leave.
+        draining: nodes that are being drained. `leaving`: workers that are to leave.
         straggler: a worker that is much slower than the others; empty for none.
-        wants_restore: nobody holds a whole state any more, so checkpoints are looked through.
+        wants_restore: search for a checkpoint: no live workers hold a whole state, or a preempted run has written one.
         restore: the checkpoint that a generation without a source begins from.
-        outcome: None while the run goes on.
+        outcome: None until the run has ended.
         why, traceback: of the newest failure, or of the end.
     """
 
@@ -237,7 +236,7 @@ class RunState:
 
     @property
     def next(self) -> GenerationPlan | None:
-        """The generation that is being prepared or moved to."""
+        """The generation that is being prepared or that the world is in transition to."""
         return self.transition.plan if self.transition is not None else None
 
     @property
@@ -247,18 +246,18 @@ class RunState:
 
     @property
     def is_ending(self) -> bool:
-        """Whether it was asked to end, or is about to."""
+        """Whether the run was asked to end, or is about to."""
         return any(finish is not Finish.NO for finish in (self.target.finish, self.finish))
 
     @property
     def is_queued(self) -> bool:
-        """It waits for its place in the cluster, and holds nobody."""
+        """Whether the run waits for admission to the cluster and has no world."""
         return self.queue.grant.workers == 0 and self.current is None
 
     @property
     def gives_way(self) -> bool:
-        """It has a world, and stops to give all its places away and go on later. It finishes that once it has begun,
-        whatever is granted meanwhile."""
+        """Whether the run is being preempted: it has a world, releases all its workers and resumes later. Once begun
+        this is completed, whatever is granted meanwhile."""
         stops = self.queue.grant.workers == 0 or self.finish is not Finish.NO
         return self.current is not None and self.target.finish is Finish.NO and stops
 
@@ -268,43 +267,43 @@ class RunState:
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Without whom the run can't go on: members of the current world; before the first, of the one planned."""
+        """Workers without which the run can't continue: members of the current world, before the first of the plan."""
         return self.members or (self.next.world.members if self.next else ())
 
     @property
     def is_recovering(self) -> bool:
-        """The current generation is over, and no other one has begun."""
+        """Whether the current generation was aborted and no other one is active yet."""
         return self.current is not None and self.abort.generation >= self.current.generation
 
     @property
     def is_changing(self) -> bool:
-        """Another generation is on its way, or has to be."""
+        """Whether another generation is planned, or has to be."""
         return self.current is None or self.next is not None or self.is_recovering
 
     @property
     def involved(self) -> tuple[str, ...]:
-        """Members of the current world, and whoever has a part in the move to the next one."""
+        """Members of the current world, and all workers in the transition to the next one."""
         return tuple(dict.fromkeys(self.members + (self.next.involved if self.next else ())))
 
 
 @dataclass(frozen=True)
 class StateDecided(Event, kind="state", internal=True):
-    """The newest decisions: what a controller goes on from."""
+    """The newest decisions, from which a successor controller continues."""
 
     state: RunState
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a controller sees: the newest report of every worker that answered, who is gone and why, and the rest.
+    """A controller's view: the newest report of every worker that answered, failed workers with reasons, and the rest.
 
     `lost` holds workers of the worker group whose process has ended, `causes` the class of that failure where it is
-    known. `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good one, if
-    `wants_restore` asked for it; `unreadable` says why that can't be known now. `nodes` tells where workers live,
-    `silence_s` for how long they haven't answered, and `idle_s` for how long no worker has said anything new.
-    `store_address` is the rendezvous store's, None while there is none: no generation can be planned then. `faults` are
-    things outside the workers without which the run can't go on. `draining` holds the cluster's nodes that will be
-    taken away, with `time.time()` of the deadline, 0 without one. `grant` is the newest one of the Scheduler.
+    known. `checkpointed` is the newest step with a checkpoint's marker, `restorable` the newest good checkpoint, if
+    `wants_restore` asked for it; `unreadable` is why it can't be read now. `nodes` maps workers to nodes, `silence_s`
+    to the time since their last answer; `idle_s` is the time since any worker reported something new. `store_address`
+    is the rendezvous store's, None while there is none: no generation can be planned then. `faults` are failures
+    outside the workers that end the run. `draining` maps nodes that will be removed from the cluster to `time.time()`
+    of the deadline, 0 without one. `grant` is the newest one of the Scheduler.
     """
 
     term: int
@@ -326,18 +325,18 @@ class Observation:
     grant: Grant = UNLIMITED
 
     def phase(self, worker: str) -> Phase:
-        """COLD too if the worker never answered."""
+        """The worker's phase; COLD if it never answered."""
         report = self.reports.get(worker)
         return report.phase if report else Phase.COLD
 
     @property
     def committed(self) -> int:
-        """The newest step that can't be lost any more, as far as votes or a checkpoint's marker tell."""
+        """The newest step that can't be lost any more, by votes or by a checkpoint's marker."""
         return max([self.progress.watermark, self.checkpointed, *(r.committed for r in self.reports.values())])
 
     @property
     def step(self) -> int:
-        """The newest finished step that anybody knows of; -1 before the first."""
+        """The newest finished step in any report or received record; -1 before the first."""
         return max([self.progress.watermark, *(report.step for report in self.reports.values())])
 
 
@@ -353,7 +352,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class KillWorker:
-    """End a worker's process, which doesn't answer, by its id on its node."""
+    """Kill an unresponsive worker's process, by its id on its node."""
 
     worker: str
 
@@ -363,7 +362,7 @@ Action = Event | Commit | KillWorker
 
 @dataclass(frozen=True)
 class Decision:
-    """A new state, and what to do besides."""
+    """A new state, and the actions to take."""
 
     state: RunState
     actions: tuple[Action, ...] = ()
@@ -374,6 +373,6 @@ class Decision:
 
 
 def ended(state: RunState, outcome: RunPhase, why: str, traceback: str = "") -> Decision:
-    """The run is over: nobody of the worker group is needed any more."""
+    """The decision that ends the run and releases the whole worker group."""
     over = replace(state, outcome=outcome, why=why, traceback=traceback, worker_group=(), transition=None)
     return Decision(over, (Ended(outcome.value, why),))

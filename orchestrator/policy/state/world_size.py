@@ -1,7 +1,6 @@
-"""Which world size is wanted at which step: the job's schedule, and requests that came meanwhile.
+"""Wanted world size at each step, from the job's schedule and from requests.
 
-The newest of the two wins: a request holds until the next scheduled change. Neither is more than what the Scheduler
-grants the run.
+The newest of the two wins: a request holds until the next scheduled change. Both are limited by the Scheduler's grant.
 """
 
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from orchestrator.protocol.scaling import UNLIMITED, Grant
 
 @dataclass(frozen=True)
 class SizeRequest:
-    """A size asked for from outside. `since_step` is the first step that was still to come when it was heard.
+    """A requested size. `since_step` is the first step that was still to come when the request arrived.
 
     `by_hand`: a user asked, not the Scheduler. `grown_s` is when the Scheduler last asked for more than before. `cap`
-    is the most workers that were found to be worth it in the stage `cap_stage`; None if that wasn't found out.
+    is the largest number of workers found worthwhile in the stage `cap_stage`; None if that was not measured.
     """
 
     workers: int
@@ -35,7 +34,7 @@ class SizeChange:
 
 
 def wanted_size(limits: RunLimits, size_request: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
-    """How many workers should do step `step`; 0 while the run waits for its place in the cluster."""
+    """Number of workers that should do step `step`; 0 while the run is queued."""
     if size_request is not None and request_holds(limits, size_request, step):
         return grant.of(size_request.workers)
     due = [entry.workers for entry in limits.schedule if entry.at_step <= step]
@@ -43,7 +42,7 @@ def wanted_size(limits: RunLimits, size_request: SizeRequest | None, step: int, 
 
 
 def request_holds(limits: RunLimits, size_request: SizeRequest | None, step: int) -> bool:
-    """Whether the size for step `step` is a request's, because no scheduled change came after it."""
+    """Whether a request sets the size for step `step`, as no scheduled change came after it."""
     return size_request is not None and not any(
         size_request.since_step < entry.at_step <= step for entry in limits.schedule
     )
@@ -59,8 +58,8 @@ def next_change(
 ) -> SizeChange | None:
     """The change to prepare now, given a world of `size` that has finished `step`; None if there is none.
 
-    A scheduled change is prepared when it is at most `horizon_steps` away: earlier, its half-made generation would
-    only be in the way of a request. One whose step has passed (its workers weren't warm in time) is due at once.
+    A scheduled change is prepared when it is at most `horizon_steps` away: prepared earlier, its generation would block
+    requests. One whose step has passed (its workers weren't warm in time) is due at once.
     """
     if step + 1 >= limits.steps:
         return None
@@ -74,14 +73,14 @@ def next_change(
     return None
 
 
-# -- How many workers a run holds, members and standbys together -------------------------------------------------------
+# -- Size of the worker group, members and standbys together -----------------------------------------------------------
 
 
 def workers_to_hold(limits: RunLimits, size_request: SizeRequest | None, step: int, grant: Grant = UNLIMITED) -> int:
-    """Workers that should exist, warm or getting warm, while `step` is being done.
+    """Number of workers that should exist, warm or warming, during `step`.
 
-    The wanted size and the job's standbys; or the largest size still to come by schedule, if that is more, since
-    workers must be warm when its step comes. None beyond what the Scheduler grants.
+    The wanted size plus the job's standbys; or the largest size still scheduled, if that is more, since its workers
+    must be warm at its step. Limited by the Scheduler's grant.
     """
     coming = max((entry.workers for entry in limits.schedule if entry.at_step > step), default=0)
     wanted = wanted_size(limits, size_request, step) + limits.standby

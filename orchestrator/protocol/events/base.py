@@ -1,8 +1,8 @@
-"""Run events: one frozen dataclass per kind of thing that happens to a run.
+"""Run events: one frozen dataclass per kind of event.
 
-The controller appends events to the run's journal, and everything that is shown of a run follows from them. In the
-journal, in `orchestrator events -o json` and in `OrchestratorClient.events` an event is a JSON object: the fields of
-its dataclass, its `kind`, and the stamps of the journal:
+The controller appends events to the run's journal, and every view of a run is derived from them. In the journal, in
+`orchestrator events -o json` and in `OrchestratorClient.events` an event is a JSON object: the fields of its dataclass,
+its `kind`, and the stamps of the journal:
 
     {"seq": 4, "term": 1, "time": 1795679873.7, "kind": "generation_planned", "generation": 0, "members": ["w0"], ...}
 
@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 
 from orchestrator.protocol.codec import to_plain
 
-STAMPS = ("seq", "term", "time", "kind")  # keys of an event's JSON object that are no fields of its dataclass
-KINDS: dict[str, type["Event"]] = {}  # all that have been imported
+STAMPS = ("seq", "term", "time", "kind")  # keys of an event's JSON object that are not fields of its dataclass
+KINDS: dict[str, type["Event"]] = {}  # all imported event classes
 
 
 class Event:
@@ -28,7 +28,7 @@ class Event:
 
     Attributes:
         kind: name in the journal; the class name in snake case unless the class statement names another.
-        is_internal: bookkeeping of the controller, which `orchestrator events` leaves out.
+        is_internal: bookkeeping of the controller, which `orchestrator events` omits.
     """
 
     kind: ClassVar[str]
@@ -47,8 +47,8 @@ class JournalEntry:
     """An event in the journal.
 
     Args:
-        seq: counts all events of the run, from 0.
-        term: of the controller that wrote it.
+        seq: number of the event in the run, from 0.
+        term: term of the controller that wrote it.
         time: `time.time()` seconds.
     """
 
@@ -64,7 +64,7 @@ def plain_of(event: Event) -> dict[str, Any]:
 
 
 def plain_of_entry(entry: JournalEntry) -> dict[str, Any]:
-    """The entry as a JSON object, as the journal has it."""
+    """The entry as a JSON object, as in the journal."""
     return {"seq": entry.seq, "term": entry.term, "time": entry.time, **plain_of(entry.event)}
 
 

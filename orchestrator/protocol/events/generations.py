@@ -1,4 +1,4 @@
-"""Events of generations: planned, current, abandoned, aborted, and what changes between them cost."""
+"""Events of generations: planned, activated, abandoned, aborted, and the cost of transitions between them."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from orchestrator.protocol.status import Recovery, Rescale
 
 @dataclass(frozen=True)
 class GenerationPlanned(Event):
-    """The next generation was planned. `first_step` is None where it begins as soon as it is prepared."""
+    """The next generation was planned. `first_step` is None if it begins as soon as it is prepared."""
 
     generation: int
     members: tuple[str, ...]
@@ -22,8 +22,8 @@ class Activated(Rescale, Event):
     `Recovered`).
 
     Args:
-        connect_s, build_s, transfer_s, digest_s: seconds by part, of the member that took longest; None where no member
-            reported them.
+        connect_s, build_s, transfer_s, digest_s: seconds by part, of the slowest member; None if no member reported
+            them.
     """
 
     members: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class Recovered(Recovery, Event):
 
 @dataclass(frozen=True)
 class TransitionAbandoned(Event):
-    """A planned generation was given up before it became current. `gave_up`: after several in a row the run keeps its
+    """A planned generation was abandoned before it became current. `gave_up`: after several in a row the run keeps its
     size."""
 
     generation: int
@@ -64,7 +64,7 @@ class GenerationAborted(Event):
 
 @dataclass(frozen=True)
 class RolledBack(Event):
-    """No surviving worker held a whole state: the run goes back to a checkpoint, or without one to its beginning."""
+    """The surviving workers did not hold the whole state: the run returns to a checkpoint, or without one to step 0."""
 
     step: int
     checkpoint: str | None

@@ -24,7 +24,7 @@ class ExpertsEven(Event):
 
 @dataclass(frozen=True)
 class LoadsSwing(Event):
-    """Experts are full and empty by turns. `swing` is the share of experts that changed sides within a step."""
+    """Experts alternate between high and low load. `swing` is the share of experts that changed sides within a step."""
 
     step: int
     swing: float
@@ -32,14 +32,14 @@ class LoadsSwing(Event):
 
 @dataclass(frozen=True)
 class LoadsSteady(Event):
-    """The loads of experts do not swing any more."""
+    """The loads of experts no longer swing."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class ReplayChecked(Event, kind="checked"):
-    """A standby replayed committed steps. `equal`: all of them came out with the same bits."""
+    """A standby replayed committed steps. `equal`: all of them had the same bits."""
 
     worker: str
     first_step: int
@@ -58,11 +58,11 @@ class ReplayFailed(Event, kind="check_failed"):
 
 @dataclass(frozen=True)
 class StateDiffers(Event):
-    """A replayed step did not reproduce: a processor or memory is suspect.
+    """A replayed step did not reproduce: suspect faulty CPU or memory.
 
     Args:
-        parts: of the step that differ: `loss`, `grad_norm`, digests of the state.
-        ranks, workers, nodes: whose state differs, where that is known.
+        parts: differing parts of the step: `loss`, `grad_norm`, digests of the state.
+        ranks, workers, nodes: owners of the differing state, if known.
     """
 
     step: int
@@ -74,14 +74,14 @@ class StateDiffers(Event):
 
 @dataclass(frozen=True)
 class NumericsRecorded(Event, kind="numerics"):
-    """What decides the bits of the run's results, of its first worker (`orchestrator.engine.numerics`)."""
+    """Properties of the first worker that determine the bits of the run's results (`orchestrator.engine.numerics`)."""
 
     fingerprint: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class NumericsDiffer(Event):
-    """A worker computes other bits than the run's first one. `differs` holds `before -> now` by key."""
+    """A worker's numerics differ from those of the run's first worker. `differs` has `before -> now` by key."""
 
     worker: str
     differs: dict[str, str]

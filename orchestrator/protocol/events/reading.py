@@ -1,4 +1,4 @@
-"""Events read back from the JSON objects of a journal."""
+"""Conversion of a journal's JSON objects to events."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.events import generations, notices, run, training, workers
 from orchestrator.protocol.events.base import KINDS, STAMPS, Event, JournalEntry
 
-MODULES = (run, workers, generations, training, notices)  # imported, so that their kinds are known
+MODULES = (run, workers, generations, training, notices)  # importing them registers their kinds
 
 
 def entry_of(plain: Mapping[str, Any]) -> JournalEntry:
-    """The entry whose JSON object this is.
+    """The entry of a JSON object.
 
     Raises:
-        ProtocolError: unknown kind, a stamp is missing, or the fields are not those of the kind.
+        ProtocolError: unknown kind, a missing stamp, or fields that don't match the kind.
     """
     kind = plain.get("kind")
     if kind not in KINDS:
@@ -29,6 +29,6 @@ def entry_of(plain: Mapping[str, Any]) -> JournalEntry:
 
 
 def event_types() -> Iterator[type[Event]]:
-    """Every class of events in this folder, by the name of its kind."""
+    """Every event class in this folder, sorted by kind."""
     here = __name__.rpartition(".")[0]
     yield from (cls for _, cls in sorted(KINDS.items()) if cls.__module__.startswith(here))

@@ -7,7 +7,7 @@ from orchestrator.protocol.events.base import Event
 
 @dataclass(frozen=True)
 class Submitted(Event):
-    """The run was submitted. `workers` is the number it starts with."""
+    """The run was submitted. `workers` is its initial number of workers."""
 
     run_id: str
     workers: int
@@ -22,7 +22,7 @@ class Queued(Event):
 
 @dataclass(frozen=True)
 class Admitted(Event):
-    """The run was let out of the queue. `workers` is None where the grant has no limit."""
+    """The run left the queue. `workers` is None if the grant has no limit."""
 
     workers: int | None
     wanted: int
@@ -41,7 +41,7 @@ class Granted(Event):
 
 @dataclass(frozen=True)
 class Preempted(Event):
-    """A run of higher priority gets the run's workers: the run writes a checkpoint and waits in the queue."""
+    """A run of higher priority gets the run's workers: the run writes a checkpoint and returns to the queue."""
 
     workers: int | None
     wanted: int
@@ -59,11 +59,11 @@ class Suspended(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The run goes on after `step`, from `checkpoint`, or from its beginning if that is None.
+    """The run continues after `step`, from `checkpoint`, or from step 0 if that is None.
 
     Args:
-        token: of the request to resume, so that a repeat of it is recognized.
-        residuals: `left behind` where what compression had not sent yet was dropped.
+        token: token of the request to resume, which identifies repeats.
+        residuals: `left behind` if the compression's unsent residuals were dropped.
     """
 
     token: str
@@ -75,8 +75,8 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class TargetChanged(Event, kind="target"):
-    """A request was written down: another number of workers, another stage, or an end. `by_hand` is None unless the
-    number of workers was requested, False where the Scheduler requested it."""
+    """A request was recorded: another number of workers, another stage, or an end. `by_hand` is None unless the number
+    of workers was requested, and False if the Scheduler requested it."""
 
     workers: int
     finish: str

@@ -8,7 +8,7 @@ from orchestrator.protocol.messages import StepRecord
 
 @dataclass(frozen=True)
 class StepsCommitted(Event, kind="steps", internal=True):
-    """Finished steps, each once: what `orchestrator audit` balances."""
+    """Finished steps, each once, which `orchestrator audit` balances."""
 
     records: tuple[StepRecord, ...]
 
@@ -30,11 +30,11 @@ class CheckpointsDeleted(Event):
 
 @dataclass(frozen=True)
 class MicroBatchFitted(Event):
-    """Micro-batches got another size because memory allows more, or gets short.
+    """The size of micro-batches changed because memory allows more, or is short.
 
     Args:
-        worker: the one whose memory decided.
-        memory_bytes, taken_bytes, kept_bytes: what it may use, uses, and keeps between forward and backward.
+        worker: the worker whose memory was decisive.
+        memory_bytes, taken_bytes, kept_bytes: memory that it may use, uses, and keeps between forward and backward.
     """
 
     from_tokens: int
@@ -48,7 +48,7 @@ class MicroBatchFitted(Event):
 
 @dataclass(frozen=True)
 class MicroBatchReduced(Event):
-    """Micro-batches got smaller after a lack of memory. Sizes are in rows or in tokens."""
+    """The size of micro-batches was reduced after an out-of-memory error. Sizes are in rows or in tokens."""
 
     step: int
     from_rows: int | None = None
@@ -59,7 +59,7 @@ class MicroBatchReduced(Event):
 
 @dataclass(frozen=True)
 class BatchSkipped(Event):
-    """The batch of a step is not trained on because its loss exploded."""
+    """The batch of a step is skipped because its loss exploded."""
 
     step: int
     why: str
@@ -76,7 +76,7 @@ class StageDecided(Event):
 
 @dataclass(frozen=True)
 class StageKept(Event):
-    """Another stage was requested, and there is none to go to."""
+    """A stage was requested, but the run is already in it, or in the last one."""
 
     stage: str
     why: str
@@ -84,7 +84,7 @@ class StageKept(Event):
 
 @dataclass(frozen=True)
 class StageBegan(Event):
-    """A stage of the curriculum began with `step`."""
+    """A stage of the curriculum began at `step`."""
 
     stage: str
     step: int

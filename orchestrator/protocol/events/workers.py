@@ -15,7 +15,7 @@ class WorkersSpawned(Event):
 
 @dataclass(frozen=True)
 class WorkersReleased(Event):
-    """Workers were ended that are not needed any more."""
+    """Workers that are no longer needed were ended."""
 
     workers: tuple[str, ...]
 
@@ -25,8 +25,8 @@ class WorkerLost(Event):
     """A worker failed or stopped answering.
 
     Args:
-        member: it was a member of the world. Standbys and starting workers are none.
-        step, cause: newest finished step, and class of the failure; of members only.
+        member: it was a member of the world, not a standby or a starting worker.
+        step, cause: newest finished step, and class of the failure; for members only.
     """
 
     worker: str
@@ -48,7 +48,7 @@ class StragglerFound(Event, kind="straggler"):
 
 @dataclass(frozen=True)
 class NodeDraining(Event):
-    """A node will be taken away. `seconds_left` is None where no deadline is known."""
+    """A node will be removed. `seconds_left` is None if the deadline is unknown."""
 
     node: str
     workers: tuple[str, ...]
@@ -65,13 +65,13 @@ class NodeQuarantined(Event):
 
 @dataclass(frozen=True)
 class NodeReleased(Event):
-    """A node's quarantine is over."""
+    """A node's quarantine ended."""
 
     node: str
 
 
 @dataclass(frozen=True)
 class EnergyRead(Event, kind="energy", internal=True):
-    """What each worker has used since it started."""
+    """Energy of each worker since its start."""
 
     workers: dict[str, EnergyReading]

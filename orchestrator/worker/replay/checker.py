@@ -1,4 +1,4 @@
-"""A standby that does steps of its run again, alone, until somebody needs it."""
+"""Replay of committed steps by a standby, alone, until the run needs it."""
 
 import gc
 import logging
@@ -30,11 +30,11 @@ log = logging.getLogger("orchestrator.worker")
 
 
 class Needed(Exception):
-    """The standby has something else to do."""
+    """The standby has other work to do."""
 
 
 class ReplayChecker:
-    """Done by the training thread of a worker that has no shard."""
+    """Runs replay checks in the training thread of a worker without a shard."""
 
     def __init__(
         self, factory: ShardFactory, feed: BatchReader, mailbox: WorkerMailbox, preparer: TransitionPreparer
@@ -43,13 +43,13 @@ class ReplayChecker:
         self._newest = -1
 
     def is_asked(self, directive: Directive) -> bool:
-        """Whether there is a check that this worker hasn't begun."""
+        """Whether a check is requested that this worker hasn't begun."""
         check = directive.check
         return check is not None and check.worker == self._factory.me and check.number > self._newest
 
     def run(self) -> None:
-        """Do the check that is asked for, and publish what came of it. It ends before the next micro-batch, or the next
-        piece of the checkpoint, once a plan has a place for this worker, or nobody asks for it any more."""
+        """Do the requested check and publish its result. It ends before the next micro-batch, or the next piece of the
+        checkpoint, once a plan includes this worker or the check is no longer requested."""
         check = self._mailbox.directive.check
         if check is None or not self.is_asked(self._mailbox.directive):
             return
@@ -67,10 +67,10 @@ class ReplayChecker:
                 findings.append(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests))
         except Needed:
             log.info("check %d ends after %d steps: this worker is needed", check.number, len(findings))
-        except Exception as failure:  # whatever it is: training doesn't depend on it
+        except Exception as failure:  # of any kind: training doesn't depend on it
             log.exception("check %d could not be done", check.number)
             error = f"{type(failure).__name__}: {failure}"
-        gc.collect()  # the frames of an error had kept the state
+        gc.collect()  # the frames of an error kept the state in memory
         self._mailbox.publish(checked=ReplayResult(check.number, tuple(findings), error))
 
     def _world_of_one(self, check: ReplayTask) -> PreparedTransition:

@@ -1,4 +1,4 @@
-"""Doing steps of a run again, from the seed or from one of its checkpoints, in a world of any size."""
+"""Replay of a run's steps, from the seed or from one of its checkpoints, in a world of any size."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ def replay(
     last_step: int,
     between: Callable[[], None] = noop,
 ) -> Iterator[StepRecord]:
-    """Each step up to `last_step`, as it is done. Collective over the plan's members. Their groups and the state go
-    with the iterator; nothing else may train in this process meanwhile.
+    """Yield the record of each step up to `last_step`. Collective over the plan's members. Their groups and the state
+    are freed with the iterator; nothing else may train in this process meanwhile.
 
     Args:
         prepared: for a plan whose state comes from the seed or a checkpoint, `replayed` worlds included.
-        between: called before each micro-batch, and each piece of the checkpoint; what it raises ends it.
+        between: called before each micro-batch, and each piece of the checkpoint; an exception from it ends the replay.
     """
     stepper = TrainStep(factory, feed, between, validates=False)
     shard = None

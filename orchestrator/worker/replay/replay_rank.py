@@ -1,9 +1,8 @@
-"""One rank of a world that does steps of a run again: a process that is told what on stdin, and answers by a pipe.
+"""One rank of a world that replays steps of a run: a process that reads its order from stdin and answers by a pipe.
 
     python -m orchestrator.worker.replay.replay_rank FD < order.json
 
-`orchestrator.submission.verification` starts as many as there are ranks. It needs run storage and the token store, no
-Ray.
+`orchestrator.submission.verification` starts one per rank. It needs run storage and the token store, no Ray.
 """
 
 import os
@@ -34,7 +33,7 @@ from orchestrator.worker.transition.transition import prepare
 
 
 def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord]:
-    """Where the store listens, if it is to be made here; what decides the bits; then each step."""
+    """Yield the store's address, if it is created here; the numerics; then the record of each step."""
     spec, plan = JobSpec.model_validate_json(order.job.job_json), order.plan
     if not plan.store_address.port:
         server = RendezvousServer(plan.store_address.host)
@@ -51,26 +50,26 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
 
 
 def main() -> None:
-    """Read the order, write the answers. All ranks know the same of a step, so the first one tells it."""
+    """Read the order, write the answers. All ranks have the same records, so only the first one writes."""
     order: ReplayOrder = REPLAY_LINES.read(sys.stdin.readline())
     is_first = order.plan.world.rank_of(order.worker) == 0
-    with os.fdopen(int(sys.argv[1]), "w") as told:
+    with os.fdopen(int(sys.argv[1]), "w") as pipe:
 
-        def tell(answer: Any) -> None:
-            told.write(REPLAY_LINES.write(answer) + "\n")
-            told.flush()
+        def send(answer: Any) -> None:
+            pipe.write(REPLAY_LINES.write(answer) + "\n")
+            pipe.flush()
 
         try:
             for answer in answers(order):
                 if is_first:
-                    tell(answer)
+                    send(answer)
         except OrchestratorError as error:
             shown = error.traceback if isinstance(error, EntrypointError) else ""
-            tell(Fault(type(error).__name__, redacted(error.message), error.remedy, error.unchanged, redacted(shown)))
+            send(Fault(type(error).__name__, redacted(error.message), error.remedy, error.unchanged, redacted(shown)))
         except Exception as error:
             print(redacted(traceback.format_exc()), file=sys.stderr)
             kind = PEER_LOST if kind_of(error) == "peer_lost" else "OrchestratorError"
-            tell(Fault(kind, redacted(f"{type(error).__name__}: {error}"), "", ""))
+            send(Fault(kind, redacted(f"{type(error).__name__}: {error}"), "", ""))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which generation the training thread may be waiting for peers in, and how it is freed when that is over."""
+"""Handle that frees the training thread from waiting for peers once their generation is over."""
 
 import logging
 import threading
@@ -8,7 +8,7 @@ log = logging.getLogger("orchestrator.worker")
 
 
 class AbortHandle:
-    """Said by the training thread, ended by the control thread.
+    """Set by the training thread, triggered by the control thread.
 
     Args:
         frees: each ends one kind of wait for peers.
@@ -21,17 +21,17 @@ class AbortHandle:
         self._aborted = -1
 
     def begin(self, generation: int) -> None:
-        """From now on this thread may wait for peers of `generation`."""
+        """Mark that this thread may wait for peers of `generation` from now on."""
         with self._lock:
             self._engaged = generation
 
     def end(self) -> None:
-        """It waits for none."""
+        """Mark that this thread waits for no peers."""
         with self._lock:
             self._engaged = None
 
     def abort(self, generation: int) -> None:
-        """Generations up to this one are over: whoever waits in one is freed, once."""
+        """End generations up to this one and free the training thread if it waits in one, once."""
         with self._lock:
             engaged = self._engaged is not None and self._engaged <= generation
             is_new = generation > self._aborted

@@ -1,4 +1,4 @@
-"""What a worker trains on."""
+"""Device that a worker trains on."""
 
 import torch
 
@@ -6,11 +6,11 @@ from orchestrator.errors import UsageError
 
 
 def device_of(gpus: float, num_visible: int) -> torch.device:
-    """The processors, or the GPU of a worker that reserves one. Ray shows a process no others, so it is the first one
-    whatever its number on the node.
+    """The CPU, or the GPU of a worker that reserves one. Ray hides all other GPUs from the process, so it is the first
+    one whatever its number on the node.
 
     Args:
-        gpus: what is reserved.
+        gpus: GPUs reserved.
         num_visible: GPUs that torch sees.
 
     Raises:

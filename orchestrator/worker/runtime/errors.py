@@ -1,4 +1,4 @@
-"""What an error of the training thread is called in a report."""
+"""Errors of the training thread, and their kinds in a report."""
 
 import torch
 from torch.distributed import DistError
@@ -6,34 +6,34 @@ from torch.distributed import DistError
 from orchestrator.errors import EntrypointError
 from orchestrator.model.user_model import raised_by_forward
 
-NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's words on a CPU, in a plain RuntimeError
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's message on a CPU, in a plain RuntimeError
 
 
 class GenerationAborted(RuntimeError):
-    """The controller has ended the generation: somebody in it is lost."""
+    """The controller has ended the generation after the failure of a worker."""
 
 
 class LossExploded(RuntimeError):
-    """A step's loss tells that it must be undone, and its batch left out."""
+    """A step's loss requires that the step be undone and its batch skipped."""
 
 
 class StateCorrupted(RuntimeError):
-    """This process's memory has changed by itself."""
+    """This process's memory has changed without a write."""
 
 
 class DigestMismatch(RuntimeError):
-    """The state that a move has brought isn't what the run had then."""
+    """The state after a transition differs from the one recorded for its step."""
 
 
 def kind_of(error: Exception) -> str:
-    """The word for it that WorkerError has."""
+    """The error's kind, as in `WorkerError`."""
     if isinstance(error, LossExploded):
         return "numeric"
     if isinstance(error, StateCorrupted):
         return "corrupted"
     if isinstance(error, DigestMismatch):
         return "doubtful"
-    # Also where it came through a user's module, on its way from our MoE layer.
+    # Also where it passed through a user's module on its way from our MoE layer.
     if isinstance(error, GenerationAborted) or _is_peer_loss(error):
         return "peer_lost"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in str(error):
@@ -42,7 +42,7 @@ def kind_of(error: Exception) -> str:
 
 
 def _is_peer_loss(error: Exception) -> bool:
-    """gloo and nccl report a lost peer as a RuntimeError that names their transport; a lost store has its own class."""
+    """gloo and nccl report a failed peer as a RuntimeError that names them; a failed store has its own class."""
     words = ("connection closed by peer", "connection reset", "gloo", "timed out", "nccl", "broken pipe")
-    told = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
-    return told or isinstance(error, DistError)
+    is_named = isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words)
+    return is_named or isinstance(error, DistError)

@@ -1,7 +1,7 @@
-"""The desk between a worker's two threads: directives come in, reports go out.
+"""Mailbox between a worker's two threads: directives in, reports out.
 
-The control thread never waits for a tensor: it puts the newest directive down and copies what the training thread has
-published. The training thread never waits for the controller, except where it has nothing to do.
+The control thread never waits for a tensor: it stores the newest directive and copies what the training thread has
+published. The training thread waits for the controller only when it has nothing to do.
 """
 
 import threading
@@ -12,11 +12,11 @@ from typing import Any
 from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.messages import Directive, Phase, Report, StepRecord
 
-MAX_RECORDS = 10_000  # finished steps kept for a controller that is away
+MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable
 
 
 class WorkerMailbox:
-    """Thread-safe state of one worker, seen from both sides."""
+    """Thread-safe state of one worker, used by both threads."""
 
     def __init__(self, worker: str, pid: int) -> None:
         self._changed = threading.Condition()
@@ -29,7 +29,7 @@ class WorkerMailbox:
     # -- the control thread's side -----------------------------------------------------------------------------
 
     def put(self, directive: Directive) -> None:
-        """Take a directive. The newest wins; a repeat or an older one of the same controller changes nothing.
+        """Accept a directive. The newest wins; a repeat or an older one of the same controller changes nothing.
 
         Raises:
             TermSuperseded: it comes from a controller that has been replaced.
@@ -43,14 +43,14 @@ class WorkerMailbox:
                 )
             if (directive.term, directive.seq) > (self._directive.term, self._directive.seq):
                 self._directive = directive
-                answered = {} if directive.check is not None else {"checked": None}  # nobody asks for it any more
+                answered = {} if directive.check is not None else {"checked": None}  # no longer requested
                 self._publish(term=directive.term, seen=directive.seq, **answered)
 
     def report(self, after_step: int | None, known_version: int, timeout_s: float) -> Report:
-        """The worker's visible state, as soon as its version is above `known_version` or `timeout_s` have passed.
+        """The worker's report, as soon as its version is above `known_version` or `timeout_s` have passed.
 
         Args:
-            after_step: given, the records of finished steps after this one are added.
+            after_step: if given, the records of finished steps after this one are added.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._report.version > known_version, timeout_s)
@@ -76,12 +76,12 @@ class WorkerMailbox:
             return self._directive
 
     def publish(self, **changes: Any) -> None:
-        """Change fields of the report and wake whoever waits for it."""
+        """Change fields of the report and wake threads that wait for it."""
         with self._changed:
             self._publish(**changes)
 
     def record(self, record: StepRecord, **changes: Any) -> None:
-        """Enter a finished step, and change other fields of the report with it."""
+        """Add a finished step, and change other fields of the report with it."""
         with self._changed:
             self._records.append(record)
             del self._records[:-MAX_RECORDS]
@@ -94,14 +94,14 @@ class WorkerMailbox:
             return tuple(self._records)
 
     def go_back_to(self, step: int, known: Sequence[StepRecord] = ()) -> None:
-        """Forget steps after `step`: the run goes on from there. `known` are steps up to it that others have done."""
+        """Drop records after `step`, from which the run continues. `known`: records up to it from other workers."""
         with self._changed:
             records = {record.step: record for record in (*self._records, *known) if record.step <= step}
             self._records = [records[number] for number in sorted(records)]
             self._publish(step=step, committed=min(step, self._report.committed))
 
     def _publish(self, **changes: Any) -> None:
-        if self._report.phase is Phase.FAILED:  # final: what still ends well elsewhere must not hide it
+        if self._report.phase is Phase.FAILED:  # final: a later success in another thread must not hide it
             changes.pop("phase", None)
         # Threads of older plans may end after those of newer ones.
         for name in ("prepared", "failed_generation", "settled", "stopped"):

@@ -1,8 +1,8 @@
-"""Memory that the system gives a worker before a fence or a step waits for it.
+"""Memory obtained from the system before a fence or a step needs it.
 
-Workers keep what they have freed (`orchestrator.controller.worker_group`), so a fence waits for the kernel only where
-it needs more than the process ever had, or in larger pieces. There it takes a virtual machine one to four seconds per
-GB, as its host has to find the pages first.
+Workers keep freed memory (`orchestrator.controller.worker_group`), so a fence waits for the kernel only where
+it needs more than the process ever had, or in larger pieces. In that case a virtual machine needs one to four seconds
+per GB, as its host has to find the pages first.
 """
 
 import ctypes
@@ -18,20 +18,20 @@ from torch import Tensor
 from orchestrator.policy.estimate.job_plan import MemoryPlan
 from orchestrator.worker.step.memory_probe import room
 
-MADV_POPULATE_WRITE = 23  # Linux 5.14: pages are there as after a write, and keep what they hold
+MADV_POPULATE_WRITE = 23  # Linux 5.14: populates pages as a write would, and keeps their content
 PIECE = 1 << 22  # bytes populated by one call
-# Beside what is reserved: malloc finds an aligned block only in a hole that is larger, and cuts small ones off holes.
+# Added to what is reserved: malloc needs a larger hole for an aligned block, and cuts small blocks off holes.
 ROOM_TO_ALIGN = mmap.PAGESIZE
 FOR_SMALL_ONES = 1 << 22
 
 
 class ReservedMemory:
-    """Memory of a newcomer. What its first fence fills is there at once; what it will have beside that at most comes at
-    the lowest priority, while it stands by or has joined, and is free meanwhile: whatever is allocated there first
-    keeps its content.
+    """Memory of a newcomer. The memory that its first fence fills is populated at once, the rest of its planned peak at
+    the lowest priority, while it stands by or has joined. That rest is free meanwhile: earlier allocations there keep
+    their content.
 
     Args:
-        planned: of the world that the worker is for, as `orchestrator plan` shows it.
+        planned: memory plan of the worker's world, as `orchestrator plan` shows it.
     """
 
     def __init__(self, planned: MemoryPlan) -> None:
@@ -41,7 +41,7 @@ class ReservedMemory:
         self._pieces = _pieces(later)
 
     def populate_the_rest(self) -> None:
-        """Returns at once."""
+        """Populate the remaining memory in a background thread."""
         threading.Thread(target=self._populate, name="memory", daemon=True).start()
 
     def _populate(self) -> None:
@@ -51,7 +51,7 @@ class ReservedMemory:
 
 
 def reserve(sizes: Iterable[int]) -> None:
-    """Get memory for blocks of these sizes in bytes, all at once, and leave it free for later allocations.
+    """Obtain memory for blocks of these sizes in bytes, all at once, and leave it free for later allocations.
 
     Blocks go into free holes of the heap where they fit, so only what is missing comes from the system. Does nothing
     where the machine or the control group has less than that left: training holds activations now that are free at the
@@ -67,7 +67,7 @@ def reserve(sizes: Iterable[int]) -> None:
 
 
 def _pieces(block: Tensor) -> range:
-    """Addresses of the pieces that cover the block's whole pages. The block may be gone when they are used."""
+    """Addresses of the pieces that cover the block's whole pages. The block may be freed before they are used."""
     page = mmap.PAGESIZE
     begin = -(-block.data_ptr() // page) * page
     return range(begin, max(begin, (block.data_ptr() + len(block)) // page * page), PIECE)

@@ -1,8 +1,8 @@
-"""`compression: auto` on one rank: what the first steps of a generation show, and what it would have for the rest.
+"""`compression: auto` on one rank: measurements in the first steps of a generation, and a scheme for the rest.
 
-The first steps send gradients as they are and after the backward pass: so it is seen what the link takes, and what a
-pass takes. Then each rank says in its vote what it would have, and all use the coarsest that any of them named. A new
-generation begins anew: another world has other links.
+The first steps send gradients uncompressed and after the backward pass, which measures the link and the pass
+separately. Then each rank names its preferred scheme in its vote, and all use the coarsest named. A new generation
+begins anew: another world has other links.
 """
 
 import time
@@ -15,19 +15,19 @@ from orchestrator.policy.estimate.compression_choice import CANDIDATES, Measured
 from orchestrator.spec.communication import BLOCK, CompressionSpec
 
 SKIPPED, PROBES = 1, 3  # steps; the first of a generation is slow for other reasons
-SAMPLE = 1 << 18  # elements that coding is timed on
+SAMPLE = 1 << 18  # elements used to time coding
 
 _coding_s: dict[str, float] = {}  # per element, of this process
 
 
 class CompressionTuner:
-    """For the life of a shard. By the training thread.
+    """Chooses the compression of one shard. Used by the training thread.
 
     Args:
-        gradients: whose way is chosen.
-        compression: of the job; anything but `auto` is left alone.
-        overlap: what the job says, once it is chosen.
-        world_size: of the generation; a rank alone has nothing to choose.
+        gradients: whose compression is chosen.
+        compression: of the job; any scheme but `auto` is kept.
+        overlap: the job's setting, used once a scheme is chosen.
+        world_size: of the generation; a world of one has nothing to choose.
     """
 
     def __init__(self, gradients: Gradients, compression: CompressionSpec, overlap: bool, world_size: int) -> None:
@@ -42,7 +42,7 @@ class CompressionTuner:
 
     @property
     def proposal(self) -> int:
-        """Number of the scheme that this rank would have; -1 while it doesn't know, or needn't."""
+        """Number of the scheme that this rank prefers; -1 while that is unknown, or not needed."""
         if not self._is_open or self._steps < SKIPPED + PROBES:
             return -1
         measured = Measured(
@@ -59,8 +59,8 @@ class CompressionTuner:
         """Called before the vote of each step.
 
         Args:
-            step_s: its duration so far, waits for peers apart.
-            gradient_bytes: that this rank has sent in it.
+            step_s: its duration so far, waits for peers excluded.
+            gradient_bytes: sent by this rank in it.
         """
         self._steps += 1
         if not self._is_open or self._steps <= SKIPPED:
@@ -70,14 +70,14 @@ class CompressionTuner:
         self._step_s, self._bytes = min(self._step_s, step_s), gradient_bytes
 
     def agree(self, number: int) -> None:
-        """Called after each vote with what it has chosen; -1 for nothing yet."""
+        """Called after each vote with the number of the chosen scheme; -1 for none yet."""
         if self._is_open and number >= 0:
             self._is_open, self.scheme = False, CANDIDATES[number]
             self._gradients.use(self.scheme, self._overlap)
 
 
 def coding_s(scheme: str) -> float:
-    """Seconds that encoding and decoding an element takes here."""
+    """Seconds to encode and decode an element in this process."""
     if scheme not in _coding_s:
         codec = codec_of(CompressionSpec.model_validate({"scheme": scheme}), 2, 0)
         sample, total = torch.randn(1, SAMPLE), torch.zeros(SAMPLE)

@@ -1,4 +1,4 @@
-"""Whether all ranks have made the same of a user's own model: first weights, and the order of its gradients."""
+"""Check that all ranks built the same user model: first weights, and the order of its gradients."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -17,7 +17,7 @@ MOST_BUCKETS = 64  # whose order is compared
 
 
 def check_agreement(model: TrainableModel, group: dist.ProcessGroup | None) -> None:
-    """Compare what every rank holds. Collective over `group`, the world; None for a world of one.
+    """Compare the state that every rank holds. Collective over `group`, the world; None for a world of one.
 
     Raises:
         EntrypointError: some weights differ, so `build` draws them from something that differs between ranks.
@@ -45,11 +45,11 @@ def check_agreement(model: TrainableModel, group: dist.ProcessGroup | None) -> N
 def check_order(
     names: Sequence[str], entrypoint: str | None, group: dist.ProcessGroup | None, device: torch.device
 ) -> None:
-    """Compare the order in which every rank will send its dense gradients, since one that sends others would have the
-    rest wait for ever. Collective over `group`, the world; None for a world of one.
+    """Compare the order in which every rank will send its dense gradients: a rank with another order would block the
+    others for ever. Collective over `group`, the world; None for a world of one.
 
     Args:
-        names: of buckets of gradients, each by its parameters.
+        names: of gradient buckets, each made of its parameters' names.
 
     Raises:
         EntrypointError: names the rank that differs from rank 0, and where.

@@ -1,4 +1,4 @@
-"""A rank's shard: the model with its experts, the engine around it, and how far training has come."""
+"""A rank's shard: the model with its experts, the engine around it, and the training progress."""
 
 import json
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training has come: what is not a tensor, equal on all ranks.
+    """Training progress: the state that is not a tensor, equal on all ranks.
 
     Args:
         step: last finished step; -1 before the first.
@@ -59,11 +59,11 @@ class Shard:
     """One rank's training state within a generation.
 
     Args:
-        micro-batch: how much a micro-batch takes.
-        choosing: how gradients are compressed, where the job leaves that open.
+        micro_batch: size of a micro-batch.
+        choosing: tuner of gradient compression, where the job leaves that open.
         skips: steps whose batches are left out.
-        witnesses: where training is exact, who tells the digests of each step, from which step on.
-        seal: of the state between two updates, where that is watched.
+        witnesses: where training is exact, (first step, fingerprint that gives the digests from it on).
+        seal: guard of the state between two updates, where that is checked.
     """
 
     term: int  # of the controller that planned it
@@ -82,12 +82,12 @@ class Shard:
         return self.groups.rank
 
     def witness(self, step: int) -> StateFingerprint | None:
-        """Who tells the digests of this step."""
+        """The fingerprint that gives this step's digests."""
         return next((witness for first_step, witness in reversed(self.witnesses) if first_step <= step), None)
 
 
 class ShardFactory:
-    """Builds shards for a run, and knows what its state consists of.
+    """Builds shards for a run, and describes its state.
 
     Args:
         me: this worker's id.
@@ -114,12 +114,12 @@ class ShardFactory:
         return of_params | {f"buffer/{name}": self.shapes[name] for name, _ in self.buffers}
 
     def layout(self, world: World, placement: ExpertPlacement) -> StateLayout:
-        """Which rank holds what in a world; every worker computes the same."""
+        """Which rank holds which state in a world; every worker computes the same."""
         mixed = self.spec.train.precision == "bf16"
         return training_layout(self.params, placement, world, mixed, self.buffers, self.spec.communication)
 
     def planned_memory(self) -> MemoryPlan:
-        """What a worker takes in the run's first world; in a smaller one it may take more."""
+        """Memory of a worker in the run's first world; in a smaller one it may need more."""
         state = StatePlan(tuple(self.params), tuple(self.buffers), self.vocab_size)
         is_ours = self.spec.model.entrypoint is None
         return plan_memory(self.spec, state, self.spec.workers.initial, is_ours)
@@ -131,7 +131,7 @@ class ShardFactory:
         return PendingGroups(store, prefix, rank, plan.placement, backend, address=self.address)
 
     def protect(self, store: Store, plan: GenerationPlan) -> SnapshotReplicator | None:
-        """Connect to buddy and ward; None where the plan names none. Collective over the generation's members."""
+        """Connect to buddy and protected rank; None without buddies. Collective over the generation's members."""
         if not plan.buddies:
             return None
         layout, pinned = self.layout(plan.world, plan.placement), self.device.type == "cuda"

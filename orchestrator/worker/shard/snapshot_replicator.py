@@ -1,8 +1,8 @@
-"""A generation's protection: this rank's snapshots on their way to its buddy, and its ward's on their way here.
+"""Protection of one generation: sends this rank's snapshots to its buddy and receives those of its protected rank.
 
-Two threads, beside the one that trains. The first copies the shard (that is all that the training thread ever waits
-for before it changes the state) and sends its own part to the buddy; the second takes in the ward's. Bytes go from
-memory to memory over a socket of their own: they are neither pickled nor pass through Ray.
+Two threads, beside the one that trains. The first copies the shard (all that the training thread ever waits for before
+it changes the state) and sends its own part to the buddy; the second receives the protected rank's. Bytes go from
+memory to memory over a separate socket: they are neither pickled nor pass through Ray.
 """
 
 import logging
@@ -27,22 +27,22 @@ from orchestrator.state.snapshot_store import RankSnapshots, SnapshotStore
 
 log = logging.getLogger("orchestrator.worker")
 
-MEET_S = 60.0  # how long buddy and ward are waited for
+MEET_S = 60.0  # how long to wait for buddy and protected rank
 
 
 class SnapshotReplicator:
-    """Connects to buddy and ward, each of which does the same. Made in the background while an older world trains.
+    """Connects to buddy and protected rank, which do the same. Made in the background while an older world trains.
 
     Args:
         layout: of the generation's state.
         address: where this worker can be reached.
         pinned: snapshots are of a GPU's memory.
         whole_every: one of so many snapshots is whole, the others are deltas.
-        replay: does the updates of deltas again.
+        replay: applies the updates of deltas.
         buffers: of this worker, for the snapshots of all its generations.
 
     Raises:
-        StreamClosed: buddy or ward did not come.
+        StreamClosed: buddy or protected rank did not connect.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class SnapshotReplicator:
         self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()
         self._copied: Future[None] = _done()
         self._acknowledged: Future[None] = _done()
-        self._waited_s = 0.0  # by the training thread, all in all
-        self._busy_s = [0.0, 0.0]  # processor time of the two threads, all in all
+        self._waited_s = 0.0  # by the training thread, in total
+        self._busy_s = [0.0, 0.0]  # processor time of the two threads, in total
         self._takes_cores = not pinned
         self._whole_every = whole_every
-        self._since_whole = 0  # deltas
-        self.begun = -2  # the newest step of which a snapshot was begun; before the first step it is -1
-        self.begun_bytes = 0  # of it, copied and sent
+        self._since_whole = 0  # deltas since the newest whole snapshot
+        self.begun = -2  # step of the newest snapshot begun; -1 for the state before the first step
+        self.begun_bytes = 0  # of that snapshot, copied and sent
 
     def takes_delta(self, step: int) -> bool:
         """Whether the snapshot after `step` may be a delta."""
@@ -87,12 +87,12 @@ class SnapshotReplicator:
 
     @property
     def whole_bytes(self) -> int:
-        """What is copied and sent of a whole snapshot: its work."""
+        """Bytes copied and sent for a whole snapshot: its work."""
         return self._own.copied_bytes(whole=True) + self._own.shared_bytes(whole=True)
 
     @property
     def mean_bytes(self) -> float:
-        """What is copied and sent of a snapshot, if one follows each step."""
+        """Mean bytes copied and sent for a snapshot, if one follows each step."""
         deltas = (self._whole_every - 1) * self._delta_bytes
         return (self.whole_bytes + deltas) / self._whole_every
 
@@ -101,18 +101,18 @@ class SnapshotReplicator:
         return self._own.copied_bytes(whole=False) + self._own.shared_bytes(whole=False)
 
     def start(self, vault: SnapshotStore) -> None:
-        """Keep the generation's snapshots in `vault` from now on."""
+        """Keep the generation's snapshots in `vault`, and start both threads."""
         vault.add(self._own)
         vault.add(self._kept)
         threading.Thread(target=self._send_all, name="snapshot", daemon=True).start()
         threading.Thread(target=self._receive_all, name="protected_rank", daemon=True).start()
 
     def begin(self, step: int, ranges: NamedRanges, note: str, update: Update | None = None) -> None:
-        """Take a snapshot of the shard after `step`. Returns at once; the shard must not change until `copied`.
+        """Begin a snapshot of the shard after `step`. Returns at once; the shard must not change until `copied`.
 
         Args:
             ranges: of the shard; for a delta with the gradients of the update.
-            update: that led here from the step before, for a delta.
+            update: from the step before to this one, for a delta.
         """
         self.copied()
         self._copied, self._acknowledged = Future(), Future()
@@ -122,16 +122,16 @@ class SnapshotReplicator:
         self._orders.put((snapshot, ranges, self._copied, self._acknowledged))
 
     def copied(self) -> None:
-        """Wait until the newest snapshot is this worker's: then the shard may change."""
+        """Wait until the newest snapshot is copied: then the shard may change."""
         self._await(self._copied)
 
     def acknowledged(self) -> None:
-        """Wait until the newest snapshot is the buddy's too. Raises StreamClosed if that can't be any more."""
+        """Wait until the buddy has the newest snapshot. Raises StreamClosed if the connection has ended."""
         self._await(self._acknowledged)
 
     def cost_s(self) -> float:
-        """What snapshots have taken from training so far, seconds: its waits and, where training needs the same
-        processors, the work of both threads."""
+        """Seconds that snapshots have cost training so far: its waits and, where training needs the same processors,
+        the work of both threads."""
         return self._waited_s + (sum(self._busy_s) if self._takes_cores else 0.0)
 
     def _await(self, done: "Future[None]") -> None:
@@ -144,12 +144,12 @@ class SnapshotReplicator:
             self._waited_s += time.perf_counter() - began_s
 
     def shut(self) -> None:
-        """End both connections, whoever waits for them. What is whole stays in the vault."""
+        """Shut both connections, also under threads that wait for them. Whole snapshots stay in the store."""
         self._to_buddy.shut()
         self._from_protected_rank.shut()
 
     def close(self) -> None:
-        """The generation is over."""
+        """End the protection of this generation."""
         self._orders.put(None)
         self.shut()
 
@@ -185,7 +185,7 @@ class SnapshotReplicator:
         def place(header: dict[str, Any], length: int) -> memoryview:
             update = None if header["update"] is None else Update(*header["update"])
             if header["generation"] != self.generation or length != self._kept.shared_bytes(whole=update is None):
-                raise StreamClosed(f"a snapshot of {length} bytes of generation {header['generation']} came")
+                raise StreamClosed(f"unexpected snapshot: {length} bytes of generation {header['generation']}")
             arriving.append(self._kept.begin(int(header["step"]), str(header["note"]), update))
             return self._kept.shared(arriving[0])
 
@@ -196,7 +196,7 @@ class SnapshotReplicator:
                 self._from_protected_rank.acknowledge()
                 self._busy_s[1] = time.thread_time()
         except StreamClosed as error:
-            log.info("generation %d: no more snapshots from its ward: %s", self.generation, error)
+            log.info("generation %d: no more snapshots from the protected rank: %s", self.generation, error)
         finally:
             for snapshot in arriving:
                 self._kept.give_up(snapshot)
@@ -204,7 +204,7 @@ class SnapshotReplicator:
 
 
 def _header(snapshot: Snapshot) -> dict[str, Any]:
-    """What the buddy has to know of it beside its bytes."""
+    """Description of a snapshot for the buddy, sent with its bytes."""
     update = None if snapshot.update is None else astuple(snapshot.update)
     return {
         "step": snapshot.holding.step,

@@ -1,4 +1,4 @@
-"""The rows of a step: from the sampler's order to this rank's micro-batches as tensors."""
+"""Rows of a step: from the sample order to this rank's micro-batches as tensors."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +29,7 @@ from orchestrator.spec.job import JobSpec
 
 @dataclass(frozen=True)
 class StepMicroBatch:
-    """A micro-batch and its number in the global batch; the number is None for a pass that only keeps step."""
+    """A micro-batch and its number in the global batch; None for an empty pass that keeps ranks in step."""
 
     number: int | None
     batch: MicroBatch
@@ -37,15 +37,15 @@ class StepMicroBatch:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What one rank does in a step.
+    """One rank's work in a step.
 
     Args:
-        micro-batches: as many on every rank; a rank without a micro-batch left has a batch of no rows.
+        micro_batches: as many on every rank; a rank without a micro-batch left has a batch of no rows.
         num_micro_batches: micro-batches of the whole global batch.
         global_tokens: targets in the whole global batch.
         first_position, num_positions: the sample positions that the step consumes.
         stage: of the curriculum; empty without one.
-        sequence_length: tokens of a row, or of the longest that there may be.
+        sequence_length: tokens of a row, or of the longest possible row.
         tokens: [num_micro_batches], of each micro-batch.
         padded_tokens: [num_micro_batches], padding included.
     """
@@ -100,17 +100,16 @@ class BatchReader:
 
     @property
     def first_order(self) -> str:
-        """What a run begins with, as it is saved."""
+        """The sample order at the start of a run, in its saved form."""
         return self._orders.first.to_json()
 
     def follow(self, saved: str) -> None:
-        """From now on the order of samples is a saved one. Raises ProtocolError for what is none."""
+        """Switch to a saved sample order. Raises ProtocolError if it is invalid."""
         if saved != self.order.to_json():
             self.order = self._orders.saved(saved)
 
     def decide(self, stages: Sequence[StageStart], first_step: int) -> None:
-        """From now on what was decided is followed, from `first_step` on. Raises ValueError, DataError for what can't
-        be."""
+        """Follow decided stages from `first_step` on. Raises ValueError, DataError if they can't be followed."""
         self.order = self._orders.decided(self.order, stages, first_step)
 
     def step(self, step: int, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
@@ -176,7 +175,7 @@ class BatchReader:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """All that decides what is read: whoever asks for anything else gets nothing that was read ahead."""
+    """Everything that determines what is read: rows read ahead are used only for an equal request."""
 
     order: Order
     step: int
@@ -186,10 +185,10 @@ class _Wanted:
 
 
 class Prefetch:
-    """Reads one step ahead of the one that was asked for last. Used by one thread.
+    """Reads one step ahead of the last request. Used by one thread.
 
     Args:
-        feed: what to read from.
+        feed: reader of both steps.
         num_steps: of the run; nothing is read beyond.
     """
 
@@ -199,9 +198,9 @@ class Prefetch:
         self._ahead: tuple[_Wanted, Future[StepBatches]] | None = None
 
     def step(self, step: int, rank: int, world_size: int, size: MicroBatchSize) -> StepBatches:
-        """What `Feed.step` returns or raises, without a wait if the step before was asked for in the same world.
+        """Same as `BatchReader.step`, without a wait if the step before was requested in the same world.
 
-        What was read ahead for another world or another order of rows is dropped.
+        Rows read ahead for another world or another sample order are dropped.
         """
         wanted = _Wanted(self._feed.order, step, rank, world_size, size)
         ahead, self._ahead = self._ahead, None
@@ -217,6 +216,6 @@ class Prefetch:
         return rows
 
     def close(self) -> None:
-        """End the thread, and drop what it has read. A repeat is harmless."""
+        """End the thread, and drop what it has read. Idempotent."""
         self._ahead = None
         self._thread.shutdown(wait=False, cancel_futures=True)

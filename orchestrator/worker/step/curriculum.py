@@ -1,8 +1,8 @@
-"""How a worker follows what is decided about the stages of a curriculum while the run trains.
+"""Agreement of all members on decided curriculum stages while the run trains.
 
-A decision comes with a directive, to each member at its own time. All begin to follow it after the same vote: the first
-in which every one of them speaks of it. The rows of the next step may have been read by then, so what it says of that
-step comes too late, for all members alike, and is left out.
+A decision comes with a directive, which reaches each member at its own time. All begin to follow it after the same
+vote: the first in which every member names it. The rows of the next step may have been read by then, so a change of
+that step comes too late, for all members alike, and is left out.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger("orchestrator.worker")
 
 
 class Stages:
-    """Keeps the feed and the progress of training at the same order of samples. Used by the training thread."""
+    """Keeps the reader and the training progress at the same sample order. Used by the training thread."""
 
     def __init__(self, feed: BatchReader) -> None:
         self._feed = feed
@@ -26,12 +26,12 @@ class Stages:
         self._agreed = 0  # version of the newest decision that was agreed on
 
     def speak(self, directive: Directive) -> int:
-        """What this worker has to say of stages in its vote."""
+        """The version of the stages that this worker names in its vote."""
         self._spoken = directive
         return directive.stages_version
 
     def agree(self, outcome: VoteResult, progress: Progress) -> Progress:
-        """The progress after a vote, with the stages that were agreed on in it."""
+        """The progress after a vote, with the stages agreed on in it."""
         spoken, version = self._spoken.stages, self._spoken.stages_version
         if version != outcome.stages or version == self._agreed:
             return progress
@@ -43,8 +43,8 @@ class Stages:
         return replace(progress, sampler=self._feed.order.to_json())
 
     def follow(self, progress: Progress) -> Progress:
-        """Train in the order of a state that was taken over. What it has of decisions may be older than what was agreed
-        on, so these are agreed on again."""
+        """Switch to the sample order of a loaded state. Its stages may be older than those agreed on, so these are
+        agreed on again."""
         self._feed.follow(progress.sampler)
         self._agreed = 0
         return progress

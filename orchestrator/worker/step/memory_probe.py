@@ -1,4 +1,4 @@
-"""What the micro-batches of a generation take of this worker's memory, gathered step by step."""
+"""Memory use of a generation's micro-batches on this worker, measured step by step."""
 
 import ctypes
 import platform
@@ -11,8 +11,7 @@ import torch
 from orchestrator.protocol.messages import MicroBatchMemory
 from orchestrator.worker.step.batches import StepBatches
 
-# -- What this process has taken of memory, and how much there is: what micro-batches are fitted by
-# ----------------------------
+# -- Memory that this process uses and memory that is available: the inputs to micro-batch sizing ----------------------
 
 MEMINFO = Path("/proc/meminfo")
 STATUS = Path("/proc/self/status")
@@ -23,8 +22,8 @@ MOUNT = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that there are, how many of them all processes have that the system can't take back, and a name for this
-    memory, the same for all who share it."""
+    """Bytes of a memory, bytes of it used by all processes that the system can't reclaim, and a name of this memory,
+    the same for all processes that share it."""
 
     limit_bytes: int
     used_bytes: int
@@ -53,7 +52,7 @@ _MALLINFO2 = _mallinfo2()
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """What is in use of this process's memory now; 0 where that can't be told."""
+    """Bytes of this process's memory in use now; 0 where unknown."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if _MALLINFO2 is None:
@@ -63,14 +62,14 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def taken_bytes(device: torch.device) -> int:
-    """The most that this process has taken since it gave back what was free."""
+    """Most bytes that this process has taken since the last `give_back`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return _of_lines(STATUS, ("RssAnon:", "RssShmem:"))
 
 
 def give_back(device: torch.device) -> None:
-    """Let the system have what is free of what was taken: `taken_bytes` tells then what is in use, and what will be."""
+    """Return free memory to the system: `taken_bytes` then counts what is in use, and what will be."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -80,7 +79,7 @@ def give_back(device: torch.device) -> None:
 
 
 def room(device: torch.device) -> Room:
-    """What there is for this process and those beside it."""
+    """Memory available to this process and those beside it."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Room(total, total - free, f"gpu {torch.cuda.get_device_properties(device).uuid}")
@@ -92,7 +91,7 @@ def room(device: torch.device) -> Room:
 
 
 def _groups() -> list[Path]:
-    """Directories of the groups that confine this process's memory, the innermost first."""
+    """Directories of the control groups that limit this process's memory, the innermost first."""
     found = []
     for line in GROUPS.read_text().splitlines() if GROUPS.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -127,22 +126,21 @@ def _room_of(group: Path, boot: str) -> Room | None:
 
 
 def _of_lines(path: Path, names: tuple[str, ...], unit: int = 1024) -> int:
-    """The sum of what a file's lines say of these names."""
+    """Sum of a file's values for these names, times `unit`."""
     with path.open() as lines:
         return sum(int(words[1]) * unit for line in lines if (words := line.split()) and words[0] in names)
 
 
-# -- What the micro-batches of a generation take of this worker's memory, gathered step by step
-# --------------------------------
+# -- Memory use of a generation's micro-batches, measured step by step -------------------------------------------------
 
-SMALLER = 0.9  # times as large as the largest micro-batch of the generation before
+SMALLER = 0.9  # times the size of the previous generation's largest micro-batch
 
 
 class MemoryProbe:
-    """Used by the training thread.
+    """Probe used by the training thread.
 
     Args:
-        device: whose memory micro-batches take: the machine's, or a GPU's.
+        device: whose memory micro-batches use: the machine's, or a GPU's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -159,10 +157,10 @@ class MemoryProbe:
         self._kept = max(self._kept, allocated_bytes(self._device) - self._before)
 
     def end_step(self, generation: int, feed: StepBatches) -> MicroBatchMemory:
-        """Called after a step. Returns what is known of its generation's micro-batches of such rows."""
+        """Called after a step. Returns measurements of its generation's micro-batches of this sequence length."""
         last, there = self._newest, room(self._device)
         if last is not None and last.generation != generation and max(feed.padded_tokens) < SMALLER * last.tokens:
-            give_back(self._device)  # else what larger micro-batches took would keep these from growing again
+            give_back(self._device)  # else memory taken by larger micro-batches would keep these from growing again
             there = room(self._device)
         is_first = last is None or (last.generation, last.sequence_length) != (generation, feed.sequence_length)
         self._newest = MicroBatchMemory(

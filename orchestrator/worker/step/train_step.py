@@ -30,7 +30,7 @@ from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
 @dataclass(frozen=True)
 class Voice:
-    """What a rank says in a vote besides its part of the step."""
+    """A rank's entries in a vote besides its part of the step."""
 
     fence: int
     finish: bool
@@ -40,12 +40,12 @@ class Voice:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A finished step: what was agreed, where training stands now, and the account of it.
+    """A finished step: the vote's result, the training progress after it, and its record.
 
     Args:
-        gradients: of its update, if there was one and they were to be kept.
-        memory: what its generation's micro-batches take, if that is asked for.
-        saturated: parameters whose gradient was too large here for an exact sum; its update is left out then.
+        gradients: of its update, if it was applied and they were to be kept.
+        memory: use by its generation's micro-batches, if measured.
+        saturated: parameters whose gradient was too large here for an exact sum; its update is skipped then.
     """
 
     outcome: VoteResult
@@ -57,11 +57,11 @@ class StepResult:
 
 
 class TrainStep:
-    """Does steps on whatever shard there is.
+    """Does the steps of any shard.
 
     Args:
-        before_slot: called before each micro-batch of a step.
-        validates: as often as the job says; else never.
+        before_micro_batch: called before each micro-batch of a step.
+        validates: as often as the job configures; else never.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class TrainStep:
         speak: Callable[[], Voice],
         keep_gradients: bool,
     ) -> StepResult:
-        """The step after `progress`. Collective over the shard's world.
+        """Do the step after `progress`. Collective over the shard's world.
 
         Args:
             before_update: called when the state is about to change; not if the update is skipped.
-            speak: asked at the last moment before the vote.
+            speak: called at the last moment before the vote.
         """
         started, waited_s, step = time.perf_counter(), collective_stats.waited_s(), progress.step + 1
         feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.micro_batch)
@@ -190,17 +190,17 @@ class TrainStep:
         return StepResult(outcome, moved_on, record, gradients, memory, update.saturated)
 
     def _open_seal(self, shard: Shard, step: int) -> None:
-        """Before anything is made of a state that has changed by itself. Raises StateCorrupted."""
+        """Open the memory guard before the state is used. Raises StateCorrupted if it has changed by itself."""
         changed = shard.seal.open() if shard.seal is not None else []
         if changed:
             more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
             raise StateCorrupted(
                 f"{changed[0]}{more} of rank {shard.rank} on {platform.node()} changed between the ends of steps "
-                f"{step - 1} and {step}, where nobody writes to it"
+                f"{step - 1} and {step}, although nothing writes to it then"
             )
 
     def _measured(self) -> Callable[[], None]:
-        """Called before a micro-batch; what it returns, between its forward and its backward pass."""
+        """Called before a micro-batch. Returns the callback between its forward and its backward pass."""
         if self._gauge is None:
             return noop
         self._gauge.begin_pass()
@@ -226,14 +226,14 @@ class TrainStep:
         return losses
 
     def _load(self, generation: int, step: int, counts_LE: Tensor) -> ExpertLoad:
-        """The load of each expert, summarised; beside that of the step before where this generation did it."""
+        """Summary of the load per expert, compared with the step before where this generation did it."""
         before = self._counted[2] if self._counted is not None and self._counted[:2] == (generation, step - 1) else None
         counts = counts_LE.numpy()
         self._counted = (generation, step, counts)
         return expert_load(counts, before)
 
     def _balance(self, shard: Shard, outcome: VoteResult, step: int) -> None:
-        """Move the routers' biases by what the global batch has shown. A skipped update moves nothing."""
+        """Move the routers' biases by the global batch's expert counts. A skipped update moves nothing."""
         model, layers = self._spec.model, shard.model.moe_layers
         if not outcome.applied or not model.bias_update_speed or not layers:
             return

@@ -1,14 +1,14 @@
 """The vote: one small all-reduce that ends a step, from which every member draws the same conclusions.
 
-Every rank fills its own places in a vector of zeros, so the sum holds what each said, and adds no rounding of its own:
-losses per micro-batch stay apart until they are summed in micro-batch order, whatever the world size.
+Every rank fills its own places in a vector of zeros, so the sum holds each rank's values and adds no rounding: losses
+per micro-batch stay apart until they are summed in micro-batch order, whatever the world size.
 
 Layout of the vector, float64 (integers below 2^53 are exact): loss sum per micro-batch, validation loss sum per
 validation micro-batch, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per
-rank: update applied, generation of the fence it has seen, request to finish, steps that it would have between two
-snapshots, seconds that it computed for a micro-batch, version of the decided stages that it has seen, number of the
-compression that it would have. Last, what is summed over the ranks: bytes by kind that they have sent since their last
-votes, and their parts of digests, in halves of 32 bits.
+rank: update applied, generation of the fence it has seen, request to finish, preferred steps between two snapshots,
+seconds that it computed for a micro-batch, version of the decided stages that it has seen, number of its preferred
+compression. Last, summed over the ranks: bytes by kind that they have sent since their last votes, and their parts of
+digests, in halves of 32 bits.
 """
 
 from collections.abc import Mapping
@@ -31,21 +31,21 @@ HALF = 1 << 32
 
 @dataclass(frozen=True)
 class Ballot:
-    """What one rank says at the end of a step.
+    """One rank's contribution to the vote at the end of a step.
 
     Args:
-        slot_losses: [S], loss sums of this rank's micro-batches, 0 elsewhere.
+        micro_batch_losses: [S], loss sums of this rank's micro-batches, 0 elsewhere.
         validation_losses: [S'], likewise; empty in a step without validation.
-        routed: what this rank's routers counted.
+        routed: counts of this rank's routers.
         applied: whether its optimizer updated.
         fence: generation to which it is ready to hand over after this step, or `NO_FENCE`.
         finish: it has seen the request to end the run.
-        interval: steps that it would have between two snapshots.
-        busy_s: how long it computed for one of its micro-batches, waits for peers apart; 0 without a micro-batch.
+        interval: preferred number of steps between two snapshots.
+        busy_s: computing time of one of its micro-batches, waits for peers excluded; 0 without a micro-batch.
         stages: version of the decided stages that it has seen.
-        traffic: what it has sent since its last vote.
-        compression: number of the scheme that it would have; -1 for none that it knows of.
-        digests: by rank of the world that is asked for, this rank's part (`orchestrator.state.fingerprint`).
+        traffic: sent since its last vote.
+        compression: number of its preferred scheme; -1 if it has none yet.
+        digests: by rank of the requested world, this rank's part (`orchestrator.state.fingerprint`).
     """
 
     micro_batch_losses: NDArray[np.float64]
@@ -64,21 +64,21 @@ class Ballot:
 
 @dataclass(frozen=True)
 class VoteResult:
-    """What all ranks said together; equal on every rank.
+    """Result of the vote; equal on every rank.
 
     Args:
         loss_sum: over all micro-batches in micro-batch order, nats.
         validation_loss_sum: None in a step without validation.
-        routed: what all routers counted over the whole global batch.
+        routed: counts of all routers over the whole global batch.
         applied: every rank updated.
-        fence: the generation to hand over to now: every rank named the same one. Else `NO_FENCE`.
+        fence: the generation to hand over to now, if every rank named the same one; else `NO_FENCE`.
         finish: every rank has seen the request to end.
-        interval: the longest that any rank would have.
+        interval: the longest that any rank prefers.
         busy_s: by rank.
         stages: version of the decided stages that every rank has seen; -1 if they have seen different ones.
         traffic: of all ranks together, by kind; kinds of which nothing was sent are left out.
-        compression: number of the coarsest scheme that any rank would have; -1 as long as one doesn't know.
-        digests: by rank, in 16 hexadecimal digits; empty where nobody took any.
+        compression: number of the coarsest scheme that any rank prefers; -1 while any rank has none.
+        digests: by rank, in 16 hexadecimal digits; empty where none were taken.
     """
 
     loss_sum: float
@@ -98,12 +98,12 @@ class VoteResult:
 def vote(
     ballot: Ballot, rank: int, world_size: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> VoteResult:
-    """Collective over the world. `group` is None in a world of one."""
+    """Hold the vote. Collective over the world. `group` is None in a world of one."""
     num_micro_batches, num_validation = len(ballot.micro_batch_losses), len(ballot.validation_losses)
     counts_LE, margins_LEM = ballot.routed.counts_LE, ballot.routed.margins_LEM
     voices = np.zeros((world_size, NUM_VOICES))
-    said = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
-    voices[rank] = (*said, ballot.compression)
+    values = (ballot.applied, ballot.fence, ballot.finish, ballot.interval, ballot.busy_s, ballot.stages)
+    voices[rank] = (*values, ballot.compression)
     sent = [ballot.traffic.get(kind, Traffic()) for kind in TrafficKind]
     traffic = np.array([astuple(each) for each in sent], dtype=np.float64).reshape(-1)
     halves = np.stack([ballot.digests // HALF, ballot.digests % HALF]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""A checkpoint read back into a rank's shard, whatever world wrote it.
+"""Loading of a checkpoint into a rank's shard, whatever world wrote it.
 
 Checkpoints hold the fp32 masters; weights in lower precision are made from them, by the same rounding as after a step.
 """
@@ -23,7 +23,7 @@ from orchestrator.state.snapshot import PARTIAL
 from orchestrator.worker.shard.shard import Progress
 from orchestrator.worker.transition.save_shard import part_of
 
-CHUNK = 1 << 22  # elements read at once, so that memory for a copy stays small
+CHUNK = 1 << 22  # elements read at once, which keeps the copy small
 PARAM, MASTER, THIN = "param/", "master/", "powersgd/"
 
 
@@ -36,19 +36,19 @@ def read_state(
     world_size: int,
     between: Callable[[], None] = noop,
 ) -> Progress:
-    """Fill this rank's ranges. What compression keeps stays as it is where the checkpoint has none of it, or it is to
+    """Fill this rank's ranges. State of compression keeps its first values where the checkpoint has none, or it is to
     be reset.
 
     Args:
-        sampler: the order of samples that follows from the job and its data; the checkpoint must have the same, apart
-            from stages of a curriculum, which may have been decided while it trained.
+        sampler: the sample order that follows from the job and its data; the checkpoint must have the same, except for
+            stages of a curriculum, which may have been decided while it trained.
         between: called before each piece is read.
 
     Returns:
-        where training stood.
+        the training progress.
 
     Raises:
-        CheckpointCorrupt: files are missing or changed, or of another model.
+        CheckpointCorrupt: files are missing or changed, or belong to another model.
         DataError: it was trained on another corpus, or in another order.
     """
     checkpoint = Path(restore.path)
@@ -58,7 +58,7 @@ def read_state(
             progress = Progress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
             saved = _without_stages(progress.sampler)
         except (KeyError, ValueError) as error:
-            raise CheckpointCorrupt(f"{checkpoint} does not say where training stood: {error!r}") from error
+            raise CheckpointCorrupt(f"{checkpoint} does not record the training progress: {error!r}") from error
         if saved != _without_stages(sampler):
             raise DataError(
                 f"{checkpoint} was trained with the sample order {progress.sampler}; job and data give {sampler}",
@@ -88,7 +88,7 @@ def read_state(
 
 
 def _read_parts(reader: CheckpointReader, name: str, data: torch.Tensor, ranks: range) -> None:
-    """The sum of what these ranks had of a tensor. Each rank reads others' parts, so that nothing is lost or double."""
+    """Sum these ranks' parts of a tensor. Each rank reads others' parts, so that none is lost or counted twice."""
     data.zero_()
     for rank in ranks:
         for start in range(0, data.numel(), CHUNK):
@@ -97,12 +97,12 @@ def _read_parts(reader: CheckpointReader, name: str, data: torch.Tensor, ranks: 
 
 
 def _without_stages(sampler: str) -> object:
-    """What decides an order of samples, with a curriculum its stages apart."""
+    """The state of a sample order, without the stages of a curriculum."""
     state = json.loads(sampler)
     return {**state, "stages": None} if isinstance(state, dict) and "num_tokens" in state else state
 
 
-# -- The weights that a run begins with, read from a directory of another's model into a rank's shard ------------------
+# -- First weights of a run, read from a pretrained model's directory into a rank's shard ------------------------------
 
 MOMENTS = ("exp_avg/", "exp_avg_sq/")
 
@@ -112,7 +112,7 @@ def read_pretrained(spec: ModelSpec, ranges: NamedRanges) -> None:
     """Fill this rank's ranges: weights, masters and router biases from `spec.init_from`, moments with zeros.
 
     Raises:
-        UsageError, CheckpointCorrupt: the directory isn't there any more, or isn't of this model.
+        UsageError, CheckpointCorrupt: the directory no longer exists, or isn't of this model.
     """
     assert spec.init_from is not None
     source = open_pretrained(Path(spec.init_from))
@@ -136,7 +136,7 @@ class _Weights(ExitStack):
         self._files: dict[Path, safe_open] = {}
 
     def read(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Elements [start, stop) of our flattened tensor, as runs with the place of their first element."""
+        """Elements [start, stop) of our flattened tensor, as runs with the index of their first element."""
         before = 0
         for part in self._source.parts(name):
             shape = self._source.shapes[part.key][0 if part.index is None else 1 :]

@@ -1,4 +1,4 @@
-"""Plans that this worker has a place in, prepared in the background while it trains or stands by."""
+"""Background preparation of plans that include this worker, while it trains or stands by."""
 
 import logging
 import threading
@@ -15,10 +15,10 @@ log = logging.getLogger("orchestrator.worker")
 
 
 class TransitionPreparer:
-    """Asked by the training thread; works in threads of its own.
+    """Queried by the training thread; works in threads of its own.
 
-    A plan is begun as soon as a directive names it, however long the present step takes, and in a thread of its own:
-    where a peer never comes, the next plan doesn't wait for that.
+    A plan is begun as soon as a directive names it, however long the present step takes, and in its own thread: the
+    next plan doesn't wait where a peer never connects.
     """
 
     def __init__(self, factory: ShardFactory, mailbox: WorkerMailbox) -> None:
@@ -38,22 +38,22 @@ class TransitionPreparer:
             return fence.to_generation if fence.to_generation in self._ready else NO_FENCE
 
     def take(self, generation: int) -> PreparedTransition:
-        """What was prepared for `generation`. Raises KeyError if nothing was."""
+        """The prepared transition to `generation`. Raises KeyError if there is none."""
         with self._lock:
             return self._ready.pop(generation)
 
     def is_awaited(self, directive: Directive) -> bool:
-        """Whether a plan with a place for this worker is prepared."""
+        """Whether a plan that includes this worker is prepared."""
         return self._is_ready(directive.next) or self._is_ready(directive.current)
 
     def is_wanted(self, directive: Directive) -> bool:
-        """Whether there is a plan with a place for this worker, prepared or not."""
+        """Whether there is a plan that includes this worker, prepared or not."""
         plans = (plan for plan in (directive.next, directive.current) if plan is not None)
         return any(self._concerns_me(plan) and plan.generation > directive.activated for plan in plans)
 
     def await_next(self, meanwhile: Callable[[Directive], bool]) -> PreparedTransition | None:
-        """The next plan with a place for this worker, once it is prepared; plans given up before are passed over. None
-        as soon as a directive asks for something to be done meanwhile."""
+        """The next plan that includes this worker, once it is prepared; plans dropped before are skipped. None as soon
+        as a directive asks for work to be done meanwhile."""
         while True:
             directive = self._mailbox.wait(lambda d: self.is_awaited(d) or meanwhile(d))
             if not self.is_awaited(directive) and meanwhile(directive):
@@ -67,7 +67,7 @@ class TransitionPreparer:
         return plan.generation in _wanted(self._mailbox.directive)
 
     def await_activation(self, plan: GenerationPlan) -> int:
-        """The newest activated generation, as soon as it is that of `plan` or a later one, or another plan has come."""
+        """The newest activated generation, as soon as it is that of `plan` or later, or a newer plan has come."""
 
         def settled(directive: Directive) -> bool:
             newer = (p for p in (directive.next, directive.current) if p is not None and p.generation > plan.generation)
@@ -76,7 +76,7 @@ class TransitionPreparer:
         return self._mailbox.wait(settled).activated
 
     def close(self) -> None:
-        """Begin nothing more and close what is ready."""
+        """Begin no more preparations and close those that are ready."""
         with self._lock:
             self._closed = True
             rest, self._ready = list(self._ready.values()), {}
@@ -99,7 +99,7 @@ class TransitionPreparer:
         began_s = time.perf_counter()
         try:
             prepared = prepare(self._factory, plan)
-        except Exception as error:  # whatever it is: the controller waits for an answer
+        except Exception as error:  # of any kind: the controller waits for a report
             log.warning("generation %d could not be prepared: %s", plan.generation, error)
             self._mailbox.publish(failed_generation=plan.generation)
             return
@@ -120,7 +120,7 @@ class TransitionPreparer:
         return None
 
     def _given_up(self, directive: Directive) -> list[int]:
-        """Generations that are ready here and that nobody wants any more."""
+        """Generations that are ready here but no longer wanted."""
         return [generation for generation in list(self._ready) if generation not in _wanted(directive)]
 
     def _is_ready(self, plan: GenerationPlan | None) -> bool:
@@ -131,6 +131,6 @@ class TransitionPreparer:
 
 
 def _wanted(directive: Directive) -> set[int]:
-    """Generations that a worker may still have to go to, or is in."""
+    """Generations that a worker may still have to enter, or is in."""
     wanted = {plan.generation for plan in (directive.next, directive.current) if plan is not None}
     return wanted | ({directive.fence.to_generation} if directive.fence is not None else set())

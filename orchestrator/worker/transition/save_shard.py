@@ -1,8 +1,8 @@
-"""A rank's part of a checkpoint: copied at once, written in the background.
+"""Saving of a rank's part of a checkpoint: copied at once, written in the background.
 
-What is saved is the sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
-0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. What error feedback has kept
-is saved by each rank for itself: all parts together are what was never sent.
+A rank saves its sharded state, each element by the one rank that owns it: fp32 masters, both moments, and from rank
+0 the buffers. Weights in lower precision are their masters rounded, so they aren't saved. Residuals of error feedback
+are saved by each rank for itself: all parts together are what was never sent.
 """
 
 import json
@@ -28,10 +28,10 @@ class ShardSaver:
     Args:
         checkpoints: the run's directory of checkpoints.
         shapes: of every tensor in a checkpoint, for its readers.
-        keeps: what compression of gradients keeps, as `CompressionSpec.keeps` says it.
-        numerics: as a worker's report has it.
-        done: called from the writing thread with what was written.
-        failed: called from it with what went wrong.
+        keeps: state that gradient compression keeps, as in `CompressionSpec.keeps`.
+        numerics: as in a worker's report.
+        done: called from the writing thread with the written shard.
+        failed: called from it with the error.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ShardSaver:
                 self._checkpoints,
                 pieces,
                 step=progress.step,
-                term=shard.term,  # of the plan: ranks may hear of a newer controller at different moments
+                term=shard.term,  # of the plan: ranks may learn of a newer controller at different moments
                 generation=shard.world.generation,
                 rank=shard.rank,
                 meta=json.dumps(
@@ -81,14 +81,14 @@ class ShardSaver:
                     sort_keys=True,
                 ),
             )
-        except Exception as error:  # whatever it is: the end of the run waits for every shard
+        except Exception as error:  # of any kind: the end of the run waits for every shard
             self._failed(error)
         else:
             self._done(written)
 
 
 def pieces_of(ranges: NamedRanges, rank: int) -> list[ShardPiece]:
-    """Copies of everything that this rank saves."""
+    """Copies of all pieces that this rank saves."""
     pieces = []
     for name, held in ranges:
         kind = name.partition("/")[0]
@@ -108,7 +108,7 @@ def pieces_of(ranges: NamedRanges, rank: int) -> list[ShardPiece]:
 
 
 def part_of(name: str, rank: int) -> str:
-    """How a checkpoint calls a rank's part of a tensor that is the sum of all ranks' parts."""
+    """Name in a checkpoint of a rank's part of a tensor that is the sum of all ranks' parts."""
     return f"{name}#{rank}"
 
 

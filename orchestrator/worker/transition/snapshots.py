@@ -1,8 +1,8 @@
-"""What a worker keeps of the run's state, so that the run can go back to it: snapshots, and its own shard after an end.
+"""State that a worker keeps for recovery: snapshots, and its own shard after the end of a generation.
 
-begin .. leave      one generation's protection: buddy and ward are connected
-due, take, agree    when the shard is copied, and what the members' votes tell of it
-hold, gathered      the shard without an engine around it, and all that this worker can hand over
+begin .. leave      one generation's protection: buddy and protected rank are connected
+due, take, agree    when the shard is copied, and what the members agree on in votes
+hold, gathered      the shard without an engine around it, and all state that this worker can hand over
 """
 
 from orchestrator.elastic.recovery_point import Holding
@@ -16,7 +16,7 @@ from orchestrator.worker.shard.shard import Progress, Shard
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.transition import Held
 
-NEVER = 0  # interval of a run that takes no snapshots
+NEVER = 0  # interval of a run without snapshots
 
 
 class SnapshotManager:
@@ -24,8 +24,8 @@ class SnapshotManager:
 
     Args:
         me: this worker's id.
-        protection: the job's key.
-        last_step: after it a snapshot is taken in any case.
+        protection: value of the job's `protection` key.
+        last_step: after it a snapshot is always taken.
     """
 
     def __init__(self, me: str, protection: str, last_step: int) -> None:
@@ -34,14 +34,14 @@ class SnapshotManager:
         self._vault = SnapshotStore()
         self._protection: SnapshotReplicator | None = None
         self._choice = IntervalChoice(0, 0.0)
-        self._interval = NEVER  # steps between two snapshots: what all members agree on
+        self._interval = NEVER  # steps between two snapshots, agreed by all members
         self._paid_s = 0.0
-        self.held: Held | None = None  # the last activated state, while no engine is around it
+        self.held: Held | None = None  # the last activated state, while it has no engine
 
     # -- a generation ------------------------------------------------------------------------------------------
 
     def begin(self, generation: int, protection: SnapshotReplicator | None) -> None:
-        """The generation is activated: from now on snapshots go to its buddies; None where there are none."""
+        """Send snapshots to the buddies of a newly activated generation; None where there are none."""
         self._protection, self._paid_s = protection, 0.0
         if protection is not None:
             self._choice = IntervalChoice(protection.whole_bytes, protection.mean_bytes)
@@ -52,19 +52,19 @@ class SnapshotManager:
             self._vault.drop_before(generation)
 
     def leave(self) -> None:
-        """No more snapshots in this generation. Those that are whole stay."""
+        """End snapshots of this generation. Those that are whole stay."""
         if self._protection is not None:
             self._protection.close()
             self._protection = None
             self._vault.leave_free()
 
     def shut(self) -> None:
-        """Free whoever waits for buddy or ward. From any thread."""
+        """Free threads that wait for buddy or protected rank. From any thread."""
         if (protection := self._protection) is not None:
             protection.shut()
 
     def settle(self, generation: int) -> None:
-        """The generation has a committed step of its own: nobody goes back to an older one. From any thread."""
+        """Drop older generations: this one has a committed step, so the run won't return to them. From any thread."""
         self._vault.drop_before(generation)
 
     # -- a step ------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ class SnapshotManager:
 
     @property
     def wanted_interval(self) -> int:
-        """What this worker would have for the next snapshots."""
+        """The interval that this worker prefers for the next snapshots."""
         return self._interval if self._fixed is not None or self._protection is None else self._choice.interval
 
     def due(self, step: int) -> bool:
@@ -89,7 +89,7 @@ class SnapshotManager:
             self._protection.copied()
 
     def acknowledged(self) -> None:
-        """Wait until the newest snapshot is with the buddy."""
+        """Wait until the buddy has the newest snapshot."""
         if self._protection is not None:
             self._protection.acknowledged()
 
@@ -98,10 +98,10 @@ class SnapshotManager:
         return self._interval == 1 and self._protection is not None and self._protection.takes_delta(step)
 
     def take(self, shard: Shard, progress: Progress, lr: float = 0.0, gradients: NamedRanges | None = None) -> None:
-        """Begin a snapshot of the shard as it is.
+        """Begin a snapshot of the shard's current state.
 
         Args:
-            lr, gradients: of the update that the newest step has done; a whole snapshot if there are none.
+            lr, gradients: of the newest step's update; without them the snapshot is whole.
         """
         if self._protection is None:
             return
@@ -113,12 +113,12 @@ class SnapshotManager:
         self._protection.begin(progress.step, ranges, progress.to_json(), update)
 
     def agree(self, interval: int, step_s: float, took_snapshot: bool) -> None:
-        """Take in what the vote has agreed on, and what the step has shown.
+        """Apply the interval agreed on in the vote, and observe the step's cost.
 
         Args:
-            interval: the longest that any member wants.
-            step_s: how long the step took, seconds.
-            took_snapshot: the snapshot before this step was acknowledged in it.
+            interval: the longest that any member prefers.
+            step_s: duration of the step, seconds.
+            took_snapshot: whether the snapshot before this step was acknowledged in it.
         """
         if self._protection is None or self._fixed is not None:
             return
@@ -129,7 +129,7 @@ class SnapshotManager:
         self._interval = interval
 
     def committed(self, generation: int, step: int, votes_tell: bool) -> dict[str, int]:
-        """What the newest vote has shown to be held twice: everybody had the answer of its buddy before it voted."""
+        """Report fields of what is held twice: each member had its buddy's acknowledgement before it voted."""
         if self._protection is None:
             return {"committed": step, "settled": generation}
         if not votes_tell:
@@ -140,12 +140,12 @@ class SnapshotManager:
     # -- what is held ------------------------------------------------------------------------------------------
 
     def hold(self, shard: Shard, progress: Progress) -> None:
-        """Keep the shard's state, whose engine is about to go."""
+        """Keep the shard's state; its engine is about to close."""
         self._vault.leave_free()
         self.held = Held(shard.world.generation, shard.rank, progress, shard.engine.ranges().detached())
 
     def distrust(self, generation: int, step: int) -> None:
-        """The state after a step has turned out not to be what it was: nobody is to go on from it."""
+        """Exclude the state after a step from recovery: it no longer matches its record."""
         self._vault.distrust(generation, step)
         if self.held is not None and (self.held.generation, self.held.progress.step) == (generation, step):
             self.held = None
@@ -160,7 +160,7 @@ class SnapshotManager:
         """All shards of a state that this worker hands over, its own first.
 
         Args:
-            progress: where training stands here; the state is that of its step where the source names none.
+            progress: training progress here; the state is that of its step where the source names none.
 
         Raises:
             KeyError: one of them isn't here.

@@ -1,11 +1,11 @@
-"""From one generation to the next, in two parts.
+"""Transition from one generation to the next, in two parts.
 
-`prepare` runs in the background while the old world trains: it connects the peers and the world to come, makes the
-plan, and has memory for the new shard. `move` runs between the fence and activation: it builds the new shard in this
-same process and fills it from the old shards, no disk and no restart. The old shard stays readable until the controller
-has activated the new generation, so a move that fails costs nothing: the old world is rebuilt from what it still holds.
-After a loss the old shards are those of the survivors and the snapshots that they keep for the dead; the rest is the
-same.
+`prepare` runs in the background while the old world trains: it connects the peers and the next world, makes the
+transfer plan, and reserves memory for the new shard. `make_transition` runs between the fence and activation: it builds
+the new shard in this same process and fills it from the old shards, without disk or restart. The old shard stays
+readable until the controller has activated the new generation, so a failed transition costs nothing: the old world is
+rebuilt from the state it still holds. After a failure the old shards are those of the survivors and the snapshots that
+they keep for failed workers; the rest is the same.
 """
 
 import json
@@ -41,14 +41,14 @@ from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.load_state import read_pretrained, read_state
 
 ASK_AGAIN_S = 0.01
-ROUNDING = 1e-6  # what sums of ranks' parts may move by
+ROUNDING = 1e-6  # how far sums of ranks' parts may move
 UNKNOWN = torch.iinfo(torch.int64).min
-TOLD_RECORDS = 256  # finished steps that newcomers hear of, in case that only they are left to tell them
+TOLD_RECORDS = 256  # finished steps sent to newcomers, in case only they are left to report them
 
 
 @dataclass(frozen=True)
 class Held:
-    """State of a generation that lies in this process's memory without an engine around it."""
+    """State of a generation in this process's memory without an engine around it."""
 
     generation: int
     rank: int
@@ -58,7 +58,7 @@ class Held:
 
 @dataclass(frozen=True)
 class FenceState:
-    """Where training stood at a fence, and the newest steps up to it."""
+    """Training progress at a fence, and the records of the newest steps up to it."""
 
     progress: Progress
     records: tuple[StepRecord, ...]
@@ -66,14 +66,14 @@ class FenceState:
 
 @dataclass(frozen=True)
 class PreparedTransition:
-    """Everything for a move that doesn't depend on the state.
+    """All parts of a transition that don't depend on the state.
 
     Args:
         store: this plan's connection to the rendezvous store.
         meeting: the new world's connections; None for a worker that leaves.
-        protection: to and from the buddies of the new world; None where there are none.
+        protection: connections to buddies in the new world; None where there are none.
         peers, transfer: None where state comes from the seed or a checkpoint.
-        replicated: names of the tensors of which each holder has all.
+        replicated: names of the tensors that each holder has in full.
     """
 
     plan: GenerationPlan
@@ -85,13 +85,13 @@ class PreparedTransition:
     replicated: frozenset[str] = frozenset()
 
     def close(self) -> None:
-        """Close the connections, those of an adopted world apart: peers blocked on this worker fail at once."""
+        """Close the connections, except those of an adopted world: peers blocked on this worker fail at once."""
         self.close_transfer()
         if self.protection is not None:
             self.protection.close()
 
     def close_transfer(self) -> None:
-        """Close what only the move needs."""
+        """Close the connections that only the transition needs."""
         if self.meeting is not None:
             self.meeting.close()
         if self.peers is not None:
@@ -99,15 +99,15 @@ class PreparedTransition:
 
 
 def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
-    """Connect the peers of a move and the world after it, plan the move, and have memory for its shard. Collective over
-    all who are involved.
+    """Connect the peers of a transition and the world after it, plan the transfer, and reserve memory for its shard.
+    Collective over all involved workers.
 
     Raises:
-        RuntimeError: a peer did not come, or the store died.
-        OSError: the plan's store is not there.
+        RuntimeError: a peer did not connect, or the store failed.
+        OSError: the plan's store can't be reached.
     """
-    # By a connection of its own: while one waits for a key all other calls on it wait too, so a newcomer that died
-    # would hold up the next plan until the timeout.
+    # A separate connection: while one call waits for a key all others on it wait too, so a failed newcomer would delay
+    # the next plan until the timeout.
     store = connect_store(plan.store_address.host, plan.store_address.port)
     source = plan.source
     peers = None
@@ -122,7 +122,7 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
         old = layout_at_recovery_point(old, source.holders)
     new = factory.layout(plan.world, plan.placement)
     transfer = TransferPlan.between(old, new)
-    # Where micro-batches grow until they fill the memory, none is left, and what a micro-batch takes is being measured.
+    # Where micro-batches grow until they fill the memory, none is left, and a micro-batch's use is being measured.
     if factory.me in plan.world and factory.device.type == "cpu" and not factory.spec.train.fits_memory:
         rank = plan.world.rank_of(factory.me)
         reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
@@ -131,37 +131,37 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
 
 
 def announce(prepared: PreparedTransition, progress: Progress, records: Sequence[StepRecord]) -> None:
-    """Tell the newcomers that the fence is reached, and where training stands. RuntimeError: the store died."""
-    told = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-TOLD_RECORDS:]]}
-    prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(told))
+    """Publish to newcomers that the fence is reached, and the progress. Raises RuntimeError if the store failed."""
+    message = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-TOLD_RECORDS:]]}
+    prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(message))
 
 
 def announced(prepared: PreparedTransition, timeout_s: float) -> FenceState | None:
-    """Where training stood at the fence; None if it isn't reached within `timeout_s`. Raises RuntimeError if the store
-    died."""
+    """The state announced at the fence; None if it isn't reached within `timeout_s`. Raises RuntimeError if the store
+    failed."""
     store, key = prepared.store, prepared.plan.store_prefix + "/fence"
     deadline = time.monotonic() + timeout_s
-    while not store.check([key]):  # asked again and again, since a wait that times out logs an error each time
+    while not store.check([key]):  # polled, since a wait that times out logs an error each time
         if time.monotonic() > deadline:
             return None
         time.sleep(ASK_AGAIN_S)
-    told = json.loads(store.get(key))
-    records = tuple(from_plain(StepRecord, plain) for plain in told["records"])
-    return FenceState(Progress.from_json(told["progress"]), records)
+    message = json.loads(store.get(key))
+    records = tuple(from_plain(StepRecord, plain) for plain in message["records"])
+    return FenceState(Progress.from_json(message["progress"]), records)
 
 
 def first_shard(
     factory: ShardFactory, prepared: PreparedTransition, sampler: str, between: Callable[[], None] = noop
 ) -> tuple[Shard, Progress, Handover]:
-    """The first generation's shard: made from the seed, read from another's model, or from a checkpoint. Collective
-    over its members.
+    """Build the first generation's shard from the seed, from a pretrained model, or from a checkpoint. Collective over
+    its members.
 
     Args:
-        between: called before each piece of the checkpoint; what it raises ends it.
+        between: called before each piece of the checkpoint; an exception from it ends the build.
 
     Raises:
-        UsageError: the directory of another's model isn't there.
-        CheckpointCorrupt, DataError: what is to be read can't be read, or belongs to another model or corpus.
+        UsageError: the pretrained model's directory doesn't exist.
+        CheckpointCorrupt, DataError: files can't be read, or belong to another model or corpus.
         EntrypointError: the members made different weights.
     """
     clock = _Clock()
@@ -180,7 +180,7 @@ def _fill_first(
 ) -> Progress:
     progress = Progress(-1, 0, sampler)
     if plan.restore is not None:
-        shard.engine.on_weights_initialized()  # for what the checkpoint doesn't have
+        shard.engine.on_weights_initialized()  # for state that the checkpoint lacks
         progress = read_state(plan.restore, shard.engine.ranges(), sampler, shard.rank, plan.world.size, between)
     elif factory.spec.model.init_from is not None:
         read_pretrained(factory.spec.model, shard.engine.ranges())
@@ -196,7 +196,7 @@ def _fill_first(
 
 @contextmanager
 def _closed_if_not_filled(shard: Shard | None) -> Iterator[None]:
-    """An engine that nobody will close otherwise is closed, or its weights and groups would stay for ever."""
+    """Close the engine after an error: its weights and groups would stay for ever otherwise."""
     try:
         yield
     except BaseException:
@@ -216,27 +216,27 @@ def make_transition(
 
     Args:
         held: this worker's old shard; None for a newcomer. Only read.
-        progress: where training stood at the fence.
-        recorded: the step that the state is of; None if it isn't known here.
+        progress: training progress at the fence.
+        recorded: record of the state's step; None if it isn't known here.
 
     Returns:
-        the new shard (None for a worker that leaves), not yet activated, and what the move took.
+        the new shard (None for a worker that leaves), not yet activated, and measurements of the transition.
 
     Raises:
-        RuntimeError: a peer was lost. `held` is untouched.
-        StateDoubtful: the state is not the one that the step's record tells of. Likewise, and on all workers.
+        RuntimeError: a peer failed. `held` is untouched.
+        DigestMismatch: the state differs from the digest in the step's record. Likewise, and on all workers.
     """
     plan, peers, transfer = prepared.plan, prepared.peers, prepared.transfer
     assert peers is not None and transfer is not None
     old = held.ranges if held is not None else None
     clock = _Clock()
-    # What ranks' parts add up to is no bit pattern that a digest could see: sums are rounded.
+    # Sums of ranks' parts are rounded, so a digest of bits can't verify them.
     whole_names = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if not adds]
     partial = [name for name, adds in zip(transfer.names, transfer.accumulates, strict=True) if adds]
     before = StateDigests(whole_names, prepared.replicated, old) if plan.verify_digests else None
     sums = PartSums(partial, old)
     clock.lap("digest")
-    peers.barrier()  # nobody builds before all are past the fence; a newcomer that died makes it fail at once
+    peers.barrier()  # no worker builds before all are past the fence; a failed newcomer makes it fail at once
     groups = prepared.meeting.adopt() if prepared.meeting is not None else None
     clock.lap("connect")
     shard = factory.build(plan, groups) if groups is not None else None
@@ -259,22 +259,22 @@ def make_transition(
 
 
 def _check_record(shard: Shard | None, recorded: StepRecord | None, peers: PeerGroup) -> None:
-    """The same state as when the step was done, which may be long ago for a snapshot. Collective; where no record tells
-    a digest it says nothing. Raises StateDoubtful."""
+    """Compare the state with the digest from when its step was done, which may be long ago for a snapshot. Collective;
+    passes where no record has a digest. Raises DigestMismatch."""
     witness = shard.witness(0) if shard is not None else None
     now = int(witness.look().sum()) if witness is not None else 0
-    told = int(whole(recorded.digests), 16) if recorded is not None and recorded.digests else None
+    expected = int(whole(recorded.digests), 16) if recorded is not None and recorded.digests else None
     found = torch.from_numpy(np.array([now], dtype=np.uint64).view(np.int64).copy())
-    known = torch.tensor([UNKNOWN if told is None else told - (told >> 63 << 64)])
+    known = torch.tensor([UNKNOWN if expected is None else expected - (expected >> 63 << 64)])
     peers.reduce(found, dist.ReduceOp.SUM)
     peers.reduce(known, dist.ReduceOp.MAX)
     if known.item() not in (UNKNOWN, found.item()):
-        step = recorded.step if recorded is not None else "the move"
-        raise DigestMismatch(f"the state after step {step} is no longer what it was when the step was done")
+        place = f"step {recorded.step}" if recorded is not None else "the transition"
+        raise DigestMismatch(f"the state after {place} is no longer what it was when the step was done")
 
 
 class _Clock:
-    """Where the time went, in seconds by name."""
+    """Time spent per phase, in seconds by name."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}

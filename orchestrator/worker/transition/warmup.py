@@ -1,7 +1,7 @@
-"""Warming a standby: everything that would otherwise be paid at its first fence.
+"""Warm-up of a standby: all work that its first fence would otherwise wait for.
 
 Imports, the first engine of the process (1.5 s; later ones take a few hundredths), one step of a tiny model, and a
-frozen garbage collector, so that a collection doesn't walk through DeepSpeed's and torch's modules again and again.
+frozen garbage collector, so that collections don't walk through DeepSpeed's and torch's modules again and again.
 """
 
 import gc
@@ -20,10 +20,10 @@ from orchestrator.spec.job import JobSpec
 
 
 def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) -> None:
-    """Build a small engine of the job's kind in a world of one, do one step, throw it away.
+    """Build a small engine of the job's kind in a world of one, do one step, and drop it.
 
     Args:
-        address: where this process can be reached: its first gloo group decides that for all others.
+        address: where this process can be reached: its first gloo group fixes that for all others.
     """
     sizes = {"num_layers": 2, "num_dense_layers": 1, "num_experts": spec.model.top_k}
     small = spec.model.model_copy(update=sizes | {"num_expert_groups": 1, "top_k_groups": 1})

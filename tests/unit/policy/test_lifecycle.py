@@ -249,7 +249,7 @@ def test_a_world_that_can_not_be_rebuilt_fails_the_run() -> None:
             holdings = life.held_by(worker)
             life.say(worker, phase=Phase.STRANDED, failed_generation=generation, holdings=holdings)
     life.run_until(lambda: life.state.outcome is RunPhase.FAILED, max_ticks=5)
-    assert "6 moves in a row failed; w0, w1 could not reach" in life.state.why
+    assert "6 transitions in a row failed; w0, w1 could not reach" in life.state.why
 
 
 def test_a_first_world_that_never_comes_about_fails_the_run() -> None:
@@ -264,7 +264,7 @@ def test_a_first_world_that_never_comes_about_fails_the_run() -> None:
         life.say("w0", failed_generation=generation)
     life.run_until(lambda: life.state.outcome is not None, max_ticks=5)
     assert life.state.outcome is RunPhase.FAILED
-    assert "6 moves in a row failed; w0 could not reach generation 5" in life.state.why
+    assert "6 transitions in a row failed; w0 could not reach generation 5" in life.state.why
 
 
 def test_a_worker_that_fails_while_the_first_world_is_made_ends_the_run() -> None:

@@ -23,9 +23,9 @@ def test_steps_are_doubted_only_if_somebody_else_than_here_did_them() -> None:
     assert doubt(["w0", "w1"], {}, {}) == ""
     assert doubt(["w2", "w3"], {"w2": other, "w3": other}, other) == ""  # the run went on elsewhere, and here is there
     mixed = doubt(["w0", "w2"], {"w2": other}, {})
-    assert mixed.endswith("not those here, which may be all that differs: w2 (threads: 1 -> 2).")
-    assert doubt(["w0"], {}, other).endswith("differs: this process (threads: 1 -> 2).")
-    assert doubt(["w0", "w2"], {"w2": other}, other).endswith("differs: w2, this process (threads: 1 -> 2).")
+    assert mixed.endswith("this process, which may be the only cause: w2 (threads: 1 -> 2).")
+    assert doubt(["w0"], {}, other).endswith("only cause: this process (threads: 1 -> 2).")
+    assert doubt(["w0", "w2"], {"w2": other}, other).endswith("only cause: w2, this process (threads: 1 -> 2).")
 
 
 def test_only_workers_that_did_the_steps_count() -> None:

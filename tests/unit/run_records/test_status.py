@@ -50,7 +50,7 @@ def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_
     memory.decided(replace(memory.state, current=_plan("w0", "w1")), [])
     told = _warning(tmp_path, memory)
     assert told is not None and told.startswith(
-        "workers have trained whose numerics are not the run's: w1 (processor: a -> b); its bits are others since. For "
+        "workers whose numerics differ from the run's have trained: w1 (processor: a -> b); its bits differ since. To "
     )
     memory.decided(replace(memory.state, worker_group=("w0",), current=None), [])
     assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told

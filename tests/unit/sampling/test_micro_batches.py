@@ -88,7 +88,7 @@ def test_workers_get_equally_many_slots_where_their_number_is_known() -> None:
 def test_a_size_that_says_two_things_or_none_is_refused(size: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         MicroBatchSize(**size)
-    with pytest.raises(ValueError, match="doesn't say"):
+    with pytest.raises(ValueError, match="sets neither rows nor tokens"):
         split_into_micro_batches(np.ones(2, np.int64), MicroBatchSize())
 
 

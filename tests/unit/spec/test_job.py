@@ -51,10 +51,10 @@ def test_label_selectors(condition: str) -> None:
     ("selector", "rule"),
     [
         *(
-            ({"pool": text}, "must say of each label")
+            ({"pool": text}, "must give a condition for each label")
             for text in ("", "!", "in()", "in(a,)", "(a)", "-a", "a b!", "!!a")
         ),
-        ({"pool": "a" * 64}, "must say of each label"),
+        ({"pool": "a" * 64}, "must give a condition for each label"),
         ({"": "a"}, "must name labels of letters"),
         ({"a b": "a"}, "must name labels of letters"),
         ({"ray.io/node-id": "a"}, "must not name ray.io/node-id"),

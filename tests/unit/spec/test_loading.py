@@ -124,14 +124,14 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
         (
             "train: {determinism: exact}\ncommunication: {compression: int8}",
             "communication.compression",
-            "must not be int8 where train.determinism is exact: what is lost depends on the number of workers",
+            "must not be int8 where train.determinism is exact: compression error depends on the number of workers",
         ),
         ("train: {determinism: exact}\ncommunication: {compression: auto}", "communication.compression", "not be auto"),
         ("train: {determinism: exact}\ncommunication: {tokens: bf16}", "communication.tokens", "must not be bf16"),
         (
             "train: {determinism: exact}\ncommunication: {ranks_per_token: 1}",
             "communication.ranks_per_token",
-            "depends on where experts lie",
+            "depends on the placement of experts",
         ),
         (
             "verify: {every: 5}\nworkers: {max: 2, standby: 1}\ncheckpoint: {every: 50}",

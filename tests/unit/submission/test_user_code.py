@@ -73,4 +73,4 @@ def test_a_check_has_the_secrets_and_hides_them(tmp_path: Path, monkeypatch: pyt
             check_own_code(job.model_copy(update={"secrets": secrets}))
         told = f"{caught.value}\n{caught.value.traceback}"
         assert "hunter22" not in told and "***" in told
-        assert ("secrets that are not on this machine were not there: FAR" in told) is (code == 0)
+        assert ("secrets that are not on this machine were not set: FAR" in told) is (code == 0)

@@ -180,7 +180,7 @@ def _no_weights(directory: Path) -> None:
     [
         (_lost_file, "part-1.safetensors can't be read"),
         (_cut_file, "model.safetensors can't be read"),
-        (_wrong_index, "aren't where it says"),
+        (_wrong_index, "names tensors that its files lack"),
         (_outside, "files beside it"),
         (_no_weights, "holds neither"),
     ],

@@ -74,12 +74,13 @@ def test_json_is_the_report_and_of_two_runs_a_list(runs: Path, orchestrator: Com
 
 def test_two_runs_stand_side_by_side_and_one_goes_on(runs: Path, orchestrator: Command) -> None:
     done = orchestrator("report", "books", "poems", "--storage", "runs")
-    assert done.returncode == 0 and "poems has not ended, says its journal" in done.stderr
+    assert done.returncode == 0 and "poems has not ended according to its journal" in done.stderr
     (head,) = [line for line in done.stdout.splitlines() if line.startswith("RUN ")]
     assert head.split() == ["RUN", "books", "poems"]
     (steps,) = [line for line in done.stdout.splitlines() if line.startswith("steps ")]
     assert steps.split() == ["steps", "200", "30"]
-    assert "no price given" in done.stdout and "MOVES OF books" in done.stdout and "MOVES OF poems" not in done.stdout
+    assert "no price given" in done.stdout and "TRANSITIONS OF books" in done.stdout
+    assert "TRANSITIONS OF poems" not in done.stdout
 
 
 def test_the_page_needs_nothing_else_and_its_path_is_printed(runs: Path, orchestrator: Command) -> None:

@@ -54,7 +54,7 @@ def test_before_the_first_step_there_are_no_figures() -> None:
     assert row.event.endswith("submitted  workers=3")
     view = view_of(status(step=0, loss=None, validation_loss=None, tokens_per_second=None), [], [], None)
     assert view.loss == view.speed == view.events == () and view.traffic == ("no step yet",)
-    assert view.workers == ("nobody yet",) and view.figures[0] == "loss -  -"
+    assert view.workers == ("none yet",) and view.figures[0] == "loss -  -"
 
 
 def test_runs_that_go_on_come_first_and_then_the_newest() -> None:
@@ -130,7 +130,7 @@ def test_waits_and_what_is_sent_are_those_of_the_newest_steps() -> None:
     assert view.speed == (50.0,) * 40 and "priority" not in view.figures[1]
     assert "priority 5" in view_of(status(priority=5), [], records, None).figures[1]
     silent = [record(1, 0, 1000.0, 2.0)]
-    assert "next to nothing" in view_of(status(), [], silent, None).traffic[1]
+    assert "almost nothing" in view_of(status(), [], silent, None).traffic[1]
 
 
 def test_a_loss_that_is_not_finite_is_no_part_of_the_curve() -> None:
@@ -156,4 +156,4 @@ def test_a_real_run_from_a_loss_to_its_end(tmp_path: Path) -> None:
     assert [len(view.workers) for view in views] == [3, 4, 4, 1]
     assert "moving" in "".join(views[RESCALING].workers)
     assert len(views[0].loss) == 39 and views[0].events[0].split()[1] == "rescaled"
-    assert views[ENDED].done == 1.0 and views[ENDED].workers == ("nobody: the run has ended",)
+    assert views[ENDED].done == 1.0 and views[ENDED].workers == ("none: the run has ended",)

@@ -87,7 +87,7 @@ def test_a_stranger_is_turned_away() -> None:
 
 def test_nobody_comes() -> None:
     listener = Listener("127.0.0.1")
-    with pytest.raises(StreamClosed, match="nobody came"):
+    with pytest.raises(StreamClosed, match="no peer connected"):
         listener.accept(0.05)
     address = listener.address
     listener.close()

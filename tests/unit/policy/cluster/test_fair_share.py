@@ -57,7 +57,7 @@ def test_alone_a_run_gets_all_that_there_is() -> None:
     assert _divide([_new("a")], 4.0) == {"a": Share(4, Grant(None, "there is room for all 4"))}
     assert _divide([_new("a")], 3.0) == {"a": Share(3, Grant(3, "there is room for 3"))}
     assert _divide([_new("a", least=2)], 1.0)["a"].grant == Grant(
-        0, "the cluster has room for 1 of its workers at most, and 2 are its least"
+        0, "the cluster has room for at most 1 of its workers; it needs at least 2"
     )
 
 
@@ -150,7 +150,7 @@ def test_who_could_never_be_let_in_is_not_in_the_way() -> None:
     """A node has gone since it was submitted."""
     shares = _divide([_new("big", 5, 5), _new("small", 1, 1, submitted_s=NOW_S + 1)], 4.0)
     assert _granted(shares) == {"big": 0, "small": None}
-    assert shares["big"].grant.why == "the cluster has room for 4 of its workers at most, and 5 are its least"
+    assert shares["big"].grant.why == "the cluster has room for at most 4 of its workers; it needs at least 5"
 
 
 def test_who_gives_way_knows_for_whom() -> None:

@@ -167,7 +167,7 @@ def test_a_run_below_its_least_size_says_that_the_next_worker_is_held_back() -> 
         life.run_until(lambda: life.state.outcome is None and life.reports["w0"].phase is Phase.TRAINING)
         life.kill(life.state.members[-1])
         life.run_until(lambda: life.state.is_recovering)
-    assert "the next worker is started in" in explain(life.limits, life.state, life.seen())
+    assert "the next worker starts in" in explain(life.limits, life.state, life.seen())
 
 
 @pytest.mark.parametrize("kind", ["out_of_memory", "numeric", "user_error"])

@@ -126,7 +126,7 @@ def test_an_older_journal_says_what_it_does_not_know() -> None:
     mixed = {part.use: part for part in report(story).time}
     assert mixed[Use.COMMUNICATION].seconds == pytest.approx(2.0)
     assert mixed[Use.COMMUNICATION].note == "of 10 of 20 steps; that of the others is in compute"
-    assert mixed[Use.TRANSFER].note == "of 1 of 2 moves; that of the others is in rendezvous"
+    assert mixed[Use.TRANSFER].note == "of 1 of 2 transitions; that of the others is in rendezvous"
 
 
 def test_steps_that_were_done_again_are_wasted_and_counted_once() -> None:

@@ -90,7 +90,7 @@ def test_who_is_told_to_end_leaves_in_the_same_way() -> None:
     life.say("w2", leaving=True)
     life.run_until(lambda: "w2" not in life.state.worker_group)
     assert life.state.members == ("w0", "w1", "w3")
-    assert life.state.rescales[0].why == "w2 must leave: it was told to end"
+    assert life.state.rescales[0].why == "w2 must leave: it was asked to end"
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -40,7 +40,7 @@ def test_a_run_in_the_queue_holds_nobody_until_it_is_let_in() -> None:
     for _ in range(10):
         life.tick()
     assert life.state.worker_group == () and phase_of(life.state, life.seen()) is RunPhase.QUEUED
-    assert explain(life.limits, life.state, life.seen()) == "waits in the queue: there is no room for 1 worker"
+    assert explain(life.limits, life.state, life.seen()) == "queued: there is no room for 1 worker"
     life.grant = Grant(2, "there is room for 2")
     life.run_until(lambda: life.step == 3)
     assert life.sizes == [2] * 4
@@ -98,7 +98,7 @@ def test_a_preempted_run_loses_no_step_and_goes_on_from_its_checkpoint() -> None
     life.grant = OUT
     life.tick()
     assert phase_of(life.state, life.seen()) is RunPhase.RESCALING
-    assert explain(life.limits, life.state, life.seen()).startswith("gives its places away at the next fence")
+    assert explain(life.limits, life.state, life.seen()).startswith("preempted: checkpoints at the next fence")
     life.run_until(lambda: life.state.current is None)
     assert life.state.worker_group == () and life.committed == life.step
     life.tick()
@@ -211,7 +211,7 @@ def test_the_words_for_a_run_that_stops() -> None:
     life.grant = ROOM
     life.tick()
     told = explain(life.limits, life.state, life.seen())
-    assert life.state.current is not None and "goes on later" in told  # it finishes what it has begun
+    assert life.state.current is not None and "resumes later" in told  # it finishes what it has begun
     life.cancel()
     life.tick()
     assert phase_of(life.state, life.seen()) is RunPhase.FINISHING
