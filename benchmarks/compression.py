@@ -23,8 +23,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tests.support.worker_group import Crew
-
 from benchmarks.curriculum import MODEL
 from benchmarks.harness import Bar, Result, at_least, at_most, equals, median_interval, run, say
 from benchmarks.support.data import data_spec, stores_dir
@@ -32,6 +30,7 @@ from benchmarks.support.environment import environment, worker_environment
 from orchestrator.data.prepare.options import prepare
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.job import DataSpec, JobSpec
+from tests.support.worker_group import Crew
 
 WORKERS, SIZES = 4, (2, 4, 8)
 SEEDS, QUICK_SEEDS = 3, 1

@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
 
-from tests.support.worker_group import Crew, MemberDied
-
 from benchmarks.harness import ROOT
 from benchmarks.support.environment import environment, worker_environment
 from benchmarks.support.product import LiveRun
@@ -34,6 +32,7 @@ from orchestrator.protocol.usage import Traffic
 from orchestrator.run_records.run_history import committed_steps
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import read_events
+from tests.support.worker_group import Crew, MemberDied
 
 START_TIMEOUT_S = 120.0
 JOURNAL_EVERY_S = 0.5

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.worker_group import Crew
 
 from tests.support.ranks import Ranks
 from tests.support.texts import prepare_texts, small_job, write_texts
+from tests.support.worker_group import Crew
 
 
 @pytest.fixture(scope="module", autouse=True)

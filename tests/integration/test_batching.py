@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import MicroBatchMemory
 from orchestrator.sampling.micro_batches import MicroBatchSize
@@ -12,6 +11,7 @@ from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.step.memory_probe import room
 from tests.support.texts import STEPS, prepare_texts, small_job
+from tests.support.worker_group import Crew
 
 CPU = torch.device("cpu")
 

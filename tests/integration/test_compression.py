@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.worker_group import Crew
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
@@ -21,6 +20,7 @@ from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support import small
 from tests.support.ranks import Ranks
 from tests.support.texts import STEPS, small_job
+from tests.support.worker_group import Crew
 
 LOSSY: list[dict[str, Any]] = [
     {"scheme": "bf16", "error_feedback": True},

@@ -86,20 +86,20 @@ def test_scheduled_sizes_come_at_their_steps(on: Cluster) -> None:
 
 
 def test_a_wish_is_checked_and_comes_true(on: Cluster) -> None:
-    on.submit("size_request", train=_steps(250), envs=UNHURRIED)
-    on.until("size_request", lambda s: s.step > 0)
+    on.submit("request", train=_steps(250), envs=UNHURRIED)
+    on.until("request", lambda s: s.step > 0)
     with pytest.raises(UsageError, match="9 workers asked for; request allows 1 to 4"):
-        on.ask("scale", "size_request", 9)
-    on.ask("scale", "size_request", 4)
-    on.until("size_request", lambda s: s.workers_now == 4)
-    on.ask("scale", "size_request", 1)
-    on.until("size_request", lambda s: s.workers_now == 1)
-    status = on.end_of("size_request", hurried=True)
+        on.ask("scale", "request", 9)
+    on.ask("scale", "request", 4)
+    on.until("request", lambda s: s.workers_now == 4)
+    on.ask("scale", "request", 1)
+    on.until("request", lambda s: s.workers_now == 1)
+    status = on.end_of("request", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
-    on.assert_every_step_once("size_request", 250)
+    on.assert_every_step_once("request", 250)
     with pytest.raises(UsageError, match="it is succeeded"):
-        on.ask("scale", "size_request", 2)
-    assert on.kinds("size_request").count("rescaled") == 2
+        on.ask("scale", "request", 2)
+    assert on.kinds("request").count("rescaled") == 2
 
 
 @pytest.mark.parametrize("moment", [pytest.param("prepared", marks=pytest.mark.slow), "moving"])

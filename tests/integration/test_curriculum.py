@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase, StageStart, StepRecord
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import STEPS, prepare_texts, small_job
+from tests.support.worker_group import Crew
 
 STAGES = [
     {"name": "easy", "difficulty": [0.0, 0.5], "sequence_length": 16, "until": {"steps": 8}},

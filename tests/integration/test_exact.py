@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.worker_group import Crew
 from torch._C._distributed_c10d import Store
 
 from orchestrator.checkpoint.manifest import manifest_of
@@ -26,6 +25,7 @@ from tests.support.own_models import linear, own_spec
 from tests.support.ranks import Ranks
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, VOCAB, small_job
+from tests.support.worker_group import Crew
 
 WORLDS: list[list[int]] = [[1], [2], [3], [4], [2, 4, 3, 1, 2]]
 Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]

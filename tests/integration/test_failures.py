@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase, Report
 from tests.support.texts import STEPS, small_job
+from tests.support.worker_group import Crew
 
 ORPHAN_S = 6.0
 

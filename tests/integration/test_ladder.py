@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoCut
 
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import GenerationPlan, Phase, Report, ShardWritten
@@ -19,6 +18,7 @@ from orchestrator.run_records.checkpoints import commit_checkpoint, newest_good
 from orchestrator.sampling.sample_ledger import audit
 from tests.support.faults import Fault, Moment
 from tests.support.texts import STEPS, small_job
+from tests.support.worker_group import PATIENCE_S, Crew, MemberDied, NoCut
 
 pytestmark = pytest.mark.chaos
 

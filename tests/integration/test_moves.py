@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.worker_group import Crew, Memory
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
@@ -19,6 +18,7 @@ from orchestrator.sampling.sample_ledger import audit
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.own_models import example, linear, own_spec
 from tests.support.texts import STEPS, VOCAB, small_job
+from tests.support.worker_group import Crew, Memory
 
 
 @pytest.fixture

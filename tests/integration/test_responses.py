@@ -4,7 +4,6 @@ out."""
 from pathlib import Path
 
 import pytest
-from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
@@ -13,6 +12,7 @@ from orchestrator.worker.runtime.errors import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps
 from tests.support.own_models import linear, own_spec
 from tests.support.texts import STEPS, small_job
+from tests.support.worker_group import Crew
 
 BAD_STEP = 12
 SOON_S = 10.0

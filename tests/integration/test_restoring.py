@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.worker_group import Crew
 
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
@@ -15,6 +14,7 @@ from orchestrator.protocol.messages import Phase, Restore, StepRecord
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import small_job
+from tests.support.worker_group import Crew
 
 Records = dict[int, StepRecord]
 SAVED = 14  # the step after which training stops

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase
 from orchestrator.sampling.sample_ledger import audit
 from tests.support.texts import STEPS, small_job
+from tests.support.worker_group import Crew
 
 SOON_S = 10.0
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from tests.support.worker_group import Crew
 
 from orchestrator.protocol.messages import Phase
 from tests.support import pools
 from tests.support.texts import small_job
+from tests.support.worker_group import Crew
 
 THREADS = 2
 # Large enough for torch to cut a copy of its tensors, and the exchange of a few tokens, into parts for two threads.

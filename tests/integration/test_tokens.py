@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from tests.support.worker_group import Crew
 
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import EvalSpec
 from tests.support.texts import STEPS, small_job
+from tests.support.worker_group import Crew
 
 
 @pytest.mark.parametrize("limit", ["ranks_per_token", "nodes_per_token"])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.worker_group import Crew, MoveFailed
 
 from orchestrator.policy.replay_check import Difference, first_difference
 from orchestrator.policy.state.run_state import Commit
@@ -25,6 +24,7 @@ from tests.support.faults import Fault, Moment
 from tests.support.own_models import linear, own_spec
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import STEPS, small_job
+from tests.support.worker_group import Crew, MoveFailed
 
 EVERY = 5  # steps between checkpoints
 

@@ -106,7 +106,7 @@ def _wrap() -> None:
         (TrainStep, "step", _around_step),
         (stream.Stream, "send", _around_send),
         (preparation, "prepare", _around_prepare),
-        (trainer, "move", _around_move),
+        (trainer, "make_transition", _around_move),
         (preparation.TransitionPreparer, "await_activation", _around_activation),
     ):
         setattr(owner, name, around(getattr(owner, name)))
