@@ -3,7 +3,7 @@
 A controller that Ray has started again is another series of the same run for some seconds, hence `max by (run)`.
 """
 
-from orchestrator.metrics import Kind, metric
+from orchestrator.metrics import MetricKind, metric
 
 RUNS = 'run=~"$run"'  # those chosen in the dashboard
 INTERVAL = "$__rate_interval"
@@ -27,7 +27,7 @@ def mean(name: str, window: str, selector: str = "") -> str:
 
 def rate(name: str, selector: str = RUNS, window: str = INTERVAL) -> str:
     """The rise per second, per run. Raises NotFound; ValueError if the metric doesn't add up."""
-    if metric(name).kind is Kind.GAUGE:
+    if metric(name).kind is MetricKind.GAUGE:
         raise ValueError(f"{name} is a gauge: it has no rate")
     return f"sum by (run) (rate({series(name, selector)}[{window}]))"
 
@@ -37,7 +37,7 @@ def rise(name: str, window: str, selector: str = "") -> str:
 
     Raises NotFound; ValueError if the metric is no counter, whose values a new controller continues.
     """
-    if metric(name).kind is not Kind.COUNTER:
+    if metric(name).kind is not MetricKind.COUNTER:
         raise ValueError(f"{name} is a {metric(name).kind}; only a counter's values are those of the whole run")
     whole = f"{series(name, selector)}[{window}]"
     return f"max by (run) (max_over_time({whole})) - min by (run) (min_over_time({whole}))"

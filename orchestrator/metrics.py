@@ -13,7 +13,7 @@ from types import MappingProxyType
 from orchestrator.errors import NotFound
 
 
-class Kind(StrEnum):
+class MetricKind(StrEnum):
     """Relation between the values of different steps."""
 
     GAUGE = "gauge"  # each value stands alone
@@ -43,7 +43,7 @@ class Metric:
 
     name: str
     unit: str
-    kind: Kind
+    kind: MetricKind
     meaning: str
     label: str = ""
     live: bool = False
@@ -53,8 +53,8 @@ class Metric:
         """The name in Prometheus, without Ray's prefix `ray_`. Amounts, and counters of things, end in `_total`."""
         own, theirs, _ = _ENDINGS.get(self.unit, ("", "", 1.0))
         stem = self.name.replace("/", "_").removesuffix(own) + theirs
-        numbers_something = self.kind is Kind.COUNTER and self.unit == "1"
-        total = "" if self.kind is Kind.GAUGE or numbers_something else "_total"
+        numbers_something = self.kind is MetricKind.COUNTER and self.unit == "1"
+        total = "" if self.kind is MetricKind.GAUGE or numbers_something else "_total"
         return f"orchestrator_{stem}{total}"
 
     @property
@@ -64,29 +64,42 @@ class Metric:
 
 
 DECLARED = (
-    Metric("train/loss", "nats", Kind.GAUGE, "mean cross-entropy over the target tokens of the step's global batch"),
-    Metric("train/lr", "1", Kind.GAUGE, "learning rate of the step"),
-    Metric("train/grad_norm", "1", Kind.GAUGE, "global L2 norm of the gradients before clipping"),
-    Metric("train/skipped", "updates", Kind.COUNTER, "updates skipped on all ranks because they were not finite"),
-    Metric("train/tokens", "tokens", Kind.COUNTER, "target tokens trained on since the run began"),
-    Metric("eval/loss", "nats", Kind.GAUGE, "mean cross-entropy over the target tokens of the validation rows"),
-    Metric("perf/tokens_per_second", "tokens/s", Kind.GAUGE, "target tokens of the step over its duration, all ranks"),
-    Metric("perf/step_s", "s", Kind.GAUGE, "duration of the step, vote to vote, without the stall of a rescale"),
-    Metric("perf/data_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),
-    Metric("perf/protection_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its buddy's answer"),
-    Metric("perf/communication_wait_s", "s", Kind.GAUGE, "part of perf/step_s that rank 0 waited for its peers"),
     Metric(
-        "perf/slowness", "1", Kind.GAUGE, "the slowest rank's computing time for a micro-batch over the others' median"
+        "train/loss", "nats", MetricKind.GAUGE, "mean cross-entropy over the target tokens of the step's global batch"
+    ),
+    Metric("train/lr", "1", MetricKind.GAUGE, "learning rate of the step"),
+    Metric("train/grad_norm", "1", MetricKind.GAUGE, "global L2 norm of the gradients before clipping"),
+    Metric("train/skipped", "updates", MetricKind.COUNTER, "updates skipped on all ranks because they were not finite"),
+    Metric("train/tokens", "tokens", MetricKind.COUNTER, "target tokens trained on since the run began"),
+    Metric("eval/loss", "nats", MetricKind.GAUGE, "mean cross-entropy over the target tokens of the validation rows"),
+    Metric(
+        "perf/tokens_per_second", "tokens/s", MetricKind.GAUGE, "target tokens of the step over its duration, all ranks"
+    ),
+    Metric("perf/step_s", "s", MetricKind.GAUGE, "duration of the step, vote to vote, without the stall of a rescale"),
+    Metric("perf/data_wait_s", "s", MetricKind.GAUGE, "part of perf/step_s that rank 0 waited for its training rows"),
+    Metric(
+        "perf/protection_wait_s", "s", MetricKind.GAUGE, "part of perf/step_s that rank 0 waited for its buddy's answer"
+    ),
+    Metric("perf/communication_wait_s", "s", MetricKind.GAUGE, "part of perf/step_s that rank 0 waited for its peers"),
+    Metric(
+        "perf/slowness",
+        "1",
+        MetricKind.GAUGE,
+        "the slowest rank's computing time for a micro-batch over the others' median",
     ),
     Metric(
         "perf/padding",
         "1",
-        Kind.GAUGE,
+        MetricKind.GAUGE,
         "share of the tokens of the step's micro-batches that is padding, not computed on",
     ),
-    Metric("perf/micro_batches", "micro_batches", Kind.GAUGE, "micro-batches of the step, of all workers together"),
+    Metric(
+        "perf/micro_batches", "micro_batches", MetricKind.GAUGE, "micro-batches of the step, of all workers together"
+    ),
     *(
-        Metric(f"comm/{kind}_bytes", "bytes", Kind.AMOUNT, f"sent between workers since the previous vote: {meaning}")
+        Metric(
+            f"comm/{kind}_bytes", "bytes", MetricKind.AMOUNT, f"sent between workers since the previous vote: {meaning}"
+        )
         for kind, meaning in (
             ("gradient", "pieces of gradients, indices included"),
             ("parameter", "updated weights"),
@@ -97,32 +110,39 @@ DECLARED = (
             ("control", "votes, expert counts and norms"),
         )
     ),
-    Metric("comm/sent_bytes", "bytes", Kind.AMOUNT, "sent between workers since the previous vote, all kinds together"),
-    Metric("comm/raw_bytes", "bytes", Kind.AMOUNT, "comm/sent_bytes as it would be without compression"),
+    Metric(
+        "comm/sent_bytes",
+        "bytes",
+        MetricKind.AMOUNT,
+        "sent between workers since the previous vote, all kinds together",
+    ),
+    Metric("comm/raw_bytes", "bytes", MetricKind.AMOUNT, "comm/sent_bytes as it would be without compression"),
     Metric(
         "comm/tokens_across_nodes_bytes",
         "bytes",
-        Kind.AMOUNT,
+        MetricKind.AMOUNT,
         "tokens, results and their gradients sent to another node",
     ),
-    Metric("elastic/world_size", "workers", Kind.GAUGE, "members of the generation that did the step"),
-    Metric("elastic/snapshot_interval", "steps", Kind.GAUGE, "steps between two snapshots; 0 where none are taken"),
-    Metric("elastic/generation", "1", Kind.COUNTER, "number of the generation that did the step"),
-    Metric("elastic/rescale_stall_s", "s", Kind.AMOUNT, "training time lost to a rescale, at its first step"),
+    Metric("elastic/world_size", "workers", MetricKind.GAUGE, "members of the generation that did the step"),
+    Metric(
+        "elastic/snapshot_interval", "steps", MetricKind.GAUGE, "steps between two snapshots; 0 where none are taken"
+    ),
+    Metric("elastic/generation", "1", MetricKind.COUNTER, "number of the generation that did the step"),
+    Metric("elastic/rescale_stall_s", "s", MetricKind.AMOUNT, "training time lost to a rescale, at its first step"),
     Metric(
         "elastic/recovery_stall_s",
         "s",
-        Kind.AMOUNT,
+        MetricKind.AMOUNT,
         "training time lost to failures of workers, at the first step after",
     ),
     Metric(
         "elastic/moved_bytes",
         "bytes",
-        Kind.AMOUNT,
+        MetricKind.AMOUNT,
         "state sent between workers in a rescale or recovery, at its first step",
     ),
     *(
-        Metric(f"system/{what}", unit, Kind.GAUGE, f"{meaning}; one per node", label="node")
+        Metric(f"system/{what}", unit, MetricKind.GAUGE, f"{meaning}; one per node", label="node")
         for what, unit, meaning in (
             ("cpu_percent", "%", "processor time in use on a node, of all its cores"),
             ("memory_bytes", "bytes", "memory in use on a node"),
@@ -131,57 +151,69 @@ DECLARED = (
             ("received_bytes_per_second", "bytes/s", "network traffic received"),
         )
     ),
-    Metric("moe/max_violation", "1", Kind.GAUGE, "MaxVio: largest expert load / mean load - 1, mean over layers"),
-    Metric("moe/worst_violation", "1", Kind.GAUGE, "MaxVio of the layer where it is largest"),
-    Metric("moe/utilisation", "1", Kind.GAUGE, "mean expert load / largest, mean over layers: 1 where loads are equal"),
-    Metric("moe/dead_experts", "1", Kind.GAUGE, "share of all layers' experts that no token of the step chose"),
-    Metric("moe/choice_entropy", "1", Kind.GAUGE, "entropy of the choices of experts over its largest value, log E"),
+    Metric("moe/max_violation", "1", MetricKind.GAUGE, "MaxVio: largest expert load / mean load - 1, mean over layers"),
+    Metric("moe/worst_violation", "1", MetricKind.GAUGE, "MaxVio of the layer where it is largest"),
+    Metric(
+        "moe/utilisation",
+        "1",
+        MetricKind.GAUGE,
+        "mean expert load / largest, mean over layers: 1 where loads are equal",
+    ),
+    Metric("moe/dead_experts", "1", MetricKind.GAUGE, "share of all layers' experts that no token of the step chose"),
+    Metric(
+        "moe/choice_entropy", "1", MetricKind.GAUGE, "entropy of the choices of experts over its largest value, log E"
+    ),
     Metric(
         "moe/load_swing",
         "1",
-        Kind.GAUGE,
+        MetricKind.GAUGE,
         "share of experts that went from well above the mean load to well below it, or back, since the step before",
     ),
     *(
         Metric(name, unit, kind, meaning, live=True)
         for name, unit, kind, meaning in (
-            ("run/wanted_steps", "steps", Kind.GAUGE, "steps of the job"),
-            ("run/finished_steps", "steps", Kind.COUNTER, "steps done, as far as any worker has reported"),
+            ("run/wanted_steps", "steps", MetricKind.GAUGE, "steps of the job"),
+            ("run/finished_steps", "steps", MetricKind.COUNTER, "steps done, as far as any worker has reported"),
             (
                 "run/committed_steps",
                 "steps",
-                Kind.COUNTER,
+                MetricKind.COUNTER,
                 "recorded steps that can't be lost any more: the watermark",
             ),
-            ("run/committed_time", UNIX_S, Kind.GAUGE, "time of the newest committed step, or of the run's last start"),
+            (
+                "run/committed_time",
+                UNIX_S,
+                MetricKind.GAUGE,
+                "time of the newest committed step, or of the run's last start",
+            ),
             (
                 "run/checkpoint_time",
                 UNIX_S,
-                Kind.GAUGE,
+                MetricKind.GAUGE,
                 "time of the newest complete checkpoint, or of the run's last start",
             ),
-            ("elastic/workers_wanted", "workers", Kind.GAUGE, "how many workers the run should have"),
-            ("elastic/standbys", "workers", Kind.GAUGE, "warm workers that hold no state"),
-            ("elastic/rescales", "rescales", Kind.COUNTER, "changes of the members without a failure"),
+            ("elastic/workers_wanted", "workers", MetricKind.GAUGE, "how many workers the run should have"),
+            ("elastic/standbys", "workers", MetricKind.GAUGE, "warm workers that hold no state"),
+            ("elastic/rescales", "rescales", MetricKind.COUNTER, "changes of the members without a failure"),
             (
                 "elastic/recoveries",
                 "recoveries",
-                Kind.COUNTER,
+                MetricKind.COUNTER,
                 "times that a generation ended by a failure, and the run went on",
             ),
             (
                 "elastic/quarantined_nodes",
                 "nodes",
-                Kind.GAUGE,
+                MetricKind.GAUGE,
                 "nodes that get no new workers, as too many failed there",
             ),
-            ("elastic/draining_nodes", "nodes", Kind.GAUGE, "nodes that will soon be taken away"),
-            ("verify/checks", "checks", Kind.COUNTER, "replays of steps by a standby"),
-            ("verify/differences", "checks", Kind.COUNTER, "replays that computed other bits"),
+            ("elastic/draining_nodes", "nodes", MetricKind.GAUGE, "nodes that will soon be taken away"),
+            ("verify/checks", "checks", MetricKind.COUNTER, "replays of steps by a standby"),
+            ("verify/differences", "checks", MetricKind.COUNTER, "replays that computed other bits"),
             (
                 "moe/collapse",
                 "1",
-                Kind.GAUGE,
+                MetricKind.GAUGE,
                 "moe/worst_violation over what it would be if all tokens chose the same experts; 0 without experts",
             ),
         )
@@ -189,7 +221,7 @@ DECLARED = (
     Metric(
         "run/phase",
         "1",
-        Kind.GAUGE,
+        MetricKind.GAUGE,
         "phase of the run: 1 for the current one, 0 for the others",
         label="phase",
         live=True,

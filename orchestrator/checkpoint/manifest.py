@@ -2,7 +2,7 @@
 
 A checkpoint is a directory of run storage, `step-00000120`, with one safetensors file per writer and `manifest.json`:
 
-    step-00000120/manifest.json          a `Manifest`, with its own digest
+    step-00000120/manifest.json          a `CheckpointManifest`, with its own digest
     step-00000120/shard-00000.safetensors
     .incomplete-00000120-000003-000007/  the same before its commit: step, term, generation
 
@@ -29,7 +29,7 @@ _INCOMPLETE_NAME = re.compile(r"\.incomplete-(\d{8,})-(\d{6,})-(\d{6,})")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardPart:
     """Elements [start, stop) of a flattened tensor, stored in `file` under `key` as a one-dimensional array."""
 
     file: str
@@ -44,7 +44,7 @@ class TensorEntry:
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShardPart, ...]
 
     @property
     def numel(self) -> int:
@@ -58,7 +58,7 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class CheckpointManifest:
     """A whole checkpoint.
 
     `meta` holds all state that is not a tensor: sampler position, optimizer step. (term, generation) identify the
@@ -91,7 +91,7 @@ class Manifest:
         return json.dumps({"sha256": _digest(body), "manifest": body}, indent=1, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> "Manifest":
+    def from_json(cls, text: str) -> "CheckpointManifest":
         """The manifest written by `to_json`. Raises CheckpointCorrupt for anything else."""
         try:
             outer = json.loads(text)
@@ -117,7 +117,7 @@ def manifest_of(
     term: int,
     shapes: Mapping[str, Sequence[int]],
     dtypes: Mapping[str, str] | None = None,
-) -> Manifest:
+) -> CheckpointManifest:
     """Join the shards that the ranks of one generation wrote for one step.
 
     Args:
@@ -136,14 +136,14 @@ def manifest_of(
             remedy="A checkpoint is made of the shards of one step and one generation.",
             unchanged="No checkpoint was marked complete.",
         )
-    pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    pieces: dict[str, list[ShardPart]] = {name: [] for name in shapes}
     for shard in shards:
         for name, key, start, stop in shard.entries:
             if name not in pieces:
                 raise ProtocolError(f"rank {shard.rank} wrote the tensor {name!r}, of which no shape is known")
-            pieces[name].append(Piece(shard.file, key, start, stop))
+            pieces[name].append(ShardPart(shard.file, key, start, stop))
     ((step, generation, meta),) = moments
-    manifest = Manifest(
+    manifest = CheckpointManifest(
         run_id=run_id,
         step=step,
         term=term,
@@ -180,7 +180,7 @@ def parse_incomplete_name(name: str) -> tuple[int, int, int] | None:
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
-def _tensor_of(shape: Sequence[int], dtype: str | None, pieces: list[Piece]) -> TensorEntry:
+def _tensor_of(shape: Sequence[int], dtype: str | None, pieces: list[ShardPart]) -> TensorEntry:
     ordered = tuple(sorted(pieces, key=lambda piece: piece.start))
     return TensorEntry(dtype=dtype or "float32", shape=tuple(shape), pieces=ordered)
 
@@ -189,7 +189,7 @@ def _tensor_from(fields: dict[str, object]) -> TensorEntry:
     shape, pieces = fields.pop("shape"), fields.pop("pieces")
     if not isinstance(shape, list) or not isinstance(pieces, list):
         raise TypeError("shape and pieces are lists")
-    return TensorEntry(shape=tuple(shape), pieces=tuple(Piece(**piece) for piece in pieces), **fields)  # type: ignore[arg-type]
+    return TensorEntry(shape=tuple(shape), pieces=tuple(ShardPart(**piece) for piece in pieces), **fields)  # type: ignore[arg-type]
 
 
 def _coverage_fault(tensor: TensorEntry, files: Mapping[str, FileEntry]) -> str:

@@ -12,7 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, Piece, parse_incomplete_name, parse_step_name
+from orchestrator.checkpoint.manifest import (
+    MANIFEST_FILE,
+    CheckpointManifest,
+    ShardPart,
+    parse_incomplete_name,
+    parse_step_name,
+)
 from orchestrator.errors import CheckpointCorrupt, NotFound
 
 DISCARDED_PREFIX = ".discarded-"  # renamed before deletion, so that a half-deleted checkpoint is never listed
@@ -37,11 +43,11 @@ def latest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
+def read_manifest(checkpoint: Path) -> CheckpointManifest:
     """The manifest of a complete checkpoint. Raises CheckpointCorrupt if it is missing or was changed."""
     path = checkpoint / MANIFEST_FILE
     try:
-        manifest = Manifest.from_json(path.read_text())
+        manifest = CheckpointManifest.from_json(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointCorrupt(f"{path} is missing; a checkpoint has a manifest") from error
     except (CheckpointCorrupt, UnicodeDecodeError) as error:
@@ -115,7 +121,7 @@ class CheckpointReader:
     ) -> None:
         self.close()
 
-    def _read_piece(self, piece: Piece, start: int, stop: int, dtype: str) -> npt.NDArray[Any]:
+    def _read_piece(self, piece: ShardPart, start: int, stop: int, dtype: str) -> npt.NDArray[Any]:
         try:
             stored = self._open(piece.file).get_slice(piece.key)  # type: ignore[no-untyped-call]
             if stored.get_shape() != [piece.stop - piece.start]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, incomplete_name, step_name
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, step_name
 from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.messages import ShardWritten
@@ -92,7 +92,7 @@ def write_shard(
     )
 
 
-def commit(checkpoints: Path, manifest: Manifest, *, term: int) -> Path:
+def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Path:
     """Mark the shards of `manifest` a complete checkpoint. Only the run's controller calls this; it is idempotent.
 
     A checkpoint of the same step is replaced if its (term, generation) is lower: the step was trained again.
@@ -128,7 +128,9 @@ def commit(checkpoints: Path, manifest: Manifest, *, term: int) -> Path:
     return final
 
 
-def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest | None, term: int) -> None:
+def _refuse_the_past(
+    checkpoints: Path, manifest: CheckpointManifest, existing: CheckpointManifest | None, term: int
+) -> None:
     """Raise if a later writer has committed; else record this term, so that earlier writers are refused."""
     fence = checkpoints / _FENCE_FILE
     highest = int(fence.read_text()) if fence.exists() else -1
@@ -147,7 +149,7 @@ def _refuse_the_past(checkpoints: Path, manifest: Manifest, existing: Manifest |
         _write_file(fence, iter([str(term).encode()]))
 
 
-def _manifest_or_none(path: Path) -> Manifest | None:
+def _manifest_or_none(path: Path) -> CheckpointManifest | None:
     """The manifest of a checkpoint; None if it is missing or corrupt and may be replaced."""
     try:
         return read_manifest(path)

@@ -39,7 +39,7 @@ from orchestrator.policy.state.run_state import Commit, KillWorker, Observation,
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import ControllerFailed, Submitted
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
-from orchestrator.protocol.messages import DesiredRunState, Finish, ResumeRequest
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkpoint, drop_old_checkpoints, leave_behind
@@ -145,9 +145,9 @@ class RunController:
         """
         if workers is None:
             self._limits.check_autoscale()
-            return self._requests.aim(Finish.NO, reason, by_hand=False)
+            return self._requests.aim(FinishMode.NO, reason, by_hand=False)
         self._limits.check_size(workers)
-        return self._requests.aim(Finish.NO, reason, workers, by_hand=by_hand)
+        return self._requests.aim(FinishMode.NO, reason, workers, by_hand=by_hand)
 
     def scaling(self) -> ScalingView | None:
         """Input for the Scheduler's decision on this run's size; None once the run is over."""
@@ -168,9 +168,9 @@ class RunController:
             UsageError: the job has no such stage, or the run is ending.
         """
         self._limits.check_stage(name)
-        return self._requests.aim(Finish.NO, reason, stage=name)
+        return self._requests.aim(FinishMode.NO, reason, stage=name)
 
-    def finish(self, how: Finish, reason: str) -> DesiredRunState:
+    def finish(self, how: FinishMode, reason: str) -> DesiredRunState:
         """Request the run's end, with a checkpoint. Raises UsageError if it is already ending another way."""
         return self._requests.aim(how, reason)
 

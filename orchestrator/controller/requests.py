@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from orchestrator.controller.worker_group import Inbox
 from orchestrator.errors import NotFinished, UsageError
-from orchestrator.protocol.messages import DesiredRunState, Finish
+from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant
 from orchestrator.run_records.run_history import JournaledRun
 
@@ -35,7 +35,7 @@ class PendingRequests:
 
     def aim(
         self,
-        finish: Finish,
+        finish: FinishMode,
         reason: str,
         workers: int | None = None,
         stage: str | None = None,
@@ -49,7 +49,7 @@ class PendingRequests:
             NotFinished: it was not journalled in time.
         """
         with self._turned:
-            if self._memory.state.outcome is not None or self.newest.finish not in (Finish.NO, finish):
+            if self._memory.state.outcome is not None or self.newest.finish not in (FinishMode.NO, finish):
                 raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
             if by_hand is False and workers is not None and self.newest.by_hand:
                 return self.newest

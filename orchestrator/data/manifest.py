@@ -1,6 +1,6 @@
 """Manifest and file names of a packed store. `manifest.json` is written last.
 
-    STORE/manifest.json           a `Manifest`
+    STORE/manifest.json           a `StoreManifest`
     STORE/documents.jsonl         ids of the corpus's documents, one JSON string a line, in the corpus's order
     STORE/tokenizer.json          the tokenizer that made the tokens; with tokenizer_config.json if it was imported
     STORE/SPLIT.tokens            the tokens of a split's documents, back to back: little-endian integers, nothing else
@@ -82,7 +82,7 @@ class Dropped(_Record):
         return self.shorter + self.longer + self.duplicates + self.bad + self.surplus
 
 
-class Source(_Record):
+class TextSource(_Record):
     """A corpus of the store."""
 
     name: str
@@ -104,11 +104,11 @@ class SplitCounts(_Record):
     num_tokens: int
 
 
-class Manifest(_Record):
+class StoreManifest(_Record):
     """The content of `manifest.json`. `files` names every other file of the store."""
 
     format_version: Literal[1]
-    sources: tuple[Source, ...]
+    sources: tuple[TextSource, ...]
     options: PrepareOptions
     vocab_size: int  # the tokenizer's; may be less than requested
     tokenizer_digest: str

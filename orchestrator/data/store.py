@@ -19,8 +19,8 @@ from orchestrator.data.manifest import (
     SPLITS,
     TOKENIZER,
     FileDigest,
-    Manifest,
     Split,
+    StoreManifest,
     digest_file,
     index_file,
     tokens_file,
@@ -58,7 +58,7 @@ class TokenStore:
         digest: sha256 of the manifest, which covers everything in the store.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, digest: str) -> None:
+    def __init__(self, directory: Path, manifest: StoreManifest, digest: str) -> None:
         self.directory = directory
         self.manifest = manifest
         self.digest = digest
@@ -81,7 +81,7 @@ class TokenStore:
                 unchanged="Nothing was written.",
             )
         try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
+            manifest = StoreManifest.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise _corrupt(path, f"{path} is damaged or of another version: {error}") from error
         for name, recorded in manifest.files.items():
@@ -203,7 +203,7 @@ def _checked_length(sequence_length: int) -> int:
     return sequence_length
 
 
-def _map_split(directory: Path, manifest: Manifest, split: Split) -> _SplitArrays:
+def _map_split(directory: Path, manifest: StoreManifest, split: Split) -> _SplitArrays:
     path = directory / index_file(split)
     tokens = np.asarray(np.memmap(directory / tokens_file(split), dtype=manifest.token_dtype, mode="r"))
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.state_layout import Kind, StateLayout
+from orchestrator.elastic.state_layout import StateLayout, TensorKind
 from orchestrator.elastic.world import World
 
 
@@ -92,7 +92,7 @@ def layout_at_recovery_point(layout: StateLayout, holders: Sequence[str]) -> Sta
     for ranks in layout.holder_sets:
         counted = own if len(ranks) == layout.world.size else ranks
         sets.append(tuple(sorted({int(rank_of[rank]) for rank in counted})))
-    partial = layout.kind == Kind.PARTIAL  # each rank has its own part
+    partial = layout.kind == TensorKind.PARTIAL  # each rank has its own part
     holder_set = np.where(partial, len(sets), layout.holder_set)
     if partial.any():
         sets.append(tuple(sorted({int(rank) for rank in rank_of})))

@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.state_layout import IntArray, Kind, StateLayout
+from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind
 
 ALIGNMENT = 64  # bytes; every range starts at a multiple, so any number format may be read in place
 GRADIENT_BYTES = 4  # per element; masters and moments have as many
@@ -99,7 +99,7 @@ class SnapshotFormat:
 def _is_everywhere(layout: StateLayout) -> NDArray[np.bool_]:
     """[T], bool: every rank of the world has all of the tensor."""
     full = np.array([len(ranks) == layout.world.size for ranks in layout.holder_sets] + [False])
-    answer: NDArray[np.bool_] = (layout.kind == Kind.REPLICATED) & full[layout.holder_set]
+    answer: NDArray[np.bool_] = (layout.kind == TensorKind.REPLICATED) & full[layout.holder_set]
     return answer
 
 

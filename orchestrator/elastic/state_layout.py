@@ -22,7 +22,7 @@ IntArray = NDArray[np.int64]
 DEFAULT = CommunicationSpec()
 
 
-class Kind(IntEnum):
+class TensorKind(IntEnum):
     """How the ranks of a tensor share it."""
 
     SHARDED = 0  # disjoint ranges cover it
@@ -39,7 +39,7 @@ class StateLayout:
         names: of the tensors, distinct.
         numel: [T], elements.
         itemsize: [T], bytes per element.
-        kind: [T], values of `Kind`.
+        kind: [T], values of `TensorKind`.
         holder_sets: rank tuples, ascending; many tensors share one.
         holder_set: [T], index in `holder_sets` of a replicated or partial tensor; -1 if sharded.
         shards: [n, 4], rows (tensor, start, stop, rank) in elements, sorted; only of sharded tensors. A row is
@@ -70,7 +70,7 @@ class StateLayout:
         for ranks in self.holder_sets:
             if not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 0 or ranks[-1] >= self.world.size:
                 raise ValueError(f"holder set {ranks}; one or more distinct ascending ranks below {self.world.size}")
-        sharded = self.kind == Kind.SHARDED
+        sharded = self.kind == TensorKind.SHARDED
         in_range = np.where(sharded, self.holder_set == -1, (self.holder_set >= 0))
         if not in_range.all() or (self.holder_set >= len(self.holder_sets)).any():
             raise ValueError(f"holder_set is -1 for sharded tensors, else below {len(self.holder_sets)}")
@@ -93,7 +93,7 @@ class StateLayout:
 
     def line(self) -> IntArray:
         """[T + 1]: offset of each tensor if only the sharded ones are laid end to end; last, the total length."""
-        return np.append(0, np.cumsum(np.where(self.kind == Kind.SHARDED, self.numel, 0)))
+        return np.append(0, np.cumsum(np.where(self.kind == TensorKind.SHARDED, self.numel, 0)))
 
     def ranges_of(self, worker: str) -> IntArray:
         """[n, 3], rows (tensor, start, stop) that `worker` holds, sorted. Raises ValueError if it is not a member."""
@@ -163,7 +163,7 @@ def training_layout(
 
     sharded_prefixes = ("master", "exp_avg", "exp_avg_sq") if mixed_precision else ("exp_avg", "exp_avg_sq")
     kept = kept_tensors(params, communication)
-    others = [*((f"buffer/{name}", numel, Kind.REPLICATED) for name, numel in buffers), *kept]
+    others = [*((f"buffer/{name}", numel, TensorKind.REPLICATED) for name, numel in buffers), *kept]
     names = [f"{prefix}/{spec.name}" for prefix in ("param", *sharded_prefixes) for spec in params]
     num_params, num_sharded, num_others = len(params), len(sharded_prefixes) * len(params), len(others)
     return StateLayout(
@@ -175,7 +175,7 @@ def training_layout(
         itemsize=np.repeat([2 if mixed_precision else 4, 4, 4], [num_params, num_sharded, num_others]),
         kind=np.concatenate(
             [
-                np.repeat([Kind.REPLICATED, Kind.SHARDED], [num_params, num_sharded]),
+                np.repeat([TensorKind.REPLICATED, TensorKind.SHARDED], [num_params, num_sharded]),
                 np.array([kind for _, _, kind in others], dtype=np.int64),
             ]
         ),
@@ -187,18 +187,18 @@ def training_layout(
     )
 
 
-def kept_tensors(params: Sequence[ParamSpec], communication: CommunicationSpec) -> list[tuple[str, int, Kind]]:
+def kept_tensors(params: Sequence[ParamSpec], communication: CommunicationSpec) -> list[tuple[str, int, TensorKind]]:
     """State that compression keeps between steps, in fp32, on all ranks: (name, elements, kind)."""
     compression = communication.compression
     compressed = [spec for spec in params if is_compressed(spec, compression)]
     kept = []
     if compression.error_feedback:
-        kept += [(f"residual/{spec.name}", spec.numel, Kind.PARTIAL) for spec in compressed]
+        kept += [(f"residual/{spec.name}", spec.numel, TensorKind.PARTIAL) for spec in compressed]
     if compression.momentum:
-        kept += [(f"velocity/{spec.name}", spec.numel, Kind.PARTIAL) for spec in compressed]
+        kept += [(f"velocity/{spec.name}", spec.numel, TensorKind.PARTIAL) for spec in compressed]
     if compression.scheme == "powersgd":
         columns = [spec.numel // spec.rows * rank_of_product(spec, compression) for spec in compressed]
-        kept += [(f"powersgd/{s.name}", n, Kind.REPLICATED) for s, n in zip(compressed, columns, strict=True)]
+        kept += [(f"powersgd/{s.name}", n, TensorKind.REPLICATED) for s, n in zip(compressed, columns, strict=True)]
     return kept
 
 

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.elastic.state_layout import IntArray, Kind, StateLayout
+from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind
 from orchestrator.elastic.world import union
 from orchestrator.errors import OrchestratorError
 
@@ -101,7 +101,7 @@ class TransferPlan:
             workers=workers,
             names=old.names,
             itemsize=old.itemsize,
-            accumulates=tuple((old.kind == Kind.PARTIAL).tolist()),
+            accumulates=tuple((old.kind == TensorKind.PARTIAL).tolist()),
             moves=_stacked(found.moves, 5),
             keeps=_stacked(found.keeps, 4),
             zeros=_stacked(found.zeros, 4),
@@ -184,7 +184,7 @@ def _plan_whole(
     old: StateLayout, new: StateLayout, sources: NDArray[np.bool_], new_workers: IntArray, found: _Found
 ) -> None:
     """Replicated and partial tensors, by class: those with the same kind and the same holders before and after."""
-    (whole,) = np.nonzero(old.kind != Kind.SHARDED)
+    (whole,) = np.nonzero(old.kind != TensorKind.SHARDED)
     if not len(whole):
         return
     keys = np.stack([old.kind[whole], old.holder_set[whole], new.holder_set[whole]], axis=1)
@@ -193,7 +193,7 @@ def _plan_whole(
     starts = np.searchsorted(class_of.ravel()[order], np.arange(1, len(classes)))
     for (kind, before, after), members in zip(classes.tolist(), np.split(whole[order], starts), strict=True):
         holders = [rank for rank in old.holder_sets[before] if sources[rank]]
-        if not holders or (kind == Kind.PARTIAL and len(holders) < len(old.holder_sets[before])):
+        if not holders or (kind == TensorKind.PARTIAL and len(holders) < len(old.holder_sets[before])):
             found.lost.append(members)
             continue
         wanted = new_workers[list(new.holder_sets[after])].tolist()
@@ -201,7 +201,7 @@ def _plan_whole(
         staying = [worker for worker in wanted if worker in had]
         joining = [worker for worker in wanted if worker not in had]
         found.keeps.append(_of_each(old, members, staying))
-        if kind == Kind.REPLICATED:
+        if kind == TensorKind.REPLICATED:
             found.moves.append(_spread(old, members, holders, joining))
         else:
             leaving = [worker for worker in holders if worker not in set(wanted)]

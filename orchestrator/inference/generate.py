@@ -13,13 +13,13 @@ from orchestrator.model.decoding import next_token
 from orchestrator.model.kv_cache import KVCache
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.model.user_entrypoint import calling_user
-from orchestrator.protocol.child_process import Generation, GenerationResult, Piece, Remark
+from orchestrator.protocol.child_process import Generation, GenerationResult, Remark, TextPiece
 from orchestrator.spec.job import JobSpec
 
 
 def generate(
     request: Generation, job: JobSpec, tokenizer: TextTokenizer, model: TrainableModel
-) -> Iterator[Piece | Remark | GenerationResult]:
+) -> Iterator[TextPiece | Remark | GenerationResult]:
     """Yield pieces of the continuation as they are generated, then the result with all of it.
 
     Raises:
@@ -48,7 +48,7 @@ def generate(
         if not ended:
             tokens.append(token)
             if text := decode(token):
-                yield Piece(text)
+                yield TextPiece(text)
             new_BT = torch.tensor([[token]], device=device)
     spent_s = time.perf_counter() - started_s
     yield GenerationResult(

@@ -97,7 +97,7 @@ def _check_repeats(model: TrainableModel, first: dict[str, Tensor], second: dict
 
 
 @dataclass(frozen=True)
-class Fault:
+class DryRunFault:
     """What is wrong with a model, serialized for the calling process. Fields as in EntrypointError."""
 
     message: str
@@ -105,7 +105,7 @@ class Fault:
     traceback: str
 
 
-def fault_of(job: JobSpec) -> Fault | None:
+def fault_of(job: JobSpec) -> DryRunFault | None:
     """The first fault that would keep the job's model from being trained, as far as this process can check."""
     vocab_size = job.model.vocab_size or job.data.vocab_size
     try:
@@ -113,7 +113,7 @@ def fault_of(job: JobSpec) -> Fault | None:
         if sum(p.numel for p in params if p.expert is None) <= MAX_ELEMENTS:
             rehearse(job, vocab_size, torch.device("cpu"))
     except EntrypointError as error:
-        return Fault(error.message, error.remedy, error.traceback)
+        return DryRunFault(error.message, error.remedy, error.traceback)
     return None
 
 

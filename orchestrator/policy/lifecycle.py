@@ -19,7 +19,7 @@ from orchestrator.policy.curriculum import decide_stages
 from orchestrator.policy.health.budget import held_back_s
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.health.stragglers import watch_stragglers
-from orchestrator.policy.recovery.detect import bury_members, hear_errors, notice_failures, restart_first
+from orchestrator.policy.recovery.detect import hear_errors, notice_failures, remove_lost_members, restart_first
 from orchestrator.policy.recovery.recover import recover
 from orchestrator.policy.replay_check import watch_checks
 from orchestrator.policy.rescale.draining import plan_departure, watch_drains, why_leaving
@@ -44,7 +44,7 @@ from orchestrator.policy.state.requests import heed_grant
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.policy.termination import ask_finish, commit_checkpoint, end_run, fail_run
-from orchestrator.protocol.messages import DesiredRunState, Directive, Finish, Phase
+from orchestrator.protocol.messages import DesiredRunState, Directive, FinishMode, Phase
 from orchestrator.protocol.scaling import UNLIMITED
 from orchestrator.protocol.status import RunPhase
 
@@ -61,7 +61,7 @@ RULES: tuple[Rule, ...] = (
     settle,
     notice_failures,
     hear_errors,
-    bury_members,
+    remove_lost_members,
     remove_lost_workers,
     restart_first,
     abandon_transition,
@@ -129,7 +129,7 @@ def phase_of(state: RunState, seen: Observation) -> RunPhase:
         return RunPhase.STARTING
     if state.gives_way:
         return RunPhase.RESCALING
-    if state.finish is not Finish.NO or all(seen.phase(w) is Phase.FINISHED for w in state.members):
+    if state.finish is not FinishMode.NO or all(seen.phase(w) is Phase.FINISHED for w in state.members):
         return RunPhase.FINISHING
     stopped = (Phase.MOVING, Phase.READY, Phase.STRANDED)
     if state.next is not None and any(seen.phase(w) in stopped for w in state.members):

@@ -7,11 +7,11 @@ from orchestrator.policy.rescale.worker_pool import traceback_of, why_gone
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import suspended
 from orchestrator.policy.state.run_state import USER_ERROR, Commit, Decision, Observation, RunState, ended
-from orchestrator.protocol.messages import Finish, Phase, ShardWritten
+from orchestrator.protocol.messages import FinishMode, Phase, ShardWritten
 from orchestrator.protocol.status import RunPhase
 
 MAX_FAILED_SPAWNS = 3  # in a row
-OUTCOMES = {Finish.CANCEL: RunPhase.CANCELLED, Finish.PAUSE: RunPhase.PAUSED}
+OUTCOMES = {FinishMode.CANCEL: RunPhase.CANCELLED, FinishMode.PAUSE: RunPhase.PAUSED}
 
 
 def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -38,13 +38,13 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     workers hold a whole state and checkpoints can't be read.
     """
     is_lost = state.wants_restore and bool(seen.unreadable)
-    if state.target.finish is not Finish.NO and (state.current is None or is_lost):
+    if state.target.finish is not FinishMode.NO and (state.current is None or is_lost):
         outcome = OUTCOMES[state.target.finish]
         done = f"after step {state.restore.step}" if state.restore else "before the first step"
         done = f"while {seen.unreadable}" if is_lost else done
         return ended(state, outcome, state.target.reason or f"{outcome} {done}")
-    asked = Finish.PAUSE if state.gives_way else state.target.finish
-    if asked is Finish.NO or state.finish is not Finish.NO or state.fence is not None:
+    asked = FinishMode.PAUSE if state.gives_way else state.target.finish
+    if asked is FinishMode.NO or state.finish is not FinishMode.NO or state.fence is not None:
         return Decision(state)
     if state.is_recovering:  # on its way to the world that is to end
         return Decision(replace(state, finish=asked))
@@ -73,7 +73,7 @@ def end_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
         return Decision(state)
     if last_step + 1 >= limits.steps:
         return ended(state, RunPhase.SUCCEEDED, f"all {limits.steps} steps are done")
-    if state.target.finish is not Finish.NO:
+    if state.target.finish is not FinishMode.NO:
         outcome = OUTCOMES[state.target.finish]
         why = state.target.reason or str(outcome)
         return ended(state, outcome, f"{why}, after {last_step + 1} of {limits.steps} steps")

@@ -109,7 +109,7 @@ class GenerationResult:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """New text of the continuation."""
 
     text: str
@@ -134,8 +134,8 @@ class Fault:
 
 
 Request = Evaluation | Generation
-Answer = Piece | Remark | Fault | EvaluationResult | GenerationResult
-MODEL_LINES = Lines(Evaluation, Generation, Piece, Remark, Fault, EvaluationResult, GenerationResult)
+Answer = TextPiece | Remark | Fault | EvaluationResult | GenerationResult
+MODEL_LINES = Lines(Evaluation, Generation, TextPiece, Remark, Fault, EvaluationResult, GenerationResult)
 
 
 # -- Messages to and from processes that replay a run's steps ----------------------------------------------------------

@@ -15,7 +15,7 @@ from orchestrator.protocol.usage import Traffic
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 
-class Finish(StrEnum):
+class FinishMode(StrEnum):
     """Requested end of a run before its last step."""
 
     NO = "no"
@@ -30,7 +30,7 @@ class DesiredRunState:
 
     seq: int
     workers: int
-    finish: Finish = Finish.NO
+    finish: FinishMode = FinishMode.NO
     reason: str = ""
     stage: str = ""
     stage_requests: int = 0
@@ -63,7 +63,7 @@ class ResumeRequest:
 
 
 @dataclass(frozen=True)
-class Source:
+class StateSource:
     """Source of a generation's state: the world that produced it, and the workers that hold it.
 
     `step` is the finished step after which the state is taken; None for the fence that the members of `world` reach.
@@ -122,7 +122,7 @@ class GenerationPlan:
     term: int
     world: World
     placement: ExpertPlacement
-    source: Source | None
+    source: StateSource | None
     store_prefix: str
     store_address: StoreAddress
     buddies: tuple[int, ...] = ()
@@ -199,7 +199,7 @@ class Directive:
     activated: int = -1
     aborted: int = -1
     settled: int = -1
-    finish: Finish = Finish.NO
+    finish: FinishMode = FinishMode.NO
     checkpoint_done: int = -1
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0

@@ -14,7 +14,7 @@ from typing import Literal
 
 from orchestrator.errors import ProtocolError
 from orchestrator.sampling.chunks import Chunks, Spans
-from orchestrator.sampling.token_stream import Stream
+from orchestrator.sampling.token_stream import TokenStream
 
 # -- Documents that a stage of a curriculum admits over its steps, by difficulty ---------------------------------------
 
@@ -194,7 +194,7 @@ class Curriculum:
         return self._stream.admitted // self.state.step_units(step) if not self._relaxed else 0
 
     def _rewind(self) -> None:
-        self._stream, self._step = Stream(self._chunks, self.state.seed), 0
+        self._stream, self._step = TokenStream(self._chunks, self.state.seed), 0
         self._relaxed = False
         self._admitting: tuple[float, float, int | None] | None = None
 

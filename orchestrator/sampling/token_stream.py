@@ -17,7 +17,7 @@ from orchestrator.sampling.chunks import Chunks, Ints, Spans
 from orchestrator.sampling.permutation import mixed
 
 
-class Stream:
+class TokenStream:
     """A position in an order of tokens. Draws advance it; streams with the same draws are equal.
 
     Args:

@@ -23,7 +23,7 @@ from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.cluster.autoscaling import Demand, claim_of, decide_sizes, demand
-from orchestrator.policy.cluster.fair_share import Share, divide, new_grants
+from orchestrator.policy.cluster.fair_share import FairShare, divide, new_grants
 from orchestrator.policy.cluster.node_pools import confined
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.spec.workers import MANUAL
@@ -59,7 +59,7 @@ class Autoscaler:
         """Evaluate now: something has changed."""
         self._stirred.set()
 
-    def share_of(self, newcomer: ScalingView) -> Share:
+    def share_of(self, newcomer: ScalingView) -> FairShare:
         """The share that a run would get if it were submitted now."""
         runs = self._known | self._expected | {newcomer.run_id: newcomer}
         return _divide(list(runs.values()))[newcomer.run_id]
@@ -182,7 +182,7 @@ class Autoscaler:
             log.info("run %s did not take the decision: %s", run_id, error)
 
 
-def _shares(runs: Sequence[ScalingView], expected: Sequence[ScalingView]) -> dict[str, Share]:
+def _shares(runs: Sequence[ScalingView], expected: Sequence[ScalingView]) -> dict[str, FairShare]:
     """The share of each of `runs`. An expected run only blocks those behind it in the queue."""
     shares = _divide(runs)
     if not expected:
@@ -192,7 +192,7 @@ def _shares(runs: Sequence[ScalingView], expected: Sequence[ScalingView]) -> dic
     return shares | behind
 
 
-def _divide(runs: Sequence[ScalingView]) -> dict[str, Share]:
+def _divide(runs: Sequence[ScalingView]) -> dict[str, FairShare]:
     labels = labels_of_nodes()
     staying, runs = set(labels) - set(draining_nodes()), [confined(run, labels) for run in runs]
     claims = {run.run_id: claim_of(run) for run in runs}

@@ -22,7 +22,7 @@ from orchestrator.controller.controller import RunController
 from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.world_size import wanted_size
-from orchestrator.protocol.messages import DesiredRunState, Finish, Restore, ResumeRequest
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, Restore, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.job_files import read_job, write_job
@@ -174,11 +174,11 @@ class Scheduler:
 
     def cancel(self, run_id: str, reason: str = "cancelled") -> DesiredRunState:
         """Request the run's end, with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        return self._forward(run_id, RunController.finish, Finish.CANCEL, reason)
+        return self._forward(run_id, RunController.finish, FinishMode.CANCEL, reason)
 
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
         """Request the run's end, with a checkpoint, to be resumed later. Raises as `cancel` does."""
-        return self._forward(run_id, RunController.finish, Finish.PAUSE, reason)
+        return self._forward(run_id, RunController.finish, FinishMode.PAUSE, reason)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""

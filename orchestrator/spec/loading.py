@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.section import Broken, Path, Section
-from orchestrator.spec.yaml import Document, dotted, read_document
+from orchestrator.spec.yaml import YamlDocument, dotted, read_document
 
 MAX_BYTES = 2**20
 MAX_PROBLEMS = 100  # a file with more isn't a job file, which the first ones show
@@ -88,10 +88,10 @@ def job_from(values: Mapping[str, Any], file: str = "job", overrides: Sequence[S
     except (TypeError, ValueError) as error:
         rule = f"must hold only what a job file can: mappings, lists, text, numbers, booleans, None and paths; {error}"
         raise SpecError((Problem(file, 1, 1, "", rule),)) from None
-    return _job_of(Document(file, plain), overrides)
+    return _job_of(YamlDocument(file, plain), overrides)
 
 
-def _job_of(document: Document, overrides: Sequence[str | Setting]) -> JobSpec:
+def _job_of(document: YamlDocument, overrides: Sequence[str | Setting]) -> JobSpec:
     if not isinstance(document.value, dict):
         rule = f"must be a mapping of keys, beginning with `schema: v1`; got {_shown(document.value)}"
         raise SpecError((*document.problems, document.problem((), rule)))
@@ -107,7 +107,7 @@ def _job_of(document: Document, overrides: Sequence[str | Setting]) -> JobSpec:
     return job
 
 
-def _apply(document: Document, override: str) -> None:
+def _apply(document: YamlDocument, override: str) -> None:
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -129,7 +129,7 @@ class _Finding:
     keys: tuple[Path, ...]
 
 
-def _validated(document: Document) -> tuple[JobSpec | None, list[Problem]]:
+def _validated(document: YamlDocument) -> tuple[JobSpec | None, list[Problem]]:
     """The job if it is valid, and the problems.
 
     A mistake keeps pydantic from checking the rules of the section above it. So invalid keys are removed and the rest
@@ -156,7 +156,7 @@ def _validated(document: Document) -> tuple[JobSpec | None, list[Problem]]:
     return None, problems
 
 
-def _missing(document: Document) -> Iterator[tuple[str, str]]:
+def _missing(document: YamlDocument) -> Iterator[tuple[str, str]]:
     for key, example in (("schema", "v1"), ("name", "my-run")):
         if key not in document.value:
             yield key, example
@@ -184,7 +184,7 @@ def _touches(key: Path, removed: set[Path]) -> bool:
     return any(key[: len(path)] == path[: len(key)] for path in removed)
 
 
-def _findings(document: Document, details: ErrorDetails) -> Iterator[_Finding]:
+def _findings(document: YamlDocument, details: ErrorDetails) -> Iterator[_Finding]:
     """Translate one of pydantic's errors for the author of the file."""
     path, kind = details["loc"], details["type"]
     if kind == "default_factory_not_called":  # a consequence of another error in the same section

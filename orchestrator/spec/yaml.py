@@ -33,7 +33,7 @@ _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-
 
 
 @dataclass
-class Document:
+class YamlDocument:
     """A parsed file: its value, made of dict, list, str, int, float, bool and None, and the position of each key."""
 
     file: str
@@ -79,7 +79,7 @@ class Document:
         self.places[path], self.overrides[path] = (1, 1), source
 
 
-def read_document(text: str, file: str) -> Document:
+def read_document(text: str, file: str) -> YamlDocument:
     """Parse `text`. Refused constructs that leave a readable document are listed in its `problems`.
 
     Raises:
@@ -115,7 +115,7 @@ class _Reader:
     """Builds a Document from YAML's events, without recursion."""
 
     def __init__(self, file: str) -> None:
-        self.document = Document(file)
+        self.document = YamlDocument(file)
         self._open: list[_Open] = []
         self._documents = 0
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ray.util.metrics import Gauge
 
-from orchestrator.metrics import DECLARED, Kind, Metric, metric
+from orchestrator.metrics import DECLARED, Metric, MetricKind, metric
 from orchestrator.protocol.status import RunPhase
 from orchestrator.tracking.sink import MetricPoint
 
@@ -51,7 +51,7 @@ class Exporter:
         # From the beginning, so that what has not happened yet is 0 rather than missing, and its first time is a rise.
         with self._harmless():
             for declared in DECLARED:
-                if declared.kind is Kind.AMOUNT:
+                if declared.kind is MetricKind.AMOUNT:
                     self._set(declared, 0.0)
 
     def show(self, points: Iterable[MetricPoint]) -> None:
@@ -76,7 +76,7 @@ class Exporter:
 
     def _enter(self, point: MetricPoint) -> None:
         declared, value = metric(point.name), point.value
-        if declared.kind is Kind.AMOUNT:
+        if declared.kind is MetricKind.AMOUNT:
             value = self._sums[point.name] = self._sums.get(point.name, 0.0) + value
         self._set(declared, value, point.node)
 

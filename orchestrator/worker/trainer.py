@@ -17,7 +17,7 @@ from orchestrator.engine.process_groups import abort_collectives, disconnect
 from orchestrator.policy.health.loss_spike import explosion
 from orchestrator.protocol.messages import (
     Directive,
-    Finish,
+    FinishMode,
     GenerationPlan,
     Phase,
     Saturation,
@@ -26,12 +26,12 @@ from orchestrator.protocol.messages import (
 )
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.abort import AbortHandle
-from orchestrator.worker.runtime.errors import DigestMismatch, GenerationAborted, LossExploded, StateCorrupted, kind_of
+from orchestrator.worker.runtime.errors import AbortedGeneration, DigestMismatch, LossExploded, StateCorrupted, kind_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
-from orchestrator.worker.shard.shard import Progress, Shard, ShardFactory
+from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.curriculum import Stages
-from orchestrator.worker.step.train_step import TrainStep, Voice
+from orchestrator.worker.step.train_step import RankProposal, TrainStep
 from orchestrator.worker.step.vote import NO_FENCE, VoteResult
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.save_shard import ShardSaver
@@ -72,7 +72,7 @@ class Trainer:
         self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.steps - 1)
         self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
         self._between_steps = True  # False: the shard's state belongs to no finished step
-        self._progress = Progress(-1, 0, feed.first_order)
+        self._progress = TrainingProgress(-1, 0, feed.first_order)
         self._stages = Stages(feed)
 
     # -- a worker's life ---------------------------------------------------------------------------------------
@@ -149,17 +149,17 @@ class Trainer:
             self._snapshots.copied()
             self._between_steps = False
 
-        def speak() -> Voice:
+        def propose() -> RankProposal:
             directive = self._mailbox.directive
             if directive.aborted >= shard.world.generation:
-                raise GenerationAborted(f"generation {shard.world.generation} was aborted")
-            fence, finish = self._preparer.fence_after(step), directive.finish is not Finish.NO
+                raise AbortedGeneration(f"generation {shard.world.generation} was aborted")
+            fence, finish = self._preparer.fence_after(step), directive.finish is not FinishMode.NO
             if is_due or finish or fence != NO_FENCE:
                 self._snapshots.acknowledged()
-            return Voice(fence, finish, self._snapshots.wanted_interval, self._stages.speak(directive))
+            return RankProposal(fence, finish, self._snapshots.wanted_interval, self._stages.propose(directive))
 
         keep_gradients = self._snapshots.wants_gradients(step)
-        stepped = self._stepper.step(shard, self._progress, before_update, speak, keep_gradients)
+        stepped = self._stepper.step(shard, self._progress, before_update, propose, keep_gradients)
         why = explosion(self._mailbox.records, stepped.record, self._spec.recovery.loss_explosion)
         if why:  # the shard's state is that of a discarded step: only snapshots of earlier ones are usable
             self._between_steps = False
@@ -348,7 +348,7 @@ class Trainer:
         log.info("finished after step %d", step)
         directive = self._mailbox.wait(lambda d: d.checkpoint_done >= step or d.aborted >= generation)
         if directive.checkpoint_done < step:
-            raise GenerationAborted(f"generation {generation} was aborted before its last checkpoint was complete")
+            raise AbortedGeneration(f"generation {generation} was aborted before its last checkpoint was complete")
 
     def _saved(self, written: ShardWritten) -> None:
         self._mailbox.publish(shards=(*self._mailbox.state.shards[-3:], written))

@@ -1,5 +1,7 @@
 """The rooms of the package and the order of their imports, as facts."""
 
+import ast
+import re
 import subprocess
 import sys
 import warnings
@@ -36,6 +38,23 @@ NO_TORCH = (
 )
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
 LONG_FILE, LONGEST_FILE = 300, 400  # lines
+MOST_FILES = 16  # of a folder
+# Words of a private vocabulary that the field's terms have replaced: crew (worker group), slot (micro-batch), ward
+# (protected rank), desk (mailbox), wish (request), seam (adapter), voice (ballot).
+RETIRED = {"crew", "slots", "ward", "desk", "wish", "wishes", "seam", "voice", "workshop", "teller", "bury"}
+    "crew",
+    "slots",
+    "ward",
+    "desk",
+    "wish",
+    "wishes",
+    "seam",
+    "voice",
+    "workshop",
+    "teller",
+    "overdrawn",
+    "bury",
+}
 
 MODULES = read_package(PACKAGE)
 
@@ -101,6 +120,32 @@ def test_init_files_are_empty(file: Path) -> None:
 
 def test_names_say_what_is_inside() -> None:
     assert [module.name for module in MODULES.values() if VAGUE_NAMES & set(module.name.split("."))] == []
+
+
+@pytest.mark.parametrize("folder", sorted({module.file.parent for module in MODULES.values()}), ids=str)
+def test_folders_are_small(folder: Path) -> None:
+    assert len([file for file in folder.glob("*.py") if file.name != "__init__.py"]) <= MOST_FILES
+
+
+def test_public_classes_have_names_of_their_own() -> None:
+    """Base classes of different packages may share one."""
+    places: dict[str, list[str]] = {}
+    for module in MODULES.values():
+        for node in ast.parse(module.file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module.name)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+
+
+def test_names_are_free_of_retired_words() -> None:
+    found = [
+        f"{module.name}: {node.name}"
+        for module in MODULES.values()
+        for node in ast.walk(ast.parse(module.file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        and RETIRED & set(re.sub(r"(?<!^)(?=[A-Z])", "_", node.name).lower().split("_"))
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=lambda module: module.name)

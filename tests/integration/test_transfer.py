@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World, union
 from orchestrator.state.digest import StateDigests, differing
@@ -59,7 +59,7 @@ def _move(
     peers = PeerGroup(store, prefix, workers, me)
     held = _memory(old, me, fill=True) if me in old.world else None
     memory = _memory(new, me, fill=False) if me in new.world else None
-    replicated = frozenset(n for n, k in zip(old.names, old.kind, strict=True) if k == Kind.REPLICATED)
+    replicated = frozenset(n for n, k in zip(old.names, old.kind, strict=True) if k == TensorKind.REPLICATED)
     digests = StateDigests(old.names, replicated, held)
     execute_transfer(plan, me, held, memory, peers)
     if flip and memory is not None and me == after[0]:
@@ -91,7 +91,7 @@ def test_every_tensor_arrives_whole(ranks: Ranks, before: str, after: str) -> No
     for tensor, name in enumerate(layout.names):
         wanted = hashlib.sha256(_value(layout, tensor).view(torch.uint8).numpy().tobytes()).hexdigest()
         pieces = [piece for found, *_ in results for piece in found.get(name, ())]
-        if layout.kind[tensor] == Kind.SHARDED:
+        if layout.kind[tensor] == TensorKind.SHARDED:
             pieces = [(0, b"".join(data for _, data in sorted(pieces)))]
         assert pieces
         for _, data in pieces:
@@ -144,7 +144,7 @@ def _adds_up(rank: int, world_size: int, store: Store, prefix: str) -> list[floa
             names=("residual/w",),
             numel=np.array([6]),
             itemsize=np.array([4]),
-            kind=np.array([Kind.PARTIAL]),
+            kind=np.array([TensorKind.PARTIAL]),
             holder_sets=(tuple(range(len(members))),),
             holder_set=np.array([0]),
             shards=np.zeros((0, 4), dtype=np.int64),

@@ -104,7 +104,7 @@ def _wrap() -> None:
 
     for owner, name, around in (
         (TrainStep, "step", _around_step),
-        (stream.Stream, "send", _around_send),
+        (stream.FramedStream, "send", _around_send),
         (preparation, "prepare", _around_prepare),
         (trainer, "make_transition", _around_move),
         (preparation.TransitionPreparer, "await_activation", _around_activation),
@@ -114,7 +114,7 @@ def _wrap() -> None:
 
 
 def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Any, shard: Any, progress: Any, before_update: Any, speak: Any, keep_gradients: bool) -> Any:
+    def step(self: Any, shard: Any, progress: Any, before_update: Any, propose: Any, keep_gradients: bool) -> Any:
         global _rank
         _rank = shard.rank
         at = {"step": progress.step + 1, "generation": shard.world.generation}
@@ -124,12 +124,12 @@ def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
             before_update()
             _strike(_rank, Moment.UPDATE, shard, **at)
 
-        def speaking() -> Any:
-            voice = speak()
+        def proposing() -> Any:
+            proposal = propose()
             _strike(_rank, Moment.VOTE, shard, **at)
-            return voice
+            return proposal
 
-        stepped = original(self, shard, progress, updating, speaking, keep_gradients)
+        stepped = original(self, shard, progress, updating, proposing, keep_gradients)
         _strike(_rank, Moment.VOTED, shard, **at)
         return stepped
 

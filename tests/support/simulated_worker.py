@@ -31,7 +31,7 @@ from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.messages import (
     Directive,
-    Finish,
+    FinishMode,
     GenerationPlan,
     Handover,
     Phase,
@@ -192,7 +192,7 @@ class SimulatedWorker:
             following = self._look_ahead(order)
             ballot = {
                 "fence": -1 if following is None else following.generation,
-                "finish": order.finish is not Finish.NO,
+                "finish": order.finish is not FinishMode.NO,
                 "counters": {expert: count + 1 for expert, count in self._counters.items()},
             }
             votes = self._meet(plan, f"step-{self._step + 1}", ballot, plan.world.members)

@@ -27,12 +27,12 @@ from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import (
     Directive,
     Fence,
-    Finish,
+    FinishMode,
     GenerationPlan,
     Phase,
     Report,
     Restore,
-    Source,
+    StateSource,
     StepRecord,
     StoreAddress,
     WorkerJob,
@@ -236,7 +236,7 @@ class Crew:
             term=1,
             world=world,
             placement=placement,
-            source=Source(source.world, source.placement, source.world.members, step) if source else None,
+            source=StateSource(source.world, source.placement, source.world.members, step) if source else None,
             store_prefix=f"1/{generation}",
             store_address=self.store_address,
             buddies=buddies_of(["node"] * world.size),
@@ -351,7 +351,7 @@ class Crew:
             term=1,
             world=world,
             placement=placement,
-            source=Source(origin.world, origin.placement, cut.holders, cut.step),
+            source=StateSource(origin.world, origin.placement, cut.holders, cut.step),
             store_prefix=f"1/{world.generation}",
             store_address=self.store_address,
             buddies=buddies_of(["node"] * world.size),
@@ -375,7 +375,7 @@ class Crew:
 
     def finish(self) -> None:
         assert self.directive.current is not None
-        self.send(finish=Finish.CANCEL)
+        self.send(finish=FinishMode.CANCEL)
         self.await_finished()
 
     def await_finished(self, patience_s: float = PATIENCE_S) -> None:

@@ -167,7 +167,7 @@ def configuration(spec: ModelSpec, vocab_size: int, sequence_length: int, dtype:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ConfigSetting:
     """A value of `config.json`, with its key there and our key."""
 
     their_key: str
@@ -175,7 +175,7 @@ class Setting:
     value: Any
 
 
-def settings(config: Mapping[str, Any]) -> list[Setting]:
+def settings(config: Mapping[str, Any]) -> list[ConfigSetting]:
     """A `config.json` as keys of our `model` section.
 
     Raises:
@@ -202,10 +202,10 @@ def settings(config: Mapping[str, Any]) -> list[Setting]:
     if known["head_dim"] is None:
         known["head_dim"] = int(known["hidden_size"]) // int(known["num_attention_heads"])
     return [
-        *(Setting(theirs, ours, known[theirs]) for theirs, ours in _SIZES.items()),
-        Setting("architectures", "router", "sigmoid"),
-        Setting("rope_theta", "rope_theta", float(rope["rope_theta"])),
-        Setting("partial_rotary_factor", "rope_fraction", float(rope["partial_rotary_factor"])),
+        *(ConfigSetting(theirs, ours, known[theirs]) for theirs, ours in _SIZES.items()),
+        ConfigSetting("architectures", "router", "sigmoid"),
+        ConfigSetting("rope_theta", "rope_theta", float(rope["rope_theta"])),
+        ConfigSetting("partial_rotary_factor", "rope_fraction", float(rope["partial_rotary_factor"])),
     ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.checkpoint.hf.glm4_moe import Setting, settings, shapes, stacked_name, their_names
+from orchestrator.checkpoint.hf.glm4_moe import ConfigSetting, settings, shapes, stacked_name, their_names
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.model import ModelSpec
 
@@ -169,7 +169,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _differs(spec: ModelSpec, setting: Setting) -> bool:
+def _differs(spec: ModelSpec, setting: ConfigSetting) -> bool:
     if setting.key not in spec.model_fields_set:
         return False
     ours, theirs = getattr(spec, setting.key), setting.value
@@ -178,7 +178,7 @@ def _differs(spec: ModelSpec, setting: Setting) -> bool:
     return bool(ours is not None and ours != theirs)
 
 
-def _difference(spec: ModelSpec, setting: Setting) -> str:
+def _difference(spec: ModelSpec, setting: ConfigSetting) -> str:
     ours = f"model.{setting.key} is {json.dumps(getattr(spec, setting.key))}"
     named = setting.their_key if setting.key != "router" else "router"
     return f"{ours}, {named} is {json.dumps(setting.value)}"

@@ -90,7 +90,7 @@ def prepare(
         None if weights is None else _numbers(weights),
         max_bad,
     )
-    progress = Progress()
+    progress = ProgressLine()
     with _in_words_of_options():
         check(request)  # before connecting to a cluster or starting one
         with _cluster(address):
@@ -127,7 +127,7 @@ def described(done: Any) -> dict[str, Any]:
     }
 
 
-class Progress:
+class ProgressLine:
     """A bar on stderr; without a terminal, a line for each stage and every few seconds.
 
     Args:

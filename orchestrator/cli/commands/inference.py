@@ -20,9 +20,9 @@ from orchestrator.protocol.child_process import (
     EvaluationResult,
     Generation,
     GenerationResult,
-    Piece,
     Remark,
     Split,
+    TextPiece,
 )
 
 INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
@@ -124,7 +124,7 @@ def generate(
         for answer in ask_model(request):
             if isinstance(answer, Remark):
                 say(answer.text)
-            elif isinstance(answer, Piece) and output is Format.TEXT:
+            elif isinstance(answer, TextPiece) and output is Format.TEXT:
                 sys.stdout.write(answer.text)
                 sys.stdout.flush()
             elif isinstance(answer, GenerationResult):

@@ -35,7 +35,7 @@ class Listener:
         self._word = secrets.token_hex(16)
         self.address = f"{host}:{self._socket.getsockname()[1]}:{self._word}"
 
-    def accept(self, timeout_s: float) -> "Stream":
+    def accept(self, timeout_s: float) -> "FramedStream":
         """The stream of the peer that knows the token; others are rejected. Raises StreamClosed if none connects."""
         self._socket.settimeout(timeout_s)
         try:
@@ -44,7 +44,7 @@ class Listener:
                 connection.settimeout(timeout_s)
                 with suppress(OSError, StreamClosed):
                     if secrets.compare_digest(_exactly(connection, len(self._word)), self._word.encode()):
-                        return Stream(connection)
+                        return FramedStream(connection)
                 connection.close()
         except OSError as error:
             raise StreamClosed(f"no peer connected within {timeout_s:.0f} s: {error}") from error
@@ -53,7 +53,7 @@ class Listener:
         self._socket.close()
 
 
-def dial(address: str, timeout_s: float) -> "Stream":
+def dial(address: str, timeout_s: float) -> "FramedStream":
     """Connect to a listener. Raises StreamClosed if it can't be reached."""
     rest, _, word = address.rpartition(":")
     host, _, port = rest.rpartition(":")
@@ -62,10 +62,10 @@ def dial(address: str, timeout_s: float) -> "Stream":
         connection.sendall(word.encode())
     except OSError as error:
         raise StreamClosed(str(error)) from error
-    return Stream(connection)
+    return FramedStream(connection)
 
 
-class Stream:
+class FramedStream:
     """One end of a connection. One thread sends or receives; any other may `shut` it."""
 
     def __init__(self, connection: socket.socket) -> None:

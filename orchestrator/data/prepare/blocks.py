@@ -38,7 +38,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Block:
+class RecordBlock:
     """Consecutive records of a source.
 
     Attributes:
@@ -103,7 +103,7 @@ class BlockBuilder:
     source."""
 
     def __init__(self, text_key: str, wanted_chars: int) -> None:
-        self.blocks: list[Block] = []
+        self.blocks: list[RecordBlock] = []
         self._text_key, self._wanted_chars = text_key, wanted_chars
         self._num_documents = 0  # before the block
         self._file: SourceFile | None = None  # of the stretch that is open
@@ -130,7 +130,7 @@ class BlockBuilder:
         num_documents = sum(self._kept)
         if num_documents:
             self.blocks.append(
-                Block(
+                RecordBlock(
                     len(self.blocks),
                     self._text_key,
                     tuple(self._stretches),
@@ -163,7 +163,7 @@ def document_id(name: str, form: Form, row: int) -> str:
     return name if form is Form.WHOLE else f"{name}#{row}"
 
 
-def documents_of(block: Block) -> Iterator[Located]:
+def documents_of(block: RecordBlock) -> Iterator[Located]:
     """Read the documents of a block. Raises DataError, at the end or earlier, if the files have changed."""
     num_records = sum(stretch.num_records for stretch in block.stretches)
     kept = np.unpackbits(np.frombuffer(bytes.fromhex(block.kept), np.uint8), count=num_records)

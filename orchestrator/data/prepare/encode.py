@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.prepare.block_cache import checked, written
-from orchestrator.data.prepare.blocks import Block, Located, documents_of
+from orchestrator.data.prepare.blocks import Located, RecordBlock, documents_of
 from orchestrator.data.prepare.difficulty import Signal, Tokens, scores, signal_of
 from orchestrator.data.prepare.options import sample_of
 from orchestrator.data.prepare.store_writer import token_dtype
@@ -33,14 +33,14 @@ Encode = Callable[[Sequence[str]], list[NDArray[np.unsignedinteger]]]
 
 @dataclass(frozen=True)
 class SampleTask:
-    block: Block
+    block: RecordBlock
     share: float  # of each document
     held_out: tuple[int, ...]  # documents of the block, from 0, that the tokenizer must not see
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    block: Block
+    block: RecordBlock
     part: str  # file to write
     tokenizer: str  # file
     tokenizer_digest: str
@@ -49,7 +49,7 @@ class EncodeTask:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EncodedBlock:
     """Result of a task: texts of a sample, the number of tokens written, or an error."""
 
     block: int
@@ -64,10 +64,10 @@ def saved(task: SampleTask | EncodeTask) -> str:
     return json.dumps(to_plain(task))
 
 
-def outcomes(results: Iterable[str]) -> Iterator[Outcome]:
+def outcomes(results: Iterable[str]) -> Iterator[EncodedBlock]:
     """Results of tasks in order of arrival. Raises DataError for the first that failed."""
     for result in results:
-        outcome = from_plain(Outcome, json.loads(result))
+        outcome = from_plain(EncodedBlock, json.loads(result))
         if outcome.error:
             raise DataError(outcome.error, remedy=outcome.remedy, unchanged=outcome.unchanged)
         yield outcome
@@ -78,7 +78,7 @@ def signal_here(difficulty: str | None) -> str | None:
     return None if difficulty in OVER_ALL_DOCUMENTS else difficulty
 
 
-def made_of(block: Block, tokenizer_digest: str, signal: str | None) -> str:
+def made_of(block: RecordBlock, tokenizer_digest: str, signal: str | None) -> str:
     """Digest of all inputs of a part."""
     return hashlib.sha256(f"{PART_FORMAT}\n{block.digest}\n{tokenizer_digest}\n{signal}".encode()).hexdigest()
 
@@ -87,11 +87,11 @@ def sample_block(task_json: str) -> str:
     """Execute a `SampleTask`."""
     task = from_plain(SampleTask, json.loads(task_json))
 
-    def sample() -> Outcome:
+    def sample() -> EncodedBlock:
         held_out = frozenset(task.held_out)
         found = enumerate(documents_of(task.block))
         texts = tuple(sample_of(item.document, task.share) for number, item in found if number not in held_out)
-        return Outcome(task.block.number, texts)
+        return EncodedBlock(task.block.number, texts)
 
     return _told(task.block, sample)
 
@@ -102,13 +102,13 @@ def encode_block(task_json: str) -> str:
     return _told(task.block, lambda: _encode(task))
 
 
-def _told(block: Block, work: Callable[[], Outcome]) -> str:
+def _told(block: RecordBlock, work: Callable[[], EncodedBlock]) -> str:
     try:
         outcome = work()
     except DataError as error:
-        outcome = Outcome(block.number, error=error.message, remedy=error.remedy, unchanged=error.unchanged)
+        outcome = EncodedBlock(block.number, error=error.message, remedy=error.remedy, unchanged=error.unchanged)
     except OSError as error:
-        outcome = Outcome(
+        outcome = EncodedBlock(
             block.number,
             error=f"a part of the store can't be written: {error}",
             remedy="Make room, and have every node see the corpus and the directory of the store under the same path.",
@@ -117,11 +117,11 @@ def _told(block: Block, work: Callable[[], Outcome]) -> str:
     return json.dumps(to_plain(outcome))
 
 
-def _encode(task: EncodeTask) -> Outcome:
+def _encode(task: EncodeTask) -> EncodedBlock:
     path, made = Path(task.part), made_of(task.block, task.tokenizer_digest, task.signal)
     footer = checked(path, made)
     if footer is not None:
-        return Outcome(task.block.number, num_tokens=footer.num_tokens)
+        return EncodedBlock(task.block.number, num_tokens=footer.num_tokens)
     tokenizer, encode = _loaded(task.tokenizer, task.tokenizer_digest)
     signal = None
     if task.signal is not None:
@@ -131,7 +131,7 @@ def _encode(task: EncodeTask) -> Outcome:
             for item, tokens in zip(batch, encode([item.document.text for item in batch]), strict=True):
                 part.add(tokens, float("nan") if signal is None else _score(signal, task.signal or "", item, tokens))
         num_tokens = part.num_tokens
-    return Outcome(task.block.number, num_tokens=num_tokens)
+    return EncodedBlock(task.block.number, num_tokens=num_tokens)
 
 
 def _score(signal: Signal, name: str, item: Located, tokens: Tokens) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from orchestrator.data.corpus.sources import Corpus, Document, open_corpus
 from orchestrator.data.holdout import fraction_of, split_documents
-from orchestrator.data.manifest import PrepareOptions, Source, Split, is_store, store_key
+from orchestrator.data.manifest import PrepareOptions, Split, TextSource, is_store, store_key
 from orchestrator.data.prepare.difficulty import HERE
 from orchestrator.data.prepare.store_writer import StoreWriter, published
 from orchestrator.data.store import TokenStore
@@ -208,7 +208,9 @@ def _write(
     writer: StoreWriter,
     report: Progress,
 ) -> None:
-    source = Source(name=corpus.name, digest=corpus.digest, num_documents=len(corpus.ids), num_bytes=corpus.num_bytes)
+    source = TextSource(
+        name=corpus.name, digest=corpus.digest, num_documents=len(corpus.ids), num_bytes=corpus.num_bytes
+    )
     try:
         number = 0
         for batch in _batches(corpus):

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.data.corpus.sources import find_files
-from orchestrator.data.manifest import Dropped, PrepareOptions, Source, store_key
+from orchestrator.data.manifest import Dropped, PrepareOptions, TextSource, store_key
 from orchestrator.data.prepare.block_cache import Footer, Parts, checked, documents_in, lengths_of
 from orchestrator.data.prepare.difficulty import HERE, check_signal
 from orchestrator.data.prepare.encode import (
@@ -286,7 +286,7 @@ class _Making:
                     writer.add("validation" if self.found.held_out[number] else "train", number, tokens, score)
                 number += 1
 
-    def _sources(self, left_out_D: NDArray[np.bool_]) -> list[Source]:
+    def _sources(self, left_out_D: NDArray[np.bool_]) -> list[TextSource]:
         sources = []
         for place, source in enumerate(self.found.sources):
             first, end = self.found.first_documents[place : place + 2]

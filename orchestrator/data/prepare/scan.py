@@ -17,8 +17,8 @@ from orchestrator.data.corpus.files import KINDS
 from orchestrator.data.corpus.records import Record, form_of, records
 from orchestrator.data.corpus.sources import add_bytes, find_files
 from orchestrator.data.holdout import Holdout, fraction_of
-from orchestrator.data.manifest import Dropped, PrepareOptions, Source
-from orchestrator.data.prepare.blocks import Block, BlockBuilder, Kept, SourceFile, document_id
+from orchestrator.data.manifest import Dropped, PrepareOptions, TextSource
+from orchestrator.data.prepare.blocks import BlockBuilder, Kept, RecordBlock, SourceFile, document_id
 from orchestrator.data.prepare.digest_set import KEY_BYTES, DigestSet
 from orchestrator.data.prepare.quarantine import Quarantine
 from orchestrator.errors import DataError
@@ -40,8 +40,8 @@ class Scan:
         num_records, num_empty: records read, and those of them without text.
     """
 
-    blocks: tuple[Block, ...]
-    sources: tuple[Source, ...]
+    blocks: tuple[RecordBlock, ...]
+    sources: tuple[TextSource, ...]
     first_documents: tuple[int, ...]
     held_out: bytearray
     ranks: "array[float]"
@@ -141,7 +141,7 @@ class _Scanner:
         self._done_bytes = self.num_records = self._num_empty = 0
         wanted = min(LARGEST_BLOCK, max(SMALLEST_BLOCK, self._all_bytes // BLOCKS))
         self._blocks = BlockBuilder(text_key, wanted)
-        self._sources: list[Source] = []
+        self._sources: list[TextSource] = []
 
     def read(self, source: _Listed) -> None:
         counts, digest = _Counts(), hashlib.sha256()
@@ -163,7 +163,7 @@ class _Scanner:
             self._done_bytes += _size(path)
         self._blocks.close()
         self._sources.append(
-            Source(
+            TextSource(
                 name=source.name,
                 digest=digest.hexdigest(),
                 num_documents=counts.num_documents,
@@ -237,7 +237,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _empty(source: Source, num_files: int) -> DataError:
+def _empty(source: TextSource, num_files: int) -> DataError:
     dropped = {} if source.dropped is None else source.dropped.model_dump()
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
     return DataError(

@@ -26,11 +26,11 @@ from orchestrator.data.manifest import (
     MANIFEST,
     SPLITS,
     TOKENIZER,
-    Manifest,
     PrepareOptions,
-    Source,
     Split,
     SplitCounts,
+    StoreManifest,
+    TextSource,
     digest_file,
     index_file,
     tokens_file,
@@ -76,7 +76,7 @@ class StoreWriter:
         for file in self._tokens.values():
             file.close()
 
-    def finish(self, sources: Sequence[Source], document_ids: Iterable[str], options: PrepareOptions) -> None:
+    def finish(self, sources: Sequence[TextSource], document_ids: Iterable[str], options: PrepareOptions) -> None:
         """Write all files but the tokens, the manifest last, and flush everything to disk. Documents without a score
         are scored if the options name a signal. Raises DataError if one can't be scored."""
         self.close()
@@ -88,7 +88,7 @@ class StoreWriter:
                 index_D["score"] = self._scores(split, index_D, options.difficulty)
             np.save(self._directory / index_file(split), index_D, allow_pickle=False)
         self._tokenizer.save(self._directory / TOKENIZER)
-        manifest = Manifest(
+        manifest = StoreManifest(
             format_version=FORMAT_VERSION,
             sources=tuple(sources),
             options=options,

@@ -19,7 +19,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """The rows that a rank sends: for rank 0, then for rank 1, and so on, each in the order of the tokens.
 
     Args:
@@ -52,16 +52,16 @@ class Dispatch:
             [to * self.num_columns + held[to].index(expert) for expert, to in enumerate(destinations)]
         )
 
-    def rows(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> Rows:
+    def rows(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> TokenRows:
         num_tokens, size, columns = len(expert_ids_NK), self.world_size, self.num_columns
         goes_NW = torch.zeros(num_tokens, size, dtype=torch.bool, device=expert_ids_NK.device)
         goes_NW.scatter_(1, self._destination_E[expert_ids_NK], True)
         to_S, token_S = goes_NW.t().nonzero(as_tuple=True)
         gates_NWL = gates_NK.new_zeros(num_tokens, size * columns).scatter(1, self._column_E[expert_ids_NK], gates_NK)
         gates_SL = gates_NWL.view(num_tokens * size, columns).index_select(0, token_S * size + to_S)
-        return Rows(token_S, gates_SL, goes_NW.sum(0))
+        return TokenRows(token_S, gates_SL, goes_NW.sum(0))
 
-    def rows_apart(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> tuple[Rows, Tensor]:
+    def rows_apart(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> tuple[TokenRows, Tensor]:
         """One row for each choice of a token, by rank, then by expert, then by token; and the index among the N * K
         choices of each row."""
         column_S, order_S = self._column_E[expert_ids_NK.reshape(-1)].sort(stable=True)
@@ -70,7 +70,7 @@ class Dispatch:
         gates_S1 = gates_NK.reshape(-1).index_select(0, order_S)[:, None]
         gates_SL = gates_NK.new_zeros(len(order_S), self.num_columns)
         gates_SL = gates_SL.scatter(1, (column_S % self.num_columns)[:, None], gates_S1)
-        return Rows(token_S, gates_SL, torch.bincount(to_S, minlength=self.world_size)), order_S
+        return TokenRows(token_S, gates_SL, torch.bincount(to_S, minlength=self.world_size)), order_S
 
     def copies(self, gates_ML: Tensor, received_W: Sequence[int] | None = None) -> tuple[Tensor, list[int], Tensor]:
         """The received work for this rank's experts, as for `run_experts`: the row of each copy (R), by expert and then

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from orchestrator.policy.cluster.fair_share import Share
+from orchestrator.policy.cluster.fair_share import FairShare
 from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, typical_step_s
@@ -121,7 +121,7 @@ def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
     return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
 
 
-def decide_sizes(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tuple[Resize, ...]:
+def decide_sizes(runs: Sequence[ScalingView], shares: Mapping[str, FairShare]) -> tuple[Resize, ...]:
     """Size changes of runs, given each run's share of the cluster."""
     found = (_decide(run, shares[run.run_id]) for run in runs)
     return tuple(resize for resize in found if resize is not None)
@@ -142,7 +142,7 @@ def demand(runs: Sequence[ScalingView]) -> tuple[Demand, ...]:
     return tuple(Demand(run.request, run.selector) for run in runs for _ in range(_hoped(run) + run.standby))
 
 
-def _decide(run: ScalingView, share: Share) -> Resize | None:
+def _decide(run: ScalingView, share: FairShare) -> Resize | None:
     if run.policy == MANUAL or run.is_pinned or run.queued_s is not None:
         return None
     if run.wanted > run.most and run.is_steady:

@@ -33,7 +33,7 @@ FREEING_S = 1.0  # a run that ends frees its places one after another, within th
 
 
 @dataclass(frozen=True)
-class Share:
+class FairShare:
     """A run's number of places, standbys included, and the grant that follows from it."""
 
     places: int
@@ -50,7 +50,7 @@ class NewGrant:
     patience_s: float | None
 
 
-def new_grants(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> tuple[NewGrant, ...]:
+def new_grants(runs: Sequence[ScalingView], shares: Mapping[str, FairShare]) -> tuple[NewGrant, ...]:
     """The changed grants. Runs that lose places come first: releasing takes longer than starting a worker. A place that
     was lost, or that another run wants, has to be missing for a while, unless a run is admitted. A run that trains and
     may have more, but not yet all that it wants, waits a moment for the rest, so that it grows only once."""
@@ -89,7 +89,7 @@ def divide(
     homes: Mapping[str, Sequence[str]],
     free: Mapping[str, Resources],
     now_s: float,
-) -> dict[str, Share]:
+) -> dict[str, FairShare]:
     """The share of each run.
 
     Args:
@@ -259,14 +259,16 @@ def _places_in(packing: NodePacking, run: ScalingView) -> tuple[str, ...] | None
     return trial.new_places(run.run_id) if trial.place(run.run_id, run.least) else None
 
 
-def _share(run: ScalingView, packing: NodePacking, queue: _Queue) -> Share:
+def _share(run: ScalingView, packing: NodePacking, queue: _Queue) -> FairShare:
     places = packing.num_placed(run.run_id)
     if run.run_id in queue.why_out:
         gives_way = run.grant.workers == 0 and packing.has_homes(run.run_id)  # keeps the preemption as its reason
-        return Share(0, run.grant if gives_way else Grant(0, queue.why_out[run.run_id]))
+        return FairShare(0, run.grant if gives_way else Grant(0, queue.why_out[run.run_id]))
     if places >= run.full:
-        return Share(places, Grant(None, f"there is room for all {run.full}"))
-    return Share(places, Grant(max(places, run.least), f"there is room for {places}{_held_by(run, packing, queue)}"))
+        return FairShare(places, Grant(None, f"there is room for all {run.full}"))
+    return FairShare(
+        places, Grant(max(places, run.least), f"there is room for {places}{_held_by(run, packing, queue)}")
+    )
 
 
 def _held_by(run: ScalingView, packing: NodePacking, queue: _Queue) -> str:

@@ -16,7 +16,7 @@ from orchestrator.elastic.bucket_partition import UNDER_WAY, capacity
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.snapshot_layout import SnapshotFormat
-from orchestrator.elastic.state_layout import IntArray, Kind, StateLayout, training_layout
+from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
@@ -228,7 +228,7 @@ def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
         mine = parts[tensor] == part
         np.add.at(ranks, rank[mine], ((stop - start) * layout.itemsize[tensor])[mine])
         for index, holders in enumerate(layout.holder_sets):
-            whole = (parts == part) & (layout.kind != Kind.SHARDED) & (layout.holder_set == index)
+            whole = (parts == part) & (layout.kind != TensorKind.SHARDED) & (layout.holder_set == index)
             ranks[list(holders)] += int(np.sum(layout.numel[whole] * layout.itemsize[whole]))
         held[part] = ranks
     return held

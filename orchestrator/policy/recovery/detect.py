@@ -82,7 +82,7 @@ def hear_errors(limits: RunLimits, state: RunState, seen: Observation) -> Decisi
     return Decision(responded, notes)
 
 
-def bury_members(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+def remove_lost_members(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Drop members of an aborted generation that are gone or don't stop in time from the worker group."""
     if not state.is_recovering or state.abort.since_s is None:
         return Decision(state)

@@ -27,7 +27,7 @@ from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observatio
 from orchestrator.policy.state.world_size import SizeChange, wanted_size
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.workers import WorkersReleased
-from orchestrator.protocol.messages import Finish, Phase, Source
+from orchestrator.protocol.messages import FinishMode, Phase, StateSource
 from orchestrator.protocol.status import Recovery, RunPhase
 
 MAX_USER_ERRORS = 2  # in the same step: then it is deterministic
@@ -87,7 +87,7 @@ def _planned_from(
     else:
         held = placement_at_recovery_point(origin.placement, point.holders)
         placement = ExpertPlacement.rebalanced(held, holders, world, nodes_of(seen, members))
-    source = Source(origin.world, origin.placement, point.holders, point.step)
+    source = StateSource(origin.world, origin.placement, point.holders, point.step)
     abort = replace(state.abort, account=_account(state, seen, point.step, "memory"))
     state = replace(_blamed(state, seen), abort=abort)
     change, why = SizeChange(world.size, None), f"recovers: {state.why}"
@@ -150,7 +150,7 @@ def _fall_back(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     if not state.gives_way:
         return Decision(begun, (note,))
     gone = WorkersReleased(state.worker_group)
-    return Decision(replace(begun, finish=Finish.NO, worker_group=()), (note, gone))
+    return Decision(replace(begun, finish=FinishMode.NO, worker_group=()), (note, gone))
 
 
 def _worlds(state: RunState) -> Iterable[World]:

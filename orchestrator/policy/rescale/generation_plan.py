@@ -11,7 +11,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState, Transition
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.events.generations import GenerationPlanned
-from orchestrator.protocol.messages import GenerationPlan, Phase, Source
+from orchestrator.protocol.messages import GenerationPlan, Phase, StateSource
 from orchestrator.sampling.micro_batches import MicroBatchSize
 
 BLAME_S = 1.0  # a dead process or rendezvous store is identified within this after its peers notice
@@ -97,7 +97,7 @@ def planned_transition(
     unchanged = members == old.members
     was = state.current.placement
     placement = was if unchanged else ExpertPlacement.rebalanced(was, old, new, nodes_of(seen, members))
-    source = Source(old, was, holders=old.members)
+    source = StateSource(old, was, holders=old.members)
     return with_plan(limits, state, seen, new, placement, source, change, why)
 
 
@@ -119,7 +119,7 @@ def with_plan(
     seen: Observation,
     world: World,
     placement: ExpertPlacement,
-    source: Source | None,
+    source: StateSource | None,
     change: SizeChange,
     why: str,
 ) -> Decision:

@@ -31,7 +31,7 @@ SMALLER = 0.8  # of the present size
 
 
 @dataclass(frozen=True)
-class Share:
+class MemoryShare:
     """Bytes of its host's or its GPU's memory that a worker may take, and bytes that it has taken."""
 
     bytes: int
@@ -80,7 +80,7 @@ def fit_micro_batches(limits: RunLimits, state: RunState, seen: Observation) -> 
     return planned_transition(limits, fitted, seen, state.members, change, why).then(note)
 
 
-def shares_of(memory: Mapping[str, MicroBatchMemory], reserved: int | None) -> dict[str, Share]:
+def shares_of(memory: Mapping[str, MicroBatchMemory], reserved: int | None) -> dict[str, MemoryShare]:
     """The memory that each worker may take: an equal part of what other processes leave of the memory that it shares.
 
     Args:
@@ -92,14 +92,14 @@ def shares_of(memory: Mapping[str, MicroBatchMemory], reserved: int | None) -> d
         others = max(0, use.used_bytes - sum(sharing))
         share = (use.limit_bytes - others) // len(sharing)
         most = share if reserved is None or use.is_gpu else min(share, reserved)
-        shares[worker] = Share(most, use.resident_bytes)
+        shares[worker] = MemoryShare(most, use.resident_bytes)
     return shares
 
 
 def next_tokens(
     now: int,
     memory: Mapping[str, MicroBatchMemory],
-    shares: Mapping[str, Share],
+    shares: Mapping[str, MemoryShare],
     probes: Sequence[Probe],
     ceiling: int,
 ) -> int:
@@ -137,7 +137,7 @@ def is_worth_it(
     return larger < present
 
 
-def _fitting(use: MicroBatchMemory, share: Share, before: Probe | None) -> float:
+def _fitting(use: MicroBatchMemory, share: MemoryShare, before: Probe | None) -> float:
     """Tokens of a micro-batch with which a worker takes `TARGET` of its share."""
     kept = use.kept_bytes / max(use.tokens, 1)
     per_token = KEPT_FACTOR * kept

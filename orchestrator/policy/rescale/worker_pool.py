@@ -27,7 +27,7 @@ from orchestrator.protocol.events.workers import (
     WorkersReleased,
     WorkersSpawned,
 )
-from orchestrator.protocol.messages import DesiredRunState, Finish, Phase
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, Phase
 
 
 def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -36,7 +36,7 @@ def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decis
     if target.seq <= state.target.seq:
         return Decision(state)
     event = TargetChanged(target.workers, target.finish.value, target.reason)
-    if target.finish is not Finish.NO or _asks_for_a_stage(state, target):
+    if target.finish is not FinishMode.NO or _asks_for_a_stage(state, target):
         return Decision(replace(state, target=target), (event,))
     wanted, before = (
         wanted_size(limits, state.size_request, seen.step + 1),

@@ -11,7 +11,7 @@ from orchestrator.policy.state.run_state import Decision, Observation, QueueStat
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size
 from orchestrator.protocol.events.run import Admitted, Granted, Preempted, Queued, Resumed, Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
-from orchestrator.protocol.messages import Finish, Restore, ResumeRequest
+from orchestrator.protocol.messages import FinishMode, Restore, ResumeRequest
 from orchestrator.protocol.scaling import JUST_COME
 
 # -- Resuming from a checkpoint, after the run has ended, lost its cluster, or was preempted ---------------------------
@@ -34,7 +34,7 @@ def resumed(limits: RunLimits, state: RunState, order: ResumeRequest) -> Decisio
         state.target,
         seq=state.target.seq + 1,
         workers=workers,
-        finish=Finish.NO,
+        finish=FinishMode.NO,
         reason="resumed",
         stage_requests=state.curriculum.requests,
     )

@@ -16,7 +16,7 @@ from orchestrator.protocol.events.run import Ended
 from orchestrator.protocol.messages import (
     DesiredRunState,
     Fence,
-    Finish,
+    FinishMode,
     GenerationPlan,
     Phase,
     ReplayTask,
@@ -150,7 +150,7 @@ class MicroBatchState:
 
 
 @dataclass(frozen=True)
-class CurriculumState:
+class CurriculumDecisions:
     """Decided stages of the curriculum.
 
     Args:
@@ -216,7 +216,7 @@ class RunState:
     transition: Transition | None = None
     activated: int = -1
     settled: int = -1
-    finish: Finish = Finish.NO
+    finish: FinishMode = FinishMode.NO
     checkpoint_done: int = -1
     abort: AbortState = AbortState()
     failures: FailureState = FailureState()
@@ -224,7 +224,7 @@ class RunState:
     draining: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
     straggler: str = ""
-    curriculum: CurriculumState = CurriculumState()
+    curriculum: CurriculumDecisions = CurriculumDecisions()
     replay: ReplayState = ReplayState()
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
@@ -247,7 +247,7 @@ class RunState:
     @property
     def is_ending(self) -> bool:
         """Whether the run was asked to end, or is about to."""
-        return any(finish is not Finish.NO for finish in (self.target.finish, self.finish))
+        return any(finish is not FinishMode.NO for finish in (self.target.finish, self.finish))
 
     @property
     def is_queued(self) -> bool:
@@ -258,8 +258,8 @@ class RunState:
     def gives_way(self) -> bool:
         """Whether the run is being preempted: it has a world, releases all its workers and resumes later. Once begun
         this is completed, whatever is granted meanwhile."""
-        stops = self.queue.grant.workers == 0 or self.finish is not Finish.NO
-        return self.current is not None and self.target.finish is Finish.NO and stops
+        stops = self.queue.grant.workers == 0 or self.finish is not FinishMode.NO
+        return self.current is not None and self.target.finish is FinishMode.NO and stops
 
     @property
     def members(self) -> tuple[str, ...]:

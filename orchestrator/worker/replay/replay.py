@@ -8,11 +8,11 @@ from orchestrator.engine.process_groups import disconnect
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
-from orchestrator.worker.step.train_step import TrainStep, Voice
+from orchestrator.worker.step.train_step import RankProposal, TrainStep
 from orchestrator.worker.step.vote import NO_FENCE
 from orchestrator.worker.transition.transition import PreparedTransition, first_shard
 
-SILENT = Voice(NO_FENCE, finish=False, interval=0)
+SILENT = RankProposal(NO_FENCE, finish=False, interval=0)
 
 
 def replay(

@@ -9,7 +9,7 @@ from orchestrator.model.user_model import raised_by_forward
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # torch's message on a CPU, in a plain RuntimeError
 
 
-class GenerationAborted(RuntimeError):
+class AbortedGeneration(RuntimeError):
     """The controller has ended the generation after the failure of a worker."""
 
 
@@ -34,7 +34,7 @@ def kind_of(error: Exception) -> str:
     if isinstance(error, DigestMismatch):
         return "doubtful"
     # Also where it passed through a user's module on its way from our MoE layer.
-    if isinstance(error, GenerationAborted) or _is_peer_loss(error):
+    if isinstance(error, AbortedGeneration) or _is_peer_loss(error):
         return "peer_lost"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or NO_MEMORY in str(error):
         return "out_of_memory"

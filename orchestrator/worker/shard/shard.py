@@ -33,7 +33,7 @@ from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Training progress: the state that is not a tensor, equal on all ranks.
 
     Args:
@@ -50,7 +50,7 @@ class Progress:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Progress":
+    def from_json(cls, text: str) -> "TrainingProgress":
         return cls(**json.loads(text))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch._C._distributed_c10d import Store
 
 from orchestrator.comm import traffic_meter
-from orchestrator.comm.transport.stream import Listener, Stream, StreamClosed, dial
+from orchestrator.comm.transport.stream import FramedStream, Listener, StreamClosed, dial
 from orchestrator.elastic.state_layout import StateLayout
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.usage import TrafficKind
@@ -66,8 +66,8 @@ class SnapshotReplicator:
         listener = Listener(address)
         try:
             store.set(f"{prefix}/{rank}", listener.address)
-            self._to_buddy: Stream = dial(store.get(f"{prefix}/{buddy}").decode(), MEET_S)
-            self._from_protected_rank: Stream = listener.accept(MEET_S)
+            self._to_buddy: FramedStream = dial(store.get(f"{prefix}/{buddy}").decode(), MEET_S)
+            self._from_protected_rank: FramedStream = listener.accept(MEET_S)
         finally:
             listener.close()
         self._orders: SimpleQueue[tuple[Snapshot, NamedRanges, Future[None], Future[None]] | None] = SimpleQueue()

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from orchestrator.errors import DataError
 from orchestrator.protocol.messages import Directive
-from orchestrator.worker.shard.shard import Progress
+from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.vote import VoteResult
 
@@ -22,27 +22,27 @@ class Stages:
 
     def __init__(self, feed: BatchReader) -> None:
         self._feed = feed
-        self._spoken = Directive(term=-1, seq=-1)
+        self._proposed = Directive(term=-1, seq=-1)
         self._agreed = 0  # version of the newest decision that was agreed on
 
-    def speak(self, directive: Directive) -> int:
+    def propose(self, directive: Directive) -> int:
         """The version of the stages that this worker names in its vote."""
-        self._spoken = directive
+        self._proposed = directive
         return directive.stages_version
 
-    def agree(self, outcome: VoteResult, progress: Progress) -> Progress:
+    def agree(self, outcome: VoteResult, progress: TrainingProgress) -> TrainingProgress:
         """The progress after a vote, with the stages agreed on in it."""
-        spoken, version = self._spoken.stages, self._spoken.stages_version
+        stages, version = self._proposed.stages, self._proposed.stages_version
         if version != outcome.stages or version == self._agreed:
             return progress
         self._agreed = version
         try:
-            self._feed.decide(spoken, first_step=progress.step + 2)
+            self._feed.decide(stages, first_step=progress.step + 2)
         except (ValueError, DataError) as error:  # the same on all members
-            log.warning("stages %s can't be followed: %s", spoken, error)
+            log.warning("stages %s can't be followed: %s", stages, error)
         return replace(progress, sampler=self._feed.order.to_json())
 
-    def follow(self, progress: Progress) -> Progress:
+    def follow(self, progress: TrainingProgress) -> TrainingProgress:
         """Switch to the sample order of a loaded state. Its stages may be older than those agreed on, so these are
         agreed on again."""
         self._feed.follow(progress.sampler)

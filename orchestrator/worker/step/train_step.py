@@ -22,14 +22,14 @@ from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.lr_schedule import decay, learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import StateCorrupted
-from orchestrator.worker.shard.shard import Progress, Shard, ShardFactory
+from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.step.batches import BatchReader, Prefetch, StepBatches
 from orchestrator.worker.step.memory_probe import MemoryProbe
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
 
 
 @dataclass(frozen=True)
-class Voice:
+class RankProposal:
     """A rank's entries in a vote besides its part of the step."""
 
     fence: int
@@ -49,7 +49,7 @@ class StepResult:
     """
 
     outcome: VoteResult
-    progress: Progress
+    progress: TrainingProgress
     record: StepRecord
     gradients: NamedRanges | None
     memory: MicroBatchMemory | None
@@ -84,9 +84,9 @@ class TrainStep:
     def step(
         self,
         shard: Shard,
-        progress: Progress,
+        progress: TrainingProgress,
         before_update: Callable[[], None],
-        speak: Callable[[], Voice],
+        propose: Callable[[], RankProposal],
         keep_gradients: bool,
     ) -> StepResult:
         """Do the step after `progress`. Collective over the shard's world.
@@ -128,24 +128,24 @@ class TrainStep:
         traffic, chosen = self._ledger.look(), shard.choosing.scheme
         if not skipped:
             shard.choosing.observe(busy_s, traffic[TrafficKind.GRADIENT].sent)
-        voice = speak()
-        spoken = time.perf_counter()
+        proposal = propose()
+        proposed_s = time.perf_counter()
         ballot = Ballot(
             micro_batch_losses=losses,
             validation_losses=validation[0],
             routed=routed,
             applied=update.applied,
-            fence=voice.fence,
-            finish=voice.finish,
-            interval=voice.interval,
+            fence=proposal.fence,
+            finish=proposal.finish,
+            interval=proposal.interval,
             busy_s=busy_s / share if share else 0.0,
-            stages=voice.stages,
+            stages=proposal.stages,
             traffic=traffic,
             compression=shard.choosing.proposal,
             digests=digests,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._factory.device)
-        communication_wait_s = peers_s + time.perf_counter() - spoken
+        communication_wait_s = peers_s + time.perf_counter() - proposed_s
         shard.choosing.agree(outcome.compression)
         self._balance(shard, outcome, step)
         if shard.seal is not None:
@@ -167,7 +167,7 @@ class TrainStep:
             step_s=time.perf_counter() - started,
             vote_time=time.time(),
             data_wait_s=data_wait_s,
-            protection_wait_s=spoken - updated,
+            protection_wait_s=proposed_s - updated,
             communication_wait_s=communication_wait_s,
             slowest=rank,
             slowness=slowness,

@@ -20,7 +20,7 @@ from orchestrator.protocol.messages import Restore
 from orchestrator.spec.model import ModelSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import PARTIAL
-from orchestrator.worker.shard.shard import Progress
+from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import part_of
 
 CHUNK = 1 << 22  # elements read at once, which keeps the copy small
@@ -35,7 +35,7 @@ def read_state(
     rank: int,
     world_size: int,
     between: Callable[[], None] = noop,
-) -> Progress:
+) -> TrainingProgress:
     """Fill this rank's ranges. State of compression keeps its first values where the checkpoint has none, or it is to
     be reset.
 
@@ -55,7 +55,7 @@ def read_state(
     with CheckpointReader(checkpoint) as reader:
         meta = reader.manifest.meta
         try:
-            progress = Progress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
+            progress = TrainingProgress(int(str(meta["step"])), int(str(meta["num_updates"])), str(meta["sampler"]))
             saved = _without_stages(progress.sampler)
         except (KeyError, ValueError) as error:
             raise CheckpointCorrupt(f"{checkpoint} does not record the training progress: {error!r}") from error

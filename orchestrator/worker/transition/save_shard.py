@@ -17,7 +17,7 @@ from orchestrator.checkpoint.write import ShardPiece, write_shard
 from orchestrator.protocol.messages import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import PARTIAL
-from orchestrator.worker.shard.shard import Progress, Shard
+from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
 MOMENT = "exp_avg/"
 
@@ -47,7 +47,7 @@ class ShardSaver:
         self._checkpoints, self._done, self._failed = checkpoints, done, failed
         self._thread: threading.Thread | None = None
 
-    def save(self, shard: Shard, progress: Progress) -> None:
+    def save(self, shard: Shard, progress: TrainingProgress) -> None:
         """Copy the shard now and write it in the background. Waits for a write that is still under way."""
         self.wait()
         pieces = pieces_of(shard.engine.ranges(), shard.rank)
@@ -61,7 +61,7 @@ class ShardSaver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, pieces: list[ShardPiece], shard: Shard, progress: Progress) -> None:
+    def _write(self, pieces: list[ShardPiece], shard: Shard, progress: TrainingProgress) -> None:
         try:
             written = write_shard(
                 self._checkpoints,

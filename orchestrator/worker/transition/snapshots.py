@@ -7,12 +7,12 @@ hold, gathered      the shard without an engine around it, and all state that th
 
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.policy.health.snapshot_interval import IntervalChoice
-from orchestrator.protocol.messages import Source
+from orchestrator.protocol.messages import StateSource
 from orchestrator.spec.fault_tolerance import AUTO, interval_of
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Update, merge_ranges
 from orchestrator.state.snapshot_store import SnapshotStore
-from orchestrator.worker.shard.shard import Progress, Shard
+from orchestrator.worker.shard.shard import Shard, TrainingProgress
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.transition import Held
 
@@ -97,7 +97,9 @@ class SnapshotManager:
         """Whether the snapshot after `step` can be a delta, for which the step's gradients are needed."""
         return self._interval == 1 and self._protection is not None and self._protection.takes_delta(step)
 
-    def take(self, shard: Shard, progress: Progress, lr: float = 0.0, gradients: NamedRanges | None = None) -> None:
+    def take(
+        self, shard: Shard, progress: TrainingProgress, lr: float = 0.0, gradients: NamedRanges | None = None
+    ) -> None:
         """Begin a snapshot of the shard's current state.
 
         Args:
@@ -139,7 +141,7 @@ class SnapshotManager:
 
     # -- what is held ------------------------------------------------------------------------------------------
 
-    def hold(self, shard: Shard, progress: Progress) -> None:
+    def hold(self, shard: Shard, progress: TrainingProgress) -> None:
         """Keep the shard's state; its engine is about to close."""
         self._vault.leave_free()
         self.held = Held(shard.world.generation, shard.rank, progress, shard.engine.ranges().detached())
@@ -156,7 +158,7 @@ class SnapshotManager:
             held.add(_holding(self.held))
         return tuple(sorted(held, key=lambda h: (h.generation, h.step, h.rank)))
 
-    def gathered(self, source: Source, progress: Progress) -> Held:
+    def gathered(self, source: StateSource, progress: TrainingProgress) -> Held:
         """All shards of a state that this worker hands over, its own first.
 
         Args:
@@ -176,7 +178,7 @@ class SnapshotManager:
             else:
                 snapshot = self._vault.find(wanted)
                 parts.append(snapshot.ranges)
-                progress = Progress.from_json(snapshot.note)
+                progress = TrainingProgress.from_json(snapshot.note)
         return Held(generation, mine, progress, merge_ranges(parts))
 
 

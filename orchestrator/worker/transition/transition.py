@@ -22,7 +22,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.comm.transport.peer_group import PeerGroup
 from orchestrator.comm.transport.rendezvous import connect_store
 from orchestrator.elastic.recovery_point import layout_at_recovery_point
-from orchestrator.elastic.state_layout import Kind
+from orchestrator.elastic.state_layout import TensorKind
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import PendingGroups
@@ -36,7 +36,7 @@ from orchestrator.state.transfer import execute_transfer
 from orchestrator.worker.runtime.errors import DigestMismatch
 from orchestrator.worker.runtime.reserved_memory import reserve
 from orchestrator.worker.shard.model_agreement import check_agreement
-from orchestrator.worker.shard.shard import Progress, Shard, ShardFactory
+from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.load_state import read_pretrained, read_state
 
@@ -52,7 +52,7 @@ class Held:
 
     generation: int
     rank: int
-    progress: Progress
+    progress: TrainingProgress
     ranges: NamedRanges
 
 
@@ -60,7 +60,7 @@ class Held:
 class FenceState:
     """Training progress at a fence, and the records of the newest steps up to it."""
 
-    progress: Progress
+    progress: TrainingProgress
     records: tuple[StepRecord, ...]
 
 
@@ -126,11 +126,11 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
     if factory.me in plan.world and factory.device.type == "cpu" and not factory.spec.train.fits_memory:
         rank = plan.world.rank_of(factory.me)
         reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
-    replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == Kind.REPLICATED)
+    replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == TensorKind.REPLICATED)
     return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated)
 
 
-def announce(prepared: PreparedTransition, progress: Progress, records: Sequence[StepRecord]) -> None:
+def announce(prepared: PreparedTransition, progress: TrainingProgress, records: Sequence[StepRecord]) -> None:
     """Publish to newcomers that the fence is reached, and the progress. Raises RuntimeError if the store failed."""
     message = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-TOLD_RECORDS:]]}
     prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(message))
@@ -147,12 +147,12 @@ def announced(prepared: PreparedTransition, timeout_s: float) -> FenceState | No
         time.sleep(ASK_AGAIN_S)
     message = json.loads(store.get(key))
     records = tuple(from_plain(StepRecord, plain) for plain in message["records"])
-    return FenceState(Progress.from_json(message["progress"]), records)
+    return FenceState(TrainingProgress.from_json(message["progress"]), records)
 
 
 def first_shard(
     factory: ShardFactory, prepared: PreparedTransition, sampler: str, between: Callable[[], None] = noop
-) -> tuple[Shard, Progress, Handover]:
+) -> tuple[Shard, TrainingProgress, Handover]:
     """Build the first generation's shard from the seed, from a pretrained model, or from a checkpoint. Collective over
     its members.
 
@@ -177,8 +177,8 @@ def first_shard(
 
 def _fill_first(
     factory: ShardFactory, plan: GenerationPlan, shard: Shard, sampler: str, between: Callable[[], None]
-) -> Progress:
-    progress = Progress(-1, 0, sampler)
+) -> TrainingProgress:
+    progress = TrainingProgress(-1, 0, sampler)
     if plan.restore is not None:
         shard.engine.on_weights_initialized()  # for state that the checkpoint lacks
         progress = read_state(plan.restore, shard.engine.ranges(), sampler, shard.rank, plan.world.size, between)
@@ -209,7 +209,7 @@ def make_transition(
     factory: ShardFactory,
     prepared: PreparedTransition,
     held: Held | None,
-    progress: Progress,
+    progress: TrainingProgress,
     recorded: StepRecord | None,
 ) -> tuple[Shard | None, Handover]:
     """Build the new shard and fill it. Collective over the old and the new members.
@@ -287,7 +287,7 @@ class _Clock:
 
 
 def _handover(
-    prepared: PreparedTransition, progress: Progress, clock: _Clock, identical: bool | None, moved: float = 0.0
+    prepared: PreparedTransition, progress: TrainingProgress, clock: _Clock, identical: bool | None, moved: float = 0.0
 ) -> Handover:
     peers = prepared.peers
     return Handover(

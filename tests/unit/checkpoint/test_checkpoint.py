@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
 
-from orchestrator.checkpoint.manifest import MANIFEST_FILE, Manifest, incomplete_name, manifest_of
+from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, manifest_of
 from orchestrator.checkpoint.read import CheckpointReader, choose, latest, list_checkpoints, prune, set_aside
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
 from orchestrator.errors import CheckpointCorrupt, NotFound, ProtocolError, TermSuperseded
@@ -24,7 +24,7 @@ def state_of(seed: int) -> State:
 
 def write(
     checkpoints: Path, state: State, step: int, world_size: int = 2, term: int = 1, generation: int = 0
-) -> Manifest:
+) -> CheckpointManifest:
     """What a world of `world_size` ranks writes: each tensor cut into as many ranges, unevenly."""
     shards = []
     for rank in range(world_size):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.checkpoint.manifest import (
+    CheckpointManifest,
     FileEntry,
-    Manifest,
-    Piece,
+    ShardPart,
     TensorEntry,
     incomplete_name,
     manifest_of,
@@ -33,7 +33,7 @@ def shard(rank: int, *entries: tuple[str, int, int], step: int = 120, meta: str 
     )
 
 
-def joined(*shards: ShardWritten) -> Manifest:
+def joined(*shards: ShardWritten) -> CheckpointManifest:
     return manifest_of(shards, run_id="r", term=3, shapes={"master/w": (2, 3), "buffer/n": ()})
 
 
@@ -90,7 +90,7 @@ def test_shards_must_belong_together(shards: list[ShardWritten], rule: str) -> N
 
 def test_json_gives_the_same_manifest_back() -> None:
     manifest = joined(*WHOLE)
-    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert CheckpointManifest.from_json(manifest.to_json()) == manifest
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_json_gives_the_same_manifest_back() -> None:
 )
 def test_json_that_was_changed_is_refused(text: str) -> None:
     with pytest.raises(CheckpointCorrupt):
-        Manifest.from_json(text)
+        CheckpointManifest.from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_json_that_was_changed_is_refused(text: str) -> None:
         pytest.param({"files": {}}, "which is not listed", id="file-not-listed"),
         pytest.param({"tensors": {"t": TensorEntry("bfloat16", (1,), ())}}, "stored are float32", id="dtype"),
         pytest.param(
-            {"tensors": {"t": TensorEntry("float32", (0,), (Piece(WHOLE[0].file, "t", 0, 0),))}},
+            {"tensors": {"t": TensorEntry("float32", (0,), (ShardPart(WHOLE[0].file, "t", 0, 0),))}},
             "empty piece",
             id="empty-piece",
         ),
@@ -126,14 +126,14 @@ def test_json_that_was_changed_is_refused(text: str) -> None:
 def test_a_well_formed_lie_is_refused_too(change: dict[str, object], rule: str) -> None:
     lie = replace(joined(*WHOLE), **change)  # its digest is right, its content isn't
     with pytest.raises(CheckpointCorrupt, match=rule):
-        Manifest.from_json(lie.to_json())
+        CheckpointManifest.from_json(lie.to_json())
 
 
 def test_a_manifest_with_an_unknown_field_is_refused() -> None:
     outer = json.loads(joined(*WHOLE).to_json())
     outer["manifest"]["world_size"] = 2
     with pytest.raises(CheckpointCorrupt):
-        Manifest.from_json(json.dumps(outer))
+        CheckpointManifest.from_json(json.dumps(outer))
 
 
 @pytest.mark.parametrize("step", [0, 120, 99_999_999, 100_000_000])

@@ -10,7 +10,7 @@ from orchestrator.controller.requests import PendingRequests
 from orchestrator.controller.worker_group import Inbox
 from orchestrator.errors import UsageError
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.protocol.messages import DesiredRunState, Finish
+from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import acquire_term
@@ -22,7 +22,7 @@ def memory(tmp_path: Path) -> JournaledRun:
 
 
 def _aim(
-    requests: PendingRequests, memory: JournaledRun, finish: Finish, workers: int | None = None
+    requests: PendingRequests, memory: JournaledRun, finish: FinishMode, workers: int | None = None
 ) -> DesiredRunState:
     """Request from another thread, and be the controller that takes it in."""
     found: list[DesiredRunState] = []
@@ -39,17 +39,17 @@ def _aim(
 
 def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(memory: JournaledRun) -> None:
     requests = PendingRequests("run", memory, Inbox())
-    assert _aim(requests, memory, Finish.NO, 3).workers == 3
-    paused = _aim(requests, memory, Finish.PAUSE)
-    assert (paused.seq, paused.workers, paused.finish) == (2, 3, Finish.PAUSE)
+    assert _aim(requests, memory, FinishMode.NO, 3).workers == 3
+    paused = _aim(requests, memory, FinishMode.PAUSE)
+    assert (paused.seq, paused.workers, paused.finish) == (2, 3, FinishMode.PAUSE)
     assert JournaledRun(memory._run_dir, 1, RunLimits.of("run", JobSpec(name="run"))).state.target == paused
 
 
 def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRun) -> None:
     requests = PendingRequests("run", memory, Inbox())
-    _aim(requests, memory, Finish.PAUSE)
-    for finish in (Finish.NO, Finish.CANCEL):
+    _aim(requests, memory, FinishMode.PAUSE)
+    for finish in (FinishMode.NO, FinishMode.CANCEL):
         with pytest.raises(UsageError, match="run run is ending"):
             requests.aim(finish, "asked for", 2)
-    assert requests.newest.finish is Finish.PAUSE
-    assert _aim(requests, memory, Finish.PAUSE).seq == 2  # a repeat is harmless
+    assert requests.newest.finish is FinishMode.PAUSE
+    assert _aim(requests, memory, FinishMode.PAUSE).seq == 2  # a repeat is harmless

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.data.manifest import PrepareOptions, Source
+from orchestrator.data.manifest import PrepareOptions, TextSource
 from orchestrator.data.prepare.store_writer import StoreWriter, published
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
@@ -23,7 +23,7 @@ def write_store(directory: Path, train_lengths: Sequence[int], validation_length
             tokens = [1 + position % 200 for position in range(before, before + length)]
             writer.add(split, number, [BYTES_ONLY.document_token, *tokens[1:]])
         writer.finish(
-            [Source(name="test", digest="0" * 64, num_documents=len(lengths), num_bytes=sum(lengths))],
+            [TextSource(name="test", digest="0" * 64, num_documents=len(lengths), num_bytes=sum(lengths))],
             [f"document {number}" for number in range(len(lengths))],
             PrepareOptions(vocab_size=257, holdout=0.5, tokenizer_train_bytes=1),
         )

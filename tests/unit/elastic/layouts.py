@@ -5,23 +5,24 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
 Memory = dict[str, dict[int, np.ndarray]]  # worker -> tensor -> its values, NaN where it holds nothing
 
 
-def whole(kinds: list[Kind], numel: list[int], world: World, holders: list[tuple[int, ...]]) -> StateLayout:
+def whole(kinds: list[TensorKind], numel: list[int], world: World, holders: list[tuple[int, ...]]) -> StateLayout:
     """A layout of tensors that are held whole, with holders each, or sharded evenly over their holders."""
     names = tuple(f"t{i}" for i in range(len(kinds)))
     sets = sorted({tuple(sorted(ranks)) for ranks in holders})
     holder_set = [
-        -1 if k == Kind.SHARDED else sets.index(tuple(sorted(ranks))) for k, ranks in zip(kinds, holders, strict=True)
+        -1 if k == TensorKind.SHARDED else sets.index(tuple(sorted(ranks)))
+        for k, ranks in zip(kinds, holders, strict=True)
     ]
     shards = []
     for tensor, (kind, size, ranks) in enumerate(zip(kinds, numel, holders, strict=True)):
-        if kind == Kind.SHARDED:
+        if kind == TensorKind.SHARDED:
             cuts = [size * i // len(ranks) for i in range(len(ranks) + 1)]
             shards += [(tensor, a, b, r) for r, a, b in zip(ranks, cuts[:-1], cuts[1:], strict=True) if a < b]
     return StateLayout(
@@ -45,7 +46,7 @@ def worlds(draw: st.DrawFn, generation: int) -> World:
 @st.composite
 def free_pairs(draw: st.DrawFn) -> tuple[StateLayout, StateLayout]:
     """Any kinds, any holders, in any order of ranks."""
-    kinds = draw(st.lists(st.sampled_from(Kind), max_size=5))
+    kinds = draw(st.lists(st.sampled_from(TensorKind), max_size=5))
     numel = [draw(st.integers(1, 12)) for _ in kinds]
     pair = []
     for generation in (0, 1):
@@ -97,7 +98,7 @@ def fill(layout: StateLayout) -> Memory:
         for tensor, start, stop in layout.ranges_of(worker).tolist():
             values = memory[worker].setdefault(tensor, np.full(layout.numel[tensor], np.nan))
             values[start:stop] = line[tensor] + np.arange(start, stop)
-            if layout.kind[tensor] == Kind.PARTIAL:
+            if layout.kind[tensor] == TensorKind.PARTIAL:
                 values[start:stop] *= 10.0**rank
     return memory
 

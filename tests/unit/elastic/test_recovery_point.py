@@ -16,7 +16,7 @@ from orchestrator.elastic.recovery_point import (
     world_of,
 )
 from orchestrator.elastic.snapshot_layout import ALIGNMENT, SnapshotFormat, buddies_of
-from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.elastic.world import World
 
@@ -131,7 +131,7 @@ def test_a_snapshot_has_all_of_a_shard_and_shares_what_no_other_rank_has(
         assert form.shared_bytes <= form.total_bytes and (ends[: form.num_shared] <= form.shared_bytes).all()
         for name in form.names[form.num_shared :]:
             tensor = layout.names.index(name)
-            assert layout.kind[tensor] == Kind.REPLICATED
+            assert layout.kind[tensor] == TensorKind.REPLICATED
             assert len(layout.holder_sets[layout.holder_set[tensor]]) == layout.world.size
 
 

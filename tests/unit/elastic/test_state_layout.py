@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.spec.communication import CommunicationSpec
 
@@ -85,10 +85,12 @@ def test_every_element_lies_where_zero_puts_it(
 def test_item_sizes_and_kinds() -> None:
     params = [ParamSpec("w", 4, None), ParamSpec("e", 2, 0)]
     mixed = training_layout(params, ExpertPlacement.balanced(1, 2), world_of(2), True, [("bias", 1)])
-    seen = {n: (i, Kind(k)) for n, i, k in zip(mixed.names, mixed.itemsize.tolist(), mixed.kind.tolist(), strict=True)}
-    assert seen["param/e"] == (2, Kind.REPLICATED)
-    assert seen["master/e"] == seen["exp_avg/w"] == seen["exp_avg_sq/w"] == (4, Kind.SHARDED)
-    assert seen["buffer/bias"] == (4, Kind.REPLICATED)
+    seen = {
+        n: (i, TensorKind(k)) for n, i, k in zip(mixed.names, mixed.itemsize.tolist(), mixed.kind.tolist(), strict=True)
+    }
+    assert seen["param/e"] == (2, TensorKind.REPLICATED)
+    assert seen["master/e"] == seen["exp_avg/w"] == seen["exp_avg_sq/w"] == (4, TensorKind.SHARDED)
+    assert seen["buffer/bias"] == (4, TensorKind.REPLICATED)
     full = training_layout(params, ExpertPlacement.balanced(1, 2), world_of(2), False, [])
     assert set(full.itemsize.tolist()) == {4}
     assert not any(name.startswith("master/") for name in full.names)
@@ -132,7 +134,7 @@ def test_shards_that_do_not_cover_are_refused(shards: list[tuple[int, int, int, 
             names=("t",),
             numel=np.array([4]),
             itemsize=np.array([4]),
-            kind=np.array([Kind.SHARDED]),
+            kind=np.array([TensorKind.SHARDED]),
             holder_sets=(),
             holder_set=np.array([-1]),
             shards=np.array(shards),

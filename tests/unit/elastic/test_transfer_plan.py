@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
 from orchestrator.elastic.transfer_plan import StateLost, TransferPlan
 from orchestrator.elastic.world import World
 from tests.unit.elastic.layouts import elements, execute, fill, free_pairs, pairs, whole
@@ -31,7 +31,7 @@ def test_executing_a_plan_gives_the_new_layout(pair: tuple[StateLayout, StateLay
     line = np.append(0, np.cumsum(old.numel))
     for tensor in range(len(new.names)):
         values = [mine[tensor] for mine in after.values() if tensor in mine]
-        if new.kind[tensor] == Kind.PARTIAL:
+        if new.kind[tensor] == TensorKind.PARTIAL:
             total = sum(mine[tensor] for mine in before.values() if tensor in mine)
             assert np.array_equal(sum(values), total)
         else:
@@ -69,9 +69,9 @@ def test_moved_bytes_are_the_minimum(pair: tuple[StateLayout, StateLayout]) -> N
     held, needed = elements(old), elements(new)
     minimum_bytes = 0
     for tensor, _, _ in needed - held:  # whoever lacks an element must receive it
-        minimum_bytes += 0 if old.kind[tensor] == Kind.PARTIAL else int(old.itemsize[tensor])
+        minimum_bytes += 0 if old.kind[tensor] == TensorKind.PARTIAL else int(old.itemsize[tensor])
     for tensor, _, _ in held - needed:  # whoever gives up a part of a sum must send it
-        minimum_bytes += int(old.itemsize[tensor]) if old.kind[tensor] == Kind.PARTIAL else 0
+        minimum_bytes += int(old.itemsize[tensor]) if old.kind[tensor] == TensorKind.PARTIAL else 0
     assert TransferPlan.between(old, new).moved_bytes == minimum_bytes
 
 
@@ -104,7 +104,7 @@ def test_every_move_lies_in_one_held_range_at_both_ends_and_runs_are_merged(
 def test_holders_of_a_replicated_tensor_share_the_load(num_old: int, num_joining: int) -> None:
     olds = tuple(f"o{i}" for i in range(num_old))
     old, new = World(0, olds), World(1, olds + tuple(f"n{i}" for i in range(num_joining)))
-    kinds, numel = [Kind.REPLICATED] * 4, [1000, 1, 70, 333]
+    kinds, numel = [TensorKind.REPLICATED] * 4, [1000, 1, 70, 333]
     plan = TransferPlan.between(
         whole(kinds, numel, old, [tuple(range(old.size))] * 4), whole(kinds, numel, new, [tuple(range(new.size))] * 4)
     )
@@ -126,7 +126,7 @@ def test_only_available_workers_are_sources(pair: tuple[StateLayout, StateLayout
     lost = set()
     for tensor, name in enumerate(old.names):
         holders = {i: {w for t, j, w in held if (t, j) == (tensor, i)} for i in range(old.numel[tensor])}
-        all_needed = old.kind[tensor] == Kind.PARTIAL
+        all_needed = old.kind[tensor] == TensorKind.PARTIAL
         if not all(h <= available if all_needed else h & available for h in holders.values()):
             lost.add(name)
     if lost:
@@ -145,7 +145,7 @@ def test_only_available_workers_are_sources(pair: tuple[StateLayout, StateLayout
 
 def test_lost_state_names_the_tensors_and_survives_pickling() -> None:
     old, new = World(0, ("a", "b")), World(1, ("a",))
-    kinds, numel = [Kind.SHARDED, Kind.REPLICATED], [8, 8]
+    kinds, numel = [TensorKind.SHARDED, TensorKind.REPLICATED], [8, 8]
     layouts = whole(kinds, numel, old, [(0, 1), (0, 1)]), whole(kinds, numel, new, [(0,), (0,)])
     with pytest.raises(StateLost, match="t0") as caught:
         TransferPlan.between(*layouts, available=["a"])
@@ -156,11 +156,11 @@ def test_lost_state_names_the_tensors_and_survives_pickling() -> None:
 
 def test_layouts_of_different_tensors_are_refused() -> None:
     world = World(0, ("a",))
-    one = whole([Kind.REPLICATED], [3], world, [(0,)])
+    one = whole([TensorKind.REPLICATED], [3], world, [(0,)])
     with pytest.raises(ValueError, match="same tensors"):
-        TransferPlan.between(one, whole([Kind.REPLICATED] * 2, [3, 3], world, [(0,), (0,)]))
+        TransferPlan.between(one, whole([TensorKind.REPLICATED] * 2, [3, 3], world, [(0,), (0,)]))
     with pytest.raises(ValueError, match="numel of t0"):
-        TransferPlan.between(one, whole([Kind.REPLICATED], [4], world, [(0,)]))
+        TransferPlan.between(one, whole([TensorKind.REPLICATED], [4], world, [(0,)]))
     with pytest.raises(ValueError):
         TransferPlan.between(one, one).for_worker("stranger")
 
@@ -168,7 +168,7 @@ def test_layouts_of_different_tensors_are_refused() -> None:
 def test_a_partial_goes_to_those_who_stay_and_newcomers_start_from_zero() -> None:
     old, new = World(0, ("a", "b", "c", "d")), World(1, ("e", "d", "c"))
     plan = TransferPlan.between(
-        whole([Kind.PARTIAL], [5], old, [(0, 1, 2, 3)]), whole([Kind.PARTIAL], [5], new, [(0, 1, 2)])
+        whole([TensorKind.PARTIAL], [5], old, [(0, 1, 2, 3)]), whole([TensorKind.PARTIAL], [5], new, [(0, 1, 2)])
     )
     heirs = {plan.workers[s]: plan.workers[d] for *_, s, d in plan.moves.tolist()}
     assert heirs == {"a": "d", "b": "c"}

@@ -20,7 +20,7 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.messages import (
     DesiredRunState,
     Directive,
-    Finish,
+    FinishMode,
     GenerationPlan,
     Handover,
     MicroBatchMemory,
@@ -171,7 +171,7 @@ class Life:
         self.target = DesiredRunState(seq=self.target.seq + 1, workers=workers)
 
     def cancel(self) -> None:
-        self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=Finish.CANCEL)
+        self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=FinishMode.CANCEL)
 
     def kill(self, worker: str) -> None:
         """It is gone at once; peers that train or move with it notice."""
@@ -337,7 +337,7 @@ class Life:
             self.say(worker, committed=committed, settled=current.generation, micro_batches=micro_batches)
             self._snapshot(worker)
         self._publish()
-        last = self.step + 1 == self.limits.steps or self.directive.finish is not Finish.NO
+        last = self.step + 1 == self.limits.steps or self.directive.finish is not FinishMode.NO
         write = last or (self.checkpoint_every and (self.step + 1) % self.checkpoint_every == 0)
         for rank, worker in enumerate(members):
             shards = self.reports[worker].shards

@@ -8,9 +8,9 @@ import pytest
 from orchestrator.errors import UsageError
 from orchestrator.policy.curriculum import AHEAD, decide_stages, following
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.run_state import CurriculumState, Observation, RunState
+from orchestrator.policy.state.run_state import CurriculumDecisions, Observation, RunState
 from orchestrator.protocol.codec import to_plain
-from orchestrator.protocol.messages import DesiredRunState, Finish, StageStart, StepRecord
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, StageStart, StepRecord
 from orchestrator.spec.curriculum import CurriculumSpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -67,7 +67,7 @@ def test_next_is_the_one_behind_the_present_one() -> None:
     decided, _ = _decide(limits, state, _trained(20, {0: "a", 10: "b"}))
     assert [stage.name for stage in decided.curriculum.stages] == ["last"]
     at_the_end, told = _decide(limits, state, _trained(20, {0: "a", 10: "last"}))
-    assert at_the_end.curriculum == CurriculumState(requests=1)
+    assert at_the_end.curriculum == CurriculumDecisions(requests=1)
     assert told == [{"stage": "last", "why": "last is the last stage"}]
     assert limits.curriculum is not None and following(limits.curriculum, "") == "b"
 
@@ -82,7 +82,7 @@ def test_the_present_stage_is_kept_and_says_so() -> None:
 
 def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
     limits = _limits({"steps": 50}, {"steps": 50})
-    state = replace(_training(limits), curriculum=CurriculumState((StageStart("b", 30),), 1, 1))
+    state = replace(_training(limits), curriculum=CurriculumDecisions((StageStart("b", 30),), 1, 1))
     state = replace(state, target=replace(state.target, seq=9, stage="last", stage_requests=2))
     assert _decide(limits, state, _trained(20, {0: "a"})) == (state, [])
     decided, _ = _decide(limits, state, _trained(30, {0: "a", 30: "b"}))
@@ -91,9 +91,9 @@ def test_a_wish_waits_for_the_stage_that_is_decided() -> None:
 
 def test_next_is_void_once_another_stage_has_come() -> None:
     limits = _limits({"steps": 25}, {"steps": 50})
-    state = replace(_training(limits), curriculum=CurriculumState((StageStart("b", 28, after="a"),), 1))
+    state = replace(_training(limits), curriculum=CurriculumDecisions((StageStart("b", 28, after="a"),), 1))
     assert _decide(limits, state, _trained(30, {0: "a", 25: "b"})) == (state, [])
-    other = replace(state, curriculum=CurriculumState((StageStart("last", 28, after="a"),), 1))
+    other = replace(state, curriculum=CurriculumDecisions((StageStart("last", 28, after="a"),), 1))
     assert _decide(limits, other, _trained(30, {0: "a", 25: "b"})) == (other, [])
 
 
@@ -123,7 +123,7 @@ def test_a_plateau_ends_a_stage(losses: dict[int, float], ends: bool) -> None:
 
 def test_a_stage_that_did_not_begin_is_decided_again() -> None:
     limits = _limits({"validation_below": 3.0, "max_steps": 100})
-    state = replace(_training(limits), curriculum=CurriculumState((StageStart("last", 20),), 1))
+    state = replace(_training(limits), curriculum=CurriculumDecisions((StageStart("last", 20),), 1))
     assert _decide(limits, state, _trained(19, {0: "a"}, {5: 2.0})) == (state, [])  # not known yet
     decided, told = _decide(limits, state, _trained(22, {0: "a"}, {5: 2.0}))
     assert decided.curriculum.stages == (StageStart("last", 23 + AHEAD + HEARD),) and decided.curriculum.version == 2
@@ -133,7 +133,7 @@ def test_a_stage_that_did_not_begin_is_decided_again() -> None:
 def test_nothing_is_decided_for_a_run_that_ends_or_has_no_curriculum() -> None:
     limits = _limits({"validation_below": 3.0, "max_steps": 100})
     state, progress = _training(limits), _trained(20, {0: "a"}, {5: 2.0})
-    ending = replace(state, target=replace(state.target, finish=Finish.PAUSE))
+    ending = replace(state, target=replace(state.target, finish=FinishMode.PAUSE))
     assert _decide(limits, ending, progress) == (ending, [])
     assert _decide(limits_of(), state, progress) == (state, [])
     assert _decide(replace(limits, steps=23), state, progress)[0].curriculum.stages == ()  # too near the end

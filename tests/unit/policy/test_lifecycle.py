@@ -13,7 +13,16 @@ from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.workers import WorkersSpawned
-from orchestrator.protocol.messages import Fence, Finish, Handover, Phase, Report, Restore, ResumeRequest, WorkerError
+from orchestrator.protocol.messages import (
+    Fence,
+    FinishMode,
+    Handover,
+    Phase,
+    Report,
+    Restore,
+    ResumeRequest,
+    WorkerError,
+)
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -350,7 +359,7 @@ def test_cancel_in_a_move(behind_fence: bool) -> None:
     life.run_until(lambda: (life.state.fence if behind_fence else life.state.next) is not None)
     life.cancel()
     life.tick()
-    assert life.state.finish is (Finish.NO if behind_fence else Finish.CANCEL)
+    assert life.state.finish is (FinishMode.NO if behind_fence else FinishMode.CANCEL)
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.CANCELLED
     assert set(life.sizes) == ({2, 3} if behind_fence else {2})

@@ -11,10 +11,10 @@ from orchestrator.protocol.child_process import (
     Fault,
     Generation,
     GenerationResult,
-    Piece,
     Remark,
     Request,
     Split,
+    TextPiece,
 )
 
 
@@ -25,7 +25,7 @@ from orchestrator.protocol.child_process import (
         EvaluationResult(1, 2, 3, 4.0, 5.0, 6.0),
         Generation("/run", "/run/step", "two\nlines ü", 9, 0.5, None, 1.0, 7),
         GenerationResult("text", (1, 2), 3, True, 4.5),
-        Piece("\n"),
+        TextPiece("\n"),
         Remark("slow"),
         Fault("DataError", "a", "b", ""),
     ],
@@ -37,7 +37,9 @@ def test_a_message_is_one_line_and_comes_back(message: Request | Answer) -> None
     assert MODEL_LINES.read(line) == message
 
 
-@pytest.mark.parametrize("line", ["", "{}", "[1]", '{"kind": "Order", "value": {}}', '{"kind": "Piece", "value": {}}'])
+@pytest.mark.parametrize(
+    "line", ["", "{}", "[1]", '{"kind": "Order", "value": {}}', '{"kind": "TextPiece", "value": {}}']
+)
 def test_other_lines_are_refused(line: str) -> None:
     with pytest.raises(ProtocolError):
         MODEL_LINES.read(line)

@@ -10,10 +10,10 @@ from orchestrator.protocol.messages import (
     DesiredRunState,
     Directive,
     Fence,
-    Finish,
+    FinishMode,
     GenerationPlan,
     Report,
-    Source,
+    StateSource,
     StoreAddress,
 )
 
@@ -21,11 +21,11 @@ PLAN = GenerationPlan(
     term=2,
     world=World(3, ("a", "b")),
     placement=ExpertPlacement.balanced(5, 2),
-    source=Source(World(2, ("a",)), ExpertPlacement.balanced(5, 1), ("b",), 12),
+    source=StateSource(World(2, ("a",)), ExpertPlacement.balanced(5, 1), ("b",), 12),
     store_prefix="2/3",
     store_address=StoreAddress("10.0.0.1", 4321),
 )
-DIRECTIVE = Directive(term=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=Finish.CANCEL)
+DIRECTIVE = Directive(term=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=FinishMode.CANCEL)
 
 
 def test_values_survive_json() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.elastic.state_layout import Kind, StateLayout, training_layout
+from orchestrator.elastic.state_layout import StateLayout, TensorKind, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.state.fingerprint import MODULUS, MemoryGuard, StateFingerprint, whole
 from orchestrator.state.ranges import NamedRanges
@@ -70,7 +70,7 @@ def test_a_flipped_bit_changes_the_digest_of_the_rank_that_updates_it_and_no_oth
     weights = "master" if mixed else "param"
     for prefix in (weights, "exp_avg", "exp_avg_sq"):
         for index, name in enumerate(layout.names):
-            if layout.kind[index] != Kind.SHARDED or not name.startswith("exp_avg/"):
+            if layout.kind[index] != TensorKind.SHARDED or not name.startswith("exp_avg/"):
                 continue
             for _, start, stop, rank in layout.shards[layout.shards[:, 0] == index]:
                 tensor = values[f"{prefix}/{name.partition('/')[2]}"]

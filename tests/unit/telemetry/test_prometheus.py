@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.controller.run_metrics import collapse, values_of_run
-from orchestrator.metrics import DECLARED, Kind, Metric, metric
+from orchestrator.metrics import DECLARED, Metric, MetricKind, metric
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.generations import GenerationAborted, Rescaled
@@ -49,7 +49,7 @@ class Recorded:
 def test_amounts_begin_at_0_and_add_up_while_the_rest_is_the_newest() -> None:
     values: Values = {}
     exporter = Exporter("r1", recorder(values))
-    assert values == {(m.name, ""): 0.0 for m in DECLARED if m.kind is Kind.AMOUNT}
+    assert values == {(m.name, ""): 0.0 for m in DECLARED if m.kind is MetricKind.AMOUNT}
     traffic = {"dispatch": Traffic(raw=20, payload=9, index=1)}
     steps = [replace(record(step), traffic=traffic) for step in range(3)]
     exporter.show(points_of_steps(Progress(), steps))
@@ -97,7 +97,7 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     def values() -> dict[str, float]:
         seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress)
         found = values_of_run(limits, MODEL, memory, seen)
-        assert all(metric(name).live or metric(name).kind is Kind.COUNTER for name in found)
+        assert all(metric(name).live or metric(name).kind is MetricKind.COUNTER for name in found)
         return found
 
     first = values()

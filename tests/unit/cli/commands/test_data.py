@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli.commands import data as data_module
-from orchestrator.cli.commands.data import Progress, described
+from orchestrator.cli.commands.data import ProgressLine, described
 from orchestrator.cli.main import main
 from orchestrator.data.prepare.pipeline import Request, prepare_corpora
 
@@ -69,7 +69,7 @@ class Terminal(io.StringIO):
 
 def test_progress_is_a_line_per_stage_where_nobody_looks() -> None:
     stream = io.StringIO()
-    progress = Progress(stream)
+    progress = ProgressLine(stream)
     for stage in ("reading", "encoding", "done"):
         for fraction in (0.0, 0.5, 1.0):
             progress.tell(stage, fraction)
@@ -80,7 +80,7 @@ def test_progress_is_a_line_per_stage_where_nobody_looks() -> None:
 def test_progress_is_a_bar_on_a_terminal_and_leaves_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_module, "REDRAW_EVERY_S", 0.0)
     stream = Terminal()
-    progress = Progress(stream)
+    progress = ProgressLine(stream)
     progress.tell("encoding", 0.5)
     assert stream.getvalue() == f"{data_module.ERASE_LINE}[##########----------] encoding 50%"
     progress.close()

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.comm.transport.stream import Listener, Stream, StreamClosed, dial
+from orchestrator.comm.transport.stream import FramedStream, Listener, StreamClosed, dial
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[Stream, Stream]]:
+def ends() -> Iterator[tuple[FramedStream, FramedStream]]:
     listener = Listener("127.0.0.1")
     ours = dial(listener.address, 5.0)
     with ours, listener.accept(5.0) as theirs:
@@ -19,7 +19,7 @@ def ends() -> Iterator[tuple[Stream, Stream]]:
         yield ours, theirs
 
 
-def _receive_into(stream: Stream, memory: bytearray, headers: list[dict[str, Any]]) -> None:
+def _receive_into(stream: FramedStream, memory: bytearray, headers: list[dict[str, Any]]) -> None:
     def place(header: dict[str, Any], length: int) -> memoryview:
         assert length == len(memory)
         return memoryview(memory)
@@ -29,7 +29,7 @@ def _receive_into(stream: Stream, memory: bytearray, headers: list[dict[str, Any
 
 
 @pytest.mark.parametrize("length", [0, 1, 10_000_019])
-def test_a_frame_arrives_whole(ends: tuple[Stream, Stream], length: int) -> None:
+def test_a_frame_arrives_whole(ends: tuple[FramedStream, FramedStream], length: int) -> None:
     ours, theirs = ends
     body = bytes(range(256)) * (length // 256) + bytes(length % 256)
     memory, headers = bytearray(length), list[dict[str, Any]]()
@@ -41,7 +41,7 @@ def test_a_frame_arrives_whole(ends: tuple[Stream, Stream], length: int) -> None
     assert ours.sent_bytes == theirs.received_bytes == length
 
 
-def test_a_sender_waits_for_the_answer(ends: tuple[Stream, Stream]) -> None:
+def test_a_sender_waits_for_the_answer(ends: tuple[FramedStream, FramedStream]) -> None:
     ours, theirs = ends
     sent = threading.Event()
     sender = threading.Thread(target=lambda: (ours.send({}, memoryview(b"abc")), sent.set()))
@@ -55,7 +55,7 @@ def test_a_sender_waits_for_the_answer(ends: tuple[Stream, Stream]) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["one's own end", "the other's end"])
-def test_whoever_waits_is_freed_when_an_end_is_shut(ends: tuple[Stream, Stream], which: int) -> None:
+def test_whoever_waits_is_freed_when_an_end_is_shut(ends: tuple[FramedStream, FramedStream], which: int) -> None:
     failed = threading.Event()
 
     def wait() -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from orchestrator.data.manifest import Manifest
+from orchestrator.data.manifest import StoreManifest
 from orchestrator.data.prepare import pipeline as bulk_module
 from orchestrator.data.prepare import scan as scan_module
 from orchestrator.data.prepare.options import prepare
@@ -551,7 +551,10 @@ def test_the_manifest_of_a_plain_store_has_no_new_keys(corpus: Path, tmp_path: P
     saved = json.loads((store.directory / "manifest.json").read_text())
     assert saved["options"].keys() == {"vocab_size", "holdout", "tokenizer_train_bytes", "tokenizer", "difficulty"}
     assert saved["sources"][0].keys() == {"name", "digest", "num_documents", "num_bytes"}
-    assert Manifest.model_validate(Manifest.model_validate_json(json.dumps(saved)).model_dump()) == store.manifest
+    assert (
+        StoreManifest.model_validate(StoreManifest.model_validate_json(json.dumps(saved)).model_dump())
+        == store.manifest
+    )
 
 
 def test_pydocs_say_how_to_get_them_or_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

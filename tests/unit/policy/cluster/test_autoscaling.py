@@ -16,7 +16,7 @@ from orchestrator.policy.cluster.autoscaling import (
     scale_of,
     speeds,
 )
-from orchestrator.policy.cluster.fair_share import Share, divide
+from orchestrator.policy.cluster.fair_share import FairShare, divide
 from orchestrator.policy.rescale.worker_pool import apply_target
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import Progress, absorb
@@ -35,7 +35,9 @@ def _run(**changes: Any) -> ScalingView:
     return replace(plain, **changes)
 
 
-def _shares(runs: Sequence[ScalingView], homes: dict[str, int], free: dict[str, dict[str, float]]) -> dict[str, Share]:
+def _shares(
+    runs: Sequence[ScalingView], homes: dict[str, int], free: dict[str, dict[str, float]]
+) -> dict[str, FairShare]:
     """Args: how many workers of each run are placed, on no node that is free."""
     claims = {run.run_id: claim_of(run) for run in runs}
     return divide(runs, claims, {run: ["elsewhere"] * n for run, n in homes.items()}, free, 0.0)
@@ -82,7 +84,7 @@ def test_workers_that_have_no_place_are_not_waited_for() -> None:
     """What a run wants stays; it is held to what there is."""
     run = _run(wanted=4, is_steady=False, rests=True)
     shares = _shares([run], {"run": 2}, {})
-    assert shares["run"] == Share(2, Grant(2, "there is room for 2")) and decide_sizes([run], shares) == ()
+    assert shares["run"] == FairShare(2, Grant(2, "there is room for 2")) and decide_sizes([run], shares) == ()
     fewest = _shares([_run(wanted=4, least=3)], {"run": 1}, {})
     assert fewest["run"].grant.workers == 3  # fewer it may not have
 
@@ -269,7 +271,7 @@ def test_an_ending_run_is_left_alone() -> None:
     life.holds_still = True
     life.cancel()
     life.tick()
-    assert decide_sizes([_scale(life)], {"run": Share(9, UNLIMITED)}) == ()
+    assert decide_sizes([_scale(life)], {"run": FairShare(9, UNLIMITED)}) == ()
 
 
 def test_what_was_found_not_to_be_worth_it_is_not_tried_again_in_this_stage() -> None:

@@ -16,7 +16,7 @@ from orchestrator.policy.cluster.fair_share import (
     FREEING_S,
     PROTECTED_S,
     STARTING_S,
-    Share,
+    FairShare,
     divide,
     has,
     is_loose,
@@ -42,20 +42,20 @@ def _new(name: str, wanted: int = 4, least: int = 1, **changes: Any) -> ScalingV
 
 def _divide(
     runs: Sequence[ScalingView], free: float = 0.0, homes: Mapping[str, int] | None = None, now_s: float = NOW_S
-) -> dict[str, Share]:
+) -> dict[str, FairShare]:
     """On one node, where every run that trains has its place unless told."""
     held = {run.run_id: has(run) for run in runs} if homes is None else homes
     places = {run: ["n"] * count for run, count in held.items()}
     return divide(runs, {run.run_id: claim_of(run) for run in runs}, places, {"n": {"CPU": free}}, now_s)
 
 
-def _granted(shares: Mapping[str, Share]) -> dict[str, int | None]:
+def _granted(shares: Mapping[str, FairShare]) -> dict[str, int | None]:
     return {run: share.grant.workers for run, share in shares.items()}
 
 
 def test_alone_a_run_gets_all_that_there_is() -> None:
-    assert _divide([_new("a")], 4.0) == {"a": Share(4, Grant(None, "there is room for all 4"))}
-    assert _divide([_new("a")], 3.0) == {"a": Share(3, Grant(3, "there is room for 3"))}
+    assert _divide([_new("a")], 4.0) == {"a": FairShare(4, Grant(None, "there is room for all 4"))}
+    assert _divide([_new("a")], 3.0) == {"a": FairShare(3, Grant(3, "there is room for 3"))}
     assert _divide([_new("a", least=2)], 1.0)["a"].grant == Grant(
         0, "the cluster has room for at most 1 of its workers; it needs at least 2"
     )
@@ -210,7 +210,7 @@ def test_the_oldest_workers_keep_their_places() -> None:
 # -- what runs are told ----------------------------------------------------------------------------------------------
 
 
-def _told(runs: Sequence[ScalingView], shares: Mapping[str, Share]) -> list[tuple[str, int | None, float | None]]:
+def _told(runs: Sequence[ScalingView], shares: Mapping[str, FairShare]) -> list[tuple[str, int | None, float | None]]:
     return [(new.run_id, new.grant.workers, new.patience_s) for new in new_grants(runs, shares)]
 
 
@@ -297,7 +297,7 @@ def _clusters(
 
 def _shares_of(
     runs: Sequence[ScalingView], homes: Mapping[str, Sequence[str]], free: Mapping[str, Mapping[str, float]]
-) -> dict[str, Share]:
+) -> dict[str, FairShare]:
     return divide(runs, {run.run_id: claim_of(run) for run in runs}, homes, free, NOW_S)
 
 
@@ -349,7 +349,7 @@ def test_what_was_decided_is_decided_again(
     assert {r.run_id: again[r.run_id].places for r in runs} == {r.run_id: len(homes.get(r.run_id, ())) for r in runs}
 
 
-def _after(run: ScalingView, share: Share) -> ScalingView:
+def _after(run: ScalingView, share: FairShare) -> ScalingView:
     """The run when it has followed its grant; whoever was let in has been in for long."""
     if share.grant.workers == 0:
         since_s = NOW_S if run.queued_s is None else run.queued_s

@@ -9,7 +9,7 @@ from orchestrator.policy.lifecycle import decide, explain
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.workers import NodeDraining
-from orchestrator.protocol.messages import DesiredRunState, Finish, Phase
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, Phase
 from orchestrator.protocol.status import RunPhase
 from tests.unit.policy.imagined import Life, limits_of
 
@@ -239,7 +239,7 @@ def test_a_run_that_is_to_pause_while_its_nodes_go_away_ends(least: int) -> None
     life.run_until(lambda: life.step == 5)
     life.draining = {"a": life.now_s + 3, "b": life.now_s + 3}
     life.holds_still = True
-    life.target = DesiredRunState(seq=life.target.seq + 1, workers=2, finish=Finish.PAUSE)
+    life.target = DesiredRunState(seq=life.target.seq + 1, workers=2, finish=FinishMode.PAUSE)
     life.tick()
     life.kill("w1")
     if least == 1:

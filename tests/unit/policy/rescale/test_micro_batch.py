@@ -10,7 +10,7 @@ from orchestrator.policy.rescale.micro_batch import (
     PROBE_STEPS,
     SEEN_FACTOR,
     TARGET,
-    Share,
+    MemoryShare,
     next_tokens,
     shares_of,
 )
@@ -174,31 +174,31 @@ def test_workers_of_a_node_share_what_others_leave() -> None:
     other = replace(PLAIN, used_bytes=GB, place="elsewhere")
     memory = {"a": PLAIN, "b": replace(PLAIN, resident_bytes=2 * GB), "c": other}
     assert shares_of(memory, None) == {
-        "a": Share(4 * GB, GB),
-        "b": Share(4 * GB, 2 * GB),
-        "c": Share(8 * GB, GB),
+        "a": MemoryShare(4 * GB, GB),
+        "b": MemoryShare(4 * GB, 2 * GB),
+        "c": MemoryShare(8 * GB, GB),
     }
-    assert shares_of(memory, 2 * GB)["c"] == Share(2 * GB, GB)
+    assert shares_of(memory, 2 * GB)["c"] == MemoryShare(2 * GB, GB)
     on_gpu = {worker: replace(use, is_gpu=True) for worker, use in memory.items()}
     assert shares_of(on_gpu, 2 * GB) == shares_of(memory, None)  # resources.memory is the host's
 
 
 def test_the_worker_with_the_least_room_decides() -> None:
     memory = {"a": PLAIN, "b": PLAIN}
-    shares = {"a": Share(4 * GB, GB), "b": Share(int(GB * 1.2), GB)}
+    shares = {"a": MemoryShare(4 * GB, GB), "b": MemoryShare(int(GB * 1.2), GB)}
     room = TARGET * 1.2 * GB - GB
     assert next_tokens(LENGTH, memory, shares, (), 0) == pytest.approx(LENGTH + room / 150_000, abs=1)
 
 
 def test_growth_is_bounded_and_slower_where_nothing_is_known() -> None:
-    shares = {"a": Share(400 * GB, GB)}
+    shares = {"a": MemoryShare(400 * GB, GB)}
     assert next_tokens(LENGTH, {"a": PLAIN}, shares, (), 0) == GROWTH * LENGTH
     assert next_tokens(LENGTH, {"a": replace(PLAIN, kept_bytes=0)}, shares, (), 0) == 2 * LENGTH
 
 
 def test_what_was_seen_to_be_taken_counts_where_it_is_more_than_what_is_kept() -> None:
     before = Probe("a", LENGTH, LENGTH // 2, GB - LENGTH // 2 * 400_000)
-    found = next_tokens(LENGTH, {"a": PLAIN}, {"a": Share(int(1.2 * GB), GB)}, (before,), 0)
+    found = next_tokens(LENGTH, {"a": PLAIN}, {"a": MemoryShare(int(1.2 * GB), GB)}, (before,), 0)
     assert found == pytest.approx(LENGTH + (TARGET * 1.2 - 1) * GB / (400_000 * SEEN_FACTOR), abs=1)
 
 
@@ -285,6 +285,6 @@ def test_after_a_fallback_to_a_checkpoint_a_smaller_world_has_smaller_slots() ->
 @pytest.mark.parametrize("grown", [True, False])
 def test_slots_shrink_where_memory_gets_short_and_only_as_long_as_it_does(grown: bool) -> None:
     before = Probe("a", LENGTH, 2 * LENGTH, GB // 2 if grown else GB)
-    short = {"a": Share(int(GB / (HIGH + 0.01)), GB)}
+    short = {"a": MemoryShare(int(GB / (HIGH + 0.01)), GB)}
     assert (next_tokens(4 * LENGTH, {"a": PLAIN}, short, (before,), 0) < 4 * LENGTH) is grown
     assert next_tokens(LENGTH, {"a": PLAIN}, short, (before,), 0) == LENGTH  # no less than a row

@@ -12,7 +12,7 @@ from orchestrator.policy.state.requests import queued
 from orchestrator.policy.state.run_state import FailureState, WorkerFailure
 from orchestrator.protocol.events.run import Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
-from orchestrator.protocol.messages import DesiredRunState, Finish, Phase, WorkerError
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, Phase, WorkerError
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
 from orchestrator.sampling.micro_batches import MicroBatchSize
@@ -134,20 +134,22 @@ def test_a_grant_that_comes_back_while_the_run_stops() -> None:
     life = _life()
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
-    life.run_until(lambda: life.state.finish is Finish.PAUSE)
+    life.run_until(lambda: life.state.finish is FinishMode.PAUSE)
     life.grant = ROOM
     life.run_to_the_end()
     assert life.state.outcome is RunPhase.SUCCEEDED and len(life.sizes) == 60 and life.replayed == 0
 
 
-@pytest.mark.parametrize(("finish", "outcome"), [(Finish.CANCEL, RunPhase.CANCELLED), (Finish.PAUSE, RunPhase.PAUSED)])
+@pytest.mark.parametrize(
+    ("finish", "outcome"), [(FinishMode.CANCEL, RunPhase.CANCELLED), (FinishMode.PAUSE, RunPhase.PAUSED)]
+)
 @pytest.mark.parametrize("is_out", [False, True])
-def test_a_preempted_run_may_be_ended(finish: Finish, outcome: RunPhase, is_out: bool) -> None:
+def test_a_preempted_run_may_be_ended(finish: FinishMode, outcome: RunPhase, is_out: bool) -> None:
     """While it stops, and in the queue."""
     life = _life()
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
-    life.run_until(lambda: life.state.current is None if is_out else life.state.finish is Finish.PAUSE)
+    life.run_until(lambda: life.state.current is None if is_out else life.state.finish is FinishMode.PAUSE)
     life.target = DesiredRunState(seq=life.target.seq + 1, workers=4, finish=finish, reason="enough")
     life.run_to_the_end()
     assert life.state.outcome is outcome and life.committed == life.step
@@ -159,7 +161,7 @@ def test_a_member_that_dies_while_the_run_stops_costs_no_step(least: int) -> Non
     life = _life(min_workers=least)
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
-    life.run_until(lambda: life.state.finish is Finish.PAUSE)
+    life.run_until(lambda: life.state.finish is FinishMode.PAUSE)
     life.kill(life.state.members[-1])
     life.run_until(lambda: life.state.current is None)
     assert life.committed >= 16 and life.state.worker_group == () and life.state.num_spawned == 4
@@ -176,7 +178,7 @@ def test_a_run_that_loses_its_state_while_it_stops_goes_on_from_its_checkpoint(
     life = _life(**changes)
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
-    life.run_until(lambda: life.state.finish is Finish.PAUSE)
+    life.run_until(lambda: life.state.finish is FinishMode.PAUSE)
     if comes_back:
         life.grant = ROOM
     life.kill(life.state.members[-1])
@@ -207,7 +209,7 @@ def test_the_words_for_a_run_that_stops() -> None:
     life = _life()
     life.run_until(lambda: life.step == 17)
     life.grant = OUT
-    life.run_until(lambda: life.state.finish is Finish.PAUSE)
+    life.run_until(lambda: life.state.finish is FinishMode.PAUSE)
     life.grant = ROOM
     life.tick()
     told = explain(life.limits, life.state, life.seen())

@@ -11,7 +11,7 @@ import torch
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, Source, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, StateSource, StoreAddress, WorkerJob
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
@@ -46,7 +46,9 @@ def _plan(generation: int, *members: str, source: World | None = None) -> Genera
         term=1,
         world=world,
         placement=ExpertPlacement.balanced(2, world.size),
-        source=None if source is None else Source(source, ExpertPlacement.balanced(2, source.size), source.members),
+        source=None
+        if source is None
+        else StateSource(source, ExpertPlacement.balanced(2, source.size), source.members),
         store_prefix=f"1/{generation}",
         store_address=StoreAddress(*_store().address()),
     )
@@ -137,7 +139,7 @@ def test_a_plan_that_can_not_be_prepared_is_told_at_once(
         with socket.create_server(("127.0.0.1", 0)) as unused:
             plan = replace(plan, store_address=StoreAddress(*unused.getsockname()))
     else:
-        plan = replace(plan, source=Source(World(0, ("w0",)), ExpertPlacement.balanced(2, 2), ("w0",)))
+        plan = replace(plan, source=StateSource(World(0, ("w0",)), ExpertPlacement.balanced(2, 2), ("w0",)))
     mailbox.put(Directive(1, 0, next=plan))
     version = -1
     while (report := mailbox.report(None, version, 20.0)).failed_generation < 1:

@@ -20,7 +20,7 @@ from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import ShardWritten
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.worker.shard.shard import Progress
+from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
 
 PARAMS = [ParamSpec("norm", 3, None), ParamSpec("up", 50, None)] + [ParamSpec(f"experts.{e}", 20, e) for e in range(3)]
@@ -91,7 +91,7 @@ def _shard(ranges: NamedRanges, placement: ExpertPlacement, rank: int) -> Any:
 def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path) -> None:
     placement = ExpertPlacement.balanced(3, 2)
     layout, ranks = _state(placement, True)
-    progress = Progress(11, 10, "{}")
+    progress = TrainingProgress(11, 10, "{}")
     written: list[ShardWritten] = []
     for rank, ranges in enumerate(ranks):
         saver = ShardSaver(tmp_path, SHAPES, "", "", written.append, pytest.fail)
@@ -100,7 +100,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
     meta = json.loads(written[0].meta)
     assert (meta.pop("shapes"), meta.pop("compression"), meta.pop("world_size")) != (None, None, None)
-    assert written[0].meta == written[1].meta and Progress(**meta) == progress
+    assert written[0].meta == written[1].meta and TrainingProgress(**meta) == progress
     reader = CheckpointReader(commit(tmp_path, manifest_of(written, run_id="r", term=2, shapes=SHAPES), term=2))
     reader.verify()
     for tensor, name in enumerate(layout.names):
@@ -117,18 +117,18 @@ def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     saver = ShardSaver(
         tmp_path / "occupied", SHAPES, "", "", lambda written: pytest.fail("nothing was written"), failures.append
     )
-    saver.save(_shard(ranges, placement, 0), Progress(0, 1, "{}"))
+    saver.save(_shard(ranges, placement, 0), TrainingProgress(0, 1, "{}"))
     saver.wait()
     assert [type(error) for error in failures] == [NotADirectoryError]
 
 
 def test_progress_survives_json() -> None:
-    progress = Progress(7, 5, '{"seed": 3}')
-    assert Progress.from_json(progress.to_json()) == progress
-    assert Progress.from_json(replace(progress, step=8).to_json()) != progress
+    progress = TrainingProgress(7, 5, '{"seed": 3}')
+    assert TrainingProgress.from_json(progress.to_json()) == progress
+    assert TrainingProgress.from_json(replace(progress, step=8).to_json()) != progress
 
 
 @pytest.mark.parametrize("text", ["{}", '{"step": 1, "num_updates": 1, "sampler": "", "more": 1}', "no JSON"])
 def test_progress_of_another_form_is_refused(text: str) -> None:
     with pytest.raises((TypeError, ValueError)):
-        Progress.from_json(text)
+        TrainingProgress.from_json(text)
