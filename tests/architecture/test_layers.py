@@ -42,19 +42,6 @@ MOST_FILES = 16  # of a folder
 # Words of a private vocabulary that the field's terms have replaced: crew (worker group), slot (micro-batch), ward
 # (protected rank), desk (mailbox), wish (request), seam (adapter), voice (ballot).
 RETIRED = {"crew", "slots", "ward", "desk", "wish", "wishes", "seam", "voice", "workshop", "teller", "bury"}
-    "crew",
-    "slots",
-    "ward",
-    "desk",
-    "wish",
-    "wishes",
-    "seam",
-    "voice",
-    "workshop",
-    "teller",
-    "overdrawn",
-    "bury",
-}
 
 MODULES = read_package(PACKAGE)
 
