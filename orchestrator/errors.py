@@ -135,6 +135,10 @@ class CheckpointCorrupt(OrchestratorError):
     """A checkpoint whose files are missing, changed, or don't cover every tensor."""
 
 
+class JournalCorrupt(OrchestratorError):
+    """A run's journal with an entry that is missing, changed, or no entry."""
+
+
 class TermSuperseded(OrchestratorError):
     """A newer controller of this run exists; this one's term has ended and it must not write."""
 

@@ -9,6 +9,7 @@ a crash the next incarnation takes a new term and continues, while the workers h
 
 import logging
 import os
+import socket
 import threading
 import time
 import traceback
@@ -46,7 +47,6 @@ from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkp
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, retry_until_written
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import acquire_term
 from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")
@@ -77,8 +77,9 @@ class RunController:
         self._job = JobSpec.model_validate_json(retry_until_written((self._run_dir / "job.json").read_text))
         self._limits = RunLimits.of(run_id, self._job)
         self._inbox = Inbox()
-        self._term = retry_until_written(lambda: acquire_term(self._run_dir))
-        self._memory = retry_until_written(lambda: JournaledRun(self._run_dir, self._term, self._limits))
+        holder = f"{socket.gethostname()} pid {os.getpid()}"
+        self._memory = retry_until_written(lambda: JournaledRun(self._run_dir, self._limits, holder))
+        self._term = self._memory.term
         if order is not None and order.token != self._memory.resumed_by:
             retry_until_written(lambda: self._resume(order, since_s))
         elif Submitted not in self._memory.times:

@@ -28,7 +28,9 @@ from orchestrator.protocol.events.training import StageBegan, StepsCommitted
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
-from orchestrator.storage.journal import Journal, read_events, write_atomically
+from orchestrator.storage.atomic_files import write_atomically
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal, read_events
 
 log = logging.getLogger("orchestrator.control")
 
@@ -108,12 +110,13 @@ class JournaledRun(RunHistory):
 
     Args:
         run_dir: the run's directory in run storage.
-        term: the controller's.
+        holder: who takes the next term of the run, for people that read the journal.
     """
 
-    def __init__(self, run_dir: Path, term: int, limits: RunLimits) -> None:
+    def __init__(self, run_dir: Path, limits: RunLimits, holder: str = "") -> None:
         self.trouble: str | None = None
-        self._journal = Journal(run_dir, term)
+        self._journal = Journal(DirectoryObjects(run_dir), holder)
+        self.term = self._journal.term
         super().__init__(run_dir, limits)
 
     def decided(self, state: RunState, events: Sequence[Event]) -> list[JournalEntry]:
@@ -216,12 +219,14 @@ def read_steps(run_dir: Path) -> list[StepRecord]:
 
 
 def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
-    """Committed steps of a journal, once each: steps after a checkpoint that the run resumed from are dropped."""
+    """Committed steps of a journal, once each: steps after a checkpoint that the run resumed from are dropped. An entry
+    that storage kept, though it reported an error, may have been written again.
+    """
     steps: list[StepRecord] = []
     for entry in entries:
         match entry.event:
             case StepsCommitted(records):
-                steps += records
+                steps += (record for record in records if not steps or record.step > steps[-1].step)
             case Resumed(step=step):
                 steps = [record for record in steps if record.step <= step]
     return steps

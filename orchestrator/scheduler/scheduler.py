@@ -32,7 +32,7 @@ from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.admission import check_admissible, newcomer
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import newest_term
+from orchestrator.storage.journal import has_journal
 
 log = logging.getLogger("orchestrator.control")
 
@@ -241,7 +241,7 @@ class Scheduler:
         is_over = (directory / STATUS_FILE).exists()  # its controller may be about to exit
         if find(f"{run_id}/controller") is not None and not is_over:
             raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
-        if newest_term(directory) > 0 or (directory / "job.json").exists():
+        if has_journal(directory) or (directory / "job.json").exists():
             raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
 
 

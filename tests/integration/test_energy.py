@@ -14,7 +14,7 @@ from orchestrator.controller.worker_group import Inbox
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.run_history import JournaledRun, user_events
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import acquire_term, read_events
+from orchestrator.storage.journal import read_events
 from orchestrator.telemetry.energy import EnergyMeter, ProcessorTime
 from tests.support.control import local_ray
 from tests.support.powercap import write_zone
@@ -56,7 +56,7 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
     run_dir, root = tmp_path / "run", tmp_path / "powercap"
     counter = write_zone(root, "intel-rapl:0", "package-0", 0)
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
-    memory = JournaledRun(run_dir, acquire_term(run_dir), limits)
+    memory = JournaledRun(run_dir, limits)
     inbox: Inbox = SimpleQueue()
     watch = EnergyWatch(0.0, memory, inbox)
     handles: dict[str, Any] = {name: ray.remote(Metered).remote(str(root)) for name in ("w0", "w1")}
@@ -85,7 +85,7 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
 def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray: None, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
-    memory = JournaledRun(run_dir, acquire_term(run_dir), limits)
+    memory = JournaledRun(run_dir, limits)
     inbox: Inbox = SimpleQueue()
     watch = EnergyWatch(0.0, memory, inbox)
     handles: dict[str, Any] = {"w0": ray.remote(Metered).remote(str(tmp_path / "nowhere"))}

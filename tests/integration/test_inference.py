@@ -30,7 +30,8 @@ from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Ge
 from orchestrator.protocol.codec import to_plain
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import Journal, acquire_term
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 from orchestrator.submission.model_process import ask_model, store_of
 from tests.integration.test_glm4_moe import _checkpoint_of
 from tests.support.texts import small_job
@@ -52,7 +53,7 @@ def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFacto
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
     store.tokenizer().save(run_dir / "tokenizer.json")
     data = PreparedData(str(store_dir), store.vocab_size, str(run_dir / "tokenizer.json"))
-    Journal(run_dir, acquire_term(run_dir)).append([{"kind": "prepared", "data": to_plain(data)}])
+    Journal(DirectoryObjects(run_dir)).append([{"kind": "prepared", "data": to_plain(data)}])
     return run_dir
 
 
@@ -204,8 +205,7 @@ def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
-    for name in ("journal", "terms"):
-        (other / name).symlink_to(run_dir / name)
+    (other / "journal").symlink_to(run_dir / "journal")
     narrow = job.model.model_copy(update={"expert_intermediate_size": 8})
     (other / "job.json").write_text(job.model_copy(update={"model": narrow}).model_dump_json(by_alias=True))
     (other / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())

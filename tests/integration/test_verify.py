@@ -19,7 +19,8 @@ from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import CheckpointSpec, EvalSpec, JobSpec, VerifySpec, WorkersSpec
 from orchestrator.state.fingerprint import whole
-from orchestrator.storage.journal import Journal, acquire_term
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 from tests.support.faults import Fault, Moment
 from tests.support.own_models import linear, own_spec
 from tests.support.real_runs import own_cluster, until
@@ -287,7 +288,7 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     assert "Step 27 differs: the state that it led to, of rank 1 (w" in told.stdout and "numerics" not in told.stderr
     worker = told.stdout.split("of rank 1 (")[1].split(")")[0]
     differs = {"processor": "a -> b"}
-    Journal(run_dir, acquire_term(run_dir)).append([{"kind": "numerics_differ", "worker": worker, "differs": differs}])
+    Journal(DirectoryObjects(run_dir)).append([{"kind": "numerics_differ", "worker": worker, "differs": differs}])
     told = verify("--workers", "1", expect=100)
     assert f"which may be the only cause: {worker} (processor: a -> b)." in told.stderr
     assert json.loads(verify("-o", "json", expect=100).stdout)["workers_differ"] == {worker: differs}

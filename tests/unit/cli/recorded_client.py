@@ -5,7 +5,6 @@ ends at the third look and lacks the controller's own state and the steps before
 """
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from orchestrator.errors import ClusterUnreachable, NotFound, UsageError
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus
+from tests.support.recorded_run import write_journal
 
 RECORDED = Path(__file__).parent / "recorded"
 RUNS = ("quickstart", "spare")
@@ -35,9 +35,7 @@ class RecordedClient:
         self._looks = recorded_looks(storage)
         self.now, self.is_gone, self.hides, self.most = THREE_WORKERS, False, False, 4
         self.requests: list[tuple[str, str, int | None]] = []
-        journal = storage / "quickstart" / "journal"
-        journal.mkdir(parents=True)
-        shutil.copy(RECORDED / "journal.json", journal / "000001-00000000.json")
+        write_journal(storage / "quickstart", json.loads((RECORDED / "journal.json").read_text())["events"])
 
     def list(self) -> tuple[RunStatus, ...]:
         if self.is_gone:

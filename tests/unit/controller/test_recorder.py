@@ -11,7 +11,6 @@ from orchestrator.controller.recorder import StepRecorder
 from orchestrator.protocol.messages import Saturation
 from orchestrator.run_records.run_history import JournaledRun, user_events
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.journal import acquire_term
 from tests.unit.policy.imagined import limits_of
 
 FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
@@ -19,7 +18,7 @@ FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
 
 def _account(run_dir: Path) -> StepRecorder:
     """Of a controller that has just come."""
-    memory = JournaledRun(run_dir, acquire_term(run_dir), limits_of())
+    memory = JournaledRun(run_dir, limits_of())
     return StepRecorder("run", ModelSpec(), memory, Mock(), Mock(), Mock())
 
 

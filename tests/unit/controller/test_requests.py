@@ -13,12 +13,11 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import acquire_term
 
 
 @pytest.fixture
 def memory(tmp_path: Path) -> JournaledRun:
-    return JournaledRun(tmp_path, acquire_term(tmp_path), RunLimits.of("run", JobSpec(name="run")))
+    return JournaledRun(tmp_path, RunLimits.of("run", JobSpec(name="run")))
 
 
 def _aim(
@@ -42,7 +41,7 @@ def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(
     assert _aim(requests, memory, FinishMode.NO, 3).workers == 3
     paused = _aim(requests, memory, FinishMode.PAUSE)
     assert (paused.seq, paused.workers, paused.finish) == (2, 3, FinishMode.PAUSE)
-    assert JournaledRun(memory._run_dir, 1, RunLimits.of("run", JobSpec(name="run"))).state.target == paused
+    assert JournaledRun(memory._run_dir, RunLimits.of("run", JobSpec(name="run"))).state.target == paused
 
 
 def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRun) -> None:

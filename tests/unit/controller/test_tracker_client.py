@@ -19,7 +19,6 @@ from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, missing_calls
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import acquire_term
 from orchestrator.telemetry.node import Reading, points_of_readings, read_system
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.sink import Dataset
@@ -34,7 +33,7 @@ DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "t
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits_of(steps=STEPS))
+    memory = JournaledRun(tmp_path, limits_of(steps=STEPS))
     memory.note(Submitted("run", 2))
     memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
     memory.note(Rescaled(1, 2, 3, step=40, why="", stall_s=0.3, moved_bytes=7))

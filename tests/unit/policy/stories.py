@@ -1,6 +1,5 @@
 """Journals of imagined runs, told event by event with a clock of their own."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from orchestrator.protocol.events.workers import WorkerLost, WorkersReleased, Wo
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import Rescale
 from orchestrator.spec.job import JobSpec
+from tests.support.recorded_run import write_journal
 from tests.unit.policy.imagined import record
 
 MOVE = {"connect_s": 0.01, "build_s": 0.05, "transfer_s": 0.02, "digest_s": 0.03}
@@ -130,11 +130,6 @@ def eventful() -> Story:
 
 def write(story: Story, run_dir: Path, job: JobSpec) -> Path:
     """The run's directory in run storage, as its controller would have left it at those times of day."""
-    (run_dir / "journal").mkdir(parents=True)
-    (run_dir / "terms").mkdir()
-    (run_dir / "terms" / "000001").touch()
+    write_journal(run_dir, [plain_of_entry(entry) for entry in story.events])
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
-    (run_dir / "journal" / "000001-00000000.json").write_text(
-        json.dumps({"events": [plain_of_entry(entry) for entry in story.events]})
-    )
     return run_dir

@@ -9,7 +9,6 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.ray_train.callbacks import CallbackError, Follower
 from orchestrator.run_records.run_history import JournaledRun
-from orchestrator.storage.journal import acquire_term
 from tests.unit.policy.imagined import Life, limits_of, record
 
 LIMITS = limits_of(steps=30)
@@ -37,7 +36,7 @@ class Told(UserCallback):
 
 
 def memory_of(run_dir: Path) -> JournaledRun:
-    return JournaledRun(run_dir, acquire_term(run_dir), LIMITS)
+    return JournaledRun(run_dir, LIMITS)
 
 
 def follower_of(run_dir: Path, *callbacks: UserCallback) -> Follower:

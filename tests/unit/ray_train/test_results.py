@@ -9,14 +9,13 @@ from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.ray_train.results import result_of, rows_of, with_validations
 from orchestrator.run_records.run_history import JournaledRun
-from orchestrator.storage.journal import acquire_term
 from tests.unit.policy.imagined import limits_of, record
 
 LOSSES = {0: 5.0, 2: 3.0, 4: 4.0}
 
 
 def run_with(run_dir: Path, *checkpoints: int) -> JournaledRun:
-    memory = JournaledRun(run_dir, acquire_term(run_dir), limits_of(steps=30))
+    memory = JournaledRun(run_dir, limits_of(steps=30))
     memory.absorb([record(step, validation_loss=LOSSES.get(step)) for step in range(6)], up_to=100)
     memory.note(Rescaled(1, 2, 2, step=2, why="", stall_s=0.25, moved_bytes=7))
     for step in checkpoints:
@@ -68,7 +67,7 @@ def test_best_checkpoints_are_in_ray_trains_order(
 
 
 def test_a_run_without_a_step_has_no_metrics(tmp_path: Path) -> None:
-    JournaledRun(tmp_path, acquire_term(tmp_path), limits_of(steps=30))
+    JournaledRun(tmp_path, limits_of(steps=30))
     result = result_of(tmp_path)
     assert (result.metrics, result.checkpoint, result.metrics_dataframe) == (None, None, None)
     assert result.best_checkpoints == []

@@ -8,14 +8,15 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import Journal, acquire_term
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 from tests.unit.policy.imagined import record
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "logs").mkdir()
-    acquire_term(tmp_path)
+    Journal(DirectoryObjects(tmp_path))
     return tmp_path
 
 
@@ -56,7 +57,9 @@ def test_logs_of_one_process_and_the_newest_lines_only(run_dir: Path) -> None:
 
 
 def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
-    Journal(run_dir, 1).append([{"kind": "submitted"}, {"kind": "state", "state": {}}, {"kind": "ended"}])
+    Journal(DirectoryObjects(run_dir)).append(
+        [{"kind": "submitted"}, {"kind": "state", "state": {}}, {"kind": "ended"}]
+    )
     files = RunFiles(run_dir)
     assert [event["kind"] for event in files.events()] == ["submitted", "ended"]
     assert [event["kind"] for event in files.events(after=0)] == ["ended"]
@@ -65,7 +68,7 @@ def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
 def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir: Path) -> None:
     job = JobSpec.model_validate({"name": "lost", "train": {"steps": 30}})
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
-    memory = JournaledRun(run_dir, acquire_term(run_dir), RunLimits.of("lost", job))
+    memory = JournaledRun(run_dir, RunLimits.of("lost", job))
     memory.absorb([record(0), record(1)], up_to=10_000)
     status = RunFiles(run_dir).status()
     assert (status.phase, status.step, status.steps) == (RunPhase.STARTING, 2, 30)
@@ -79,7 +82,7 @@ def test_a_directory_without_a_run(tmp_path: Path) -> None:
 
 def test_runs_of_like_names_are_named(tmp_path: Path) -> None:
     for name in ("books", "books-2", "other"):
-        acquire_term(tmp_path / name)
+        Journal(DirectoryObjects(tmp_path / name))
     with pytest.raises(NotFound, match="Did you mean `books` or `books-2`?"):
         RunFiles(tmp_path / "bookz")
     with pytest.raises(NotFound, match="holds no run. Name the run storage"):

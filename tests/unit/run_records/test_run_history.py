@@ -17,7 +17,8 @@ from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.journal import acquire_term, write_atomically
+from orchestrator.storage.atomic_files import write_atomically
+from orchestrator.storage.journal import read_events
 from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -27,7 +28,7 @@ ACTIVATED = Activated(0, 0, 2, -1, "the run starts", members=("w0", "w1"))
 
 
 def remembered(run_dir: Path) -> JournaledRun:
-    return JournaledRun(run_dir, acquire_term(run_dir), LIMITS)
+    return JournaledRun(run_dir, LIMITS)
 
 
 def test_a_successor_remembers_everything(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     memory.decided(memory.state, [])
     assert memory.absorb([], up_to=10_000) == ([], [])
-    assert list((tmp_path / "journal").iterdir()) == []
+    assert read_events(tmp_path) == []
 
 
 def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:

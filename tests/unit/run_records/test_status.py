@@ -16,7 +16,6 @@ from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddr
 from orchestrator.run_records.run_history import JournaledRun, RunHistory, user_events
 from orchestrator.run_records.status import status_of
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.journal import acquire_term
 from tests.unit.policy.imagined import limits_of, record
 
 MODEL = ModelSpec(num_experts=8, top_k=2)
@@ -40,7 +39,7 @@ def _warning(run_dir: Path, memory: RunHistory) -> str | None:
 
 
 def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_it_goes_back(tmp_path: Path) -> None:
-    memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits_of())
+    memory = JournaledRun(tmp_path, limits_of())
     account = StepRecorder("run", MODEL, memory, Mock(), Mock(), Mock())
     memory.decided(replace(memory.state, worker_group=("w0", "w1"), current=_plan("w0")), [])
     memory.absorb([record(step) for step in range(3)], up_to=2)
@@ -64,7 +63,7 @@ def _steps(first: int, stop: int, violation: float, swing: float = 0.0) -> list[
 
 
 def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -> None:
-    memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits_of())
+    memory = JournaledRun(tmp_path, limits_of())
     tracker = Mock()
     account = StepRecorder("run", MODEL, memory, Mock(), tracker, Mock())
     seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress, checkpointed=10_000)
@@ -91,7 +90,7 @@ def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -
 
 
 def test_a_run_that_goes_back_before_a_collapse_is_not_warned_of_it(tmp_path: Path) -> None:
-    memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits_of())
+    memory = JournaledRun(tmp_path, limits_of())
     memory.absorb([record(step) for step in range(100)], up_to=10_000)
     collapse = ExpertsCollapsed(60, layer=0, max_violation=3.0)
     memory.note(collapse)

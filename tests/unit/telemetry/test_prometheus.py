@@ -20,7 +20,6 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.usage import Traffic
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.journal import acquire_term
 from orchestrator.telemetry.prometheus import EVERY_S, Exporter
 from orchestrator.telemetry.step_metrics import points_of_steps
 from orchestrator.tracking.sink import MetricPoint
@@ -91,7 +90,7 @@ def test_a_failure_is_told_once_and_harms_nobody(caplog: pytest.LogCaptureFixtur
 
 def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     limits = limits_of(steps=12)
-    memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits)
+    memory = JournaledRun(tmp_path, limits)
     submitted = memory.note(Submitted("run", 2)).time
 
     def values() -> dict[str, float]:
@@ -121,10 +120,10 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     memory.decided(memory.state, [Rescaled(1, 2, 3, 0, ""), *2 * [GenerationAborted(1, 0, "")]])
     assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)
 
-    successor = JournaledRun(tmp_path, acquire_term(tmp_path), limits)
+    successor = JournaledRun(tmp_path, limits)
     assert successor.newest_times == memory.newest_times and successor.times == memory.times
     resumed = successor.note(Resumed("t", 0, None, 2)).time
-    memory = JournaledRun(tmp_path, acquire_term(tmp_path), limits)
+    memory = JournaledRun(tmp_path, limits)
     assert values()["run/checkpoint_time"] == resumed and values()["train/skipped"] == 1
     assert values()["verify/checks"] == values()["verify/differences"] == 1
     assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)  # what happened isn't undone

@@ -12,7 +12,8 @@ from orchestrator.policy.report.report import report_of
 from orchestrator.protocol.events.workers import EnergyRead
 from orchestrator.protocol.usage import EnergyReading
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import acquire_term
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
 from tests.unit.cli.test_main import Done, here, orchestrator
 from tests.unit.policy.stories import Story, eventful, write
 
@@ -123,7 +124,7 @@ def test_the_page_shows_the_loads_of_experts_of_a_run_that_has_them(runs: Path, 
 def test_what_makes_no_sense_is_refused(
     runs: Path, orchestrator: Command, args: list[str], code: int, said: str
 ) -> None:
-    acquire_term(runs / "silent")
+    Journal(DirectoryObjects(runs / "silent"))
     done = orchestrator("report", *args)
     assert done.returncode == code and said in done.stderr and done.stdout == "", done
     assert "Traceback" not in done.stderr
