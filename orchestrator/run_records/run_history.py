@@ -31,6 +31,7 @@ from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.storage.atomic_files import write_atomically
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal, read_events
+from orchestrator.storage.reserve import FULL, SpaceReserve
 
 log = logging.getLogger("orchestrator.control")
 
@@ -117,6 +118,8 @@ class JournaledRun(RunHistory):
         self.trouble: str | None = None
         self._journal = Journal(DirectoryObjects(run_dir), holder)
         self.term = self._journal.term
+        self._reserve = SpaceReserve(run_dir)
+        self._reserve.tend()
         super().__init__(run_dir, limits)
 
     def decided(self, state: RunState, events: Sequence[Event]) -> list[JournalEntry]:
@@ -154,18 +157,30 @@ class JournaledRun(RunHistory):
     def conclude(self, status_text: str) -> None:
         """Write the run's final status."""
         with self._writing():
+            self._reserve.give_up()
             write_atomically(self._run_dir / STATUS_FILE, status_text)
 
     def _append(self, events: Sequence[Event]) -> list[JournalEntry]:
         if not events:
             return []
         with self._writing():
-            written = self._journal.append([plain_of(event) for event in events])
+            written = self._write([plain_of(event) for event in events])
+        self._reserve.tend()
         stamps = ((plain["seq"], plain["term"], plain["time"]) for plain in written)
         entries = [JournalEntry(*stamp, event) for stamp, event in zip(stamps, events, strict=True)]
         for entry in entries:
             self._date(entry)
         return entries
+
+    def _write(self, plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Append to the journal; on a full file system, in the space that was kept for it."""
+        try:
+            return self._journal.append(plain)
+        except OSError as error:
+            if error.errno not in FULL or not self._reserve.give_up():
+                raise
+            log.warning("run storage %s is full: the journal goes on in the space reserved for it", self._run_dir)
+            return self._journal.append(plain)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,3 +1,4 @@
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.atomic_files import write_atomically
+from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
 from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps
 from tests.unit.policy.imagined import Life, limits_of, record
@@ -193,3 +195,20 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_pat
 def _over(state: RunState, why: str) -> tuple[RunState, list[Event]]:
     decision = ended(state, RunPhase.FAILED, why)
     return decision.state, [action for action in decision.actions if isinstance(action, Event)]
+
+
+def test_a_full_disk_is_journalled_in_the_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = remembered(tmp_path)
+    assert (tmp_path / ".reserve").exists()
+    create, refused = DirectoryObjects.create, []
+
+    def create_if_reserve_is_gone(objects: DirectoryObjects, key: str, data: bytes) -> bytes:
+        if (tmp_path / ".reserve").exists():
+            refused.append(key)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return create(objects, key, data)
+
+    monkeypatch.setattr(DirectoryObjects, "create", create_if_reserve_is_gone)
+    memory.absorb([record(0)], up_to=10_000)
+    assert len(refused) == 1 and memory.trouble is None
+    assert [step.step for step in read_steps(tmp_path)] == [0]
