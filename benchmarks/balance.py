@@ -295,8 +295,8 @@ def train_on_ray(case: Case, quick: bool, steps: int) -> dict[str, float]:
             status = product.client.wait(run_id)
             say(f"{case.name} on Ray: {status.phase}")
         records = read_steps(there.storage / run_id)
-    late = [record.experts for record in records if record.step >= steps * 4 // 5]
-    early = [record.experts for record in records if EARLY[0] <= record.step < EARLY[1]]
+    late = [record.routing.experts for record in records if record.step >= steps * 4 // 5]
+    early = [record.routing.experts for record in records if EARLY[0] <= record.step < EARLY[1]]
     return {
         "early": median(load.max_violation for load in early),
         "late": median(load.max_violation for load in late),

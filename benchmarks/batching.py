@@ -118,9 +118,9 @@ def measured(product: Product, job: JobSpec, confinement: Confinement, quick: bo
         raise RuntimeError(f"micro-batches of {job.name} still changed in step {steps[0].step}")
     micro_batches = [plan.micro_batch for _, plan in sorted(live.plans().items())]
     return Measured(
-        tokens_per_s=median(step.tokens / step.step_s for step in steps),
-        padding=mean(step.padding for step in steps),
-        micro_batches=mean(step.num_micro_batches for step in steps),
+        tokens_per_s=median(step.batch.tokens / step.timing.step_s for step in steps),
+        padding=mean(step.batch.padding for step in steps),
+        micro_batches=mean(step.batch.num_micro_batches for step in steps),
         micro_batch_tokens=micro_batches[-1].tokens or micro_batches[-1].rows * job.train.sequence_length,
         peak_share=peak / confinement.limit_bytes,
         kills=confinement.kills - kills,

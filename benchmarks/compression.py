@@ -28,7 +28,7 @@ from benchmarks.harness import Bar, Result, at_least, at_most, equals, median_in
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.environment import environment, worker_environment
 from orchestrator.data.prepare.options import prepare
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.job import DataSpec, JobSpec
 from tests.support.worker_group import Crew
 
@@ -96,7 +96,7 @@ def train(job: JobSpec, store: Path, directory: Path, size: int, sizes: tuple[in
             worker_group.await_step(number * job.train.steps // (len(sizes) + 1))
             plan = worker_group.rescale(worker_group.ids[:now])
             reports = [worker_group.members[worker].report() for worker in worker_group.living]
-            handovers = [h for r in reports for h in r.handovers if h.generation == plan.generation]
+            handovers = [h for r in reports for h in r.transition.handovers if h.generation == plan.generation]
             assert all(h.state_identical for h in handovers), handovers
             error = max(error, *(h.residual_error for h in handovers))
         worker_group.await_finished(patience_s=3600.0)
@@ -107,7 +107,7 @@ def train(job: JobSpec, store: Path, directory: Path, size: int, sizes: tuple[in
 
 def sent(records: tuple[StepRecord, ...], kind: str | None = None) -> tuple[int, int]:
     """Bytes that all workers sent, and what they would be without compression; of a kind, or of all."""
-    entries = [t for r in records for k, t in r.traffic.items() if kind in (None, k)]
+    entries = [t for r in records for k, t in r.communication.traffic.items() if kind in (None, k)]
     return sum(t.sent for t in entries), sum(t.raw for t in entries)
 
 

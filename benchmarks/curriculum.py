@@ -97,7 +97,7 @@ def train(job: JobSpec, store: Path, run_dir: Path) -> Curve:
     rows, curve = job.train.global_batch_size, list[tuple[int, float]]()
     tokens = 0
     for _, record in sorted(worker_group.records.items()):
-        tokens += rows * record.sequence_length
+        tokens += rows * record.batch.sequence_length
         if record.validation_loss is not None:
             curve.append((tokens, record.validation_loss))
     return curve

@@ -158,7 +158,7 @@ def _settled(live: HostedRun, known: int, size: int) -> Rescale:
 
 
 def _vote_time(live: HostedRun, step: int) -> float:
-    return next(record.vote_time for record in RunFiles(live.run_dir).steps() if record.step == step)
+    return next(record.timing.vote_time for record in RunFiles(live.run_dir).steps() if record.step == step)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def eventful(client: OrchestratorClient, job: JobSpec, quick: bool) -> tuple[Pat
 
 
 def steps_of(run_dir: Path) -> Steps:
-    return [(r.loss, r.grad_norm, r.applied, whole(r.digests)) for r in read_steps(run_dir)]
+    return [(r.loss, r.update.grad_norm, r.update.applied, whole(r.state.digests)) for r in read_steps(run_dir)]
 
 
 def digests_of(run_dir: Path, quick: bool) -> Checkpoints:

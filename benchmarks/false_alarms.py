@@ -35,7 +35,7 @@ from orchestrator.cluster.actors import Handle, find, names_of
 from orchestrator.cluster.calls import ask
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.hangs import SILENT_S
-from orchestrator.protocol.messages import Phase, Report
+from orchestrator.protocol.worker_report import Phase, Report
 from orchestrator.storage.journal import read_events
 
 ALARMS = ("generation_aborted", "worker_lost", "transition_abandoned")

@@ -114,7 +114,7 @@ def round_of(product: Product, low: LiveRun, job: JobSpec) -> Round:
     planned = _time(of_low, "generation_planned", generation=grown.generation)
     return Round(
         shrink_s=smaller - let_in,
-        high_first_step_s=next(iter(read_steps(high.run_dir))).vote_time - let_in,
+        high_first_step_s=next(iter(read_steps(high.run_dir))).timing.vote_time - let_in,
         shrink_stall_s=shrunk.stall_s or 0.0,
         freed_s=granted - ended,
         warm_s=planned - granted,

@@ -153,9 +153,13 @@ def controller_killed(live: LiveRun, chance: random.Random) -> Fault:
     fault_time = time.time()
     os.kill(live.pids()["controller"], signal.SIGKILL)
     live.until_again(lambda s: s.step >= before.step + 3 * STEADY_STEPS, "its controller is back and publishes steps")
-    votes = [v for v in live.report_of(record_source, after_step=-1).records if v.vote_time > fault_time - 10.0]
-    steps = [b.vote_time - a.vote_time for a, b in pairwise(votes)]
-    around = [b.vote_time - a.vote_time for a, b in pairwise(votes) if b.vote_time > fault_time]
+    votes = [
+        v
+        for v in live.report_of(record_source, after_step=-1).history.records
+        if v.timing.vote_time > fault_time - 10.0
+    ]
+    steps = [b.timing.vote_time - a.timing.vote_time for a, b in pairwise(votes)]
+    around = [b.timing.vote_time - a.timing.vote_time for a, b in pairwise(votes) if b.timing.vote_time > fault_time]
     published = [r["step"] for e in read_events(live.run_dir) if e["kind"] == "steps" for r in e["records"]]
     twice = len(published) - len(set(published))
     return Fault(max(0.0, max(around[:10]) - median(steps)), None, twice, 0, True, median(steps))

@@ -43,7 +43,8 @@ from benchmarks.support.minimum import minimum_bytes
 from benchmarks.support.product import LiveRun, Product, Request
 from orchestrator.data.store import TokenStore
 from orchestrator.model.factory import catalogue
-from orchestrator.protocol.messages import GenerationPlan, StepRecord
+from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
 
@@ -145,13 +146,13 @@ def run_elastic(live: LiveRun, size: Size) -> Elastic:
         requests += [live.scale(workers) for workers in CYCLE]
         say(f"round {number + 1}: stalls " + ", ".join(f"{r.rescale.stall_s:.2f} s" for r in requests[-len(CYCLE) :]))
     live.until(lambda s: s.step >= size.compared_steps, f"step {size.compared_steps} is done")
-    rss_bytes = [(0.0, float(live.report_of(first).rss_bytes))]
+    rss_bytes = [(0.0, float(live.report_of(first).process.rss_bytes))]
     for number in range(size.rebuilds // 2):  # memory is compared at the same world size
         for workers in (INITIAL + 1, INITIAL):
             live.scale(workers, measured=False)
-        rss_bytes.append((2.0 * (number + 1), float(live.report_of(first).rss_bytes)))
+        rss_bytes.append((2.0 * (number + 1), float(live.report_of(first).process.rss_bytes)))
     say(f"{size.rebuilds} rebuilds more")
-    votes = live.report_of(first, after_step=-1).records
+    votes = live.report_of(first, after_step=-1).history.records
     live.cancel()
     losses = {record.step: record.loss for record in read_steps(live.run_dir)}
     return Elastic(tuple(requests), votes, live.plans(), losses, tuple(rss_bytes))
@@ -164,7 +165,7 @@ def run_fixed(live: LiveRun, size: Size) -> Fixed:
     cold_s = []
     for _ in range(size.cold_starts):
         request = live.scale(INITIAL + 1)
-        cold_s.append(effect_time(live.report_of(first, after_step=-1).records, request) - request.asked_time)
+        cold_s.append(effect_time(live.report_of(first, after_step=-1).history.records, request) - request.asked_time)
         live.scale(INITIAL)
         live.until(lambda s: s.standbys == 0, "the third worker is let go")
     say("cold growths: " + ", ".join(f"{seconds:.1f} s" for seconds in cold_s))
@@ -198,11 +199,11 @@ def transition_of(
     """One rescale, as the votes and the collectives tell of it."""
     first = next(n for n, vote in enumerate(votes) if vote.generation == plan.generation)
     before, after = votes[first - 1], votes[first]
-    own_step_s = median(vote.step_s for vote in votes if vote.generation == plan.generation)
+    own_step_s = median(vote.timing.step_s for vote in votes if vote.generation == plan.generation)
     return {
         "from": before.world_size,
         "to": after.world_size,
-        "stall_s": after.vote_time - before.vote_time - own_step_s,
+        "stall_s": after.timing.vote_time - before.timing.vote_time - own_step_s,
         "bytes_moved": request.rescale.moved_bytes,
         "bytes_minimum": least_bytes,
         "steps_lost": abs(before.step + 1 - after.step),  # done again, or left out
@@ -212,7 +213,7 @@ def transition_of(
 
 def effect_time(votes: Sequence[StepRecord], request: Request) -> float:
     """When the first step of the wished-for world was finished."""
-    return next(vote.vote_time for vote in votes if vote.generation == request.rescale.generation)
+    return next(vote.timing.vote_time for vote in votes if vote.generation == request.rescale.generation)
 
 
 def rel_gaps(losses: dict[int, float], reference: dict[int, float], steps: int) -> list[float]:
@@ -244,7 +245,7 @@ def result_of(
     metrics: dict[str, Any] = {
         "params": sum(spec.numel for spec in params),
         "tokens_per_step": BATCH["global_batch_size"] * BATCH["sequence_length"],
-        "step_s": Spread.of([vote.step_s for vote in elastic.votes if vote.world_size == INITIAL]),
+        "step_s": Spread.of([vote.timing.step_s for vote in elastic.votes if vote.world_size == INITIAL]),
         "steps": len(losses),
         "loss_first": sum(losses[:5]) / len(losses[:5]),
         "loss_last": sum(losses[-5:]) / len(losses[-5:]),

@@ -180,7 +180,7 @@ class Bench:
 
 def last_violation(arm: Arm) -> float:
     if isinstance(arm, WholeProduct):
-        return arm.records[max(arm.records)].experts.max_violation
+        return arm.records[max(arm.records)].routing.experts.max_violation
     assert isinstance(arm, Loop)
     return float(arm.last["max_violation"])
 

@@ -187,10 +187,10 @@ class TrackedRun:
         votes: list[float] = []
         while len(votes) <= steps:
             time.sleep(ASK_EVERY_S)
-            for record in self._live.report_of(self._first, after_step=self._newest).records:
+            for record in self._live.report_of(self._first, after_step=self._newest).history.records:
                 self._newest = record.step
-                if record.vote_time - record.step_s > began_time:  # it was begun after the resumption
-                    votes.append(record.vote_time)
+                if record.timing.vote_time - record.timing.step_s > began_time:  # it was begun after the resumption
+                    votes.append(record.timing.vote_time)
         self._signal(signal.SIGSTOP, self._training)
         return (votes[-1] - votes[0]) / (len(votes) - 1)
 

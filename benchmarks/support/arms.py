@@ -27,7 +27,7 @@ from orchestrator.cluster.connection import disconnect
 from orchestrator.cluster.processes import living_of
 from orchestrator.controller.recorder import RECORDS_EVERY_S
 from orchestrator.controller.worker_group import POLL_PAUSE_S, POLL_S
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.usage import Traffic
 from orchestrator.run_records.run_history import committed_steps
 from orchestrator.spec.job import JobSpec
@@ -139,10 +139,10 @@ class OurLoop(Arm):
                 version = member.call("report", None, version, POLL_S).version
                 if with_records and time.monotonic() - asked_s >= RECORDS_EVERY_S:
                     asked_s = time.monotonic()
-                    for record in member.call("report", newest, -1, 0.0).records:
-                        newest, self.snapshot_interval = record.step, record.snapshot_interval
-                        self.traffic = record.traffic
-                        self.tell(record.step, record.vote_time, record.loss)
+                    for record in member.call("report", newest, -1, 0.0).history.records:
+                        newest, self.snapshot_interval = record.step, record.state.snapshot_interval
+                        self.traffic = record.communication.traffic
+                        self.tell(record.step, record.timing.vote_time, record.loss)
             except (MemberDied, OSError):
                 return self.end()
             time.sleep(POLL_PAUSE_S)
@@ -197,7 +197,7 @@ class WholeProduct(Arm):
             events = read_events(self._run_dir, seq)
             for record in committed_steps(events):
                 self.records[record.step] = record
-                self.tell(record.step, record.vote_time, record.loss)
+                self.tell(record.step, record.timing.vote_time, record.loss)
             seq = max((event["seq"] for event in events), default=seq)
 
 

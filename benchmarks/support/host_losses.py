@@ -15,8 +15,8 @@ from benchmarks.support.product import LiveRun
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.actors import find
 from orchestrator.cluster.calls import ask
-from orchestrator.protocol.messages import Report
 from orchestrator.protocol.status import RunStatus
+from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
 from tests.support.driver import Driver
 from tests.support.hosts import Hosts

@@ -7,8 +7,8 @@ from statistics import median
 
 from benchmarks.support.product import LiveRun
 from orchestrator.policy.state.progress import STALL_STEPS
-from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import Recovery, RunStatus
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.storage.journal import read_events
 
 STEADY_STEPS = 6  # in the full world, before a fault
@@ -74,7 +74,7 @@ def once(condition: Callable[[], bool]) -> Callable[[], None]:
 
 
 def fault_of(live: LiveRun, survivor: str, fault_time: float, recovery: Recovery) -> Fault:
-    votes = live.report_of(survivor, after_step=-1).records
+    votes = live.report_of(survivor, after_step=-1).history.records
     events = read_events(live.run_dir)
     published = max(
         (r["step"] for e in events if e["kind"] == "steps" and e["time"] < fault_time for r in e["records"]), default=-1
@@ -88,10 +88,10 @@ def fault_from_votes(
 ) -> Fault:
     """From a survivor's record of its votes; `published` is the newest step that users knew of at the fault."""
     new = [vote for vote in votes if vote.generation == recovery.generation]
-    step_s = median(vote.step_s for vote in new[: 2 * STALL_STEPS])
+    step_s = median(vote.timing.step_s for vote in new[: 2 * STALL_STEPS])
     first = next(vote for vote in new if vote.step > published)
     return Fault(
-        stall_s=first.vote_time - fault_time - step_s,
+        stall_s=first.timing.vote_time - fault_time - step_s,
         detect_s=aborted_time - fault_time,
         committed_steps_lost=max(recovery.steps_lost, published + 1 - new[0].step),
         steps_replayed=recovery.steps_replayed,
@@ -101,4 +101,4 @@ def fault_from_votes(
 
 
 def typical_step_s(live: LiveRun, worker: str) -> float:
-    return median(vote.step_s for vote in live.report_of(worker, after_step=-1).records[-STALL_STEPS:])
+    return median(vote.timing.step_s for vote in live.report_of(worker, after_step=-1).history.records[-STALL_STEPS:])

@@ -19,8 +19,9 @@ from orchestrator.cluster.connection import disconnect
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.run_state import RunState
 from orchestrator.protocol.codec import from_plain
-from orchestrator.protocol.messages import GenerationPlan, Report
+from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.status import Rescale, RunStatus
+from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import read_events
 

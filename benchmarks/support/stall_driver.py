@@ -86,7 +86,8 @@ class Run:
 
     def votes(self, worker: str) -> list[Any]:
         """The records of a worker's steps."""
-        return list(self._ask(worker, "call", "report", -1, -1, 0.0).records)
+        report = self._ask(worker, "call", "report", -1, -1, 0.0)
+        return list(getattr(report, "history", report).records)  # older commits have reports and records in one piece
 
     def scaled(self, record_source: str, workers: int) -> dict[str, Any]:
         """The stall of a change to so many workers, as `teller`'s votes have it, who stays a member."""
@@ -104,7 +105,11 @@ class Run:
         before, after = votes[first - 1], votes[first]
         step_s = typical_s(votes[first:])
         kind = f"{before.world_size} -> {after.world_size}"
-        return {"kind": kind, "stall_s": after.vote_time - before.vote_time - step_s, "step_s": step_s}
+        return {
+            "kind": kind,
+            "stall_s": _timing(after).vote_time - _timing(before).vote_time - step_s,
+            "step_s": step_s,
+        }
 
     def killed(self, chance: random.Random) -> dict[str, Any]:
         """The stall after one worker, not the first, is killed at some moment of a step."""
@@ -123,7 +128,7 @@ class Run:
         published = max((record["step"] for event in steps for record in event["records"]), default=-1)
         new = [vote for vote in self.votes(record_source) if vote.generation == generation]
         first, step_s = next(vote for vote in new if vote.step > published), typical_s(new)
-        return {"kind": "sigkill", "stall_s": first.vote_time - fault_time - step_s, "step_s": step_s}
+        return {"kind": "sigkill", "stall_s": _timing(first).vote_time - fault_time - step_s, "step_s": step_s}
 
     def whole(self, workers: int) -> None:
         """Wait until everybody who was lost is replaced, and some steps are done so."""
@@ -145,8 +150,12 @@ class Run:
         return read_events(self._run_dir)
 
 
+def _timing(vote: Any) -> Any:
+    return getattr(vote, "timing", vote)
+
+
 def typical_s(votes: list[Any]) -> float:
-    return median(vote.step_s for vote in votes[:TYPICAL_STEPS])
+    return median(_timing(vote).step_s for vote in votes[:TYPICAL_STEPS])
 
 
 def rescales(run: Run, order: Order) -> list[dict[str, Any]]:

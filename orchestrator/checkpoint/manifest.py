@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
-from orchestrator.protocol.messages import ShardWritten
+from orchestrator.protocol.worker_report import ShardWritten
 
 FORMAT = "orchestrator-checkpoint-v1"
 MANIFEST_FILE = "manifest.json"

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, incomplete_name, step_name
 from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
-from orchestrator.protocol.messages import ShardWritten
+from orchestrator.protocol.worker_report import ShardWritten
 
 _FENCE_FILE = ".term"  # holds the highest term that has committed here
 _SAFETENSORS_DTYPES = {

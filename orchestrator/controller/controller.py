@@ -270,10 +270,10 @@ class RunController:
             self._account.answered()
         report = self._worker_group.take(answer)
         if report is not None:
-            self._account.hear_numerics(answer.of, report.numerics)
-            self._account.hear_saturation(answer.of, report.saturated)
-        if report is not None and report.records:
-            self._account.enter(report.records, self._observe(verifies=False))
+            self._account.hear_numerics(answer.of, report.process.numerics)
+            self._account.hear_saturation(answer.of, report.health.saturated)
+        if report is not None and report.history.records:
+            self._account.enter(report.history.records, self._observe(verifies=False))
         return None
 
     def _turn(self) -> None:

@@ -25,7 +25,8 @@ from orchestrator.protocol.events.notices import (
     TrackingFails,
     TrackingWorks,
 )
-from orchestrator.protocol.messages import Saturation, StepRecord
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_report import Saturation
 from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.model import ModelSpec
 from orchestrator.telemetry.prometheus import Exporter

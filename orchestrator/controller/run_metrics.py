@@ -31,7 +31,7 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
         "run/wanted_steps": limits.steps,
         "run/finished_steps": seen.step + 1,
         "run/committed_steps": progress.watermark + 1,
-        "run/committed_time": max(began_time, newest.vote_time if newest else 0.0),
+        "run/committed_time": max(began_time, newest.timing.vote_time if newest else 0.0),
         "run/checkpoint_time": max(began_time, memory.newest_times.get(CheckpointCommitted, 0.0)),
         "elastic/workers_wanted": wanted_size(limits, state.size_request, seen.step + 1, state.queue.grant),
         "elastic/standbys": len(warm_standbys(state, seen)),
@@ -41,7 +41,7 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
         "elastic/draining_nodes": len(state.draining),
         "verify/checks": memory.counts[ReplayChecked],
         "verify/differences": memory.counts[StateDiffers],
-        "moe/collapse": collapse(model, newest.experts.worst_violation if newest else 0.0),
+        "moe/collapse": collapse(model, newest.routing.experts.worst_violation if newest else 0.0),
     }
 
 

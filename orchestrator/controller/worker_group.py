@@ -20,7 +20,8 @@ from orchestrator.cluster.actors import ActorOptions, Handle, Host, find, kill_o
 from orchestrator.cluster.calls import cause_of, reason_of
 from orchestrator.cluster.remote import Remote
 from orchestrator.protocol.actors import WorkerApi
-from orchestrator.protocol.messages import Directive, Report, WorkerJob
+from orchestrator.protocol.messages import Directive, WorkerJob
+from orchestrator.protocol.worker_report import Report
 from orchestrator.spec.job import JobSpec, ResourcesSpec
 from orchestrator.spec.labels import NODE_ID
 
@@ -197,14 +198,14 @@ class WorkerGroup:
 
     def record_source(self, members: Sequence[str], watermark: int) -> str:
         """The first member that has the steps after `watermark`; those that joined later don't."""
-        known = (w for w in members if w in self.reports and self.reports[w].first_record <= watermark + 1)
+        known = (w for w in members if w in self.reports and self.reports[w].history.first_record <= watermark + 1)
         return next(known, members[0])
 
     def kill(self, worker: str) -> None:
         """End a process that doesn't answer, by its id on its own node."""
         report = self.reports.get(worker)
-        if worker in self._handles and report is not None and report.pid:
-            post(self._inbox, worker, "kill", kill_on_node(self.nodes.get(worker, ""), report.pid))
+        if worker in self._handles and report is not None and report.process.pid:
+            post(self._inbox, worker, "kill", kill_on_node(self.nodes.get(worker, ""), report.process.pid))
 
     RECORDS = "records"
 

@@ -44,9 +44,10 @@ from orchestrator.policy.state.requests import heed_grant
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.policy.termination import ask_finish, commit_checkpoint, end_run, fail_run
-from orchestrator.protocol.messages import DesiredRunState, Directive, FinishMode, Phase
+from orchestrator.protocol.messages import DesiredRunState, Directive, FinishMode
 from orchestrator.protocol.scaling import UNLIMITED
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_report import Phase
 
 Rule = Callable[[RunLimits, RunState, Observation], Decision]
 

@@ -15,7 +15,8 @@ from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
-from orchestrator.protocol.messages import PastWorld, ReplayResult, ReplayTask, StepFingerprint, StepRecord
+from orchestrator.protocol.messages import PastWorld, ReplayTask, StepFingerprint
+from orchestrator.protocol.worker_report import ReplayResult
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class Difference:
     ranks: tuple[int, ...] = ()
 
 
-def first_difference(
-    records: Sequence[StepRecord | StepFingerprint], again: Sequence[StepRecord | StepFingerprint]
-) -> Difference | None:
+def first_difference(records: Sequence[StepFingerprint], again: Sequence[StepFingerprint]) -> Difference | None:
     """The first difference between steps and their replay. Steps and digests that only one side has are ignored."""
     repeated = {record.step: record for record in again}
     for record in records:
@@ -44,7 +43,7 @@ def first_difference(
     return None
 
 
-def _difference(record: StepRecord | StepFingerprint, other: StepRecord | StepFingerprint) -> Difference | None:
+def _difference(record: StepFingerprint, other: StepFingerprint) -> Difference | None:
     ranks = [rank for rank, (a, b) in enumerate(zip(record.digests, other.digests, strict=False)) if a != b]
     values = {name: (getattr(record, name), getattr(other, name)) for name in ("loss", "grad_norm")}
     # Compared by repr, so that NaN equals NaN.
@@ -70,7 +69,7 @@ def watch_checks(limits: RunLimits, state: RunState, seen: Observation) -> Decis
         step=first,
         last_step=last,
         worlds=(PastWorld(0, state.current.world, state.current.placement, state.current.micro_batch),),
-        findings=tuple(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests) for record in done),
+        findings=tuple(map(StepFingerprint.of, done)),
         skips=tuple(step for step in state.failures.skips if first < step <= last),
     )
     return Decision(
@@ -93,7 +92,9 @@ def _is_due(every: int, steps: int, state: RunState, seen: Observation) -> bool:
 
 def _computes_alike(state: RunState, seen: Observation, worker: str) -> bool:
     """Whether it has the numerics of all members: with others, bits differ without a fault."""
-    numerics = {report.numerics for w in (worker, *state.members) if (report := seen.reports.get(w)) is not None}
+    numerics = {
+        report.process.numerics for w in (worker, *state.members) if (report := seen.reports.get(w)) is not None
+    }
     return len(numerics) == 1
 
 

@@ -7,8 +7,9 @@ from orchestrator.policy.rescale.worker_pool import traceback_of, why_gone
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import suspended
 from orchestrator.policy.state.run_state import USER_ERROR, Commit, Decision, Observation, RunState, ended
-from orchestrator.protocol.messages import FinishMode, Phase, ShardWritten
+from orchestrator.protocol.messages import FinishMode
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_report import Phase, ShardWritten
 
 MAX_FAILED_SPAWNS = 3  # in a row
 OUTCOMES = {FinishMode.CANCEL: RunPhase.CANCELLED, FinishMode.PAUSE: RunPhase.PAUSED}
@@ -18,7 +19,9 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """End the run when it can't continue, with the cause."""
     if seen.faults:
         return ended(state, RunPhase.FAILED, seen.faults[0])
-    mistaken = [r.worker for r in seen.reports.values() if r.error is not None and r.error.kind == USER_ERROR]
+    mistaken = [
+        r.worker for r in seen.reports.values() if r.health.error is not None and r.health.error.kind == USER_ERROR
+    ]
     if mistaken and state.current is None:  # later it is a standby's that can't join, and training continues
         worker = mistaken[0]
         return ended(state, RunPhase.FAILED, why_gone(seen, worker), traceback_of(seen, worker))

@@ -2,7 +2,8 @@
 
 from typing import Protocol
 
-from orchestrator.protocol.messages import Directive, Report, WorkerJob
+from orchestrator.protocol.messages import Directive, WorkerJob
+from orchestrator.protocol.worker_report import Report
 
 
 class WorkerApi(Protocol):

@@ -7,7 +7,8 @@ from typing import Any
 
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import GenerationPlan, StoreAddress, WorkerJob
+from orchestrator.protocol.step_record import StepRecord
 
 # -- Messages to and from a child process: a line of JSON each, on its stdin and stdout --------------------------------
 

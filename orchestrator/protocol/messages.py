@@ -1,17 +1,15 @@
-"""Frozen values that cross process borders.
+"""Frozen values that cross process borders on their way to a worker.
 
 `DesiredRunState` (Scheduler to RunController) and `Directive` (RunController to Worker) each carry the whole desired
-state, so the newest wins and a repeat is harmless. A worker answers with a `Report`. Everything carries
-(term, generation); a receiver refuses a lower term."""
+state, so the newest wins and a repeat is harmless. A worker answers with a `Report`
+(`orchestrator.protocol.worker_report`). Everything carries (term, generation); a receiver refuses a lower term."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.world import World
-from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.usage import Traffic
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 
@@ -95,6 +93,10 @@ class StepFingerprint:
     loss: float
     grad_norm: float
     digests: tuple[str, ...]
+
+    @classmethod
+    def of(cls, record: StepRecord) -> "StepFingerprint":
+        return cls(record.step, record.loss, record.update.grad_norm, record.state.digests)
 
 
 @dataclass(frozen=True)
@@ -204,184 +206,6 @@ class Directive:
     stages: tuple[StageStart, ...] = ()
     stages_version: int = 0
     check: ReplayTask | None = None
-
-
-class Phase(StrEnum):
-    """Phase of a worker."""
-
-    COLD = "cold"
-    WARMING = "warming"
-    STANDBY = "standby"  # warm, holds no shard
-    TRAINING = "training"
-    MOVING = "moving"  # past a fence: transfer and rebuild
-    READY = "ready"  # holds its shard of the next generation, waits for activation
-    STRANDED = "stranded"  # its generation or the transition from it failed; holds state, waits for a plan
-    FINISHED = "finished"  # the last step is done; the final checkpoint is written
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One finished step, as known to every member. Times are `time.time()` seconds."""
-
-    step: int
-    generation: int
-    world_size: int
-    loss: float  # mean over the step's target tokens, nats
-    tokens: int  # target tokens in the global batch
-    lr: float
-    grad_norm: float  # before clipping; inf where the update was skipped
-    applied: bool  # False: the update was not finite and was skipped on all ranks, or `skipped`
-    first_position: int  # sample positions [first_position, first_position + num_positions)
-    num_positions: int
-    step_s: float
-    vote_time: float
-    validation_loss: float | None = None
-    data_wait_s: float = 0.0  # part of step_s that the reporting worker's training thread waited for its rows
-    protection_wait_s: float = 0.0  # likewise, for its snapshot to reach its buddy
-    skipped: bool = False  # its batch was left out because it had made the loss explode
-    slowest: int = (
-        -1
-    )  # rank with the longest compute time per micro-batch, without waits for peers; -1: no two ranks to compare
-    slowness: float = 1.0  # its time over the median of the others'
-    snapshot_interval: int = 0  # steps between two snapshots at that time; 0: none are taken
-    stage: str = ""  # of the curriculum; empty without one
-    sequence_length: int = 0  # tokens of its rows, or of the longest; 0 in records from before there were stages
-    num_micro_batches: int = 0  # of all workers together
-    padding: float = 0.0  # share of the micro-batches' tokens
-    traffic: dict[str, Traffic] = field(default_factory=dict)  # by kind, sent by all workers since the vote before
-    compression: str = ""  # of its gradients; empty in records from before there was any
-    communication_wait_s: float | None = None  # part of step_s spent waiting for peers; None: not measured
-    digests: tuple[str, ...] = ()  # by rank, of the state after the step; if training is exact
-    experts: ExpertLoad = field(default_factory=ExpertLoad)
-    loads: tuple[tuple[int, ...], ...] = ()  # by MoE layer, tokens of each expert; for steps that a heat map shows
-
-
-@dataclass(frozen=True)
-class Handover:
-    """A worker's measurements of one rescale, after it became ready for `generation`."""
-
-    generation: int
-    step: int  # last finished step of the old generation
-    connect_s: float
-    build_s: float
-    transfer_s: float
-    digest_s: float
-    sent_bytes: int
-    received_bytes: int
-    state_identical: bool | None  # None: digests were not taken
-    residual_error: float = 0.0  # change of the error-feedback residuals, summed over the ranks, relative to their norm
-
-
-@dataclass(frozen=True)
-class ShardWritten:
-    """A rank's shard of a checkpoint in run storage; the controller writes the marker once it has all ranks' shards."""
-
-    step: int
-    generation: int
-    rank: int
-    file: str  # name within the checkpoint directory
-    sha256: str
-    entries: tuple[tuple[str, str, int, int], ...]  # (tensor name, key in the file, start, stop) in elements
-    num_bytes: int
-    meta: str  # JSON of state that is not a tensor (sampler position, optimizer step); equal on all ranks
-
-
-@dataclass(frozen=True)
-class ReplayResult:
-    """Result of a standby's replay check: fingerprints of all steps, or of the first ones if it was interrupted by
-    other work; or the error."""
-
-    number: int
-    findings: tuple[StepFingerprint, ...] = ()
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Saturation:
-    """Parameters whose gradient on a worker was too large for an exact sum; the step's update was skipped."""
-
-    step: int
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class MicroBatchMemory:
-    """Memory use of a generation's micro-batches on a worker, since rows had this length. Used to fit micro-batches.
-
-    Args:
-        steps: finished steps so far.
-        tokens: tokens of the largest micro-batch, padding included.
-        num_micro_batches: in the last step, of all workers together.
-        kept_bytes: most bytes that a forward pass kept for its backward pass; 0 if unknown.
-        resident_bytes: memory of the process; on a CPU, where freed memory is kept, its maximum so far.
-        limit_bytes: memory of the host, of the control group that confines the process, or of the GPU.
-        used_bytes: part of `limit_bytes` used by all processes, without memory that the system can reclaim.
-        place: id of that memory: workers with the same id share it.
-        is_gpu: it is the memory of a GPU.
-    """
-
-    generation: int
-    sequence_length: int
-    steps: int
-    tokens: int
-    num_micro_batches: int
-    kept_bytes: int
-    resident_bytes: int
-    limit_bytes: int
-    used_bytes: int
-    place: str
-    is_gpu: bool
-
-
-@dataclass(frozen=True)
-class WorkerError:
-    """Cause of a worker's failure. `kind` is a stable word: peer_lost, user_error, numeric, out_of_memory, corrupted,
-    doubtful (a state received from others), internal."""
-
-    kind: str
-    message: str
-    traceback: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The whole visible state of a worker.
-
-    `records` are the finished steps after the requested one; `prepared` is the newest generation whose groups this
-    worker has connected. `committed` is the newest step of which the votes have shown that two workers hold its state,
-    and `settled` the newest generation with such a step. `holdings` are the states in this worker's memory, reported
-    once it has stopped; `stopped` is the newest generation that it has left because it or a peer failed, with the cause
-    in `error`.
-    """
-
-    worker: str
-    term: int
-    version: int  # grows with every change of this worker's state
-    phase: Phase
-    generation: int
-    step: int  # last finished step; -1 before the first
-    seen: int  # seq of the newest directive
-    prepared: int = -1
-    pid: int = 0
-    records: tuple[StepRecord, ...] = ()
-    handovers: tuple[Handover, ...] = ()
-    shards: tuple[ShardWritten, ...] = ()
-    error: WorkerError | None = None
-    failed_generation: int = -1  # a generation that could not be reached, while STRANDED
-    committed: int = -1
-    settled: int = -1
-    first_record: int = 0  # the oldest finished step that this worker still has a record of
-    stopped: int = -1
-    holdings: tuple[Holding, ...] = ()
-    rss_bytes: int = 0
-    collective: int = 0  # number of collectives that its training thread has entered in this generation
-    micro_batches: MicroBatchMemory | None = None
-    checked: ReplayResult | None = None
-    saturated: Saturation | None = None  # the newest
-    numerics: str = ""  # properties that determine the bits of its results, if training is exact
-    leaving: bool = False  # it received SIGTERM and will be killed soon
-    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

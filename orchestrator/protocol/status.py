@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.usage import Traffic
+from orchestrator.protocol.worker_report import Phase
 
 
 class RunPhase(StrEnum):

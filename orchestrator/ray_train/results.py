@@ -18,7 +18,7 @@ from orchestrator.checkpoint.read import list_steps
 from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Recovered, Rescaled
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.checkpoints import DIRECTORY
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_entries

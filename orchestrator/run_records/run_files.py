@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import NotFound, nearest
-from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_status, read_steps, user_events
 from orchestrator.run_records.status import status_from_journal
 from orchestrator.sampling.sample_ledger import AuditResult, audit
@@ -77,8 +77,8 @@ class RunFiles:
     def audit(self) -> AuditResult:
         """Whether every sample position of the committed steps was consumed exactly once, in order."""
         steps = read_steps(self.run_dir)
-        ranges = ((record.step, record.first_position, record.num_positions) for record in steps)
-        return audit(ranges, (record.step for record in steps if record.skipped))
+        ranges = ((record.step, record.batch.first_position, record.batch.num_positions) for record in steps)
+        return audit(ranges, (record.step for record in steps if record.update.skipped))
 
     def logs(
         self, is_over: Callable[[], bool] | None = None, source: str | None = None, tail: int | None = None

@@ -25,8 +25,8 @@ from orchestrator.protocol.events.notices import GradientSaturated, NumericsDiff
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Ended, Resumed
 from orchestrator.protocol.events.training import StageBegan, StepsCommitted
-from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
 from orchestrator.storage.atomic_files import write_atomically
 from orchestrator.storage.directory import DirectoryObjects
@@ -140,7 +140,7 @@ class JournaledRun(RunHistory):
         fresh = [record for record in records if record.step > self.progress.watermark]
         if not fresh:
             return [], []
-        begun = [StageBegan(r.stage, r.step, r.sequence_length) for r in stages_begun(self.progress, fresh)]
+        begun = [StageBegan(r.batch.stage, r.step, r.batch.sequence_length) for r in stages_begun(self.progress, fresh)]
         _, *written = self._append([StepsCommitted(tuple(fresh)), *begun])
         self.progress = progress
         return fresh, written

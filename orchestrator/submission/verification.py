@@ -28,7 +28,8 @@ from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, 
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.notices import NumericsDiffer, NumericsRecorded
 from orchestrator.protocol.events.training import StageDecided
-from orchestrator.protocol.messages import GenerationPlan, PastWorld, Restore, StepRecord, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import GenerationPlan, PastWorld, Restore, StoreAddress, WorkerJob
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.model_process import error_of, store_of
@@ -180,7 +181,7 @@ def _plan(order: Verification) -> GenerationPlan:
         store_address=StoreAddress(LOOPBACK, 0),
         restore=Restore(first - 1, str(order.checkpoint)) if order.checkpoint is not None else None,
         micro_batch=order.worlds[0].micro_batch,
-        skips=tuple(record.step for record in order.records if record.skipped),
+        skips=tuple(record.step for record in order.records if record.update.skipped),
         replayed=order.worlds,
     )
 

@@ -4,7 +4,7 @@ from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Recovered, Rescaled
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.tracking.sink import MetricPoint
 
 
@@ -13,38 +13,42 @@ def points_of_steps(before: Progress, records: list[StepRecord]) -> list[MetricP
     points: list[MetricPoint] = []
     tokens, skipped = before.tokens, before.skipped
     for record in records:
-        tokens += record.tokens
-        skipped += not record.applied
+        tokens += record.batch.tokens
+        skipped += not record.update.applied
         values = {
             "train/loss": record.loss,
-            "train/lr": record.lr,
+            "train/lr": record.update.lr,
             "train/tokens": tokens,
             "train/skipped": skipped,
-            "perf/step_s": record.step_s,
-            "perf/data_wait_s": record.data_wait_s,
-            "perf/protection_wait_s": record.protection_wait_s,
-            "perf/tokens_per_second": record.tokens / record.step_s,
+            "perf/step_s": record.timing.step_s,
+            "perf/data_wait_s": record.timing.data_wait_s,
+            "perf/protection_wait_s": record.timing.protection_wait_s,
+            "perf/tokens_per_second": record.batch.tokens / record.timing.step_s,
             "elastic/world_size": record.world_size,
             "elastic/generation": record.generation,
-            "perf/slowness": record.slowness,
-            "elastic/snapshot_interval": record.snapshot_interval,
-            "perf/padding": record.padding,
-            "perf/micro_batches": record.num_micro_batches,
+            "perf/slowness": record.timing.slowness,
+            "elastic/snapshot_interval": record.state.snapshot_interval,
+            "perf/padding": record.batch.padding,
+            "perf/micro_batches": record.batch.num_micro_batches,
         }
-        if record.experts.worst_layer >= 0:
-            values |= values_of_experts(record.experts)
-        if record.communication_wait_s is not None:
-            values["perf/communication_wait_s"] = record.communication_wait_s
-        if record.traffic:
-            values |= {f"comm/{kind}_bytes": traffic.sent for kind, traffic in record.traffic.items()}
-            values["comm/sent_bytes"] = sum(traffic.sent for traffic in record.traffic.values())
-            values["comm/tokens_across_nodes_bytes"] = sum(traffic.across for traffic in record.traffic.values())
-            values["comm/raw_bytes"] = sum(traffic.raw for traffic in record.traffic.values())
-        if record.applied:
-            values["train/grad_norm"] = record.grad_norm
+        if record.routing.experts.worst_layer >= 0:
+            values |= values_of_experts(record.routing.experts)
+        if record.timing.communication_wait_s is not None:
+            values["perf/communication_wait_s"] = record.timing.communication_wait_s
+        if record.communication.traffic:
+            values |= {f"comm/{kind}_bytes": traffic.sent for kind, traffic in record.communication.traffic.items()}
+            values["comm/sent_bytes"] = sum(traffic.sent for traffic in record.communication.traffic.values())
+            values["comm/tokens_across_nodes_bytes"] = sum(
+                traffic.across for traffic in record.communication.traffic.values()
+            )
+            values["comm/raw_bytes"] = sum(traffic.raw for traffic in record.communication.traffic.values())
+        if record.update.applied:
+            values["train/grad_norm"] = record.update.grad_norm
         if record.validation_loss is not None:
             values["eval/loss"] = record.validation_loss
-        points += [MetricPoint(name, float(value), record.step, record.vote_time) for name, value in values.items()]
+        points += [
+            MetricPoint(name, float(value), record.step, record.timing.vote_time) for name, value in values.items()
+        ]
     return points
 
 

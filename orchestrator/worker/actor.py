@@ -23,7 +23,9 @@ from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.model.dry_run import rehearse
-from orchestrator.protocol.messages import Directive, Phase, Report, WorkerError, WorkerJob
+from orchestrator.protocol.changes import changed
+from orchestrator.protocol.messages import Directive, WorkerJob
+from orchestrator.protocol.worker_report import Phase, Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.device import device_of
@@ -94,10 +96,10 @@ class Worker:
         self._heard()
         report = self._mailbox.report(after_step, known_version, timeout_s)
         self._heard()
-        if (error := report.error) is not None:
+        if (error := report.health.error) is not None:
             message, traceback = redacted(error.message), redacted(error.traceback)
-            report = replace(report, error=replace(error, message=message, traceback=traceback))
-        return replace(report, rss_bytes=self._process.memory_info().rss, collective=collective_stats.entered())
+            report = changed(report, error=replace(error, message=message, traceback=traceback))
+        return changed(report, rss_bytes=self._process.memory_info().rss, collective=collective_stats.entered())
 
     def shutdown(self) -> None:
         """End this process. State that no other worker holds is lost."""

@@ -8,22 +8,15 @@ and waits for the plan of the next generation.
 import gc
 import logging
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.comm import collective_stats
 from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.engine.process_groups import abort_collectives, disconnect
 from orchestrator.policy.health.loss_spike import explosion
-from orchestrator.protocol.messages import (
-    Directive,
-    FinishMode,
-    GenerationPlan,
-    Phase,
-    Saturation,
-    ShardWritten,
-    WorkerError,
-)
+from orchestrator.protocol.changes import changed
+from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan
+from orchestrator.protocol.worker_report import Phase, Saturation, ShardWritten, WorkerError
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.abort import AbortHandle
 from orchestrator.worker.runtime.errors import AbortedGeneration, DigestMismatch, LossExploded, StateCorrupted, kind_of
@@ -66,7 +59,7 @@ class Trainer:
         self._checks = ReplayChecker(factory, feed, mailbox, self._preparer)
         checkpoints = Path(factory.job.storage_dir) / "checkpoints"
         keeps = self._spec.communication.compression.keeps
-        numerics = mailbox.state.numerics
+        numerics = mailbox.state.process.numerics
         self._saver = ShardSaver(checkpoints, factory.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
         self._shard: Shard | None = None
         self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.steps - 1)
@@ -167,15 +160,15 @@ class Trainer:
         outcome, generation = stepped.outcome, shard.world.generation
         self._progress, self._between_steps = self._stages.agree(outcome, stepped.progress), True
         is_due = is_due or outcome.finish or outcome.fence != NO_FENCE
-        record = replace(stepped.record, snapshot_interval=self._snapshots.interval)
+        record = changed(stepped.record, snapshot_interval=self._snapshots.interval)
         if stepped.saturated:
             self._mailbox.publish(saturated=Saturation(step, stepped.saturated))
         self._mailbox.record(
             record, micro_batches=stepped.memory, **self._snapshots.committed(generation, step, is_due)
         )
-        self._snapshots.agree(outcome.interval, record.step_s, is_due)
+        self._snapshots.agree(outcome.interval, record.timing.step_s, is_due)
         if is_due:
-            self._snapshots.take(shard, self._progress, record.lr, stepped.gradients)
+            self._snapshots.take(shard, self._progress, record.update.lr, stepped.gradients)
         return outcome
 
     # -- between generations -----------------------------------------------------------------------------------
@@ -255,7 +248,7 @@ class Trainer:
             phase=Phase.READY,
             generation=plan.generation,
             holdings=self._snapshots.holdings(),
-            handovers=(*self._mailbox.state.handovers[-9:], handover),
+            handovers=(*self._mailbox.state.transition.handovers[-9:], handover),
         )
 
     def _hold(self) -> None:

@@ -134,10 +134,10 @@ def test_the_ledger_agrees_with_the_interfaces(hosts: Hosts, driver: Driver, tex
     _until(driver, run, lambda s: s.step > status.step + 100)
     last, ended = _sent_by_hosts(hosts), time.time()
     _cancel(driver, run)
-    records = [r for r in RunFiles(Path(status.run_dir)).steps() if began < r.vote_time <= ended]
-    kinds = {kind for record in records for kind in record.traffic}
+    records = [r for r in RunFiles(Path(status.run_dir)).steps() if began < r.timing.vote_time <= ended]
+    kinds = {kind for record in records for kind in record.communication.traffic}
     assert kinds == {"gradient", "parameter", "dispatch", "combine", "protection", "control"}
-    counted = sum(traffic.sent for record in records for traffic in record.traffic.values())
+    counted = sum(traffic.sent for record in records for traffic in record.communication.traffic.values())
     measured, overhead = last - first, OVERHEAD * len(hosts.addresses) * (ended - began)
     one_step = 2 * counted / len(records)  # that was under way at either end
     assert counted - one_step < measured < 1.05 * counted + overhead + one_step
@@ -177,7 +177,7 @@ def _goes_on_without(driver: Driver, run: str, workers: tuple[str, ...], lost_ti
     assert status.workers_now == recovery.to_size == recovery.from_size - len(workers)
     assert recovery.steps_lost == 0 and recovery.source == "memory" and recovery.state_identical
     steps = {record.step: record for record in RunFiles(Path(status.run_dir)).steps()}
-    idle_s = steps[recovery.step + 1].vote_time - lost_time
+    idle_s = steps[recovery.step + 1].timing.vote_time - lost_time
     print(f"the next step's vote came {idle_s:.2f} s after the loss of a host; {recovery.why}")
     assert idle_s < SOON_S
 
@@ -320,6 +320,6 @@ def test_auto_compresses_on_a_slow_link(hosts: Hosts, driver: Driver, texts: Pat
     run = str(driver.call(OrchestratorClient.submit, job))
     _until(driver, run, lambda s: s.step > SKIPPED + PROBES + 2)
     ended = _cancel(driver, run)
-    schemes = [record.compression for record in read_steps(Path(ended.run_dir))]
+    schemes = [record.communication.compression for record in read_steps(Path(ended.run_dir))]
     assert schemes[: SKIPPED + PROBES] == ["none"] * (SKIPPED + PROBES)
     assert set(schemes[SKIPPED + PROBES :]) == {"int4"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.protocol.messages import MicroBatchMemory
+from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.job import JobSpec
@@ -49,16 +49,16 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
         worker_group.recover(worker_group.ids[:2], micro_batch=MicroBatchSize(tokens=200, multiple=2))
         worker_group.await_finished()
     records = [worker_group.records[step] for step in range(STEPS)]
-    assert audit((r.step, r.first_position, r.num_positions) for r in records).ok
+    assert audit((r.step, r.batch.first_position, r.batch.num_positions) for r in records).ok
     assert {r.world_size for r in records} == {2, 3}
     for record in records:
         wanted = alone.records[record.step]
-        assert record.loss == pytest.approx(wanted.loss, rel=1e-5) and record.tokens == wanted.tokens
+        assert record.loss == pytest.approx(wanted.loss, rel=1e-5) and record.batch.tokens == wanted.batch.tokens
         if wanted.validation_loss is not None:
             assert record.validation_loss == pytest.approx(wanted.validation_loss, rel=1e-5)
-    assert 0 < max(r.padding for r in records) < 0.5
-    assert min(r.num_micro_batches for r in records if r.generation == worker_group.newest_generation) > max(
-        r.num_micro_batches for r in records if r.generation == 0
+    assert 0 < max(r.batch.padding for r in records) < 0.5
+    assert min(r.batch.num_micro_batches for r in records if r.generation == worker_group.newest_generation) > max(
+        r.batch.num_micro_batches for r in records if r.generation == 0
     )
     assert records[-1].loss < records[0].loss - 0.5
 

@@ -13,7 +13,8 @@ from torch._C._distributed_c10d import Store
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.state_layout import TensorKind
 from orchestrator.policy.estimate.compression_choice import CANDIDATES
-from orchestrator.protocol.messages import GenerationPlan, Handover
+from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.protocol.worker_report import Handover
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
@@ -173,7 +174,7 @@ def job(request: pytest.FixtureRequest, texts: Path) -> JobSpec:
 
 def _handovers(worker_group: Crew, plan: GenerationPlan) -> list[Handover]:
     reports = [worker_group.members[worker].report() for worker in worker_group.living]
-    return [h for report in reports for h in report.handovers if h.generation == plan.generation]
+    return [h for report in reports for h in report.transition.handovers if h.generation == plan.generation]
 
 
 def test_what_was_not_sent_survives_rescales(job: JobSpec, store_dir: Path, tmp_path: Path) -> None:
@@ -214,9 +215,9 @@ def test_auto_chooses_alike_on_all_ranks_and_anew_in_each_world(texts: Path, sto
         assert all(h.state_identical for h in _handovers(worker_group, plan))
         worker_group.await_finished()
     records = [record for _, record in sorted(worker_group.records.items())]
-    assert len(records) == STEPS and all(record.applied for record in records)
+    assert len(records) == STEPS and all(record.update.applied for record in records)
     for generation in (0, plan.generation):
-        schemes = [record.compression for record in records if record.generation == generation]
+        schemes = [record.communication.compression for record in records if record.generation == generation]
         assert schemes[: SKIPPED + PROBES] == ["none"] * (SKIPPED + PROBES)
         assert len(set(schemes[SKIPPED + PROBES :])) == 1 and schemes[-1] in CANDIDATES
     assert records[-1].loss < records[0].loss - 0.5

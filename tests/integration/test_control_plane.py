@@ -13,8 +13,8 @@ import pytest
 from orchestrator.cluster.actors import find, names_of
 from orchestrator.cluster.calls import ask
 from orchestrator.errors import ClusterUnreachable
-from orchestrator.protocol.messages import Report
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_report import Report
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.scheduler.scheduler import NAME as SCHEDULER
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
@@ -105,7 +105,7 @@ def test_whoever_steers_may_die(on: Cluster, victims: tuple[str, ...]) -> None:
     status = on.until(run, lambda s: s.step > step)  # the watermark has caught up
     assert status.generation == 0 and not status.recoveries
     assert {worker: on.pid_of(f"{run}/worker/{worker}") for worker in members} == members
-    meanwhile = [r for r in read_steps(on.storage / run) if killed_time < r.vote_time < back_time]
+    meanwhile = [r for r in read_steps(on.storage / run) if killed_time < r.timing.vote_time < back_time]
     assert len(meanwhile) > 5, "nobody trained until they were back"
 
     on.ask("scale", run, 3)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.messages import Phase, StageStart, StepRecord
+from orchestrator.protocol.messages import StageStart
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import JobSpec
@@ -46,9 +48,9 @@ def alone(texts: Path, scored_dir: Path, tmp_path_factory: pytest.TempPathFactor
 
 def test_stages_begin_where_the_job_says(alone: dict[int, StepRecord]) -> None:
     assert len(alone) == STEPS
-    begun = {stage: min(r.step for r in alone.values() if r.stage == stage) for stage in BEGIN}
+    begun = {stage: min(r.step for r in alone.values() if r.batch.stage == stage) for stage in BEGIN}
     assert begun == BEGIN
-    assert {r.stage: r.sequence_length for r in alone.values()} == {"easy": 16, "opening": 24, "all": 32}
+    assert {r.batch.stage: r.batch.sequence_length for r in alone.values()} == {"easy": 16, "opening": 24, "all": 32}
 
 
 @pytest.mark.parametrize("kill_after", [6, 16], ids=["before the second stage", "before the third"])
@@ -64,11 +66,20 @@ def test_a_death_changes_no_sample_of_any_stage(
         worker_group.recover(survivors)
         worker_group.await_finished()
     assert sorted(worker_group.records) == list(range(STEPS))
-    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]).ok
+    assert audit(
+        [(r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(worker_group.records.items())]
+    ).ok
     for step, record in worker_group.records.items():
         same = alone[step]
-        assert (record.stage, record.sequence_length, record.tokens) == (same.stage, same.sequence_length, same.tokens)
-        assert (record.first_position, record.num_positions) == (same.first_position, same.num_positions)
+        assert (record.batch.stage, record.batch.sequence_length, record.batch.tokens) == (
+            same.batch.stage,
+            same.batch.sequence_length,
+            same.batch.tokens,
+        )
+        assert (record.batch.first_position, record.batch.num_positions) == (
+            same.batch.first_position,
+            same.batch.num_positions,
+        )
         assert record.loss == pytest.approx(same.loss, rel=1e-5)
 
 
@@ -90,9 +101,11 @@ def test_a_stage_that_is_decided_begins_on_all_members_at_its_step(
         worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED)
         worker_group.recover(survivors)
         worker_group.await_finished()
-    stages = [worker_group.records[step].stage for step in range(STEPS)]
+    stages = [worker_group.records[step].batch.stage for step in range(STEPS)]
     assert stages == ["easy"] * (STEPS - 12) + ["opening"] * 10 + ["all"] * 2
-    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]).ok
+    assert audit(
+        [(r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(worker_group.records.items())]
+    ).ok
     assert [worker_group.records[step].loss for step in range(8)] == pytest.approx(
         [alone[step].loss for step in range(8)], rel=1e-5
     )

@@ -34,9 +34,16 @@ Run = tuple[list[tuple[Any, ...]], dict[str, bytes]]
 def _told(worker_group: Crew) -> list[tuple[Any, ...]]:
     assert sorted(worker_group.records) == list(range(STEPS))
     records = [record for _, record in sorted(worker_group.records.items())]
-    assert all(len(r.digests) == (r.world_size if worker_group.is_exact else 0) for r in records)
+    assert all(len(r.state.digests) == (r.world_size if worker_group.is_exact else 0) for r in records)
     return [
-        (r.loss, r.grad_norm, r.validation_loss, replace(r.experts, swing=None), r.applied, whole(r.digests))
+        (
+            r.loss,
+            r.update.grad_norm,
+            r.validation_loss,
+            replace(r.routing.experts, swing=None),
+            r.update.applied,
+            whole(r.state.digests),
+        )
         for r in records
     ]
 
@@ -174,7 +181,9 @@ def test_a_gradient_too_large_for_an_exact_sum_is_left_out_by_all_and_named(rank
 
 def _ended(client: OrchestratorClient, run: str) -> tuple[RunStatus, Run]:
     status = client.wait(run, timeout_s=120.0)
-    steps = [(r.loss, r.grad_norm, r.validation_loss, r.applied) for r in read_steps(Path(status.run_dir))]
+    steps = [
+        (r.loss, r.update.grad_norm, r.validation_loss, r.update.applied) for r in read_steps(Path(status.run_dir))
+    ]
     with CheckpointReader(Path(str(status.checkpoint))) as reader:
         assert reader.manifest.meta["numerics"]["threads"] == 1  # type: ignore[index]
         tensors = {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.messages import Phase, Report
+from orchestrator.protocol.worker_report import Phase, Report
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 
@@ -36,8 +36,8 @@ def test_every_survivor_of_a_loss_is_freed_at_once(worker_group: Crew, victim: i
     worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
     for worker in survivors:
         report = _report_of(worker_group, worker)
-        assert report.error is not None and report.error.kind == "peer_lost"
-        assert report.stopped == 0 and report.holdings
+        assert report.health.error is not None and report.health.error.kind == "peer_lost"
+        assert report.transition.stopped == 0 and report.protection.holdings
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_newcomer_that_dies_while_it_connects_does_not_hold_up_the_next_plan(w
     worker_group.send(next=worker_group.plan(worker_group.ids, current, 1))  # the dead one never comes
     plan = worker_group.plan(worker_group.ids[:3], current, 2)
     worker_group.send(next=plan)
-    worker_group.await_all(worker_group.ids[:3], lambda r: r.prepared == plan.generation, SOON_S)
+    worker_group.await_all(worker_group.ids[:3], lambda r: r.transition.prepared == plan.generation, SOON_S)
     worker_group.rescale_to(plan)
     worker_group.await_all(worker_group.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
 
@@ -91,7 +91,7 @@ def test_a_last_checkpoint_that_can_not_be_written_is_told(texts: Path, store_di
         for worker in worker_group.ids:  # the training thread has ended, and nothing made good of it
             report = _report_of(worker_group, worker)
             assert report.step == STEPS - 1
-            assert report.error is not None and report.error.kind == "storage"
+            assert report.health.error is not None and report.health.error.kind == "storage"
 
 
 def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(
@@ -121,7 +121,7 @@ def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, 
         worker_group.await_finished()
         assert sorted(worker_group.records) == list(range(STEPS))
         assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss
-        assert {r.experts.max_violation for r in worker_group.records.values()} == {0.0}
+        assert {r.routing.experts.max_violation for r in worker_group.records.values()} == {0.0}
 
 
 def test_a_lost_store_stops_nobody_and_the_next_generation_meets_in_another(worker_group: Crew) -> None:
@@ -140,7 +140,7 @@ def test_a_newcomer_that_waits_for_a_fence_in_a_lost_store_says_so(worker_group:
     worker_group.await_step(2)
     plan = worker_group.prepare(worker_group.ids[:3])
     worker_group.lose_store()
-    worker_group.await_all(worker_group.ids[2:3], lambda r: r.failed_generation == plan.generation, SOON_S)
+    worker_group.await_all(worker_group.ids[2:3], lambda r: r.transition.failed_generation == plan.generation, SOON_S)
     again = worker_group.prepare(worker_group.ids[:3])
     worker_group.rescale_to(again)
     worker_group.await_all(worker_group.ids[:3], lambda r: r.phase is Phase.READY, SOON_S)
@@ -157,7 +157,9 @@ def test_who_is_told_of_a_fence_too_late_for_its_store_keeps_what_it_holds(worke
     worker_group.lose_store()
     worker_group.rescale_to(plan)
     worker_group.await_all(
-        worker_group.ids[:2], lambda r: r.phase is Phase.STRANDED and r.failed_generation == plan.generation, SOON_S
+        worker_group.ids[:2],
+        lambda r: r.phase is Phase.STRANDED and r.transition.failed_generation == plan.generation,
+        SOON_S,
     )
     worker_group.recover(worker_group.ids[:2])
     worker_group.await_step(worker_group.newest_step + 3)

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.policy.state.run_state import Commit
-from orchestrator.protocol.messages import GenerationPlan, Phase, Report, ShardWritten
+from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.protocol.worker_report import Phase, Report, ShardWritten
 from orchestrator.run_records.checkpoints import commit_checkpoint, newest_good
 from orchestrator.sampling.sample_ledger import audit
 from tests.support.faults import Fault, Moment
@@ -60,7 +61,7 @@ def _go_on(worker_group: Crew, previous: GenerationPlan | None = None) -> Loss:
         [w for w in current.world.members if w in worker_group.living],
         lambda r: r.phase is Phase.STRANDED or (r.phase is Phase.READY and r.generation > current.generation),
     )
-    published = max(worker_group.members[w].report().committed for w in worker_group.living)
+    published = max(worker_group.members[w].report().protection.committed for w in worker_group.living)
     for _ in worker_group.ids:
         try:
             return Loss(
@@ -76,7 +77,7 @@ def _lost_nothing(worker_group: Crew, undisturbed: Crew, loss: Loss) -> None:
     source, generation = loss.plan.source, loss.plan.generation
     assert source is not None and source.step is not None and source.step >= loss.published
     reports = [worker_group.members[worker].report() for worker in loss.plan.world.members]
-    handovers = [h for report in reports for h in report.handovers if h.generation == generation]
+    handovers = [h for report in reports for h in report.transition.handovers if h.generation == generation]
     assert len(handovers) == loss.plan.world.size and all(h.state_identical for h in handovers)
     worker_group.await_finished()
     _same_training(worker_group, undisturbed)
@@ -87,11 +88,14 @@ def _same_training(worker_group: Crew, undisturbed: Crew, first: int = 0) -> Non
     """Every step from `first` on once, the same samples in the same order, the same bits of losses and norms."""
     records = {step: record for step, record in sorted(worker_group.records.items()) if step >= first}
     assert list(records) == list(range(first, STEPS))
-    assert first > 0 or audit([(r.step, r.first_position, r.num_positions) for r in records.values()]).ok
+    assert first > 0 or audit([(r.step, r.batch.first_position, r.batch.num_positions) for r in records.values()]).ok
     for step, record in records.items():
         alone = undisturbed.records[step]
-        assert (record.loss, record.grad_norm) == (alone.loss, alone.grad_norm)
-        assert (record.first_position, record.num_positions) == (alone.first_position, alone.num_positions)
+        assert (record.loss, record.update.grad_norm) == (alone.loss, alone.update.grad_norm)
+        assert (record.batch.first_position, record.batch.num_positions) == (
+            alone.batch.first_position,
+            alone.batch.num_positions,
+        )
 
 
 # -- the first two rungs: memory -------------------------------------------------------------------------------------
@@ -163,7 +167,7 @@ def test_a_member_that_dies_in_a_rescale(worker_group: Crew, undisturbed: Crew, 
     with suppress(MemberDied):  # it may die before it has answered
         worker_group.send(next=plan)
     if moment is not Moment.PREPARE:
-        worker_group.await_all(list(plan.involved), lambda r: r.prepared >= plan.generation)
+        worker_group.await_all(list(plan.involved), lambda r: r.transition.prepared >= plan.generation)
         worker_group.rescale_to(plan)
     if moment is Moment.ACTIVATED:
         worker_group.await_all(list(plan.involved), lambda r: r.phase is Phase.READY)

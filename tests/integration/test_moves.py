@@ -13,7 +13,8 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.estimate.job_plan import StatePlan, plan_memory
-from orchestrator.protocol.messages import Fence, Phase, Report
+from orchestrator.protocol.messages import Fence
+from orchestrator.protocol.worker_report import Phase, Report
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.state.buffers import MOST_SPARE
 from tests.support.own_models import example, linear, own_spec
@@ -30,18 +31,23 @@ def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]
 def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
     """Every step once, the same samples in the same order, the same bits of losses and norms."""
     assert sorted(worker_group.records) == list(range(STEPS))
-    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]
-    assert order == [(r.step, r.first_position, r.num_positions) for _, r in sorted(undisturbed.records.items())]
+    order = [(r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(worker_group.records.items())]
+    assert order == [
+        (r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(undisturbed.records.items())
+    ]
     assert audit(order).ok
     for step, record in worker_group.records.items():
-        assert (record.loss, record.grad_norm) == (undisturbed.records[step].loss, undisturbed.records[step].grad_norm)
-        assert record.tokens == undisturbed.records[step].tokens
+        assert (record.loss, record.update.grad_norm) == (
+            undisturbed.records[step].loss,
+            undisturbed.records[step].update.grad_norm,
+        )
+        assert record.batch.tokens == undisturbed.records[step].batch.tokens
         assert record.validation_loss == undisturbed.records[step].validation_loss
 
 
 def _handovers(worker_group: Crew, generation: int) -> list[Any]:
     reports = [worker_group.members[w].report() for w in worker_group.ids if worker_group.members[w].process.is_alive()]
-    return [h for r in reports for h in r.handovers if h.generation == generation]
+    return [h for r in reports for h in r.transition.handovers if h.generation == generation]
 
 
 def test_a_run_through_rescales_equals_one_that_never_rescaled(worker_group: Crew, undisturbed: Crew) -> None:
@@ -97,7 +103,7 @@ def test_every_precision_and_stage_moves_bit_by_bit(
         worker_group.await_finished()
     assert sorted(worker_group.records) == list(range(STEPS))
     assert worker_group.records[STEPS - 1].loss < worker_group.records[0].loss - 0.5
-    assert all(r.applied for r in worker_group.records.values())
+    assert all(r.update.applied for r in worker_group.records.values())
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
@@ -114,7 +120,7 @@ def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_pa
                 assert all(h.state_identical for h in _handovers(worker_group, plan.generation))
             worker_group.await_finished()
         assert sorted(worker_group.records) == list(range(STEPS)) and all(
-            r.applied for r in worker_group.records.values()
+            r.update.applied for r in worker_group.records.values()
         )
         runs.append([record.loss for _, record in sorted(worker_group.records.items())])
     assert runs[0] == runs[1]
@@ -125,9 +131,9 @@ def test_a_worker_says_what_is_wrong_with_a_users_model(texts: Path, store_dir: 
     spec = own_spec(tmp_path, "def build(*args):\n    return 1 / 0\n")
     with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=1) as worker_group:
         report = worker_group.members["w0"].report()
-    assert report.phase is Phase.FAILED and report.error is not None and report.error.kind == "user_error"
-    assert "build raised ZeroDivisionError" in report.error.message
-    assert report.error.traceback.endswith("ZeroDivisionError: division by zero\n")
+    assert report.phase is Phase.FAILED and report.health.error is not None and report.health.error.kind == "user_error"
+    assert "build raised ZeroDivisionError" in report.health.error.message
+    assert report.health.error.traceback.endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_a_build_that_draws_otherwise_on_each_worker_is_found_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
@@ -135,7 +141,7 @@ def test_a_build_that_draws_otherwise_on_each_worker_is_found_out(texts: Path, s
     with Crew(small_job(texts, spec.model_dump()), store_dir, tmp_path, size=2) as worker_group:
         worker_group.send(next=worker_group.plan(worker_group.ids))
         worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
-        error = worker_group.members["w1"].report().error
+        error = worker_group.members["w1"].report().health.error
     assert error is not None and error.kind == "user_error" and "gives head.bias other values on one" in error.message
 
 

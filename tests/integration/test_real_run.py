@@ -234,15 +234,15 @@ def test_slots_by_document_grow_until_every_worker_has_one(
     changes = {"name": "fitted", "workers": workers, "storage": str(tmp_path / "runs"), "data": data}
     run = client.submit(plain.model_copy(update=changes))
     run_dir = Path(client.get(run).run_dir)
-    until(client, run, lambda s: s.step > 40 and read_steps(run_dir)[-1].num_micro_batches == 2)
+    until(client, run, lambda s: s.step > 40 and read_steps(run_dir)[-1].batch.num_micro_batches == 2)
     client.cancel(run)
     ended = client.wait(run, timeout_s=120.0)
     assert ended.phase is RunPhase.CANCELLED and not ended.recoveries, ended
     fitted = [(e["from_tokens"], e["to_tokens"]) for e in client.events(run) if e["kind"] == "micro_batch_fitted"]
     assert fitted[0] == (64, 256) and all(after > before for before, after in fitted)
     steps = read_steps(run_dir)
-    assert steps[0].num_micro_batches > 16 and steps[-1].num_micro_batches == 2
-    assert {step.num_positions for step in steps} == {32} and client.audit(run).ok
+    assert steps[0].batch.num_micro_batches > 16 and steps[-1].batch.num_micro_batches == 2
+    assert {step.batch.num_positions for step in steps} == {32} and client.audit(run).ok
     assert steps[-1].loss < steps[0].loss - 0.5
 
 

@@ -61,8 +61,8 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
     assert told.workers.held >= told.workers.members > 0.0
     assert [span.outcome for span in told.attempts] == ["paused", "cancelled"] and told.paused_s > 3.0
     steps = read_steps(run_dir)
-    assert told.steps + sum(not record.applied for record in steps) == ended.step
-    assert all(0.0 <= (record.communication_wait_s or -1.0) <= record.step_s for record in steps)
+    assert told.steps + sum(not record.update.applied for record in steps) == ended.step
+    assert all(0.0 <= (record.timing.communication_wait_s or -1.0) <= record.timing.step_s for record in steps)
     known = [spent.seconds for spent in told.time if spent.seconds is not None]
     assert sum(known) == pytest.approx(told.elapsed_s) and len(known) == len(told.time)  # all of it was measured
     assert told.goodput is not None and 0.0 < told.goodput < 1.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.messages import Phase
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 from orchestrator.sampling.sample_ledger import audit
 from orchestrator.worker.runtime.errors import NO_MEMORY
@@ -20,14 +20,18 @@ SOON_S = 10.0
 
 def _stopped_with(worker_group: Crew, kind: str) -> None:
     worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.STRANDED, SOON_S)
-    kinds = [error.kind for w in worker_group.ids if (error := worker_group.members[w].report().error) is not None]
+    kinds = [
+        error.kind for w in worker_group.ids if (error := worker_group.members[w].report().health.error) is not None
+    ]
     assert kind in kinds and set(kinds) <= {kind, "peer_lost"}
 
 
 def _trained(worker_group: Crew) -> None:
     worker_group.await_finished()
     assert sorted(worker_group.records) == list(range(STEPS))
-    assert audit([(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]).ok
+    assert audit(
+        [(r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(worker_group.records.items())]
+    ).ok
 
 
 def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir: Path, tmp_path: Path) -> None:
@@ -41,9 +45,9 @@ def test_a_batch_that_makes_the_loss_explode_is_left_out(texts: Path, store_dir:
         assert plan.source is not None and plan.source.step == BAD_STEP - 1
         _trained(worker_group)
         bad, after = worker_group.records[BAD_STEP], worker_group.records[BAD_STEP + 1]
-    assert bad.skipped and not bad.applied and bad.loss > 2 * worker_group.records[BAD_STEP - 1].loss
-    assert after.applied and after.loss < 1.2 * worker_group.records[BAD_STEP - 1].loss
-    assert all(record.applied != record.skipped for record in worker_group.records.values())
+    assert bad.update.skipped and not bad.update.applied and bad.loss > 2 * worker_group.records[BAD_STEP - 1].loss
+    assert after.update.applied and after.loss < 1.2 * worker_group.records[BAD_STEP - 1].loss
+    assert all(record.update.applied != record.update.skipped for record in worker_group.records.values())
 
 
 def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_dir: Path, tmp_path: Path) -> None:
@@ -54,8 +58,8 @@ def test_a_slot_that_memory_does_not_suffice_for_is_halved(texts: Path, store_di
         _stopped_with(worker_group, "out_of_memory")
         worker_group.recover(worker_group.ids, micro_batch=MicroBatchSize(rows=1))
         _trained(worker_group)
-    assert worker_group.records[BAD_STEP].applied
-    assert {r.num_positions for r in worker_group.records.values()} == {10}
+    assert worker_group.records[BAD_STEP].update.applied
+    assert {r.batch.num_positions for r in worker_group.records.values()} == {10}
 
 
 @pytest.mark.parametrize(
@@ -96,4 +100,4 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
         worker_group.await_step(worker_group.newest_step + 40)
         newest = [record for _, record in sorted(worker_group.records.items())][-30:]
         worker_group.finish()
-    assert sum(r.slowest == 1 and r.slowness > 1.5 for r in newest) >= 25
+    assert sum(r.timing.slowest == 1 and r.timing.slowness > 1.5 for r in newest) >= 25

@@ -10,7 +10,9 @@ import pytest
 from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
-from orchestrator.protocol.messages import Phase, Restore, StepRecord
+from orchestrator.protocol.messages import Restore
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.job import JobSpec
 from tests.support.texts import small_job
@@ -98,9 +100,9 @@ def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Pat
         records = dict(worker_group.records)
     assert sorted(records) == list(range(at + 1, at + 101))
     for step, record in records.items():
-        assert (record.loss, record.grad_norm) == (unbroken[step].loss, unbroken[step].grad_norm)
-        assert record.lr == unbroken[step].lr
-        assert record.first_position == unbroken[step].first_position
+        assert (record.loss, record.update.grad_norm) == (unbroken[step].loss, unbroken[step].update.grad_norm)
+        assert record.update.lr == unbroken[step].update.lr
+        assert record.batch.first_position == unbroken[step].batch.first_position
 
 
 @pytest.mark.parametrize(
@@ -117,5 +119,5 @@ def test_what_does_not_belong_to_the_job_is_refused(
     with Crew(small_job(texts, **changes), store_dir, tmp_path / "second", size=1) as worker_group:
         worker_group.send(next=worker_group.plan(worker_group.ids, restore=restore))
         worker_group.await_all(worker_group.ids, lambda r: r.phase is Phase.FAILED)
-        error = worker_group.members["w0"].report().error
+        error = worker_group.members["w0"].report().health.error
         assert error is not None and rule in error.message

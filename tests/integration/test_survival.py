@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.protocol.messages import Phase
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.sampling.sample_ledger import audit
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
@@ -25,15 +25,18 @@ def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]
 def _same_training(worker_group: Crew, undisturbed: Crew) -> None:
     """Every step once, the same samples in the same order, the same bits of losses and norms."""
     assert sorted(worker_group.records) == list(range(STEPS))
-    order = [(r.step, r.first_position, r.num_positions) for _, r in sorted(worker_group.records.items())]
+    order = [(r.step, r.batch.first_position, r.batch.num_positions) for _, r in sorted(worker_group.records.items())]
     assert audit(order).ok
     for step, record in worker_group.records.items():
-        assert (record.loss, record.grad_norm) == (undisturbed.records[step].loss, undisturbed.records[step].grad_norm)
+        assert (record.loss, record.update.grad_norm) == (
+            undisturbed.records[step].loss,
+            undisturbed.records[step].update.grad_norm,
+        )
 
 
 def _handovers(worker_group: Crew, generation: int) -> list[Any]:
     reports = [worker_group.members[w].report() for w in worker_group.ids if worker_group.members[w].process.is_alive()]
-    return [h for r in reports for h in r.handovers if h.generation == generation]
+    return [h for r in reports for h in r.transition.handovers if h.generation == generation]
 
 
 @pytest.mark.parametrize("victims", [(2,), (0,), (1, 3)], ids=["one", "the first", "two that are no buddies"])
@@ -44,7 +47,7 @@ def test_killed_members_cost_no_committed_step(worker_group: Crew, undisturbed: 
         worker_group.members[worker_group.ids[victim]].kill()
     survivors = [worker for i, worker in enumerate(worker_group.ids) if i not in victims]
     worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
-    committed = max(worker_group.members[w].report().committed for w in survivors)
+    committed = max(worker_group.members[w].report().protection.committed for w in survivors)
     plan = worker_group.recover(survivors)
     assert plan.source is not None and plan.source.step is not None
     newest = max([committed, *(h.step for h in _handovers(worker_group, plan.generation))])
@@ -78,12 +81,12 @@ def test_a_loss_between_two_snapshots_goes_back_to_the_older_one(
     with Crew(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(12)
-        interval = worker_group.records[12].snapshot_interval
+        interval = worker_group.records[12].state.snapshot_interval
         worker_group.members[worker_group.ids[1]].kill()
         survivors = [worker_group.ids[0], worker_group.ids[2]]
         worker_group.await_all(survivors, lambda r: r.phase is Phase.STRANDED, SOON_S)
         stopped = max(worker_group.members[w].report().step for w in survivors)
-        committed = max(worker_group.members[w].report().committed for w in survivors)
+        committed = max(worker_group.members[w].report().protection.committed for w in survivors)
         plan = worker_group.recover(survivors)
         assert plan.source is not None and plan.source.step is not None
         assert committed <= plan.source.step <= stopped

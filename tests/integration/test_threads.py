@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.protocol.messages import Phase
+from orchestrator.protocol.worker_report import Phase
 from tests.support import pools
 from tests.support.texts import small_job
 from tests.support.worker_group import Crew

@@ -26,17 +26,17 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
             plans.append(worker_group.rescale(worker_group.ids[:size], nodes=nodes[:size]))
         worker_group.await_finished()
     records = [record for _, record in sorted(worker_group.records.items())]
-    assert len(records) == STEPS and all(record.applied for record in records)
+    assert len(records) == STEPS and all(record.update.applied for record in records)
     assert records[-1].loss < records[0].loss - 0.5
     placements = {plan.generation: plan.placement for plan in plans}
     model = job.model
     layers = model.num_layers - model.num_dense_layers
     for record in records:
         places = 1 if limit == "ranks_per_token" else 2  # ranks of a node
-        rows = 2 * layers * record.tokens * places  # there and back
+        rows = 2 * layers * record.batch.tokens * places  # there and back
         gates = 4 * max(len(placements[record.generation].experts_of(rank)) for rank in range(record.world_size))
-        assert 0 < record.traffic[TrafficKind.DISPATCH].sent <= rows * (model.hidden_size + 4 + gates)
-        assert 0 < record.traffic[TrafficKind.COMBINE].sent <= rows * (model.hidden_size + 4)
+        assert 0 < record.communication.traffic[TrafficKind.DISPATCH].sent <= rows * (model.hidden_size + 4 + gates)
+        assert 0 < record.communication.traffic[TrafficKind.COMBINE].sent <= rows * (model.hidden_size + 4)
 
 
 def test_tokens_leave_their_node_only_for_what_it_lacks(texts: Path, store_dir: Path, tmp_path: Path) -> None:
@@ -53,7 +53,10 @@ def test_tokens_leave_their_node_only_for_what_it_lacks(texts: Path, store_dir: 
     seen: dict[int, set[bool]] = {}
     for record in worker_group.records.values():
         sent, across = (
-            sum(getattr(record.traffic[kind], what) for kind in (TrafficKind.DISPATCH, TrafficKind.COMBINE))
+            sum(
+                getattr(record.communication.traffic[kind], what)
+                for kind in (TrafficKind.DISPATCH, TrafficKind.COMBINE)
+            )
             for what in ("sent", "across")
         )
         assert 0 <= across < sent

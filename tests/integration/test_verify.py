@@ -3,9 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,11 @@ import pytest
 
 from orchestrator.policy.replay_check import Difference, first_difference
 from orchestrator.policy.state.run_state import Commit
-from orchestrator.protocol.messages import PastWorld, Phase, ReplayResult, ReplayTask, StepRecord
+from orchestrator.protocol.changes import changed
+from orchestrator.protocol.messages import PastWorld, ReplayTask, StepFingerprint
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_report import Phase, ReplayResult
 from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.spec.job import CheckpointSpec, EvalSpec, JobSpec, VerifySpec, WorkersSpec
@@ -72,9 +74,13 @@ def _check(worker_group: Crew, step: int, last_step: int, number: int = 0) -> Re
     return check
 
 
+def _fingerprints(records: Iterable[StepRecord]) -> list[StepFingerprint]:
+    return [StepFingerprint.of(record) for record in records]
+
+
 def _wholes(worker_group: Crew) -> list[StepRecord]:
     """With one digest, that of the whole state."""
-    return [replace(record, digests=(whole(record.digests),)) for record in worker_group.records.values()]
+    return [changed(record, digests=(whole(record.state.digests),)) for record in worker_group.records.values()]
 
 
 def _answer(worker_group: Crew, check: ReplayTask) -> ReplayResult:
@@ -89,12 +95,14 @@ def test_a_standby_does_steps_again_and_finds_them_equal(worker_group: Crew) -> 
     _commit(worker_group, 4)
     answer = _answer(worker_group, _check(worker_group, 4, 14))
     assert [finding.step for finding in answer.findings] == list(range(5, 15))
-    assert first_difference(list(worker_group.records.values()), answer.findings) is None
+    assert first_difference(_fingerprints(worker_group.records.values()), answer.findings) is None
     digests = {digest for finding in answer.findings for digest in finding.digests}
     assert len(digests) == 20 and all(len(finding.digests) == 2 for finding in answer.findings)
     assert worker_group.members["w2"].report().phase is Phase.STANDBY
     again = _answer(worker_group, _check(worker_group, 4, 6, number=1))  # and what was there before is in nobody's way
-    assert [finding.digests for finding in again.findings] == [worker_group.records[step].digests for step in (5, 6)]
+    assert [finding.digests for finding in again.findings] == [
+        worker_group.records[step].state.digests for step in (5, 6)
+    ]
     worker_group.await_finished()
 
 
@@ -104,7 +112,9 @@ def test_a_bit_that_flips_in_an_update_is_found_with_its_step_and_rank(worker_gr
     worker_group.await_step(14)
     _commit(worker_group, 4)
     answer = _answer(worker_group, _check(worker_group, 4, 14))
-    assert first_difference(list(worker_group.records.values()), answer.findings) == Difference(8, ("state",), (1,))
+    assert first_difference(_fingerprints(worker_group.records.values()), answer.findings) == Difference(
+        8, ("state",), (1,)
+    )
     worker_group.await_finished()
 
 
@@ -114,20 +124,20 @@ def test_a_bit_that_flips_at_rest_is_found_before_it_is_used(
 ) -> None:
     worker_group.arm(Fault(1, Moment.FORWARD, step=8, generation=0, flips=tensor))
     worker_group.await_all(["w1"], lambda r: r.phase is Phase.FAILED)
-    error = worker_group.members["w1"].report().error
+    error = worker_group.members["w1"].report().health.error
     assert error is not None and error.kind == "corrupted"
     assert tensor in error.message and "of rank 1 on" in error.message and "steps 7 and 8" in error.message
     worker_group.members["w1"].kill()  # as the controller does with whoever has failed
     with suppress(MoveFailed):  # if the flipped bit came into the newest snapshot, which was being taken
         worker_group.recover(["w0", "w2"])
     if worker_group.directive.next is not None:
-        told = worker_group.members["w0"].report().error
+        told = worker_group.members["w0"].report().health.error
         assert told is not None and "the state after step 7 is no longer what it was" in told.message
         plan = worker_group.recover(["w0", "w2"])
         assert plan.source is not None and plan.source.step == 6
     worker_group.await_finished()
     assert sorted(worker_group.records) == list(range(STEPS))
-    assert first_difference(_wholes(worker_group), calm) is None
+    assert first_difference(_fingerprints(_wholes(worker_group)), _fingerprints(calm)) is None
 
 
 def test_a_check_gives_way_to_a_plan(worker_group: Crew) -> None:
@@ -140,7 +150,7 @@ def test_a_check_gives_way_to_a_plan(worker_group: Crew) -> None:
     assert worker_group.members["w2"].report().generation == plan.generation
     worker_group.await_finished()
     assert sorted(worker_group.records) == list(range(STEPS))
-    assert first_difference(list(worker_group.records.values()), answer.findings) is None
+    assert first_difference(_fingerprints(worker_group.records.values()), answer.findings) is None
 
 
 def test_a_check_whose_checkpoint_is_gone_says_so_and_harms_nobody(worker_group: Crew) -> None:
@@ -238,14 +248,14 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
         first = worker_group.directive.current
         second = worker_group.rescale(worker_group.ids[: worlds[1]], skips=(7,))
         worker_group.await_finished()
-        assert first is not None and worker_group.records[7].skipped
+        assert first is not None and worker_group.records[7].update.skipped
         began = next(r.step for r in sorted(worker_group.records.values(), key=lambda r: r.step) if r.generation == 1)
         past = (PastWorld(0, first.world, first.placement), PastWorld(began, second.world, second.placement))
         check = ReplayTask(0, worker_group.ids[3], 4, STEPS - 1, past, skips=(7,))
         worker_group.send(check=check)
         answer = _answer(worker_group, check)
     assert len(answer.findings) == STEPS - 5
-    assert first_difference(list(worker_group.records.values()), answer.findings) is None
+    assert first_difference(_fingerprints(worker_group.records.values()), answer.findings) is None
     assert {len(finding.digests) for finding in answer.findings} == set(worlds)
 
 
@@ -282,8 +292,8 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     (path,) = [p for p in run_dir.glob("journal/*.json") if '"step":27,' in p.read_text()]
     record = next(r for r in RunFiles(run_dir).steps() if r.step == 27)
     assert record.world_size == 2
-    wrong = f"{int(record.digests[1], 16) ^ 1:016x}"
-    path.write_text(path.read_text().replace(record.digests[1], wrong))
+    wrong = f"{int(record.state.digests[1], 16) ^ 1:016x}"
+    path.write_text(path.read_text().replace(record.state.digests[1], wrong))
     told = verify("--workers", "1", expect=100)
     assert "Step 27 differs: the state that it led to, of rank 1 (w" in told.stdout and "numerics" not in told.stderr
     worker = told.stdout.split("of rank 1 (")[1].split(")")[0]

@@ -29,17 +29,9 @@ from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry
-from orchestrator.protocol.messages import (
-    Directive,
-    FinishMode,
-    GenerationPlan,
-    Handover,
-    Phase,
-    Report,
-    StepRecord,
-    WorkerError,
-    WorkerJob,
-)
+from orchestrator.protocol.messages import Directive, FinishMode, GenerationPlan, WorkerJob
+from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
+from orchestrator.protocol.worker_report import Handover, Phase, Report, WorkerError
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.sink import TrackerSetup
@@ -211,13 +203,13 @@ class SimulatedWorker:
         plan = order.next
         if plan is None:
             return None
-        if self._mailbox.state.prepared < plan.generation and not _is_running(plan.store_address.port):
+        if self._mailbox.state.transition.prepared < plan.generation and not _is_running(plan.store_address.port):
             self._mailbox.publish(failed_generation=plan.generation)
             return None
         self._say(self._place(plan, "prepared"), "{}")
         if any(self._read(self._place(plan, "prepared"), peer) is None for peer in plan.involved):
             return None
-        if self._mailbox.state.prepared < plan.generation:
+        if self._mailbox.state.transition.prepared < plan.generation:
             self._mailbox.publish(prepared=plan.generation)
         due = order.fence is not None and order.fence.to_generation == plan.generation
         if not due or (order.fence.at_step is not None and self._step + 1 < order.fence.at_step):
@@ -234,16 +226,10 @@ class SimulatedWorker:
                 generation=plan.generation,
                 world_size=plan.world.size,
                 loss=5.0 / (1.0 + 0.05 * self._step),
-                tokens=rows * 100,
-                lr=self._spec.train.lr,
-                grad_norm=1.0,
-                applied=True,
-                first_position=self._step * rows,
-                num_positions=rows,
-                step_s=time.time() - started,
-                vote_time=time.time(),
+                batch=BatchRecord(rows * 100, self._step * rows, rows, stage=_stage_of(self._step)),
+                update=UpdateRecord(self._spec.train.lr, grad_norm=1.0, applied=True),
+                timing=StepTiming(step_s=time.time() - started, vote_time=time.time()),
                 validation_loss=3.0 if (self._step + 1) % 10 == 0 else None,
-                stage=_stage_of(self._step),
             ),
             committed=self._step - 1 if plan.buddies else self._step,
             settled=plan.generation,

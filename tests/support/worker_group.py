@@ -29,14 +29,13 @@ from orchestrator.protocol.messages import (
     Fence,
     FinishMode,
     GenerationPlan,
-    Phase,
-    Report,
     Restore,
     StateSource,
-    StepRecord,
     StoreAddress,
     WorkerJob,
 )
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_report import Phase, Report
 from orchestrator.spec.job import JobSpec
 from tests.support import forks
 
@@ -259,11 +258,11 @@ class Crew:
             version = -1
             while True:
                 report: Report = self.members[worker].call("report", self.newest_step, version, 0.5)
-                self.records.update({r.step: r for r in report.records})
+                self.records.update({r.step: r for r in report.history.records})
                 if ready(report):
                     break
                 if report.phase is Phase.FAILED:  # and that isn't what is waited for
-                    raise AssertionError(f"{worker} failed: {report.error}")
+                    raise AssertionError(f"{worker} failed: {report.health.error}")
                 if time.monotonic() > deadline:
                     raise AssertionError(f"{worker} is {report.phase} at step {report.step} after {patience_s} s")
                 version = report.version
@@ -271,7 +270,7 @@ class Crew:
     def collect(self, worker: str) -> None:
         """Take over the records of a worker: newcomers to a generation don't know those before it."""
         report: Report = self.members[worker].call("report", self.newest_step, -1, 0.0)
-        self.records.update({r.step: r for r in report.records})
+        self.records.update({r.step: r for r in report.history.records})
 
     @property
     def newest_step(self) -> int:
@@ -290,7 +289,7 @@ class Crew:
         previous = self.directive.next.generation if self.directive.next else current.generation
         plan = self.plan(members, current, max(previous, current.generation) + 1, **more)
         self.send(next=plan)
-        self.await_all(list(plan.involved), lambda r: r.prepared >= plan.generation)
+        self.await_all(list(plan.involved), lambda r: r.transition.prepared >= plan.generation)
         return plan
 
     def rescale(self, members: list[str], at_step: int | None = None, **more: Any) -> GenerationPlan:
@@ -338,7 +337,7 @@ class Crew:
 
         self.await_all([w for w in old.world.members if w in self.living], has_stopped)
         origins = [old] if previous is None else [old, previous]
-        holdings = {w: self.members[w].report().holdings for w in self.living}
+        holdings = {w: self.members[w].report().protection.holdings for w in self.living}
         cut = find_recovery_point([origin.world for origin in origins], holdings)
         if cut is None:
             raise NoCut(holdings)
@@ -362,8 +361,8 @@ class Crew:
         def is_ready(report: Report) -> bool:
             if dead := [w for w in members if w not in self.living]:
                 raise MemberDied(f"{dead} died on the way to generation {plan.generation}")
-            if report.failed_generation == plan.generation:
-                raise MoveFailed(f"{report.worker} could not reach generation {plan.generation}: {report.error}")
+            if report.transition.failed_generation == plan.generation:
+                raise MoveFailed(f"{report.worker} could not reach generation {plan.generation}: {report.health.error}")
             return report.phase is Phase.READY and report.generation == plan.generation
 
         self.await_all(members, is_ready)

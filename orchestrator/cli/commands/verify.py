@@ -45,6 +45,7 @@ def verify(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.policy.replay_check import differences, doubt, first_difference, state_differs
     from orchestrator.protocol.child_process import Numerics
+    from orchestrator.protocol.messages import StepFingerprint
     from orchestrator.submission.verification import done_again, numerics_here, what_to_verify
 
     order = what_to_verify(run, find_run(run, storage, address).files.run_dir, after, steps, workers)
@@ -52,6 +53,7 @@ def verify(
     began = order.checkpoint.name if order.checkpoint is not None else "the beginning"
     done_by = ", then ".join(str(past.world.size) for past in order.worlds)
     say(f"Steps {first} to {last} of run {run}, done by {done_by} workers, again with {order.workers}, from {began}.")
+    recorded = [StepFingerprint.of(record) for record in order.records]
     again, elsewhere, remarked_s = [], {}, time.monotonic()
     difference: Difference | None = None
     with until_interrupted():
@@ -63,7 +65,7 @@ def verify(
             if time.monotonic() - remarked_s > REMARK_EVERY_S:
                 say(f"{len(again)} of {counted(len(order.records), 'step')}")
                 remarked_s = time.monotonic()
-            if (difference := first_difference(order.records, [answer])) is not None:
+            if (difference := first_difference(recorded, [StepFingerprint.of(answer)])) is not None:
                 break
     members = list(dict.fromkeys(worker for past in order.worlds for worker in past.world.members))
     if warning := doubt(members, order.differing, elsewhere):
@@ -81,7 +83,9 @@ def verify(
             }
         )
     elif difference is None:
-        what = "losses, norms and states" if all(record.digests for record in order.records) else "losses and norms"
+        what = (
+            "losses, norms and states" if all(record.state.digests for record in order.records) else "losses and norms"
+        )
         show(f"{counted(len(again), 'step')}: {what} are the same, bit for bit.")
     else:
         show(_told(difference, where))

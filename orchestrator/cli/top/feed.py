@@ -19,8 +19,9 @@ from orchestrator.protocol.events.base import is_internal
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import StepsCommitted
-from orchestrator.protocol.messages import DesiredRunState, StepRecord
+from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.status import RunStatus
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_entries
 from orchestrator.storage.journal import read_events
 

@@ -22,8 +22,8 @@ from orchestrator.cli.terminal.format import (
 )
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain
-from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase, RunStatus, WorkerStatus
+from orchestrator.protocol.step_record import StepRecord
 
 RECENT = 32  # steps from which waits and the time to go are estimated
 SLOW = 1.2  # a member that computes this many times as long as the others is named
@@ -143,7 +143,7 @@ def view_of(
         done=min(1.0, status.step / max(status.steps, 1)),
         figures=_figures(status, records, goodput),
         loss=tuple(record.loss for record in records if math.isfinite(record.loss)),
-        speed=tuple(record.tokens / record.step_s for record in records if record.step_s > 0),
+        speed=tuple(record.batch.tokens / record.timing.step_s for record in records if record.timing.step_s > 0),
         workers=tuple(_worker(worker, status, records) for worker in status.worker_group) or (_nobody(status),),
         traffic=_traffic(status, records),
         events=tuple(event_line(event) for event in reversed(events)),
@@ -191,7 +191,7 @@ def _figures(status: RunStatus, records: Sequence[StepRecord], goodput: float | 
     if goodput is not None:
         parts.append(f"goodput {goodput:.1%}")
     if records and not status.phase.ended:
-        left_s = (status.steps - status.step) * median(record.step_s for record in records[-RECENT:])
+        left_s = (status.steps - status.step) * median(record.timing.step_s for record in records[-RECENT:])
         parts.append(f"{duration(left_s)} to go")
     world = [_world(status)]
     if status.priority:
@@ -218,8 +218,8 @@ def _worker(worker: WorkerStatus, status: RunStatus, records: Sequence[StepRecor
     if len({each.node for each in status.worker_group}) > 1:
         text += f"node {worker.node[:SHORT_NODE] or '?'}  "
     newest = records[-1] if records else None
-    if newest is not None and worker.rank == newest.slowest and newest.slowness >= SLOW:
-        text += f"{newest.slowness:.1f} x slower"
+    if newest is not None and worker.rank == newest.timing.slowest and newest.timing.slowness >= SLOW:
+        text += f"{newest.timing.slowness:.1f} x slower"
     return text.rstrip()
 
 
@@ -232,21 +232,21 @@ def _traffic(status: RunStatus, records: Sequence[StepRecord]) -> tuple[str, ...
     recent = records[-RECENT:]
     if not recent:
         return ("no step yet",)
-    step_s = fmean(record.step_s for record in recent)
-    peers = [record.communication_wait_s for record in recent if record.communication_wait_s is not None]
+    step_s = fmean(record.timing.step_s for record in recent)
+    peers = [record.timing.communication_wait_s for record in recent if record.timing.communication_wait_s is not None]
     waits = {"peers": fmean(peers) if peers else None}
-    waits["rows"] = fmean(record.data_wait_s for record in recent)
-    waits["buddies"] = fmean(record.protection_wait_s for record in recent)
+    waits["rows"] = fmean(record.timing.data_wait_s for record in recent)
+    waits["buddies"] = fmean(record.timing.protection_wait_s for record in recent)
     shares = {what: wait / step_s for what, wait in waits.items() if wait is not None and step_s > 0}
     named = [f"{what} {share:.0%}" for what, share in shares.items() if share >= WORTH_TELLING]
-    interval = recent[-1].snapshot_interval
+    interval = recent[-1].state.snapshot_interval
     snapshots = {0: "none", 1: "each step"}.get(interval, f"each {interval} steps")
     sent = status.traffic.values()
     lines = [
         ("a step", f"{step_s:.3f} s"),
         ("waits for", ", ".join(named) or "almost nothing"),
         ("snapshots", snapshots),
-        ("compression", recent[-1].compression or NONE),
+        ("compression", recent[-1].communication.compression or NONE),
         ("sent", f"{size(sum(each.sent for each in sent))} a step" if sent else "nothing: one worker"),
     ]
     for kind, each in status.traffic.items():

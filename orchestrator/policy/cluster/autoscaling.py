@@ -18,8 +18,8 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, typical_step_s
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size, workers_to_hold
-from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.scaling import ScalingView
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.spec.workers import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 
 MIN_STEPS = 12  # at a size, before its speed is known
@@ -110,8 +110,8 @@ def speeds(progress: Progress) -> dict[int, float]:
     """Target tokens per second by world size, over the newest steps of the present stage; the median of steps."""
     by_size: dict[int, list[float]] = {}
     for record in progress.recent:
-        if record.stage == progress.stage and record.step_s > 0:
-            by_size.setdefault(record.world_size, []).append(record.tokens / record.step_s)
+        if record.batch.stage == progress.stage and record.timing.step_s > 0:
+            by_size.setdefault(record.world_size, []).append(record.batch.tokens / record.timing.step_s)
     return {size: median(found[-64:]) for size, found in sorted(by_size.items()) if len(found) >= MIN_STEPS}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.elastic.param_spec import ParamSpec
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.job import JobSpec
 
 INPUT_EMBEDDING = "embedding.weight"  # of our own model
@@ -58,9 +58,9 @@ def size_of(job: JobSpec, params: Sequence[ParamSpec]) -> ModelSize:
 def flops_of(size: ModelSize, steps: Iterable[StepRecord]) -> Flops:
     """Operations of these steps. Where rows are documents, all count as long as the longest."""
     known = list(steps)
-    token_lengths = sum(record.tokens * (record.sequence_length or size.length) for record in known)
+    token_lengths = sum(record.batch.tokens * (record.batch.sequence_length or size.length) for record in known)
     return Flops(
         active_parameters=size.active_parameters,
-        parameters=6.0 * size.active_parameters * sum(record.tokens for record in known),
+        parameters=6.0 * size.active_parameters * sum(record.batch.tokens for record in known),
         attention=None if size.attention is None else 12.0 * size.attention * token_lengths,
     )

@@ -7,7 +7,7 @@ from orchestrator.policy.health.expert_load import largest_violation
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.notices import ExpertsCollapsed, ExpertsEven, LoadsSteady, LoadsSwing
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.model import EMBEDDING_SCALE, ModelSpec
 
 # With the defaults and 8 experts the worst layer was at 0.17 of the largest MaxVio on average from step 30 on, and the
@@ -61,18 +61,20 @@ def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Trouble
         record
         for record in records
         if record.step >= SETTLED_STEPS
-        and record.experts.worst_layer >= 0
-        and record.tokens >= TOKENS_PER_EXPERT * model.num_experts
+        and record.routing.experts.worst_layer >= 0
+        and record.batch.tokens >= TOKENS_PER_EXPERT * model.num_experts
     ]
     largest = largest_violation(model.num_experts, model.top_k)
     news: list[Event] = []
-    change = _change(steps, known.collapse is not None, lambda r: r.experts.worst_violation > COLLAPSED * largest > 0)
+    change = _change(
+        steps, known.collapse is not None, lambda r: r.routing.experts.worst_violation > COLLAPSED * largest > 0
+    )
     if change is not None:
         first, newest = change
         begun = ExpertsCollapsed(first, newest.worst_layer, newest.worst_violation)
         news.append(begun if known.collapse is None else ExpertsEven(first))
-    compared = [record for record in steps if record.experts.swing is not None]  # with the step before
-    change = _change(compared, known.swing is not None, lambda r: (r.experts.swing or 0.0) > SWINGING)
+    compared = [record for record in steps if record.routing.experts.swing is not None]  # with the step before
+    change = _change(compared, known.swing is not None, lambda r: (r.routing.experts.swing or 0.0) > SWINGING)
     if change is not None:
         first, newest = change
         news.append(LoadsSwing(first, newest.swing or 0.0) if known.swing is None else LoadsSteady(first))
@@ -89,7 +91,7 @@ def _change(
         if len(changed) < ENOUGH_STEPS:
             break
         rows.append(changed)
-    return (rows[-1][0].step, rows[0][-1].experts) if rows else None
+    return (rows[-1][0].step, rows[0][-1].routing.experts) if rows else None
 
 
 def routing_warnings(model: ModelSpec, troubles: Troubles) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 
 # Edges of the bins by which routers count margins (orchestrator.model.moe.balance): 0, and magnitudes of half-octaves
 # from 2^-11 to 1, which is as far as sigmoid scores lie apart.
@@ -85,7 +85,7 @@ def largest_violation(num_experts: int, top_k: int) -> float:
 
 def shown_loads(records: Iterable[StepRecord]) -> dict[int, Loads]:
     """The loads in records, by step."""
-    return {record.step: record.loads for record in records if record.loads}
+    return {record.step: record.routing.loads for record in records if record.routing.loads}
 
 
 def load_map(loads: Mapping[int, Loads]) -> LoadMap | None:

@@ -7,7 +7,7 @@ in the next one: the member that has entered the fewest collectives.
 
 from orchestrator.policy.state.progress import typical_step_s
 from orchestrator.policy.state.run_state import Observation, RunState
-from orchestrator.protocol.messages import Phase
+from orchestrator.protocol.worker_report import Phase
 
 SILENT_S = 2.25  # without an answer from a warm worker
 SILENT_WHEN_STOPPING_S = 1.0  # likewise, after its peers complained and it should have stopped
@@ -29,6 +29,6 @@ def find_hung_member(state: RunState, seen: Observation) -> str | None:
     patience_s = max(STUCK_S, STUCK_STEPS * (typical_step_s(seen.progress) or UNKNOWN_STEP_S))
     if seen.idle_s < patience_s:
         return None
-    fewest = min(report.collective for report in members)
-    behind = [report.worker for report in members if report.collective == fewest]
+    fewest = min(report.process.collective for report in members)
+    behind = [report.worker for report in members if report.process.collective == fewest]
     return behind[0] if len(behind) == 1 else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from statistics import median
 
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 
 USUAL_STEPS = 32  # before a step, from which the usual loss is taken
 FEWEST_STEPS = 8  # of them, needed to judge
@@ -20,16 +20,16 @@ def explosion(before: Sequence[StepRecord], record: StepRecord, factor: float | 
         before: records of the steps before, oldest first.
         factor: multiple of the usual loss above which a loss is a spike; None: losses are not judged.
     """
-    if record.skipped:
+    if record.update.skipped:
         return ""
-    if not record.applied:  # state is unchanged, but this can't go on forever
-        row = 1 + sum(1 for _ in takewhile(lambda r: not r.applied and not r.skipped, reversed(before)))
+    if not record.update.applied:  # state is unchanged, but this can't go on forever
+        row = 1 + sum(1 for _ in takewhile(lambda r: not r.update.applied and not r.update.skipped, reversed(before)))
         return f"the updates of {row} steps in a row were not finite" if row >= MAX_NOT_FINITE else ""
     if factor is None:
         return ""
     if not math.isfinite(record.loss):
         return f"the loss of step {record.step} is {record.loss}"
-    usual = [r.loss for r in before[-USUAL_STEPS:] if r.applied]
+    usual = [r.loss for r in before[-USUAL_STEPS:] if r.update.applied]
     if len(usual) < FEWEST_STEPS:
         return ""
     middle = median(usual)

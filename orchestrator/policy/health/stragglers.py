@@ -7,7 +7,7 @@ from statistics import median
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.protocol.events.workers import StragglerFound
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 
 FACTOR = 1.5  # times the others' time
 WINDOW_STEPS = 24
@@ -32,7 +32,7 @@ def slowest(busy_s: Sequence[float]) -> tuple[int, float]:
 
 def share_of_slow_steps(records: Sequence[StepRecord], rank: int) -> float:
     """The share of these steps in which the rank was the slowest and slower by `FACTOR`."""
-    slow = [r for r in records if r.slowest == rank and r.slowness >= FACTOR]
+    slow = [r for r in records if r.timing.slowest == rank and r.timing.slowness >= FACTOR]
     return len(slow) / len(records)
 
 
@@ -49,12 +49,12 @@ def watch_stragglers(limits: RunLimits, state: RunState, seen: Observation) -> D
         is_member = state.straggler in state.members
         share = share_of_slow_steps(records, state.members.index(state.straggler)) if is_member else 1.0
         return Decision(state if share > FEW else replace(state, straggler=""))
-    ranks = {r.slowest for r in records if r.slowest >= 0}
+    ranks = {r.timing.slowest for r in records if r.timing.slowest >= 0}
     slow = next((rank for rank in sorted(ranks) if share_of_slow_steps(records, rank) >= MOST), None)
     if slow is None:
         return Decision(state)
     worker = state.members[slow]
-    times = median(r.slowness for r in records if r.slowest == slow)
+    times = median(r.timing.slowness for r in records if r.timing.slowest == slow)
     note = StragglerFound(worker, seen.nodes.get(worker, ""), round(times, 2), seen.step)
     return Decision(replace(state, straggler=worker), (note,))
 

@@ -17,8 +17,8 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, KillWorker, Observation, RunState, WorkerFailure
 from orchestrator.protocol.events.generations import GenerationAborted, TransitionAbandoned
 from orchestrator.protocol.events.workers import WorkerLost
-from orchestrator.protocol.messages import Phase, WorkerError
 from orchestrator.protocol.status import Recovery
+from orchestrator.protocol.worker_report import Phase, WorkerError
 
 OTHERS = ("peer_lost", "doubtful")  # kinds of errors that aren't the fault of the worker that reports them
 STOP_S = 3.0  # a member of an aborted generation that does not stop within this counts as hung
@@ -189,21 +189,21 @@ def _broken_behind_fence(state: RunState, seen: Observation) -> str:
 
 
 def _could_not_reach(where: str, failed: Sequence[str], seen: Observation) -> str:
-    error = seen.reports[failed[0]].error
+    error = seen.reports[failed[0]].health.error
     return f"{', '.join(failed)} could not reach {where}" + (f": {error.message}" if error is not None else "")
 
 
 def _stopped_in(seen: Observation, worker: str) -> int:
     report = seen.reports.get(worker)
-    return report.stopped if report is not None else -1
+    return report.transition.stopped if report is not None else -1
 
 
 def _own_errors(seen: Observation, workers: Iterable[str]) -> list[tuple[str, WorkerError]]:
     """Errors of these workers that are their own: not a lost peer, nor a doubtful state received from others."""
-    errors = [(worker, report.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
+    errors = [(worker, report.health.error) for worker in workers if (report := seen.reports.get(worker)) is not None]
     return [(worker, error) for worker, error in errors if error is not None and error.kind not in OTHERS]
 
 
 def _failed_generation(seen: Observation, worker: str) -> int:
     report = seen.reports.get(worker)
-    return report.failed_generation if report is not None else -1
+    return report.transition.failed_generation if report is not None else -1

@@ -27,8 +27,9 @@ from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observatio
 from orchestrator.policy.state.world_size import SizeChange, wanted_size
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.workers import WorkersReleased
-from orchestrator.protocol.messages import FinishMode, Phase, StateSource
+from orchestrator.protocol.messages import FinishMode, StateSource
 from orchestrator.protocol.status import Recovery, RunPhase
+from orchestrator.protocol.worker_report import Phase
 
 MAX_USER_ERRORS = 2  # in the same step: then it is deterministic
 MAX_FRUITLESS = 5  # recoveries in a row with no step between them
@@ -124,7 +125,7 @@ def _account(state: RunState, seen: Observation, step: int, source: str) -> Reco
 
 def _committed(state: RunState, seen: Observation) -> int:
     """The newest step that members' reports show as committed; without any, the newest that was published."""
-    known = [report.committed for w in state.members if (report := seen.reports.get(w)) is not None]
+    known = [report.protection.committed for w in state.members if (report := seen.reports.get(w)) is not None]
     return max(known, default=seen.progress.watermark)
 
 
@@ -163,4 +164,4 @@ def _worlds(state: RunState) -> Iterable[World]:
 
 def _held(state: RunState, seen: Observation) -> dict[str, tuple[Holding, ...]]:
     idle = (Phase.STRANDED, Phase.READY, Phase.STANDBY)
-    return {w: seen.reports[w].holdings for w in state.worker_group if seen.phase(w) in idle}
+    return {w: seen.reports[w].protection.holdings for w in state.worker_group if seen.phase(w) in idle}

@@ -8,7 +8,7 @@ from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Activated
 from orchestrator.protocol.events.run import Admitted, Ended, Queued, Resumed, Suspended
 from orchestrator.protocol.events.training import StepsCommitted
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 
 SUSPENDED = "suspended"  # outcome of an attempt that ended by preemption, to be resumed later
 
@@ -35,7 +35,7 @@ class Attempt:
 
     def counts(self, record: StepRecord) -> bool:
         """Whether the run's state comes from this step: it was not done again, and its update was made."""
-        return record.step <= self.counts_to and record.applied
+        return record.step <= self.counts_to and record.update.applied
 
 
 def attempts_of(events: Sequence[JournalEntry]) -> tuple[Attempt, ...]:
@@ -67,7 +67,7 @@ def _attempt(events: Sequence[JournalEntry], asked_s: float, was_suspended: bool
     steps = tuple(record for records in done for record in records)
     end = next((entry for entry in events if isinstance(entry.event, Ended | Suspended)), None)
     # Members' last records are journalled after the end, and their clocks are not the controller's.
-    votes_s = [record.vote_time for record in steps]
+    votes_s = [record.timing.vote_time for record in steps]
     ended_s = max([event.time for event in ([end] if end is not None else events)] + votes_s)
     newest = steps[-1].step if steps else -1
     return Attempt(

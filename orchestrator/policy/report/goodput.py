@@ -12,7 +12,7 @@ from enum import StrEnum
 from orchestrator.policy.report.attempts import Attempt
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.protocol.events.generations import Activated, GenerationAborted, RolledBack
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 
 
 class Use(StrEnum):
@@ -97,8 +97,8 @@ def account_of(attempt: Attempt) -> tuple[tuple[Slice, ...], tuple[Move, ...]]:
     moves: list[Move] = []
     moment_s, before = attempt.began_s, None
     for record in attempt.steps:
-        vote_s = max(record.vote_time, moment_s)  # votes of workers on different hosts: never back in time
-        step_s = min(record.step_s, vote_s - moment_s)
+        vote_s = max(record.timing.vote_time, moment_s)  # votes of workers on different hosts: never back in time
+        step_s = min(record.timing.step_s, vote_s - moment_s)
         gap_s = vote_s - moment_s - step_s
         if before is None:
             slices.append(Slice(Use.START, gap_s, 0))
@@ -120,11 +120,11 @@ def _parts_of_step(record: StepRecord, step_s: float, counts: bool) -> Iterator[
         yield Slice(Use.WASTED, step_s, record.world_size)
         return
     waits = {
-        Use.COMMUNICATION: record.communication_wait_s or 0.0,
-        Use.DATA_WAIT: record.data_wait_s,
-        Use.PROTECTION: record.protection_wait_s,
+        Use.COMMUNICATION: record.timing.communication_wait_s or 0.0,
+        Use.DATA_WAIT: record.timing.data_wait_s,
+        Use.PROTECTION: record.timing.protection_wait_s,
     }
-    known_s = max(record.step_s, sum(waits.values()))
+    known_s = max(record.timing.step_s, sum(waits.values()))
     scale = step_s / known_s if known_s else 0.0
     yield Slice(Use.COMPUTE, scale * (known_s - sum(waits.values())), record.world_size)
     yield from (Slice(use, scale * wait_s, record.world_size) for use, wait_s in waits.items())

@@ -154,7 +154,7 @@ def report_of(
     done = [record for attempt in attempts for record in attempt.steps]
     counted = [record for attempt in attempts for record in attempt.steps if attempt.counts(record)]
     kept = [record for attempt in attempts for record in attempt.steps if record.step <= attempt.counts_to]
-    tokens = sum(record.tokens for record in counted)
+    tokens = sum(record.batch.tokens for record in counted)
     productive_s = math.fsum(part.seconds for part in slices if part.use in PRODUCTIVE)
     validations = [r.validation_loss for r in kept if r.validation_loss is not None]
     paused_s, down_s = _between(attempts)
@@ -174,7 +174,7 @@ def report_of(
         steps=len(counted),
         wasted_steps=len(done) - len(counted),
         tokens=tokens,
-        wasted_tokens=sum(record.tokens for record in done) - tokens,
+        wasted_tokens=sum(record.batch.tokens for record in done) - tokens,
         tokens_per_second=tokens / elapsed_s if elapsed_s else None,
         loss=kept[-1].loss if kept else None,
         validation_loss=validations[-1] if validations else None,
@@ -189,7 +189,7 @@ def report_of(
 def _spent(attempts: Sequence[Attempt], slices: Sequence[Slice], moves: Sequence[Move]) -> tuple[Spent, ...]:
     """Seconds by use, with notes on those that are unknown or incomplete."""
     counted = [record for attempt in attempts for record in attempt.steps if attempt.counts(record)]
-    silent_steps = sum(record.communication_wait_s is None for record in counted)
+    silent_steps = sum(record.timing.communication_wait_s is None for record in counted)
     silent_transitions = sum(move.transfer_s is None for move in moves)
     spent = []
     for use in Use:

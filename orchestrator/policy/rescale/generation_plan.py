@@ -11,7 +11,8 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, RunState, Transition
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.events.generations import GenerationPlanned
-from orchestrator.protocol.messages import GenerationPlan, Phase, StateSource
+from orchestrator.protocol.messages import GenerationPlan, StateSource
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.sampling.micro_batches import MicroBatchSize
 
 BLAME_S = 1.0  # a dead process or rendezvous store is identified within this after its peers notice
@@ -60,7 +61,7 @@ def members_for(state: RunState, seen: Observation, size: int) -> tuple[str, ...
 def prepared(seen: Observation, worker: str) -> int:
     """The newest generation that this worker has connected to; -1 if none."""
     report = seen.reports.get(worker)
-    return report.prepared if report else -1
+    return report.transition.prepared if report else -1
 
 
 def given_up(state: RunState, seen: Observation) -> SizeRequest:

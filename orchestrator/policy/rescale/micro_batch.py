@@ -17,7 +17,7 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, Probe, RunState
 from orchestrator.policy.state.world_size import SizeChange
 from orchestrator.protocol.events.training import MicroBatchFitted
-from orchestrator.protocol.messages import MicroBatchMemory
+from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.sampling.micro_batches import split_into_micro_batches
 
 PROBE_STEPS = 3  # of a generation, or of a row length within it, before its memory use is known

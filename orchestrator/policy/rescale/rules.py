@@ -32,8 +32,9 @@ from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, next_change, request_holds, wanted_size
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.generations import Activated, Recovered, Rescaled, TransitionAbandoned
-from orchestrator.protocol.messages import Fence, GenerationPlan, Handover, Phase
+from orchestrator.protocol.messages import Fence, GenerationPlan
 from orchestrator.protocol.status import Recovery, Rescale
+from orchestrator.protocol.worker_report import Handover, Phase
 from orchestrator.sampling.micro_batches import UNSAID
 
 Change = TypeVar("Change", Rescale, Recovery)
@@ -74,7 +75,7 @@ def abandon_transition(limits: RunLimits, state: RunState, seen: Observation) ->
     broken = known + [
         f"{w} could not reach generation {plan.generation}"
         for w in involved
-        if (report := seen.reports.get(w)) and report.failed_generation == plan.generation
+        if (report := seen.reports.get(w)) and report.transition.failed_generation == plan.generation
     ]
     if not broken:
         return Decision(state)
@@ -170,7 +171,7 @@ def measure_stalls(limits: RunLimits, state: RunState, seen: Observation) -> Dec
 
 def settle(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
     """Mark the current generation settled once it has committed a step of its own: older state may be dropped."""
-    settled = max((r.settled for w in state.members if (r := seen.reports.get(w))), default=-1)
+    settled = max((r.protection.settled for w in state.members if (r := seen.reports.get(w))), default=-1)
     if state.current is None or settled <= state.settled or settled < state.current.generation:
         return Decision(state)
     return Decision(replace(state, settled=settled))
@@ -238,7 +239,7 @@ def _with_times(event: Activated, plan: GenerationPlan, seen: Observation) -> Ac
     handovers = [
         handover
         for worker in plan.world.members
-        for handover in seen.reports[worker].handovers
+        for handover in seen.reports[worker].transition.handovers
         if handover.generation == plan.generation
     ]
     if not handovers:
@@ -260,7 +261,7 @@ def _handed_over(state: RunState, seen: Observation) -> tuple[int, bool | None]:
         handover
         for worker in state.involved
         if worker in seen.reports
-        for handover in seen.reports[worker].handovers
+        for handover in seen.reports[worker].transition.handovers
         if handover.generation == state.next.generation
     ]
     verdicts = [h.state_identical for h in handovers if h.state_identical is not None]

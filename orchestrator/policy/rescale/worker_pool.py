@@ -27,7 +27,8 @@ from orchestrator.protocol.events.workers import (
     WorkersReleased,
     WorkersSpawned,
 )
-from orchestrator.protocol.messages import DesiredRunState, FinishMode, Phase
+from orchestrator.protocol.messages import DesiredRunState, FinishMode
+from orchestrator.protocol.worker_report import Phase
 
 
 def apply_target(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -151,7 +152,7 @@ def why_gone(seen: Observation, worker: str) -> str:
         return f"{worker} died: {seen.lost[worker]}"
     report = seen.reports.get(worker)
     if report is not None and report.phase is Phase.FAILED:
-        error = report.error
+        error = report.health.error
         return f"{worker} failed: {error.kind}: {error.message}" if error else f"{worker} failed without a reason"
     if is_silent(seen, worker):
         return f"{worker} has not answered for {seen.silence_s[worker]:.0f} s"
@@ -161,7 +162,7 @@ def why_gone(seen: Observation, worker: str) -> str:
 def traceback_of(seen: Observation, worker: str) -> str:
     """Traceback of the error with which this worker failed; empty if there is none, or it is only a lost peer."""
     report = seen.reports.get(worker)
-    error = report.error if report is not None else None
+    error = report.health.error if report is not None else None
     return error.traceback if error is not None and error.kind != "peer_lost" else ""
 
 

@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass
 from statistics import median
 
 from orchestrator.errors import ProtocolError
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.usage import Traffic, TrafficKind
 
 RECENT_STEPS = 512
@@ -68,38 +68,38 @@ def absorb(progress: Progress, records: Sequence[StepRecord]) -> Progress:
             else next(iter(validation), None)
         ),
         validation_loss=validation[-1] if validation else progress.validation_loss,
-        tokens=progress.tokens + sum(r.tokens for r in fresh),
-        skipped=progress.skipped + sum(not r.applied for r in fresh),
+        tokens=progress.tokens + sum(r.batch.tokens for r in fresh),
+        skipped=progress.skipped + sum(not r.update.applied for r in fresh),
         validations=(*progress.validations, *validations),
-        stages=(*progress.stages, *((r.stage, r.step) for r in stages_begun(progress, fresh))),
+        stages=(*progress.stages, *((r.batch.stage, r.step) for r in stages_begun(progress, fresh))),
     )
 
 
 def stages_begun(progress: Progress, fresh: Sequence[StepRecord]) -> list[StepRecord]:
     """Records of first steps of stages among the `fresh` ones that follow `progress`."""
-    stages = [progress.stage, *(record.stage for record in fresh)]
-    return [record for record, before in zip(fresh, stages, strict=False) if record.stage != before]
+    stages = [progress.stage, *(record.batch.stage for record in fresh)]
+    return [record for record, before in zip(fresh, stages, strict=False) if record.batch.stage != before]
 
 
 def typical_step_s(progress: Progress, num_steps: int = 10) -> float | None:
     """The median duration of the newest steps."""
     newest = progress.recent[-num_steps:]
-    return median(r.step_s for r in newest) if newest else None
+    return median(r.timing.step_s for r in newest) if newest else None
 
 
 def tokens_per_second(progress: Progress, num_steps: int = 20) -> float | None:
     """Target tokens over the time between votes, rescales included."""
     newest = progress.recent[-num_steps - 1 :]
-    if len(newest) < 2 or newest[-1].vote_time <= newest[0].vote_time:
+    if len(newest) < 2 or newest[-1].timing.vote_time <= newest[0].timing.vote_time:
         return None
-    return sum(r.tokens for r in newest[1:]) / (newest[-1].vote_time - newest[0].vote_time)
+    return sum(r.batch.tokens for r in newest[1:]) / (newest[-1].timing.vote_time - newest[0].timing.vote_time)
 
 
 def traffic_per_step(progress: Progress, num_steps: int = 20) -> dict[str, Traffic]:
     """Traffic of all workers per step, by kind: the mean of the newest steps; empty where there is one worker."""
     newest = progress.recent[-num_steps:]
-    kinds = [kind.value for kind in TrafficKind if any(kind.value in record.traffic for record in newest)]
-    sums = {kind: sum((r.traffic.get(kind, Traffic()) for r in newest), Traffic()) for kind in kinds}
+    kinds = [kind.value for kind in TrafficKind if any(kind.value in record.communication.traffic for record in newest)]
+    sums = {kind: sum((r.communication.traffic.get(kind, Traffic()) for r in newest), Traffic()) for kind in kinds}
     return {kind: Traffic(*(total // len(newest) for total in astuple(sums[kind]))) for kind in kinds}
 
 
@@ -112,4 +112,4 @@ def stall_s(progress: Progress, generation: int, last_word: bool) -> float | Non
     after = [r for r in progress.recent if r.generation == generation][:STALL_STEPS]
     if not before or not after or (len(after) < STALL_STEPS and not last_word):
         return None
-    return max(0.0, after[0].vote_time - before[-1].vote_time - median(r.step_s for r in after))
+    return max(0.0, after[0].timing.vote_time - before[-1].timing.vote_time - median(r.timing.step_s for r in after))

@@ -18,16 +18,14 @@ from orchestrator.protocol.messages import (
     Fence,
     FinishMode,
     GenerationPlan,
-    Phase,
     ReplayTask,
-    Report,
     Restore,
-    ShardWritten,
     StageStart,
     StoreAddress,
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
+from orchestrator.protocol.worker_report import Phase, Report, ShardWritten
 from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 MAX_FAILURES = 256  # kept as the history that the response to the next one depends on
@@ -332,7 +330,9 @@ class Observation:
     @property
     def committed(self) -> int:
         """The newest step that can't be lost any more, by votes or by a checkpoint's marker."""
-        return max([self.progress.watermark, self.checkpointed, *(r.committed for r in self.reports.values())])
+        return max(
+            [self.progress.watermark, self.checkpointed, *(r.protection.committed for r in self.reports.values())]
+        )
 
     @property
     def step(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 
 
 @dataclass(frozen=True)

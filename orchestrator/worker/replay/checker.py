@@ -10,15 +10,8 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.checkpoint.manifest import step_name
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import (
-    Directive,
-    GenerationPlan,
-    ReplayResult,
-    ReplayTask,
-    Restore,
-    StepFingerprint,
-    StoreAddress,
-)
+from orchestrator.protocol.messages import Directive, GenerationPlan, ReplayTask, Restore, StepFingerprint, StoreAddress
+from orchestrator.protocol.worker_report import ReplayResult
 from orchestrator.worker.replay.replay import replay
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
@@ -64,7 +57,7 @@ class ReplayChecker:
 
         try:
             for record in replay(self._factory, self._feed, self._world_of_one(check), check.last_step, go_on):
-                findings.append(StepFingerprint(record.step, record.loss, record.grad_norm, record.digests))
+                findings.append(StepFingerprint.of(record))
         except Needed:
             log.info("check %d ends after %d steps: this worker is needed", check.number, len(findings))
         except Exception as failure:  # of any kind: training doesn't depend on it

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import disconnect
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.train_step import RankProposal, TrainStep

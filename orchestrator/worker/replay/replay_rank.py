@@ -21,7 +21,8 @@ from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
 from orchestrator.errors import EntrypointError, OrchestratorError
 from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder
-from orchestrator.protocol.messages import StepRecord, StoreAddress
+from orchestrator.protocol.messages import StoreAddress
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.replay.replay import replay

@@ -6,11 +6,13 @@ published. The training thread waits for the controller only when it has nothing
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from orchestrator.errors import TermSuperseded
-from orchestrator.protocol.messages import Directive, Phase, Report, StepRecord
+from orchestrator.protocol.changes import changed, read
+from orchestrator.protocol.messages import Directive
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_report import Phase, ProcessReport, Report
 
 MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable
 
@@ -23,7 +25,14 @@ class WorkerMailbox:
         self._directive = Directive(term=-1, seq=-1)
         self._records: list[StepRecord] = []
         self._report = Report(
-            worker=worker, term=-1, version=0, phase=Phase.COLD, generation=-1, step=-1, seen=-1, pid=pid
+            worker=worker,
+            term=-1,
+            version=0,
+            phase=Phase.COLD,
+            generation=-1,
+            step=-1,
+            seen=-1,
+            process=ProcessReport(pid=pid),
         )
 
     # -- the control thread's side -----------------------------------------------------------------------------
@@ -55,7 +64,7 @@ class WorkerMailbox:
         with self._changed:
             self._changed.wait_for(lambda: self._report.version > known_version, timeout_s)
             records = () if after_step is None else tuple(r for r in self._records if r.step > after_step)
-            return replace(self._report, records=records)
+            return changed(self._report, records=records)
 
     # -- the training thread's side ----------------------------------------------------------------------------
 
@@ -76,7 +85,7 @@ class WorkerMailbox:
             return self._directive
 
     def publish(self, **changes: Any) -> None:
-        """Change fields of the report and wake threads that wait for it."""
+        """Change fields of the report, or of its parts, and wake threads that wait for it."""
         with self._changed:
             self._publish(**changes)
 
@@ -98,13 +107,13 @@ class WorkerMailbox:
         with self._changed:
             records = {record.step: record for record in (*self._records, *known) if record.step <= step}
             self._records = [records[number] for number in sorted(records)]
-            self._publish(step=step, committed=min(step, self._report.committed))
+            self._publish(step=step, committed=min(step, self._report.protection.committed))
 
     def _publish(self, **changes: Any) -> None:
         if self._report.phase is Phase.FAILED:  # final: a later success in another thread must not hide it
             changes.pop("phase", None)
         # Threads of older plans may end after those of newer ones.
         for name in ("prepared", "failed_generation", "settled", "stopped"):
-            changes[name] = max(changes.get(name, -1), getattr(self._report, name))
-        self._report = replace(self._report, version=self._report.version + 1, **changes)
+            changes[name] = max(changes.get(name, -1), read(self._report, name))
+        self._report = changed(self._report, version=self._report.version + 1, **changes)
         self._changed.notify_all()

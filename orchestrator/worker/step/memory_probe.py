@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.protocol.messages import MicroBatchMemory
+from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.worker.step.batches import StepBatches
 
 # -- Memory that this process uses and memory that is available: the inputs to micro-batch sizing ----------------------

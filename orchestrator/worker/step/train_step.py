@@ -17,8 +17,17 @@ from orchestrator.model.moe.balance import RoutingCounts, next_bias
 from orchestrator.policy.health.expert_load import expert_load, is_shown
 from orchestrator.policy.health.stragglers import slowest
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.messages import MicroBatchMemory, StepRecord
+from orchestrator.protocol.step_record import (
+    BatchRecord,
+    CommunicationRecord,
+    RoutingRecord,
+    StateRecord,
+    StepRecord,
+    StepTiming,
+    UpdateRecord,
+)
 from orchestrator.protocol.usage import TrafficKind
+from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.spec.lr_schedule import decay, learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import StateCorrupted
@@ -157,29 +166,36 @@ class TrainStep:
             generation=shard.world.generation,
             world_size=shard.world.size,
             loss=outcome.loss_sum / max(feed.global_tokens, 1),
-            tokens=feed.global_tokens,
-            lr=lr,
-            grad_norm=update.grad_norm if outcome.applied else float("inf"),
-            applied=outcome.applied,
-            skipped=skipped,
-            first_position=feed.first_position,
-            num_positions=feed.num_positions,
-            step_s=time.perf_counter() - started,
-            vote_time=time.time(),
-            data_wait_s=data_wait_s,
-            protection_wait_s=proposed_s - updated,
-            communication_wait_s=communication_wait_s,
-            slowest=rank,
-            slowness=slowness,
-            stage=feed.stage,
-            sequence_length=feed.sequence_length,
-            num_micro_batches=feed.num_micro_batches,
-            padding=feed.padding,
-            traffic=outcome.traffic,
-            compression=chosen,
-            digests=outcome.digests,
-            experts=self._load(shard.world.generation, step, counts_LE),
-            loads=tuple(map(tuple, counts_LE.tolist())) if is_shown(step, self._spec.train.steps) else (),
+            batch=BatchRecord(
+                tokens=feed.global_tokens,
+                first_position=feed.first_position,
+                num_positions=feed.num_positions,
+                stage=feed.stage,
+                sequence_length=feed.sequence_length,
+                num_micro_batches=feed.num_micro_batches,
+                padding=feed.padding,
+            ),
+            update=UpdateRecord(
+                lr=lr,
+                grad_norm=update.grad_norm if outcome.applied else float("inf"),
+                applied=outcome.applied,
+                skipped=skipped,
+            ),
+            timing=StepTiming(
+                step_s=time.perf_counter() - started,
+                vote_time=time.time(),
+                data_wait_s=data_wait_s,
+                protection_wait_s=proposed_s - updated,
+                communication_wait_s=communication_wait_s,
+                slowest=rank,
+                slowness=slowness,
+            ),
+            communication=CommunicationRecord(outcome.traffic, chosen),
+            routing=RoutingRecord(
+                self._load(shard.world.generation, step, counts_LE),
+                tuple(map(tuple, counts_LE.tolist())) if is_shown(step, self._spec.train.steps) else (),
+            ),
+            state=StateRecord(outcome.digests),
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),

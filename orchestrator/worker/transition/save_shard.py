@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from orchestrator.checkpoint.write import ShardPiece, write_shard
-from orchestrator.protocol.messages import ShardWritten
+from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import PARTIAL
 from orchestrator.worker.shard.shard import Shard, TrainingProgress

@@ -28,7 +28,9 @@ from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import PendingGroups
 from orchestrator.policy.estimate.job_plan import bytes_by_part
 from orchestrator.protocol.codec import from_plain, to_plain
-from orchestrator.protocol.messages import GenerationPlan, Handover, StepRecord
+from orchestrator.protocol.messages import GenerationPlan
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.protocol.worker_report import Handover
 from orchestrator.state.digest import PartSums, StateDigests, change, differing
 from orchestrator.state.fingerprint import whole
 from orchestrator.state.ranges import NamedRanges
@@ -263,7 +265,7 @@ def _check_record(shard: Shard | None, recorded: StepRecord | None, peers: PeerG
     passes where no record has a digest. Raises DigestMismatch."""
     witness = shard.witness(0) if shard is not None else None
     now = int(witness.look().sum()) if witness is not None else 0
-    expected = int(whole(recorded.digests), 16) if recorded is not None and recorded.digests else None
+    expected = int(whole(recorded.state.digests), 16) if recorded is not None and recorded.state.digests else None
     found = torch.from_numpy(np.array([now], dtype=np.uint64).view(np.int64).copy())
     known = torch.tensor([UNKNOWN if expected is None else expected - (expected >> 63 << 64)])
     peers.reduce(found, dist.ReduceOp.SUM)

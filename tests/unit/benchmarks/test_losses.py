@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.support.losses import fault_from_votes
-from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import Recovery
+from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
 
 FAULT_TIME = 100.0
 
@@ -15,14 +15,9 @@ def vote(step: int, generation: int, vote_time: float) -> StepRecord:
         generation=generation,
         world_size=4 - generation,
         loss=1.0,
-        tokens=8,
-        lr=1e-3,
-        grad_norm=1.0,
-        applied=True,
-        first_position=0,
-        num_positions=1,
-        step_s=0.5,
-        vote_time=vote_time,
+        batch=BatchRecord(tokens=8, first_position=0, num_positions=1),
+        update=UpdateRecord(lr=1e-3, grad_norm=1.0, applied=True),
+        timing=StepTiming(0.5, vote_time),
     )
 
 

@@ -11,8 +11,9 @@ from benchmarks.support.product import Request
 from benchmarks.support.trace import FinishedStep
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress
+from orchestrator.protocol.messages import GenerationPlan, StoreAddress
 from orchestrator.protocol.status import Rescale
+from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
 
 PLAN = GenerationPlan(
     1, World(1, ("w0", "w1")), ExpertPlacement.balanced(2, 2), None, None, "1/1", StoreAddress("127.0.0.1", 1)
@@ -26,14 +27,9 @@ def vote(step: int, generation: int, vote_time: float, step_s: float = 1.0) -> S
         generation=generation,
         world_size=1 + generation,
         loss=1.0,
-        tokens=8,
-        lr=1e-3,
-        grad_norm=1.0,
-        applied=True,
-        first_position=0,
-        num_positions=1,
-        step_s=step_s,
-        vote_time=vote_time,
+        batch=BatchRecord(tokens=8, first_position=0, num_positions=1),
+        update=UpdateRecord(lr=1e-3, grad_norm=1.0, applied=True),
+        timing=StepTiming(step_s, vote_time),
     )
 
 

@@ -17,7 +17,7 @@ from orchestrator.checkpoint.manifest import (
     step_name,
 )
 from orchestrator.errors import CheckpointCorrupt, ProtocolError
-from orchestrator.protocol.messages import ShardWritten
+from orchestrator.protocol.worker_report import ShardWritten
 
 
 def shard(rank: int, *entries: tuple[str, int, int], step: int = 120, meta: str = '{"position": 9}') -> ShardWritten:

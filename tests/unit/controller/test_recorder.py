@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 
 from orchestrator.controller.recorder import StepRecorder
-from orchestrator.protocol.messages import Saturation
+from orchestrator.protocol.worker_report import Saturation
 from orchestrator.run_records.run_history import JournaledRun, user_events
 from orchestrator.spec.model import ModelSpec
 from tests.unit.policy.imagined import limits_of

@@ -15,24 +15,13 @@ from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
 from orchestrator.policy.termination import publishable
+from orchestrator.protocol.changes import changed
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import Event
-from orchestrator.protocol.messages import (
-    DesiredRunState,
-    Directive,
-    FinishMode,
-    GenerationPlan,
-    Handover,
-    MicroBatchMemory,
-    Phase,
-    Report,
-    Restore,
-    ShardWritten,
-    StepRecord,
-    StoreAddress,
-    WorkerError,
-)
+from orchestrator.protocol.messages import DesiredRunState, Directive, FinishMode, GenerationPlan, Restore, StoreAddress
 from orchestrator.protocol.scaling import UNLIMITED, Grant
+from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
+from orchestrator.protocol.worker_report import Handover, MicroBatchMemory, Phase, Report, ShardWritten, WorkerError
 
 FIRST_STORE = StoreAddress("10.0.0.1", 1)
 
@@ -59,16 +48,11 @@ def record(
         generation=generation,
         world_size=2,
         loss=4.0 - 0.01 * step,
-        tokens=100,
-        lr=0.1,
-        grad_norm=1.0,
-        applied=True,
-        first_position=step * 16,
-        num_positions=16,
-        step_s=step_s,
-        vote_time=vote_time,
+        batch=BatchRecord(tokens=100, first_position=step * 16, num_positions=16),
+        update=UpdateRecord(lr=0.1, grad_norm=1.0, applied=True),
+        timing=StepTiming(step_s, vote_time),
     )
-    return replace(plain, **changes)  # type: ignore[arg-type]
+    return changed(plain, **changes)
 
 
 @dataclass
@@ -195,7 +179,7 @@ class Life:
 
     def say(self, worker: str, **changes: object) -> None:
         old = self.reports.get(worker) or Report(worker, 1, 0, Phase.COLD, -1, -1, -1)
-        self.reports[worker] = replace(old, version=old.version + 1, **changes)  # type: ignore[arg-type]
+        self.reports[worker] = changed(old, version=old.version + 1, **changes)
 
     def of_kind(self, kind: str) -> list[Any]:
         return [note for note in self.notes if note.kind == kind]
@@ -223,7 +207,11 @@ class Life:
         is_over = current is not None and order.aborted >= current.generation and worker in current.world
         if is_over and report.phase in (Phase.TRAINING, Phase.MOVING, Phase.FINISHED):
             return self.stop(worker)
-        if order.next is not None and worker in self.state.involved and report.prepared < order.next.generation:
+        if (
+            order.next is not None
+            and worker in self.state.involved
+            and report.transition.prepared < order.next.generation
+        ):
             if order.next.store_address == self.store and all(w not in self.lost for w in order.next.involved):
                 self.say(worker, prepared=order.next.generation)
             return None
@@ -244,10 +232,10 @@ class Life:
             or (report.phase is Phase.READY and report.generation < generation)  # of a move that failed others
             or (report.phase is Phase.STANDBY and joins)
         )
-        if not moves or report.prepared < generation:
+        if not moves or report.transition.prepared < generation:
             return
         if any(peer in self.lost for peer in order.next.involved):
-            if report.failed_generation < generation:
+            if report.transition.failed_generation < generation:
                 holdings = self.held_by(worker)
                 phase = Phase.STRANDED if holdings else Phase.STANDBY
                 self.say(worker, phase=phase, failed_generation=generation, holdings=holdings)

@@ -9,8 +9,8 @@ from orchestrator.protocol.events.generations import Activated, GenerationAborte
 from orchestrator.protocol.events.run import Admitted, Ended, Preempted, Queued, Resumed, Submitted, Suspended
 from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.events.workers import WorkerLost, WorkersReleased, WorkersSpawned
-from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import Rescale
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.job import JobSpec
 from tests.support.recorded_run import write_journal
 from tests.unit.policy.imagined import record

@@ -9,8 +9,10 @@ from orchestrator.errors import UsageError
 from orchestrator.policy.curriculum import AHEAD, decide_stages, following
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import CurriculumDecisions, Observation, RunState
+from orchestrator.protocol.changes import changed
 from orchestrator.protocol.codec import to_plain
-from orchestrator.protocol.messages import DesiredRunState, FinishMode, StageStart, StepRecord
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, StageStart
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.curriculum import CurriculumSpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -27,7 +29,7 @@ def _trained(up_to: int, stages: dict[int, str], losses: dict[int, float] | None
     records: list[StepRecord] = []
     for step in range(up_to + 1):
         stage = next(name for first, name in sorted(stages.items(), reverse=True) if first <= step)
-        records.append(replace(record(step), stage=stage, validation_loss=(losses or {}).get(step)))
+        records.append(changed(record(step), stage=stage, validation_loss=(losses or {}).get(step)))
     return absorb(Progress(), records)
 
 

@@ -13,17 +13,9 @@ from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.workers import WorkersSpawned
-from orchestrator.protocol.messages import (
-    Fence,
-    FinishMode,
-    Handover,
-    Phase,
-    Report,
-    Restore,
-    ResumeRequest,
-    WorkerError,
-)
+from orchestrator.protocol.messages import Fence, FinishMode, Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_report import Handover, Phase, Report, WorkerError
 from tests.unit.policy.imagined import Life, limits_of
 
 

@@ -11,15 +11,16 @@ from orchestrator.policy.replay_check import Difference, first_difference, state
 from orchestrator.policy.state.requests import begun_again
 from orchestrator.policy.state.run_state import ReplayState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
-from orchestrator.protocol.messages import PastWorld, Phase, ReplayResult, ReplayTask, Restore, StepRecord
+from orchestrator.protocol.messages import PastWorld, ReplayTask, Restore, StepFingerprint
+from orchestrator.protocol.worker_report import Phase, ReplayResult
 from orchestrator.spec.fault_tolerance import VerifySpec
 from tests.unit.policy.imagined import Life, limits_of, record
 
 DIGESTS = ("0a", "0b")
 
 
-def _steps(**changes: Any) -> list[StepRecord]:
-    return [record(step, digests=DIGESTS, **changes) for step in range(4)]
+def _steps(**changes: Any) -> list[StepFingerprint]:
+    return [StepFingerprint.of(record(step, digests=DIGESTS, **changes)) for step in range(4)]
 
 
 def test_the_same_steps_don_t_differ() -> None:

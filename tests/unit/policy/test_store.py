@@ -1,8 +1,9 @@
 """The rendezvous store is lost and comes back elsewhere: who waits, and what is planned anew."""
 
 from orchestrator.policy.lifecycle import explain
-from orchestrator.protocol.messages import Phase, StoreAddress
+from orchestrator.protocol.messages import StoreAddress
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_report import Phase
 from tests.unit.policy.imagined import Life, limits_of
 
 ELSEWHERE = StoreAddress("10.0.0.1", 2)

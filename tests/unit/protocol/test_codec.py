@@ -12,10 +12,10 @@ from orchestrator.protocol.messages import (
     Fence,
     FinishMode,
     GenerationPlan,
-    Report,
     StateSource,
     StoreAddress,
 )
+from orchestrator.protocol.step_record import StepTiming
 
 PLAN = GenerationPlan(
     term=2,
@@ -61,6 +61,5 @@ def test_where_something_does_not_fit_is_told() -> None:
 
 
 def test_a_whole_number_is_a_float_where_one_is_wanted() -> None:
-    plain = to_plain(Report("w", 1, 1, "training", 0, 1, 1, extra={"x": 1.5})) | {"extra": {"x": 2}}  # type: ignore[arg-type]
-    report = from_plain(Report, plain)
-    assert report.extra == {"x": 2.0} and isinstance(report.extra["x"], float)
+    timing = from_plain(StepTiming, {"step_s": 2, "vote_time": 1.5})
+    assert timing == StepTiming(2.0, 1.5) and isinstance(timing.step_s, float)

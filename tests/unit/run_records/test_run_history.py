@@ -8,12 +8,14 @@ from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
 from orchestrator.policy.state.run_state import Observation, ReplayState, RunState, ended
+from orchestrator.protocol.changes import changed
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of_entry
 from orchestrator.protocol.events.generations import Activated, Rescaled
 from orchestrator.protocol.events.run import Ended, Submitted, TargetChanged
 from orchestrator.protocol.events.training import StageBegan
-from orchestrator.protocol.messages import Phase, Restore, ResumeRequest
+from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_of, to_json
@@ -75,7 +77,7 @@ def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:
 def test_a_stage_that_begins_is_an_event_once(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     stages = ["easy", "easy", "all", "all"]
-    records = [replace(record(step), stage=stage, sequence_length=8) for step, stage in enumerate(stages)]
+    records = [changed(record(step), stage=stage, sequence_length=8) for step, stage in enumerate(stages)]
     _, begun = memory.absorb(records[:1], up_to=10_000)
     assert [entry.event for entry in begun] == [StageBegan("easy", 0, 8)]
     assert memory.absorb(records[1:2], up_to=10_000)[1] == []
@@ -182,7 +184,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_pat
     order = ResumeRequest("token", Restore(3, "/x"))
     decision = resumed(LIMITS, memory.state, order)
     memory.decided(decision.state, [action for action in decision.actions if isinstance(action, Event)])
-    assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).tokens for s in range(4))
+    assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).batch.tokens for s in range(4))
     assert Ended not in memory.times and memory.resumed_by == "token"
     memory.absorb([record(4, generation=1)], up_to=10_000)
     successor = remembered(tmp_path)

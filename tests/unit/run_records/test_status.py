@@ -12,7 +12,8 @@ from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.notices import ExpertsCollapsed
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.messages import GenerationPlan, StepRecord, StoreAddress
+from orchestrator.protocol.messages import GenerationPlan, StoreAddress
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import JournaledRun, RunHistory, user_events
 from orchestrator.run_records.status import status_of
 from orchestrator.spec.model import ModelSpec

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from orchestrator.controller.run_metrics import collapse, values_of_run
 from orchestrator.metrics import DECLARED, Metric, MetricKind, metric
 from orchestrator.policy.state.progress import Progress
 from orchestrator.policy.state.run_state import Observation
+from orchestrator.protocol.changes import changed
 from orchestrator.protocol.events.generations import GenerationAborted, Rescaled
 from orchestrator.protocol.events.notices import ReplayChecked, StateDiffers
 from orchestrator.protocol.events.run import Resumed, Submitted
@@ -50,7 +50,7 @@ def test_amounts_begin_at_0_and_add_up_while_the_rest_is_the_newest() -> None:
     exporter = Exporter("r1", recorder(values))
     assert values == {(m.name, ""): 0.0 for m in DECLARED if m.kind is MetricKind.AMOUNT}
     traffic = {"dispatch": Traffic(raw=20, payload=9, index=1)}
-    steps = [replace(record(step), traffic=traffic) for step in range(3)]
+    steps = [changed(record(step), traffic=traffic) for step in range(3)]
     exporter.show(points_of_steps(Progress(), steps))
     assert values["comm/dispatch_bytes", ""] == 30.0 and values["comm/raw_bytes", ""] == 60.0
     assert values["train/tokens", ""] == 300.0 and values["train/loss", ""] == steps[-1].loss
@@ -106,7 +106,7 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
 
     vote_time = submitted + 50.0
     memory.absorb(
-        [replace(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
+        [changed(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
     )
     checkpoint = memory.note(CheckpointCommitted(0, "/c/0")).time
     later = values()

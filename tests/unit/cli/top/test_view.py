@@ -9,9 +9,9 @@ import pytest
 from orchestrator.cli.top.feed import JournalTail
 from orchestrator.cli.top.view import columns, event_line, in_order, remarks, row_of, view_of
 from orchestrator.protocol.codec import to_plain
-from orchestrator.protocol.messages import Phase
 from orchestrator.protocol.status import Recovery, RunPhase, WorkerStatus
 from orchestrator.protocol.usage import Traffic
+from orchestrator.protocol.worker_report import Phase
 from tests.unit.cli.recorded_client import (
     AFTER_A_LOSS,
     ENDED,

@@ -21,8 +21,9 @@ from orchestrator.policy.rescale.worker_pool import apply_target
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.world_size import SizeRequest
-from orchestrator.protocol.messages import DesiredRunState, StepRecord
+from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.scaling import UNLIMITED, Grant, ScalingView
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.workers import AutoscaleSpec
 from tests.unit.policy.imagined import Life, limits_of, record

@@ -14,10 +14,11 @@ from orchestrator.policy.health.expert_collapse import (
     routing_warnings,
 )
 from orchestrator.policy.health.expert_load import expert_load
+from orchestrator.protocol.changes import changed
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.notices import ExpertsCollapsed, ExpertsEven, LoadsSteady, LoadsSwing
 from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.messages import StepRecord
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.spec.model import ModelSpec
 from tests.unit.policy.imagined import record
 
@@ -79,7 +80,7 @@ def test_both_may_begin_at_once() -> None:
 )
 def test_steps_that_say_nothing_are_left_out(silent: dict[str, object]) -> None:
     steps = _steps((EVEN, 50), (COLLAPSED, 10), (EVEN, 10), (COLLAPSED, 5))
-    steps[60:70] = [replace(record, **silent) for record in steps[60:70]]  # type: ignore[arg-type]
+    steps[60:70] = [changed(record, **silent) for record in steps[60:70]]
     assert [note.step for note in routing_news(MODEL, steps, NONE)] == [50]
     assert routing_news(MODEL, steps[:-1], NONE) == []
 

@@ -13,6 +13,7 @@ from orchestrator.policy.estimate.flops import ModelSize, size_of
 from orchestrator.policy.report.energy import EnergyMethod
 from orchestrator.policy.report.goodput import Use
 from orchestrator.policy.report.report import Rates, RunReport, report_of
+from orchestrator.protocol.changes import changed
 from orchestrator.protocol.events.generations import GenerationAborted, RolledBack
 from orchestrator.protocol.events.run import Preempted, Queued, Submitted, Suspended
 from orchestrator.protocol.events.training import StepsCommitted
@@ -296,7 +297,10 @@ def test_parts_add_up_to_the_whole_whatever_happens(
             story.resume(int(amounts[0]), after_s=amounts[1])
     for number, entry in enumerate(story.events):
         if isinstance(entry.event, StepsCommitted):
-            odd = (replace(r, vote_time=r.vote_time + skew_s, step_s=r.step_s * longer) for r in entry.event.records)
+            odd = (
+                changed(r, vote_time=r.timing.vote_time + skew_s, step_s=r.timing.step_s * longer)
+                for r in entry.event.records
+            )
             story.events[number] = replace(entry, event=StepsCommitted(tuple(odd)))
     told = report(story)
     assert known_seconds(told) == pytest.approx(told.elapsed_s)

@@ -9,8 +9,9 @@ from orchestrator.policy.lifecycle import decide, explain
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.protocol.events.workers import NodeDraining
-from orchestrator.protocol.messages import DesiredRunState, FinishMode, Phase
+from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_report import Phase
 from tests.unit.policy.imagined import Life, limits_of
 
 

@@ -16,7 +16,8 @@ from orchestrator.policy.rescale.micro_batch import (
 )
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Probe
-from orchestrator.protocol.messages import GenerationPlan, MicroBatchMemory, StoreAddress
+from orchestrator.protocol.messages import GenerationPlan, StoreAddress
+from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from tests.unit.policy.imagined import Life, limits_of
 

@@ -12,9 +12,10 @@ from orchestrator.policy.state.requests import queued
 from orchestrator.policy.state.run_state import FailureState, WorkerFailure
 from orchestrator.protocol.events.run import Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
-from orchestrator.protocol.messages import DesiredRunState, FinishMode, Phase, WorkerError
+from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
+from orchestrator.protocol.worker_report import Phase, WorkerError
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from tests.unit.policy.imagined import Life, limits_of
 

@@ -6,12 +6,16 @@ import time
 import pytest
 
 from orchestrator.errors import TermSuperseded
-from orchestrator.protocol.messages import Directive, Phase, StepRecord
+from orchestrator.protocol.messages import Directive
+from orchestrator.protocol.step_record import BatchRecord, StepRecord, StepTiming, UpdateRecord
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.worker.runtime.mailbox import MAX_RECORDS, WorkerMailbox
 
 
 def _record(step: int) -> StepRecord:
-    return StepRecord(step, 0, 1, 1.0, 10, 0.1, 1.0, True, step, 1, 0.1, 0.0)
+    return StepRecord(
+        step, 0, 1, 1.0, BatchRecord(10, step, 1), UpdateRecord(0.1, 1.0, applied=True), StepTiming(0.1, 0.0)
+    )
 
 
 def test_the_newest_directive_wins() -> None:
@@ -48,16 +52,16 @@ def test_records_come_only_when_asked_for_and_only_the_newer_ones() -> None:
     mailbox = WorkerMailbox("w0", 1)
     for step in range(4):
         mailbox.record(_record(step))
-    assert mailbox.report(None, -1, 0.0).records == ()
+    assert mailbox.report(None, -1, 0.0).history.records == ()
     report = mailbox.report(1, -1, 0.0)
-    assert [r.step for r in report.records] == [2, 3] and report.step == 3
+    assert [r.step for r in report.history.records] == [2, 3] and report.step == 3
 
 
 def test_a_controller_that_is_away_long_costs_bounded_memory() -> None:
     mailbox = WorkerMailbox("w0", 1)
     for step in range(MAX_RECORDS + 5):
         mailbox.record(_record(step))
-    assert len(mailbox.report(-1, -1, 0.0).records) == MAX_RECORDS
+    assert len(mailbox.report(-1, -1, 0.0).history.records) == MAX_RECORDS
 
 
 def test_waiting_for_a_directive_ends_when_it_comes() -> None:
@@ -112,7 +116,7 @@ def test_nothing_is_lost_between_threads() -> None:
     for job in jobs:
         job.join(30.0)
     assert mailbox.state.version == 4 * rounds
-    assert [r.step for r in mailbox.report(-1, -1, 0.0).records] == list(range(rounds))
+    assert [r.step for r in mailbox.report(-1, -1, 0.0).history.records] == list(range(rounds))
     assert all(mine == sorted(set(mine)) and mine[-1] == 4 * rounds for mine in seen)
 
 

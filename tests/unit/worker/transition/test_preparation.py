@@ -11,7 +11,8 @@ import torch
 from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, Phase, StateSource, StoreAddress, WorkerJob
+from orchestrator.protocol.messages import Directive, Fence, GenerationPlan, StateSource, StoreAddress, WorkerJob
+from orchestrator.protocol.worker_report import Phase
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
@@ -56,7 +57,7 @@ def _plan(generation: int, *members: str, source: World | None = None) -> Genera
 
 def _await_prepared(mailbox: WorkerMailbox, generation: int) -> None:
     version = -1
-    while (report := mailbox.report(None, version, 20.0)).prepared < generation:
+    while (report := mailbox.report(None, version, 20.0)).transition.prepared < generation:
         assert report.version > version, f"generation {generation} was not prepared within 20 s"
         version = report.version
 
@@ -118,7 +119,7 @@ def test_a_standby_waits_for_a_plan_that_names_it(factory: ShardFactory, mailbox
     mailbox.put(Directive(1, 1, next=plan))
     waiter.join(20.0)
     assert found == [plan]
-    assert mailbox.state.prepared == 2
+    assert mailbox.state.transition.prepared == 2
 
 
 def test_a_peer_that_never_comes_does_not_hold_up_the_next_plan(factory: ShardFactory, mailbox: WorkerMailbox) -> None:
@@ -142,7 +143,7 @@ def test_a_plan_that_can_not_be_prepared_is_told_at_once(
         plan = replace(plan, source=StateSource(World(0, ("w0",)), ExpertPlacement.balanced(2, 2), ("w0",)))
     mailbox.put(Directive(1, 0, next=plan))
     version = -1
-    while (report := mailbox.report(None, version, 20.0)).failed_generation < 1:
+    while (report := mailbox.report(None, version, 20.0)).transition.failed_generation < 1:
         assert report.version > version, "nothing was told within 20 s"
         version = report.version
     assert report.phase is Phase.COLD

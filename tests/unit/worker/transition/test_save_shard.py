@@ -18,7 +18,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
-from orchestrator.protocol.messages import ShardWritten
+from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of

@@ -1,0 +1,133 @@
+"""Record of one finished step, by concern: its batch, update, time, communication and routing, and the state after it.
+
+Members write it after the vote; the journal has one per committed step. Times are `time.time()` seconds.
+"""
+
+from dataclasses import dataclass, field
+
+from orchestrator.protocol.expert_load import ExpertLoad
+from orchestrator.protocol.usage import Traffic
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """The global batch of a step.
+
+    Args:
+        tokens: target tokens in it.
+        first_position, num_positions: the sample positions [first_position, first_position + num_positions).
+        stage: of the curriculum; empty without one.
+        sequence_length: tokens of its rows, or of the longest.
+        num_micro_batches: of all workers together.
+        padding: share of the micro-batches' tokens.
+    """
+
+    tokens: int
+    first_position: int
+    num_positions: int
+    stage: str = ""
+    sequence_length: int = 0
+    num_micro_batches: int = 0
+    padding: float = 0.0
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """The optimizer's update in a step.
+
+    Args:
+        lr: learning rate.
+        grad_norm: before clipping; inf where the update was skipped.
+        applied: False: the update was not finite and was skipped on all ranks, or `skipped`.
+        skipped: the batch was left out because it had made the loss explode.
+    """
+
+    lr: float
+    grad_norm: float
+    applied: bool
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """Time of a step, and the parts of it that the reporting worker's training thread waited.
+
+    Args:
+        step_s: its duration.
+        vote_time: moment of the vote that ended it.
+        data_wait_s: part of `step_s` that the thread waited for its rows.
+        protection_wait_s: likewise, for its snapshot to reach its buddy.
+        communication_wait_s: likewise, for peers; None: not measured.
+        slowest: rank with the longest compute time per micro-batch, without waits for peers; -1: no two ranks to
+            compare.
+        slowness: its time over the median of the others'.
+    """
+
+    step_s: float
+    vote_time: float
+    data_wait_s: float = 0.0
+    protection_wait_s: float = 0.0
+    communication_wait_s: float | None = None
+    slowest: int = -1
+    slowness: float = 1.0
+
+
+@dataclass(frozen=True)
+class CommunicationRecord:
+    """Bytes between workers.
+
+    Args:
+        traffic: by kind, sent by all workers since the vote before.
+        compression: of the step's gradients.
+    """
+
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    compression: str = ""
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """Load of the experts in a step.
+
+    Args:
+        experts: its summary.
+        loads: by MoE layer, tokens of each expert; for steps that a heat map shows.
+    """
+
+    experts: ExpertLoad = field(default_factory=ExpertLoad)
+    loads: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """The training state after a step.
+
+    Args:
+        digests: by rank; if training is exact.
+        snapshot_interval: steps between two snapshots at that time; 0: none are taken.
+    """
+
+    digests: tuple[str, ...] = ()
+    snapshot_interval: int = 0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step, as known to every member.
+
+    Args:
+        loss: mean over the step's target tokens, nats.
+        validation_loss: None in a step without validation.
+    """
+
+    step: int
+    generation: int
+    world_size: int
+    loss: float
+    batch: BatchRecord
+    update: UpdateRecord
+    timing: StepTiming
+    validation_loss: float | None = None
+    communication: CommunicationRecord = field(default_factory=CommunicationRecord)
+    routing: RoutingRecord = field(default_factory=RoutingRecord)
+    state: StateRecord = field(default_factory=StateRecord)
