@@ -112,6 +112,7 @@ class JournaledRun(RunHistory):
     """
 
     def __init__(self, run_dir: Path, term: int, limits: RunLimits) -> None:
+        self.term = term
         self.trouble: str | None = None
         self._journal = Journal(run_dir, term)
         super().__init__(run_dir, limits)
