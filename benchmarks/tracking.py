@@ -31,7 +31,7 @@ import psutil
 from benchmarks.harness import Interval, Result, Spread, alternate, at_most, equals, median_interval, ratios, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.controller.actor_classes import ActorClasses
+from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.job import DataSpec, JobSpec
 from orchestrator.tracking.mlflow_server import MlflowServer

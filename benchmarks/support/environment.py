@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from orchestrator.controller.worker_group import WORKER_ENV
+from orchestrator.controller.worker_env import WORKER_ENV
 
 
 def worker_environment(threads: int, keep_memory: bool) -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""Periodic readings of nodes, of drains and of energy, for the controller's inbox."""
+"""Periodic readings of nodes, of drains and of energy, for the controller's inbox.
+
+`Monitors` holds the three watches of a run.
+"""
 
 import logging
 import threading
@@ -11,9 +14,9 @@ import ray
 from ray.exceptions import RayError
 
 from orchestrator.cluster.actors import Handle, Host
+from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.nodes import draining_nodes
 from orchestrator.cluster.remote import Remote
-from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import StorageError
 from orchestrator.protocol.events.workers import EnergyRead
 from orchestrator.protocol.usage import EnergyReading
@@ -157,3 +160,45 @@ class EnergyWatch:
         with suppress(StorageError):  # retried with the next readings
             self._memory.note(EnergyRead(self._news))
             self._news = {}
+
+
+# -- All of them ---------
+
+
+class Monitors:
+    """The watches of one run.
+
+    Args:
+        gpus: number that each worker reserves.
+    """
+
+    READS = (NodeWatch.READ, EnergyWatch.READ)  # methods of the answers that are theirs
+
+    def __init__(self, run_dir: Path, gpus: float, memory: JournaledRun, inbox: Inbox) -> None:
+        self._nodes = NodeWatch(run_dir, inbox)
+        self._energy = EnergyWatch(gpus, memory, inbox)
+        self._drains = DrainWatch(inbox)
+
+    @property
+    def draining(self) -> Mapping[str, float]:
+        """Nodes that are being drained or were, with deadlines in `time.time()` seconds, 0 without one."""
+        return self._drains.nodes
+
+    def start(self) -> None:
+        self._drains.start()
+
+    def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
+        """Ask the workers for the readings that are due."""
+        self._nodes.poll(now_s, handles)
+        self._energy.poll(now_s, handles)
+
+    def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
+        """Note a reading. Returns metric values to show, at `step`."""
+        if answer.method == NodeWatch.READ:
+            return self._nodes.take(answer, step)
+        self._energy.take(answer)
+        return []
+
+    def close(self, handles: Mapping[str, Handle]) -> None:
+        """Read the workers' energy once more, before they are ended."""
+        self._energy.close(handles)

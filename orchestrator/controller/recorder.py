@@ -9,11 +9,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from orchestrator.controller.tracker_client import TrackerClient
+from orchestrator.controller.run_metrics import values_of_run
+from orchestrator.controller.services.tracker_client import TrackerClient
+from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.errors import StorageError
 from orchestrator.policy.health.expert_collapse import routing_news
 from orchestrator.policy.health.expert_load import shown_loads
+from orchestrator.policy.lifecycle import phase_of
 from orchestrator.policy.replay_check import differences
 from orchestrator.policy.state.run_state import Observation
 from orchestrator.policy.termination import complete_checkpoints, publishable
@@ -27,8 +30,6 @@ from orchestrator.protocol.events.notices import (
 )
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Saturation
-from orchestrator.run_records.run_history import JournaledRun
-from orchestrator.spec.model import ModelSpec
 from orchestrator.telemetry.prometheus import Exporter
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.sink import MetricPoint
@@ -41,16 +42,8 @@ RECORDS_EVERY_S = 1.0  # steps are fetched, journalled and published in batches 
 class StepRecorder:
     """Records the steps and notices of one run, for its controller."""
 
-    def __init__(
-        self,
-        run_id: str,
-        model: ModelSpec,
-        memory: JournaledRun,
-        worker_group: WorkerGroup,
-        tracker: TrackerClient,
-        exporter: Exporter,
-    ) -> None:
-        self._run_id, self._model, self._memory, self._worker_group = run_id, model, memory, worker_group
+    def __init__(self, run: OpenedRun, worker_group: WorkerGroup, tracker: TrackerClient, exporter: Exporter) -> None:
+        self._run, self._memory, self._worker_group = run, run.memory, worker_group
         self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last requested; inf while a request is open
         self._numerics: dict[str, str] = {}  # by worker, as journalled
@@ -84,7 +77,7 @@ class StepRecorder:
 
     def _judge_routing(self) -> None:
         """Journal when experts collapse or their loads swing, and when that is over."""
-        for news in routing_news(self._model, self._memory.progress.recent, self._memory.troubles):
+        for news in routing_news(self._run.job.model, self._memory.progress.recent, self._memory.troubles):
             self.tell(self._memory.note(news))
             self._memory.troubles = self._memory.troubles.after(news)
 
@@ -94,7 +87,7 @@ class StepRecorder:
 
     def tell(self, entry: JournalEntry) -> None:
         """Publish a journalled event."""
-        log.info("run %s: %s", self._run_id, plain_of(entry.event))
+        log.info("run %s: %s", self._run.run_id, plain_of(entry.event))
         self._tracker.publish_event(entry)
         self._exporter.show(points_of_event(entry))
 
@@ -125,6 +118,12 @@ class StepRecorder:
         """Publish values that are not journalled."""
         self._tracker.publish(readings)
         self._exporter.show(readings)
+
+    def show_run(self, seen: Observation, now_s: float) -> None:
+        """Show the run's live metrics, at intervals."""
+        if self._exporter.is_due(now_s):
+            values = values_of_run(self._run.limits, self._run.job.model, self._memory, seen)
+            self._exporter.show_run(now_s, values, phase_of(self._memory.state, seen))
 
     def tell_of_tracking(self) -> None:
         """Journal when metrics begin to wait, and when they arrive again."""

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from orchestrator.controller.worker_group import Inbox
+from orchestrator.cluster.inbox import Inbox
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant

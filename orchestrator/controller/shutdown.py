@@ -7,7 +7,8 @@ from contextlib import suppress
 from queue import Empty
 
 from orchestrator.cluster.actors import names_of
-from orchestrator.controller.worker_group import CallResult, Inbox, WorkerGroup, remove_group
+from orchestrator.cluster.inbox import CallResult, Inbox
+from orchestrator.controller.worker_group import WorkerGroup, remove_group
 from orchestrator.errors import ProtocolError
 
 log = logging.getLogger("orchestrator.control")

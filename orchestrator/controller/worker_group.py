@@ -7,18 +7,17 @@ worker never returns, so a failure is known as soon as Ray knows it: the call en
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec
 
 import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
 from orchestrator.cluster.actors import ActorOptions, Handle, Host, find, kill_on_node, names_of, start_host
 from orchestrator.cluster.calls import cause_of, reason_of
+from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
+from orchestrator.controller.worker_env import env_of_worker
 from orchestrator.protocol.actors import WorkerApi
 from orchestrator.protocol.messages import Directive, WorkerJob
 from orchestrator.protocol.worker_report import Report
@@ -33,55 +32,6 @@ POLL_S = 0.5  # how long a worker may wait for news before it answers
 POLL_PAUSE_S = 0.25  # between an answer and the next poll, unless a rescale waits for it
 SILENCE_S = 60.0  # a cold worker that answered before counts as failed if a poll hangs this long
 QUIET_S = 1.0  # without an answer or news: from then on, time alone may change a decision
-
-# A worker keeps freed memory (glibc's mallopt variables): every step and every fence allocates tens of megabytes again,
-# and getting them from the kernel anew costs more than filling them. At 17 M parameters on two cores the median stall
-# of a rescale fell from 0.6 to 0.3 s. Huge pages, where the kernel gives them on request: a killed process returns its
-# memory before it closes its connections, and until then no peer notices. With 1.2 GB of small pages that takes 80 ms,
-# with huge ones 11 (a scratch script).
-#
-# A thread spins at a barrier for at most 10,000 iterations, not libgomp's 300,000: the thread it waits for may need its
-# core. On two cores, one run each: a pass of a small model took 0.046 s with either limit and 0.09 s without spinning.
-# On cores busy with other work it took 0.8 to 1.8 s and, with libgomp's limit, more than 7 s (a scratch script).
-WORKER_ENV = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "GOMP_SPINCOUNT": "10000",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-}
-
-# A failed peer may end the communicator, but never the process, whose state is needed now: 2 does that. The monitor of
-# NCCL's watchdog would end a process that waits in an abort. Not tried on GPUs yet.
-NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-
-
-# For bitwise reproducible runs, libraries must not choose algorithms by current load or by memory addresses. On one
-# processor 166 of 400 shapes of fp32 products had other bits if a matrix began at another address, and none with
-# MKL_CBWR, which cost nothing (a scratch script).
-EXACT_ENV = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # required by torch.use_deterministic_algorithms
-    "MKL_CBWR": "AUTO,STRICT",
-    "MKL_DYNAMIC": "FALSE",
-    "OMP_DYNAMIC": "FALSE",
-}
-
-
-@dataclass(frozen=True)
-class CallResult:
-    """Result of a call: `of` is a worker id or another actor's name, `method` the called method."""
-
-    of: str
-    method: str
-    future: "Future[Any]"
-
-
-Inbox = SimpleQueue[CallResult | None]  # None: something else has changed
-
-
-def post(inbox: Inbox, of: str, method: str, ref: Any) -> None:
-    """Put the result of a Ray call into the inbox when it arrives."""
-    ref.future().add_done_callback(lambda future: inbox.put(CallResult(of, method, future)))
 
 
 class WorkerGroup:
@@ -241,15 +191,12 @@ class WorkerGroup:
         name = f"{self._run_id}/worker/{worker}"
         selector = self._job.workers.label_selector | ({NODE_ID: f"!in({','.join(avoid)})"} if avoid else {})
         group = placement_group([self.request], name=name, lifetime="detached", bundle_label_selector=[selector])
-        env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
-        env |= EXACT_ENV if self._job.train.is_exact else {}
-        env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
         actor_options = ActorOptions(
             cpus=resources.cpus,
             gpus=resources.gpus,
             memory_bytes=resources.memory_bytes or 0,
             group=group,
-            env=env,
+            env=env_of_worker(self._job, self._threads),
             log_file=self._run_dir / "logs" / f"{worker}.log",
         )
         self._known.add(worker)

@@ -17,8 +17,8 @@ from ray.experimental import internal_kv
 from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.cluster.remote import Remote
-from orchestrator.controller.actor_classes import ActorClasses
 from orchestrator.controller.controller import RunController
+from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.world_size import wanted_size

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from orchestrator.checkpoint.read import choose, list_steps
-from orchestrator.controller.worker_group import EXACT_ENV, NCCL_ENV, WORKER_ENV
+from orchestrator.controller.worker_env import EXACT_ENV, NCCL_ENV, WORKER_ENV
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.errors import NotFinished, OrchestratorError, UsageError

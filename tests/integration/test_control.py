@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, names_of, start_host
 from orchestrator.cluster.calls import ask
-from orchestrator.controller.actor_classes import ActorClasses
+from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_history import read_status

@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from orchestrator.cluster.actors import Host
+from orchestrator.cluster.inbox import Inbox
 from orchestrator.controller.monitors import EnergyWatch
-from orchestrator.controller.worker_group import Inbox
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.run_records.run_history import JournaledRun, user_events
 from orchestrator.spec.job import JobSpec

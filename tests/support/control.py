@@ -17,7 +17,7 @@ import ray
 
 from orchestrator.cluster.actors import find, names_of
 from orchestrator.cluster.calls import ask
-from orchestrator.controller.actor_classes import ActorClasses
+from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.scheduler.scheduler import get_or_create_scheduler

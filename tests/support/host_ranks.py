@@ -13,7 +13,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from orchestrator.controller.worker_group import WORKER_ENV
+from orchestrator.controller.worker_env import WORKER_ENV
 from tests.support.hosts import Hosts
 
 PATIENCE_S = 300.0

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 
 from orchestrator.checkpoint.write import ShardPiece, write_shard
-from orchestrator.controller.actor_classes import ActorClasses
+from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.events.base import JournalEntry

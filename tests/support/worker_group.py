@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from orchestrator.comm.transport.rendezvous import RendezvousServer
-from orchestrator.controller.worker_group import EXACT_ENV
+from orchestrator.controller.worker_env import EXACT_ENV
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.recovery_point import find_recovery_point, placement_at_recovery_point, world_of
 from orchestrator.elastic.snapshot_layout import buddies_of

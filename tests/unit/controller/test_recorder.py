@@ -8,9 +8,10 @@ from unittest.mock import Mock
 import pytest
 
 from orchestrator.controller.recorder import StepRecorder
+from orchestrator.controller.startup import OpenedRun
 from orchestrator.protocol.worker_report import Saturation
 from orchestrator.run_records.run_history import JournaledRun, user_events
-from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.job import JobSpec
 from tests.unit.policy.imagined import limits_of
 
 FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
@@ -19,7 +20,8 @@ FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
 def _account(run_dir: Path) -> StepRecorder:
     """Of a controller that has just come."""
     memory = JournaledRun(run_dir, limits_of())
-    return StepRecorder("run", ModelSpec(), memory, Mock(), Mock(), Mock())
+    run = OpenedRun("run", run_dir, JobSpec(name="run"), limits_of(), memory)
+    return StepRecorder(run, Mock(), Mock(), Mock())
 
 
 def _told(run_dir: Path) -> list[tuple[Any, ...]]:

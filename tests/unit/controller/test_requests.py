@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cluster.inbox import Inbox
 from orchestrator.controller.requests import PendingRequests
-from orchestrator.controller.worker_group import Inbox
 from orchestrator.errors import UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode

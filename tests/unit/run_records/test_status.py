@@ -6,6 +6,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 from orchestrator.controller.recorder import StepRecorder
+from orchestrator.controller.startup import OpenedRun
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.state.run_state import Observation
@@ -16,6 +17,7 @@ from orchestrator.protocol.messages import GenerationPlan, StoreAddress
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import JournaledRun, RunHistory, user_events
 from orchestrator.run_records.status import status_of
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
 from tests.unit.policy.imagined import limits_of, record
 
@@ -39,9 +41,13 @@ def _warning(run_dir: Path, memory: RunHistory) -> str | None:
     return status_of(limits_of(), MODEL, memory, seen, run_dir=run_dir, closed=False).warning
 
 
+def _run(run_dir: Path, memory: JournaledRun) -> OpenedRun:
+    return OpenedRun("run", run_dir, JobSpec(name="run", model=MODEL), limits_of(), memory)
+
+
 def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_it_goes_back(tmp_path: Path) -> None:
     memory = JournaledRun(tmp_path, limits_of())
-    account = StepRecorder("run", MODEL, memory, Mock(), Mock(), Mock())
+    account = StepRecorder(_run(tmp_path, memory), Mock(), Mock(), Mock())
     memory.decided(replace(memory.state, worker_group=("w0", "w1"), current=_plan("w0")), [])
     memory.absorb([record(step) for step in range(3)], up_to=2)
     account.hear_numerics("w0", json.dumps({"processor": "a"}))
@@ -66,7 +72,7 @@ def _steps(first: int, stop: int, violation: float, swing: float = 0.0) -> list[
 def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -> None:
     memory = JournaledRun(tmp_path, limits_of())
     tracker = Mock()
-    account = StepRecorder("run", MODEL, memory, Mock(), tracker, Mock())
+    account = StepRecorder(_run(tmp_path, memory), Mock(), tracker, Mock())
     seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress, checkpointed=10_000)
 
     account.enter(_steps(0, 60, violation=0.2), seen)

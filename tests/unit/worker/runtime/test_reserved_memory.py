@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from orchestrator.controller.worker_group import WORKER_ENV
+from orchestrator.controller.worker_env import WORKER_ENV
 
 MB = 1 << 20
 # What each step adds to the process's resident memory, in MB.

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.controller.tracker_client import TrackerClient
-from orchestrator.controller.worker_group import CallResult
+from orchestrator.cluster.inbox import CallResult
+from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.events.training import CheckpointCommitted

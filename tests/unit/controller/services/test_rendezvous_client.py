@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.controller import rendezvous_client
-from orchestrator.controller.rendezvous_client import NAME, RendezvousClient
-from orchestrator.controller.worker_group import CallResult, Inbox
+from orchestrator.cluster.inbox import CallResult, Inbox
+from orchestrator.controller.services import rendezvous_client
+from orchestrator.controller.services.rendezvous_client import NAME, RendezvousClient
 from orchestrator.protocol.messages import StoreAddress
 
 

@@ -12,8 +12,8 @@ import ray
 
 from orchestrator.cluster.actors import ActorOptions, Handle, Host, start_host
 from orchestrator.cluster.calls import reason_of
+from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
-from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.protocol.actors import RendezvousApi
 from orchestrator.protocol.messages import StoreAddress
 

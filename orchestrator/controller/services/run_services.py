@@ -14,13 +14,13 @@ import ray
 
 from orchestrator.cluster.actors import ActorOptions, Handle, find, start_host
 from orchestrator.cluster.calls import reason_of
+from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
-from orchestrator.controller.actor_classes import ActorClasses
-from orchestrator.controller.rendezvous_client import NAME as STORE
-from orchestrator.controller.rendezvous_client import RendezvousClient
-from orchestrator.controller.tracker_client import NAME as TRACKER
-from orchestrator.controller.tracker_client import TrackerClient
-from orchestrator.controller.worker_group import CallResult, Inbox, post
+from orchestrator.controller.services.actor_classes import ActorClasses
+from orchestrator.controller.services.rendezvous_client import NAME as STORE
+from orchestrator.controller.services.rendezvous_client import RendezvousClient
+from orchestrator.controller.services.tracker_client import NAME as TRACKER
+from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.run_records.data_preparation import Preparation, PreparedData
 from orchestrator.run_records.run_history import retry_until_written
 from orchestrator.spec.job import JobSpec

@@ -11,8 +11,8 @@ from typing import Any, Concatenate, ParamSpec
 
 from orchestrator.cluster.actors import ActorOptions, Handle, start_host
 from orchestrator.cluster.calls import reason_of
+from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
-from orchestrator.controller.worker_group import CallResult, Inbox, post
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry

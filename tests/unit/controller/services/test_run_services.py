@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.controller.actor_classes import ActorClasses
-from orchestrator.controller.services import RunServices
-from orchestrator.controller.worker_group import Inbox
+from orchestrator.cluster.inbox import Inbox
+from orchestrator.controller.services.actor_classes import ActorClasses
+from orchestrator.controller.services.run_services import RunServices
 from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.spec.job import JobSpec
 

@@ -1,0 +1,75 @@
+"""Decisions of a controller: observe, ask `policy.lifecycle` what to do, journal it, then carry it out."""
+
+from contextlib import suppress
+
+from orchestrator.cluster.inbox import Inbox
+from orchestrator.controller.observer import Observer
+from orchestrator.controller.recorder import StepRecorder
+from orchestrator.controller.requests import PendingRequests
+from orchestrator.controller.run_checkpoints import RunCheckpoints
+from orchestrator.controller.services.rendezvous_client import head_address
+from orchestrator.controller.startup import OpenedRun
+from orchestrator.controller.worker_group import WorkerGroup
+from orchestrator.errors import StorageError
+from orchestrator.policy.lifecycle import decide, directive_of
+from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+
+
+class DecisionMaker:
+    """Makes a run's decisions, one at a time."""
+
+    def __init__(
+        self,
+        run: OpenedRun,
+        observer: Observer,
+        recorder: StepRecorder,
+        checkpoints: RunCheckpoints,
+        worker_group: WorkerGroup,
+        requests: PendingRequests,
+        inbox: Inbox,
+    ) -> None:
+        self._limits, self._memory, self._observer = run.limits, run.memory, observer
+        self._recorder, self._checkpoints = recorder, checkpoints
+        self._worker_group, self._requests, self._inbox = worker_group, requests, inbox
+
+    def turn(self) -> None:
+        """Make one decision: journal it first, then carry it out.
+
+        Raises:
+            StorageError: something could not be journalled. The next turn decides again.
+        """
+        seen = self._observer.observe(verifies=True)
+        decision = decide(self._limits, self._memory.state, seen)
+        events = [action for action in decision.actions if isinstance(action, Event)]
+        for entry in self._memory.decided(decision.state, events):
+            self._recorder.tell(entry)
+        for action in decision.actions:
+            if isinstance(action, Commit):
+                self._commit(action)
+            elif isinstance(action, KillWorker):
+                self._worker_group.kill(action.worker)
+        if decision.state.outcome is None:  # else the loop ends the workers, once their last records are read
+            self._direct(decision.state, seen)
+        self._requests.turned()
+
+    def _commit(self, action: Commit) -> None:
+        path = self._checkpoints.commit(action)
+        if path is None:
+            return
+        self._recorder.note(CheckpointCommitted(action.step, str(path)))
+        self._checkpoints.newest = action.step
+        self._inbox.put(None)
+        deleted = self._checkpoints.drop_old()
+        if deleted:
+            with suppress(StorageError):
+                self._recorder.note(CheckpointsDeleted(deleted))
+
+    def _direct(self, state: RunState, seen: Observation) -> None:
+        """Start and end workers as decided, warm the new ones once the data's location is known, direct all."""
+        self._worker_group.reconcile(state.worker_group, (*state.failures.quarantine, *seen.draining))
+        data = self._memory.data
+        if data is not None:
+            self._worker_group.warm(data.store_dir, data.vocab_size, head_address())
+        self._worker_group.tell(directive_of(state, self._memory.term))

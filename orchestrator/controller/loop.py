@@ -1,0 +1,116 @@
+"""Life of a run's controller, in its own thread: train until the run has ended, then remove everything of it."""
+
+import logging
+import os
+import traceback
+from contextlib import suppress
+
+import ray
+
+from orchestrator.cluster.actors import find
+from orchestrator.controller.decisions import DecisionMaker
+from orchestrator.controller.observer import Observer
+from orchestrator.controller.polling import Polls
+from orchestrator.controller.services.run_services import RunServices
+from orchestrator.controller.shutdown import await_gone, remove_groups
+from orchestrator.controller.startup import OpenedRun
+from orchestrator.controller.worker_group import WorkerGroup
+from orchestrator.errors import StorageError, TermSuperseded
+from orchestrator.policy.state.run_state import ended
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.run import ControllerFailed, Submitted
+from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.run_history import retry_until_written
+from orchestrator.run_records.status import to_json
+
+log = logging.getLogger("orchestrator.control")
+
+
+class RunLoop:
+    """The loop of one run: process answers, then decide, at every change."""
+
+    def __init__(
+        self,
+        run: OpenedRun,
+        polls: Polls,
+        decisions: DecisionMaker,
+        worker_group: WorkerGroup,
+        services: RunServices,
+        observer: Observer,
+    ) -> None:
+        self._run_id, self._limits, self._memory = run.run_id, run.limits, run.memory
+        self._polls, self._decisions, self._observer = polls, decisions, observer
+        self._worker_group, self._services = worker_group, services
+        self.has_closed = False  # everything of the run has ended
+
+    def live(self) -> None:
+        """Control the run to its end, then end this process."""
+        try:
+            try:
+                self._begin()
+                self._train()
+            except TermSuperseded:
+                raise
+            except Exception as error:  # the run ends as failed, with this as its reason, and is cleaned up
+                self._fail(error)
+            self._close()
+        except TermSuperseded as error:
+            log.error("run %s: %s", self._run_id, error)
+        except Exception:
+            log.exception("run %s: its end could not be recorded; the next incarnation tries again", self._run_id)
+            os._exit(1)
+        self._exit()
+
+    def _begin(self) -> None:
+        state = self._memory.state
+        if Submitted not in self._memory.times:
+            retry_until_written(lambda: self._memory.note(Submitted(self._run_id, self._limits.initial_workers)))
+        if state.outcome is None:
+            self._services.start(self._memory.data)
+        self._worker_group.adopt(state.worker_group)
+        left_behind = self._worker_group.handles  # all others are of workers that an earlier incarnation ended
+        remove_groups(self._run_id, state.num_spawned, keep=left_behind)
+        self._polls.start()
+
+    def _train(self) -> None:
+        while self._memory.state.outcome is None:
+            if self._polls.listen() or self._waits_for_time() or self._memory.trouble is not None:
+                with suppress(StorageError):  # nothing was decided; the next turn decides again
+                    self._turn()
+
+    def _waits_for_time(self) -> bool:
+        """Whether the next decision may depend on time alone."""
+        state = self._memory.state
+        is_failing = state.transition is not None and state.transition.failing_since_s is not None
+        is_late = state.is_recovering or state.wants_restore or is_failing or self._worker_group.is_quiet()
+        return is_late and not state.is_queued
+
+    def _turn(self) -> None:
+        if self._services.data not in (None, self._memory.data):
+            self._memory.prepared(self._services.data)
+        self._decisions.turn()
+
+    def _fail(self, error: Exception) -> None:
+        log.exception("run %s: its controller failed", self._run_id)
+        trace = "".join(traceback.format_exception(error))
+        over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", trace)
+        events = [ControllerFailed(trace), *(action for action in over.actions if isinstance(action, Event))]
+        retry_until_written(lambda: self._memory.decided(over.state, events))
+
+    def _close(self) -> None:
+        """End and remove everything of the run, then write its final status to run storage."""
+        state = self._memory.state
+        self._polls.collect_last()
+        self._worker_group.reconcile(())
+        remove_groups(self._run_id, state.num_spawned)
+        self._services.close(str(state.outcome), state.why, self._memory.progress.watermark)
+        await_gone(self._run_id)
+        retry_until_written(lambda: self._memory.conclude(to_json(self._observer.status(closed=True))))
+        self.has_closed = True  # only once run storage shows it too
+        log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
+
+    def _exit(self) -> None:
+        """Exit for good: Ray restarts an actor that merely exits."""
+        me = find(f"{self._run_id}/controller")
+        if me is not None:
+            ray.kill(me, no_restart=True)

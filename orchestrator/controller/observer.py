@@ -1,0 +1,68 @@
+"""Observer of a run: what its controller knows at one moment, for decisions and for users."""
+
+import time
+
+from orchestrator.controller.monitors import Monitors
+from orchestrator.controller.requests import PendingRequests
+from orchestrator.controller.run_checkpoints import RunCheckpoints
+from orchestrator.controller.services.run_services import RunServices
+from orchestrator.controller.startup import OpenedRun
+from orchestrator.controller.worker_group import WorkerGroup
+from orchestrator.policy.state.run_state import Observation
+from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.status import status_of
+
+
+class Observer:
+    """Reads what the other parts of the controller know. Methods may be called from any thread."""
+
+    def __init__(
+        self,
+        run: OpenedRun,
+        requests: PendingRequests,
+        worker_group: WorkerGroup,
+        services: RunServices,
+        checkpoints: RunCheckpoints,
+        monitors: Monitors,
+    ) -> None:
+        self._run, self._memory, self._requests, self._worker_group = run, run.memory, requests, worker_group
+        self._services, self._checkpoints, self._monitors = services, checkpoints, monitors
+
+    def observe(self, verifies: bool = False) -> Observation:
+        """What is known now. `verifies`: verify checkpoints, which may take long, if one is wanted."""
+        restorable = self._checkpoints.restorable() if verifies else None
+        now_s = time.monotonic()
+        return Observation(
+            term=self._memory.term,
+            now_s=time.time(),
+            target=self._requests.newest,
+            progress=self._memory.progress,
+            reports=dict(self._worker_group.reports),
+            lost=dict(self._worker_group.lost),
+            checkpointed=self._checkpoints.newest,
+            restorable=restorable,
+            unreadable=self._checkpoints.unreadable,
+            causes=dict(self._worker_group.causes),
+            nodes=dict(self._worker_group.nodes),
+            silence_s=self._worker_group.silence_s(now_s),
+            idle_s=now_s - self._worker_group.stirred_s,
+            store_address=self._services.store.address,
+            faults=(*self._checkpoints.faults, *self._services.faults),
+            draining=self._monitors.draining,
+            grant=self._requests.grant,
+        )
+
+    def status(self, closed: bool) -> RunStatus:
+        """The run's status. `closed`: everything of the run has ended."""
+        seen = self.observe()
+        return status_of(
+            self._run.limits,
+            self._run.job.model,
+            self._memory,
+            seen,
+            run_dir=self._run.run_dir,
+            tracking_url=self._services.tracker.url,
+            warning=self._memory.trouble or seen.unreadable or self._services.tracker.warning,
+            preparing=self._services.preparing,
+            closed=closed,
+        )

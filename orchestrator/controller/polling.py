@@ -1,0 +1,86 @@
+"""Answers of a run's actors, and the polls that ask for them."""
+
+import time
+from contextlib import suppress
+from queue import Empty
+
+from orchestrator.cluster.inbox import CallResult, Inbox
+from orchestrator.controller.monitors import Monitors
+from orchestrator.controller.observer import Observer
+from orchestrator.controller.recorder import StepRecorder
+from orchestrator.controller.services.run_services import NAMES, RunServices
+from orchestrator.controller.shutdown import collect_final_records
+from orchestrator.controller.worker_group import WorkerGroup
+from orchestrator.run_records.run_history import JournaledRun
+
+BEAT_S = 0.05  # poll interval while the world changes
+CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of a core that workers may need
+
+
+class Polls:
+    """Takes each answer to the part of the controller that asked for it."""
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        memory: JournaledRun,
+        worker_group: WorkerGroup,
+        services: RunServices,
+        monitors: Monitors,
+        recorder: StepRecorder,
+        observer: Observer,
+    ) -> None:
+        self._inbox, self._memory, self._worker_group = inbox, memory, worker_group
+        self._services, self._monitors, self._recorder, self._observer = services, monitors, recorder, observer
+
+    def start(self) -> None:
+        """Start the monitors, and let the first `listen` return at once."""
+        self._monitors.start()
+        self._inbox.put(None)
+
+    def listen(self) -> bool:
+        """Process all answers that have arrived, waiting briefly for the first, then send the polls that are due.
+
+        Returns:
+            whether anything arrived.
+        """
+        answers: list[CallResult | None] = []
+        with suppress(Empty):
+            answers.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
+            while not self._inbox.empty():
+                answers.append(self._inbox.get())
+        for answer in answers:
+            if answer is not None:
+                self._take(answer)
+        self._ask(time.monotonic())
+        return bool(answers)
+
+    def collect_last(self) -> None:
+        """Collect what the workers of a run that has ended still know: their last steps and their energy."""
+        members, watermark = self._memory.state.members, self._memory.progress.watermark
+        collect_final_records(self._worker_group, self._inbox, members, watermark, self._take)
+        self._monitors.close(self._worker_group.handles)
+
+    def _ask(self, now_s: float) -> None:
+        self._worker_group.poll(now_s, eager=self._memory.state.is_changing)
+        seen = self._observer.observe()
+        self._recorder.ask(seen, now_s)
+        self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
+        self._monitors.poll(now_s, self._worker_group.handles)
+        self._recorder.tell_of_tracking()
+        self._recorder.show_run(seen, now_s)
+
+    def _take(self, answer: CallResult) -> None:
+        if answer.of in NAMES:
+            return self._services.take(answer)
+        if answer.method in Monitors.READS:
+            return self._recorder.show(self._monitors.take(answer, self._memory.progress.watermark))
+        if answer.method == WorkerGroup.RECORDS:
+            self._recorder.answered()
+        report = self._worker_group.take(answer)
+        if report is not None:
+            self._recorder.hear_numerics(answer.of, report.process.numerics)
+            self._recorder.hear_saturation(answer.of, report.health.saturated)
+        if report is not None and report.history.records:
+            self._recorder.enter(report.history.records, self._observer.observe())
+        return None

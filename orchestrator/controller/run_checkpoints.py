@@ -1,0 +1,48 @@
+"""Checkpoints of a run for its controller: the newest one, the one to restore, commits and deletions."""
+
+import time
+from pathlib import Path
+
+from orchestrator.controller.startup import OpenedRun
+from orchestrator.errors import OrchestratorError, TermSuperseded
+from orchestrator.policy.state.run_state import Commit
+from orchestrator.protocol.messages import Restore
+from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkpoint, drop_old_checkpoints
+
+
+class RunCheckpoints:
+    """Checkpoints of one run."""
+
+    def __init__(self, run: OpenedRun) -> None:
+        self._run, self._memory = run, run.memory
+        self._finder = CheckpointFinder(run.run_dir)
+        self._faults: list[str] = []
+        self.newest = run.memory.state.checkpoint_done  # step of the newest complete checkpoint; -1 for none
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Checkpoints that could not be completed."""
+        return tuple(self._faults)
+
+    @property
+    def unreadable(self) -> str:
+        """Why it is unknown now which checkpoint can be restored, while a restore is wanted."""
+        return self._finder.trouble if self._memory.state.wants_restore else ""
+
+    def restorable(self) -> Restore | None:
+        """The newest good checkpoint, if a restore is wanted. Verifies digests, which may take long."""
+        return self._finder.newest_good(time.monotonic()) if self._memory.state.wants_restore else None
+
+    def commit(self, action: Commit) -> Path | None:
+        """Complete a checkpoint. Returns its path; None if that failed, which is a fault. Raises TermSuperseded."""
+        try:
+            return commit_checkpoint(self._run.run_id, self._run.run_dir, self._memory.term, action)
+        except TermSuperseded:
+            raise
+        except (OrchestratorError, OSError) as error:
+            self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
+            return None
+
+    def drop_old(self) -> tuple[int, ...]:
+        """Delete checkpoints that the job doesn't keep. Returns their steps."""
+        return drop_old_checkpoints(self._run.run_dir, self._run.job.checkpoint, self._memory.progress.validations)

@@ -1,0 +1,59 @@
+"""Start of a controller: it takes the run's next term and continues from the journal. Retried until storage works."""
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.cluster.actors import log_to
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.requests import queued, resumed
+from orchestrator.protocol.events.base import Event
+from orchestrator.protocol.events.run import Submitted
+from orchestrator.protocol.messages import ResumeRequest
+from orchestrator.run_records.checkpoints import leave_behind
+from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, retry_until_written
+from orchestrator.spec.job import JobSpec
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run as its new controller finds it."""
+
+    run_id: str
+    run_dir: Path
+    job: JobSpec
+    limits: RunLimits
+    memory: JournaledRun
+
+
+def open_run(run_id: str, run_dir: Path, order: ResumeRequest | None, since_s: float | None) -> OpenedRun:
+    """Take the next term, read the journal, and apply `order` unless an earlier incarnation has.
+
+    Args:
+        run_dir: the run's directory in run storage, which contains `job.json`.
+        order: request to resume from a checkpoint.
+        since_s: `time.time()` when the run was requested and entered the queue; None for now.
+    """
+    since_s = time.time() if since_s is None else since_s
+    retry_until_written(lambda: log_to(run_dir / "logs" / "controller.log"))
+    job = JobSpec.model_validate_json(retry_until_written((run_dir / "job.json").read_text))
+    limits = RunLimits.of(run_id, job)
+    holder = f"{socket.gethostname()} pid {os.getpid()}"
+    memory = retry_until_written(lambda: JournaledRun(run_dir, limits, holder))
+    run = OpenedRun(run_id, run_dir, job, limits, memory)
+    if order is not None and order.token != memory.resumed_by:
+        retry_until_written(lambda: _resume(run, order, since_s))
+    elif Submitted not in memory.times:
+        retry_until_written(lambda: memory.decided(queued(memory.state, since_s), []))
+    if memory.state.current is None:  # an earlier incarnation may have crashed before this
+        retry_until_written(lambda: leave_behind(run_dir, memory.state.checkpoint_done, memory.term))
+    return run
+
+
+def _resume(run: OpenedRun, order: ResumeRequest, since_s: float) -> None:
+    decision = resumed(run.limits, run.memory.state, order)
+    events = [action for action in decision.actions if isinstance(action, Event)]
+    run.memory.decided(queued(decision.state, since_s), events)
+    (run.run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its previous end

@@ -1,0 +1,41 @@
+"""Environment variables of worker processes."""
+
+from orchestrator.spec.job import JobSpec
+
+# A worker keeps freed memory (glibc's mallopt variables): every step and every fence allocates tens of megabytes again,
+# and getting them from the kernel anew costs more than filling them. At 17 M parameters on two cores the median stall
+# of a rescale fell from 0.6 to 0.3 s. Huge pages, where the kernel gives them on request: a killed process returns its
+# memory before it closes its connections, and until then no peer notices. With 1.2 GB of small pages that takes 80 ms,
+# with huge ones 11 (a scratch script).
+#
+# A thread spins at a barrier for at most 10,000 iterations, not libgomp's 300,000: the thread it waits for may need its
+# core. On two cores, one run each: a pass of a small model took 0.046 s with either limit and 0.09 s without spinning.
+# On cores busy with other work it took 0.8 to 1.8 s and, with libgomp's limit, more than 7 s (a scratch script).
+WORKER_ENV = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "GOMP_SPINCOUNT": "10000",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+}
+
+# A failed peer may end the communicator, but never the process, whose state is needed now: 2 does that. The monitor of
+# NCCL's watchdog would end a process that waits in an abort. Not tried on GPUs yet.
+NCCL_ENV = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+
+# For bitwise reproducible runs, libraries must not choose algorithms by current load or by memory addresses. On one
+# processor 166 of 400 shapes of fp32 products had other bits if a matrix began at another address, and none with
+# MKL_CBWR, which cost nothing (a scratch script).
+EXACT_ENV = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # required by torch.use_deterministic_algorithms
+    "MKL_CBWR": "AUTO,STRICT",
+    "MKL_DYNAMIC": "FALSE",
+    "OMP_DYNAMIC": "FALSE",
+}
+
+
+def env_of_worker(job: JobSpec, threads: int) -> dict[str, str]:
+    """Environment of a worker with this number of torch threads. The job's own variables win over `WORKER_ENV` only."""
+    env = WORKER_ENV | dict(job.envs) | {"OMP_NUM_THREADS": str(threads)}
+    env |= EXACT_ENV if job.train.is_exact else {}
+    return env | (NCCL_ENV if job.resources.gpus else {"DS_ACCELERATOR": "cpu"})
