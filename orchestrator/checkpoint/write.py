@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,14 +198,19 @@ def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[str, 
     """Write, flush and rename into place; returns (sha256, size in bytes)."""
     digest = hashlib.sha256()
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        for chunk in chunks:
-            digest.update(chunk)
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-        num_bytes = file.tell()
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+            num_bytes = file.tell()
+        partial.replace(path)
+    except OSError:
+        with suppress(OSError):  # what couldn't be written takes no space from what can be
+            partial.unlink()
+        raise
     return digest.hexdigest(), num_bytes
 
 

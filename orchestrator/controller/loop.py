@@ -74,7 +74,7 @@ class RunLoop:
 
     def _train(self) -> None:
         while self._memory.state.outcome is None:
-            if self._polls.listen() or self._waits_for_time() or self._memory.trouble is not None:
+            if self._polls.listen() or self._waits_for_time() or self._observer.storage_trouble() is not None:
                 with suppress(StorageError):  # nothing was decided; the next turn decides again
                     self._turn()
 

@@ -52,6 +52,11 @@ class Observer:
             grant=self._requests.grant,
         )
 
+    def storage_trouble(self) -> str | None:
+        """What run storage refuses now: entries of the journal, or a checkpoint, which is tried again meanwhile."""
+        unsaved = (report.unsaved for report in tuple(self._worker_group.reports.values()))
+        return self._memory.trouble or self._checkpoints.trouble or next(filter(None, unsaved), None)
+
     def status(self, closed: bool) -> RunStatus:
         """The run's status. `closed`: everything of the run has ended."""
         seen = self.observe()
@@ -62,7 +67,7 @@ class Observer:
             seen,
             run_dir=self._run.run_dir,
             tracking_url=self._services.tracker.url,
-            warning=self._memory.trouble or seen.unreadable or self._services.tracker.warning,
+            warning=self.storage_trouble() or seen.unreadable or self._services.tracker.warning,
             preparing=self._services.preparing,
             closed=closed,
         )

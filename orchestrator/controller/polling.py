@@ -68,6 +68,7 @@ class Polls:
         self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
         self._monitors.poll(now_s, self._worker_group.handles)
         self._recorder.tell_of_tracking()
+        self._recorder.tell_of_storage(self._observer.storage_trouble())
         self._recorder.show_run(seen, now_s)
 
     def _take(self, answer: CallResult) -> None:

@@ -25,6 +25,8 @@ from orchestrator.protocol.events.notices import (
     GradientSaturated,
     NumericsDiffer,
     NumericsRecorded,
+    StorageFails,
+    StorageWorks,
     TrackingFails,
     TrackingWorks,
 )
@@ -47,7 +49,7 @@ class StepRecorder:
         self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last requested; inf while a request is open
         self._numerics: dict[str, str] = {}  # by worker, as journalled
-        self._tracking_fails = False  # as journalled
+        self._tracking_fails = self._storage_fails = False  # as journalled
 
     def ask(self, seen: Observation, now_s: float) -> None:
         """Request records at intervals, and at once when a checkpoint waits for them."""
@@ -133,3 +135,10 @@ class StepRecorder:
                 entry = self._memory.note(TrackingWorks() if warning is None else TrackingFails(warning))
                 self._tracking_fails = warning is not None
                 self.tell(entry)
+
+    def tell_of_storage(self, trouble: str | None) -> None:
+        """Journal when run storage begins to refuse writes, and when it takes them again."""
+        if (trouble is not None) != self._storage_fails:
+            with suppress(StorageError):  # retried at the next call
+                self.note(StorageWorks() if trouble is None else StorageFails(trouble))
+                self._storage_fails = trouble is not None

@@ -9,6 +9,8 @@ from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
 from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkpoint, drop_old_checkpoints
 
+COMMIT_AGAIN_S = 1.0  # until a refused commit is repeated
+
 
 class RunCheckpoints:
     """Checkpoints of one run."""
@@ -17,6 +19,8 @@ class RunCheckpoints:
         self._run, self._memory = run, run.memory
         self._finder = CheckpointFinder(run.run_dir)
         self._faults: list[str] = []
+        self._refused_s = -COMMIT_AGAIN_S
+        self.trouble = ""  # why a checkpoint of which all parts are written isn't complete
         self.newest = run.memory.state.checkpoint_done  # step of the newest complete checkpoint; -1 for none
 
     @property
@@ -34,14 +38,24 @@ class RunCheckpoints:
         return self._finder.newest_good(time.monotonic()) if self._memory.state.wants_restore else None
 
     def commit(self, action: Commit) -> Path | None:
-        """Complete a checkpoint. Returns its path; None if that failed, which is a fault. Raises TermSuperseded."""
+        """Complete a checkpoint. Returns its path; None if that failed: it is a fault, unless storage refused it, which
+        is tried again. Raises TermSuperseded.
+        """
+        if time.monotonic() - self._refused_s < COMMIT_AGAIN_S:
+            return None
         try:
-            return commit_checkpoint(self._run.run_id, self._run.run_dir, self._memory.term, action)
+            path = commit_checkpoint(self._run.run_id, self._run.run_dir, self._memory.term, action)
         except TermSuperseded:
             raise
-        except (OrchestratorError, OSError) as error:
+        except OSError as error:
+            self._refused_s = time.monotonic()
+            self.trouble = f"a checkpoint can't be written: {error.strerror or error}"
+            return None
+        except OrchestratorError as error:
             self._faults.append(f"the checkpoint of step {action.step} could not be completed: {error}")
             return None
+        self.trouble = ""
+        return path
 
     def drop_old(self) -> tuple[int, ...]:
         """Delete checkpoints that the job doesn't keep. Returns their steps."""

@@ -194,6 +194,7 @@ class Report:
         step: last finished step; -1 before the first.
         seen: seq of the newest directive.
         shards: the newest ones that it has written for checkpoints.
+        unsaved: why storage refuses its part of a checkpoint, which it goes on trying to write; empty if it doesn't.
         micro_batches: memory that its micro-batches use, if measured.
         checked: result of the requested replay check.
     """
@@ -211,5 +212,6 @@ class Report:
     health: HealthReport = field(default_factory=HealthReport)
     process: ProcessReport = field(default_factory=ProcessReport)
     shards: tuple[ShardWritten, ...] = ()
+    unsaved: str = ""
     micro_batches: MicroBatchMemory | None = None
     checked: ReplayResult | None = None

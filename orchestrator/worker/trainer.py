@@ -60,7 +60,9 @@ class Trainer:
         checkpoints = Path(factory.job.storage_dir) / "checkpoints"
         keeps = self._spec.communication.compression.keeps
         numerics = mailbox.state.process.numerics
-        self._saver = ShardSaver(checkpoints, factory.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
+        self._saver = ShardSaver(
+            checkpoints, factory.saved_shapes(), keeps, numerics, self._saved, self._refused, self._not_saved
+        )
         self._shard: Shard | None = None
         self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.steps - 1)
         self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
@@ -125,8 +127,8 @@ class Trainer:
         self._mailbox.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
         while self._progress.step + 1 < self._spec.train.steps:
             outcome = self._step(shard)
-            if self._checkpoint_due():
-                self._saver.save(shard, self._progress)
+            if self._checkpoint_due() and (outcome.is_late or not self._saver.save(shard, self._progress)):
+                log.warning("no checkpoint of step %d: an earlier one isn't written yet", self._progress.step)
             if outcome.finish:
                 return None
             if outcome.fence != NO_FENCE:
@@ -149,7 +151,8 @@ class Trainer:
             fence, finish = self._preparer.fence_after(step), directive.finish is not FinishMode.NO
             if is_due or finish or fence != NO_FENCE:
                 self._snapshots.acknowledged()
-            return RankProposal(fence, finish, self._snapshots.wanted_interval, self._stages.propose(directive))
+            stages, is_late = self._stages.propose(directive), self._saver.is_late
+            return RankProposal(fence, finish, self._snapshots.wanted_interval, stages, is_late)
 
         keep_gradients = self._snapshots.wants_gradients(step)
         stepped = self._stepper.step(shard, self._progress, before_update, propose, keep_gradients)
@@ -335,8 +338,10 @@ class Trainer:
     def _finish(self, shard: Shard) -> None:
         """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""
         generation, step = shard.world.generation, self._progress.step
-        self._saver.save(shard, self._progress)
-        self._saver.wait()
+        self._saver.save(shard, self._progress, is_last=True)
+        while not self._saver.wait(POLL_S):
+            if self._mailbox.directive.aborted >= generation:
+                raise AbortedGeneration(f"generation {generation} was aborted before its last checkpoint was written")
         self._mailbox.publish(phase=Phase.FINISHED)
         log.info("finished after step %d", step)
         directive = self._mailbox.wait(lambda d: d.checkpoint_done >= step or d.aborted >= generation)
@@ -344,12 +349,15 @@ class Trainer:
             raise AbortedGeneration(f"generation {generation} was aborted before its last checkpoint was complete")
 
     def _saved(self, written: ShardWritten) -> None:
-        self._mailbox.publish(shards=(*self._mailbox.state.shards[-3:], written))
+        self._mailbox.publish(shards=(*self._mailbox.state.shards[-3:], written), unsaved="")
+
+    def _refused(self, why: str) -> None:
+        self._mailbox.publish(unsaved=why)
 
     def _not_saved(self, error: Exception) -> None:
         self._mailbox.publish(
             phase=Phase.FAILED,
-            error=WorkerError("storage", f"a checkpoint could not be written: {error}", traceback.format_exc()),
+            error=WorkerError("internal", f"a checkpoint could not be written: {error}", traceback.format_exc()),
         )
 
     def _fail(self, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Events of interest to users: experts, replay checks, numerics, tracking."""
+"""Events of interest to users: experts, replay checks, numerics, storage, tracking."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,18 @@ class GradientSaturated(Event):
     worker: str
     step: int
     parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StorageFails(Event):
+    """Run storage refuses checkpoints or entries of the journal. They are tried again; training goes on meanwhile."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class StorageWorks(Event):
+    """Run storage takes everything again."""
 
 
 @dataclass(frozen=True)

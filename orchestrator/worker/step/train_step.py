@@ -45,6 +45,7 @@ class RankProposal:
     finish: bool
     interval: int
     stages: int = 0
+    is_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class TrainStep:
             interval=proposal.interval,
             busy_s=busy_s / share if share else 0.0,
             stages=proposal.stages,
+            is_late=proposal.is_late,
             traffic=traffic,
             compression=shard.choosing.proposal,
             digests=digests,

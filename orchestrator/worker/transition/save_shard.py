@@ -7,8 +7,10 @@ are saved by each rank for itself: all parts together are what was never sent.
 
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -20,10 +22,13 @@ from orchestrator.state.snapshot import PARTIAL
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
 MOMENT = "exp_avg/"
+LATE_AFTER_S = 5.0  # of a write: training waits that long for one before it goes on without the next checkpoint
+AGAIN_S = 1.0  # until a refused write is repeated
+SETTLE_EVERY_S = 0.05
 
 
 class ShardSaver:
-    """Writes one shard at a time.
+    """Writes one shard at a time, again and again while storage refuses it: that is no error of the worker.
 
     Args:
         checkpoints: the run's directory of checkpoints.
@@ -31,7 +36,8 @@ class ShardSaver:
         keeps: state that gradient compression keeps, as in `CompressionSpec.keeps`.
         numerics: as in a worker's report.
         done: called from the writing thread with the written shard.
-        failed: called from it with the error.
+        refused: called from it with the reason each time that storage refuses the shard.
+        failed: called from it with an error of any other kind.
     """
 
     def __init__(
@@ -41,50 +47,97 @@ class ShardSaver:
         keeps: str,
         numerics: str,
         done: Callable[[ShardWritten], None],
+        refused: Callable[[str], None],
         failed: Callable[[Exception], None],
     ) -> None:
         self._shapes, self._keeps, self._numerics = shapes, keeps, numerics
-        self._checkpoints, self._done, self._failed = checkpoints, done, failed
-        self._thread: threading.Thread | None = None
+        self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
+        self._write: _Write | None = None
 
-    def save(self, shard: Shard, progress: TrainingProgress) -> None:
-        """Copy the shard now and write it in the background. Waits for a write that is still under way."""
-        self.wait()
+    @property
+    def is_late(self) -> bool:
+        """Whether a write is under way that storage has refused once, or that takes long."""
+        return self._write is not None and self._write.is_late
+
+    def save(self, shard: Shard, progress: TrainingProgress, is_last: bool = False) -> bool:
+        """Copy the shard now and write it in the background. Waits for a write under way until that is late.
+
+        Args:
+            is_last: the run's last shard is written in any case: a late one is given up for it.
+
+        Returns:
+            False if nothing was saved, since an earlier write is late.
+        """
+        if self._write is not None and not self._write.settle():
+            if not is_last:
+                return False
+            self._write.given_up.set()
         pieces = pieces_of(shard.engine.ranges(), shard.rank)
-        self._thread = threading.Thread(
-            target=self._write, args=(pieces, shard, progress), name="checkpoint", daemon=True
+        meta = {
+            **asdict(progress),
+            "shapes": self._shapes,
+            "compression": self._keeps,
+            **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
+            "world_size": shard.world.size,
+        }
+        attempt = partial(
+            write_shard,
+            self._checkpoints,
+            pieces,
+            step=progress.step,
+            term=shard.term,  # of the plan: ranks may learn of a newer controller at different moments
+            generation=shard.world.generation,
+            rank=shard.rank,
+            meta=json.dumps(meta, sort_keys=True),
         )
-        self._thread.start()
+        self._write = _Write(attempt, self._done, self._refused, self._failed)
+        self._write.start()
+        return True
 
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the write under way. Returns whether it has ended."""
+        if self._write is not None:
+            self._write.join(timeout_s)
+        return self._write is None or not self._write.is_alive()
 
-    def _write(self, pieces: list[ShardPiece], shard: Shard, progress: TrainingProgress) -> None:
-        try:
-            written = write_shard(
-                self._checkpoints,
-                pieces,
-                step=progress.step,
-                term=shard.term,  # of the plan: ranks may learn of a newer controller at different moments
-                generation=shard.world.generation,
-                rank=shard.rank,
-                meta=json.dumps(
-                    {
-                        **asdict(progress),
-                        "shapes": self._shapes,
-                        "compression": self._keeps,
-                        **({"numerics": json.loads(self._numerics)} if self._numerics else {}),
-                        "world_size": shard.world.size,
-                    },
-                    sort_keys=True,
-                ),
-            )
-        except Exception as error:  # of any kind: the end of the run waits for every shard
-            self._failed(error)
-        else:
-            self._done(written)
+
+class _Write(threading.Thread):
+    """Attempts to write one shard, until one succeeds or it is given up."""
+
+    def __init__(
+        self,
+        attempt: Callable[[], ShardWritten],
+        done: Callable[[ShardWritten], None],
+        refused: Callable[[str], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
+        self._began_s = time.monotonic()
+        self._was_refused = threading.Event()
+        self.given_up = threading.Event()
+
+    @property
+    def is_late(self) -> bool:
+        return self.is_alive() and (self._was_refused.is_set() or time.monotonic() - self._began_s > LATE_AFTER_S)
+
+    def settle(self) -> bool:
+        """Wait until the write has ended or is late. Returns whether it has ended."""
+        while self.is_alive() and not self.is_late:
+            self.join(SETTLE_EVERY_S)
+        return not self.is_alive()
+
+    def run(self) -> None:
+        while not self.given_up.is_set():
+            try:
+                return self._done(self._attempt())
+            except OSError as error:
+                self._was_refused.set()
+                self._refused(f"a checkpoint can't be written: {error.strerror or error}")
+            except Exception as error:  # of any kind: the end of the run waits for every shard
+                return self._failed(error)
+            self.given_up.wait(AGAIN_S)
+        return None
 
 
 def pieces_of(ranges: NamedRanges, rank: int) -> list[ShardPiece]:

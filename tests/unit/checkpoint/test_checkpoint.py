@@ -1,6 +1,8 @@
 """Write, commit, read, verify and prune on real files: any world reads any other's, damage is named."""
 
+import errno
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -316,3 +318,14 @@ def test_checkpoints_of_an_abandoned_future_are_hidden_but_not_lost(tmp_path: Pa
     assert [path.is_dir() for path in hidden] == [True, True]
     again = save(tmp_path, state_of(9), 2, term=2)
     assert_same(read_all(again), state_of(9))
+
+
+def test_a_part_that_could_not_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    piece = ShardPiece("w", 0, 4, np.arange(4, dtype=np.float32))
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space"):
+        write_shard(tmp_path, [piece], step=3, term=1, generation=0, rank=0)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
     progress = TrainingProgress(11, 10, "{}")
     written: list[ShardWritten] = []
     for rank, ranges in enumerate(ranks):
-        saver = ShardSaver(tmp_path, SHAPES, "", "", written.append, pytest.fail)
+        saver = ShardSaver(tmp_path, SHAPES, "", "", written.append, pytest.fail, pytest.fail)
         saver.save(_shard(ranges, placement, rank), progress)
         saver.wait()
     assert [(w.step, w.generation, w.rank) for w in written] == [(11, 4, 0), (11, 4, 1)]
@@ -109,17 +110,62 @@ def test_what_all_ranks_wrote_makes_a_checkpoint_that_reads_back(tmp_path: Path)
             assert np.array_equal(reader.read(name, 0, len(value)).reshape(-1), value)
 
 
-def test_a_storage_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "occupied").write_text("a file, no directory")
-    placement = ExpertPlacement.balanced(3, 1)
-    _, (ranges,) = _state(placement, False)
-    failures: list[Exception] = []
-    saver = ShardSaver(
-        tmp_path / "occupied", SHAPES, "", "", lambda written: pytest.fail("nothing was written"), failures.append
-    )
-    saver.save(_shard(ranges, placement, 0), TrainingProgress(0, 1, "{}"))
-    saver.wait()
-    assert [type(error) for error in failures] == [NotADirectoryError]
+class Scene:
+    """A saver of one rank, with what it reports."""
+
+    def __init__(self, checkpoints: Path) -> None:
+        self.written: list[ShardWritten] = []
+        self.reasons: SimpleQueue[str] = SimpleQueue()
+        self.failures: list[Exception] = []
+        report = (self.written.append, self.reasons.put, self.failures.append)
+        self.saver = ShardSaver(checkpoints, SHAPES, "", "", *report)
+        self._placement = ExpertPlacement.balanced(3, 1)
+        _, (self.ranges,) = _state(self._placement, False)
+
+    def save(self, step: int, is_last: bool = False) -> bool:
+        return self.saver.save(_shard(self.ranges, self._placement, 0), TrainingProgress(step, step + 1, "{}"), is_last)
+
+
+def test_what_storage_refuses_is_written_later(tmp_path: Path) -> None:
+    """The state is that of its step, and no later checkpoint is begun meanwhile."""
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.write_text("a file where a directory is needed")
+    scene = Scene(checkpoints)
+    assert scene.save(3)
+    assert scene.reasons.get(timeout=10.0) == "a checkpoint can't be written: Not a directory"
+    assert scene.saver.is_late and not scene.save(4)
+    first = next(held for _, held in scene.ranges)
+    before = first.data.clone()
+    first.data.fill_(9.0)
+    checkpoints.unlink()
+    assert scene.saver.wait(10.0) and not scene.saver.is_late
+    assert [shard.step for shard in scene.written] == [3] and scene.failures == []
+    first.data.copy_(before)
+    assert scene.save(5) and scene.saver.wait(10.0)
+    assert [shard.step for shard in scene.written] == [3, 5]
+    assert scene.written[0].sha256 == scene.written[1].sha256
+
+
+def test_the_last_shard_takes_the_place_of_a_late_one(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.write_text("a file where a directory is needed")
+    scene = Scene(checkpoints)
+    scene.save(3)
+    scene.reasons.get(timeout=10.0)
+    assert scene.save(7, is_last=True)
+    checkpoints.unlink()
+    assert scene.saver.wait(10.0)
+    assert [shard.step for shard in scene.written] == [7]
+
+
+def test_an_error_that_is_not_of_storage_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*args: object, **kwargs: object) -> None:
+        raise ValueError("a range is named twice")
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.write_shard", write)
+    scene = Scene(tmp_path)
+    assert scene.save(3) and scene.saver.wait(10.0)
+    assert [str(error) for error in scene.failures] == ["a range is named twice"]
 
 
 def test_progress_survives_json() -> None:
