@@ -1,0 +1,82 @@
+"""Run storage that fills up under a run on a real cluster: no worker is lost, no step, and the bits are the same."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.checkpoint.read import CheckpointReader
+from orchestrator.client import OrchestratorClient
+from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.run_history import read_steps
+from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from tests.support.disk import fill, small_disk
+from tests.support.real_runs import own_cluster, until
+from tests.support.texts import small_job
+
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(400)]
+
+DISK_MB = 34
+
+
+def _submit(client: OrchestratorClient, texts: Path, name: str, storage: Path, steps: int) -> str:
+    changes = {
+        "name": name,
+        "storage": str(storage),
+        "workers": WorkersSpec(min=1, max=2, initial=2),
+        "checkpoint": CheckpointSpec(every=10, keep_last=1),
+    }
+    job: JobSpec = small_job(texts, steps=steps, determinism="exact").model_copy(update=changes)
+    return client.submit(job)
+
+
+def _tensors(status: RunStatus) -> dict[str, bytes]:
+    with CheckpointReader(Path(str(status.checkpoint))) as reader:
+        reader.verify()
+        return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
+
+
+def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
+    steps = 200
+    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
+        run = _submit(client, texts, "crowded", disk / "runs", steps)
+        before = until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
+        filler = fill(disk)
+        full = until(client, run, lambda s: "can't be written" in str(s.warning))
+        later = until(client, run, lambda s: s.step > full.step + 25)  # over three checkpoints that were due
+        assert later.phase is RunPhase.TRAINING and later.recoveries == ()
+        assert later.checkpoint_step is not None and later.checkpoint_step < later.step - 15
+        filler.unlink()
+        until(client, run, lambda s: s.warning is None and (s.checkpoint_step or 0) > later.step)
+        status = client.wait(run, timeout_s=200.0)
+        assert (status.phase, status.recoveries, status.warning) == (RunPhase.SUCCEEDED, (), None), status
+        kinds = [event["kind"] for event in client.events(run)]
+        assert [kind for kind in kinds if kind.startswith("storage")] == ["storage_fails", "storage_works"]
+        assert "worker_lost" not in kinds
+        records = read_steps(Path(status.run_dir))
+        assert [record.step for record in records] == list(range(steps))
+        crowded = _tensors(status)
+        assert before.checkpoint is not None
+        run_dir = Path(status.run_dir)
+        left = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".incomplete")]
+        assert left == [] and not (run_dir / ".reserve").exists()
+        calm = client.wait(_submit(client, texts, "calm", tmp_path / "runs", steps), timeout_s=200.0)
+        assert crowded == _tensors(calm)
+
+
+def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(texts: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
+        run = _submit(client, texts, "stuck", disk / "runs", steps=5000)
+        until(client, run, lambda s: s.step > 15)
+        filler = fill(disk)
+        full = until(client, run, lambda s: "can't be written" in str(s.warning))
+        asked_s = time.monotonic()
+        client.cancel(run)
+        assert time.monotonic() - asked_s < 2.0
+        finishing = until(client, run, lambda s: s.phase is RunPhase.FINISHING)
+        assert "can't be written" in str(finishing.warning)
+        filler.unlink()
+        status = client.wait(run, timeout_s=60.0)
+        assert status.phase is RunPhase.CANCELLED and status.recoveries == (), status
+        assert status.checkpoint_step == status.step - 1 and status.step > full.step
+        assert _tensors(status)
