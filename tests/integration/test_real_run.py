@@ -54,7 +54,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     job: JobSpec = plain.model_copy(update=changes)
     run = client.submit(job)
     until(client, run, lambda s: s.step > 9)
-    pids = {w: ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0).pid for w in ("w0", "w1", "w2")}
+    pids = {w: ask(find(f"{run}/worker/{w}"), "call", "report", None, -1, 0.0).process.pid for w in ("w0", "w1", "w2")}
     os.kill(ask(find(f"{run}/rendezvous"), "pid"), signal.SIGKILL)  # the next generations meet in another one
     client.scale(run, 2)
     scaled = until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
@@ -109,7 +109,7 @@ def test_a_member_that_is_told_to_end_leaves_at_a_fence(
     changes = {"name": "polite", "workers": workers, "storage": str(tmp_path / "runs")}
     run = client.submit(small_job(texts, steps=100_000).model_copy(update=changes))
     until(client, run, lambda s: s.step > 9)
-    pid = ask(find(f"{run}/worker/w1"), "call", "report", None, -1, 0.0).pid
+    pid = ask(find(f"{run}/worker/w1"), "call", "report", None, -1, 0.0).process.pid
     os.kill(pid, signal.SIGTERM)
     status = until(client, run, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     (rescale,) = status.rescales

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from types import SimpleNamespace
 from typing import Any
 
 from orchestrator.comm.transport import stream
@@ -98,15 +99,14 @@ _wrapped: list[str] = []
 
 
 def _wrap() -> None:
-    from orchestrator.worker import trainer
     from orchestrator.worker.step.train_step import TrainStep
-    from orchestrator.worker.transition import preparation
+    from orchestrator.worker.transition import preparation, rescaler
 
     for owner, name, around in (
         (TrainStep, "step", _around_step),
         (stream.FramedStream, "send", _around_send),
         (preparation, "prepare", _around_prepare),
-        (trainer, "make_transition", _around_move),
+        (rescaler, "make_transition", _around_move),
         (preparation.TransitionPreparer, "await_activation", _around_activation),
     ):
         setattr(owner, name, around(getattr(owner, name)))
@@ -114,22 +114,23 @@ def _wrap() -> None:
 
 
 def _around_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Any, shard: Any, progress: Any, before_update: Any, propose: Any, keep_gradients: bool) -> Any:
+    def step(self: Any, shard: Any, progress: Any, hooks: Any, keep_gradients: bool) -> Any:
         global _rank
         _rank = shard.rank
         at = {"step": progress.step + 1, "generation": shard.world.generation}
         _strike(_rank, Moment.FORWARD, shard, **at)
 
         def updating() -> None:
-            before_update()
+            hooks.before_update()
             _strike(_rank, Moment.UPDATE, shard, **at)
 
-        def proposing() -> Any:
-            proposal = propose()
+        def proposing(step: int) -> Any:
+            proposal = hooks.propose(step)
             _strike(_rank, Moment.VOTE, shard, **at)
             return proposal
 
-        stepped = original(self, shard, progress, updating, proposing, keep_gradients)
+        around = SimpleNamespace(before_micro_batch=hooks.before_micro_batch, before_update=updating, propose=proposing)
+        stepped = original(self, shard, progress, around, keep_gradients)
         _strike(_rank, Moment.VOTED, shard, **at)
         return stepped
 

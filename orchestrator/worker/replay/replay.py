@@ -2,17 +2,30 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import disconnect
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
-from orchestrator.worker.step.train_step import RankProposal, TrainStep
+from orchestrator.worker.step.hooks import RankProposal
+from orchestrator.worker.step.train_step import TrainStep
 from orchestrator.worker.step.vote import NO_FENCE
 from orchestrator.worker.transition.transition import PreparedTransition, first_shard
 
-SILENT = RankProposal(NO_FENCE, finish=False, interval=0)
+
+@dataclass(frozen=True)
+class ReplayHooks:
+    """Hooks of a replayed step: it asks for nothing, and can be interrupted between micro-batches."""
+
+    before_micro_batch: Callable[[], None]
+
+    def before_update(self) -> None:
+        pass
+
+    def propose(self, step: int) -> RankProposal:
+        return RankProposal(NO_FENCE, finish=False, interval=0)
 
 
 def replay(
@@ -29,17 +42,17 @@ def replay(
         prepared: for a plan whose state comes from the seed or a checkpoint, `replayed` worlds included.
         between: called before each micro-batch, and each piece of the checkpoint; an exception from it ends the replay.
     """
-    stepper = TrainStep(factory, feed, between, validates=False)
+    train_step, hooks = TrainStep(factory, feed, validates=False), ReplayHooks(between)
     shard = None
     try:
         shard, progress, _ = first_shard(factory, prepared, feed.first_order, between)
         feed.follow(progress.sampler)
         while progress.step < last_step:
-            stepped = stepper.step(shard, progress, noop, lambda: SILENT, keep_gradients=False)
-            progress = stepped.progress
-            yield stepped.record
+            result = train_step.step(shard, progress, hooks, keep_gradients=False)
+            progress = result.progress
+            yield result.record
     finally:
-        stepper.close()
+        train_step.close()
         if shard is not None:
             shard.engine.close()
         del shard

@@ -5,6 +5,7 @@ published. The training thread waits for the controller only when it has nothing
 """
 
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from orchestrator.errors import TermSuperseded
 from orchestrator.protocol.changes import changed, read
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Phase, ProcessReport, Report
+from orchestrator.protocol.worker_report import Phase, ProcessReport, Report, ShardWritten, WorkerError
 
 MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable
 
@@ -95,6 +96,21 @@ class WorkerMailbox:
             self._records.append(record)
             del self._records[:-MAX_RECORDS]
             self._publish(step=record.step, first_record=self._records[0].step, **changes)
+
+    def add_shard(self, written: ShardWritten) -> None:
+        """Report a shard of a checkpoint. From the thread that wrote it."""
+        with self._changed:
+            self._publish(shards=(*self._report.shards[-3:], written), unsaved="")
+
+    def refuse_shard(self, why: str) -> None:
+        """Report that storage refuses a shard, which is tried again. From the thread that tried."""
+        self.publish(unsaved=why)
+
+    def fail_checkpoint(self, error: Exception) -> None:
+        """Report that a shard could not be written. From the thread that tried."""
+        message = f"a checkpoint could not be written: {error}"
+        failure = WorkerError("internal", message, "".join(traceback.format_exception(error)))
+        self.publish(phase=Phase.FAILED, error=failure)
 
     @property
     def records(self) -> tuple[StepRecord, ...]:

@@ -1,51 +1,32 @@
-"""One step: micro-batches, update, vote. After it every member knows that all have finished the step."""
+"""One step of training in six phases: load, accumulate, update, validate, vote, record.
+
+After the vote every member knows that all have finished the step.
+"""
 
 import platform
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from orchestrator.comm import collective_stats, traffic_meter
+from orchestrator.comm import traffic_meter
 from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.model.base import seed_draws
-from orchestrator.model.moe.balance import RoutingCounts, next_bias
-from orchestrator.policy.health.expert_load import expert_load, is_shown
-from orchestrator.policy.health.stragglers import slowest
-from orchestrator.protocol.expert_load import ExpertLoad
-from orchestrator.protocol.step_record import (
-    BatchRecord,
-    CommunicationRecord,
-    RoutingRecord,
-    StateRecord,
-    StepRecord,
-    StepTiming,
-    UpdateRecord,
-)
+from orchestrator.model.moe.balance import RoutingCounts
+from orchestrator.protocol.step_record import BatchRecord, CommunicationRecord, StateRecord, StepRecord, UpdateRecord
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.protocol.worker_report import MicroBatchMemory
-from orchestrator.spec.lr_schedule import decay, learning_rate
+from orchestrator.spec.lr_schedule import learning_rate
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.errors import StateCorrupted
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.step.batches import BatchReader, Prefetch, StepBatches
+from orchestrator.worker.step.clock import StepClock
+from orchestrator.worker.step.hooks import StepHooks
 from orchestrator.worker.step.memory_probe import MemoryProbe
+from orchestrator.worker.step.routing import RoutingRecorder, move_biases
 from orchestrator.worker.step.vote import NO_DIGESTS, Ballot, VoteResult, vote
-
-
-@dataclass(frozen=True)
-class RankProposal:
-    """A rank's entries in a vote besides its part of the step."""
-
-    fence: int
-    finish: bool
-    interval: int
-    stages: int = 0
-    is_late: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,196 +47,220 @@ class StepResult:
     saturated: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Step:
+    """The step under way: what all its phases use."""
+
+    number: int
+    shard: Shard
+    hooks: StepHooks
+    clock: StepClock = field(default_factory=StepClock)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether its batch is left out: evaluated, without an update."""
+        return self.number in self.shard.skips
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Loss sums per micro-batch of a batch, 0 where the micro-batch is another rank's, and the targets in all of them.
+
+    Args:
+        routed: counts of this rank's routers.
+    """
+
+    sums: NDArray[np.float64]
+    tokens: int
+    routed: RoutingCounts
+
+
 class TrainStep:
     """Does the steps of any shard.
 
     Args:
-        before_micro_batch: called before each micro-batch of a step.
         validates: as often as the job configures; else never.
     """
 
-    def __init__(
-        self,
-        factory: ShardFactory,
-        feed: BatchReader,
-        before_micro_batch: Callable[[], None] = noop,
-        validates: bool = True,
-    ) -> None:
-        self._before_micro_batch, self._validates = before_micro_batch, validates
-        self._factory, self._feed, self._spec = factory, feed, factory.spec
+    def __init__(self, factory: ShardFactory, feed: BatchReader, validates: bool = True) -> None:
+        self._spec, self._device, self._validates = factory.spec, factory.device, validates
+        self._feed = feed
         self._prefetch = Prefetch(feed, factory.spec.train.steps)
-        self._ledger = traffic_meter.Since()
-        self._counted: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step and loads of the newest step
-        self._gauge = MemoryProbe(factory.device) if factory.spec.train.fits_memory else None
+        self._traffic = traffic_meter.Since()
+        self._routing = RoutingRecorder(factory.spec.train.steps)
+        self._memory = MemoryProbe(factory.device) if factory.spec.train.fits_memory else None
 
     def close(self) -> None:
         self._prefetch.close()
 
-    def step(
-        self,
-        shard: Shard,
-        progress: TrainingProgress,
-        before_update: Callable[[], None],
-        propose: Callable[[], RankProposal],
-        keep_gradients: bool,
-    ) -> StepResult:
-        """Do the step after `progress`. Collective over the shard's world.
+    def step(self, shard: Shard, progress: TrainingProgress, hooks: StepHooks, keep_gradients: bool) -> StepResult:
+        """Do the step after `progress`. Collective over the shard's world."""
+        step = _Step(progress.step + 1, shard, hooks)
+        batches = self._load(step)
+        losses = self._accumulate(step, batches)
+        update = self._update(step, keep_gradients)
+        validation = self._validate(step)
+        compression = shard.choosing.scheme  # of this step; the vote may choose another
+        outcome = self._vote(step, batches, losses, update, validation)
+        record = self._record(step, batches, update, validation, outcome, compression)
+        return StepResult(
+            outcome=outcome,
+            progress=replace(progress, step=step.number, num_updates=progress.num_updates + int(outcome.applied)),
+            record=record,
+            gradients=update.gradients if outcome.applied else None,
+            memory=None if self._memory is None else self._memory.end_step(shard.world.generation, batches),
+            saturated=update.saturated,
+        )
 
-        Args:
-            before_update: called when the state is about to change; not if the update is skipped.
-            speak: called at the last moment before the vote.
-        """
-        started, waited_s, step = time.perf_counter(), collective_stats.waited_s(), progress.step + 1
-        feed = self._prefetch.step(step, shard.rank, shard.world.size, shard.micro_batch)
-        data_wait_s = time.perf_counter() - started
-        losses = np.zeros(feed.num_micro_batches)
-        routed = RoutingCounts.zeros(len(shard.model.moe_layers), self._spec.model)
-        lr, skipped = learning_rate(self._spec.train, step), step in shard.skips
-        if skipped:
-            self._open_seal(shard, step)
-            losses, update = self._evaluated(shard, feed, step), StepOutcome(applied=False, grad_norm=float("inf"))
-        else:
-            for number, micro_batch in enumerate(feed.micro_batches, 1):
-                self._before_micro_batch()
-                last, before_backward = number == len(feed.micro_batches), self._measured()
-                seed_draws(self._spec.train.seed, step, micro_batch.number or 0)
-                loss, micro_batch_routed = shard.engine.accumulate(
-                    micro_batch.batch, feed.global_tokens, last, before_backward
-                )
-                if micro_batch.number is not None:
-                    losses[micro_batch.number] = float(loss)
-                    routed.add(micro_batch_routed)
-            self._open_seal(shard, step)
-            update = shard.engine.step(lr, before_update, keep_gradients)
-        validation = self._validate(shard, step)
-        witness = shard.witness(step)
+    # -- the phases, in order ----------------------------------------------------------------------------------
+
+    def _load(self, step: _Step) -> StepBatches:
+        """This rank's rows, read ahead while the step before computed."""
+        shard = step.shard
+        batches = self._prefetch.step(step.number, shard.rank, shard.world.size, shard.micro_batch)
+        step.clock.loaded()
+        return batches
+
+    def _accumulate(self, step: _Step, batches: StepBatches) -> _Losses:
+        """Forward and backward of each micro-batch; of a batch that is left out, its losses alone."""
+        if step.is_skipped:
+            self._open_seal(step)
+            return self._evaluate(step, batches)
+        losses = self._no_losses(step, batches)
+        for number, micro_batch in enumerate(batches.micro_batches, 1):
+            step.hooks.before_micro_batch()
+            last, before_backward = number == len(batches.micro_batches), self._measured()
+            seed_draws(self._spec.train.seed, step.number, micro_batch.number or 0)
+            loss, routed = step.shard.engine.accumulate(micro_batch.batch, batches.global_tokens, last, before_backward)
+            if micro_batch.number is not None:
+                losses.sums[micro_batch.number] = float(loss)
+                losses.routed.add(routed)
+        return losses
+
+    def _update(self, step: _Step, keep_gradients: bool) -> StepOutcome:
+        """Sum the gradients over the ranks and update the state."""
+        if step.is_skipped:
+            return StepOutcome(applied=False, grad_norm=float("inf"))
+        self._open_seal(step)
+        lr = learning_rate(self._spec.train, step.number)
+        return step.shard.engine.step(lr, step.hooks.before_update, keep_gradients)
+
+    def _validate(self, step: _Step) -> _Losses | None:
+        """Losses of the validation rows; None in most steps."""
+        every, last, shard = self._spec.eval.every, self._spec.train.steps - 1, step.shard
+        if every is None or not self._validates or ((step.number + 1) % every and step.number not in (0, last)):
+            return None
+        return self._evaluate(step, self._feed.validation(shard.rank, shard.world.size, shard.micro_batch))
+
+    def _vote(
+        self, step: _Step, batches: StepBatches, losses: _Losses, update: StepOutcome, validation: _Losses | None
+    ) -> VoteResult:
+        """Vote, and apply what the members have agreed on: the compression, and the routers' biases."""
+        shard, clock = step.shard, step.clock
+        witness = shard.witness(step.number)
         digests = witness.look() if witness is not None else NO_DIGESTS
-
-        updated = time.perf_counter()
-        peers_s = collective_stats.waited_s() - waited_s
-        busy_s = updated - started - peers_s
-        share = feed.share
-        traffic, chosen = self._ledger.look(), shard.choosing.scheme
-        if not skipped:
-            shard.choosing.observe(busy_s, traffic[TrafficKind.GRADIENT].sent)
-        proposal = propose()
-        proposed_s = time.perf_counter()
+        clock.updated()
+        traffic = self._traffic.look()
+        if not step.is_skipped:
+            shard.choosing.observe(clock.busy_s, traffic[TrafficKind.GRADIENT].sent)
+        proposal = step.hooks.propose(step.number)
+        clock.proposed()
         ballot = Ballot(
-            micro_batch_losses=losses,
-            validation_losses=validation[0],
-            routed=routed,
+            micro_batch_losses=losses.sums,
+            validation_losses=np.zeros(0) if validation is None else validation.sums,
+            routed=losses.routed,
             applied=update.applied,
             fence=proposal.fence,
             finish=proposal.finish,
             interval=proposal.interval,
-            busy_s=busy_s / share if share else 0.0,
+            busy_s=clock.busy_s / batches.share if batches.share else 0.0,
             stages=proposal.stages,
             is_late=proposal.is_late,
             traffic=traffic,
             compression=shard.choosing.proposal,
             digests=digests,
         )
-        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._factory.device)
-        communication_wait_s = peers_s + time.perf_counter() - proposed_s
+        outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._device)
+        clock.voted()
         shard.choosing.agree(outcome.compression)
-        self._balance(shard, outcome, step)
+        if outcome.applied:
+            move_biases(self._spec, shard.model.moe_layers, outcome.routed, step.number)
         if shard.seal is not None:
             shard.seal.close()
-        rank, slowness = slowest(outcome.busy_s)
-        counts_LE = outcome.routed.counts_LE
-        record = StepRecord(
-            step=step,
-            generation=shard.world.generation,
-            world_size=shard.world.size,
-            loss=outcome.loss_sum / max(feed.global_tokens, 1),
+        return outcome
+
+    def _record(
+        self,
+        step: _Step,
+        batches: StepBatches,
+        update: StepOutcome,
+        validation: _Losses | None,
+        outcome: VoteResult,
+        compression: str,
+    ) -> StepRecord:
+        """The step's record, equal on all members but for the times."""
+        timing, world = step.clock.timing(outcome.busy_s), step.shard.world
+        validation_sum = outcome.validation_loss_sum
+        return StepRecord(
+            step=step.number,
+            generation=world.generation,
+            world_size=world.size,
+            loss=outcome.loss_sum / max(batches.global_tokens, 1),
             batch=BatchRecord(
-                tokens=feed.global_tokens,
-                first_position=feed.first_position,
-                num_positions=feed.num_positions,
-                stage=feed.stage,
-                sequence_length=feed.sequence_length,
-                num_micro_batches=feed.num_micro_batches,
-                padding=feed.padding,
+                tokens=batches.global_tokens,
+                first_position=batches.first_position,
+                num_positions=batches.num_positions,
+                stage=batches.stage,
+                sequence_length=batches.sequence_length,
+                num_micro_batches=batches.num_micro_batches,
+                padding=batches.padding,
             ),
             update=UpdateRecord(
-                lr=lr,
+                lr=learning_rate(self._spec.train, step.number),
                 grad_norm=update.grad_norm if outcome.applied else float("inf"),
                 applied=outcome.applied,
-                skipped=skipped,
+                skipped=step.is_skipped,
             ),
-            timing=StepTiming(
-                step_s=time.perf_counter() - started,
-                vote_time=time.time(),
-                data_wait_s=data_wait_s,
-                protection_wait_s=proposed_s - updated,
-                communication_wait_s=communication_wait_s,
-                slowest=rank,
-                slowness=slowness,
-            ),
-            communication=CommunicationRecord(outcome.traffic, chosen),
-            routing=RoutingRecord(
-                self._load(shard.world.generation, step, counts_LE),
-                tuple(map(tuple, counts_LE.tolist())) if is_shown(step, self._spec.train.steps) else (),
-            ),
-            state=StateRecord(outcome.digests),
+            timing=timing,
             validation_loss=(
-                None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
+                None if validation is None or validation_sum is None else validation_sum / max(validation.tokens, 1)
             ),
+            communication=CommunicationRecord(outcome.traffic, compression),
+            routing=self._routing.record(world.generation, step.number, outcome.routed.counts_LE),
+            state=StateRecord(outcome.digests),
         )
-        moved_on = replace(progress, step=step, num_updates=progress.num_updates + int(outcome.applied))
-        gradients = update.gradients if outcome.applied else None
-        memory = self._gauge.end_step(shard.world.generation, feed) if self._gauge is not None else None
-        return StepResult(outcome, moved_on, record, gradients, memory, update.saturated)
 
-    def _open_seal(self, shard: Shard, step: int) -> None:
+    # -- parts of phases ---------------------------------------------------------------------------------------
+
+    def _evaluate(self, step: _Step, batches: StepBatches) -> _Losses:
+        """Losses without gradients."""
+        losses = self._no_losses(step, batches)
+        for micro_batch in batches.micro_batches:
+            step.hooks.before_micro_batch()
+            seed_draws(self._spec.train.seed, step.number, micro_batch.number or 0)
+            loss = step.shard.engine.evaluate(micro_batch.batch)
+            if micro_batch.number is not None:
+                losses.sums[micro_batch.number] = float(loss)
+        return losses
+
+    def _no_losses(self, step: _Step, batches: StepBatches) -> _Losses:
+        routed = RoutingCounts.zeros(len(step.shard.model.moe_layers), self._spec.model)
+        return _Losses(np.zeros(batches.num_micro_batches), batches.global_tokens, routed)
+
+    def _open_seal(self, step: _Step) -> None:
         """Open the memory guard before the state is used. Raises StateCorrupted if it has changed by itself."""
+        shard = step.shard
         changed = shard.seal.open() if shard.seal is not None else []
         if changed:
             more = f" and {len(changed) - 1} more tensors" if len(changed) > 1 else ""
             raise StateCorrupted(
                 f"{changed[0]}{more} of rank {shard.rank} on {platform.node()} changed between the ends of steps "
-                f"{step - 1} and {step}, although nothing writes to it then"
+                f"{step.number - 1} and {step.number}, although nothing writes to it then"
             )
 
     def _measured(self) -> Callable[[], None]:
         """Called before a micro-batch. Returns the callback between its forward and its backward pass."""
-        if self._gauge is None:
+        if self._memory is None:
             return noop
-        self._gauge.begin_pass()
-        return self._gauge.end_forward
-
-    def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
-        """Loss sums per validation micro-batch, and the targets in all of them; empty in most steps."""
-        every, last = self._spec.eval.every, self._spec.train.steps - 1
-        if every is None or not self._validates or ((step + 1) % every and step not in (0, last)):
-            return np.zeros(0), 0
-        feed = self._feed.validation(shard.rank, shard.world.size, shard.micro_batch)
-        return self._evaluated(shard, feed, step), feed.global_tokens
-
-    def _evaluated(self, shard: Shard, feed: StepBatches, step: int) -> NDArray[np.float64]:
-        """Loss sums per micro-batch, 0 where the micro-batch is another rank's."""
-        losses = np.zeros(feed.num_micro_batches)
-        for micro_batch in feed.micro_batches:
-            self._before_micro_batch()
-            seed_draws(self._spec.train.seed, step, micro_batch.number or 0)
-            loss = shard.engine.evaluate(micro_batch.batch)
-            if micro_batch.number is not None:
-                losses[micro_batch.number] = float(loss)
-        return losses
-
-    def _load(self, generation: int, step: int, counts_LE: Tensor) -> ExpertLoad:
-        """Summary of the load per expert, compared with the step before where this generation did it."""
-        before = self._counted[2] if self._counted is not None and self._counted[:2] == (generation, step - 1) else None
-        counts = counts_LE.numpy()
-        self._counted = (generation, step, counts)
-        return expert_load(counts, before)
-
-    def _balance(self, shard: Shard, outcome: VoteResult, step: int) -> None:
-        """Move the routers' biases by the global batch's expert counts. A skipped update moves nothing."""
-        model, layers = self._spec.model, shard.model.moe_layers
-        if not outcome.applied or not model.bias_update_speed or not layers:
-            return
-        bias_LE = torch.stack([layer.router.correction_bias_E for layer in layers])
-        bias_LE = next_bias(bias_LE.cpu(), outcome.routed, model, decay(self._spec.train, step))
-        for layer, bias_E in zip(layers, bias_LE, strict=True):
-            layer.router.correction_bias_E.copy_(bias_E)
+        self._memory.begin_pass()
+        return self._memory.end_forward

@@ -171,7 +171,7 @@ def first_shard(
     groups = prepared.meeting.adopt()
     clock.lap("connect")
     shard = factory.build(prepared.plan, groups)
-    with _closed_if_not_filled(shard):
+    with closed_on_error(shard):
         progress = _fill_first(factory, prepared.plan, shard, sampler, between)
     clock.lap("build")
     return shard, progress, _handover(prepared, progress, clock, identical=None)
@@ -197,8 +197,8 @@ def _fill_first(
 
 
 @contextmanager
-def _closed_if_not_filled(shard: Shard | None) -> Iterator[None]:
-    """Close the engine after an error: its weights and groups would stay for ever otherwise."""
+def closed_on_error(shard: Shard | None) -> Iterator[None]:
+    """Close the engine of a new shard after an error: its weights and groups would stay for ever otherwise."""
     try:
         yield
     except BaseException:
@@ -245,7 +245,7 @@ def make_transition(
     new = shard.engine.ranges() if shard is not None else None
     clock.lap("build")
     identical, moved = None, 0.0
-    with _closed_if_not_filled(shard):
+    with closed_on_error(shard):
         execute_transfer(transfer, factory.me, old, new, peers)
         if shard is not None:
             shard.engine.on_state_loaded(progress.num_updates)

@@ -49,7 +49,7 @@ def test_links_between_pages_resolve(page: Path) -> None:
 
 
 def test_a_mention_that_is_wrong_is_found() -> None:
-    assert _exists("worker/trainer.py", "Trainer.train")
+    assert _exists("worker/trainer.py", "Trainer.run")
     assert _exists("policy/lifecycle.py", "RULES")
     assert _exists("docs/generate.py", "")
     assert not _exists("worker/trainer.py", "Trainer.leap")

@@ -1,0 +1,35 @@
+"""Hooks of a step: what its caller does at fixed points of it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class RankProposal:
+    """A rank's entries in a vote besides its part of the step.
+
+    Args:
+        is_late: storage has not yet taken its part of an earlier checkpoint.
+    """
+
+    fence: int
+    finish: bool
+    interval: int
+    stages: int = 0
+    is_late: bool = False
+
+
+class StepHooks(Protocol):
+    """Called by `TrainStep`, in the training thread. An exception from a hook ends the step."""
+
+    def before_micro_batch(self) -> None:
+        """Called before each micro-batch, evaluated ones included."""
+        ...
+
+    def before_update(self) -> None:
+        """Called when the state is about to change; not if the update is skipped."""
+        ...
+
+    def propose(self, step: int) -> RankProposal:
+        """Called at the last moment before the vote."""
+        ...

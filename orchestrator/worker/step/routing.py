@@ -1,0 +1,46 @@
+"""Experts' loads, step after step: their records, and the routers' biases that follow from them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.model.moe.balance import RoutingCounts, next_bias
+from orchestrator.model.moe.layer import MoELayer
+from orchestrator.policy.health.expert_load import expert_load, is_shown
+from orchestrator.protocol.step_record import RoutingRecord
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.lr_schedule import decay
+
+
+class RoutingRecorder:
+    """Compares each step's loads with those of the step before.
+
+    Args:
+        num_steps: of the run.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self._newest: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step, and its counts
+
+    def record(self, generation: int, step: int, counts_LE: Tensor) -> RoutingRecord:
+        """The record of a step. Steps are compared within a generation."""
+        newest = self._newest
+        before = newest[2] if newest is not None and newest[:2] == (generation, step - 1) else None
+        counts = counts_LE.numpy()
+        self._newest = (generation, step, counts)
+        loads = tuple(map(tuple, counts.tolist())) if is_shown(step, self._num_steps) else ()
+        return RoutingRecord(expert_load(counts, before), loads)
+
+
+def move_biases(spec: JobSpec, layers: Sequence[MoELayer], routed: RoutingCounts, step: int) -> None:
+    """Move the routers' biases by the expert counts of a step's global batch."""
+    if not spec.model.bias_update_speed or not layers:
+        return
+    bias_LE = torch.stack([layer.router.correction_bias_E for layer in layers])
+    bias_LE = next_bias(bias_LE.cpu(), routed, spec.model, decay(spec.train, step))
+    for layer, bias_E in zip(layers, bias_LE, strict=True):
+        layer.router.correction_bias_E.copy_(bias_E)

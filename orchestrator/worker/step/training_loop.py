@@ -1,0 +1,161 @@
+"""Training within one generation: step after step, to its fence or to the end of the run."""
+
+import logging
+from dataclasses import dataclass
+
+from orchestrator.comm import collective_stats
+from orchestrator.policy.health.loss_spike import explosion
+from orchestrator.protocol.changes import changed
+from orchestrator.protocol.messages import FinishMode
+from orchestrator.protocol.worker_report import Phase, Saturation
+from orchestrator.spec.job import JobSpec
+from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from orchestrator.worker.shard.shard import Shard, TrainingProgress
+from orchestrator.worker.step.hooks import RankProposal
+from orchestrator.worker.step.position import RunPosition
+from orchestrator.worker.step.train_step import TrainStep
+from orchestrator.worker.step.vote import NO_FENCE, VoteResult
+from orchestrator.worker.transition.preparation import TransitionPreparer
+from orchestrator.worker.transition.save_shard import ShardSaver
+from orchestrator.worker.transition.snapshots import SnapshotManager
+from orchestrator.worker.transition.transition import PreparedTransition
+
+log = logging.getLogger("orchestrator.worker")
+
+SAVED_EVERY_S = 0.25  # how often a worker that waits for its last checkpoint looks whether it is still wanted
+
+
+@dataclass
+class LiveShard:
+    """A shard in training.
+
+    Args:
+        progress: of the step after which the shard's state is; None while it belongs to no finished step, from the
+            first change by an update until the vote on its step.
+    """
+
+    shard: Shard
+    progress: TrainingProgress | None
+
+    @property
+    def generation(self) -> int:
+        return self.shard.world.generation
+
+
+@dataclass(frozen=True)
+class TrainingHooks:
+    """Hooks of the steps of one generation."""
+
+    live: LiveShard
+    mailbox: WorkerMailbox
+    preparer: TransitionPreparer
+    snapshots: SnapshotManager
+    position: RunPosition
+    saver: ShardSaver
+
+    def before_micro_batch(self) -> None:
+        pass
+
+    def before_update(self) -> None:
+        self.snapshots.copied()
+        self.live.progress = None
+
+    def propose(self, step: int) -> RankProposal:
+        directive, generation = self.mailbox.directive, self.live.generation
+        if directive.aborted >= generation:
+            raise AbortedGeneration(f"generation {generation} was aborted")
+        fence, finish = self.preparer.fence_after(step), directive.finish is not FinishMode.NO
+        if self.snapshots.due(step) or finish or fence != NO_FENCE:
+            self.snapshots.acknowledged()
+        stages = self.position.propose(directive)
+        return RankProposal(fence, finish, self.snapshots.wanted_interval, stages, self.saver.is_late)
+
+
+class TrainingLoop:
+    """Trains one shard after another."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        mailbox: WorkerMailbox,
+        train_step: TrainStep,
+        preparer: TransitionPreparer,
+        snapshots: SnapshotManager,
+        position: RunPosition,
+        saver: ShardSaver,
+    ) -> None:
+        self._spec, self._mailbox, self._train_step, self._preparer = spec, mailbox, train_step, preparer
+        self._snapshots, self._position, self._saver = snapshots, position, saver
+
+    def live(self, shard: Shard) -> LiveShard:
+        """A newly activated shard, whose state is that of the run's position."""
+        return LiveShard(shard, self._position.progress)
+
+    def train(self, live: LiveShard) -> PreparedTransition | None:
+        """Train until all members agree on a fence, and return the transition that begins there. None when no step is
+        left, or the run is to end."""
+        shard, position = live.shard, self._position
+        collective_stats.reset()
+        if shard.seal is not None:
+            shard.seal.close()
+        self._snapshots.take(shard, position.progress)
+        self._mailbox.publish(phase=Phase.TRAINING, generation=live.generation, holdings=())
+        hooks = TrainingHooks(live, self._mailbox, self._preparer, self._snapshots, position, self._saver)
+        while position.step + 1 < self._spec.train.steps:
+            outcome = self._step(live, hooks)
+            if self._checkpoint_due() and (outcome.is_late or not self._saver.save(shard, position.progress)):
+                log.warning("no checkpoint of step %d: an earlier one is not written yet", position.step)
+            if outcome.finish:
+                return None
+            if outcome.fence != NO_FENCE:
+                return self._preparer.take(outcome.fence)
+        return None
+
+    def finish(self, live: LiveShard) -> None:
+        """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""
+        step = self._position.step
+        self._saver.save(live.shard, self._position.progress, is_last=True)
+        while not self._saver.wait(SAVED_EVERY_S):
+            if self._mailbox.directive.aborted >= live.generation:
+                raise AbortedGeneration(
+                    f"generation {live.generation} was aborted before its last checkpoint was written"
+                )
+        self._mailbox.publish(phase=Phase.FINISHED)
+        log.info("finished after step %d", step)
+        directive = self._mailbox.wait(lambda d: d.checkpoint_done >= step or d.aborted >= live.generation)
+        if directive.checkpoint_done < step:
+            raise AbortedGeneration(f"generation {live.generation} was aborted before its last checkpoint was complete")
+
+    def close(self) -> None:
+        self._train_step.close()
+
+    def _step(self, live: LiveShard, hooks: TrainingHooks) -> VoteResult:
+        """Do one step, report it, and take the snapshot after it."""
+        snapshots, position = self._snapshots, self._position
+        step = position.step + 1
+        keep_gradients = snapshots.wants_gradients(step)
+        result = self._train_step.step(live.shard, position.progress, hooks, keep_gradients)
+        why = explosion(self._mailbox.records, result.record, self._spec.recovery.loss_explosion)
+        if why:  # the shard's state is that of a discarded step: only snapshots of earlier ones are usable
+            live.progress = None
+            raise LossExploded(why)
+        outcome = result.outcome
+        position.advance(outcome, result.progress)
+        live.progress = position.progress
+        takes_snapshot = snapshots.due(step) or outcome.finish or outcome.fence != NO_FENCE
+        if result.saturated:
+            self._mailbox.publish(saturated=Saturation(step, result.saturated))
+        self._mailbox.record(
+            changed(result.record, snapshot_interval=snapshots.interval),
+            micro_batches=result.memory,
+            **snapshots.committed(live.generation, step, takes_snapshot),
+        )
+        snapshots.agree(outcome.interval, result.record.timing.step_s, takes_snapshot)
+        if takes_snapshot:
+            snapshots.take(live.shard, position.progress, result.record.update.lr, result.gradients)
+        return outcome
+
+    def _checkpoint_due(self) -> bool:
+        every, done = self._spec.checkpoint.every, self._position.step + 1
+        return every is not None and done % every == 0 and done < self._spec.train.steps

@@ -1,0 +1,77 @@
+"""Waits of a worker without a generation in training: for a plan that includes it, for a fence, for activation."""
+
+import logging
+
+from orchestrator.protocol.messages import Directive, GenerationPlan
+from orchestrator.worker.replay.checker import ReplayChecker
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from orchestrator.worker.step.position import RunPosition
+from orchestrator.worker.transition.preparation import TransitionPreparer
+from orchestrator.worker.transition.transition import PreparedTransition, announced
+
+log = logging.getLogger("orchestrator.worker")
+
+POLL_S = 0.25  # how often a waiting newcomer checks whether its plan is still wanted
+
+
+class PlanWaiter:
+    """Used by the training thread.
+
+    Args:
+        me: this worker's id.
+        checker: replays steps meanwhile.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        mailbox: WorkerMailbox,
+        preparer: TransitionPreparer,
+        position: RunPosition,
+        checker: ReplayChecker,
+    ) -> None:
+        self._me, self._mailbox, self._preparer, self._position = me, mailbox, preparer, position
+        self._checker = checker
+
+    def await_transition(self, may_replay: bool) -> PreparedTransition:
+        """Wait until a plan includes this worker and its transition can begin.
+
+        Args:
+            may_replay: this worker holds no state that takes memory beside a replay check's.
+        """
+
+        def is_asked(directive: Directive) -> bool:
+            return may_replay and self._checker.is_asked(directive)
+
+        while True:
+            prepared = self._preparer.await_next(meanwhile=is_asked)
+            if prepared is None:
+                self._checker.run()
+                continue
+            source = prepared.plan.source
+            if source is None or self._me in source.holders or self._await_fence(prepared):
+                return prepared
+            prepared.close()
+
+    def await_activation(self, plan: GenerationPlan) -> int:
+        """The newest activated generation, as soon as it is that of `plan` or later, or a newer plan has come."""
+        return self._preparer.await_activation(plan)
+
+    def close(self) -> None:
+        """Drop the prepared transitions."""
+        self._preparer.close()
+
+    def _await_fence(self, prepared: PreparedTransition) -> bool:
+        """Wait for the old world to reach its fence. False if the plan is dropped before, or its store fails."""
+        plan = prepared.plan
+        try:
+            while (standing := announced(prepared, POLL_S)) is None:
+                if not self._preparer.stands(plan):
+                    return False
+        except RuntimeError as error:
+            log.warning("generation %d can't be reached, its rendezvous store is gone: %s", plan.generation, error)
+            self._mailbox.publish(failed_generation=plan.generation)
+            return False
+        self._position.follow(standing.progress)
+        self._mailbox.go_back_to(standing.progress.step, standing.records)
+        return True

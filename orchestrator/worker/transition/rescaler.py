@@ -1,0 +1,73 @@
+"""A worker's entry into the next generation, at a fence, after a failure, or at the start of the run."""
+
+import logging
+
+from orchestrator.protocol.worker_report import Phase
+from orchestrator.worker.runtime.errors import DigestMismatch
+from orchestrator.worker.runtime.mailbox import WorkerMailbox
+from orchestrator.worker.shard.shard import Shard, ShardFactory
+from orchestrator.worker.step.position import RunPosition
+from orchestrator.worker.transition.snapshots import SnapshotManager
+from orchestrator.worker.transition.transition import (
+    PreparedTransition,
+    announce,
+    closed_on_error,
+    first_shard,
+    make_transition,
+)
+
+log = logging.getLogger("orchestrator.worker")
+
+MOST_HANDOVERS = 10  # in a report
+
+
+class Rescaler:
+    """Builds and fills this worker's shard of the next generation. Used by the training thread."""
+
+    def __init__(
+        self, factory: ShardFactory, mailbox: WorkerMailbox, snapshots: SnapshotManager, position: RunPosition
+    ) -> None:
+        self._factory, self._mailbox, self._snapshots, self._position = factory, mailbox, snapshots, position
+
+    def enter(self, prepared: PreparedTransition) -> Shard | None:
+        """Do everything up to activation. Collective over the plan's involved workers. The old state is kept.
+
+        Returns:
+            the new shard; None for a worker that leaves.
+
+        Raises:
+            RuntimeError, DigestMismatch: as `make_transition`; KeyError: a state to hand over isn't here.
+        """
+        plan, source, position = prepared.plan, prepared.plan.source, self._position
+        shard: Shard | None
+        if source is None:
+            self._snapshots.held = None
+            shard, progress, handover = first_shard(self._factory, prepared, position.first_order)
+            with closed_on_error(shard):
+                position.follow(progress)
+                self._mailbox.go_back_to(progress.step)
+        else:
+            mine = self._factory.me in source.holders
+            held = self._snapshots.gathered(source, position.progress) if mine else None
+            if held is not None:
+                position.follow(held.progress)
+                self._mailbox.go_back_to(held.progress.step)
+            if source.holders[0] == self._factory.me:
+                announce(prepared, position.progress, self._mailbox.records)
+            recorded = next((r for r in reversed(self._mailbox.records) if r.step == position.step), None)
+            try:
+                shard, handover = make_transition(self._factory, prepared, held, position.progress, recorded)
+            except DigestMismatch:
+                self._snapshots.distrust(source.world.generation, position.step)
+                raise
+        with closed_on_error(shard):
+            self._snapshots.acknowledged()  # of the old world: the snapshot begun at the fence
+            prepared.close_transfer()
+            log.info("generation %d is ready: %s", plan.generation, handover)
+            self._mailbox.publish(
+                phase=Phase.READY,
+                generation=plan.generation,
+                holdings=self._snapshots.holdings(),
+                handovers=(*self._mailbox.state.transition.handovers[1 - MOST_HANDOVERS :], handover),
+            )
+        return shard
