@@ -28,7 +28,8 @@ from orchestrator.protocol.events.training import StageBegan, StepsCommitted
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
-from orchestrator.storage.journal import Journal, read_events, write_atomically
+from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.journal import Journal, read_events
 
 log = logging.getLogger("orchestrator.control")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import TermSuperseded
+from orchestrator.storage.atomic import create_atomically, flush
 
 Event = dict[str, Any]
 
@@ -31,7 +32,7 @@ def acquire_term(run_dir: Path) -> int:
             os.close(os.open(terms / f"{term:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         except FileExistsError:
             continue
-        _flush_directory(terms)
+        flush(terms)
         return term
 
 
@@ -77,7 +78,7 @@ class Journal:
         ]  # an event can't forge its stamp
         if numbered:
             name = f"{self._term:06d}-{self._next_seq:08d}.json"
-            _create(self._run_dir / "journal" / name, json.dumps({"events": numbered}, separators=(",", ":")))
+            create_atomically(self._run_dir / "journal" / name, json.dumps({"events": numbered}, separators=(",", ":")))
             self._next_seq += len(numbered)
         return numbered
 
@@ -94,46 +95,9 @@ def read_events(run_dir: Path, after: int = -1) -> list[Event]:
     return [event for event in reversed(events) if event["seq"] > after]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file: a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write(temporary, text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
-
-
 def _objects(run_dir: Path) -> Iterator[tuple[int, int, Path]]:
     journal = run_dir / "journal"
     if journal.is_dir():
         for name in os.listdir(journal):  # `glob` would treat an unreadable directory as empty
             if (numbers := re.fullmatch(r"(\d+)-(\d+)\.json", name)) is not None:
                 yield int(numbers[1]), int(numbers[2]), journal / name
-
-
-def _create(path: Path, text: str) -> None:
-    """Create a file atomically. Raises FileExistsError rather than overwrite."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        _write(temporary, text)
-        os.link(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_directory(path.parent)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,8 @@ from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.journal import acquire_term, write_atomically
+from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.journal import acquire_term
 from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps
 from tests.unit.policy.imagined import Life, limits_of, record
 

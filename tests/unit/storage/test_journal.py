@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import TermSuperseded
-from orchestrator.storage.journal import Journal, acquire_term, newest_term, read_events, write_atomically
+from orchestrator.storage.journal import Journal, acquire_term, newest_term, read_events
 
 
 def kinds(run_dir: Path, after: int = -1) -> list[str]:
@@ -85,9 +85,3 @@ def test_an_term_is_given_once(tmp_path: Path) -> None:
 
 def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
     assert read_events(tmp_path) == [] and newest_term(tmp_path) == 0
-
-
-def test_write_atomically_replaces(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "file", "old")
-    write_atomically(tmp_path / "file", "new")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "new")]
