@@ -8,13 +8,10 @@ The safetensors format is eight bytes of header length, a JSON header and the ra
 digests in one pass, without a second copy of the shard in memory.
 """
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from orchestrator.checkpoint.manifest import MANIFEST_FILE, CheckpointManifest, 
 from orchestrator.checkpoint.read import DISCARDED_PREFIX, read_manifest
 from orchestrator.errors import CheckpointCorrupt, ProtocolError, TermSuperseded
 from orchestrator.protocol.worker_report import ShardWritten
+from orchestrator.storage.atomic import flush, replacing
 
 _FENCE_FILE = ".term"  # holds the highest term that has committed here
 _SAFETENSORS_DTYPES = {
@@ -116,7 +114,6 @@ def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Pat
     for name, entry in manifest.files.items():
         _check_size(source / name, entry.num_bytes)
     _write_file(source / MANIFEST_FILE, iter([manifest.to_json().encode()]))
-    _flush_directory(source)
     if final.exists():  # a crash between the two renames leaves all shards; the controller's retry completes them
         replaced = checkpoints / f"{DISCARDED_PREFIX}{final.name}"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -125,7 +122,7 @@ def commit(checkpoints: Path, manifest: CheckpointManifest, *, term: int) -> Pat
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         source.rename(final)
-    _flush_directory(checkpoints)
+    flush(checkpoints)
     return final
 
 
@@ -197,30 +194,9 @@ def _safetensors_chunks(pieces: Sequence[ShardPiece]) -> Iterator[bytes | memory
 def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> tuple[str, int]:
     """Write, flush and rename into place; returns (sha256, size in bytes)."""
     digest = hashlib.sha256()
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-            num_bytes = file.tell()
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):  # what couldn't be written takes no space from what can be
-            partial.unlink()
-        raise
+    with replacing(path) as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+        num_bytes = file.tell()
     return digest.hexdigest(), num_bytes
-
-
-def _flush_directory(path: Path) -> None:
-    """Make renames within `path` durable, where the file system supports it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems refuse fsync of directories
-            raise
-    finally:
-        os.close(descriptor)

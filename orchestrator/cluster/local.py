@@ -33,6 +33,7 @@ from orchestrator.cluster.jobs_api import PYTHON
 from orchestrator.cluster.processes import Process, describe, end_session, is_running, living_of
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.storage.atomic import write_atomically
 
 START_TIMEOUT_S = 60.0
 TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
@@ -275,9 +276,7 @@ def _save(directory: Path, record: ClusterRecord) -> None:
 
 def _replace(path: Path, content: object) -> None:
     """Write a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def _forget(directory: Path, record: ClusterRecord) -> None:

@@ -1,12 +1,11 @@
-"""Child process for inference: it reads one request from stdin and writes JSON lines of answers to stdout.
+"""Child process for inference: it reads one request from stdin and writes JSON lines of answers to a pipe.
 
-    python -m orchestrator.inference.process < request.json
+    python -m orchestrator.inference.process FD < request.json
 
 `orchestrator.submission.model_process` starts it. It needs no engine and no world, and reads weights from the
 checkpoint, but no optimizer moments.
 """
 
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,12 +14,12 @@ import torch
 
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.data.tokenizer import TextTokenizer
-from orchestrator.errors import CheckpointCorrupt, EntrypointError, OrchestratorError
+from orchestrator.errors import CheckpointCorrupt, OrchestratorError
 from orchestrator.inference.evaluate import evaluate
 from orchestrator.inference.generate import generate
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, single_rank
-from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Request
+from orchestrator.protocol.child_process import MODEL_LINES, Answer, Evaluation, Fault, Request, answering
 from orchestrator.spec.job import JobSpec
 
 
@@ -63,23 +62,18 @@ def load_model(checkpoint: Path, job: JobSpec, tokenizer_vocab_size: int) -> Tra
     return model.eval()
 
 
-def _write(answer: Answer) -> None:
-    print(MODEL_LINES.write(answer), flush=True)
-
-
 def main() -> None:
     """Read one request, write its answers."""
-    request: Request = MODEL_LINES.read(sys.stdin.read())
-    try:
-        for answer in answers(request):
-            _write(answer)
-    except OrchestratorError as error:
-        user_traceback = error.traceback if isinstance(error, EntrypointError) else ""
-        _write(Fault(type(error).__name__, error.message, error.remedy, error.unchanged, user_traceback))
-    except (torch.OutOfMemoryError, MemoryError):
-        traceback.print_exc()
-        remedy = "Free memory, or request less."
-        _write(Fault("OrchestratorError", "the model and the request don't fit in memory", remedy, ""))
+    with answering(MODEL_LINES) as (request, send):
+        try:
+            for answer in answers(request):
+                send(answer)
+        except OrchestratorError as error:
+            send(Fault.of(error))
+        except (torch.OutOfMemoryError, MemoryError):
+            traceback.print_exc()
+            remedy = "Free memory, or request less."
+            send(Fault("OrchestratorError", "the model and the request don't fit in memory", remedy, ""))
 
 
 if __name__ == "__main__":

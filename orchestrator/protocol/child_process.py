@@ -1,16 +1,21 @@
 """Messages between a torch-free process and its child processes with torch: inference and replay."""
 
 import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from orchestrator.errors import ProtocolError
+from orchestrator import errors
+from orchestrator.errors import EntrypointError, OrchestratorError, ProtocolError
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan, StoreAddress, WorkerJob
 from orchestrator.protocol.step_record import StepRecord
 
-# -- Messages to and from a child process: a line of JSON each, on its stdin and stdout --------------------------------
+# -- Messages to and from a child process: a line of JSON each, on its stdin and on a pipe for answers -----------------
 
 
 class Lines:
@@ -31,6 +36,44 @@ class Lines:
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError(f"{line[:200]!r} is no message of {', '.join(self._kinds)}: {error!r}") from error
         return from_plain(kind, content["value"])
+
+
+@contextmanager
+def answering(lines: Lines) -> Iterator[tuple[Any, Callable[[Any], None]]]:
+    """In a child process: the message that it was sent, and a function that sends an answer. The number of the pipe is
+    its argument."""
+    with os.fdopen(int(sys.argv[1]), "w") as pipe:
+
+        def send(answer: Any) -> None:
+            pipe.write(lines.write(answer) + "\n")
+            pipe.flush()
+
+        yield lines.read(sys.stdin.readline()), send
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Failure of a request: class name and fields of an `orchestrator.errors` error; `traceback` is of user code."""
+
+    kind: str
+    message: str
+    remedy: str
+    unchanged: str
+    traceback: str = ""
+
+    @classmethod
+    def of(cls, error: OrchestratorError, redact: Callable[[str], str] = str) -> "Fault":
+        """The fault that reports this error, without secrets."""
+        traceback = error.traceback if isinstance(error, EntrypointError) else ""
+        return cls(type(error).__name__, redact(error.message), error.remedy, error.unchanged, redact(traceback))
+
+    def error(self) -> OrchestratorError:
+        """The error, of the same class."""
+        cls = getattr(errors, self.kind, OrchestratorError)
+        error: OrchestratorError = cls(self.message, remedy=self.remedy, unchanged=self.unchanged)
+        if isinstance(error, EntrypointError):
+            error.traceback = self.traceback
+        return error
 
 
 # -- Requests to a run's model outside of training, and answers --------------------------------------------------------
@@ -121,17 +164,6 @@ class Remark:
     """A progress message or warning for the user."""
 
     text: str
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Failure of a request: class name and fields of an `orchestrator.errors` error; `traceback` is of user code."""
-
-    kind: str
-    message: str
-    remedy: str
-    unchanged: str
-    traceback: str = ""
 
 
 Request = Evaluation | Generation

@@ -6,7 +6,7 @@ from pathlib import Path
 from orchestrator.errors import NotFound, UsageError
 from orchestrator.run_records.run_history import storage_error
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.atomic_files import write_atomically
+from orchestrator.storage.atomic import write_atomically
 
 
 def write_job(directory: Path, job_json: str, job_text: str) -> None:

@@ -28,7 +28,7 @@ from orchestrator.protocol.events.training import StageBegan, StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
-from orchestrator.storage.atomic_files import write_atomically
+from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal, read_events
 from orchestrator.storage.reserve import FULL, SpaceReserve

@@ -9,12 +9,11 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from uuid import uuid4
 
 from orchestrator.errors import StorageError
+from orchestrator.storage.atomic import create_atomically, flush
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-_NO_DIRECTORY_FLUSH = (errno.EINVAL, errno.ENOTSUP)  # some network file systems refuse fsync of directories
 
 
 class DirectoryObjects:
@@ -26,44 +25,24 @@ class DirectoryObjects:
     def create(self, key: str, data: bytes) -> bytes:
         path = self._root / key
         try:
-            self._link(path, data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            create_atomically(path, data)
         except FileExistsError:
             return path.read_bytes()
-        except OSError:  # it may be there all the same: the reply to `link` was lost, or the directory wasn't flushed
-            with suppress(FileNotFoundError):
+        except OSError as error:
+            if error.filename2 is not None and error.errno in _NO_HARD_LINKS:
+                raise StorageError(
+                    f"{path.parent} is on a file system without hard links ({error.strerror}): it can't create a file "
+                    "only if its name is free",
+                    remedy="Name run storage on another file system.",
+                    unchanged="Nothing was written.",
+                ) from error
+            with suppress(FileNotFoundError):  # there all the same: a reply was lost, or the directory wasn't flushed
                 found = path.read_bytes()
-                flush_directory(path.parent)
+                flush(path.parent)
                 return found
             raise
         return data
-
-    def _link(self, path: Path, data: bytes) -> None:
-        """Write a hidden file and link it to its name. Raises FileExistsError if the name is taken."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        hidden = path.with_name(f".{path.name}.{uuid4().hex}")
-        try:
-            with hidden.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(hidden, path)
-            except FileExistsError:
-                if path.read_bytes() != data:  # equal: an earlier attempt, whose reply was lost
-                    raise
-            except OSError as error:
-                if error.errno in _NO_HARD_LINKS:
-                    raise StorageError(
-                        f"{path.parent} is on a file system without hard links ({error.strerror}): it can't create a "
-                        "file only if its name is free",
-                        remedy="Name run storage on another file system.",
-                        unchanged="Nothing was written.",
-                    ) from error
-                raise
-        finally:
-            with suppress(OSError):
-                hidden.unlink(missing_ok=True)
-        flush_directory(path.parent)
 
     def get(self, key: str) -> bytes:
         return (self._root / key).read_bytes()
@@ -78,15 +57,3 @@ class DirectoryObjects:
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             (self._root / key).unlink(missing_ok=True)
-
-
-def flush_directory(path: Path) -> None:
-    """Make new and removed names in `path` durable, where the file system supports it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_DIRECTORY_FLUSH:
-            raise
-    finally:
-        os.close(descriptor)

@@ -6,21 +6,18 @@
 Needs run storage, no cluster.
 """
 
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from orchestrator import errors
 from orchestrator.checkpoint.read import choose
 from orchestrator.errors import DataError, NotFound, OrchestratorError
 from orchestrator.protocol.child_process import MODEL_LINES, Answer, Fault, Request
 from orchestrator.run_records.data_preparation import DataPrepared
 from orchestrator.run_records.run_history import read_entries
+from orchestrator.submission.torch_process import TorchProcess
 
 MODULE = "orchestrator.inference.process"
-SHOWN_LINES = 20  # at most, of the output of a process that ended by itself
 
 
 def ask_model(request: Request) -> Iterator[Answer]:
@@ -29,31 +26,16 @@ def ask_model(request: Request) -> Iterator[Answer]:
     Raises:
         OrchestratorError: the error of the process, of the same class.
     """
-    with tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", MODULE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,  # Ctrl-C goes to this process only, which ends the child
-        )
-        try:
-            assert process.stdin is not None and process.stdout is not None
-            with process.stdin as asked:
-                asked.write(MODEL_LINES.write(request))
-            for line in process.stdout:
-                answer: Answer = MODEL_LINES.read(line)
-                if isinstance(answer, Fault):
-                    raise error_of(answer)
-                yield answer
-            if process.wait() != 0:
-                stderr.seek(0)
-                lines = "\n".join(stderr.read().splitlines()[-SHOWN_LINES:])
-                raise OrchestratorError(f"the process with the model ended by itself ({process.returncode}):\n{lines}")
-        finally:
-            process.kill()
-            process.wait()
+    with TorchProcess(MODULE, MODEL_LINES) as process:
+        with suppress(OSError):  # it has ended: its exit code shows why
+            process.send(request)
+        for answer in process.answers():
+            if isinstance(answer, Fault):
+                raise answer.error()
+            yield answer
+        code = process.exit_code()
+        if code != 0:
+            raise OrchestratorError(f"the process with the model ended by itself ({code}):\n{process.output()}")
 
 
 def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
@@ -80,12 +62,3 @@ def store_of(run_id: str, run_dir: Path) -> str:
         gone = f"is gone: {prepared[-1]}" if prepared else "was never prepared"
         raise DataError(f"the token store of run {run_id} {gone}", remedy="Name a text instead: --corpus SOURCE.")
     return str(prepared[-1])
-
-
-def error_of(fault: Fault) -> OrchestratorError:
-    """The error of a child process, of the same class."""
-    cls = getattr(errors, fault.kind, OrchestratorError)
-    error: OrchestratorError = cls(fault.message, remedy=fault.remedy, unchanged=fault.unchanged)
-    if isinstance(error, errors.EntrypointError):
-        error.traceback = fault.traceback
-    return error

@@ -1,14 +1,13 @@
 """Parameters of a job's model, listed by a child process: control code never imports torch."""
 
 import json
-import subprocess
-import sys
 from functools import cache
 
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, StatePlan, plan_job
 from orchestrator.spec.job import JobSpec
+from orchestrator.submission.torch_process import run_module
 
 
 def plan_of(job: JobSpec) -> JobPlan:
@@ -30,8 +29,7 @@ def state_of(job: JobSpec) -> StatePlan:
 
 @cache  # a command checks a job before it connects to a cluster, and again as it submits it
 def _listed(name: str, job_json: str) -> str:
-    command = [sys.executable, "-m", "orchestrator.model.param_listing"]
-    listed = subprocess.run(command, input=job_json, capture_output=True, text=True)
+    listed = run_module("orchestrator.model.param_listing", job_json)
     if listed.returncode:
         raise UsageError(
             f"the model of {name} can't be built:\n{listed.stderr.strip()}", unchanged="Nothing was started."

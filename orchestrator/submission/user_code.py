@@ -2,9 +2,7 @@
 control code never imports torch."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
@@ -13,6 +11,7 @@ from pathlib import Path
 from orchestrator.errors import EntrypointError, UsageError
 from orchestrator.secrets import read_secret, without
 from orchestrator.spec.job import JobSpec
+from orchestrator.submission.torch_process import run_module
 from orchestrator.user_code import place_of
 
 TIMEOUT_S = 120.0
@@ -57,19 +56,9 @@ def check_places(job: JobSpec) -> None:
 @cache  # a command checks a job before it connects to a cluster, and again as it submits it
 def _rehearse(job_json: str) -> None:
     job = JobSpec.model_validate_json(job_json)
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     secrets, missing = _secrets_here(job)
     try:
-        # -P: the current directory is searched only where the job names it, as in a worker.
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", REHEARSAL],
-            input=job_json,
-            capture_output=True,
-            text=True,
-            env={**os.environ, **job.envs, **secrets, "PYTHONPATH": path},
-            timeout=TIMEOUT_S,
-        )
+        done = run_module(REHEARSAL, job_json, {**job.envs, **secrets}, TIMEOUT_S)
     except subprocess.TimeoutExpired:
         raise EntrypointError(
             f"model.entrypoint {job.model.entrypoint} was neither built nor refused within {TIMEOUT_S:.0f} s",

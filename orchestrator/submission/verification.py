@@ -8,17 +8,14 @@ Needs run storage, no cluster. The run is only read, and may be active meanwhile
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.checkpoint.read import choose, list_steps
-from orchestrator.controller.worker_env import EXACT_ENV, NCCL_ENV, WORKER_ENV
+from orchestrator.controller.worker_env import env_of_worker
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.errors import NotFinished, OrchestratorError, UsageError
@@ -32,12 +29,12 @@ from orchestrator.protocol.messages import GenerationPlan, PastWorld, Restore, S
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import committed_steps, read_entries
 from orchestrator.spec.job import JobSpec
-from orchestrator.submission.model_process import error_of, store_of
+from orchestrator.submission.model_process import store_of
+from orchestrator.submission.torch_process import TorchProcess
 
 MODULE = "orchestrator.worker.replay.replay_rank"
 LOOPBACK = "127.0.0.1"
 PATIENCE_S = 3.0  # to wait for the other ranks after one has ended: their faults may be the cause
-SHOWN_LINES = 20  # at most, of the output of a process that ended by itself
 
 T = TypeVar("T")
 
@@ -156,7 +153,12 @@ def done_again(order: Verification) -> Iterator[Numerics | StepRecord]:
     """
     plan = _plan(order)
     with ExitStack() as stack:
-        ranks = [stack.enter_context(_Rank(order, worker, n)) for n, worker in enumerate(plan.world.members)]
+        ranks = [
+            _Rank(
+                order, worker, stack.enter_context(TorchProcess(MODULE, REPLAY_LINES, _env_of_rank(order.job, number)))
+            )
+            for number, worker in enumerate(plan.world.members)
+        ]
         try:
             ranks[0].tell(plan)
             plan = replace(plan, store_address=ranks[0].answer(StoreAddress))
@@ -204,7 +206,7 @@ def _cause(ends: Sequence[_Ended]) -> OrchestratorError:
     then a sudden end, then lost peers."""
     for end in ends:
         if end.fault is not None and end.fault.kind != PEER_LOST:
-            return error_of(end.fault)
+            return end.fault.error()
     for end in ends:
         if end.code:
             return OrchestratorError(f"the process of rank {end.rank.worker} ended by itself ({end.code}):\n{end.said}")
@@ -214,53 +216,29 @@ def _cause(ends: Sequence[_Ended]) -> OrchestratorError:
 
 
 class _Rank:
-    """The process of one rank. Its answers have a pipe of their own, apart from what models print."""
+    """The process of one rank."""
 
-    def __init__(self, order: Verification, worker: str, number: int) -> None:
-        self.worker, self._order = worker, order
-        resources = order.job.resources
-        threads = max(1, int(resources.cpus))
+    def __init__(self, order: Verification, worker: str, process: TorchProcess) -> None:
+        self.worker, self._order, self._process = worker, order, process
         self._job = WorkerJob(
             run_id=order.run_id,
             job_json=order.job.model_dump_json(by_alias=True),
             store_dir=order.store_dir,
             storage_dir=str(order.run_dir),
             head_host=LOOPBACK,
-            threads=threads,
+            threads=_threads_of(order.job),
         )
-        env = WORKER_ENV | dict(order.job.envs) | EXACT_ENV | {"OMP_NUM_THREADS": str(threads)}
-        env |= (NCCL_ENV | {"CUDA_VISIBLE_DEVICES": _device(number)}) if resources.gpus else {"DS_ACCELERATOR": "cpu"}
-        with ExitStack() as opened:
-            self._said: IO[str] = opened.enter_context(tempfile.TemporaryFile("w+"))
-            reading, writing = os.pipe()
-            self._answers: IO[str] = opened.enter_context(os.fdopen(reading))
-            with os.fdopen(writing, "w"):
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", MODULE, str(writing)],
-                    stdin=subprocess.PIPE,
-                    stdout=self._said,
-                    stderr=self._said,
-                    text=True,
-                    pass_fds=[writing],
-                    start_new_session=True,  # Ctrl-C goes to this process only, which ends the child
-                    env=os.environ | env,
-                )
-            self._open = opened.pop_all()
 
     def tell(self, plan: GenerationPlan) -> None:
         """Send the plan. Raises _Ended."""
-        assert self._process.stdin is not None
-        order = ReplayOrder(self.worker, self._job, plan, self._order.records[-1].step)
         try:
-            with self._process.stdin as stdin:
-                stdin.write(REPLAY_LINES.write(order) + "\n")
+            self._process.send(ReplayOrder(self.worker, self._job, plan, self._order.records[-1].step))
         except OSError:
             raise self.end(PATIENCE_S) from None
 
     def answer(self, kind: type[T]) -> T:
         """Its next answer of this kind. Raises _Ended if none comes."""
-        for line in self._answers:
-            answer = REPLAY_LINES.read(line)
+        for answer in self._process.answers():
             if isinstance(answer, kind):
                 return answer
             if isinstance(answer, Fault):
@@ -269,24 +247,20 @@ class _Rank:
 
     def end(self, patience_s: float) -> _Ended:
         """How it ended, if it does within `patience_s` of another one's end."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience_s)
-        if self._process.poll() is None:
+        code = self._process.exit_code(patience_s)
+        if code is None:
             return _Ended(self, None, None, "")
-        faults = [answer for line in self._answers if isinstance(answer := REPLAY_LINES.read(line), Fault)]
-        self._said.seek(0)
-        output = "\n".join(self._said.read().splitlines()[-SHOWN_LINES:])
-        return _Ended(self, faults[-1] if faults else None, self._process.returncode, output)
+        faults = [answer for answer in self._process.answers() if isinstance(answer, Fault)]
+        return _Ended(self, faults[-1] if faults else None, code, self._process.output())
 
-    def __enter__(self) -> "_Rank":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        with suppress(OSError):  # the reader has ended before all was written
-            self._process.stdin.close()  # type: ignore[union-attr]
-        self._open.close()
+def _threads_of(job: JobSpec) -> int:
+    return max(1, int(job.resources.cpus))
+
+
+def _env_of_rank(job: JobSpec, number: int) -> dict[str, str]:
+    env = env_of_worker(job, _threads_of(job))
+    return env | ({"CUDA_VISIBLE_DEVICES": _device(number)} if job.resources.gpus else {})
 
 
 def _device(number: int) -> str:

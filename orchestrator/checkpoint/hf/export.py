@@ -18,6 +18,7 @@ from orchestrator.checkpoint.hf.glm4_moe import configuration, renamed
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.atomic import new_directory
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 FILE_BYTES = 4 * 2**30  # a weights file is closed once it reaches this size
@@ -57,21 +58,13 @@ def export_hf(checkpoint: Path, job: JobSpec, tokenizer: Path, to: Path, dtype: 
     library = Tokenizer.from_file(str(tokenizer))
     vocab_size = job.model.vocab_size or max(library.get_vocab().values()) + 1
     config = configuration(job.model, vocab_size, job.train.sequence_length, DTYPES[dtype])
-    partial = to.with_name(f".{to.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_directory(to) as partial:
         with CheckpointReader(checkpoint) as reader:
             reader.verify()
             _check_sizes(reader, {"master/head": (vocab_size, job.model.hidden_size)})
             num_bytes = _write_weights(_tensors(reader, job.model.embedding_scale), DTYPES[dtype], partial)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_tokenizer(tokenizer, library, job.train.sequence_length, partial)
-        if to.exists():
-            to.rmdir()
-        partial.rename(to)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return num_bytes
 
 

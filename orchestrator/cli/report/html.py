@@ -9,7 +9,7 @@ from orchestrator.cli.terminal.format import NONE
 from orchestrator.errors import StorageError
 from orchestrator.policy.health.expert_load import LoadMap
 from orchestrator.policy.report.report import RunReport
-from orchestrator.storage.atomic_files import write_atomically
+from orchestrator.storage.atomic import write_atomically
 from orchestrator.tracking.html import page_of, svg_of, table_of
 from orchestrator.tracking.load_chart import load_figure
 from orchestrator.tracking.report_charts import moves_figure, time_figure, workers_figure

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from array import array
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from orchestrator.data.manifest import TOKENIZER
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError
 from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.storage.atomic import new_directory, replacing
 
 FOOTER_LENGTH_BYTES = 8
 READ_BYTES = 1 << 20
@@ -75,17 +75,10 @@ class PartWriter:
 @contextmanager
 def written(path: Path, made_of: str, token_dtype: str) -> Iterator[PartWriter]:
     """Writer of a part that gets its name if the block succeeds, and is removed if it fails."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with partial.open("xb") as file:
-            writer = PartWriter(file, made_of, token_dtype)
-            yield writer
-            writer.finish()
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as file:
+        writer = PartWriter(file, made_of, token_dtype)
+        yield writer
+        writer.finish()
 
 
 def checked(path: Path, made_of: str) -> Footer | None:
@@ -176,11 +169,9 @@ class Parts:
     def keep_tokenizer(self, tokenizer: TextTokenizer) -> Path:
         """Save the tokenizer and return the path of its file."""
         folder = self.directory / _folder_of(tokenizer)
-        partial = self.directory / f".{folder.name}.{secrets.token_hex(4)}"
         shutil.rmtree(folder, ignore_errors=True)
-        partial.mkdir()
-        tokenizer.save(partial / TOKENIZER)
-        partial.rename(folder)
+        with new_directory(folder) as partial:
+            tokenizer.save(partial / TOKENIZER)
         return folder / TOKENIZER
 
     def remove(self) -> None:

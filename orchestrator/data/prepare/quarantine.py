@@ -7,12 +7,11 @@ as bad.
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import IO
 
 from orchestrator.errors import DataError
+from orchestrator.storage.atomic import replacing
 
 SHOWN = 3  # reasons in an error
 REFUSED = "quarantine.jsonl"
@@ -48,13 +47,10 @@ class Quarantine:
         if not self._num_lines:
             path.unlink(missing_ok=True)
             return None
-        partial = path.with_name(f".{path.name}.partial")
         self._scratch.seek(0)
-        with partial.open("w", encoding="ascii") as file:
-            shutil.copyfileobj(self._scratch, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
+        with replacing(path) as file:
+            for line in self._scratch:
+                file.write(line.encode("ascii"))
         return path
 
     def check(self, num_records: int, max_bad: float) -> None:

@@ -5,9 +5,6 @@ have hidden names, which are never opened.
 """
 
 import json
-import os
-import secrets
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +34,7 @@ from orchestrator.data.manifest import (
 )
 from orchestrator.data.prepare.difficulty import HERE, PairCounts, scores, signal_of
 from orchestrator.data.tokenizer import TextTokenizer
+from orchestrator.storage.atomic import flush, new_directory
 
 INDEX_RECORD = struct.Struct("<qqqf")  # one INDEX_DTYPE record
 COUNTED_AT_ONCE = 1 << 22  # tokens; np.bincount needs 8 bytes for each
@@ -157,30 +155,14 @@ def published(final: Path, partial: Path | None = None) -> Iterator[Path]:
     Args:
         partial: path of the new directory, on the same file system. None for one beside `final`.
     """
-    partial = partial or final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
-    partial.mkdir(parents=True)
     try:
-        yield partial
-        flush(partial)
-        try:
-            partial.rename(final)
-        except OSError:
-            if not final.is_dir():
-                raise
-        flush(final.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone already if it was renamed
+        with new_directory(final, partial) as filled:
+            yield filled
+    except OSError:
+        if not final.is_dir():
+            raise
 
 
 def token_dtype(tokenizer: TextTokenizer) -> Literal["<u2", "<u4"]:
     """The smallest type for all token numbers."""
     return "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-
-
-def flush(path: Path) -> None:
-    """Flush a file, or the names in a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,13 +5,11 @@
 `orchestrator.submission.verification` starts one per rank. It needs run storage and the token store, no Ray.
 """
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,8 +17,8 @@ from orchestrator.comm.transport.rendezvous import RendezvousServer
 from orchestrator.data.store import TokenStore
 from orchestrator.engine.numerics import fingerprint, pin
 from orchestrator.engine.threads import compute_here
-from orchestrator.errors import EntrypointError, OrchestratorError
-from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder
+from orchestrator.errors import OrchestratorError
+from orchestrator.protocol.child_process import PEER_LOST, REPLAY_LINES, Fault, Numerics, ReplayOrder, answering
 from orchestrator.protocol.messages import StoreAddress
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.secrets import redacted, take_secrets
@@ -52,21 +50,14 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
 
 def main() -> None:
     """Read the order, write the answers. All ranks have the same records, so only the first one writes."""
-    order: ReplayOrder = REPLAY_LINES.read(sys.stdin.readline())
-    is_first = order.plan.world.rank_of(order.worker) == 0
-    with os.fdopen(int(sys.argv[1]), "w") as pipe:
-
-        def send(answer: Any) -> None:
-            pipe.write(REPLAY_LINES.write(answer) + "\n")
-            pipe.flush()
-
+    with answering(REPLAY_LINES) as (order, send):
+        is_first = order.plan.world.rank_of(order.worker) == 0
         try:
             for answer in answers(order):
                 if is_first:
                     send(answer)
         except OrchestratorError as error:
-            shown = error.traceback if isinstance(error, EntrypointError) else ""
-            send(Fault(type(error).__name__, redacted(error.message), error.remedy, error.unchanged, redacted(shown)))
+            send(Fault.of(error, redacted))
         except Exception as error:
             print(redacted(traceback.format_exc()), file=sys.stderr)
             kind = PEER_LOST if kind_of(error) == "peer_lost" else "OrchestratorError"

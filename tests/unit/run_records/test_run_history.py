@@ -20,7 +20,7 @@ from orchestrator.run_records.data_preparation import PreparedData
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
-from orchestrator.storage.atomic_files import write_atomically
+from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
 from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps

@@ -53,7 +53,7 @@ def test_deletion_skips_what_is_absent(tmp_path: Path) -> None:
 
 def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def link(source: object, target: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
+        raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
 
     monkeypatch.setattr(os, "link", link)
     with pytest.raises(StorageError, match="without hard links"):
