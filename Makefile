@@ -15,7 +15,7 @@ BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix be
 .PHONY: demo test journeys test-all check bench install clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/orchestrator run jobs/quickstart.yaml --local --kill-at 90 --name quickstart-$$(date +%m%d-%H%M%S)
+	$(BIN)/orchestrator demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 2 tests/unit tests/architecture -m "not slow"
