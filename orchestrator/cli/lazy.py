@@ -1,6 +1,7 @@
 """Commands that are imported when they are called: `orchestrator status` doesn't wait for the imports of all others."""
 
 from collections.abc import MutableMapping
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -45,6 +46,7 @@ MODULES = {
 }
 
 
+@cache
 def commands_of(module: str) -> dict[str, Any]:
     """Import a module of `orchestrator.cli.commands`. Returns the commands that its `register` adds, by verb."""
     app = typer.Typer()
