@@ -75,6 +75,11 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(INTERNAL_ERROR)
+    finally:
+        if "ray" in sys.modules:
+            from orchestrator.cluster.connection import disconnect
+
+            disconnect()  # at the interpreter's exit Ray would sleep half a second before it
 
 
 if __name__ == "__main__":
