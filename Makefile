@@ -4,6 +4,8 @@
 #   make journeys  runs on a real cluster from beginning to end, as their users have them
 #   make test-all  all tests, slow ones, several hosts and injected faults included
 #   make check     format, lint, types and architecture: what CI runs first
+#   make dist      a source distribution and a wheel, in dist/
+#   make check-dist  the wheel in an empty environment elsewhere, where it runs the demo
 #   make bench     every benchmark but balance, exact and false_alarms, which take long
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,10 +14,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BENCHMARKS = $(patsubst benchmarks/%.py,benchmarks.%,$(filter-out $(addprefix benchmarks/,__init__.py harness.py false_alarms.py exact.py balance.py),$(wildcard benchmarks/*.py)))
 
-.PHONY: demo test journeys test-all check bench install clean
+.PHONY: demo test journeys test-all check dist check-dist bench install clean
 
 demo: $(VENV)/run.stamp
-	$(BIN)/orchestrator run jobs/quickstart.yaml --local --kill-at 90 --name quickstart-$$(date +%m%d-%H%M%S)
+	$(BIN)/orchestrator demo
 
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest -n 2 tests/unit tests/architecture -m "not slow"
@@ -32,6 +34,13 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q tests/architecture
+
+dist: $(VENV)/dev.stamp
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist
+
+check-dist: dist
+	.ci/check-dist dist/*.whl $(BIN)/python
 
 bench: $(VENV)/dev.stamp
 	@set -e; for module in $(BENCHMARKS); do echo "== $$module"; $(BIN)/python -m $$module; done

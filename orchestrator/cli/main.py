@@ -1,72 +1,70 @@
 """The command `orchestrator`: its subcommands, and the exit codes of errors.
 
 0 ok; 2 bad usage or job file; 69 no cluster; 70 a bug; 77 not allowed; 100 the run failed; 101 it hasn't finished;
-102 no such run; 103 it was cancelled. Ray and other slow modules are imported by the commands that need them.
+102 no such run; 103 it was cancelled. A command is imported when it is called (`cli/lazy.py`).
 """
 
 import os
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
-from orchestrator.cli.commands import (
-    checkpoints,
-    cluster,
-    data,
-    doctor,
-    export,
-    inference,
-    job_file,
-    logs,
-    plan,
-    remote,
-    report,
-    run,
-    runs,
-    top,
-    tracking,
-    verify,
-)
-from orchestrator.cli.terminal.output import show_error
+from orchestrator.cli.lazy import LazyGroup
+from orchestrator.cluster.jobs_api import MARKED, is_url
 from orchestrator.errors import OrchestratorError
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 
+
 app = typer.Typer(
+    cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Elastic training of mixture-of-experts language models on Ray: change the number of workers at any step.",
-    epilog="A first run on this machine: orchestrator run jobs/quickstart.yaml",
+    epilog="A first run on this machine: orchestrator demo",
 )
-run.register(app)
-runs.register(app)
-top.register(app)
-logs.register(app)
-verify.register(app)
-report.register(app)
-checkpoints.register(app)
-tracking.register(app)
-export.register(app)
-inference.register(app)
-doctor.register(app)
-job_file.register(app)
-plan.register(app)
-remote.register(app)
-app.add_typer(data.app, name="data", rich_help_panel="Job files")
-app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"orchestrator {version('elastic-orchestrator')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def _in_cluster(arguments: list[str]) -> int | None:
+    """Run a command in the cluster if it names one by URL. Returns its exit code; None for a command to run here."""
+    if MARKED not in os.environ and not any(map(is_url, (*arguments, os.environ.get("RAY_ADDRESS")))):
+        return None
+    from orchestrator.cli.commands import remote
+
+    remote.mark_stderr()
+    return remote.forwarded(arguments)
 
 
 def main() -> None:
     """Run the command line; ends the process with the exit code."""
-    remote.mark_stderr()
     try:
-        code = remote.forwarded(sys.argv[1:])
+        code = _in_cluster(sys.argv[1:])
         if code is not None:
             sys.exit(code)
         app()
     except OrchestratorError as error:
+        from orchestrator.cli.terminal.output import show_error
+
         show_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -77,6 +75,11 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(INTERNAL_ERROR)
+    finally:
+        if "ray" in sys.modules:
+            from orchestrator.cluster.connection import disconnect
+
+            disconnect()  # at the interpreter's exit Ray would sleep half a second before it
 
 
 if __name__ == "__main__":

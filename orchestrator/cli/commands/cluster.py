@@ -106,3 +106,7 @@ def active_runs(address: str) -> list[str]:
     from orchestrator.client import OrchestratorClient
 
     return [status.run_id for status in OrchestratorClient(address).list() if not status.phase.ended]
+
+
+def register(main: typer.Typer) -> None:
+    main.add_typer(app, name="cluster", rich_help_panel="Cluster")

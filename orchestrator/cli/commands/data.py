@@ -230,3 +230,7 @@ def _is_used_by_others() -> bool:
     if not ray.is_initialized():
         return False
     return any(actor["namespace"] == NAMESPACE for actor in ray.util.list_named_actors(all_namespaces=True))
+
+
+def register(main: typer.Typer) -> None:
+    main.add_typer(app, name="data", rich_help_panel="Job files")

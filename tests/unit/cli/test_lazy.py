@@ -1,0 +1,23 @@
+"""The table of verbs and their modules."""
+
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import orchestrator.cli.commands
+from orchestrator.cli.lazy import MODULES, commands_of
+from orchestrator.cli.main import app
+
+FILES = Path(str(orchestrator.cli.commands.__file__)).parent.glob("*.py")
+
+
+@pytest.mark.parametrize("module", sorted(file.stem for file in FILES if file.stem != "__init__"))
+def test_a_module_has_the_verbs_of_the_table(module: str) -> None:
+    assert sorted(commands_of(module)) == sorted(verb for verb, home in MODULES.items() if home == module)
+
+
+def test_the_group_has_every_verb_in_the_order_of_the_table() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    assert list(commands) == list(MODULES)
+    assert all(command.name == verb for verb, command in commands.items())
