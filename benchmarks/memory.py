@@ -113,7 +113,7 @@ class Bench:
                 live.scale(to)
                 last = live.status().step + after
                 live.until(lambda status: status.step >= last, f"step {last} is done", PATIENCE_S)
-            live.cancel()
+            live.stop()
         return most()
 
     def engine(self, size: int) -> int:

@@ -45,6 +45,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkpoint, drop_old_checkpoints, leave_behind
 from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, retry_until_written
 from orchestrator.run_records.status import status_of, to_json
+from orchestrator.spec.changes import check_priority
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import acquire_term
 from orchestrator.telemetry.prometheus import Exporter
@@ -160,6 +161,15 @@ class RunController:
     def grant(self, grant: Grant) -> None:
         """Accept the Scheduler's grant of workers. Returns when it is journalled; raises NotFinished."""
         self._requests.granted(grant)
+
+    def set_priority(self, priority: int) -> int:
+        """Give the run another priority than its job has. Returns it when it is journalled.
+
+        Raises:
+            UsageError: a job can't have it, or the run is ending.
+        """
+        check_priority(priority)
+        return self._requests.prioritise(priority)
 
     def stage(self, name: str, reason: str) -> DesiredRunState:
         """Request another stage of the curriculum, or the `next` one. Returns when the request is journalled.
@@ -318,6 +328,7 @@ class RunController:
             faults=(*self._faults, *self._services.faults),
             draining=self._drains.nodes,
             grant=self._requests.grant,
+            priority=self._requests.priority,
         )
 
     def _warm(self) -> None:

@@ -78,7 +78,7 @@ def status_of(
         stage=progress.stage,
         traffic=traffic_per_step(progress),
         worker_group=_worker_group(state, seen),
-        priority=limits.priority,
+        priority=limits.priority_of(state.priority),
     )
 
 

@@ -114,7 +114,7 @@ class Scheduler:
             if find(f"{run_id}/controller") is not None:
                 raise UsageError(
                     f"run {run_id} is going on",
-                    remedy="To go back to a checkpoint, pause or cancel it first.",
+                    remedy="To go back to a checkpoint, pause or stop it first.",
                     unchanged="Nothing was changed.",
                 )
             job = read_job(directory)
@@ -123,7 +123,7 @@ class Scheduler:
             if done >= limits.steps:
                 raise UsageError(
                     f"run {run_id} has done all its {limits.steps} steps",
-                    remedy="Resume from an earlier checkpoint with --from, or submit a new run.",
+                    remedy="Resume from an earlier checkpoint with --step, or submit a new run.",
                     unchanged="Nothing was started.",
                 )
             _refuse_other_residuals(order.restore, job)
@@ -131,7 +131,9 @@ class Scheduler:
                 limits.check_size(order.workers)
             memory = RunHistory(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.size_request, done)
-            run = newcomer(limits, job, workers, memory.progress.stage, order.workers is not None)
+            run = newcomer(
+                limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority
+            )
             check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, done - 1)
@@ -172,12 +174,19 @@ class Scheduler:
         ended; NotFound."""
         return self._forward(run_id, RunController.stage, name, reason)
 
-    def cancel(self, run_id: str, reason: str = "cancelled") -> DesiredRunState:
+    def set_priority(self, run_id: str, priority: int) -> int:
+        """Give the run another priority than its job has; returned once it is journalled. Raises UsageError if a job
+        can't have it or the run has ended; NotFound."""
+        changed = self._forward(run_id, RunController.set_priority, priority)
+        self._autoscaler.stir()
+        return changed
+
+    def stop(self, run_id: str, reason: str = "stopped") -> DesiredRunState:
         """Request the run's end, with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        return self._forward(run_id, RunController.finish, FinishMode.CANCEL, reason)
+        return self._forward(run_id, RunController.finish, FinishMode.STOP, reason)
 
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
-        """Request the run's end, with a checkpoint, to be resumed later. Raises as `cancel` does."""
+        """Request the run's end, with a checkpoint, to be resumed later. Raises as `stop` does."""
         return self._forward(run_id, RunController.finish, FinishMode.PAUSE, reason)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:

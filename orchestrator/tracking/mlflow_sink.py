@@ -37,7 +37,7 @@ _METRICS_PER_CALL = 1000  # MLflow's limits for one log_batch
 _PARAMS_PER_CALL = 100
 _PARAM_CHARS = 6000
 _DIGEST_CHARS = 36
-_STATUS = {Outcome.SUCCEEDED: "FINISHED", Outcome.FAILED: "FAILED", Outcome.CANCELLED: "KILLED"}
+_STATUS = {Outcome.SUCCEEDED: "FINISHED", Outcome.FAILED: "FAILED", Outcome.STOPPED: "KILLED"}
 
 
 class MlflowSink:

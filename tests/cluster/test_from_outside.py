@@ -96,8 +96,8 @@ def test_a_host_outside_sends_steers_and_ends_a_run(texts: Path, tmp_path: Path)
             assert (listed["run_id"], listed["workers_now"]) == ("distant", 2)
             (job_id,) = set(re.findall(r"submission_id='(distant-[^']+)'", laptop.ray("list")))
             assert "generation" in laptop.ray("logs", job_id)
-            laptop.command("cancel", "distant")
-            ended = _until(run_dir, lambda s: s.phase is RunPhase.CANCELLED)
+            laptop.command("stop", "distant")
+            ended = _until(run_dir, lambda s: s.phase is RunPhase.STOPPED)
             assert ended.checkpoint_step == ended.step - 1
             assert json.loads(laptop.command("audit", "distant", "-o", "json").stdout)["ok"]
             until(lambda: driver.call(left) == (["scheduler"], []), 20.0, "the end of all that belonged to the run")

@@ -135,11 +135,11 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert json.loads(here("scale", "steered", "-n", "3", "-o", "json").stdout)["workers"] == 3
     here.until_event("steered", "rescaled")
     assert "steered" in here("cluster", "down", expect=2).stderr
-    here("cancel", "steered")
-    assert here.until_ended("steered").phase == "cancelled"
+    here("stop", "steered")
+    assert here.until_ended("steered").phase == "stopped"
 
     listed = {status["run_id"]: status for status in json.loads(here("list", "-o", "json").stdout)}
-    assert listed["steered"]["phase"] == "cancelled"
+    assert listed["steered"]["phase"] == "stopped"
     assert re.search(r"steered +0 +cancelled", here("list").stdout)
     assert "2 -> 3 workers" in here("status", "steered").stdout
     kinds = [event["kind"] for event in json.loads(here("events", "steered", "-o", "json").stdout)]
@@ -151,7 +151,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "each exactly once" in here("audit", "moved").stdout
     here.run_dir("moved").rename(here.run_dir("steered"))
     assert "has ended: it is cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
-    for verb in (["status"], ["logs"], ["events"], ["cancel"], ["pause"], ["resume"], ["scale", "-n", "2"]):
+    for verb in (["status"], ["logs"], ["events"], ["stop"], ["pause"], ["resume"], ["scale", "-n", "2"]):
         assert "Did you mean `steered`?" in here(*verb, "steerd", expect=102).stderr
 
 

@@ -39,7 +39,7 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     (job_id,) = set(re.findall(r"submission_id='(distant-[^']+)'", far.ray("list")))
     assert "generation" in far.ray("logs", job_id)
     far.ray("stop", job_id, "--no-wait")
-    ended = until_stored(run_dir, lambda s: s.phase is RunPhase.CANCELLED)
+    ended = until_stored(run_dir, lambda s: s.phase is RunPhase.STOPPED)
     assert ended.checkpoint_step == ended.step - 1
     assert json.loads(far("audit", "distant", "-o", "json").stdout)["ok"]
     commands = set(re.findall(r"submission_id='(command-[^']+)'", far.ray("list")))

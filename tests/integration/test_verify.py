@@ -208,11 +208,11 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
 
         (marks / "gradient").touch()
         until(client, run, lambda s: bool(told("state_differs")))
-        client.cancel(run)
+        client.stop(run)
         status = client.wait(run, timeout_s=60.0)
         wrong = told("state_differs")[0]
     # All ranks take a gradient over, so it can't be told whose it was.
-    assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.CANCELLED
+    assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.STOPPED
     assert status.warning is not None and f"step {wrong['step']} did not reproduce" in status.warning
     unequal = next(event for event in _events(status) if event["kind"] == "checked" and not event["equal"])
     assert unequal["first_step"] <= wrong["step"] <= unequal["last_step"]

@@ -22,7 +22,7 @@ from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 
 # Commands that read or steer runs. The others work on files of this machine.
 FORWARDED = (
-    *("list", "status", "scale", "stage", "kill", "cancel", "pause", "resume"),
+    *("list", "status", "scale", "stage", "kill", "stop", "pause", "resume"),
     *("events", "audit", "logs", "checkpoints", "report"),
 )
 STAYS = frozenset({"-f", "--follow", "-w", "--watch"})
@@ -103,7 +103,7 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
         os.chdir("/")
         package.discard()
         raise
-    stopped.then(lambda: client.cancel(run_id))  # Ray kills this process in 3 s; the controller writes the checkpoint
+    stopped.then(lambda: client.stop(run_id))  # Ray kills this process in 3 s; the controller writes the checkpoint
     show(BEGUN)
     sys.stdout.flush()
     sweep(storage)

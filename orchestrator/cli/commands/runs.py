@@ -168,11 +168,11 @@ def kill(
         show_json({"run_id": run, "worker": worker})
 
 
-def cancel(run: RunId, address: Address = None, output: Output = Format.TEXT) -> None:
+def stop(run: RunId, address: Address = None, output: Output = Format.TEXT) -> None:
     """End a run early. If it has trained, it writes a checkpoint first."""
     from orchestrator.client import OrchestratorClient
 
-    target = OrchestratorClient(address).cancel(run)
+    target = OrchestratorClient(address).stop(run)
     say(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
     _show_target(run, target, output)
 
@@ -252,6 +252,6 @@ def register(app: typer.Typer) -> None:
         app.command(name, rich_help_panel="Runs")(command)
     app.command("stage", rich_help_panel="Runs")(stage)
     app.command("kill", rich_help_panel="Runs")(kill)
-    app.command("cancel", rich_help_panel="Runs")(cancel)
+    app.command("stop", rich_help_panel="Runs")(stop)
     app.command("pause", rich_help_panel="Runs")(pause)
     app.command("resume", rich_help_panel="Runs")(resume)

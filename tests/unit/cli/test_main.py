@@ -103,7 +103,7 @@ def test_schema_is_json_on_stdout(orchestrator: Callable[..., Done]) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["list"], ["status", "try"], ["scale", "try", "--workers", "2"], ["cancel", "try"], ["submit", "job.yaml"]],
+    [["list"], ["status", "try"], ["scale", "try", "--workers", "2"], ["stop", "try"], ["submit", "job.yaml"]],
     ids=lambda args: args[0],
 )
 def test_without_a_cluster_the_exit_code_is_69_and_the_remedy_is_told(
