@@ -26,6 +26,7 @@ from orchestrator.cluster.remote import Remote
 from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunFailed, RunStopped
 from orchestrator.protocol.messages import DesiredRunState, Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.removal import refuse_active, remove_tracked
 from orchestrator.run_records.run_files import LogLine, RunFiles, run_dir_in
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
@@ -159,6 +160,24 @@ class OrchestratorClient:
     def pause(self, run_id: str) -> DesiredRunState:
         """Request a checkpoint and the release of the run's resources; `resume` continues it. Raises as `stop`."""
         return self._ask(Scheduler.pause, run_id)
+
+    def remove(self, run_id: str, *, tracking: bool = False) -> str:
+        """Remove the files of a run that has ended, and the run from the cluster's list. Returns the directory it had.
+
+        Args:
+            tracking: delete its MLflow run, too; that happens first.
+
+        Raises:
+            UsageError: the run has not ended.
+            NotFound: there is no such run.
+            StorageError: its files can't be removed.
+        """
+        if tracking:
+            refuse_by_url(self._port, "rm --tracking")
+            status = self.get(run_id)
+            refuse_active(status)
+            remove_tracked(Path(status.run_dir))
+        return self._ask(Scheduler.remove, run_id)
 
     def resume(
         self,

@@ -1,67 +1,90 @@
-"""The command `orchestrator`: its subcommands, and the exit codes of errors.
+"""The command `orchestrator`: its verbs, and its end by an error or a signal (`orchestrator.cli.exit_codes`).
 
-0 ok; 2 bad usage or job file; 69 no cluster; 70 a bug; 77 not allowed; 100 the run failed; 101 it hasn't finished;
-102 no such run; 103 it was cancelled. Ray and other slow modules are imported by the commands that need them.
+Ray and other slow modules are imported by the commands that need them.
 """
 
 import os
 import sys
 import traceback
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
 from orchestrator.cli.commands import (
-    checkpoints,
+    begin,
+    check,
+    checkpoint,
     cluster,
     data,
-    doctor,
-    export,
-    inference,
-    job_file,
-    logs,
-    plan,
+    job,
+    model,
+    records,
     remote,
-    report,
     run,
     runs,
+    steer,
     top,
     tracking,
-    verify,
 )
-from orchestrator.cli.terminal.output import show_error
+from orchestrator.cli.exit_codes import BUG
+from orchestrator.cli.retired import refuse_retired
+from orchestrator.cli.terminal import signals
+from orchestrator.cli.terminal.options import GROUPS
+from orchestrator.cli.terminal.output import show, show_error
 from orchestrator.errors import OrchestratorError
 
-INTERNAL_ERROR = 70
-INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
+INTERRUPTED = 130  # exit code of typer after a KeyboardInterrupt, whichever signal raised it
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Elastic training of mixture-of-experts language models on Ray: change the number of workers at any step.",
-    epilog="A first run on this machine: orchestrator run jobs/quickstart.yaml",
+    epilog="A first run on this machine: orchestrator init, then orchestrator run job.yaml",
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        show(f"orchestrator {version('elastic-orchestrator')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Elastic training of mixture-of-experts language models on Ray: change the number of workers at any step."""
+
+
+begin.register(app)
 run.register(app)
 runs.register(app)
+records.register(app)
 top.register(app)
-logs.register(app)
-verify.register(app)
-report.register(app)
-checkpoints.register(app)
-tracking.register(app)
-export.register(app)
-inference.register(app)
-doctor.register(app)
-job_file.register(app)
-plan.register(app)
+steer.register(app)
+for name, group in (
+    ("job", job.app),
+    ("checkpoint", checkpoint.app),
+    ("model", model.app),
+    ("data", data.app),
+    ("check", check.app),
+    ("fault", steer.fault),
+    ("curriculum", steer.curriculum),
+    ("tracking", tracking.app),
+    ("cluster", cluster.app),
+):
+    app.add_typer(group, name=name, rich_help_panel=GROUPS)
 remote.register(app)
-app.add_typer(data.app, name="data", rich_help_panel="Job files")
-app.add_typer(cluster.app, name="cluster", rich_help_panel="Cluster")
 
 
 def main() -> None:
     """Run the command line; ends the process with the exit code."""
+    signals.install()
     remote.mark_stderr()
     try:
+        refuse_retired(sys.argv[1:])
         code = remote.forwarded(sys.argv[1:])
         if code is not None:
             sys.exit(code)
@@ -70,13 +93,15 @@ def main() -> None:
         show_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(signals.exit_code())
+    except SystemExit as end:
+        sys.exit(signals.exit_code() if end.code == INTERRUPTED else end.code)
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception:
         traceback.print_exc()
-        sys.exit(INTERNAL_ERROR)
+        sys.exit(BUG)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, Restore,
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.job_files import read_job, write_job
+from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import STATUS_FILE, RunHistory, read_status, user_events
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -188,6 +189,34 @@ class Scheduler:
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
         """Request the run's end, with a checkpoint, to be resumed later. Raises as `stop` does."""
         return self._forward(run_id, RunController.finish, FinishMode.PAUSE, reason)
+
+    def remove(self, run_id: str) -> str:
+        """Remove a run that has ended from run storage and from the list of runs. Returns the directory that it had.
+
+        Raises:
+            NotFound: there is no such run.
+            UsageError: it has not ended.
+            StorageError: its files can't be removed.
+        """
+        with self._submitting:  # it can't be resumed meanwhile
+            directory = self._directory_of(run_id)
+            if directory.exists():
+                refuse_active(self.status(run_id))
+                self._await_exit(run_id)
+                remove_files(directory)
+            internal_kv._internal_kv_del(run_id.encode(), namespace=KV_NAMESPACE)
+        log.info("run %s: removed from %s", run_id, directory)
+        return str(directory)
+
+    def _await_exit(self, run_id: str) -> None:
+        """Wait for the end of the controller of a run that has ended: it writes its log until then."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while find(f"{run_id}/controller") is not None:
+            if time.monotonic() > deadline_s:
+                raise ClusterUnreachable(
+                    f"the controller of run {run_id} does not end", remedy="Try again in a moment."
+                )
+            time.sleep(0.1)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""

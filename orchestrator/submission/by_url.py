@@ -103,6 +103,7 @@ ANSWERS: dict[str, Any] = {  # methods that may be called, and the types of thei
     "set_priority": int,
     "stop": DesiredRunState,
     "pause": DesiredRunState,
+    "remove": str,
 }
 
 

@@ -90,7 +90,7 @@ def down(
     if active:
         raise UsageError(
             f"runs are going on in the local cluster: {', '.join(active)}",
-            remedy="Wait for them, end them with `orchestrator cancel RUN`, or pass --force.",
+            remedy="Wait for them, end them with `orchestrator stop RUN`, or pass --force.",
             unchanged="Nothing was changed.",
         )
     local.down()
