@@ -270,7 +270,7 @@ class Scheduler:
     def _directory_of(self, run_id: str) -> Path:
         place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
         if place is None:
-            remedy = f"{nearest(run_id, known_runs())}`orchestrator list` shows its runs."
+            remedy = f"{nearest(run_id, known_runs())}`orchestrator ls` shows its runs."
             raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
         return Path(place.decode())
 

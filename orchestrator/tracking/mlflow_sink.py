@@ -148,7 +148,7 @@ class MlflowSink:
 
     @property
     def url(self) -> str:
-        """The run's page on a server; for a database its URI, which `orchestrator ui --uri` accepts."""
+        """The run's page on a server; for a database its URI, which `orchestrator tracking ui --uri` accepts."""
         if self._run is None or self._artifact_root is not None:
             return redacted(self._uri)
         info = self._run.info

@@ -266,7 +266,7 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
         run_dir = Path(client.wait(run, timeout_s=100.0).run_dir)
 
     def verify(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "verify", "proof"]
+        command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "check", "replay", "proof"]
         done = subprocess.run([*command, "--storage", str(storage), *args], capture_output=True, text=True, timeout=100)
         assert done.returncode == expect, f"{args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done
@@ -275,7 +275,7 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     assert "Steps 25 to 29 of run proof" in told.stderr and "step-00000024" in told.stderr
     assert "5 steps: losses, norms and states are the same, bit for bit." in told.stdout
 
-    found = json.loads(verify("--from", "-1", "--steps", "40", "--workers", "3", "-o", "json").stdout)
+    found = json.loads(verify("--step", "-1", "--steps", "40", "--workers", "3", "-o", "json").stdout)
     assert found | {"equal": True, "first_step": 0, "last_step": 29, "workers": 3, "difference": None} == found
 
     (path,) = [p for p in run_dir.glob("journal/*.json") if '"step":27,' in p.read_text()]
@@ -292,8 +292,8 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     assert f"which may be the only cause: {worker} (processor: a -> b)." in told.stderr
     assert json.loads(verify("-o", "json", expect=100).stdout)["workers_differ"] == {worker: differs}
 
-    assert "has no step after 29; its newest committed one is 29" in verify("--from", "29", expect=2).stderr
-    assert "no checkpoint of step 7; it holds 4, 9, 14, 19, 24, 29" in verify("--from", "7", expect=102).stderr
+    assert "has no step after 29; its newest committed one is 29" in verify("--step", "29", expect=2).stderr
+    assert "no checkpoint of step 7; it holds 4, 9, 14, 19, 24, 29" in verify("--step", "7", expect=102).stderr
     job_file = run_dir / "job.json"
     job_file.write_text(job_file.read_text().replace('"exact"', '"fast"', 1))
     assert "train.determinism of run proof is fast" in verify(expect=2).stderr
