@@ -64,7 +64,7 @@ def measure(quick: bool) -> Result:
                 live_through(live, product)
                 found = ask_everything(prometheus) | {"agrees": comes_to_agree(prometheus, live)}
                 version = prometheus.version()
-                live.cancel()
+                live.stop()
                 found["gone_s"] = until_gone(prometheus)
                 found["export_s"] = Spread.of(exports(live.run_dir))
     return Result(

@@ -63,7 +63,7 @@ def measure(quick: bool) -> Result:
                 lasted_s = time.monotonic() - begun_s
                 idle_s, used_s = psutil.cpu_times().idle - idle_s, _cpu_s(busy) - used_s
             steps = live.status().step - begun
-            live.cancel()
+            live.stop()
         alarms = Counter(event["kind"] for event in read_events(live.run_dir) if event["kind"] in ALARMS)
         for event in read_events(live.run_dir):
             if event["kind"] in ALARMS:

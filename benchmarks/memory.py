@@ -8,7 +8,7 @@ For 1, 2 and 4 workers, with the job of `benchmarks.throughput` in fp32:
   rescale (to 2, to 3 and to 3 workers),
 - `engine`: the same of a rank of `benchmarks.baselines.bare_engine`,
 - `kept`: bytes of the snapshots and deltas that the plan has for a worker,
-- `plan`: what `orchestrator plan` says that a worker takes.
+- `plan`: what `orchestrator job plan` says that a worker takes.
 
 The last three are those of the world before the rescale or of the one after it, whichever takes more: a lone worker has
 no snapshots, and gets them with the second one.
@@ -113,7 +113,7 @@ class Bench:
                 live.scale(to)
                 last = live.status().step + after
                 live.until(lambda status: status.step >= last, f"step {last} is done", PATIENCE_S)
-            live.cancel()
+            live.stop()
         return most()
 
     def engine(self, size: int) -> int:

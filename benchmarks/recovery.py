@@ -59,7 +59,7 @@ def measure(quick: bool) -> Result:
         with Product(workspace / "home", num_cpus=WORKERS + 2) as product:
             live = LiveRun(product.client, job)
             found = in_turn({kind: partial(FAULTS[kind], live) for kind in kinds}, live, job, rounds)
-            live.cancel()
+            live.stop()
         if Hosts.available() is None:
             with hosted_run(job.model_copy(update={"name": "hosted"})) as (hosts, hosted):
                 faults = {kind: partial(make, hosts, hosted) for kind, make in HOST_FAULTS.items()}

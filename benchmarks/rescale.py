@@ -153,7 +153,7 @@ def run_elastic(live: LiveRun, size: Size) -> Elastic:
         rss_bytes.append((2.0 * (number + 1), float(live.report_of(first).process.rss_bytes)))
     say(f"{size.rebuilds} rebuilds more")
     votes = live.report_of(first, after_step=-1).history.records
-    live.cancel()
+    live.stop()
     losses = {record.step: record.loss for record in read_steps(live.run_dir)}
     return Elastic(tuple(requests), votes, live.plans(), losses, tuple(rss_bytes))
 
@@ -169,7 +169,7 @@ def run_fixed(live: LiveRun, size: Size) -> Fixed:
         live.scale(INITIAL)
         live.until(lambda s: s.standbys == 0, "the third worker is let go")
     say("cold growths: " + ", ".join(f"{seconds:.1f} s" for seconds in cold_s))
-    live.cancel()
+    live.stop()
     losses = {record.step: record.loss for record in read_steps(live.run_dir) if record.world_size == INITIAL}
     return Fixed(losses, tuple(cold_s))
 

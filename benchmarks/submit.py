@@ -84,7 +84,7 @@ def _round(place: Place, name: str) -> dict[str, float]:
         began_s = time.perf_counter()
         command("status", name)
         figures[key] = time.perf_counter() - began_s
-    place.inside("cancel", name)
+    place.inside("stop", name)
     _until((run_dir / "status.json").exists, f"{name} to end")
     return {key: round(value, 2) for key, value in figures.items()}
 

@@ -178,7 +178,7 @@ class TrackedRun:
 
     def close(self) -> None:
         self._signal(signal.SIGCONT, [*self._training, *self._tracking])
-        self._live.cancel()
+        self._live.stop()
 
     def _train(self, steps: int) -> float:
         """For so many steps, or some more. Returns the mean time between their votes."""

@@ -81,7 +81,7 @@ srun --nodes=1 --ntasks=1 --nodelist="$head_node" --cpus-per-task="$cpus" \
 steps+=($!)
 deadline=$((SECONDS + start_timeout_s))
 export RAY_ADDRESS=$address
-until orchestrator list > /dev/null 2>&1; do
+until orchestrator ls > /dev/null 2>&1; do
   kill -0 "${steps[0]}" 2> /dev/null || { echo "Ray's head has ended on $head_node" >&2; exit 69; }
   ((SECONDS < deadline)) || { echo "Ray's head did not start on $head_node in $start_timeout_s s" >&2; exit 69; }
   sleep 1

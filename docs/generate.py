@@ -1,7 +1,7 @@
 """Writes the pages that follow from the code: job-file.md from the JSON Schema, metrics.md from the registry, events.md
-from the classes of events.
+from the classes of events, command-line.md from the commands.
 
-    python docs/generate.py      # after a change of orchestrator/spec, orchestrator/metrics.py or protocol/events
+    python docs/generate.py      # after a change of orchestrator/spec, metrics.py, protocol/events or cli
 
 `tests/unit/docs/test_generated.py` fails while a page is older than the code.
 """
@@ -12,6 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from pydantic import TypeAdapter
+from typer.core import TyperCommand, TyperGroup, TyperOption
+from typer.main import get_command
+
+from orchestrator.cli.exit_codes import EXIT_CODES
+from orchestrator.cli.json_output import OUTPUTS, JsonOutput
+from orchestrator.cli.main import app
 from orchestrator.metrics import DECLARED, Metric
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.reading import MODULES, event_types
@@ -23,7 +30,7 @@ Schema = Mapping[str, Any]
 JOB_FILE_HEAD = """\
 # The job file
 
-*Written by `python docs/generate.py` from `orchestrator schema`; change the code, not this page.*
+*Written by `python docs/generate.py` from `orchestrator job schema`; change the code, not this page.*
 
 A job file is strict YAML. Only `schema` and `name` are required:
 
@@ -32,9 +39,9 @@ schema: v1
 name: my-run
 ```
 
-`orchestrator validate JOB.yaml` reports every mistake at once, with line, column, key and rule, and exits with 2.
+`orchestrator job validate JOB.yaml` reports every mistake at once, with line, column, key and rule, and exits with 2.
 Refused are unknown keys, duplicate keys, anchors, aliases, tags, a second document, the words yes, no, on and off
-without quotes, and files over 1 MiB. `orchestrator schema` prints the JSON Schema, which editors can check against.
+without quotes, and files over 1 MiB. `orchestrator job schema` prints the JSON Schema, which editors can check against.
 """
 
 METRICS_HEAD = """\
@@ -58,6 +65,23 @@ EVENTS_HEAD = """\
 What happens to a run is in its journal. `orchestrator events RUN` prints it, `-o json` as JSON objects, and
 `OrchestratorClient.events` yields these objects. Each has `kind`, `seq` (counts all events of the run), `term` (of the
 controller that wrote it), `time` (`time.time()` seconds), and the fields of its kind. Fields marked with ? may be null.
+"""
+
+COMMAND_LINE_HEAD = """\
+# The command line
+
+*Written by `python docs/generate.py` from `orchestrator/cli`; change the code, not this page.*
+
+`orchestrator VERB --help` shows a verb's arguments and options. Data goes to stdout, messages and errors to stderr.
+Ctrl-C, SIGTERM and a closed terminal end every verb and what it has started, except that `run` leaves a run that it has
+submitted. [operating.md](operating.md) has the manual.
+"""
+
+JSON_HEAD = """\
+## `-o json`
+
+What a verb prints: one object, a list of them, or lines of one object each. Types are listed below, with the schema of
+each; `time` and keys that end in `_time` are in `time.time()` seconds, `bytes` in bytes.
 """
 
 LIVE_HEAD = """\
@@ -113,7 +137,92 @@ def _meaning(cls: type[Event]) -> str:
     return " ".join(str(cls.__doc__).split("\n\n")[0].split())
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"job-file.md": job_file, "metrics.md": metrics, "events.md": events}
+def command_line() -> str:
+    """Every verb by its panel in --help, exit codes, and what `-o json` prints."""
+    panels: dict[str, list[tuple[str, TyperCommand]]] = {}
+    for panel, verb, command in _verbs():
+        panels.setdefault(panel, []).append((verb, command))
+    parts = [COMMAND_LINE_HEAD]
+    for panel, found in panels.items():
+        rows = [(f"`{verb}{_arguments(command)}`", _options(command), _help(command)) for verb, command in found]
+        parts += [f"## {panel}\n", _table(("verb", "options", "meaning"), rows)]
+    parts += ["## Exit codes\n", _table(("code", "meaning"), [(str(code), text) for code, text in EXIT_CODES.items()])]
+    rows = [(f"`{verb}`", _form(output), output.also) for verb, output in OUTPUTS.items()]
+    parts += [JSON_HEAD, _table(("verb", "prints", "otherwise"), rows), *_json_types()]
+    return "\n".join(parts)
+
+
+def _verbs() -> Iterator[tuple[str, str, TyperCommand]]:
+    """(panel, verb, command), in the order of --help."""
+    root = get_command(app)
+    assert isinstance(root, TyperGroup)
+    for name, command in root.commands.items():
+        inner = command.commands.items() if isinstance(command, TyperGroup) else [("", command)]
+        for verb, found in inner:
+            if isinstance(found, TyperCommand) and not found.hidden:
+                yield str(getattr(command, "rich_help_panel", None)), f"{name} {verb}".strip(), found
+
+
+def _arguments(command: TyperCommand) -> str:
+    names = [str(parameter.metavar) for parameter in command.params if parameter.param_type_name == "argument"]
+    return "".join(f" {name}" for name in names)
+
+
+def _options(command: TyperCommand) -> str:
+    found = [parameter for parameter in command.params if isinstance(parameter, TyperOption)]
+    return " ".join(f"`{option.opts[0]}`" for option in found)
+
+
+def _help(command: TyperCommand) -> str:
+    return " ".join(str(command.help).split("\n\n")[0].split())
+
+
+def _form(output: JsonOutput) -> str:
+    name = "JSON object" if output.type is dict else output.type.__name__
+    return {"object": f"`{name}`", "list": f"list of `{name}`", "lines": f"lines of `{name}`"}[output.form]
+
+
+def _json_types() -> Iterator[str]:
+    """A table of the keys of each type that commands print, and of the types that these contain."""
+    defs: dict[str, Schema] = {}
+    for output in OUTPUTS.values():
+        if output.type not in (dict, JobSpec):  # job-file.md has the keys of a job, events.md those of events
+            schema = TypeAdapter(output.type).json_schema(mode="serialization")
+            defs |= schema.get("$defs", {})
+            defs[schema["title"]] = schema
+    for name, schema in sorted(defs.items()):
+        if "properties" in schema:
+            rows = [(f"`{key}`", _json_type(field)) for key, field in schema["properties"].items()]
+            yield f"### {name}\n\n{_first_paragraph(schema)}"
+            yield _table(("key", "value"), rows)
+
+
+def _first_paragraph(schema: Schema) -> str:
+    text = " ".join(str(schema.get("description", "")).split("\n\n")[0].split())
+    return text + "\n" if text else ""
+
+
+def _json_type(field: Schema) -> str:
+    if "anyOf" in field:
+        return " or ".join(_json_type(form) for form in field["anyOf"])
+    if "$ref" in field:
+        return f"`{field['$ref'].rpartition('/')[2]}`"
+    if "enum" in field:
+        return ", ".join(f"`{value}`" for value in field["enum"])
+    kind = str(field.get("type", "any value"))
+    if kind == "array":
+        items = field.get("prefixItems") or [field.get("items", {})]
+        return "list of " + ", ".join(_json_type(item) for item in items)
+    inner = field.get("additionalProperties")
+    return f"object of {_json_type(inner)}" if isinstance(inner, dict) and inner else kind
+
+
+PAGES: Mapping[str, Callable[[], str]] = {
+    "job-file.md": job_file,
+    "metrics.md": metrics,
+    "events.md": events,
+    "command-line.md": command_line,
+}
 
 
 def _sections(schema: Schema, defs: Mapping[str, Schema], path: str) -> Iterator[tuple[str, Schema]]:

@@ -23,9 +23,10 @@ from orchestrator.checkpoint.read import choose, read_manifest
 from orchestrator.cluster.connection import connect, probe
 from orchestrator.cluster.jobs_api import JobsApiClient, is_url
 from orchestrator.cluster.remote import Remote
-from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunCancelled, RunFailed
+from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunFailed, RunStopped
 from orchestrator.protocol.messages import DesiredRunState, Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.run_records.removal import refuse_active, remove_tracked
 from orchestrator.run_records.run_files import LogLine, RunFiles, run_dir_in
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
@@ -130,6 +131,16 @@ class OrchestratorClient:
         """
         return self._ask(Scheduler.stage, run_id, name)
 
+    def set_priority(self, run_id: str, priority: int) -> int:
+        """Give an active run another priority than its job has, which it keeps when it is resumed. Returns the priority
+        once it is journalled.
+
+        Raises:
+            UsageError: a job can't have this priority, or the run has ended.
+            NotFound: there is no such run.
+        """
+        return self._ask(Scheduler.set_priority, run_id, priority)
+
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill the process of one member, by default the highest rank, to test recovery.
 
@@ -142,20 +153,38 @@ class OrchestratorClient:
         """
         return self._ask(Scheduler.kill_worker, run_id, rank)
 
-    def cancel(self, run_id: str) -> DesiredRunState:
+    def stop(self, run_id: str) -> DesiredRunState:
         """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound."""
-        return self._ask(Scheduler.cancel, run_id)
+        return self._ask(Scheduler.stop, run_id)
 
     def pause(self, run_id: str) -> DesiredRunState:
-        """Request a checkpoint and the release of the run's resources; `resume` continues it. Raises as `cancel`."""
+        """Request a checkpoint and the release of the run's resources; `resume` continues it. Raises as `stop`."""
         return self._ask(Scheduler.pause, run_id)
+
+    def remove(self, run_id: str, *, tracking: bool = False) -> str:
+        """Remove the files of a run that has ended, and the run from the cluster's list. Returns the directory it had.
+
+        Args:
+            tracking: delete its MLflow run, too; that happens first.
+
+        Raises:
+            UsageError: the run has not ended.
+            NotFound: there is no such run.
+            StorageError: its files can't be removed.
+        """
+        if tracking:
+            refuse_by_url(self._port, "rm --tracking")
+            status = self.get(run_id)
+            refuse_active(status)
+            remove_tracked(Path(status.run_dir))
+        return self._ask(Scheduler.remove, run_id)
 
     def resume(
         self,
         run_id: str,
         *,
         storage: str | os.PathLike[str] | None = None,
-        from_step: int | None = None,
+        step: int | None = None,
         workers: int | None = None,
         reset_residuals: bool = False,
         timeout_s: float | None = None,
@@ -168,7 +197,7 @@ class OrchestratorClient:
 
         Args:
             storage: run storage with the run; None for the directory that this cluster knows, else ./runs.
-            from_step: of the checkpoint; None for the newest. Without any checkpoint the run starts from the beginning.
+            step: of the checkpoint; None for the newest. Without any checkpoint the run starts from the beginning.
             workers: number of workers; None for the number requested last.
             reset_residuals: discard gradients that compression has not sent yet; without compression there are none.
             timeout_s: don't queue the run: resume nothing if there is no room within this time.
@@ -182,7 +211,7 @@ class OrchestratorClient:
         """
         refuse_by_url(self._port, "resume")
         run_dir = self._run_dir(run_id, storage)
-        path = choose(run_dir / "checkpoints", from_step)
+        path = choose(run_dir / "checkpoints", step)
         restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
         order = ResumeRequest(uuid.uuid4().hex, restore, workers)
         start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, **options)
@@ -280,7 +309,7 @@ def raise_unless_succeeded(status: RunStatus) -> None:
     """Raise the error that corresponds to the status of a run.
 
     Raises:
-        RunFailed, RunCancelled: the run ended that way.
+        RunFailed, RunStopped: the run ended that way.
         NotFinished: it is paused or active.
     """
     if status.phase is RunPhase.FAILED:
@@ -290,8 +319,8 @@ def raise_unless_succeeded(status: RunStatus) -> None:
             remedy=f"`orchestrator logs {status.run_id}` shows the log lines of its processes.",
             unchanged=f"Its newest checkpoint is {status.checkpoint}." if status.checkpoint else "",
         )
-    if status.phase is RunPhase.CANCELLED:
-        raise RunCancelled(f"run {status.run_id} was cancelled: {status.why}")
+    if status.phase is RunPhase.STOPPED:
+        raise RunStopped(f"run {status.run_id} was stopped: {status.why}")
     if status.phase is RunPhase.PAUSED:
         raise NotFinished(
             f"run {status.run_id} is paused: {status.why}",

@@ -16,13 +16,16 @@ from typing import ClassVar
 class OrchestratorError(Exception):
     """Root of all errors raised on purpose. Any other exception is a bug (exit code 70).
 
+    Raised itself where something outside of this program fails: a process that ends by itself, a server that does not
+    answer.
+
     Args:
         message: the value and the rule that it broke.
         remedy: the action for the user to take.
         unchanged: the state that the failed action left as it was.
     """
 
-    exit_code: ClassVar[int] = 100
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, remedy: str = "", unchanged: str = "") -> None:
         super().__init__(message)  # pickle calls the class with args; the fields below travel in __dict__
@@ -62,7 +65,7 @@ class SpecError(UsageError):
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(
             "\n".join(str(problem) for problem in problems),
-            remedy=f"{count}; `orchestrator schema` lists every key",
+            remedy=f"{count}; `orchestrator job schema` lists every key",
             unchanged="Nothing was started.",
         )
         self.args = (problems,)
@@ -92,12 +95,22 @@ class EntrypointError(UsageError):
         self.traceback = traceback
 
 
+class StorageError(OrchestratorError):
+    """Run storage that can't be read or written: full, read-only or unavailable."""
+
+    exit_code = 104
+
+
 class StoreCorrupt(DataError):
     """A prepared data store whose files don't match their digests."""
 
+    exit_code = 104
 
-class StorageError(UsageError):
-    """Run storage that can't be written: full, read-only or unavailable."""
+
+class CheckpointCorrupt(OrchestratorError):
+    """A checkpoint whose files are missing, changed, or don't cover every tensor."""
+
+    exit_code = 104
 
 
 class ClusterUnreachable(OrchestratorError):
@@ -127,12 +140,10 @@ class RunFailed(OrchestratorError):
         self.traceback = traceback
 
 
-class JobDoesNotFit(RunFailed):
+class JobDoesNotFit(OrchestratorError):
     """The cluster can't hold the workers that the job asks for."""
 
-
-class CheckpointCorrupt(OrchestratorError):
-    """A checkpoint whose files are missing, changed, or don't cover every tensor."""
+    exit_code = 105
 
 
 class JournalCorrupt(OrchestratorError):
@@ -142,9 +153,13 @@ class JournalCorrupt(OrchestratorError):
 class TermSuperseded(OrchestratorError):
     """A newer controller of this run exists; this one's term has ended and it must not write."""
 
+    exit_code = 70
+
 
 class ProtocolError(OrchestratorError):
     """A message that doesn't fit the receiver's state: a bug, or a process of another version."""
+
+    exit_code = 70
 
 
 class NotFinished(OrchestratorError):
@@ -159,15 +174,18 @@ class NotFound(OrchestratorError):
     exit_code = 102
 
 
-class RunCancelled(OrchestratorError):
-    """The run was cancelled."""
+class RunStopped(OrchestratorError):
+    """The run was stopped before its last step, by request."""
 
     exit_code = 103
 
 
 def of_code(exit_code: int) -> type[OrchestratorError]:
     """The most general class of error with this exit code."""
-    general = (UsageError, ClusterUnreachable, NotAllowed, RunFailed, NotFinished, NotFound, RunCancelled)
+    general = (
+        *(UsageError, ClusterUnreachable, NotAllowed),
+        *(RunFailed, NotFinished, NotFound, RunStopped, StorageError, JobDoesNotFit),
+    )
     return next((kind for kind in general if kind.exit_code == exit_code), OrchestratorError)
 
 

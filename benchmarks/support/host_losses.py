@@ -35,8 +35,8 @@ class RemoteClient:
         status: RunStatus = self._call(OrchestratorClient.get, run_id)
         return status
 
-    def cancel(self, run_id: str) -> None:
-        self._call(OrchestratorClient.cancel, run_id)
+    def stop(self, run_id: str) -> None:
+        self._call(OrchestratorClient.stop, run_id)
 
     def wait(self, run_id: str, timeout_s: float) -> RunStatus:
         status: RunStatus = self._call(OrchestratorClient.wait, run_id, timeout_s=timeout_s)
@@ -65,13 +65,13 @@ class HostedRun(LiveRun):
 
 @contextmanager
 def hosted_run(job: JobSpec) -> Iterator[tuple[Hosts, HostedRun]]:
-    """The job on as many hosts as it has workers, one on each; cancelled at the end."""
+    """The job on as many hosts as it has workers, one on each; stopped at the end."""
     with Hosts(job.workers.initial) as hosts:
         hosts.start_ray(cpus=1)
         with Driver(hosts, 0) as driver:
             live = HostedRun(hosts, driver, job)
             yield hosts, live
-            live.cancel()
+            live.stop()
 
 
 def node_killed(hosts: Hosts, live: HostedRun, chance: random.Random) -> Fault:

@@ -58,7 +58,7 @@ class Request:
 
 
 class LiveRun:
-    """A run that was submitted, until it is cancelled."""
+    """A run that was submitted, until it is stopped."""
 
     def __init__(self, client: OrchestratorClient, job: JobSpec, **options: Any) -> None:
         self._client, self._id = client, client.submit(job, **options)
@@ -133,8 +133,8 @@ class LiveRun:
         log = (self.run_dir / "logs" / "controller.log").read_text()
         return found | {"controller": int(re.findall(r"controller of term \d+, pid (\d+)", log)[-1])}
 
-    def cancel(self) -> RunStatus:
-        self._client.cancel(self._id)
+    def stop(self) -> RunStatus:
+        self._client.stop(self._id)
         return self.wait()
 
     def wait(self) -> RunStatus:

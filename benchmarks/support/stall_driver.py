@@ -139,8 +139,9 @@ class Run:
         """Wait until so many workers are there, whether they train or stand by."""
         self.until(lambda s: s.workers_now + s.standbys == workers and s.step > 1, "all workers are warm")
 
-    def cancel(self) -> None:
-        self._client.cancel(self._id)
+    def stop(self) -> None:
+        stop = getattr(self._client, "stop", None) or getattr(self._client, "cancel")  # noqa: B009 - earlier commits
+        stop(self._id)
         self._client.wait(self._id, timeout_s=PATIENCE_S)
 
     def _ask(self, worker: str, method: str, *args: Any) -> Any:
@@ -182,7 +183,7 @@ def main(what: str, order: Order) -> None:
     try:
         run = Run(OrchestratorClient(up.record.address), JobSpec.model_validate(order.job))
         stalls = MEASURES[what](run, order)
-        run.cancel()
+        run.stop()
     finally:
         disconnect()
         local.down()

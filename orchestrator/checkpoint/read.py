@@ -205,12 +205,12 @@ def prune(checkpoints: Path, keep_last: int, keep_steps: Collection[int] = ()) -
     kept = complete[-keep_last:]
     dropped = tuple(p for p in complete[:-keep_last] if parse_step_name(p.name) not in keep_steps)
     for path in dropped:
-        _discard(path)
+        discard(path)
     newest = max((_age(path) for path in kept), default=(-1, -1, -1))
     for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
         unfinished = parse_incomplete_name(path.name)
         if unfinished and (unfinished[1], unfinished[2], unfinished[0]) < newest:
-            _discard(path)
+            discard(path)
         elif path.name.startswith(DISCARDED_PREFIX):
             shutil.rmtree(path)
     return dropped
@@ -225,7 +225,8 @@ def _age(checkpoint: Path) -> tuple[int, int, int]:
     return (manifest.term, manifest.generation, manifest.step)
 
 
-def _discard(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Delete a checkpoint. It disappears from the list at once; one that is deleted in part is never listed."""
     hidden = path.with_name(DISCARDED_PREFIX + path.name)
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)

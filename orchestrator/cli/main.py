@@ -1,7 +1,6 @@
-"""The command `orchestrator`: its subcommands, and the exit codes of errors.
+"""The command `orchestrator`: its verbs, and its end by an error or a signal (`orchestrator.cli.exit_codes`).
 
-0 ok; 2 bad usage or job file; 69 no cluster; 70 a bug; 77 not allowed; 100 the run failed; 101 it hasn't finished;
-102 no such run; 103 it was cancelled. A command is imported when it is called (`cli/lazy.py`).
+A command is imported when it is called (`orchestrator.cli.lazy`).
 """
 
 import os
@@ -11,19 +10,19 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.cli.exit_codes import BUG
 from orchestrator.cli.lazy import LazyGroup
+from orchestrator.cli.retired import refuse_retired
+from orchestrator.cli.terminal import signals
 from orchestrator.cluster.jobs_api import MARKED, is_url
 from orchestrator.errors import OrchestratorError
 
-INTERNAL_ERROR = 70
-INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
-
+INTERRUPTED = 130  # exit code of typer after a KeyboardInterrupt, whichever signal raised it
 
 app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Elastic training of mixture-of-experts language models on Ray: change the number of workers at any step.",
     epilog="A first run on this machine: orchestrator demo",
 )
 
@@ -33,16 +32,16 @@ def _show_version(wanted: bool) -> None:
         from importlib.metadata import version
 
         typer.echo(f"orchestrator {version('elastic-orchestrator')}")
-        raise typer.Exit()
+        raise typer.Exit
 
 
 @app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and exit.")
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Options of the command itself."""
+    """Elastic training of mixture-of-experts language models on Ray: change the number of workers at any step."""
 
 
 def _in_cluster(arguments: list[str]) -> int | None:
@@ -57,7 +56,9 @@ def _in_cluster(arguments: list[str]) -> int | None:
 
 def main() -> None:
     """Run the command line; ends the process with the exit code."""
+    signals.install()
     try:
+        refuse_retired(sys.argv[1:])
         code = _in_cluster(sys.argv[1:])
         if code is not None:
             sys.exit(code)
@@ -68,13 +69,15 @@ def main() -> None:
         show_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(signals.exit_code())
+    except SystemExit as end:
+        sys.exit(signals.exit_code() if end.code == INTERRUPTED else end.code)
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception:
         traceback.print_exc()
-        sys.exit(INTERNAL_ERROR)
+        sys.exit(BUG)
     finally:
         if "ray" in sys.modules:
             from orchestrator.cluster.connection import disconnect

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 
 from orchestrator.cluster import local
@@ -97,6 +99,7 @@ def _join(address: str) -> None:
     # Else Ray ends this whole process, with its final messages, a minute after the cluster has gone.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
     reread_environment()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         GcsClient(address=address)  # fails at once where ray.init fails after 20 tries
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -104,3 +107,5 @@ def _join(address: str) -> None:
         raise token_refused(address) from None
     except (ConnectionError, RuntimeError) as error:
         raise ClusterUnreachable(f"no cluster answers at {address}: {error}", remedy=START_ONE) from error
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced it

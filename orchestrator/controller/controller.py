@@ -34,6 +34,7 @@ from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
+from orchestrator.spec.changes import check_priority
 from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")
@@ -103,6 +104,15 @@ class RunController:
     def grant(self, grant: Grant) -> None:
         """Accept the Scheduler's grant of workers. Returns when it is journalled; raises NotFinished."""
         self._requests.granted(grant)
+
+    def set_priority(self, priority: int) -> int:
+        """Give the run another priority than its job has. Returns it when it is journalled.
+
+        Raises:
+            UsageError: a job can't have it, or the run is ending.
+        """
+        check_priority(priority)
+        return self._requests.prioritise(priority)
 
     def stage(self, name: str, reason: str) -> DesiredRunState:
         """Request another stage of the curriculum, or the `next` one. Returns when the request is journalled.

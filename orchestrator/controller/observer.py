@@ -50,6 +50,7 @@ class Observer:
             faults=(*self._checkpoints.faults, *self._services.faults),
             draining=self._monitors.draining,
             grant=self._requests.grant,
+            priority=self._requests.priority,
         )
 
     def storage_trouble(self) -> str | None:

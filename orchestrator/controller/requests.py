@@ -32,6 +32,7 @@ class PendingRequests:
         self._turned = threading.Condition()
         self.newest = memory.state.target
         self.grant = memory.state.queue.grant
+        self.priority = memory.state.priority
 
     def aim(
         self,
@@ -49,8 +50,7 @@ class PendingRequests:
             NotFinished: it was not journalled in time.
         """
         with self._turned:
-            if self._memory.state.outcome is not None or self.newest.finish not in (FinishMode.NO, finish):
-                raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
+            self._refuse_ending(finish)
             if by_hand is False and workers is not None and self.newest.by_hand:
                 return self.newest
             size = self.newest.workers if workers is None else workers
@@ -64,6 +64,21 @@ class PendingRequests:
                 raise NotFinished(f"run {self._run_id} has not journalled the request yet: {why}", remedy=LATER)
             return target
 
+    def prioritise(self, priority: int) -> int:
+        """Request this priority. Returns it when it is journalled.
+
+        Raises:
+            UsageError: the run is ending.
+            NotFinished: it was not journalled in time.
+        """
+        with self._turned:
+            self._refuse_ending(FinishMode.NO)
+            self.priority = priority
+            self._inbox.put(None)
+            if not self._turned.wait_for(lambda: self._memory.state.priority == self.priority, PATIENCE_S):
+                raise NotFinished(f"run {self._run_id} has not journalled its priority yet", remedy=LATER)
+            return priority
+
     def granted(self, grant: Grant) -> None:
         """Accept the Scheduler's grant of workers. Returns when it is journalled.
 
@@ -75,6 +90,10 @@ class PendingRequests:
             self._inbox.put(None)
             if not self._turned.wait_for(lambda: self._memory.state.queue.grant == self.grant, PATIENCE_S):
                 raise NotFinished(f"run {self._run_id} has not journalled its grant yet", remedy=LATER)
+
+    def _refuse_ending(self, finish: FinishMode) -> None:
+        if self._memory.state.outcome is not None or self.newest.finish not in (FinishMode.NO, finish):
+            raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
 
     def turned(self) -> None:
         """Wake the callers after a turn: earlier requests are journalled, unless writing failed."""

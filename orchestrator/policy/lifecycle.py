@@ -5,7 +5,7 @@
     mend     a newcomer fails in transition -> the old world continues, or is rebuilt from its own shards
     recover  a member fails -> all stop -> plan g+1 from the survivors' state -> all READY -> activate
     preempt  all FINISHED, checkpoint marked -> empty worker group, queued -> start from the checkpoint
-    end      all FINISHED, last checkpoint marked -> succeeded or cancelled
+    end      all FINISHED, last checkpoint marked -> succeeded or stopped
 
 The controller calls `decide` at every change, journals the new state, ensures that `state.worker_group` exists and
 sends `directive_of(state)` to every worker. A call with nothing to do returns the same state, so `decide` may be called
@@ -40,7 +40,7 @@ from orchestrator.policy.rescale.worker_pool import (
     remove_lost_workers,
 )
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.requests import heed_grant
+from orchestrator.policy.state.requests import heed_grant, heed_priority
 from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.policy.termination import ask_finish, commit_checkpoint, end_run, fail_run
@@ -54,6 +54,7 @@ Rule = Callable[[RunLimits, RunState, Observation], Decision]
 RULES: tuple[Rule, ...] = (
     apply_target,
     heed_grant,
+    heed_priority,
     watch_drains,
     fail_run,
     measure_stalls,

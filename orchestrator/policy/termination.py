@@ -12,7 +12,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase, ShardWritten
 
 MAX_FAILED_SPAWNS = 3  # in a row
-OUTCOMES = {FinishMode.CANCEL: RunPhase.CANCELLED, FinishMode.PAUSE: RunPhase.PAUSED}
+OUTCOMES = {FinishMode.STOP: RunPhase.STOPPED, FinishMode.PAUSE: RunPhase.PAUSED}
 
 
 def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -34,10 +34,10 @@ def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
 
 
 def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
-    """Turn a request to cancel or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
+    """Turn a request to stop or to pause into a fence, a checkpoint and the end; at once if nothing was trained yet.
     A preempted run stops in the same way, to resume later.
 
-    Behind a raised fence the transition is finished first, as it can't be cancelled. The run ends at once where no live
+    Behind a raised fence the transition is finished first, as it can't be undone. The run ends at once where no live
     workers hold a whole state and checkpoints can't be read.
     """
     is_lost = state.wants_restore and bool(seen.unreadable)

@@ -17,7 +17,7 @@ class FinishMode(StrEnum):
     """Requested end of a run before its last step."""
 
     NO = "no"
-    CANCEL = "cancel"
+    STOP = "stop"
     PAUSE = "pause"
 
 

@@ -19,12 +19,12 @@ class RunPhase(StrEnum):
     FINISHING = "finishing"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    CANCELLED = "cancelled"
+    STOPPED = "stopped"
     PAUSED = "paused"
 
     @property
     def ended(self) -> bool:
-        return self in (RunPhase.SUCCEEDED, RunPhase.FAILED, RunPhase.CANCELLED, RunPhase.PAUSED)
+        return self in (RunPhase.SUCCEEDED, RunPhase.FAILED, RunPhase.STOPPED, RunPhase.PAUSED)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from orchestrator.submission.submission import resolved
 
 log = logging.getLogger("orchestrator.ray_train")
 
-CANCEL_S = 120.0  # how long a cancelled run may take to write its checkpoint and end
+STOP_S = 120.0  # how long a stopped run may take to write its checkpoint and end
 LOCAL_CPUS = 8  # logical; the least of a cluster that is started for a run
 
 
@@ -96,7 +96,7 @@ class ElasticTrainer:
         """Run the job and wait for its end. A run of this name in the storage is followed if the cluster is running it,
         else resumed from its newest checkpoint. One that has succeeded is not repeated.
 
-        Ctrl-C cancels the run, which writes a checkpoint, and is raised once it has ended.
+        Ctrl-C stops the run, which writes a checkpoint, and is raised once it has ended.
 
         Raises:
             ray.train.TrainingFailedError: the run did not succeed; our error is its cause. WorkerGroupError where a
@@ -157,10 +157,10 @@ class ElasticTrainer:
         try:
             return client.wait(name, on_status=look)
         except (KeyboardInterrupt, CallbackError) as error:
-            log.warning("run %s is cancelled: %s", name, error or "interrupted")
+            log.warning("run %s is stopped: %s", name, error or "interrupted")
             with suppress(UsageError, NotFinished):  # it has just ended, or takes long
-                client.cancel(name)
-                client.wait(name, timeout_s=CANCEL_S)
+                client.stop(name)
+                client.wait(name, timeout_s=STOP_S)
             if isinstance(error, CallbackError):
                 raise ControllerError(error.raised) from error.raised
             raise

@@ -4,8 +4,9 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.errors import NotFound, nearest
 from orchestrator.protocol.status import RunStatus
@@ -18,6 +19,7 @@ from orchestrator.storage.journal import has_journal
 
 LOOK_EVERY_S = 0.3
 NAMED_AT_MOST = 5  # runs in a message
+T = TypeVar("T")
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[,.]\d{3}")  # how a log line begins; others continue the one before
 
 
@@ -55,17 +57,21 @@ class RunFiles:
         except NotFound:
             return status_from_journal(self.run_dir)
 
-    def events(self, after: int = -1) -> list[dict[str, Any]]:
-        """Events after the one whose `seq` is `after`."""
-        return user_events(self.run_dir, after)
+    def events(self, since_s: float = 0.0, tail: int | None = None) -> list[dict[str, Any]]:
+        """Events since this `time.time()`; with `tail` only so many of the newest."""
+        return _newest([event for event in user_events(self.run_dir) if event["time"] >= since_s], tail)
 
-    def events_to_come(self, is_over: Callable[[], bool], after: int = -1) -> Iterator[dict[str, Any]]:
-        """Past and future events, until `is_over` returns True."""
+    def events_to_come(
+        self, is_over: Callable[[], bool], since_s: float = 0.0, tail: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Past events, as `events` returns them, and future ones, until `is_over` returns True."""
+        after = -1
         while True:
             last_look = is_over()  # asked before reading: what is written before the end is read
-            for event in self.events(after):
-                after = event["seq"]
-                yield event
+            found = user_events(self.run_dir, after)
+            after = found[-1]["seq"] if found else after
+            yield from _newest([event for event in found if event["time"] >= since_s], tail)
+            tail = None
             if last_look:
                 return
             time.sleep(LOOK_EVERY_S)
@@ -81,7 +87,11 @@ class RunFiles:
         return audit(ranges, (record.step for record in steps if record.update.skipped))
 
     def logs(
-        self, is_over: Callable[[], bool] | None = None, source: str | None = None, tail: int | None = None
+        self,
+        is_over: Callable[[], bool] | None = None,
+        source: str | None = None,
+        tail: int | None = None,
+        since_s: float = 0.0,
     ) -> Iterator[LogLine]:
         """Log lines of all processes, merged by time; with `is_over` also future ones, until it returns True.
 
@@ -90,6 +100,7 @@ class RunFiles:
         Args:
             source: only lines of this process: controller, tracker, a worker's id.
             tail: of the existing lines, only so many of the newest.
+            since_s: only lines since this `time.time()`, to the second.
 
         Raises:
             NotFound: no process of that name has written a log.
@@ -98,11 +109,12 @@ class RunFiles:
             known = ", ".join(sorted(path.stem for path in self.run_dir.glob("logs/*.log"))) or "no process yet"
             raise NotFound(f"run {self.run_dir.name} has no log of {source!r}", remedy=f"It has logs of {known}.")
         offsets: dict[Path, int] = {}
+        since = datetime.fromtimestamp(since_s).strftime("%Y-%m-%d %H:%M:%S") if since_s > 0 else ""
         while True:
             last_look = is_over is None or is_over()  # asked before reading: what is written before the end is read
             paths = sorted(path for path in self.run_dir.glob("logs/*.log") if source in (None, path.stem))
-            fresh = sorted((line for path in paths for line in _read_on(path, offsets)), key=lambda line: line.stamp)
-            yield from fresh if tail is None else fresh[len(fresh) - min(tail, len(fresh)) :]
+            lines = (line for path in paths for line in _read_on(path, offsets) if line.stamp >= since)
+            yield from _newest(sorted(lines, key=lambda line: line.stamp), tail)
             tail = None
             if last_look:
                 return
@@ -127,7 +139,13 @@ def holds_run(run_dir: Path) -> bool:
 
 def runs_in(storage: Path) -> list[str]:
     """Names of the runs in run storage; none if there is no such directory."""
-    return sorted(path.name for path in storage.iterdir() if holds_run(path)) if storage.is_dir() else []
+    if not storage.is_dir():
+        return []
+    return sorted(path.name for path in storage.iterdir() if RUN_NAME.fullmatch(path.name) and holds_run(path))
+
+
+def _newest(found: list[T], tail: int | None) -> list[T]:
+    return found if tail is None else found[len(found) - min(tail, len(found)) :]
 
 
 def _read_on(path: Path, offsets: dict[Path, int]) -> list[LogLine]:

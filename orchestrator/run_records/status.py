@@ -78,7 +78,7 @@ def status_of(
         stage=progress.stage,
         traffic=traffic_per_step(progress),
         worker_group=_worker_group(state, seen),
-        priority=limits.priority,
+        priority=limits.priority_of(state.priority),
     )
 
 
@@ -88,7 +88,8 @@ def _doubt(state: RunState) -> str | None:
         return None
     return (
         f"step {min(state.replay.differences)} did not reproduce on a standby: suspect faulty CPU or memory; "
-        "see `orchestrator events`. To go back, pause the run if it trains, and resume it --from a checkpoint before it"
+        "see `orchestrator events`. To go back, pause the run if it trains, and resume it with --step from a "
+        "checkpoint before it"
     )
 
 
@@ -99,8 +100,8 @@ def _unlike(memory: RunHistory) -> str | None:
         return None
     return (
         f"workers whose numerics differ from the run's have trained: {shown(differing)}; its bits differ since. To get "
-        "the original bits, pause the run if it trains, and resume it --from a checkpoint before, on machines like its "
-        "first one"
+        "the original bits, pause the run if it trains, and resume it with --step from a checkpoint before, on "
+        "machines like its first one"
     )
 
 

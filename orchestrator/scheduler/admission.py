@@ -18,12 +18,20 @@ from orchestrator.spec.workers import MANUAL
 SETTLE_S = 3.0  # until the resources of an ended run count as free
 
 
-def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_hand: bool = False) -> ScalingView:
+def newcomer(
+    limits: RunLimits,
+    job: JobSpec,
+    wanted: int,
+    stage: str = "",
+    by_hand: bool = False,
+    priority: int | None = None,
+) -> ScalingView:
     """View of a run that enters the queue now, used by the Scheduler until its controller reports.
 
     Args:
         wanted: number of workers; `by_hand` if a user has just requested it.
         stage: of the curriculum in which it begins; empty for the first one.
+        priority: requested for the run earlier; None for the job's.
     """
     now_s = time.time()
     least, _ = bounds(limits, stage)
@@ -37,7 +45,7 @@ def newcomer(limits: RunLimits, job: JobSpec, wanted: int, stage: str = "", by_h
         least,
         wanted,
         has_begun=False,
-        priority=job.priority,
+        priority=limits.priority_of(priority),
         submitted_s=now_s,
         grant=JUST_COME,
         queued_s=now_s,

@@ -26,6 +26,7 @@ from orchestrator.protocol.messages import DesiredRunState, FinishMode, Restore,
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.job_files import read_job, write_job
+from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import STATUS_FILE, RunHistory, read_status, user_events
 from orchestrator.sampling.sample_ledger import AuditResult
@@ -114,7 +115,7 @@ class Scheduler:
             if find(f"{run_id}/controller") is not None:
                 raise UsageError(
                     f"run {run_id} is going on",
-                    remedy="To go back to a checkpoint, pause or cancel it first.",
+                    remedy="To go back to a checkpoint, pause or stop it first.",
                     unchanged="Nothing was changed.",
                 )
             job = read_job(directory)
@@ -123,7 +124,7 @@ class Scheduler:
             if done >= limits.steps:
                 raise UsageError(
                     f"run {run_id} has done all its {limits.steps} steps",
-                    remedy="Resume from an earlier checkpoint with --from, or submit a new run.",
+                    remedy="Resume from an earlier checkpoint with --step, or submit a new run.",
                     unchanged="Nothing was started.",
                 )
             _refuse_other_residuals(order.restore, job)
@@ -131,7 +132,9 @@ class Scheduler:
                 limits.check_size(order.workers)
             memory = RunHistory(directory, limits)
             workers = order.workers or wanted_size(limits, memory.state.size_request, done)
-            run = newcomer(limits, job, workers, memory.progress.stage, order.workers is not None)
+            run = newcomer(
+                limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority
+            )
             check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, done - 1)
@@ -172,13 +175,48 @@ class Scheduler:
         ended; NotFound."""
         return self._forward(run_id, RunController.stage, name, reason)
 
-    def cancel(self, run_id: str, reason: str = "cancelled") -> DesiredRunState:
+    def set_priority(self, run_id: str, priority: int) -> int:
+        """Give the run another priority than its job has; returned once it is journalled. Raises UsageError if a job
+        can't have it or the run has ended; NotFound."""
+        changed = self._forward(run_id, RunController.set_priority, priority)
+        self._autoscaler.stir()
+        return changed
+
+    def stop(self, run_id: str, reason: str = "stopped") -> DesiredRunState:
         """Request the run's end, with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        return self._forward(run_id, RunController.finish, FinishMode.CANCEL, reason)
+        return self._forward(run_id, RunController.finish, FinishMode.STOP, reason)
 
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
-        """Request the run's end, with a checkpoint, to be resumed later. Raises as `cancel` does."""
+        """Request the run's end, with a checkpoint, to be resumed later. Raises as `stop` does."""
         return self._forward(run_id, RunController.finish, FinishMode.PAUSE, reason)
+
+    def remove(self, run_id: str) -> str:
+        """Remove a run that has ended from run storage and from the list of runs. Returns the directory that it had.
+
+        Raises:
+            NotFound: there is no such run.
+            UsageError: it has not ended.
+            StorageError: its files can't be removed.
+        """
+        with self._submitting:  # it can't be resumed meanwhile
+            directory = self._directory_of(run_id)
+            if directory.exists():
+                refuse_active(self.status(run_id))
+                self._await_exit(run_id)
+                remove_files(directory)
+            internal_kv._internal_kv_del(run_id.encode(), namespace=KV_NAMESPACE)
+        log.info("run %s: removed from %s", run_id, directory)
+        return str(directory)
+
+    def _await_exit(self, run_id: str) -> None:
+        """Wait for the end of the controller of a run that has ended: it writes its log until then."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while find(f"{run_id}/controller") is not None:
+            if time.monotonic() > deadline_s:
+                raise ClusterUnreachable(
+                    f"the controller of run {run_id} does not end", remedy="Try again in a moment."
+                )
+            time.sleep(0.1)
 
     def kill_worker(self, run_id: str, rank: int | None = None) -> str:
         """Kill one member's process. Returns the worker's id. Raises UsageError if no member has the rank; NotFound."""
@@ -232,7 +270,7 @@ class Scheduler:
     def _directory_of(self, run_id: str) -> Path:
         place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
         if place is None:
-            remedy = f"{nearest(run_id, known_runs())}`orchestrator list` shows its runs."
+            remedy = f"{nearest(run_id, known_runs())}`orchestrator ls` shows its runs."
             raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
         return Path(place.decode())
 

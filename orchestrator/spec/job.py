@@ -40,6 +40,7 @@ __all__ = [
     "WorkersSpec",
 ]
 
+LOWEST_PRIORITY, HIGHEST_PRIORITY = -100, 100
 RUN_NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 # Variables that change how a process is loaded, or how Ray and we behave: by prefix, and by full name.
 REFUSED_ENVS = ("LD_", "DYLD_", "PYTHON", "RAY_", "ORCHESTRATOR_")
@@ -80,8 +81,8 @@ class JobSpec(Section):
     )
     priority: int = Field(
         default=0,
-        ge=-100,
-        le=100,
+        ge=LOWEST_PRIORITY,
+        le=HIGHEST_PRIORITY,
         description="Priority when several runs share a cluster: a higher one shrinks lower ones to their workers.min, "
         "and pauses them where that is not enough.",
     )

@@ -100,8 +100,10 @@ ANSWERS: dict[str, Any] = {  # methods that may be called, and the types of thei
     "scale": DesiredRunState,
     "stage": DesiredRunState,
     "kill_worker": str,
-    "cancel": DesiredRunState,
+    "set_priority": int,
+    "stop": DesiredRunState,
     "pause": DesiredRunState,
+    "remove": str,
 }
 
 

@@ -49,7 +49,7 @@ def checkpoint_to_ask(run_id: str, run_dir: Path, step: int | None) -> Path:
     if checkpoint is None:
         raise NotFound(
             f"run {run_id} has no checkpoint yet",
-            remedy="One is written at its end, when it is paused or cancelled, and every checkpoint.every steps.",
+            remedy="One is written at its end, when it is paused or stopped, and every checkpoint.every steps.",
         )
     return checkpoint
 

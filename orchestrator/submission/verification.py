@@ -109,7 +109,7 @@ def what_to_verify(
         raise UsageError(
             f"step {after + 1} of run {run_id} began a stage of its curriculum by a request, which its checkpoint of "
             f"step {after} doesn't know of",
-            remedy="Name another checkpoint: --from STEP.",
+            remedy="Name another checkpoint: --step STEP.",
         )
     sizes = {record.world_size for record in records}
     return Verification(

@@ -37,7 +37,7 @@ _METRICS_PER_CALL = 1000  # MLflow's limits for one log_batch
 _PARAMS_PER_CALL = 100
 _PARAM_CHARS = 6000
 _DIGEST_CHARS = 36
-_STATUS = {Outcome.SUCCEEDED: "FINISHED", Outcome.FAILED: "FAILED", Outcome.CANCELLED: "KILLED"}
+_STATUS = {Outcome.SUCCEEDED: "FINISHED", Outcome.FAILED: "FAILED", Outcome.STOPPED: "KILLED"}
 
 
 class MlflowSink:
@@ -148,7 +148,7 @@ class MlflowSink:
 
     @property
     def url(self) -> str:
-        """The run's page on a server; for a database its URI, which `orchestrator ui --uri` accepts."""
+        """The run's page on a server; for a database its URI, which `orchestrator tracking ui --uri` accepts."""
         if self._run is None or self._artifact_root is not None:
             return redacted(self._uri)
         info = self._run.info

@@ -92,7 +92,7 @@ class Outcome(StrEnum):
 
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    CANCELLED = "cancelled"
+    STOPPED = "stopped"
     PAUSED = "paused"
 
 

@@ -116,7 +116,7 @@ class Tracker:
         """Send everything, then mark the run as ended. Blocks for up to `timeout_s`.
 
         Args:
-            outcome: an `Outcome`: succeeded, failed, cancelled, paused.
+            outcome: an `Outcome`: succeeded, failed, stopped, paused.
 
         Returns:
             whether everything has arrived; if not, `describe` gives the reason, and delivery goes on.

@@ -86,20 +86,20 @@ def test_a_host_outside_sends_steers_and_ends_a_run(texts: Path, tmp_path: Path)
             follower = laptop.popen(laptop.ours("events", "distant", "-f"))
             assert follower.stdout is not None
             until(lambda: "generation_planned" in follower.stdout.readline(), 60.0, "the first event")
-            laptop.command("scale", "distant", "-n", "2")
+            laptop.command("scale", "distant", "-w", "2")
             _until(run_dir, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
             until(lambda: "rescale" in follower.stdout.readline(), 60.0, "the event of the rescale")
             laptop.interrupt("-f")
             _, said = follower.communicate(timeout=30.0)
             assert (follower.returncode, said) == (0, "")
-            (listed,) = json.loads(laptop.command("list", "-o", "json").stdout)
+            (listed,) = json.loads(laptop.command("ls", "-o", "json").stdout)
             assert (listed["run_id"], listed["workers_now"]) == ("distant", 2)
             (job_id,) = set(re.findall(r"submission_id='(distant-[^']+)'", laptop.ray("list")))
             assert "generation" in laptop.ray("logs", job_id)
-            laptop.command("cancel", "distant")
-            ended = _until(run_dir, lambda s: s.phase is RunPhase.CANCELLED)
+            laptop.command("stop", "distant")
+            ended = _until(run_dir, lambda s: s.phase is RunPhase.STOPPED)
             assert ended.checkpoint_step == ended.step - 1
-            assert json.loads(laptop.command("audit", "distant", "-o", "json").stdout)["ok"]
+            assert json.loads(laptop.command("check", "data", "distant", "-o", "json").stdout)["ok"]
             until(lambda: driver.call(left) == (["scheduler"], []), 20.0, "the end of all that belonged to the run")
             until(lambda: not _running(laptop.ray("list")), 30.0, "the end of Ray's jobs")
 
@@ -134,15 +134,15 @@ def test_a_cluster_that_anybody_may_use_is_refused(open_hosts: Hosts, texts: Pat
 
     for address in (head, url):
         for env in ({}, token):  # a token of ours doesn't make the cluster ask for one
-            for command in (("list",), ("submit", "job.yaml")):
+            for command in (("ls",), ("submit", "job.yaml")):
                 code, said = call(0, *command, "--address", address, **env)
                 assert code == 77 and f"{address} asks for no token" in said and ALLOW_NO_TOKEN in said, said
     # A head that listens to all is no better for being called by its loopback.
-    code, said = call(0, "list", "--address", "127.0.0.1:6379")
+    code, said = call(0, "ls", "--address", "127.0.0.1:6379")
     assert code == 77 and "asks for no token" in said
     assert not storage.exists()
     began_s = time.monotonic()
     for address in (head, url):
-        code, said = call(0, "list", "--address", address, **{ALLOW_NO_TOKEN: "1"})
+        code, said = call(0, "ls", "--address", address, **{ALLOW_NO_TOKEN: "1"})
         assert code == 0, said
     print(f"two lists with what has to be said aloud: {time.monotonic() - began_s:.1f} s")

@@ -71,11 +71,11 @@ def _trained_a_little(driver: Driver, job: JobSpec) -> str:
     return run
 
 
-def _cancel(driver: Driver, run: str) -> RunStatus:
+def _stop(driver: Driver, run: str) -> RunStatus:
     """End the run; it must end well and account for every sample."""
-    driver.call(OrchestratorClient.cancel, run)
+    driver.call(OrchestratorClient.stop, run)
     ended: RunStatus = driver.call(OrchestratorClient.wait, run)
-    assert ended.phase is RunPhase.CANCELLED and ended.checkpoint_step == ended.step - 1
+    assert ended.phase is RunPhase.STOPPED and ended.checkpoint_step == ended.step - 1
     account = driver.call(OrchestratorClient.audit, run)
     assert account.ok and account.steps == ended.step
     until(lambda: list(driver.call(places)) == ["scheduler"], 10.0, "the end of all that belonged to the run")
@@ -117,7 +117,7 @@ def test_workers_on_three_hosts_train_over_the_network(
         for pairs, number in ((gloo, 4), (streams, 2)):  # two groups, to either peer; from its ward and to its buddy
             assert {here.partition(":")[0] for here, _ in pairs} == {hosts.addresses[index]}
             assert {there.partition(":")[0] for _, there in pairs} == others and len(pairs) == number
-    ended = _cancel(driver, run)
+    ended = _stop(driver, run)
     assert ended.loss is not None and ended.first_loss is not None and ended.loss < ended.first_loss
 
 
@@ -133,7 +133,7 @@ def test_the_ledger_agrees_with_the_interfaces(hosts: Hosts, driver: Driver, tex
     status = _until(driver, run, lambda s: True)
     _until(driver, run, lambda s: s.step > status.step + 100)
     last, ended = _sent_by_hosts(hosts), time.time()
-    _cancel(driver, run)
+    _stop(driver, run)
     records = [r for r in RunFiles(Path(status.run_dir)).steps() if began < r.timing.vote_time <= ended]
     kinds = {kind for record in records for kind in record.communication.traffic}
     assert kinds == {"gradient", "parameter", "dispatch", "combine", "protection", "control"}
@@ -197,7 +197,7 @@ def test_a_host_that_dies_costs_no_committed_step(
     if not is_cut:  # the broken connections tell who is lost, not its silence
         times = {event["kind"]: event["time"] for event in _events(driver, run)}
         assert times["worker_lost"] - times["generation_aborted"] < SILENT_WHEN_STOPPING_S
-    _cancel(driver, run)
+    _stop(driver, run)
 
 
 def test_a_host_that_is_drained_is_left_before_its_deadline(
@@ -226,7 +226,7 @@ def test_a_host_that_is_drained_is_left_before_its_deadline(
     hosts.join(spare)
     whole = _until(driver, run, lambda s: s.workers_now == 3 and s.rescales[-1].stall_s is not None)
     assert whole.rescales[-1].state_identical
-    _cancel(driver, run)
+    _stop(driver, run)
 
 
 @pytest.mark.parametrize("hosts", [2], indirect=True, ids=["two workers a host"])
@@ -238,7 +238,7 @@ def test_buddies_live_on_different_hosts(hosts: Hosts, driver: Driver, texts: Pa
     lost_time = time.time()
     hosts.cut(index)
     _goes_on_without(driver, run, workers, lost_time)
-    _cancel(driver, run)
+    _stop(driver, run)
 
 
 def test_a_host_that_was_cut_off_is_left_behind_and_used_again(
@@ -254,7 +254,7 @@ def test_a_host_that_was_cut_off_is_left_behind_and_used_again(
     assert whole.rescales[-1].steps_lost == 0 and whole.rescales[-1].state_identical
     workers = {name: place[0] for name, place in driver.call(places).items() if "/worker/" in name}
     assert hosts.addresses[index] in workers.values() and f"{run}/worker/{worker}" not in workers
-    _cancel(driver, run)
+    _stop(driver, run)
 
 
 def test_a_host_where_a_worker_failed_gets_no_new_one(
@@ -272,7 +272,7 @@ def test_a_host_where_a_worker_failed_gets_no_new_one(
     _until(driver, run, lambda s: s.step > status.step + 100)
     status = _until(driver, run, lambda s: True)
     assert (status.workers_now, event["failures"]) == (2, 1) and "no place yet" in status.why
-    _cancel(driver, run)
+    _stop(driver, run)
 
 
 def test_a_worker_that_was_cut_off_comes_back_ends_and_has_written_nothing(
@@ -305,7 +305,7 @@ def test_a_worker_that_was_cut_off_comes_back_ends_and_has_written_nothing(
     published = [record for event in _events(driver, run) if event["kind"] == "steps" for record in event["records"]]
     assert all((r["step"] > recovery.step) == (r["generation"] >= recovery.generation) for r in published)
     assert len(published) == len({r["step"] for r in published})
-    _cancel(driver, run)
+    _stop(driver, run)
     metrics = sqlite3.connect(tmp_path / "runs" / "mlflow.db")
     assert metrics.execute("SELECT count(*) FROM metrics WHERE key = 'train/loss'").fetchone()[0] > recovery.step
     twice = "SELECT key, step FROM metrics WHERE key NOT LIKE 'system/%' GROUP BY key, step HAVING count(*) > 1"
@@ -319,7 +319,7 @@ def test_auto_compresses_on_a_slow_link(hosts: Hosts, driver: Driver, texts: Pat
         hosts.limit(index, 10.0)
     run = str(driver.call(OrchestratorClient.submit, job))
     _until(driver, run, lambda s: s.step > SKIPPED + PROBES + 2)
-    ended = _cancel(driver, run)
+    ended = _stop(driver, run)
     schemes = [record.communication.compression for record in read_steps(Path(ended.run_dir))]
     assert schemes[: SKIPPED + PROBES] == ["none"] * (SKIPPED + PROBES)
     assert set(schemes[SKIPPED + PROBES :]) == {"int4"}

@@ -71,9 +71,9 @@ def test_a_run_uses_what_is_free_gives_it_back_and_obeys_its_user(on: Cluster) -
     remove_placement_group(other)
     on.until("free", lambda s: s.workers_now == 4)
     assert _demand() == 4
-    on.ask("cancel", "free")
+    on.ask("stop", "free")
     status = on.end_of("free")
-    assert status.phase is RunPhase.CANCELLED and not status.recoveries
+    assert status.phase is RunPhase.STOPPED and not status.recoveries
     on.assert_every_step_once("free", status.step)
     until(lambda: _demand() == 0, SOON_S, "Ray's autoscaler to be asked for nothing any more")
 
@@ -89,7 +89,7 @@ def test_a_lost_place_is_not_waited_for(on: Cluster) -> None:
     on.until("squeezed", lambda s: s.workers_now == s.workers_wanted == 3)
     remove_placement_group(other)
     on.until("squeezed", lambda s: s.workers_now == 4)
-    on.ask("cancel", "squeezed")
+    on.ask("stop", "squeezed")
     on.assert_every_step_once("squeezed", on.end_of("squeezed").step)
 
 
@@ -110,7 +110,7 @@ def test_stages_name_their_workers_and_ray_is_asked_for_nodes(on: Cluster) -> No
     until(lambda: _demand() == 6, SOON_S, "Ray's autoscaler to be asked for the other two")
     on.until("staged", lambda s: s.stage == "some" and s.workers_now == 2)
     until(lambda: _demand() == 2, SOON_S, "Ray's autoscaler to be asked for less")
-    on.ask("cancel", "staged")
+    on.ask("stop", "staged")
     on.assert_every_step_once("staged", on.end_of("staged").step)
 
 
@@ -120,5 +120,5 @@ def test_a_size_of_its_own_has_to_be_the_jobs_wish(on: Cluster) -> None:
     with pytest.raises(UsageError, match=r"its job's autoscale\.policy is manual"):
         on.ask("scale", "by-hand", None)
     assert on.status("by-hand").workers_now == 1
-    on.ask("cancel", "by-hand")
+    on.ask("stop", "by-hand")
     on.end_of("by-hand")

@@ -95,7 +95,7 @@ def test_the_python_api_does_it_too(far: Far, client: OrchestratorClient, texts:
     assert [found.run_id for found in client.list()] == ["python"]
     assert client.audit("python").ok
     with pytest.raises(UsageError, match="run python has ended: it is paused"):
-        client.cancel("python")
+        client.stop("python")
 
 
 def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path, tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path
     assert "succeeded" in far("status", "short", "--watch").stdout
     code = far("run", "-d", far.job(texts, tmp_path, "apart")).returncode
     assert code == 0 and until_stored(tmp_path / "apart", lambda s: s.step > 2).phase is RunPhase.TRAINING
-    assert "needs the run's files" in far("generate", "apart", "--prompt", "a", expect=2).stderr
-    far("cancel", "apart")
-    assert "cancelled" in far("events", "apart", "-f").stdout  # and it comes back
+    assert "needs the run's files" in far("model", "generate", "apart", "--prompt", "a", expect=2).stderr
+    far("stop", "apart")
+    assert "stopped" in far("events", "apart", "-f").stdout  # and it comes back
 
 
 def test_a_secret_shows_nowhere(far: Far, texts: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_secret_shows_nowhere(far: Far, texts: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_what_is_refused(far: Far, texts: Path, tmp_path: Path) -> None:
-    far("list")  # the Scheduler is there from now on
+    far("ls")  # the Scheduler is there from now on
     storage = tmp_path / "shared"
     before = _left(far, storage)
     token = tmp_path / "token"

@@ -132,26 +132,26 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
     assert "steered exists already" in here("submit", job, expect=2).stderr
     here.until_event("steered", "activated")
     assert "allows 1 to 3" in here("scale", "steered", "--workers", "9", expect=2).stderr
-    assert json.loads(here("scale", "steered", "-n", "3", "-o", "json").stdout)["workers"] == 3
+    assert json.loads(here("scale", "steered", "-w", "3", "-o", "json").stdout)["workers"] == 3
     here.until_event("steered", "rescaled")
     assert "steered" in here("cluster", "down", expect=2).stderr
-    here("cancel", "steered")
-    assert here.until_ended("steered").phase == "cancelled"
+    here("stop", "steered")
+    assert here.until_ended("steered").phase == "stopped"
 
-    listed = {status["run_id"]: status for status in json.loads(here("list", "-o", "json").stdout)}
-    assert listed["steered"]["phase"] == "cancelled"
-    assert re.search(r"steered +0 +cancelled", here("list").stdout)
+    listed = {status["run_id"]: status for status in json.loads(here("ls", "-o", "json").stdout)}
+    assert listed["steered"]["phase"] == "stopped"
+    assert re.search(r"steered +0 +stopped", here("ls").stdout)
     assert "2 -> 3 workers" in here("status", "steered").stdout
     kinds = [event["kind"] for event in json.loads(here("events", "steered", "-o", "json").stdout)]
     assert kinds[0] == "submitted" and kinds[-1] == "ended" and kinds.count("activated") == 2
-    assert "each exactly once, in order" in here("audit", "steered", "--storage", "runs").stdout
-    assert json.loads(here("audit", "steered", "-o", "json").stdout)["ok"]
+    assert "each exactly once, in order" in here("check", "data", "steered", "--storage", "runs").stdout
+    assert json.loads(here("check", "data", "steered", "-o", "json").stdout)["ok"]
     assert "controller" in here("logs", "steered").stdout
     here.run_dir("steered").rename(here.run_dir("moved"))  # no cluster knows this one
-    assert "each exactly once" in here("audit", "moved").stdout
+    assert "each exactly once" in here("check", "data", "moved").stdout
     here.run_dir("moved").rename(here.run_dir("steered"))
-    assert "has ended: it is cancelled" in here("scale", "steered", "-n", "2", expect=2).stderr
-    for verb in (["status"], ["logs"], ["events"], ["cancel"], ["pause"], ["resume"], ["scale", "-n", "2"]):
+    assert "has ended: it is stopped" in here("scale", "steered", "-w", "2", expect=2).stderr
+    for verb in (["status"], ["logs"], ["events"], ["stop"], ["pause"], ["resume"], ["scale", "-w", "2"]):
         assert "Did you mean `steered`?" in here(*verb, "steerd", expect=102).stderr
 
 
@@ -164,18 +164,18 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     here("pause", "sleeper")
     paused = here.until_ended("sleeper")
     assert paused.phase == "paused" and paused.checkpoint_step == paused.step - 1
-    listed = json.loads(here("checkpoints", "sleeper", "-o", "json").stdout)
+    listed = json.loads(here("checkpoint", "ls", "sleeper", "-o", "json").stdout)
     assert listed[-1]["step"] == paused.checkpoint_step
-    assert "is whole" in here("checkpoint", "verify", listed[-1]["path"]).stderr
-    assert "no checkpoint of step 5; it holds 9" in here("resume", "sleeper", "--from", "5", expect=102).stderr
-    assert here("resume", "sleeper", "--from", "9", "-n", "3").stdout == "sleeper\n"
+    assert "is whole" in here("checkpoint", "verify", "sleeper").stderr
+    assert "no checkpoint of step 5; it holds 9" in here("resume", "sleeper", "--step", "5", expect=102).stderr
+    assert here("resume", "sleeper", "--step", "9", "-w", "3").stdout == "sleeper\n"
     here.until_event("sleeper", "activated", 2)
     here.hurry("sleeper")
     done = here.until_ended("sleeper")
     assert done.phase == "succeeded" and done.step == 300
-    assert "each exactly once" in here("audit", "sleeper").stdout
+    assert "each exactly once" in here("check", "data", "sleeper").stdout
     # The simulated run's tracker has told MLflow nothing: all of it comes from the journal.
-    assert "MLflow has everything" in here("sync", "sleeper").stderr
+    assert "MLflow has everything" in here("tracking", "sync", "sleeper").stderr
     store = sqlite3.connect(here.directory / "runs" / "mlflow.db")
     assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)]
     losses = store.execute("SELECT step FROM metrics WHERE key = 'train/loss'").fetchall()
@@ -184,13 +184,15 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     assert "has done all its 300 steps" in here("resume", "sleeper", expect=2).stderr
     shard = next(Path(str(done.checkpoint)).glob("shard-*"))
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
-    told = here("resume", "sleeper", expect=100).stderr
+    told = here("resume", "sleeper", expect=104).stderr
     assert shard.name in told and "The newest good checkpoint before it is" in told
 
 
 def test_mlflow_is_served_until_an_interrupt_and_leaves_nothing(alone: Here) -> None:
-    assert "holds no mlflow.db" in alone("ui", expect=2).stderr
-    process = alone.start("ui", "--uri", f"sqlite:///{alone.directory}/other.db", "--port", str(_free_port()))
+    assert "holds no mlflow.db" in alone("tracking", "ui", expect=2).stderr
+    process = alone.start(
+        "tracking", "ui", "--uri", f"sqlite:///{alone.directory}/other.db", "--port", str(_free_port())
+    )
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     with urllib.request.urlopen(f"{address}/health") as answer:
@@ -221,7 +223,7 @@ def test_logs_are_followed_to_the_end(here: Here) -> None:
 
 def test_a_job_without_room_says_what_is_free(here: Here) -> None:
     started_s = time.monotonic()
-    refused = here("submit", here.job("large", resources={"cpus": 50}), "--timeout", "5", expect=100)
+    refused = here("submit", here.job("large", resources={"cpus": 50}), "--timeout", "5", expect=105)
     assert refused.stderr.count("Waiting for room: 1 worker of 50 CPU is the least that large may have") == 1
     assert "room for 0" in refused.stderr and " CPU" in refused.stderr and "Nothing was started." in refused.stderr
     assert time.monotonic() - started_s >= 4.0
@@ -252,9 +254,9 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
     assert "whole: succeeded" in done.stdout
     assert "Started Ray" in done.stderr and "Stopped the Ray" in done.stderr
     assert local.status() is None
-    alone("list", expect=69)
+    assert "There is no cluster" in alone("ls").stderr
     assert "succeeded" in alone("status", "whole").stdout  # from run storage
-    assert "each exactly once" in alone("audit", "whole").stdout
+    assert "each exactly once" in alone("check", "data", "whole").stdout
 
 
 @pytest.mark.journey

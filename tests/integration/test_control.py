@@ -110,20 +110,20 @@ def test_a_newcomer_lost_on_the_way_costs_no_step(on: Cluster, moment: str) -> N
     on.until(name, lambda s: s.step > 0)
     on.ask("scale", name, 3)
     on.until(name, lambda s: s.workers_now == 3)
-    on.ask("cancel", name)
+    on.ask("stop", name)
     status = on.end_of(name)
-    assert status.phase is RunPhase.CANCELLED, status
+    assert status.phase is RunPhase.STOPPED, status
     assert "transition_abandoned" in on.kinds(name)
     on.assert_every_step_once(name, status.step)
     assert on.sizes(name)[-1] == 3
 
 
-def test_cancel_leaves_a_checkpoint(on: Cluster) -> None:
+def test_stop_leaves_a_checkpoint(on: Cluster) -> None:
     on.submit("stopped", train=_steps(5000))
     on.until("stopped", lambda s: s.step > 5)
-    on.ask("cancel", "stopped")
+    on.ask("stop", "stopped")
     status = on.end_of("stopped")
-    assert status.phase is RunPhase.CANCELLED
+    assert status.phase is RunPhase.STOPPED
     assert status.checkpoint_step == status.step - 1 and Path(str(status.checkpoint)).is_dir()
     on.assert_nothing_left("stopped", [])
     on.assert_every_step_once("stopped", status.step)
@@ -140,9 +140,9 @@ def test_workers_that_ignore_sigterm_or_are_frozen_end_with_their_run(on: Cluste
     on.until("deaf", lambda s: s.step > step + 20 and s.workers_now == 2 and not s.recoveries)
     (standby,) = pids.keys() - on.members("deaf")
     os.kill(pids[standby], signal.SIGSTOP)
-    on.ask("cancel", "deaf")
+    on.ask("stop", "deaf")
     status = on.end_of("deaf")
-    assert status.phase is RunPhase.CANCELLED, status
+    assert status.phase is RunPhase.STOPPED, status
     on.assert_nothing_left("deaf", list(pids.values()))
     on.assert_every_step_once("deaf", status.step)
 
@@ -229,7 +229,7 @@ def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
     on.submit("taken", train=_steps(5000))
     with pytest.raises(NameTaken, match="taken"):
         on.submit("taken")
-    on.ask("cancel", "taken")
+    on.ask("stop", "taken")
     on.end_of("taken")
     with pytest.raises(NameTaken, match="holds a run taken"):
         on.submit("taken")

@@ -112,7 +112,7 @@ def test_below_the_least_number_of_workers_the_run_waits_and_says_so(on: Cluster
     assert "waits for 1 more worker: 2 are there, workers.min is 3" in status.why
     on.until("least", lambda s: bool(s.recoveries))
     assert on.sizes("least")[-1] == 3
-    on.ask("cancel", "other")
+    on.ask("stop", "other")
     _ended_well(on, "least", 200)
 
 

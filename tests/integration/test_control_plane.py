@@ -114,9 +114,9 @@ def test_whoever_steers_may_die(on: Cluster, victims: tuple[str, ...]) -> None:
     status = on.until(run, lambda s: bool(s.recoveries) and s.workers_now == 3)
     assert status.recoveries[0].lost == ("w0",) and status.recoveries[0].steps_lost == 0
     processes = [on.pid_of(name) for name in names_of(run) if not name.endswith("controller")]
-    on.ask("cancel", run)
+    on.ask("stop", run)
     ended = on.end_of(run)
-    assert ended.phase is RunPhase.CANCELLED and ended.warning is None
+    assert ended.phase is RunPhase.STOPPED and ended.warning is None
     on.assert_every_step_once(run, ended.step)
     _published_once(on, run, ended.step)
     on.assert_nothing_left(run, processes)

@@ -107,7 +107,7 @@ def test_greedy_text_is_that_of_transformers(orchestrator: Callable[..., Done], 
     wanted = theirs.generate(encoded, **settings)[0, encoded.shape[1] :].tolist()
 
     done = orchestrator(
-        "generate", "tried", "--prompt", PROMPT, "--max-tokens", "40", "--temperature", "0", "-o", "json"
+        "model", "generate", "tried", "--prompt", PROMPT, "--max-tokens", "40", "--temperature", "0", "-o", "json"
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -128,7 +128,7 @@ def test_a_text_ends_with_its_document(run_dir: Path) -> None:
 
 def test_a_seed_gives_the_same_text_again(orchestrator: Callable[..., Done]) -> None:
     once, again, other = (
-        orchestrator("generate", "tried", "--prompt", "import", "--max-tokens", "20", "--seed", seed).stdout
+        orchestrator("model", "generate", "tried", "--prompt", "import", "--max-tokens", "20", "--seed", seed).stdout
         for seed in ("1", "1", "2")
     )
     assert once == again != other
@@ -144,7 +144,7 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
         logits = model(torch.from_numpy(rows.inputs_RT))
     targets = torch.from_numpy(rows.targets_RT).flatten()
     wanted = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100).item()
-    found = json.loads(orchestrator("eval", "tried", "--max-rows", "5", "-o", "json").stdout)
+    found = json.loads(orchestrator("model", "eval", "tried", "--max-rows", "5", "-o", "json").stdout)
     assert (found["rows"], found["tokens"]) == (5, int((targets != -100).sum()))
     assert found["loss"] == pytest.approx(wanted, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-4)
@@ -158,7 +158,7 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
         with torch.no_grad():
             nats += F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum").item()
     options = ("--corpus", str(tmp_path / "mine.jsonl"), "--text-key", "body", "-o", "json")
-    found = json.loads(orchestrator("eval", "tried", *options).stdout)
+    found = json.loads(orchestrator("model", "eval", "tried", *options).stdout)
     assert (found["tokens"], found["num_bytes"]) == (len(tokens) - 1, len(text.encode()))
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
 
@@ -166,13 +166,13 @@ def test_the_loss_on_a_split_and_on_a_text_is_the_one_computed_by_hand(
 @pytest.mark.parametrize(
     ("args", "code", "rule"),
     [
-        (("eval", "tired"), 102, "Did you mean `tried`?"),
-        (("eval", "tried", "--step", "3"), 102, "it holds 7"),
-        (("eval", "tried", "--corpus", "/nowhere"), 2, "--corpus /nowhere doesn't exist"),
-        (("eval", "tried", "--corpus", "x.txt", "--split", "train"), 2, "--split is of the run's own text"),
-        (("eval", "tried", "--text-key", "body"), 2, "--text-key is of a text that --corpus names"),
-        (("generate", "tried", "--prompt", ""), 2, "the prompt is empty"),
-        (("generate", "tried", "--prompt", "a", "--top-p", "0"), 2, "--top-p is 0.0"),
+        (("model", "eval", "tired"), 102, "Did you mean `tried`?"),
+        (("model", "eval", "tried", "--step", "3"), 102, "it holds 7"),
+        (("model", "eval", "tried", "--corpus", "/nowhere"), 2, "--corpus /nowhere doesn't exist"),
+        (("model", "eval", "tried", "--corpus", "x.txt", "--split", "train"), 2, "--split is of the run's own text"),
+        (("model", "eval", "tried", "--text-key", "body"), 2, "--text-key is of a text that --corpus names"),
+        (("model", "generate", "tried", "--prompt", ""), 2, "the prompt is empty"),
+        (("model", "generate", "tried", "--prompt", "a", "--top-p", "0"), 2, "--top-p is 0.0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -186,7 +186,7 @@ def test_a_table_without_the_text_is_named_by_the_option(orchestrator: Callable[
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "some.parquet")
-    done = orchestrator("eval", "tried", "--corpus", str(tmp_path / "some.parquet"))
+    done = orchestrator("model", "eval", "tried", "--corpus", str(tmp_path / "some.parquet"))
     assert done.returncode == 2
     assert "has no 'text'; it has 'body'" in done.stderr and "--text-key" in done.stderr
 
@@ -225,7 +225,16 @@ def test_a_process_that_dies_says_what_it_said(run_dir: Path, tmp_path: Path) ->
 
 
 def test_ctrl_c_ends_the_text_and_the_process(run_dir: Path) -> None:
-    command = [sys.executable, "-m", "orchestrator.cli.main", "generate", "tried", "--storage", str(run_dir.parent)]
+    command = [
+        sys.executable,
+        "-m",
+        "orchestrator.cli.main",
+        "model",
+        "generate",
+        "tried",
+        "--storage",
+        str(run_dir.parent),
+    ]
     process = subprocess.Popen(
         [*command, "--prompt", PROMPT, "--max-tokens", "100000"],
         stdout=subprocess.PIPE,

@@ -31,7 +31,7 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     assert json.loads(far("status", "distant", "-o", "json").stdout)["workers_now"] == 2
     told = far("submit", job, expect=2).stderr.splitlines()
     assert told[0].endswith("a run's name must be new in its storage") and told[2:] == ["Nothing was started."]
-    far("scale", "distant", "-n", "3")
+    far("scale", "distant", "-w", "3")
     until_stored(run_dir, lambda s: bool(s.rescales) and s.rescales[-1].stall_s is not None)
     assert "generation_planned" in far("events", "distant").stdout
     assert "no run 'distand'" in far("status", "distand", expect=102).stderr
@@ -39,9 +39,9 @@ def test_a_job_is_sent_steered_and_stopped(far: Far, texts: Path, tmp_path: Path
     (job_id,) = set(re.findall(r"submission_id='(distant-[^']+)'", far.ray("list")))
     assert "generation" in far.ray("logs", job_id)
     far.ray("stop", job_id, "--no-wait")
-    ended = until_stored(run_dir, lambda s: s.phase is RunPhase.CANCELLED)
+    ended = until_stored(run_dir, lambda s: s.phase is RunPhase.STOPPED)
     assert ended.checkpoint_step == ended.step - 1
-    assert json.loads(far("audit", "distant", "-o", "json").stdout)["ok"]
+    assert json.loads(far("check", "data", "distant", "-o", "json").stdout)["ok"]
     commands = set(re.findall(r"submission_id='(command-[^']+)'", far.ray("list")))
     assert len(commands) <= 3  # of the six until now: those before are forgotten
     assert len(list((storage / ".packages").iterdir())) == 1  # the code of the run that was not refused
@@ -51,7 +51,7 @@ def test_a_wrong_token_is_told(far: Far, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.touch(mode=0o600)
     token.write_text("0" * 64)
-    assert "refused this process" in Far(far.directory, far.url, far.record, str(token))("list", expect=77).stderr
+    assert "refused this process" in Far(far.directory, far.url, far.record, str(token))("ls", expect=77).stderr
 
 
 def test_a_directory_that_is_too_large_is_not_sent(far: Far, texts: Path, tmp_path: Path) -> None:
@@ -69,5 +69,5 @@ def test_a_secret_that_is_not_there_ends_the_run_and_leaves_nothing(far: Far, te
     far("submit", job)
     ended = until_stored(tmp_path / "shared" / "careless", lambda s: s.phase is RunPhase.FAILED)
     assert "secret API_KEY is to come from the environment variable NO_SUCH_KEY" in str(ended.error)
-    (listed,) = [run for run in json.loads(far("list", "-o", "json").stdout) if run["run_id"] == "careless"]
+    (listed,) = [run for run in json.loads(far("ls", "-o", "json").stdout) if run["run_id"] == "careless"]
     assert listed["phase"] == "failed" and listed["workers_now"] == 0

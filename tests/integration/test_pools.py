@@ -85,8 +85,8 @@ def test_a_run_uses_its_pool_and_no_more(on: Cluster) -> None:
     on.until("elsewhere", lambda s: s.workers_now == 3)
     assert sorted(map(str, _pools("elsewhere"))) == ["None", "b", "b"]
     for name in ("pooled", "elsewhere"):
-        on.ask("cancel", name)
-        assert on.end_of(name).phase is RunPhase.CANCELLED
+        on.ask("stop", name)
+        assert on.end_of(name).phase is RunPhase.STOPPED
 
 
 @pytest.mark.journey
@@ -99,5 +99,5 @@ def test_a_pool_that_is_not_there_is_told_at_once(on: Cluster) -> None:
         on.submit("early", **_job({"pool": "c"}))
         on.until("early", lambda s: s.step > 0)
         assert _pools("early") == ["c"]
-        on.ask("cancel", "early")
+        on.ask("stop", "early")
         on.end_of("early")

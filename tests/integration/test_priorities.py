@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.errors import JobDoesNotFit
+from orchestrator.cluster.actors import find
+from orchestrator.errors import JobDoesNotFit, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
 from tests.support.control import PATIENCE_S, Cluster, local_ray
@@ -53,7 +54,7 @@ def test_a_higher_priority_shrinks_a_lower_run_which_grows_back(on: Cluster) -> 
     assert shrunk.why == (
         "as many workers train as are granted, 2 of 4: there is room for 2; high of priority 5 comes first"
     )
-    on.ask("cancel", "high")
+    on.ask("stop", "high")
     on.end_of("high")
     grown = on.until("low", lambda s: s.workers_now == 4)
     assert [r.why for r in grown.rescales] == [
@@ -62,9 +63,36 @@ def test_a_higher_priority_shrinks_a_lower_run_which_grows_back(on: Cluster) -> 
     ]
     assert not grown.recoveries and sum(rescale.steps_lost for rescale in grown.rescales) == 0
     assert [e["workers"] for e in _events(on, "low", "admitted", "granted")] == [None, 2, None]
-    on.ask("cancel", "low")
+    on.ask("stop", "low")
     ended = on.end_of("low")
     on.assert_every_step_once("low", ended.step)
+
+
+def test_a_priority_that_is_set_counts_at_once_and_survives_the_controller_and_a_resume(on: Cluster) -> None:
+    on.submit("first", **_job("1..4"))
+    on.until("first", lambda s: s.workers_now == 4)
+    on.submit("second", wait=True, **_job("2..2"))
+    on.until("second", lambda s: s.phase is RunPhase.QUEUED and "no room" in s.why)
+    assert on.ask("set_priority", "second", 5) == 5
+    on.until("second", lambda s: s.phase is RunPhase.TRAINING and s.workers_now == 2)
+    assert (on.status("first").workers_now, on.status("second").priority) == (2, 5)
+    (changed,) = _events(on, "second", "priority_changed")
+    assert (changed["priority"], changed["before"]) == (5, 0)
+    with pytest.raises(UsageError, match="priority is 101; it must be from -100 to 100"):
+        on.ask("set_priority", "second", 101)
+    controller = find("second/controller")
+    assert controller is not None
+    ray.kill(controller, no_restart=False)
+    on.until("second", lambda s: s.priority == 5 and s.phase is RunPhase.TRAINING)
+    assert len(list((on.storage / "second" / "terms").iterdir())) == 2
+    on.ask("set_priority", "first", 9)
+    on.until("first", lambda s: s.priority == 9)
+    for name in ("first", "second"):
+        on.ask("stop", name)
+        on.assert_every_step_once(name, on.end_of(name).step)
+    assert on.status("second").priority == 5
+    with pytest.raises(UsageError, match="has ended"):
+        on.ask("set_priority", "second", 3)
 
 
 def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> None:
@@ -79,13 +107,13 @@ def test_a_run_without_room_waits_in_the_queue_and_is_let_in(on: Cluster) -> Non
     assert {name.partition("/")[0] for name in names if "/worker/" in name} == {"first"}  # nobody else holds a place
     with pytest.raises(JobDoesNotFit, match=r"fourth, whose workers take 1 CPU, would have to wait: there is no"):
         on.submit("fourth", **_job("1..1"))
-    on.ask("cancel", "first")
+    on.ask("stop", "first")
     for name in ("second", "third"):
         on.until(name, lambda s: s.phase is RunPhase.TRAINING)
     (let_in,) = _events(on, "second", "admitted")
     assert let_in["waited_s"] > 0 and let_in["why"] == "there is room for all 1"
     for name in ("second", "third"):
-        on.ask("cancel", name)
+        on.ask("stop", name)
         on.end_of(name)
 
 
@@ -105,22 +133,22 @@ def test_nobody_overtakes_a_run_whose_controller_is_slow_to_come(on: Cluster) ->
     on.until("slow", lambda s: s.phase is RunPhase.QUEUED)
     third = on.until("third", lambda s: s.submitted_time is not None)
     assert third.phase is RunPhase.QUEUED
-    on.ask("cancel", "first")
+    on.ask("stop", "first")
     for name in ("slow", "third"):
         on.until(name, lambda s: s.phase is RunPhase.TRAINING)
-        on.ask("cancel", name)
+        on.ask("stop", name)
         on.end_of(name)
 
 
-def test_a_run_that_waits_may_be_cancelled_and_leaves_nothing(on: Cluster) -> None:
+def test_a_run_that_waits_may_be_stopped_and_leaves_nothing(on: Cluster) -> None:
     on.submit("here", **_job("1..1", cpus=4))
     on.until("here", lambda s: s.phase is RunPhase.TRAINING)
     on.submit("waits", wait=True, **_job("1..1"))
     on.until("waits", lambda s: s.why.startswith("queued: there is no room"))
-    on.ask("cancel", "waits")
-    assert on.end_of("waits").phase is RunPhase.CANCELLED
+    on.ask("stop", "waits")
+    assert on.end_of("waits").phase is RunPhase.STOPPED
     on.assert_nothing_left("waits", [])
-    on.ask("cancel", "here")
+    on.ask("stop", "here")
     on.end_of("here")
 
 
@@ -139,11 +167,11 @@ def test_minimums_that_leave_no_room_preempt_the_lower_run_which_goes_on(on: Clu
     assert low and preempted["time"] - admitted["time"] >= until_preemptible_s - 1.0
     waiting = on.status("low")
     assert waiting.phase is RunPhase.QUEUED and waiting.checkpoint_step == waiting.step - 1
-    on.ask("cancel", "high")
+    on.ask("stop", "high")
     on.end_of("high")
     step = on.until("low", lambda s: s.workers_now == 4).step
     on.until("low", lambda s: s.step > step + 20)
-    on.ask("cancel", "low")
+    on.ask("stop", "low")
     ended = on.end_of("low")
     on.assert_every_step_once("low", ended.step)
 
@@ -157,10 +185,10 @@ def test_a_scheduler_that_dies_takes_nothing_with_it(on: Cluster) -> None:
     on.until("high", lambda s: s.phase is RunPhase.TRAINING)
     ray.kill(on.scheduler, no_restart=False)
     on.scheduler = get_or_create_scheduler()
-    on.ask("cancel", "high")
+    on.ask("stop", "high")
     on.end_of("high")
     on.until("low", lambda s: s.workers_now == 4)
-    on.ask("cancel", "low")
+    on.ask("stop", "low")
     on.end_of("low")
 
 

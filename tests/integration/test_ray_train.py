@@ -170,7 +170,7 @@ def test_a_callback_that_raises_ends_the_run(client: OrchestratorClient, texts: 
     with pytest.raises(ray.train.ControllerError) as failed:
         ElasticTrainer(job, run_config=RunConfig(callbacks=[Picky()])).fit()
     assert isinstance(failed.value.controller_failure, LookupError)
-    assert client.get("picky").phase is RunPhase.CANCELLED and client.audit("picky").ok
+    assert client.get("picky").phase is RunPhase.STOPPED and client.audit("picky").ok
 
 
 def test_the_example_of_the_page_runs_without_a_cluster(texts: Path, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_the_example_of_the_page_runs_without_a_cluster(texts: Path, tmp_path: P
     assert not (tmp_path / "clusters" / "local" / "cluster.json").exists()
 
 
-def test_ctrl_c_cancels_the_run(texts: Path, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_run(texts: Path, tmp_path: Path) -> None:
     job = job_of(texts, name="stopped", storage="runs")
     job["train"] |= {"steps": 100_000}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
@@ -206,7 +206,7 @@ def test_ctrl_c_cancels_the_run(texts: Path, tmp_path: Path) -> None:
             left = local.down()
     assert done.returncode != 0 and "KeyboardInterrupt" in errors and left is None
     status = RunFiles(run_dir).status()
-    assert status.phase is RunPhase.CANCELLED and status.checkpoint_step == status.step - 1
+    assert status.phase is RunPhase.STOPPED and status.checkpoint_step == status.step - 1
 
 
 def _script(directory: Path, text: str, texts: Path) -> "subprocess.Popen[str]":

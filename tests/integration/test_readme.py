@@ -23,7 +23,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MAKE = re.compile(r"(?:^|`)make ([\w-]+)", re.MULTILINE)
 INLINE = re.compile(r"`(orchestrator [^`]+)`")
 # Of the README, in its order: they take seconds and leave nothing.
-RUN = ("validate", "schema", "cluster up", "list", "cluster down")
+RUN = ("job validate", "job schema", "cluster up", "ls", "cluster down")
 
 
 def _commands() -> Iterator[tuple[str, str]]:
@@ -74,7 +74,7 @@ def test_commands_of_the_readme_run(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         said[command] = done
     assert "is valid" in said[chosen[0]].stderr
-    assert json.loads(said["orchestrator schema"].stdout)["title"] == "Job file"
+    assert json.loads(said["orchestrator job schema"].stdout)["title"] == "Job file"
     assert "is down" in said["orchestrator cluster down"].stderr
 
 

@@ -87,7 +87,7 @@ def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     with pytest.raises(UsageError, match="allows 1 to 3"):
         client.resume(run, workers=4)
     with pytest.raises(NotFound, match="no checkpoint of step 7"):
-        client.resume(run, from_step=7)
+        client.resume(run, step=7)
     _one_value_per_step(paused, tmp_path)
 
     paused_job = JobSpec.model_validate_json((Path(paused.run_dir) / "job.json").read_text())
@@ -157,7 +157,7 @@ def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(
     assert paused.phase is RunPhase.PAUSED and client.audit(run).ok
     client.resume(run)
     until(client, run, lambda s: s.step > paused.step + 10)
-    client.cancel(run)
+    client.stop(run)
     over = client.wait(run, timeout_s=60.0)
     assert over.stage == "all" and client.audit(run).ok
     told = [(e["kind"], e["stage"]) for e in client.events(run) if e["kind"].startswith("stage_")]
@@ -192,9 +192,9 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
     resumed = until(client, run, lambda s: s.step > paused.step + 50)
     assert resumed.workers_now == 2
     assert resumed.loss is not None and resumed.loss < math.log(VOCAB) - 1.0
-    client.cancel(run)
+    client.stop(run)
     ended = client.wait(run, timeout_s=60.0)
-    assert ended.phase is RunPhase.CANCELLED and client.audit(run).ok and client.audit(run).steps == ended.step
+    assert ended.phase is RunPhase.STOPPED and client.audit(run).ok and client.audit(run).steps == ended.step
     job = JobSpec.model_validate_json((Path(ended.run_dir) / "job.json").read_text())
     with pytest.raises(UsageError, match=r"trains a model of its own, jobs\.models\.dense"):
         export_hf(Path(str(ended.checkpoint)), job, Path(ended.run_dir) / "tokenizer.json", tmp_path / "hf")
@@ -235,9 +235,9 @@ def test_slots_by_document_grow_until_every_worker_has_one(
     run = client.submit(plain.model_copy(update=changes))
     run_dir = Path(client.get(run).run_dir)
     until(client, run, lambda s: s.step > 40 and read_steps(run_dir)[-1].batch.num_micro_batches == 2)
-    client.cancel(run)
+    client.stop(run)
     ended = client.wait(run, timeout_s=120.0)
-    assert ended.phase is RunPhase.CANCELLED and not ended.recoveries, ended
+    assert ended.phase is RunPhase.STOPPED and not ended.recoveries, ended
     fitted = [(e["from_tokens"], e["to_tokens"]) for e in client.events(run) if e["kind"] == "micro_batch_fitted"]
     assert fitted[0] == (64, 256) and all(after > before for before, after in fitted)
     steps = read_steps(run_dir)

@@ -53,13 +53,13 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
     going_on = read_report(run_dir, Rates())  # while it trains
     assert going_on.outcome == "" and going_on.steps >= paused.step
     time.sleep(STRETCH_S)
-    client.cancel(run)
+    client.stop(run)
     ended = client.wait(run, timeout_s=60.0)
 
     told = read_report(run_dir, Rates(cost_per_worker_hour=1.0, watts_per_worker=100.0))
     assert told.workers.difference is not None and abs(told.workers.difference) <= 0.01
     assert told.workers.held >= told.workers.members > 0.0
-    assert [span.outcome for span in told.attempts] == ["paused", "cancelled"] and told.paused_s > 3.0
+    assert [span.outcome for span in told.attempts] == ["paused", "stopped"] and told.paused_s > 3.0
     steps = read_steps(run_dir)
     assert told.steps + sum(not record.update.applied for record in steps) == ended.step
     assert all(0.0 <= (record.timing.communication_wait_s or -1.0) <= record.timing.step_s for record in steps)

@@ -35,7 +35,7 @@ ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[()][A-Z0-9]|\x1b[=>78]")
 
 
 @pytest.mark.journey
-def test_a_run_is_opened_scaled_and_cancelled_by_keys(texts: Path, tmp_path: Path) -> None:
+def test_a_run_is_opened_scaled_and_stopped_by_keys(texts: Path, tmp_path: Path) -> None:
     workers = WorkersSpec(min=1, max=3, initial=2)
     changes = {"name": "watched", "workers": workers, "storage": str(tmp_path / "runs")}
     job: JobSpec = small_job(texts, steps=100_000).model_copy(update=changes)
@@ -60,8 +60,8 @@ def test_a_run_is_opened_scaled_and_cancelled_by_keys(texts: Path, tmp_path: Pat
             await until("events-text", "rescaled  2 -> 3 workers")
             await pilot.press("plus")
             await pilot.pause()
-            await pilot.press("c", "y")
-            await until("head", "cancelled")
+            await pilot.press("s", "y")
+            await until("head", "stopped")
             await until("workers-text", "none: the run has ended")
             refused = [note.message for note in app._notifications if note.severity == "error"]
             assert refused and "4" in refused[0]  # more than workers.max

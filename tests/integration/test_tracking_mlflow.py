@@ -163,7 +163,7 @@ def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     began_s = time.monotonic()
     broken.publish(1, points("train/loss", range(600), 5.0), after=-1)
     assert time.monotonic() - began_s < 0.5
-    assert not broken.finish(1, "cancelled", timeout_s=1.0)
+    assert not broken.finish(1, "stopped", timeout_s=1.0)
     assert "no such table" in error_of(broken)
     assert broken.describe()["waiting"] == 601
 
@@ -171,7 +171,7 @@ def test_a_broken_store_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
     assert (again.describe()["waiting"], again.position()) == (600, 599)
     store.execute("ALTER TABLE metrics_away RENAME TO metrics")
     store.close()
-    assert again.finish(1, "cancelled", timeout_s=PATIENCE_S)
+    assert again.finish(1, "stopped", timeout_s=PATIENCE_S)
     client = client_of(setup.uri)
     run = only_run(client)
     assert run.info.status == "KILLED"

@@ -219,11 +219,11 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
 
         (marks / "gradient").touch()
         until(client, run, lambda s: bool(told("state_differs")))
-        client.cancel(run)
+        client.stop(run)
         status = client.wait(run, timeout_s=60.0)
         wrong = told("state_differs")[0]
     # All ranks take a gradient over, so it can't be told whose it was.
-    assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.CANCELLED
+    assert wrong["ranks"] == [] and wrong["parts"] == ["grad_norm", "state"] and status.phase is RunPhase.STOPPED
     assert status.warning is not None and f"step {wrong['step']} did not reproduce" in status.warning
     unequal = next(event for event in _events(status) if event["kind"] == "checked" and not event["equal"])
     assert unequal["first_step"] <= wrong["step"] <= unequal["last_step"]
@@ -277,7 +277,7 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
         run_dir = Path(client.wait(run, timeout_s=100.0).run_dir)
 
     def verify(*args: str, expect: int = 0) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "verify", "proof"]
+        command = [sys.executable, "-c", "from orchestrator.cli.main import main; main()", "check", "replay", "proof"]
         done = subprocess.run([*command, "--storage", str(storage), *args], capture_output=True, text=True, timeout=100)
         assert done.returncode == expect, f"{args} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done
@@ -286,7 +286,7 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     assert "Steps 25 to 29 of run proof" in told.stderr and "step-00000024" in told.stderr
     assert "5 steps: losses, norms and states are the same, bit for bit." in told.stdout
 
-    found = json.loads(verify("--from", "-1", "--steps", "40", "--workers", "3", "-o", "json").stdout)
+    found = json.loads(verify("--step", "-1", "--steps", "40", "--workers", "3", "-o", "json").stdout)
     assert found | {"equal": True, "first_step": 0, "last_step": 29, "workers": 3, "difference": None} == found
 
     (path,) = [p for p in run_dir.glob("journal/*.json") if '"step":27,' in p.read_text()]
@@ -303,8 +303,8 @@ def test_verify_does_steps_again_with_another_number_of_workers(texts: Path, tmp
     assert f"which may be the only cause: {worker} (processor: a -> b)." in told.stderr
     assert json.loads(verify("-o", "json", expect=100).stdout)["workers_differ"] == {worker: differs}
 
-    assert "has no step after 29; its newest committed one is 29" in verify("--from", "29", expect=2).stderr
-    assert "no checkpoint of step 7; it holds 4, 9, 14, 19, 24, 29" in verify("--from", "7", expect=102).stderr
+    assert "has no step after 29; its newest committed one is 29" in verify("--step", "29", expect=2).stderr
+    assert "no checkpoint of step 7; it holds 4, 9, 14, 19, 24, 29" in verify("--step", "7", expect=102).stderr
     job_file = run_dir / "job.json"
     job_file.write_text(job_file.read_text().replace('"exact"', '"fast"', 1))
     assert "train.determinism of run proof is fast" in verify(expect=2).stderr

@@ -374,7 +374,7 @@ class Crew:
 
     def finish(self) -> None:
         assert self.directive.current is not None
-        self.send(finish=FinishMode.CANCEL)
+        self.send(finish=FinishMode.STOP)
         self.await_finished()
 
     def await_finished(self, patience_s: float = PATIENCE_S) -> None:

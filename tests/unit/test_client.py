@@ -10,8 +10,8 @@ from orchestrator.errors import (
     NameTaken,
     NotFinished,
     OrchestratorError,
-    RunCancelled,
     RunFailed,
+    RunStopped,
     UsageError,
 )
 from orchestrator.protocol.status import RunPhase
@@ -64,7 +64,7 @@ def test_a_corpus_that_is_none_is_told_early(
     ("phase", "error", "exit_code"),
     [
         (RunPhase.FAILED, RunFailed, 100),
-        (RunPhase.CANCELLED, RunCancelled, 103),
+        (RunPhase.STOPPED, RunStopped, 103),
         (RunPhase.TRAINING, NotFinished, 101),
     ],
 )

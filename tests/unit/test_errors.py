@@ -3,6 +3,7 @@ import pickle
 import pytest
 
 from orchestrator import errors
+from orchestrator.cli.exit_codes import EXIT_CODES
 from orchestrator.errors import DataError, OrchestratorError, Problem, SpecError
 
 
@@ -17,19 +18,19 @@ def classes() -> list[type[OrchestratorError]]:
         ("UsageError", 2),
         ("SpecError", 2),
         ("DataError", 2),
-        ("StoreCorrupt", 2),
+        ("StoreCorrupt", 104),
         ("NameTaken", 2),
-        ("StorageError", 2),
+        ("StorageError", 104),
         ("ClusterUnreachable", 69),
         ("NotAllowed", 77),
         ("RunFailed", 100),
-        ("JobDoesNotFit", 100),
-        ("CheckpointCorrupt", 100),
-        ("TermSuperseded", 100),
-        ("ProtocolError", 100),
+        ("JobDoesNotFit", 105),
+        ("CheckpointCorrupt", 104),
+        ("TermSuperseded", 70),
+        ("ProtocolError", 70),
         ("NotFinished", 101),
         ("NotFound", 102),
-        ("RunCancelled", 103),
+        ("RunStopped", 103),
     ],
 )
 def test_exit_codes_are_those_of_the_design(name: str, code: int) -> None:
@@ -39,7 +40,7 @@ def test_exit_codes_are_those_of_the_design(name: str, code: int) -> None:
 def test_every_class_is_documented_and_has_a_known_exit_code() -> None:
     for cls in classes():
         assert cls.__doc__, cls
-        assert cls.exit_code in {2, 69, 77, 100, 101, 102, 103}, cls
+        assert cls.exit_code in EXIT_CODES, cls
 
 
 def test_message_reads_as_sentences_in_order() -> None:
@@ -65,12 +66,19 @@ def test_spec_error_lists_all_problems_and_survives_a_process_border() -> None:
     assert str(copy).splitlines() == [
         "job.yaml:3:5: train.lr: must be > 0; got -1",
         "job.yaml:9:1: bad file",
-        "2 problems; `orchestrator schema` lists every key. Nothing was started.",
+        "2 problems; `orchestrator job schema` lists every key. Nothing was started.",
     ]
 
 
 @pytest.mark.parametrize(
-    ("code", "name"), [(2, "UsageError"), (69, "ClusterUnreachable"), (77, "NotAllowed"), (1, "OrchestratorError")]
+    ("code", "name"),
+    [
+        (2, "UsageError"),
+        (69, "ClusterUnreachable"),
+        (77, "NotAllowed"),
+        (104, "StorageError"),
+        (1, "OrchestratorError"),
+    ],
 )
 def test_an_exit_code_stands_for_an_error(code: int, name: str) -> None:
     assert errors.of_code(code) is getattr(errors, name)

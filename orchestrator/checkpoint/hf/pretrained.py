@@ -189,7 +189,9 @@ def _is_plain(file: object) -> bool:
 
 
 def _refused(message: str, remedy: str = "") -> UsageError:
-    remedy = remedy or "Name a directory that Glm4MoeForCausalLM.save_pretrained or `orchestrator export` has written."
+    remedy = (
+        remedy or "Name a directory that Glm4MoeForCausalLM.save_pretrained or `orchestrator model export` has written."
+    )
     return UsageError(message, remedy=remedy, unchanged="Nothing was started.")
 
 

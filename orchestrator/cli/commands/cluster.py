@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.terminal.options import Output
+from orchestrator.cli.terminal.options import GROUPS, Output
 from orchestrator.cli.terminal.output import Format, say, show, show_json
 from orchestrator.errors import ClusterUnreachable, UsageError
 from orchestrator.protocol.codec import to_plain
@@ -90,7 +90,7 @@ def down(
     if active:
         raise UsageError(
             f"runs are going on in the local cluster: {', '.join(active)}",
-            remedy="Wait for them, end them with `orchestrator cancel RUN`, or pass --force.",
+            remedy="Wait for them, end them with `orchestrator stop RUN`, or pass --force.",
             unchanged="Nothing was changed.",
         )
     local.down()
@@ -109,4 +109,4 @@ def active_runs(address: str) -> list[str]:
 
 
 def register(main: typer.Typer) -> None:
-    main.add_typer(app, name="cluster", rich_help_panel="Cluster")
+    main.add_typer(app, name="cluster", rich_help_panel=GROUPS)

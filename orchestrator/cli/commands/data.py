@@ -11,14 +11,15 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from orchestrator.cli.answers import PreparedStore
 from orchestrator.cli.terminal.format import counted, size
-from orchestrator.cli.terminal.options import Address, Output
+from orchestrator.cli.terminal.options import GROUPS, Address, Output
 from orchestrator.cli.terminal.output import Format, say, show, show_json
 from orchestrator.cli.terminal.progress import ERASE_LINE, LINE_EVERY_S, bar
 from orchestrator.errors import DataError, UsageError
+from orchestrator.protocol.codec import to_plain
 
 REDRAW_EVERY_S = 0.1
-INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 OPTIONS = {  # names in the library, and here
     "data.source": "SOURCE",
     "data.text_key": "--text-key",
@@ -99,32 +100,32 @@ def prepare(
             except KeyboardInterrupt:
                 progress.close()
                 say("Ended. Finished work is kept: the same command continues.")
-                raise typer.Exit(INTERRUPTED) from None
+                raise
             finally:
                 progress.close()
     if done.found:
         say("The store was there already. Nothing was changed.")
     result = described(done)
     if output is Format.JSON:
-        show_json(result)
+        show_json(to_plain(result))
     else:
         show(aligned(_lines(result)))
 
 
-def described(done: Any) -> dict[str, Any]:
-    """Counts and paths of what was read, dropped and written, as plain values."""
+def described(done: Any) -> PreparedStore:
+    """Counts and paths of what was read, dropped and written."""
     manifest = done.store.manifest
-    return {
-        "store": str(done.store.directory),
-        "found": done.found,
-        "records": done.num_records,
-        "empty": done.num_empty,
-        "sources": [source.model_dump(mode="json") for source in manifest.sources],
-        "quarantine": None if done.quarantine is None else str(done.quarantine),
-        "splits": {split: counts.model_dump() for split, counts in manifest.splits.items()},
-        "vocab_size": manifest.vocab_size,
-        "tokenizer_digest": manifest.tokenizer_digest,
-    }
+    return PreparedStore(
+        store=str(done.store.directory),
+        found=done.found,
+        records=done.num_records,
+        empty=done.num_empty,
+        sources=[source.model_dump(mode="json") for source in manifest.sources],
+        quarantine=None if done.quarantine is None else str(done.quarantine),
+        splits={split: counts.model_dump() for split, counts in manifest.splits.items()},
+        vocab_size=manifest.vocab_size,
+        tokenizer_digest=manifest.tokenizer_digest,
+    )
 
 
 class ProgressLine:
@@ -162,18 +163,18 @@ class ProgressLine:
         self._stream.flush()
 
 
-def _lines(result: dict[str, Any]) -> list[tuple[str, str]]:
-    read = f"{result['records']:,} records, {result['empty']:,} of them without text"
-    lines = [("store", result["store"]), ("read", read)]
-    for source in result["sources"]:
+def _lines(result: PreparedStore) -> list[tuple[str, str]]:
+    read = f"{result.records:,} records, {result.empty:,} of them without text"
+    lines = [("store", result.store), ("read", read)]
+    for source in result.sources:
         dropped = {reason: count for reason, count in (source.get("dropped") or {}).items() if count}
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         kept = f"{source['name']}: {counted(source['num_documents'], 'document')}, {size(source['num_bytes'])}"
         lines.append(("kept", f"{kept}; left out: {left_out or 'none'}"))
-    lines.append(("quarantine", result["quarantine"] or "nothing"))
-    for split, counts in result["splits"].items():
+    lines.append(("quarantine", result.quarantine or "nothing"))
+    for split, counts in result.splits.items():
         lines.append((split, f"{counts['num_documents']:,} documents, {counts['num_tokens']:,} tokens"))
-    lines.append(("tokenizer", f"{result['vocab_size']:,} tokens, sha256 {result['tokenizer_digest'][:16]}"))
+    lines.append(("tokenizer", f"{result.vocab_size:,} tokens, sha256 {result.tokenizer_digest[:16]}"))
     return lines
 
 
@@ -233,4 +234,4 @@ def _is_used_by_others() -> bool:
 
 
 def register(main: typer.Typer) -> None:
-    main.add_typer(app, name="data", rich_help_panel="Job files")
+    main.add_typer(app, name="data", rich_help_panel=GROUPS)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.commands.run import run
-from orchestrator.cli.terminal.options import Name, Output
+from orchestrator.cli.terminal.options import BEGIN, Name, Output
 from orchestrator.cli.terminal.output import Format
 
 JOB = files("orchestrator.cli").joinpath("quickstart.yaml")  # equal to jobs/quickstart.yaml
@@ -43,4 +43,4 @@ def free_name(storage: Path) -> str:
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Runs")(demo)
+    app.command(rich_help_panel=BEGIN)(demo)

@@ -22,16 +22,17 @@ from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 
 # Commands that read or steer runs. The others work on files of this machine.
 FORWARDED = (
-    *("list", "status", "scale", "stage", "kill", "cancel", "pause", "resume"),
-    *("events", "audit", "logs", "checkpoints", "report"),
+    *("ls", "status", "wait", "logs", "events", "report"),
+    *("scale", "pause", "resume", "stop", "rm", "set", "curriculum set", "fault kill-worker"),
+    *("checkpoint ls", "checkpoint verify", "checkpoint rm", "check data"),
 )
-STAYS = frozenset({"-f", "--follow", "-w", "--watch"})
-CANCELLED = 103
+STAYS = frozenset({"-f", "--follow", "--watch", "wait"})
+STOPPED = 103
 
 
 def forwarded(arguments: list[str]) -> int | None:
     """Run a command in the cluster if it names one by URL. Returns its exit code; None for a command to run here."""
-    if not arguments or arguments[0] not in FORWARDED:
+    if not any(arguments[: len(words)] == words for words in map(str.split, FORWARDED)):
         return None
     rest, url = _without_address(arguments)
     if not is_url(url):
@@ -40,7 +41,7 @@ def forwarded(arguments: list[str]) -> int | None:
     try:
         return JobsApiClient(str(url)).run(rest, write, stays)
     except KeyboardInterrupt:
-        if stays:
+        if stays and arguments[0] != "wait":
             return 0  # Ctrl-C ends following
         raise
 
@@ -78,7 +79,7 @@ def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> N
     try:
         code = JobsApiClient(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
     except KeyboardInterrupt:
-        say(f"Detached; run {run_id} goes on. `orchestrator cancel {run_id} --address {url}` ends it.")
+        say(f"Detached; run {run_id} goes on. `orchestrator stop {run_id} --address {url}` ends it.")
         raise typer.Exit(101) from None
     raise typer.Exit(code)
 
@@ -103,7 +104,7 @@ def drive(job: Path, name: Name = None, settings: Set = None) -> None:
         os.chdir("/")
         package.discard()
         raise
-    stopped.then(lambda: client.cancel(run_id))  # Ray kills this process in 3 s; the controller writes the checkpoint
+    stopped.then(lambda: client.stop(run_id))  # Ray kills this process in 3 s; the controller writes the checkpoint
     show(BEGUN)
     sys.stdout.flush()
     sweep(storage)
@@ -141,7 +142,7 @@ class _Stopped:
 
     def _end(self) -> None:
         self._before_end()
-        raise SystemExit(CANCELLED)
+        raise SystemExit(STOPPED)
 
 
 class Marked:

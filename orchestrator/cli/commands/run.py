@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.commands.remote import run_by_url, submit_by_url
-from orchestrator.cli.terminal.options import Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
+from orchestrator.cli.terminal.options import RUNS, Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
 from orchestrator.cli.terminal.output import Format, say, show, show_json, tell_wait
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
@@ -53,7 +53,7 @@ def run(
         if kill_at is not None:
             raise UsageError(
                 "--kill-at needs the cluster itself, not the URL of its Jobs API",
-                remedy="`orchestrator kill RUN --address URL` kills a worker by hand.",
+                remedy="`orchestrator fault kill-worker RUN --address URL` kills a worker by hand.",
                 unchanged="Nothing was started.",
             )
         if detach:
@@ -157,10 +157,10 @@ def logical_cpus(spec: JobSpec) -> int:
 def _detached(run_id: str) -> str:
     return (
         f"Detached; run {run_id} goes on. `orchestrator status {run_id}` shows where it is, "
-        f"`orchestrator logs {run_id} -f` follows it, `orchestrator cancel {run_id}` ends it; "
+        f"`orchestrator logs {run_id} -f` follows it, `orchestrator stop {run_id}` ends it; "
         "`orchestrator cluster down` stops Ray afterwards."
     )
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Runs")(run)
+    app.command(rich_help_panel=RUNS)(run)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.terminal.options import Address
+from orchestrator.cli.terminal.options import RUNS, Address
 from orchestrator.errors import UsageError
 
 
@@ -15,11 +15,11 @@ def top(
     ] = None,
     address: Address = None,
 ) -> None:
-    """Watch and steer the cluster's runs on a live screen: arrows and enter choose, + - p c steer, q quits."""
+    """Watch and steer the cluster's runs on a live screen: arrows and enter choose, + - p s steer, q quits."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError(
             "top draws on a terminal, and its input or output is none",
-            remedy="`orchestrator status RUN -o json`, or `orchestrator list -o json`, has the same for programs; "
+            remedy="`orchestrator status RUN -o json`, or `orchestrator ls -o json`, has the same for programs; "
             "--watch repeats it.",
             unchanged="Nothing was changed.",
         )
@@ -40,4 +40,4 @@ def top(
 
 
 def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Runs")(top)
+    app.command(rich_help_panel=RUNS)(top)

@@ -1,17 +1,19 @@
-"""`ui`, `sync`: serve MLflow's pages, and deliver what MLflow lacks."""
+"""`tracking ui | sync`: serve MLflow's pages, and deliver what MLflow lacks."""
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.terminal.format import counted
-from orchestrator.cli.terminal.options import Address, RunId, Storage
+from orchestrator.cli.terminal.options import GROUPS, Address, RunId, Storage
 from orchestrator.cli.terminal.output import say, show
 from orchestrator.errors import NotFinished, UsageError
 
+app = typer.Typer(no_args_is_help=True, help="MLflow: its pages, and what it lacks.")
 
+
+@app.command()
 def ui(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="Run whose tracker to show. Default: run storage.")
@@ -39,7 +41,6 @@ def ui(
         say("A server has these runs already.")
         show(uri)
         return
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         artifacts = str(place / "mlflow-artifacts")
         with MlflowServer(uri, host=host, port=port, artifacts=artifacts, names=names or ()) as server:
@@ -68,6 +69,7 @@ def _uri_of(run: str | None, storage: Path | None, address: str | None, place: P
     return default_uri(place)
 
 
+@app.command()
 def sync(
     run: RunId,
     timeout: Annotated[float, typer.Option("--timeout", min=1, metavar="SECONDS", help="How long to try.")] = 120.0,
@@ -85,13 +87,12 @@ def sync(
     if state["waiting"]:
         raise NotFinished(
             f"{state['waiting']} of them still wait: {state['error'] or 'there was not enough time'}",
-            remedy=f"`orchestrator sync {run}` tries again.",
+            remedy=f"`orchestrator tracking sync {run}` tries again.",
             unchanged=f"What waits is kept in {run_dir / 'tracking'}.",
         )
     say("MLflow has everything.")
     show(state["url"])
 
 
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Records")(ui)
-    app.command(rich_help_panel="Records")(sync)
+def register(main: typer.Typer) -> None:
+    main.add_typer(app, name="tracking", rich_help_panel=GROUPS)

@@ -32,7 +32,7 @@ def write_page(
     except OSError as error:
         raise StorageError(
             f"{path} can't be written: {error.strerror or error}",
-            remedy="Name a file in a directory that is there and can be written: --to FILE.",
+            remedy="Name a file in a directory that is there and can be written: --out FILE.",
             unchanged="Nothing was written.",
         ) from error
 

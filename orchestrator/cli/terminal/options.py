@@ -1,11 +1,18 @@
 """Arguments and options that several commands share."""
 
+import re
+import sys
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from orchestrator.cli.terminal.output import Format
+from orchestrator.errors import UsageError
+
+BEGIN, RUNS, STEER, GROUPS = "Begin", "Runs", "Steer a run", "More commands"  # panels of --help, in this order
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
 Name = Annotated[
@@ -25,7 +32,7 @@ Set = Annotated[
 ]
 Range = Annotated[
     str | None,
-    typer.Option("--workers", metavar="N|MIN..MAX", help="The same as --set workers=…", show_default=False),
+    typer.Option("-w", "--workers", metavar="N|MIN..MAX", help="The same as --set workers=…", show_default=False),
 ]
 
 
@@ -59,13 +66,11 @@ Storage = Annotated[
     typer.Option(
         "--storage",
         metavar="DIR",
-        help="Read the run from here; needs no cluster. Default: ask the cluster; if none knows it, ./runs.",
+        help="Read run storage in this directory; needs no cluster. Default: ask the cluster; without one, ./runs.",
     ),
 ]
 Output = Annotated[Format, typer.Option("-o", "--output", help="Format of the output.")]
-Watch = Annotated[
-    bool, typer.Option("-w", "--watch", help="Show updates until the end; with -o json a line per change.")
-]
+Watch = Annotated[bool, typer.Option("--watch", help="Show updates until the end; with -o json a line per change.")]
 Timeout = Annotated[
     float | None,
     typer.Option(
@@ -76,3 +81,48 @@ Timeout = Annotated[
         show_default=False,
     ),
 ]
+Step = Annotated[
+    int | None,
+    typer.Option(
+        "--step", min=0, metavar="STEP", help="The checkpoint of this step. Default: the newest.", show_default=False
+    ),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Don't ask.")]
+Follow = Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")]
+Tail = Annotated[int | None, typer.Option("--tail", min=0, metavar="N", help="Only the N newest so far.")]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        "--since", metavar="TIME", help="Only from this time on: 90s, 10m, 2h, 1d ago, or 2026-11-24 16:17 (local)."
+    ),
+]
+
+_AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def since_s(text: str | None) -> float:
+    """The `time.time()` that --since names; 0 without it. Raises UsageError."""
+    if text is None:
+        return 0.0
+    if (ago := _AGO.fullmatch(text)) is not None:
+        return time.time() - float(ago[1]) * _SECONDS[ago[2]]
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise UsageError(
+            f"--since is {text!r}; it must be an age like 10m or a time like 2026-11-24 16:17",
+            unchanged="Nothing was changed.",
+        ) from None
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Ask on the terminal unless `yes`. Raises UsageError after a no, or where no terminal can answer."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(
+            f"{question} No terminal can answer", remedy="Pass --yes if so.", unchanged="Nothing was removed."
+        )
+    if not typer.confirm(question, err=True):
+        raise UsageError("not confirmed", unchanged="Nothing was removed.")

@@ -1,12 +1,15 @@
 """Lookup of runs: in the cluster while that is up, in run storage at any time."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from orchestrator.cli.terminal.output import say
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.jobs_api import is_url
-from orchestrator.errors import ClusterUnreachable, NotFound, UsageError, nearest
+from orchestrator.errors import ClusterUnreachable, NotFinished, NotFound, OrchestratorError, UsageError, nearest
 from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.removal import remove_files, remove_tracked
 from orchestrator.run_records.run_files import RunFiles, holds_run, run_dir_in, runs_in
 
 DEFAULT_STORAGE = Path("runs")
@@ -20,6 +23,27 @@ class FoundRun:
 
     def status(self) -> RunStatus:
         return self._client.get(self.run_id) if self._client else self.files.status()
+
+    def wait(self, timeout_s: float | None) -> RunStatus:
+        """The run's status at its end. Raises NotFinished if it has not ended by then, or without a cluster."""
+        if self._client is not None:
+            return self._client.wait(self.run_id, timeout_s=timeout_s)
+        status = self.files.status()
+        if not status.phase.ended:
+            raise NotFinished(
+                f"run {self.run_id} is {status.phase} as far as its storage knows, and there is no cluster",
+                remedy=f"Name its cluster with --address, or continue it with `orchestrator resume {self.run_id}`.",
+            )
+        return status
+
+    def remove(self, tracking: bool) -> str:
+        """Remove the files of the run, which has ended, and with `tracking` its MLflow run. Returns its directory."""
+        if self._client is not None:
+            return self._client.remove(self.run_id, tracking=tracking)
+        if tracking:
+            remove_tracked(self.files.run_dir)
+        remove_files(self.files.run_dir)
+        return str(self.files.run_dir)
 
     def is_over(self) -> bool:
         """Whether nothing more will be written, as far as is known: without a cluster nothing writes."""
@@ -58,3 +82,35 @@ def find_run(run_id: str, storage: Path | None, address: str | None) -> FoundRun
             ) from error
         error.remedy += " A run that has left its cluster is read from run storage: --storage DIR."
         raise
+
+
+def find_runs(storage: Path | None, address: str | None) -> Callable[[], tuple[RunStatus, ...]]:
+    """A function that reads the status of every run of the named storage; else of the cluster; else, without one, of
+    ./runs.
+
+    Raises:
+        NotFound: there is no such directory.
+        ClusterUnreachable: neither storage nor address named one, and ./runs holds no run either.
+    """
+    if storage is not None:
+        if not storage.is_dir():
+            raise NotFound(f"{storage} is no directory", remedy="Name run storage: --storage DIR.")
+        return lambda: _runs_in_storage(storage)
+    try:
+        return OrchestratorClient(address).list
+    except ClusterUnreachable:
+        if address is not None or not runs_in(DEFAULT_STORAGE):
+            raise
+        say(f"There is no cluster; these are the runs in {DEFAULT_STORAGE.absolute()}.")
+        return lambda: _runs_in_storage(DEFAULT_STORAGE)
+
+
+def _runs_in_storage(storage: Path) -> tuple[RunStatus, ...]:
+    """The newest last. Runs whose records can't be read are left out, with a message."""
+    found = []
+    for run_id in runs_in(storage):
+        try:
+            found.append(RunFiles(run_dir_in(storage, run_id)).status())
+        except (OSError, ValueError, OrchestratorError) as error:
+            say(f"Run {run_id} is left out: its records can't be read: {error}")
+    return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))

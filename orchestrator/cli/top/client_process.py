@@ -58,8 +58,8 @@ class ClusterLink:
         target: DesiredRunState = self._ask("pause", run_id)
         return target
 
-    def cancel(self, run_id: str) -> DesiredRunState:
-        target: DesiredRunState = self._ask("cancel", run_id)
+    def stop(self, run_id: str) -> DesiredRunState:
+        target: DesiredRunState = self._ask("stop", run_id)
         return target
 
     def close(self) -> None:

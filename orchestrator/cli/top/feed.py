@@ -40,7 +40,7 @@ class Client(Protocol):
     def get(self, run_id: str) -> RunStatus: ...
     def scale(self, run_id: str, workers: int | None) -> DesiredRunState: ...
     def pause(self, run_id: str) -> DesiredRunState: ...
-    def cancel(self, run_id: str) -> DesiredRunState: ...
+    def stop(self, run_id: str) -> DesiredRunState: ...
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Feed:
 
         return _answer(action)
 
-    def cancel(self, run_id: str) -> Answer:
+    def stop(self, run_id: str) -> Answer:
         def action() -> str:
-            self._client.cancel(run_id)
+            self._client.stop(run_id)
             return f"{run_id} ends after its current step"
 
         return _answer(action)

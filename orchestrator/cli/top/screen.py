@@ -36,7 +36,7 @@ COLOURS = {
     RunPhase.FINISHING: "#7fb0dc",
     RunPhase.SUCCEEDED: FAINT,
     RunPhase.FAILED: "bold #ee6a5b",
-    RunPhase.CANCELLED: FAINT,
+    RunPhase.STOPPED: FAINT,
     RunPhase.PAUSED: "#b79ac8",
 }
 

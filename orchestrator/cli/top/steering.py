@@ -44,7 +44,7 @@ class Steering(Screen[None]):
         Binding("plus,equals_sign", "scale(1)", "More workers", key_display="+"),
         Binding("minus", "scale(-1)", "Fewer workers", key_display="-"),
         Binding("p", "pause", "Pause"),
-        Binding("c", "cancel", "Cancel"),
+        Binding("s", "stop", "Stop"),
         Binding("q,ctrl+c", "app.quit", "Quit", key_display="q"),
     ]
 
@@ -78,9 +78,9 @@ class Steering(Screen[None]):
             question = f"Pause {run}? It writes a checkpoint and frees its workers; `orchestrator resume` goes on."
             self._confirm(question, lambda: self._feed.pause(run))
 
-    def action_cancel(self) -> None:
+    def action_stop(self) -> None:
         if (run := self.chosen) is not None:
-            self._confirm(f"Cancel {run}? It ends, with a checkpoint.", lambda: self._feed.cancel(run))
+            self._confirm(f"Stop {run}? It ends, with a checkpoint.", lambda: self._feed.stop(run))
 
     def _confirm(self, question: str, action: Callable[[], Answer]) -> None:
         self.app.push_screen(Confirmation(question), lambda yes: self._act(action) if yes else None)

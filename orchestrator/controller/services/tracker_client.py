@@ -129,7 +129,7 @@ class TrackerClient:
         except OrchestratorError as error:
             self.warning = f"the tracker failed: {error}"
         if not arrived:
-            deliver = f"`orchestrator sync {self._run_id}` delivers what waits in {self._run_dir / 'tracking'}"
+            deliver = f"`orchestrator tracking sync {self._run_id}` delivers what waits in {self._run_dir / 'tracking'}"
             self.warning = f"{self.warning or 'MLflow has not taken everything in time'}; {deliver}"
         if self.warning:
             log.warning(self.warning)

@@ -86,7 +86,7 @@ def scale_of(
         left_s=None if step_s is None else step_s * (limits.steps - 1 - seen.step),
         avoid=state.failures.quarantine,
         selector=limits.label_selector,
-        priority=limits.priority,
+        priority=limits.priority_of(state.priority),
         submitted_s=submitted_s,
         grant=state.queue.grant,
         queued_s=state.queue.since_s if state.queue.grant.workers == 0 else None,

@@ -97,6 +97,10 @@ class RunLimits:
                 unchanged=f"{self.run_id} continues unchanged.",
             )
 
+    def priority_of(self, requested: int | None) -> int:
+        """The run's priority: the one requested for it, else its job's."""
+        return self.priority if requested is None else requested
+
     def check_size(self, workers: int) -> None:
         """Raises UsageError if the job doesn't allow this many workers."""
         if not self.min_workers <= workers <= self.max_workers:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.run_state import Decision, Observation, QueueState, ReplayState, RunState
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size
-from orchestrator.protocol.events.run import Admitted, Granted, Preempted, Queued, Resumed, Suspended
+from orchestrator.protocol.events.run import Admitted, Granted, Preempted, PriorityChanged, Queued, Resumed, Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import FinishMode, Restore, ResumeRequest
 from orchestrator.protocol.scaling import JUST_COME
@@ -50,6 +50,7 @@ def begun_again(state: RunState, restore: Restore | None) -> RunState:
         seq=state.seq + 1,
         size_request=state.size_request,
         queue=QueueState(state.queue.grant, state.queue.granted_since, state.queue.since_s),
+        priority=state.priority,
         num_spawned=state.num_spawned,
         num_generations=state.num_generations,
         activated=state.activated,
@@ -93,6 +94,14 @@ def heed_grant(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     waits = replace(waits, worker_group=(), transition=None)
     gone = WorkersReleased(state.worker_group)
     return Decision(waits, (Queued(grant.why), gone))
+
+
+def heed_priority(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
+    """Record the priority that was requested for the run; the Scheduler reads it and changes grants accordingly."""
+    if seen.priority == state.priority:
+        return Decision(state)
+    before, now = limits.priority_of(state.priority), limits.priority_of(seen.priority)
+    return Decision(replace(state, priority=seen.priority), (PriorityChanged(now, before),))
 
 
 def suspended(state: RunState, seen: Observation) -> Decision:

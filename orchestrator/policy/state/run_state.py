@@ -196,6 +196,7 @@ class RunState:
         checkpoint_done: newest step with a complete checkpoint.
         draining: nodes that are being drained. `leaving`: workers that are to leave.
         straggler: a worker that is much slower than the others; empty for none.
+        priority: set for this run; None for the job's.
         wants_restore: search for a checkpoint: no live workers hold a whole state, or a preempted run has written one.
         restore: the checkpoint that a generation without a source begins from.
         outcome: None until the run has ended.
@@ -206,6 +207,7 @@ class RunState:
     seq: int = 0
     size_request: SizeRequest | None = None
     queue: QueueState = QueueState()
+    priority: int | None = None
     worker_group: tuple[str, ...] = ()
     num_spawned: int = 0
     num_generations: int = 0
@@ -301,7 +303,8 @@ class Observation:
     to the time since their last answer; `idle_s` is the time since any worker reported something new. `store_address`
     is the rendezvous store's, None while there is none: no generation can be planned then. `faults` are failures
     outside the workers that end the run. `draining` maps nodes that will be removed from the cluster to `time.time()`
-    of the deadline, 0 without one. `grant` is the newest one of the Scheduler.
+    of the deadline, 0 without one. `grant` is the newest one of the Scheduler, `priority` the newest one that was
+    requested, None for the job's.
     """
 
     term: int
@@ -321,6 +324,7 @@ class Observation:
     faults: tuple[str, ...] = ()
     draining: Mapping[str, float] = field(default_factory=dict)
     grant: Grant = UNLIMITED
+    priority: int | None = None
 
     def phase(self, worker: str) -> Phase:
         """The worker's phase; COLD if it never answered."""

@@ -85,8 +85,16 @@ class TargetChanged(Event, kind="target"):
 
 
 @dataclass(frozen=True)
+class PriorityChanged(Event):
+    """The run was given another priority than it had `before`. It overrides that of its job."""
+
+    priority: int
+    before: int
+
+
+@dataclass(frozen=True)
 class Ended(Event):
-    """The run is over. `outcome` is a `RunPhase`: succeeded, failed, cancelled or paused."""
+    """The run is over. `outcome` is a `RunPhase`: succeeded, failed, stopped or paused."""
 
     outcome: str
     why: str

@@ -8,7 +8,7 @@ from orchestrator.protocol.step_record import StepRecord
 
 @dataclass(frozen=True)
 class StepsCommitted(Event, kind="steps", internal=True):
-    """Finished steps, each once, which `orchestrator audit` balances."""
+    """Finished steps, each once, which `orchestrator check data` balances."""
 
     records: tuple[StepRecord, ...]
 

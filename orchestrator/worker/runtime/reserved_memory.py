@@ -31,7 +31,7 @@ class ReservedMemory:
     their content.
 
     Args:
-        planned: memory plan of the worker's world, as `orchestrator plan` shows it.
+        planned: memory plan of the worker's world, as `orchestrator job plan` shows it.
     """
 
     def __init__(self, planned: MemoryPlan) -> None:

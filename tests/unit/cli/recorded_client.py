@@ -56,8 +56,8 @@ class RecordedClient:
     def pause(self, run_id: str) -> DesiredRunState:
         return self._act("pause", run_id, None)
 
-    def cancel(self, run_id: str) -> DesiredRunState:
-        return self._act("cancel", run_id, None)
+    def stop(self, run_id: str) -> DesiredRunState:
+        return self._act("stop", run_id, None)
 
     def _act(self, what: str, run_id: str, workers: int | None) -> DesiredRunState:
         self.requests.append((what, run_id, workers))

@@ -60,7 +60,7 @@ def python(here: Path, script: str, *args: str, **env: str) -> "subprocess.Compl
 
 
 @pytest.mark.parametrize(
-    "args", [["--version"], ["--help"], ["validate", "job.yaml"], ["schema"]], ids=lambda args: args[0]
+    "args", [["--version"], ["--help"], ["job", "validate", "job.yaml"], ["job", "schema"]], ids=" ".join
 )
 def test_what_needs_no_cluster_starts_without_ray(here: Path, args: list[str]) -> None:
     script = (
@@ -77,7 +77,7 @@ def test_what_needs_no_cluster_starts_without_ray(here: Path, args: list[str]) -
 
 
 def test_validate_prints_the_whole_job_as_json(here: Path, orchestrator: Callable[..., Done]) -> None:
-    told = json.loads(orchestrator("validate", "job.yaml", "-o", "json").stdout)
+    told = json.loads(orchestrator("job", "validate", "job.yaml", "-o", "json").stdout)
     assert told["schema"] == "v1" and told["model"]["top_k"] == 2 and told["train"]["lr"] > 0
 
 
@@ -87,26 +87,26 @@ def test_validate_and_plan_tell_where_workers_may_live(here: Path, orchestrator:
     (here / "pools.yaml").write_text(yaml.safe_dump(job | {"workers": workers}))
     for verb in ("validate", "plan"):
         assert "on nodes with labels {pool: in(a,b), spot: !yes}" in " ".join(
-            orchestrator(verb, "pools.yaml").stderr.split()
+            orchestrator("job", verb, "pools.yaml").stderr.split()
         )
 
 
 def test_validate_tells_every_problem_and_its_place(here: Path, orchestrator: Callable[..., Done]) -> None:
     (here / "bad.yaml").write_text(f"{VALID}workrs: 2\ntrain: {{steps: 0}}\n")
-    done = orchestrator("validate", "bad.yaml")
+    done = orchestrator("job", "validate", "bad.yaml")
     assert done.returncode == 2 and done.stdout == ""
     assert "bad.yaml:3:1: workrs" in done.stderr and "bad.yaml:4:9: train.steps" in done.stderr
     assert "Nothing was started." in done.stderr and "Traceback" not in done.stderr
 
 
 def test_schema_is_json_on_stdout(orchestrator: Callable[..., Done]) -> None:
-    done = orchestrator("schema")
+    done = orchestrator("job", "schema")
     assert json.loads(done.stdout)["required"] == ["schema", "name"] and done.stderr == ""
 
 
 @pytest.mark.parametrize(
     "args",
-    [["list"], ["status", "try"], ["scale", "try", "--workers", "2"], ["cancel", "try"], ["submit", "job.yaml"]],
+    [["ls"], ["status", "try"], ["scale", "try", "--workers", "2"], ["stop", "try"], ["submit", "job.yaml"]],
     ids=lambda args: args[0],
 )
 def test_without_a_cluster_the_exit_code_is_69_and_the_remedy_is_told(
@@ -118,7 +118,7 @@ def test_without_a_cluster_the_exit_code_is_69_and_the_remedy_is_told(
 
 
 def test_a_dead_address_is_told_at_once(orchestrator: Callable[..., Done]) -> None:
-    done = orchestrator("list", "--address", "127.0.0.1:1")
+    done = orchestrator("ls", "--address", "127.0.0.1:1")
     assert done.returncode == 69 and "127.0.0.1:1" in done.stderr
 
 
@@ -145,42 +145,42 @@ def test_run_refuses_before_it_starts_anything(
 
 
 def test_records_of_a_run_that_is_not_there(orchestrator: Callable[..., Done]) -> None:
-    for verb in ("status", "audit", "events", "logs"):
-        done = orchestrator(verb, "try", "--storage", ".")
+    for verb in ("status", "check data", "events", "logs"):
+        done = orchestrator(*verb.split(), "try", "--storage", ".")
         assert done.returncode == 102 and "holds no run" in done.stderr
 
 
-@pytest.mark.parametrize("verb", ["status", "audit", "events", "logs", "checkpoints"])
+@pytest.mark.parametrize("verb", ["status", "check data", "events", "logs", "checkpoint ls", "wait", "rm"])
 def test_a_name_that_is_no_run_exits_102_with_the_nearest(
     here: Path, orchestrator: Callable[..., Done], verb: str
 ) -> None:
     for name in ("quickstart", "books"):
         (here / "runs" / name).mkdir(parents=True)
         (here / "runs" / name / "job.json").write_text("{}")
-    done = orchestrator(verb, "quikstart")
+    done = orchestrator(*verb.split(), "quikstart")
     assert done.returncode == 102 and done.stdout == ""
     assert "Did you mean `quickstart`?" in done.stderr and "books" not in done.stderr
-    named = orchestrator(verb, "boks", "--storage", "runs")
+    named = orchestrator(*verb.split(), "boks", "--storage", "runs")
     assert named.returncode == 102 and "Did you mean `books`?" in named.stderr
 
 
 def test_plan_prints_every_size_and_json(here: Path, orchestrator: Callable[..., Done]) -> None:
     (here / "job.yaml").write_text(VALID + "workers: 1..3\n")
-    told = orchestrator("plan", "job.yaml")
+    told = orchestrator("job", "plan", "job.yaml")
     assert told.returncode == 0 and "Estimates:" in told.stderr
     assert "MEMORY" in told.stdout and "3 -> 2" in told.stdout and "gradients reduced" in told.stdout
-    (world,) = json.loads(orchestrator("plan", "job.yaml", "-n", "2", "-o", "json").stdout)["worlds"]
+    (world,) = json.loads(orchestrator("job", "plan", "job.yaml", "-w", "2", "-o", "json").stdout)["worlds"]
     assert world["world_size"] == 2 and [r["to_size"] for r in world["rescales"]] == [1, 3]
-    assert orchestrator("plan", "job.yaml", "-n", "4").returncode == 2
+    assert orchestrator("job", "plan", "job.yaml", "-w", "4").returncode == 2
 
 
-@pytest.mark.parametrize("verb", [["plan"], ["run", "--local"]], ids=["plan", "run"])
+@pytest.mark.parametrize("verb", [["job", "plan"], ["run", "--local"]], ids=["plan", "run"])
 def test_workers_that_do_not_fit_their_memory_are_refused(
     here: Path, orchestrator: Callable[..., Done], verb: list[str]
 ) -> None:
     (here / "job.yaml").write_text(VALID + "workers: 2\nresources: {memory: 300MB}\n")
-    told = orchestrator(verb[0], "job.yaml", *verb[1:])
-    assert told.returncode == 2 and ("MEMORY" in told.stdout) == (verb == ["plan"])
+    told = orchestrator(*(verb if verb[0] == "job" else verb[:1]), "job.yaml", *(() if verb[0] == "job" else verb[1:]))
+    assert told.returncode == 2 and ("MEMORY" in told.stdout) == (verb[0] == "job")
     assert "resources.memory is 300MB (300.0 MB), and a worker of" in told.stderr
     assert "its own snapshots and its protected rank's" in told.stderr and "protection: off" in told.stderr
     assert told.stderr.rstrip().endswith("Nothing was started.")
@@ -200,9 +200,9 @@ def test_a_bug_keeps_its_traceback(here: Path) -> None:
 
 def test_colour_only_where_it_is_wanted(here: Path) -> None:
     script = "from orchestrator.cli.main import main; main()"
-    assert "31m" in python(here, script, "validate", "none.yaml", FORCE_COLOR="1").stderr
-    assert "31m" not in python(here, script, "validate", "none.yaml", FORCE_COLOR="1", NO_COLOR="1").stderr
-    assert "\x1b" not in python(here, script, "validate", "none.yaml").stderr
+    assert "31m" in python(here, script, "job", "validate", "none.yaml", FORCE_COLOR="1").stderr
+    assert "31m" not in python(here, script, "job", "validate", "none.yaml", FORCE_COLOR="1", NO_COLOR="1").stderr
+    assert "\x1b" not in python(here, script, "job", "validate", "none.yaml").stderr
 
 
 def test_a_traceback_of_the_users_model_comes_first(orchestrator: Callable[..., Done], here: Path) -> None:

@@ -47,8 +47,16 @@ def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(
 def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRun) -> None:
     requests = PendingRequests("run", memory, Inbox())
     _aim(requests, memory, FinishMode.PAUSE)
-    for finish in (FinishMode.NO, FinishMode.CANCEL):
+    for finish in (FinishMode.NO, FinishMode.STOP):
         with pytest.raises(UsageError, match="run run is ending"):
             requests.aim(finish, "asked for", 2)
     assert requests.newest.finish is FinishMode.PAUSE
     assert _aim(requests, memory, FinishMode.PAUSE).seq == 2  # a repeat is harmless
+
+
+def test_a_priority_is_refused_once_the_run_is_to_end(memory: JournaledRun) -> None:
+    requests = PendingRequests("run", memory, Inbox())
+    _aim(requests, memory, FinishMode.PAUSE)
+    with pytest.raises(UsageError, match="run run is ending"):
+        requests.prioritise(5)
+    assert requests.priority is None

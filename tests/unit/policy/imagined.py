@@ -85,6 +85,7 @@ class Life:
         None  # what a worker says its micro-batches take
     )
     grant: Grant = UNLIMITED
+    priority: int | None = None
     directive: Directive = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +109,7 @@ class Life:
             store_address=self.store,
             draining=dict(self.draining),
             grant=self.grant,
+            priority=self.priority,
         )
         return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -154,8 +156,8 @@ class Life:
     def scale(self, workers: int) -> None:
         self.target = DesiredRunState(seq=self.target.seq + 1, workers=workers)
 
-    def cancel(self) -> None:
-        self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=FinishMode.CANCEL)
+    def stop_run(self) -> None:
+        self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=FinishMode.STOP)
 
     def kill(self, worker: str) -> None:
         """It is gone at once; peers that train or move with it notice."""

@@ -326,34 +326,34 @@ def test_a_fault_outside_the_workers_ends_the_run() -> None:
     assert over.state.outcome is RunPhase.FAILED and over.state.why == "the rendezvous store is gone"
 
 
-def test_cancel_ends_with_a_checkpoint() -> None:
+def test_stop_ends_with_a_checkpoint() -> None:
     life = Life(limits_of(steps=30))
     life.run_until(lambda: life.step == 4)
-    life.cancel()
+    life.stop_run()
     life.run_to_the_end()
-    assert life.state.outcome is RunPhase.CANCELLED
+    assert life.state.outcome is RunPhase.STOPPED
     assert life.committed == life.step < 29
 
 
-def test_cancel_before_the_first_step_ends_at_once() -> None:
+def test_stop_before_the_first_step_ends_at_once() -> None:
     life = Life(limits_of())
     life.run_until(lambda: life.state.next is not None)
-    life.cancel()
+    life.stop_run()
     life.tick()
-    assert life.state.outcome is RunPhase.CANCELLED
+    assert life.state.outcome is RunPhase.STOPPED
 
 
 @pytest.mark.parametrize("behind_fence", [False, True], ids=["before the fence", "behind the fence"])
-def test_cancel_in_a_move(behind_fence: bool) -> None:
+def test_stop_in_a_move(behind_fence: bool) -> None:
     life = Life(limits_of(steps=60))
     life.run_until(lambda: life.step == 3)
     life.scale(3)
     life.run_until(lambda: (life.state.fence if behind_fence else life.state.next) is not None)
-    life.cancel()
+    life.stop_run()
     life.tick()
-    assert life.state.finish is (FinishMode.NO if behind_fence else FinishMode.CANCEL)
+    assert life.state.finish is (FinishMode.NO if behind_fence else FinishMode.STOP)
     life.run_to_the_end()
-    assert life.state.outcome is RunPhase.CANCELLED
+    assert life.state.outcome is RunPhase.STOPPED
     assert set(life.sizes) == ({2, 3} if behind_fence else {2})
 
 

@@ -25,7 +25,7 @@ PLAN = GenerationPlan(
     store_prefix="2/3",
     store_address=StoreAddress("10.0.0.1", 4321),
 )
-DIRECTIVE = Directive(term=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=FinishMode.CANCEL)
+DIRECTIVE = Directive(term=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12), finish=FinishMode.STOP)
 
 
 def test_values_survive_json() -> None:

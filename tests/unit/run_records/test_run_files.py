@@ -1,3 +1,5 @@
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,8 @@ def test_logs_of_one_process_and_the_newest_lines_only(run_dir: Path) -> None:
     assert [line.text for line in files.logs(tail=2)] == ["INFO two", "INFO three"]
     assert [line.text for line in files.logs(tail=9)] == ["INFO one", "INFO two", "INFO three"]
     assert list(files.logs(tail=0)) == []
+    assert [line.text for line in files.logs(since_s=datetime(2026, 1, 1, 10, 0, 1).timestamp())] == []
+    assert len(list(files.logs(since_s=datetime(2026, 1, 1, 10).timestamp()))) == 3
     with pytest.raises(NotFound, match=r"no log of 'w7'.*logs of w0, w1"):
         list(files.logs(source="w7"))
 
@@ -62,7 +66,9 @@ def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
     )
     files = RunFiles(run_dir)
     assert [event["kind"] for event in files.events()] == ["submitted", "ended"]
-    assert [event["kind"] for event in files.events(after=0)] == ["ended"]
+    assert [event["kind"] for event in files.events(tail=1)] == ["ended"]
+    assert [event["kind"] for event in files.events_to_come(lambda: True, tail=1)] == ["ended"]
+    assert files.events(since_s=time.time() + 1.0) == []
 
 
 def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir: Path) -> None:

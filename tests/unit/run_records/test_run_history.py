@@ -120,7 +120,7 @@ def test_a_run_has_ended_only_when_everything_is_closed(tmp_path: Path) -> None:
 def test_the_status_warns_of_steps_that_came_out_otherwise(tmp_path: Path) -> None:
     state = RunState(target=Life(LIMITS).target, replay=ReplayState(differences=(9, 7)))
     warning = status_after(tmp_path, state, closed=False).warning
-    assert warning is not None and warning.startswith("step 7 did not reproduce") and "resume it --from" in warning
+    assert warning is not None and warning.startswith("step 7 did not reproduce") and "resume it with --step" in warning
     memory = remembered(tmp_path)
     seen = Observation(term=1, now_s=0.0, target=state.target, progress=memory.progress)
     both = status_of(

@@ -12,6 +12,7 @@ from orchestrator.cli.commands import data as data_module
 from orchestrator.cli.commands.data import ProgressLine, described
 from orchestrator.cli.main import main
 from orchestrator.data.prepare.pipeline import Request, prepare_corpora
+from orchestrator.protocol.codec import to_plain
 
 
 def refused(
@@ -52,12 +53,12 @@ def test_a_summary_counts_what_was_left_out(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     request = Request((str(tmp_path / "a.jsonl"),), vocab_size=300, max_bad=0.1)
     told = described(prepare_corpora(request, tmp_path / "stores", map))
-    assert json.loads(json.dumps(told)) == told
-    assert (told["records"], told["empty"], told["found"]) == (33, 1, False)
+    assert json.loads(json.dumps(to_plain(told))) == to_plain(told)
+    assert (told.records, told.empty, told.found) == (33, 1, False)
     lines = dict(data_module._lines(told))
     assert lines["read"] == "33 records, 1 of them without text"
     assert lines["kept"].endswith("a.jsonl: 30 documents, 200 B; left out: 1 duplicates, 1 bad")
-    assert lines["quarantine"] == f"{told['store']}.quarantine.jsonl"
+    assert lines["quarantine"] == f"{told.store}.quarantine.jsonl"
     plain = described(prepare_corpora(replace(request, max_chars=6), tmp_path / "stores", map))
     assert "20 longer" in dict(data_module._lines(plain))["kept"]
 

@@ -15,7 +15,7 @@ from orchestrator.errors import ClusterUnreachable, UsageError
     ("arguments", "rest"),
     [
         (["status", "a", "--address", "http://h:1"], ["status", "a"]),
-        (["--address=http://h:1", "list", "-o", "json"], ["list", "-o", "json"]),
+        (["--address=http://h:1", "ls", "-o", "json"], ["ls", "-o", "json"]),
     ],
 )
 def test_a_command_goes_without_the_address(arguments: list[str], rest: list[str]) -> None:
@@ -24,12 +24,12 @@ def test_a_command_goes_without_the_address(arguments: list[str], rest: list[str
 
 def test_the_environment_names_an_address_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "https://h:1")
-    assert _without_address(["list"]) == (["list"], "https://h:1")
-    assert _without_address(["list", "--address", "h:2"]) == (["list"], "h:2")
+    assert _without_address(["ls"]) == (["ls"], "https://h:1")
+    assert _without_address(["ls", "--address", "h:2"]) == (["ls"], "h:2")
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["validate", "job.yaml", "--address", "http://h:1"], ["list"], ["list", "--address", "h:6379"]]
+    "arguments", [[], ["job", "validate", "job.yaml", "--address", "http://h:1"], ["ls"], ["ls", "--address", "h:6379"]]
 )
 def test_what_names_no_url_or_needs_no_cluster_runs_here(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

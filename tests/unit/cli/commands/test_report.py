@@ -92,10 +92,10 @@ def test_the_page_needs_nothing_else_and_its_path_is_printed(runs: Path, orchest
     assert text.count("<svg") == 4  # time, workers of each, moves of one
     assert "<script" not in text and 'src="http' not in text and "exposed communication" in text
     elsewhere = runs.parent / "page.html"
-    assert orchestrator("report", "books", "-o", "html", "--to", "page.html").stdout.strip() == str(elsewhere)
+    assert orchestrator("report", "books", "-o", "html", "--out", "page.html").stdout.strip() == str(elsewhere)
     assert elsewhere.read_text().count("<svg") == 3
-    gone = orchestrator("report", "books", "-o", "html", "--to", "nowhere/page.html")
-    assert gone.returncode == 2 and "can't be written" in gone.stderr and "Nothing was written" in gone.stderr
+    gone = orchestrator("report", "books", "-o", "html", "--out", "nowhere/page.html")
+    assert gone.returncode == 104 and "can't be written" in gone.stderr and "Nothing was written" in gone.stderr
 
 
 def test_the_page_shows_the_loads_of_experts_of_a_run_that_has_them(runs: Path, orchestrator: Command) -> None:
@@ -116,7 +116,7 @@ def test_the_page_shows_the_loads_of_experts_of_a_run_that_has_them(runs: Path, 
         (["books", "poem"], 102, "Did you mean `poems`?"),
         (["books", "--cost-per-worker-hour", "-1"], 2, "is -1.0; it must be a number of 0 or more"),
         (["books", "--watts-per-worker", "nan"], 2, "is nan; it must be a number of 0 or more"),
-        (["books", "--to", "page.html"], 2, "Add -o html"),
+        (["books", "--out", "page.html"], 2, "Add -o html"),
         (["silent"], 101, "holds no event yet"),
     ],
     ids=["unknown", "unknown-other", "price", "power", "to", "empty"],

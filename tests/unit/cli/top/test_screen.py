@@ -115,7 +115,7 @@ def test_scaling_is_done_at_once_and_a_refusal_is_told(client: RecordedClient) -
     assert client.requests == [("scale", "quickstart", 4), ("scale", "quickstart", 2)]
 
 
-@pytest.mark.parametrize(("key", "action"), [("p", "pause"), ("c", "cancel")])
+@pytest.mark.parametrize(("key", "action"), [("p", "pause"), ("s", "stop")])
 def test_what_ends_a_run_is_asked_for_confirmation(client: RecordedClient, key: str, action: str) -> None:
     async def script(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "2 runs" in text(pilot, "title"))
@@ -165,7 +165,7 @@ def test_without_runs_the_screen_says_how_to_start_one(client: RecordedClient) -
 
     async def script(pilot: Pilot[None]) -> None:
         await until(pilot, lambda: "no run yet" in text(pilot, "remarks"))
-        await pilot.press("enter", "plus", "p", "c")  # nobody is chosen
+        await pilot.press("enter", "plus", "p", "s")  # nobody is chosen
         assert isinstance(pilot.app.screen, RunsScreen)
 
     drive(client, script)

@@ -270,7 +270,7 @@ def test_an_ending_run_is_left_alone() -> None:
     life = Life(limits_of(steps=200, autoscale=AutoscaleSpec(policy="available")))
     life.run_until(lambda: life.step == 5)
     life.holds_still = True
-    life.cancel()
+    life.stop_run()
     life.tick()
     assert decide_sizes([_scale(life)], {"run": FairShare(9, UNLIMITED)}) == ()
 

@@ -114,12 +114,12 @@ def test_a_checkpoint_that_cannot_be_read_now_is_waited_for() -> None:
     assert life.state.recoveries[0].step == 7
 
 
-def test_whoever_waits_for_a_checkpoint_may_be_cancelled() -> None:
+def test_whoever_waits_for_a_checkpoint_may_be_stopped() -> None:
     life = _without_anybody_or_checkpoints()
     life.run_until(lambda: life.state.wants_restore)
-    life.cancel()
+    life.stop_run()
     life.run_to_the_end()
-    assert life.state.outcome is RunPhase.CANCELLED and "while checkpoints can't be read" in life.state.why
+    assert life.state.outcome is RunPhase.STOPPED and "while checkpoints can't be read" in life.state.why
     assert life.of_kind("rolled_back") == [] and life.committed == 7
 
 

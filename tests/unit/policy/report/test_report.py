@@ -75,7 +75,7 @@ def test_a_run_that_ends_in_the_queue_waited_to_its_end() -> None:
     story.now_s += 0.5
     story.tell(Suspended(9, "somewhere"))
     story.now_s += 30.0
-    story.end("cancelled", 0.0)
+    story.end("stopped", 0.0)
     assert report(story).queued_s == pytest.approx(30.0)
 
 
@@ -84,7 +84,7 @@ def test_a_run_that_was_never_let_in_took_no_time() -> None:
     story.tell(Submitted("run", 2))
     story.tell(Queued("there is no room for 2 workers"))
     story.now_s += 30.0
-    story.end("cancelled", 0.0)
+    story.end("stopped", 0.0)
     told = report(story)
     assert (told.queued_s, told.elapsed_s, told.workers.held) == (30.0, 0.0, 0.0)
 

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.state.config import ScheduledSize
-from orchestrator.policy.state.requests import queued
+from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.policy.state.run_state import FailureState, WorkerFailure
 from orchestrator.protocol.events.run import Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
-from orchestrator.protocol.messages import DesiredRunState, FinishMode
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase, WorkerError
@@ -142,7 +143,7 @@ def test_a_grant_that_comes_back_while_the_run_stops() -> None:
 
 
 @pytest.mark.parametrize(
-    ("finish", "outcome"), [(FinishMode.CANCEL, RunPhase.CANCELLED), (FinishMode.PAUSE, RunPhase.PAUSED)]
+    ("finish", "outcome"), [(FinishMode.STOP, RunPhase.STOPPED), (FinishMode.PAUSE, RunPhase.PAUSED)]
 )
 @pytest.mark.parametrize("is_out", [False, True])
 def test_a_preempted_run_may_be_ended(finish: FinishMode, outcome: RunPhase, is_out: bool) -> None:
@@ -215,7 +216,7 @@ def test_the_words_for_a_run_that_stops() -> None:
     life.tick()
     told = explain(life.limits, life.state, life.seen())
     assert life.state.current is not None and "resumes later" in told  # it finishes what it has begun
-    life.cancel()
+    life.stop_run()
     life.tick()
     assert phase_of(life.state, life.seen()) is RunPhase.FINISHING
     assert explain(life.limits, life.state, life.seen()) == "ends at the next fence with a checkpoint"
@@ -323,3 +324,14 @@ def test_what_was_granted_is_remembered_by_a_successor() -> None:
     life.tick()
     assert life.state.queue.grant == HELD  # through the journal's JSON, in `Life.tick`
     assert replace(life.state, queue=replace(life.state.queue, grant=UNLIMITED)) != life.state
+
+
+def test_a_priority_is_recorded_once_and_kept_through_a_resume() -> None:
+    life = _life(priority=1)
+    life.run_until(lambda: life.step == 5)
+    life.priority = 7
+    life.tick()
+    life.tick()
+    assert [(event.priority, event.before) for event in life.of_kind("priority_changed")] == [(7, 1)]
+    assert scale_of(life.limits, life.state, life.seen(), {}).priority == 7
+    assert resumed(life.limits, life.state, ResumeRequest("token", None)).state.priority == 7

@@ -1,18 +1,19 @@
-"""`eval` and `generate`: evaluate a run's model and generate text, from run storage alone."""
+"""`model export | eval | generate`: a run's model, from run storage alone."""
 
 import math
 import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.terminal.format import counted
-from orchestrator.cli.terminal.options import Address, Output, RunId, Storage
+from orchestrator.cli.answers import EvaluatedModel, ExportedModel, GeneratedText
+from orchestrator.cli.terminal.format import counted, size
+from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage
 from orchestrator.cli.terminal.output import Format, say, show, show_json
 from orchestrator.errors import DataError, UsageError
 from orchestrator.protocol.child_process import (
@@ -24,12 +25,54 @@ from orchestrator.protocol.child_process import (
     Split,
     TextPiece,
 )
+from orchestrator.protocol.codec import to_plain
 
-INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
-
-Step = Annotated[int | None, typer.Option("--step", min=0, metavar="STEP", help="The checkpoint. Default: the newest.")]
+app = typer.Typer(no_args_is_help=True, help="A run's model: exported, measured, used.")
 
 
+class ModelFormat(StrEnum):
+    HF = "hf"
+
+
+class Dtype(StrEnum):
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@app.command()
+def export(
+    run: RunId,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new directory.", show_default=False)],
+    model_format: Annotated[
+        ModelFormat, typer.Option("--format", help="hf: as transformers loads it.")
+    ] = ModelFormat.HF,
+    step: Step = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the weights; routers stay fp32.")] = Dtype.BF16,
+    storage: Storage = None,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Write a run's model as a directory that other libraries load. Prints the directory."""
+    from orchestrator.checkpoint.hf.export import export_hf
+    from orchestrator.checkpoint.read import choose
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.errors import NotFound
+    from orchestrator.spec.job import JobSpec
+
+    run_dir = find_run(run, storage, address).files.run_dir
+    checkpoint = choose(run_dir / "checkpoints", step)
+    if checkpoint is None:
+        raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
+    job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
+    num_bytes = export_hf(checkpoint, job, run_dir / "tokenizer.json", out.absolute(), dtype.value)
+    say(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
+    if output is Format.JSON:
+        show_json(to_plain(ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes)))
+    else:
+        show(str(out))
+
+
+@app.command("eval")
 def evaluate(
     run: RunId,
     corpus: Annotated[
@@ -68,14 +111,14 @@ def evaluate(
     )
     text = where or f"{request.split} split"
     say(f"{checkpoint.name} of run {run} on {text}.")
-    with until_interrupted(), _in_words_of_options():
+    with _in_words_of_options():
         for answer in ask_model(request):
             if isinstance(answer, Remark):
                 say(answer.text)
             elif isinstance(answer, EvaluationResult):
                 result = answer
     if output is Format.JSON:
-        show_json({"run": run, "checkpoint": str(checkpoint), "text": text, **asdict(result)})
+        show_json(to_plain(EvaluatedModel(**vars(result), run_id=run, checkpoint=str(checkpoint), source=text)))
         return
     lines = [
         ("loss", f"{result.loss:.4f} nats per token"),
@@ -86,6 +129,7 @@ def evaluate(
     show(aligned(lines))
 
 
+@app.command()
 def generate(
     run: RunId,
     prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="Start of the text; - reads it from stdin.")],
@@ -120,17 +164,17 @@ def generate(
     checkpoint = checkpoint_to_ask(run, run_dir, step)
     seed = secrets.randbits(31) if seed is None else seed
     request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed)
-    with until_interrupted():
-        for answer in ask_model(request):
-            if isinstance(answer, Remark):
-                say(answer.text)
-            elif isinstance(answer, TextPiece) and output is Format.TEXT:
-                sys.stdout.write(answer.text)
-                sys.stdout.flush()
-            elif isinstance(answer, GenerationResult):
-                result = answer
+    for answer in ask_model(request):
+        if isinstance(answer, Remark):
+            say(answer.text)
+        elif isinstance(answer, TextPiece) and output is Format.TEXT:
+            sys.stdout.write(answer.text)
+            sys.stdout.flush()
+        elif isinstance(answer, GenerationResult):
+            result = answer
     if output is Format.JSON:
-        show_json({"run": run, "checkpoint": str(checkpoint), "prompt": text, "seed": seed, **asdict(result)})
+        made = GeneratedText(**vars(result), run_id=run, checkpoint=str(checkpoint), prompt=text, seed=seed)
+        show_json(to_plain(made))
     else:
         show("")
 
@@ -151,14 +195,6 @@ def _absolute(corpus: str | None) -> str | None:
 
 
 @contextmanager
-def until_interrupted() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise typer.Exit(INTERRUPTED) from None
-
-
-@contextmanager
 def _in_words_of_options() -> Iterator[None]:
     """Replace keys of a job in error messages by the options that name the text here."""
     try:
@@ -171,6 +207,5 @@ def _in_words_of_options() -> Iterator[None]:
         raise
 
 
-def register(app: typer.Typer) -> None:
-    app.command("eval", rich_help_panel="Models")(evaluate)
-    app.command(rich_help_panel="Models")(generate)
+def register(main: typer.Typer) -> None:
+    main.add_typer(app, name="model", rich_help_panel=GROUPS)

@@ -1,28 +1,51 @@
-"""`verify`: replay steps of a run with another number of workers and compare them bit by bit."""
+"""`check data | replay`: prove that a run used every sample once, and that its steps reproduce bit by bit."""
 
 import time
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.commands.inference import until_interrupted
+from orchestrator.cli.answers import ReplayedSteps
+from orchestrator.cli.exit_codes import CHECK_FAILED
 from orchestrator.cli.terminal.format import counted
-from orchestrator.cli.terminal.options import Address, Output, RunId, Storage
+from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Storage
 from orchestrator.cli.terminal.output import Format, say, show, show_json
 from orchestrator.policy.replay_check import Difference
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.events.notices import StateDiffers
 
 REMARK_EVERY_S = 5.0
-DIFFER = 100
+
+app = typer.Typer(no_args_is_help=True, help="Proofs of a run's results. Exit with 3 if one fails.")
 
 
-def verify(
+@app.command("data")
+def check_data(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
+    """Prove from a run's ledger that each sample was used exactly once, in order. Exits 3 if not."""
+    from orchestrator.cli.terminal.run_lookup import find_run
+
+    result = find_run(run, storage, address).files.audit()
+    if output is Format.JSON:
+        show_json(to_plain(result))
+    else:
+        for problem in result.problems:
+            show(problem)
+        verdict = "each exactly once, in order" if result.ok else f"{len(result.problems)} problems"
+        show(f"{result.steps} committed steps consumed {result.positions} sample positions: {verdict}")
+        if result.left_out:
+            steps = ", ".join(str(step) for step in result.left_out)
+            show(f"not trained on, since they had made the loss explode: the batches of steps {steps}")
+    if not result.ok:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def replay(
     run: RunId,
     after: Annotated[
         int | None,
         typer.Option(
-            "--from",
+            "--step",
             min=-1,
             metavar="STEP",
             help="Begin after the checkpoint of this step; -1: at the run's beginning. Default: after the newest one "
@@ -32,13 +55,13 @@ def verify(
     steps: Annotated[int, typer.Option("--steps", min=1, metavar="N", help="Number of steps, at most.")] = 20,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "-n", min=1, help="Number of workers. Default: another than the run's."),
+        typer.Option("-w", "--workers", min=1, help="Number of workers. Default: another than the run's."),
     ] = None,
     storage: Storage = None,
     address: Address = None,
     output: Output = Format.TEXT,
 ) -> None:
-    """Replay steps of a run here with another number of workers and compare every bit. Exits 100 if one differs.
+    """Replay steps of a run here with another number of workers and compare every bit. Exits 3 if one differs.
 
     For runs with train.determinism exact. Nothing of the run changes, and it may be active meanwhile.
     """
@@ -56,31 +79,25 @@ def verify(
     recorded = [StepFingerprint.of(record) for record in order.records]
     again, elsewhere, remarked_s = [], {}, time.monotonic()
     difference: Difference | None = None
-    with until_interrupted():
-        for answer in done_again(order):
-            if isinstance(answer, Numerics):
-                elsewhere = differences(order.numerics or {}, numerics_here(answer)) if order.numerics else {}
-                continue
-            again.append(answer)
-            if time.monotonic() - remarked_s > REMARK_EVERY_S:
-                say(f"{len(again)} of {counted(len(order.records), 'step')}")
-                remarked_s = time.monotonic()
-            if (difference := first_difference(recorded, [StepFingerprint.of(answer)])) is not None:
-                break
+    for answer in done_again(order):
+        if isinstance(answer, Numerics):
+            elsewhere = differences(order.numerics or {}, numerics_here(answer)) if order.numerics else {}
+            continue
+        again.append(answer)
+        if time.monotonic() - remarked_s > REMARK_EVERY_S:
+            say(f"{len(again)} of {counted(len(order.records), 'step')}")
+            remarked_s = time.monotonic()
+        if (difference := first_difference(recorded, [StepFingerprint.of(answer)])) is not None:
+            break
     members = list(dict.fromkeys(worker for past in order.worlds for worker in past.world.members))
     if warning := doubt(members, order.differing, elsewhere):
         say(warning)
     where = state_differs(difference, order.worlds, {}) if difference is not None else None
     if output is Format.JSON:
-        summary = {"run": run, "first_step": first, "last_step": again[-1].step, "workers": order.workers}
+        first, last = order.records[0].step, again[-1].step
+        equal, workers_differ = where is None, {worker: dict(found) for worker, found in order.differing.items()}
         show_json(
-            summary
-            | {
-                "equal": where is None,
-                "difference": None if where is None else to_plain(where),
-                "numerics_differ": elsewhere,
-                "workers_differ": order.differing,
-            }
+            to_plain(ReplayedSteps(run, first, last, order.workers, equal, where, dict(elsewhere), workers_differ))
         )
     elif difference is None:
         what = (
@@ -90,7 +107,7 @@ def verify(
     else:
         show(_told(difference, where))
     if difference is not None:
-        raise typer.Exit(DIFFER)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _told(difference: Difference, where: StateDiffers | None) -> str:
@@ -102,5 +119,5 @@ def _told(difference: Difference, where: StateDiffers | None) -> str:
     return f"Step {difference.step} differs: {parts}. The rank that was wrong can't be determined."
 
 
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Records")(verify)
+def register(main: typer.Typer) -> None:
+    main.add_typer(app, name="check", rich_help_panel=GROUPS)

@@ -1,17 +1,17 @@
-"""`plan`: estimate a job's memory, traffic and stalls, without starting anything."""
+"""`job validate | plan | schema`: job files, without a cluster."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from orchestrator.cli.terminal.format import NONE, pool, size
-from orchestrator.cli.terminal.options import JobFile, Output
+from orchestrator.cli.terminal.format import NONE, counted, pool, size
+from orchestrator.cli.terminal.options import GROUPS, JobFile, Output
 from orchestrator.cli.terminal.output import Format, say, show, show_json, show_table
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, WorldPlan
 from orchestrator.policy.estimate.memory_check import check_memory, crowding
+from orchestrator.protocol.codec import to_plain
 from orchestrator.spec.data import BY_DOCUMENT
 from orchestrator.spec.job import JobSpec
 
@@ -23,12 +23,42 @@ NOTES = (
     "link of 1 Gbit/s; with overlap a step waits for less. The tokenizer may find fewer tokens than data.vocab_size."
 )
 
+app = typer.Typer(no_args_is_help=True, help="Job files, without a cluster.")
 
+
+@app.command()
+def validate(job: JobFile, output: Output = Format.TEXT) -> None:
+    """Check a job file. Exits 2 with every mistake, its line and its column; starts nothing. With -o json
+    prints the job with every default."""
+    from orchestrator.spec.loading import load_job
+    from orchestrator.submission.submission import with_pretrained
+    from orchestrator.submission.user_code import check_own_code
+
+    spec = with_pretrained(load_job(job))
+    check_own_code(spec)
+    if output is Format.JSON:
+        show_json(spec.model_dump(mode="json", by_alias=True))
+    workers = spec.workers
+    say(
+        f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {counted(workers.initial, 'worker')} at first "
+        f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.num_experts} experts"
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of job files, with every key, its default and its meaning."""
+    from orchestrator.spec.job import JobSpec
+
+    show_json(JobSpec.model_json_schema(by_alias=True))
+
+
+@app.command()
 def plan(
     job: JobFile,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", "-n", min=1, help="Only this world size. Default: all from min to max."),
+        typer.Option("-w", "--workers", min=1, help="Only this world size. Default: all from min to max."),
     ] = None,
     output: Output = Format.TEXT,
 ) -> None:
@@ -54,7 +84,7 @@ def plan(
             planned.num_parameters, planned.vocab_size, tuple(w for w in planned.worlds if w.world_size == workers)
         )
     if output is Format.JSON:
-        show_json(asdict(planned))
+        show_json(to_plain(planned))
     else:
         say(" ".join([NOTES, *_notes(spec)]))
         _show(planned)
@@ -130,5 +160,5 @@ def _size(num_bytes: int | None) -> str:
     return NONE if num_bytes is None else size(num_bytes)
 
 
-def register(app: typer.Typer) -> None:
-    app.command(rich_help_panel="Job files")(plan)
+def register(main: typer.Typer) -> None:
+    main.add_typer(app, name="job", rich_help_panel=GROUPS)

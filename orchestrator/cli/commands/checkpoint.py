@@ -1,0 +1,82 @@
+"""`checkpoint ls | verify | rm`: the checkpoints of a run."""
+
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.answers import ListedCheckpoint, NamedCheckpoint
+from orchestrator.cli.terminal.format import moment, number, size
+from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage, Yes, confirm
+from orchestrator.cli.terminal.output import Format, say, show_json, show_table
+from orchestrator.protocol.codec import to_plain
+
+app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
+
+
+@app.command("ls")
+def list_all(run: RunId, storage: Storage = None, address: Address = None, output: Output = Format.TEXT) -> None:
+    """List a run's complete checkpoints, the oldest first."""
+    from orchestrator.checkpoint.read import list_checkpoints, read_manifest
+    from orchestrator.cli.terminal.run_lookup import find_run
+
+    files = find_run(run, storage, address).files
+    records = {record.step: record for record in files.steps()}
+    found = []
+    for path in list_checkpoints(files.run_dir / "checkpoints"):
+        manifest = read_manifest(path)
+        record = records.get(manifest.step)
+        num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
+        written_time = (path / "manifest.json").stat().st_mtime
+        loss, validation_loss = (record.loss, record.validation_loss) if record else (None, None)
+        found.append(ListedCheckpoint(manifest.step, num_bytes, loss, validation_loss, written_time, str(path)))
+    if output is Format.JSON:
+        show_json(to_plain(found))
+        return
+    rows = [
+        (str(c.step), size(c.bytes), number(c.loss), number(c.validation_loss), moment(c.time), c.path) for c in found
+    ]
+    show_table(("STEP", "SIZE", "LOSS", "VAL", "WRITTEN", "PATH"), rows)
+
+
+@app.command()
+def verify(
+    run: RunId, step: Step = None, storage: Storage = None, address: Address = None, output: Output = Format.TEXT
+) -> None:
+    """Compare every file of a checkpoint with its digest. Exits 104 if one is missing or changed."""
+    from orchestrator.checkpoint.read import read_manifest
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.submission.model_process import checkpoint_to_ask
+
+    path = checkpoint_to_ask(run, find_run(run, storage, address).files.run_dir, step)
+    manifest = read_manifest(path)
+    num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
+    tensors = f"{len(manifest.tensors)} tensors in {len(manifest.files)} files, {size(num_bytes)}"
+    say(f"{path} is whole: step {manifest.step} of run {manifest.run_id}, {tensors}.")
+    if output is Format.JSON:
+        show_json(to_plain(NamedCheckpoint(run, manifest.step, str(path))))
+
+
+@app.command("rm")
+def remove(
+    run: RunId,
+    step: Annotated[int, typer.Option("--step", min=0, metavar="STEP", help="The checkpoint of this step.")],
+    yes: Yes = False,
+    storage: Storage = None,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
+    """Remove one checkpoint of a run. The newest one of a run that has not ended is refused."""
+    from orchestrator.cli.terminal.run_lookup import find_run
+    from orchestrator.run_records.removal import find_removable, remove_checkpoint
+
+    run_dir = find_run(run, storage, address).files.run_dir
+    path = find_removable(run_dir, step)
+    confirm(f"Remove {path}?", yes)
+    remove_checkpoint(path)
+    say(f"The checkpoint of step {step} of run {run} is removed: {path}.")
+    if output is Format.JSON:
+        show_json(to_plain(NamedCheckpoint(run, step, str(path))))
+
+
+def register(main: typer.Typer) -> None:
+    main.add_typer(app, name="checkpoint", rich_help_panel=GROUPS)

@@ -1,0 +1,30 @@
+"""Signals that end a command: Ctrl-C (SIGINT), SIGTERM, and SIGHUP when its terminal is closed."""
+
+import signal
+from types import FrameType
+
+EXIT_CODE_OF_SIGNALS = 128  # plus the signal's number, as shells report it
+
+_received: list[int] = []
+
+
+def install() -> None:
+    """Have these signals raise KeyboardInterrupt, so that a command ends what it has started and then itself.
+
+    A shell script that starts a command in the background has SIGINT ignored: without a handler it would never arrive.
+    An ignored SIGHUP stays ignored, as `nohup` wants it.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupt)
+
+
+def exit_code() -> int:
+    """Exit code of a command that ended because of a signal."""
+    return EXIT_CODE_OF_SIGNALS + (_received[0] if _received else signal.SIGINT)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    raise KeyboardInterrupt

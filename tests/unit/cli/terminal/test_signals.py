@@ -1,0 +1,46 @@
+"""Signals end a command and what it has started, also where a script has SIGINT ignored at its start."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[4]
+# A command that has started a process and waits, as `tracking ui` does.
+COMMAND = """
+import subprocess, sys
+from orchestrator.cli import main
+
+def waits():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        print(child.pid, flush=True)
+        child.wait()
+    finally:
+        child.kill()
+        child.wait()
+
+main.app.command("waits")(waits)
+sys.argv = ["orchestrator", "waits"]
+main.main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_command_in_the_background_of_a_script_ends_with_what_it_started(number: int, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    process.send_signal(number)
+    assert process.wait(60) == code
+    assert not child.is_running()
