@@ -33,7 +33,7 @@ WORST_RATIO = 1.10
 LEFT_OUT = "-"
 # The arms of the working tree: (tree, keys that its job has beside those of the old one). The first is compared.
 NOW: dict[str, dict[str, tuple[Path, dict[str, Any]]]] = {
-    "rescale": {"now": (ROOT, {"protection": "off"}), "protected": (ROOT, {})},
+    "rescale": {"now": (ROOT, {"protection": {"every": "none"}}), "protected": (ROOT, {})},
     "recovery": {"now": (ROOT, {})},
 }
 DRIVER = ROOT / "benchmarks" / "support" / "stall_driver.py"

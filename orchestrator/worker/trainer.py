@@ -68,7 +68,7 @@ class Trainer:
             mailbox.fail_checkpoint,
         )
         self._mailbox = mailbox
-        self._snapshots = SnapshotManager(factory.me, spec.protection, spec.train.steps - 1)
+        self._snapshots = SnapshotManager(factory.me, spec.protection, spec.train.max_steps - 1)
         self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
         checker = ReplayChecker(factory, feed, mailbox, preparer)
         self._waiter = PlanWaiter(factory.me, mailbox, preparer, position, checker)

@@ -26,7 +26,7 @@ def _submit(client: OrchestratorClient, texts: Path, name: str, storage: Path, s
         "workers": WorkersSpec(min=1, max=2, initial=2),
         "checkpoint": CheckpointSpec(every=10, keep_last=1),
     }
-    job: JobSpec = small_job(texts, steps=steps, determinism="exact").model_copy(update=changes)
+    job: JobSpec = small_job(texts, max_steps=steps, determinism="exact").model_copy(update=changes)
     return client.submit(job)
 
 

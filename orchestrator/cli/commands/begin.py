@@ -20,15 +20,15 @@ workers:
 resources: {{cpus: 1}}             # reserved for each worker
 model:
   hidden_size: 128
-  num_layers: 4
-  num_heads: 4
-  num_kv_heads: 2
+  num_hidden_layers: 4
+  num_attention_heads: 4
+  num_key_value_heads: 2
   intermediate_size: 384         # of dense layers
-  num_experts: 8                 # 1 for a dense model
-  top_k: 2                       # experts per token
-  expert_intermediate_size: 192
+  n_routed_experts: 8                 # 1 for a dense model
+  num_experts_per_tok: 2                       # experts per token
+  moe_intermediate_size: 192
 train:
-  steps: 300
+  max_steps: 300
   global_batch_size: 16          # rows of a step, at any number of workers
   micro_batch_size: 4
   sequence_length: 128           # tokens of a row

@@ -40,8 +40,8 @@ def validate(job: JobFile, output: Output = Format.TEXT) -> None:
         show_json(spec.model_dump(mode="json", by_alias=True))
     workers = spec.workers
     say(
-        f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {counted(workers.initial, 'worker')} at first "
-        f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.num_experts} experts"
+        f"{job} is valid: run {spec.name}, {spec.train.max_steps} steps, {counted(workers.initial, 'worker')} at first "
+        f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.n_routed_experts} experts"
     )
 
 
@@ -98,7 +98,7 @@ def _notes(spec: JobSpec) -> Iterator[str]:
         yield f"Workers live{pool(spec.workers)} only."
     if spec.train.fits_memory:
         yield "micro_batch_size is auto: micro-batches begin with one row, as shown here, and grow to fit memory."
-    if spec.data.rows == BY_DOCUMENT:
+    if spec.data.row_format == BY_DOCUMENT:
         yield "Rows are documents: all are assumed to have the maximum length."
 
 

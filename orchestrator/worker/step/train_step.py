@@ -85,9 +85,9 @@ class TrainStep:
     def __init__(self, factory: ShardFactory, feed: BatchReader, validates: bool = True) -> None:
         self._spec, self._device, self._validates = factory.spec, factory.device, validates
         self._feed = feed
-        self._prefetch = Prefetch(feed, factory.spec.train.steps)
+        self._prefetch = Prefetch(feed, factory.spec.train.max_steps)
         self._traffic = traffic_meter.Since()
-        self._routing = RoutingRecorder(factory.spec.train.steps)
+        self._routing = RoutingRecorder(factory.spec.train.max_steps)
         self._memory = MemoryProbe(factory.device) if factory.spec.train.fits_memory else None
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class TrainStep:
 
     def _validate(self, step: _Step) -> _Losses | None:
         """Losses of the validation rows; None in most steps."""
-        every, last, shard = self._spec.eval.every, self._spec.train.steps - 1, step.shard
+        every, last, shard = self._spec.eval.every, self._spec.train.max_steps - 1, step.shard
         if every is None or not self._validates or ((step.number + 1) % every and step.number not in (0, last)):
             return None
         return self._evaluate(step, self._feed.validation(shard.rank, shard.world.size, shard.micro_batch))

@@ -102,7 +102,7 @@ class TrainingLoop:
         self._snapshots.take(shard, position.progress)
         self._mailbox.publish(phase=Phase.TRAINING, generation=live.generation, holdings=())
         hooks = TrainingHooks(live, self._mailbox, self._preparer, self._snapshots, position, self._saver)
-        while position.step + 1 < self._spec.train.steps:
+        while position.step + 1 < self._spec.train.max_steps:
             outcome = self._step(live, hooks)
             if self._checkpoint_due() and (outcome.is_late or not self._saver.save(shard, position.progress)):
                 log.warning("no checkpoint of step %d: an earlier one is not written yet", position.step)
@@ -158,4 +158,4 @@ class TrainingLoop:
 
     def _checkpoint_due(self) -> bool:
         every, done = self._spec.checkpoint.every, self._position.step + 1
-        return every is not None and done % every == 0 and done < self._spec.train.steps
+        return every is not None and done % every == 0 and done < self._spec.train.max_steps

@@ -18,7 +18,7 @@ def test_the_job_of_the_package_is_the_quickstart() -> None:
 def test_the_kill_falls_between_the_rescales() -> None:
     job = load_job(ROOT / "jobs" / "quickstart.yaml")
     first, second = (change.at_step for change in job.workers.schedule)
-    assert first < demo.KILL_AT < second < job.train.steps and job.name == demo.NAME
+    assert first < demo.KILL_AT < second < job.train.max_steps and job.name == demo.NAME
 
 
 def test_a_demo_is_a_run_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
