@@ -178,17 +178,17 @@ def _results_file(directory: Path, data: DataSpec, steps: int) -> Path:
 def job_of(arm: Arm, steps: int, data: DataSpec) -> JobSpec:
     model = {
         "hidden_size": 128,
-        "num_layers": 4,
-        "num_heads": 4,
-        "num_kv_heads": 2,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "intermediate_size": 384,
-        "num_experts": arm.case.num_experts,
-        "top_k": arm.case.top_k,
-        "expert_intermediate_size": arm.case.expert_size,
+        "n_routed_experts": arm.case.num_experts,
+        "num_experts_per_tok": arm.case.top_k,
+        "moe_intermediate_size": arm.case.expert_size,
         **CONTROLS.get(arm.kind, {}),
     }
     batch = {"global_batch_size": ROWS, "micro_batch_size": ROWS, "sequence_length": LENGTH}
-    train = {**batch, "steps": steps, "lr": arm.lr, "seed": arm.seed}
+    train = {**batch, "max_steps": steps, "lr": arm.lr, "seed": arm.seed}
     return JobSpec.model_validate({"name": "balance", "model": model, "train": train, "data": data})
 
 

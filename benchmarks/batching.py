@@ -7,15 +7,15 @@ a hundred more than 18,500. A row is a definition, or a piece of 1,024 tokens of
 and all processes of the cluster share a limit of memory that the kernel enforces. All arms run in it, one after the
 other, the order turned round in every other round:
 
-- `dynamic`: `data.rows: documents`, `micro_batch_size: auto`. The first micro-batches are small, and grow by what is
-measured.
+- `dynamic`: `data.row_format: documents`, `micro_batch_size: auto`. The first micro-batches are small, and grow by what
+  is measured.
 - `fixed`: the same rows in micro-batches of as many rows, in their order, as fit if all of them are as long as they may
   be: the largest divisor of the batch with which a micro-batch has no more tokens than those that `dynamic` found to
   fit.
 - `padded`: the same micro-batches as `fixed`, as most trainers do it: padding goes through the whole model. Its loss
   holds all logits of a micro-batch, which is as fast (`benchmarks.loss`).
-- `packed`: `data.rows: packed`, documents back to back in rows of 1,024 tokens, a third as many, in micro-batches that
-fit.
+- `packed`: `data.row_format: packed`, documents back to back in rows of 1,024 tokens, a third as many, in
+  micro-batches that fit.
 
 `tokens_per_s` is of target tokens, over the median step once micro-batches have their size. `padding` is the share of
 the micro-batches' tokens; `peak_share` the most memory that the limited processes had, over the limit, and `kills` what
@@ -50,7 +50,7 @@ LENGTH, QUICK_LENGTH = 1024, 128
 ROWS, QUICK_ROWS = 48, 32
 PACKED = 3  # rows in one of full length, about
 # Deep and narrow: much to keep for the backward pass for each token, and little to compute.
-MODEL = SMALL_MODEL | {"num_layers": 8}
+MODEL = SMALL_MODEL | {"num_hidden_layers": 8}
 ARMS = ("fixed", "padded", "packed", "dynamic")
 
 
@@ -93,13 +93,13 @@ def job_of(arm: str, micro_batch: int | str, corpus: Path, storage: Path, quick:
             "workers": WORLD_SIZE,
             "model": MODEL | ({"entrypoint": "benchmarks.baselines.padded:build"} if arm == "padded" else {}),
             "train": {
-                "steps": steps,
+                "max_steps": steps,
                 "global_batch_size": (QUICK_ROWS if quick else ROWS) // (1 if by_document else PACKED),
                 "micro_batch_size": micro_batch,
                 "sequence_length": QUICK_LENGTH if quick else LENGTH,
                 "lr": 1e-3,
             },
-            "data": {"source": str(corpus), "rows": "documents" if by_document else "packed", "vocab_size": 2048},
+            "data": {"source": str(corpus), "row_format": "documents" if by_document else "packed", "vocab_size": 2048},
             "storage": str(storage),
         }
     )

@@ -93,7 +93,7 @@ def train(job: JobSpec, store: Path, directory: Path, size: int, sizes: tuple[in
     with Crew(job, store, directory, size=max(size, *sizes, 1)) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:size]))
         for number, now in enumerate(sizes, 1):
-            worker_group.await_step(number * job.train.steps // (len(sizes) + 1))
+            worker_group.await_step(number * job.train.max_steps // (len(sizes) + 1))
             plan = worker_group.rescale(worker_group.ids[:now])
             reports = [worker_group.members[worker].report() for worker in worker_group.living]
             handovers = [h for r in reports for h in r.handovers if h.generation == plan.generation]
@@ -164,7 +164,7 @@ def job_of(communication: dict[str, Any], seed: int, steps: int, data: DataSpec)
         {
             "name": "compression",
             "model": MODEL,
-            "train": {**BATCH, "steps": steps, "seed": seed, "schedule": {"warmup_steps": steps // 12}},
+            "train": {**BATCH, "max_steps": steps, "seed": seed, "lr_scheduler": {"warmup_steps": steps // 12}},
             "eval": {"every": steps, "rows": 256},
             "data": data,
             "protection": "off",

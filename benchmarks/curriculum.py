@@ -36,14 +36,14 @@ VALIDATIONS, VALIDATION_ROWS = 24, 256
 BATCH = {"global_batch_size": 16, "micro_batch_size": 8, "sequence_length": 128}
 MODEL = {
     "hidden_size": 64,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 192,
-    "num_dense_layers": 1,
-    "num_experts": 8,
-    "top_k": 2,
-    "expert_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
 }
 SHUFFLED, SMALL, ROWS = "shuffled", "shuffled/small", "curriculum/rows"
 SMALL_BATCH = 10  # rows
@@ -172,7 +172,13 @@ def _job(arm: str, seed: int, steps: int, data: DataSpec, quick: bool) -> JobSpe
         {
             "name": "curriculum",
             "model": MODEL,
-            "train": {**train, "steps": steps, "seed": seed, "lr": 2e-3, "schedule": {"warmup_steps": steps // 12}},
+            "train": {
+                **train,
+                "max_steps": steps,
+                "seed": seed,
+                "lr": 2e-3,
+                "lr_scheduler": {"warmup_steps": steps // 12},
+            },
             "eval": {"every": steps // VALIDATIONS, "rows": VALIDATION_ROWS},
             "data": data,
             "curriculum": curriculum,

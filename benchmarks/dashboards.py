@@ -40,8 +40,20 @@ from orchestrator.telemetry.step_metrics import points_of_steps
 
 FOLDER = ROOT / "dashboards"
 NEVER = 1_000_000
-MODEL = {"hidden_size": 128, "num_layers": 4, "num_experts": 8, "top_k": 2, "expert_intermediate_size": 192}
-QUICK_MODEL = {"hidden_size": 32, "num_layers": 2, "num_experts": 4, "top_k": 2, "expert_intermediate_size": 32}
+MODEL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+}
+QUICK_MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 SCRAPE_EVERY_S = 5
 VARIABLES = {"$run": ".+", "$__rate_interval": "1m", "$__range": "1h"}
 PATIENCE_S = 90.0  # for the last samples: Ray reports every 10 s
@@ -199,7 +211,7 @@ def job_of(data: DataSpec, storage: Path, quick: bool) -> JobSpec:
             "name": "watched",
             "workers": {"min": 1, "max": 3, "initial": 2},
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 128, "steps": NEVER},
+            "train": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 128, "max_steps": NEVER},
             "eval": {"every": 20},
             "checkpoint": {"every": 25, "keep_last": 2},
             "data": data,

@@ -32,13 +32,13 @@ from orchestrator.state.fingerprint import whole
 
 MODEL = {
     "hidden_size": 96,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 256,
-    "num_experts": 16,
-    "top_k": 2,
-    "expert_intermediate_size": 256,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
 }
 BATCH = {"global_batch_size": 6, "micro_batch_size": 1, "sequence_length": 32}
 WORLDS, QUICK_WORLDS = (1, 2, 3, 4, 6), (1, 2)
@@ -117,7 +117,7 @@ def job_of(name: str, size: int | None, data: DataSpec, storage: Path, quick: bo
             "workers": workers,
             "resources": {"cpus": 1},
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**BATCH, "steps": steps, "lr": 2e-3, **train},
+            "train": {**BATCH, "max_steps": steps, "lr": 2e-3, **train},
             "data": data,
             "checkpoint": {"every": every},
             "protection": "every_step" if size is None else "off",
@@ -135,7 +135,7 @@ def eventful(client: OrchestratorClient, job: JobSpec, quick: bool) -> tuple[Pat
     """A run that is scaled and killed, and in its middle paused and resumed; and how often."""
     live = LiveRun(client, job)
     wanted, sizes = QUICK_EVENTS if quick else EVENTS, cycle(SIZES)
-    apart = job.train.steps // (wanted + 2)
+    apart = job.train.max_steps // (wanted + 2)
     for number in count():
         live.until(lambda s, due=apart * (number + 1): s.step >= due, "the next event is due")  # type: ignore[misc]
         if number == wanted:

@@ -70,9 +70,9 @@ def job_of(determinism: str, size: int, data: DataSpec, quick: bool) -> JobSpec:
     """Defaults but for sizes; it never ends by itself."""
     micro_batch = QUICK_SLOT if quick else SLOT
     train = {
-        "steps": 1_000_000,
+        "max_steps": 1_000_000,
         "lr": 1e-3,
-        "schedule": {"kind": "constant"},
+        "lr_scheduler": {"kind": "constant"},
         "global_batch_size": ROWS[size],
         **micro_batch,
     }

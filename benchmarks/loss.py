@@ -4,7 +4,8 @@
 
 1. The chunked cross-entropy (`orchestrator.model.loss`) against the plain one, `F.cross_entropy` of all logits: time of
    forward and backward, taken in turns in one process of 2 threads, and the memory that each needs, in a process each.
-2. A model of growing depth with `recompute: sqrt`, and with none: memory of forward and backward, in a process each.
+2. A model of growing depth with `gradient_checkpointing: sqrt`, and with none: memory of forward and backward, in a
+   process each.
    The slope is that of a least-squares line through log(bytes) over log(layers).
 
 Memory is how far the resident set of a fresh process rose above what it held before: parameters, inputs and gradients.
@@ -125,13 +126,13 @@ def activation_bytes(num_layers: int, recompute: str, quick: bool) -> int:
     spec = ModelSpec.model_validate(
         {
             "hidden_size": 32 if quick else 64,
-            "num_layers": num_layers,
-            "num_heads": 2,
-            "num_kv_heads": 2,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
             "intermediate_size": 128,
-            "num_experts": 4,
-            "expert_intermediate_size": 64,
-            "recompute": recompute,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 64,
+            "gradient_checkpointing": recompute,
         }
     )
     model = MoELanguageModel(spec, 256, ExpertParallelContext(ExpertPlacement.balanced(4, 1), 0, None))

@@ -137,7 +137,7 @@ class Bench:
                 "workers": {"min": 1, "max": 4, "initial": size},
                 "resources": {"cpus": 1},
                 "model": QUICK_MODEL if self._quick else MODEL,
-                "train": {**BATCH, "steps": NEVER, "lr": 1e-3, "schedule": {"kind": "constant"}},
+                "train": {**BATCH, "max_steps": NEVER, "lr": 1e-3, "lr_scheduler": {"kind": "constant"}},
                 "data": DATA.model_dump(),
                 "storage": str(self._storage),
             }

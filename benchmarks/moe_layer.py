@@ -294,14 +294,14 @@ def _text(step: int, rows: int) -> tuple[Tensor, Tensor]:
 def _spec(experts: int, top_k: int, sizes: Sizes) -> ModelSpec:
     return ModelSpec(
         hidden_size=sizes.hidden_size,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
         intermediate_size=sizes.inner_size,
-        num_experts=experts,
-        top_k=top_k,
-        expert_intermediate_size=sizes.inner_size,
-        num_shared_experts=0,
+        n_routed_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=sizes.inner_size,
+        n_shared_experts=0,
         bias_update_speed=0.0,
     )
 

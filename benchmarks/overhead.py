@@ -24,8 +24,20 @@ WANTED_RATIO = 0.97
 WORLD_SIZE, THREADS = 2, 1
 COMPARED_STEPS = 5
 
-MODEL = {"hidden_size": 128, "num_layers": 4, "num_experts": 8, "top_k": 2, "expert_intermediate_size": 192}
-QUICK_MODEL = {"hidden_size": 32, "num_layers": 2, "num_experts": 4, "top_k": 2, "expert_intermediate_size": 32}
+MODEL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+}
+QUICK_MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 STEPS: dict[str, dict[str, int]] = {
     "short": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 128},
     "long": {"global_batch_size": 80, "micro_batch_size": 4, "sequence_length": 128},
@@ -68,7 +80,7 @@ def job_of(step: str, data: DataSpec, quick: bool) -> JobSpec:
             "name": "overhead",
             "workers": WORLD_SIZE,
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**STEPS[step], "steps": 1_000_000, "lr": 1e-3, "schedule": {"kind": "constant"}},
+            "train": {**STEPS[step], "max_steps": 1_000_000, "lr": 1e-3, "lr_scheduler": {"kind": "constant"}},
             "data": data,
         }
     )

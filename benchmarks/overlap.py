@@ -24,17 +24,17 @@ RANKS, MBIT = 4, 150.0
 ROUNDS, QUICK_ROUNDS = 20, 1
 MODEL: dict[str, Any] = {
     "hidden_size": 256,
-    "num_layers": 6,
-    "num_heads": 4,
-    "num_kv_heads": 4,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
     "intermediate_size": 1024,
-    "num_dense_layers": 2,
-    "num_experts": 8,
-    "top_k": 1,
-    "num_shared_experts": 2,
-    "expert_intermediate_size": 128,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 1,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 128,
 }
-QUICK_MODEL = MODEL | {"hidden_size": 32, "intermediate_size": 64, "expert_intermediate_size": 32, "num_layers": 3}
+QUICK_MODEL = MODEL | {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_hidden_layers": 3}
 BUCKET_MB, QUICK_BUCKET_MB = 4.0, 0.1
 ARMS: dict[str, dict[str, Any]] = {
     FREE: {},

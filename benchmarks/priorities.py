@@ -91,7 +91,7 @@ def job_of(name: str, workers: str, priority: int, steps: int, data: DataSpec, s
             "workers": {"min": least, "max": most, "initial": most},
             "resources": {"cpus": 1},
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**BATCH, "steps": steps, "lr": 3e-4, "schedule": {"kind": "constant"}},
+            "train": {**BATCH, "max_steps": steps, "lr": 3e-4, "lr_scheduler": {"kind": "constant"}},
             "data": data,
             "storage": str(storage),
         }

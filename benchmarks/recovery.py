@@ -91,7 +91,7 @@ def job_of(data: DataSpec, storage: Path, quick: bool) -> JobSpec:
             "name": "mortal",
             "workers": {"min": 1, "max": size + 1, "initial": size},
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**BATCH, "steps": NEVER, "lr": 3e-4, "schedule": {"kind": "constant"}},
+            "train": {**BATCH, "max_steps": NEVER, "lr": 3e-4, "lr_scheduler": {"kind": "constant"}},
             "data": data,
             "storage": str(storage),
         }

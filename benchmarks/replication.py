@@ -75,7 +75,7 @@ def job_of(step: str, protection: str, data: DataSpec, quick: bool) -> JobSpec:
             "name": "replication",
             "workers": WORLD_SIZE,
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**STEPS[step], "steps": 1_000_000, "lr": 3e-4, "schedule": {"kind": "constant"}},
+            "train": {**STEPS[step], "max_steps": 1_000_000, "lr": 3e-4, "lr_scheduler": {"kind": "constant"}},
             "data": data,
             "protection": "every_step" if protection == "whole" else protection,
             "recovery": {"whole_every": 1} if protection == "whole" else {},
@@ -122,7 +122,7 @@ def plain_bytes(job: JobSpec, vocab_size: int) -> dict[str, int]:
     """Bytes of both shards, and of what each rank alone has: the part that its buddy needs."""
     params, buffers, _ = catalogue(job.model, vocab_size)
     world = World(0, tuple(f"w{rank}" for rank in range(WORLD_SIZE)))
-    placement = ExpertPlacement.balanced(job.model.num_experts, WORLD_SIZE)
+    placement = ExpertPlacement.balanced(job.model.n_routed_experts, WORLD_SIZE)
     layout = training_layout(params, placement, world, job.train.precision == "bf16", buffers)
     formats = [SnapshotFormat.of(layout, rank) for rank in range(WORLD_SIZE)]
     return {

@@ -54,17 +54,23 @@ NEVER = 1_000_000  # a step that no run here comes to
 
 MODEL = {
     "hidden_size": 256,
-    "num_layers": 5,
-    "num_heads": 4,
-    "num_kv_heads": 2,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 768,
-    "num_experts": 16,
-    "top_k": 2,
-    "expert_intermediate_size": 288,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 288,
 }
 BATCH = {"global_batch_size": 16, "micro_batch_size": 2, "sequence_length": 64}
-QUICK_MODEL = {"hidden_size": 32, "num_layers": 2, "intermediate_size": 64, "num_experts": 4, "top_k": 2}
-QUICK_MODEL |= {"expert_intermediate_size": 32}
+QUICK_MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+QUICK_MODEL |= {"moe_intermediate_size": 32}
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ def job_of(name: str, held: int, data: DataSpec, storage: Path, quick: bool) -> 
             "name": name,
             "workers": {"min": 1, "max": LARGEST, "initial": INITIAL, "schedule": schedule},
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**BATCH, "steps": NEVER, "lr": 3e-4, "schedule": {"kind": "constant"}},
+            "train": {**BATCH, "max_steps": NEVER, "lr": 3e-4, "lr_scheduler": {"kind": "constant"}},
             "data": data,
             "storage": str(storage),
         }

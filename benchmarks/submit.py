@@ -38,7 +38,7 @@ JOBS_PORT = 8265  # of hosts of our own
 JOB: dict[str, Any] = {
     "schema": "v1",
     "workers": 2,
-    "train": {"steps": 100_000},
+    "train": {"max_steps": 100_000},
     "data": {"source": "builtin:stdlib"},
 }
 

@@ -38,16 +38,16 @@ WARM_STEPS = 3
 
 MODEL = {
     "hidden_size": 256,
-    "num_layers": 6,
-    "num_heads": 8,
-    "num_kv_heads": 4,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "intermediate_size": 768,
-    "num_experts": 16,
-    "top_k": 2,
-    "expert_intermediate_size": 256,
-    "num_shared_experts": 1,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "n_shared_experts": 1,
 }
-QUICK_MODEL = MODEL | {"hidden_size": 64, "num_layers": 2, "expert_intermediate_size": 32, "intermediate_size": 64}
+QUICK_MODEL = MODEL | {"hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 32, "intermediate_size": 64}
 DATA = DataSpec(source="builtin:stdlib", vocab_size=4096)
 WANTED = {("one", "engine"): 0.95, ("two", "engine"): 0.92, ("one", "transformers"): 1.05, ("two", "transformers"): 1.0}
 
@@ -146,14 +146,14 @@ class Bench:
     def job(
         self, batch: dict[str, int], precision: str, weights: Path | None, workers: int = 1, threads: int = THREADS
     ) -> JobSpec:
-        schedule = {"lr": 1e-3, "schedule": {"kind": "constant"}}
+        schedule = {"lr": 1e-3, "lr_scheduler": {"kind": "constant"}}
         return JobSpec.model_validate(
             {
                 "name": f"{precision}-{workers}-workers" if weights else "balanced",
                 "workers": workers,
                 "resources": {"cpus": threads},
                 "model": self.model | ({} if weights is None else {"init_from": str(weights)}),
-                "train": {**batch, **schedule, "steps": NEVER, "precision": precision},
+                "train": {**batch, **schedule, "max_steps": NEVER, "precision": precision},
                 "data": DATA.model_dump(),
                 "storage": str(self._storage),
             }
@@ -167,7 +167,7 @@ class Bench:
         if directory.exists():
             return directory
         job = self.job(BATCH, "fp32", None)
-        job = job.model_copy(update={"train": job.train.model_copy(update={"steps": steps})})
+        job = job.model_copy(update={"train": job.train.model_copy(update={"max_steps": steps})})
         with Product(self._workspace / "home", num_cpus=THREADS + 2) as product:
             run_id = product.client.submit(job)
             status = product.client.wait(run_id)

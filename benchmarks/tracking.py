@@ -41,8 +41,20 @@ WORKERS = 2
 NEVER = 1_000_000
 MAX_RATIO = 1.01
 ASK_EVERY_S = 0.5
-MODEL = {"hidden_size": 128, "num_layers": 4, "num_experts": 8, "top_k": 2, "expert_intermediate_size": 192}
-QUICK_MODEL = {"hidden_size": 32, "num_layers": 2, "num_experts": 4, "top_k": 2, "expert_intermediate_size": 32}
+MODEL = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+}
+QUICK_MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 BATCH = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 128}
 EVERY_STEP = ("train/loss", "train/lr", "train/tokens", "train/skipped", "train/grad_norm", "perf/step_s")
 EVERY_STEP += ("perf/tokens_per_second", "elastic/world_size", "elastic/generation", "moe/max_violation")
@@ -104,7 +116,7 @@ def run_account(product: Product, workspace: Path, storage: Path, size: Size) ->
             "name": "account",
             "workers": 1,
             "resources": {"cpus": 0.5},
-            "train": {"steps": steps},
+            "train": {"max_steps": steps},
             "tracking": {"uri": server.url},
             "storage": str(storage),
             "envs": {"SIM_STEP_S": f"{1.3 * size.outage_s / steps:.6f}"},
@@ -252,7 +264,7 @@ def job_of(name: str, data: DataSpec, storage: Path, uri: str, quick: bool) -> J
             "name": name,
             "workers": WORKERS,
             "model": QUICK_MODEL if quick else MODEL,
-            "train": {**BATCH, "steps": NEVER, "lr": 1e-3, "schedule": {"kind": "constant"}},
+            "train": {**BATCH, "max_steps": NEVER, "lr": 1e-3, "lr_scheduler": {"kind": "constant"}},
             "data": data,
             "tracking": {"uri": uri},
             "storage": str(storage),

@@ -53,10 +53,10 @@ class ExpertMarker(MoE):  # type: ignore[misc]
 def build(job: JobSpec, vocab_size: int, rank: int, world_size: int) -> tuple[MoELanguageModel, Any]:
     """The model and DeepSpeed's engine around it, with the weights that the job's seed gives."""
     train = job.train
-    placement = ExpertPlacement.balanced(job.model.num_experts, world_size)
+    placement = ExpertPlacement.balanced(job.model.n_routed_experts, world_size)
     model = MoELanguageModel(job.model, vocab_size, ExpertParallelContext(placement, rank, dist.group.WORLD))
     model.init_weights(train.seed)
-    model.add_module("marker", ExpertMarker(job.model.num_experts, world_size))
+    model.add_module("marker", ExpertMarker(job.model.n_routed_experts, world_size))
     for name, param in model.named_parameters():
         if expert_of(name) is not None:
             param.allreduce = False  # type: ignore[attr-defined]

@@ -40,7 +40,7 @@ def main() -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = HashStore() if size == 1 else FileStore(sys.argv[3], size)
     meeting.set_timeout(timedelta(seconds=60))
-    placement = ExpertPlacement.balanced(job.model.num_experts, size)
+    placement = ExpertPlacement.balanced(job.model.n_routed_experts, size)
     groups = connect(meeting, "bare", rank, placement, "gloo")
     model = build_model(job.model, store.vocab_size, ExpertParallelContext(placement, rank, groups.exchange))
     engine = DeepSpeedEngineAdapter(model, train, groups, torch.device("cpu"), job.communication)

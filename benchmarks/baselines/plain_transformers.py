@@ -88,7 +88,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         job.model.init_from, dtype=dtype, experts_implementation="grouped_mm"
     ).train()
-    loads, updates = Loads(model, job.model.num_experts), Updates(model, job)
+    loads, updates = Loads(model, job.model.n_routed_experts), Updates(model, job)
     sampler = SamplerState.of_one_stage(
         seed=train.seed,
         global_batch_size=train.global_batch_size,

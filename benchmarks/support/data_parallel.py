@@ -34,7 +34,7 @@ class DataParallel:
         self.model = MoELanguageModel(
             job.model,
             store.vocab_size,
-            ExpertParallelContext(ExpertPlacement.balanced(job.model.num_experts, 1), 0, None),
+            ExpertParallelContext(ExpertPlacement.balanced(job.model.n_routed_experts, 1), 0, None),
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=job.train.lr, fused=True)
         self.step = 0

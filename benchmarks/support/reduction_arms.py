@@ -54,7 +54,7 @@ def steps_of_arms(
     rank: int, world_size: int, store: Store, prefix: str, address: str, settings: Settings
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of a step by arm and round, and bytes of tokens that this rank sends in a step, by arm."""
-    placement = ExpertPlacement.balanced(settings.model["num_experts"], world_size)
+    placement = ExpertPlacement.balanced(settings.model["n_routed_experts"], world_size)
     groups = connect(store, prefix, rank, placement, "gloo", address=address)
     model_spec = ModelSpec(**settings.model)
     arms: dict[str, Callable[[], float]] = {}

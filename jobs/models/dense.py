@@ -9,24 +9,24 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    def __init__(self, size: int, num_heads: int) -> None:
+    def __init__(self, size: int, num_attention_heads: int) -> None:
         super().__init__()
-        self.num_heads, self.head_size = num_heads, size // num_heads
+        self.num_attention_heads, self.head_dim = num_attention_heads, size // num_attention_heads
         self.query_key_value = nn.Linear(size, 3 * size, bias=False)
         self.output = nn.Linear(size, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, length, size = x.shape  # written out below, never -1: there may be no rows
-        heads = self.query_key_value(x).view(rows, length, 3, self.num_heads, self.head_size)
+        heads = self.query_key_value(x).view(rows, length, 3, self.num_attention_heads, self.head_dim)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.output(y.transpose(1, 2).reshape(rows, length, size))
 
 
 class Block(nn.Module):
-    def __init__(self, size: int, num_heads: int, mlp: nn.Module) -> None:
+    def __init__(self, size: int, num_attention_heads: int, mlp: nn.Module) -> None:
         super().__init__()
-        self.attention_norm, self.attention = nn.RMSNorm(size), Attention(size, num_heads)
+        self.attention_norm, self.attention = nn.RMSNorm(size), Attention(size, num_attention_heads)
         self.mlp_norm, self.mlp = nn.RMSNorm(size), mlp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,5 +62,7 @@ def mlp(size: int, inner: int) -> nn.Module:
 def build(spec, vocab_size, experts):
     """`spec` is the `model` section of the job file; `experts` is of use to models with MoELayers only."""
     size = spec.hidden_size
-    blocks = [Block(size, spec.num_heads, mlp(size, spec.intermediate_size)) for _ in range(spec.num_layers)]
+    blocks = [
+        Block(size, spec.num_attention_heads, mlp(size, spec.intermediate_size)) for _ in range(spec.num_hidden_layers)
+    ]
     return Transformer(vocab_size, size, spec.options["max_length"], blocks)

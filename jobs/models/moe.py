@@ -13,11 +13,11 @@ from orchestrator.model.moe.layer import MoELayer
 
 
 def build(spec, vocab_size, experts) -> nn.Module:
-    """`spec.num_experts`, `top_k` and the other keys of the `model` section shape the MoE layers."""
+    """`spec.n_routed_experts`, `num_experts_per_tok` and the other keys of the `model` section shape the MoE layers."""
     size = spec.hidden_size
     blocks = []
-    for index in range(spec.num_layers):
+    for index in range(spec.num_hidden_layers):
         has_experts = index % spec.options["experts_every"] == 1
         inner = MoELayer(spec, experts) if has_experts else mlp(size, spec.intermediate_size)
-        blocks.append(Block(size, spec.num_heads, inner))
+        blocks.append(Block(size, spec.num_attention_heads, inner))
     return Transformer(vocab_size, size, spec.options["max_length"], blocks)

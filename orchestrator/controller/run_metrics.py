@@ -47,5 +47,5 @@ def values_of_run(limits: RunLimits, model: ModelSpec, memory: RunHistory, seen:
 
 def collapse(model: ModelSpec, worst_violation: float) -> float:
     """MaxVio of the worst layer over its largest value: 0 where loads are equal, 1 where all tokens chose the same."""
-    largest = largest_violation(model.num_experts, model.top_k)
+    largest = largest_violation(model.n_routed_experts, model.num_experts_per_tok)
     return worst_violation / largest if largest > 0 else 0.0

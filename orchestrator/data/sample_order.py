@@ -25,7 +25,7 @@ class Orders:
     def __init__(self, job: JobSpec, store: TokenStore) -> None:
         self._job = job
         self._chunks: Chunks | None = None
-        train, by_document, index_D = job.train, job.data.rows == BY_DOCUMENT, store.index("train")
+        train, by_document, index_D = job.train, job.data.row_format == BY_DOCUMENT, store.index("train")
         lengths_D = index_D["length"].astype(np.int64)
         if job.curriculum is not None:
             scores_D = index_D["score"].astype(np.float64)

@@ -62,7 +62,7 @@ class TrainableModel(nn.Module, ABC):
         """Tokens (counted once per choice) that this rank routed to each expert in its last forward pass (L, E)."""
         layers = self.moe_layers
         if not layers:
-            return torch.zeros(0, self.spec.num_experts, dtype=torch.int64)
+            return torch.zeros(0, self.spec.n_routed_experts, dtype=torch.int64)
         return torch.stack([m.last_counts_E for m in layers])
 
     def routing_counts(self) -> RoutingCounts:

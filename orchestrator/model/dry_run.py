@@ -32,7 +32,7 @@ def rehearse(job: JobSpec, vocab_size: int, device: torch.device) -> None:
     Raises:
         EntrypointError: it can't be trained.
     """
-    few = {"num_experts": job.model.top_k, "num_expert_groups": 1, "top_k_groups": 1}
+    few = {"n_routed_experts": job.model.num_experts_per_tok, "n_group": 1, "topk_group": 1}
     spec = job.model.model_copy(update=few)
     with device:
         model = build_model(spec, vocab_size, single_rank(spec))

@@ -28,7 +28,7 @@ def build_model(spec: ModelSpec, vocab_size: int, home: ExpertParallelContext) -
 
 def single_rank(spec: ModelSpec) -> ExpertParallelContext:
     """All experts on one rank, without a process group: for a model in a world of one."""
-    return ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None)
+    return ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
 
 
 def catalogue(

@@ -42,9 +42,10 @@ class KVCache:
     """
 
     def __init__(self, spec: ModelSpec, batch_size: int, capacity: int, like: Tensor) -> None:
-        room = (batch_size, spec.num_kv_heads, capacity, spec.head_size)
+        room = (batch_size, spec.num_key_value_heads, capacity, spec.head_dim)
         self.layers = [
-            LayerCache(room, torch.empty(0, dtype=like.dtype, device=like.device)) for _ in range(spec.num_layers)
+            LayerCache(room, torch.empty(0, dtype=like.dtype, device=like.device))
+            for _ in range(spec.num_hidden_layers)
         ]
 
     @property

@@ -31,17 +31,21 @@ class Attention(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        size = spec.head_size
-        self.num_heads, self.num_kv_heads, self.head_size = spec.num_heads, spec.num_kv_heads, size
-        self.query = nn.Parameter(torch.empty(spec.num_heads * size, spec.hidden_size))
-        self.key = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
-        self.value = nn.Parameter(torch.empty(spec.num_kv_heads * size, spec.hidden_size))
-        self.output = nn.Parameter(torch.empty(spec.hidden_size, spec.num_heads * size))
-        self.query_bias = nn.Parameter(torch.empty(spec.num_heads * size)) if spec.attention_bias else None
-        self.key_bias = nn.Parameter(torch.empty(spec.num_kv_heads * size)) if spec.attention_bias else None
-        self.value_bias = nn.Parameter(torch.empty(spec.num_kv_heads * size)) if spec.attention_bias else None
-        self.query_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else nn.Identity()
+        size = spec.head_dim
+        self.num_attention_heads, self.num_key_value_heads, self.head_dim = (
+            spec.num_attention_heads,
+            spec.num_key_value_heads,
+            size,
+        )
+        self.query = nn.Parameter(torch.empty(spec.num_attention_heads * size, spec.hidden_size))
+        self.key = nn.Parameter(torch.empty(spec.num_key_value_heads * size, spec.hidden_size))
+        self.value = nn.Parameter(torch.empty(spec.num_key_value_heads * size, spec.hidden_size))
+        self.output = nn.Parameter(torch.empty(spec.hidden_size, spec.num_attention_heads * size))
+        self.query_bias = nn.Parameter(torch.empty(spec.num_attention_heads * size)) if spec.attention_bias else None
+        self.key_bias = nn.Parameter(torch.empty(spec.num_key_value_heads * size)) if spec.attention_bias else None
+        self.value_bias = nn.Parameter(torch.empty(spec.num_key_value_heads * size)) if spec.attention_bias else None
+        self.query_norm = nn.RMSNorm(size, eps=spec.rms_norm_eps) if spec.qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(size, eps=spec.rms_norm_eps) if spec.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -53,9 +57,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x_BTD.shape
         # Sizes are explicit (no -1): a forward pass on no rows must work too.
-        q_BTAS = F.linear(x_BTD, self.query, self.query_bias).view(B, T, self.num_heads, self.head_size)
-        k_BTGS = F.linear(x_BTD, self.key, self.key_bias).view(B, T, self.num_kv_heads, self.head_size)
-        v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_kv_heads, self.head_size)
+        q_BTAS = F.linear(x_BTD, self.query, self.query_bias).view(B, T, self.num_attention_heads, self.head_dim)
+        k_BTGS = F.linear(x_BTD, self.key, self.key_bias).view(B, T, self.num_key_value_heads, self.head_dim)
+        v_BTGS = F.linear(x_BTD, self.value, self.value_bias).view(B, T, self.num_key_value_heads, self.head_dim)
         q_BTAS, k_BTGS = self.query_norm(q_BTAS), self.key_norm(k_BTGS)
         if padding is not None:
             q_BTAS, k_BTGS, v_BTGS = padding.pad(q_BTAS[0]), padding.pad(k_BTGS[0]), padding.pad(v_BTGS[0])
@@ -70,12 +74,12 @@ class Attention(nn.Module):
             v_BGTS,
             attn_mask=mask_B1TT,
             is_causal=mask_B1TT is None and k_BGTS.shape[2] == q_BATS.shape[2],
-            enable_gqa=self.num_heads != self.num_kv_heads,
+            enable_gqa=self.num_attention_heads != self.num_key_value_heads,
         )
         y_BTAS = y_BATS.transpose(1, 2)
         if padding is not None:
             y_BTAS = padding.unpad(y_BTAS)[None]
-        return F.linear(y_BTAS.reshape(B, T, self.num_heads * self.head_size), self.output)
+        return F.linear(y_BTAS.reshape(B, T, self.num_attention_heads * self.head_dim), self.output)
 
 
 def rotary_tables(
@@ -103,12 +107,12 @@ class Block(nn.Module):
 
     def __init__(self, spec: ModelSpec, index: int, home: ExpertParallelContext) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.attention_norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self.attention = Attention(spec)
-        self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
-        self._recomputes_mlp = spec.recompute == "selective"
+        self.mlp_norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
+        self._recomputes_mlp = spec.gradient_checkpointing == "selective"
         self.mlp: GatedMLP | MoELayer
-        if index < spec.num_dense_layers:
+        if index < spec.first_k_dense_replace:
             self.mlp = GatedMLP(spec.hidden_size, spec.intermediate_size)
         else:
             self.mlp = MoELayer(spec, home)
@@ -147,8 +151,8 @@ class MoELanguageModel(TrainableModel):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(vocab_size, spec.hidden_size, _weight=torch.empty(vocab_size, spec.hidden_size))
-        self.layers = nn.ModuleList(Block(spec, index, home) for index in range(spec.num_layers))
-        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.norm_eps)
+        self.layers = nn.ModuleList(Block(spec, index, home) for index in range(spec.num_hidden_layers))
+        self.norm = nn.RMSNorm(spec.hidden_size, eps=spec.rms_norm_eps)
         self.head = nn.Parameter(torch.empty(vocab_size, spec.hidden_size))
 
     def forward(
@@ -196,12 +200,12 @@ class MoELanguageModel(TrainableModel):
     def _run_layers(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1TT: Tensor | None, padding: Padding | None
     ) -> Tensor:
-        """Run all blocks, keeping activations for the backward pass according to `recompute`."""
-        if self.spec.recompute == "none" or not torch.is_grad_enabled():
+        """Run all blocks, keeping activations for the backward pass according to `gradient_checkpointing`."""
+        if self.spec.gradient_checkpointing == "none" or not torch.is_grad_enabled():
             for layer in self.layers:
                 x_BTD = layer(x_BTD, rotary, mask_B1TT, None, padding)
             return x_BTD
-        for segment in segments(len(self.layers), self.spec.recompute):
+        for segment in segments(len(self.layers), self.spec.gradient_checkpointing):
             blocks = [self.layers[index] for index in segment]
 
             def run(x_BTD: Tensor, blocks: list[nn.Module] = blocks) -> Tensor:
@@ -215,14 +219,14 @@ class MoELanguageModel(TrainableModel):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights with std `init_std`, scaled down by depth where they write into the residual stream (GPT-2),
-        ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
-        residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
+        """Normal weights with std `initializer_range`, scaled down by depth where they write into the residual stream
+        (GPT-2), ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
+        residual_std = self.spec.initializer_range / (2 * self.spec.num_hidden_layers) ** 0.5
         for name, param in self.named_parameters():
             if "norm" in name or name.endswith("_bias"):
                 param.fill_(1.0 if "norm" in name else 0.0)
                 continue
-            std = residual_std if name.endswith((".output", ".down")) else self.spec.init_std
+            std = residual_std if name.endswith((".output", ".down")) else self.spec.initializer_range
             draw_normal(param, name, seed, std)
         for layer in self.moe_layers:
             layer.router.correction_bias_E.zero_()

@@ -116,13 +116,13 @@ class UserModel(TrainableModel):
 
     def _draw_layers(self, seed: int) -> set[str]:
         """Draw the weights of MoE layers. Returns the names of their tensors."""
-        residual_std = self.spec.init_std / (2 * self.spec.num_layers) ** 0.5
+        residual_std = self.spec.initializer_range / (2 * self.spec.num_hidden_layers) ** 0.5
         names: set[str] = set()
         for prefix, layer in self.named_modules():
             if not isinstance(layer, MoELayer):
                 continue
             for name, param in layer.named_parameters(prefix):
-                draw_normal(param, name, seed, residual_std if name.endswith(".down") else self.spec.init_std)
+                draw_normal(param, name, seed, residual_std if name.endswith(".down") else self.spec.initializer_range)
                 names.add(name)
             for name, buffer in layer.named_buffers(prefix):
                 buffer.zero_()
@@ -132,7 +132,7 @@ class UserModel(TrainableModel):
 
 def _no_experts(spec: ModelSpec) -> ExpertParallelContext:
     """A rank without experts: all of them are on another one."""
-    return ExpertParallelContext(ExpertPlacement(spec.num_experts, 2, ((0,),) * spec.num_experts), 1, None)
+    return ExpertParallelContext(ExpertPlacement(spec.n_routed_experts, 2, ((0,),) * spec.n_routed_experts), 1, None)
 
 
 def _parameters(function: object) -> Collection[str]:

@@ -64,7 +64,7 @@ class Preparation:
             job.train.sequence_length,
             job.train.global_batch_size,
             int(job.eval.every is not None),
-            by_document=job.data.rows == BY_DOCUMENT,
+            by_document=job.data.row_format == BY_DOCUMENT,
         )
         Orders(job, store)  # shows what a curriculum lacks, before any worker has the store
         tokenizer = Path(run_dir) / "tokenizer.json"

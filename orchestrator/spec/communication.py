@@ -109,16 +109,17 @@ class CommunicationSpec(Section):
         description="true: complete buckets are sent while the backward pass computes the next ones. false: they "
         "wait for its end; the result has the same bits.",
     )
-    tokens: Literal["exact", "bf16", "int8"] = Field(
-        default="exact",
+    tokens: Literal["native", "bf16", "int8"] = Field(
+        default="native",
         description="Encoding of tokens sent to experts on other workers, of their results, and of both gradients. "
-        "exact: the number format of the computation. int8 has a scale for each token.",
+        "native: the number format of the computation. int8 has a scale for each token.",
     )
     ranks_per_token: int | None = Field(
         default=None,
         ge=1,
-        description="Workers whose experts a token may visit: the best ones for it, more if needed to hold top_k "
-        "experts. null: all. The choice then depends on the placement of experts, so on the number of workers too.",
+        description="Workers whose experts a token may visit: the best ones for it, more if needed to hold "
+        "num_experts_per_tok experts. null: all. The choice then depends on the placement of experts, so on the number "
+        "of workers too.",
     )
     nodes_per_token: int | None = Field(
         default=None, ge=1, description="The same for nodes, whose workers' experts a token may visit."

@@ -138,5 +138,7 @@ class CurriculumSpec(Section):
                 yield Broken((("stages", i, "until"), ("stages", i, "name")), rule)
         if self.stages[-1].until is not None:
             last = len(self.stages) - 1
-            rule = f"the last stage lasts as long as the run (train.steps): leave until of {self.stages[-1].name} out"
+            rule = (
+                f"the last stage lasts as long as the run (train.max_steps): leave until of {self.stages[-1].name} out"
+            )
             yield Broken((("stages", last, "until"),), rule)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from orchestrator.spec.section import Broken, Section, directory, refuse
 
 BUILTIN_CORPORA = ("stdlib", "pydocs")
-BY_DOCUMENT = "documents"  # of data.rows
+BY_DOCUMENT = "documents"  # of data.row_format
 
 
 def _source(source: str) -> str:
@@ -45,7 +45,7 @@ class DataSpec(Section):
         "document. null: the one of model.init_from, else a trained one.",
     )
     holdout: float = Field(default=0.05, gt=0, lt=1, description="Fraction of the documents kept for validation.")
-    rows: Literal["packed", "documents"] = Field(
+    row_format: Literal["packed", "documents"] = Field(
         default="packed",
         description="packed: documents lie back to back and are divided into rows of one length, without padding. "
         "documents: a row is a document, or a piece of a long one, so rows are of unequal length; within a "
@@ -56,6 +56,6 @@ class DataSpec(Section):
     )
 
     def broken_rules(self) -> Iterator[Broken]:
-        if self.rows == BY_DOCUMENT and self.isolate_documents:
-            rule = "isolate_documents has no meaning with rows: documents, which hold one document each: leave it out"
-            yield Broken((("isolate_documents",), ("rows",)), rule)
+        if self.row_format == BY_DOCUMENT and self.isolate_documents:
+            rule = "isolate_documents has no meaning with row_format: documents, a document per row: leave it out"
+            yield Broken((("isolate_documents",), ("row_format",)), rule)

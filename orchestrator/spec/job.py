@@ -128,9 +128,9 @@ class JobSpec(Section):
 
     def broken_rules(self) -> Iterator[Broken]:
         for i, change in enumerate(self.workers.schedule):
-            if change.at_step >= self.train.steps:
-                rule = f"at_step must be less than train.steps; got {change.at_step} and {self.train.steps}"
-                yield Broken((("workers", "schedule", i, "at_step"), ("train", "steps")), rule)
+            if change.at_step >= self.train.max_steps:
+                rule = f"at_step must be less than train.max_steps; got {change.at_step} and {self.train.max_steps}"
+                yield Broken((("workers", "schedule", i, "at_step"), ("train", "max_steps")), rule)
         yield from self._broken_sizes()
         if self.checkpoint.keep_best and self.eval.every is None:
             rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
@@ -150,10 +150,10 @@ class JobSpec(Section):
             got = f"got {self.train.optimizer.betas[0]} and {self.train.zero_stage}"
             yield Broken((of, ("train", "optimizer", "betas"), ("train", "zero_stage")), f"{rule}zero_stage 1; {got}")
         for key in ("ranks_per_token", "nodes_per_token"):
-            if getattr(self.communication, key) is not None and self.model.num_expert_groups > 1:
-                rule = f"{key} and num_expert_groups both limit what a token may visit: leave one out; got "
-                got = f"{getattr(self.communication, key)} and {self.model.num_expert_groups}"
-                yield Broken((("communication", key), ("model", "num_expert_groups")), rule + got)
+            if getattr(self.communication, key) is not None and self.model.n_group > 1:
+                rule = f"{key} and n_group both limit what a token may visit: leave one out; got "
+                got = f"{getattr(self.communication, key)} and {self.model.n_group}"
+                yield Broken((("communication", key), ("model", "n_group")), rule + got)
         if self.train.is_exact:
             yield from self._inexact()
         if self.verify.every is not None:
@@ -171,7 +171,7 @@ class JobSpec(Section):
         if compression.is_active:
             key: Path = ("communication", "compression")
             wrong.append((key, compression.scheme, "compression error depends on the number of workers"))
-        if sent.tokens != "exact":
+        if sent.tokens != "native":
             wrong.append((("communication", "tokens"), sent.tokens, "tokens that stay on a worker are not rounded"))
         for name in ("ranks_per_token", "nodes_per_token"):
             if (limit := getattr(sent, name)) is not None:

@@ -112,7 +112,7 @@ def _apply(document: YamlDocument, override: str) -> None:
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
         raise UsageError(
-            f"--set {override} sets nothing; it must be KEY=VALUE with a dotted key, like train.steps=200",
+            f"--set {override} sets nothing; it must be KEY=VALUE with a dotted key, like train.max_steps=200",
             unchanged="Nothing was started.",
         )
     source = f"--set {override}"

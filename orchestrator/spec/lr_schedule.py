@@ -11,17 +11,17 @@ def learning_rate(train: TrainSpec, step: int) -> float:
     It rises linearly from lr / warmup_steps at step 0 to lr at the last step of the warm-up, then follows the kind's
     curve from lr down to final_fraction * lr at the last step of the run, and stays there.
     """
-    schedule = train.schedule
+    schedule = train.lr_scheduler
     if step < schedule.warmup_steps:
         return train.lr * ((step + 1) / schedule.warmup_steps)  # exactly lr at the end of the warm-up
     if schedule.kind == "constant":
         return train.lr
     peak_step = max(schedule.warmup_steps - 1, 0)
-    progress = min((step - peak_step) / max(train.steps - 1 - peak_step, 1), 1.0)
+    progress = min((step - peak_step) / max(train.max_steps - 1 - peak_step, 1), 1.0)
     remaining = 1.0 - progress if schedule.kind == "linear" else (1.0 + math.cos(math.pi * progress)) / 2.0
     return train.lr * (schedule.final_fraction + (1.0 - schedule.final_fraction) * remaining)
 
 
 def decay(train: TrainSpec, step: int) -> float:
     """The learning rate of `step` over its highest, and 1 in the warm-up, which leads there."""
-    return 1.0 if step < train.schedule.warmup_steps else learning_rate(train, step) / train.lr
+    return 1.0 if step < train.lr_scheduler.warmup_steps else learning_rate(train, step) / train.lr

@@ -13,25 +13,25 @@ IN_CONFIG = frozenset(
     {
         "vocab_size",
         "hidden_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
         "intermediate_size",
-        "num_dense_layers",
-        "num_experts",
-        "top_k",
-        "expert_intermediate_size",
-        "num_shared_experts",
+        "first_k_dense_replace",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "n_shared_experts",
         "router",
-        "num_expert_groups",
-        "top_k_groups",
+        "n_group",
+        "topk_group",
         "routed_scaling_factor",
         "attention_bias",
         "qk_norm",
         "rope_theta",
-        "rope_fraction",
-        "norm_eps",
+        "partial_rotary_factor",
+        "rms_norm_eps",
     }
 )
 
@@ -46,7 +46,7 @@ def _entrypoint(entrypoint: str) -> str:
 
 
 class ModelSpec(Section):
-    """Sizes of the model. The first `num_dense_layers` layers have one dense MLP, the others routed experts."""
+    """Sizes of the model. The first `first_k_dense_replace` layers have one dense MLP, the others routed experts."""
 
     init_from: Annotated[str, AfterValidator(directory)] | None = Field(
         default=None,
@@ -60,30 +60,34 @@ class ModelSpec(Section):
         "as many as the tokenizer or init_from has.",
     )
     hidden_size: int = Field(default=128, ge=1, description="Width of the residual stream.")
-    num_layers: int = Field(default=4, ge=1, description="Layers, dense ones included.")
-    num_heads: int = Field(default=4, ge=1, description="Attention heads for queries.")
-    num_kv_heads: int = Field(default=2, ge=1, description="Attention heads for keys and values; divides num_heads.")
-    head_size: int = Field(
-        default_factory=lambda known: known["hidden_size"] // known["num_heads"],
+    num_hidden_layers: int = Field(default=4, ge=1, description="Layers, dense ones included.")
+    num_attention_heads: int = Field(default=4, ge=1, description="Attention heads for queries.")
+    num_key_value_heads: int = Field(
+        default=2, ge=1, description="Attention heads for keys and values; divides num_attention_heads."
+    )
+    head_dim: int = Field(
+        default_factory=lambda known: known["hidden_size"] // known["num_attention_heads"],
         ge=2,
-        description="Width of an attention head, even. Default: hidden_size / num_heads.",
+        description="Width of an attention head, even. Default: hidden_size / num_attention_heads.",
     )
     intermediate_size: int = Field(default=384, ge=1, description="Inner width of the MLP in dense layers.")
-    num_dense_layers: int = Field(default=1, ge=0, description="Leading layers with a dense MLP instead of experts.")
-    num_experts: int = Field(default=8, ge=1, description="Routed experts of each MoE layer.")
-    top_k: int = Field(default=2, ge=1, description="Experts that each token visits.")
-    expert_intermediate_size: int = Field(default=192, ge=1, description="Inner width of an expert.")
-    num_shared_experts: int = Field(default=1, ge=0, description="Experts that every token visits, without routing.")
+    first_k_dense_replace: int = Field(
+        default=1, ge=0, description="Leading layers with a dense MLP instead of experts."
+    )
+    n_routed_experts: int = Field(default=8, ge=1, description="Routed experts of each MoE layer.")
+    num_experts_per_tok: int = Field(default=2, ge=1, description="Experts that each token visits.")
+    moe_intermediate_size: int = Field(default=192, ge=1, description="Inner width of an expert.")
+    n_shared_experts: int = Field(default=1, ge=0, description="Experts that every token visits, without routing.")
     router: Literal["sigmoid", "softmax"] = Field(
         default="sigmoid",
         description="Scores of the router: sigmoid, balanced by a bias (bias_update_speed), or softmax, balanced by an "
-        "auxiliary loss (balance_loss_weight).",
+        "auxiliary loss (router_aux_loss_coef).",
     )
-    num_expert_groups: int = Field(
+    n_group: int = Field(
         default=1, ge=1, description="Groups of equally many experts; a token visits only experts of its best groups."
     )
-    top_k_groups: int = Field(default=1, ge=1, description="Groups whose experts a token may visit.")
-    balance_loss_weight: float = Field(
+    topk_group: int = Field(default=1, ge=1, description="Groups whose experts a token may visit.")
+    router_aux_loss_coef: float = Field(
         default=0.01, ge=0, description="Weight of the softmax router's auxiliary loss. Not used with sigmoid."
     )
     routed_scaling_factor: float = Field(
@@ -92,17 +96,17 @@ class ModelSpec(Section):
     attention_bias: bool = Field(default=False, description="true: biases on queries, keys and values.")
     qk_norm: bool = Field(default=False, description="true: RMSNorm on each head's queries and keys.")
     rope_theta: float = Field(default=10_000.0, gt=0, description="Base of the rotary embedding's wavelengths.")
-    rope_fraction: float = Field(
+    partial_rotary_factor: float = Field(
         default=1.0, ge=0, le=1, description="Part of each head that is rotated; its width must be even."
     )
-    norm_eps: float = Field(default=1e-6, gt=0, description="Added to the mean square in RMSNorm.")
-    recompute: Literal["none", "selective", "sqrt", "full"] = Field(
+    rms_norm_eps: float = Field(default=1e-6, gt=0, description="Added to the mean square in RMSNorm.")
+    gradient_checkpointing: Literal["none", "selective", "sqrt", "full"] = Field(
         default="none",
         description="Activations recomputed in the backward pass instead of kept: none, those of MLPs and experts "
-        "(selective), all within about sqrt(num_layers) runs of layers (sqrt), or within each layer (full). The last "
-        "three send tokens to experts once more.",
+        "(selective), all within about sqrt(num_hidden_layers) runs of layers (sqrt), or within each layer (full). The "
+        "last three send tokens to experts once more.",
     )
-    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+    initializer_range: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
     embedding_scale: float = Field(
         default_factory=lambda known: EMBEDDING_SCALE if known["init_from"] is None else 1.0,
         gt=0,
@@ -137,12 +141,16 @@ class ModelSpec(Section):
     @property
     def rotary_size(self) -> int:
         """Width of the rotated part of a head."""
-        return round(self.head_size * self.rope_fraction)
+        return round(self.head_dim * self.partial_rotary_factor)
 
     @property
     def counts_margins(self) -> bool:
         """Whether routers count margins for the bias's quantile rule: not if every token visits all experts."""
-        return self.bias_update == "quantile" and self.bias_update_speed > 0 and self.top_k < self.num_experts
+        return (
+            self.bias_update == "quantile"
+            and self.bias_update_speed > 0
+            and self.num_experts_per_tok < self.n_routed_experts
+        )
 
     def broken_rules(self) -> Iterator[Broken]:
         yield from self._broken_entrypoint_rules()
@@ -156,46 +164,48 @@ class ModelSpec(Section):
         if self.init_from is not None and not self.model_fields_set >= IN_CONFIG:
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()
-        if self.num_heads % self.num_kv_heads:
-            rule = f"num_kv_heads must divide num_heads; got {self.num_kv_heads} and {self.num_heads}"
-            yield Broken((("num_kv_heads",), ("num_heads",)), rule)
-        if self.top_k > self.num_experts:
-            rule = f"top_k must be at most num_experts; got {self.top_k} and {self.num_experts}"
-            yield Broken((("top_k",), ("num_experts",)), rule)
-        groups = (("num_expert_groups",), ("num_experts",))
-        if self.num_experts % self.num_expert_groups:
-            sizes = f"{self.num_expert_groups} and {self.num_experts}"
-            yield Broken(groups, f"num_expert_groups must divide num_experts; got {sizes}")
-        elif self.top_k_groups > self.num_expert_groups:
-            sizes = f"{self.top_k_groups} and {self.num_expert_groups}"
-            yield Broken((("top_k_groups",), *groups), f"top_k_groups must be at most num_expert_groups; got {sizes}")
-        elif self.num_expert_groups > 1 and self.top_k > (
-            open_to_all := self.num_experts // self.num_expert_groups * self.top_k_groups
+        if self.num_attention_heads % self.num_key_value_heads:
+            yield self._broken("num_key_value_heads", "must divide", "num_attention_heads")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            yield self._broken("num_experts_per_tok", "must be at most", "n_routed_experts")
+        if self.n_routed_experts % self.n_group:
+            yield self._broken("n_group", "must divide", "n_routed_experts")
+        elif self.topk_group > self.n_group:
+            yield self._broken("topk_group", "must be at most", "n_group")
+        elif self.n_group > 1 and self.num_experts_per_tok > (
+            open_to_all := self.n_routed_experts // self.n_group * self.topk_group
         ):
-            rule = f"top_k must be at most the {open_to_all} experts of top_k_groups groups; got {self.top_k}"
-            yield Broken((("top_k",), ("top_k_groups",), *groups), rule)
-        if self.num_dense_layers > self.num_layers:
-            rule = f"num_dense_layers must be at most num_layers; got {self.num_dense_layers} and {self.num_layers}"
-            yield Broken((("num_dense_layers",), ("num_layers",)), rule)
+            rule = f"num_experts_per_tok must be at most the {open_to_all} experts of topk_group groups"
+            sizes = (("num_experts_per_tok",), ("topk_group",), ("n_group",), ("n_routed_experts",))
+            yield Broken(sizes, f"{rule}; got {self.num_experts_per_tok}")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            yield self._broken("first_k_dense_replace", "must be at most", "num_hidden_layers")
+
+    def _broken(self, key: str, rule: str, other: str) -> Broken:
+        """A rule between two keys, with their values."""
+        got = f"got {getattr(self, key)} and {getattr(self, other)}"
+        return Broken(((key,), (other,)), f"{key} {rule} {other}; {got}")
 
     def _broken_head_rules(self) -> Iterator[Broken]:
-        keys = (("head_size",), ("num_heads",), ("hidden_size",))
-        if "head_size" not in self.model_fields_set and self.hidden_size % self.num_heads:
-            sizes = f"{self.num_heads} and {self.hidden_size}"
-            yield Broken(keys, f"num_heads must divide hidden_size unless head_size is given; got {sizes}")
-        elif self.head_size % 2:
-            yield Broken(keys, f"head_size must be even, because rotary embedding turns pairs; got {self.head_size}")
-        elif abs(self.rotary_size - self.head_size * self.rope_fraction) > 1e-6 or self.rotary_size % 2:
-            product = f"{self.rope_fraction} * {self.head_size}"
+        keys = (("head_dim",), ("num_attention_heads",), ("hidden_size",))
+        if "head_dim" not in self.model_fields_set and self.hidden_size % self.num_attention_heads:
+            sizes = f"{self.num_attention_heads} and {self.hidden_size}"
+            yield Broken(keys, f"num_attention_heads must divide hidden_size unless head_dim is given; got {sizes}")
+        elif self.head_dim % 2:
+            yield Broken(keys, f"head_dim must be even, because rotary embedding turns pairs; got {self.head_dim}")
+        elif abs(self.rotary_size - self.head_dim * self.partial_rotary_factor) > 1e-6 or self.rotary_size % 2:
+            product = f"{self.partial_rotary_factor} * {self.head_dim}"
             yield Broken(
-                (("rope_fraction",), *keys), f"rope_fraction * head_size must be an even number; got {product}"
+                (("partial_rotary_factor",), *keys),
+                f"partial_rotary_factor * head_dim must be an even number; got {product}",
             )
 
     def _broken_entrypoint_rules(self) -> Iterator[Broken]:
         if self.entrypoint is not None:
-            if self.recompute != "none":
-                rule = f"recompute must be none with entrypoint: your own model recomputes itself; got {self.recompute}"
-                yield Broken((("recompute",), ("entrypoint",)), rule)
+            if self.gradient_checkpointing != "none":
+                rule = "gradient_checkpointing must be none with entrypoint: your own model recomputes itself; got "
+                keys = (("gradient_checkpointing",), ("entrypoint",))
+                yield Broken(keys, rule + self.gradient_checkpointing)
             if self.init_from is not None:
                 rule = "init_from is for our own model; with entrypoint, let your init_weights(seed) read the weights"
                 yield Broken((("init_from",), ("entrypoint",)), rule)

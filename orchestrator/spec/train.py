@@ -45,7 +45,7 @@ class OptimizerSpec(Section):
     weight_decay: float = Field(default=0.1, ge=0, description="Decoupled weight decay, times the learning rate.")
 
 
-class ScheduleSpec(Section):
+class LrSchedulerSpec(Section):
     """The learning rate over the steps; `orchestrator.spec.lr_schedule` computes it."""
 
     kind: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="Shape after the warm-up.")
@@ -58,7 +58,7 @@ class ScheduleSpec(Section):
 class TrainSpec(Section):
     """The training. Nothing here depends on the number of workers."""
 
-    steps: int = Field(default=1000, ge=1, description="Updates in the whole run.")
+    max_steps: int = Field(default=1000, ge=1, description="Updates in the whole run.")
     global_batch_size: int = Field(default=16, ge=1, description="Rows of an update, over all workers.")
     micro_batch_size: MicroBatchSetting = Field(
         default=4,
@@ -67,11 +67,11 @@ class TrainSpec(Section):
         "the longest; auto: as many tokens as fit the worker's memory, found by measuring.",
     )
     sequence_length: int = Field(
-        default=128, ge=1, description="Tokens of a row; with data.rows: documents, of the longest row."
+        default=128, ge=1, description="Tokens of a row; with data.row_format: documents, of the longest row."
     )
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
     lr: float = Field(default=3e-3, gt=0, description="Learning rate at its highest.")
-    schedule: ScheduleSpec = Field(default=ScheduleSpec(), description="The learning rate over the steps.")
+    lr_scheduler: LrSchedulerSpec = Field(default=LrSchedulerSpec(), description="The learning rate over the steps.")
     gradient_clipping: float = Field(
         default=1.0, ge=0, description="Largest global norm of the gradients. 0: no clipping."
     )
@@ -121,6 +121,7 @@ class TrainSpec(Section):
             sizes = f"{self.global_batch_size} and {self.micro_batch_rows}"
             rule = f"global_batch_size must be a multiple of micro_batch_size; got {sizes}"
             yield Broken((("global_batch_size",), ("micro_batch_size",)), rule)
-        if self.schedule.warmup_steps > self.steps:
-            rule = f"warmup_steps must be at most train.steps; got {self.schedule.warmup_steps} and {self.steps}"
-            yield Broken((("schedule", "warmup_steps"), ("steps",)), rule)
+        if self.lr_scheduler.warmup_steps > self.max_steps:
+            got = f"got {self.lr_scheduler.warmup_steps} and {self.max_steps}"
+            rule = f"warmup_steps must be at most train.max_steps; {got}"
+            yield Broken((("lr_scheduler", "warmup_steps"), ("max_steps",)), rule)

@@ -174,7 +174,7 @@ def _plan(order: Verification) -> GenerationPlan:
     return GenerationPlan(
         term=0,
         world=world,
-        placement=ExpertPlacement.balanced(order.job.model.num_experts, world.size),
+        placement=ExpertPlacement.balanced(order.job.model.n_routed_experts, world.size),
         source=None,
         store_prefix="verify",
         store_address=StoreAddress(LOOPBACK, 0),

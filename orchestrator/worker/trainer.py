@@ -69,7 +69,7 @@ class Trainer:
         numerics = mailbox.state.numerics
         self._saver = ShardSaver(checkpoints, factory.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
         self._shard: Shard | None = None
-        self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.steps - 1)
+        self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.max_steps - 1)
         self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
         self._between_steps = True  # False: the shard's state belongs to no finished step
         self._progress = TrainingProgress(-1, 0, feed.first_order)
@@ -130,7 +130,7 @@ class Trainer:
             shard.seal.close()
         self._snapshots.take(shard, self._progress)
         self._mailbox.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
-        while self._progress.step + 1 < self._spec.train.steps:
+        while self._progress.step + 1 < self._spec.train.max_steps:
             outcome = self._step(shard)
             if self._checkpoint_due():
                 self._saver.save(shard, self._progress)
@@ -337,7 +337,7 @@ class Trainer:
     def _checkpoint_due(self) -> bool:
         every = self._spec.checkpoint.every
         done = self._progress.step + 1
-        return every is not None and done % every == 0 and done < self._spec.train.steps
+        return every is not None and done % every == 0 and done < self._spec.train.max_steps
 
     def _finish(self, shard: Shard) -> None:
         """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""

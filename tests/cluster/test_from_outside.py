@@ -35,7 +35,7 @@ REACH = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv
 
 
 def _job(texts: Path, storage: Path, name: str, **changes: Any) -> str:
-    plain = small_job(texts, steps=100_000).model_copy(update={"name": name, "storage": str(storage)})
+    plain = small_job(texts, max_steps=100_000).model_copy(update={"name": name, "storage": str(storage)})
     job = plain.model_dump(mode="json", by_alias=True) | {"workers": "1..3", **changes}
     job["model"] |= {"entrypoint": "mine.net:build", "code_dir": "code"}
     return json.dumps(job)

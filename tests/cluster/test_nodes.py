@@ -28,7 +28,14 @@ pytestmark = [
 ]
 
 HOMES, NODES = (0, 0, 1, 1), ("host0", "host0", "host1", "host1")
-SPEC = ModelSpec(hidden_size=256, num_heads=1, num_kv_heads=1, expert_intermediate_size=32, num_experts=2, top_k=1)
+SPEC = ModelSpec(
+    hidden_size=256,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    moe_intermediate_size=32,
+    n_routed_experts=2,
+    num_experts_per_tok=1,
+)
 TOKENS, PASSES = 512, 10
 ROWS, LENGTH, VOCAB, STEPS = 8, 128, 512, 4  # of whole training steps
 FRAMES = 1.08  # headers of Ethernet, IP and TCP, and acknowledgements
@@ -92,13 +99,13 @@ def _train(
     groups = connect(store, prefix, rank, placement, "gloo", address=address)
     spec = ModelSpec(
         hidden_size=256,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         intermediate_size=512,
-        num_experts=placement.num_experts,
-        top_k=1 if placement.num_experts == 2 else 2,
-        expert_intermediate_size=256,
+        n_routed_experts=placement.num_experts,
+        num_experts_per_tok=1 if placement.num_experts == 2 else 2,
+        moe_intermediate_size=256,
     )
     model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange, nodes=nodes))
     engine = DeepSpeedEngineAdapter(model, TrainSpec(sequence_length=LENGTH), groups, torch.device("cpu"))

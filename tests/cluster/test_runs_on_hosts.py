@@ -51,7 +51,7 @@ def driver(hosts: Hosts) -> Iterator[Driver]:
 
 def _job(name: str, texts: Path, tmp_path: Path, size: int = 3) -> JobSpec:
     workers = WorkersSpec(min=1, max=size, initial=size)
-    plain = small_job(texts, steps=100_000)
+    plain = small_job(texts, max_steps=100_000)
     return plain.model_copy(update={"name": name, "workers": workers, "storage": str(tmp_path / "runs")})
 
 
@@ -126,7 +126,7 @@ OVERHEAD = 200_000  # bytes per second and host: Ray, the rendezvous store, repo
 
 def test_the_ledger_agrees_with_the_interfaces(hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path) -> None:
     job = _job("counted", texts, tmp_path)
-    larger = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 4, "expert_intermediate_size": 128}
+    larger = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "moe_intermediate_size": 128}
     model = job.model.model_copy(update=larger)
     run = _trained_a_little(driver, job.model_copy(update={"model": model}))
     first, began = _sent_by_hosts(hosts), time.time()

@@ -38,7 +38,7 @@ def _job(policy: str, **changes: Any) -> dict[str, Any]:
         "workers": {"min": 1, "max": 4, "initial": 1},
         "resources": {"cpus": 1},
         "autoscale": {"policy": policy, "cooldown_s": 0},
-        "train": {"steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
+        "train": {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
         **changes,
     }
 

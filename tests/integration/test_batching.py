@@ -28,7 +28,7 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def _by_document(texts: Path, **train: object) -> JobSpec:
     job = small_job(texts, micro_batch_size="400 tokens", sequence_length=100, global_batch_size=24, **train)
-    return job.model_copy(update={"data": job.data.model_copy(update={"rows": "documents"})})
+    return job.model_copy(update={"data": job.data.model_copy(update={"row_format": "documents"})})
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
@@ -64,7 +64,7 @@ def test_rows_by_document_train_the_same_in_any_worlds_and_through_a_loss(
 
 
 def test_workers_tell_what_their_slots_take(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    job = small_job(texts, micro_batch_size="auto", global_batch_size=12, sequence_length=256, steps=400)
+    job = small_job(texts, micro_batch_size="auto", global_batch_size=12, sequence_length=256, max_steps=400)
     with Crew(job, store_dir, tmp_path, size=2) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids, micro_batch=MicroBatchSize(tokens=256, multiple=2)))
         worker_group.await_step(6)

@@ -99,7 +99,7 @@ def test_the_python_api_does_it_too(far: Far, client: OrchestratorClient, texts:
 
 
 def test_run_by_url_shows_the_log_and_ends_as_the_run_does(far: Far, texts: Path, tmp_path: Path) -> None:
-    done = far("run", far.job(texts, tmp_path, "short", steps=20))
+    done = far("run", far.job(texts, tmp_path, "short", max_steps=20))
     assert "is submitted as job short-" in done.stderr and "generation" in done.stdout
     assert until_stored(tmp_path / "short", lambda s: True).phase is RunPhase.SUCCEEDED
     assert "succeeded" in far("status", "short", "--watch").stdout

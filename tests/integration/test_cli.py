@@ -40,8 +40,8 @@ JOB: dict[str, Any] = {
     "schema": "v1",
     "workers": {"min": 1, "max": 3, "initial": 2},
     "resources": {"cpus": 0.5},
-    "model": {"num_experts": 8, "top_k": 2},
-    "train": {"steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
+    "model": {"n_routed_experts": 8, "num_experts_per_tok": 2},
+    "train": {"max_steps": 40, "global_batch_size": 16, "micro_batch_size": 4},
     "envs": {"SIM_STEP_S": "0.02"},
 }
 
@@ -127,7 +127,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
 
 @pytest.mark.journey
 def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
-    job = here.job("steered", train=JOB["train"] | {"steps": 100_000})
+    job = here.job("steered", train=JOB["train"] | {"max_steps": 100_000})
     assert here("submit", job).stdout == "steered\n"
     assert "steered exists already" in here("submit", job, expect=2).stderr
     here.until_event("steered", "activated")
@@ -157,7 +157,7 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
 
 @pytest.mark.journey
 def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
-    slow = {"train": JOB["train"] | {"steps": 300}, "envs": UNHURRIED, "checkpoint": {"every": 10}}
+    slow = {"train": JOB["train"] | {"max_steps": 300}, "envs": UNHURRIED, "checkpoint": {"every": 10}}
     here("submit", here.job("sleeper", **slow))
     here.until_event("sleeper", "checkpoint")
     assert "is going on" in here("resume", "sleeper", expect=2).stderr
@@ -259,7 +259,7 @@ def test_run_brings_a_cluster_and_takes_it_away(alone: Here) -> None:
 
 @pytest.mark.journey
 def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
-    process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"steps": 900}, envs=UNHURRIED))
+    process = alone.start("run", alone.job("lasting", train=JOB["train"] | {"max_steps": 900}, envs=UNHURRIED))
     _await_line(process, "lasting training")
     process.send_signal(signal.SIGINT)
     told = _await_line(process, "Detached")
@@ -275,7 +275,7 @@ def test_an_interrupt_detaches_and_the_run_goes_on(alone: Here) -> None:
 
 @pytest.mark.journey
 def test_a_cluster_that_dies_ends_the_command_and_leaves_what_is_known(alone: Here) -> None:
-    process = alone.start("run", alone.job("orphaned", train=JOB["train"] | {"steps": 100_000}))
+    process = alone.start("run", alone.job("orphaned", train=JOB["train"] | {"max_steps": 100_000}))
     _await_line(process, "orphaned training")
     record = local.status()
     assert record is not None

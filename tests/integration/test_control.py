@@ -235,4 +235,4 @@ def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
 
 
 def _steps(steps: int) -> dict[str, Any]:
-    return {"steps": steps, "global_batch_size": 16, "micro_batch_size": 4}
+    return {"max_steps": steps, "global_batch_size": 16, "micro_batch_size": 4}

@@ -26,7 +26,7 @@ def on(tmp_path: Path) -> Cluster:
 
 
 def _steps(steps: int) -> dict[str, Any]:
-    return {"steps": steps, "global_batch_size": 16, "micro_batch_size": 4}
+    return {"max_steps": steps, "global_batch_size": 16, "micro_batch_size": 4}
 
 
 def _four(on: Cluster, name: str, steps: int = 300, **changes: Any) -> dict[str, int]:

@@ -91,7 +91,7 @@ def _published_once(on: Cluster, run: str, steps: int) -> None:
 )
 def test_whoever_steers_may_die(on: Cluster, victims: tuple[str, ...]) -> None:
     run = f"steered-{len(victims)}-{victims[0]}"
-    on.submit(run, train={"steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4})
+    on.submit(run, train={"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4})
     on.until(run, lambda s: s.step > 5)
     pids = {victim: _pid(on, run, victim) for victim in victims}
     members = {worker: on.pid_of(f"{run}/worker/{worker}") for worker in ("w0", "w1")}
@@ -127,7 +127,7 @@ def test_a_member_lost_with_the_rendezvous_store_is_recovered_from_once_that_is_
     run = "both"
     on.submit(
         run,
-        train={"steps": 300, "global_batch_size": 16, "micro_batch_size": 4},
+        train={"max_steps": 300, "global_batch_size": 16, "micro_batch_size": 4},
         workers={"min": 1, "max": 3, "initial": 3},
         envs=UNHURRIED,
     )

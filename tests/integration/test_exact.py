@@ -74,12 +74,15 @@ def _differences(one: Run, other: Run) -> tuple[list[int], list[str]]:
     ("model", "train"),
     [
         ({}, {"precision": "fp32", "zero_stage": 1}),
-        ({"top_k": 3, "num_shared_experts": 1}, {"precision": "fp32", "zero_stage": 2}),
+        ({"num_experts_per_tok": 3, "n_shared_experts": 1}, {"precision": "fp32", "zero_stage": 2}),
         pytest.param({}, {"precision": "bf16", "zero_stage": 1}, marks=pytest.mark.slow),
-        ({"expert_intermediate_size": 36, "hidden_size": 40}, {"precision": "bf16", "zero_stage": 2}),
-        ({"hidden_size": 36, "num_heads": 2, "num_kv_heads": 1, "expert_intermediate_size": 33}, {}),  # no alignment
+        ({"moe_intermediate_size": 36, "hidden_size": 40}, {"precision": "bf16", "zero_stage": 2}),
+        (
+            {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 1, "moe_intermediate_size": 33},
+            {},
+        ),  # no alignment
         pytest.param(
-            {"expert_intermediate_size": 33, "router": "softmax", "top_k": 4},
+            {"moe_intermediate_size": 33, "router": "softmax", "num_experts_per_tok": 4},
             {"gradient_clipping": 0.1},
             marks=pytest.mark.slow,
         ),
@@ -187,7 +190,7 @@ def _ended(client: OrchestratorClient, run: str) -> tuple[RunStatus, Run]:
 def test_a_run_that_was_scaled_killed_paused_and_resumed_ends_with_the_bits_of_one_that_was_not(
     texts: Path, tmp_path: Path
 ) -> None:
-    plain = small_job(texts, steps=300, determinism="exact")
+    plain = small_job(texts, max_steps=300, determinism="exact")
     with own_cluster(tmp_path / "home", cpus=4) as client:
 
         def submit(name: str, initial: int) -> str:

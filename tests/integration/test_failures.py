@@ -18,7 +18,7 @@ SOON_S = 10.0  # a death is told this soon; a gloo operation without a closed co
 
 @pytest.fixture
 def worker_group(texts: Path, store_dir: Path, tmp_path: Path) -> Iterator[Crew]:
-    with Crew(small_job(texts, steps=100_000), store_dir, tmp_path, size=4) as worker_group:
+    with Crew(small_job(texts, max_steps=100_000), store_dir, tmp_path, size=4) as worker_group:
         yield worker_group
 
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_is_due_at_a_fence_is_written_by_the_old_world(
 
 
 def test_a_model_without_experts_trains_and_moves(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    with Crew(small_job(texts, {"num_dense_layers": 2}), store_dir, tmp_path, size=3) as worker_group:
+    with Crew(small_job(texts, {"first_k_dense_replace": 2}), store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         for members in (worker_group.ids, worker_group.ids[:1]):
             worker_group.await_step(worker_group.newest_step + 2)

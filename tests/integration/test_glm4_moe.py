@@ -25,36 +25,38 @@ from orchestrator.spec.model import ModelSpec
 VOCAB, LENGTH = 97, 24
 PLAIN = {
     "hidden_size": 48,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 80,
-    "num_experts": 8,
-    "top_k": 3,
-    "expert_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
 }
 VARIANTS = {
     "plain": {},
-    "half of each head rotated": {"rope_fraction": 0.5},
-    "norm on queries and keys": {"qk_norm": True, "head_size": 16},
+    "half of each head rotated": {"partial_rotary_factor": 0.5},
+    "norm on queries and keys": {"qk_norm": True, "head_dim": 16},
     "biases in attention": {"attention_bias": True},
-    "groups of experts": {"num_expert_groups": 4, "top_k_groups": 2, "routed_scaling_factor": 2.5},
-    "two shared experts": {"num_shared_experts": 2, "num_dense_layers": 2},
+    "groups of experts": {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "two shared experts": {"n_shared_experts": 2, "first_k_dense_replace": 2},
     "all of it": {
-        "rope_fraction": 0.5,
+        "partial_rotary_factor": 0.5,
         "qk_norm": True,
         "attention_bias": True,
-        "num_expert_groups": 2,
-        "top_k_groups": 1,
+        "n_group": 2,
+        "topk_group": 1,
         "routed_scaling_factor": 1.8,
         "rope_theta": 1e6,
-        "norm_eps": 1e-5,
+        "rms_norm_eps": 1e-5,
     },
 }
 
 
 def _both(spec: ModelSpec) -> tuple[MoELanguageModel, Glm4MoeForCausalLM]:
-    ours = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None))
+    ours = MoELanguageModel(
+        spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for param in ours.parameters():
@@ -140,7 +142,7 @@ def test_transformers_loads_what_is_exported(
     vocab_size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
     spec = ModelSpec(**(PLAIN | VARIANTS["all of it"]))  # type: ignore[arg-type]
     ours = MoELanguageModel(
-        spec, vocab_size, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None)
+        spec, vocab_size, ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
     )
     ours.init_weights(3)
     for layer in ours.moe_layers:
@@ -168,7 +170,7 @@ def test_another_tokenizers_border_and_a_padded_vocabulary_are_exported(store_di
     used = TextTokenizer.load(tmp_path / "foreign" / "tokenizer.json")
     spec = ModelSpec(**(PLAIN | {"vocab_size": used.vocab_size + 9}))  # type: ignore[arg-type]
     ours = MoELanguageModel(
-        spec, used.vocab_size + 9, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None)
+        spec, used.vocab_size + 9, ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
     )
     ours.init_weights(3)
     checkpoint = _checkpoint_of(ours, tmp_path / "checkpoints")
@@ -182,7 +184,9 @@ def test_another_tokenizers_border_and_a_padded_vocabulary_are_exported(store_di
 
 def test_a_checkpoint_of_another_model_is_not_exported(store_dir: Path, tmp_path: Path) -> None:
     spec = ModelSpec(**PLAIN)  # type: ignore[arg-type]
-    ours = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None))
+    ours = MoELanguageModel(
+        spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
+    )
     ours.init_weights(3)
     checkpoint = _checkpoint_of(ours, tmp_path / "checkpoints")
     with pytest.raises(CheckpointCorrupt, match="master/head has shape"):

@@ -45,7 +45,7 @@ def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFacto
     """What a run of a random model with a padded vocabulary leaves: job, tokenizer, journal, checkpoint."""
     run_dir = tmp_path_factory.mktemp("runs") / "tried"
     store = TokenStore.open(store_dir)
-    sizes = {"vocab_size": store.vocab_size + PADDING, "init_std": 0.2, "qk_norm": True}
+    sizes = {"vocab_size": store.vocab_size + PADDING, "initializer_range": 0.2, "qk_norm": True}
     job = small_job(texts, model=sizes, sequence_length=32)
     model = _random(job)
     _checkpoint_of(model, run_dir / "checkpoints")
@@ -60,7 +60,7 @@ def run_dir(texts: Path, store_dir: Path, tmp_path_factory: pytest.TempPathFacto
 def _random(job: JobSpec, document_logit: float = -9.0) -> MoELanguageModel:
     """Its first channel is constant: by it padding would win each choice if it could, and documents go on."""
     assert job.model.vocab_size is not None
-    home = ExpertParallelContext(ExpertPlacement.balanced(job.model.num_experts, 1), 0, None)
+    home = ExpertParallelContext(ExpertPlacement.balanced(job.model.n_routed_experts, 1), 0, None)
     model = MoELanguageModel(job.model, job.model.vocab_size, home)
     model.init_weights(5)
     for name, param in model.named_parameters():
@@ -206,7 +206,7 @@ def test_another_models_checkpoint_and_another_tokenizers_store_are_refused(
     other.mkdir()
     for name in ("journal", "terms"):
         (other / name).symlink_to(run_dir / name)
-    narrow = job.model.model_copy(update={"expert_intermediate_size": 8})
+    narrow = job.model.model_copy(update={"moe_intermediate_size": 8})
     (other / "job.json").write_text(job.model_copy(update={"model": narrow}).model_dump_json(by_alias=True))
     (other / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
     with pytest.raises(CheckpointCorrupt, match="of another model or tokenizer.*it has"):

@@ -60,7 +60,7 @@ def test_a_run_through_rescales_equals_one_that_never_rescaled(worker_group: Cre
 def test_a_rebuild_keeps_nothing_and_snapshots_take_no_more_than_two_generations(
     texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
-    job = small_job(texts, {"hidden_size": 128}, steps=1000)
+    job = small_job(texts, {"hidden_size": 128}, max_steps=1000)
     with Crew(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[:2]))
         found: list[Memory] = []
@@ -102,8 +102,8 @@ def test_every_precision_and_stage_moves_bit_by_bit(
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_a_users_own_model_moves_bit_by_bit(texts: Path, store_dir: Path, tmp_path: Path, name: str) -> None:
-    sizes = {"hidden_size": 32, "num_layers": 2, "intermediate_size": 64, "num_experts": 6}
-    job = small_job(texts, example(name, **sizes, expert_intermediate_size=32), determinism="exact")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "n_routed_experts": 6}
+    job = small_job(texts, example(name, **sizes, moe_intermediate_size=32), determinism="exact")
     runs = []
     for worlds in ((1, 2, 1), (2,)):  # the second one begins in another world, and stays
         with Crew(job, store_dir, tmp_path / str(len(runs)), size=2) as worker_group:

@@ -39,7 +39,7 @@ def _job(selector: dict[str, str], **changes: Any) -> dict[str, Any]:
     return {
         "workers": {"min": 1, "max": 4, "initial": 1, "label_selector": selector},
         "resources": {"cpus": 1},
-        "train": {"steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
+        "train": {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
         **changes,
     }
 

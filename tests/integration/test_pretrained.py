@@ -27,16 +27,16 @@ from tests.support.small import train_spec
 VOCAB, LENGTH = 97, 24
 SPEC = ModelSpec(
     hidden_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     intermediate_size=80,
-    num_experts=5,
-    top_k=3,
-    expert_intermediate_size=24,
+    n_routed_experts=5,
+    num_experts_per_tok=3,
+    moe_intermediate_size=24,
     attention_bias=True,
     qk_norm=True,
-    rope_fraction=0.5,
+    partial_rotary_factor=0.5,
 )
 
 
@@ -62,7 +62,7 @@ def _stacked(directory: Path) -> None:
         tensors |= load_file(file)
         file.unlink()
     index.unlink()
-    for layer in range(SPEC.num_dense_layers, SPEC.num_layers):
+    for layer in range(SPEC.first_k_dense_replace, SPEC.num_hidden_layers):
         one = f"model.layers.{layer}.mlp.experts."
         matrices = [[tensors.pop(f"{one}{e}.{kind}_proj.weight") for kind in ("gate", "up", "down")] for e in range(5)]
         tensors[f"{one}gate_up_proj"] = torch.stack([torch.cat((gate, up)) for gate, up, _ in matrices])
@@ -78,7 +78,7 @@ def _begin(
     rank: int, world_size: int, store: Store, prefix: str, spec: ModelSpec, precision: str, inputs_BT: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, tuple[int, torch.Tensor]]]:
     """On a rank: logits after reading, and the ranges that it holds."""
-    placement = ExpertPlacement.balanced(spec.num_experts, world_size)
+    placement = ExpertPlacement.balanced(spec.n_routed_experts, world_size)
     groups = connect(store, prefix, rank, placement, "gloo", timeout_s=60)
     model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(placement, rank, groups.exchange))
     engine = DeepSpeedEngineAdapter(model, train_spec(precision), groups, torch.device("cpu"))
@@ -136,11 +136,11 @@ def test_masters_keep_what_weights_in_bf16_round(ranks: Ranks, tmp_path: Path) -
             wanted = {"param": whole.bfloat16(), "master": whole}.get(kind, torch.zeros_like(whole))
             assert torch.equal(data, wanted), name
             covered += len(data) if kind == "master" else 0
-    assert covered == VOCAB * SPEC.hidden_size + SPEC.num_experts * 2 * 24 * SPEC.hidden_size
+    assert covered == VOCAB * SPEC.hidden_size + SPEC.n_routed_experts * 2 * 24 * SPEC.hidden_size
 
 
 def test_shapes_are_those_of_the_model() -> None:
-    for changes in ({}, {"num_shared_experts": 2, "attention_bias": False, "qk_norm": False, "num_dense_layers": 0}):
+    for changes in ({}, {"n_shared_experts": 2, "attention_bias": False, "qk_norm": False, "first_k_dense_replace": 0}):
         spec = SPEC.model_copy(update=changes)
         _, _, ours = catalogue(spec, VOCAB)
         assert dict(shapes(spec, VOCAB)) == ours

@@ -34,7 +34,7 @@ def _job(workers: str, priority: int = 0, cpus: int = 1, **changes: Any) -> dict
         "workers": {"min": int(least), "max": int(most), "initial": int(most)},
         "priority": priority,
         "resources": {"cpus": cpus},
-        "train": {"steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
+        "train": {"max_steps": 100_000, "global_batch_size": 16, "micro_batch_size": 4},
         **changes,
     }
 

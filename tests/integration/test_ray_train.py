@@ -60,7 +60,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorCli
 
 
 def job_of(texts: Path, **changes: Any) -> dict[str, Any]:
-    plain = small_job(texts, steps=STEPS).model_dump(mode="json", by_alias=True, exclude_unset=True)
+    plain = small_job(texts, max_steps=STEPS).model_dump(mode="json", by_alias=True, exclude_unset=True)
     return {"schema": "v1", **plain, "checkpoint": {"every": 20}, **changes}
 
 
@@ -136,7 +136,7 @@ def test_a_failure_is_ray_trains_and_the_next_fit_goes_on(
     broken = counting.format("if self.calls > 60:\n            raise ValueError('a mistake')\n        ")
     model = own_spec(tmp_path, linear(forward=broken))
     job = job_of(texts, model=model.model_dump(exclude_unset=True), checkpoint={"every": 5})
-    job["train"] |= {"steps": 60}
+    job["train"] |= {"max_steps": 60}
     recorder = Recorder()
 
     def trainer() -> ElasticTrainer:
@@ -166,7 +166,7 @@ def test_a_callback_that_raises_ends_the_run(client: OrchestratorClient, texts: 
                 raise LookupError("not the third")
 
     job = job_of(texts, name="picky", storage=str(tmp_path / "runs"))
-    job["train"] |= {"steps": 100_000}
+    job["train"] |= {"max_steps": 100_000}
     with pytest.raises(ray.train.ControllerError) as failed:
         ElasticTrainer(job, run_config=RunConfig(callbacks=[Picky()])).fit()
     assert isinstance(failed.value.controller_failure, LookupError)
@@ -177,7 +177,7 @@ def test_the_example_of_the_page_runs_without_a_cluster(texts: Path, tmp_path: P
     page = (ROOT / "docs" / "ray-train.md").read_text(encoding="utf-8")
     (example,) = [block for block in page.split("```python\n")[1:] if ".fit()" in block]
     (tmp_path / "jobs").mkdir()
-    job = job_of(texts) | {"train": small_job(texts, steps=30).train.model_dump(mode="json", exclude_unset=True)}
+    job = job_of(texts) | {"train": small_job(texts, max_steps=30).train.model_dump(mode="json", exclude_unset=True)}
     (tmp_path / "jobs" / "quickstart.yaml").write_text(yaml.safe_dump(job))
     done = _script(tmp_path, example.partition("```")[0], texts)
     said, errors = done.communicate(timeout=PATIENCE_S)
@@ -188,7 +188,7 @@ def test_the_example_of_the_page_runs_without_a_cluster(texts: Path, tmp_path: P
 
 def test_ctrl_c_cancels_the_run(texts: Path, tmp_path: Path) -> None:
     job = job_of(texts, name="stopped", storage="runs")
-    job["train"] |= {"steps": 100_000}
+    job["train"] |= {"max_steps": 100_000}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     done = _script(tmp_path, "from orchestrator import ElasticTrainer\nElasticTrainer('job.yaml').fit()\n", texts)
     run_dir = tmp_path / "runs" / "stopped"

@@ -47,7 +47,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OrchestratorCli
 def test_a_run_is_scaled_loses_a_member_is_paused_and_resumed(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
-    plain = small_job(texts, steps=100_000)
+    plain = small_job(texts, max_steps=100_000)
     workers = WorkersSpec(min=1, max=3, initial=3)
     checkpoint = CheckpointSpec(every=8, keep_last=2)
     changes = {"name": "mortal", "workers": workers, "storage": str(tmp_path / "runs"), "checkpoint": checkpoint}
@@ -107,7 +107,7 @@ def test_a_member_that_is_told_to_end_leaves_at_a_fence(
     """As whoever takes a machine back tells its processes. Another worker takes over, and no step is done twice."""
     workers = WorkersSpec(min=2, max=3, initial=2)
     changes = {"name": "polite", "workers": workers, "storage": str(tmp_path / "runs")}
-    run = client.submit(small_job(texts, steps=100_000).model_copy(update=changes))
+    run = client.submit(small_job(texts, max_steps=100_000).model_copy(update=changes))
     until(client, run, lambda s: s.step > 9)
     pid = ask(find(f"{run}/worker/w1"), "call", "report", None, -1, 0.0).pid
     os.kill(pid, signal.SIGTERM)
@@ -141,7 +141,7 @@ def test_stages_by_a_loss_and_by_hand_outlive_the_controller_and_the_cluster(
         "curriculum": CurriculumSpec.model_validate({"signal": "rarity", "stages": stages}),
         "checkpoint": CheckpointSpec(every=8, keep_last=2),
     }
-    run = client.submit(small_job(texts, steps=100_000).model_copy(update=changes))
+    run = client.submit(small_job(texts, max_steps=100_000).model_copy(update=changes))
     until(client, run, lambda s: s.stage == "opening")
     with pytest.raises(UsageError, match="its stages are easy, opening, all"):
         client.stage(run, "hard")
@@ -204,7 +204,7 @@ def test_a_users_own_model_trains_and_goes_on_in_another_world(
 def test_a_run_lives_through_a_lack_of_memory_and_a_poisoned_batch(
     client: OrchestratorClient, texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
-    plain = small_job(texts, steps=60)
+    plain = small_job(texts, max_steps=60)
     data = plain.data.model_copy(update={"holdout": HOLDOUT})  # so that it is the store of the tests
     workers = WorkersSpec(min=2, max=2, initial=2)
     changes = {"name": "poisoned", "workers": workers, "storage": str(tmp_path / "runs"), "data": data}
@@ -228,8 +228,8 @@ def test_slots_by_document_grow_until_every_worker_has_one(
     client: OrchestratorClient, texts: Path, tmp_path: Path
 ) -> None:
     """The memory of this machine is more than they need."""
-    plain = small_job(texts, steps=100_000, micro_batch_size="auto", global_batch_size=32, sequence_length=64)
-    data = plain.data.model_copy(update={"holdout": HOLDOUT, "rows": "documents"})
+    plain = small_job(texts, max_steps=100_000, micro_batch_size="auto", global_batch_size=32, sequence_length=64)
+    data = plain.data.model_copy(update={"holdout": HOLDOUT, "row_format": "documents"})
     workers = WorkersSpec(min=2, max=2, initial=2)
     changes = {"name": "fitted", "workers": workers, "storage": str(tmp_path / "runs"), "data": data}
     run = client.submit(plain.model_copy(update=changes))
@@ -283,7 +283,7 @@ def _quick_example(name: str, texts: Path, tmp_path: Path) -> Path:
     """jobs/own-NAME.yaml with a smaller model on little text, as a file elsewhere."""
     job = yaml.safe_load((ROOT / "jobs" / f"own-{name}.yaml").read_text())
     job["model"] |= {"code_dir": str(ROOT), "hidden_size": 32, "intermediate_size": 64}
-    job["train"] |= {"sequence_length": 32, "steps": 100_000}
+    job["train"] |= {"sequence_length": 32, "max_steps": 100_000}
     job |= {"workers": {"max": 2, "initial": 1}, "storage": str(tmp_path / "runs"), "eval": {}}
     job["data"] = {"source": str(texts), "vocab_size": VOCAB}
     path = tmp_path / f"{name}.yaml"

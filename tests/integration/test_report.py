@@ -34,7 +34,7 @@ def test_worker_hours_of_a_real_run_reconcile_across_a_rescale_a_kill_and_a_paus
         "storage": str(tmp_path / "runs"),
         "checkpoint": CheckpointSpec(every=50, keep_last=2),
     }
-    job: JobSpec = small_job(texts, steps=100_000).model_copy(update=changes)
+    job: JobSpec = small_job(texts, max_steps=100_000).model_copy(update=changes)
     run = client.submit(job)
     until(client, run, lambda s: s.step > 0)
     time.sleep(STRETCH_S)

@@ -67,7 +67,7 @@ def test_slots_of_another_size_train_the_same(
     """Up to rounding: the same rows, the same weights of their losses."""
     losses = []
     for size in (UNSAID, micro_batch):
-        job = small_job(texts, steps=8)
+        job = small_job(texts, max_steps=8)
         with Crew(job, store_dir, tmp_path / str(size.tokens + size.rows), size=2) as worker_group:
             worker_group.start(worker_group.plan(worker_group.ids, micro_batch=size))
             worker_group.await_finished()
@@ -88,7 +88,7 @@ def test_a_slow_rank_is_told_by_who_waits_for_whom(
         layers="self.moe = MoELayer(spec, experts)" if has_experts else "",
         forward="\n        ".join([*forward.splitlines(), f"return self.head({through})"]),
     )
-    job = small_job(texts, steps=1000, global_batch_size=6).model_copy(update={"model": own_spec(tmp_path, source)})
+    job = small_job(texts, max_steps=1000, global_batch_size=6).model_copy(update={"model": own_spec(tmp_path, source)})
     with Crew(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(10)

@@ -57,7 +57,7 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
 ) -> None:
     train = {"precision": precision, "zero_stage": zero_stage}
     restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, **train)
-    with Crew(small_job(texts, steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2) as worker_group:
+    with Crew(small_job(texts, max_steps=SAVED + 1, **train), store_dir, tmp_path / "second", size=2) as worker_group:
         _train(worker_group, restore)  # nothing is left to do: it writes what it has read
         assert worker_group.records == {}
         again = _commit(worker_group, SAVED)
@@ -91,7 +91,7 @@ def _parts(reader: CheckpointReader, name: str, size: int) -> Any:
 
 
 def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    at, train = 57, {"steps": 158, "determinism": "exact"}  # 100 steps after the break
+    at, train = 57, {"max_steps": 158, "determinism": "exact"}  # 100 steps after the break
     restore, unbroken = _saved(texts, store_dir, tmp_path / "first", 3, at, **train)
     with Crew(small_job(texts, **train), store_dir, tmp_path / "second", size=2) as worker_group:
         _train(worker_group, restore)
@@ -107,7 +107,7 @@ def test_training_goes_on_as_if_nothing_had_happened(texts: Path, store_dir: Pat
     ("changes", "rule"),
     [
         pytest.param({"seed": 7}, "sample order", id="another order of samples"),
-        pytest.param({"model": {"num_layers": 3}}, "of another model", id="another model"),
+        pytest.param({"model": {"num_hidden_layers": 3}}, "of another model", id="another model"),
     ],
 )
 def test_what_does_not_belong_to_the_job_is_refused(

@@ -11,7 +11,7 @@ from tests.support.worker_group import Crew
 
 THREADS = 2
 # Large enough for torch to cut a copy of its tensors, and the exchange of a few tokens, into parts for two threads.
-LARGE = {"hidden_size": 256, "num_heads": 4, "intermediate_size": 512, "expert_intermediate_size": 256}
+LARGE = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512, "moe_intermediate_size": 256}
 
 
 @pytest.mark.skipif(not pools.CAN_TELL, reason="this system doesn't tell where a thread waits")
@@ -20,7 +20,7 @@ def test_one_thread_of_a_worker_computes_in_parallel(
     texts: Path, store_dir: Path, tmp_path: Path, precision: str
 ) -> None:
     """Protection, checkpoints, a rescale, a loss and the recovery from it leave one pool of threads in each worker."""
-    job = small_job(texts, LARGE, precision=precision, steps=10, global_batch_size=6)
+    job = small_job(texts, LARGE, precision=precision, max_steps=10, global_batch_size=6)
     job = job.model_copy(
         update={"protection": "every_step", "checkpoint": job.checkpoint.model_copy(update={"every": 4})}
     )

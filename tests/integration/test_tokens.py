@@ -16,7 +16,9 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
     limit: str, texts: Path, store_dir: Path, tmp_path: Path
 ) -> None:
     communication = CommunicationSpec.model_validate({"tokens": "int8", limit: 1})
-    job = small_job(texts, {"num_experts": 8}).model_copy(update={"communication": communication, "eval": EvalSpec()})
+    job = small_job(texts, {"n_routed_experts": 8}).model_copy(
+        update={"communication": communication, "eval": EvalSpec()}
+    )
     nodes = ("a", "a", "b", "b")
     with Crew(job, store_dir, tmp_path, size=4) as worker_group:
         plans = [worker_group.plan(worker_group.ids, nodes=nodes)]
@@ -30,7 +32,7 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
     assert records[-1].loss < records[0].loss - 0.5
     placements = {plan.generation: plan.placement for plan in plans}
     model = job.model
-    layers = model.num_layers - model.num_dense_layers
+    layers = model.num_hidden_layers - model.first_k_dense_replace
     for record in records:
         places = 1 if limit == "ranks_per_token" else 2  # ranks of a node
         rows = 2 * layers * record.tokens * places  # there and back
@@ -40,7 +42,7 @@ def test_a_limited_token_goes_to_one_place_in_every_world(
 
 
 def test_tokens_leave_their_node_only_for_what_it_lacks(texts: Path, store_dir: Path, tmp_path: Path) -> None:
-    job = small_job(texts, {"num_experts": 2}).model_copy(update={"eval": EvalSpec()})
+    job = small_job(texts, {"n_routed_experts": 2}).model_copy(update={"eval": EvalSpec()})
     nodes = ("a", "a", "b", "b")
     with Crew(job, store_dir, tmp_path, size=4) as worker_group:
         plans = [worker_group.plan(worker_group.ids, nodes=nodes)]

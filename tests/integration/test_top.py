@@ -38,7 +38,7 @@ ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[()][A-Z0-9]|\x1b[=>78]")
 def test_a_run_is_opened_scaled_and_cancelled_by_keys(texts: Path, tmp_path: Path) -> None:
     workers = WorkersSpec(min=1, max=3, initial=2)
     changes = {"name": "watched", "workers": workers, "storage": str(tmp_path / "runs")}
-    job: JobSpec = small_job(texts, steps=100_000).model_copy(update=changes)
+    job: JobSpec = small_job(texts, max_steps=100_000).model_copy(update=changes)
 
     async def live(client: OrchestratorClient) -> None:
         app = TopApp(Feed(client))

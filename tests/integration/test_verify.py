@@ -188,7 +188,7 @@ def test_bits_that_flip_in_a_run_are_found_told_and_where_they_can_be_mended(tex
     changes = {
         "model": own_spec(tmp_path, source),
         "storage": str(tmp_path / "runs"),
-        "train": job.train.model_copy(update={"steps": 2000}),
+        "train": job.train.model_copy(update={"max_steps": 2000}),
         "verify": VerifySpec(every=10, steps=10),
         "checkpoint": CheckpointSpec(every=20, keep_last=3),
     }
@@ -228,7 +228,7 @@ def test_nothing_differs_in_runs_with_all_that_steps_may_have(
 ) -> None:
     """bf16, ZeRO 2, more ranks than experts, a batch left out, validations; across a checkpoint of another world."""
     train = {"precision": "bf16", "zero_stage": 2, "determinism": "exact"}
-    plain = small_job(texts, {"num_experts": 2, "top_k": 2}, **train)
+    plain = small_job(texts, {"n_routed_experts": 2, "num_experts_per_tok": 2}, **train)
     job = plain.model_copy(update={"checkpoint": CheckpointSpec(every=EVERY), "eval": EvalSpec(every=2)})
     with Crew(job, store_dir, tmp_path, size=4) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids[: worlds[0]], skips=(7,)))

@@ -94,8 +94,8 @@ class Cluster:
             "name": name,
             "workers": {"min": 1, "max": 4, "initial": 2, "standby": 0},
             "resources": {"cpus": 0.5},
-            "model": {"num_experts": 8, "top_k": 2},
-            "train": {"steps": 60, "global_batch_size": 16, "micro_batch_size": 4},
+            "model": {"n_routed_experts": 8, "num_experts_per_tok": 2},
+            "train": {"max_steps": 60, "global_batch_size": 16, "micro_batch_size": 4},
             "envs": {"SIM_STEP_S": "0.02"},
         }
         job = JobSpec.model_validate_json(json.dumps(spec | changes))

@@ -49,7 +49,7 @@ class Far:
     def job(self, texts: Path, storage: Path, name: str, source: str | None = None, **changes: Any) -> str:
         """A job with a model of the user's own, which lies beside it. Returns the name of its file."""
         spec = own_spec(self.directory, source or linear())
-        plain = small_job(texts, steps=changes.pop("steps", 100_000))
+        plain = small_job(texts, max_steps=changes.pop("max_steps", 100_000))
         plain = plain.model_copy(update={"name": name, "model": spec, "storage": str(storage)})
         job = plain.model_dump(mode="json", by_alias=True) | {"workers": "1..3", **changes}
         job["model"]["code_dir"] = os.path.relpath(job["model"]["code_dir"], self.directory)

@@ -50,7 +50,7 @@ def own_spec(directory: Path, source: str, function: str = "build", **keys: Any)
     """A module of that source, under a name that was never imported, as a model's entrypoint."""
     module = f"own_{next(_numbers)}"
     (directory / f"{module}.py").write_text(source)
-    sizes = {"hidden_size": 16, "num_experts": 4, "expert_intermediate_size": 8, "num_layers": 2}
+    sizes = {"hidden_size": 16, "n_routed_experts": 4, "moe_intermediate_size": 8, "num_hidden_layers": 2}
     return ModelSpec(entrypoint=f"{module}:{function}", code_dir=str(directory), **(sizes | keys))
 
 

@@ -15,14 +15,14 @@ VOCAB = 300
 SPEC = ModelSpec(
     vocab_size=VOCAB,
     hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
     intermediate_size=24,
-    num_experts=4,
-    top_k=2,
-    expert_intermediate_size=8,
-    rope_fraction=0.5,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    partial_rotary_factor=0.5,
 )
 
 

@@ -184,7 +184,7 @@ class SimulatedWorker:
 
     def _train_to_fence(self, plan: GenerationPlan) -> GenerationPlan | None:
         every = self._spec.checkpoint.every
-        while self._step + 1 < self._spec.train.steps:
+        while self._step + 1 < self._spec.train.max_steps:
             started = time.time()
             if not self._hurry.exists():
                 time.sleep(float(os.environ.get("SIM_STEP_S", "0.02")))  # in place of computing
@@ -198,7 +198,7 @@ class SimulatedWorker:
             votes = self._meet(plan, f"step-{self._step + 1}", ballot, plan.world.members)
             self._finish_step(plan, started)
             self._keep(plan, votes)
-            if every and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.steps:
+            if every and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.max_steps:
                 self._save(plan)
             if all(vote["finish"] for vote in votes.values()):
                 return None

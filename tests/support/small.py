@@ -27,13 +27,13 @@ VOCAB, LENGTH, NUM_SLOTS, ROWS = 128, 32, 6, 2
 def model_spec(num_experts: int = 4) -> ModelSpec:
     return ModelSpec(
         hidden_size=32,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         intermediate_size=64,
-        num_experts=num_experts,
-        top_k=2,
-        expert_intermediate_size=32,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
     )
 
 
@@ -44,7 +44,7 @@ def train_spec(
     determinism: str = "fast",
 ) -> TrainSpec:
     return TrainSpec(
-        steps=100,
+        max_steps=100,
         global_batch_size=NUM_SLOTS * ROWS,
         micro_batch_size=ROWS,
         sequence_length=LENGTH,

@@ -181,7 +181,7 @@ class Crew:
             threads=threads,
             orphan_s=orphan_s,
         )
-        self.num_experts, self.is_exact = job.model.num_experts, job.train.is_exact
+        self.num_experts, self.is_exact = job.model.n_routed_experts, job.train.is_exact
         self.members: dict[str, Member] = {}
         self.directive = Directive(term=1, seq=0)
         self.newest_generation = -1  # of all that were planned

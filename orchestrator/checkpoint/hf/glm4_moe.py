@@ -46,21 +46,21 @@ _SIZES = {  # their key: ours, where only the name differs
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_size",
-    "rms_norm_eps": "norm_eps",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "rms_norm_eps",
     "attention_bias": "attention_bias",
     "use_qk_norm": "qk_norm",
-    "moe_intermediate_size": "expert_intermediate_size",
-    "num_experts_per_tok": "top_k",
-    "n_routed_experts": "num_experts",
-    "n_shared_experts": "num_shared_experts",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
     "routed_scaling_factor": "routed_scaling_factor",
-    "n_group": "num_expert_groups",
-    "topk_group": "top_k_groups",
-    "first_k_dense_replace": "num_dense_layers",
+    "n_group": "n_group",
+    "topk_group": "topk_group",
+    "first_k_dense_replace": "first_k_dense_replace",
 }
 _DEFAULTS: dict[str, Any] = {  # defaults of transformers for keys that config.json lacks
     "head_dim": None,
@@ -112,7 +112,11 @@ def renamed(name: str, tensor: npt.NDArray[Any], embedding_scale: float) -> Iter
 
 def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every parameter and buffer of our model."""
-    wide, queries, keys = spec.hidden_size, spec.num_heads * spec.head_size, spec.num_kv_heads * spec.head_size
+    wide, queries, keys = (
+        spec.hidden_size,
+        spec.num_attention_heads * spec.head_dim,
+        spec.num_key_value_heads * spec.head_dim,
+    )
     yield from (("embedding.weight", (vocab_size, wide)), ("norm.weight", (wide,)), ("head", (vocab_size, wide)))
     within = {
         "attention_norm.weight": (wide,),
@@ -125,13 +129,16 @@ def shapes(spec: ModelSpec, vocab_size: int) -> Iterator[tuple[str, tuple[int, .
     if spec.attention_bias:
         within |= {f"attention.{kind}_bias": (n,) for kind, n in (("query", queries), ("key", keys), ("value", keys))}
     if spec.qk_norm:
-        within |= {f"attention.{kind}_norm.weight": (spec.head_size,) for kind in ("query", "key")}
-    routed = {"mlp.router.weight": (spec.num_experts, wide), "mlp.router.correction_bias_E": (spec.num_experts,)}
-    widths = {f"experts.{expert}.": spec.expert_intermediate_size for expert in range(spec.num_experts)}
-    if spec.num_shared_experts:
-        widths["shared."] = spec.num_shared_experts * spec.expert_intermediate_size
-    for layer in range(spec.num_layers):
-        dense = layer < spec.num_dense_layers
+        within |= {f"attention.{kind}_norm.weight": (spec.head_dim,) for kind in ("query", "key")}
+    routed = {
+        "mlp.router.weight": (spec.n_routed_experts, wide),
+        "mlp.router.correction_bias_E": (spec.n_routed_experts,),
+    }
+    widths = {f"experts.{expert}.": spec.moe_intermediate_size for expert in range(spec.n_routed_experts)}
+    if spec.n_shared_experts:
+        widths["shared."] = spec.n_shared_experts * spec.moe_intermediate_size
+    for layer in range(spec.num_hidden_layers):
+        dense = layer < spec.first_k_dense_replace
         for inner, shape in within.items() if dense else (within | routed).items():
             yield f"layers.{layer}.{inner}", shape
         for mlp, width in ({"": spec.intermediate_size} if dense else widths).items():
@@ -157,9 +164,9 @@ def configuration(spec: ModelSpec, vocab_size: int, sequence_length: int, dtype:
         **{theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()},
         "vocab_size": vocab_size,
         "max_position_embeddings": sequence_length,
-        "initializer_range": spec.init_std,
+        "initializer_range": spec.initializer_range,
         "tie_word_embeddings": False,
-        "rope_parameters": _ROPE | {"rope_theta": spec.rope_theta, "partial_rotary_factor": spec.rope_fraction},
+        "rope_parameters": _ROPE | {"rope_theta": spec.rope_theta, "partial_rotary_factor": spec.partial_rotary_factor},
         **_FIXED,
         "num_nextn_predict_layers": 0,
         "use_cache": True,
@@ -205,7 +212,7 @@ def settings(config: Mapping[str, Any]) -> list[ConfigSetting]:
         *(ConfigSetting(theirs, ours, known[theirs]) for theirs, ours in _SIZES.items()),
         ConfigSetting("architectures", "router", "sigmoid"),
         ConfigSetting("rope_theta", "rope_theta", float(rope["rope_theta"])),
-        ConfigSetting("partial_rotary_factor", "rope_fraction", float(rope["partial_rotary_factor"])),
+        ConfigSetting("partial_rotary_factor", "partial_rotary_factor", float(rope["partial_rotary_factor"])),
     ]
 
 

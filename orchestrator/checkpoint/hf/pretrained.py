@@ -66,7 +66,7 @@ class Pretrained:
             if self.tied and name == "head":
                 continue
             if stacked is not None and stacked[0] in self.files:
-                wanted[stacked[0]] = (spec.num_experts, *shape)
+                wanted[stacked[0]] = (spec.n_routed_experts, *shape)
                 continue
             names = their_names(name)
             wanted |= dict.fromkeys(names, (shape[0] // len(names), *shape[1:]))
@@ -82,7 +82,7 @@ class Pretrained:
     def _ignored(self, name: str, spec: ModelSpec) -> bool:
         """Whether transformers ignores it too: multi-token prediction layers, RoPE tables, the head of a tied model."""
         beyond = _BEYOND.fullmatch(name)
-        if beyond is not None and int(beyond[1]) >= spec.num_layers:
+        if beyond is not None and int(beyond[1]) >= spec.num_hidden_layers:
             return True
         return (self.tied and name == "lm_head.weight") or _UNUSED.fullmatch(name) is not None
 

@@ -20,8 +20,8 @@ def validate(job: JobFile, output: Output = Format.TEXT) -> None:
         show_json(spec.model_dump(mode="json", by_alias=True))
     workers = spec.workers
     say(
-        f"{job} is valid: run {spec.name}, {spec.train.steps} steps, {counted(workers.initial, 'worker')} at first "
-        f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.num_experts} experts"
+        f"{job} is valid: run {spec.name}, {spec.train.max_steps} steps, {counted(workers.initial, 'worker')} at first "
+        f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.n_routed_experts} experts"
     )
 
 

@@ -68,7 +68,7 @@ def _notes(spec: JobSpec) -> Iterator[str]:
         yield f"Workers live{pool(spec.workers)} only."
     if spec.train.fits_memory:
         yield "micro_batch_size is auto: micro-batches begin with one row, as shown here, and grow to fit memory."
-    if spec.data.rows == BY_DOCUMENT:
+    if spec.data.row_format == BY_DOCUMENT:
         yield "Rows are documents: all are assumed to have the maximum length."
 
 

@@ -19,7 +19,7 @@ Set = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the job file, like train.steps=200. May be given several times.",
+        help="Override a key of the job file, like train.max_steps=200. May be given several times.",
         show_default=False,
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Wire = Literal["exact", "bf16", "int8"]
+Wire = Literal["native", "bf16", "int8"]
 SCALE_BYTES = 4
 
 
@@ -51,4 +51,4 @@ def _read(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_whole(wire: Wire, dtype: torch.dtype) -> bool:
     """Whether the encoding would be lossless, so rows are sent unchanged."""
-    return wire == "exact" or (wire == "bf16" and dtype == torch.bfloat16)
+    return wire == "native" or (wire == "bf16" and dtype == torch.bfloat16)

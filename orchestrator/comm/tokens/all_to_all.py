@@ -44,7 +44,7 @@ class AsyncAllToAll:
         received_W: Sequence[int],
         group: dist.ProcessGroup | None,
         kind: TrafficKind,
-        wire: Wire = "exact",
+        wire: Wire = "native",
         whole: int = 0,
         is_far_W: Sequence[bool] = (),
     ) -> None:

@@ -41,7 +41,7 @@ class RoutingCounts:
     @classmethod
     def zeros(cls, num_layers: int, spec: ModelSpec, device: torch.device | None = None) -> "RoutingCounts":
         """Zero counts."""
-        counts_LE = torch.zeros(num_layers, spec.num_experts, dtype=torch.int64, device=device)
+        counts_LE = torch.zeros(num_layers, spec.n_routed_experts, dtype=torch.int64, device=device)
         num_bins = NUM_MARGIN_BINS if spec.counts_margins else 0
         return cls(counts_LE, counts_LE.new_zeros(*counts_LE.shape, num_bins))
 
@@ -66,7 +66,7 @@ def next_bias(bias_LE: Tensor, routed: RoutingCounts, spec: ModelSpec, decay: fl
         return sign_bias(bias_LE, routed.counts_LE, speed)
     if not spec.counts_margins:
         return bias_LE
-    by_quantile_LE = quantile_bias(bias_LE, routed.margins_LEM, spec.top_k, speed * max(decay, 0.1))
+    by_quantile_LE = quantile_bias(bias_LE, routed.margins_LEM, spec.num_experts_per_tok, speed * max(decay, 0.1))
     by_sign_LE = sign_bias(bias_LE, routed.counts_LE, BIAS_UPDATE_SPEED["sign"])
     return torch.where(routed.margins_LEM.any(-1).any(-1)[:, None], by_quantile_LE, by_sign_LE)
 

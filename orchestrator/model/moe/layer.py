@@ -45,7 +45,7 @@ class ExpertParallelContext:
     placement: ExpertPlacement
     rank: int
     group: dist.ProcessGroup | None
-    wire: Wire = "exact"
+    wire: Wire = "native"
     ranks_per_token: int | None = None
     nodes: tuple[str, ...] = ()
     nodes_per_token: int | None = None
@@ -86,12 +86,12 @@ class MoELayer(nn.Module):
 
     def __init__(self, spec: ModelSpec, home: ExpertParallelContext) -> None:
         super().__init__()
-        num_experts, size, inner = spec.num_experts, spec.hidden_size, spec.expert_intermediate_size
+        num_experts, size, inner = spec.n_routed_experts, spec.hidden_size, spec.moe_intermediate_size
         self.num_experts = num_experts
-        self.top_k = spec.top_k
-        self.router = Router(spec, home.limits(spec.top_k))
+        self.top_k = spec.num_experts_per_tok
+        self.router = Router(spec, home.limits(spec.num_experts_per_tok))
         self.experts = nn.ModuleDict({str(expert): GatedMLP(size, inner) for expert in home.local_experts})
-        self.shared = GatedMLP(size, spec.num_shared_experts * inner) if spec.num_shared_experts else None
+        self.shared = GatedMLP(size, spec.n_shared_experts * inner) if spec.n_shared_experts else None
         self.home = home
         self._dispatch = Dispatch(home.placement, home.rank, home.destinations)
         self.real_N: Tensor | None = None  # if given, indices of the tokens that aren't padding; only these are routed

@@ -87,13 +87,13 @@ class Router(nn.Module):
     def __init__(self, spec: ModelSpec, limits: Sequence[Limit] = ()) -> None:
         super().__init__()
         self.spec = spec
-        self.top_k = spec.top_k
+        self.top_k = spec.num_experts_per_tok
         self._limits = list(limits)
-        if spec.num_expert_groups > 1:
-            size = spec.num_experts // spec.num_expert_groups
-            self._limits.append(Limit([e // size for e in range(spec.num_experts)], spec.top_k_groups, best=2))
-        self.weight = nn.Parameter(torch.empty(spec.num_experts, spec.hidden_size))
-        self.register_buffer("correction_bias_E", torch.zeros(spec.num_experts, dtype=torch.float32))
+        if spec.n_group > 1:
+            size = spec.n_routed_experts // spec.n_group
+            self._limits.append(Limit([e // size for e in range(spec.n_routed_experts)], spec.topk_group, best=2))
+        self.weight = nn.Parameter(torch.empty(spec.n_routed_experts, spec.hidden_size))
+        self.register_buffer("correction_bias_E", torch.zeros(spec.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_ND: Tensor) -> Routing:
         logits_NE = F.linear(x_ND.float(), self.weight.float())
@@ -114,7 +114,7 @@ class Router(nn.Module):
             expert_ids_NK, margins_EM = choice_NE.topk(self.top_k, dim=-1).indices, None
         gates_NK = scores_NE.gather(1, expert_ids_NK)
         gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20) * self.spec.routed_scaling_factor
-        weight = self.spec.balance_loss_weight
+        weight = self.spec.router_aux_loss_coef
         loss = weight * balance_loss(scores_NE, expert_ids_NK) if self.spec.router == "softmax" and weight else None
         return Routing(expert_ids_NK, gates_NK, loss, margins_EM)
 

@@ -22,15 +22,15 @@ def activation_bytes(spec: ModelSpec, train: TrainSpec, crowding: float) -> int:
     """
     item = item_bytes(train)
     stream = item * spec.hidden_size
-    mlps = [_norm(spec, item) + _mlp(spec, index, item, crowding) for index in range(spec.num_layers)]
-    attention = _norm(spec, item) + item * 2 * spec.head_size * (spec.num_heads + spec.num_kv_heads)
+    mlps = [_norm(spec, item) + _mlp(spec, index, item, crowding) for index in range(spec.num_hidden_layers)]
+    attention = _norm(spec, item) + item * 2 * spec.head_dim * (spec.num_attention_heads + spec.num_key_value_heads)
     blocks = [attention + mlp for mlp in mlps]
-    if spec.recompute == "none":
+    if spec.gradient_checkpointing == "none":
         kept = sum(blocks)
-    elif spec.recompute == "selective":
+    elif spec.gradient_checkpointing == "selective":
         kept = len(blocks) * (attention + stream) + max(mlps)
     else:
-        size = 1 if spec.recompute == "full" else math.isqrt(spec.num_layers - 1) + 1
+        size = 1 if spec.gradient_checkpointing == "full" else math.isqrt(spec.num_hidden_layers - 1) + 1
         runs = [blocks[start : start + size] for start in range(0, len(blocks), size)]
         kept = len(runs) * stream + max(map(sum, runs))
     return (kept + _norm(spec, item)) * _micro_batch_tokens(train)
@@ -57,10 +57,14 @@ def _norm(spec: ModelSpec, item: int) -> int:
 
 
 def _mlp(spec: ModelSpec, index: int, item: int, crowding: float) -> int:
-    if index < spec.num_dense_layers:
+    if index < spec.first_k_dense_replace:
         return item * 4 * spec.intermediate_size  # gate and up, silu(gate), their product
-    shared = item * 4 * spec.num_shared_experts * spec.expert_intermediate_size
-    scores = 4 * spec.num_experts + 32 * spec.top_k + (4 * spec.hidden_size if item == 2 else 0)  # in fp32
-    inner = 2 * spec.top_k * (crowding or 1.0) * spec.expert_intermediate_size  # gate and up
-    travelled = spec.top_k * crowding * spec.hidden_size  # received copies; fewer where several came as one
+    shared = item * 4 * spec.n_shared_experts * spec.moe_intermediate_size
+    scores = (
+        4 * spec.n_routed_experts + 32 * spec.num_experts_per_tok + (4 * spec.hidden_size if item == 2 else 0)
+    )  # in fp32
+    inner = 2 * spec.num_experts_per_tok * (crowding or 1.0) * spec.moe_intermediate_size  # gate and up
+    travelled = (
+        spec.num_experts_per_tok * crowding * spec.hidden_size
+    )  # received copies; fewer where several came as one
     return shared + scores + math.ceil(item * (inner + travelled))

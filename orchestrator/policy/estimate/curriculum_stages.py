@@ -42,11 +42,13 @@ def planned_stages(
         return Curriculum(chunks, CurriculumState(train.seed, rows, chunks.num_tokens, tuple(known), by_document))
 
     number, first_step = (names.index(known[-1].name), known.pop().first_step) if known else (0, 0)
-    while number < len(spec.stages) and first_step < train.steps:
+    while number < len(spec.stages) and first_step < train.max_steps:
         stage, is_last = spec.stages[number], number == len(spec.stages) - 1
         length = stage.sequence_length or train.sequence_length
         known.append(BegunStage(stage.name, first_step, length, _admission(stage)))
-        end = train.steps if is_last else min(train.steps, _natural_end(stage, known[-1], walk, train.steps))
+        end = (
+            train.max_steps if is_last else min(train.max_steps, _natural_end(stage, known[-1], walk, train.max_steps))
+        )
         fails = spec.on_exhausted == "fail" and not decided and not begun
         if fails or (spec.on_exhausted == "next" and not is_last):
             exhausted = _exhausted_at(walk(), known[-1], end)

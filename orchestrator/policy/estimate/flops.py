@@ -45,12 +45,12 @@ class Flops:
 def size_of(job: JobSpec, params: Sequence[ParamSpec]) -> ModelSize:
     """The size of the job's model, from the list of its parameters."""
     spec, ours = job.model, job.model.entrypoint is None
-    share = spec.top_k / spec.num_experts
+    share = spec.num_experts_per_tok / spec.n_routed_experts
     multiplied = [param for param in params if not (ours and param.name == INPUT_EMBEDDING)]
     return ModelSize(
         parameters=sum(param.numel for param in params),
         active_parameters=sum(p.numel * (share if p.expert is not None else 1.0) for p in multiplied),
-        attention=spec.num_layers * spec.num_heads * spec.head_size if ours else None,
+        attention=spec.num_hidden_layers * spec.num_attention_heads * spec.head_dim if ours else None,
         length=job.train.sequence_length,
     )
 

@@ -150,7 +150,7 @@ def plan_job(job: JobSpec, state: StatePlan, ours: bool = True) -> JobPlan:
 def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:
     """The memory of a worker in a world of `size`. Arguments as in `plan_job`."""
     job = _with_longest_rows(job)
-    placement = ExpertPlacement.balanced(job.model.num_experts, size)
+    placement = ExpertPlacement.balanced(job.model.n_routed_experts, size)
     layout = _layout(job, state, placement, _world(0, size))
     seconds = [_second_shard(layout, _next_layout(job, state, layout, placement, to)) for to in _neighbours(job, size)]
     if size > 1:  # a failed worker may be replaced before the others continue
@@ -159,7 +159,7 @@ def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) ->
 
 
 def _plan_world(job: JobSpec, state: StatePlan, size: int, ours: bool) -> WorldPlan:
-    placement = ExpertPlacement.balanced(job.model.num_experts, size)
+    placement = ExpertPlacement.balanced(job.model.n_routed_experts, size)
     layout = _layout(job, state, placement, _world(0, size))
     return WorldPlan(
         world_size=size,
@@ -198,7 +198,7 @@ def _memory(
     shared = sum(item * p.numel for p in state.params if _is_shared(p, fullest, placement))
     under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
     gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)
-    share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.num_experts
+    share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.n_routed_experts
     crowding = share * placement.world_size if placement.world_size > 1 else 0.0
     snapshots, deltas = _snapshot_bytes(job, layout, fullest)
     if deltas:  # the newest step's gradients stay until they are copied

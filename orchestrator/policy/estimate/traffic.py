@@ -73,10 +73,10 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
         )
         to, limit = destinations[rank], job.communication.ranks_per_token
         if train.is_exact:  # each choice is a row
-            rows += tokens * model.top_k * sum(other != rank for other in to) / len(to)
+            rows += tokens * model.num_experts_per_tok * sum(other != rank for other in to) / len(to)
         else:
-            rows += tokens * ranks_visited(to, rank, model.top_k, limit)
-    again = model.recompute != "none"  # recomputed in the backward pass, so sent again
+            rows += tokens * ranks_visited(to, rank, model.num_experts_per_tok, limit)
+    again = model.gradient_checkpointing != "none"  # recomputed in the backward pass, so sent again
     journeys = round(rows) * moe_layers * (2 + again)
     gates = item_bytes(train) * max(len(placement.experts_of(rank)) for rank in range(size))
     passes = max_micro_batches(size, micro_batches) * (1 + again)
@@ -88,7 +88,7 @@ def traffic_of(job: JobSpec, params: Sequence[ParamSpec], placement: ExpertPlace
         * 8
         * (
             micro_batches
-            + moe_layers * model.num_experts * (1 + margins)
+            + moe_layers * model.n_routed_experts * (1 + margins)
             + VOICES * size
             + len(fields(Traffic)) * len(TrafficKind)
         )
@@ -164,4 +164,4 @@ def _holders(param: ParamSpec, placement: ExpertPlacement) -> int:
 def _token_bytes(job: JobSpec) -> int:
     """Bytes of one token sent to an expert."""
     size, plain = job.model.hidden_size, item_bytes(job.train)
-    return {"exact": size * plain, "bf16": 2 * size, "int8": size + 4}[job.communication.tokens]
+    return {"native": size * plain, "bf16": 2 * size, "int8": size + 4}[job.communication.tokens]

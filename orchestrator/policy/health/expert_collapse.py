@@ -62,9 +62,9 @@ def routing_news(model: ModelSpec, records: Sequence[StepRecord], known: Trouble
         for record in records
         if record.step >= SETTLED_STEPS
         and record.experts.worst_layer >= 0
-        and record.tokens >= TOKENS_PER_EXPERT * model.num_experts
+        and record.tokens >= TOKENS_PER_EXPERT * model.n_routed_experts
     ]
-    largest = largest_violation(model.num_experts, model.top_k)
+    largest = largest_violation(model.n_routed_experts, model.num_experts_per_tok)
     news: list[Event] = []
     change = _change(steps, known.collapse is not None, lambda r: r.experts.worst_violation > COLLAPSED * largest > 0)
     if change is not None:
@@ -101,7 +101,7 @@ def routing_warnings(model: ModelSpec, troubles: Troubles) -> list[str]:
 
 def _collapse(model: ModelSpec, event: ExpertsCollapsed, swings: bool) -> str:
     """Warning of a collapse. If loads also swing, a layer fills and empties by turns: damp them, keep the bias slow."""
-    largest = largest_violation(model.num_experts, model.top_k)
+    largest = largest_violation(model.n_routed_experts, model.num_experts_per_tok)
     return (
         f"MoE layer {event.layer} has collapsed since step {event.step}, most of its tokens go to the same "
         f"experts: its MaxVio was {event.max_violation:.2f} of {largest:.2f} possible, where at most "
@@ -128,7 +128,7 @@ def _steadier(model: ModelSpec) -> str:
 def _more_even(model: ModelSpec) -> str:
     """Advice against a collapse, by the job's means of balancing."""
     if model.router == "softmax" and not model.bias_update_speed:
-        return f"raise model.balance_loss_weight, which is {model.balance_loss_weight:g}"
+        return f"raise model.router_aux_loss_coef, which is {model.router_aux_loss_coef:g}"
     if not model.bias_update_speed:
         advice = "set model.bias_update_speed, which is 0"
     elif model.bias_update == "sign":

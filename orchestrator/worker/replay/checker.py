@@ -81,7 +81,7 @@ class ReplayChecker:
         plan = GenerationPlan(
             term=0,
             world=world,
-            placement=ExpertPlacement.balanced(factory.spec.model.num_experts, 1),
+            placement=ExpertPlacement.balanced(factory.spec.model.n_routed_experts, 1),
             source=None,
             store_prefix=f"check/{check.number}",
             store_address=StoreAddress("", 0),

@@ -91,7 +91,7 @@ class BatchReader:
     def _validation_rows(self) -> RowSpans:
         """The first documents, or the first rows, of the split."""
         most = self._job.eval.rows
-        if self._job.data.rows == BY_DOCUMENT:
+        if self._job.data.row_format == BY_DOCUMENT:
             lengths_D = self._store.index("validation")["length"][:most].astype(np.int64)
             chunks = Chunks.of(lengths_D, np.zeros(len(lengths_D)), self._length)
             return RowSpans(Spans(chunks.start[:most], chunks.length[:most]), self._length, by_document=True)

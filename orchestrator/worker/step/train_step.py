@@ -73,7 +73,7 @@ class TrainStep:
     ) -> None:
         self._before_micro_batch, self._validates = before_micro_batch, validates
         self._factory, self._feed, self._spec = factory, feed, factory.spec
-        self._prefetch = Prefetch(feed, factory.spec.train.steps)
+        self._prefetch = Prefetch(feed, factory.spec.train.max_steps)
         self._ledger = traffic_meter.Since()
         self._counted: tuple[int, int, NDArray[np.int64]] | None = None  # generation, step and loads of the newest step
         self._gauge = MemoryProbe(factory.device) if factory.spec.train.fits_memory else None
@@ -179,7 +179,7 @@ class TrainStep:
             compression=chosen,
             digests=outcome.digests,
             experts=self._load(shard.world.generation, step, counts_LE),
-            loads=tuple(map(tuple, counts_LE.tolist())) if is_shown(step, self._spec.train.steps) else (),
+            loads=tuple(map(tuple, counts_LE.tolist())) if is_shown(step, self._spec.train.max_steps) else (),
             validation_loss=(
                 None if outcome.validation_loss_sum is None else outcome.validation_loss_sum / max(validation[1], 1)
             ),
@@ -208,7 +208,7 @@ class TrainStep:
 
     def _validate(self, shard: Shard, step: int) -> tuple[NDArray[np.float64], int]:
         """Loss sums per validation micro-batch, and the targets in all of them; empty in most steps."""
-        every, last = self._spec.eval.every, self._spec.train.steps - 1
+        every, last = self._spec.eval.every, self._spec.train.max_steps - 1
         if every is None or not self._validates or ((step + 1) % every and step not in (0, last)):
             return np.zeros(0), 0
         feed = self._feed.validation(shard.rank, shard.world.size, shard.micro_batch)

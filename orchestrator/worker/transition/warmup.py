@@ -25,11 +25,11 @@ def warm_up(spec: JobSpec, vocab_size: int, device: torch.device, address: str) 
     Args:
         address: where this process can be reached: its first gloo group fixes that for all others.
     """
-    sizes = {"num_layers": 2, "num_dense_layers": 1, "num_experts": spec.model.top_k}
-    small = spec.model.model_copy(update=sizes | {"num_expert_groups": 1, "top_k_groups": 1})
+    sizes = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": spec.model.num_experts_per_tok}
+    small = spec.model.model_copy(update=sizes | {"n_group": 1, "topk_group": 1})
     store = HashStore()
     store.set_timeout(timedelta(seconds=30))
-    placement = ExpertPlacement.balanced(small.num_experts, 1)
+    placement = ExpertPlacement.balanced(small.n_routed_experts, 1)
     backend = "nccl" if device.type == "cuda" else "gloo"
     groups = connect(store, "warm-up", 0, placement, backend, address=address)
     try:

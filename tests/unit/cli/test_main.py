@@ -75,7 +75,7 @@ def test_what_needs_no_cluster_starts_without_ray(here: Path, args: list[str]) -
 
 def test_validate_prints_the_whole_job_as_json(here: Path, orchestrator: Callable[..., Done]) -> None:
     told = json.loads(orchestrator("validate", "job.yaml", "-o", "json").stdout)
-    assert told["schema"] == "v1" and told["model"]["top_k"] == 2 and told["train"]["lr"] > 0
+    assert told["schema"] == "v1" and told["model"]["num_experts_per_tok"] == 2 and told["train"]["lr"] > 0
 
 
 def test_validate_and_plan_tell_where_workers_may_live(here: Path, orchestrator: Callable[..., Done]) -> None:
@@ -89,10 +89,10 @@ def test_validate_and_plan_tell_where_workers_may_live(here: Path, orchestrator:
 
 
 def test_validate_tells_every_problem_and_its_place(here: Path, orchestrator: Callable[..., Done]) -> None:
-    (here / "bad.yaml").write_text(f"{VALID}workrs: 2\ntrain: {{steps: 0}}\n")
+    (here / "bad.yaml").write_text(f"{VALID}workrs: 2\ntrain: {{max_steps: 0}}\n")
     done = orchestrator("validate", "bad.yaml")
     assert done.returncode == 2 and done.stdout == ""
-    assert "bad.yaml:3:1: workrs" in done.stderr and "bad.yaml:4:9: train.steps" in done.stderr
+    assert "bad.yaml:3:1: workrs" in done.stderr and "bad.yaml:4:9: train.max_steps" in done.stderr
     assert "Nothing was started." in done.stderr and "Traceback" not in done.stderr
 
 

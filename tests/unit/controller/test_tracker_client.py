@@ -128,7 +128,7 @@ def test_parameters_hold_no_password() -> None:
     assert setup.run.params["tracking.uri"] == "postgresql://me:***@host/db"
     assert setup.uri == "postgresql://me:secret@host/db"
     assert (setup.directory, setup.artifacts) == ("/runs/try/tracking", "/runs/mlflow-artifacts")
-    assert setup.run.params["train.steps"] == str(job.train.steps)
+    assert setup.run.params["train.max_steps"] == str(job.train.max_steps)
 
 
 def test_a_node_is_told_as_rates_between_two_readings() -> None:

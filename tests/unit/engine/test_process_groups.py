@@ -17,7 +17,14 @@ from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec
 
-SPEC = ModelSpec(hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=3, expert_intermediate_size=4)
+SPEC = ModelSpec(
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    n_routed_experts=3,
+    moe_intermediate_size=4,
+)
 
 
 @pytest.fixture
@@ -78,7 +85,7 @@ def test_groups_hold_what_lies_on_the_same_ranks(alone: ProcessGroups, placement
 
 
 def test_a_model_without_experts_has_dense_groups_alone(alone: ProcessGroups) -> None:
-    spec = SPEC.model_copy(update={"num_dense_layers": 2})
+    spec = SPEC.model_copy(update={"first_k_dense_replace": 2})
     model = MoELanguageModel(spec, 20, ExpertParallelContext(ExpertPlacement.balanced(3, 1), 0, None))
     (dense,) = groups_of(model, alone, CommunicationSpec())
     assert {id(p) for p in dense.everything} == {id(p) for p in model.parameters()}

@@ -16,7 +16,14 @@ from orchestrator.spec.job import TrainSpec
 from orchestrator.spec.model import ModelSpec
 from tests.support.small import empty, micro_batch
 
-SPEC = ModelSpec(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, num_experts=3, expert_intermediate_size=8)
+SPEC = ModelSpec(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    n_routed_experts=3,
+    moe_intermediate_size=8,
+)
 TOKENS = 128  # targets of two micro-batches
 
 
@@ -76,7 +83,7 @@ def test_evaluation_leaves_no_trace(alone: ProcessGroups) -> None:
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     assert engine.evaluate(micro_batch(0, 0)).item() == pytest.approx(loss.item())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True) if p.grad is not None)
-    assert routed.counts_LE.sum().item() == 64 * SPEC.top_k
+    assert routed.counts_LE.sum().item() == 64 * SPEC.num_experts_per_tok
 
 
 def test_what_is_written_to_the_ranges_is_where_training_goes_on(alone: ProcessGroups) -> None:

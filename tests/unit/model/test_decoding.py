@@ -15,14 +15,22 @@ from orchestrator.spec.model import ModelSpec
 VOCAB = 61
 SPECS = {
     "plain": {},
-    "all of it": {"qk_norm": True, "attention_bias": True, "rope_fraction": 0.5, "router": "softmax"},
-    "no grouped heads": {"num_kv_heads": 4},
+    "all of it": {"qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.5, "router": "softmax"},
+    "no grouped heads": {"num_key_value_heads": 4},
 }
 
 
 def _model(**changes: object) -> MoELanguageModel:
-    sizes = {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
-    spec = ModelSpec(**(sizes | {"num_experts": 4, "expert_intermediate_size": 16, "init_std": 0.2} | changes))  # type: ignore[arg-type]
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+    }
+    spec = ModelSpec(
+        **(sizes | {"n_routed_experts": 4, "moe_intermediate_size": 16, "initializer_range": 0.2} | changes)
+    )  # type: ignore[arg-type]
     model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(4, 1), 0, None))
     model.init_weights(0)
     return model

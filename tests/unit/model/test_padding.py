@@ -16,14 +16,14 @@ VOCAB = 50
 LENGTHS = [7, 1, 12, 4]
 SIZES = {
     "hidden_size": 16,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "intermediate_size": 24,
-    "num_dense_layers": 1,
-    "num_experts": 4,
-    "top_k": 2,
-    "expert_intermediate_size": 8,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
 }
 
 
@@ -42,7 +42,7 @@ def _gradients(model: TrainableModel) -> dict[str, torch.Tensor]:
 def _model(kind: str, directory: Path) -> TrainableModel:
     if kind != "ours":
         layer, through = "self.moe = MoELayer(spec, experts)", "return self.head(self.moe(self.embedding(tokens)))"
-        spec = own_spec(directory, linear(layers=layer, forward=through), num_experts=4, top_k=2)
+        spec = own_spec(directory, linear(layers=layer, forward=through), n_routed_experts=4, num_experts_per_tok=2)
     else:
         spec = ModelSpec.model_validate(SIZES)
     model = build_model(spec, VOCAB, single_rank(spec))
@@ -76,7 +76,7 @@ def test_a_padded_pass_is_the_sum_of_passes_over_its_rows(kind: str, tmp_path: P
 def test_recomputing_changes_nothing(recompute: str) -> None:
     found = []
     for how in ("none", recompute):
-        spec = ModelSpec.model_validate({**SIZES, "recompute": how})
+        spec = ModelSpec.model_validate({**SIZES, "gradient_checkpointing": how})
         model = build_model(spec, VOCAB, single_rank(spec))
         model.init_weights(3)
         inputs_BT, targets_BT, lengths_B = _rows()

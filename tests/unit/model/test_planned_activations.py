@@ -13,12 +13,14 @@ from orchestrator.policy.estimate.activations import activation_bytes, item_byte
 from orchestrator.spec.job import ModelSpec, TrainSpec
 
 VOCAB = 512
-SIZES: dict[str, Any] = {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "num_layers": 4}
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
 
 
 def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
     """Distinct memory that the forward pass of a micro-batch keeps, without weights."""
-    model = MoELanguageModel(spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.num_experts, 1), 0, None))
+    model = MoELanguageModel(
+        spec, VOCAB, ExpertParallelContext(ExpertPlacement.balanced(spec.n_routed_experts, 1), 0, None)
+    )
     model.init_weights(0)
     model = model.to(torch.bfloat16 if train.precision == "bf16" else torch.float32)
     weights = {param.untyped_storage().data_ptr() for param in model.parameters()}
@@ -37,11 +39,13 @@ def _saved_bytes(spec: ModelSpec, train: TrainSpec) -> int:
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"num_dense_layers": 4}, id="dense"),
-        pytest.param({"num_dense_layers": 1}, id="experts"),
-        pytest.param({"num_experts": 16, "top_k": 4, "expert_intermediate_size": 48}, id="many experts"),
-        pytest.param({"num_shared_experts": 0, "intermediate_size": 100}, id="nothing shared"),
-        pytest.param({"num_heads": 8, "num_kv_heads": 8}, id="many heads"),
+        pytest.param({"first_k_dense_replace": 4}, id="dense"),
+        pytest.param({"first_k_dense_replace": 1}, id="experts"),
+        pytest.param(
+            {"n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 48}, id="many experts"
+        ),
+        pytest.param({"n_shared_experts": 0, "intermediate_size": 100}, id="nothing shared"),
+        pytest.param({"num_attention_heads": 8, "num_key_value_heads": 8}, id="many heads"),
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -55,8 +59,11 @@ def test_what_a_slot_keeps(changes: dict[str, Any], precision: str) -> None:
 
 def test_recomputing_keeps_less() -> None:
     train = TrainSpec(micro_batch_size=4, sequence_length=64)
-    deep = SIZES | {"num_layers": 16}
-    told = [activation_bytes(ModelSpec(**deep, recompute=r), train, 0.0) for r in ("none", "selective", "sqrt", "full")]
+    deep = SIZES | {"num_hidden_layers": 16}
+    told = [
+        activation_bytes(ModelSpec(**deep, gradient_checkpointing=r), train, 0.0)
+        for r in ("none", "selective", "sqrt", "full")
+    ]
     assert told == sorted(told, reverse=True) and told[-1] < told[0] / 8
 
 

@@ -23,18 +23,20 @@ VOCAB = 50
 CPU = torch.device("cpu")
 
 
-def _spec(num_dense_layers: int = 1, num_kv_heads: int = 2, rope_fraction: float = 1.0) -> ModelSpec:
+def _spec(
+    first_k_dense_replace: int = 1, num_key_value_heads: int = 2, partial_rotary_factor: float = 1.0
+) -> ModelSpec:
     return ModelSpec(
         hidden_size=16,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=num_kv_heads,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=num_key_value_heads,
         intermediate_size=24,
-        num_dense_layers=num_dense_layers,
-        num_experts=4,
-        top_k=2,
-        expert_intermediate_size=8,
-        rope_fraction=rope_fraction,
+        first_k_dense_replace=first_k_dense_replace,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        partial_rotary_factor=partial_rotary_factor,
     )
 
 
@@ -61,10 +63,10 @@ def test_rotation_is_a_product_of_complex_numbers(rotary_size: int) -> None:
     torch.testing.assert_close(rotate(x_BATS, *rotary_tables(5, rotary_size, 100.0, CPU)), wanted)
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_attention_equals_softmax_written_out(num_kv_heads: int) -> None:
-    spec = _spec(num_kv_heads=num_kv_heads)
-    attention, size = Attention(spec), spec.head_size
+@pytest.mark.parametrize("num_key_value_heads", [1, 2, 4])
+def test_attention_equals_softmax_written_out(num_key_value_heads: int) -> None:
+    spec = _spec(num_key_value_heads=num_key_value_heads)
+    attention, size = Attention(spec), spec.head_dim
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for param in attention.parameters():
@@ -72,8 +74,8 @@ def test_attention_equals_softmax_written_out(num_kv_heads: int) -> None:
     x_TD = torch.randn(6, 16, generator=generator)
     rotary = rotary_tables(6, spec.rotary_size, spec.rope_theta, CPU)
     heads = []
-    for head in range(spec.num_heads):
-        group = head * num_kv_heads // spec.num_heads
+    for head in range(spec.num_attention_heads):
+        group = head * num_key_value_heads // spec.num_attention_heads
         rows, kv_rows = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
         q_TS = rotate(x_TD @ attention.query[rows].T, *rotary)
         k_TS = rotate(x_TD @ attention.key[kv_rows].T, *rotary)
@@ -135,20 +137,20 @@ def test_a_slot_without_rows_costs_nothing_and_has_all_gradients(isolated: bool)
 
 
 def test_counts_are_per_layer_of_experts() -> None:
-    model = _model(_spec(num_dense_layers=0))
+    model = _model(_spec(first_k_dense_replace=0))
     model(_tokens())
     assert model.expert_counts().sum(-1).tolist() == [2 * 12 * 2] * 2
 
 
-@pytest.mark.parametrize("num_dense_layers", [0, 1, 2])
-def test_the_catalogue_is_what_the_model_consists_of(num_dense_layers: int) -> None:
-    spec = _spec(num_dense_layers)
+@pytest.mark.parametrize("first_k_dense_replace", [0, 1, 2])
+def test_the_catalogue_is_what_the_model_consists_of(first_k_dense_replace: int) -> None:
+    spec = _spec(first_k_dense_replace)
     params, buffers, shapes = catalogue(spec, VOCAB)
     model = _model(spec)
     assert [(p.name, p.numel) for p in params] == [(n, p.numel()) for n, p in model.named_parameters()]
     assert buffers == [(n, b.numel()) for n, b in model.named_buffers()]
     assert shapes == {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
-    assert {p.expert for p in params} == ({None} if num_dense_layers == 2 else {None, 0, 1, 2, 3})
+    assert {p.expert for p in params} == ({None} if first_k_dense_replace == 2 else {None, 0, 1, 2, 3})
 
 
 def test_a_rank_has_its_own_experts_of_the_catalogue_in_its_order() -> None:
@@ -171,7 +173,7 @@ def test_initial_weights_depend_on_seed_and_name_alone() -> None:
 
 
 def test_initial_weights_have_the_wanted_spread() -> None:
-    spec = ModelSpec(hidden_size=256, num_layers=2, num_heads=4, init_std=0.02)
+    spec = ModelSpec(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.02)
     model = MoELanguageModel(spec, 512, ExpertParallelContext(ExpertPlacement.balanced(8, 1), 0, None))
     model.init_weights(0)
     found = {name: float(param.detach().std()) for name, param in model.named_parameters() if "norm" not in name}
@@ -205,9 +207,9 @@ def _gradients(spec: ModelSpec) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("router", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("recompute", ["selective", "sqrt", "full"])
 def test_recomputed_activations_give_the_same_gradients(recompute: str, router: str) -> None:
-    spec = _spec().model_copy(update={"num_layers": 5, "router": router, "balance_loss_weight": 0.1})
+    spec = _spec().model_copy(update={"num_hidden_layers": 5, "router": router, "router_aux_loss_coef": 0.1})
     kept = _gradients(spec)
-    again = _gradients(spec.model_copy(update={"recompute": recompute}))
+    again = _gradients(spec.model_copy(update={"gradient_checkpointing": recompute}))
     assert kept.keys() == again.keys()
     for name, grad in kept.items():
         assert torch.equal(grad, again[name]), name
@@ -222,8 +224,8 @@ def test_segments_cover_every_layer_once(num_layers: int) -> None:
 
 
 def test_the_balance_loss_has_a_gradient_and_is_not_reported() -> None:
-    spec = _spec().model_copy(update={"router": "softmax", "balance_loss_weight": 0.0})
-    heavy = spec.model_copy(update={"balance_loss_weight": 1.0})
+    spec = _spec().model_copy(update={"router": "softmax", "router_aux_loss_coef": 0.0})
+    heavy = spec.model_copy(update={"router_aux_loss_coef": 1.0})
     tokens_BU = _tokens(2, 13)
     losses = [_model(s)(tokens_BU[:, :-1], tokens_BU[:, 1:].contiguous()).item() for s in (spec, heavy)]
     assert losses[0] == losses[1]

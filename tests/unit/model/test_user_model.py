@@ -19,8 +19,8 @@ from tests.support.own_models import example, linear, own_spec
 VOCAB = 50
 LAYER, THROUGH = "self.moe = MoELayer(spec, experts)", "return self.head(self.moe(self.embedding(tokens)))"
 EXPERTS = linear(layers=LAYER, forward=THROUGH)
-DENSE = ModelSpec(**example("dense", hidden_size=32, num_layers=2, intermediate_size=48))
-MOE = ModelSpec(**example("moe", hidden_size=32, num_layers=2, intermediate_size=48, expert_intermediate_size=16))
+DENSE = ModelSpec(**example("dense", hidden_size=32, num_hidden_layers=2, intermediate_size=48))
+MOE = ModelSpec(**example("moe", hidden_size=32, num_hidden_layers=2, intermediate_size=48, moe_intermediate_size=16))
 TOKENS = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(5))
 
 
@@ -50,7 +50,7 @@ def test_the_loss_is_the_sum_over_targets_that_count(spec: ModelSpec) -> None:
 def test_the_routers_auxiliary_loss_is_in_the_gradients_alone(tmp_path: Path) -> None:
     grads, losses = [], []
     for weight in (0.0, 10.0):
-        model = _model(own_spec(tmp_path, EXPERTS, router="softmax", balance_loss_weight=weight))
+        model = _model(own_spec(tmp_path, EXPERTS, router="softmax", router_aux_loss_coef=weight))
         loss = model(TOKENS, TOKENS)
         loss.backward()
         losses.append(loss.item())
@@ -62,9 +62,9 @@ def test_the_routers_auxiliary_loss_is_in_the_gradients_alone(tmp_path: Path) ->
 def test_experts_are_counted_per_layer() -> None:
     model = _model(MOE)
     model(TOKENS)
-    assert model.expert_counts().shape == (1, MOE.num_experts)
-    assert model.expert_counts().sum().item() == TOKENS.numel() * MOE.top_k
-    assert _model(DENSE).expert_counts().shape == (0, DENSE.num_experts)
+    assert model.expert_counts().shape == (1, MOE.n_routed_experts)
+    assert model.expert_counts().sum().item() == TOKENS.numel() * MOE.num_experts_per_tok
+    assert _model(DENSE).expert_counts().shape == (0, DENSE.n_routed_experts)
 
 
 @pytest.mark.parametrize("spec", [DENSE, MOE], ids=["dense", "moe"])
@@ -74,7 +74,7 @@ def test_the_catalogue_is_what_the_model_consists_of(spec: ModelSpec) -> None:
     assert [(p.name, p.numel) for p in params] == [(n, p.numel()) for n, p in model.named_parameters()]
     assert buffers == [(n, b.numel()) for n, b in model.state_buffers()]
     assert shapes == {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
-    assert {p.expert for p in params} == {None, *(range(spec.num_experts) if spec is MOE else ())}
+    assert {p.expert for p in params} == {None, *(range(spec.n_routed_experts) if spec is MOE else ())}
 
 
 def test_tied_weights_are_one_parameter() -> None:

@@ -11,11 +11,11 @@ from orchestrator import ElasticTrainer
 from orchestrator.errors import NameTaken, SpecError, UsageError
 from orchestrator.spec.job import JobSpec, WorkersSpec
 
-JOB = {"schema": "v1", "name": "try", "workers": "1..4", "train": {"steps": 7, "optimizer": {"betas": (0.9, 0.9)}}}
+JOB = {"schema": "v1", "name": "try", "workers": "1..4", "train": {"max_steps": 7, "optimizer": {"betas": (0.9, 0.9)}}}
 
 
 def test_a_file_a_dict_and_a_spec_are_the_same_job(tmp_path: Path) -> None:
-    text = yaml.safe_dump(JOB | {"train": {"steps": 7, "optimizer": {"betas": [0.9, 0.9]}}})
+    text = yaml.safe_dump(JOB | {"train": {"max_steps": 7, "optimizer": {"betas": [0.9, 0.9]}}})
     (tmp_path / "job.yaml").write_text(text)
     scaling, run = ScalingConfig(num_workers=(2, 3)), RunConfig(storage_path=str(tmp_path))
     plain = ElasticTrainer(JOB)
@@ -23,7 +23,7 @@ def test_a_file_a_dict_and_a_spec_are_the_same_job(tmp_path: Path) -> None:
     trainers = [ElasticTrainer(job, scaling_config=scaling, run_config=run) for job in jobs]
     assert len({trainer.job.model_dump_json() for trainer in trainers}) == 1
     assert trainers[0].run_dir == tmp_path / "try" and trainers[0].job.workers.max == 3
-    assert plain.job.train.steps == 7 and plain.job.workers.max == 4
+    assert plain.job.train.max_steps == 7 and plain.job.workers.max == 4
 
 
 def test_the_configs_of_callbacks_say_what_counts(tmp_path: Path) -> None:
@@ -38,8 +38,8 @@ def test_a_spec_that_was_copied_keeps_what_was_changed() -> None:
 
 
 def test_mistakes_are_told_by_the_constructor(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"train\.stepz: unknown key; nearest known key: train\.steps"):
-        ElasticTrainer(JOB | {"train": {"stepz": 3}})
+    with pytest.raises(SpecError, match=r"train\.max_stepz: unknown key; nearest known key: train\.max_steps"):
+        ElasticTrainer(JOB | {"train": {"max_stepz": 3}})
     with pytest.raises(SpecError, match="must hold only what a job file can"):
         ElasticTrainer(JOB | {"envs": {"A": object()}})
     with pytest.raises(UsageError, match="can't be read: No such file"):

@@ -63,7 +63,7 @@ def test_events_leave_out_the_bookkeeping(run_dir: Path) -> None:
 
 
 def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir: Path) -> None:
-    job = JobSpec.model_validate({"name": "lost", "train": {"steps": 30}})
+    job = JobSpec.model_validate({"name": "lost", "train": {"max_steps": 30}})
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
     memory = JournaledRun(run_dir, acquire_term(run_dir), RunLimits.of("lost", job))
     memory.absorb([record(0), record(1)], up_to=10_000)

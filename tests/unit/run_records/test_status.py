@@ -19,7 +19,7 @@ from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.journal import acquire_term
 from tests.unit.policy.imagined import limits_of, record
 
-MODEL = ModelSpec(num_experts=8, top_k=2)
+MODEL = ModelSpec(n_routed_experts=8, num_experts_per_tok=2)
 
 
 def _plan(*members: str) -> GenerationPlan:

@@ -141,16 +141,21 @@ def test_storage_is_seen_from_the_current_directory(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("model", "head_size", "rotary_size"),
-    [({}, 32, 32), ({"rope_fraction": 0.5}, 32, 16), ({"head_size": 64}, 64, 64), ({"rope_fraction": 0.0}, 32, 0)],
+    ("model", "head_dim", "rotary_size"),
+    [
+        ({}, 32, 32),
+        ({"partial_rotary_factor": 0.5}, 32, 16),
+        ({"head_dim": 64}, 64, 64),
+        ({"partial_rotary_factor": 0.0}, 32, 0),
+    ],
 )
-def test_head_sizes(model: dict[str, Any], head_size: int, rotary_size: int) -> None:
+def test_head_sizes(model: dict[str, Any], head_dim: int, rotary_size: int) -> None:
     spec = ModelSpec.model_validate(model)
-    assert (spec.head_size, spec.rotary_size) == (head_size, rotary_size)
+    assert (spec.head_dim, spec.rotary_size) == (head_dim, rotary_size)
 
 
 def test_head_size_frees_hidden_size_from_num_heads() -> None:
-    assert ModelSpec(hidden_size=100, num_heads=6, head_size=32).head_size == 32
+    assert ModelSpec(hidden_size=100, num_attention_heads=6, head_dim=32).head_dim == 32
 
 
 @pytest.mark.parametrize("entrypoint", ["m:f", "a.b_2.c:build"])
@@ -171,7 +176,10 @@ def test_entrypoints_refused(entrypoint: str) -> None:
     [
         ({"options": {"a": 1}}, "options has a meaning with entrypoint only"),
         ({"code_dir": "src"}, "code_dir has a meaning with entrypoint only"),
-        ({"entrypoint": "m:f", "recompute": "full"}, "recompute must be none with entrypoint"),
+        (
+            {"entrypoint": "m:f", "gradient_checkpointing": "full"},
+            "gradient_checkpointing must be none with entrypoint",
+        ),
         ({"entrypoint": "m:f", "init_from": "there"}, "init_from is for our own model"),
     ],
 )
@@ -198,8 +206,8 @@ def test_a_job_comes_back_from_its_json() -> None:
 schema: v1
 name: try
 workers: {min: 1, max: 3, initial: 2, standby: 1, schedule: [{at_step: 4, workers: 3}, {at_step: 9, workers: 1}]}
-model: {hidden_size: 100, num_heads: 6, head_size: 32}
-train: {steps: 10, optimizer: {betas: [0.8, 0.9]}}
+model: {hidden_size: 100, num_attention_heads: 6, head_dim: 32}
+train: {max_steps: 10, optimizer: {betas: [0.8, 0.9]}}
 resources: {memory: 1GiB}
 envs: {A: b}
 """
@@ -238,15 +246,15 @@ def test_json_schema_knows_the_short_forms_and_what_is_required() -> None:
 
 
 def test_several_broken_rules_of_one_section_are_named_together() -> None:
-    with pytest.raises(ValidationError, match=r"top_k must.*num_dense_layers must"):
-        ModelSpec(top_k=9, num_dense_layers=9)
+    with pytest.raises(ValidationError, match=r"num_experts_per_tok must.*first_k_dense_replace must"):
+        ModelSpec(num_experts_per_tok=9, first_k_dense_replace=9)
 
 
 def test_schedule_at_the_bounds() -> None:
     spec = WorkersSpec.model_validate({"max": 2, "schedule": [{"at_step": 1, "workers": 2}]})
-    assert job(workers=spec, train={"steps": 2}).workers.schedule[0].at_step == 1
-    with pytest.raises(ValidationError, match="less than train.steps"):
-        job(workers=spec, train={"steps": 1})
+    assert job(workers=spec, train={"max_steps": 2}).workers.schedule[0].at_step == 1
+    with pytest.raises(ValidationError, match="less than train.max_steps"):
+        job(workers=spec, train={"max_steps": 1})
 
 
 def test_a_registered_model_may_have_an_alias() -> None:

@@ -48,15 +48,23 @@ def test_a_float_may_be_written_as_a_whole_number() -> None:
         pytest.param("wokers: 2", "3:1: wokers: unknown key; nearest known key: workers", id="unknown"),
         pytest.param("lr: 1", "3:1: lr: unknown key; nearest known key: train.lr", id="elsewhere"),
         pytest.param("zzz: v1", "3:1: zzz: unknown key; known here: schema, name, work", id="far"),
-        pytest.param("train: {stepps: 9}", "3:9: train.stepps: unknown key; nearest known key: train.steps", id="deep"),
+        pytest.param(
+            "train: {stepps: 9}", "3:9: train.stepps: unknown key; nearest known key: train.max_steps", id="deep"
+        ),
         pytest.param(
             "workers: {max: 2, schedule: [{at_step: 1, worker: 2, workers: 2}]}",
             "3:43: workers.schedule.0.worker: unknown key; nearest known key: workers.schedule.0.workers",
             id="list",
         ),
-        pytest.param("train: {steps: 1.5}", "3:9: train.steps: must be a whole number; got 1.5", id="float-for-int"),
-        pytest.param('train: {steps: "5"}', '3:9: train.steps: must be a whole number; got "5"', id="text-for-int"),
-        pytest.param("train: {steps: true}", "3:9: train.steps: must be a whole number; got true", id="bool-for-int"),
+        pytest.param(
+            "train: {max_steps: 1.5}", "3:9: train.max_steps: must be a whole number; got 1.5", id="float-for-int"
+        ),
+        pytest.param(
+            'train: {max_steps: "5"}', '3:9: train.max_steps: must be a whole number; got "5"', id="text-for-int"
+        ),
+        pytest.param(
+            "train: {max_steps: true}", "3:9: train.max_steps: must be a whole number; got true", id="bool-for-int"
+        ),
         pytest.param("train: {lr: fast}", '3:9: train.lr: must be a number; got "fast"', id="text-for-float"),
         pytest.param("train: {lr: 1e999}", "3:9: train.lr: must be a finite number; got Infinity", id="infinite"),
         pytest.param("train:", "3:1: train: must be a mapping; got nothing", id="empty-section"),
@@ -96,17 +104,21 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
 @pytest.mark.parametrize(
     ("body", "path", "words"),
     [
-        ("model: {top_k: 9}", "model.top_k", "got 9 and 8"),
-        ("model: {num_experts: 1}", "model.num_experts", "top_k must be at most num_experts; got 2 and 1"),
-        ("model: {num_kv_heads: 3}", "model.num_kv_heads", "got 3 and 4"),
-        ("model: {num_dense_layers: 5}", "model.num_dense_layers", "got 5 and 4"),
-        ("model: {num_heads: 3, num_kv_heads: 1}", "model.num_heads", "got 3 and 128"),
-        ("model: {hidden_size: 130}", "model.hidden_size", "num_heads must divide hidden_size"),
-        ("model: {head_size: 7}", "model.head_size", "must be even"),
-        ("model: {hidden_size: 12}", "model.hidden_size", "head_size must be even"),
-        ("model: {rope_fraction: 0.3}", "model.rope_fraction", "got 0.3 * 32"),
+        ("model: {num_experts_per_tok: 9}", "model.num_experts_per_tok", "got 9 and 8"),
+        (
+            "model: {n_routed_experts: 1}",
+            "model.n_routed_experts",
+            "num_experts_per_tok must be at most n_routed_experts; got 2 and 1",
+        ),
+        ("model: {num_key_value_heads: 3}", "model.num_key_value_heads", "got 3 and 4"),
+        ("model: {first_k_dense_replace: 5}", "model.first_k_dense_replace", "got 5 and 4"),
+        ("model: {num_attention_heads: 3, num_key_value_heads: 1}", "model.num_attention_heads", "got 3 and 128"),
+        ("model: {hidden_size: 130}", "model.hidden_size", "num_attention_heads must divide hidden_size"),
+        ("model: {head_dim: 7}", "model.head_dim", "must be even"),
+        ("model: {hidden_size: 12}", "model.hidden_size", "head_dim must be even"),
+        ("model: {partial_rotary_factor: 0.3}", "model.partial_rotary_factor", "got 0.3 * 32"),
         ("train: {micro_batch_size: 3}", "train.micro_batch_size", "got 16 and 3"),
-        ("train: {steps: 5, schedule: {warmup_steps: 6}}", "train.schedule.warmup_steps", "got 6 and 5"),
+        ("train: {max_steps: 5, lr_scheduler: {warmup_steps: 6}}", "train.lr_scheduler.warmup_steps", "got 6 and 5"),
         ("workers: 3..2", "workers", "min must be at most max; got 3 and 2"),
         ("workers: {min: 2, max: 1}", "workers.min", "got 2 and 1"),
         ("workers: {max: 2, initial: 3}", "workers.initial", "within min..max (1..2); got 3"),
@@ -117,9 +129,9 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
             "got 5 after 5",
         ),
         (
-            "train: {steps: 5}\nworkers: {schedule: [{at_step: 5, workers: 1}]}",
+            "train: {max_steps: 5}\nworkers: {schedule: [{at_step: 5, workers: 1}]}",
             "workers.schedule.0.at_step",
-            "less than train.steps; got 5 and 5",
+            "less than train.max_steps; got 5 and 5",
         ),
         (
             "train: {determinism: exact}\ncommunication: {compression: int8}",
@@ -243,36 +255,36 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file() -> None:
 schema: v1
 name: Try
 wokers: 2
-model: {top_k: 9, num_heads: "4"}
+model: {num_experts_per_tok: 9, num_attention_heads: "4"}
 train:
-  steps: 50
-  steps: 60
+  max_steps: 50
+  max_steps: 60
   micro_batch_size: 3
   lr: -1
-  schedule: {warmup_steps: 90}
+  lr_scheduler: {warmup_steps: 90}
 workers: {max: 3, schedule: [{at_step: 6, workers: 4}]}
 """
     found = [(problem.line, problem.path) for problem in problems_of(text)]
     assert found == [
         (2, "name"),
         (3, "wokers"),
-        (4, "model.top_k"),
-        (4, "model.num_heads"),
-        (7, "train.steps"),
+        (4, "model.num_experts_per_tok"),
+        (4, "model.num_attention_heads"),
+        (7, "train.max_steps"),
         (8, "train.micro_batch_size"),
         (9, "train.lr"),
-        (10, "train.schedule.warmup_steps"),
+        (10, "train.lr_scheduler.warmup_steps"),
         (11, "workers.schedule.0.workers"),
     ]
 
 
 def test_a_rule_that_reads_a_wrong_value_says_nothing() -> None:
-    problem = the_problem_of(f"{HEAD}train: {{steps: none, schedule: {{warmup_steps: 5000}}}}\n")
-    assert problem.path == "train.steps"
+    problem = the_problem_of(f"{HEAD}train: {{max_steps: none, lr_scheduler: {{warmup_steps: 5000}}}}\n")
+    assert problem.path == "train.max_steps"
 
 
 def test_a_null_section_hides_no_other_mistake() -> None:
-    found = problems_of(f"{HEAD}eval:\ntrain: {{steps: 5}}\nworkers: {{schedule: [{{at_step: 5, workers: 1}}]}}\n")
+    found = problems_of(f"{HEAD}eval:\ntrain: {{max_steps: 5}}\nworkers: {{schedule: [{{at_step: 5, workers: 1}}]}}\n")
     assert [problem.path for problem in found] == ["eval", "workers.schedule.0.at_step"]
 
 
@@ -312,8 +324,8 @@ def test_an_alias_in_a_list_is_one_problem() -> None:
 
 
 def test_a_section_that_stands_twice_in_two_shapes() -> None:
-    found = problems_of(f"{HEAD}train: {{steps: yes}}\ntrain: 5\n")
-    assert [(problem.line, problem.path) for problem in found] == [(3, "train.steps"), (4, "train")]
+    found = problems_of(f"{HEAD}train: {{max_steps: yes}}\ntrain: 5\n")
+    assert [(problem.line, problem.path) for problem in found] == [(3, "train.max_steps"), (4, "train")]
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -348,17 +360,19 @@ def test_any_text_gives_a_job_or_a_spec_error(text: str) -> None:
 
 
 def test_what_is_set_from_outside_takes_the_place_of_what_the_file_says() -> None:
-    text = f"{HEAD}train: {{steps: 7, lr: 1e-3}}\nworkers: {{min: 1, max: 2}}\n"
-    job = parse_job(text, "job.yaml", ["train.steps=9", "workers=2..4", "eval.every=3", "name=other", "envs={A: b}"])
-    assert (job.train.steps, job.train.lr, job.eval.every, job.name, job.envs) == (9, 1e-3, 3, "other", {"A": "b"})
+    text = f"{HEAD}train: {{max_steps: 7, lr: 1e-3}}\nworkers: {{min: 1, max: 2}}\n"
+    job = parse_job(
+        text, "job.yaml", ["train.max_steps=9", "workers=2..4", "eval.every=3", "name=other", "envs={A: b}"]
+    )
+    assert (job.train.max_steps, job.train.lr, job.eval.every, job.name, job.envs) == (9, 1e-3, 3, "other", {"A": "b"})
     assert (job.workers.min, job.workers.max) == (2, 4)
 
 
 def test_a_mistake_that_was_set_is_said_to_be_there() -> None:
     with pytest.raises(SpecError) as caught:
-        parse_job(f"{HEAD}train: {{steps: 7}}\n", "job.yaml", ["train.steps=-1", "trian.lr=2"])
+        parse_job(f"{HEAD}train: {{max_steps: 7}}\n", "job.yaml", ["train.max_steps=-1", "trian.lr=2"])
     told = {(problem.file, problem.path) for problem in caught.value.problems}
-    assert told == {("--set train.steps=-1", "train.steps"), ("--set trian.lr=2", "trian")}
+    assert told == {("--set train.max_steps=-1", "train.max_steps"), ("--set trian.lr=2", "trian")}
 
 
 def test_a_value_that_is_no_yaml_is_told() -> None:
@@ -366,7 +380,7 @@ def test_a_value_that_is_no_yaml_is_told() -> None:
         parse_job(HEAD, "job.yaml", ["envs={A"])
 
 
-@pytest.mark.parametrize("override", ["train.steps", "=3", ".steps=3", "train..steps=3"])
+@pytest.mark.parametrize("override", ["train.max_steps", "=3", ".steps=3", "train..steps=3"])
 def test_what_sets_nothing_is_refused(override: str) -> None:
     with pytest.raises(UsageError, match="it must be KEY=VALUE"):
         parse_job(HEAD, "job.yaml", [override])
@@ -391,14 +405,14 @@ def test_what_no_file_could_hold_is_refused(value: object) -> None:
 
 def test_a_setting_counts_in_place_of_a_file_and_is_named_in_errors() -> None:
     settings = [
-        Setting(("train", "steps"), 9, "config(9)"),
+        Setting(("train", "max_steps"), 9, "config(9)"),
         Setting(("workers", "max"), 3, "config(3)"),
         "train.lr=1e-3",
     ]
-    job = parse_job(f"{HEAD}train: {{steps: 7}}\nworkers: 2\n", "job.yaml", settings)
-    assert (job.train.steps, job.train.lr, job.workers.max) == (9, 1e-3, 3)
-    with pytest.raises(SpecError, match=r"config\(-1\):1:1: train\.steps: must be"):
-        parse_job(HEAD, "job.yaml", [Setting(("train", "steps"), -1, "config(-1)")])
+    job = parse_job(f"{HEAD}train: {{max_steps: 7}}\nworkers: 2\n", "job.yaml", settings)
+    assert (job.train.max_steps, job.train.lr, job.workers.max) == (9, 1e-3, 3)
+    with pytest.raises(SpecError, match=r"config\(-1\):1:1: train\.max_steps: must be"):
+        parse_job(HEAD, "job.yaml", [Setting(("train", "max_steps"), -1, "config(-1)")])
 
 
 @pytest.mark.parametrize(
@@ -414,4 +428,7 @@ def test_a_setting_counts_in_place_of_a_file_and_is_named_in_errors() -> None:
 )
 def test_a_setting_may_yield_to_what_a_job_says_elsewhere(text: str, steps: int) -> None:
     unless = (("eval", "every"), ("workers", "schedule"))
-    assert parse_job(f"{HEAD}{text}", "job.yaml", [Setting(("train", "steps"), 9, "it", unless)]).train.steps == steps
+    assert (
+        parse_job(f"{HEAD}{text}", "job.yaml", [Setting(("train", "max_steps"), 9, "it", unless)]).train.max_steps
+        == steps
+    )

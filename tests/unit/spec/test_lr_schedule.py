@@ -9,7 +9,7 @@ from orchestrator.spec.train import TrainSpec
 
 
 def train(steps: int, lr: float = 1.0, **schedule: Any) -> TrainSpec:
-    return TrainSpec.model_validate({"steps": steps, "lr": lr, "schedule": schedule})
+    return TrainSpec.model_validate({"max_steps": steps, "lr": lr, "lr_scheduler": schedule})
 
 
 @pytest.mark.parametrize(

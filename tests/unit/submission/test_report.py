@@ -24,7 +24,7 @@ def test_the_model_is_as_large_as_the_trained_tokenizer_makes_it(tmp_path: Path)
     assert rows == (512 - TRAINED) * JOB.model.hidden_size  # of the head; the embedding isn't multiplied with
     routed = sum(param.numel for param in state_of(JOB).params if param.expert is not None)
     dense = sum(param.numel for param in state_of(JOB).params if param.expert is None)
-    active = dense - 512 * JOB.model.hidden_size + routed * JOB.model.top_k / JOB.model.num_experts
+    active = dense - 512 * JOB.model.hidden_size + routed * JOB.model.num_experts_per_tok / JOB.model.n_routed_experts
     assert plain.flops.active_parameters == pytest.approx(active)
     assert told.workers.gpu == pytest.approx(told.workers.held)
 

@@ -20,7 +20,7 @@ def test_the_order_holds_sizes_and_tokenizer(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     directory = write_directory(tmp_path / "hf")
     for name in (None, "other"):  # another name reads the job anew
-        order = order_of(_job(tmp_path, "{init_from: hf, top_k: 2}"), name)
+        order = order_of(_job(tmp_path, "{init_from: hf, num_experts_per_tok: 2}"), name)
         job = JobSpec.model_validate_json(order.job_json)
         assert job == order.spec
         assert job.model == SPEC.model_copy(update={"init_from": str(directory), "embedding_scale": 1.0})
@@ -41,7 +41,7 @@ def test_another_tokenizer_may_be_named(tmp_path: Path, monkeypatch: pytest.Monk
     ("model", "rule"),
     [
         ("{init_from: nowhere}", "nowhere/config.json can't be read"),
-        ("{init_from: hf, num_layers: 7}", "model.num_layers is 7, num_hidden_layers is 2"),
+        ("{init_from: hf, num_hidden_layers: 7}", "model.num_hidden_layers is 7, num_hidden_layers is 2"),
         ("{init_from: hf, router: softmax}", "softmax"),
     ],
 )

@@ -27,7 +27,7 @@ from orchestrator.tracking.sink import MetricPoint
 from tests.unit.policy.imagined import limits_of, record
 
 Values = dict[tuple[str, str], float]
-MODEL = ModelSpec(num_experts=8, top_k=2)
+MODEL = ModelSpec(n_routed_experts=8, num_experts_per_tok=2)
 
 
 def recorder(values: Values) -> Callable[[Metric], "Recorded"]:
@@ -134,4 +134,4 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     ("experts", "top_k", "worst_violation", "share"), [(8, 2, 3.0, 1.0), (8, 2, 0.0, 0.0), (1, 1, 0.0, 0.0)]
 )
 def test_collapse(experts: int, top_k: int, worst_violation: float, share: float) -> None:
-    assert collapse(ModelSpec(num_experts=experts, top_k=top_k), worst_violation) == share
+    assert collapse(ModelSpec(n_routed_experts=experts, num_experts_per_tok=top_k), worst_violation) == share

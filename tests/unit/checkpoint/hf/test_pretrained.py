@@ -34,21 +34,21 @@ def test_keys_as_older_versions_write_them(tmp_path: Path) -> None:
     old = {"rope_parameters": None, "rope_theta": 5e5, "partial_rotary_factor": 0.25, "rope_scaling": None}
     directory = write_directory(tmp_path / "hf", **old, head_dim=None, n_group=None, n_shared_experts=None)
     found = resolved(_spec(directory), directory)
-    assert (found.rope_theta, found.rope_fraction) == (5e5, 0.25)
-    assert (found.head_size, found.num_expert_groups, found.num_shared_experts) == (8, 1, 1)
+    assert (found.rope_theta, found.partial_rotary_factor) == (5e5, 0.25)
+    assert (found.head_dim, found.n_group, found.n_shared_experts) == (8, 1, 1)
 
 
 def test_a_size_beyond_the_defaults_is_no_mistake_before_the_directory_is_read(tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "hf", n_routed_experts=64, num_experts_per_tok=20)
-    assert resolved(_spec(directory, top_k=20), directory).num_experts == 64
+    assert resolved(_spec(directory, num_experts_per_tok=20), directory).n_routed_experts == 64
 
 
 def test_every_difference_is_named(tmp_path: Path) -> None:
     directory = write_directory(tmp_path / "hf")
-    given = _spec(directory, top_k=3, rope_theta=7.0, hidden_size=16, router="softmax")
+    given = _spec(directory, num_experts_per_tok=3, rope_theta=7.0, hidden_size=16, router="softmax")
     with pytest.raises(UsageError) as caught:
         resolved(given, directory)
-    assert "model.top_k is 3, num_experts_per_tok is 2" in caught.value.message
+    assert "model.num_experts_per_tok is 3, num_experts_per_tok is 2" in caught.value.message
     assert "model.rope_theta is 7.0, rope_theta is 10000.0" in caught.value.message
     assert 'model.router is "softmax", router is "sigmoid"' in caught.value.message
     assert "hidden_size" not in caught.value.message
@@ -63,7 +63,9 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
         pytest.param({"hidden_act": "gelu"}, 'hidden_act "gelu"', id="another activation"),
         pytest.param({"norm_topk_prob": False}, "norm_topk_prob false", id="gates that don't add up"),
         pytest.param({"rope_scaling": {"type": "yarn"}}, 'type "yarn"', id="scaled rope"),
-        pytest.param({"num_key_value_heads": 3}, "num_kv_heads must divide num_heads", id="sizes that don't fit"),
+        pytest.param(
+            {"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads", id="sizes that don't fit"
+        ),
     ],
 )
 def test_a_model_that_ours_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:

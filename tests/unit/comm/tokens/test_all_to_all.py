@@ -144,7 +144,7 @@ def test_a_row_that_is_not_finite_stays_so() -> None:
     assert decode(encode(torch.zeros(0, 8), "int8"), "int8", torch.float32).shape == (0, 8)
 
 
-@pytest.mark.parametrize("wire", ["exact", "bf16", "int8"])
+@pytest.mark.parametrize("wire", ["native", "bf16", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_elements_that_travel_whole_keep_all_bits(wire: Wire, dtype: torch.dtype) -> None:
     x_ND = torch.linspace(-7, 11, 5 * 11).view(5, 11).to(dtype)

@@ -91,11 +91,13 @@ def test_layers_without_tokens_keep_their_bias() -> None:
     assert bias_LE.tolist() == torch.tensor([[0.1, -0.1], [0.2, -0.2]]).tolist()
 
 
-GROUPED = ModelSpec(hidden_size=8, num_heads=2, num_experts=16, top_k=2, num_expert_groups=8, top_k_groups=2)
+GROUPED = ModelSpec(
+    hidden_size=8, num_attention_heads=2, n_routed_experts=16, num_experts_per_tok=2, n_group=8, topk_group=2
+)
 LIMITS = {
     "the model's groups": (GROUPED, []),
-    "as many experts as are chosen": (GROUPED.model_copy(update={"num_expert_groups": 16}), []),
-    "ranks": (GROUPED.model_copy(update={"num_expert_groups": 1}), [Limit([0] * 7 + [1] * 6 + [2] * 3, 1, best=2)]),
+    "as many experts as are chosen": (GROUPED.model_copy(update={"n_group": 16}), []),
+    "ranks": (GROUPED.model_copy(update={"n_group": 1}), [Limit([0] * 7 + [1] * 6 + [2] * 3, 1, best=2)]),
     "groups and ranks": (GROUPED, [Limit([0] * 8 + [1] * 4 + [2] * 4, 2, best=1)]),
 }
 
@@ -119,7 +121,7 @@ def test_a_router_that_may_choose_among_some_experts_only_is_evened_as_well(case
 
 
 def test_a_layer_whose_router_counts_no_margins_follows_the_sign_rule() -> None:
-    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=8, top_k=2)
+    spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2)
     routed = RoutingCounts.zeros(1, spec)
     routed.counts_LE[0, 3] = 100
     moved_LE = next_bias(torch.zeros(1, 8), routed, spec, 1.0)
@@ -131,7 +133,7 @@ def test_a_layer_whose_router_counts_no_margins_follows_the_sign_rule() -> None:
 def test_where_every_token_visits_all_experts_nothing_is_counted_and_nothing_moves(
     num_experts: int, top_k: int
 ) -> None:
-    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=num_experts, top_k=top_k)
+    spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=num_experts, num_experts_per_tok=top_k)
     routing = _router(spec)(torch.randn(10, 8))
     assert routing.margins_EM is None and routing.gates_NK.isfinite().all()
     routed = RoutingCounts.zeros(1, spec)
@@ -140,7 +142,10 @@ def test_where_every_token_visits_all_experts_nothing_is_counted_and_nothing_mov
 
 
 def test_a_router_counts_margins_in_training_only() -> None:
-    router, x_ND = _router(ModelSpec(hidden_size=8, num_heads=2, num_experts=4, top_k=2)), torch.randn(10, 8)
+    router, x_ND = (
+        _router(ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2)),
+        torch.randn(10, 8),
+    )
     training, evaluating = router(x_ND), router.eval()(x_ND)
     assert training.margins_EM is not None and int(training.margins_EM.sum()) == 40
     assert evaluating.margins_EM is None
@@ -149,7 +154,7 @@ def test_a_router_counts_margins_in_training_only() -> None:
 
 
 def test_fewer_tokens_than_experts_and_none_at_all() -> None:
-    router = _router(ModelSpec(hidden_size=8, num_heads=2, num_experts=16, top_k=2))
+    router = _router(ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=16, num_experts_per_tok=2))
     for num_tokens in (3, 0):
         margins_EM = router(torch.randn(num_tokens, 8)).margins_EM
         moved_E = quantile_bias(torch.zeros(1, 16), margins_EM[None], 2, 0.5)[0]
@@ -158,7 +163,7 @@ def test_fewer_tokens_than_experts_and_none_at_all() -> None:
 
 
 def test_the_share_falls_with_the_learning_rate_to_a_tenth() -> None:
-    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=8, top_k=2)
+    spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2)
     margins_EM = _histogram(_choices(400, 8, 0.5), 2)
     routed = RoutingCounts(torch.zeros(1, 8, dtype=torch.int64), margins_EM[None])
     at_peak, at_half, at_end = (next_bias(torch.zeros(1, 8), routed, spec, decay) for decay in (1.0, 0.5, 0.0))
@@ -178,7 +183,7 @@ def test_counts_beyond_fp32_are_compared_exactly() -> None:
 
 
 def test_counts_add_up() -> None:
-    spec = ModelSpec(num_experts=4, top_k=2)
+    spec = ModelSpec(n_routed_experts=4, num_experts_per_tok=2)
     total, part = RoutingCounts.zeros(1, spec), RoutingCounts.zeros(1, spec)
     part.counts_LE[0, 1], part.margins_LEM[0, 2, 3] = 5, 7
     total.add(part)

@@ -22,16 +22,16 @@ from tests.unit.comm.threads import on_ranks
 HIDDEN, INNER = 6, 10
 
 
-def _layer(num_experts: int = 5, top_k: int = 2, num_shared_experts: int = 1) -> MoELayer:
+def _layer(num_experts: int = 5, top_k: int = 2, n_shared_experts: int = 1) -> MoELayer:
     home = ExpertParallelContext(ExpertPlacement.balanced(num_experts, 1), 0, None)
     spec = ModelSpec(
         hidden_size=HIDDEN,
-        num_heads=1,
-        num_kv_heads=1,
-        expert_intermediate_size=INNER,
-        num_experts=num_experts,
-        top_k=top_k,
-        num_shared_experts=num_shared_experts,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        moe_intermediate_size=INNER,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=top_k,
+        n_shared_experts=n_shared_experts,
         routed_scaling_factor=1.5,
     )
     layer = MoELayer(spec, home)
@@ -73,7 +73,7 @@ def _gradients(layer: MoELayer, y_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "top_k", "num_shared_experts"),
+    ("num_experts", "top_k", "n_shared_experts"),
     [
         pytest.param(5, 2, 1, id="one shared expert"),
         pytest.param(5, 3, 2, id="two shared experts"),
@@ -82,9 +82,9 @@ def _gradients(layer: MoELayer, y_BTD: Tensor, x_BTD: Tensor) -> dict[str, Tenso
     ],
 )
 def test_outputs_and_gradients_equal_those_of_a_loop_over_tokens(
-    num_experts: int, top_k: int, num_shared_experts: int
+    num_experts: int, top_k: int, n_shared_experts: int
 ) -> None:
-    layer = _layer(num_experts, top_k, num_shared_experts)
+    layer = _layer(num_experts, top_k, n_shared_experts)
     x_BTD = _tokens(2, 7).requires_grad_()
     y_BTD, wanted_BTD = layer(x_BTD), _token_by_token(layer, x_BTD)
     # Scores and gates are fp32 by design, in both; the rest is fp64.
@@ -134,12 +134,12 @@ EMPTY = ExpertPlacement(5, 3, ((0,), (0,), (1,), (0,), (1,)))
 
 
 @pytest.mark.parametrize("placement", [SPREAD, EMPTY, ExpertPlacement.balanced(5, 3), ExpertPlacement.balanced(2, 3)])
-@pytest.mark.parametrize("num_shared_experts", [0, 1])
+@pytest.mark.parametrize("n_shared_experts", [0, 1])
 @pytest.mark.parametrize("nodes", [(), ("a", "b", "b")], ids=["one node", "two nodes"])
 def test_layers_over_ranks_compute_what_one_layer_does(
-    placement: ExpertPlacement, num_shared_experts: int, nodes: tuple[str, ...]
+    placement: ExpertPlacement, n_shared_experts: int, nodes: tuple[str, ...]
 ) -> None:
-    whole = _layer(placement.num_experts, 2, num_shared_experts)
+    whole = _layer(placement.num_experts, 2, n_shared_experts)
     wanted = []
     for rank in range(3):
         x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()

@@ -10,7 +10,11 @@ from orchestrator.spec.model import ModelSpec
 def _router(num_experts: int = 5, top_k: int = 2, scaling_factor: float = 1.0) -> Router:
     router = Router(
         ModelSpec(
-            hidden_size=8, num_heads=2, num_experts=num_experts, top_k=top_k, routed_scaling_factor=scaling_factor
+            hidden_size=8,
+            num_attention_heads=2,
+            n_routed_experts=num_experts,
+            num_experts_per_tok=top_k,
+            routed_scaling_factor=scaling_factor,
         )
     )
     with torch.no_grad():
@@ -63,7 +67,9 @@ def test_tokens_without_rows_are_routed_nowhere() -> None:
 
 
 def test_only_experts_of_the_best_groups_are_chosen() -> None:
-    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=6, top_k=2, num_expert_groups=3, top_k_groups=1)
+    spec = ModelSpec(
+        hidden_size=8, num_attention_heads=2, n_routed_experts=6, num_experts_per_tok=2, n_group=3, topk_group=1
+    )
     router = Router(spec)
     with torch.no_grad():
         router.weight.copy_(torch.tensor([3.0, -9.0, 2.0, 2.5, -9.0, -9.0])[:, None].expand(6, 8))
@@ -73,7 +79,7 @@ def test_only_experts_of_the_best_groups_are_chosen() -> None:
 
 
 def test_softmax_scores_sum_to_one_before_they_are_chosen() -> None:
-    spec = ModelSpec(hidden_size=8, num_heads=2, num_experts=5, top_k=5, router="softmax")
+    spec = ModelSpec(hidden_size=8, num_attention_heads=2, n_routed_experts=5, num_experts_per_tok=5, router="softmax")
     router, x_ND = Router(spec), _tokens()
     with torch.no_grad():
         router.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from orchestrator.sampling.curriculum import Curriculum, CurriculumState
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.job import TrainSpec
 
-TRAIN = TrainSpec(steps=50, global_batch_size=4, micro_batch_size=2, sequence_length=5)
+TRAIN = TrainSpec(max_steps=50, global_batch_size=4, micro_batch_size=2, sequence_length=5)
 CHUNKS = Chunks.of(np.full(100, 4), np.arange(100.0), 4)  # 400 tokens: 20 steps of 20
 
 
@@ -57,9 +57,9 @@ def test_a_stage_that_opens_is_exhausted_by_what_is_open() -> None:
 
 def test_the_last_stage_has_to_last_if_it_shall_fail_else() -> None:
     spec = _spec({"name": "a", "difficulty": (0.0, 0.5)}, on_exhausted="fail")
-    assert _firsts(spec, TRAIN.model_copy(update={"steps": 10})) == [("a", 0, 5)]
+    assert _firsts(spec, TRAIN.model_copy(update={"max_steps": 10})) == [("a", 0, 5)]
     with pytest.raises(DataError, match="stage a admits too little: after 10 of its 11 steps"):
-        planned_stages(spec, TRAIN.model_copy(update={"steps": 11}), CHUNKS)
+        planned_stages(spec, TRAIN.model_copy(update={"max_steps": 11}), CHUNKS)
     assert _firsts(_spec({"name": "a", "difficulty": (0.0, 0.5)}, on_exhausted="next")) == [("a", 0, 5)]
 
 
@@ -131,7 +131,7 @@ def test_what_was_followed_stays_though_it_is_not_spoken_of_any_more() -> None:
 
 def test_nothing_fails_for_want_of_text_once_something_was_decided() -> None:
     spec = _spec({"name": "a", "difficulty": (0.0, 0.5), "until": {"steps": 5}}, {"name": "b"}, on_exhausted="fail")
-    present = planned_stages(spec, TRAIN.model_copy(update={"steps": 20}), CHUNKS)
+    present = planned_stages(spec, TRAIN.model_copy(update={"max_steps": 20}), CHUNKS)
     longer = continued(present, 3, spec, TRAIN, CHUNKS, [StageStart("a", 10)])
     assert [stage.name for stage in longer.stages] == ["a", "b", "a", "b"]
 

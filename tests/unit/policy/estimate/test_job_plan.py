@@ -13,7 +13,7 @@ STATE = StatePlan((ParamSpec("dense", 4000, None), *EXPERTS), (("bias", 8),), 51
 
 
 def _plan(ours: bool = True, **train: Any) -> JobPlan:
-    spec = {"schema": "v1", "name": "try", "workers": "1..4", "model": {"num_experts": 8}, "train": train}
+    spec = {"schema": "v1", "name": "try", "workers": "1..4", "model": {"n_routed_experts": 8}, "train": train}
     return plan_job(JobSpec.model_validate(spec), STATE, ours)
 
 
@@ -33,7 +33,7 @@ def test_sharded_parts_shrink_and_dense_weights_stay() -> None:
 
 
 def test_tokens_travel_once_per_layer_of_the_model_as_it_is() -> None:
-    """Not as `num_layers` says, which means nothing to a user's own model."""
+    """Not as `num_hidden_layers` says, which means nothing to a user's own model."""
     train = {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 8}
     traffic = _plan(ours=False, **train).worlds[1].traffic
     rows = round(4 * 8 * (1 - 6 / 28))  # tokens of which both experts are at home stay there

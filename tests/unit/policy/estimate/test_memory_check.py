@@ -17,7 +17,7 @@ STATE = StatePlan((ParamSpec("dense", 10 * MILLION, None), *EXPERTS), (), 512)
 
 
 def _job(memory: str | None, workers: str = "1..4", **changes: Any) -> tuple[JobSpec, JobPlan]:
-    spec = {"schema": "v1", "name": "try", "workers": workers, "model": {"num_experts": 8}, **changes}
+    spec = {"schema": "v1", "name": "try", "workers": workers, "model": {"n_routed_experts": 8}, **changes}
     job = JobSpec.model_validate(spec | {"resources": {"memory": memory}})
     return job, plan_job(job, STATE, ours=False)
 

@@ -21,14 +21,14 @@ from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.model import ModelSpec
 from tests.unit.policy.imagined import record
 
-MODEL = ModelSpec(num_experts=8, top_k=2)  # MaxVio is 3 at most
+MODEL = ModelSpec(n_routed_experts=8, num_experts_per_tok=2)  # MaxVio is 3 at most
 EVEN = ExpertLoad(max_violation=0.1, worst_violation=0.2, worst_layer=0, swing=0.0)
 COLLAPSED = ExpertLoad(max_violation=1.0, worst_violation=2.9, worst_layer=2, swing=0.0)
 SWINGING = replace(EVEN, swing=0.8)
 COLLAPSE = ExpertsCollapsed(40, layer=1, max_violation=2.5)
 SWING = LoadsSwing(40, 0.7)
 NONE = Troubles()
-ENOUGH = TOKENS_PER_EXPERT * MODEL.num_experts
+ENOUGH = TOKENS_PER_EXPERT * MODEL.n_routed_experts
 
 
 def _steps(*loads: tuple[ExpertLoad, int], first: int = 0, **changes: object) -> list[StepRecord]:
@@ -110,7 +110,7 @@ def test_routers_have_time_to_settle(load: ExpertLoad) -> None:
 def test_no_false_alarm(num_experts: int, top_k: int, counts: list[list[int]]) -> None:
     counts_LE = np.array(counts)
     load = expert_load(counts_LE, counts_LE)
-    model = ModelSpec(num_experts=num_experts, top_k=top_k)
+    model = ModelSpec(n_routed_experts=num_experts, num_experts_per_tok=top_k)
     steps = _steps((load, 200), tokens=int(counts_LE.sum()) // top_k)
     assert routing_news(model, steps, NONE) == []
 
@@ -121,14 +121,14 @@ def test_no_false_alarm(num_experts: int, top_k: int, counts: list[list[int]]) -
         pytest.param(COLLAPSE, {}, "raise model.bias_update_speed, which is 0.5, up to 1", id="quantile"),
         pytest.param(COLLAPSE, {"bias_update": "sign"}, "set model.bias_update to quantile", id="sign"),
         pytest.param(COLLAPSE, {"bias_update_speed": 0}, "set model.bias_update_speed, which is 0 ", id="no bias"),
-        pytest.param(COLLAPSE, {"router": "softmax"}, "raise model.balance_loss_weight, which is 0.01", id="softmax"),
+        pytest.param(COLLAPSE, {"router": "softmax"}, "raise model.router_aux_loss_coef, which is 0.01", id="softmax"),
         pytest.param(COLLAPSE, {"embedding_scale": 1}, "raise model.embedding_scale, which is 1, to 8", id="scale"),
         pytest.param(SWING, {}, "lower model.bias_update_speed, which is 0.5", id="swing"),
         pytest.param(SWING, {"router": "softmax"}, "lower train.lr", id="swing without a bias"),
     ],
 )
 def test_a_warning_names_what_would_help(event: Event, model: dict[str, object], advice: str) -> None:
-    spec = MODEL.model_validate({"num_experts": 8, "top_k": 2} | model)
+    spec = MODEL.model_validate({"n_routed_experts": 8, "num_experts_per_tok": 2} | model)
     (told,) = routing_warnings(spec, NONE.after(event))
     assert advice in f"{told} " and "since step 40" in told
     assert "embedding_scale" not in told or "embedding_scale" in model

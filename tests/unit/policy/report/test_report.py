@@ -247,7 +247,13 @@ def test_money_and_energy_only_where_a_rate_is_given() -> None:
 
 
 def test_operations_follow_from_active_parameters_and_tokens() -> None:
-    model = {"num_experts": 8, "top_k": 2, "num_layers": 4, "num_heads": 4, "head_size": 32}
+    model = {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+    }
     job = JobSpec.model_validate({"schema": "v1", "name": "try", "model": model, "train": {"sequence_length": 64}})
     experts = [ParamSpec(f"experts.{expert}", 1000, expert) for expert in range(8)]
     params = [ParamSpec("embedding.weight", 5000, None), ParamSpec("head", 5000, None), *experts]

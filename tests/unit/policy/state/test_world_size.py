@@ -86,7 +86,7 @@ def test_never_more_than_max_and_standbys_are_held() -> None:
 
 def test_limits_of_a_job() -> None:
     workers = {"min": 1, "max": 3, "initial": 2, "standby": 1, "schedule": [{"at_step": 5, "workers": 3}]}
-    job = JobSpec.model_validate({"schema": "v1", "name": "try", "workers": workers, "train": {"steps": 9}})
+    job = JobSpec.model_validate({"schema": "v1", "name": "try", "workers": workers, "train": {"max_steps": 9}})
     limits = RunLimits.of("try", job)
     assert (limits.steps, limits.min_workers, limits.max_workers, limits.initial_workers) == (9, 1, 3, 2)
     assert limits.schedule == (ScheduledSize(5, 3),)

@@ -14,7 +14,7 @@ SIZE = MicroBatchSize(rows=2)
 JOB = {
     "schema": "v1",
     "name": "feed",
-    "train": {"steps": 50, "global_batch_size": 10, "micro_batch_size": 2, "sequence_length": 16},
+    "train": {"max_steps": 50, "global_batch_size": 10, "micro_batch_size": 2, "sequence_length": 16},
     "eval": {"every": 5, "rows": 7},
 }
 
@@ -147,7 +147,7 @@ def test_steps_consume_positions_without_gap_through_many_epochs(store: TokenSto
     assert [(p.first_position, p.num_positions) for p in parts] == [(10 * s, 10) for s in range(0, num_steps, 7)]
 
 
-SMALL = {**JOB, "train": {**JOB["train"], "sequence_length": 24}, "data": {"rows": "documents"}}  # type: ignore[dict-item]
+SMALL = {**JOB, "train": {**JOB["train"], "sequence_length": 24}, "data": {"row_format": "documents"}}  # type: ignore[dict-item]
 
 
 def _batch(feed: BatchReader, step: int, world_size: int, size: MicroBatchSize) -> dict[tuple[int, ...], int]:
