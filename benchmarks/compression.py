@@ -167,7 +167,7 @@ def job_of(communication: dict[str, Any], seed: int, steps: int, data: DataSpec)
             "train": {**BATCH, "max_steps": steps, "seed": seed, "lr_scheduler": {"warmup_steps": steps // 12}},
             "eval": {"every": steps, "rows": 256},
             "data": data,
-            "protection": "off",
+            "protection": {"every": "none"},
             "communication": communication,
         }
     )

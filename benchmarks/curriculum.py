@@ -182,7 +182,7 @@ def _job(arm: str, seed: int, steps: int, data: DataSpec, quick: bool) -> JobSpe
             "eval": {"every": steps // VALIDATIONS, "rows": VALIDATION_ROWS},
             "data": data,
             "curriculum": curriculum,
-            "protection": "off",
+            "protection": {"every": "none"},
         }
     )
 

@@ -30,6 +30,7 @@ from orchestrator.worker.runtime.errors import AbortedGeneration, DigestMismatch
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.step.batches import BatchReader
+from orchestrator.worker.step.checkpoint_timer import CheckpointTimer
 from orchestrator.worker.step.curriculum import Stages
 from orchestrator.worker.step.train_step import RankProposal, TrainStep
 from orchestrator.worker.step.vote import NO_FENCE, VoteResult
@@ -69,6 +70,7 @@ class Trainer:
         numerics = mailbox.state.numerics
         self._saver = ShardSaver(checkpoints, factory.saved_shapes(), keeps, numerics, self._saved, self._not_saved)
         self._shard: Shard | None = None
+        self._checkpoint_timer = CheckpointTimer(self._spec.checkpoint.every, self._spec.train.max_steps)
         self._snapshots = SnapshotManager(factory.me, self._spec.protection, self._spec.train.max_steps - 1)
         self._abort_handle = AbortHandle((shut_connections, abort_collectives, self._snapshots.shut))
         self._between_steps = True  # False: the shard's state belongs to no finished step
@@ -129,10 +131,11 @@ class Trainer:
         if shard.seal is not None:
             shard.seal.close()
         self._snapshots.take(shard, self._progress)
+        self._checkpoint_timer.begin()
         self._mailbox.publish(phase=Phase.TRAINING, generation=shard.world.generation, holdings=())
         while self._progress.step + 1 < self._spec.train.max_steps:
             outcome = self._step(shard)
-            if self._checkpoint_due():
+            if self._checkpoint_timer.due(self._progress.step, outcome.checkpoint):
                 self._saver.save(shard, self._progress)
             if outcome.finish:
                 return None
@@ -156,7 +159,8 @@ class Trainer:
             fence, finish = self._preparer.fence_after(step), directive.finish is not FinishMode.NO
             if is_due or finish or fence != NO_FENCE:
                 self._snapshots.acknowledged()
-            return RankProposal(fence, finish, self._snapshots.wanted_interval, self._stages.propose(directive))
+            stages, interval = self._stages.propose(directive), self._snapshots.wanted_interval
+            return RankProposal(fence, finish, interval, stages, self._checkpoint_timer.wanted)
 
         keep_gradients = self._snapshots.wants_gradients(step)
         stepped = self._stepper.step(shard, self._progress, before_update, propose, keep_gradients)
@@ -333,11 +337,6 @@ class Trainer:
         return False
 
     # -- checkpoints and the end -------------------------------------------------------------------------------
-
-    def _checkpoint_due(self) -> bool:
-        every = self._spec.checkpoint.every
-        done = self._progress.step + 1
-        return every is not None and done % every == 0 and done < self._spec.train.max_steps
 
     def _finish(self, shard: Shard) -> None:
         """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""

@@ -36,6 +36,7 @@ class RankProposal:
     finish: bool
     interval: int
     stages: int = 0
+    checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class TrainStep:
             traffic=traffic,
             compression=shard.choosing.proposal,
             digests=digests,
+            checkpoint=proposal.checkpoint,
         )
         outcome = vote(ballot, shard.rank, shard.world.size, shard.groups.exchange, self._factory.device)
         communication_wait_s = peers_s + time.perf_counter() - proposed_s
