@@ -7,15 +7,15 @@ a hundred more than 18,500. A row is a definition, or a piece of 1,024 tokens of
 and all processes of the cluster share a limit of memory that the kernel enforces. All arms run in it, one after the
 other, the order turned round in every other round:
 
-- `dynamic`: `data.row_format: documents`, `micro_batch_size: auto`. The first micro-batches are small, and grow by what is
-measured.
+- `dynamic`: `data.row_format: documents`, `micro_batch_size: auto`. The first micro-batches are small, and grow by what
+  is measured.
 - `fixed`: the same rows in micro-batches of as many rows, in their order, as fit if all of them are as long as they may
   be: the largest divisor of the batch with which a micro-batch has no more tokens than those that `dynamic` found to
   fit.
 - `padded`: the same micro-batches as `fixed`, as most trainers do it: padding goes through the whole model. Its loss
   holds all logits of a micro-batch, which is as fast (`benchmarks.loss`).
-- `packed`: `data.row_format: packed`, documents back to back in rows of 1,024 tokens, a third as many, in micro-batches that
-fit.
+- `packed`: `data.row_format: packed`, documents back to back in rows of 1,024 tokens, a third as many, in
+  micro-batches that fit.
 
 `tokens_per_s` is of target tokens, over the median step once micro-batches have their size. `padding` is the share of
 the micro-batches' tokens; `peak_share` the most memory that the limited processes had, over the limit, and `kills` what

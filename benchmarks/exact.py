@@ -120,7 +120,7 @@ def job_of(name: str, size: int | None, data: DataSpec, storage: Path, quick: bo
             "train": {**BATCH, "max_steps": steps, "lr": 2e-3, **train},
             "data": data,
             "checkpoint": {"every": every},
-            "protection": {"every": 1} if size is None else "off",
+            "protection": {"every": 1 if size is None else "none"},
             "storage": str(storage),
         }
     )

@@ -4,7 +4,8 @@
 
 1. The chunked cross-entropy (`orchestrator.model.loss`) against the plain one, `F.cross_entropy` of all logits: time of
    forward and backward, taken in turns in one process of 2 threads, and the memory that each needs, in a process each.
-2. A model of growing depth with `gradient_checkpointing: sqrt`, and with none: memory of forward and backward, in a process each.
+2. A model of growing depth with `gradient_checkpointing: sqrt`, and with none: memory of forward and backward, in a
+   process each.
    The slope is that of a least-squares line through log(bytes) over log(layers).
 
 Memory is how far the resident set of a fresh process rose above what it held before: parameters, inputs and gradients.

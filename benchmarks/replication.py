@@ -3,9 +3,10 @@
     python -m benchmarks.replication [--quick]
 
 Two workers train the model of `benchmarks.rescale`, 17.7 M parameters, with 8,192 and with 1,024 tokens per step. Arms
-are alive at once and take turns (`benchmarks.support.arms`): `protection: off`, `every_step`, `auto`, and for the short
-step `whole`, which is every_step with nothing but whole snapshots (`recovery.whole_every: 1`). An arm's `overhead` is
-its time per step over that without snapshots, less one. A block of steps has as many whole snapshots as its share.
+are alive at once and take turns (`benchmarks.support.arms`): `off`, `every_step` and `auto`, with `protection.every`
+none, 1 and auto, and for the short step `whole`, which is every_step with nothing but whole snapshots
+(`recovery.whole_every: 1`). An arm's `overhead` is its time per step over that without snapshots, less one. A block of
+steps has as many whole snapshots as its share.
 
 Bytes are counted by the kernel, on the loopback device: those of an arm less those of the arm without snapshots are
 what snapshots send, frames and acknowledgements included. They stand beside the bytes of a plain copy of both workers'
@@ -30,7 +31,8 @@ from orchestrator.policy.health.snapshot_interval import MEASURED
 from orchestrator.spec.job import DataSpec, JobSpec
 
 WORLD_SIZE, THREADS = 2, 1
-ARMS = ("off", "every_step", "auto", "whole")
+EVERY: dict[str, int | str] = {"off": "none", "every_step": 1, "auto": "auto", "whole": 1}  # protection.every of an arm
+ARMS = tuple(EVERY)
 # All four take turns too slowly where steps are long: an arm may stand still for a minute, then its collectives fail.
 ARMS_OF = {"long": ARMS[:3], "short": ARMS}
 LIMITS = {"every_step": 0.05, "auto": 0.03}
@@ -77,7 +79,7 @@ def job_of(step: str, protection: str, data: DataSpec, quick: bool) -> JobSpec:
             "model": QUICK_MODEL if quick else MODEL,
             "train": {**STEPS[step], "max_steps": 1_000_000, "lr": 3e-4, "lr_scheduler": {"kind": "constant"}},
             "data": data,
-            "protection": {"every": 1} if protection == "whole" else protection,
+            "protection": {"every": EVERY[protection]},
             "recovery": {"whole_every": 1} if protection == "whole" else {},
         }
     )

@@ -27,6 +27,7 @@ from benchmarks import recovery, rescale
 from benchmarks.harness import ROOT, Bar, Result, Spread, alternate, at_most, median_ratio_interval, run, say
 from benchmarks.support.data import data_spec
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.old_keys import OLD_KEYS
 
 RESCALES_OF, RECOVERIES_OF = "1aebb70", "f9f86ac"  # the last commits whose README shows stalls within the bars
 WORST_RATIO = 1.10
@@ -110,7 +111,7 @@ def block(what: str, tree: Path, keys: dict[str, Any], folder: Path, size: Size,
     number = len(list(folder.glob("home-*")))
     job = job_of(what, storage, folder, quick)
     order = {
-        "job": job | keys | {"name": f"{job['name']}-{number}"},  # a name is used once per storage
+        "job": as_of(tree, job) | keys | {"name": f"{job['name']}-{number}"},  # a name is used once per storage
         "home": home,
         "num_cpus": rescale.LARGEST + 2,
         "cycle": rescale.CYCLE,
@@ -148,6 +149,21 @@ def job_of(what: str, storage: Path, folder: Path, quick: bool) -> dict[str, Any
     else:
         job = recovery.job_of(data, storage, quick)
     return job.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def as_of(tree: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """The job with keys that the tree knows: those of before `orchestrator/spec/old_keys.py`, or ours."""
+    if (tree / "orchestrator" / "spec" / "old_keys.py").exists():
+        return job
+    former = {new: old for old, new in OLD_KEYS.items()}
+
+    def key_of(section: str, key: str) -> str:
+        return former.get(f"{section}.{key}", key).rpartition(".")[2]
+
+    return {
+        section: {key_of(section, key): value for key, value in part.items()} if isinstance(part, dict) else part
+        for section, part in job.items()
+    }
 
 
 def figures_of(arms: dict[str, list[Stall]]) -> dict[str, Any]:

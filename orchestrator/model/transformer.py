@@ -219,8 +219,8 @@ class MoELanguageModel(TrainableModel):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal weights with std `initializer_range`, scaled down by depth where they write into the residual stream (GPT-2),
-        ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
+        """Normal weights with std `initializer_range`, scaled down by depth where they write into the residual stream
+        (GPT-2), ones for norms, zeros for biases. A tensor's values depend on (seed, name) alone."""
         residual_std = self.spec.initializer_range / (2 * self.spec.num_hidden_layers) ** 0.5
         for name, param in self.named_parameters():
             if "norm" in name or name.endswith("_bias"):

@@ -117,8 +117,9 @@ class CommunicationSpec(Section):
     ranks_per_token: int | None = Field(
         default=None,
         ge=1,
-        description="Workers whose experts a token may visit: the best ones for it, more if needed to hold num_experts_per_tok "
-        "experts. null: all. The choice then depends on the placement of experts, so on the number of workers too.",
+        description="Workers whose experts a token may visit: the best ones for it, more if needed to hold "
+        "num_experts_per_tok experts. null: all. The choice then depends on the placement of experts, so on the number "
+        "of workers too.",
     )
     nodes_per_token: int | None = Field(
         default=None, ge=1, description="The same for nodes, whose workers' experts a token may visit."

@@ -57,5 +57,5 @@ class DataSpec(Section):
 
     def broken_rules(self) -> Iterator[Broken]:
         if self.row_format == BY_DOCUMENT and self.isolate_documents:
-            rule = "isolate_documents has no meaning with row_format: documents, which hold one document each: leave it out"
+            rule = "isolate_documents has no meaning with row_format: documents, a document per row: leave it out"
             yield Broken((("isolate_documents",), ("row_format",)), rule)

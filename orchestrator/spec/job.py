@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import DataSpec
-from orchestrator.spec.fault_tolerance import EVERY_STEP, CheckpointSpec, Protection, RecoverySpec, VerifySpec
+from orchestrator.spec.fault_tolerance import CheckpointSpec, Protection, ProtectionSpec, RecoverySpec, VerifySpec
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Broken, Path, Section, directory, refuse
 from orchestrator.spec.tracking import TrackingSpec
@@ -31,6 +31,7 @@ __all__ = [
     "EvalSpec",
     "JobSpec",
     "ModelSpec",
+    "ProtectionSpec",
     "RecoverySpec",
     "ResourcesSpec",
     "ScheduledScale",
@@ -100,9 +101,7 @@ class JobSpec(Section):
     )
     checkpoint: CheckpointSpec = Field(default=CheckpointSpec(), description="Durable copies of the training state.")
     protection: Protection = Field(
-        default=EVERY_STEP,
-        description="How often each worker's state is copied to another worker's memory, so that a worker may fail "
-        'at any moment: every_step, "every N" (N steps), auto (as often as costs under 3 % of a step) or off.',
+        default=ProtectionSpec(), description="Copies of the training state in the memory of other workers."
     )
     recovery: RecoverySpec = Field(default=RecoverySpec(), description="Response to failures.")
     verify: VerifySpec = Field(default=VerifySpec(), description="Replay of steps, to compare results.")
@@ -193,13 +192,18 @@ class JobSpec(Section):
         needs: tuple[tuple[Path, object, bool, str], ...] = (
             (("train", "determinism"), self.train.determinism, self.train.is_exact, "exact"),
             (("workers", "standby"), self.workers.standby, self.workers.standby > 0, "at least 1"),
-            (("checkpoint", "every"), "null", self.checkpoint.every is not None, "a number of steps"),
+            (
+                ("checkpoint", "every"),
+                self.checkpoint.every,
+                isinstance(self.checkpoint.every, int),
+                "a number of steps",
+            ),
         )
         for key, value, there, wanted in needs:
             if not there:
                 rule = f"verify.every needs {'.'.join(map(str, key))} to be {wanted}; got {value}"
                 yield Broken((("verify", "every"), key), rule)
-        if self.checkpoint.every is not None and self.verify.steps >= self.checkpoint.every:
+        if isinstance(self.checkpoint.every, int) and self.verify.steps >= self.checkpoint.every:
             rule = "verify.steps must be less than checkpoint.every: they follow the newest checkpoint; "
             got = f"got {self.verify.steps} and {self.checkpoint.every}"
             yield Broken((("verify", "steps"), ("checkpoint", "every")), rule + got)

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.errors import Problem, SpecError, UsageError
 from orchestrator.spec.job import JobSpec
+from orchestrator.spec.old_keys import OLD_KEYS
 from orchestrator.spec.section import Broken, Path, Section
 from orchestrator.spec.yaml import YamlDocument, dotted, read_document
 
@@ -203,6 +204,8 @@ def _rule(details: ErrorDetails) -> str:
     """The rule that a value breaks, with the value."""
     path, kind = details["loc"], details["type"]
     if kind == "extra_forbidden":
+        if dotted(path) in OLD_KEYS:
+            return f"unknown key; it is called {OLD_KEYS[dotted(path)]} now"
         return f"unknown key; {_nearest_keys(path)}"
     if kind == "missing":
         return "required"

@@ -103,8 +103,8 @@ class ModelSpec(Section):
     gradient_checkpointing: Literal["none", "selective", "sqrt", "full"] = Field(
         default="none",
         description="Activations recomputed in the backward pass instead of kept: none, those of MLPs and experts "
-        "(selective), all within about sqrt(num_hidden_layers) runs of layers (sqrt), or within each layer (full). The last "
-        "three send tokens to experts once more.",
+        "(selective), all within about sqrt(num_hidden_layers) runs of layers (sqrt), or within each layer (full). The "
+        "last three send tokens to experts once more.",
     )
     initializer_range: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
     embedding_scale: float = Field(
@@ -165,26 +165,26 @@ class ModelSpec(Section):
             return  # the other sizes are in the directory; all are checked once it is read
         yield from self._broken_head_rules()
         if self.num_attention_heads % self.num_key_value_heads:
-            rule = f"num_key_value_heads must divide num_attention_heads; got {self.num_key_value_heads} and {self.num_attention_heads}"
-            yield Broken((("num_key_value_heads",), ("num_attention_heads",)), rule)
+            yield self._broken("num_key_value_heads", "must divide", "num_attention_heads")
         if self.num_experts_per_tok > self.n_routed_experts:
-            rule = f"num_experts_per_tok must be at most n_routed_experts; got {self.num_experts_per_tok} and {self.n_routed_experts}"
-            yield Broken((("num_experts_per_tok",), ("n_routed_experts",)), rule)
-        groups = (("n_group",), ("n_routed_experts",))
+            yield self._broken("num_experts_per_tok", "must be at most", "n_routed_experts")
         if self.n_routed_experts % self.n_group:
-            sizes = f"{self.n_group} and {self.n_routed_experts}"
-            yield Broken(groups, f"n_group must divide n_routed_experts; got {sizes}")
+            yield self._broken("n_group", "must divide", "n_routed_experts")
         elif self.topk_group > self.n_group:
-            sizes = f"{self.topk_group} and {self.n_group}"
-            yield Broken((("topk_group",), *groups), f"topk_group must be at most n_group; got {sizes}")
+            yield self._broken("topk_group", "must be at most", "n_group")
         elif self.n_group > 1 and self.num_experts_per_tok > (
             open_to_all := self.n_routed_experts // self.n_group * self.topk_group
         ):
-            rule = f"num_experts_per_tok must be at most the {open_to_all} experts of topk_group groups; got {self.num_experts_per_tok}"
-            yield Broken((("num_experts_per_tok",), ("topk_group",), *groups), rule)
+            rule = f"num_experts_per_tok must be at most the {open_to_all} experts of topk_group groups"
+            sizes = (("num_experts_per_tok",), ("topk_group",), ("n_group",), ("n_routed_experts",))
+            yield Broken(sizes, f"{rule}; got {self.num_experts_per_tok}")
         if self.first_k_dense_replace > self.num_hidden_layers:
-            rule = f"first_k_dense_replace must be at most num_hidden_layers; got {self.first_k_dense_replace} and {self.num_hidden_layers}"
-            yield Broken((("first_k_dense_replace",), ("num_hidden_layers",)), rule)
+            yield self._broken("first_k_dense_replace", "must be at most", "num_hidden_layers")
+
+    def _broken(self, key: str, rule: str, other: str) -> Broken:
+        """A rule between two keys, with their values."""
+        got = f"got {getattr(self, key)} and {getattr(self, other)}"
+        return Broken(((key,), (other,)), f"{key} {rule} {other}; {got}")
 
     def _broken_head_rules(self) -> Iterator[Broken]:
         keys = (("head_dim",), ("num_attention_heads",), ("hidden_size",))
@@ -203,8 +203,9 @@ class ModelSpec(Section):
     def _broken_entrypoint_rules(self) -> Iterator[Broken]:
         if self.entrypoint is not None:
             if self.gradient_checkpointing != "none":
-                rule = f"gradient_checkpointing must be none with entrypoint: your own model recomputes itself; got {self.gradient_checkpointing}"
-                yield Broken((("gradient_checkpointing",), ("entrypoint",)), rule)
+                rule = "gradient_checkpointing must be none with entrypoint: your own model recomputes itself; got "
+                keys = (("gradient_checkpointing",), ("entrypoint",))
+                yield Broken(keys, rule + self.gradient_checkpointing)
             if self.init_from is not None:
                 rule = "init_from is for our own model; with entrypoint, let your init_weights(seed) read the weights"
                 yield Broken((("init_from",), ("entrypoint",)), rule)

@@ -70,7 +70,7 @@ class TrainSpec(Section):
         default=128, ge=1, description="Tokens of a row; with data.row_format: documents, of the longest row."
     )
     optimizer: OptimizerSpec = Field(default=OptimizerSpec(), description="The optimizer.")
-    lr: float = Field(default=3e-3, gt=0, description="Learning rate at its highest.")
+    lr: float = Field(default=3e-4, gt=0, description="Learning rate at its highest.")
     lr_scheduler: LrSchedulerSpec = Field(default=LrSchedulerSpec(), description="The learning rate over the steps.")
     gradient_clipping: float = Field(
         default=1.0, ge=0, description="Largest global norm of the gradients. 0: no clipping."
@@ -122,5 +122,6 @@ class TrainSpec(Section):
             rule = f"global_batch_size must be a multiple of micro_batch_size; got {sizes}"
             yield Broken((("global_batch_size",), ("micro_batch_size",)), rule)
         if self.lr_scheduler.warmup_steps > self.max_steps:
-            rule = f"warmup_steps must be at most train.max_steps; got {self.lr_scheduler.warmup_steps} and {self.max_steps}"
+            got = f"got {self.lr_scheduler.warmup_steps} and {self.max_steps}"
+            rule = f"warmup_steps must be at most train.max_steps; {got}"
             yield Broken((("lr_scheduler", "warmup_steps"), ("max_steps",)), rule)

@@ -18,7 +18,7 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.communication import CommunicationSpec
-from orchestrator.spec.fault_tolerance import OFF
+from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.spec.job import JobSpec, RecoverySpec, WorkersSpec
 from orchestrator.storage.journal import read_events
 from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
@@ -314,7 +314,9 @@ def test_a_worker_that_was_cut_off_comes_back_ends_and_has_written_nothing(
 
 def test_auto_compresses_on_a_slow_link(hosts: Hosts, driver: Driver, texts: Path, tmp_path: Path) -> None:
     communication = CommunicationSpec.model_validate({"compression": "auto", "bucket_mb": 0.05})
-    job = _job("slow", texts, tmp_path).model_copy(update={"communication": communication, "protection": OFF})
+    job = _job("slow", texts, tmp_path).model_copy(
+        update={"communication": communication, "protection": ProtectionSpec(every="none")}
+    )
     for index in range(3):
         hosts.limit(index, 10.0)
     run = str(driver.call(OrchestratorClient.submit, job))

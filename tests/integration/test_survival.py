@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.protocol.worker_report import Phase
 from orchestrator.sampling.sample_ledger import audit
+from orchestrator.spec.fault_tolerance import ProtectionSpec
 from tests.support.texts import STEPS, small_job
 from tests.support.worker_group import Crew
 
@@ -73,11 +74,11 @@ def test_a_stopped_member_is_left_behind(worker_group: Crew, undisturbed: Crew) 
     _same_training(worker_group, undisturbed)
 
 
-@pytest.mark.parametrize("protection", [pytest.param("every 4", marks=pytest.mark.slow), "auto"])
+@pytest.mark.parametrize("every", [pytest.param(4, marks=pytest.mark.slow), "auto"])
 def test_a_loss_between_two_snapshots_goes_back_to_the_older_one(
-    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, protection: str
+    texts: Path, store_dir: Path, tmp_path: Path, undisturbed: Crew, every: int | str
 ) -> None:
-    job = small_job(texts, determinism="exact").model_copy(update={"protection": protection})
+    job = small_job(texts, determinism="exact").model_copy(update={"protection": ProtectionSpec(every=every)})
     with Crew(job, store_dir, tmp_path, size=3) as worker_group:
         worker_group.start(worker_group.plan(worker_group.ids))
         worker_group.await_step(12)
@@ -90,7 +91,7 @@ def test_a_loss_between_two_snapshots_goes_back_to_the_older_one(
         plan = worker_group.recover(survivors)
         assert plan.source is not None and plan.source.step is not None
         assert committed <= plan.source.step <= stopped
-        if protection == "every 4":
+        if every == 4:
             assert interval == 4 and (committed + 1) % 4 == 0
             assert (plan.source.step + 1) % 4 == 0 or plan.source.step == stopped
         else:

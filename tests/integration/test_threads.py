@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.protocol.worker_report import Phase
+from orchestrator.spec.fault_tolerance import ProtectionSpec
 from tests.support import pools
 from tests.support.texts import small_job
 from tests.support.worker_group import Crew
@@ -22,7 +23,7 @@ def test_one_thread_of_a_worker_computes_in_parallel(
     """Protection, checkpoints, a rescale, a loss and the recovery from it leave one pool of threads in each worker."""
     job = small_job(texts, LARGE, precision=precision, max_steps=10, global_batch_size=6)
     job = job.model_copy(
-        update={"protection": {"every": 1}, "checkpoint": job.checkpoint.model_copy(update={"every": 4})}
+        update={"protection": ProtectionSpec(every=1), "checkpoint": job.checkpoint.model_copy(update={"every": 4})}
     )
     with Crew(job, store_dir, tmp_path, size=3, threads=THREADS) as worker_group:
         first = worker_group.plan(worker_group.ids[:2])

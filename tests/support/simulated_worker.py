@@ -190,7 +190,7 @@ class SimulatedWorker:
             votes = self._meet(plan, f"step-{self._step + 1}", ballot, plan.world.members)
             self._finish_step(plan, started)
             self._keep(plan, votes)
-            if every and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.max_steps:
+            if isinstance(every, int) and (self._step + 1) % every == 0 and self._step + 1 < self._spec.train.max_steps:
                 self._save(plan)
             if all(vote["finish"] for vote in votes.values()):
                 return None

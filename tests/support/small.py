@@ -45,6 +45,7 @@ def train_spec(
 ) -> TrainSpec:
     return TrainSpec(
         max_steps=100,
+        lr=3e-3,
         global_batch_size=NUM_SLOTS * ROWS,
         micro_batch_size=ROWS,
         sequence_length=LENGTH,

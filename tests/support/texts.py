@@ -44,6 +44,7 @@ def small_job(texts: Path, model: dict[str, Any] | None = None, **train: Any) ->
             },
             "train": {
                 "max_steps": STEPS,
+                "lr": 3e-3,
                 "global_batch_size": 10,
                 "micro_batch_size": 2,
                 "sequence_length": 32,

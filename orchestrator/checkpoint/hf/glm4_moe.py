@@ -9,7 +9,6 @@ Experts are written one by one, `experts.7.gate_proj.weight`, as in published ch
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,26 +41,25 @@ _OUTSIDE = {
 }
 _MLP = re.compile(r"(mlp(?:\.experts\.\d+|\.shared)?)\.(gate_up|down)")
 _EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_up|down)")
-_SIZES = {  # their key: ours, where only the name differs
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
-    "num_key_value_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "rms_norm_eps": "rms_norm_eps",
-    "attention_bias": "attention_bias",
-    "use_qk_norm": "qk_norm",
-    "moe_intermediate_size": "moe_intermediate_size",
-    "num_experts_per_tok": "num_experts_per_tok",
-    "n_routed_experts": "n_routed_experts",
-    "n_shared_experts": "n_shared_experts",
-    "routed_scaling_factor": "routed_scaling_factor",
-    "n_group": "n_group",
-    "topk_group": "topk_group",
-    "first_k_dense_replace": "first_k_dense_replace",
-}
+_SAME = (  # keys of both `config.json` and our `model` section
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "attention_bias",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "n_shared_experts",
+    "routed_scaling_factor",
+    "n_group",
+    "topk_group",
+    "first_k_dense_replace",
+)
 _DEFAULTS: dict[str, Any] = {  # defaults of transformers for keys that config.json lacks
     "head_dim": None,
     "rms_norm_eps": 1e-5,
@@ -161,7 +159,8 @@ def configuration(spec: ModelSpec, vocab_size: int, sequence_length: int, dtype:
         "architectures": [ARCHITECTURE],
         "model_type": "glm4_moe",
         "dtype": dtype,
-        **{theirs: getattr(spec, ours) for theirs, ours in _SIZES.items()},
+        **{key: getattr(spec, key) for key in _SAME},
+        "use_qk_norm": spec.qk_norm,
         "vocab_size": vocab_size,
         "max_position_embeddings": sequence_length,
         "initializer_range": spec.initializer_range,
@@ -173,17 +172,8 @@ def configuration(spec: ModelSpec, vocab_size: int, sequence_length: int, dtype:
     }
 
 
-@dataclass(frozen=True)
-class ConfigSetting:
-    """A value of `config.json`, with its key there and our key."""
-
-    their_key: str
-    key: str
-    value: Any
-
-
-def settings(config: Mapping[str, Any]) -> list[ConfigSetting]:
-    """A `config.json` as keys of our `model` section.
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` as our `model` section.
 
     Raises:
         UsageError: another architecture, missing keys, or values that our model does not support. It names all of them.
@@ -192,7 +182,7 @@ def settings(config: Mapping[str, Any]) -> list[ConfigSetting]:
     if architectures != [ARCHITECTURE]:
         raise UsageError(f"its architecture is {_named(architectures)}; only {ARCHITECTURE} can be read")
     known = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
-    if missing := [key for key in _SIZES if key not in known]:
+    if missing := [key for key in _SAME if key not in known]:
         raise UsageError(f"it lacks {', '.join(missing)}")
     rope = _ROPE | {key: config[key] for key in _ROPE if config.get(key) is not None}
     for scaling in ("rope_scaling", "rope_parameters"):  # keys of older and newer versions of transformers
@@ -208,12 +198,13 @@ def settings(config: Mapping[str, Any]) -> list[ConfigSetting]:
         raise UsageError(f"it has {shown}, which no model of ours can have")
     if known["head_dim"] is None:
         known["head_dim"] = int(known["hidden_size"]) // int(known["num_attention_heads"])
-    return [
-        *(ConfigSetting(theirs, ours, known[theirs]) for theirs, ours in _SIZES.items()),
-        ConfigSetting("architectures", "router", "sigmoid"),
-        ConfigSetting("rope_theta", "rope_theta", float(rope["rope_theta"])),
-        ConfigSetting("partial_rotary_factor", "partial_rotary_factor", float(rope["partial_rotary_factor"])),
-    ]
+    return {
+        **{key: known[key] for key in _SAME},
+        "qk_norm": known["use_qk_norm"],
+        "router": "sigmoid",
+        "rope_theta": float(rope["rope_theta"]),
+        "partial_rotary_factor": float(rope["partial_rotary_factor"]),
+    }
 
 
 def _named(architectures: object) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from orchestrator.checkpoint.hf.glm4_moe import ConfigSetting, settings, shapes, stacked_name, their_names
+from orchestrator.checkpoint.hf.glm4_moe import settings, shapes, stacked_name, their_names
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.spec.model import ModelSpec
 
@@ -108,15 +108,18 @@ def resolved(spec: ModelSpec, directory: Path) -> ModelSpec:
         found = settings(_read_json(path))
     except UsageError as error:
         raise _refused(f"model.init_from: {path}: {error.message}") from error
-    differing = [_difference(spec, setting) for setting in found if _differs(spec, setting)]
+    differing = [
+        f"model.{key} is {json.dumps(getattr(spec, key))} and {json.dumps(value)}"
+        for key, value in found.items()
+        if key in spec.model_fields_set and _differs(getattr(spec, key), value)
+    ]
     if differing:
         raise _refused(
             f"the job and {path} differ: {'; '.join(differing)}",
             "Correct these keys of the job's model section, or leave them out: they are taken from the directory.",
         )
-    values = {setting.key: setting.value for setting in found}
     try:
-        return ModelSpec.model_validate(spec.model_dump(exclude_unset=True) | values | {"init_from": str(directory)})
+        return ModelSpec.model_validate(spec.model_dump(exclude_unset=True) | found | {"init_from": str(directory)})
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
         raise _refused(f"model.init_from: {path} is of a model that can't be trained: {wrong}") from error
@@ -169,19 +172,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _differs(spec: ModelSpec, setting: ConfigSetting) -> bool:
-    if setting.key not in spec.model_fields_set:
-        return False
-    ours, theirs = getattr(spec, setting.key), setting.value
+def _differs(ours: object, theirs: object) -> bool:
     if isinstance(ours, float) and isinstance(theirs, int | float):
         return not math.isclose(ours, theirs, rel_tol=1e-9)
-    return bool(ours is not None and ours != theirs)
-
-
-def _difference(spec: ModelSpec, setting: ConfigSetting) -> str:
-    ours = f"model.{setting.key} is {json.dumps(getattr(spec, setting.key))}"
-    named = setting.their_key if setting.key != "router" else "router"
-    return f"{ours}, {named} is {json.dumps(setting.value)}"
+    return ours is not None and ours != theirs
 
 
 def _is_plain(file: object) -> bool:

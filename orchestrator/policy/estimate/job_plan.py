@@ -23,7 +23,6 @@ from orchestrator.policy.estimate.activations import activation_bytes, item_byte
 from orchestrator.policy.estimate.curriculum_stages import longest_row
 from orchestrator.policy.estimate.traffic import TrafficPlan, num_micro_batches, traffic_of
 from orchestrator.sampling.micro_batches import micro_batches_of
-from orchestrator.spec.fault_tolerance import interval_of, whole_every
 from orchestrator.spec.job import JobSpec
 
 PROCESS_BYTES = 320_000_000  # its own memory and its share of libraries' pages, once torch and DeepSpeed are imported
@@ -239,10 +238,10 @@ def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
 
 def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
     """Snapshot bytes that all ranks together send, per step."""
-    interval = interval_of(job.protection)
+    interval = job.protection.interval
     if interval is None or layout.world.size < 2:
         return 0
-    ranks, every = range(layout.world.size), whole_every(job.protection, job.recovery.whole_every)
+    ranks, every = range(layout.world.size), job.protection.whole_every(job.recovery.whole_every)
     whole = sum(SnapshotFormat.of(layout, rank).shared_bytes for rank in ranks)
     deltas = sum(SnapshotFormat.of_delta(layout, rank).shared_bytes for rank in ranks) if every > 1 else 0
     return (whole + (every - 1) * deltas) // (every * interval)
@@ -250,9 +249,9 @@ def _shared_bytes(job: JobSpec, layout: StateLayout) -> int:
 
 def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, int]:
     """Bytes of two whole snapshots of a rank's own and two of the largest protected rank possible, and of deltas."""
-    if interval_of(job.protection) is None or layout.world.size < 2:
+    if job.protection.interval is None or layout.world.size < 2:
         return 0, 0
-    every = whole_every(job.protection, job.recovery.whole_every)
+    every = job.protection.whole_every(job.recovery.whole_every)
     whole = 2 * _kept_bytes([SnapshotFormat.of(layout, other) for other in range(layout.world.size)], rank)
     if every == 1:
         return whole, 0

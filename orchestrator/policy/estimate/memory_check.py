@@ -69,7 +69,7 @@ def _remedy(plan: JobPlan, worst: WorldPlan, given: int) -> str:
         ways.append(f"set recovery.whole_every: 1, for {_amount(replace(worst.memory, deltas=0).peak)}")
     if worst.memory.snapshots:
         bare = replace(worst.memory, snapshots=0, deltas=0).peak
-        ways.append(f"set protection: off, for {_amount(bare)}")
+        ways.append(f"set protection.every: none, for {_amount(bare)}")
     sizes = [world.world_size for world in plan.worlds if world.memory.peak > given]
     larger = [world for world in plan.worlds if world.world_size > max(sizes)]
     if larger:

@@ -1,4 +1,4 @@
-"""Snapshot interval with `protection: auto`: as short as its cost allows."""
+"""Snapshot interval with `protection.every: auto`: as short as its cost allows."""
 
 import math
 from collections import deque

@@ -8,7 +8,7 @@ from orchestrator.errors import UsageError
 from orchestrator.sampling.micro_batches import ONE_ROW, MicroBatchSize
 from orchestrator.spec.curriculum import CurriculumSpec
 from orchestrator.spec.data import BY_DOCUMENT
-from orchestrator.spec.fault_tolerance import OFF, RecoverySpec, VerifySpec
+from orchestrator.spec.fault_tolerance import RecoverySpec, VerifySpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL, AutoscaleSpec
 
@@ -62,7 +62,7 @@ class RunLimits:
             initial_workers=job.workers.initial,
             standby=job.workers.standby,
             num_experts=job.model.n_routed_experts,
-            protected=job.protection != OFF,
+            protected=job.protection.interval is not None,
             recovery=job.recovery,
             micro_batch=micro_batch_of(job),
             fits_memory=job.train.fits_memory,

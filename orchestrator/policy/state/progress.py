@@ -14,7 +14,7 @@ STALL_STEPS = 5  # steps of a new generation from which its step time is taken
 
 @dataclass(frozen=True)
 class Progress:
-    """`watermark` is the newest committed step, -1 before the first. With protection off, a finished step whose
+    """`watermark` is the newest committed step, -1 before the first. Without snapshots, a finished step whose
     record was journalled is committed. `recent` holds the newest records."""
 
     watermark: int = -1

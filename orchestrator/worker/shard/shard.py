@@ -23,7 +23,6 @@ from orchestrator.policy.estimate.job_plan import MemoryPlan, StatePlan, plan_me
 from orchestrator.policy.state.config import micro_batch_of
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob
 from orchestrator.sampling.micro_batches import MicroBatchSize
-from orchestrator.spec.fault_tolerance import whole_every
 from orchestrator.spec.job import JobSpec
 from orchestrator.state.buffers import Buffers
 from orchestrator.state.fingerprint import MemoryGuard, StateFingerprint
@@ -142,7 +141,7 @@ class ShardFactory:
             layout,
             self.address,
             pinned,
-            whole_every(self.spec.protection, self.spec.recovery.whole_every),
+            self.spec.protection.whole_every(self.spec.recovery.whole_every),
             Replayer(self.spec.train, self.device),
             self._snapshot_memory,
         )

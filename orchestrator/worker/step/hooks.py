@@ -9,6 +9,7 @@ class RankProposal:
     """A rank's entries in a vote besides its part of the step.
 
     Args:
+        checkpoint: by its clock a checkpoint is due after this step.
         is_late: storage has not yet taken its part of an earlier checkpoint.
     """
 
@@ -16,6 +17,7 @@ class RankProposal:
     finish: bool
     interval: int
     stages: int = 0
+    checkpoint: bool = False
     is_late: bool = False
 
 

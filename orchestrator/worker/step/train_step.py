@@ -175,6 +175,7 @@ class TrainStep:
             interval=proposal.interval,
             busy_s=clock.busy_s / batches.share if batches.share else 0.0,
             stages=proposal.stages,
+            checkpoint=proposal.checkpoint,
             is_late=proposal.is_late,
             traffic=traffic,
             compression=shard.choosing.proposal,

@@ -12,6 +12,7 @@ from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
+from orchestrator.worker.step.checkpoint_timer import CheckpointTimer
 from orchestrator.worker.step.hooks import RankProposal
 from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.step.train_step import TrainStep
@@ -53,6 +54,7 @@ class TrainingHooks:
     snapshots: SnapshotManager
     position: RunPosition
     saver: ShardSaver
+    timer: CheckpointTimer
 
     def before_micro_batch(self) -> None:
         pass
@@ -68,8 +70,8 @@ class TrainingHooks:
         fence, finish = self.preparer.fence_after(step), directive.finish is not FinishMode.NO
         if self.snapshots.due(step) or finish or fence != NO_FENCE:
             self.snapshots.acknowledged()
-        stages = self.position.propose(directive)
-        return RankProposal(fence, finish, self.snapshots.wanted_interval, stages, self.saver.is_late)
+        stages, interval = self.position.propose(directive), self.snapshots.wanted_interval
+        return RankProposal(fence, finish, interval, stages, self.timer.wanted, self.saver.is_late)
 
 
 class TrainingLoop:
@@ -87,6 +89,7 @@ class TrainingLoop:
     ) -> None:
         self._spec, self._mailbox, self._train_step, self._preparer = spec, mailbox, train_step, preparer
         self._snapshots, self._position, self._saver = snapshots, position, saver
+        self._timer = CheckpointTimer(spec.checkpoint.every, spec.train.max_steps)
 
     def live(self, shard: Shard) -> LiveShard:
         """A newly activated shard, whose state is that of the run's position."""
@@ -101,16 +104,22 @@ class TrainingLoop:
             shard.seal.close()
         self._snapshots.take(shard, position.progress)
         self._mailbox.publish(phase=Phase.TRAINING, generation=live.generation, holdings=())
-        hooks = TrainingHooks(live, self._mailbox, self._preparer, self._snapshots, position, self._saver)
+        hooks = TrainingHooks(live, self._mailbox, self._preparer, self._snapshots, position, self._saver, self._timer)
+        self._timer.begin()
         while position.step + 1 < self._spec.train.max_steps:
             outcome = self._step(live, hooks)
-            if self._checkpoint_due() and (outcome.is_late or not self._saver.save(shard, position.progress)):
-                log.warning("no checkpoint of step %d: an earlier one is not written yet", position.step)
+            if self._timer.due(position.step, outcome.checkpoint):
+                self._save(shard, outcome.is_late)
             if outcome.finish:
                 return None
             if outcome.fence != NO_FENCE:
                 return self._preparer.take(outcome.fence)
         return None
+
+    def _save(self, shard: Shard, is_late: bool) -> None:
+        """Write a checkpoint, unless storage has not yet taken an earlier one from all ranks."""
+        if is_late or not self._saver.save(shard, self._position.progress):
+            log.warning("no checkpoint of step %d: an earlier one is not written yet", self._position.step)
 
     def finish(self, live: LiveShard) -> None:
         """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""
@@ -155,7 +164,3 @@ class TrainingLoop:
         if takes_snapshot:
             snapshots.take(live.shard, position.progress, result.record.update.lr, result.gradients)
         return outcome
-
-    def _checkpoint_due(self) -> bool:
-        every, done = self._spec.checkpoint.every, self._position.step + 1
-        return every is not None and done % every == 0 and done < self._spec.train.max_steps

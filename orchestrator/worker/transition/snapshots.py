@@ -8,7 +8,7 @@ hold, gathered      the shard without an engine around it, and all state that th
 from orchestrator.elastic.recovery_point import Holding
 from orchestrator.policy.health.snapshot_interval import IntervalChoice
 from orchestrator.protocol.messages import StateSource
-from orchestrator.spec.fault_tolerance import AUTO, interval_of
+from orchestrator.spec.fault_tolerance import AUTO, ProtectionSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Update, merge_ranges
 from orchestrator.state.snapshot_store import SnapshotStore
@@ -24,13 +24,13 @@ class SnapshotManager:
 
     Args:
         me: this worker's id.
-        protection: value of the job's `protection` key.
+        protection: the job's section.
         last_step: after it a snapshot is always taken.
     """
 
-    def __init__(self, me: str, protection: str, last_step: int) -> None:
+    def __init__(self, me: str, protection: ProtectionSpec, last_step: int) -> None:
         self._me, self._last_step = me, last_step
-        self._fixed = None if protection == AUTO else interval_of(protection) or NEVER
+        self._fixed = None if protection.every == AUTO else protection.interval or NEVER
         self._vault = SnapshotStore()
         self._protection: SnapshotReplicator | None = None
         self._choice = IntervalChoice(0, 0.0)

@@ -182,7 +182,7 @@ def test_workers_that_do_not_fit_their_memory_are_refused(
     told = orchestrator(*(verb if verb[0] == "job" else verb[:1]), "job.yaml", *(() if verb[0] == "job" else verb[1:]))
     assert told.returncode == 2 and ("MEMORY" in told.stdout) == (verb[0] == "job")
     assert "resources.memory is 300MB (300.0 MB), and a worker of" in told.stderr
-    assert "its own snapshots and its protected rank's" in told.stderr and "protection: off" in told.stderr
+    assert "its own snapshots and its protected rank's" in told.stderr and "protection.every: none" in told.stderr
     assert told.stderr.rstrip().endswith("Nothing was started.")
     assert not (here / "runs").exists()
 

@@ -158,7 +158,7 @@ def test_problem_of_one_key(body: str, expected: str) -> None:
         (
             "verify: {every: 5}\ntrain: {determinism: exact}\nworkers: {max: 2, standby: 1}",
             "verify.every",
-            "needs checkpoint.every to be a number of steps; got null",
+            "needs checkpoint.every to be a number of steps; got auto",
         ),
         (
             "verify: {every: 5, steps: 9}\ntrain: {determinism: exact}\nworkers: {max: 2, standby: 1}\n"

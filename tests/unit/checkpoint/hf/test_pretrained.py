@@ -48,9 +48,9 @@ def test_every_difference_is_named(tmp_path: Path) -> None:
     given = _spec(directory, num_experts_per_tok=3, rope_theta=7.0, hidden_size=16, router="softmax")
     with pytest.raises(UsageError) as caught:
         resolved(given, directory)
-    assert "model.num_experts_per_tok is 3, num_experts_per_tok is 2" in caught.value.message
-    assert "model.rope_theta is 7.0, rope_theta is 10000.0" in caught.value.message
-    assert 'model.router is "softmax", router is "sigmoid"' in caught.value.message
+    assert "model.num_experts_per_tok is 3 and 2" in caught.value.message
+    assert "model.rope_theta is 7.0 and 10000.0" in caught.value.message
+    assert 'model.router is "softmax" and "sigmoid"' in caught.value.message
     assert "hidden_size" not in caught.value.message
 
 

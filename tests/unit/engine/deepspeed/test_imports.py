@@ -11,7 +11,8 @@ assert "TORCHDYNAMO_DISABLE" not in os.environ
 import torch
 from orchestrator.spec.job import JobSpec, ModelSpec
 from orchestrator.worker.transition.warmup import warm_up
-warm_up(JobSpec(name="small", model=ModelSpec(hidden_size=16, num_attention_heads=2)), 300, torch.device("cpu"), "127.0.0.1")
+job = JobSpec(name="small", model=ModelSpec(hidden_size=16, num_attention_heads=2))
+warm_up(job, 300, torch.device("cpu"), "127.0.0.1")
 print(*(name for name in ("mlflow", "pandas", "torch._inductor.compile_fx", "torch._dynamo") if name in sys.modules))
 import mlflow
 assert mlflow.__version__ and not isinstance(torch.compile(len, backend="eager"), type(len))

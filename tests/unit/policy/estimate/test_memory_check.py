@@ -44,9 +44,9 @@ def test_a_buddys_snapshots_that_do_not_fit_are_refused_with_every_figure() -> N
     assert "resources.memory is 4GB (4.00 GB), and a worker of try needs " in refusal.message
     assert f"{world.memory.peak / 1e9:.2f} GB in a world of 2" in refusal.message
     assert "its own snapshots and its protected rank's" in refusal.message and "process 320.0 MB" in refusal.message
-    assert "protection: off" in refusal.remedy and "more workers" in refusal.remedy
+    assert "protection.every: none" in refusal.remedy and "more workers" in refusal.remedy
     assert refusal.unchanged == "Nothing was started."
-    check_memory(*_job("4GB", workers="2", protection="off"))
+    check_memory(*_job("4GB", workers="2", protection={"every": "none"}))
 
 
 def test_whole_snapshots_alone_take_less_memory_which_is_said() -> None:

@@ -1,0 +1,44 @@
+"""The steps after which all members write a checkpoint: by number, or by time."""
+
+import time
+from collections.abc import Callable
+
+from orchestrator.spec.fault_tolerance import AUTO
+
+AUTO_S = 600.0  # of training between two checkpoints with `every: auto`
+
+
+class CheckpointTimer:
+    """Clocks of members differ, so with `every: auto` each votes by its own, and all follow the first one that is due.
+
+    Args:
+        every: value of the job's `checkpoint.every` key.
+        max_steps: of the run; after its last step a checkpoint is written anyway.
+    """
+
+    def __init__(self, every: int | str, max_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._max_steps, self._clock = every, max_steps, clock
+        self._since_s: float | None = None  # the newest checkpoint, or the first step here
+
+    def begin(self) -> None:
+        """Start the clock, unless it runs."""
+        if self._since_s is None:
+            self._since_s = self._clock()
+
+    @property
+    def wanted(self) -> bool:
+        """This member's vote for a checkpoint after the step."""
+        return self._every == AUTO and self._since_s is not None and self._clock() - self._since_s >= AUTO_S
+
+    def due(self, step: int, agreed: bool) -> bool:
+        """Whether a checkpoint follows `step`. The same on all members; the clock begins anew where it does.
+
+        Args:
+            agreed: result of the vote: any member wants one.
+        """
+        done = step + 1
+        by_number = isinstance(self._every, int) and done % self._every == 0
+        if done >= self._max_steps or not (agreed or by_number):
+            return False
+        self._since_s = self._clock()
+        return True

@@ -1,0 +1,30 @@
+"""Former names of keys are refused with the present ones."""
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.loading import parse_job
+from orchestrator.spec.old_keys import OLD_KEYS
+
+
+@pytest.mark.parametrize(("old", "new"), OLD_KEYS.items(), ids=list(OLD_KEYS))
+def test_an_old_key_is_refused_at_its_line_with_the_new_one(old: str, new: str) -> None:
+    section, key = old.split(".")
+    with pytest.raises(SpecError) as caught:
+        parse_job(f"schema: v1\nname: try\n{section}:\n  {key}: 1\n")
+    (problem,) = caught.value.problems
+    assert (problem.line, problem.path) == (4, old)
+    assert problem.message == f"unknown key; it is called {new} now"
+
+
+def test_an_old_key_from_the_command_line_is_refused_too() -> None:
+    with pytest.raises(SpecError, match=r"--set train.steps=9:1:1: train.steps: .* train.max_steps now"):
+        parse_job("schema: v1\nname: try\n", overrides=["train.steps=9"])
+
+
+@pytest.mark.parametrize("new", OLD_KEYS.values())
+def test_a_new_key_exists(new: str) -> None:
+    section, key = new.split(".")
+    assert key in type(getattr(JobSpec(name="try"), section)).model_fields
+    assert new not in OLD_KEYS

@@ -1,0 +1,51 @@
+"""Checkpoints by number of steps and by time, at the same steps on all members."""
+
+import pytest
+
+from orchestrator.worker.step.checkpoint_timer import AUTO_S, CheckpointTimer
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 50.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.mark.parametrize(("every", "wanted"), [(2, [1, 3]), (3, [2]), ("none", []), ("auto", [])])
+def test_by_number_and_never_after_the_last_step(every: int | str, wanted: list[int]) -> None:
+    timer = CheckpointTimer(every, max_steps=6, clock=Clock())
+    timer.begin()
+    assert [step for step in range(6) if timer.due(step, timer.wanted)] == wanted
+
+
+@pytest.mark.parametrize("every", ["none", 1000])
+def test_time_matters_to_auto_only(every: int | str) -> None:
+    clock = Clock()
+    timer = CheckpointTimer(every, max_steps=100, clock=clock)
+    timer.begin()
+    clock.now_s += 10 * AUTO_S
+    assert not timer.wanted and not timer.due(3, agreed=False)
+
+
+def test_all_members_follow_the_first_one_that_is_due() -> None:
+    """The second one joined later: it votes no, and its clock begins anew together with the first one's."""
+    clock = Clock()
+    first, second = (CheckpointTimer("auto", max_steps=1000, clock=clock) for _ in range(2))
+    first.begin()
+    clock.now_s += AUTO_S / 2
+    second.begin()
+    saved = []
+    for step in range(30):
+        clock.now_s += AUTO_S / 10
+        first.begin()  # a generation begins: no reason to wait longer
+        agreed = first.wanted or second.wanted
+        due = {member.due(step, agreed) for member in (first, second)}
+        assert len(due) == 1
+        saved += [step] * due.pop()
+    assert saved == [4, 14, 24]
+
+
+def test_none_is_wanted_before_the_clock_runs() -> None:
+    assert not CheckpointTimer("auto", max_steps=9, clock=Clock()).wanted
