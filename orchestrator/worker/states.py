@@ -1,6 +1,6 @@
 """States of a worker's training thread, and what it holds in each.
 
-    Standby ──── a plan includes it ────► Rescaling ──► Ready ────► Training ──── last step ────► Ended
+    Standby ──── a plan includes it ────► Rescaling ──► Ready ────► Training ──── last step ────► Finished
        ▲                                  ▲   │   │       │          │    │
        ├── Leaving ◄───── its part sent ──│───┘   │       │          │    └─ error ─► Interrupted
        │                                  │       │       │          │                     │
@@ -68,8 +68,8 @@ class Interrupted:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Finished:
     """The run has ended, and its last checkpoint is complete."""
 
 
-WorkerState = Standby | Stranded | Rescaling | Ready | Leaving | Training | Interrupted | Ended
+WorkerState = Standby | Stranded | Rescaling | Ready | Leaving | Training | Interrupted | Finished
