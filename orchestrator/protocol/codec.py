@@ -29,7 +29,8 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {name: getattr(value, name) for name in _names(type(value))}
         if isinstance(value, Compact):
-            defaults = _defaults(type(value))
+            cls: Any = type(value)
+            defaults = _defaults(cls)
             fields = {name: field for name, field in fields.items() if name not in defaults or field != defaults[name]}
         return {name: to_plain(field) for name, field in fields.items()}
     if isinstance(value, Enum):
