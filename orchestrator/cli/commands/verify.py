@@ -83,9 +83,7 @@ def verify(
             }
         )
     elif difference is None:
-        what = (
-            "losses, norms and states" if all(record.state.digests for record in order.records) else "losses and norms"
-        )
+        what = "losses, norms and states" if all(finding.digests for finding in recorded) else "losses and norms"
         show(f"{counted(len(again), 'step')}: {what} are the same, bit for bit.")
     else:
         show(_told(difference, where))
