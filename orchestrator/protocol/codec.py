@@ -18,12 +18,21 @@ T = TypeVar("T")
 SCALARS = frozenset({str, int, float, bool, type(None)})
 
 
+class Compact:
+    """Base of dataclasses of which journals have many: their JSON leaves out fields that have their default."""
+
+
 def to_plain(value: Any) -> Any:
     """Dataclasses to dicts, tuples to lists, enums to their values; JSON values stay unchanged."""
     if type(value) in SCALARS:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
+        fields = {name: getattr(value, name) for name in _names(type(value))}
+        if isinstance(value, Compact):
+            cls: Any = type(value)
+            defaults = _defaults(cls)
+            fields = {name: field for name, field in fields.items() if name not in defaults or field != defaults[name]}
+        return {name: to_plain(field) for name, field in fields.items()}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, tuple | list):
@@ -36,6 +45,15 @@ def to_plain(value: Any) -> Any:
 @cache
 def _names(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(cls))
+
+
+@cache
+def _defaults(cls: Any) -> dict[str, Any]:
+    of_values = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    made = {
+        f.name: f.default_factory() for f in dataclasses.fields(cls) if f.default_factory is not dataclasses.MISSING
+    }
+    return of_values | made
 
 
 def from_plain(cls: type[T], plain: Any) -> T:

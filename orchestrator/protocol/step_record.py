@@ -5,12 +5,13 @@ Members write it after the vote; the journal has one per committed step. Times a
 
 from dataclasses import dataclass, field
 
+from orchestrator.protocol.codec import Compact
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.usage import Traffic
 
 
 @dataclass(frozen=True)
-class BatchRecord:
+class BatchRecord(Compact):
     """The global batch of a step.
 
     Args:
@@ -32,7 +33,7 @@ class BatchRecord:
 
 
 @dataclass(frozen=True)
-class UpdateRecord:
+class UpdateRecord(Compact):
     """The optimizer's update in a step.
 
     Args:
@@ -49,7 +50,7 @@ class UpdateRecord:
 
 
 @dataclass(frozen=True)
-class StepTiming:
+class StepTiming(Compact):
     """Time of a step, and the parts of it that the reporting worker's training thread waited.
 
     Args:
@@ -73,7 +74,7 @@ class StepTiming:
 
 
 @dataclass(frozen=True)
-class CommunicationRecord:
+class CommunicationRecord(Compact):
     """Bytes between workers.
 
     Args:
@@ -86,7 +87,7 @@ class CommunicationRecord:
 
 
 @dataclass(frozen=True)
-class RoutingRecord:
+class RoutingRecord(Compact):
     """Load of the experts in a step.
 
     Args:
@@ -99,7 +100,7 @@ class RoutingRecord:
 
 
 @dataclass(frozen=True)
-class StateRecord:
+class StateRecord(Compact):
     """The training state after a step.
 
     Args:
@@ -112,7 +113,7 @@ class StateRecord:
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepRecord(Compact):
     """One finished step, as known to every member.
 
     Args:

@@ -1,14 +1,18 @@
-"""States of a worker's training thread, and what it holds in each.
+"""States of a worker's training thread: what it holds in each, and which states may follow.
 
-    Standby ──── a plan includes it ────► Rescaling ──► Ready ────► Training ──── last step ────► Ended
-       ▲                                  ▲   │   │       │          │    │
-       ├── Leaving ◄───── its part sent ──│───┘   │       │          │    └─ error ─► Interrupted
-       │                                  │       │       │          │                     │
-       │                                  └───────│───────│── fence ─┘                     │
-    Stranded ◄───────── error ────────────────────┴───────┴── another plan ◄───────────────┘
+| state | holds | next |
+|---|---|---|
+| `Standby` | nothing | `Rescaling`, once a plan includes it |
+| `Rescaling` | its old state, without an engine | `Ready`, `Leaving`; after an error `Stranded` or `Standby` |
+| `Ready` | its old state, and the new shard | `Training` on activation; `Stranded` if another plan replaces this one |
+| `Leaving` | its old state | `Standby` on activation; `Stranded` if another plan replaces this one |
+| `Training` | its shard | `Rescaling` at a fence; `Finished` after the last step; `Interrupted` by an error |
+| `Interrupted` | the error, and its old state if that is of a finished step | `Stranded` |
+| `Stranded` | its old state, and snapshots for others | `Rescaling`, once a plan includes it |
+| `Finished` | its shard | |
 
-`Trainer` moves from one to the next. The phase in the worker's report (`Phase`) is what others see of it. No state but
-Training and Ready refers to a shard: gloo closes the connections of a generation, on which peers may be blocked, once
+`Trainer` moves from one to the next. The phase in the worker's report (`Phase`) is what others see of it. Only `Ready`
+and `Training` refer to a shard: gloo closes the connections of a generation, on which peers may be blocked, once
 nothing refers to it.
 """
 
@@ -26,8 +30,8 @@ class Standby:
 
 @dataclass(frozen=True)
 class Stranded:
-    """Its generation, or the transition from it, has ended without the next one. Keeps its state, and snapshots for
-    others, in the `SnapshotManager`; waits for a plan."""
+    """Its generation, or the transition from it, has ended, and no other has begun. The `SnapshotManager` has its state
+    and its snapshots for others."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class Interrupted:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Finished:
     """The run has ended, and its last checkpoint is complete."""
 
 
-WorkerState = Standby | Stranded | Rescaling | Ready | Leaving | Training | Interrupted | Ended
+WorkerState = Standby | Stranded | Rescaling | Ready | Leaving | Training | Interrupted | Finished

@@ -22,7 +22,7 @@ from orchestrator.worker.runtime.errors import StateCorrupted, kind_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.states import (
-    Ended,
+    Finished,
     Interrupted,
     Leaving,
     Ready,
@@ -98,7 +98,7 @@ class Trainer:
 
     def _live(self) -> None:
         state: WorkerState = Standby()
-        while not isinstance(state, Ended):
+        while not isinstance(state, Finished):
             state = self._next(state)
 
     def _next(self, state: WorkerState) -> WorkerState:
@@ -117,7 +117,7 @@ class Trainer:
                 return self._train(live)
             case Interrupted():
                 return self._strand(state)
-            case Ended():
+            case Finished():
                 return state
 
     # -- a generation ------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Trainer:
             prepared = self._loop.train(live)
             if prepared is None:
                 self._loop.finish(live)
-                return Ended()
+                return Finished()
             rescaling = self._begin_rescale(prepared)
             self._hold(live)
         except Exception as error:

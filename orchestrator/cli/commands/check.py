@@ -100,9 +100,7 @@ def replay(
             to_plain(ReplayedSteps(run, first, last, order.workers, equal, where, dict(elsewhere), workers_differ))
         )
     elif difference is None:
-        what = (
-            "losses, norms and states" if all(record.state.digests for record in order.records) else "losses and norms"
-        )
+        what = "losses, norms and states" if all(finding.digests for finding in recorded) else "losses and norms"
         show(f"{counted(len(again), 'step')}: {what} are the same, bit for bit.")
     else:
         show(_told(difference, where))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -15,7 +16,7 @@ from orchestrator.protocol.messages import (
     StateSource,
     StoreAddress,
 )
-from orchestrator.protocol.step_record import StepTiming
+from orchestrator.protocol.step_record import BatchRecord, StateRecord, StepRecord, StepTiming, UpdateRecord
 
 PLAN = GenerationPlan(
     term=2,
@@ -30,6 +31,22 @@ DIRECTIVE = Directive(term=2, seq=7, current=None, next=PLAN, fence=Fence(3, 12)
 
 def test_values_survive_json() -> None:
     assert from_plain(Directive, json.loads(json.dumps(to_plain(DIRECTIVE)))) == DIRECTIVE
+
+
+def test_a_step_record_is_compact_and_survives_json() -> None:
+    sparse = StepRecord(0, 0, 1, 4.0, BatchRecord(8, 0, 1), UpdateRecord(0.1, 1.0, applied=True), StepTiming(0.5, 9.0))
+    assert to_plain(sparse) == {
+        "step": 0,
+        "generation": 0,
+        "world_size": 1,
+        "loss": 4.0,
+        "batch": {"tokens": 8, "first_position": 0, "num_positions": 1},
+        "update": {"lr": 0.1, "grad_norm": 1.0, "applied": True},
+        "timing": {"step_s": 0.5, "vote_time": 9.0},
+    }
+    full = replace(sparse, validation_loss=0.0, state=StateRecord(("0a",), 8), timing=StepTiming(0.5, 9.0, slowest=0))
+    for record in (sparse, full):
+        assert from_plain(StepRecord, json.loads(json.dumps(to_plain(record)))) == record
 
 
 @pytest.mark.parametrize(
