@@ -21,7 +21,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parents[2]
-COLUMNS = 112
+COLUMNS = 150  # the longest line fits
 PROMPT = "$ orchestrator demo"
 LASTS_S, HOLDS_S = 22.0, 6.0  # of the picture: the recording, and the last screen
 FRAME_S = 0.12  # changes that follow sooner are shown together

@@ -93,11 +93,14 @@ def probe(address: str, patience_s: float = 0.0) -> None:
 
 def _join(address: str) -> None:
     import ray
+    from ray._private import worker as driver
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
     # Else Ray ends this whole process, with its final messages, a minute after the cluster has gone.
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "86400")
+    # Ray would print deaths of workers to stdout, which is for data; a run's events and status have them.
+    driver.listen_error_messages = lambda *_: None
     reread_environment()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:

@@ -1,5 +1,7 @@
 """The table of verbs and their modules."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,3 +23,14 @@ def test_the_group_has_every_verb_in_the_order_of_the_table() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert list(commands) == list(MODULES)
     assert all(command.name == verb for verb, command in commands.items())
+
+
+@pytest.mark.parametrize("module", ["client", "controller.controller", "scheduler.scheduler", "tracking.tracker"])
+def test_what_few_commands_or_one_thread_use_is_imported_there(module: str) -> None:
+    script = (
+        f"import sys, orchestrator.{module}\n"
+        "rare = {'mlflow', 'matplotlib', 'textual', 'pandas', 'pyarrow', 'sqlalchemy', 'torch'} & sys.modules.keys()\n"
+        "sys.exit(str(rare) if rare else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[4]
 
 
 def test_the_job_of_the_package_is_the_quickstart() -> None:
-    assert demo.JOB.read_bytes() == (ROOT / "jobs" / "quickstart.yaml").read_bytes()
+    quickstart = (ROOT / "jobs" / "quickstart.yaml").read_bytes()
+    assert demo.JOB.read_bytes() == quickstart, "cp jobs/quickstart.yaml orchestrator/cli/quickstart.yaml"
 
 
 def test_the_kill_falls_between_the_rescales() -> None:
