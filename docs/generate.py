@@ -191,7 +191,9 @@ def _json_types() -> Iterator[str]:
             defs |= schema.get("$defs", {})
             defs[schema["title"]] = schema
     for name, schema in sorted(defs.items()):
-        if "properties" in schema:
+        if "enum" in schema:
+            yield f"### {name}\n\n{_first_paragraph(schema)}\n{_json_type(schema)}\n"
+        elif "properties" in schema:
             rows = [(f"`{key}`", _json_type(field)) for key, field in schema["properties"].items()]
             yield f"### {name}\n\n{_first_paragraph(schema)}"
             yield _table(("key", "value"), rows)
@@ -208,7 +210,7 @@ def _json_type(field: Schema) -> str:
     if "$ref" in field:
         return f"`{field['$ref'].rpartition('/')[2]}`"
     if "enum" in field:
-        return ", ".join(f"`{value}`" for value in field["enum"])
+        return "One of " + ", ".join(f"`{value}`" for value in field["enum"]) + "."
     kind = str(field.get("type", "any value"))
     if kind == "array":
         items = field.get("prefixItems") or [field.get("items", {})]

@@ -7,8 +7,8 @@ Layout of the vector, float64 (integers below 2^53 are exact): loss sum per micr
 validation micro-batch, expert counts per (layer, expert), histograms of margins per (layer, expert, bin), then per
 rank: update applied, generation of the fence it has seen, request to finish, preferred steps between two snapshots,
 seconds that it computed for a micro-batch, version of the decided stages that it has seen, number of its preferred
-compression, whether a checkpoint is due by its clock, whether an earlier one is late. Last, summed over the ranks: bytes
-by kind that they have sent since their last votes, and their parts of digests, in halves of 32 bits.
+compression, whether a checkpoint is due by its clock, whether an earlier one is late. Last, summed over the ranks:
+bytes by kind that they have sent since their last votes, and their parts of digests, in halves of 32 bits.
 """
 
 from collections.abc import Mapping

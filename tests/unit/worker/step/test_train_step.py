@@ -18,7 +18,11 @@ from orchestrator.worker.step.train_step import StepResult, TrainStep
 from orchestrator.worker.step.vote import NO_FENCE
 
 JOB = JobSpec.model_validate(
-    {"schema": "v1", "name": "try", "model": {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_experts": 2}}
+    {
+        "schema": "v1",
+        "name": "try",
+        "model": {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "n_routed_experts": 2},
+    }
     | {"eval": {"every": 5}}
 )
 
