@@ -27,7 +27,7 @@ from benchmarks.curriculum import MODEL
 from benchmarks.harness import Bar, Result, at_least, at_most, equals, median_interval, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.environment import environment, worker_environment
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.protocol.messages import StepRecord
 from orchestrator.spec.job import DataSpec, JobSpec
 from tests.support.worker_group import Crew
