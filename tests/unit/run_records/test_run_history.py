@@ -6,7 +6,8 @@ import pytest
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
-from orchestrator.policy.state.run_state import Observation, ReplayState, RunState, ended
+from orchestrator.policy.state.run_parts import ReplayState
+from orchestrator.policy.state.run_state import Observation, RunState, ended
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of_entry
 from orchestrator.protocol.events.generations import Activated, Rescaled
 from orchestrator.protocol.events.run import Ended, Submitted, TargetChanged
