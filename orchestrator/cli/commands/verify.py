@@ -45,7 +45,8 @@ def verify(
     from orchestrator.cli.terminal.run_lookup import find_run
     from orchestrator.policy.replay_check import differences, doubt, first_difference, state_differs
     from orchestrator.protocol.child_process import Numerics
-    from orchestrator.submission.verification import done_again, numerics_here, what_to_verify
+    from orchestrator.submission.replay_processes import done_again
+    from orchestrator.submission.verification import numerics_here, what_to_verify
 
     order = what_to_verify(run, find_run(run, storage, address).files.run_dir, after, steps, workers)
     first, last = order.records[0].step, order.records[-1].step
