@@ -42,7 +42,8 @@ from orchestrator.model.moe.balance import next_bias
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.sampling.sampler import SamplerState, sample
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.lr_schedule import decay, learning_rate
 
 STEPS, QUICK_STEPS = 300, 12

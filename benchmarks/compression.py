@@ -27,9 +27,10 @@ from benchmarks.curriculum import MODEL
 from benchmarks.harness import Bar, Result, at_least, at_most, equals, median_interval, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.environment import environment, worker_environment
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from tests.support.worker_group import Crew
 
 WORKERS, SIZES = 4, (2, 4, 8)

@@ -25,9 +25,10 @@ from typing import Any
 from benchmarks.harness import Bar, Result, at_least, at_most, median_interval, run, say
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.environment import environment, worker_environment
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.spec.curriculum import SIGNALS
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from tests.support.worker_group import Crew
 
 SEEDS, QUICK_SEEDS = 5, 1

@@ -34,7 +34,8 @@ from dashboards.queries import series
 from orchestrator.cluster.local import state_dir
 from orchestrator.policy.state.progress import Progress
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.telemetry.prometheus import Exporter
 from orchestrator.telemetry.step_metrics import points_of_steps
 

@@ -21,7 +21,7 @@ from benchmarks.overlap import BUCKET_MB, MBIT, MODEL, QUICK_BUCKET_MB, QUICK_MO
 from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.environment import environment, worker_environment
 from benchmarks.support.reduction_arms import Settings, steps_of_arms
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from tests.support.host_ranks import HostRanks
 from tests.support.hosts import Hosts
 

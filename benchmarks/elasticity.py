@@ -30,7 +30,7 @@ from benchmarks.support.data import prepared_storage
 from benchmarks.support.host_losses import HostedRun, hosted_run
 from orchestrator.protocol.status import Rescale
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.spec.job import AutoscaleSpec, WorkersSpec
+from orchestrator.spec.workers import AutoscaleSpec, WorkersSpec
 from orchestrator.storage.journal import read_events
 from tests.support.hosts import Hosts, until
 

@@ -27,7 +27,8 @@ from orchestrator.checkpoint.manifest import parse_step_name
 from orchestrator.checkpoint.read import CheckpointReader, list_checkpoints
 from orchestrator.client import OrchestratorClient
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.state.fingerprint import whole
 
 MODEL = {

@@ -25,7 +25,8 @@ from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.arms import START_TIMEOUT_S, OurLoop
 from benchmarks.support.data import data_spec, prepared, stores_dir
 from orchestrator.protocol.usage import TrafficKind
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 
 WORLDS = (2, 3)
 SLOT = {"micro_batch_size": 4, "sequence_length": 256}

@@ -30,8 +30,8 @@ from benchmarks.support.environment import worker_environment
 from benchmarks.support.memory import proportional_bytes
 from benchmarks.support.product import LiveRun, Product
 from benchmarks.throughput import BATCH, DATA, MODEL, NEVER, QUICK_MODEL
-from orchestrator.data.prepare.options import prepare
-from orchestrator.policy.estimate.job_plan import MemoryPlan, plan_memory
+from orchestrator.data.prepare.job_store import prepare
+from orchestrator.policy.estimate.worker_memory import MemoryPlan, plan_memory
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.param_listing import state_of
 

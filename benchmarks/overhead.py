@@ -18,7 +18,8 @@ from typing import Any
 from benchmarks.harness import Bar, Result, Spread, alternate, at_least, median_interval, ratios, run, say
 from benchmarks.support.arms import START_TIMEOUT_S, Arm, BareLoop, OurLoop
 from benchmarks.support.data import data_spec, prepared, stores_dir
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 
 WANTED_RATIO = 0.97
 WORLD_SIZE, THREADS = 2, 1

@@ -32,8 +32,10 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import Result, Spread, alternate, at_least, at_most, equals, median_interval, ratios, run, say
-from orchestrator.data.prepare.options import prepare, ray_map
-from orchestrator.data.prepare.pipeline import Request, prepare_corpora
+from orchestrator.data.prepare import ray_map
+from orchestrator.data.prepare.job_store import prepare
+from orchestrator.data.prepare.pipeline import prepare_corpora
+from orchestrator.data.prepare.request import Request
 from orchestrator.data.tokenizer import TextTokenizer
 
 CPUS = 2

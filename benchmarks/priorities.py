@@ -26,7 +26,8 @@ from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import read_events
 
 PLACES = 2

@@ -39,7 +39,8 @@ from benchmarks.support.host_losses import HOST_FAULTS, hosted_run
 from benchmarks.support.losses import STEADY_STEPS, Fault, after_loss, full, once, typical_step_s, within_a_step
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.data.store import TokenStore
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import read_events
 from tests.support.hosts import Hosts
 

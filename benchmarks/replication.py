@@ -28,7 +28,8 @@ from orchestrator.elastic.state_layout import training_layout
 from orchestrator.elastic.world import World
 from orchestrator.model.factory import catalogue
 from orchestrator.policy.health.snapshot_interval import MEASURED
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 
 WORLD_SIZE, THREADS = 2, 1
 EVERY: dict[str, int | str] = {"off": "none", "every_step": 1, "auto": "auto", "whole": 1}  # protection.every of an arm

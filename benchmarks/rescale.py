@@ -46,7 +46,8 @@ from orchestrator.model.factory import catalogue
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 
 CYCLE = (4, 3, 1, 2)
 INITIAL, LARGEST = 2, 4

@@ -28,9 +28,10 @@ from benchmarks.support.data import stores_dir
 from benchmarks.support.environment import worker_environment
 from benchmarks.support.product import Product
 from orchestrator.checkpoint.hf.export import export_hf
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.store import TokenStore
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 
 NEVER = 1_000_000
 THREADS = 2

@@ -33,7 +33,8 @@ from benchmarks.support.data import data_spec, stores_dir
 from benchmarks.support.product import LiveRun, Product
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import DataSpec, JobSpec
+from orchestrator.spec.data import DataSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.tracking.mlflow_server import MlflowServer
 from tests.support.simulated_worker import simulated_parts
 

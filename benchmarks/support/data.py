@@ -5,9 +5,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.store import TokenStore
-from orchestrator.spec.job import DataSpec
+from orchestrator.spec.data import DataSpec
 
 QUICK_FILES = ("ast", "argparse", "datetime", "decimal", "difflib", "inspect", "pickle", "random", "tarfile", "typing")
 

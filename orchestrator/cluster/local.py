@@ -17,29 +17,29 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from orchestrator.cluster.jobs_api import PYTHON
+from orchestrator.cluster.local_head import (
+    await_address,
+    check_free,
+    free_ports,
+    head_command,
+    head_environment,
+    write_secret,
+)
 from orchestrator.cluster.processes import Process, describe, end_session, is_running, living_of
-from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
+from orchestrator.errors import OrchestratorError
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.storage.atomic import write_atomically
 
-START_TIMEOUT_S = 60.0
 TEMP_ROOT = Path("/tmp")  # Ray's socket paths must stay below 108 bytes, whatever TMPDIR says
-RAY_DIR = "ray"  # in the temporary directory
-STARTED = "Ray runtime started"
-WORKER_PORTS = range(10002, 20000)  # Ray's default
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def up(num_cpus: int, jobs_port: int | None = None) -> Up:
         if present is not None:
             return Up(present, fresh=False)
         if jobs_port is not None:
-            _check_free(jobs_port)
+            check_free(jobs_port)
         return Up(_start(directory, num_cpus, jobs_port), fresh=True)
 
 
@@ -143,14 +143,14 @@ def _present(directory: Path) -> ClusterRecord | None:
 
 def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterRecord:
     token_path, log_path = directory / "token", directory / "head.log"
-    metrics_port, client_port = _free_ports(2)
+    metrics_port, client_port = free_ports(2)
     metrics_address = f"127.0.0.1:{metrics_port}"
-    _write_secret(token_path)
+    write_secret(token_path)
     temp_dir = Path(tempfile.mkdtemp(prefix="orc-", dir=TEMP_ROOT))  # private; Ray makes its own accessible to all
     with log_path.open("wb") as log:
         head = subprocess.Popen(
-            _head_command(temp_dir, num_cpus, metrics_port, client_port, jobs_port),
-            env=_head_environment(token_path),
+            head_command(temp_dir, num_cpus, metrics_port, client_port, jobs_port),
+            env=head_environment(token_path),
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -162,7 +162,7 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
     record = ClusterRecord("", num_cpus, str(temp_dir), str(token_path), str(log_path), started_time, leader, (leader,))
     try:
         _save(directory, record)  # before it is ready: `down` finds it even if we are killed
-        address = _await_address(head, temp_dir, log_path)
+        address = await_address(head, temp_dir, log_path)
     except BaseException:
         end_session(record.head, record.processes)
         _forget(directory, record)
@@ -183,80 +183,6 @@ def _start(directory: Path, num_cpus: int, jobs_port: int | None) -> ClusterReco
     # Ray writes such a list too, but only with its dashboard. The port changes each time, the file's path does not.
     _replace(directory / "scrape.json", [{"targets": [metrics_address], "labels": {"job": "ray"}}])
     return record
-
-
-def _check_free(jobs_port: int) -> None:
-    if jobs_port in WORKER_PORTS:
-        wrong = f"Ray gives ports {WORKER_PORTS.start} to {WORKER_PORTS.stop - 1} to its workers"
-    else:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                return probe.bind(("127.0.0.1", jobs_port))
-            except OSError as error:
-                wrong = f"it can't be used: {error.strerror}"
-    raise UsageError(
-        f"port {jobs_port} for the Jobs API: {wrong}",
-        remedy="Name another one, like 8265, Ray's own choice.",
-        unchanged="Nothing was started.",
-    )
-
-
-def _head_command(
-    temp_dir: Path, num_cpus: int, metrics_port: int, client_port: int, jobs_port: int | None
-) -> list[str]:
-    options = {
-        "node-ip-address": "127.0.0.1",
-        "port": 0,
-        "ray-client-server-port": client_port,
-        "dashboard-agent-listen-port": 0,
-        "metrics-export-port": metrics_port,
-        "include-log-monitor": "false",  # it reads all logs ten times a second for drivers; ours don't use it
-        "include-dashboard": "false" if jobs_port is None else "true",
-        "dashboard-host": "127.0.0.1",
-        "dashboard-port": jobs_port or 0,
-        "num-cpus": num_cpus,
-        "temp-dir": temp_dir / RAY_DIR,
-    }
-    ray_cli = [sys.executable, "-m", "ray.scripts.scripts"]
-    return [*ray_cli, "start", "--head", "--block", *(f"--{key}={value}" for key, value in options.items())]
-
-
-def _head_environment(token_path: Path) -> dict[str, str]:
-    """Our environment without what changes how Ray starts; workers inherit it and must import this very package."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    root = str(Path(__file__).parents[2])
-    path = [root, *(entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != root)]
-    return {
-        **kept,
-        "PYTHONPATH": os.pathsep.join(path),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_path),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback stays loopback, see `environment`
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Else Ray starts a process per CPU for its first driver's tasks, just when a run's own processes start. None of
-        # them can be used: each of ours has its own environment.
-        "RAY_prestart_worker_first_driver": "0",
-        PYTHON: sys.executable,
-        "NO_COLOR": "1",
-    }
-
-
-def _await_address(head: "subprocess.Popen[bytes]", temp_dir: Path, log_path: Path) -> str:
-    deadline, written = time.monotonic() + START_TIMEOUT_S, temp_dir / RAY_DIR / "ray_current_cluster"
-    while time.monotonic() < deadline and head.poll() is None:
-        if STARTED in log_path.read_text(errors="replace"):
-            with suppress(FileNotFoundError):  # Ray may print this before it has written its address
-                if address := written.read_text().strip():
-                    return address
-        time.sleep(0.05)
-    what = f"ended with code {head.returncode}" if head.returncode is not None else f"took over {START_TIMEOUT_S:.0f} s"
-    output = "\n".join(log_path.read_text(errors="replace").strip().splitlines()[-5:])
-    raise ClusterUnreachable(
-        f"Ray did not start on this machine: it {what}. Its last output:\n{output}",
-        remedy="Free memory or disk, or look for the cause in that text, and try again.",
-        unchanged="Everything begun has been removed.",
-    )
 
 
 def _end(record: ClusterRecord) -> None:
@@ -283,22 +209,6 @@ def _forget(directory: Path, record: ClusterRecord) -> None:
     shutil.rmtree(record.temp_dir, ignore_errors=True)
     for name in ("token", "scrape.json", "cluster.json"):
         (directory / name).unlink(missing_ok=True)
-
-
-def _write_secret(path: Path) -> None:
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(os.urandom(32).hex())
-
-
-def _free_ports(count: int) -> list[int]:
-    """`count` different free ports: each is held until all are found."""
-    with ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from orchestrator.controller.worker_env import env_of_worker
 from orchestrator.protocol.actors import WorkerApi
 from orchestrator.protocol.messages import Directive, WorkerJob
 from orchestrator.protocol.worker_report import Report
-from orchestrator.spec.job import JobSpec, ResourcesSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.labels import NODE_ID
+from orchestrator.spec.workers import ResourcesSpec
 
 log = logging.getLogger("orchestrator.control")
 

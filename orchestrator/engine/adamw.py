@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 from orchestrator.elastic.bucket_partition import PIECE_MULTIPLE
 from orchestrator.engine.base import noop
-from orchestrator.spec.job import TrainSpec
+from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import Snapshot, Update
 

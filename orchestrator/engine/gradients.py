@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.comm import collective_stats
-from orchestrator.comm.gradients.buckets import Bucket, Buckets
+from orchestrator.comm.gradients.bucket import Bucket
+from orchestrator.comm.gradients.buckets import Buckets
 from orchestrator.comm.gradients.codecs import codec_of
 from orchestrator.comm.gradients.powersgd import Matrix, PowerSGD, first_thin
 from orchestrator.comm.gradients.reduce_scatter import Compressed, Reducer, ReduceScatter

@@ -23,7 +23,7 @@ from orchestrator.model.loss import cross_entropy_sum
 from orchestrator.model.moe.experts import GatedMLP
 from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 from orchestrator.model.padding import Padding
-from orchestrator.spec.job import ModelSpec
+from orchestrator.spec.model import ModelSpec
 
 
 class Attention(nn.Module):

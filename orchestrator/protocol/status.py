@@ -118,7 +118,3 @@ class RunStatus:
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
     worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; empty after the end
     priority: int = 0
-
-    @property
-    def last_rescale(self) -> Rescale | None:
-        return self.rescales[-1] if self.rescales else None

@@ -13,7 +13,7 @@ from orchestrator.checkpoint.write import commit
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
-from orchestrator.spec.job import CheckpointSpec
+from orchestrator.spec.fault_tolerance import CheckpointSpec
 
 log = logging.getLogger("orchestrator.control")
 

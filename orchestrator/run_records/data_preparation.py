@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.data.prepare.options import check_enough, check_vocabulary, prepare
+from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.sample_order import Orders
 from orchestrator.protocol.events.base import Event
 from orchestrator.spec.data import BY_DOCUMENT

@@ -2,14 +2,17 @@
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
+from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
 from orchestrator.controller.worker_group import request_of
-from orchestrator.errors import JobDoesNotFit
+from orchestrator.errors import JobDoesNotFit, UsageError
 from orchestrator.policy.cluster.autoscaling import bounds
 from orchestrator.policy.cluster.capacity import places
 from orchestrator.policy.cluster.node_pools import Labels, check_pool, pool_of, shown
 from orchestrator.policy.state.config import RunLimits
+from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.scaling import JUST_COME, ScalingView
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.spec.job import JobSpec
@@ -93,3 +96,19 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 def _of(selector: Labels) -> str:
     return f" of {shown(selector)}" if selector else ""
+
+
+def check_residuals(restore: Restore | None, job: JobSpec) -> None:
+    """Raise UsageError if the job's compression can't continue from the residuals in the checkpoint."""
+    if restore is None or restore.reset_residuals:
+        return
+    saved = str(read_manifest(Path(restore.path)).meta.get("compression", ""))
+    wanted = job.communication.compression.keeps
+    if saved != wanted:
+        raise UsageError(
+            f"{restore.path} was written by a run that kept {saved or 'nothing'} of its gradients; the job would keep "
+            f"{wanted or 'nothing'}",
+            remedy="Resume with the compression that it was trained with, or with --reset-residuals, which drops the "
+            "values not sent yet.",
+            unchanged="Nothing was started.",
+        )

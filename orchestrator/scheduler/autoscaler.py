@@ -23,7 +23,8 @@ from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.cluster.autoscaling import Demand, claim_of, decide_sizes, demand
-from orchestrator.policy.cluster.fair_share import FairShare, divide, new_grants
+from orchestrator.policy.cluster.fair_share import divide
+from orchestrator.policy.cluster.grants import FairShare, new_grants
 from orchestrator.policy.cluster.node_pools import confined
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.spec.workers import MANUAL

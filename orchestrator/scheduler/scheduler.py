@@ -14,7 +14,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import ray
 from ray.experimental import internal_kv
 
-from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
@@ -22,7 +21,7 @@ from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.world_size import wanted_size
-from orchestrator.protocol.messages import DesiredRunState, FinishMode, Restore, ResumeRequest
+from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.job_files import read_job, write_job
@@ -30,7 +29,7 @@ from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import STATUS_FILE, RunHistory, read_status, user_events
 from orchestrator.sampling.sample_ledger import AuditResult
-from orchestrator.scheduler.admission import check_admissible, newcomer
+from orchestrator.scheduler.admission import check_admissible, check_residuals, newcomer
 from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import has_journal
@@ -127,7 +126,7 @@ class Scheduler:
                     remedy="Resume from an earlier checkpoint with --step, or submit a new run.",
                     unchanged="Nothing was started.",
                 )
-            _refuse_other_residuals(order.restore, job)
+            check_residuals(order.restore, job)
             if order.workers is not None:
                 limits.check_size(order.workers)
             memory = RunHistory(directory, limits)
@@ -307,19 +306,3 @@ def get_or_create_scheduler() -> Handle:
         "max_concurrency": MAX_CALLS_AT_ONCE,
     }
     return ray.remote(Scheduler).options(**options).remote()
-
-
-def _refuse_other_residuals(restore: Restore | None, job: JobSpec) -> None:
-    """Raise UsageError if the job's compression can't continue from the residuals in the checkpoint."""
-    if restore is None or restore.reset_residuals:
-        return
-    saved = str(read_manifest(Path(restore.path)).meta.get("compression", ""))
-    wanted = job.communication.compression.keeps
-    if saved != wanted:
-        raise UsageError(
-            f"{restore.path} was written by a run that kept {saved or 'nothing'} of its gradients; the job would keep "
-            f"{wanted or 'nothing'}",
-            remedy="Resume with the compression that it was trained with, or with --reset-residuals, which drops the "
-            "values not sent yet.",
-            unchanged="Nothing was started.",
-        )

@@ -5,7 +5,8 @@ from functools import cache
 
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.errors import UsageError
-from orchestrator.policy.estimate.job_plan import JobPlan, StatePlan, plan_job
+from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
+from orchestrator.policy.estimate.worker_memory import StatePlan
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.torch_process import run_module
 

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from orchestrator.checkpoint.hf.pretrained import open_pretrained
 from orchestrator.checkpoint.hf.pretrained import resolved as resolved_model
 from orchestrator.data.corpus.files import KINDS, suffix_of, text_files
-from orchestrator.data.prepare.options import check_vocabulary, load_tokenizer
+from orchestrator.data.prepare.job_store import check_vocabulary
+from orchestrator.data.prepare.request import load_tokenizer
 from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.policy.estimate.memory_check import check_memory
 from orchestrator.spec.job import JobSpec

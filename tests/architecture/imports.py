@@ -68,6 +68,30 @@ def cycle(modules: Mapping[str, Module]) -> tuple[str, ...] | None:
     return None
 
 
+def folder_cycles(modules: Mapping[str, Module]) -> set[frozenset[str]]:
+    """Pairs of folders of one room that reach each other by imports."""
+    edges: dict[str, set[str]] = {}
+    for module in modules.values():
+        here = _folder_of(module)
+        for name, _ in module.imports:
+            if name in modules and modules[name].room == module.room and _folder_of(modules[name]) != here:
+                edges.setdefault(here, set()).add(_folder_of(modules[name]))
+    return {frozenset({a, b}) for a in edges for b in edges[a] if a in _reached(edges, b)}
+
+
+def _folder_of(module: Module) -> str:
+    return module.name if module.file.name == "__init__.py" else module.name.rpartition(".")[0]
+
+
+def _reached(edges: Mapping[str, set[str]], start: str) -> set[str]:
+    found, ways = set[str](), [start]
+    while ways:
+        new = edges.get(ways.pop(), set()) - found
+        found |= new
+        ways += new
+    return found
+
+
 def upward_imports(modules: Mapping[str, Module], level: Callable[[str], int]) -> Iterator[str]:
     """Imports of a room that doesn't lie below, as `file:line: from -> to`. `level` is 0 for the lowest room."""
     for module in modules.values():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.imports import Module, chain, cycle, read_package, upward_imports
+from tests.architecture.imports import Module, chain, cycle, folder_cycles, read_package, upward_imports
 
 LEVELS = {"": 0, "low": 0, "beside": 0, "high": 1}
 
@@ -47,6 +47,15 @@ def test_cycle(package: dict[str, Module]) -> None:
     assert found is not None
     assert set(found) == {"pkg.high.d", "pkg.high.e"}
     assert cycle({name: m for name, m in package.items() if m.room != "high"}) is None
+
+
+def test_cycles_of_folders(tmp_path: Path) -> None:
+    files = {"a/x.py": "from pkg.room.b import y\n", "b/y.py": "", "b/z.py": "import pkg.room.a.x\n", "c/w.py": ""}
+    for name, text in files.items():
+        file = tmp_path / "pkg" / "room" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert folder_cycles(read_package(tmp_path / "pkg")) == {frozenset({"pkg.room.a", "pkg.room.b"})}
 
 
 def test_upward_imports(package: dict[str, Module]) -> None:

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.imports import Module, chain, cycle, read_package, upward_imports
+from tests.architecture.imports import Module, chain, cycle, folder_cycles, read_package, upward_imports
 
 PACKAGE = Path(__file__).parents[2] / "orchestrator"
+TESTS = Path(__file__).parents[1] / "unit"
+OUTSIDE = ("benchmarks", "cluster_files", "dashboards", "docs")  # test folders of what is no part of the package
+# Two parts of a worker that need each other: the step reads the device and reports errors of the runtime, and the
+# runtime reads the probe of the step's memory.
+KNOWN_CYCLES = {frozenset({"orchestrator.worker.runtime", "orchestrator.worker.step"})}
 
 # From the lowest to the highest. A room imports only rooms of lower lines; rooms of one line do not import each other.
 LAYERS: tuple[frozenset[str], ...] = (
@@ -37,11 +42,19 @@ NO_TORCH = (
     *("controller", "scheduler", "submission", "client", "cli", "ray_train"),
 )
 VAGUE_NAMES = {"util", "utils", "helper", "helpers", "common", "misc"}
-LONG_FILE, LONGEST_FILE = 300, 400  # lines
+LONG_FILE, LONGEST_FILE = 270, 400  # lines
 MOST_FILES = 16  # of a folder
 # Words of a private vocabulary that the field's terms have replaced: crew (worker group), slot (micro-batch), ward
 # (protected rank), desk (mailbox), wish (request), seam (adapter), voice (ballot).
 RETIRED = {"crew", "slots", "ward", "desk", "wish", "wishes", "seam", "voice", "workshop", "teller", "bury"}
+
+# Module names that occur in several rooms, each time for the same thing: its keys in a job file, its type, its rules.
+# Commands are named by their verb, and events by their subject. `base` holds what the others of its folder implement.
+SHARED_NAMES = {
+    *("base", "curriculum", "data", "energy", "errors", "expert_load", "export", "html", "manifest", "param_listing"),
+    *("progress", "report", "requests", "sample_order", "status", "tracking", "trainer", "user_code", "workers"),
+    *("actors", "checkpoints", "doctor", "remote", "run"),
+}
 
 MODULES = read_package(PACKAGE)
 
@@ -66,6 +79,25 @@ def test_imports_only_go_down() -> None:
 
 def test_no_cycles() -> None:
     assert cycle(MODULES) is None
+
+
+def test_no_cycles_of_folders_within_a_room() -> None:
+    assert folder_cycles(MODULES) <= KNOWN_CYCLES
+
+
+def test_module_names_occur_once() -> None:
+    places: dict[str, list[str]] = {}
+    for module in MODULES.values():
+        if module.file.name != "__init__.py":
+            places.setdefault(module.file.stem, []).append(module.name)
+    shared = {name for name, where in places.items() if len(where) > 1}
+    assert shared - SHARED_NAMES == set()
+
+
+def test_unit_tests_mirror_the_package() -> None:
+    folders = {file.parent.relative_to(TESTS) for file in TESTS.rglob("test_*.py")}
+    inside = {folder for folder in folders if folder.parts[:1] not in {(other,) for other in OUTSIDE}}
+    assert [str(folder) for folder in sorted(inside) if not (PACKAGE / folder).is_dir()] == []
 
 
 @pytest.mark.parametrize("module", modules_of(*NO_TORCH), ids=lambda module: module.name)

@@ -16,8 +16,8 @@ from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import Traffic, TrafficKind
-from orchestrator.spec.job import TrainSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.train import TrainSpec
 from tests.support.host_ranks import HostRanks
 from tests.support.hosts import Hosts
 

@@ -18,8 +18,9 @@ from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_files import RunFiles
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.communication import CommunicationSpec
-from orchestrator.spec.fault_tolerance import ProtectionSpec
-from orchestrator.spec.job import JobSpec, RecoverySpec, WorkersSpec
+from orchestrator.spec.fault_tolerance import ProtectionSpec, RecoverySpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 from orchestrator.storage.journal import read_events
 from orchestrator.worker.shard.compression_tuner import PROBES, SKIPPED
 from tests.support.driver import Driver

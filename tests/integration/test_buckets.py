@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import Store
 
-from orchestrator.comm.gradients.buckets import Bucket, Buckets
+from orchestrator.comm.gradients.bucket import Bucket
+from orchestrator.comm.gradients.buckets import Buckets
 from orchestrator.comm.gradients.reduce_scatter import ReduceScatter
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import connect

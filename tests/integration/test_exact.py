@@ -18,7 +18,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.factory import catalogue
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 from orchestrator.state.fingerprint import whole
 from tests.support import small
 from tests.support.own_models import linear, own_spec

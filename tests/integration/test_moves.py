@@ -12,7 +12,7 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.checkpoint.write import commit
 from orchestrator.model.factory import catalogue
-from orchestrator.policy.estimate.job_plan import StatePlan, plan_memory
+from orchestrator.policy.estimate.worker_memory import StatePlan, plan_memory
 from orchestrator.protocol.messages import Fence
 from orchestrator.protocol.worker_report import Phase, Report
 from orchestrator.sampling.sample_ledger import audit

@@ -12,9 +12,11 @@ from torch._C._distributed_c10d import Store
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.factory import catalogue
-from orchestrator.policy.estimate.job_plan import StatePlan, WorldPlan, plan_job
+from orchestrator.policy.estimate.job_plan import WorldPlan, plan_job
+from orchestrator.policy.estimate.worker_memory import StatePlan
 from orchestrator.policy.health.expert_load import NUM_MARGIN_BINS
-from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 from tests.support import small
 from tests.support.ranks import Ranks
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.data.prepare.options import prepare
-from orchestrator.data.prepare.pipeline import Request, prepare_corpora
+from orchestrator.data.prepare.job_store import prepare
+from orchestrator.data.prepare.pipeline import prepare_corpora
 from orchestrator.data.prepare.ray_map import on_cluster
+from orchestrator.data.prepare.request import Request
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, OrchestratorError
 from orchestrator.run_records.data_preparation import Preparation

@@ -27,7 +27,9 @@ from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Ge
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from orchestrator.spec.fault_tolerance import CheckpointSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 from orchestrator.submission.model_process import ask_model
 from orchestrator.worker.runtime.errors import NO_MEMORY
 from tests.support.marked_models import LOGITS, with_marked_steps

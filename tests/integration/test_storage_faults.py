@@ -9,7 +9,9 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
 from orchestrator.protocol.status import RunPhase, RunStatus
 from orchestrator.run_records.run_history import read_steps
-from orchestrator.spec.job import CheckpointSpec, JobSpec, WorkersSpec
+from orchestrator.spec.fault_tolerance import CheckpointSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 from tests.support.disk import fill, small_disk
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job

@@ -24,7 +24,8 @@ from orchestrator.cli.top.feed import Feed
 from orchestrator.cli.top.screen import TopApp
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster import local
-from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 from tests.support.real_runs import own_cluster
 from tests.support.texts import small_job
 

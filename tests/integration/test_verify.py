@@ -19,7 +19,9 @@ from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Phase, ReplayResult
 from orchestrator.run_records.checkpoints import commit_checkpoint
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.spec.job import CheckpointSpec, EvalSpec, JobSpec, VerifySpec, WorkersSpec
+from orchestrator.spec.fault_tolerance import CheckpointSpec, VerifySpec
+from orchestrator.spec.job import EvalSpec, JobSpec
+from orchestrator.spec.workers import WorkersSpec
 from orchestrator.state.fingerprint import whole
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal

@@ -11,15 +11,15 @@ from orchestrator.elastic.world import World
 from orchestrator.engine.base import Engine, StepOutcome
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import ProcessGroups, connect
-from orchestrator.engine.reference import ReferenceEngine
 from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import catalogue
 from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.spec.communication import CommunicationSpec
-from orchestrator.spec.job import ModelSpec, TrainSpec
-from orchestrator.spec.train import OptimizerSpec
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.train import OptimizerSpec, TrainSpec
+from tests.support.reference_engine import ReferenceEngine
 
 VOCAB, LENGTH, NUM_SLOTS, ROWS = 128, 32, 6, 2
 

@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.spec.job import JobSpec
 
 VOCAB = 300

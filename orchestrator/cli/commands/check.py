@@ -69,7 +69,8 @@ def replay(
     from orchestrator.policy.replay_check import differences, doubt, first_difference, state_differs
     from orchestrator.protocol.child_process import Numerics
     from orchestrator.protocol.messages import StepFingerprint
-    from orchestrator.submission.verification import done_again, numerics_here, what_to_verify
+    from orchestrator.submission.replay_processes import done_again
+    from orchestrator.submission.verification import numerics_here, what_to_verify
 
     order = what_to_verify(run, find_run(run, storage, address).files.run_dir, after, steps, workers)
     first, last = order.records[0].step, order.records[-1].step

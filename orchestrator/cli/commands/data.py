@@ -75,8 +75,9 @@ def prepare(
     Without a cluster, one is started on this machine and ended afterwards. Ctrl-C ends it; the same command continues.
     """
     from orchestrator.cli.terminal.summary import aligned
-    from orchestrator.data.prepare.pipeline import Request, check, prepare_corpora
+    from orchestrator.data.prepare.pipeline import prepare_corpora
     from orchestrator.data.prepare.ray_map import on_cluster
+    from orchestrator.data.prepare.request import Request, check
 
     request = Request(
         tuple(str(source) if source.startswith("builtin:") else str(Path(source).expanduser()) for source in sources),

@@ -132,13 +132,14 @@ class Parts:
 
     @classmethod
     @contextmanager
-    def held(cls, final: Path) -> Iterator["Parts"]:
-        """The parts of the store `final`, locked for this process. Raises DataError if another one prepares it."""
+    def held(cls, final: Path, waits: bool = False) -> Iterator["Parts"]:
+        """The parts of the store `final`, locked for this process. `waits`: until another one that prepares it has
+        ended; else that raises DataError."""
         directory = final.with_name(f".{final.name}.parts")
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "lock").open("a") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise DataError(
                     f"another process prepares {final} now",

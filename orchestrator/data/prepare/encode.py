@@ -5,6 +5,7 @@ Tasks and results are JSON. A result may be an error, so that its message arrive
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,10 +15,11 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.corpus.sources import Document
+from orchestrator.data.holdout import fraction_of
 from orchestrator.data.prepare.block_cache import checked, written
 from orchestrator.data.prepare.blocks import Located, RecordBlock, documents_of
 from orchestrator.data.prepare.difficulty import Signal, Tokens, scores, signal_of
-from orchestrator.data.prepare.options import sample_of
 from orchestrator.data.prepare.store_writer import token_dtype
 from orchestrator.data.prepare.word_cache import WordCache, has_words
 from orchestrator.data.tokenizer import TextTokenizer
@@ -94,6 +96,13 @@ def sample_block(task_json: str) -> str:
         return EncodedBlock(task.block.number, texts)
 
     return _told(task.block, sample)
+
+
+def sample_of(document: Document, share: float) -> str:
+    """A share of a document, at a position given by a hash of its id."""
+    length = math.ceil(len(document.text) * share)
+    start = int(fraction_of(document.id) * (len(document.text) - length + 1))
+    return document.text[start : start + length]
 
 
 def encode_block(task_json: str) -> str:

@@ -4,14 +4,12 @@ cluster's nodes, assemble, publish.
     done = prepare_corpora(Request(("books.jsonl", "builtin:pydocs")), Path("data"), on_cluster)
     done.store.directory
 
-For one source without bad records, and with the options of `prepare` only, the store has the same bytes as that of
-`prepare`, on any nodes. The text is read twice, or three times if a tokenizer is trained: the store's name needs a
-digest over all documents in order, the sampled share of a document depends on the amount of text, and only then can
-anything be encoded. Keeping the text in between would take as much space again.
+The store has the same bytes on any nodes. The text is read twice, or three times if a tokenizer is trained: the store's
+name needs a digest over all documents in order, the sampled share of a document depends on the amount of text, and only
+then can anything be encoded. Keeping the text in between would take as much space again.
 """
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,8 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.corpus.sources import find_files
 from orchestrator.data.manifest import Dropped, PrepareOptions, TextSource, store_key
 from orchestrator.data.prepare.block_cache import Footer, Parts, checked, documents_in, lengths_of
-from orchestrator.data.prepare.difficulty import HERE, check_signal
 from orchestrator.data.prepare.encode import (
     EncodeTask,
     SampleTask,
@@ -35,42 +31,15 @@ from orchestrator.data.prepare.encode import (
     saved,
     signal_here,
 )
-from orchestrator.data.prepare.options import TOKENIZER_TRAIN_BYTES, Progress, check_holdout, load_tokenizer
 from orchestrator.data.prepare.quarantine import Quarantine
 from orchestrator.data.prepare.ray_map import Spread
+from orchestrator.data.prepare.request import Progress, Request, check, load_tokenizer, options_of
 from orchestrator.data.prepare.scan import Scan, scan
 from orchestrator.data.prepare.store_writer import StoreWriter, published
 from orchestrator.data.prepare.weights import surplus
 from orchestrator.data.store import TokenStore
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.errors import DataError, StoreCorrupt
-
-
-@dataclass(frozen=True)
-class Request:
-    """Sources and options of a preparation.
-
-    Args:
-        sources: see `open_corpus`.
-        vocab_size, holdout, text_key, tokenizer, difficulty, code_dir: as for `prepare`.
-        min_chars, max_chars: shorter and longer documents are left out.
-        deduplicate: keep only the first of documents with equal texts.
-        weights: shares of the sources in the training split's tokens; None to use all documents.
-        max_bad: largest allowed share of bad records.
-    """
-
-    sources: tuple[str, ...]
-    vocab_size: int = 2048
-    holdout: float = 0.05
-    text_key: str = "text"
-    tokenizer: Path | None = None
-    difficulty: str | None = None
-    min_chars: int | None = None
-    max_chars: int | None = None
-    deduplicate: bool = True
-    weights: tuple[float, ...] | None = None
-    max_bad: float = 0.001
-    code_dir: Path = HERE
 
 
 @dataclass(frozen=True)
@@ -90,13 +59,16 @@ class Done:
     num_blocks: int
 
 
-def prepare_corpora(request: Request, directory: Path, spread: Spread, progress: Progress | None = None) -> Done:
+def prepare_corpora(
+    request: Request, directory: Path, spread: Spread, progress: Progress | None = None, waits: bool = False
+) -> Done:
     """The store of the request below `directory`, prepared if it doesn't exist.
 
     Args:
         spread: executes tasks: `on_cluster`, or `map` to work without a cluster.
         progress: called with a stage ("reading", "tokenizer", "encoding", "writing", "done") and the finished
             fraction of it.
+        waits: wait for another process that prepares the same store; otherwise that is an error.
 
     Raises:
         DataError: a source that can't be read, too many bad records, an option out of range, a document without a
@@ -106,7 +78,7 @@ def prepare_corpora(request: Request, directory: Path, spread: Spread, progress:
     report = progress or (lambda stage, fraction: None)
     check(request)
     given = None if request.tokenizer is None else load_tokenizer(request.tokenizer)
-    options = _options(request, given)
+    options = options_of(request, given)
     directory = directory.absolute()
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +96,7 @@ def prepare_corpora(request: Request, directory: Path, spread: Spread, progress:
             )
             final = directory / store_key(found.digest, options)
             named = quarantine.save(final.with_name(f"{final.name}.quarantine.jsonl"))
-            with Parts.held(final) as parts:
+            with Parts.held(final, waits) as parts:
                 was_there = final.exists()
                 if not was_there:
                     _Making(request, options, given, found, parts, spread, report).make(final, ids)
@@ -138,50 +110,6 @@ def prepare_corpora(request: Request, directory: Path, spread: Spread, progress:
     store = TokenStore.open(final, verify=True)
     report("done", 1.0)
     return Done(store, was_there, found.num_records, found.num_empty, named, len(found.blocks))
-
-
-def check(request: Request) -> None:
-    """Raises DataError for an option out of range, or a source that doesn't exist."""
-    check_holdout(request.holdout)
-    if request.difficulty is not None:
-        check_signal(request.difficulty, request.code_dir)
-    low, high, weights = request.min_chars, request.max_chars, request.weights
-    if (low is not None and low < 1) or (high is not None and high < max(1, low or 1)):
-        raise _refused(
-            f"min_chars {low} and max_chars {high}", "both are at least 1, and the first not above the second"
-        )
-    if not 0 <= request.max_bad <= 1:
-        raise _refused(f"max_bad {request.max_bad}", "it is a share of the records, from 0 to 1")
-    for source in request.sources:
-        find_files(source)
-    if weights is None:
-        return
-    if len(weights) != len(request.sources) or len(weights) < 2:
-        raise _refused(
-            f"{len(weights)} weights for {len(request.sources)} sources", "each of several sources has one weight"
-        )
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise _refused(
-            f"weights {', '.join(map(str, weights))}", "they are numbers above 0; leave a source out instead"
-        )
-
-
-def _refused(value: str, rule: str) -> DataError:
-    return DataError(f"{value}: {rule}", unchanged="Nothing was written.")
-
-
-def _options(request: Request, given: TextTokenizer | None) -> PrepareOptions:
-    return PrepareOptions(
-        vocab_size=request.vocab_size if given is None else given.vocab_size,
-        holdout=float(request.holdout),
-        tokenizer_train_bytes=TOKENIZER_TRAIN_BYTES if given is None else 0,
-        tokenizer=None if given is None else given.digest,
-        difficulty=request.difficulty,
-        min_chars=request.min_chars,
-        max_chars=request.max_chars,
-        deduplicate=True if request.deduplicate else None,
-        weights=request.weights,
-    )
 
 
 def _scratch(directory: Path) -> IO[str]:

@@ -42,7 +42,7 @@ from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import MicroBatch, TrainableModel
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.spec.communication import CommunicationSpec
-from orchestrator.spec.job import TrainSpec
+from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
 # Compiling this op takes 46 s at the first init, it assumes one host, and gloo is the better choice here.

@@ -10,21 +10,18 @@ removed, and the size without it is not exceeded again until the stage changes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
-from orchestrator.policy.cluster.fair_share import FairShare
+from orchestrator.policy.cluster.grants import FairShare
 from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.progress import Progress, typical_step_s
+from orchestrator.policy.state.progress import NOISE, gain_of, speeds, typical_step_s
 from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.policy.state.world_size import wanted_size, workers_to_hold
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.worker_report import Phase
 from orchestrator.spec.workers import AVAILABLE, MANUAL, STAGE, THROUGHPUT
 
-MIN_STEPS = 12  # at a size, before its speed is known
 STALL_S = 1.0  # assumed cost of a rescale before one was measured
-NOISE = 0.03  # possible error of a speed, as a share, when it decides to remove a worker
 
 Resources = Mapping[str, float]
 
@@ -106,21 +103,6 @@ def bounds(limits: RunLimits, stage: str) -> tuple[int, int]:
     return limits.min_workers, limits.max_workers
 
 
-def speeds(progress: Progress) -> dict[int, float]:
-    """Target tokens per second by world size, over the newest steps of the present stage; the median of steps."""
-    by_size: dict[int, list[float]] = {}
-    for record in progress.recent:
-        if record.batch.stage == progress.stage and record.timing.step_s > 0:
-            by_size.setdefault(record.world_size, []).append(record.batch.tokens / record.timing.step_s)
-    return {size: median(found[-64:]) for size, found in sorted(by_size.items()) if len(found) >= MIN_STEPS}
-
-
-def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
-    """Whether the last of `size` workers was measured to add less than the job's `min_gain`."""
-    gain = _gain_of(speeds(progress), size, NOISE)
-    return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
-
-
 def decide_sizes(runs: Sequence[ScalingView], shares: Mapping[str, FairShare]) -> tuple[Resize, ...]:
     """Size changes of runs, given each run's share of the cluster."""
     found = (_decide(run, shares[run.run_id]) for run in runs)
@@ -149,7 +131,7 @@ def _decide(run: ScalingView, share: FairShare) -> Resize | None:
         return Resize(run.run_id, run.most, f"no more than {run.most} are wanted now")
     if run.wanted < run.least and not run.rests:
         return Resize(run.run_id, run.least, f"at least {run.least} are wanted now")
-    gain = _gain_of(run.speeds, run.wanted, NOISE)
+    gain = gain_of(run.speeds, run.wanted, NOISE)
     is_measured = run.policy == THROUGHPUT and run.is_steady and not run.rests and run.wanted > run.least
     if is_measured and gain is not None and gain < run.min_gain:
         return Resize(run.run_id, run.wanted - 1, f"the last worker added {gain:.2f} of what each had done, at most")
@@ -162,15 +144,6 @@ def _decide(run: ScalingView, share: FairShare) -> Resize | None:
     return Resize(run.run_id, run.wanted + 1, why) if why else None
 
 
-def _gain_of(speeds: Mapping[int, float], size: int, noise: float) -> float | None:
-    """Speed that the last of `size` workers adds, as a share of the mean speed of the others; an upper bound given
-    `noise`, a share of the speed. None if unknown."""
-    here, before = speeds.get(size), speeds.get(size - 1)
-    if here is None or before is None or size < 2:
-        return None
-    return (here * (1 + noise) - before) / (before / (size - 1))
-
-
 def _worth_another(run: ScalingView) -> str:
     """Why another worker is worth its rescale; empty if it isn't, or if that is unknown yet."""
     here = run.speeds.get(run.wanted)
@@ -178,7 +151,7 @@ def _worth_another(run: ScalingView) -> str:
         return ""
     each = here / run.wanted
     more = run.speeds.get(run.wanted + 1)
-    last = _gain_of(run.speeds, run.wanted, 0.0)
+    last = gain_of(run.speeds, run.wanted, 0.0)
     gain = (more - here) / each if more is not None else last if last is not None else 1.0
     saved_s = run.left_s * (1 - here / (here + max(0.0, gain) * each))
     if gain < run.min_gain or saved_s <= run.stall_s:

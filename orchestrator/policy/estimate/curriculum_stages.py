@@ -7,7 +7,7 @@ from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks
 from orchestrator.sampling.curriculum import Admission, BegunStage, Curriculum, CurriculumState
 from orchestrator.spec.curriculum import CurriculumSpec, StageSpec
-from orchestrator.spec.job import TrainSpec
+from orchestrator.spec.train import TrainSpec
 
 
 def planned_stages(

@@ -4,7 +4,8 @@ import math
 from dataclasses import replace
 
 from orchestrator.errors import UsageError
-from orchestrator.policy.estimate.job_plan import JobPlan, MemoryPlan, WorldPlan
+from orchestrator.policy.estimate.job_plan import JobPlan, WorldPlan
+from orchestrator.policy.estimate.worker_memory import MemoryPlan
 from orchestrator.spec.job import JobSpec
 
 GIB = 2**30

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 from orchestrator.policy.health.leaving import is_to_leave
-from orchestrator.policy.state.run_state import Observation, RunState, WorkerFailure
+from orchestrator.policy.state.run_parts import WorkerFailure
+from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.spec.fault_tolerance import BudgetsSpec
 
 WINDOW_S = 3600.0  # of a budget, and of a quarantine

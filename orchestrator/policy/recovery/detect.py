@@ -14,7 +14,8 @@ from orchestrator.policy.recovery.respond import respond
 from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, given_up, is_blame_due, without_store
 from orchestrator.policy.rescale.worker_pool import why_gone
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, KillWorker, Observation, RunState, WorkerFailure
+from orchestrator.policy.state.run_parts import WorkerFailure
+from orchestrator.policy.state.run_state import Decision, KillWorker, Observation, RunState
 from orchestrator.protocol.events.generations import GenerationAborted, TransitionAbandoned
 from orchestrator.protocol.events.workers import WorkerLost
 from orchestrator.protocol.status import Recovery

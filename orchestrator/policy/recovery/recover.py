@@ -23,7 +23,8 @@ from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.recovery.detect import has_stopped
 from orchestrator.policy.rescale.generation_plan import node_by_node, nodes_of, warm_standbys, with_plan
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observation, RunState, WorkerFailure, ended
+from orchestrator.policy.state.run_parts import WorkerFailure
+from orchestrator.policy.state.run_state import USER_ERROR, Decision, Observation, RunState, ended
 from orchestrator.policy.state.world_size import SizeChange, wanted_size
 from orchestrator.protocol.events.generations import RolledBack
 from orchestrator.protocol.events.workers import WorkersReleased

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Observation, RunState, WorkerFailure
+from orchestrator.policy.state.run_parts import WorkerFailure
+from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.training import BatchSkipped, MicroBatchReduced
 from orchestrator.sampling.micro_batches import MicroBatchSize

@@ -8,7 +8,8 @@ from orchestrator.elastic.snapshot_layout import buddies_of
 from orchestrator.elastic.world import World
 from orchestrator.policy.health.leaving import leavers
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Observation, RunState, Transition
+from orchestrator.policy.state.run_parts import Transition
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange, SizeRequest
 from orchestrator.protocol.events.generations import GenerationPlanned
 from orchestrator.protocol.messages import GenerationPlan, StateSource

@@ -14,7 +14,8 @@ import numpy as np
 
 from orchestrator.policy.rescale.generation_plan import MAX_FAILED_TRANSITIONS, can_plan, planned_transition
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Observation, Probe, RunState
+from orchestrator.policy.state.run_parts import Probe
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeChange
 from orchestrator.protocol.events.training import MicroBatchFitted
 from orchestrator.protocol.worker_report import MicroBatchMemory

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from orchestrator.policy.cluster.autoscaling import adds_too_little
 from orchestrator.policy.health.budget import (
     PLACE,
     cause_of_loss,
@@ -15,8 +14,9 @@ from orchestrator.policy.health.leaving import is_to_leave, leavers
 from orchestrator.policy.health.stragglers import is_to_be_replaced
 from orchestrator.policy.rescale.generation_plan import warm_standbys
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.progress import STALL_STEPS
-from orchestrator.policy.state.run_state import Action, Decision, KillWorker, Observation, RunState, WorkerFailure
+from orchestrator.policy.state.progress import STALL_STEPS, adds_too_little
+from orchestrator.policy.state.run_parts import WorkerFailure
+from orchestrator.policy.state.run_state import Action, Decision, KillWorker, Observation, RunState
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size, workers_to_hold
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import TargetChanged

@@ -1,14 +1,18 @@
 """Progress of a run by the step records received: the watermark, and figures over the newest steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from statistics import median
 
 from orchestrator.errors import ProtocolError
+from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.usage import Traffic, TrafficKind
+from orchestrator.spec.workers import THROUGHPUT
 
 RECENT_STEPS = 512
+NOISE = 0.03  # possible error of a speed, as a share, when it decides to remove a worker
+MIN_STEPS = 12  # at a size, before its speed is known
 STALL_STEPS = 5  # steps of a new generation from which its step time is taken
 
 
@@ -113,3 +117,27 @@ def stall_s(progress: Progress, generation: int, last_word: bool) -> float | Non
     if not before or not after or (len(after) < STALL_STEPS and not last_word):
         return None
     return max(0.0, after[0].timing.vote_time - before[-1].timing.vote_time - median(r.timing.step_s for r in after))
+
+
+def speeds(progress: Progress) -> dict[int, float]:
+    """Target tokens per second by world size, over the newest steps of the present stage; the median of steps."""
+    by_size: dict[int, list[float]] = {}
+    for record in progress.recent:
+        if record.batch.stage == progress.stage and record.timing.step_s > 0:
+            by_size.setdefault(record.world_size, []).append(record.batch.tokens / record.timing.step_s)
+    return {size: median(found[-64:]) for size, found in sorted(by_size.items()) if len(found) >= MIN_STEPS}
+
+
+def adds_too_little(limits: RunLimits, progress: Progress, size: int) -> bool:
+    """Whether the last of `size` workers was measured to add less than the job's `min_gain`."""
+    gain = gain_of(speeds(progress), size, NOISE)
+    return limits.autoscale.policy == THROUGHPUT and gain is not None and gain < limits.autoscale.min_gain
+
+
+def gain_of(speeds: Mapping[int, float], size: int, noise: float) -> float | None:
+    """Speed that the last of `size` workers adds, as a share of the mean speed of the others; an upper bound given
+    `noise`, a share of the speed. None if unknown."""
+    here, before = speeds.get(size), speeds.get(size - 1)
+    if here is None or before is None or size < 2:
+        return None
+    return (here * (1 + noise) - before) / (before / (size - 1))

@@ -7,7 +7,8 @@ A preempted run writes a checkpoint first and resumes from it: preemption costs 
 from dataclasses import replace
 
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Decision, Observation, QueueState, ReplayState, RunState
+from orchestrator.policy.state.run_parts import QueueState, ReplayState
+from orchestrator.policy.state.run_state import Decision, Observation, RunState
 from orchestrator.policy.state.world_size import SizeRequest, wanted_size
 from orchestrator.protocol.events.run import Admitted, Granted, Preempted, PriorityChanged, Queued, Resumed, Suspended
 from orchestrator.protocol.events.workers import WorkersReleased

@@ -5,11 +5,20 @@
 follow from the state alone (`RunState.worker_group`, `lifecycle.directive_of`), so applying it is idempotent.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.policy.state.progress import Progress
+from orchestrator.policy.state.run_parts import (
+    AbortState,
+    CurriculumDecisions,
+    FailureState,
+    MicroBatchState,
+    QueueState,
+    ReplayState,
+    Transition,
+)
 from orchestrator.policy.state.world_size import SizeRequest
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Ended
@@ -18,168 +27,14 @@ from orchestrator.protocol.messages import (
     Fence,
     FinishMode,
     GenerationPlan,
-    ReplayTask,
     Restore,
-    StageStart,
     StoreAddress,
 )
 from orchestrator.protocol.scaling import UNLIMITED, Grant
 from orchestrator.protocol.status import Recovery, Rescale, RunPhase
 from orchestrator.protocol.worker_report import Phase, Report, ShardWritten
-from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
-MAX_FAILURES = 256  # kept as the history that the response to the next one depends on
 USER_ERROR = "user_error"  # a WorkerError's kind: another worker would fail in the same way
-
-
-@dataclass(frozen=True)
-class WorkerFailure:
-    """A failure: its worker and node (empty: of no single worker), its class, the last finished step, and the
-    generation if the worker reported the failure itself."""
-
-    worker: str
-    node: str
-    cause: str
-    step: int
-    time_s: float
-    generation: int = -1
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Memory that a worker had taken, in bytes, with `tokens` in its largest micro-batch, padding included."""
-
-    worker: str
-    sequence_length: int
-    tokens: int
-    resident_bytes: int
-
-
-@dataclass(frozen=True)
-class Transition:
-    """A planned generation, from its plan to its activation.
-
-    Args:
-        first_step: its first step; None where it begins as soon as all are prepared.
-        fence: where the current generation ends; None until all are prepared.
-        failing_since_s: when it was first seen to fail with no culprit known.
-    """
-
-    plan: GenerationPlan
-    first_step: int | None
-    why: str
-    fence: Fence | None = None
-    failing_since_s: float | None = None
-
-    def failing(self, now_s: float) -> "Transition":
-        """This transition, marked as failing since `now_s` unless it already is."""
-        return self if self.failing_since_s is not None else replace(self, failing_since_s=now_s)
-
-
-@dataclass(frozen=True)
-class QueueState:
-    """The run's place in the cluster.
-
-    Args:
-        grant: workers that the Scheduler lets the run hold, received before step `granted_since` was done.
-        since_s: when the run began to wait for a world of its own; None once it has one.
-        admitted_s: when it last left the queue.
-        begun_s: when it first had a world after that.
-    """
-
-    grant: Grant = UNLIMITED
-    granted_since: int = 0
-    since_s: float | None = None
-    admitted_s: float | None = None
-    begun_s: float | None = None
-
-
-@dataclass(frozen=True)
-class AbortState:
-    """The newest generation that was ended because a member failed. Until another one is activated the run recovers.
-
-    Args:
-        generation: -1 before the first abort.
-        since_s: when it was aborted; None once the next generation is active.
-        account: the recovery's cost as far as it is known.
-    """
-
-    generation: int = -1
-    since_s: float | None = None
-    account: Recovery | None = None
-
-
-@dataclass(frozen=True)
-class FailureState:
-    """Failures and their consequences.
-
-    Args:
-        recent: the newest ones.
-        spawns, transitions: failures in a row to start workers and to change the generation.
-        quarantine: nodes that get no new workers.
-        skips: steps whose batches are left out, because their loss exploded.
-    """
-
-    recent: tuple[WorkerFailure, ...] = ()
-    spawns: int = 0
-    transitions: int = 0
-    quarantine: tuple[str, ...] = ()
-    skips: tuple[int, ...] = ()
-
-    def with_new(self, failures: Sequence[WorkerFailure]) -> "FailureState":
-        """With more failures; the newest `MAX_FAILURES` are kept."""
-        return replace(self, recent=(*self.recent, *failures)[-MAX_FAILURES:])
-
-
-@dataclass(frozen=True)
-class MicroBatchState:
-    """Micro-batch size from the next generation on.
-
-    Args:
-        size: unset for no change.
-        ceiling_tokens: a size that was too large in a world of `ceiling_workers`; 0 where none is known.
-        probes: memory that workers had taken at the last change of the size.
-    """
-
-    size: MicroBatchSize = UNSAID
-    ceiling_tokens: int = 0
-    ceiling_workers: int = 0
-    probes: tuple[Probe, ...] = ()
-
-
-@dataclass(frozen=True)
-class CurriculumDecisions:
-    """Decided stages of the curriculum.
-
-    Args:
-        version: counts decisions.
-        requests: number of requests for a stage that were applied.
-    """
-
-    stages: tuple[StageStart, ...] = ()
-    version: int = 0
-    requests: int = 0
-
-
-@dataclass(frozen=True)
-class ReplayState:
-    """Replay checks by a standby.
-
-    Args:
-        task: the one in progress.
-        count: number of checks begun.
-        last_step: the step after which the newest one began.
-        differences: steps that did not reproduce.
-    """
-
-    task: ReplayTask | None = None
-    count: int = 0
-    last_step: int = -1
-    differences: tuple[int, ...] = ()
-
-    def up_to(self, step: int) -> "ReplayState":
-        """Without differences at later steps, which the state after this step does not contain."""
-        return replace(self, differences=tuple(differing for differing in self.differences if differing <= step))
 
 
 @dataclass(frozen=True)
@@ -206,7 +61,7 @@ class RunState:
     target: DesiredRunState
     seq: int = 0
     size_request: SizeRequest | None = None
-    queue: QueueState = QueueState()
+    queue: QueueState = field(default_factory=QueueState)
     priority: int | None = None
     worker_group: tuple[str, ...] = ()
     num_spawned: int = 0
@@ -218,14 +73,14 @@ class RunState:
     settled: int = -1
     finish: FinishMode = FinishMode.NO
     checkpoint_done: int = -1
-    abort: AbortState = AbortState()
-    failures: FailureState = FailureState()
-    micro_batch: MicroBatchState = MicroBatchState()
+    abort: AbortState = field(default_factory=AbortState)
+    failures: FailureState = field(default_factory=FailureState)
+    micro_batch: MicroBatchState = field(default_factory=MicroBatchState)
     draining: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
     straggler: str = ""
-    curriculum: CurriculumDecisions = CurriculumDecisions()
-    replay: ReplayState = ReplayState()
+    curriculum: CurriculumDecisions = field(default_factory=CurriculumDecisions)
+    replay: ReplayState = field(default_factory=ReplayState)
     wants_restore: bool = False
     rescales: tuple[Rescale, ...] = ()
     recoveries: tuple[Recovery, ...] = ()

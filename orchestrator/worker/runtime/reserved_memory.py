@@ -15,7 +15,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from orchestrator.policy.estimate.job_plan import MemoryPlan
+from orchestrator.policy.estimate.worker_memory import MemoryPlan
 from orchestrator.worker.step.memory_probe import room
 
 MADV_POPULATE_WRITE = 23  # Linux 5.14: populates pages as a write would, and keeps their content

@@ -26,7 +26,7 @@ from orchestrator.elastic.state_layout import TensorKind
 from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import PendingGroups
-from orchestrator.policy.estimate.job_plan import bytes_by_part
+from orchestrator.policy.estimate.worker_memory import bytes_by_part
 from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.step_record import StepRecord

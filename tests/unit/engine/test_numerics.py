@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from orchestrator.controller.recorder import differences
 from orchestrator.engine.numerics import fingerprint
+from orchestrator.policy.replay_check import differences
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from orchestrator.data.corpus.sources import Document, open_corpus
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.store import IGNORED_TARGET
 from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.inference.rows import rows_of_documents

@@ -10,7 +10,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
-from orchestrator.spec.job import ModelSpec, TrainSpec
+from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.train import TrainSpec
 
 VOCAB = 512
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}

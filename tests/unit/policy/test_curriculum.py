@@ -8,7 +8,8 @@ import pytest
 from orchestrator.errors import UsageError
 from orchestrator.policy.curriculum import AHEAD, decide_stages, following
 from orchestrator.policy.state.progress import Progress, absorb
-from orchestrator.policy.state.run_state import CurriculumDecisions, Observation, RunState
+from orchestrator.policy.state.run_parts import CurriculumDecisions
+from orchestrator.policy.state.run_state import Observation, RunState
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, StageStart

@@ -9,7 +9,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.world import World
 from orchestrator.policy.replay_check import Difference, first_difference, state_differs
 from orchestrator.policy.state.requests import begun_again
-from orchestrator.policy.state.run_state import ReplayState
+from orchestrator.policy.state.run_parts import ReplayState
 from orchestrator.protocol.events.notices import ReplayChecked, ReplayFailed, StateDiffers
 from orchestrator.protocol.messages import PastWorld, ReplayTask, Restore, StepFingerprint
 from orchestrator.protocol.worker_report import Phase, ReplayResult

@@ -9,7 +9,8 @@ from ray.train import RunConfig, ScalingConfig
 
 from orchestrator import ElasticTrainer
 from orchestrator.errors import NameTaken, SpecError, UsageError
-from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.job import JobSpec
+from orchestrator.spec.workers import WorkersSpec
 
 JOB = {"schema": "v1", "name": "try", "workers": "1..4", "train": {"max_steps": 7, "optimizer": {"betas": (0.9, 0.9)}}}
 

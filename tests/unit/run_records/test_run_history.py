@@ -7,7 +7,8 @@ import pytest
 from orchestrator.errors import NotFound, StorageError
 from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.requests import resumed
-from orchestrator.policy.state.run_state import Observation, ReplayState, RunState, ended
+from orchestrator.policy.state.run_parts import ReplayState
+from orchestrator.policy.state.run_state import Observation, RunState, ended
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of_entry
 from orchestrator.protocol.events.generations import Activated, Rescaled

@@ -5,10 +5,11 @@ import pytest
 from pydantic import ValidationError
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.job import JobSpec, WorkersSpec
+from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import parse_job
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.section import Section
+from orchestrator.spec.workers import WorkersSpec
 
 
 def job(**keys: Any) -> JobSpec:

@@ -11,7 +11,8 @@ import pytest
 from orchestrator.cli.commands import data as data_module
 from orchestrator.cli.commands.data import ProgressLine, described
 from orchestrator.cli.main import main
-from orchestrator.data.prepare.pipeline import Request, prepare_corpora
+from orchestrator.data.prepare.pipeline import prepare_corpora
+from orchestrator.data.prepare.request import Request
 from orchestrator.protocol.codec import to_plain
 
 

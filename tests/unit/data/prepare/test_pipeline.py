@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from orchestrator.data.manifest import StoreManifest
-from orchestrator.data.prepare import pipeline as bulk_module
 from orchestrator.data.prepare import scan as scan_module
-from orchestrator.data.prepare.options import prepare
-from orchestrator.data.prepare.pipeline import Request, prepare_corpora
+from orchestrator.data.prepare.job_store import prepare
+from orchestrator.data.prepare.pipeline import prepare_corpora
+from orchestrator.data.prepare.request import Request
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
 from orchestrator.user_code import imported
@@ -139,8 +139,7 @@ def test_the_store_is_that_of_prepare_to_the_last_byte(
 def test_a_large_corpus_gives_the_tokenizer_the_same_share(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_module, "TOKENIZER_TRAIN_BYTES", 3000)
-    monkeypatch.setattr("orchestrator.data.prepare.options.TOKENIZER_TRAIN_BYTES", 3000)
+    monkeypatch.setattr("orchestrator.data.prepare.request.TOKENIZER_TRAIN_BYTES", 3000)
     source = str(write_folder(corpus))
     done = prepare_corpora(replace(PLAIN, sources=(source,)), tmp_path / "bulk", shuffled)
     assert contents(done.store) == contents(prepare(source, 300, 0.3, tmp_path / "alone"))
@@ -330,15 +329,14 @@ def test_a_wrong_key_is_told_by_its_reason(corpus: Path, tmp_path: Path) -> None
 
 
 def test_the_prepare_of_a_job_names_what_is_bad_too(corpus: Path, tmp_path: Path) -> None:
-    """It stops at the first: whoever trains wants to know."""
     path = write_lines(corpus / "a.jsonl.gz", texts(200))
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz is a gzip stream that is cut off"):
+    with pytest.raises(DataError, match=r"1 of \d+ records are bad.*a\.jsonl\.gz.*gzip"):
         prepare(str(path), 300, 0.3, tmp_path / "stores")
     (corpus / "b.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\\ud83d"}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl#1 holds half of a surrogate pair"):
+    with pytest.raises(DataError, match=r"b\.jsonl:2: half of a surrogate pair"):
         prepare(str(corpus / "b.jsonl"), 300, 0.3, tmp_path / "stores")
-    assert not (tmp_path / "stores").exists()
+    assert [path.name for path in (tmp_path / "stores").iterdir()] == ["quarantine.jsonl"]
 
 
 @pytest.fixture

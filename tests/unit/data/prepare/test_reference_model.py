@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data.prepare import difficulty
 from orchestrator.data.prepare.difficulty import PRIOR, PairCounts, reference_loss
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 
 VOCAB_SIZE = 10
 BORDER = 9  # a document's first token

@@ -6,20 +6,12 @@ from typing import Any
 
 import pytest
 
-from orchestrator.policy.cluster.autoscaling import (
-    MIN_STEPS,
-    Demand,
-    bounds,
-    claim_of,
-    decide_sizes,
-    demand,
-    scale_of,
-    speeds,
-)
-from orchestrator.policy.cluster.fair_share import FairShare, divide
+from orchestrator.policy.cluster.autoscaling import Demand, bounds, claim_of, decide_sizes, demand, scale_of
+from orchestrator.policy.cluster.fair_share import divide
+from orchestrator.policy.cluster.grants import FairShare
 from orchestrator.policy.rescale.worker_pool import apply_target
 from orchestrator.policy.state.config import ScheduledSize
-from orchestrator.policy.state.progress import Progress, absorb
+from orchestrator.policy.state.progress import MIN_STEPS, Progress, absorb, speeds
 from orchestrator.policy.state.world_size import SizeRequest
 from orchestrator.protocol.messages import DesiredRunState
 from orchestrator.protocol.scaling import UNLIMITED, Grant, ScalingView

@@ -10,19 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.cluster.autoscaling import claim_of
-from orchestrator.policy.cluster.fair_share import (
-    AGE_S,
-    FREED_S,
-    FREEING_S,
-    PROTECTED_S,
-    STARTING_S,
-    FairShare,
-    divide,
-    has,
-    is_loose,
-    new_grants,
-    rank_of,
-)
+from orchestrator.policy.cluster.fair_share import AGE_S, PROTECTED_S, STARTING_S, divide, has, is_loose, rank_of
+from orchestrator.policy.cluster.grants import FREED_S, FREEING_S, FairShare, new_grants
 from orchestrator.protocol.scaling import UNLIMITED, Grant, ScalingView
 
 CPU = {"CPU": 1.0}

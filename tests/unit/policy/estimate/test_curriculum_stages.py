@@ -11,7 +11,7 @@ from orchestrator.protocol.messages import StageStart
 from orchestrator.sampling.chunks import Chunks
 from orchestrator.sampling.curriculum import Curriculum, CurriculumState
 from orchestrator.spec.curriculum import CurriculumSpec
-from orchestrator.spec.job import TrainSpec
+from orchestrator.spec.train import TrainSpec
 
 TRAIN = TrainSpec(max_steps=50, global_batch_size=4, micro_batch_size=2, sequence_length=5)
 CHUNKS = Chunks.of(np.full(100, 4), np.arange(100.0), 4)  # 400 tokens: 20 steps of 20

@@ -7,8 +7,9 @@ import pytest
 
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.errors import UsageError
-from orchestrator.policy.estimate.job_plan import JobPlan, StatePlan, plan_job
+from orchestrator.policy.estimate.job_plan import JobPlan, plan_job
 from orchestrator.policy.estimate.memory_check import GIB, check_memory, crowding
+from orchestrator.policy.estimate.worker_memory import StatePlan
 from orchestrator.spec.job import JobSpec
 
 MILLION = 1_000_000

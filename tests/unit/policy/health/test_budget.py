@@ -14,7 +14,7 @@ from orchestrator.policy.health.budget import (
 )
 from orchestrator.policy.lifecycle import explain
 from orchestrator.policy.recovery.respond import largest_proper_divisor
-from orchestrator.policy.state.run_state import WorkerFailure
+from orchestrator.policy.state.run_parts import WorkerFailure
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase, WorkerError
 from orchestrator.sampling.micro_batches import MicroBatchSize

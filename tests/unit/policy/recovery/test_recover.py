@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.policy.lifecycle import decide, explain, phase_of
-from orchestrator.policy.state.run_state import KillWorker, ReplayState
+from orchestrator.policy.state.run_parts import ReplayState
+from orchestrator.policy.state.run_state import KillWorker
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase, WorkerError
 from tests.unit.policy.imagined import Life, limits_of

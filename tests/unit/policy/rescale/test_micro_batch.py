@@ -15,7 +15,7 @@ from orchestrator.policy.rescale.micro_batch import (
     shares_of,
 )
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.run_state import Probe
+from orchestrator.policy.state.run_parts import Probe
 from orchestrator.protocol.messages import GenerationPlan, StoreAddress
 from orchestrator.protocol.worker_report import MicroBatchMemory
 from orchestrator.sampling.micro_batches import MicroBatchSize

@@ -10,7 +10,7 @@ from orchestrator.policy.cluster.autoscaling import scale_of
 from orchestrator.policy.lifecycle import explain, phase_of
 from orchestrator.policy.state.config import ScheduledSize
 from orchestrator.policy.state.requests import queued, resumed
-from orchestrator.policy.state.run_state import FailureState, WorkerFailure
+from orchestrator.policy.state.run_parts import FailureState, WorkerFailure
 from orchestrator.protocol.events.run import Suspended
 from orchestrator.protocol.events.workers import WorkersReleased
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.data.prepare.options import prepare
+from orchestrator.data.prepare.job_store import prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.sampling.micro_batches import MicroBatchSize
 from orchestrator.spec.job import JobSpec

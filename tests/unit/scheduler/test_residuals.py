@@ -10,7 +10,7 @@ from orchestrator.checkpoint.manifest import manifest_of
 from orchestrator.checkpoint.write import ShardPiece, commit, write_shard
 from orchestrator.errors import UsageError
 from orchestrator.protocol.messages import Restore
-from orchestrator.scheduler.scheduler import _refuse_other_residuals
+from orchestrator.scheduler.admission import check_residuals
 from orchestrator.spec.communication import CommunicationSpec, CompressionSpec
 from orchestrator.spec.job import JobSpec
 
@@ -28,16 +28,16 @@ def _job(scheme: str) -> JobSpec:
 
 def test_another_compression_is_refused_unless_what_was_kept_is_left(tmp_path: Path) -> None:
     path = _checkpoint(tmp_path, {"compression": CompressionSpec(scheme="topk").keeps})
-    _refuse_other_residuals(Restore(3, path), _job("topk"))
+    check_residuals(Restore(3, path), _job("topk"))
     for scheme in ("int4", "none", "powersgd"):
         with pytest.raises(UsageError, match="was written by a run that kept topk: residual of its gradients") as error:
-            _refuse_other_residuals(Restore(3, path), _job(scheme))
+            check_residuals(Restore(3, path), _job(scheme))
         assert "--reset-residuals" in error.value.remedy
-        _refuse_other_residuals(Restore(3, path, reset_residuals=True), _job(scheme))
+        check_residuals(Restore(3, path, reset_residuals=True), _job(scheme))
 
 
 def test_a_checkpoint_of_before_there_was_compression_has_kept_nothing(tmp_path: Path) -> None:
     path = _checkpoint(tmp_path, {})
-    _refuse_other_residuals(Restore(3, path), _job("int8"))
+    check_residuals(Restore(3, path), _job("int8"))
     with pytest.raises(UsageError, match="kept nothing"):
-        _refuse_other_residuals(Restore(3, path), _job("topk"))
+        check_residuals(Restore(3, path), _job("topk"))

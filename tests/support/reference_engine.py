@@ -14,7 +14,7 @@ from orchestrator.engine.base import StepOutcome, noop
 from orchestrator.engine.process_groups import ProcessGroups
 from orchestrator.model.base import MicroBatch, TrainableModel, expert_of
 from orchestrator.model.moe.balance import RoutingCounts
-from orchestrator.spec.job import TrainSpec
+from orchestrator.spec.train import TrainSpec
 from orchestrator.state.ranges import NamedRanges
 
 

@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.data.holdout import split_documents
 from orchestrator.data.manifest import PrepareOptions, store_key
-from orchestrator.data.prepare import options as prepare_module
-from orchestrator.data.prepare.options import check_enough, check_vocabulary, prepare, split_documents
+from orchestrator.data.prepare import pipeline, request
+from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt
 from tests.unit.data.stores import write_store
@@ -78,14 +80,14 @@ def test_a_corrupt_store_is_reported_and_not_overwritten(texts: Path, tmp_path: 
     assert path.read_bytes() == damaged
 
 
-def test_a_failure_under_way_leaves_nothing(texts: Path, tmp_path: Path) -> None:
+def test_a_failure_under_way_leaves_no_store(texts: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, fraction: float) -> None:
         if stage == "encoding":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare(str(texts), 300, 0.3, tmp_path / "stores", interrupt)
-    assert list((tmp_path / "stores").iterdir()) == []
+    assert all(path.name.startswith(".") for path in (tmp_path / "stores").iterdir())
 
 
 def test_a_corpus_that_changes_during_training_of_the_tokenizer_is_noticed(texts: Path, tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_a_corpus_that_changes_during_training_of_the_tokenizer_is_noticed(texts
 
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(str(texts), 300, 0.3, tmp_path / "stores", change_the_corpus)
-    assert not (tmp_path / "stores").exists()
+    assert not list((tmp_path / "stores").glob("store-*"))
 
 
 def _prepare_and_die(texts: str, stores: str) -> None:
@@ -109,29 +111,31 @@ def test_what_a_killed_process_leaves_is_never_picked_up(texts: Path, tmp_path: 
     process.start()
     process.join()
     assert process.exitcode == 9
-    [partial] = (tmp_path / "stores").iterdir()
-    assert partial.name.endswith(".partial")
+    [parts] = (tmp_path / "stores").iterdir()
+    assert parts.name.endswith(".parts")
     store = prepare(str(texts), 300, 0.3, tmp_path / "stores")
-    assert store.directory != partial
+    assert [store.directory] == list((tmp_path / "stores").iterdir())
     TokenStore.open(store.directory, verify=True)
 
 
 def test_of_two_that_prepare_at_once_both_get_the_store(texts: Path, tmp_path: Path) -> None:
-    inner: list[TokenStore] = []
+    """The second waits for the first."""
+    with ThreadPoolExecutor(1) as pool:
+        others: list[Future[TokenStore]] = []
 
-    def overtake(stage: str, fraction: float) -> None:
-        if stage == "encoding" and not inner:
-            inner.append(prepare(str(texts), 300, 0.3, tmp_path / "stores"))
+        def overtake(stage: str, fraction: float) -> None:
+            if stage == "encoding" and not others:
+                others.append(pool.submit(prepare, str(texts), 300, 0.3, tmp_path / "stores"))
 
-    outer = prepare(str(texts), 300, 0.3, tmp_path / "stores", overtake)
-    assert outer.digest == inner[0].digest
-    assert list((tmp_path / "stores").iterdir()) == [outer.directory]
+        first = prepare(str(texts), 300, 0.3, tmp_path / "stores", overtake)
+        assert first.digest == others[0].result().digest
+    assert list((tmp_path / "stores").iterdir()) == [first.directory]
 
 
 def test_progress_rises_through_the_stages(texts: Path, tmp_path: Path) -> None:
     told: list[tuple[str, float]] = []
     prepare(str(texts), 300, 0.3, tmp_path / "stores", lambda stage, fraction: told.append((stage, fraction)))
-    order = ["reading", "tokenizer", "encoding", "done"]
+    order = ["reading", "tokenizer", "encoding", "writing", "done"]
     ranks = [(order.index(stage), fraction) for stage, fraction in told]
     assert ranks == sorted(ranks)
     assert {stage for stage, _ in told} == set(order)
@@ -155,14 +159,14 @@ def test_the_tokenizer_learns_from_a_share_of_every_document(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    train = prepare_module.TextTokenizer.train
+    train = pipeline.TextTokenizer.train
 
-    def listen(texts: list[str], vocab_size: int) -> prepare_module.TextTokenizer:
+    def listen(texts: list[str], vocab_size: int) -> pipeline.TextTokenizer:
         seen.extend(texts)
         return train(seen, vocab_size)
 
-    monkeypatch.setattr(prepare_module, "TOKENIZER_TRAIN_BYTES", 5000)
-    monkeypatch.setattr(prepare_module.TextTokenizer, "train", listen)
+    monkeypatch.setattr(request, "TOKENIZER_TRAIN_BYTES", 5000)
+    monkeypatch.setattr(pipeline.TextTokenizer, "train", listen)
     prepare(str(texts), 300, 0.3, tmp_path / "stores")
     assert len(seen) == _splits_of_texts(texts).count("train")
     assert all(seen)
@@ -188,7 +192,7 @@ def test_a_corpus_of_one_document_cannot_be_split(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("only one paragraph")
     with pytest.raises(DataError, match="has 1 document; it needs at least 2"):
         prepare(str(tmp_path / "one.txt"), 300, 0.1, tmp_path / "stores")
-    assert not (tmp_path / "stores").exists()
+    assert list((tmp_path / "stores").iterdir()) == []
 
 
 @pytest.mark.parametrize("holdout", [-0.1, 1.0, float("nan")])

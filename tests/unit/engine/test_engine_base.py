@@ -8,12 +8,12 @@ from torch._C._distributed_c10d import HashStore
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import ProcessGroups, connect, disconnect
-from orchestrator.engine.reference import ReferenceEngine
 from orchestrator.model.base import MicroBatch
 from orchestrator.model.moe.layer import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
-from orchestrator.spec.job import TrainSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.spec.train import TrainSpec
+from tests.support.reference_engine import ReferenceEngine
 from tests.support.small import empty, micro_batch
 
 SPEC = ModelSpec(

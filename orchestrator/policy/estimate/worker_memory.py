@@ -1,0 +1,208 @@
+"""Memory of a worker at a world size, by part. Pure: from the job and the list of the model's parameters.
+
+Exact: weights, masters, moments and buffers, which follow from the layout. Estimates: gradients' buffers, activations
+and the loss, from the memory that buckets and autograd were measured to keep.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from orchestrator.elastic.bucket_partition import UNDER_WAY, capacity
+from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.elastic.param_spec import ParamSpec
+from orchestrator.elastic.snapshot_layout import SnapshotFormat
+from orchestrator.elastic.state_layout import IntArray, StateLayout, TensorKind, training_layout
+from orchestrator.elastic.world import World
+from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
+from orchestrator.policy.estimate.curriculum_stages import longest_row
+from orchestrator.spec.job import JobSpec
+
+PROCESS_BYTES = 320_000_000  # its own memory and its share of libraries' pages, once torch and DeepSpeed are imported
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """The parameters of a model in the engine's order, and its buffers as (name, elements)."""
+
+    params: tuple[ParamSpec, ...]
+    buffers: tuple[tuple[str, int], ...]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of the worker that holds most.
+
+    Args:
+        kept: state of gradient compression.
+        activations, loss: None for a model that isn't ours.
+        fence: the largest second shard during a transition to a neighbouring size, or a recovery at the same size.
+        snapshots: two of its own and two of its protected rank's.
+        deltas: those between them.
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    buffers: int
+    kept: int
+    gradients: int
+    activations: int | None
+    loss: int | None
+    fence: int
+    snapshots: int = 0
+    deltas: int = 0
+    process: int = PROCESS_BYTES
+
+    @property
+    def state(self) -> int:
+        """The shard in the engine."""
+        return self.weights + self.masters + self.moments + self.buffers + self.kept
+
+    @property
+    def engine(self) -> int:
+        """Memory of an engine from its first step on."""
+        return self.state + self.gradients
+
+    @property
+    def training(self) -> int:
+        work = (self.activations or 0) + (self.loss or 0)
+        return self.engine + work + self.snapshots + self.deltas + self.process
+
+    @property
+    def at_fence(self) -> int:
+        """Memory at a fence: without activations, loss and gradients, with a second shard."""
+        return self.state + self.fence + self.snapshots + self.deltas + self.process
+
+    @property
+    def after_fence(self) -> int:
+        """Memory at the first step of a new world: its first whole snapshots are taken, and the old world's stay until
+        they are acknowledged. All others reuse the old world's buffers (`orchestrator.state.buffers`)."""
+        return self.training + self.first_snapshots
+
+    @property
+    def first_snapshots(self) -> int:
+        """One whole snapshot of its own, and one of its protected rank's."""
+        return self.snapshots // 2
+
+    @property
+    def peak(self) -> int:
+        return max(self.at_fence, self.after_fence)
+
+
+def plan_memory(job: JobSpec, state: StatePlan, size: int, ours: bool = True) -> MemoryPlan:
+    """The memory of a worker in a world of `size`. Arguments as in `plan_job`."""
+    job = with_longest_rows(job)
+    placement = ExpertPlacement.balanced(job.model.n_routed_experts, size)
+    layout = layout_at(job, state, placement, imagined_world(0, size))
+    seconds = [_second_shard(layout, next_layout(job, state, layout, placement, to)) for to in neighbours(job, size)]
+    if size > 1:  # a failed worker may be replaced before the others continue
+        seconds.append(int(layout.bytes_per_rank().max()))
+    return _memory(job, state, layout, placement, max(seconds, default=0), ours)
+
+
+def with_longest_rows(job: JobSpec) -> JobSpec:
+    """The job with its curriculum's longest rows, which set memory and bytes of dispatch."""
+    if job.curriculum is None:
+        return job
+    longest = {"sequence_length": longest_row(job.curriculum, job.train)}
+    return job.model_copy(update={"train": job.train.model_copy(update=longest)})
+
+
+def neighbours(job: JobSpec, size: int) -> list[int]:
+    return [n for n in (size - 1, size + 1) if job.workers.min <= n <= job.workers.max]
+
+
+def _memory(
+    job: JobSpec, state: StatePlan, layout: StateLayout, placement: ExpertPlacement, fence: int, ours: bool
+) -> MemoryPlan:
+    fullest = int(layout.bytes_per_rank().argmax())
+    held = {part: int(ranks[fullest]) for part, ranks in bytes_by_part(layout).items()}
+    partition = held["exp_avg"]  # fp32, as masters are
+    weights = held["param"] // item_bytes(job.train)  # elements
+    item = 8 if job.train.is_exact else 4
+    own = item * weights  # in buckets, in fp32 or fp64; the last one of a step, or each micro-batch's, travels
+    shared = sum(item * p.numel for p in state.params if _is_shared(p, fullest, placement))
+    under_way = min(shared, UNDER_WAY * item * capacity(job.communication, layout.world.size))
+    gradients = own + under_way + (partition * item // 4 if job.train.zero_stage == 2 else 0)
+    share = max(len(placement.experts_of(rank)) for rank in range(placement.world_size)) / job.model.n_routed_experts
+    crowding = share * placement.world_size if placement.world_size > 1 else 0.0
+    snapshots, deltas = _snapshot_bytes(job, layout, fullest)
+    if deltas:  # the newest step's gradients stay until they are copied
+        deltas += partition
+    return MemoryPlan(
+        weights=held["param"],
+        masters=held.get("master", partition),  # fp32 weights are their own; ZeRO keeps its partition once more
+        moments=held["exp_avg"] + held["exp_avg_sq"],
+        buffers=held.get("buffer", 0),
+        kept=sum(held.get(part, 0) for part in ("residual", "velocity", "powersgd")),
+        gradients=gradients,
+        activations=activation_bytes(job.model, job.train, crowding) if ours else None,
+        loss=loss_bytes(job.model, job.train, state.vocab_size) if ours else None,
+        fence=fence,
+        snapshots=snapshots,
+        deltas=deltas,
+    )
+
+
+def bytes_by_part(layout: StateLayout) -> dict[str, IntArray]:
+    """[world size] bytes held by each rank, by part: `param/`, `master/` and so on."""
+    parts = np.array([name.partition("/")[0] for name in layout.names])
+    tensor, start, stop, rank = layout.shards.T
+    held: dict[str, IntArray] = {}
+    for part in dict.fromkeys(parts.tolist()):
+        ranks = np.zeros(layout.world.size, dtype=np.int64)
+        mine = parts[tensor] == part
+        np.add.at(ranks, rank[mine], ((stop - start) * layout.itemsize[tensor])[mine])
+        for index, holders in enumerate(layout.holder_sets):
+            whole = (parts == part) & (layout.kind != TensorKind.SHARDED) & (layout.holder_set == index)
+            ranks[list(holders)] += int(np.sum(layout.numel[whole] * layout.itemsize[whole]))
+        held[part] = ranks
+    return held
+
+
+def _snapshot_bytes(job: JobSpec, layout: StateLayout, rank: int) -> tuple[int, int]:
+    """Bytes of two whole snapshots of a rank's own and two of the largest protected rank possible, and of deltas."""
+    if job.protection.interval is None or layout.world.size < 2:
+        return 0, 0
+    every = job.protection.whole_every(job.recovery.whole_every)
+    whole = 2 * _kept_bytes([SnapshotFormat.of(layout, other) for other in range(layout.world.size)], rank)
+    if every == 1:
+        return whole, 0
+    return whole, every * _kept_bytes([SnapshotFormat.of_delta(layout, r) for r in range(layout.world.size)], rank)
+
+
+def _kept_bytes(formats: Sequence[SnapshotFormat], rank: int) -> int:
+    return formats[rank].total_bytes + max(form.shared_bytes for form in formats)
+
+
+def _is_shared(param: ParamSpec, rank: int, placement: ExpertPlacement) -> bool:
+    """Whether this rank and others hold the parameter, so that its gradients are sent."""
+    if param.expert is None:
+        return placement.world_size > 1
+    replicas = placement.replica_set(param.expert)
+    return rank in replicas and len(replicas) > 1
+
+
+def next_layout(
+    job: JobSpec, state: StatePlan, old: StateLayout, placement: ExpertPlacement, to_size: int
+) -> StateLayout:
+    world = imagined_world(1, to_size)
+    return layout_at(job, state, ExpertPlacement.rebalanced(placement, old.world, world), world)
+
+
+def _second_shard(old: StateLayout, new: StateLayout) -> int:
+    """Bytes of the largest new shard of a worker that holds an old one. Survivors come first."""
+    both = min(old.world.size, new.world.size)
+    return int(new.bytes_per_rank()[:both].max())
+
+
+def layout_at(job: JobSpec, state: StatePlan, placement: ExpertPlacement, world: World) -> StateLayout:
+    mixed = job.train.precision == "bf16"
+    return training_layout(state.params, placement, world, mixed, state.buffers, job.communication)
+
+
+def imagined_world(generation: int, size: int) -> World:
+    return World(generation, tuple(f"w{number}" for number in range(size)))
