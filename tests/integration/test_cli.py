@@ -185,6 +185,7 @@ def test_mlflow_is_served_until_a_signal_and_leaves_nothing(
 ) -> None:
     """SIGINT also where it is ignored at the start, as a shell script does for what it starts in the background."""
     assert "holds no mlflow.db" in alone("tracking", "ui", expect=2).stderr
+    before = signal.signal(number, at_start)  # the command inherits what is ignored
     process = alone.start(
         "tracking", "ui", "--uri", f"sqlite:///{alone.directory}/other.db", "--port", str(_free_port())
     )
