@@ -72,7 +72,7 @@ COMMAND_LINE_HEAD = """\
 
 *Written by `python docs/generate.py` from `orchestrator/cli`; change the code, not this page.*
 
-`orchestrator VERB --help` shows a verb's arguments and options. Data goes to stdout, messages and errors to stderr.
+Every verb shows its arguments and options with `--help`. Data goes to stdout, messages and errors to stderr.
 Ctrl-C, SIGTERM and a closed terminal end every verb and what it has started, except that `run` leaves a run that it has
 submitted. [operating.md](operating.md) has the manual.
 """

@@ -108,15 +108,6 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Here]:
     user("cluster", "down", "--force")
 
 
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Whoever runs the tests in the background of a shell has SIGINT ignored, and so would every command here."""
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Here]:
     """A user without any cluster; whatever they leave is ended."""
@@ -188,17 +179,23 @@ def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
     assert shard.name in told and "The newest good checkpoint before it is" in told
 
 
-def test_mlflow_is_served_until_an_interrupt_and_leaves_nothing(alone: Here) -> None:
+@pytest.mark.parametrize(("number", "at_start"), [(signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)])
+def test_mlflow_is_served_until_a_signal_and_leaves_nothing(
+    alone: Here, number: signal.Signals, at_start: signal.Handlers
+) -> None:
+    """SIGINT also where it is ignored at the start, as a shell script does for what it starts in the background."""
     assert "holds no mlflow.db" in alone("tracking", "ui", expect=2).stderr
+    before = signal.signal(number, at_start)  # the command inherits what is ignored
     process = alone.start(
         "tracking", "ui", "--uri", f"sqlite:///{alone.directory}/other.db", "--port", str(_free_port())
     )
+    signal.signal(number, before)
     assert process.stdout is not None
     address = process.stdout.readline().strip()
     with urllib.request.urlopen(f"{address}/health") as answer:
         assert answer.read() == b"OK"
     served = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(30) == 0
     assert psutil.wait_procs(served, timeout=10)[1] == []
 

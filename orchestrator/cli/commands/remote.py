@@ -26,7 +26,7 @@ FORWARDED = (
     *("scale", "pause", "resume", "stop", "rm", "set", "curriculum set", "fault kill-worker"),
     *("checkpoint ls", "checkpoint verify", "checkpoint rm", "check data"),
 )
-STAYS = frozenset({"-f", "--follow", "--watch", "wait"})
+STAYS = frozenset({"-f", "--follow", "--watch"})
 STOPPED = 103
 
 
@@ -37,11 +37,12 @@ def forwarded(arguments: list[str]) -> int | None:
     rest, url = _without_address(arguments)
     if not is_url(url):
         return None
-    stays = not STAYS.isdisjoint(rest)
+    waits = arguments[0] == "wait"
+    stays = waits or not STAYS.isdisjoint(rest)
     try:
         return JobsApiClient(str(url)).run(rest, write, stays)
     except KeyboardInterrupt:
-        if stays and arguments[0] != "wait":
+        if stays and not waits:
             return 0  # Ctrl-C ends following
         raise
 

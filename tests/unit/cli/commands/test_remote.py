@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.commands.remote import Marked, _without_address, forwarded, submit_by_url, write
+from orchestrator.cli.commands.remote import FORWARDED, Marked, _without_address, forwarded, submit_by_url, write
 from orchestrator.cluster.jobs_api import MARK, JobsApiClient
 from orchestrator.errors import ClusterUnreachable, UsageError
 
@@ -34,6 +34,12 @@ def test_the_environment_names_an_address_too(monkeypatch: pytest.MonkeyPatch) -
 def test_what_names_no_url_or_needs_no_cluster_runs_here(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert forwarded(arguments) is None
+
+
+@pytest.mark.parametrize("verb", FORWARDED)
+def test_what_reads_or_steers_a_run_goes_to_a_cluster_that_is_named_by_url(verb: str) -> None:
+    with pytest.raises(ClusterUnreachable, match="no cluster answers at http://127.0.0.1:9"):
+        forwarded([*verb.split(), "run", "--address", "http://127.0.0.1:9"])
 
 
 def test_both_streams_come_back_apart(capsys: pytest.CaptureFixture[str]) -> None:
