@@ -6,8 +6,9 @@ from orchestrator.protocol.messages import Directive, GenerationPlan
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.step.position import RunPosition
+from orchestrator.worker.transition.fence import announced
 from orchestrator.worker.transition.preparation import TransitionPreparer
-from orchestrator.worker.transition.transition import PreparedTransition, announced
+from orchestrator.worker.transition.transition import PreparedTransition
 
 log = logging.getLogger("orchestrator.worker")
 

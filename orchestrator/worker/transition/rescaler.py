@@ -7,10 +7,10 @@ from orchestrator.worker.runtime.errors import DigestMismatch
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import Shard, ShardFactory
 from orchestrator.worker.step.position import RunPosition
+from orchestrator.worker.transition.fence import announce
 from orchestrator.worker.transition.snapshots import SnapshotManager
 from orchestrator.worker.transition.transition import (
     PreparedTransition,
-    announce,
     closed_on_error,
     first_shard,
     make_transition,

@@ -8,9 +8,8 @@ rebuilt from the state it still holds. After a failure the old shards are those 
 they keep for failed workers; the rest is the same.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +26,6 @@ from orchestrator.elastic.transfer_plan import TransferPlan
 from orchestrator.engine.base import noop
 from orchestrator.engine.process_groups import PendingGroups
 from orchestrator.policy.estimate.worker_memory import bytes_by_part
-from orchestrator.protocol.codec import from_plain, to_plain
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Handover
@@ -42,10 +40,8 @@ from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgres
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.load_state import read_pretrained, read_state
 
-ASK_AGAIN_S = 0.01
 ROUNDING = 1e-6  # how far sums of ranks' parts may move
 UNKNOWN = torch.iinfo(torch.int64).min
-TOLD_RECORDS = 256  # finished steps sent to newcomers, in case only they are left to report them
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,6 @@ class Held:
     rank: int
     progress: TrainingProgress
     ranges: NamedRanges
-
-
-@dataclass(frozen=True)
-class FenceState:
-    """Training progress at a fence, and the records of the newest steps up to it."""
-
-    progress: TrainingProgress
-    records: tuple[StepRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -130,26 +118,6 @@ def prepare(factory: ShardFactory, plan: GenerationPlan) -> PreparedTransition:
         reserve(int(ranks[rank]) for ranks in bytes_by_part(new).values())
     replicated = frozenset(n for n, kind in zip(old.names, old.kind, strict=True) if kind == TensorKind.REPLICATED)
     return PreparedTransition(plan, store, meeting, protection, peers, transfer, replicated)
-
-
-def announce(prepared: PreparedTransition, progress: TrainingProgress, records: Sequence[StepRecord]) -> None:
-    """Publish to newcomers that the fence is reached, and the progress. Raises RuntimeError if the store failed."""
-    message = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-TOLD_RECORDS:]]}
-    prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(message))
-
-
-def announced(prepared: PreparedTransition, timeout_s: float) -> FenceState | None:
-    """The state announced at the fence; None if it isn't reached within `timeout_s`. Raises RuntimeError if the store
-    failed."""
-    store, key = prepared.store, prepared.plan.store_prefix + "/fence"
-    deadline = time.monotonic() + timeout_s
-    while not store.check([key]):  # polled, since a wait that times out logs an error each time
-        if time.monotonic() > deadline:
-            return None
-        time.sleep(ASK_AGAIN_S)
-    message = json.loads(store.get(key))
-    records = tuple(from_plain(StepRecord, plain) for plain in message["records"])
-    return FenceState(TrainingProgress.from_json(message["progress"]), records)
 
 
 def first_shard(

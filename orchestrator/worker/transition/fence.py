@@ -1,0 +1,42 @@
+"""Announcement of a fence to newcomers, through the rendezvous store: the training progress there."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.protocol.codec import from_plain, to_plain
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.worker.shard.shard import TrainingProgress
+from orchestrator.worker.transition.transition import PreparedTransition
+
+ASK_AGAIN_S = 0.01
+SENT_RECORDS = 256  # finished steps sent to newcomers, in case only they are left to report them
+
+
+@dataclass(frozen=True)
+class FenceState:
+    """Training progress at a fence, and the records of the newest steps up to it."""
+
+    progress: TrainingProgress
+    records: tuple[StepRecord, ...]
+
+
+def announce(prepared: PreparedTransition, progress: TrainingProgress, records: Sequence[StepRecord]) -> None:
+    """Publish to newcomers that the fence is reached, and the progress. Raises RuntimeError if the store failed."""
+    message = {"progress": progress.to_json(), "records": [to_plain(r) for r in records[-SENT_RECORDS:]]}
+    prepared.store.set(prepared.plan.store_prefix + "/fence", json.dumps(message))
+
+
+def announced(prepared: PreparedTransition, timeout_s: float) -> FenceState | None:
+    """The state announced at the fence; None if it isn't reached within `timeout_s`. Raises RuntimeError if the store
+    failed."""
+    store, key = prepared.store, prepared.plan.store_prefix + "/fence"
+    deadline = time.monotonic() + timeout_s
+    while not store.check([key]):  # polled, since a wait that times out logs an error each time
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(ASK_AGAIN_S)
+    message = json.loads(store.get(key))
+    records = tuple(from_plain(StepRecord, plain) for plain in message["records"])
+    return FenceState(TrainingProgress.from_json(message["progress"]), records)
