@@ -242,10 +242,10 @@ class WorkerGroup:
         group = placement_group([self.request], name=name, lifetime="detached", bundle_label_selector=[selector])
         env = WORKER_ENV | dict(self._job.envs) | {"OMP_NUM_THREADS": str(self._threads)}
         env |= EXACT_ENV if self._job.train.is_exact else {}
-        env |= NCCL_ENV if resources.gpus else {"DS_ACCELERATOR": "cpu"}
+        env |= NCCL_ENV if resources.num_gpus else {"DS_ACCELERATOR": "cpu"}
         actor_options = ActorOptions(
             cpus=resources.cpus,
-            gpus=resources.gpus,
+            gpus=resources.num_gpus,
             memory_bytes=resources.memory_bytes or 0,
             group=group,
             env=env,
@@ -282,7 +282,7 @@ class WorkerGroup:
 
 def request_of(resources: ResourcesSpec) -> dict[str, float]:
     """Ray resources of a worker, without those that it doesn't need."""
-    amounts = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
+    amounts = {"CPU": resources.cpus, "GPU": resources.num_gpus, "memory": float(resources.memory_bytes or 0)}
     return {name: amount for name, amount in amounts.items() if amount}
 
 

@@ -228,7 +228,9 @@ class _Rank:
             threads=threads,
         )
         env = WORKER_ENV | dict(order.job.envs) | EXACT_ENV | {"OMP_NUM_THREADS": str(threads)}
-        env |= (NCCL_ENV | {"CUDA_VISIBLE_DEVICES": _device(number)}) if resources.gpus else {"DS_ACCELERATOR": "cpu"}
+        env |= (
+            (NCCL_ENV | {"CUDA_VISIBLE_DEVICES": _device(number)}) if resources.num_gpus else {"DS_ACCELERATOR": "cpu"}
+        )
         with ExitStack() as opened:
             self._said: IO[str] = opened.enter_context(tempfile.TemporaryFile("w+"))
             reading, writing = os.pipe()
