@@ -61,13 +61,15 @@ class RunController:
         self._requests = PendingRequests(run_id, run.memory, inbox)
         self._worker_group = WorkerGroup(run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
         services = RunServices(run_id, run.run_dir, run.job, parts, run.memory.term, inbox)
-        monitors = Monitors(run.run_dir, run.job.resources.gpus, run.memory, inbox)
+        monitors = Monitors(run.run_dir, run.job.resources.num_gpus, run.memory, inbox)
         checkpoints = RunCheckpoints(run)
         recorder = StepRecorder(run, self._worker_group, services.tracker, Exporter(run_id))
         self._observer = Observer(run, self._requests, self._worker_group, services, checkpoints, monitors)
         decisions = DecisionMaker(run, self._observer, recorder, checkpoints, self._worker_group, self._requests, inbox)
         polls = Polls(inbox, run.memory, self._worker_group, services, monitors, recorder, self._observer)
         self._loop = RunLoop(run, polls, decisions, self._worker_group, services, self._observer)
+        resources = run.job.resources
+        log.info("each worker reserves %g CPUs and %g GPUs", resources.cpus, resources.num_gpus)
         log.info("run %s: controller of term %d, pid %d", run_id, run.memory.term, os.getpid())
         threading.Thread(target=self._loop.live, name="run", daemon=True).start()
 

@@ -38,4 +38,4 @@ def env_of_worker(job: JobSpec, threads: int) -> dict[str, str]:
     """Environment of a worker with this number of torch threads. The job's own variables win over `WORKER_ENV` only."""
     env = WORKER_ENV | dict(job.envs) | {"OMP_NUM_THREADS": str(threads)}
     env |= EXACT_ENV if job.train.is_exact else {}
-    return env | (NCCL_ENV if job.resources.gpus else {"DS_ACCELERATOR": "cpu"})
+    return env | (NCCL_ENV if job.resources.num_gpus else {"DS_ACCELERATOR": "cpu"})

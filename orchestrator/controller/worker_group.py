@@ -194,7 +194,7 @@ class WorkerGroup:
         group = placement_group([self.request], name=name, lifetime="detached", bundle_label_selector=[selector])
         actor_options = ActorOptions(
             cpus=resources.cpus,
-            gpus=resources.gpus,
+            gpus=resources.num_gpus,
             memory_bytes=resources.memory_bytes or 0,
             group=group,
             env=env_of_worker(self._job, self._threads),
@@ -231,7 +231,7 @@ class WorkerGroup:
 
 def request_of(resources: ResourcesSpec) -> dict[str, float]:
     """Ray resources of a worker, without those that it doesn't need."""
-    amounts = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": float(resources.memory_bytes or 0)}
+    amounts = {"CPU": resources.cpus, "GPU": resources.num_gpus, "memory": float(resources.memory_bytes or 0)}
     return {name: amount for name, amount in amounts.items() if amount}
 
 

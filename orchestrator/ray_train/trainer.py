@@ -45,6 +45,7 @@ from orchestrator.run_records.run_files import RunFiles, holds_run
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.loading import job_from, load_job
 from orchestrator.spec.section import Path as Key
+from orchestrator.spec.workers import AUTO
 from orchestrator.spec.yaml import dotted
 from orchestrator.submission.submission import resolved
 
@@ -249,6 +250,9 @@ def _training_failed(error: OrchestratorError, failures: Mapping[int, Exception]
 
 def _differences(stored: JobSpec, wanted: JobSpec) -> list[str]:
     """The keys in which two jobs differ, with both values."""
+    if wanted.resources.gpus == AUTO:  # which the run's submission has replaced by a number
+        resources = wanted.resources.model_copy(update={"gpus": stored.resources.gpus})
+        wanted = wanted.model_copy(update={"resources": resources})
     old, new = (json.loads(job.model_dump_json(by_alias=True)) for job in (stored, wanted))
     return [f"{dotted(key)} was {before!r}, not {after!r}" for key, before, after in _unequal(old, new, ())]
 

@@ -15,6 +15,7 @@ import ray
 from ray.experimental import internal_kv
 
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
+from orchestrator.cluster.nodes import whole_nodes
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
@@ -87,9 +88,10 @@ class Scheduler:
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
             self._refuse_taken(run_id, directory)
+            job = _with_gpus(job)
             run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
             check_admissible(run, None if wait else self._autoscaler)
-            write_job(directory, job_json, job_text)
+            write_job(directory, job.model_dump_json(by_alias=True), job_text)
             self._start_controller(run, run_dir, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
@@ -306,3 +308,9 @@ def get_or_create_scheduler() -> Handle:
         "max_concurrency": MAX_CALLS_AT_ONCE,
     }
     return ray.remote(Scheduler).options(**options).remote()
+
+
+def _with_gpus(job: JobSpec) -> JobSpec:
+    """The job with a number for `resources.gpus: auto`, by the nodes that its workers may run on."""
+    on_nodes = (node.get("GPU", 0.0) for node in whole_nodes(job.workers.label_selector))
+    return job.model_copy(update={"resources": job.resources.on_nodes(job.workers.min, on_nodes)})

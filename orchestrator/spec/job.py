@@ -136,11 +136,11 @@ class JobSpec(Section):
             rule = f"keep_best needs validations: set eval.every; got {self.checkpoint.keep_best} and null"
             yield Broken((("checkpoint", "keep_best"), ("eval", "every")), rule)
         most = self.workers.max + self.workers.standby
-        if 0 < self.resources.gpus <= 0.5 and most > 1:
+        if 0 < self.resources.num_gpus <= 0.5 and most > 1:
             rule = (
                 "two workers must not fit on one GPU, which NCCL refuses: more than half of one each, or one worker; "
             )
-            got = f"got {self.resources.gpus:g} and up to {most} workers with standbys"
+            got = f"got {self.resources.num_gpus:g} and up to {most} workers with standbys"
             of_workers: tuple[Path, ...] = (("workers", "max"), ("workers", "standby"))
             yield Broken((("resources", "gpus"), *of_workers), rule + got)
         momentum = self.communication.compression.momentum

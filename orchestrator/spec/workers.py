@@ -1,7 +1,7 @@
 """The `workers` section: the number of workers of a run, and its limits."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -120,6 +120,7 @@ class AutoscaleSpec(Section):
 
 # -- The `resources` section: Ray's reservation for each worker --------------------------------------------------------
 
+AUTO = "auto"
 BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -129,22 +130,43 @@ def _memory(size: str) -> str:
     return size
 
 
+def _gpus(value: Any) -> Any:
+    if value != AUTO and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1):
+        raise refuse("must be a number from 0 to 1, or auto")
+    return value
+
+
+GpusForm = Annotated[float, Field(ge=0, le=1)] | Literal["auto"]
+Gpus = Annotated[float | str, BeforeValidator(_gpus, json_schema_input_type=GpusForm)]
+
+
 class ResourcesSpec(Section):
     """Ray's reservation for each worker, standbys included. Logical: the operating system enforces nothing."""
 
     cpus: float = Field(default=1, gt=0, description="CPUs of each worker; fractions are allowed.")
-    gpus: float = Field(
-        default=0,
-        ge=0,
-        le=1,
+    gpus: Gpus = Field(
+        default=AUTO,
         description="GPUs of each worker: one, none, or a part of one, the rest of which other jobs may use. A worker "
-        "trains on one GPU; to use more, add workers, of which a node may hold several.",
+        "trains on one GPU; to use more, add workers, of which a node may hold several. auto: one if the nodes have "
+        "enough for workers.min when the run is submitted, else none; the run keeps what it got.",
     )
     memory: Annotated[str, AfterValidator(_memory)] | None = Field(
         default=None,
         description='Memory of each worker, as in "2GiB". A job whose workers would need more is refused. null: '
         "no reservation.",
     )
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of each worker; none with auto, which a submission replaces."""
+        return 0.0 if isinstance(self.gpus, str) else self.gpus
+
+    def on_nodes(self, least_workers: int, gpus_of_nodes: Iterable[float]) -> "ResourcesSpec":
+        """The section of a run on these nodes: with a number in place of auto."""
+        if self.gpus != AUTO:
+            return self
+        enough = sum(int(gpus) for gpus in gpus_of_nodes) >= least_workers
+        return self.model_copy(update={"gpus": 1.0 if enough else 0.0})
 
     @property
     def memory_bytes(self) -> int | None:

@@ -138,7 +138,7 @@ def _threads_of(job: JobSpec) -> int:
 
 def _env_of_rank(job: JobSpec, number: int) -> dict[str, str]:
     env = env_of_worker(job, _threads_of(job))
-    return env | ({"CUDA_VISIBLE_DEVICES": _device(number)} if job.resources.gpus else {})
+    return env | ({"CUDA_VISIBLE_DEVICES": _device(number)} if job.resources.num_gpus else {})
 
 
 def _device(number: int) -> str:

@@ -29,7 +29,8 @@ def read_report(run_dir: Path, rates: Rates) -> RunReport:
         return report_of(run_dir.name, entries)  # which raises NotFinished
     job = files.job()
     size, note = _size(job, entries)
-    return report_of(run_dir.name, entries, gpus_per_worker=job.resources.gpus, size=size, size_note=note, rates=rates)
+    gpus = job.resources.num_gpus
+    return report_of(run_dir.name, entries, gpus_per_worker=gpus, size=size, size_note=note, rates=rates)
 
 
 def read_load_map(run_dir: Path) -> LoadMap | None:

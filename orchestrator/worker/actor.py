@@ -121,7 +121,7 @@ class Worker:
         compute_here(job.threads)
         spec = JobSpec.model_validate_json(job.job_json)
         take_secrets(spec.secrets)
-        device = device_of(spec.resources.gpus, torch.cuda.device_count())
+        device = device_of(spec.resources.num_gpus, torch.cuda.device_count())
         if spec.train.is_exact:
             pin(device)
             self._mailbox.publish(numerics=fingerprint(device))

@@ -40,7 +40,7 @@ def answers(order: ReplayOrder) -> Iterator[Numerics | StoreAddress | StepRecord
         yield plan.store_address
     compute_here(order.job.threads)
     take_secrets(spec.secrets)
-    device = device_of(spec.resources.gpus, torch.cuda.device_count())
+    device = device_of(spec.resources.num_gpus, torch.cuda.device_count())
     pin(device)
     yield Numerics(fingerprint(device))
     store = TokenStore.open(Path(order.job.store_dir))

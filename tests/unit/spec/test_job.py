@@ -66,6 +66,33 @@ def test_label_selectors_refused(selector: dict[str, str], rule: str) -> None:
         job(workers={"label_selector": selector})
 
 
+@pytest.mark.parametrize(
+    ("gpus", "on_nodes", "wanted"),
+    [
+        pytest.param("auto", [], 0.0, id="no nodes"),
+        pytest.param("auto", [0.0, 0.0], 0.0, id="none"),
+        pytest.param("auto", [8.0], 1.0, id="enough on one"),
+        pytest.param("auto", [1.0, 0.0, 1.0], 1.0, id="just enough on several"),
+        pytest.param("auto", [1.0], 0.0, id="too few"),
+        pytest.param("auto", [1.5, 0.5], 0.0, id="parts of one are none"),
+        pytest.param(0, [8.0], 0, id="not wanted"),
+        pytest.param(0.75, [], 0.75, id="set by the job"),
+    ],
+)
+def test_gpus_of_a_run(gpus: float | str, on_nodes: list[float], wanted: float) -> None:
+    resources = job(resources={"gpus": gpus}, workers="2..4").resources
+    run = resources.on_nodes(2, on_nodes)
+    assert run.gpus == run.num_gpus == wanted
+    assert run.on_nodes(1, [8.0]) == run  # decided once
+    assert resources.num_gpus == (0.0 if gpus == "auto" else wanted)
+
+
+@pytest.mark.parametrize("gpus", [-1, 2, True, "all", None])
+def test_gpus_that_make_no_sense(gpus: Any) -> None:
+    with pytest.raises(ValidationError, match="must be a number from 0 to 1, or auto"):
+        job(resources={"gpus": gpus})
+
+
 @pytest.mark.parametrize(("gpus", "workers"), [(0, 4), (1, 8), (0.75, "2..4"), (0.5, 1)])
 def test_gpus(gpus: float, workers: Any) -> None:
     assert job(resources={"gpus": gpus}, workers=workers).resources.gpus == gpus
@@ -74,7 +101,7 @@ def test_gpus(gpus: float, workers: Any) -> None:
 @pytest.mark.parametrize(
     ("gpus", "workers", "rule"),
     [
-        (2, 1, "less than or equal to 1"),
+        (2, 1, "from 0 to 1, or auto"),
         (0.5, 2, "two workers must not fit on one GPU"),
         (0.25, {"min": 1, "standby": 1}, r"got 0\.25 and up to 2 workers with standbys"),
     ],

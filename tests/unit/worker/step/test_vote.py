@@ -66,6 +66,12 @@ def test_a_fence_needs_everyone(fences: tuple[int, int], agreed: int) -> None:
     assert [o.fence for o in outcomes] == [agreed, agreed]
 
 
+@pytest.mark.parametrize("due", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_checkpoint_is_written_by_all_if_it_is_due_for_one(due: tuple[bool, bool]) -> None:
+    outcomes = _together([_ballot([0.0], checkpoint=is_due) for is_due in due])
+    assert [o.checkpoint for o in outcomes] == [any(due)] * 2
+
+
 def test_an_end_needs_everyone_and_one_skipped_update_counts_for_all() -> None:
     outcomes = _together([_ballot([0.0], finish=True, applied=False), _ballot([0.0])])
     assert [(o.finish, o.applied) for o in outcomes] == [(False, False)] * 2
