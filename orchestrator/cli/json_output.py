@@ -43,6 +43,7 @@ class JsonOutput:
 
 
 OUTPUTS = {
+    "demo": JsonOutput(RunStatus),
     "doctor": JsonOutput(Finding, "list"),
     "run": JsonOutput(RunStatus),
     "submit": JsonOutput(NamedRun),

@@ -19,6 +19,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from orchestrator.cluster.process_title import name_process, show_title
 from orchestrator.protocol.usage import EnergyReading
 from orchestrator.telemetry.energy import EnergyMeter
 from orchestrator.telemetry.node import Reading, read_system
@@ -41,6 +42,7 @@ class Host:
     """
 
     def __init__(self, target: str, args: tuple[Any, ...], log_file: str | None) -> None:
+        self._title = name_process(self)
         if log_file is not None:
             log_to(Path(log_file))
         self._energy = EnergyMeter(os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -49,6 +51,7 @@ class Host:
         self._lock, self._held = threading.Lock(), threading.Event()
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        show_title(self._title)
         return getattr(self._object, method)(*args, **kwargs)
 
     def pid(self) -> int:
@@ -73,6 +76,7 @@ class Host:
         A newer call ends the previous one because a killed controller leaves its call in one of few threads, which its
         successor's call frees.
         """
+        show_title(self._title)
         with self._lock:
             self._held.set()
             mine = self._held = threading.Event()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.nodes import cores_of_nodes
+from orchestrator.cluster.process_title import name_process
 from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.loop import RunLoop
 from orchestrator.controller.monitors import Monitors
@@ -56,6 +57,7 @@ class RunController:
         order: ResumeRequest | None = None,
         since_s: float | None = None,
     ) -> None:
+        name_process(self)
         run, inbox = open_run(run_id, Path(run_dir), order, since_s), Inbox()
         self._run, self._memory = run, run.memory
         self._requests = PendingRequests(run_id, run.memory, inbox)

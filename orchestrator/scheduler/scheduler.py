@@ -16,6 +16,7 @@ from ray.experimental import internal_kv
 
 from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
 from orchestrator.cluster.nodes import whole_nodes
+from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
@@ -57,6 +58,7 @@ class Scheduler:
     """One per cluster, named `scheduler`. Every method may be called at any time, from anywhere in the cluster."""
 
     def __init__(self) -> None:
+        name_process(self)
         self._submitting = threading.Lock()
         self._autoscaler = Autoscaler()
         self._autoscaler.start()

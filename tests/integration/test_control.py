@@ -5,7 +5,9 @@ import os
 import re
 import signal
 import sqlite3
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,11 +45,30 @@ def on(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
+def await_titles(wanted: set[str]) -> None:
+    """Wait until `ps` has shown these processes. During a short call Ray shows the method instead."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while wanted and time.monotonic() < deadline_s:
+        for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                wanted = wanted - {cmdline.read_bytes().rstrip(b"\0 ").decode()}
+    assert wanted == set()
+
+
 def test_a_run_from_submission_to_its_end(on: Cluster) -> None:
     on.submit("whole", checkpoint={"every": 20}, envs={"SIM_STEP_S": "0.5"})
     on.until("whole", lambda s: s.step > 0)
     pids = [on.pid_of(name) for name in names_of("whole") if not name.endswith("controller")]
     assert len(pids) == 4  # two workers, rendezvous, tracker
+    titles = {
+        "controller whole",
+        "worker whole/w0",
+        "worker whole/w1",
+        "rendezvous whole",
+        "tracker whole",
+        "scheduler",
+    }
+    await_titles({f"ray::{title}" for title in titles})
     status = on.end_of("whole", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status
     assert (status.step, status.checkpoint_step, status.workers_now) == (60, 59, 0)

@@ -24,8 +24,8 @@ model:
   num_attention_heads: 4
   num_key_value_heads: 2
   intermediate_size: 384         # of dense layers
-  n_routed_experts: 8                 # 1 for a dense model
-  num_experts_per_tok: 2                       # experts per token
+  n_routed_experts: 8            # 1 for a dense model
+  num_experts_per_tok: 2
   moe_intermediate_size: 192
 train:
   max_steps: 300
