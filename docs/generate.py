@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
-from orchestrator.cli.exit_codes import EXIT_CODES
 from orchestrator.cli.json_output import OUTPUTS, JsonOutput
 from orchestrator.cli.main import app
+from orchestrator.cli.terminal.exit_codes import EXIT_CODES
 from orchestrator.metrics import DECLARED, Metric
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.reading import MODULES, event_types

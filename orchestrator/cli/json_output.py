@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.cli.answers import (
+from orchestrator.cli.terminal.answers import (
     ChangedPriority,
     EvaluatedModel,
     ExportedModel,

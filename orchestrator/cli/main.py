@@ -1,4 +1,4 @@
-"""The command `orchestrator`: its verbs, and its end by an error or a signal (`orchestrator.cli.exit_codes`).
+"""The command `orchestrator`: its verbs, and its end by an error or a signal (`orchestrator.cli.terminal.exit_codes`).
 
 A command is imported when it is called (`orchestrator.cli.lazy`).
 """
@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.exit_codes import BUG
 from orchestrator.cli.lazy import LazyGroup
 from orchestrator.cli.retired import refuse_retired
 from orchestrator.cli.terminal import signals
+from orchestrator.cli.terminal.exit_codes import BUG
 from orchestrator.cluster.jobs_api import MARKED, is_url
 from orchestrator.errors import OrchestratorError
 

@@ -35,7 +35,7 @@ from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import Grant, ScalingView
 from orchestrator.protocol.status import RunStatus
-from orchestrator.spec.changes import check_priority
+from orchestrator.spec.live_changes import check_priority
 from orchestrator.telemetry.prometheus import Exporter
 
 log = logging.getLogger("orchestrator.control")

@@ -30,10 +30,10 @@ from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
 from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
-from orchestrator.worker.runtime.reserved_memory import ReservedMemory
 from orchestrator.worker.shard.shard import ShardFactory
 from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.trainer import Trainer
+from orchestrator.worker.transition.reserved_memory import ReservedMemory
 from orchestrator.worker.transition.warmup import warm_up
 
 log = logging.getLogger("orchestrator.worker")

@@ -19,7 +19,7 @@ nothing refers to it.
 from dataclasses import dataclass
 
 from orchestrator.worker.shard.shard import Shard
-from orchestrator.worker.step.training_loop import LiveShard
+from orchestrator.worker.training_loop import LiveShard
 from orchestrator.worker.transition.transition import PreparedTransition
 
 

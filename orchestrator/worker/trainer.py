@@ -16,6 +16,7 @@ from orchestrator.comm.transport.gloo import shut_connections
 from orchestrator.engine.process_groups import abort_collectives, disconnect
 from orchestrator.protocol.messages import GenerationPlan
 from orchestrator.protocol.worker_report import Phase, WorkerError
+from orchestrator.worker.plan_wait import PlanWaiter
 from orchestrator.worker.replay.checker import ReplayChecker
 from orchestrator.worker.runtime.abort import AbortHandle
 from orchestrator.worker.runtime.errors import StateCorrupted, kind_of
@@ -35,8 +36,7 @@ from orchestrator.worker.states import (
 from orchestrator.worker.step.batches import BatchReader
 from orchestrator.worker.step.position import RunPosition
 from orchestrator.worker.step.train_step import TrainStep
-from orchestrator.worker.step.training_loop import LiveShard, TrainingLoop
-from orchestrator.worker.transition.plan_wait import PlanWaiter
+from orchestrator.worker.training_loop import LiveShard, TrainingLoop
 from orchestrator.worker.transition.preparation import TransitionPreparer
 from orchestrator.worker.transition.rescaler import Rescaler
 from orchestrator.worker.transition.save_shard import ShardSaver

@@ -100,8 +100,7 @@ _wrapped: list[str] = []
 
 def _wrap() -> None:
     from orchestrator.worker.step.train_step import TrainStep
-    from orchestrator.worker.transition import preparation
-    from orchestrator.worker.transition import rescaler
+    from orchestrator.worker.transition import preparation, rescaler
 
     for owner, name, around in (
         (TrainStep, "step", _around_step),

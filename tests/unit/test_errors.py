@@ -3,7 +3,7 @@ import pickle
 import pytest
 
 from orchestrator import errors
-from orchestrator.cli.exit_codes import EXIT_CODES
+from orchestrator.cli.terminal.exit_codes import EXIT_CODES
 from orchestrator.errors import DataError, OrchestratorError, Problem, SpecError
 
 

@@ -70,7 +70,7 @@ def doctor(
     output: Output = Format.TEXT,
 ) -> None:
     """Check this machine for problems. Changes nothing. Exits 3 if something would fail."""
-    from orchestrator.cli.exit_codes import CHECK_FAILED
+    from orchestrator.cli.terminal.exit_codes import CHECK_FAILED
     from orchestrator.cluster.doctor import Verdict, examine
     from orchestrator.protocol.codec import to_plain
 

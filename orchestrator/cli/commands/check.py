@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.answers import ReplayedSteps
-from orchestrator.cli.exit_codes import CHECK_FAILED
+from orchestrator.cli.terminal.answers import ReplayedSteps
+from orchestrator.cli.terminal.exit_codes import CHECK_FAILED
 from orchestrator.cli.terminal.format import counted
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Storage
 from orchestrator.cli.terminal.output import Format, say, show, show_json

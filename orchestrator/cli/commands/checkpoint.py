@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.answers import ListedCheckpoint, NamedCheckpoint
+from orchestrator.cli.terminal.answers import ListedCheckpoint, NamedCheckpoint
 from orchestrator.cli.terminal.format import moment, number, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage, Yes, confirm
 from orchestrator.cli.terminal.output import Format, say, show_json, show_table

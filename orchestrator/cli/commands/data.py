@@ -11,7 +11,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from orchestrator.cli.answers import PreparedStore
+from orchestrator.cli.terminal.answers import PreparedStore
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output
 from orchestrator.cli.terminal.output import Format, say, show, show_json

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.answers import EvaluatedModel, ExportedModel, GeneratedText
+from orchestrator.cli.terminal.answers import EvaluatedModel, ExportedModel, GeneratedText
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage
 from orchestrator.cli.terminal.output import Format, say, show, show_json

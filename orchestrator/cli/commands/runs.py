@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.answers import NamedRun
 from orchestrator.cli.commands.remote import submit_by_url
+from orchestrator.cli.terminal.answers import NamedRun
 from orchestrator.cli.terminal.format import NONE, moment, number, progress
 from orchestrator.cli.terminal.options import (
     RUNS,

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.answers import ChangedPriority, KilledWorker, RemovedRun, RequestedState
 from orchestrator.cli.commands.runs import show_name
+from orchestrator.cli.terminal.answers import ChangedPriority, KilledWorker, RemovedRun, RequestedState
 from orchestrator.cli.terminal.format import counted
 from orchestrator.cli.terminal.options import (
     GROUPS,
@@ -140,7 +140,7 @@ def set_value(
 ) -> None:
     """Change what a job sets of a run while it is active: its priority."""
     from orchestrator.client import OrchestratorClient
-    from orchestrator.spec.changes import priority_of
+    from orchestrator.spec.live_changes import priority_of
 
     wanted = priority_of(change)  # before connecting to a cluster
     priority = OrchestratorClient(address).set_priority(run, wanted)

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import collective_stats
-from orchestrator.comm import traffic_meter
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.gradients.codecs import Codec
 from orchestrator.protocol.usage import TrafficKind
 

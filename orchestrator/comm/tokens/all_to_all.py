@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.comm import collective_stats
-from orchestrator.comm import traffic_meter
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.tokens import link_priority
 from orchestrator.comm.tokens.activation_codec import Wire, decode, encode
 from orchestrator.protocol.usage import TrafficKind

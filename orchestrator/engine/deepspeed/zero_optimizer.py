@@ -14,8 +14,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from torch import Tensor
 
-from orchestrator.comm import collective_stats
-from orchestrator.comm import traffic_meter
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.comm.gradients.exact_sum import largest_of, square_sums, total_square
 from orchestrator.protocol.usage import TrafficKind
 

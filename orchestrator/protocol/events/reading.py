@@ -5,11 +5,7 @@ from typing import Any
 
 from orchestrator.errors import ProtocolError
 from orchestrator.protocol.codec import from_plain
-from orchestrator.protocol.events import generations
-from orchestrator.protocol.events import notices
-from orchestrator.protocol.events import run
-from orchestrator.protocol.events import training
-from orchestrator.protocol.events import workers
+from orchestrator.protocol.events import generations, notices, run, training, workers
 from orchestrator.protocol.events.base import KINDS, STAMPS, Event, JournalEntry
 
 MODULES = (run, workers, generations, training, notices)  # importing them registers their kinds

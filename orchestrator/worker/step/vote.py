@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from orchestrator.comm import collective_stats
-from orchestrator.comm import traffic_meter
+from orchestrator.comm import collective_stats, traffic_meter
 from orchestrator.model.moe.balance import RoutingCounts
 from orchestrator.protocol.usage import Traffic, TrafficKind
 

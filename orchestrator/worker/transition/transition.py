@@ -34,11 +34,11 @@ from orchestrator.state.fingerprint import whole
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.transfer import execute_transfer
 from orchestrator.worker.runtime.errors import DigestMismatch
-from orchestrator.worker.runtime.reserved_memory import reserve
 from orchestrator.worker.shard.model_agreement import check_agreement
 from orchestrator.worker.shard.shard import Shard, ShardFactory, TrainingProgress
 from orchestrator.worker.shard.snapshot_replicator import SnapshotReplicator
 from orchestrator.worker.transition.load_state import read_pretrained, read_state
+from orchestrator.worker.transition.reserved_memory import reserve
 
 ROUNDING = 1e-6  # how far sums of ranks' parts may move
 UNKNOWN = torch.iinfo(torch.int64).min

@@ -11,13 +11,14 @@ from orchestrator.elastic.recovery_point import Holding
 from orchestrator.elastic.world import World
 from orchestrator.protocol.messages import GenerationPlan, StateSource, StoreAddress
 from orchestrator.protocol.worker_report import Phase
+from orchestrator.spec.fault_tolerance import ProtectionSpec
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.worker.runtime.abort import AbortHandle
 from orchestrator.worker.runtime.errors import AbortedGeneration, LossExploded, StateCorrupted
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import TrainingProgress
-from orchestrator.worker.step.training_loop import LiveShard
 from orchestrator.worker.trainer import Trainer
+from orchestrator.worker.training_loop import LiveShard
 from orchestrator.worker.transition.snapshots import SnapshotManager
 from orchestrator.worker.transition.transition import PreparedTransition
 
@@ -79,7 +80,7 @@ class _Run:
         self.mailbox.publish(phase=Phase.STANDBY)
         self.trainer: Any = object.__new__(Trainer)
         self.trainer._mailbox = self.mailbox
-        self.trainer._snapshots = SnapshotManager("w0", "none", 99)
+        self.trainer._snapshots = SnapshotManager("w0", ProtectionSpec(every="none"), 99)
         self.trainer._abort_handle = AbortHandle(())
         self.trainer._waiter = self.trainer._rescaler = self.trainer._loop = self
 

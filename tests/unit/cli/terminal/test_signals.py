@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[4]
 # A command that has started a process and waits, as `tracking ui` does.
 COMMAND = """
-import subprocess, sys
+import subprocess, sys, typer
 from orchestrator.cli import main
 
 def waits():
@@ -24,8 +24,9 @@ def waits():
         child.kill()
         child.wait()
 
-main.app.command("waits")(waits)
-sys.argv = ["orchestrator", "waits"]
+main.app = typer.Typer()
+main.app.command()(waits)
+sys.argv = ["orchestrator"]
 main.main()
 """
 

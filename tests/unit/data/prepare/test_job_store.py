@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.data.holdout import split_documents
 from orchestrator.data.manifest import PrepareOptions, store_key
-from orchestrator.data.prepare import pipeline
-from orchestrator.data.prepare import request
+from orchestrator.data.prepare import pipeline, request
 from orchestrator.data.prepare.job_store import check_enough, check_vocabulary, prepare
 from orchestrator.data.store import TokenStore
 from orchestrator.errors import DataError, StoreCorrupt

@@ -14,7 +14,7 @@ MB = 1 << 20
 SCRIPT = """
 import json, torch
 from orchestrator.worker.step.memory_probe import taken_bytes
-from orchestrator.worker.runtime.reserved_memory import reserve
+from orchestrator.worker.transition.reserved_memory import reserve
 
 cpu, added = torch.device("cpu"), {}
 
