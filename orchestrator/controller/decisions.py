@@ -44,7 +44,7 @@ class DecisionMaker:
         decision = decide(self._limits, self._memory.state, seen)
         events = [action for action in decision.actions if isinstance(action, Event)]
         for entry in self._memory.decided(decision.state, events):
-            self._recorder.tell(entry)
+            self._recorder.publish(entry)
         for action in decision.actions:
             if isinstance(action, Commit):
                 self._commit(action)
@@ -72,4 +72,4 @@ class DecisionMaker:
         data = self._memory.data
         if data is not None:
             self._worker_group.warm(data.store_dir, data.vocab_size, head_address())
-        self._worker_group.tell(directive_of(state, self._memory.term))
+        self._worker_group.direct(directive_of(state, self._memory.term))

@@ -67,8 +67,8 @@ class Polls:
         self._recorder.ask(seen, now_s)
         self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
         self._monitors.poll(now_s, self._worker_group.handles)
-        self._recorder.tell_of_tracking()
-        self._recorder.tell_of_storage(self._observer.storage_trouble())
+        self._recorder.note_tracking()
+        self._recorder.note_storage(self._observer.storage_trouble())
         self._recorder.show_run(seen, now_s)
 
     def _take(self, answer: CallResult) -> None:

@@ -73,21 +73,21 @@ class StepRecorder:
             self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))
             self._exporter.show(points)
             for entry in begun:
-                self.tell(entry)
+                self.publish(entry)
             self._judge_routing()
         self._tracker.look()
 
     def _judge_routing(self) -> None:
         """Journal when experts collapse or their loads swing, and when that is over."""
         for news in routing_news(self._run.job.model, self._memory.progress.recent, self._memory.troubles):
-            self.tell(self._memory.note(news))
+            self.publish(self._memory.note(news))
             self._memory.troubles = self._memory.troubles.after(news)
 
     def note(self, event: Event) -> None:
         """Journal and publish an event that no decision made. Raises StorageError."""
-        self.tell(self._memory.note(event))
+        self.publish(self._memory.note(event))
 
-    def tell(self, entry: JournalEntry) -> None:
+    def publish(self, entry: JournalEntry) -> None:
         """Publish a journalled event."""
         log.info("run %s: %s", self._run.run_id, plain_of(entry.event))
         self._tracker.publish_event(entry)
@@ -127,16 +127,16 @@ class StepRecorder:
             values = values_of_run(self._run.limits, self._run.job.model, self._memory, seen)
             self._exporter.show_run(now_s, values, phase_of(self._memory.state, seen))
 
-    def tell_of_tracking(self) -> None:
+    def note_tracking(self) -> None:
         """Journal when metrics begin to wait, and when they arrive again."""
         warning = self._tracker.warning
         if (warning is not None) != self._tracking_fails:
             with suppress(StorageError):  # retried at the next call
                 entry = self._memory.note(TrackingWorks() if warning is None else TrackingFails(warning))
                 self._tracking_fails = warning is not None
-                self.tell(entry)
+                self.publish(entry)
 
-    def tell_of_storage(self, trouble: str | None) -> None:
+    def note_storage(self, trouble: str | None) -> None:
         """Journal when run storage begins to refuse writes, and when it takes them again."""
         if (trouble is not None) != self._storage_fails:
             with suppress(StorageError):  # retried at the next call

@@ -107,7 +107,7 @@ class WorkerGroup:
             self._warmed.add(worker)
             self._call(worker, WorkerApi.warm, job)
 
-    def tell(self, directive: Directive) -> None:
+    def direct(self, directive: Directive) -> None:
         """Send the directive to every worker that doesn't have it yet."""
         for worker in self._handles:
             if self._told.get(worker, -1) < directive.seq:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.terminal.options import BEGIN, Output
-from orchestrator.cli.terminal.output import Format, say, show, show_json
+from orchestrator.cli.terminal.output import Format, narrate, show, show_json
 
 TEMPLATE = """\
 # A job for `orchestrator run {file}`. It trains a small model on Python's own library, in some minutes on two cores.
@@ -61,7 +61,7 @@ def init(
         ) from None
     except OSError as error:
         raise StorageError(f"{out} can't be written: {error.strerror}", unchanged="Nothing was written.") from error
-    say(f"Run it with `orchestrator run {out}`.")
+    narrate(f"Run it with `orchestrator run {out}`.")
     show(str(out))
 
 

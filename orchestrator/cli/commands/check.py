@@ -9,7 +9,7 @@ from orchestrator.cli.terminal.answers import ReplayedSteps
 from orchestrator.cli.terminal.exit_codes import CHECK_FAILED
 from orchestrator.cli.terminal.format import counted
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Storage
-from orchestrator.cli.terminal.output import Format, say, show, show_json
+from orchestrator.cli.terminal.output import Format, narrate, show, show_json
 from orchestrator.policy.replay_check import Difference
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.events.notices import StateDiffers
@@ -76,7 +76,9 @@ def replay(
     first, last = order.records[0].step, order.records[-1].step
     began = order.checkpoint.name if order.checkpoint is not None else "the beginning"
     done_by = ", then ".join(str(past.world.size) for past in order.worlds)
-    say(f"Steps {first} to {last} of run {run}, done by {done_by} workers, again with {order.workers}, from {began}.")
+    narrate(
+        f"Steps {first} to {last} of run {run}, done by {done_by} workers, again with {order.workers}, from {began}."
+    )
     recorded = [StepFingerprint.of(record) for record in order.records]
     again, elsewhere, remarked_s = [], {}, time.monotonic()
     difference: Difference | None = None
@@ -86,13 +88,13 @@ def replay(
             continue
         again.append(answer)
         if time.monotonic() - remarked_s > REMARK_EVERY_S:
-            say(f"{len(again)} of {counted(len(order.records), 'step')}")
+            narrate(f"{len(again)} of {counted(len(order.records), 'step')}")
             remarked_s = time.monotonic()
         if (difference := first_difference(recorded, [StepFingerprint.of(answer)])) is not None:
             break
     members = list(dict.fromkeys(worker for past in order.worlds for worker in past.world.members))
     if warning := doubt(members, order.differing, elsewhere):
-        say(warning)
+        narrate(warning)
     where = state_differs(difference, order.worlds, {}) if difference is not None else None
     if output is Format.JSON:
         first, last = order.records[0].step, again[-1].step

@@ -7,7 +7,7 @@ import typer
 from orchestrator.cli.terminal.answers import ListedCheckpoint, NamedCheckpoint
 from orchestrator.cli.terminal.format import moment, number, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage, Yes, confirm
-from orchestrator.cli.terminal.output import Format, say, show_json, show_table
+from orchestrator.cli.terminal.output import Format, narrate, show_json, show_table
 from orchestrator.protocol.codec import to_plain
 
 app = typer.Typer(no_args_is_help=True, help="The checkpoints of a run.")
@@ -51,7 +51,7 @@ def verify(
     manifest = read_manifest(path)
     num_bytes = sum(entry.num_bytes for entry in manifest.files.values())
     tensors = f"{len(manifest.tensors)} tensors in {len(manifest.files)} files, {size(num_bytes)}"
-    say(f"{path} is whole: step {manifest.step} of run {manifest.run_id}, {tensors}.")
+    narrate(f"{path} is whole: step {manifest.step} of run {manifest.run_id}, {tensors}.")
     if output is Format.JSON:
         show_json(to_plain(NamedCheckpoint(run, manifest.step, str(path))))
 
@@ -73,7 +73,7 @@ def remove(
     path = find_removable(run_dir, step)
     confirm(f"Remove {path}?", yes)
     remove_checkpoint(path)
-    say(f"The checkpoint of step {step} of run {run} is removed: {path}.")
+    narrate(f"The checkpoint of step {step} of run {run} is removed: {path}.")
     if output is Format.JSON:
         show_json(to_plain(NamedCheckpoint(run, step, str(path))))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli.terminal.options import GROUPS, Output
-from orchestrator.cli.terminal.output import Format, say, show, show_json
+from orchestrator.cli.terminal.output import Format, narrate, show, show_json
 from orchestrator.errors import ClusterUnreachable, UsageError
 from orchestrator.protocol.codec import to_plain
 
@@ -36,9 +36,9 @@ def up(
     started = local.up(cpus or default_cpus(), jobs_port)
     record = started.record
     if started.fresh:
-        say(f"The local cluster is up: {record.num_cpus} logical CPUs. End it with `orchestrator cluster down`.")
+        narrate(f"The local cluster is up: {record.num_cpus} logical CPUs. End it with `orchestrator cluster down`.")
     else:
-        say(f"The local cluster is already up, with {record.num_cpus} logical CPUs. Nothing was changed.")
+        narrate(f"The local cluster is already up, with {record.num_cpus} logical CPUs. Nothing was changed.")
     if output is Format.JSON:
         show_json(to_plain(record))
     else:
@@ -77,7 +77,7 @@ def down(
 
     record = local.status()
     if record is None:
-        say("No local cluster is up. Nothing was changed.")
+        narrate("No local cluster is up. Nothing was changed.")
         return
     try:
         active = [] if force else active_runs(record.address)
@@ -94,7 +94,7 @@ def down(
             unchanged="Nothing was changed.",
         )
     local.down()
-    say("The local cluster is down.")
+    narrate("The local cluster is down.")
 
 
 def default_cpus() -> int:

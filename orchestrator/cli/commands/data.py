@@ -14,7 +14,7 @@ import typer
 from orchestrator.cli.terminal.answers import PreparedStore
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output
-from orchestrator.cli.terminal.output import Format, say, show, show_json
+from orchestrator.cli.terminal.output import Format, narrate, show, show_json
 from orchestrator.cli.terminal.progress import ERASE_LINE, LINE_EVERY_S, bar
 from orchestrator.errors import DataError, UsageError
 from orchestrator.protocol.codec import to_plain
@@ -100,12 +100,12 @@ def prepare(
                 done = prepare_corpora(request, out.expanduser(), on_cluster, progress.tell)
             except KeyboardInterrupt:
                 progress.close()
-                say("Ended. Finished work is kept: the same command continues.")
+                narrate("Ended. Finished work is kept: the same command continues.")
                 raise
             finally:
                 progress.close()
     if done.found:
-        say("The store was there already. Nothing was changed.")
+        narrate("The store was there already. Nothing was changed.")
     result = described(done)
     if output is Format.JSON:
         show_json(to_plain(result))
@@ -209,7 +209,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         started = local.up(os.cpu_count() or 1)
         address, fresh = started.record.address, started.fresh
         if fresh:
-            say(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
+            narrate(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
     try:
         connect(address)
         yield
@@ -217,10 +217,10 @@ def _cluster(address: str | None) -> Iterator[None]:
         used = fresh and _is_used_by_others()
         disconnect()
         if used:
-            say("The local cluster stays up: it has other users now. End it with `orchestrator cluster down`.")
+            narrate("The local cluster stays up: it has other users now. End it with `orchestrator cluster down`.")
         elif fresh:
             local.down()
-            say("Stopped the Ray that was started.")
+            narrate("Stopped the Ray that was started.")
 
 
 def _is_used_by_others() -> bool:

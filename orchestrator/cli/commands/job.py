@@ -7,7 +7,7 @@ import typer
 
 from orchestrator.cli.terminal.format import NONE, counted, pool, size
 from orchestrator.cli.terminal.options import GROUPS, JobFile, Output
-from orchestrator.cli.terminal.output import Format, say, show, show_json, show_table
+from orchestrator.cli.terminal.output import Format, narrate, show, show_json, show_table
 from orchestrator.errors import UsageError
 from orchestrator.policy.estimate.job_plan import JobPlan, WorldPlan
 from orchestrator.policy.estimate.memory_check import check_memory, crowding
@@ -39,7 +39,7 @@ def validate(job: JobFile, output: Output = Format.TEXT) -> None:
     if output is Format.JSON:
         show_json(spec.model_dump(mode="json", by_alias=True))
     workers = spec.workers
-    say(
+    narrate(
         f"{job} is valid: run {spec.name}, {spec.train.max_steps} steps, {counted(workers.initial, 'worker')} at first "
         f"({workers.min} to {workers.max}){pool(workers)}, {spec.model.n_routed_experts} experts"
     )
@@ -86,11 +86,11 @@ def plan(
     if output is Format.JSON:
         show_json(to_plain(planned))
     else:
-        say(" ".join([NOTES, *_notes(spec)]))
+        narrate(" ".join([NOTES, *_notes(spec)]))
         _show(planned)
     check_memory(spec, planned)  # after the figures, which show why
     if warning := crowding(spec, planned, psutil.virtual_memory().total):
-        say(f"Warning: {warning}")
+        narrate(f"Warning: {warning}")
 
 
 def _notes(spec: JobSpec) -> Iterator[str]:

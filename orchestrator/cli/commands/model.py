@@ -14,7 +14,7 @@ import typer
 from orchestrator.cli.terminal.answers import EvaluatedModel, ExportedModel, GeneratedText
 from orchestrator.cli.terminal.format import counted, size
 from orchestrator.cli.terminal.options import GROUPS, Address, Output, RunId, Step, Storage
-from orchestrator.cli.terminal.output import Format, say, show, show_json
+from orchestrator.cli.terminal.output import Format, narrate, show, show_json
 from orchestrator.errors import DataError, UsageError
 from orchestrator.protocol.child_process import (
     Evaluation,
@@ -65,7 +65,7 @@ def export(
         raise NotFound(f"run {run} has no checkpoint yet", unchanged="Nothing was written.")
     job = JobSpec.model_validate_json((run_dir / "job.json").read_text())
     num_bytes = export_hf(checkpoint, job, run_dir / "tokenizer.json", out.absolute(), dtype.value)
-    say(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
+    narrate(f"{checkpoint.name} of run {run} as {dtype}: {size(num_bytes)} of weights.")
     if output is Format.JSON:
         show_json(to_plain(ExportedModel(run, str(checkpoint), str(out.absolute()), num_bytes)))
     else:
@@ -110,11 +110,11 @@ def evaluate(
         max_rows=max_rows,
     )
     text = where or f"{request.split} split"
-    say(f"{checkpoint.name} of run {run} on {text}.")
+    narrate(f"{checkpoint.name} of run {run} on {text}.")
     with _in_words_of_options():
         for answer in ask_model(request):
             if isinstance(answer, Remark):
-                say(answer.text)
+                narrate(answer.text)
             elif isinstance(answer, EvaluationResult):
                 result = answer
     if output is Format.JSON:
@@ -166,7 +166,7 @@ def generate(
     request = Generation(str(run_dir), str(checkpoint), text, max_tokens, temperature, top_k, top_p, seed)
     for answer in ask_model(request):
         if isinstance(answer, Remark):
-            say(answer.text)
+            narrate(answer.text)
         elif isinstance(answer, TextPiece) and output is Format.TEXT:
             sys.stdout.write(answer.text)
             sys.stdout.flush()

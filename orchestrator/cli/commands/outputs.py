@@ -9,7 +9,7 @@ import typer
 
 from orchestrator.cli.terminal.format import event as event_line
 from orchestrator.cli.terminal.options import RUNS, Address, Follow, Output, RunId, Since, Storage, Tail, since_s
-from orchestrator.cli.terminal.output import Format, say, show, show_json, show_line, show_table
+from orchestrator.cli.terminal.output import Format, narrate, show, show_json, show_line, show_table
 from orchestrator.protocol.codec import to_plain
 
 
@@ -115,7 +115,7 @@ def report(
     directories = [find_run(name, storage, address).files.run_dir for name in (run, other) if name is not None]
     reports = [read_report(directory, rates) for directory in directories]
     for line in (line for one in reports for line in warnings(one)):
-        say(line)
+        narrate(line)
     if output is ReportFormat.JSON:
         plain = [to_plain(one) for one in reports]
         show_json(plain if other is not None else plain[0])

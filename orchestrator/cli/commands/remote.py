@@ -16,7 +16,7 @@ from typing import TextIO
 import typer
 
 from orchestrator.cli.terminal.options import Name, Set, overrides_of
-from orchestrator.cli.terminal.output import say, show
+from orchestrator.cli.terminal.output import narrate, show
 from orchestrator.cluster.jobs_api import MARK, MARKED, OURS, JobsApiClient, is_url
 from orchestrator.submission.by_url import BEGUN, load_for_elsewhere, send
 
@@ -65,12 +65,14 @@ def submit_by_url(url: str, job: Path, name: str | None, overrides: list[str], d
     run_id = name or spec.name
     port = JobsApiClient(url)
     if dry_run:
-        say(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
+        narrate(f"Run {run_id} would be submitted to {url} and stored in {spec.storage}. Nothing was started.")
         return run_id, ""
     job_id, refused = send(port, job, run_id, overrides, write)
     if refused is not None:
         raise typer.Exit(refused)
-    say(f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is.")
+    narrate(
+        f"Run {run_id} is submitted as job {job_id}. `orchestrator status {run_id} --address {url}` shows where it is."
+    )
     return run_id, job_id
 
 
@@ -80,7 +82,7 @@ def run_by_url(url: str, job: Path, name: str | None, overrides: list[str]) -> N
     try:
         code = JobsApiClient(url).follow(job_id, lambda line: None if line == BEGUN else write(line))
     except KeyboardInterrupt:
-        say(f"Detached; run {run_id} goes on. `orchestrator stop {run_id} --address {url}` ends it.")
+        narrate(f"Detached; run {run_id} goes on. `orchestrator stop {run_id} --address {url}` ends it.")
         raise typer.Exit(101) from None
     raise typer.Exit(code)
 

@@ -11,7 +11,7 @@ import typer
 
 from orchestrator.cli.commands.remote import run_by_url, submit_by_url
 from orchestrator.cli.terminal.options import RUNS, Address, JobFile, Name, Output, Range, Set, Timeout, overrides_of
-from orchestrator.cli.terminal.output import Format, say, show, show_json, tell_wait
+from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show, show_json
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.errors import ClusterUnreachable, OrchestratorError, UsageError
 from orchestrator.protocol.codec import to_plain
@@ -64,10 +64,10 @@ def run(
     spec = check_job(job, name, overrides)  # before connecting to a cluster or starting one
     with _cluster(spec, None if local else address, keep_cluster or detach) as place:
         client = OrchestratorClient(place.address)
-        run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=tell_wait)
-        say(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
+        run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=narrate_wait)
+        narrate(f"Run {run_id} is submitted, its files are in {client.get(run_id).run_dir}. Ctrl-C detaches.")
         if detach:
-            say(_detached(run_id))
+            narrate(_detached(run_id))
             return
         live = LiveProgress()
         victims = [kill_at] if kill_at is not None else []
@@ -84,7 +84,7 @@ def run(
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only truncate the messages
             live.close()
             place.keep = True
-            say(_detached(run_id))
+            narrate(_detached(run_id))
             raise typer.Exit(101) from None
         except ClusterUnreachable as error:
             live.close()
@@ -118,7 +118,7 @@ def _cluster(spec: JobSpec, address: str | None, keep: bool) -> Iterator[_Place]
     started = local.up(max(default_cpus(), logical_cpus(spec)))
     place = _Place(started.record.address, keep or not started.fresh)
     if started.fresh:
-        say(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
+        narrate(f"Started Ray on this machine ({started.record.num_cpus} logical CPUs).")
     try:
         yield place
     finally:
@@ -133,20 +133,20 @@ def _end_cluster(address: str) -> None:
     from orchestrator.cluster.connection import disconnect
 
     if local.status() is None:
-        say("The Ray that was started has ended.")
+        narrate("The Ray that was started has ended.")
         return
     try:
         active = active_runs(address)
     except OrchestratorError as error:
-        say(f"The local cluster stays up: it can't list its runs: {error} End it with `orchestrator cluster down`.")
+        narrate(f"The local cluster stays up: it can't list its runs: {error} End it with `orchestrator cluster down`.")
         return
     finally:
         disconnect()
     if active:
-        say(f"The local cluster stays up for {', '.join(active)}.")
+        narrate(f"The local cluster stays up for {', '.join(active)}.")
     else:
         local.down()
-        say("Stopped the Ray that was started.")
+        narrate("Stopped the Ray that was started.")
 
 
 def logical_cpus(spec: JobSpec) -> int:

@@ -21,7 +21,7 @@ from orchestrator.cli.terminal.options import (
     Watch,
     overrides_of,
 )
-from orchestrator.cli.terminal.output import Format, say, show, show_json, show_line, show_table, tell_wait
+from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show, show_json, show_line, show_table
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.protocol.codec import to_plain
 
@@ -47,13 +47,13 @@ def submit(
     spec = check_job(job, name, overrides)  # before connecting to a cluster
     client = OrchestratorClient(address)
     if dry_run:
-        say(
+        narrate(
             f"Run {spec.name} would be submitted to {client.address} and stored in {spec.storage}. Nothing was started."
         )
         show_name(spec.name, output)
         return
-    run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=tell_wait)
-    say(f"Run {run_id} is submitted. Follow it with `orchestrator logs {run_id} -f`.")
+    run_id = client.submit(job, name=name, overrides=overrides, timeout_s=timeout, on_wait=narrate_wait)
+    narrate(f"Run {run_id} is submitted. Follow it with `orchestrator logs {run_id} -f`.")
     show_name(run_id, output)
 
 

@@ -20,7 +20,7 @@ from orchestrator.cli.terminal.options import (
     Yes,
     confirm,
 )
-from orchestrator.cli.terminal.output import Format, say, show_json, tell_wait
+from orchestrator.cli.terminal.output import Format, narrate, narrate_wait, show_json
 from orchestrator.errors import UsageError
 from orchestrator.protocol.codec import to_plain
 from orchestrator.protocol.messages import DesiredRunState
@@ -45,14 +45,14 @@ def scale(
     client = OrchestratorClient(address)
     target = client.scale(run, size)
     if size is None:
-        say(f"The job's autoscale decides the number of workers of run {run} from now on.")
+        narrate(f"The job's autoscale decides the number of workers of run {run} from now on.")
         _show_target(run, target, output)
         return
     asked = counted(size, "worker")
     if client.get(run).workers_now == size:
-        say(f"Run {run} has {asked} and goes on with them.")
+        narrate(f"Run {run} has {asked} and goes on with them.")
     else:
-        say(f"Run {run} will go on with {asked} as soon as they are ready.")
+        narrate(f"Run {run} will go on with {asked} as soon as they are ready.")
     _show_target(run, target, output)
 
 
@@ -61,7 +61,7 @@ def pause(run: RunId, address: Address = None, output: Output = Format.TEXT) -> 
     from orchestrator.client import OrchestratorClient
 
     target = OrchestratorClient(address).pause(run)
-    say(f"Run {run} pauses after its current step. `orchestrator resume {run}` lets it go on.")
+    narrate(f"Run {run} pauses after its current step. `orchestrator resume {run}` lets it go on.")
     _show_target(run, target, output)
 
 
@@ -94,9 +94,9 @@ def resume(
         workers=workers,
         reset_residuals=reset_residuals,
         timeout_s=timeout,
-        on_wait=tell_wait,
+        on_wait=narrate_wait,
     )
-    say(f"Run {run} goes on. Follow it with `orchestrator logs {run} -f`.")
+    narrate(f"Run {run} goes on. Follow it with `orchestrator logs {run} -f`.")
     show_name(run, output)
 
 
@@ -105,7 +105,7 @@ def stop(run: RunId, address: Address = None, output: Output = Format.TEXT) -> N
     from orchestrator.client import OrchestratorClient
 
     target = OrchestratorClient(address).stop(run)
-    say(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
+    narrate(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
     _show_target(run, target, output)
 
 
@@ -127,7 +127,7 @@ def remove(
     what = " and its MLflow run" if tracking else ""
     confirm(f"Remove run {run} ({status.phase}, {status.step} of {status.steps} steps), {status.run_dir}{what}?", yes)
     directory = place.remove(tracking)
-    say(f"Run {run} is removed{what}: {directory}.")
+    narrate(f"Run {run} is removed{what}: {directory}.")
     if output is Format.JSON:
         show_json(to_plain(RemovedRun(run, directory)))
 
@@ -144,7 +144,7 @@ def set_value(
 
     wanted = priority_of(change)  # before connecting to a cluster
     priority = OrchestratorClient(address).set_priority(run, wanted)
-    say(f"Run {run} has priority {priority} from now on; `orchestrator ls` shows those of all runs.")
+    narrate(f"Run {run} has priority {priority} from now on; `orchestrator ls` shows those of all runs.")
     if output is Format.JSON:
         show_json(to_plain(ChangedPriority(run, priority)))
 
@@ -161,7 +161,7 @@ def set_stage(
 
     target = OrchestratorClient(address).stage(run, name)
     which = "the next stage" if name == "next" else f"stage {name}"
-    say(f"Run {run} will go on to {which} in some steps, on all workers at the same one.")
+    narrate(f"Run {run} will go on to {which} in some steps, on all workers at the same one.")
     _show_target(run, target, output)
 
 
@@ -186,7 +186,7 @@ def kill_worker(
     from orchestrator.client import OrchestratorClient
 
     worker = OrchestratorClient(address).kill_worker(run, rank)
-    say(f"Worker {worker} of run {run} is killed. `orchestrator events {run}` shows what follows.")
+    narrate(f"Worker {worker} of run {run} is killed. `orchestrator events {run}` shows what follows.")
     if output is Format.JSON:
         show_json(to_plain(KilledWorker(run, worker)))
 

@@ -7,7 +7,7 @@ import typer
 
 from orchestrator.cli.terminal.format import counted
 from orchestrator.cli.terminal.options import GROUPS, Address, RunId, Storage
-from orchestrator.cli.terminal.output import say, show
+from orchestrator.cli.terminal.output import narrate, show
 from orchestrator.errors import NotFinished, UsageError
 
 app = typer.Typer(no_args_is_help=True, help="MLflow: its pages, and what it lacks.")
@@ -38,17 +38,17 @@ def ui(
     place = (storage or Path("runs")).absolute()
     uri = uri or _uri_of(run, storage, address, place)
     if uri.startswith("http"):
-        say("A server has these runs already.")
+        narrate("A server has these runs already.")
         show(uri)
         return
     try:
         artifacts = str(place / "mlflow-artifacts")
         with MlflowServer(uri, host=host, port=port, artifacts=artifacts, names=names or ()) as server:
             show(server.url)
-            say("Ctrl-C ends it.")
+            narrate("Ctrl-C ends it.")
             server.wait()
     except KeyboardInterrupt:
-        say("The pages are gone; nothing is left behind.")
+        narrate("The pages are gone; nothing is left behind.")
 
 
 def _uri_of(run: str | None, storage: Path | None, address: str | None, place: Path) -> str:
@@ -82,7 +82,7 @@ def sync(
 
     run_dir = find_run(run, storage, address).files.run_dir
     waiting = waits_for_delivery(run_dir)
-    say(f"{counted(waiting, 'item')} of run {run} waiting for MLflow; checking what else it lacks.")
+    narrate(f"{counted(waiting, 'item')} of run {run} waiting for MLflow; checking what else it lacks.")
     state = deliver(run_dir, timeout)
     if state["waiting"]:
         raise NotFinished(
@@ -90,7 +90,7 @@ def sync(
             remedy=f"`orchestrator tracking sync {run}` tries again.",
             unchanged=f"What waits is kept in {run_dir / 'tracking'}.",
         )
-    say("MLflow has everything.")
+    narrate("MLflow has everything.")
     show(state["url"])
 
 

@@ -26,14 +26,14 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def say(text: str) -> None:
+def narrate(text: str) -> None:
     """Print a message to stderr."""
     stderr().print(escape(text))
 
 
-def tell_wait(error: JobDoesNotFit) -> None:
+def narrate_wait(error: JobDoesNotFit) -> None:
     """Print what a submission waits for."""
-    say(f"Waiting for room: {error.message}.")
+    narrate(f"Waiting for room: {error.message}.")
 
 
 def show(text: str) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.cli.terminal.output import say
+from orchestrator.cli.terminal.output import narrate
 from orchestrator.client import OrchestratorClient
 from orchestrator.cluster.jobs_api import is_url
 from orchestrator.errors import ClusterUnreachable, NotFinished, NotFound, OrchestratorError, UsageError, nearest
@@ -101,7 +101,7 @@ def find_runs(storage: Path | None, address: str | None) -> Callable[[], tuple[R
     except ClusterUnreachable:
         if address is not None or not runs_in(DEFAULT_STORAGE):
             raise
-        say(f"There is no cluster; these are the runs in {DEFAULT_STORAGE.absolute()}.")
+        narrate(f"There is no cluster; these are the runs in {DEFAULT_STORAGE.absolute()}.")
         return lambda: _runs_in_storage(DEFAULT_STORAGE)
 
 
@@ -112,5 +112,5 @@ def _runs_in_storage(storage: Path) -> tuple[RunStatus, ...]:
         try:
             found.append(RunFiles(run_dir_in(storage, run_id)).status())
         except (OSError, ValueError, OrchestratorError) as error:
-            say(f"Run {run_id} is left out: its records can't be read: {error}")
+            narrate(f"Run {run_id} is left out: its records can't be read: {error}")
     return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
