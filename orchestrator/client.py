@@ -153,9 +153,13 @@ class OrchestratorClient:
         """
         return self._ask(Scheduler.kill_worker, run_id, rank)
 
-    def stop(self, run_id: str) -> DesiredRunState:
-        """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound."""
-        return self._ask(Scheduler.stop, run_id)
+    def stop(self, run_id: str, *, now: bool = False) -> DesiredRunState:
+        """Request an early end with a checkpoint. Raises UsageError if the run has ended, NotFound.
+
+        Args:
+            now: end it without a checkpoint; steps after its newest one are lost.
+        """
+        return self._ask(Scheduler.stop, run_id, "stopped", now)
 
     def pause(self, run_id: str) -> DesiredRunState:
         """Request a checkpoint and the release of the run's resources; `resume` continues it. Raises as `stop`."""

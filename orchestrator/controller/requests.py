@@ -92,7 +92,8 @@ class PendingRequests:
                 raise NotFinished(f"run {self._run_id} has not journalled its grant yet", remedy=LATER)
 
     def _refuse_ending(self, finish: FinishMode) -> None:
-        if self._memory.state.outcome is not None or self.newest.finish not in (FinishMode.NO, finish):
+        is_other = self.newest.finish not in (FinishMode.NO, finish) and finish is not FinishMode.STOP_NOW
+        if self._memory.state.outcome is not None or is_other:
             raise UsageError(f"run {self._run_id} is ending", unchanged="Nothing was changed.")
 
     def turned(self) -> None:

@@ -12,7 +12,7 @@ from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.worker_report import Phase, ShardWritten
 
 MAX_FAILED_SPAWNS = 3  # in a row
-OUTCOMES = {FinishMode.STOP: RunPhase.STOPPED, FinishMode.PAUSE: RunPhase.PAUSED}
+OUTCOMES = {FinishMode.STOP: RunPhase.STOPPED, FinishMode.STOP_NOW: RunPhase.STOPPED, FinishMode.PAUSE: RunPhase.PAUSED}
 
 
 def fail_run(limits: RunLimits, state: RunState, seen: Observation) -> Decision:
@@ -38,8 +38,14 @@ def ask_finish(limits: RunLimits, state: RunState, seen: Observation) -> Decisio
     A preempted run stops in the same way, to resume later.
 
     Behind a raised fence the transition is finished first, as it can't be undone. The run ends at once where no live
-    workers hold a whole state and checkpoints can't be read.
+    workers hold a whole state and checkpoints can't be read, or if it was asked to: then without a checkpoint.
     """
+    if state.target.finish is FinishMode.STOP_NOW and state.current is not None:
+        newest = f"the newest one is of step {state.checkpoint_done}" if state.checkpoint_done >= 0 else "there is none"
+        why = (
+            f"{state.target.reason}, after {seen.progress.watermark + 1} of {limits.steps} steps, without a checkpoint"
+        )
+        return ended(state, RunPhase.STOPPED, f"{why}: {newest}")
     is_lost = state.wants_restore and bool(seen.unreadable)
     if state.target.finish is not FinishMode.NO and (state.current is None or is_lost):
         outcome = OUTCOMES[state.target.finish]

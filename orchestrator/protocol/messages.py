@@ -14,10 +14,11 @@ from orchestrator.sampling.micro_batches import UNSAID, MicroBatchSize
 
 
 class FinishMode(StrEnum):
-    """Requested end of a run before its last step."""
+    """Requested end of a run before its last step. All but `STOP_NOW` write a checkpoint."""
 
     NO = "no"
     STOP = "stop"
+    STOP_NOW = "stop_now"
     PAUSE = "pause"
 
 

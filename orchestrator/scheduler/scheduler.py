@@ -185,9 +185,10 @@ class Scheduler:
         self._autoscaler.stir()
         return changed
 
-    def stop(self, run_id: str, reason: str = "stopped") -> DesiredRunState:
-        """Request the run's end, with a checkpoint. Raises UsageError if it has ended; NotFound."""
-        return self._forward(run_id, RunController.finish, FinishMode.STOP, reason)
+    def stop(self, run_id: str, reason: str = "stopped", now: bool = False) -> DesiredRunState:
+        """Request the run's end, with a checkpoint unless `now`. Raises UsageError if it has ended; NotFound."""
+        how = FinishMode.STOP_NOW if now else FinishMode.STOP
+        return self._forward(run_id, RunController.finish, how, reason)
 
     def pause(self, run_id: str, reason: str = "paused") -> DesiredRunState:
         """Request the run's end, with a checkpoint, to be resumed later. Raises as `stop` does."""

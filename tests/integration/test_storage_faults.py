@@ -82,3 +82,17 @@ def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(text
         assert status.phase is RunPhase.CANCELLED and status.recoveries == (), status
         assert status.checkpoint_step == status.step - 1 and status.step > full.step
         assert _tensors(status)
+
+
+def test_a_run_on_a_full_disk_can_be_stopped_at_once(texts: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
+        run = _submit(client, texts, "given-up", disk / "runs", steps=5000)
+        until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
+        fill(disk)
+        until(client, run, lambda s: "can't be written" in str(s.warning))
+        client.stop(run)
+        client.stop(run, now=True)
+        status = client.wait(run, timeout_s=60.0)
+        assert status.phase is RunPhase.STOPPED, status
+        assert "without a checkpoint: the newest one is of step" in status.why
+        assert status.checkpoint_step is not None and status.checkpoint_step < status.step - 1 and _tensors(status)

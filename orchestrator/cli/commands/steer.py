@@ -100,12 +100,22 @@ def resume(
     show_name(run, output)
 
 
-def stop(run: RunId, address: Address = None, output: Output = Format.TEXT) -> None:
+def stop(
+    run: RunId,
+    now: Annotated[
+        bool, typer.Option("--now", help="Write no checkpoint: steps after the newest one are lost.")
+    ] = False,
+    address: Address = None,
+    output: Output = Format.TEXT,
+) -> None:
     """End a run early. If it has trained, it writes a checkpoint first."""
     from orchestrator.client import OrchestratorClient
 
-    target = OrchestratorClient(address).stop(run)
-    narrate(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
+    target = OrchestratorClient(address).stop(run, now=now)
+    if now:
+        narrate(f"Run {run} ends at once, without a checkpoint.")
+    else:
+        narrate(f"Run {run} ends after its current step, with a checkpoint if it has trained.")
     _show_target(run, target, output)
 
 

@@ -156,8 +156,8 @@ class Life:
     def scale(self, workers: int) -> None:
         self.target = DesiredRunState(seq=self.target.seq + 1, workers=workers)
 
-    def stop_run(self) -> None:
-        self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=FinishMode.STOP)
+    def stop_run(self, how: FinishMode = FinishMode.STOP) -> None:
+        self.target = DesiredRunState(seq=self.target.seq + 1, workers=self.target.workers, finish=how)
 
     def kill(self, worker: str) -> None:
         """It is gone at once; peers that train or move with it notice."""

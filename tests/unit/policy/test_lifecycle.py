@@ -335,6 +335,18 @@ def test_stop_ends_with_a_checkpoint() -> None:
     assert life.committed == life.step < 29
 
 
+def test_stop_now_ends_without_a_checkpoint_also_when_it_is_ending_already() -> None:
+    life = Life(limits_of(steps=30))
+    life.run_until(lambda: life.step == 4)
+    life.stop_run()
+    life.tick()
+    assert life.state.outcome is None and life.state.finish is FinishMode.STOP
+    life.stop_run(FinishMode.STOP_NOW)
+    life.tick()
+    assert life.state.outcome is RunPhase.STOPPED and life.state.worker_group == ()
+    assert "without a checkpoint: there is none" in life.state.why
+
+
 def test_stop_before_the_first_step_ends_at_once() -> None:
     life = Life(limits_of())
     life.run_until(lambda: life.state.next is not None)
