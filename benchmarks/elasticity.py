@@ -131,7 +131,7 @@ def drain(hosts: Hosts, live: HostedRun, index: int) -> Drain:
     noticed = hosts.drain(index, DEADLINE_S) - DEADLINE_S
 
     def is_left() -> bool:
-        return not any(_name(process).startswith("ray::Host") for process in hosts.processes(index))
+        return not any(_name(process).startswith("ray::worker") for process in hosts.processes(index))
 
     until(is_left, PATIENCE_S, f"the run to leave host {index}")
     off_s = time.time() - noticed

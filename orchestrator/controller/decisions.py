@@ -46,10 +46,15 @@ class DecisionMaker:
         for entry in self._memory.decided(decision.state, events):
             self._recorder.publish(entry)
         for action in decision.actions:
-            if isinstance(action, Commit):
-                self._commit(action)
-            elif isinstance(action, KillWorker):
+            if isinstance(action, KillWorker):
                 self._worker_group.kill(action.worker)
+        commits = [action for action in decision.actions if isinstance(action, Commit)]
+        if not commits:
+            self._checkpoints.trouble = ""  # what was refused is no longer to be committed
+        for commit in commits:
+            self._commit(commit)
+        if any(report.unsaved for report in seen.reports.values()):
+            self._checkpoints.make_room()
         if decision.state.outcome is None:  # else the loop ends the workers, once their last records are read
             self._direct(decision.state, seen)
         self._requests.turned()

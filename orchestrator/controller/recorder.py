@@ -49,7 +49,7 @@ class StepRecorder:
         self._tracker, self._exporter = tracker, exporter
         self._asked_s = 0.0  # when records were last requested; inf while a request is open
         self._numerics: dict[str, str] = {}  # by worker, as journalled
-        self._tracking_fails = self._storage_fails = False  # as journalled
+        self._tracking_fails, self._storage_fails = False, run.memory.storage_fails  # as journalled
 
     def ask(self, seen: Observation, now_s: float) -> None:
         """Request records at intervals, and at once when a checkpoint waits for them."""

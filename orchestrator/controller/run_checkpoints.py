@@ -1,15 +1,22 @@
 """Checkpoints of a run for its controller: the newest one, the one to restore, commits and deletions."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.errors import OrchestratorError, TermSuperseded
 from orchestrator.policy.state.run_state import Commit
 from orchestrator.protocol.messages import Restore
-from orchestrator.run_records.checkpoints import CheckpointFinder, commit_checkpoint, drop_old_checkpoints
+from orchestrator.run_records.checkpoints import (
+    CheckpointFinder,
+    commit_checkpoint,
+    discard_unfinished,
+    drop_old_checkpoints,
+)
 
 COMMIT_AGAIN_S = 1.0  # until a refused commit is repeated
+ROOM_AGAIN_S = 5.0  # between two looks for what may be deleted
 
 
 class RunCheckpoints:
@@ -19,7 +26,7 @@ class RunCheckpoints:
         self._run, self._memory = run, run.memory
         self._finder = CheckpointFinder(run.run_dir)
         self._faults: list[str] = []
-        self._refused_s = -COMMIT_AGAIN_S
+        self._refused_s, self._made_room_s = -COMMIT_AGAIN_S, -ROOM_AGAIN_S
         self.trouble = ""  # why a checkpoint of which all parts are written isn't complete
         self.newest = run.memory.state.checkpoint_done  # step of the newest complete checkpoint; -1 for none
 
@@ -56,6 +63,14 @@ class RunCheckpoints:
             return None
         self.trouble = ""
         return path
+
+    def make_room(self) -> None:
+        """Delete what no checkpoint needs any more, at intervals, while storage refuses some rank's part."""
+        if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
+            self._made_room_s = time.monotonic()
+            plans = (self._memory.state.previous, self._memory.state.current, self._memory.state.next)
+            with suppress(OSError):
+                discard_unfinished(self._run.run_dir, {(p.term, p.generation) for p in plans if p is not None})
 
     def drop_old(self) -> tuple[int, ...]:
         """Delete checkpoints that the job doesn't keep. Returns their steps."""

@@ -13,7 +13,7 @@ from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import ResumeRequest
 from orchestrator.run_records.checkpoints import leave_behind
-from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, retry_until_written
+from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, open_journal, retry_until_written
 from orchestrator.spec.job import JobSpec
 
 
@@ -41,7 +41,8 @@ def open_run(run_id: str, run_dir: Path, order: ResumeRequest | None, since_s: f
     job = JobSpec.model_validate_json(retry_until_written((run_dir / "job.json").read_text))
     limits = RunLimits.of(run_id, job)
     holder = f"{socket.gethostname()} pid {os.getpid()}"
-    memory = retry_until_written(lambda: JournaledRun(run_dir, limits, holder))
+    journal = retry_until_written(lambda: open_journal(run_dir, holder))
+    memory = retry_until_written(lambda: JournaledRun(run_dir, limits, journal))
     run = OpenedRun(run_id, run_dir, job, limits, memory)
     if order is not None and order.token != memory.resumed_by:
         retry_until_written(lambda: _resume(run, order, since_s))

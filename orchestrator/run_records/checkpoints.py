@@ -3,10 +3,11 @@
 import errno
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from orchestrator.checkpoint.manifest import manifest_of, parse_step_name, step_name
+from orchestrator.checkpoint.manifest import manifest_of, parse_incomplete_name, parse_step_name, step_name
 from orchestrator.checkpoint.read import CheckpointReader, list_steps, prune, set_aside
 from orchestrator.checkpoint.retention import best_checkpoints
 from orchestrator.checkpoint.write import commit
@@ -63,6 +64,17 @@ def drop_old_checkpoints(
     if dropped:
         log.info("deleted %s", ", ".join(path.name for path in dropped))
     return tuple(step for path in dropped if (step := parse_step_name(path.name)) is not None)
+
+
+def discard_unfinished(run_dir: Path, keep: Collection[tuple[int, int]]) -> None:
+    """Delete parts of checkpoints that were never completed, but for those of the (term, generation) in `keep`. What
+    can't be deleted stays."""
+    checkpoints = run_dir / DIRECTORY
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        unfinished = parse_incomplete_name(path.name)
+        if unfinished is not None and unfinished[1:] not in keep:
+            log.info("deleting %s, which can't be completed any more", path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class CheckpointFinder:

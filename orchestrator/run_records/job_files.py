@@ -7,20 +7,22 @@ from orchestrator.errors import NotFound, UsageError
 from orchestrator.run_records.run_history import storage_error
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.directory import DirectoryObjects
 
 
 def write_job(directory: Path, job_json: str, job_text: str) -> None:
     """Create a run's directory with its job, resolved and as its user wrote it; on a StorageError nothing is left."""
-    files = {directory / "job.yaml": job_text, directory / "job.json": job_json}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for path, text in files.items():
-            write_atomically(path, text)
-    except OSError as error:
+        write_atomically(directory / "job.yaml", job_text)
+        DirectoryObjects(directory).create("job.json", job_json.encode())  # as the journal's entries will be
+    except (OSError, UsageError) as error:
         with suppress(OSError):  # the name must not be taken by a run that never began
-            for path in files:
-                path.unlink(missing_ok=True)
+            for name in ("job.yaml", "job.json"):
+                (directory / name).unlink(missing_ok=True)
             directory.rmdir()
+        if isinstance(error, UsageError):
+            raise
         raise storage_error(error, directory) from error
 
 

@@ -21,7 +21,13 @@ from orchestrator.policy.state.progress import Progress, absorb, stages_begun
 from orchestrator.policy.state.run_state import RunState, StateDecided
 from orchestrator.protocol.codec import from_plain
 from orchestrator.protocol.events.base import Event, JournalEntry, is_internal, plain_of
-from orchestrator.protocol.events.notices import GradientSaturated, NumericsDiffer, NumericsRecorded
+from orchestrator.protocol.events.notices import (
+    GradientSaturated,
+    NumericsDiffer,
+    NumericsRecorded,
+    StorageFails,
+    StorageWorks,
+)
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Ended, Resumed
 from orchestrator.protocol.events.training import StageBegan, StepsCommitted
@@ -59,6 +65,7 @@ class RunHistory:
         self.saturated: set[tuple[str, int]] = set()  # worker and step, as they were reported
         self.troubles = Troubles()  # of its experts
         self.resumed_by = ""  # token of the newest request to resume
+        self.storage_fails = False  # by the newest event
         for entry in read_entries(run_dir):
             self._recall(entry)
 
@@ -79,6 +86,8 @@ class RunHistory:
                 self.saturated.add((worker, step))
             case Resumed():
                 self._go_back(entry.seq, entry.event)
+            case StorageFails() | StorageWorks():
+                self.storage_fails = isinstance(entry.event, StorageFails)
             case event:
                 self.troubles = self.troubles.after(event)
 
@@ -111,12 +120,12 @@ class JournaledRun(RunHistory):
 
     Args:
         run_dir: the run's directory in run storage.
-        holder: who takes the next term of the run, for people that read the journal.
+        journal: by `open_journal`; None for one that takes the next term now.
     """
 
-    def __init__(self, run_dir: Path, limits: RunLimits, holder: str = "") -> None:
+    def __init__(self, run_dir: Path, limits: RunLimits, journal: Journal | None = None) -> None:
         self.trouble: str | None = None
-        self._journal = Journal(DirectoryObjects(run_dir), holder)
+        self._journal = journal or open_journal(run_dir)
         self.term = self._journal.term
         self._reserve = SpaceReserve(run_dir)
         self._reserve.tend()
@@ -196,12 +205,30 @@ class JournaledRun(RunHistory):
         self.trouble = None
 
 
+def open_journal(run_dir: Path, holder: str = "") -> Journal:
+    """Take the next term of a run; on a full file system, in the space that was kept for its journal.
+
+    Args:
+        holder: who takes it, for people that read the journal.
+    """
+    try:
+        return Journal(DirectoryObjects(run_dir), holder)
+    except OSError as error:
+        if error.errno not in FULL or not SpaceReserve(run_dir).give_up():
+            raise
+        return Journal(DirectoryObjects(run_dir), holder)
+
+
 def retry_until_written(write: Callable[[], T]) -> T:
     """The result of `write`, retried until storage works: for writes without which the run can't continue."""
+    refused = ""
     while True:
         try:
             return write()
-        except (StorageError, OSError):
+        except (StorageError, OSError) as error:
+            if str(error) != refused:
+                log.error("tried again until it succeeds: %s", error)
+            refused = str(error)
             time.sleep(WRITE_AGAIN_S)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import UsageError
 from orchestrator.storage.atomic import create_atomically, flush
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -28,10 +28,11 @@ class DirectoryObjects:
             path.parent.mkdir(parents=True, exist_ok=True)
             create_atomically(path, data)
         except FileExistsError:
+            flush(path.parent)
             return path.read_bytes()
         except OSError as error:
             if error.filename2 is not None and error.errno in _NO_HARD_LINKS:
-                raise StorageError(
+                raise UsageError(
                     f"{path.parent} is on a file system without hard links ({error.strerror}): it can't create a file "
                     "only if its name is free",
                     remedy="Name run storage on another file system.",

@@ -148,7 +148,10 @@ def newest_term(run_dir: Path) -> int:
 
 def has_journal(run_dir: Path) -> bool:
     """Whether any controller has taken a term of this run. Reads no entry."""
-    return bool(_numbers(DirectoryObjects(run_dir)))
+    try:
+        return bool(_numbers(DirectoryObjects(run_dir)))
+    except NotADirectoryError:
+        return False
 
 
 def key_of(number: int) -> str:

@@ -22,7 +22,7 @@ class Objects(Protocol):
 
         Raises:
             OSError: nothing is there, and `data` could not be stored; or it is not known which.
-            StorageError: this storage can't create an object conditionally.
+            UsageError: this storage can't create an object conditionally.
         """
         ...
 

@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-RESERVE_BYTES = 4 * 2**20  # hours of a journal
+RESERVE_BYTES = 4 * 2**20  # about 1,000 entries of a journal, each a file
 TAKE_AGAIN_S = 5.0
 ROOM = 4  # reserves that must be free before one is taken again: the run's checkpoints come first
 FULL = (errno.ENOSPC, errno.EDQUOT)

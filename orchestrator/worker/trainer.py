@@ -124,6 +124,7 @@ class Trainer:
 
     def _train(self, live: LiveShard) -> WorkerState:
         """Train to the fence of the next generation, or to the end of the run."""
+        prepared: PreparedTransition | None = None
         try:
             self._abort_handle.begin(live.generation)
             prepared = self._loop.train(live)
@@ -133,6 +134,8 @@ class Trainer:
             rescaling = self._begin_rescale(prepared)
             self._hold(live)
         except Exception as error:
+            if prepared is not None:
+                prepared.close()
             return self._interrupt(live, error)
         return rescaling
 
@@ -232,6 +235,7 @@ class Trainer:
             log.info("generation %d begins after step %d", plan.generation, self._mailbox.state.step)
             return Training(self._loop.live(ready.shard))
         self._abort_handle.end()
+        gc.collect()  # the old shard, before anybody counts on its memory
         self._mailbox.publish(phase=Phase.STANDBY, generation=-1, holdings=self._snapshots.holdings())
         return Standby()
 

@@ -105,7 +105,8 @@ class TrainingLoop:
         self._snapshots.take(shard, position.progress)
         self._mailbox.publish(phase=Phase.TRAINING, generation=live.generation, holdings=())
         hooks = TrainingHooks(live, self._mailbox, self._preparer, self._snapshots, position, self._saver, self._timer)
-        self._timer.begin()
+        self._timer.begin(position.step)
+        self._saver.begin(live.generation)
         while position.step + 1 < self._spec.train.max_steps:
             outcome = self._step(live, hooks)
             if self._timer.due(position.step, outcome.checkpoint):
@@ -118,13 +119,16 @@ class TrainingLoop:
 
     def _save(self, shard: Shard, is_late: bool) -> None:
         """Write a checkpoint, unless storage has not yet taken an earlier one from all ranks."""
-        if is_late or not self._saver.save(shard, self._position.progress):
+        if is_late:
             log.warning("no checkpoint of step %d: an earlier one is not written yet", self._position.step)
+        else:
+            self._timer.restart()
+            self._saver.save(shard, self._position.progress)
 
     def finish(self, live: LiveShard) -> None:
         """Write the last checkpoint and wait until it is marked: if a worker fails before, the step isn't safe."""
         step = self._position.step
-        self._saver.save(live.shard, self._position.progress, is_last=True)
+        self._saver.save(live.shard, self._position.progress)
         while not self._saver.wait(SAVED_EVERY_S):
             if self._mailbox.directive.aborted >= live.generation:
                 raise AbortedGeneration(

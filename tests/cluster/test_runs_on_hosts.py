@@ -284,7 +284,7 @@ def test_a_worker_that_was_cut_off_comes_back_ends_and_has_written_nothing(
     checkpoint = plain.checkpoint.model_copy(update={"every": 2, "keep_last": None})
     run = _trained_a_little(driver, plain.model_copy(update={"checkpoint": checkpoint}))
     index, (worker,) = _fullest(hosts, driver)
-    (outcast,) = [process for process in hosts.processes(index) if process.name().startswith("ray::Host")]
+    (outcast,) = [process for process in hosts.processes(index) if process.name().startswith("ray::worker")]
     lost_time = time.time()
     hosts.cut(index)
     _goes_on_without(driver, run, (worker,), lost_time)

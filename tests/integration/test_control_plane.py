@@ -22,7 +22,7 @@ from tests.support.control import PATIENCE_S, UNHURRIED, Cluster, local_ray
 
 pytestmark = pytest.mark.ray
 
-TITLES = {SCHEDULER: "ray::Scheduler", "controller": "ray::RunController"}  # these aren't hosted
+TITLES = {SCHEDULER: "ray::scheduler", "controller": "ray::controller {run}"}  # these aren't hosted
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +39,7 @@ def on(tmp_path: Path) -> Cluster:
 def _pid(on: Cluster, run: str, victim: str) -> int:
     if (title := TITLES.get(victim)) is None:
         return on.pid_of(f"{run}/{victim}")
-    (process,) = [p for p in psutil.Process().children(recursive=True) if _title(p).startswith(title)]
+    (process,) = [p for p in psutil.Process().children(recursive=True) if _title(p).startswith(title.format(run=run))]
     return process.pid
 
 

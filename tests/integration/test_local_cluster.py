@@ -144,7 +144,7 @@ def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.
     def broken(*_: object) -> list[str]:
         return [sys.executable, "-c", "raise SystemExit('no room')"]
 
-    monkeypatch.setattr(local, "_head_command", broken)
+    monkeypatch.setattr(local, "head_command", broken)
     with pytest.raises(local.ClusterUnreachable, match="no room"):
         local.up(2)
     assert local.status() is None

@@ -72,7 +72,7 @@ def test_state_is_read_bit_by_bit_at_any_world_size(
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_what_was_not_sent_goes_on_at_any_world_size(texts: Path, store_dir: Path, tmp_path: Path, size: int) -> None:
     restore, _ = _saved(texts, store_dir, tmp_path / "first", 3, compression="topk")
-    job = _job(texts, "topk", steps=SAVED + 1)
+    job = _job(texts, "topk", max_steps=SAVED + 1)
     with Crew(job, store_dir, tmp_path / "second", size=size) as worker_group:
         _train(worker_group, restore)  # nothing is left to do: it writes what it has read
         again = _commit(worker_group, SAVED)

@@ -10,6 +10,7 @@ A part gets its name by a rename when it is whole. Its footer has a digest of it
 a part of another corpus, tokenizer or signal, or a damaged one, is made again. No store has any of these names.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,10 +18,11 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +35,7 @@ from orchestrator.storage.atomic import new_directory, replacing
 
 FOOTER_LENGTH_BYTES = 8
 READ_BYTES = 1 << 20
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,18 @@ def _footer(file: BinaryIO) -> tuple[Footer | None, int]:
     return from_plain(Footer, json.loads(file.read(length))), end - length
 
 
+@contextmanager
+def _locked(directory: Path, waits: bool) -> Iterator[None]:
+    """Hold the lock of a directory, which is created. Whoever held it before may have removed both meanwhile."""
+    while True:
+        directory.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError), (directory / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(lock.fileno()), (directory / "lock").stat()):
+                yield
+                return
+
+
 class Parts:
     """The parts of one store, from `Parts.held`."""
 
@@ -134,18 +149,22 @@ class Parts:
     @contextmanager
     def held(cls, final: Path, waits: bool = False) -> Iterator["Parts"]:
         """The parts of the store `final`, locked for this process. `waits`: until another one that prepares it has
-        ended; else that raises DataError."""
+        ended; else that raises DataError. Without locks in the file system, the parts are this process's own."""
         directory = final.with_name(f".{final.name}.parts")
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "lock").open("a") as lock:
+        with ExitStack() as opened:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+                opened.enter_context(_locked(directory, waits))
             except BlockingIOError:
                 raise DataError(
                     f"another process prepares {final} now",
                     remedy="Wait for it: the store is then found.",
                     unchanged="Nothing was written.",
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                directory = directory.with_name(f"{directory.name}-{uuid4().hex}")
+                directory.mkdir()
             yield cls(directory)
 
     @property

@@ -192,8 +192,13 @@ def _release(state: RunState, seen: Observation, num_surplus: int, leaving: tupl
 
 
 def _owes_shard(state: RunState, seen: Observation, worker: str) -> bool:
+    """Whether a checkpoint that isn't complete yet needs this worker, which has written its part or still tries to."""
     report = seen.reports.get(worker)
-    return report is not None and any(shard.step > state.checkpoint_done for shard in report.shards)
+    if report is None:
+        return False
+    generations = {plan.generation for plan in (state.previous, state.current) if plan is not None}
+    pending = (s for s in report.shards if s.step > state.checkpoint_done and s.generation in generations)
+    return report.unsaved != "" or any(pending)
 
 
 def _forget_failed_spawns(state: RunState, seen: Observation) -> RunState:

@@ -14,6 +14,7 @@ from orchestrator.protocol.changes import changed, read
 from orchestrator.protocol.messages import Directive
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.protocol.worker_report import Phase, ProcessReport, Report, ShardWritten, WorkerError
+from orchestrator.worker.runtime.errors import kind_of
 
 MAX_RECORDS = 10_000  # finished steps kept while the controller is unreachable
 
@@ -103,13 +104,15 @@ class WorkerMailbox:
             self._publish(shards=(*self._report.shards[-3:], written), unsaved="")
 
     def refuse_shard(self, why: str) -> None:
-        """Report that storage refuses a shard, which is tried again. From the thread that tried."""
-        self.publish(unsaved=why)
+        """Report that storage refuses a shard, which is tried again; empty: no longer. From the thread that tried."""
+        with self._changed:
+            if why != self._report.unsaved:  # news of a worker count as progress
+                self._publish(unsaved=why)
 
     def fail_checkpoint(self, error: Exception) -> None:
         """Report that a shard could not be written. From the thread that tried."""
         message = f"a checkpoint could not be written: {error}"
-        failure = WorkerError("internal", message, "".join(traceback.format_exception(error)))
+        failure = WorkerError(kind_of(error), message, "".join(traceback.format_exception(error)))
         self.publish(phase=Phase.FAILED, error=failure)
 
     @property

@@ -19,11 +19,16 @@ class CheckpointTimer:
     def __init__(self, every: int | str, max_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._every, self._max_steps, self._clock = every, max_steps, clock
         self._since_s: float | None = None  # the newest checkpoint, or the first step here
+        self._step = -1  # the newest one that ended here
 
-    def begin(self) -> None:
-        """Start the clock, unless it runs."""
-        if self._since_s is None:
-            self._since_s = self._clock()
+    def begin(self, step: int) -> None:
+        """Start the clock, unless it runs. It runs anew for a worker that was no member when `step` ended."""
+        if self._since_s is None or step > self._step:
+            self.restart()
+
+    def restart(self) -> None:
+        """Start the clock anew: a checkpoint is being written."""
+        self._since_s = self._clock()
 
     @property
     def wanted(self) -> bool:
@@ -31,14 +36,11 @@ class CheckpointTimer:
         return self._every == AUTO and self._since_s is not None and self._clock() - self._since_s >= AUTO_S
 
     def due(self, step: int, agreed: bool) -> bool:
-        """Whether a checkpoint follows `step`. The same on all members; the clock begins anew where it does.
+        """Whether a checkpoint follows `step`. The same on all members.
 
         Args:
             agreed: result of the vote: any member wants one.
         """
-        done = step + 1
+        self._step, done = step, step + 1
         by_number = isinstance(self._every, int) and done % self._every == 0
-        if done >= self._max_steps or not (agreed or by_number):
-            return False
-        self._since_s = self._clock()
-        return True
+        return done < self._max_steps and (agreed or by_number)

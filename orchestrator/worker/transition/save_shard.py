@@ -6,6 +6,7 @@ are saved by each rank for itself: all parts together are what was never sent.
 """
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from orchestrator.checkpoint.write import ShardPiece, write_shard
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import PARTIAL
+from orchestrator.storage.reserve import RESERVE_BYTES
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
 MOMENT = "exp_avg/"
@@ -53,25 +55,30 @@ class ShardSaver:
         self._shapes, self._keeps, self._numerics = shapes, keeps, numerics
         self._checkpoints, self._done, self._refused, self._failed = checkpoints, done, refused, failed
         self._write: _Write | None = None
+        self._newest = (-1, -1)  # step and generation of the newest save
+        self._generations: tuple[int, ...] = ()  # the newest two
 
     @property
     def is_late(self) -> bool:
         """Whether a write is under way that storage has refused once, or that takes long."""
         return self._write is not None and self._write.is_late
 
-    def save(self, shard: Shard, progress: TrainingProgress, is_last: bool = False) -> bool:
-        """Copy the shard now and write it in the background. Waits for a write under way until that is late.
+    def begin(self, generation: int) -> None:
+        """Give up a write of a generation before the last one: its checkpoint can't be completed any more."""
+        self._generations = (*self._generations[-1:], generation)
+        if self._write is not None and self._newest[1] not in self._generations:
+            self._give_up(self._write)
 
-        Args:
-            is_last: the run's last shard is written in any case: a late one is given up for it.
-
-        Returns:
-            False if nothing was saved, since an earlier write is late.
+    def save(self, shard: Shard, progress: TrainingProgress) -> None:
+        """Copy the shard now and write it in the background. Waits for a write under way until that is late, and gives
+        it up then: all ranks save, or none. A repeat for the same step does nothing.
         """
+        if self._newest == (progress.step, shard.world.generation):
+            return
         if self._write is not None and not self._write.settle():
-            if not is_last:
-                return False
-            self._write.given_up.set()
+            self._give_up(self._write)
+        self._write = None  # with its copy of the shard, before the next one is made
+        self._newest = (progress.step, shard.world.generation)
         pieces = pieces_of(shard.engine.ranges(), shard.rank)
         meta = {
             **asdict(progress),
@@ -90,15 +97,20 @@ class ShardSaver:
             rank=shard.rank,
             meta=json.dumps(meta, sort_keys=True),
         )
-        self._write = _Write(attempt, self._done, self._refused, self._failed)
+        num_bytes = sum(piece.array.nbytes for piece in pieces)
+        self._write = _Write(attempt, self._checkpoints, num_bytes, self._done, self._refused, self._failed)
         self._write.start()
-        return True
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the write under way. Returns whether it has ended."""
         if self._write is not None:
             self._write.join(timeout_s)
         return self._write is None or not self._write.is_alive()
+
+    def _give_up(self, write: "_Write") -> None:
+        write.given_up.set()
+        if write.was_refused.is_set():
+            self._refused("")
 
 
 class _Write(threading.Thread):
@@ -107,19 +119,22 @@ class _Write(threading.Thread):
     def __init__(
         self,
         attempt: Callable[[], ShardWritten],
+        checkpoints: Path,
+        num_bytes: int,
         done: Callable[[ShardWritten], None],
         refused: Callable[[str], None],
         failed: Callable[[Exception], None],
     ) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self._attempt, self._done, self._refused, self._failed = attempt, done, refused, failed
+        self._checkpoints, self._num_bytes = checkpoints, num_bytes
         self._began_s = time.monotonic()
-        self._was_refused = threading.Event()
+        self.was_refused = threading.Event()
         self.given_up = threading.Event()
 
     @property
     def is_late(self) -> bool:
-        return self.is_alive() and (self._was_refused.is_set() or time.monotonic() - self._began_s > LATE_AFTER_S)
+        return self.is_alive() and (self.was_refused.is_set() or time.monotonic() - self._began_s > LATE_AFTER_S)
 
     def settle(self) -> bool:
         """Wait until the write has ended or is late. Returns whether it has ended."""
@@ -128,16 +143,33 @@ class _Write(threading.Thread):
         return not self.is_alive()
 
     def run(self) -> None:
-        while not self.given_up.is_set():
-            try:
-                return self._done(self._attempt())
-            except OSError as error:
-                self._was_refused.set()
+        try:
+            while not self.given_up.is_set() and not self._is_over():
+                self.given_up.wait(AGAIN_S)
+        finally:
+            del self._attempt  # it holds a copy of the shard
+
+    def _is_over(self) -> bool:
+        """Make one attempt. Returns whether it was the last one."""
+        try:
+            if self.was_refused.is_set() and not self._fits():
+                return False
+            written = self._attempt()
+        except OSError as error:
+            self.was_refused.set()
+            if not self.given_up.is_set():
                 self._refused(f"a checkpoint can't be written: {error.strerror or error}")
-            except Exception as error:  # of any kind: the end of the run waits for every shard
-                return self._failed(error)
-            self.given_up.wait(AGAIN_S)
-        return None
+            return False
+        except Exception as error:  # of any kind: the end of the run waits for every shard
+            self._failed(error)
+            return True
+        self._done(written)
+        return True
+
+    def _fits(self) -> bool:
+        """Whether the file system has room for the shard: an attempt without would take the last room from others."""
+        place = next(path for path in (self._checkpoints, *self._checkpoints.parents) if path.exists())
+        return shutil.disk_usage(place).free >= self._num_bytes + RESERVE_BYTES
 
 
 def pieces_of(ranges: NamedRanges, rank: int) -> list[ShardPiece]:

@@ -12,6 +12,7 @@ from orchestrator.policy.state.run_state import Observation, RunState, ended
 from orchestrator.protocol.changes import changed
 from orchestrator.protocol.events.base import Event, JournalEntry, plain_of_entry
 from orchestrator.protocol.events.generations import Activated, Rescaled
+from orchestrator.protocol.events.notices import StorageFails, StorageWorks
 from orchestrator.protocol.events.run import Ended, Submitted, TargetChanged
 from orchestrator.protocol.events.training import StageBegan
 from orchestrator.protocol.messages import Restore, ResumeRequest
@@ -215,3 +216,25 @@ def test_a_full_disk_is_journalled_in_the_reserve(tmp_path: Path, monkeypatch: p
     memory.absorb([record(0)], up_to=10_000)
     assert len(refused) == 1 and memory.trouble is None
     assert [step.step for step in read_steps(tmp_path)] == [0]
+
+
+def test_a_term_is_taken_in_the_reserve_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered(tmp_path)
+    create = DirectoryObjects.create
+
+    def create_if_reserve_is_gone(objects: DirectoryObjects, key: str, data: bytes) -> bytes:
+        if (tmp_path / ".reserve").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return create(objects, key, data)
+
+    monkeypatch.setattr(DirectoryObjects, "create", create_if_reserve_is_gone)
+    assert remembered(tmp_path).term == 2
+
+
+def test_a_successor_knows_that_storage_refused_something(tmp_path: Path) -> None:
+    memory = remembered(tmp_path)
+    memory.note(StorageFails("full"))
+    assert remembered(tmp_path).storage_fails
+    memory = remembered(tmp_path)
+    memory.note(StorageWorks())
+    assert not remembered(tmp_path).storage_fails

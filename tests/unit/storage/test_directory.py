@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import StorageError
+from orchestrator.errors import UsageError
 from orchestrator.storage.directory import DirectoryObjects
 
 
@@ -56,7 +56,7 @@ def test_a_file_system_without_hard_links_is_refused(tmp_path: Path, monkeypatch
         raise OSError(errno.EPERM, "Operation not permitted", str(source), None, str(target))
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(StorageError, match="without hard links"):
+    with pytest.raises(UsageError, match="without hard links"):
         DirectoryObjects(tmp_path).create("x/a", b"1")
     assert list((tmp_path / "x").iterdir()) == []  # nothing is left behind
 

@@ -16,7 +16,7 @@ class Clock:
 @pytest.mark.parametrize(("every", "wanted"), [(2, [1, 3]), (3, [2]), ("none", []), ("auto", [])])
 def test_by_number_and_never_after_the_last_step(every: int | str, wanted: list[int]) -> None:
     timer = CheckpointTimer(every, max_steps=6, clock=Clock())
-    timer.begin()
+    timer.begin(-1)
     assert [step for step in range(6) if timer.due(step, timer.wanted)] == wanted
 
 
@@ -24,7 +24,7 @@ def test_by_number_and_never_after_the_last_step(every: int | str, wanted: list[
 def test_time_matters_to_auto_only(every: int | str) -> None:
     clock = Clock()
     timer = CheckpointTimer(every, max_steps=100, clock=clock)
-    timer.begin()
+    timer.begin(-1)
     clock.now_s += 10 * AUTO_S
     assert not timer.wanted and not timer.due(3, agreed=False)
 
@@ -33,19 +33,34 @@ def test_all_members_follow_the_first_one_that_is_due() -> None:
     """The second one joined later: it votes no, and its clock begins anew together with the first one's."""
     clock = Clock()
     first, second = (CheckpointTimer("auto", max_steps=1000, clock=clock) for _ in range(2))
-    first.begin()
+    first.begin(-1)
     clock.now_s += AUTO_S / 2
-    second.begin()
+    second.begin(-1)
     saved = []
     for step in range(30):
         clock.now_s += AUTO_S / 10
-        first.begin()  # a generation begins: no reason to wait longer
+        first.begin(step - 1)  # a generation begins: no reason to wait longer
         agreed = first.wanted or second.wanted
         due = {member.due(step, agreed) for member in (first, second)}
         assert len(due) == 1
-        saved += [step] * due.pop()
+        if due.pop():
+            saved.append(step)
+            for member in (first, second):
+                member.restart()
     assert saved == [4, 14, 24]
 
 
 def test_none_is_wanted_before_the_clock_runs() -> None:
     assert not CheckpointTimer("auto", max_steps=9, clock=Clock()).wanted
+
+
+def test_a_worker_that_comes_back_does_not_count_the_time_without_it() -> None:
+    clock = Clock()
+    timer = CheckpointTimer("auto", max_steps=1000, clock=clock)
+    timer.begin(-1)
+    assert not timer.due(0, timer.wanted)
+    clock.now_s += 2 * AUTO_S
+    timer.begin(0)  # of the same members
+    assert timer.wanted
+    timer.begin(70)
+    assert not timer.wanted

@@ -21,6 +21,7 @@ from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
+from orchestrator.storage.reserve import RESERVE_BYTES
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
 
@@ -122,40 +123,94 @@ class Scene:
         self._placement = ExpertPlacement.balanced(3, 1)
         _, (self.ranges,) = _state(self._placement, False)
 
-    def save(self, step: int, is_last: bool = False) -> bool:
-        return self.saver.save(_shard(self.ranges, self._placement, 0), TrainingProgress(step, step + 1, "{}"), is_last)
+    def save(self, step: int) -> None:
+        self.saver.save(_shard(self.ranges, self._placement, 0), TrainingProgress(step, step + 1, "{}"))
 
 
-def test_what_storage_refuses_is_written_later(tmp_path: Path) -> None:
-    """The state is that of its step, and no later checkpoint is begun meanwhile."""
+@pytest.fixture
+def refusing(tmp_path: Path) -> Path:
+    """Where checkpoints belong, with a file in its place."""
     checkpoints = tmp_path / "checkpoints"
     checkpoints.write_text("a file where a directory is needed")
-    scene = Scene(checkpoints)
-    assert scene.save(3)
-    assert scene.reasons.get(timeout=10.0) == "a checkpoint can't be written: Not a directory"
-    assert scene.saver.is_late and not scene.save(4)
+    return checkpoints
+
+
+REFUSED = "a checkpoint can't be written: Not a directory"
+
+
+def test_what_storage_refuses_is_written_later(refusing: Path) -> None:
+    """The state is that of its step. The copy goes once it is written."""
+    scene = Scene(refusing)
+    scene.save(3)
+    assert scene.reasons.get(timeout=10.0) == REFUSED and scene.saver.is_late
     first = next(held for _, held in scene.ranges)
     before = first.data.clone()
     first.data.fill_(9.0)
-    checkpoints.unlink()
+    refusing.unlink()
     assert scene.saver.wait(10.0) and not scene.saver.is_late
     assert [shard.step for shard in scene.written] == [3] and scene.failures == []
+    assert not hasattr(scene.saver._write, "_attempt")
     first.data.copy_(before)
-    assert scene.save(5) and scene.saver.wait(10.0)
-    assert [shard.step for shard in scene.written] == [3, 5]
+    scene.save(5)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3, 5]
     assert scene.written[0].sha256 == scene.written[1].sha256
 
 
-def test_the_last_shard_takes_the_place_of_a_late_one(tmp_path: Path) -> None:
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.write_text("a file where a directory is needed")
-    scene = Scene(checkpoints)
+def test_a_newer_shard_takes_the_place_of_a_late_one(refusing: Path) -> None:
+    scene = Scene(refusing)
     scene.save(3)
-    scene.reasons.get(timeout=10.0)
-    assert scene.save(7, is_last=True)
-    checkpoints.unlink()
+    assert scene.reasons.get(timeout=10.0) == REFUSED
+    scene.save(7)
+    refusing.unlink()
     assert scene.saver.wait(10.0)
     assert [shard.step for shard in scene.written] == [7]
+
+
+def test_a_step_is_saved_once(tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    for step in (3, 3):
+        scene.save(step)
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]
+
+
+def test_a_late_shard_is_given_up_with_the_generation_after_the_next(refusing: Path) -> None:
+    scene = Scene(refusing)
+    scene.saver.begin(4)
+    scene.save(3)  # in generation 4
+    assert scene.reasons.get(timeout=10.0) == REFUSED
+    scene.saver.begin(5)
+    assert not scene.saver.wait(0.0)
+    scene.saver.begin(6)
+    assert scene.saver.wait(10.0) and scene.written == []
+    reasons = [scene.reasons.get() for _ in range(scene.reasons.qsize())]
+    assert reasons[-1] == ""  # it waits for nothing any more
+
+
+def test_no_attempt_is_made_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attempt would take the last room from others, and leave them none until it fails."""
+    attempts: list[str] = []
+
+    def write(*args: object, **kwargs: object) -> None:
+        attempts.append("made")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.write_shard", write)
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.AGAIN_S", 0.01)
+    looks: SimpleQueue[str] = SimpleQueue()
+
+    def usage(place: Path) -> SimpleNamespace:
+        looks.put("looked")
+        return SimpleNamespace(free=RESERVE_BYTES)
+
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.shutil.disk_usage", usage)
+    scene = Scene(tmp_path)
+    scene.save(3)
+    for _ in range(3):
+        looks.get(timeout=10.0)
+    assert attempts == ["made"]
+    scene.saver.begin(90)
+    scene.saver.begin(91)
+    assert scene.saver.wait(10.0)
 
 
 def test_an_error_that_is_not_of_storage_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +219,8 @@ def test_an_error_that_is_not_of_storage_is_one(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("orchestrator.worker.transition.save_shard.write_shard", write)
     scene = Scene(tmp_path)
-    assert scene.save(3) and scene.saver.wait(10.0)
+    scene.save(3)
+    assert scene.saver.wait(10.0)
     assert [str(error) for error in scene.failures] == ["a range is named twice"]
 
 
