@@ -20,7 +20,7 @@ from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, names_of, start_host
 from orchestrator.cluster.calls import ask
 from orchestrator.controller.services.actor_classes import ActorClasses
-from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, UsageError
+from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunPhase
 from orchestrator.run_records.run_history import read_status
 from orchestrator.scheduler.scheduler import get_or_create_scheduler
@@ -245,7 +245,7 @@ def test_what_is_refused_before_anything_starts(on: Cluster) -> None:
         on.submit("greedy", workers=4, resources={"cpus": 3})
     assert not (on.storage / "greedy").exists()
     (on.storage / "file").touch()
-    with pytest.raises(UsageError, match="run storage can't be written: Not a directory"):
+    with pytest.raises(StorageError, match="run storage can't be written: Not a directory"):
         Cluster(on.storage / "file").submit("nowhere")
     on.submit("taken", train=_steps(5000))
     with pytest.raises(NameTaken, match="taken"):

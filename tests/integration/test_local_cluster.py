@@ -17,7 +17,7 @@ import pytest
 from orchestrator.cluster import local
 from orchestrator.cluster.local import ClusterRecord, environment
 from orchestrator.cluster.processes import Process, is_running, living_of
-from orchestrator.errors import UsageError
+from orchestrator.errors import ClusterUnreachable, UsageError
 from orchestrator.protocol.codec import to_plain
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -145,7 +145,7 @@ def test_a_start_that_fails_is_told_and_removed(home: Path, monkeypatch: pytest.
         return [sys.executable, "-c", "raise SystemExit('no room')"]
 
     monkeypatch.setattr(local, "head_command", broken)
-    with pytest.raises(local.ClusterUnreachable, match="no room"):
+    with pytest.raises(ClusterUnreachable, match="no room"):
         local.up(2)
     assert local.status() is None
     assert not (home / "clusters" / "local" / "token").exists()
