@@ -148,7 +148,11 @@ def test_a_run_is_submitted_scaled_and_read(here: Here) -> None:
 
 @pytest.mark.journey
 def test_a_run_is_paused_and_goes_on_in_another_world(here: Here) -> None:
-    slow = {"train": JOB["train"] | {"max_steps": 300}, "envs": UNHURRIED, "checkpoint": {"every": 10}}
+    slow = {
+        "train": JOB["train"] | {"max_steps": 300},
+        "envs": UNHURRIED,
+        "checkpoint": {"every": 10, "keep_last": 100},
+    }
     here("submit", here.job("sleeper", **slow))
     here.until_event("sleeper", "checkpoint")
     assert "is going on" in here("resume", "sleeper", expect=2).stderr

@@ -16,7 +16,7 @@ from tests.support.disk import fill, small_disk
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
 
-pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
 DISK_MB = 34
 
@@ -39,7 +39,7 @@ def _tensors(status: RunStatus) -> dict[str, bytes]:
 
 
 def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
-    steps = 200
+    steps = 600  # a minute on idle cores, some on busy ones
     with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
         run = _submit(client, texts, "crowded", disk / "runs", steps)
         before = until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
@@ -50,7 +50,7 @@ def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) ->
         assert later.checkpoint_step is not None and later.checkpoint_step < later.step - 15
         filler.unlink()
         until(client, run, lambda s: s.warning is None and (s.checkpoint_step or 0) > later.step)
-        status = client.wait(run, timeout_s=200.0)
+        status = client.wait(run, timeout_s=300.0)
         assert (status.phase, status.recoveries, status.warning) == (RunPhase.SUCCEEDED, (), None), status
         kinds = [event["kind"] for event in client.events(run)]
         assert [kind for kind in kinds if kind.startswith("storage")] == ["storage_fails", "storage_works"]
@@ -62,7 +62,7 @@ def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) ->
         run_dir = Path(status.run_dir)
         left = [path.name for path in (run_dir / "checkpoints").iterdir() if path.name.startswith(".incomplete")]
         assert left == [] and not (run_dir / ".reserve").exists()
-        calm = client.wait(_submit(client, texts, "calm", tmp_path / "runs", steps), timeout_s=200.0)
+        calm = client.wait(_submit(client, texts, "calm", tmp_path / "runs", steps), timeout_s=300.0)
         assert crowded == _tensors(calm)
 
 
@@ -73,13 +73,13 @@ def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(text
         filler = fill(disk)
         full = until(client, run, lambda s: "can't be written" in str(s.warning))
         asked_s = time.monotonic()
-        client.cancel(run)
+        client.stop(run)
         assert time.monotonic() - asked_s < 2.0
         finishing = until(client, run, lambda s: s.phase is RunPhase.FINISHING)
         assert "can't be written" in str(finishing.warning)
         filler.unlink()
         status = client.wait(run, timeout_s=60.0)
-        assert status.phase is RunPhase.CANCELLED and status.recoveries == (), status
+        assert status.phase is RunPhase.STOPPED and status.recoveries == (), status
         assert status.checkpoint_step == status.step - 1 and status.step > full.step
         assert _tensors(status)
 
