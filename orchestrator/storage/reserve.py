@@ -12,11 +12,16 @@ ROOM = 4  # reserves that must be free before one is taken again: the run's chec
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def reserve_in(directory: Path) -> Path:
+    """The file that holds the reserve of a run's directory."""
+    return directory / ".reserve"
+
+
 class SpaceReserve:
     """A hidden file of `RESERVE_BYTES` in `directory`. None is made where the file system is nearly full."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = directory / ".reserve"
+        self._file = reserve_in(directory)
         self._looked_s = -TAKE_AGAIN_S
         self.is_taken = self._file.exists()  # by an earlier controller of the run
 

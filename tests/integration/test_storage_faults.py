@@ -12,6 +12,7 @@ from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
+from orchestrator.storage.reserve import reserve_in
 from tests.support.disk import fill, small_disk
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
@@ -38,17 +39,28 @@ def _tensors(status: RunStatus) -> dict[str, bytes]:
         return {name: reader.read(name, 0, t.numel).tobytes() for name, t in reader.manifest.tensors.items()}
 
 
+def _fill(client: OrchestratorClient, run: str, disk: Path) -> RunStatus:
+    """Fill the disk, also with what old checkpoints free, until the run can write no checkpoint any more. It keeps what
+    it has in reserve."""
+
+    def is_full(status: RunStatus) -> bool:
+        if reserve_in(Path(status.run_dir)).exists():
+            fill(disk)
+        return "can't be written" in str(status.warning)
+
+    return until(client, run, is_full)
+
+
 def test_a_full_disk_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
     steps = 600  # a minute on idle cores, some on busy ones
     with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
         run = _submit(client, texts, "crowded", disk / "runs", steps)
         before = until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
-        filler = fill(disk)
-        full = until(client, run, lambda s: "can't be written" in str(s.warning))
+        full = _fill(client, run, disk)
         later = until(client, run, lambda s: s.step > full.step + 25)  # over three checkpoints that were due
         assert later.phase is RunPhase.TRAINING and later.recoveries == ()
         assert later.checkpoint_step is not None and later.checkpoint_step < later.step - 15
-        filler.unlink()
+        (disk / "filler").unlink()
         until(client, run, lambda s: s.warning is None and (s.checkpoint_step or 0) > later.step)
         status = client.wait(run, timeout_s=300.0)
         assert (status.phase, status.recoveries, status.warning) == (RunPhase.SUCCEEDED, (), None), status
@@ -70,14 +82,13 @@ def test_a_run_that_is_stopped_on_a_full_disk_ends_once_its_checkpoint_fits(text
     with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
         run = _submit(client, texts, "stuck", disk / "runs", steps=5000)
         until(client, run, lambda s: s.step > 15)
-        filler = fill(disk)
-        full = until(client, run, lambda s: "can't be written" in str(s.warning))
+        full = _fill(client, run, disk)
         asked_s = time.monotonic()
         client.stop(run)
         assert time.monotonic() - asked_s < 2.0
         finishing = until(client, run, lambda s: s.phase is RunPhase.FINISHING)
         assert "can't be written" in str(finishing.warning)
-        filler.unlink()
+        (disk / "filler").unlink()
         status = client.wait(run, timeout_s=60.0)
         assert status.phase is RunPhase.STOPPED and status.recoveries == (), status
         assert status.checkpoint_step == status.step - 1 and status.step > full.step
@@ -88,8 +99,7 @@ def test_a_run_on_a_full_disk_can_be_stopped_at_once(texts: Path, tmp_path: Path
     with small_disk(tmp_path / "disk", DISK_MB) as disk, own_cluster(tmp_path / "home", cpus=2) as client:
         run = _submit(client, texts, "given-up", disk / "runs", steps=5000)
         until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
-        fill(disk)
-        until(client, run, lambda s: "can't be written" in str(s.warning))
+        _fill(client, run, disk)
         client.stop(run)
         client.stop(run, now=True)
         status = client.wait(run, timeout_s=60.0)

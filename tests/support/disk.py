@@ -25,9 +25,9 @@ def small_disk(place: Path, megabytes: int) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Write a file until nothing more fits. Returns it."""
+    """Add to a file until nothing more fits. Returns it."""
     filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
+    with filler.open("ab", buffering=0) as file, suppress(OSError):
         while file.write(bytes(BLOCK)) == BLOCK:
             pass
     return filler

@@ -5,7 +5,9 @@ A rank saves its sharded state, each element by the one rank that owns it: fp32 
 are saved by each rank for itself: all parts together are what was never sent.
 """
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -20,7 +22,7 @@ from orchestrator.checkpoint.write import ShardPiece, write_shard
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
 from orchestrator.state.snapshot import PARTIAL
-from orchestrator.storage.reserve import RESERVE_BYTES
+from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import Shard, TrainingProgress
 
 MOMENT = "exp_avg/"
@@ -152,8 +154,7 @@ class _Write(threading.Thread):
     def _is_over(self) -> bool:
         """Make one attempt. Returns whether it was the last one."""
         try:
-            if self.was_refused.is_set() and not self._fits():
-                return False
+            self._check_room()
             written = self._attempt()
         except OSError as error:
             self.was_refused.set()
@@ -166,10 +167,14 @@ class _Write(threading.Thread):
         self._done(written)
         return True
 
-    def _fits(self) -> bool:
-        """Whether the file system has room for the shard: an attempt without would take the last room from others."""
-        place = next(path for path in (self._checkpoints, *self._checkpoints.parents) if path.exists())
-        return shutil.disk_usage(place).free >= self._num_bytes + RESERVE_BYTES
+    def _check_room(self) -> None:
+        """Raise OSError if the shard doesn't fit. An attempt would take the last room from others until it fails, and a
+        shard that fits into the space that was given up for the journal isn't meant to have it."""
+        run_dir = self._checkpoints.parent
+        usage = shutil.disk_usage(run_dir)
+        needed = self._num_bytes + (0 if reserve_in(run_dir).exists() else RESERVE_BYTES)
+        if usage.total > 0 and usage.free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def pieces_of(ranges: NamedRanges, rank: int) -> list[ShardPiece]:

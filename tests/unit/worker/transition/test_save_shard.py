@@ -21,7 +21,7 @@ from orchestrator.elastic.state_layout import StateLayout, training_layout
 from orchestrator.elastic.world import World
 from orchestrator.protocol.worker_report import ShardWritten
 from orchestrator.state.ranges import NamedRanges
-from orchestrator.storage.reserve import RESERVE_BYTES
+from orchestrator.storage.reserve import RESERVE_BYTES, reserve_in
 from orchestrator.worker.shard.shard import TrainingProgress
 from orchestrator.worker.transition.save_shard import ShardSaver, pieces_of
 
@@ -186,31 +186,21 @@ def test_a_late_shard_is_given_up_with_the_generation_after_the_next(refusing: P
     assert reasons[-1] == ""  # it waits for nothing any more
 
 
-def test_no_attempt_is_made_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt would take the last room from others, and leave them none until it fails."""
-    attempts: list[str] = []
-
-    def write(*args: object, **kwargs: object) -> None:
-        attempts.append("made")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("orchestrator.worker.transition.save_shard.write_shard", write)
+@pytest.mark.parametrize("free", ["none", "what was reserved"])
+def test_no_attempt_is_made_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: str) -> None:
+    """It would take the last room from others until it fails, or that which was given up for the journal."""
+    left = SimpleNamespace(total=2**30, free=0 if free == "none" else RESERVE_BYTES)
+    if free == "none":
+        reserve_in(tmp_path).touch()
+    monkeypatch.setattr("orchestrator.worker.transition.save_shard.shutil.disk_usage", lambda place: left)
     monkeypatch.setattr("orchestrator.worker.transition.save_shard.AGAIN_S", 0.01)
-    looks: SimpleQueue[str] = SimpleQueue()
-
-    def usage(place: Path) -> SimpleNamespace:
-        looks.put("looked")
-        return SimpleNamespace(free=RESERVE_BYTES)
-
-    monkeypatch.setattr("orchestrator.worker.transition.save_shard.shutil.disk_usage", usage)
-    scene = Scene(tmp_path)
+    scene = Scene(tmp_path / "checkpoints")
     scene.save(3)
     for _ in range(3):
-        looks.get(timeout=10.0)
-    assert attempts == ["made"]
-    scene.saver.begin(90)
-    scene.saver.begin(91)
-    assert scene.saver.wait(10.0)
+        assert "No space left" in scene.reasons.get(timeout=10.0)
+    assert not (tmp_path / "checkpoints").exists()
+    left.free = 2**29
+    assert scene.saver.wait(10.0) and [shard.step for shard in scene.written] == [3]
 
 
 def test_an_error_that_is_not_of_storage_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
