@@ -171,7 +171,7 @@ class _Write(threading.Thread):
         """Raise OSError if the shard doesn't fit. An attempt would take the last room from others until it fails, and a
         shard that fits into the space that was given up for the journal isn't meant to have it."""
         run_dir = self._checkpoints.parent
-        usage = shutil.disk_usage(run_dir)
+        usage = shutil.disk_usage(next(path for path in (run_dir, *run_dir.parents) if path.exists()))
         needed = self._num_bytes + (0 if reserve_in(run_dir).exists() else RESERVE_BYTES)
         if usage.total > 0 and usage.free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
