@@ -12,7 +12,7 @@ MOST = 6
 CENTRAL = (
     "orchestrator.worker.trainer:Trainer",
     "orchestrator.worker.step.train_step:TrainStep",
-    # "orchestrator.controller.controller:RunController",
+    "orchestrator.controller.controller:RunController",
 )
 
 MODULES = read_package(Path(__file__).parents[2] / "orchestrator")
