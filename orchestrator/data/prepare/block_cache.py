@@ -129,7 +129,7 @@ def _footer(file: BinaryIO) -> tuple[Footer | None, int]:
 
 @contextmanager
 def _locked(directory: Path, waits: bool) -> Iterator[None]:
-    """Hold the lock of a directory, which is created. Whoever held it before may have removed both meanwhile."""
+    """Hold the lock of a directory, which is created. Its last holder may have removed both meanwhile: then again."""
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError), (directory / "lock").open("a") as lock:
