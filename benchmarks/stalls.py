@@ -37,7 +37,8 @@ NOW: dict[str, dict[str, tuple[Path, dict[str, Any]]]] = {
     "rescale": {"now": (ROOT, {"protection": {"every": "none"}}), "protected": (ROOT, {})},
     "recovery": {"now": (ROOT, {})},
 }
-DRIVER = ROOT / "benchmarks" / "support" / "stall_driver.py"
+DRIVER = Path("benchmarks/support/stall_driver.py")
+DRIVER_OF_OLDER = "24c21aa"  # its driver imports only names that have been there since 1aebb70
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def block(what: str, tree: Path, keys: dict[str, Any], folder: Path, size: Size,
         "seed": number,  # the n-th blocks of both arms have the same
     }
     done = subprocess.run(
-        [sys.executable, "-P", str(DRIVER), what, json.dumps(order)],
+        [sys.executable, "-P", str(driver_of(tree, folder)), what, json.dumps(order)],
         cwd=tree,
         env=environment(tree),
         check=True,
@@ -132,6 +133,18 @@ def block(what: str, tree: Path, keys: dict[str, Any], folder: Path, size: Size,
     stalls = [Stall(**stall) for stall in answer["stalls"]]
     say(f"{what}, {folder.name}: " + ", ".join(f"{stall.kind} {stall.stall_s:.2f} s" for stall in stalls))
     return stalls
+
+
+def driver_of(tree: Path, folder: Path) -> Path:
+    """The tree's own driver, which has its commit's names; in `folder` that of `DRIVER_OF_OLDER` if it has none."""
+    if (tree / DRIVER).exists():
+        return tree / DRIVER
+    source = subprocess.run(
+        ["git", "-C", str(ROOT), "show", f"{DRIVER_OF_OLDER}:{DRIVER}"], check=True, stdout=subprocess.PIPE
+    ).stdout
+    driver = folder / DRIVER.name
+    driver.write_bytes(source)
+    return driver
 
 
 def environment(tree: Path) -> dict[str, str]:

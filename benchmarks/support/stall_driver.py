@@ -1,10 +1,10 @@
-"""Stalls of one run on a cluster of its own, by whatever commit's `orchestrator` this process imports.
+"""Stalls of one run on a cluster of its own, by the `orchestrator` of this file's own commit.
 
-    PYTHONPATH=TREE python -P benchmarks/support/stall_driver.py rescale|recovery ORDER_JSON
+    PYTHONPATH=TREE python -P TREE/benchmarks/support/stall_driver.py rescale|recovery ORDER_JSON
 
-`benchmarks.stalls` starts it, for the commit of today and for an older one in turn, so it imports nothing of ours but
-what has been in `orchestrator` since 1aebb70, and reads the journal's JSON as it is. The last line that it prints is
-JSON: `{"package": the imported package's directory, "stalls": [{"kind", "stall_s", "step_s"}]}`.
+`benchmarks.stalls` starts it, and the file of the same name of an older commit, in turn: arguments and output are an
+interface between commits. The last line that it prints is JSON: `{"package": the imported package's directory,
+"stalls": [{"kind", "stall_s", "step_s"}]}`.
 
 A stall of a rescale lasts from the last vote of the old world to the first vote of the new one, less the median step of
 the new world. That of a recovery begins right before the kill, and ends with the first step that users had not been
@@ -86,8 +86,7 @@ class Run:
 
     def votes(self, worker: str) -> list[Any]:
         """The records of a worker's steps."""
-        report = self._ask(worker, "call", "report", -1, -1, 0.0)
-        return list(getattr(report, "history", report).records)  # older commits have reports and records in one piece
+        return list(self._ask(worker, "call", "report", -1, -1, 0.0).history.records)
 
     def scaled(self, record_source: str, workers: int) -> dict[str, Any]:
         """The stall of a change to so many workers, as `teller`'s votes have it, who stays a member."""
@@ -105,11 +104,8 @@ class Run:
         before, after = votes[first - 1], votes[first]
         step_s = typical_s(votes[first:])
         kind = f"{before.world_size} -> {after.world_size}"
-        return {
-            "kind": kind,
-            "stall_s": _timing(after).vote_time - _timing(before).vote_time - step_s,
-            "step_s": step_s,
-        }
+        stall_s = after.timing.vote_time - before.timing.vote_time - step_s
+        return {"kind": kind, "stall_s": stall_s, "step_s": step_s}
 
     def killed(self, chance: random.Random) -> dict[str, Any]:
         """The stall after one worker, not the first, is killed at some moment of a step."""
@@ -128,7 +124,7 @@ class Run:
         published = max((record["step"] for event in steps for record in event["records"]), default=-1)
         new = [vote for vote in self.votes(record_source) if vote.generation == generation]
         first, step_s = next(vote for vote in new if vote.step > published), typical_s(new)
-        return {"kind": "sigkill", "stall_s": _timing(first).vote_time - fault_time - step_s, "step_s": step_s}
+        return {"kind": "sigkill", "stall_s": first.timing.vote_time - fault_time - step_s, "step_s": step_s}
 
     def whole(self, workers: int) -> None:
         """Wait until everybody who was lost is replaced, and some steps are done so."""
@@ -140,8 +136,7 @@ class Run:
         self.until(lambda s: s.workers_now + s.standbys == workers and s.step > 1, "all workers are warm")
 
     def stop(self) -> None:
-        stop = getattr(self._client, "stop", None) or getattr(self._client, "cancel")  # noqa: B009 - earlier commits
-        stop(self._id)
+        self._client.stop(self._id)
         self._client.wait(self._id, timeout_s=PATIENCE_S)
 
     def _ask(self, worker: str, method: str, *args: Any) -> Any:
@@ -151,12 +146,8 @@ class Run:
         return read_events(self._run_dir)
 
 
-def _timing(vote: Any) -> Any:
-    return getattr(vote, "timing", vote)
-
-
 def typical_s(votes: list[Any]) -> float:
-    return median(_timing(vote).step_s for vote in votes[:TYPICAL_STEPS])
+    return median(vote.timing.step_s for vote in votes[:TYPICAL_STEPS])
 
 
 def rescales(run: Run, order: Order) -> list[dict[str, Any]]:
