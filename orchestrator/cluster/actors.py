@@ -5,7 +5,6 @@ Calls run in threads, so one that waits never blocks another.
 """
 
 import importlib
-import logging
 import os
 import signal
 import threading
@@ -21,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from orchestrator.cluster.process_title import name_process, show_title
 from orchestrator.protocol.usage import EnergyReading
+from orchestrator.storage.log_file import log_to
 from orchestrator.telemetry.energy import EnergyMeter
 from orchestrator.telemetry.node import Reading, read_system
 
@@ -149,13 +149,3 @@ def names_of(run_id: str) -> list[str]:
     actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
     return sorted(name for name in names if name.startswith(f"{run_id}/"))
-
-
-def log_to(path: Path) -> None:
-    """Send the package's log lines to a file, one line per change of state."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    logger = logging.getLogger("orchestrator")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)

@@ -1,7 +1,8 @@
 """Controller of one run: the actor that journals what is asked of the run, and decides.
 
-    loop.RunLoop             the run from beginning to end, in its own thread
-    decisions.DecisionMaker  one decision: observe, ask `policy.lifecycle`, journal, carry out
+    loop.RunLoop                  the run from beginning to end, in its own thread
+    decisions.DecisionMaker       one decision: observe, ask `policy.lifecycle`, journal, carry out
+    storage_thread.StorageThread  all calls to run storage, which may be slow or hang
 
 A detached actor with unlimited restarts. Its state is in the journal, and the actors it works with have names. So after
 a crash the next incarnation takes a new term and continues, while the workers have kept training.
@@ -16,7 +17,9 @@ from pathlib import Path
 from orchestrator.cluster.inbox import Inbox
 from orchestrator.cluster.nodes import cores_of_nodes
 from orchestrator.cluster.process_title import name_process
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
+from orchestrator.controller.keep_alive import keeping_workers_alive
 from orchestrator.controller.loop import RunLoop
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.observer import Observer
@@ -58,18 +61,21 @@ class RunController:
         since_s: float | None = None,
     ) -> None:
         name_process(self)
-        run, inbox = open_run(run_id, Path(run_dir), order, since_s), Inbox()
+        with keeping_workers_alive(run_id):
+            run = open_run(run_id, Path(run_dir), order, since_s)
+        inbox = Inbox()
+        storage = StorageThread(inbox)
         self._run, self._memory = run, run.memory
-        self._requests = PendingRequests(run_id, run.memory, inbox)
+        self._requests = PendingRequests(run_id, run.memory, storage, inbox)
         self._worker_group = WorkerGroup(run_id, run.run_dir, run.job, parts.worker, _threads_of(run), inbox)
-        services = RunServices(run_id, run.run_dir, run.job, parts, run.memory.term, inbox)
-        monitors = Monitors(run.run_dir, run.job.resources.num_gpus, run.memory, inbox)
+        services = RunServices(run_id, run.run_dir, run.job, parts, run.memory.term, storage, inbox)
+        monitors = Monitors(run, storage, inbox)
         checkpoints = RunCheckpoints(run)
         recorder = StepRecorder(run, self._worker_group, services.tracker, Exporter(run_id))
-        self._observer = Observer(run, self._requests, self._worker_group, services, checkpoints, monitors)
+        self._observer = Observer(run, self._requests, self._worker_group, services, checkpoints, monitors, storage)
         decisions = DecisionMaker(run, self._observer, recorder, checkpoints, self._worker_group, self._requests, inbox)
-        polls = Polls(inbox, run.memory, self._worker_group, services, monitors, recorder, self._observer)
-        self._loop = RunLoop(run, polls, decisions, self._worker_group, services, self._observer)
+        polls = Polls(inbox, storage, run.memory, self._worker_group, services, monitors, recorder, self._observer)
+        self._loop = RunLoop(run, polls, storage, decisions, self._worker_group, services, self._observer)
         resources = run.job.resources
         log.info("each worker reserves %g CPUs and %g GPUs", resources.cpus, resources.num_gpus)
         log.info("run %s: controller of term %d, pid %d", run_id, run.memory.term, os.getpid())

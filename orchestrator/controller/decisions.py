@@ -15,10 +15,11 @@ from orchestrator.policy.lifecycle import decide, directive_of
 from orchestrator.policy.state.run_state import Commit, KillWorker, Observation, RunState
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.training import CheckpointCommitted, CheckpointsDeleted
+from orchestrator.storage.tasks import StorageTask
 
 
 class DecisionMaker:
-    """Makes a run's decisions, one at a time."""
+    """Makes a run's decisions, one at a time, each a storage task."""
 
     def __init__(
         self,
@@ -34,42 +35,43 @@ class DecisionMaker:
         self._recorder, self._checkpoints = recorder, checkpoints
         self._worker_group, self._requests, self._inbox = worker_group, requests, inbox
 
-    def turn(self) -> None:
-        """Make one decision: journal it first, then carry it out.
+    def turn(self) -> StorageTask[None]:
+        """Make one decision: journal it first, then carry it out. If that fails, the next turn decides again."""
+        with suppress(StorageError):
+            yield from self._turn()
 
-        Raises:
-            StorageError: something could not be journalled. The next turn decides again.
-        """
-        seen = self._observer.observe(verifies=True)
+    def _turn(self) -> StorageTask[None]:
+        restorable = yield from self._checkpoints.restorable()
+        seen = self._observer.observe(restorable)
         decision = decide(self._limits, self._memory.state, seen)
         events = [action for action in decision.actions if isinstance(action, Event)]
-        for entry in self._memory.decided(decision.state, events):
+        for entry in (yield from self._memory.decided(decision.state, events)):
             self._recorder.publish(entry)
         for action in decision.actions:
             if isinstance(action, KillWorker):
                 self._worker_group.kill(action.worker)
+        if decision.state.outcome is None:  # else the loop ends the workers, once their last records are read
+            self._direct(decision.state, seen)
+        self._requests.turned()
         commits = [action for action in decision.actions if isinstance(action, Commit)]
         if not commits:
             self._checkpoints.trouble = ""  # what was refused is no longer to be committed
         for commit in commits:
-            self._commit(commit)
+            yield from self._commit(commit)
         if any(report.unsaved for report in seen.reports.values()):
-            self._checkpoints.make_room()
-        if decision.state.outcome is None:  # else the loop ends the workers, once their last records are read
-            self._direct(decision.state, seen)
-        self._requests.turned()
+            yield from self._checkpoints.make_room()
 
-    def _commit(self, action: Commit) -> None:
-        path = self._checkpoints.commit(action)
+    def _commit(self, action: Commit) -> StorageTask[None]:
+        path = yield from self._checkpoints.commit(action)
         if path is None:
             return
-        self._recorder.note(CheckpointCommitted(action.step, str(path)))
+        yield from self._recorder.note(CheckpointCommitted(action.step, str(path)))
         self._checkpoints.newest = action.step
         self._inbox.put(None)
-        deleted = self._checkpoints.drop_old()
+        deleted = yield from self._checkpoints.drop_old()
         if deleted:
             with suppress(StorageError):
-                self._recorder.note(CheckpointsDeleted(deleted))
+                yield from self._recorder.note(CheckpointsDeleted(deleted))
 
     def _direct(self, state: RunState, seen: Observation) -> None:
         """Start and end workers as decided, warm the new ones once the data's location is known, direct all."""

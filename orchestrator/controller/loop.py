@@ -8,6 +8,7 @@ from contextlib import suppress
 import ray
 
 from orchestrator.cluster.actors import find
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.decisions import DecisionMaker
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.polling import Polls
@@ -20,10 +21,15 @@ from orchestrator.policy.state.run_state import ended
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import ControllerFailed, Submitted
 from orchestrator.protocol.status import RunPhase
-from orchestrator.run_records.run_history import retry_until_written
+from orchestrator.run_records.journaled_run import retry_until_written
 from orchestrator.run_records.status import to_json
+from orchestrator.storage.log_file import flush_logs
+from orchestrator.storage.tasks import StorageTask, run_inline
 
 log = logging.getLogger("orchestrator.control")
+
+
+FLUSH_S = 1.0  # for the last lines of the log
 
 
 class RunLoop:
@@ -33,21 +39,23 @@ class RunLoop:
         self,
         run: OpenedRun,
         polls: Polls,
+        storage: StorageThread,
         decisions: DecisionMaker,
         worker_group: WorkerGroup,
         services: RunServices,
         observer: Observer,
     ) -> None:
         self._run_id, self._limits, self._memory = run.run_id, run.limits, run.memory
-        self._polls, self._decisions, self._observer = polls, decisions, observer
+        self._polls, self._storage, self._decisions, self._observer = polls, storage, decisions, observer
         self._worker_group, self._services = worker_group, services
+        self._has_begun = False
         self.has_closed = False  # everything of the run has ended
 
     def live(self) -> None:
         """Control the run to its end, then end this process."""
         try:
             try:
-                self._begin()
+                self._adopt()
                 self._train()
             except TermSuperseded:
                 raise
@@ -58,15 +66,13 @@ class RunLoop:
             log.error("run %s: %s", self._run_id, error)
         except Exception:
             log.exception("run %s: its end could not be recorded; the next incarnation tries again", self._run_id)
+            flush_logs(FLUSH_S)
             os._exit(1)
         self._exit()
 
-    def _begin(self) -> None:
+    def _adopt(self) -> None:
+        """Poll the workers that an earlier controller started. End those that it did not journal."""
         state = self._memory.state
-        if Submitted not in self._memory.times:
-            retry_until_written(lambda: self._memory.note(Submitted(self._run_id, self._limits.initial_workers)))
-        if state.outcome is None:
-            self._services.start(self._memory.data)
         self._worker_group.adopt(state.worker_group)
         left_behind = self._worker_group.handles  # all others are of workers that an earlier incarnation ended
         remove_groups(self._run_id, state.num_spawned, keep=left_behind)
@@ -74,9 +80,20 @@ class RunLoop:
 
     def _train(self) -> None:
         while self._memory.state.outcome is None:
-            if self._polls.listen() or self._waits_for_time() or self._observer.storage_trouble() is not None:
-                with suppress(StorageError):  # nothing was decided; the next turn decides again
-                    self._turn()
+            has_news = self._polls.listen()
+            if not self._has_begun:
+                if not self._storage.is_pending("begin"):
+                    self._storage.add("begin", self._begin)
+            elif has_news or self._waits_for_time() or self._observer.storage_trouble() is not None:
+                self._storage.add("turn", self._turn)
+            self._storage.advance()
+
+    def _begin(self) -> StorageTask[None]:
+        with suppress(StorageError, OSError):  # the loop tries again
+            if Submitted not in self._memory.times:
+                yield from self._memory.note(Submitted(self._run_id, self._limits.initial_workers))
+            yield from self._services.start(self._memory.data)
+            self._has_begun = True
 
     def _waits_for_time(self) -> bool:
         """Whether the next decision may depend on time alone."""
@@ -85,27 +102,30 @@ class RunLoop:
         is_late = state.is_recovering or state.wants_restore or is_failing or self._worker_group.is_quiet()
         return is_late and not state.is_queued
 
-    def _turn(self) -> None:
+    def _turn(self) -> StorageTask[None]:
         if self._services.data not in (None, self._memory.data):
-            self._memory.prepared(self._services.data)
-        self._decisions.turn()
+            with suppress(StorageError):  # the next turn tries again
+                yield from self._memory.prepared(self._services.data)
+        yield from self._decisions.turn()
 
     def _fail(self, error: Exception) -> None:
         log.exception("run %s: its controller failed", self._run_id)
         trace = "".join(traceback.format_exception(error))
         over = ended(self._memory.state, RunPhase.FAILED, f"the run's controller failed: {error!r}", trace)
         events = [ControllerFailed(trace), *(action for action in over.actions if isinstance(action, Event))]
-        retry_until_written(lambda: self._memory.decided(over.state, events))
+        self._storage.abandon()
+        retry_until_written(lambda: run_inline(self._memory.decided(over.state, events)))
 
     def _close(self) -> None:
         """End and remove everything of the run, then write its final status to run storage."""
         state = self._memory.state
+        self._storage.finish()
         self._polls.collect_last()
         self._worker_group.reconcile(())
         remove_groups(self._run_id, state.num_spawned)
         self._services.close(str(state.outcome), state.why, self._memory.progress.watermark)
         await_gone(self._run_id)
-        retry_until_written(lambda: self._memory.conclude(to_json(self._observer.status(closed=True))))
+        retry_until_written(lambda: run_inline(self._memory.conclude(to_json(self._observer.status(closed=True)))))
         self.has_closed = True  # only once run storage shows it too
         log.info("run %s: %s: %s", self._run_id, state.outcome, state.why)
 
@@ -113,4 +133,5 @@ class RunLoop:
         """Exit for good: Ray restarts an actor that merely exits."""
         me = find(f"{self._run_id}/controller")
         if me is not None:
+            flush_logs(FLUSH_S)
             ray.kill(me, no_restart=True)

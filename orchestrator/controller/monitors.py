@@ -17,10 +17,13 @@ from orchestrator.cluster.actors import Handle, Host
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.nodes import draining_nodes
 from orchestrator.cluster.remote import Remote
+from orchestrator.cluster.storage_thread import StorageThread
+from orchestrator.controller.startup import OpenedRun
 from orchestrator.errors import StorageError
 from orchestrator.protocol.events.workers import EnergyRead
 from orchestrator.protocol.usage import EnergyReading
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.storage.tasks import StorageTask
 from orchestrator.telemetry.node import Reading, points_of_readings
 from orchestrator.tracking.sink import MetricPoint
 
@@ -42,6 +45,7 @@ class NodeWatch:
         self._asked_s: float | None = None
         self._nodes: dict[str, str] = {}  # worker -> node
         self._readings: dict[str, Reading] = {}  # the newest of each node
+        self._open: set[str] = set()  # workers that haven't answered: their file system may hang
 
     def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
         """If it is time, ask every worker whose node is not known yet, and one worker of every known node."""
@@ -51,11 +55,14 @@ class NodeWatch:
         self._nodes = {worker: node for worker, node in self._nodes.items() if worker in handles}
         readers = {node: worker for worker, node in reversed(self._nodes.items())}
         for worker, handle in handles.items():
-            if worker not in self._nodes or readers[self._nodes[worker]] == worker:
+            is_due = worker not in self._nodes or readers[self._nodes[worker]] == worker
+            if is_due and worker not in self._open:
+                self._open.add(worker)
                 post(self._inbox, worker, NodeWatch.READ, Remote[Host](handle).send(Host.read_system, self._directory))
 
     def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
         """Metric values since the node's previous reading, at `step`; none from a failed worker, handled elsewhere."""
+        self._open.discard(answer.of)
         if answer.future.exception() is not None:
             return []
         reading: Reading = answer.future.result()
@@ -118,8 +125,8 @@ class EnergyWatch:
 
     READ = "read_energy"
 
-    def __init__(self, gpus: float, memory: JournaledRun, inbox: Inbox) -> None:
-        self._gpus, self._memory, self._inbox = gpus, memory, inbox
+    def __init__(self, gpus: float, memory: JournaledRun, storage: StorageThread, inbox: Inbox) -> None:
+        self._gpus, self._memory, self._storage, self._inbox = gpus, memory, storage, inbox
         self._asked_s: dict[str, float] = {}
         self._written_s = 0.0
         self._known: dict[str, EnergyReading] = {}  # newest reading of each worker
@@ -133,7 +140,7 @@ class EnergyWatch:
                 post(self._inbox, worker, EnergyWatch.READ, Remote[Host](handle).send(Host.read_energy, self._gpus))
         if self._news and now_s - self._written_s >= WRITE_EVERY_S:
             self._written_s = now_s
-            self._write()
+            self._storage.add("energy", self._write)
 
     def take(self, answer: CallResult) -> None:
         """Note a worker's reading. A failed worker has none, and is handled elsewhere."""
@@ -150,33 +157,30 @@ class EnergyWatch:
             with suppress(RayError):
                 self._enter(asked[ref], ray.get(ref))
         if self._news:
-            self._write()
+            self._storage.add("energy", self._write)
 
     def _enter(self, worker: str, reading: EnergyReading) -> None:
         if reading.is_measured:
             self._known[worker] = self._news[worker] = reading
 
-    def _write(self) -> None:
+    def _write(self) -> StorageTask[None]:
+        news = dict(self._news)
         with suppress(StorageError):  # retried with the next readings
-            self._memory.note(EnergyRead(self._news))
-            self._news = {}
+            yield from self._memory.note(EnergyRead(news))
+            self._news = {worker: read for worker, read in self._news.items() if news.get(worker) is not read}
 
 
 # -- All of them ---------
 
 
 class Monitors:
-    """The watches of one run.
-
-    Args:
-        gpus: number that each worker reserves.
-    """
+    """The watches of one run."""
 
     READS = (NodeWatch.READ, EnergyWatch.READ)  # methods of the answers that are theirs
 
-    def __init__(self, run_dir: Path, gpus: float, memory: JournaledRun, inbox: Inbox) -> None:
-        self._nodes = NodeWatch(run_dir, inbox)
-        self._energy = EnergyWatch(gpus, memory, inbox)
+    def __init__(self, run: OpenedRun, storage: StorageThread, inbox: Inbox) -> None:
+        self._nodes = NodeWatch(run.run_dir, inbox)
+        self._energy = EnergyWatch(run.job.resources.num_gpus, run.memory, storage, inbox)
         self._drains = DrainWatch(inbox)
 
     @property

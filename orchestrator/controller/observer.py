@@ -2,6 +2,7 @@
 
 import time
 
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.requests import PendingRequests
 from orchestrator.controller.run_checkpoints import RunCheckpoints
@@ -9,6 +10,7 @@ from orchestrator.controller.services.run_services import RunServices
 from orchestrator.controller.startup import OpenedRun
 from orchestrator.controller.worker_group import WorkerGroup
 from orchestrator.policy.state.run_state import Observation
+from orchestrator.protocol.messages import Restore
 from orchestrator.protocol.status import RunStatus
 from orchestrator.run_records.status import status_of
 
@@ -24,13 +26,14 @@ class Observer:
         services: RunServices,
         checkpoints: RunCheckpoints,
         monitors: Monitors,
+        storage: StorageThread,
     ) -> None:
         self._run, self._memory, self._requests, self._worker_group = run, run.memory, requests, worker_group
         self._services, self._checkpoints, self._monitors = services, checkpoints, monitors
+        self._storage = storage
 
-    def observe(self, verifies: bool = False) -> Observation:
-        """What is known now. `verifies`: verify checkpoints, which may take long, if one is wanted."""
-        restorable = self._checkpoints.restorable() if verifies else None
+    def observe(self, restorable: Restore | None = None) -> Observation:
+        """What is known now. `restorable`: the newest good checkpoint, if one is wanted."""
         now_s = time.monotonic()
         return Observation(
             term=self._memory.term,
@@ -54,9 +57,11 @@ class Observer:
         )
 
     def storage_trouble(self) -> str | None:
-        """What run storage refuses now: entries of the journal, or a checkpoint, which is tried again meanwhile."""
+        """What is wrong with run storage now: it doesn't answer, or refuses entries of the journal or a checkpoint,
+        which are tried again meanwhile."""
         unsaved = (report.unsaved for report in tuple(self._worker_group.reports.values()))
-        return self._memory.trouble or self._checkpoints.trouble or next(filter(None, unsaved), None)
+        own = self._storage.trouble() or self._memory.trouble or self._checkpoints.trouble
+        return own or next(filter(None, unsaved), None)
 
     def status(self, closed: bool) -> RunStatus:
         """The run's status. `closed`: everything of the run has ended."""

@@ -2,16 +2,19 @@
 
 import time
 from contextlib import suppress
+from functools import partial
 from queue import Empty
 
 from orchestrator.cluster.inbox import CallResult, Inbox
+from orchestrator.cluster.storage_thread import NAME as STORAGE
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.monitors import Monitors
 from orchestrator.controller.observer import Observer
 from orchestrator.controller.recorder import StepRecorder
 from orchestrator.controller.services.run_services import NAMES, RunServices
 from orchestrator.controller.shutdown import collect_final_records
 from orchestrator.controller.worker_group import WorkerGroup
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
 
 BEAT_S = 0.05  # poll interval while the world changes
 CALM_BEAT_S = 0.25  # and while it trains: each poll takes half a millisecond of a core that workers may need
@@ -23,6 +26,7 @@ class Polls:
     def __init__(
         self,
         inbox: Inbox,
+        storage: StorageThread,
         memory: JournaledRun,
         worker_group: WorkerGroup,
         services: RunServices,
@@ -30,7 +34,7 @@ class Polls:
         recorder: StepRecorder,
         observer: Observer,
     ) -> None:
-        self._inbox, self._memory, self._worker_group = inbox, memory, worker_group
+        self._inbox, self._storage, self._memory, self._worker_group = inbox, storage, memory, worker_group
         self._services, self._monitors, self._recorder, self._observer = services, monitors, recorder, observer
 
     def start(self) -> None:
@@ -42,33 +46,44 @@ class Polls:
         """Process all answers that have arrived, waiting briefly for the first, then send the polls that are due.
 
         Returns:
-            whether anything arrived.
+            whether anything arrived but results of storage calls.
         """
         answers: list[CallResult | None] = []
         with suppress(Empty):
             answers.append(self._inbox.get(timeout=BEAT_S if self._memory.state.is_changing else CALM_BEAT_S))
             while not self._inbox.empty():
                 answers.append(self._inbox.get())
-        for answer in answers:
+        news = [answer for answer in answers if answer is None or answer.of != STORAGE]
+        for answer in news:
             if answer is not None:
                 self._take(answer)
         self._ask(time.monotonic())
-        return bool(answers)
+        return bool(news)
 
     def collect_last(self) -> None:
         """Collect what the workers of a run that has ended still know: their last steps and their energy."""
         members, watermark = self._memory.state.members, self._memory.progress.watermark
-        collect_final_records(self._worker_group, self._inbox, members, watermark, self._take)
+        collect_final_records(self._worker_group, self._inbox, members, watermark, self._take_now)
         self._monitors.close(self._worker_group.handles)
+        self._storage.finish()
+
+    def _take_now(self, answer: CallResult) -> None:
+        """Take an answer, and wait until all of it is recorded."""
+        self._take(answer)
+        self._storage.finish()
 
     def _ask(self, now_s: float) -> None:
         self._worker_group.poll(now_s, eager=self._memory.state.is_changing)
         seen = self._observer.observe()
-        self._recorder.ask(seen, now_s)
+        if not self._storage.is_pending("records"):
+            self._recorder.ask(seen, now_s)
         self._services.tend(now_s, has_places=bool(self._worker_group.nodes))
         self._monitors.poll(now_s, self._worker_group.handles)
-        self._recorder.note_tracking()
-        self._recorder.note_storage(self._observer.storage_trouble())
+        if self._recorder.tracking_changed():
+            self._storage.add("tracking", self._recorder.note_tracking)
+        trouble = self._observer.storage_trouble()
+        if self._recorder.storage_changed(trouble) and not self._storage.is_pending("trouble"):
+            self._storage.add("trouble", partial(self._recorder.note_storage, trouble))
         self._recorder.show_run(seen, now_s)
 
     def _take(self, answer: CallResult) -> None:
@@ -79,9 +94,9 @@ class Polls:
         if answer.method == WorkerGroup.RECORDS:
             self._recorder.answered()
         report = self._worker_group.take(answer)
-        if report is not None:
-            self._recorder.hear_numerics(answer.of, report.process.numerics)
-            self._recorder.hear_saturation(answer.of, report.health.saturated)
+        if report is not None and self._recorder.are_new(answer.of, report):
+            self._storage.add(f"report of {answer.of}", partial(self._recorder.hear, answer.of, report))
         if report is not None and report.history.records:
-            self._recorder.enter(report.history.records, self._observer.observe())
+            enter = partial(self._recorder.enter, report.history.records, self._observer.observe)
+            self._storage.add("records", enter)
         return None

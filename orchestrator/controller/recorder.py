@@ -6,7 +6,7 @@ What can't be journalled is fetched, or reported, again.
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from orchestrator.controller.run_metrics import values_of_run
@@ -31,7 +31,8 @@ from orchestrator.protocol.events.notices import (
     TrackingWorks,
 )
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.protocol.worker_report import Saturation
+from orchestrator.protocol.worker_report import Report, Saturation
+from orchestrator.storage.tasks import StorageTask
 from orchestrator.telemetry.prometheus import Exporter
 from orchestrator.telemetry.step_metrics import points_of_event, points_of_steps
 from orchestrator.tracking.sink import MetricPoint
@@ -64,28 +65,28 @@ class StepRecorder:
         """Note that the request for records has ended, with an answer or an error."""
         self._asked_s = time.monotonic()
 
-    def enter(self, records: Sequence[StepRecord], seen: Observation) -> None:
-        """Journal and publish the steps that can no longer be lost."""
+    def enter(self, records: Sequence[StepRecord], observe: Callable[[], Observation]) -> StorageTask[None]:
+        """Journal and publish the steps that can no longer be lost, by what `observe` returns then."""
         with suppress(StorageError):  # they are requested again
-            before = self._memory.progress
-            fresh, begun = self._memory.absorb(records, up_to=publishable(self._memory.state, seen))
+            before, up_to = self._memory.progress, publishable(self._memory.state, observe())
+            fresh, begun = yield from self._memory.absorb(records, up_to)
             points = points_of_steps(before, fresh)
             self._tracker.publish_steps(points, after=before.watermark, loads=shown_loads(fresh))
             self._exporter.show(points)
             for entry in begun:
                 self.publish(entry)
-            self._judge_routing()
+            yield from self._judge_routing()
         self._tracker.look()
 
-    def _judge_routing(self) -> None:
+    def _judge_routing(self) -> StorageTask[None]:
         """Journal when experts collapse or their loads swing, and when that is over."""
         for news in routing_news(self._run.job.model, self._memory.progress.recent, self._memory.troubles):
-            self.publish(self._memory.note(news))
+            yield from self.note(news)
             self._memory.troubles = self._memory.troubles.after(news)
 
-    def note(self, event: Event) -> None:
+    def note(self, event: Event) -> StorageTask[None]:
         """Journal and publish an event that no decision made. Raises StorageError."""
-        self.publish(self._memory.note(event))
+        self.publish((yield from self._memory.note(event)))
 
     def publish(self, entry: JournalEntry) -> None:
         """Publish a journalled event."""
@@ -93,27 +94,38 @@ class StepRecorder:
         self._tracker.publish_event(entry)
         self._exporter.show(points_of_event(entry))
 
-    def hear_numerics(self, worker: str, numerics: str) -> None:
+    def are_new(self, worker: str, report: Report) -> bool:
+        """Whether `hear` has something to journal of this report."""
+        found = report.health.saturated
+        is_saturated = found is not None and (worker, found.step) not in self._memory.saturated
+        return is_saturated or self._numerics.get(worker, "") != report.process.numerics
+
+    def hear(self, worker: str, report: Report) -> StorageTask[None]:
+        """Journal what a worker's report has of its numerics, and of a gradient that was too large."""
+        yield from self._hear_numerics(worker, report.process.numerics)
+        yield from self._hear_saturation(worker, report.health.saturated)
+
+    def _hear_numerics(self, worker: str, numerics: str) -> StorageTask[None]:
         """Journal what determines the bits of the run's results, and every worker that differs in it."""
         if not numerics or self._numerics.get(worker) == numerics:
             return
         fingerprint = json.loads(numerics)
         with suppress(StorageError):  # received again with the worker's next answer
             if self._memory.numerics is None:
-                self.note(NumericsRecorded(fingerprint))
+                yield from self.note(NumericsRecorded(fingerprint))
                 self._memory.numerics = fingerprint
             differs = differences(self._memory.numerics, fingerprint)
             if differs and self._memory.differing.get(worker) != differs:
-                self.note(NumericsDiffer(worker, differs))
+                yield from self.note(NumericsDiffer(worker, differs))
                 self._memory.differing[worker] = differs
             self._numerics[worker] = numerics
 
-    def hear_saturation(self, worker: str, found: Saturation | None) -> None:
+    def _hear_saturation(self, worker: str, found: Saturation | None) -> StorageTask[None]:
         """Journal a worker's gradient that was too large for an exact sum."""
         if found is None or (worker, found.step) in self._memory.saturated:
             return
         with suppress(StorageError):  # received again with the worker's next answer
-            self.note(GradientSaturated(worker, found.step, found.parameters))
+            yield from self.note(GradientSaturated(worker, found.step, found.parameters))
             self._memory.saturated.add((worker, found.step))
 
     def show(self, readings: Sequence[MetricPoint]) -> None:
@@ -127,18 +139,25 @@ class StepRecorder:
             values = values_of_run(self._run.limits, self._run.job.model, self._memory, seen)
             self._exporter.show_run(now_s, values, phase_of(self._memory.state, seen))
 
-    def note_tracking(self) -> None:
+    def tracking_changed(self) -> bool:
+        """Whether metrics began to wait, or arrive again, since that was journalled."""
+        return (self._tracker.warning is not None) != self._tracking_fails
+
+    def note_tracking(self) -> StorageTask[None]:
         """Journal when metrics begin to wait, and when they arrive again."""
         warning = self._tracker.warning
-        if (warning is not None) != self._tracking_fails:
+        if self.tracking_changed():
             with suppress(StorageError):  # retried at the next call
-                entry = self._memory.note(TrackingWorks() if warning is None else TrackingFails(warning))
+                yield from self.note(TrackingWorks() if warning is None else TrackingFails(warning))
                 self._tracking_fails = warning is not None
-                self.publish(entry)
 
-    def note_storage(self, trouble: str | None) -> None:
-        """Journal when run storage begins to refuse writes, and when it takes them again."""
-        if (trouble is not None) != self._storage_fails:
+    def storage_changed(self, trouble: str | None) -> bool:
+        """Whether run storage began to fail, or works again, since that was journalled."""
+        return (trouble is not None) != self._storage_fails
+
+    def note_storage(self, trouble: str | None) -> StorageTask[None]:
+        """Journal when run storage begins to fail, and when it works again."""
+        if self.storage_changed(trouble):
             with suppress(StorageError):  # retried at the next call
-                self.note(StorageWorks() if trouble is None else StorageFails(trouble))
+                yield from self.note(StorageWorks() if trouble is None else StorageFails(trouble))
                 self._storage_fails = trouble is not None

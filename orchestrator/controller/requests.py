@@ -1,16 +1,16 @@
 """Requests to a run, from the call until the run's controller has journalled them."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import NotFinished, UsageError
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
 from orchestrator.protocol.scaling import Grant
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
 
-PATIENCE_S = 10.0
-LATER = "Check its status and try again in a moment."
+PATIENCE_S = 1.5  # of a call, which should be answered within 2 s
 
 
 def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str:
@@ -27,8 +27,8 @@ def member_of_rank(run_id: str, members: Sequence[str], rank: int | None) -> str
 class PendingRequests:
     """Newest requests of any thread, which wait until a turn of the controller has journalled them."""
 
-    def __init__(self, run_id: str, memory: JournaledRun, inbox: Inbox) -> None:
-        self._run_id, self._memory, self._inbox = run_id, memory, inbox
+    def __init__(self, run_id: str, memory: JournaledRun, storage: StorageThread, inbox: Inbox) -> None:
+        self._run_id, self._memory, self._storage, self._inbox = run_id, memory, storage, inbox
         self._turned = threading.Condition()
         self.newest = memory.state.target
         self.grant = memory.state.queue.grant
@@ -47,7 +47,7 @@ class PendingRequests:
 
         Raises:
             UsageError: the run is ending, or is to end in another way.
-            NotFinished: it was not journalled in time.
+            NotFinished: it is accepted, and could not be journalled in time.
         """
         with self._turned:
             self._refuse_ending(finish)
@@ -59,9 +59,7 @@ class PendingRequests:
             by_hand = self.newest.by_hand if by_hand is None else by_hand
             target = self.newest = DesiredRunState(self.newest.seq + 1, size, finish, reason, name, requests, by_hand)
             self._inbox.put(None)
-            if not self._turned.wait_for(lambda: self._memory.state.target.seq >= target.seq, PATIENCE_S):
-                why = self._memory.trouble or "it is busy"
-                raise NotFinished(f"run {self._run_id} has not journalled the request yet: {why}", remedy=LATER)
+            self._await(lambda: self._memory.state.target.seq >= target.seq)
             return target
 
     def prioritise(self, priority: int) -> int:
@@ -69,27 +67,33 @@ class PendingRequests:
 
         Raises:
             UsageError: the run is ending.
-            NotFinished: it was not journalled in time.
+            NotFinished: it is accepted, and could not be journalled in time.
         """
         with self._turned:
             self._refuse_ending(FinishMode.NO)
             self.priority = priority
             self._inbox.put(None)
-            if not self._turned.wait_for(lambda: self._memory.state.priority == self.priority, PATIENCE_S):
-                raise NotFinished(f"run {self._run_id} has not journalled its priority yet", remedy=LATER)
+            self._await(lambda: self._memory.state.priority == self.priority)
             return priority
 
     def granted(self, grant: Grant) -> None:
         """Accept the Scheduler's grant of workers. Returns when it is journalled.
 
         Raises:
-            NotFinished: it was not journalled in time.
+            NotFinished: it is accepted, and could not be journalled in time.
         """
         with self._turned:
             self.grant = grant
             self._inbox.put(None)
-            if not self._turned.wait_for(lambda: self._memory.state.queue.grant == self.grant, PATIENCE_S):
-                raise NotFinished(f"run {self._run_id} has not journalled its grant yet", remedy=LATER)
+            self._await(lambda: self._memory.state.queue.grant == self.grant)
+
+    def _await(self, is_journalled: Callable[[], bool]) -> None:
+        if not self._turned.wait_for(is_journalled, PATIENCE_S):
+            why = self._storage.trouble() or self._memory.trouble or "its controller is busy"
+            raise NotFinished(
+                f"run {self._run_id} has accepted the request, and has not recorded it yet: {why}",
+                remedy="It takes effect once it is recorded; a controller that is restarted before that drops it.",
+            )
 
     def _refuse_ending(self, finish: FinishMode) -> None:
         is_other = self.newest.finish not in (FinishMode.NO, finish) and finish is not FinishMode.STOP_NOW

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from orchestrator.controller.startup import OpenedRun
@@ -14,6 +15,7 @@ from orchestrator.run_records.checkpoints import (
     discard_unfinished,
     drop_old_checkpoints,
 )
+from orchestrator.storage.tasks import StorageTask
 
 COMMIT_AGAIN_S = 1.0  # until a refused commit is repeated
 ROOM_AGAIN_S = 5.0  # between two looks for what may be deleted
@@ -40,18 +42,23 @@ class RunCheckpoints:
         """Why it is unknown now which checkpoint can be restored, while a restore is wanted."""
         return self._finder.trouble if self._memory.state.wants_restore else ""
 
-    def restorable(self) -> Restore | None:
+    def restorable(self) -> StorageTask[Restore | None]:
         """The newest good checkpoint, if a restore is wanted. Verifies digests, which may take long."""
-        return self._finder.newest_good(time.monotonic()) if self._memory.state.wants_restore else None
+        if not self._memory.state.wants_restore:
+            return None
+        found: Restore | None = yield partial(self._finder.newest_good, time.monotonic())
+        return found
 
-    def commit(self, action: Commit) -> Path | None:
+    def commit(self, action: Commit) -> StorageTask[Path | None]:
         """Complete a checkpoint. Returns its path; None if that failed: it is a fault, unless storage refused it, which
         is tried again. Raises TermSuperseded.
         """
         if time.monotonic() - self._refused_s < COMMIT_AGAIN_S:
             return None
         try:
-            path = commit_checkpoint(self._run.run_id, self._run.run_dir, self._memory.term, action)
+            path: Path = yield partial(
+                commit_checkpoint, self._run.run_id, self._run.run_dir, self._memory.term, action
+            )
         except TermSuperseded:
             raise
         except OSError as error:
@@ -64,14 +71,19 @@ class RunCheckpoints:
         self.trouble = ""
         return path
 
-    def make_room(self) -> None:
+    def make_room(self) -> StorageTask[None]:
         """Delete what no checkpoint needs any more, at intervals, while storage refuses some rank's part."""
         if time.monotonic() - self._made_room_s >= ROOM_AGAIN_S:
             self._made_room_s = time.monotonic()
             plans = (self._memory.state.previous, self._memory.state.current, self._memory.state.next)
             with suppress(OSError):
-                discard_unfinished(self._run.run_dir, {(p.term, p.generation) for p in plans if p is not None})
+                keep = {(p.term, p.generation) for p in plans if p is not None}
+                yield partial(discard_unfinished, self._run.run_dir, keep)
 
-    def drop_old(self) -> tuple[int, ...]:
+    def drop_old(self) -> StorageTask[tuple[int, ...]]:
         """Delete checkpoints that the job doesn't keep. Returns their steps."""
-        return drop_old_checkpoints(self._run.run_dir, self._run.job.checkpoint, self._memory.progress.validations)
+        validations = self._memory.progress.validations
+        dropped: tuple[int, ...] = yield partial(
+            drop_old_checkpoints, self._run.run_dir, self._run.job.checkpoint, validations
+        )
+        return dropped

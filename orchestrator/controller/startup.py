@@ -6,15 +6,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.cluster.actors import log_to
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.policy.state.requests import queued, resumed
 from orchestrator.protocol.events.base import Event
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.messages import ResumeRequest
 from orchestrator.run_records.checkpoints import leave_behind
-from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, open_journal, retry_until_written
+from orchestrator.run_records.journaled_run import JournaledRun, open_journal, retry_until_written
+from orchestrator.run_records.run_history import STATUS_FILE
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.log_file import log_to
+from orchestrator.storage.tasks import run_inline
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def open_run(run_id: str, run_dir: Path, order: ResumeRequest | None, since_s: f
         since_s: `time.time()` when the run was requested and entered the queue; None for now.
     """
     since_s = time.time() if since_s is None else since_s
-    retry_until_written(lambda: log_to(run_dir / "logs" / "controller.log"))
+    log_to(run_dir / "logs" / "controller.log")
     job = JobSpec.model_validate_json(retry_until_written((run_dir / "job.json").read_text))
     limits = RunLimits.of(run_id, job)
     holder = f"{socket.gethostname()} pid {os.getpid()}"
@@ -47,7 +49,7 @@ def open_run(run_id: str, run_dir: Path, order: ResumeRequest | None, since_s: f
     if order is not None and order.token != memory.resumed_by:
         retry_until_written(lambda: _resume(run, order, since_s))
     elif Submitted not in memory.times:
-        retry_until_written(lambda: memory.decided(queued(memory.state, since_s), []))
+        retry_until_written(lambda: run_inline(memory.decided(queued(memory.state, since_s), [])))
     if memory.state.current is None:  # an earlier incarnation may have crashed before this
         retry_until_written(lambda: leave_behind(run_dir, memory.state.checkpoint_done, memory.term))
     return run
@@ -56,5 +58,5 @@ def open_run(run_id: str, run_dir: Path, order: ResumeRequest | None, since_s: f
 def _resume(run: OpenedRun, order: ResumeRequest, since_s: float) -> None:
     decision = resumed(run.limits, run.memory.state, order)
     events = [action for action in decision.actions if isinstance(action, Event)]
-    run.memory.decided(queued(decision.state, since_s), events)
+    run_inline(run.memory.decided(queued(decision.state, since_s), events))
     (run.run_dir / STATUS_FILE).unlink(missing_ok=True)  # of its previous end

@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from orchestrator.errors import NotFound, UsageError
-from orchestrator.run_records.run_history import storage_error
+from orchestrator.run_records.journaled_run import storage_error
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.directory import DirectoryObjects

@@ -1,26 +1,20 @@
-"""History of a run: all that any incarnation of its controller needs to continue from run storage.
-
-`RunHistory` is derived from the journal; `JournaledRun` may append to it, too.
-"""
+"""History of a run, read from its journal: all that any incarnation of its controller needs to continue."""
 
 import json
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import takewhile
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from orchestrator.errors import NotFound, StorageError
+from orchestrator.errors import NotFound
 from orchestrator.policy.health.expert_collapse import Troubles
 from orchestrator.policy.lifecycle import first_state
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.progress import Progress, absorb, stages_begun
+from orchestrator.policy.state.progress import Progress, absorb
 from orchestrator.policy.state.run_state import RunState, StateDecided
 from orchestrator.protocol.codec import from_plain
-from orchestrator.protocol.events.base import Event, JournalEntry, is_internal, plain_of
+from orchestrator.protocol.events.base import Event, JournalEntry, is_internal
 from orchestrator.protocol.events.notices import (
     GradientSaturated,
     NumericsDiffer,
@@ -30,14 +24,11 @@ from orchestrator.protocol.events.notices import (
 )
 from orchestrator.protocol.events.reading import entry_of
 from orchestrator.protocol.events.run import Ended, Resumed
-from orchestrator.protocol.events.training import StageBegan, StepsCommitted
+from orchestrator.protocol.events.training import StepsCommitted
 from orchestrator.protocol.status import RunStatus
 from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
-from orchestrator.storage.atomic import write_atomically
-from orchestrator.storage.directory import DirectoryObjects
-from orchestrator.storage.journal import Journal, read_events
-from orchestrator.storage.reserve import FULL, SpaceReserve
+from orchestrator.storage.journal import read_events
 
 log = logging.getLogger("orchestrator.control")
 
@@ -84,8 +75,8 @@ class RunHistory:
                 self.differing[worker] = differs
             case GradientSaturated(worker, step):
                 self.saturated.add((worker, step))
-            case Resumed():
-                self._go_back(entry.seq, entry.event)
+            case Resumed() as resumed:
+                self._go_back(resumed, progress_up_to(self._run_dir, resumed.step, before=entry.seq))
             case StorageFails() | StorageWorks():
                 self.storage_fails = isinstance(entry.event, StorageFails)
             case event:
@@ -102,143 +93,13 @@ class RunHistory:
         self.newest_times[kind] = entry.time
         self.counts[kind] += 1
 
-    def _go_back(self, seq: int, event: Resumed) -> None:
-        """Drop progress after the checkpoint that the run resumed from: those steps are repeated."""
+    def _go_back(self, event: Resumed, progress: Progress) -> None:
+        """Take back progress after the checkpoint that the run resumed from: those steps are repeated."""
         self.resumed_by = event.token
         self.times.pop(Ended, None)
-        before = takewhile(lambda entry: entry.seq <= seq, read_entries(self._run_dir, only=LEDGER))
-        self.progress = absorb(Progress(), committed_steps(before))
+        self.progress = progress
         self.first_steps = {w: step for w, step in self.first_steps.items() if step <= self.progress.watermark}
         self.troubles = self.troubles.up_to(self.progress.watermark)
-
-
-class JournaledRun(RunHistory):
-    """State and progress of a run; each change is journalled before anything acts on it.
-
-    A failed write raises StorageError and changes nothing, so it can be tried again; `trouble` holds its reason until a
-    write succeeds.
-
-    Args:
-        run_dir: the run's directory in run storage.
-        journal: by `open_journal`; None for one that takes the next term now.
-    """
-
-    def __init__(self, run_dir: Path, limits: RunLimits, journal: Journal | None = None) -> None:
-        self.trouble: str | None = None
-        self._journal = journal or open_journal(run_dir)
-        self.term = self._journal.term
-        self._reserve = SpaceReserve(run_dir)
-        self._reserve.tend()
-        super().__init__(run_dir, limits)
-
-    def decided(self, state: RunState, events: Sequence[Event]) -> list[JournalEntry]:
-        """Journal a decision with its events for users. Returns the events' journal entries."""
-        changed = [StateDecided(state)] if state != self.state else []
-        written = self._append([*events, *changed])
-        self._become(state)
-        for entry in written:
-            if isinstance(entry.event, Resumed):
-                self._go_back(entry.seq, entry.event)
-        return written[: len(events)]
-
-    def absorb(self, records: Sequence[StepRecord], up_to: int) -> tuple[list[StepRecord], list[JournalEntry]]:
-        """Journal steps that are new and no later than `up_to`, and the stages that begin with them. Returns the steps,
-        and the stages' journal entries."""
-        records = [record for record in records if record.step <= up_to]
-        progress = absorb(self.progress, records)
-        fresh = [record for record in records if record.step > self.progress.watermark]
-        if not fresh:
-            return [], []
-        begun = [StageBegan(r.batch.stage, r.step, r.batch.sequence_length) for r in stages_begun(self.progress, fresh)]
-        _, *written = self._append([StepsCommitted(tuple(fresh)), *begun])
-        self.progress = progress
-        return fresh, written
-
-    def prepared(self, data: PreparedData) -> None:
-        self._append([DataPrepared(data)])
-        self.data = data
-
-    def note(self, event: Event) -> JournalEntry:
-        """Journal an event that no decision made."""
-        (entry,) = self._append([event])
-        return entry
-
-    def conclude(self, status_text: str) -> None:
-        """Write the run's final status."""
-        with self._writing():
-            self._reserve.give_up()
-            write_atomically(self._run_dir / STATUS_FILE, status_text)
-
-    def _append(self, events: Sequence[Event]) -> list[JournalEntry]:
-        if not events:
-            return []
-        with self._writing():
-            written = self._write([plain_of(event) for event in events])
-        self._reserve.tend()
-        stamps = ((plain["seq"], plain["term"], plain["time"]) for plain in written)
-        entries = [JournalEntry(*stamp, event) for stamp, event in zip(stamps, events, strict=True)]
-        for entry in entries:
-            self._date(entry)
-        return entries
-
-    def _write(self, plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Append to the journal; on a full file system, in the space that was kept for it."""
-        try:
-            return self._journal.append(plain)
-        except OSError as error:
-            if error.errno not in FULL or not self._reserve.give_up():
-                raise
-            log.warning("run storage %s is full: the journal goes on in the space reserved for it", self._run_dir)
-            return self._journal.append(plain)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if self.trouble is None:
-                log.error("run storage %s can't be written: %s", self._run_dir, error)
-            self.trouble = f"run storage can't be written: {error.strerror or error}"
-            raise storage_error(error, self._run_dir) from error
-        if self.trouble is not None:
-            log.info("run storage %s can be written again", self._run_dir)
-        self.trouble = None
-
-
-def open_journal(run_dir: Path, holder: str = "") -> Journal:
-    """Take the next term of a run; on a full file system, in the space that was kept for its journal.
-
-    Args:
-        holder: who takes it, for people that read the journal.
-    """
-    try:
-        return Journal(DirectoryObjects(run_dir), holder)
-    except OSError as error:
-        if error.errno not in FULL or not SpaceReserve(run_dir).give_up():
-            raise
-        return Journal(DirectoryObjects(run_dir), holder)
-
-
-def retry_until_written(write: Callable[[], T]) -> T:
-    """The result of `write`, retried until storage works: for writes without which the run can't continue."""
-    refused = ""
-    while True:
-        try:
-            return write()
-        except (StorageError, OSError) as error:
-            if str(error) != refused:
-                log.error("tried again until it succeeds: %s", error)
-            refused = str(error)
-            time.sleep(WRITE_AGAIN_S)
-
-
-def storage_error(error: OSError, directory: Path) -> StorageError:
-    """The error shown to users for a failed write to run storage."""
-    return StorageError(
-        f"run storage can't be written: {error.strerror or error}: {error.filename or directory}",
-        remedy="Make it writable and make room, or name another storage in the job file.",
-        unchanged="Nothing was written.",
-    )
 
 
 def read_entries(
@@ -277,6 +138,13 @@ def committed_steps(entries: Iterable[JournalEntry]) -> list[StepRecord]:
 def user_events(run_dir: Path, after: int = -1) -> list[dict[str, Any]]:
     """Events of the run as JSON objects, without the controller's internal ones. Needs no cluster."""
     return [plain for plain in read_events(run_dir, after) if not is_internal(plain["kind"])]
+
+
+def progress_up_to(run_dir: Path, step: int, before: int | None = None) -> Progress:
+    """Progress of the journalled steps up to this one, by entries with a `seq` below `before`; None for all."""
+    entries = read_entries(run_dir, only=LEDGER)
+    steps = committed_steps(entry for entry in entries if before is None or entry.seq < before)
+    return absorb(Progress(), [record for record in steps if record.step <= step])
 
 
 def read_status(run_dir: Path) -> RunStatus:

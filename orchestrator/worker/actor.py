@@ -28,6 +28,7 @@ from orchestrator.protocol.messages import Directive, WorkerJob
 from orchestrator.protocol.worker_report import Phase, Report, WorkerError
 from orchestrator.secrets import redacted, take_secrets
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.log_file import flush_logs
 from orchestrator.worker.runtime.device import device_of
 from orchestrator.worker.runtime.mailbox import WorkerMailbox
 from orchestrator.worker.shard.shard import ShardFactory
@@ -38,6 +39,7 @@ from orchestrator.worker.transition.warmup import warm_up
 
 log = logging.getLogger("orchestrator.worker")
 
+FLUSH_S = 1.0  # for the last line of the log
 ORPHAN_TICK_S = 1.0
 
 
@@ -166,4 +168,5 @@ class Worker:
             quiet_s = quiet_s + ORPHAN_TICK_S if self._last_heard == last_call else 0.0
             last_call = self._last_heard
         log.error("%s exits: no controller has called for %.0f s", self._id, quiet_s)
+        flush_logs(FLUSH_S)
         os._exit(1)

@@ -10,9 +10,11 @@ import ray
 
 from orchestrator.cluster.actors import Host
 from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.monitors import EnergyWatch
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.run_records.run_history import JournaledRun, user_events
+from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.run_history import user_events
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.journal import read_events
 from orchestrator.telemetry.energy import EnergyMeter, ProcessorTime
@@ -58,7 +60,8 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
     memory = JournaledRun(run_dir, limits)
     inbox: Inbox = SimpleQueue()
-    watch = EnergyWatch(0.0, memory, inbox)
+    storage = StorageThread(SimpleQueue())
+    watch = EnergyWatch(0.0, memory, storage, inbox)
     handles: dict[str, Any] = {name: ray.remote(Metered).remote(str(root)) for name in ("w0", "w1")}
     ray.get([handle.pid.remote() for handle in handles.values()])  # from now on they count
 
@@ -68,7 +71,9 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
     watch.poll(9.0, handles)  # too soon to ask again, or to write
     assert inbox.empty() and energy_in(run_dir) == []
     watch.poll(31.0, handles)
+    storage.finish()
     answers(watch, inbox, 2)
+    storage.finish()
     one = {"gpu_j": None, "cpu_j": 1.0}
     assert energy_in(run_dir) == [{"w0": one, "w1": one}]
     assert user_events(run_dir) == []  # bookkeeping
@@ -77,6 +82,7 @@ def test_what_workers_have_used_is_journalled_and_survives_them(own_ray: None, t
     ray.kill(lost)
     counter.write_text("12000000\n")
     watch.close(handles)
+    storage.finish()
     w0_j = energy_in(run_dir)[-1]["w0"]["cpu_j"]
     assert w0_j == pytest.approx(3.0) and energy_in(run_dir)[-1]["w1"] == one
     ray.kill(handles["w0"])
@@ -87,11 +93,13 @@ def test_where_nothing_can_be_measured_nothing_is_written_or_waited_for(own_ray:
     limits = RunLimits.of("run", JobSpec.model_validate({"schema": "v1", "name": "run"}))
     memory = JournaledRun(run_dir, limits)
     inbox: Inbox = SimpleQueue()
-    watch = EnergyWatch(0.0, memory, inbox)
+    storage = StorageThread(SimpleQueue())
+    watch = EnergyWatch(0.0, memory, storage, inbox)
     handles: dict[str, Any] = {"w0": ray.remote(Metered).remote(str(tmp_path / "nowhere"))}
     for now_s in (0.0, 40.0, 80.0):
         watch.poll(now_s, handles)
         answers(watch, inbox, 1)
     watch.close(handles)
+    storage.finish()
     assert read_events(run_dir) == []
     ray.kill(handles["w0"])

@@ -1,35 +1,43 @@
-"""Run storage that fills up under a run on a real cluster: no worker is lost, no step, and the bits are the same."""
+"""Run storage that fills up or hangs under a run on a real cluster: no worker is lost, no step, and the bits are the
+same."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from orchestrator.checkpoint.read import CheckpointReader
 from orchestrator.client import OrchestratorClient
+from orchestrator.errors import NotFinished
 from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.protocol.step_record import StepRecord
 from orchestrator.run_records.run_history import read_steps
 from orchestrator.spec.fault_tolerance import CheckpointSpec
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import WorkersSpec
 from orchestrator.storage.reserve import reserve_in
-from tests.support.disk import fill, small_disk
+from tests.support.disk import ext4_disk, fill, frozen, small_disk
 from tests.support.real_runs import own_cluster, until
 from tests.support.texts import small_job
 
 pytestmark = [pytest.mark.ray, pytest.mark.journey, pytest.mark.timeout(700)]
 
 DISK_MB = 34
+HANGS_S = 75.0  # longer than a worker waits for its controller
 
 
-def _submit(client: OrchestratorClient, texts: Path, name: str, storage: Path, steps: int) -> str:
+def _submit(
+    client: OrchestratorClient, texts: Path, name: str, storage: Path, steps: int, schedule: str = "cosine"
+) -> str:
     changes = {
         "name": name,
         "storage": str(storage),
         "workers": WorkersSpec(min=1, max=2, initial=2),
         "checkpoint": CheckpointSpec(every=10, keep_last=1),
     }
-    job: JobSpec = small_job(texts, max_steps=steps, determinism="exact").model_copy(update=changes)
+    job: JobSpec = small_job(texts, max_steps=steps, determinism="exact", lr_scheduler={"kind": schedule})
+    job = job.model_copy(update=changes)
     return client.submit(job)
 
 
@@ -106,3 +114,40 @@ def test_a_run_on_a_full_disk_can_be_stopped_at_once(texts: Path, tmp_path: Path
         assert status.phase is RunPhase.STOPPED, status
         assert "without a checkpoint: the newest one is of step" in status.why
         assert status.checkpoint_step is not None and status.checkpoint_step < status.step - 1 and _tensors(status)
+
+
+def _pace(records: Sequence[StepRecord], since: float, until: float) -> float:
+    """Steps per second, by the votes of this time."""
+    return sum(since <= record.timing.vote_time < until for record in records) / (until - since)
+
+
+def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
+    with ext4_disk(tmp_path / "disk", 256) as disk, own_cluster(tmp_path / "home", cpus=3) as client:
+        run = _submit(client, texts, "hung", disk / "runs", steps=1_000_000, schedule="constant")
+        until(client, run, lambda s: s.step > 25 and s.checkpoint_step is not None)
+        began, began_s = time.time(), time.monotonic()
+        with frozen(disk):
+            warned = until(client, run, lambda s: "has not answered" in str(s.warning))
+            assert warned.phase is RunPhase.TRAINING
+            asked_s = time.monotonic()
+            with pytest.raises(NotFinished, match="has accepted the request, and has not recorded it yet: run storage"):
+                client.scale(run, 1)
+            assert time.monotonic() - asked_s < 2.0
+            while time.monotonic() - began_s < HANGS_S:
+                asked_s = time.monotonic()
+                assert client.get(run).workers_now == 2
+                assert time.monotonic() - asked_s < 2.0
+                time.sleep(1.0)
+        ended = time.time()
+        until(client, run, lambda s: s.workers_now == 1 and s.warning is None)  # as was requested
+        client.stop(run)
+        status = client.wait(run, timeout_s=60.0)
+        assert (status.phase, status.recoveries) == (RunPhase.STOPPED, ()), status
+        kinds = [event["kind"] for event in client.events(run)]
+        assert "worker_lost" not in kinds and kinds.count("storage_fails") == kinds.count("storage_works") == 1
+        records = read_steps(Path(status.run_dir))
+        assert [record.step for record in records] == list(range(status.step))
+        first = records[5].timing.vote_time
+        assert _pace(records, began, ended) >= 0.8 * _pace(records, first, began)  # on a busy machine
+        calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
+        assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))

@@ -1,4 +1,4 @@
-"""A small file system that fills up. Needs root."""
+"""File systems that fill up, or hang. Need root."""
 
 import os
 import subprocess
@@ -22,6 +22,32 @@ def small_disk(place: Path, megabytes: int) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", place], check=True)
+
+
+@contextmanager
+def ext4_disk(place: Path, megabytes: int) -> Iterator[Path]:
+    """An ext4 of that size in a file, mounted at `place` while this lasts. Skips the test where it can't be mounted."""
+    image = place.with_suffix(".img")
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(megabytes * 2**20)
+    made = os.geteuid() == 0 and subprocess.run(["mkfs.ext4", "-q", image]).returncode == 0
+    if not made or subprocess.run(["mount", "-o", "loop", image, place]).returncode != 0:
+        pytest.skip("mounting a file system needs root and a loop device")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@contextmanager
+def frozen(disk: Path) -> Iterator[None]:
+    """Let all writes to the file system of `disk` hang while this lasts: their threads can't be killed."""
+    subprocess.run(["fsfreeze", "--freeze", disk], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", disk], check=True)
 
 
 def fill(disk: Path) -> Path:

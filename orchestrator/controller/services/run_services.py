@@ -16,14 +16,15 @@ from orchestrator.cluster.actors import ActorOptions, Handle, find, start_host
 from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.rendezvous_client import NAME as STORE
 from orchestrator.controller.services.rendezvous_client import RendezvousClient
 from orchestrator.controller.services.tracker_client import NAME as TRACKER
 from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.run_records.data_preparation import Preparation, PreparedData
-from orchestrator.run_records.run_history import retry_until_written
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.tasks import StorageTask
 
 log = logging.getLogger("orchestrator.control")
 
@@ -38,16 +39,25 @@ TRACKER_AFTER_S = 10.0  # by then MLflow shows even a run that is still queued
 class RunServices:
     """Starts or finds the services, and keeps their answers."""
 
-    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, parts: ActorClasses, term: int, inbox: Inbox) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        run_dir: Path,
+        job: JobSpec,
+        parts: ActorClasses,
+        term: int,
+        storage: StorageThread,
+        inbox: Inbox,
+    ) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
-        self._parts, self._term, self._inbox = parts, term, inbox
+        self._parts, self._storage, self._inbox = parts, storage, inbox
         self._handles: dict[str, Handle] = {}
         self._made_s = time.monotonic()
         self.data: PreparedData | None = None
         self.preparing = ""  # progress of data preparation, in words; empty once it is done
         self._asked_s = 0.0  # when that progress was last requested
         self._known_data: PreparedData | None = None
-        self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, term, inbox)
+        self.tracker = TrackerClient(run_id, run_dir, job, parts.tracker, term, storage, inbox)
         self.store = RendezvousClient(run_id, run_dir, parts.rendezvous, inbox)
         self._faults: list[str] = []
 
@@ -55,10 +65,10 @@ class RunServices:
     def faults(self) -> tuple[str, ...]:
         return (*self._faults, self.store.fault) if self.store.fault else tuple(self._faults)
 
-    def start(self, data: PreparedData | None) -> None:
+    def start(self, data: PreparedData | None) -> StorageTask[None]:
         """Start what isn't running. `data`, prepared by an earlier controller, is made anew if it is gone."""
-        self._known_data = data
-        self.data = data if data is not None and retry_until_written(Path(data.store_dir).is_dir) else None
+        is_there = data is not None and (yield Path(data.store_dir).is_dir)
+        self._known_data, self.data = data, data if is_there else None
         if self.data is not None:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent

@@ -4,7 +4,7 @@ read from it and published again. Only the run's end waits for the tracker.
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -13,14 +13,16 @@ from orchestrator.cluster.actors import ActorOptions, Handle, start_host
 from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.expert_load import Loads
 from orchestrator.protocol.events.base import JournalEntry
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import retry_until_written
+from orchestrator.run_records.journaled_run import retry_until_written
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_calls
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.tasks import StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
 from orchestrator.tracking.sink import MetricPoint
 from orchestrator.tracking.tracker import Tracker
@@ -40,9 +42,11 @@ LAST_TRIES = 3
 class TrackerClient:
     """Starts or finds the run's tracker, and ensures that it gets everything once."""
 
-    def __init__(self, run_id: str, run_dir: Path, job: JobSpec, target: str, term: int, inbox: Inbox) -> None:
+    def __init__(
+        self, run_id: str, run_dir: Path, job: JobSpec, target: str, term: int, storage: StorageThread, inbox: Inbox
+    ) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
-        self._target, self._term, self._inbox = target, term, inbox
+        self._target, self._term, self._storage, self._inbox = target, term, storage, inbox
         self._handle: Handle | None = None
         self._data: PreparedData | None = None
         self._is_current = False  # it has, or was sent, everything in the journal
@@ -69,7 +73,8 @@ class TrackerClient:
     def tend(self, now_s: float) -> None:
         """Ask a tracker that lacks something for its position, at intervals."""
         overdue = self._asked_s is None or now_s - self._asked_s >= ASK_AGAIN_S
-        if self._handle is not None and not self._is_current and self._num_open == 0 and overdue:
+        is_idle = self._num_open == 0 and not self._storage.is_pending("tracker")
+        if self._handle is not None and not self._is_current and is_idle and overdue:
             self._asked_s = now_s
             self._call(Tracker.position)
 
@@ -108,7 +113,7 @@ class TrackerClient:
             self._is_current = False
             self._failed(answer.method, reason_of(error))
         elif answer.method == "position":
-            self._catch_up(answer.future.result())
+            self._storage.add("tracker", partial(self._catch_up, answer.future.result()))
         elif answer.method == "describe":
             self._described(answer.future.result())
 
@@ -134,15 +139,14 @@ class TrackerClient:
         if self.warning:
             log.warning(self.warning)
 
-    def _catch_up(self, position: int) -> None:
-        self._is_current = True
+    def _catch_up(self, position: int) -> StorageTask[None]:
         try:
-            self._send(missing_calls(self._run_dir, position, self._data))
+            missing = yield partial(self._missing, position)
         except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
-            self._is_current = False
             self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
         else:
-            self.warning = None
+            self._is_current, self.warning = True, None
+            self._send(missing)
 
     def _missing(self, position: int) -> list[Call]:
         return list(missing_calls(self._run_dir, position, self._data))
@@ -164,7 +168,7 @@ class TrackerClient:
         if state["error"] or self._is_current:  # else it works, and lacks what waits in the journal
             self.warning = f"metrics wait on disk: {state['error']}" if state["error"] else None
 
-    def _send(self, calls: Sequence[Call] | Iterator[Call]) -> None:
+    def _send(self, calls: Iterable[Call]) -> None:
         for method, args in calls:
             if self._num_open >= MOST_OPEN and method is Tracker.publish and len(args) > 1:
                 self._is_current = False  # the rest is sent once it has answered

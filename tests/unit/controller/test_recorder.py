@@ -9,9 +9,11 @@ import pytest
 
 from orchestrator.controller.recorder import StepRecorder
 from orchestrator.controller.startup import OpenedRun
-from orchestrator.protocol.worker_report import Saturation
-from orchestrator.run_records.run_history import JournaledRun, user_events
+from orchestrator.protocol.worker_report import HealthReport, Phase, ProcessReport, Report, Saturation
+from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.run_history import user_events
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.tasks import run_inline
 from tests.unit.policy.imagined import limits_of
 
 FINGERPRINT = {"torch": "2.9", "processor": "a", "threads": 1}
@@ -24,6 +26,11 @@ def _account(run_dir: Path) -> StepRecorder:
     return StepRecorder(run, Mock(), Mock(), Mock())
 
 
+def _report(numerics: str = "", saturated: Saturation | None = None) -> Report:
+    health, process = HealthReport(saturated=saturated), ProcessReport(numerics=numerics)
+    return Report("w0", 1, 0, Phase.TRAINING, -1, -1, -1, health=health, process=process)
+
+
 def _told(run_dir: Path) -> list[tuple[Any, ...]]:
     events = user_events(run_dir)
     return [tuple(v for k, v in event.items() if k not in ("seq", "term", "time")) for event in events]
@@ -34,23 +41,23 @@ def test_numerics_are_those_of_the_first_worker_and_others_are_told_once(tmp_pat
     for _ in range(2):  # a second controller knows what the first one had heard
         account = _account(tmp_path)
         for worker, found in (("w0", FINGERPRINT), ("w1", FINGERPRINT), ("w2", other), ("w2", other)):
-            account.hear_numerics(worker, json.dumps(found))
-        account.hear_numerics("w3", "")  # of a run that isn't exact
+            run_inline(account.hear(worker, _report(numerics=json.dumps(found))))
+        run_inline(account.hear("w3", _report(numerics="")))  # of a run that isn't exact
     assert _told(tmp_path) == [("numerics", FINGERPRINT), ("numerics_differ", "w2", {"processor": "a -> b"})]
 
 
 def test_a_gradient_too_large_is_told_with_its_parameter(tmp_path: Path) -> None:
     for _ in range(2):
         account = _account(tmp_path)
-        account.hear_saturation("w0", None)
+        run_inline(account.hear("w0", _report()))
         for step in (4, 4, 5):
-            account.hear_saturation("w1", Saturation(step, ("head",)))
+            run_inline(account.hear("w1", _report(saturated=Saturation(step, ("head",)))))
     assert _told(tmp_path) == [("gradient_saturated", "w1", 4, ["head"]), ("gradient_saturated", "w1", 5, ["head"])]
 
 
 @pytest.mark.parametrize("missing", ["processor", "threads"])
 def test_what_one_side_lacks_differs(tmp_path: Path, missing: str) -> None:
     account = _account(tmp_path)
-    account.hear_numerics("w0", json.dumps(FINGERPRINT))
-    account.hear_numerics("w1", json.dumps({k: v for k, v in FINGERPRINT.items() if k != missing}))
+    run_inline(account.hear("w0", _report(numerics=json.dumps(FINGERPRINT))))
+    run_inline(account.hear("w1", _report(numerics=json.dumps({k: v for k, v in FINGERPRINT.items() if k != missing}))))
     assert _told(tmp_path)[1][2] == {missing: f"{FINGERPRINT[missing]} -> None"}

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.requests import PendingRequests
 from orchestrator.errors import UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.tasks import run_inline
 
 
 @pytest.fixture
@@ -30,14 +32,14 @@ def _aim(
     asker.start()
     inbox.get(timeout=20.0)
     assert not found  # it waits until it is written down
-    memory.decided(replace(memory.state, target=requests.newest), [])
+    run_inline(memory.decided(replace(memory.state, target=requests.newest), []))
     requests.turned()
     asker.join(20.0)
     return found[0]
 
 
 def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(memory: JournaledRun) -> None:
-    requests = PendingRequests("run", memory, Inbox())
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox())
     assert _aim(requests, memory, FinishMode.NO, 3).workers == 3
     paused = _aim(requests, memory, FinishMode.PAUSE)
     assert (paused.seq, paused.workers, paused.finish) == (2, 3, FinishMode.PAUSE)
@@ -45,7 +47,7 @@ def test_a_wish_returns_once_it_is_written_down_and_keeps_what_it_does_not_name(
 
 
 def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRun) -> None:
-    requests = PendingRequests("run", memory, Inbox())
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox())
     _aim(requests, memory, FinishMode.PAUSE)
     for finish in (FinishMode.NO, FinishMode.STOP):
         with pytest.raises(UsageError, match="run run is ending"):
@@ -55,7 +57,7 @@ def test_a_run_that_is_to_end_is_not_turned_to_anything_else(memory: JournaledRu
 
 
 def test_a_priority_is_refused_once_the_run_is_to_end(memory: JournaledRun) -> None:
-    requests = PendingRequests("run", memory, Inbox())
+    requests = PendingRequests("run", memory, StorageThread(Inbox()), Inbox())
     _aim(requests, memory, FinishMode.PAUSE)
     with pytest.raises(UsageError, match="run run is ending"):
         requests.prioritise(5)

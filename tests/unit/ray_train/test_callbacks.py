@@ -8,7 +8,8 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.ray_train.callbacks import CallbackError, Follower
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.storage.tasks import run_inline
 from tests.unit.policy.imagined import Life, limits_of, record
 
 LIMITS = limits_of(steps=30)
@@ -45,10 +46,10 @@ def follower_of(run_dir: Path, *callbacks: UserCallback) -> Follower:
 
 def test_each_step_is_reported_once_from_now_on(tmp_path: Path) -> None:
     memory, told = memory_of(tmp_path), Told()
-    memory.absorb([record(0), record(1)], up_to=100)
+    run_inline(memory.absorb([record(0), record(1)], up_to=100))
     follower = follower_of(tmp_path, told)
     follower.read_on()
-    memory.absorb([record(2), record(3, world_size=3)], up_to=100)
+    run_inline(memory.absorb([record(2), record(3, world_size=3)], up_to=100))
     follower.read_on()
     follower.read_on()
     assert told.reports == [(2, 2, None), (3, 3, None)]
@@ -59,7 +60,7 @@ def test_a_run_that_has_not_begun_can_be_followed(tmp_path: Path) -> None:
     told = Told()
     follower = follower_of(tmp_path / "run", told)
     follower.read_on()
-    memory_of(tmp_path / "run").absorb([record(0)], up_to=100)
+    run_inline(memory_of(tmp_path / "run").absorb([record(0)], up_to=100))
     follower.read_on()
     assert told.reports == [(0, 2, None)]
 
@@ -67,12 +68,12 @@ def test_a_run_that_has_not_begun_can_be_followed(tmp_path: Path) -> None:
 def test_a_checkpoint_is_reported_with_its_step_even_if_that_comes_later(tmp_path: Path) -> None:
     memory, told = memory_of(tmp_path), Told()
     follower = follower_of(tmp_path, told)
-    memory.absorb([record(0), record(1)], up_to=100)
-    memory.note(CheckpointCommitted(0, "/c/0"))
-    memory.note(CheckpointCommitted(2, "/c/2"))
+    run_inline(memory.absorb([record(0), record(1)], up_to=100))
+    run_inline(memory.note(CheckpointCommitted(0, "/c/0")))
+    run_inline(memory.note(CheckpointCommitted(2, "/c/2")))
     follower.read_on()
     assert told.reports == [(0, 2, None), (1, 2, None), (0, 2, "/c/0")]
-    memory.absorb([record(2)], up_to=100)
+    run_inline(memory.absorb([record(2)], up_to=100))
     follower.read_on()
     assert told.reports[3:] == [(2, 2, None), (2, 2, "/c/2")] and told.rows[4] == told.rows[3]
 
@@ -80,9 +81,9 @@ def test_a_checkpoint_is_reported_with_its_step_even_if_that_comes_later(tmp_pat
 def test_steps_that_are_done_again_after_a_resume_are_reported_again(tmp_path: Path) -> None:
     memory, told = memory_of(tmp_path), Told()
     follower = follower_of(tmp_path, told)
-    memory.absorb([record(step) for step in range(4)], up_to=100)
-    memory.decided(memory.state, [Resumed("t", 1, "/c/1", 2)])
-    memory.absorb([record(2), record(3)], up_to=100)
+    run_inline(memory.absorb([record(step) for step in range(4)], up_to=100))
+    run_inline(memory.decided(memory.state, [Resumed("t", 1, "/c/1", 2)]))
+    run_inline(memory.absorb([record(2), record(3)], up_to=100))
     follower.read_on()
     assert [step for step, _, _ in told.reports] == [0, 1, 2, 3, 2, 3]
     assert told.rows[4]["train/tokens"] == told.rows[2]["train/tokens"]
@@ -95,8 +96,10 @@ def test_a_loss_is_told_by_rank_and_forgotten_after_a_step(tmp_path: Path) -> No
     def live_until(condition: Any) -> None:
         while not condition():
             life.tick()
-            memory.decided(life.state, [])
-            memory.absorb([r for r in life.progress.recent if r.step > memory.progress.watermark], up_to=100)
+            run_inline(memory.decided(life.state, []))
+            run_inline(
+                memory.absorb([r for r in life.progress.recent if r.step > memory.progress.watermark], up_to=100)
+            )
         follower.read_on()
 
     live_until(lambda: life.step >= 3)
@@ -117,7 +120,7 @@ def test_an_error_of_a_callback_is_told_with_its_name(tmp_path: Path) -> None:
             raise LookupError("no")
 
     follower = follower_of(tmp_path, Broken())
-    memory_of(tmp_path).absorb([record(0)], up_to=100)
+    run_inline(memory_of(tmp_path).absorb([record(0)], up_to=100))
     with pytest.raises(CallbackError, match=r"Broken\.after_report failed: LookupError") as failed:
         follower.read_on()
     assert isinstance(failed.value.raised, LookupError)

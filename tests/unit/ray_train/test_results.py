@@ -8,7 +8,8 @@ from orchestrator.policy.state.progress import Progress
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Resumed
 from orchestrator.ray_train.results import result_of, rows_of, with_validations
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.storage.tasks import run_inline
 from tests.unit.policy.imagined import limits_of, record
 
 LOSSES = {0: 5.0, 2: 3.0, 4: 4.0}
@@ -16,8 +17,8 @@ LOSSES = {0: 5.0, 2: 3.0, 4: 4.0}
 
 def run_with(run_dir: Path, *checkpoints: int) -> JournaledRun:
     memory = JournaledRun(run_dir, limits_of(steps=30))
-    memory.absorb([record(step, validation_loss=LOSSES.get(step)) for step in range(6)], up_to=100)
-    memory.note(Rescaled(1, 2, 2, step=2, why="", stall_s=0.25, moved_bytes=7))
+    run_inline(memory.absorb([record(step, validation_loss=LOSSES.get(step)) for step in range(6)], up_to=100))
+    run_inline(memory.note(Rescaled(1, 2, 2, step=2, why="", stall_s=0.25, moved_bytes=7)))
     for step in checkpoints:
         (run_dir / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
     (run_dir / "checkpoints" / ".incomplete-00000009-000001-000001").mkdir(parents=True)
@@ -26,8 +27,8 @@ def run_with(run_dir: Path, *checkpoints: int) -> JournaledRun:
 
 def test_a_row_per_step_with_what_changed_before_it(tmp_path: Path) -> None:
     memory = run_with(tmp_path)
-    memory.decided(memory.state, [Resumed("t", 3, None, 2)])
-    memory.absorb([record(4, loss=1.0), record(5)], up_to=100)
+    run_inline(memory.decided(memory.state, [Resumed("t", 3, None, 2)]))
+    run_inline(memory.absorb([record(4, loss=1.0), record(5)], up_to=100))
     frame = result_of(tmp_path).metrics_dataframe
     assert frame is not None and list(frame["step"]) == [0, 1, 2, 3, 4, 5]
     assert frame["train/loss"][4] == 1.0 and list(frame["train/tokens"]) == [100.0 * n for n in range(1, 7)]

@@ -7,11 +7,12 @@ import pytest
 from orchestrator.errors import NotFound
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.status import RunPhase
+from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.run_files import RunFiles, run_dir_in
-from orchestrator.run_records.run_history import JournaledRun
 from orchestrator.spec.job import JobSpec
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
+from orchestrator.storage.tasks import run_inline
 from tests.unit.policy.imagined import record
 
 
@@ -75,7 +76,7 @@ def test_a_run_whose_cluster_is_gone_is_told_as_far_as_its_journal_goes(run_dir:
     job = JobSpec.model_validate({"name": "lost", "train": {"max_steps": 30}})
     (run_dir / "job.json").write_text(job.model_dump_json(by_alias=True))
     memory = JournaledRun(run_dir, RunLimits.of("lost", job))
-    memory.absorb([record(0), record(1)], up_to=10_000)
+    run_inline(memory.absorb([record(0), record(1)], up_to=10_000))
     status = RunFiles(run_dir).status()
     assert (status.phase, status.step, status.steps) == (RunPhase.STARTING, 2, 30)
     assert "has not ended" in status.why

@@ -19,12 +19,14 @@ from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.status import Rescale, RunPhase, RunStatus, WorkerStatus
 from orchestrator.protocol.worker_report import Phase
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import STATUS_FILE, JournaledRun, read_status, read_steps, user_events
+from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.run_history import STATUS_FILE, read_status, read_steps, user_events
 from orchestrator.run_records.status import status_of, to_json
 from orchestrator.spec.model import ModelSpec
 from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import read_events
+from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.step_metrics import points_after, points_of_event, points_of_steps
 from tests.unit.policy.imagined import Life, limits_of, record
 
@@ -39,13 +41,13 @@ def remembered(run_dir: Path) -> JournaledRun:
 
 def test_a_successor_remembers_everything(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.note(Submitted("run", 2))
-    memory.prepared(PreparedData("/store", 300, "/tokenizer.json"))
+    run_inline(memory.note(Submitted("run", 2)))
+    run_inline(memory.prepared(PreparedData("/store", 300, "/tokenizer.json")))
     life = Life(LIMITS)
     life.run_until(lambda: life.step == 6)
-    memory.decided(life.state, [ACTIVATED])
-    memory.absorb(life.progress.recent, up_to=10_000)
-    memory.absorb([record(6), record(7, generation=0)], up_to=10_000)
+    run_inline(memory.decided(life.state, [ACTIVATED]))
+    run_inline(memory.absorb(life.progress.recent, up_to=10_000))
+    run_inline(memory.absorb([record(6), record(7, generation=0)], up_to=10_000))
     successor = remembered(tmp_path)
     assert successor.state == life.state
     assert successor.progress == memory.progress and successor.progress.watermark == 7
@@ -55,8 +57,8 @@ def test_a_successor_remembers_everything(tmp_path: Path) -> None:
 
 def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    entries = memory.decided(replace(memory.state, seq=3), [TargetChanged(2, "no", "asked for")])
-    memory.absorb([record(0)], up_to=10_000)
+    entries = run_inline(memory.decided(replace(memory.state, seq=3), [TargetChanged(2, "no", "asked for")]))
+    run_inline(memory.absorb([record(0)], up_to=10_000))
     assert [entry.event.kind for entry in entries] == ["target"]
     assert user_events(tmp_path) == [plain_of_entry(entry) for entry in entries]
     assert [step.step for step in read_steps(tmp_path)] == [0]
@@ -64,15 +66,15 @@ def test_users_see_what_happened_but_no_bookkeeping(tmp_path: Path) -> None:
 
 def test_an_unchanged_state_is_not_written_again(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.decided(memory.state, [])
-    assert memory.absorb([], up_to=10_000) == ([], [])
+    run_inline(memory.decided(memory.state, []))
+    assert run_inline(memory.absorb([], up_to=10_000)) == ([], [])
     assert read_events(tmp_path) == []
 
 
 def test_records_that_are_known_are_written_once(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.absorb([record(0), record(1)], up_to=10_000)
-    assert [step.step for step in memory.absorb([record(1), record(2)], up_to=10_000)[0]] == [2]
+    run_inline(memory.absorb([record(0), record(1)], up_to=10_000))
+    assert [step.step for step in run_inline(memory.absorb([record(1), record(2)], up_to=10_000))[0]] == [2]
     assert [step.step for step in read_steps(tmp_path)] == [0, 1, 2]
 
 
@@ -80,11 +82,11 @@ def test_a_stage_that_begins_is_an_event_once(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
     stages = ["easy", "easy", "all", "all"]
     records = [changed(record(step), stage=stage, sequence_length=8) for step, stage in enumerate(stages)]
-    _, begun = memory.absorb(records[:1], up_to=10_000)
+    _, begun = run_inline(memory.absorb(records[:1], up_to=10_000))
     assert [entry.event for entry in begun] == [StageBegan("easy", 0, 8)]
-    assert memory.absorb(records[1:2], up_to=10_000)[1] == []
+    assert run_inline(memory.absorb(records[1:2], up_to=10_000))[1] == []
     memory = remembered(tmp_path)  # a successor knows the stage
-    assert [e.event for e in memory.absorb(records, up_to=10_000)[1]] == [StageBegan("all", 2, 8)]
+    assert [e.event for e in run_inline(memory.absorb(records, up_to=10_000))[1]] == [StageBegan("all", 2, 8)]
     assert [e["stage"] for e in user_events(tmp_path) if e["kind"] == "stage_began"] == ["easy", "all"]
     assert memory.progress.stage == "all"
 
@@ -94,18 +96,18 @@ def test_what_cannot_be_written_changes_nothing_and_is_tried_again(tmp_path: Pat
     (tmp_path / "journal").rename(tmp_path / "away")
     (tmp_path / "journal").touch()  # no directory: even root can't write into it
     with pytest.raises(StorageError, match="can't be written"):
-        memory.absorb([record(0)], up_to=10_000)
+        run_inline(memory.absorb([record(0)], up_to=10_000))
     assert memory.progress.watermark == -1 and "can't be written" in str(memory.trouble)
     (tmp_path / "journal").unlink()
     (tmp_path / "away").rename(tmp_path / "journal")
-    memory.absorb([record(0)], up_to=10_000)
+    run_inline(memory.absorb([record(0)], up_to=10_000))
     assert memory.trouble is None and [step.step for step in read_steps(tmp_path)] == [0]
 
 
 def status_after(tmp_path: Path, state: RunState, closed: bool) -> RunStatus:
     memory = remembered(tmp_path)
-    memory.absorb([record(0), record(1)], up_to=10_000)
-    memory.decided(state, [])
+    run_inline(memory.absorb([record(0), record(1)], up_to=10_000))
+    run_inline(memory.decided(state, []))
     seen = Observation(term=1, now_s=0.0, target=state.target, progress=memory.progress)
     return status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=closed)
 
@@ -138,7 +140,7 @@ def test_the_status_names_members_by_rank_then_the_others_but_nobody_lost(tmp_pa
     first, second, *others = life.state.members + tuple(
         w for w in life.state.worker_group if w not in life.state.members
     )
-    memory.decided(replace(life.state, worker_group=(*life.state.worker_group, "w9")), [])
+    run_inline(memory.decided(replace(life.state, worker_group=(*life.state.worker_group, "w9")), []))
     seen = life.seen(nodes={first: "here"}, lost={second: "it died"})
     worker_group = status_of(LIMITS, MODEL, memory, seen, run_dir=tmp_path, closed=False).worker_group
     assert worker_group[0] == WorkerStatus(first, 0, Phase.TRAINING, "here")
@@ -181,14 +183,14 @@ def test_points_read_from_the_journal_are_those_of_the_first_time() -> None:
 
 def test_a_run_that_goes_on_from_a_checkpoint_forgets_the_steps_after_it(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.absorb([record(step) for step in range(6)], up_to=10_000)
-    memory.decided(*_over(memory.state, "failed"))
+    run_inline(memory.absorb([record(step) for step in range(6)], up_to=10_000))
+    run_inline(memory.decided(*_over(memory.state, "failed")))
     order = ResumeRequest("token", Restore(3, "/x"))
     decision = resumed(LIMITS, memory.state, order)
-    memory.decided(decision.state, [action for action in decision.actions if isinstance(action, Event)])
+    run_inline(memory.decided(decision.state, [action for action in decision.actions if isinstance(action, Event)]))
     assert memory.progress.watermark == 3 and memory.progress.tokens == sum(record(s).batch.tokens for s in range(4))
     assert Ended not in memory.times and memory.resumed_by == "token"
-    memory.absorb([record(4, generation=1)], up_to=10_000)
+    run_inline(memory.absorb([record(4, generation=1)], up_to=10_000))
     successor = remembered(tmp_path)
     for one in (memory, successor):
         assert one.state.outcome is None and one.state.restore == Restore(3, "/x")
@@ -213,7 +215,7 @@ def test_a_full_disk_is_journalled_in_the_reserve(tmp_path: Path, monkeypatch: p
         return create(objects, key, data)
 
     monkeypatch.setattr(DirectoryObjects, "create", create_if_reserve_is_gone)
-    memory.absorb([record(0)], up_to=10_000)
+    run_inline(memory.absorb([record(0)], up_to=10_000))
     assert len(refused) == 1 and memory.trouble is None
     assert [step.step for step in read_steps(tmp_path)] == [0]
 
@@ -233,8 +235,8 @@ def test_a_term_is_taken_in_the_reserve_of_a_full_disk(tmp_path: Path, monkeypat
 
 def test_a_successor_knows_that_storage_refused_something(tmp_path: Path) -> None:
     memory = remembered(tmp_path)
-    memory.note(StorageFails("full"))
+    run_inline(memory.note(StorageFails("full")))
     assert remembered(tmp_path).storage_fails
     memory = remembered(tmp_path)
-    memory.note(StorageWorks())
+    run_inline(memory.note(StorageWorks()))
     assert not remembered(tmp_path).storage_fails

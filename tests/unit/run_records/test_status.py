@@ -15,10 +15,13 @@ from orchestrator.protocol.events.run import Resumed
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.messages import GenerationPlan, StoreAddress
 from orchestrator.protocol.step_record import StepRecord
-from orchestrator.run_records.run_history import JournaledRun, RunHistory, user_events
+from orchestrator.protocol.worker_report import Phase, ProcessReport, Report
+from orchestrator.run_records.journaled_run import JournaledRun
+from orchestrator.run_records.run_history import RunHistory, user_events
 from orchestrator.run_records.status import status_of
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.tasks import run_inline
 from tests.unit.policy.imagined import limits_of, record
 
 MODEL = ModelSpec(n_routed_experts=8, num_experts_per_tok=2)
@@ -36,6 +39,10 @@ def _plan(*members: str) -> GenerationPlan:
     )
 
 
+def _report(numerics: str) -> Report:
+    return Report("w0", 1, 0, Phase.TRAINING, -1, -1, -1, process=ProcessReport(numerics=numerics))
+
+
 def _warning(run_dir: Path, memory: RunHistory) -> str | None:
     seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress)
     return status_of(limits_of(), MODEL, memory, seen, run_dir=run_dir, closed=False).warning
@@ -48,19 +55,19 @@ def _run(run_dir: Path, memory: JournaledRun) -> OpenedRun:
 def test_a_run_that_workers_with_other_numerics_have_trained_is_warned_of_until_it_goes_back(tmp_path: Path) -> None:
     memory = JournaledRun(tmp_path, limits_of())
     account = StepRecorder(_run(tmp_path, memory), Mock(), Mock(), Mock())
-    memory.decided(replace(memory.state, worker_group=("w0", "w1"), current=_plan("w0")), [])
-    memory.absorb([record(step) for step in range(3)], up_to=2)
-    account.hear_numerics("w0", json.dumps({"processor": "a"}))
-    account.hear_numerics("w1", json.dumps({"processor": "b"}))
+    run_inline(memory.decided(replace(memory.state, worker_group=("w0", "w1"), current=_plan("w0")), []))
+    run_inline(memory.absorb([record(step) for step in range(3)], up_to=2))
+    run_inline(account.hear("w0", _report(numerics=json.dumps({"processor": "a"}))))
+    run_inline(account.hear("w1", _report(numerics=json.dumps({"processor": "b"}))))
     assert _warning(tmp_path, memory) is None  # it stands by
-    memory.decided(replace(memory.state, current=_plan("w0", "w1")), [])
+    run_inline(memory.decided(replace(memory.state, current=_plan("w0", "w1")), []))
     told = _warning(tmp_path, memory)
     assert told is not None and told.startswith(
         "workers whose numerics differ from the run's have trained: w1 (processor: a -> b); its bits differ since. To "
     )
-    memory.decided(replace(memory.state, worker_group=("w0",), current=None), [])
+    run_inline(memory.decided(replace(memory.state, worker_group=("w0",), current=None), []))
     assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told
-    memory.decided(memory.state, [Resumed("t", 2, None, 2)])
+    run_inline(memory.decided(memory.state, [Resumed("t", 2, None, 2)]))
     assert _warning(tmp_path, memory) is None and _warning(tmp_path, RunHistory(tmp_path, limits_of())) is None
 
 
@@ -75,21 +82,21 @@ def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -
     account = StepRecorder(_run(tmp_path, memory), Mock(), tracker, Mock())
     seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress, checkpointed=10_000)
 
-    account.enter(_steps(0, 60, violation=0.2), seen)
+    run_inline(account.enter(_steps(0, 60, violation=0.2), lambda: seen))
     assert _warning(tmp_path, memory) is None
-    account.enter(_steps(60, 100, violation=2.9), seen)
+    run_inline(account.enter(_steps(60, 100, violation=2.9), lambda: seen))
     told = _warning(tmp_path, memory)
     assert told is not None and told.startswith(
         "MoE layer 1 has collapsed since step 60, most of its tokens go to the same experts: its MaxVio was 2.90 of "
         "3.00 possible, where at most 1.50 is expected. In the job of a new run, raise model.bias_update_speed, which "
     )
-    account.enter(_steps(100, 110, violation=2.8), seen)  # it is told once
+    run_inline(account.enter(_steps(100, 110, violation=2.8), lambda: seen))  # it is told once
     assert _warning(tmp_path, memory) == _warning(tmp_path, RunHistory(tmp_path, limits_of())) == told
-    account.enter(_steps(110, 140, violation=0.1, swing=0.9), seen)
+    run_inline(account.enter(_steps(110, 140, violation=0.1, swing=0.9), lambda: seen))
     told = _warning(tmp_path, memory)
     assert told is not None and told.startswith("the loads of experts swing since step 110: 90% of the experts")
     assert "lower model.bias_update_speed, which is 0.5" in told and "MoE layer" not in told
-    account.enter(_steps(140, 170, violation=0.1), seen)
+    run_inline(account.enter(_steps(140, 170, violation=0.1), lambda: seen))
     assert _warning(tmp_path, memory) is None and _warning(tmp_path, RunHistory(tmp_path, limits_of())) is None
     kinds = ["experts_collapsed", "experts_even", "loads_swing", "loads_steady"]
     assert [(e["kind"], e["step"]) for e in user_events(tmp_path)] == list(zip(kinds, (60, 110, 110, 140), strict=True))
@@ -98,11 +105,11 @@ def test_a_collapse_is_an_event_and_a_warning_until_it_is_over(tmp_path: Path) -
 
 def test_a_run_that_goes_back_before_a_collapse_is_not_warned_of_it(tmp_path: Path) -> None:
     memory = JournaledRun(tmp_path, limits_of())
-    memory.absorb([record(step) for step in range(100)], up_to=10_000)
+    run_inline(memory.absorb([record(step) for step in range(100)], up_to=10_000))
     collapse = ExpertsCollapsed(60, layer=0, max_violation=3.0)
-    memory.note(collapse)
+    run_inline(memory.note(collapse))
     memory.troubles = memory.troubles.after(collapse)
     for step, has_collapsed in ((80, True), (40, False)):
-        memory.decided(memory.state, [Resumed("t", step, None, 2)])
+        run_inline(memory.decided(memory.state, [Resumed("t", step, None, 2)]))
         for remembered in (memory, RunHistory(tmp_path, limits_of())):
             assert (_warning(tmp_path, remembered) is not None) is has_collapsed

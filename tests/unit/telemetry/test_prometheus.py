@@ -18,8 +18,9 @@ from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.protocol.expert_load import ExpertLoad
 from orchestrator.protocol.status import RunPhase
 from orchestrator.protocol.usage import Traffic
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.spec.model import ModelSpec
+from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.prometheus import EVERY_S, Exporter
 from orchestrator.telemetry.step_metrics import points_of_steps
 from orchestrator.tracking.sink import MetricPoint
@@ -91,7 +92,7 @@ def test_a_failure_is_told_once_and_harms_nobody(caplog: pytest.LogCaptureFixtur
 def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     limits = limits_of(steps=12)
     memory = JournaledRun(tmp_path, limits)
-    submitted = memory.note(Submitted("run", 2)).time
+    submitted = run_inline(memory.note(Submitted("run", 2))).time
 
     def values() -> dict[str, float]:
         seen = Observation(term=1, now_s=0.0, target=memory.state.target, progress=memory.progress)
@@ -105,24 +106,28 @@ def test_a_run_at_its_beginning_under_way_and_resumed(tmp_path: Path) -> None:
     assert first["elastic/workers_wanted"] == 2 and first["elastic/quarantined_nodes"] == 0
 
     vote_time = submitted + 50.0
-    memory.absorb(
-        [changed(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
+    run_inline(
+        memory.absorb(
+            [changed(record(0), experts=ExpertLoad(worst_violation=1.5), applied=False, vote_time=vote_time)], up_to=0
+        )
     )
-    checkpoint = memory.note(CheckpointCommitted(0, "/c/0")).time
+    checkpoint = run_inline(memory.note(CheckpointCommitted(0, "/c/0"))).time
     later = values()
     assert later["run/committed_steps"] == 1 and later["run/committed_time"] == vote_time
     assert later["run/checkpoint_time"] == checkpoint >= submitted
     assert later["moe/collapse"] == 0.5 and later["train/skipped"] == 1
     assert later["verify/checks"] == later["verify/differences"] == 0
-    memory.decided(memory.state, [ReplayChecked("w1", 0, 0, equal=False), StateDiffers(0, ("loss",), (), (), ())])
+    run_inline(
+        memory.decided(memory.state, [ReplayChecked("w1", 0, 0, equal=False), StateDiffers(0, ("loss",), (), (), ())])
+    )
     assert values()["verify/checks"] == values()["verify/differences"] == 1
     assert later["elastic/rescales"] == later["elastic/recoveries"] == 0
-    memory.decided(memory.state, [Rescaled(1, 2, 3, 0, ""), *2 * [GenerationAborted(1, 0, "")]])
+    run_inline(memory.decided(memory.state, [Rescaled(1, 2, 3, 0, ""), *2 * [GenerationAborted(1, 0, "")]]))
     assert (values()["elastic/rescales"], values()["elastic/recoveries"]) == (1, 2)
 
     successor = JournaledRun(tmp_path, limits)
     assert successor.newest_times == memory.newest_times and successor.times == memory.times
-    resumed = successor.note(Resumed("t", 0, None, 2)).time
+    resumed = run_inline(successor.note(Resumed("t", 0, None, 2))).time
     memory = JournaledRun(tmp_path, limits)
     assert values()["run/checkpoint_time"] == resumed and values()["train/skipped"] == 1
     assert values()["verify/checks"] == values()["verify/differences"] == 1

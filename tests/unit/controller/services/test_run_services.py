@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.controller.services.run_services import RunServices
 from orchestrator.run_records.data_preparation import PreparedData
@@ -16,7 +17,7 @@ KNOWN = PreparedData("/old/store-abc", 300, "/run/tokenizer.json")
 
 @pytest.fixture
 def services(tmp_path: Path) -> RunServices:
-    made = RunServices("run", tmp_path, JobSpec(name="run"), ActorClasses(), 1, Inbox())
+    made = RunServices("run", tmp_path, JobSpec(name="run"), ActorClasses(), 1, StorageThread(Inbox()), Inbox())
     made._known_data = KNOWN
     return made
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from orchestrator.cluster.inbox import CallResult
+from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.protocol.events.generations import Rescaled
 from orchestrator.protocol.events.run import Submitted
 from orchestrator.protocol.events.training import CheckpointCommitted
 from orchestrator.run_records.data_preparation import PreparedData
-from orchestrator.run_records.run_history import JournaledRun
+from orchestrator.run_records.journaled_run import JournaledRun
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import POINTS_PER_CALL, missing_calls
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.tasks import run_inline
 from orchestrator.telemetry.node import Reading, points_of_readings, read_system
 from orchestrator.tracking.outbox import Outbox
 from orchestrator.tracking.sink import Dataset
@@ -34,10 +36,12 @@ DATA = PreparedData("/store", 300, "/run/tokenizer.json", (Dataset("t/train", "t
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     memory = JournaledRun(tmp_path, limits_of(steps=STEPS))
-    memory.note(Submitted("run", 2))
-    memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
-    memory.note(Rescaled(1, 2, 3, step=40, why="", stall_s=0.3, moved_bytes=7))
-    memory.note(CheckpointCommitted(99, "/c/99"))
+    run_inline(memory.note(Submitted("run", 2)))
+    run_inline(
+        memory.absorb([record(step, loads=LOADS if step in SHOWN else ()) for step in range(STEPS)], up_to=10_000)
+    )
+    run_inline(memory.note(Rescaled(1, 2, 3, step=40, why="", stall_s=0.3, moved_bytes=7)))
+    run_inline(memory.note(CheckpointCommitted(99, "/c/99")))
     return tmp_path
 
 
@@ -88,12 +92,14 @@ def _has_steps_up_to(step: int) -> CallResult:
 
 
 def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) -> None:
-    link = TrackerClient("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, SimpleQueue())
+    storage = StorageThread(SimpleQueue())
+    link = TrackerClient("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, storage, SimpleQueue())
     link._handle = tracker = Told()
     path = max((run_dir / "journal").iterdir())
     away = path.rename(run_dir / "away")
     path.mkdir()
     link.take(_has_steps_up_to(-1))
+    storage.finish()
     assert link.warning == "metrics wait in the journal, which can't be read: Is a directory"
     assert "publish" not in [method for method, *_ in tracker.calls]
     path.rmdir()
@@ -102,6 +108,7 @@ def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) 
     link.tend(now_s=10.0)
     assert tracker.calls[-1] == ("position",)
     link.take(_has_steps_up_to(-1))
+    storage.finish()
     assert link.warning is None
     steps = [point.step for method, *args in tracker.calls if method == "publish" for point in args[1]]
     assert set(steps) == set(range(STEPS))

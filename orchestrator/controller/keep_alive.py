@@ -1,0 +1,34 @@
+"""Calls that keep a run's workers alive while its new controller still opens the run from run storage.
+
+A worker exits when no controller has called it for a while. A controller that Ray has restarted knows nothing until it
+has read the journal, and storage may hang: it only calls meanwhile, and directs nobody.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from orchestrator.cluster.actors import find, names_of
+from orchestrator.cluster.remote import Remote
+from orchestrator.protocol.actors import WorkerApi
+
+EVERY_S = 5.0
+
+
+@contextmanager
+def keeping_workers_alive(run_id: str) -> Iterator[None]:
+    """Call every worker of the run periodically while the block runs."""
+    done = threading.Event()
+    threading.Thread(target=_call, args=(run_id, done), name="keep-alive", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _call(run_id: str, done: threading.Event) -> None:
+    while not done.wait(EVERY_S):
+        for name in names_of(run_id):
+            handle = find(name) if name.startswith(f"{run_id}/worker/") else None
+            if handle is not None:
+                Remote[WorkerApi](handle, is_hosted=True).send(WorkerApi.report, None, -1, 0.0)

@@ -1,0 +1,166 @@
+"""A run as its controller keeps it: state and progress, each change of which is journalled before it counts."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from orchestrator.errors import StorageError
+from orchestrator.policy.state.config import RunLimits
+from orchestrator.policy.state.progress import Progress, absorb, stages_begun
+from orchestrator.policy.state.run_state import RunState, StateDecided
+from orchestrator.protocol.events.base import Event, JournalEntry, plain_of
+from orchestrator.protocol.events.run import Resumed
+from orchestrator.protocol.events.training import StageBegan, StepsCommitted
+from orchestrator.protocol.step_record import StepRecord
+from orchestrator.run_records.data_preparation import DataPrepared, PreparedData
+from orchestrator.run_records.run_history import STATUS_FILE, RunHistory, progress_up_to
+from orchestrator.storage.atomic import write_atomically
+from orchestrator.storage.directory import DirectoryObjects
+from orchestrator.storage.journal import Journal
+from orchestrator.storage.reserve import FULL, SpaceReserve
+from orchestrator.storage.tasks import StorageTask
+
+log = logging.getLogger("orchestrator.control")
+
+WRITE_AGAIN_S = 1.0
+
+T = TypeVar("T")
+
+
+class JournaledRun(RunHistory):
+    """State and progress of a run; each change is journalled before anything acts on it.
+
+    Changes are storage tasks. One whose write fails raises StorageError and changes nothing, so it can be tried again;
+    `trouble` holds the reason until a write succeeds.
+
+    Args:
+        run_dir: the run's directory in run storage.
+        journal: by `open_journal`; None for one that takes the next term now.
+    """
+
+    def __init__(self, run_dir: Path, limits: RunLimits, journal: Journal | None = None) -> None:
+        self.trouble: str | None = None
+        self._journal = journal or open_journal(run_dir)
+        self.term = self._journal.term
+        self._reserve = SpaceReserve(run_dir)
+        self._reserve.tend()
+        super().__init__(run_dir, limits)
+
+    def decided(self, state: RunState, events: Sequence[Event]) -> StorageTask[list[JournalEntry]]:
+        """Journal a decision with its events for users. Returns the events' journal entries."""
+        changed = [StateDecided(state)] if state != self.state else []
+        resumed = next((event for event in events if isinstance(event, Resumed)), None)
+        progress = Progress()
+        if resumed is not None:
+            progress = yield partial(progress_up_to, self._run_dir, resumed.step)
+        written = yield from self._append([*events, *changed])
+        self._become(state)
+        if resumed is not None:
+            self._go_back(resumed, progress)
+        return written[: len(events)]
+
+    def absorb(
+        self, records: Sequence[StepRecord], up_to: int
+    ) -> StorageTask[tuple[list[StepRecord], list[JournalEntry]]]:
+        """Journal steps that are new and no later than `up_to`, and the stages that begin with them. Returns the steps,
+        and the stages' journal entries."""
+        records = [record for record in records if record.step <= up_to]
+        progress = absorb(self.progress, records)
+        fresh = [record for record in records if record.step > self.progress.watermark]
+        if not fresh:
+            return [], []
+        begun = [StageBegan(r.batch.stage, r.step, r.batch.sequence_length) for r in stages_begun(self.progress, fresh)]
+        _, *written = yield from self._append([StepsCommitted(tuple(fresh)), *begun])
+        self.progress = progress
+        return fresh, written
+
+    def prepared(self, data: PreparedData) -> StorageTask[None]:
+        yield from self._append([DataPrepared(data)])
+        self.data = data
+
+    def note(self, event: Event) -> StorageTask[JournalEntry]:
+        """Journal an event that no decision made."""
+        (entry,) = yield from self._append([event])
+        return entry
+
+    def conclude(self, status_text: str) -> StorageTask[None]:
+        """Write the run's final status."""
+        yield from self._writing(partial(self._conclude, status_text))
+
+    def _conclude(self, status_text: str) -> None:
+        self._reserve.give_up()
+        write_atomically(self._run_dir / STATUS_FILE, status_text)
+
+    def _append(self, events: Sequence[Event]) -> StorageTask[list[JournalEntry]]:
+        if not events:
+            return []
+        written = yield from self._writing(partial(self._write, [plain_of(event) for event in events]))
+        stamps = ((plain["seq"], plain["term"], plain["time"]) for plain in written)
+        entries = [JournalEntry(*stamp, event) for stamp, event in zip(stamps, events, strict=True)]
+        for entry in entries:
+            self._date(entry)
+        return entries
+
+    def _write(self, plain: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Append to the journal; on a full file system, in the space that was kept for it."""
+        try:
+            written = self._journal.append(plain)
+        except OSError as error:
+            if error.errno not in FULL or not self._reserve.give_up():
+                raise
+            log.warning("run storage %s is full: the journal goes on in the space reserved for it", self._run_dir)
+            written = self._journal.append(plain)
+        self._reserve.tend()
+        return written
+
+    def _writing(self, write: Callable[[], T]) -> StorageTask[T]:
+        try:
+            written: T = yield write
+        except OSError as error:
+            if self.trouble is None:
+                log.error("run storage %s can't be written: %s", self._run_dir, error)
+            self.trouble = f"run storage can't be written: {error.strerror or error}"
+            raise storage_error(error, self._run_dir) from error
+        if self.trouble is not None:
+            log.info("run storage %s can be written again", self._run_dir)
+        self.trouble = None
+        return written
+
+
+def open_journal(run_dir: Path, holder: str = "") -> Journal:
+    """Take the next term of a run; on a full file system, in the space that was kept for its journal.
+
+    Args:
+        holder: who takes it, for people that read the journal.
+    """
+    try:
+        return Journal(DirectoryObjects(run_dir), holder)
+    except OSError as error:
+        if error.errno not in FULL or not SpaceReserve(run_dir).give_up():
+            raise
+        return Journal(DirectoryObjects(run_dir), holder)
+
+
+def retry_until_written(write: Callable[[], T]) -> T:
+    """The result of `write`, retried until storage works: for writes without which the run can't continue."""
+    refused = ""
+    while True:
+        try:
+            return write()
+        except (StorageError, OSError) as error:
+            if str(error) != refused:
+                log.error("tried again until it succeeds: %s", error)
+            refused = str(error)
+            time.sleep(WRITE_AGAIN_S)
+
+
+def storage_error(error: OSError, directory: Path) -> StorageError:
+    """The error shown to users for a failed write to run storage."""
+    return StorageError(
+        f"run storage can't be written: {error.strerror or error}: {error.filename or directory}",
+        remedy="Make it writable and make room, or name another storage in the job file.",
+        unchanged="Nothing was written.",
+    )

@@ -1,0 +1,121 @@
+import threading
+from functools import partial
+
+import pytest
+
+from orchestrator.cluster.inbox import Inbox
+from orchestrator.cluster.storage_thread import NAME, SLOW_S, StorageThread
+from orchestrator.storage.tasks import StorageTask
+
+
+class Gate:
+    """A storage call that returns when it is opened, or raises."""
+
+    def __init__(self) -> None:
+        self._opened, self._error = threading.Event(), False
+
+    def __call__(self) -> str:
+        assert self._opened.wait(20.0)
+        if self._error:
+            raise OSError("refused")
+        return "written"
+
+    def open(self, error: bool = False) -> None:
+        self._error = error
+        self._opened.set()
+
+
+@pytest.fixture
+def inbox() -> Inbox:
+    return Inbox()
+
+
+@pytest.fixture
+def storage(inbox: Inbox) -> StorageThread:
+    return StorageThread(inbox)
+
+
+def _task(name: str, done: list[str], *calls: Gate) -> StorageTask[None]:
+    done.append(f"{name} begins")
+    for call in calls:
+        try:
+            done.append(f"{name} {(yield call)}")
+        except OSError as error:
+            done.append(f"{name} {error}")
+
+
+def test_a_call_that_hangs_delays_only_the_tasks_behind_it(storage: StorageThread, inbox: Inbox) -> None:
+    done: list[str] = []
+    hangs = Gate()
+    storage.add("first", partial(_task, "first", done, hangs))
+    storage.add("second", partial(_task, "second", done))
+    storage.advance()  # returns at once
+    storage.advance()
+    assert done == ["first begins"] and storage.is_pending("first") and storage.is_pending("second")
+    hangs.open()
+    answer = inbox.get(timeout=20.0)
+    assert answer is not None and answer.of == NAME
+    storage.advance()
+    assert done == ["first begins", "first written", "second begins"]
+    assert not storage.is_pending("first") and not storage.is_pending("second")
+
+
+def test_an_error_of_a_call_is_raised_where_the_task_made_it(storage: StorageThread) -> None:
+    done: list[str] = []
+    fails, works = Gate(), Gate()
+    fails.open(error=True)
+    works.open()
+    storage.add("task", partial(_task, "task", done, fails, works))
+    storage.finish()
+    assert done == ["task begins", "task refused", "task written"]
+
+
+def test_a_task_that_waits_is_replaced_and_one_that_runs_is_not(storage: StorageThread) -> None:
+    done: list[str] = []
+    hangs = Gate()
+    storage.add("records", partial(_task, "running", done, hangs))
+    storage.advance()
+    for name in ("old", "new"):
+        storage.add("records", partial(_task, name, done))
+    hangs.open()
+    storage.finish()
+    assert done == ["running begins", "running written", "new begins"]
+
+
+def test_an_error_of_a_task_is_raised_and_ends_only_that_task(storage: StorageThread) -> None:
+    done: list[str] = []
+
+    def broken() -> StorageTask[None]:
+        yield lambda: None
+        raise ValueError("a bug")
+
+    storage.add("broken", broken)
+    storage.add("next", partial(_task, "next", done))
+    with pytest.raises(ValueError, match="a bug"):
+        storage.finish()
+    storage.finish()
+    assert done == ["next begins"]
+
+
+def test_what_is_abandoned_does_not_go_on(storage: StorageThread) -> None:
+    done: list[str] = []
+    hangs = Gate()
+    storage.add("first", partial(_task, "first", done, hangs))
+    storage.add("second", partial(_task, "second", done))
+    storage.advance()
+    threading.Timer(0.05, hangs.open).start()
+    storage.abandon()
+    storage.finish()
+    assert done == ["first begins"]
+
+
+def test_a_call_that_takes_long_is_trouble(storage: StorageThread) -> None:
+    hangs = Gate()
+    storage.add("task", partial(_task, "task", [], hangs))
+    storage.advance()
+    assert storage.trouble() is None
+    storage._since_s -= SLOW_S + 37.0
+    assert storage.trouble() == f"run storage has not answered for {SLOW_S + 37.0:.0f} s"
+    hangs.open()
+    storage.finish()
+    assert storage.trouble() is None
