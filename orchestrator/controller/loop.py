@@ -94,6 +94,7 @@ class RunLoop:
                 yield from self._memory.note(Submitted(self._run_id, self._limits.initial_workers))
             yield from self._services.start(self._memory.data)
             self._has_begun = True
+            self._storage.add("turn", self._turn)
 
     def _waits_for_time(self) -> bool:
         """Whether the next decision may depend on time alone."""
