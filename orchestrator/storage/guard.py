@@ -1,0 +1,81 @@
+"""Calls to run storage with a limit of time, for a process that serves many runs: one storage that hangs must not hold
+up requests to the others.
+
+A thread in a call that hangs can't be ended. So each storage may have a few such threads, and calls to it fail at once
+while it has.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from orchestrator.errors import StorageError
+
+R = TypeVar("R")
+
+MOST_HUNG = 4  # calls to one storage
+
+
+class StorageGuard:
+    """Makes storage calls in threads of their own. Its methods may be called from any thread.
+
+    Args:
+        patience_s: limit of a call.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._lock = threading.Lock()
+        self._hung: Counter[Path] = Counter()  # calls that have exceeded the limit and not returned, by storage
+
+    def call(self, storage: Path, function: Callable[[], R]) -> R:
+        """The result of `function`, which reads or writes in `storage`.
+
+        Raises:
+            StorageError: it has not returned in time, and may still do its work; or earlier calls hang.
+            Exception: whatever it raises.
+        """
+        with self._lock:
+            if self._hung[storage] >= MOST_HUNG:
+                raise _hangs(storage, "earlier calls have not returned", unchanged="Nothing was read or written.")
+        done: Future[R] = Future()
+        thread = threading.Thread(target=_serve, args=(function, done), name="storage call", daemon=True)
+        thread.start()
+        try:
+            return done.result(self._patience_s)
+        except TimeoutError:
+            if done.done():  # an error of the call itself
+                raise
+        self._count(storage, done)
+        raise _hangs(storage, f"no answer within {self._patience_s:g} s", unchanged="")
+
+    def _count(self, storage: Path, done: "Future[R]") -> None:
+        """Count a call as hung until it returns."""
+        with self._lock:
+            self._hung[storage] += 1
+
+        def returned(_: "Future[R]") -> None:
+            with self._lock:
+                self._hung[storage] -= 1
+
+        done.add_done_callback(returned)
+
+
+def _serve(function: Callable[[], R], done: "Future[R]") -> None:
+    try:
+        result = function()
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(result)
+
+
+def _hangs(storage: Path, how: str, unchanged: str) -> StorageError:
+    return StorageError(
+        f"run storage {storage} hangs: {how}",
+        remedy="Try again once it answers; requests to active runs don't need it.",
+        unchanged=unchanged,
+    )

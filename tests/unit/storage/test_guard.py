@@ -1,0 +1,47 @@
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import NotFound, StorageError
+from orchestrator.storage.guard import MOST_HUNG, StorageGuard
+
+HUNG, WELL = Path("/hung"), Path("/well")
+
+
+def _fails() -> None:
+    raise NotFound("no such run")
+
+
+def test_a_call_returns_or_raises_what_it_does() -> None:
+    guard = StorageGuard(patience_s=20.0)
+    assert guard.call(WELL, lambda: 3) == 3
+    with pytest.raises(NotFound, match="no such run"):
+        guard.call(WELL, _fails)
+
+
+def test_a_time_limit_of_the_call_itself_is_its_own_error() -> None:
+    def times_out() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        StorageGuard(patience_s=20.0).call(WELL, times_out)
+
+
+def test_storage_that_hangs_holds_up_nobody_else_and_works_again_later() -> None:
+    guard, opened = StorageGuard(patience_s=0.05), threading.Event()
+    for _ in range(MOST_HUNG):
+        with pytest.raises(StorageError, match="/hung hangs: no answer within 0.05 s"):
+            guard.call(HUNG, lambda: opened.wait(20.0))
+    before = threading.active_count()
+    began_s = time.monotonic()
+    with pytest.raises(StorageError, match="earlier calls have not returned"):
+        guard.call(HUNG, lambda: opened.wait(20.0))
+    assert time.monotonic() - began_s < 0.05 and threading.active_count() == before
+    assert guard.call(WELL, lambda: "read") == "read"
+    opened.set()
+    deadline_s = time.monotonic() + 20.0
+    while guard._hung[HUNG] and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert guard.call(HUNG, lambda: "read") == "read"
