@@ -22,7 +22,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from orchestrator.checkpoint.read import choose, read_manifest
 from orchestrator.cluster.connection import connect, probe
 from orchestrator.cluster.jobs_api import JobsApiClient, is_url
-from orchestrator.cluster.remote import Remote
 from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunFailed, RunStopped
 from orchestrator.protocol.messages import DesiredRunState, Restore, ResumeRequest
 from orchestrator.protocol.status import RunPhase, RunStatus
@@ -62,7 +61,7 @@ class OrchestratorClient:
         named = address or os.environ.get("RAY_ADDRESS")
         self._port = JobsApiClient(str(named)) if is_url(named) else None
         self.address = connect(address) if self._port is None else self._port.url
-        self._scheduler = get_or_create_scheduler() if self._port is None else None
+        self._scheduler = get_or_create_scheduler().within(ANSWER_TIMEOUT_S) if self._port is None else None
 
     def submit(
         self,
@@ -280,8 +279,9 @@ class OrchestratorClient:
         if self._port is not None:
             answer: R = ask_by_url(self._port, method.__name__, *args)
             return answer
+        assert self._scheduler is not None, "a client by address has found the Scheduler"
         probe(self.address, patience_s=HEAD_PATIENCE_S)
-        return Remote[Scheduler](self._scheduler, timeout_s=ANSWER_TIMEOUT_S).ask(method, *args, **kwargs)
+        return self._scheduler.ask(method, *args, **kwargs)
 
 
 def _when_there_is_room(
