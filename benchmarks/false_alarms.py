@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray.actor import ActorHandle
 
 from benchmarks.harness import Result, equals, quantile, run, say
 from benchmarks.recovery import QUICK_WORKERS, WORKERS, job_of
 from benchmarks.rescale import MODEL, QUICK_MODEL
 from benchmarks.support.data import prepared_storage
 from benchmarks.support.product import LiveRun, Product
-from orchestrator.cluster.actors import Handle, find, names_of
+from orchestrator.cluster.actors import find, names_of
 from orchestrator.cluster.calls import ask
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.health.hangs import SILENT_S
@@ -147,7 +148,7 @@ class Asking:
                     self._threads[name] = threading.Thread(target=self._ask, args=(find(name),), daemon=True)
                     self._threads[name].start()
 
-    def _ask(self, worker: Handle | None) -> None:
+    def _ask(self, worker: ActorHandle[Any] | None) -> None:
         was_warm = False  # whoever imports torch may take its time, also for what was asked before it was done
         while worker is not None and not self._over.wait(ASK_EVERY_S):
             asked_s = time.monotonic()

@@ -13,31 +13,29 @@ of some seconds. Arguments and results are plain values; `OrchestratorClient._as
 
 import os
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from orchestrator.checkpoint.read import choose, read_manifest
 from orchestrator.cluster.connection import connect, probe
 from orchestrator.cluster.jobs_api import JobsApiClient, is_url
-from orchestrator.cluster.remote import Remote
-from orchestrator.errors import JobDoesNotFit, NotFinished, NotFound, RunFailed, RunStopped
-from orchestrator.protocol.messages import DesiredRunState, Restore, ResumeRequest
-from orchestrator.protocol.status import RunPhase, RunStatus
+from orchestrator.errors import JobDoesNotFit, NotFinished
+from orchestrator.protocol.messages import DesiredRunState
+from orchestrator.protocol.status import RunStatus, raise_unless_succeeded
 from orchestrator.run_records.removal import refuse_active, remove_tracked
-from orchestrator.run_records.run_files import LogLine, RunFiles, run_dir_in
+from orchestrator.run_records.run_files import LogLine, RunFiles
 from orchestrator.sampling.sample_ledger import AuditResult
 from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
 from orchestrator.spec.job import JobSpec
 from orchestrator.submission.by_url import ask_by_url, refuse_by_url, submit_file
-from orchestrator.submission.submission import order_of
+from orchestrator.submission.resume_request import find_run_dir, resume_request
+from orchestrator.submission.submission import check_job, order_of
+from orchestrator.submission.waiting import when_there_is_room
 
 __all__ = ["OrchestratorClient", "check_job", "raise_unless_succeeded"]
 
 LOOK_EVERY_S = 0.5
-RETRY_EVERY_S = 1.0
 HEAD_PATIENCE_S = 5.0  # calls fail if the head is unreachable for longer
 ANSWER_TIMEOUT_S = 60.0  # the first call may wait for the Scheduler's process to start
 
@@ -62,7 +60,7 @@ class OrchestratorClient:
         named = address or os.environ.get("RAY_ADDRESS")
         self._port = JobsApiClient(str(named)) if is_url(named) else None
         self.address = connect(address) if self._port is None else self._port.url
-        self._scheduler = get_or_create_scheduler() if self._port is None else None
+        self._scheduler = get_or_create_scheduler().within(ANSWER_TIMEOUT_S) if self._port is None else None
 
     def submit(
         self,
@@ -101,7 +99,7 @@ class OrchestratorClient:
         order = order_of(job, name, overrides)
         args = (order.job_json, order.spec.name, order.run_dir, order.text)
         start = partial(self._ask, Scheduler.submit, *args, **options)
-        return _when_there_is_room(start, timeout_s, on_wait)
+        return when_there_is_room(start, timeout_s, on_wait)
 
     def list(self) -> tuple[RunStatus, ...]:
         """Every run that the cluster knows, the newest last."""
@@ -214,12 +212,10 @@ class OrchestratorClient:
             JobDoesNotFit: the cluster is too small for it, or had no room within `timeout_s`.
         """
         refuse_by_url(self._port, "resume")
-        run_dir = self._run_dir(run_id, storage)
-        path = choose(run_dir / "checkpoints", step)
-        restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
-        order = ResumeRequest(uuid.uuid4().hex, restore, workers)
+        run_dir = find_run_dir(run_id, storage, self.get)
+        order = resume_request(run_dir, step, workers, reset_residuals)
         start = partial(self._ask, Scheduler.resume, run_id, str(run_dir), order, **options)
-        return _when_there_is_room(start, timeout_s, on_wait)
+        return when_there_is_room(start, timeout_s, on_wait)
 
     def wait(
         self, run_id: str, *, timeout_s: float | None = None, on_status: Callable[[RunStatus], None] | None = None
@@ -264,71 +260,10 @@ class OrchestratorClient:
         files = RunFiles(Path(self.get(run_id).run_dir))
         return files.logs((lambda: self.get(run_id).phase.ended) if follow else None)
 
-    def _run_dir(self, run_id: str, storage: str | os.PathLike[str] | None) -> Path:
-        if storage is not None:
-            return RunFiles(run_dir_in(Path(storage), run_id)).run_dir
-        try:
-            return Path(self.get(run_id).run_dir)
-        except NotFound as error:
-            try:
-                return RunFiles(run_dir_in(Path("runs"), run_id)).run_dir
-            except NotFound:
-                error.remedy += " A run of another cluster is found by its run storage: --storage DIR."
-                raise error from None
-
     def _ask(self, method: Callable[Concatenate[Scheduler, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         if self._port is not None:
             answer: R = ask_by_url(self._port, method.__name__, *args)
             return answer
+        assert self._scheduler is not None, "a client by address has found the Scheduler"
         probe(self.address, patience_s=HEAD_PATIENCE_S)
-        return Remote[Scheduler](self._scheduler, timeout_s=ANSWER_TIMEOUT_S).ask(method, *args, **kwargs)
-
-
-def _when_there_is_room(
-    start: Callable[..., str], timeout_s: float | None, on_wait: Callable[[JobDoesNotFit], None] | None
-) -> str:
-    """The result of `start`: at once without a `timeout_s`, as the run may then wait in the queue, else once there is
-    room. Raises JobDoesNotFit."""
-    if timeout_s is None:
-        return start()
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            return start(wait=False)
-        except JobDoesNotFit as error:
-            if time.monotonic() + RETRY_EVERY_S > deadline_s:
-                raise
-            if on_wait is not None:
-                on_wait(error)
-                on_wait = None
-        time.sleep(RETRY_EVERY_S)
-
-
-def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job, checked as far as is possible without a cluster. Raises what `submit` raises."""
-    return order_of(job, name, overrides).spec
-
-
-def raise_unless_succeeded(status: RunStatus) -> None:
-    """Raise the error that corresponds to the status of a run.
-
-    Raises:
-        RunFailed, RunStopped: the run ended that way.
-        NotFinished: it is paused or active.
-    """
-    if status.phase is RunPhase.FAILED:
-        raise RunFailed(
-            f"run {status.run_id} failed: {status.error or status.why}",
-            traceback=status.traceback or "",
-            remedy=f"`orchestrator logs {status.run_id}` shows the log lines of its processes.",
-            unchanged=f"Its newest checkpoint is {status.checkpoint}." if status.checkpoint else "",
-        )
-    if status.phase is RunPhase.STOPPED:
-        raise RunStopped(f"run {status.run_id} was stopped: {status.why}")
-    if status.phase is RunPhase.PAUSED:
-        raise NotFinished(
-            f"run {status.run_id} is paused: {status.why}",
-            remedy=f"`orchestrator resume {status.run_id}` lets it go on.",
-        )
-    if status.phase is not RunPhase.SUCCEEDED:
-        raise NotFinished(f"run {status.run_id} is {status.phase}: {status.why}")
+        return self._scheduler.ask(method, *args, **kwargs)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from orchestrator.cluster.process_title import name_process, show_title
+from orchestrator.cluster.remote import Remote
 from orchestrator.protocol.usage import EnergyReading
 from orchestrator.storage.log_file import log_to
 from orchestrator.telemetry.energy import EnergyMeter
@@ -30,8 +32,6 @@ CALLS_AT_ONCE = 16
 # Control actors run on the head, whose failure ends the cluster anyway: so no other node's failure ends run control.
 # Ray puts an actor without resources on any node, even if it should prefer one. Every head has 1.0 of this resource.
 ON_HEAD = {"node:__internal_head__": 0.0001}
-
-Handle = Any  # a Ray actor handle; Ray's own types lack the result types of an actor's methods
 
 
 class Host:
@@ -101,7 +101,7 @@ class ActorOptions:
     calls_at_once: int = CALLS_AT_ONCE
 
 
-def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: ActorOptions) -> Handle:
+def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: ActorOptions) -> Remote[Host]:
     """Start a detached host named `name`, or find the existing one. Returns at once; calls wait for its start."""
     placed: Any = "DEFAULT"
     if actor_options.group is not None:
@@ -121,7 +121,8 @@ def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: Act
         "runtime_env": {"env_vars": dict(actor_options.env)} if actor_options.env else None,
     }
     log_file = None if actor_options.log_file is None else str(actor_options.log_file)
-    return ray.remote(Host).options(**options).remote(target, args, log_file)
+    handle: Any = ray.remote(Host).options(**options).remote(target, args, log_file)
+    return Remote(handle)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -136,7 +137,7 @@ def kill_on_node(node_id: str, pid: int) -> Any:
     return _kill.options(scheduling_strategy=placed).remote(pid)
 
 
-def find(name: str) -> Handle | None:
+def find(name: str) -> ActorHandle[Any] | None:
     """The living actor of this name; None if there is none."""
     try:
         return ray.get_actor(name, namespace=NAMESPACE)
@@ -144,8 +145,12 @@ def find(name: str) -> Handle | None:
         return None
 
 
+def actor_names() -> list[str]:
+    """Names of all living actors of this package."""
+    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in actors if actor["namespace"] == NAMESPACE)
+
+
 def names_of(run_id: str) -> list[str]:
     """Names of all living actors of a run."""
-    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
-    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-    return sorted(name for name in names if name.startswith(f"{run_id}/"))
+    return [name for name in actor_names() if name.startswith(f"{run_id}/")]

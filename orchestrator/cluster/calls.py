@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
-from orchestrator.cluster.actors import Handle
 from orchestrator.errors import ClusterUnreachable, OrchestratorError
 
 KILLED = "connection error code 2"  # Ray's words for a process whose socket was closed without notice
@@ -17,11 +17,8 @@ KILLED = "connection error code 2"  # Ray's words for a process whose socket was
 NODE_DIED = "its node has died"  # Ray's words for the failure of a whole node
 
 
-def ask(handle: Handle, method: str, *args: Any, timeout_s: float = 30.0, repeat: bool = True, **kwargs: Any) -> Any:
-    """The result of the actor's method.
-
-    Args:
-        repeat: retry while the actor is being restarted. Not for calls that must not run twice.
+def ask(handle: ActorHandle[Any], method: str, *args: Any, timeout_s: float = 30.0, **kwargs: Any) -> Any:
+    """The result of the actor's method. The call is repeated while the actor is being restarted.
 
     Raises:
         OrchestratorError: raised by the method.
@@ -33,7 +30,7 @@ def ask(handle: Handle, method: str, *args: Any, timeout_s: float = 30.0, repeat
         try:
             return ray.get(getattr(handle, method).remote(*args, **kwargs), timeout=left_s)
         except ActorUnavailableError as error:
-            if not repeat or left_s == 0.0:
+            if left_s == 0.0:
                 raise _own_error(error, f"call of {method}", timeout_s) from error
             time.sleep(0.1)
         except (RayTaskError, RayActorError, GetTimeoutError) as error:

@@ -1,6 +1,6 @@
 """Typed calls to actors: the only module that uses Ray's handles and the names of methods.
 
-    Remote[Scheduler](handle).ask(Scheduler.scale, "my-run", 3)
+    get_or_create_scheduler().ask(Scheduler.scale, "my-run", 3)
 
 Methods are taken from the class or protocol that defines them, so a type checker knows arguments and result, and an
 editor finds the definition across the process border.
@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from orchestrator.cluster.actors import Handle
+import ray
+from ray.actor import ActorHandle
+
 from orchestrator.cluster.calls import ask
 
 A = TypeVar("A")  # class, or protocol, of the object that answers
+B = TypeVar("B")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -25,18 +28,24 @@ class Remote(Generic[A]):
     Args:
         handle: of the Ray actor.
         is_hosted: the actor is a `Host`, which forwards calls to the object.
-        timeout_s: how long `ask` waits for an answer.
-        repeat: whether `ask` retries while the actor is being restarted. Not for calls that must not run twice.
+        timeout_s: how long `ask` waits for an answer, also while the actor is being restarted.
     """
 
-    handle: Handle
+    handle: ActorHandle[Any]
     is_hosted: bool = False
     timeout_s: float = 30.0
-    repeat: bool = True
 
     def within(self, timeout_s: float) -> "Remote[A]":
         """The same object with another timeout."""
         return replace(self, timeout_s=timeout_s)
+
+    def hosted(self) -> "Remote[B]":
+        """The object in this `Host`, of the type that the caller declares."""
+        return Remote(self.handle, is_hosted=True, timeout_s=self.timeout_s)
+
+    def kill(self) -> None:
+        """End the process, whatever it is doing. Ray doesn't restart it."""
+        ray.kill(self.handle, no_restart=True)
 
     def ask(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The result of the method.
@@ -46,7 +55,7 @@ class Remote(Generic[A]):
             ClusterUnreachable: the actor has ended, or did not answer in time.
         """
         name, given = self._addressed(method.__name__, args)
-        answer: R = ask(self.handle, name, *given, timeout_s=self.timeout_s, repeat=self.repeat, **kwargs)
+        answer: R = ask(self.handle, name, *given, timeout_s=self.timeout_s, **kwargs)
         return answer
 
     def send(self, method: Callable[Concatenate[A, P], R], *args: P.args, **kwargs: P.kwargs) -> Any:

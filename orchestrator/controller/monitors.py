@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from orchestrator.cluster.actors import Handle, Host
+from orchestrator.cluster.actors import Host
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.nodes import draining_nodes
 from orchestrator.cluster.remote import Remote
@@ -47,18 +47,18 @@ class NodeWatch:
         self._readings: dict[str, Reading] = {}  # the newest of each node
         self._open: set[str] = set()  # workers that haven't answered: their file system may hang
 
-    def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
+    def poll(self, now_s: float, handles: Mapping[str, Remote[Host]]) -> None:
         """If it is time, ask every worker whose node is not known yet, and one worker of every known node."""
         if self._asked_s is not None and now_s - self._asked_s < NODES_EVERY_S:
             return
         self._asked_s = now_s
         self._nodes = {worker: node for worker, node in self._nodes.items() if worker in handles}
         readers = {node: worker for worker, node in reversed(self._nodes.items())}
-        for worker, handle in handles.items():
+        for worker, host in handles.items():
             is_due = worker not in self._nodes or readers[self._nodes[worker]] == worker
             if is_due and worker not in self._open:
                 self._open.add(worker)
-                post(self._inbox, worker, NodeWatch.READ, Remote[Host](handle).send(Host.read_system, self._directory))
+                post(self._inbox, worker, NodeWatch.READ, host.send(Host.read_system, self._directory))
 
     def take(self, answer: CallResult, step: int) -> list[MetricPoint]:
         """Metric values since the node's previous reading, at `step`; none from a failed worker, handled elsewhere."""
@@ -132,12 +132,12 @@ class EnergyWatch:
         self._known: dict[str, EnergyReading] = {}  # newest reading of each worker
         self._news: dict[str, EnergyReading] = {}  # those not yet in the journal
 
-    def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
+    def poll(self, now_s: float, handles: Mapping[str, Remote[Host]]) -> None:
         """Ask the workers that are due, and journal new readings."""
-        for worker, handle in handles.items():
+        for worker, host in handles.items():
             if now_s - self._asked_s.get(worker, float("-inf")) >= ENERGY_EVERY_S:
                 self._asked_s[worker] = now_s
-                post(self._inbox, worker, EnergyWatch.READ, Remote[Host](handle).send(Host.read_energy, self._gpus))
+                post(self._inbox, worker, EnergyWatch.READ, host.send(Host.read_energy, self._gpus))
         if self._news and now_s - self._written_s >= WRITE_EVERY_S:
             self._written_s = now_s
             self._storage.add("energy", self._write)
@@ -147,11 +147,9 @@ class EnergyWatch:
         if answer.future.exception() is None:
             self._enter(answer.of, answer.future.result())
 
-    def close(self, handles: Mapping[str, Handle]) -> None:
+    def close(self, handles: Mapping[str, Remote[Host]]) -> None:
         """Ask workers with earlier readings once more, before they are ended, and journal the answers."""
-        asked = {
-            Remote[Host](handles[w]).send(Host.read_energy, self._gpus): w for w in self._known.keys() & handles.keys()
-        }
+        asked = {handles[w].send(Host.read_energy, self._gpus): w for w in self._known.keys() & handles.keys()}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LAST_S) if asked else ([], [])
         for ref in answered:
             with suppress(RayError):
@@ -191,7 +189,7 @@ class Monitors:
     def start(self) -> None:
         self._drains.start()
 
-    def poll(self, now_s: float, handles: Mapping[str, Handle]) -> None:
+    def poll(self, now_s: float, handles: Mapping[str, Remote[Host]]) -> None:
         """Ask the workers for the readings that are due."""
         self._nodes.poll(now_s, handles)
         self._energy.poll(now_s, handles)
@@ -203,6 +201,6 @@ class Monitors:
         self._energy.take(answer)
         return []
 
-    def close(self, handles: Mapping[str, Handle]) -> None:
+    def close(self, handles: Mapping[str, Remote[Host]]) -> None:
         """Read the workers' energy once more, before they are ended."""
         self._energy.close(handles)

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
-import ray
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 
-from orchestrator.cluster.actors import ActorOptions, Handle, Host, find, kill_on_node, names_of, start_host
+from orchestrator.cluster.actors import ActorOptions, Host, find, kill_on_node, names_of, start_host
 from orchestrator.cluster.calls import cause_of, reason_of
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
@@ -47,7 +46,7 @@ class WorkerGroup:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._job_json = job.model_dump_json(by_alias=True)
         self._target, self._threads, self._inbox = target, threads, inbox
-        self._handles: dict[str, Handle] = {}
+        self._handles: dict[str, Remote[Host]] = {}
         self._known: set[str] = set()  # workers started by this or an earlier controller
         self._told: dict[str, int] = {}
         self._warmed: set[str] = set()
@@ -62,8 +61,8 @@ class WorkerGroup:
         self.nodes: dict[str, str] = {}  # by worker, once it has reported its node
 
     @property
-    def handles(self) -> Mapping[str, Handle]:
-        """Handles of the living workers, by id."""
+    def handles(self) -> Mapping[str, Remote[Host]]:
+        """Hosts of the living workers, by id."""
         return self._handles
 
     @property
@@ -74,13 +73,14 @@ class WorkerGroup:
     def adopt(self, worker_group: tuple[str, ...]) -> None:
         """Find the workers that an earlier controller started; end those that it did not journal."""
         for name in names_of(self._run_id):
-            if name.startswith(f"{self._run_id}/worker/"):
+            handle = find(name) if name.startswith(f"{self._run_id}/worker/") else None
+            if handle is not None:
                 worker = name.rpartition("/")[2]
-                self._handles[worker] = find(name)
+                self._handles[worker] = Remote(handle)
                 self._watch(worker)
         for worker in worker_group:
             self._known.add(worker)
-            if self._handles.get(worker) is None:
+            if worker not in self._handles:
                 self.lost[worker] = "it was gone when the run's controller restarted"
         self.reconcile(worker_group)
 
@@ -205,12 +205,12 @@ class WorkerGroup:
         self._watch(worker)
 
     def _watch(self, worker: str) -> None:
-        host = Remote[Host](self._handles[worker])
+        host = self._handles[worker]
         post(self._inbox, worker, "node", host.send(Host.node))
         post(self._inbox, worker, "hold", host.send(Host.hold))
 
     def _worker(self, worker: str) -> Remote[WorkerApi]:
-        return Remote(self._handles[worker], is_hosted=True)
+        return self._handles[worker].hosted()
 
     def _call(
         self, worker: str, method: Callable[Concatenate[WorkerApi, P], Report], *args: P.args, **kwargs: P.kwargs
@@ -223,9 +223,9 @@ class WorkerGroup:
 
     def _dismiss(self, worker: str) -> None:
         """Kill a worker's process, whatever it is doing, and free its reservation."""
-        handle = self._handles.pop(worker)
+        host = self._handles.pop(worker)
         self.reports.pop(worker, None)
-        ray.kill(handle, no_restart=True)
+        host.kill()
         remove_group(f"{self._run_id}/worker/{worker}")
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from orchestrator.errors import NotFinished, RunFailed, RunStopped
 from orchestrator.protocol.usage import Traffic
 from orchestrator.protocol.worker_report import Phase
 
@@ -118,3 +119,28 @@ class RunStatus:
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
     worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; empty after the end
     priority: int = 0
+
+
+def raise_unless_succeeded(status: RunStatus) -> None:
+    """Raise the error that corresponds to the status of a run.
+
+    Raises:
+        RunFailed, RunStopped: the run ended that way.
+        NotFinished: it is paused or active.
+    """
+    if status.phase is RunPhase.FAILED:
+        raise RunFailed(
+            f"run {status.run_id} failed: {status.error or status.why}",
+            traceback=status.traceback or "",
+            remedy=f"`orchestrator logs {status.run_id}` shows the log lines of its processes.",
+            unchanged=f"Its newest checkpoint is {status.checkpoint}." if status.checkpoint else "",
+        )
+    if status.phase is RunPhase.STOPPED:
+        raise RunStopped(f"run {status.run_id} was stopped: {status.why}")
+    if status.phase is RunPhase.PAUSED:
+        raise NotFinished(
+            f"run {status.run_id} is paused: {status.why}",
+            remedy=f"`orchestrator resume {status.run_id}` lets it go on.",
+        )
+    if status.phase is not RunPhase.SUCCEEDED:
+        raise NotFinished(f"run {status.run_id} is {status.phase}: {status.why}")

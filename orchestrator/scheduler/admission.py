@@ -1,4 +1,4 @@
-"""Admission check: whether the cluster has room for a run, at submission and on resume."""
+"""Admission checks at submission and on resume: the run's name, its checkpoint, and room in the cluster."""
 
 import time
 from collections.abc import Mapping
@@ -7,18 +7,39 @@ from pathlib import Path
 from orchestrator.checkpoint.read import read_manifest
 from orchestrator.cluster.nodes import free_on_nodes, labels_of_nodes, may_grow, whole_nodes
 from orchestrator.controller.worker_group import request_of
-from orchestrator.errors import JobDoesNotFit, UsageError
+from orchestrator.errors import JobDoesNotFit, NameTaken, UsageError
 from orchestrator.policy.cluster.autoscaling import bounds
 from orchestrator.policy.cluster.capacity import places
 from orchestrator.policy.cluster.node_pools import Labels, check_pool, pool_of, shown
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.protocol.messages import Restore
+from orchestrator.policy.state.world_size import wanted_size
+from orchestrator.protocol.messages import Restore, ResumeRequest
 from orchestrator.protocol.scaling import JUST_COME, ScalingView
+from orchestrator.run_records.job_files import read_job
+from orchestrator.run_records.run_history import STATUS_FILE, RunHistory
 from orchestrator.scheduler.autoscaler import Autoscaler
+from orchestrator.scheduler.controller_client import ControllerClient
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.workers import MANUAL
+from orchestrator.storage.journal import has_journal
 
 SETTLE_S = 3.0  # until the resources of an ended run count as free
+
+
+def refuse_taken(run_id: str, directory: Path) -> None:
+    """Raise NameTaken if the cluster or the storage has a run of this name."""
+    remedy = "Choose another name, or move that run's directory away."
+    is_over = (directory / STATUS_FILE).exists()  # its controller may be about to exit
+    if ControllerClient(run_id).find() is not None and not is_over:
+        raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
+    if has_journal(directory) or (directory / "job.json").exists():
+        raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
+
+
+def with_gpus(job: JobSpec) -> JobSpec:
+    """The job with a number for `resources.gpus: auto`, by the nodes that its workers may run on."""
+    on_nodes = (node.get("GPU", 0.0) for node in whole_nodes(job.workers.label_selector))
+    return job.model_copy(update={"resources": job.resources.on_nodes(job.workers.min, on_nodes)})
 
 
 def newcomer(
@@ -54,6 +75,31 @@ def newcomer(
         queued_s=now_s,
         selector=job.workers.label_selector,
     )
+
+
+def resumed_run(run_id: str, directory: Path, order: ResumeRequest) -> ScalingView:
+    """View of a run that is to be resumed now. Raises what `Scheduler.resume` does, except JobDoesNotFit."""
+    if ControllerClient(run_id).find() is not None:
+        raise UsageError(
+            f"run {run_id} is going on",
+            remedy="To go back to a checkpoint, pause or stop it first.",
+            unchanged="Nothing was changed.",
+        )
+    job = read_job(directory)
+    limits = RunLimits.of(run_id, job)
+    done = order.restore.step + 1 if order.restore else 0
+    if done >= limits.steps:
+        raise UsageError(
+            f"run {run_id} has done all its {limits.steps} steps",
+            remedy="Resume from an earlier checkpoint with --step, or submit a new run.",
+            unchanged="Nothing was started.",
+        )
+    check_residuals(order.restore, job)
+    if order.workers is not None:
+        limits.check_size(order.workers)
+    memory = RunHistory(directory, limits)
+    workers = order.workers or wanted_size(limits, memory.state.size_request, done)
+    return newcomer(limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority)
 
 
 def check_admissible(run: ScalingView, now: Autoscaler | None = None) -> None:

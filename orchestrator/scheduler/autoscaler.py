@@ -17,9 +17,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.experimental import internal_kv
 from ray.util import placement_group_table
 
-from orchestrator.cluster.actors import NAMESPACE, find
 from orchestrator.cluster.nodes import draining_nodes, free_on_nodes, labels_of_nodes
-from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.errors import OrchestratorError
 from orchestrator.policy.cluster.autoscaling import Demand, claim_of, decide_sizes, demand
@@ -27,6 +25,7 @@ from orchestrator.policy.cluster.fair_share import divide
 from orchestrator.policy.cluster.grants import FairShare, new_grants
 from orchestrator.policy.cluster.node_pools import confined
 from orchestrator.protocol.scaling import ScalingView
+from orchestrator.scheduler.controller_client import ControllerClient, controlled_runs
 from orchestrator.spec.workers import MANUAL
 
 log = logging.getLogger("orchestrator.control")
@@ -103,12 +102,12 @@ class Autoscaler:
             is_sure = new.patience_s is None or self._is_sure(before, what, now_s, new.patience_s)
             if is_sure and new.run_id in answered:
                 log.info("run %s: %s workers granted: %s", new.run_id, new.grant.workers, new.grant.why)
-                self._tell(new.run_id, RunController.grant, new.grant)
+                _apply(new.run_id, RunController.grant, new.grant)
         for resize in decide_sizes(runs, shares):
             is_sure = self._is_sure(before, ("size", resize.run_id, resize.workers), now_s)
             if is_sure and resize.run_id in answered:
                 log.info("run %s: %d workers: %s", resize.run_id, resize.workers, resize.why)
-                self._tell(resize.run_id, RunController.scale, resize.workers, resize.why, False)
+                _apply(resize.run_id, RunController.scale, resize.workers, resize.why, False)
         if self._since_s:
             return SETTLING_S
         is_still = all(run.policy == MANUAL and run.grant.workers is None for run in runs)
@@ -144,19 +143,22 @@ class Autoscaler:
         """Ask all controllers for views of their runs. Returns the runs that answered, and those of which nothing is
         known. A run whose controller doesn't answer in time keeps its last view."""
         expected = dict(self._expected)
-        handles = {run: handle for run in _controlled() if (handle := find(f"{run}/controller")) is not None}
-        calls = {Remote[RunController](handle).send(RunController.scaling): run for run, handle in handles.items()}
+        found = {run: ControllerClient(run).find() for run in controlled_runs()}
+        controllers = {run: controller for run, controller in found.items() if controller is not None}
+        calls = {controller.send(RunController.scaling): run for run, controller in controllers.items()}
         answered, _ = ray.wait(list(calls), num_returns=len(calls), timeout=PATIENCE_S) if calls else ([], [])
         views: dict[str, ScalingView | None] = {}
         for call in answered:
             with suppress(ray.exceptions.RayError):  # it is ending, or restarting
                 views[calls[call]] = ray.get(call)
-        self._forget(expected, views, handles)
-        remembered = {run: scale for run, scale in self._known.items() if run in handles and run not in self._expected}
+        self._forget(expected, views, controllers)
+        remembered = {
+            run: scale for run, scale in self._known.items() if run in controllers and run not in self._expected
+        }
         known = remembered | views
         self._known = {run: scale for run, scale in known.items() if scale is not None}
         reporting = {run for run, scale in views.items() if scale is not None}
-        return reporting, set(handles) - set(known) - set(self._expected)
+        return reporting, set(controllers) - set(known) - set(self._expected)
 
     def _forget(self, expected: Mapping[str, ScalingView], reported: Collection[str], there: Collection[str]) -> None:
         """Stop expecting runs whose controller has reported, is gone, or is too late."""
@@ -171,16 +173,14 @@ class Autoscaler:
             if (is_late or run in reported or run not in there) and self._expected.get(run) is newcomer:
                 del self._expected[run]
 
-    def _tell(
-        self, run_id: str, method: Callable[Concatenate[RunController, P], Any], *args: P.args, **kwargs: P.kwargs
-    ) -> None:
-        handle = find(f"{run_id}/controller")
-        if handle is None:
-            return
-        try:
-            ray.get(Remote[RunController](handle).send(method, *args, **kwargs), timeout=PATIENCE_S)
-        except (ray.exceptions.RayError, OrchestratorError, TimeoutError) as error:  # its state has changed meanwhile
-            log.info("run %s did not take the decision: %s", run_id, error)
+
+def _apply(
+    run_id: str, method: Callable[Concatenate[RunController, P], Any], *args: P.args, **kwargs: P.kwargs
+) -> None:
+    try:
+        ControllerClient(run_id, PATIENCE_S).ask(method, *args, **kwargs)
+    except (ray.exceptions.RayError, OrchestratorError) as error:  # its state has changed meanwhile
+        log.info("run %s did not take the decision: %s", run_id, error)
 
 
 def _shares(runs: Sequence[ScalingView], expected: Sequence[ScalingView]) -> dict[str, FairShare]:
@@ -198,13 +198,6 @@ def _divide(runs: Sequence[ScalingView]) -> dict[str, FairShare]:
     staying, runs = set(labels) - set(draining_nodes()), [confined(run, labels) for run in runs]
     claims = {run.run_id: claim_of(run) for run in runs}
     return divide(runs, claims, _homes(staying), free_on_nodes(staying), time.time())
-
-
-def _controlled() -> list[str]:
-    """Runs that have a controller."""
-    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
-    names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
-    return [name.removesuffix("/controller") for name in names if name.endswith("/controller")]
 
 
 def _homes(nodes: set[str]) -> dict[str, list[str]]:

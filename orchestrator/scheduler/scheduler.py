@@ -12,29 +12,27 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
-from ray.experimental import internal_kv
 
-from orchestrator.cluster.actors import NAMESPACE, ON_HEAD, Handle, find
-from orchestrator.cluster.nodes import whole_nodes
+from orchestrator.cluster.actors import NAMESPACE, ON_HEAD
 from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
-from orchestrator.errors import ClusterUnreachable, NameTaken, NotFound, UsageError, nearest
+from orchestrator.errors import ClusterUnreachable, NotFound, UsageError
 from orchestrator.policy.state.config import RunLimits
-from orchestrator.policy.state.world_size import wanted_size
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
 from orchestrator.protocol.status import RunStatus
-from orchestrator.run_records.job_files import read_job, write_job
+from orchestrator.run_records.job_files import write_job
 from orchestrator.run_records.removal import refuse_active, remove_files
 from orchestrator.run_records.run_files import RunFiles
-from orchestrator.run_records.run_history import STATUS_FILE, RunHistory, read_status, user_events
+from orchestrator.run_records.run_history import read_status, user_events
 from orchestrator.sampling.sample_ledger import AuditResult
-from orchestrator.scheduler.admission import check_admissible, check_residuals, newcomer
+from orchestrator.scheduler.admission import check_admissible, newcomer, refuse_taken, resumed_run, with_gpus
 from orchestrator.scheduler.autoscaler import Autoscaler
+from orchestrator.scheduler.controller_client import PATIENCE_S, ControllerClient
+from orchestrator.scheduler.known_runs import directory_of, forget_run, known_runs, remember_run
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.journal import has_journal
 
 log = logging.getLogger("orchestrator.control")
 
@@ -42,16 +40,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NAME = "scheduler"
-KV_NAMESPACE = b"orchestrator-runs"
-PATIENCE_S = 15.0  # a controller that Ray is restarting answers within this time
 MAX_CALLS_AT_ONCE = 32
-
-# When the connection to a worker breaks, Ray waits 1 s for news of its end before it fails the call, and checks once a
-# second whether that is over. The worker's node reports the end within milliseconds; if the node is gone, nothing does.
-CONTROLLER_ENV = {
-    "RAY_timeout_ms_task_wait_for_death_info": "200",
-    "RAY_core_worker_internal_heartbeat_ms": "100",
-}
 
 
 class Scheduler:
@@ -89,8 +78,8 @@ class Scheduler:
         """
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
-            self._refuse_taken(run_id, directory)
-            job = _with_gpus(job)
+            refuse_taken(run_id, directory)
+            job = with_gpus(job)
             run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
             check_admissible(run, None if wait else self._autoscaler)
             write_job(directory, job.model_dump_json(by_alias=True), job_text)
@@ -113,34 +102,11 @@ class Scheduler:
                 its gradients differently than when it wrote the checkpoint.
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
-        directory = Path(run_dir)
         with self._submitting:
-            if find(f"{run_id}/controller") is not None:
-                raise UsageError(
-                    f"run {run_id} is going on",
-                    remedy="To go back to a checkpoint, pause or stop it first.",
-                    unchanged="Nothing was changed.",
-                )
-            job = read_job(directory)
-            limits = RunLimits.of(run_id, job)
-            done = order.restore.step + 1 if order.restore else 0
-            if done >= limits.steps:
-                raise UsageError(
-                    f"run {run_id} has done all its {limits.steps} steps",
-                    remedy="Resume from an earlier checkpoint with --step, or submit a new run.",
-                    unchanged="Nothing was started.",
-                )
-            check_residuals(order.restore, job)
-            if order.workers is not None:
-                limits.check_size(order.workers)
-            memory = RunHistory(directory, limits)
-            workers = order.workers or wanted_size(limits, memory.state.size_request, done)
-            run = newcomer(
-                limits, job, workers, memory.progress.stage, order.workers is not None, memory.state.priority
-            )
+            run = resumed_run(run_id, Path(run_dir), order)
             check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
-        log.info("run %s: resumed after step %d", run_id, done - 1)
+        log.info("run %s: resumed after step %d", run_id, order.restore.step if order.restore else -1)
         return run_id
 
     def list(self) -> tuple[RunStatus, ...]:
@@ -155,10 +121,10 @@ class Scheduler:
 
     def status(self, run_id: str) -> RunStatus:
         """The run's status: from its controller, or from run storage if it has ended. Raises NotFound."""
-        directory = self._directory_of(run_id)
+        directory = directory_of(run_id)
         deadline_s = time.monotonic() + PATIENCE_S
         while True:
-            controller = _controller_of(run_id)
+            controller = ControllerClient(run_id).find()
             try:
                 return controller.ask(RunController.status) if controller else read_status(directory)
             except (ClusterUnreachable, NotFound):  # its controller is ending, or restarting
@@ -203,19 +169,19 @@ class Scheduler:
             StorageError: its files can't be removed.
         """
         with self._submitting:  # it can't be resumed meanwhile
-            directory = self._directory_of(run_id)
+            directory = directory_of(run_id)
             if directory.exists():
                 refuse_active(self.status(run_id))
                 self._await_exit(run_id)
                 remove_files(directory)
-            internal_kv._internal_kv_del(run_id.encode(), namespace=KV_NAMESPACE)
+            forget_run(run_id)
         log.info("run %s: removed from %s", run_id, directory)
         return str(directory)
 
     def _await_exit(self, run_id: str) -> None:
         """Wait for the end of the controller of a run that has ended: it writes its log until then."""
         deadline_s = time.monotonic() + PATIENCE_S
-        while find(f"{run_id}/controller") is not None:
+        while ControllerClient(run_id).find() is not None:
             if time.monotonic() > deadline_s:
                 raise ClusterUnreachable(
                     f"the controller of run {run_id} does not end", remedy="Try again in a moment."
@@ -228,40 +194,27 @@ class Scheduler:
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
         """Events of the run after the one whose `seq` is `after`. Raises NotFound."""
-        return tuple(user_events(self._directory_of(run_id), after))
+        return tuple(user_events(directory_of(run_id), after))
 
     def audit(self, run_id: str) -> AuditResult:
         """Audit of the run's sample ledger. Raises NotFound."""
-        return RunFiles(self._directory_of(run_id)).audit()
+        return RunFiles(directory_of(run_id)).audit()
 
     def _start_controller(
         self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
     ) -> None:
-        internal_kv._internal_kv_put(run.run_id.encode(), run_dir.encode(), overwrite=True, namespace=KV_NAMESPACE)
-        options = {
-            "name": f"{run.run_id}/controller",
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "num_cpus": 0,
-            "resources": ON_HEAD,
-            "max_restarts": -1,
-            "max_concurrency": 16,
-            "runtime_env": {"env_vars": dict(CONTROLLER_ENV)},
-        }
-        controller = ray.remote(RunController).options(**options)
-        controller.remote(run.run_id, run_dir, parts or ActorClasses(), order, run.queued_s)
+        remember_run(run.run_id, run_dir)
+        ControllerClient(run.run_id).start(run_dir, parts or ActorClasses(), order, run.queued_s)
         self._autoscaler.expect(run)
         self._autoscaler.stir()
 
     def _forward(
         self, run_id: str, method: Callable[Concatenate[RunController, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        controller = _controller_of(run_id)
-        if controller is not None:
-            try:
-                return controller.ask(method, *args, **kwargs)
-            except ClusterUnreachable:  # it has ended, or did not answer: its status shows which
-                pass
+        try:
+            return ControllerClient(run_id).ask(method, *args, **kwargs)
+        except ClusterUnreachable:  # it has ended, or did not answer: its status shows which
+            pass
         status = self.status(run_id)
         if status.phase.ended:
             raise UsageError(
@@ -271,33 +224,8 @@ class Scheduler:
             )
         raise ClusterUnreachable(f"the controller of run {run_id} does not answer", remedy="Try again in a moment.")
 
-    def _directory_of(self, run_id: str) -> Path:
-        place = internal_kv._internal_kv_get(run_id.encode(), namespace=KV_NAMESPACE)
-        if place is None:
-            remedy = f"{nearest(run_id, known_runs())}`orchestrator ls` shows its runs."
-            raise NotFound(f"this cluster has no run {run_id!r}", remedy=remedy)
-        return Path(place.decode())
 
-    def _refuse_taken(self, run_id: str, directory: Path) -> None:
-        remedy = "Choose another name, or move that run's directory away."
-        is_over = (directory / STATUS_FILE).exists()  # its controller may be about to exit
-        if find(f"{run_id}/controller") is not None and not is_over:
-            raise NameTaken(f"a run {run_id} is going on", remedy=remedy, unchanged="Nothing was started.")
-        if has_journal(directory) or (directory / "job.json").exists():
-            raise NameTaken(f"{directory} holds a run {run_id}", remedy=remedy, unchanged="Nothing was started.")
-
-
-def known_runs() -> list[str]:
-    """Names of all runs that this cluster has seen."""
-    return [key.decode() for key in internal_kv._internal_kv_list(b"", namespace=KV_NAMESPACE)]
-
-
-def _controller_of(run_id: str) -> Remote[RunController] | None:
-    handle = find(f"{run_id}/controller")
-    return None if handle is None else Remote(handle, timeout_s=PATIENCE_S)
-
-
-def get_or_create_scheduler() -> Handle:
+def get_or_create_scheduler() -> Remote[Scheduler]:
     """The cluster's scheduler. Ray must be connected."""
     options = {
         "name": NAME,
@@ -310,10 +238,5 @@ def get_or_create_scheduler() -> Handle:
         "max_task_retries": 0,
         "max_concurrency": MAX_CALLS_AT_ONCE,
     }
-    return ray.remote(Scheduler).options(**options).remote()
-
-
-def _with_gpus(job: JobSpec) -> JobSpec:
-    """The job with a number for `resources.gpus: auto`, by the nodes that its workers may run on."""
-    on_nodes = (node.get("GPU", 0.0) for node in whole_nodes(job.workers.label_selector))
-    return job.model_copy(update={"resources": job.resources.on_nodes(job.workers.min, on_nodes)})
+    handle: Any = ray.remote(Scheduler).options(**options).remote()
+    return Remote(handle)

@@ -140,13 +140,13 @@ def refuse_by_url(port: JobsApiClient | None, what: str) -> None:
 
 def answer(method: str, args_json: str) -> str:
     """Call the Scheduler from inside the cluster. Returns a line of JSON: the answer, or an OrchestratorError."""
-    from orchestrator.cluster.calls import ask  # imports Ray, which callers outside don't need
-    from orchestrator.cluster.connection import connect
-    from orchestrator.scheduler.scheduler import get_or_create_scheduler
+    from orchestrator.cluster.connection import connect  # imports Ray, which callers outside don't need
+    from orchestrator.scheduler.scheduler import Scheduler, get_or_create_scheduler
 
     try:
         connect()
-        found = ask(get_or_create_scheduler(), method, *json.loads(args_json), timeout_s=ANSWER_TIMEOUT_S)
+        scheduler = get_or_create_scheduler().within(ANSWER_TIMEOUT_S)
+        found = scheduler.ask(getattr(Scheduler, method), *json.loads(args_json))
     except OrchestratorError as error:
         fields = {"message": error.message, "remedy": error.remedy, "unchanged": error.unchanged}
         return json.dumps({"error": {"kind": type(error).__name__, **fields}})

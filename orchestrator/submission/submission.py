@@ -61,6 +61,11 @@ def order_of(job: JobSpec | str | os.PathLike[str], name: str | None, overrides:
     return Submission(spec, text)
 
 
+def check_job(job: JobSpec | str | os.PathLike[str], name: str | None = None, overrides: Sequence[str] = ()) -> JobSpec:
+    """The job, checked as far as is possible without a cluster. Raises what `OrchestratorClient.submit` raises."""
+    return order_of(job, name, overrides).spec
+
+
 def resolved(spec: JobSpec) -> JobSpec:
     """The job as run storage keeps it: self-contained, every path absolute. Raises as `with_pretrained`, and DataError
     if the corpus doesn't exist."""

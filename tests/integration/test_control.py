@@ -17,8 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from orchestrator.checkpoint.read import CheckpointReader
-from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, names_of, start_host
-from orchestrator.cluster.calls import ask
+from orchestrator.cluster.actors import CALLS_AT_ONCE, ActorOptions, Host, names_of, start_host
 from orchestrator.controller.services.actor_classes import ActorClasses
 from orchestrator.errors import JobDoesNotFit, NameTaken, NotFound, StorageError, UsageError
 from orchestrator.protocol.status import RunPhase
@@ -217,8 +216,8 @@ def test_storage_that_cannot_be_written_for_a_while_costs_no_step(on: Cluster) -
 
 def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
     host = start_host("held", "tests.support.simulated_worker:SimulatedPreparation", (), ActorOptions())
-    holds = [host.hold.remote() for _ in range(2 * CALLS_AT_ONCE)]
-    pid = ask(host, "pid", timeout_s=20.0)
+    holds = [host.send(Host.hold) for _ in range(2 * CALLS_AT_ONCE)]
+    pid = host.within(20.0).ask(Host.pid)
     freed, holding = ray.wait(holds, num_returns=len(holds) - 1, timeout=20.0)  # of controllers that are gone
     assert len(holding) == 1 and ray.get(freed) == [None] * len(freed)
     os.kill(pid, signal.SIGKILL)
@@ -230,7 +229,7 @@ def test_a_host_outlives_any_number_of_controllers_that_hold_it() -> None:
 def test_a_killed_scheduler_finds_its_runs_again(on: Cluster) -> None:
     on.submit("kept", train=_steps(300), envs=UNHURRIED)
     on.until("kept", lambda s: s.step > 0)
-    ray.kill(on.scheduler, no_restart=False)
+    ray.kill(on.scheduler.handle, no_restart=False)
     on.scheduler = get_or_create_scheduler()
     status = on.end_of("kept", hurried=True)
     assert status.phase is RunPhase.SUCCEEDED, status

@@ -184,7 +184,7 @@ def test_a_scheduler_that_dies_takes_nothing_with_it(on: Cluster) -> None:
     on.until("low", lambda s: s.workers_now == 4)
     on.submit("high", wait=True, **_job("2..2", priority=5))
     on.until("high", lambda s: s.phase is RunPhase.TRAINING)
-    ray.kill(on.scheduler, no_restart=False)
+    ray.kill(on.scheduler.handle, no_restart=False)
     on.scheduler = get_or_create_scheduler()
     on.ask("stop", "high")
     on.end_of("high")

@@ -86,7 +86,7 @@ class Cluster:
         self.scheduler = get_or_create_scheduler()
 
     def ask(self, method: str, *args: Any) -> Any:
-        return ask(self.scheduler, method, *args, timeout_s=PATIENCE_S)
+        return ask(self.scheduler.handle, method, *args, timeout_s=PATIENCE_S)
 
     def submit(self, name: str, wait: bool = False, parts: ActorClasses | None = None, **changes: Any) -> str:
         spec: dict[str, Any] = {

@@ -1,22 +1,11 @@
 import json
-import pickle
 from pathlib import Path
 
 import pytest
 
-from orchestrator.client import check_job, raise_unless_succeeded
-from orchestrator.errors import (
-    DataError,
-    NameTaken,
-    NotFinished,
-    OrchestratorError,
-    RunFailed,
-    RunStopped,
-    UsageError,
-)
-from orchestrator.protocol.status import RunPhase
+from orchestrator.client import check_job
+from orchestrator.errors import DataError, NameTaken, UsageError
 from orchestrator.spec.job import JobSpec
-from tests.unit.cli.statuses import status
 
 
 def test_paths_of_a_job_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,31 +47,6 @@ def test_a_corpus_that_is_none_is_told_early(
     with pytest.raises(DataError, match=cause):
         check_job(JobSpec.model_validate({"schema": "v1", "name": "try", "data": {"source": source}}))
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("phase", "error", "exit_code"),
-    [
-        (RunPhase.FAILED, RunFailed, 100),
-        (RunPhase.STOPPED, RunStopped, 103),
-        (RunPhase.TRAINING, NotFinished, 101),
-    ],
-)
-def test_ends_that_are_no_success_are_errors(phase: RunPhase, error: type[OrchestratorError], exit_code: int) -> None:
-    with pytest.raises(error) as caught:
-        raise_unless_succeeded(status(phase=phase, error="rank 1 died" if phase is RunPhase.FAILED else None))
-    assert caught.value.exit_code == exit_code
-
-
-def test_a_failure_carries_the_traceback_of_what_a_worker_raised() -> None:
-    with pytest.raises(RunFailed) as caught:
-        raise_unless_succeeded(status(phase=RunPhase.FAILED, error="w0 failed", traceback="Traceback: line 3"))
-    assert caught.value.traceback == "Traceback: line 3"
-    assert pickle.loads(pickle.dumps(caught.value)).traceback == "Traceback: line 3"
-
-
-def test_success_is_none() -> None:
-    raise_unless_succeeded(status(phase=RunPhase.SUCCEEDED))
 
 
 def test_another_name_takes_the_jobs_place(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from orchestrator.cluster.actors import ActorOptions, Handle, Host, start_host
+from orchestrator.cluster.actors import ActorOptions, Host, start_host
 from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
@@ -34,7 +34,7 @@ class RendezvousClient:
     def __init__(self, run_id: str, run_dir: Path, target: str, inbox: Inbox) -> None:
         self._name, self._target, self._inbox = f"{run_id}/{NAME}", target, inbox
         self._log_file = run_dir / "logs" / f"{NAME}.log"
-        self._handle: Handle | None = None  # while a call to it is open or it is known to be alive
+        self._host: Remote[Host] | None = None  # while a call to it is open or it is known to be alive
         self._asked_s = 0.0
         self._failing_s: float | None = None  # since when it fails
         self.address: StoreAddress | None = None  # None while it is down
@@ -42,29 +42,25 @@ class RendezvousClient:
 
     def tend(self, now_s: float) -> None:
         """Start, find or restart the store, and ask for its address, unless it is known or already asked for."""
-        if self._handle is None and now_s - self._asked_s >= ASK_AGAIN_S:
+        if self._host is None and now_s - self._asked_s >= ASK_AGAIN_S:
             self._asked_s = now_s
             actor_options = ActorOptions(log_file=self._log_file, max_restarts=-1)
-            self._handle = start_host(self._name, self._target, (head_address(),), actor_options)
-            post(
-                self._inbox,
-                NAME,
-                "address",
-                Remote[RendezvousApi](self._handle, is_hosted=True).send(RendezvousApi.address),
-            )
-            post(self._inbox, NAME, "hold", Remote[Host](self._handle).send(Host.hold))
+            self._host = start_host(self._name, self._target, (head_address(),), actor_options)
+            store: Remote[RendezvousApi] = self._host.hosted()
+            post(self._inbox, NAME, "address", store.send(RendezvousApi.address))
+            post(self._inbox, NAME, "hold", self._host.send(Host.hold))
 
     def take(self, answer: CallResult) -> None:
         """Note the store's address, or that it failed."""
         error = answer.future.exception()
         another_holds_it = error is None and answer.method == "hold"
-        if self._handle is None or another_holds_it:  # None: its failure is already noted
+        if self._host is None or another_holds_it:  # None: its failure is already noted
             return
         if error is None:
             self.address, self._failing_s = StoreAddress(*answer.future.result()), None
             log.info("the rendezvous store listens at %s:%d", self.address.host, self.address.port)
             return
-        self._handle, self.address = None, None
+        self._host, self.address = None, None
         now_s, why = time.monotonic(), f"the rendezvous store failed: {reason_of(error)}"
         if self._failing_s is None:
             self._failing_s = now_s

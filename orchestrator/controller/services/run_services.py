@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import ray
 
-from orchestrator.cluster.actors import ActorOptions, Handle, find, start_host
+from orchestrator.cluster.actors import ActorOptions, find, start_host
 from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
@@ -51,7 +51,7 @@ class RunServices:
     ) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._parts, self._storage, self._inbox = parts, storage, inbox
-        self._handles: dict[str, Handle] = {}
+        self._preparation: Remote[Preparation] | None = None  # while it runs
         self._made_s = time.monotonic()
         self.data: PreparedData | None = None
         self.preparing = ""  # progress of data preparation, in words; empty once it is done
@@ -73,7 +73,9 @@ class RunServices:
             self.tracker.prepared(self.data)
         storage = self._run_dir.parent
         if self.data is None:
-            self._begin(PREPARATION, self._parts.preparation, ())
+            actor_options = ActorOptions(log_file=self._run_dir / "logs" / f"{PREPARATION}.log")
+            preparation = start_host(self._name(PREPARATION), self._parts.preparation, (), actor_options)
+            self._preparation = preparation.hosted()
             data_dir = str(storage / ".data")
             job_json = self._job.model_dump_json(by_alias=True)
             self._prepare(Preparation.prepare, job_json, str(self._run_dir), data_dir)
@@ -86,7 +88,7 @@ class RunServices:
         if has_places or now_s - self._made_s >= TRACKER_AFTER_S:
             self.tracker.start()
         self.tracker.tend(now_s)
-        if PREPARATION in self._handles and now_s - self._asked_s >= LOOK_EVERY_S:
+        if self._preparation is not None and now_s - self._asked_s >= LOOK_EVERY_S:
             self._asked_s = now_s
             self._prepare(Preparation.progress)
 
@@ -117,7 +119,9 @@ class RunServices:
         elif answer.method == "prepare":
             self.preparing = ""
             self._prepared(result)
-            ray.kill(self._handles.pop(PREPARATION), no_restart=True)
+            if self._preparation is not None:
+                self._preparation.kill()
+                self._preparation = None
 
     def _prepared(self, data: PreparedData) -> None:
         known = self._known_data
@@ -130,13 +134,9 @@ class RunServices:
                 f"{known.store_dir}"
             )
 
-    def _begin(self, name: str, target: str, args: tuple[Any, ...]) -> None:
-        actor_options = ActorOptions(log_file=self._run_dir / "logs" / f"{name}.log")
-        self._handles[name] = start_host(self._name(name), target, args, actor_options)
-
     def _prepare(self, method: Callable[Concatenate[Preparation, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
-        preparation = Remote[Preparation](self._handles[PREPARATION], is_hosted=True)
-        post(self._inbox, PREPARATION, method.__name__, preparation.send(method, *args, **kwargs))
+        assert self._preparation is not None, "the preparation was not started"
+        post(self._inbox, PREPARATION, method.__name__, self._preparation.send(method, *args, **kwargs))
 
     def _name(self, name: str) -> str:
         return f"{self._run_id}/{name}"

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-from orchestrator.cluster.actors import ActorOptions, Handle, start_host
+from orchestrator.cluster.actors import ActorOptions, start_host
 from orchestrator.cluster.calls import reason_of
 from orchestrator.cluster.inbox import CallResult, Inbox, post
 from orchestrator.cluster.remote import Remote
@@ -47,7 +47,7 @@ class TrackerClient:
     ) -> None:
         self._run_id, self._run_dir, self._job = run_id, run_dir, job
         self._target, self._term, self._storage, self._inbox = target, term, storage, inbox
-        self._handle: Handle | None = None
+        self._tracker: Remote[Tracker] | None = None
         self._data: PreparedData | None = None
         self._is_current = False  # it has, or was sent, everything in the journal
         self._asked_s: float | None = None  # when its position was last requested
@@ -56,10 +56,10 @@ class TrackerClient:
         self.url: str | None = None
         self.warning: str | None = None  # about values that don't arrive
 
-    def start(self) -> Handle:
+    def start(self) -> Remote[Tracker]:
         """Start or find the tracker, unless that was done already."""
-        if self._handle is not None:
-            return self._handle
+        if self._tracker is not None:
+            return self._tracker
         actor_options = ActorOptions(
             log_file=self._run_dir / "logs" / f"{NAME}.log",
             # One call at once: what was sent before `finish` is published before it. Restarts are unlimited.
@@ -67,14 +67,14 @@ class TrackerClient:
             calls_at_once=1,
         )
         setup = tracker_setup(self._run_id, self._run_dir, self._job)
-        self._handle = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), actor_options)
-        return self._handle
+        self._tracker = start_host(f"{self._run_id}/{NAME}", self._target, (setup,), actor_options).hosted()
+        return self._tracker
 
     def tend(self, now_s: float) -> None:
         """Ask a tracker that lacks something for its position, at intervals."""
         overdue = self._asked_s is None or now_s - self._asked_s >= ASK_AGAIN_S
         is_idle = self._num_open == 0 and not self._storage.is_pending("tracker")
-        if self._handle is not None and not self._is_current and is_idle and overdue:
+        if self._tracker is not None and not self._is_current and is_idle and overdue:
             self._asked_s = now_s
             self._call(Tracker.position)
 
@@ -101,7 +101,7 @@ class TrackerClient:
     def look(self) -> None:
         """Ask the tracker for its URL and its errors, at intervals."""
         now_s = time.monotonic()
-        if self._handle is not None and self._num_open < MOST_OPEN and now_s - self._looked_s >= LOOK_EVERY_S:
+        if self._tracker is not None and self._num_open < MOST_OPEN and now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
             self._call(Tracker.describe)
 
@@ -119,7 +119,7 @@ class TrackerClient:
 
     def close(self, outcome: str, why: str, watermark: int) -> None:
         """Send the tracker what it lacks, and let it deliver. What MLflow doesn't take in time stays on disk."""
-        tracker = Remote[Tracker](self.start(), is_hosted=True, timeout_s=FINISH_S)
+        tracker = self.start().within(FINISH_S)
         self._is_current, arrived = True, False
         try:
             for _ in range(LAST_TRIES):
@@ -176,7 +176,6 @@ class TrackerClient:
             self._call(method, self._term, *args)
 
     def _call(self, method: Callable[Concatenate[Tracker, P], Any], *args: P.args, **kwargs: P.kwargs) -> None:
-        assert self._handle is not None, "the tracker was not started"
+        assert self._tracker is not None, "the tracker was not started"
         self._num_open += 1
-        tracker = Remote[Tracker](self._handle, is_hosted=True)
-        post(self._inbox, NAME, method.__name__, tracker.send(method, *args, **kwargs))
+        post(self._inbox, NAME, method.__name__, self._tracker.send(method, *args, **kwargs))

@@ -15,7 +15,7 @@ from orchestrator.protocol.messages import StoreAddress
 @pytest.fixture
 def link(tmp_path: Path) -> RendezvousClient:
     made = RendezvousClient("run", tmp_path, "nobody:Nothing", Inbox())
-    made._handle = object()  # it was asked
+    made._host = object()  # it was asked
     return made
 
 
@@ -35,7 +35,7 @@ def test_a_store_that_died_has_no_address_until_it_is_back(link: RendezvousClien
     assert link.address is None and not link.fault
     link.take(_answer("address", ("10.0.0.1", 4321)))  # of the dead one, late
     assert link.address is None
-    link._handle = object()  # it is asked again
+    link._host = object()  # it is asked again
     link.take(_answer("address", ("10.0.0.1", 9999)))
     assert link.address == StoreAddress("10.0.0.1", 9999)
 
@@ -52,6 +52,6 @@ def test_a_store_that_never_comes_is_a_fault_with_its_reason(
     monkeypatch.setattr(rendezvous_client, "GIVE_UP_S", 0.0)
     link.take(_answer("address", RuntimeError("no port is free")))
     assert not link.fault
-    link._handle = object()
+    link._host = object()
     link.take(_answer("address", RuntimeError("no port is free")))
     assert link.fault == "the rendezvous store failed: no port is free"

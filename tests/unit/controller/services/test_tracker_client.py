@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cluster.inbox import CallResult
+from orchestrator.cluster.remote import Remote
 from orchestrator.cluster.storage_thread import StorageThread
 from orchestrator.controller.services.tracker_client import TrackerClient
 from orchestrator.protocol.events.generations import Rescaled
@@ -94,7 +95,8 @@ def _has_steps_up_to(step: int) -> CallResult:
 def test_a_journal_that_cannot_be_read_for_a_while_is_read_again(run_dir: Path) -> None:
     storage = StorageThread(SimpleQueue())
     link = TrackerClient("run", run_dir, JobSpec(name="run"), "nobody:Nobody", 1, storage, SimpleQueue())
-    link._handle = tracker = Told()
+    tracker = Told()
+    link._tracker = Remote(tracker, is_hosted=True)
     path = max((run_dir / "journal").iterdir())
     away = path.rename(run_dir / "away")
     path.mkdir()

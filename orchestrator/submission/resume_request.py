@@ -1,0 +1,39 @@
+"""Preparation of a resume: the run's directory, and the checkpoint that it begins from."""
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.checkpoint.read import choose, read_manifest
+from orchestrator.errors import NotFound
+from orchestrator.protocol.messages import Restore, ResumeRequest
+from orchestrator.protocol.status import RunStatus
+from orchestrator.run_records.checkpoints import DIRECTORY
+from orchestrator.run_records.run_files import RunFiles, run_dir_in
+
+
+def find_run_dir(run_id: str, storage: str | os.PathLike[str] | None, get: Callable[[str], RunStatus]) -> Path:
+    """The run's directory: in the named storage, else as `get` reports it, else in ./runs. Raises NotFound."""
+    if storage is not None:
+        return RunFiles(run_dir_in(Path(storage), run_id)).run_dir
+    try:
+        return Path(get(run_id).run_dir)
+    except NotFound as error:
+        try:
+            return RunFiles(run_dir_in(Path("runs"), run_id)).run_dir
+        except NotFound:
+            error.remedy += " A run of another cluster is found by its run storage: --storage DIR."
+            raise error from None
+
+
+def resume_request(run_dir: Path, step: int | None, workers: int | None, reset_residuals: bool) -> ResumeRequest:
+    """Request to resume from the checkpoint of `step` or the newest, digests checked; without any, from the beginning.
+
+    Raises:
+        NotFound: there is no checkpoint of this step.
+        CheckpointCorrupt: its files are missing or changed; the message names the one before.
+    """
+    path = choose(run_dir / DIRECTORY, step)
+    restore = Restore(read_manifest(path).step, str(path), reset_residuals) if path is not None else None
+    return ResumeRequest(uuid.uuid4().hex, restore, workers)
