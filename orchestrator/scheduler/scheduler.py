@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -18,7 +19,7 @@ from orchestrator.cluster.process_title import name_process
 from orchestrator.cluster.remote import Remote
 from orchestrator.controller.controller import RunController
 from orchestrator.controller.services.actor_classes import ActorClasses
-from orchestrator.errors import ClusterUnreachable, NotFound, UsageError
+from orchestrator.errors import ClusterUnreachable, NotFound, StorageError, UsageError
 from orchestrator.policy.state.config import RunLimits
 from orchestrator.protocol.messages import DesiredRunState, FinishMode, ResumeRequest
 from orchestrator.protocol.scaling import ScalingView
@@ -33,6 +34,7 @@ from orchestrator.scheduler.autoscaler import Autoscaler
 from orchestrator.scheduler.controller_client import PATIENCE_S, ControllerClient
 from orchestrator.scheduler.known_runs import directory_of, forget_run, known_runs, remember_run
 from orchestrator.spec.job import JobSpec
+from orchestrator.storage.guard import StorageGuard
 
 log = logging.getLogger("orchestrator.control")
 
@@ -42,6 +44,9 @@ R = TypeVar("R")
 NAME = "scheduler"
 MAX_CALLS_AT_ONCE = 32
 
+# Limits of calls to run storage: a status, the files of a new run, a journal, the removal of a run.
+STATUS_S, WRITE_S, HISTORY_S, REMOVE_S = 1.5, 10.0, 30.0, 60.0
+
 
 class Scheduler:
     """One per cluster, named `scheduler`. Every method may be called at any time, from anywhere in the cluster."""
@@ -49,6 +54,8 @@ class Scheduler:
     def __init__(self) -> None:
         name_process(self)
         self._submitting = threading.Lock()
+        self._storage = StorageGuard()
+        self._ended: dict[str, RunStatus] = {}  # as read last, for while storage hangs
         self._autoscaler = Autoscaler()
         self._autoscaler.start()
 
@@ -78,11 +85,12 @@ class Scheduler:
         """
         job, directory = JobSpec.model_validate_json(job_json), Path(run_dir)
         with self._submitting:
-            refuse_taken(run_id, directory)
+            self._storage.call(directory.parent, WRITE_S, partial(refuse_taken, run_id, directory))
             job = with_gpus(job)
             run = newcomer(RunLimits.of(run_id, job), job, job.workers.initial)
             check_admissible(run, None if wait else self._autoscaler)
-            write_job(directory, job.model_dump_json(by_alias=True), job_text)
+            write = partial(write_job, directory, job.model_dump_json(by_alias=True), job_text)
+            self._storage.call(directory.parent, WRITE_S, write)
             self._start_controller(run, run_dir, parts)
         log.info("run %s: submitted, stored in %s", run_id, run_dir)
         return run_id
@@ -102,8 +110,9 @@ class Scheduler:
                 its gradients differently than when it wrote the checkpoint.
             JobDoesNotFit: the cluster is too small for `workers.min`, or has no room now and `wait` is False.
         """
+        directory = Path(run_dir)
         with self._submitting:
-            run = resumed_run(run_id, Path(run_dir), order)
+            run = self._storage.call(directory.parent, HISTORY_S, partial(resumed_run, run_id, directory, order))
             check_admissible(run, None if wait else self._autoscaler)
             self._start_controller(run, run_dir, parts, order)
         log.info("run %s: resumed after step %d", run_id, order.restore.step if order.restore else -1)
@@ -115,22 +124,33 @@ class Scheduler:
         for run_id in known_runs():
             try:
                 found.append(self.status(run_id))
-            except (NotFound, ClusterUnreachable) as error:
+            except (NotFound, ClusterUnreachable, StorageError) as error:
                 log.warning("run %s: %s", run_id, error)
         return tuple(sorted(found, key=lambda status: status.submitted_time or 0.0))
 
     def status(self, run_id: str) -> RunStatus:
-        """The run's status: from its controller, or from run storage if it has ended. Raises NotFound."""
+        """The run's status: from its controller, or from run storage if it has ended. Raises NotFound; StorageError if
+        storage hangs and the status was not read before."""
         directory = directory_of(run_id)
         deadline_s = time.monotonic() + PATIENCE_S
         while True:
             controller = ControllerClient(run_id).find()
             try:
-                return controller.ask(RunController.status) if controller else read_status(directory)
+                return controller.ask(RunController.status) if controller else self._final_status(run_id, directory)
             except (ClusterUnreachable, NotFound):  # its controller is ending, or restarting
                 if time.monotonic() > deadline_s:
                     raise
                 time.sleep(0.1)
+
+    def _final_status(self, run_id: str, directory: Path) -> RunStatus:
+        try:
+            status = self._storage.call(directory.parent, STATUS_S, partial(read_status, directory))
+        except StorageError:
+            if run_id not in self._ended:
+                raise
+            return self._ended[run_id]
+        self._ended[run_id] = status
+        return status
 
     def scale(self, run_id: str, workers: int | None, reason: str = "asked for") -> DesiredRunState:
         """Request another number of workers; None leaves it to the job's `autoscale`. Raises UsageError outside
@@ -170,10 +190,10 @@ class Scheduler:
         """
         with self._submitting:  # it can't be resumed meanwhile
             directory = directory_of(run_id)
-            if directory.exists():
+            if self._storage.call(directory.parent, STATUS_S, directory.exists):
                 refuse_active(self.status(run_id))
                 self._await_exit(run_id)
-                remove_files(directory)
+                self._storage.call(directory.parent, REMOVE_S, partial(remove_files, directory))
             forget_run(run_id)
         log.info("run %s: removed from %s", run_id, directory)
         return str(directory)
@@ -194,15 +214,18 @@ class Scheduler:
 
     def events(self, run_id: str, after: int = -1) -> tuple[dict[str, Any], ...]:
         """Events of the run after the one whose `seq` is `after`. Raises NotFound."""
-        return tuple(user_events(directory_of(run_id), after))
+        directory = directory_of(run_id)
+        return tuple(self._storage.call(directory.parent, HISTORY_S, partial(user_events, directory, after)))
 
     def audit(self, run_id: str) -> AuditResult:
         """Audit of the run's sample ledger. Raises NotFound."""
-        return RunFiles(directory_of(run_id)).audit()
+        directory = directory_of(run_id)
+        return self._storage.call(directory.parent, HISTORY_S, RunFiles(directory).audit)
 
     def _start_controller(
         self, run: ScalingView, run_dir: str, parts: ActorClasses | None, order: ResumeRequest | None = None
     ) -> None:
+        self._ended.pop(run.run_id, None)
         remember_run(run.run_id, run_dir)
         ControllerClient(run.run_id).start(run_dir, parts or ActorClasses(), order, run.queued_s)
         self._autoscaler.expect(run)

@@ -20,19 +20,14 @@ MOST_HUNG = 4  # calls to one storage
 
 
 class StorageGuard:
-    """Makes storage calls in threads of their own. Its methods may be called from any thread.
+    """Makes storage calls in threads of their own. Its methods may be called from any thread."""
 
-    Args:
-        patience_s: limit of a call.
-    """
-
-    def __init__(self, patience_s: float) -> None:
-        self._patience_s = patience_s
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._hung: Counter[Path] = Counter()  # calls that have exceeded the limit and not returned, by storage
 
-    def call(self, storage: Path, function: Callable[[], R]) -> R:
-        """The result of `function`, which reads or writes in `storage`.
+    def call(self, storage: Path, patience_s: float, function: Callable[[], R]) -> R:
+        """The result of `function`, which reads or writes in `storage`, within `patience_s`.
 
         Raises:
             StorageError: it has not returned in time, and may still do its work; or earlier calls hang.
@@ -45,12 +40,12 @@ class StorageGuard:
         thread = threading.Thread(target=_serve, args=(function, done), name="storage call", daemon=True)
         thread.start()
         try:
-            return done.result(self._patience_s)
+            return done.result(patience_s)
         except TimeoutError:
             if done.done():  # an error of the call itself
                 raise
         self._count(storage, done)
-        raise _hangs(storage, f"no answer within {self._patience_s:g} s", unchanged="")
+        raise _hangs(storage, f"no answer within {patience_s:g} s", unchanged="")
 
     def _count(self, storage: Path, done: "Future[R]") -> None:
         """Count a call as hung until it returns."""

@@ -15,10 +15,10 @@ def _fails() -> None:
 
 
 def test_a_call_returns_or_raises_what_it_does() -> None:
-    guard = StorageGuard(patience_s=20.0)
-    assert guard.call(WELL, lambda: 3) == 3
+    guard = StorageGuard()
+    assert guard.call(WELL, 20.0, lambda: 3) == 3
     with pytest.raises(NotFound, match="no such run"):
-        guard.call(WELL, _fails)
+        guard.call(WELL, 20.0, _fails)
 
 
 def test_a_time_limit_of_the_call_itself_is_its_own_error() -> None:
@@ -26,22 +26,22 @@ def test_a_time_limit_of_the_call_itself_is_its_own_error() -> None:
         raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
-        StorageGuard(patience_s=20.0).call(WELL, times_out)
+        StorageGuard().call(WELL, 20.0, times_out)
 
 
 def test_storage_that_hangs_holds_up_nobody_else_and_works_again_later() -> None:
-    guard, opened = StorageGuard(patience_s=0.05), threading.Event()
+    guard, opened = StorageGuard(), threading.Event()
     for _ in range(MOST_HUNG):
         with pytest.raises(StorageError, match="/hung hangs: no answer within 0.05 s"):
-            guard.call(HUNG, lambda: opened.wait(20.0))
+            guard.call(HUNG, 0.05, lambda: opened.wait(20.0))
     before = threading.active_count()
     began_s = time.monotonic()
     with pytest.raises(StorageError, match="earlier calls have not returned"):
-        guard.call(HUNG, lambda: opened.wait(20.0))
+        guard.call(HUNG, 0.05, lambda: opened.wait(20.0))
     assert time.monotonic() - began_s < 0.05 and threading.active_count() == before
-    assert guard.call(WELL, lambda: "read") == "read"
+    assert guard.call(WELL, 20.0, lambda: "read") == "read"
     opened.set()
     deadline_s = time.monotonic() + 20.0
     while guard._hung[HUNG] and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    assert guard.call(HUNG, lambda: "read") == "read"
+    assert guard.call(HUNG, 20.0, lambda: "read") == "read"
