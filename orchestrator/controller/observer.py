@@ -75,5 +75,6 @@ class Observer:
             tracking_url=self._services.tracker.url,
             warning=self.storage_trouble() or seen.unreadable or self._services.tracker.warning,
             preparing=self._services.preparing,
+            resources=self._worker_group.request,
             closed=closed,
         )

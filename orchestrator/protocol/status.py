@@ -119,6 +119,7 @@ class RunStatus:
     traffic: dict[str, Traffic] = field(default_factory=dict)  # per step, by kind; empty where there is one worker
     worker_group: tuple[WorkerStatus, ...] = ()  # members by rank, then the others; empty after the end
     priority: int = 0
+    resources: dict[str, float] = field(default_factory=dict)  # that each worker reserves; gpus: auto is decided
 
 
 def raise_unless_succeeded(status: RunStatus) -> None:

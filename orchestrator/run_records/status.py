@@ -1,8 +1,10 @@
 """Status of a run, from its history and its controller's observation."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from orchestrator.checkpoint.manifest import step_name
 from orchestrator.policy.health.expert_collapse import routing_warnings
@@ -33,12 +35,14 @@ def status_of(
     tracking_url: str | None = None,
     warning: str | None = None,
     preparing: str = "",
+    resources: Mapping[str, float] = MappingProxyType({}),
     closed: bool,
 ) -> RunStatus:
     """The current status. A run that has ended is still finishing until everything of it is `closed`.
 
     Args:
         preparing: progress of the data that the first step waits for; empty once it is prepared.
+        resources: that each worker reserves.
     """
     state, progress = memory.state, memory.progress
     over = state.outcome is not None
@@ -77,6 +81,7 @@ def status_of(
         ended_time=memory.times.get(Ended),
         stage=progress.stage,
         traffic=traffic_per_step(progress),
+        resources=dict(resources),
         worker_group=_worker_group(state, seen),
         priority=limits.priority_of(state.priority),
     )

@@ -91,6 +91,16 @@ def workers(status: RunStatus) -> str:
     return text + (f" + {status.standbys} standby" if status.standbys else "")
 
 
+def resources(amounts: Mapping[str, float]) -> str:
+    """What a worker reserves, GPUs also where it has none: `resources.gpus: auto` depends on the nodes."""
+    if not amounts:
+        return NONE
+    parts = [f"{amounts.get(kind, 0.0):g} {kind}{'s' * (amounts.get(kind) != 1.0)}" for kind in ("CPU", "GPU")]
+    if amounts.get("memory"):
+        parts.append(f"{size(int(amounts['memory']))} of memory")
+    return ", ".join(parts)
+
+
 def rescale(change: Rescale) -> str:
     """A rescale and its cost as one line. The step shown is the first of the new world."""
     stall = "stall not measured yet" if change.stall_s is None else f"stall {change.stall_s:.2f} s"

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from orchestrator.cli.terminal.format import NONE, duration, moment, number, rate, recovery, rescale, traffic, workers
+from orchestrator.cli.terminal.format import NONE, duration, moment, number, rate, recovery, rescale, resources, traffic, workers
 from orchestrator.protocol.status import RunStatus
 
 
@@ -39,6 +39,7 @@ def details(status: RunStatus) -> list[tuple[str, str]]:
         ("state", status.why or NONE),
         ("priority", str(status.priority)),
         ("workers", workers(status) if status.workers_now else NONE),
+        ("each worker", resources(status.resources)),
         ("traffic", traffic(status.traffic)),
         ("generation", str(status.generation) if status.generation >= 0 else NONE),
         ("submitted", moment(status.submitted_time)),
