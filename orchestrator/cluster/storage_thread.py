@@ -13,10 +13,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from orchestrator.cluster.inbox import CallResult, Inbox
-from orchestrator.storage.tasks import StorageCall, StorageTask
+from orchestrator.storage.tasks import StorageCall, StorageTask, slow_after_s
 
 NAME = "storage"  # `CallResult.of` when a call has returned
-SLOW_S = 5.0  # a call that takes longer is shown as trouble
 
 
 class StorageThread:
@@ -33,6 +32,7 @@ class StorageThread:
         self._name = ""  # of the current task
         self._open: Future[Any] | None = None
         self._since_s = 0.0  # when the open call was made
+        self._patience_s = 0.0  # with it, until it counts as trouble
         self._calls: SimpleQueue[tuple[StorageCall, Future[Any]]] = SimpleQueue()
         threading.Thread(target=self._serve, name="storage", daemon=True).start()
 
@@ -71,7 +71,7 @@ class StorageThread:
     def trouble(self) -> str | None:
         """What is wrong with a call that has been open for long. May be called from any thread."""
         taken_s = time.monotonic() - self._since_s
-        if self._open is None or taken_s < SLOW_S:
+        if self._open is None or taken_s < self._patience_s:
             return None
         return f"run storage has not answered for {taken_s:.0f} s"
 
@@ -94,7 +94,7 @@ class StorageThread:
             if not isinstance(error, StopIteration):
                 raise
         else:
-            self._since_s, self._open = time.monotonic(), Future()
+            self._patience_s, self._since_s, self._open = slow_after_s(call), time.monotonic(), Future()
             self._calls.put((call, self._open))
 
     def _wait(self, call: "Future[Any]") -> None:

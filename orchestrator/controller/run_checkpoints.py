@@ -15,7 +15,7 @@ from orchestrator.run_records.checkpoints import (
     discard_unfinished,
     drop_old_checkpoints,
 )
-from orchestrator.storage.tasks import StorageTask
+from orchestrator.storage.tasks import Lengthy, StorageTask
 
 COMMIT_AGAIN_S = 1.0  # until a refused commit is repeated
 ROOM_AGAIN_S = 5.0  # between two looks for what may be deleted
@@ -46,7 +46,7 @@ class RunCheckpoints:
         """The newest good checkpoint, if a restore is wanted. Verifies digests, which may take long."""
         if not self._memory.state.wants_restore:
             return None
-        found: Restore | None = yield partial(self._finder.newest_good, time.monotonic())
+        found: Restore | None = yield Lengthy(partial(self._finder.newest_good, time.monotonic()))
         return found
 
     def commit(self, action: Commit) -> StorageTask[Path | None]:
@@ -78,12 +78,11 @@ class RunCheckpoints:
             plans = (self._memory.state.previous, self._memory.state.current, self._memory.state.next)
             with suppress(OSError):
                 keep = {(p.term, p.generation) for p in plans if p is not None}
-                yield partial(discard_unfinished, self._run.run_dir, keep)
+                yield Lengthy(partial(discard_unfinished, self._run.run_dir, keep))
 
     def drop_old(self) -> StorageTask[tuple[int, ...]]:
         """Delete checkpoints that the job doesn't keep. Returns their steps."""
         validations = self._memory.progress.validations
-        dropped: tuple[int, ...] = yield partial(
-            drop_old_checkpoints, self._run.run_dir, self._run.job.checkpoint, validations
-        )
+        drop = partial(drop_old_checkpoints, self._run.run_dir, self._run.job.checkpoint, validations)
+        dropped: tuple[int, ...] = yield Lengthy(drop)
         return dropped

@@ -21,7 +21,7 @@ from orchestrator.storage.atomic import write_atomically
 from orchestrator.storage.directory import DirectoryObjects
 from orchestrator.storage.journal import Journal
 from orchestrator.storage.reserve import FULL, SpaceReserve
-from orchestrator.storage.tasks import StorageTask
+from orchestrator.storage.tasks import Lengthy, StorageTask
 
 log = logging.getLogger("orchestrator.control")
 
@@ -55,7 +55,7 @@ class JournaledRun(RunHistory):
         resumed = next((event for event in events if isinstance(event, Resumed)), None)
         progress = Progress()
         if resumed is not None:
-            progress = yield partial(progress_up_to, self._run_dir, resumed.step)
+            progress = yield Lengthy(partial(progress_up_to, self._run_dir, resumed.step))
         written = yield from self._append([*events, *changed])
         self._become(state)
         if resumed is not None:

@@ -12,12 +12,29 @@ raised where the task yielded it.
 """
 
 from collections.abc import Callable, Generator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 R = TypeVar("R")
 
+SLOW_S, LENGTHY_S = 5.0, 120.0  # a call that takes longer is a sign of trouble
+
 StorageCall = Callable[[], Any]
 StorageTask = Generator[StorageCall, Any, R]
+
+
+class Lengthy(Generic[R]):
+    """A call that may take long though storage is well: it reads or deletes much."""
+
+    def __init__(self, call: Callable[[], R]) -> None:
+        self._call = call
+
+    def __call__(self) -> R:
+        return self._call()
+
+
+def slow_after_s(call: StorageCall) -> float:
+    """Duration from which on a call is a sign of trouble."""
+    return LENGTHY_S if isinstance(call, Lengthy) else SLOW_S
 
 
 def run_inline(task: StorageTask[R]) -> R:

@@ -5,7 +5,18 @@ import shutil
 import sys
 from pathlib import Path
 
-from orchestrator.cli.terminal.format import NONE, duration, moment, number, rate, recovery, rescale, resources, traffic, workers
+from orchestrator.cli.terminal.format import (
+    NONE,
+    duration,
+    moment,
+    number,
+    rate,
+    recovery,
+    rescale,
+    resources,
+    traffic,
+    workers,
+)
 from orchestrator.protocol.status import RunStatus
 
 

@@ -22,7 +22,7 @@ from orchestrator.run_records.journaled_run import retry_until_written
 from orchestrator.run_records.tracker_setup import tracker_setup
 from orchestrator.run_records.tracking_sync import Call, calls_for_data, missing_calls
 from orchestrator.spec.job import JobSpec
-from orchestrator.storage.tasks import StorageTask
+from orchestrator.storage.tasks import Lengthy, StorageTask
 from orchestrator.telemetry.step_metrics import points_of_event
 from orchestrator.tracking.sink import MetricPoint
 from orchestrator.tracking.tracker import Tracker
@@ -141,7 +141,7 @@ class TrackerClient:
 
     def _catch_up(self, position: int) -> StorageTask[None]:
         try:
-            missing = yield partial(self._missing, position)
+            missing = yield Lengthy(partial(self._missing, position))
         except OSError as error:  # its position is requested again, and the rest sent once the journal can be read
             self._warn(f"metrics wait in the journal, which can't be read: {error.strerror or error}")
         else:

@@ -1,11 +1,12 @@
 import threading
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 
 from orchestrator.cluster.inbox import Inbox
-from orchestrator.cluster.storage_thread import NAME, SLOW_S, StorageThread
-from orchestrator.storage.tasks import StorageTask
+from orchestrator.cluster.storage_thread import NAME, StorageThread
+from orchestrator.storage.tasks import LENGTHY_S, SLOW_S, Lengthy, StorageCall, StorageTask
 
 
 class Gate:
@@ -35,7 +36,7 @@ def storage(inbox: Inbox) -> StorageThread:
     return StorageThread(inbox)
 
 
-def _task(name: str, done: list[str], *calls: Gate) -> StorageTask[None]:
+def _task(name: str, done: list[str], *calls: StorageCall) -> StorageTask[None]:
     done.append(f"{name} begins")
     for call in calls:
         try:
@@ -109,13 +110,16 @@ def test_what_is_abandoned_does_not_go_on(storage: StorageThread) -> None:
     assert done == ["first begins"]
 
 
-def test_a_call_that_takes_long_is_trouble(storage: StorageThread) -> None:
+@pytest.mark.parametrize(("wrap", "slow_s"), [(lambda call: call, SLOW_S), (Lengthy, LENGTHY_S)])
+def test_a_call_that_takes_long_is_trouble(
+    storage: StorageThread, wrap: Callable[[Gate], StorageCall], slow_s: float
+) -> None:
     hangs = Gate()
-    storage.add("task", partial(_task, "task", [], hangs))
+    storage.add("task", partial(_task, "task", [], wrap(hangs)))
     storage.advance()
     assert storage.trouble() is None
-    storage._since_s -= SLOW_S + 37.0
-    assert storage.trouble() == f"run storage has not answered for {SLOW_S + 37.0:.0f} s"
+    storage._since_s -= slow_s + 37.0
+    assert storage.trouble() == f"run storage has not answered for {slow_s + 37.0:.0f} s"
     hangs.open()
     storage.finish()
     assert storage.trouble() is None
