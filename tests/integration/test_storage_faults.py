@@ -3,6 +3,7 @@ same."""
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,10 @@ def test_a_run_on_a_full_disk_can_be_stopped_at_once(texts: Path, tmp_path: Path
         assert status.checkpoint_step is not None and status.checkpoint_step < status.step - 1 and _tensors(status)
 
 
-def _pace(records: Sequence[StepRecord], since: float, until: float) -> float:
-    """Steps per second, by the votes of this time."""
-    return sum(since <= record.timing.vote_time < until for record in records) / (until - since)
+def _longest_gap_s(records: Sequence[StepRecord], since: float, until: float) -> float:
+    """The longest time between two votes of this period."""
+    votes = [record.timing.vote_time for record in records if since <= record.timing.vote_time < until]
+    return max(after - before for before, after in pairwise([since, *votes, until]))
 
 
 def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: Path) -> None:
@@ -147,7 +149,6 @@ def test_storage_that_hangs_costs_no_worker_and_no_step(texts: Path, tmp_path: P
         assert "worker_lost" not in kinds and kinds.count("storage_fails") == kinds.count("storage_works") == 1
         records = read_steps(Path(status.run_dir))
         assert [record.step for record in records] == list(range(status.step))
-        first = records[5].timing.vote_time
-        assert _pace(records, began, ended) >= 0.8 * _pace(records, first, began)  # on a busy machine
+        assert _longest_gap_s(records, began, ended) < 10.0  # training did not wait, also on a busy machine
         calm = _submit(client, texts, "calm", tmp_path / "runs", steps=status.step, schedule="constant")
         assert _tensors(status) == _tensors(client.wait(calm, timeout_s=300.0))
