@@ -20,7 +20,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.padding import Padding
 from orchestrator.model.user_entrypoint import built, calling_user
 from orchestrator.model.user_rules import broken_rules, shown

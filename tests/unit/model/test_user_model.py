@@ -11,7 +11,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
 from orchestrator.model.factory import build_model, catalogue, single_rank
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.user_model import UserModel, raised_by_forward
 from orchestrator.spec.model import ModelSpec
 from tests.support.own_models import example, linear, own_spec

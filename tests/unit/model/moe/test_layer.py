@@ -13,8 +13,9 @@ from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.moe.dispatch import Dispatch
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.moe.router import Router
 from orchestrator.spec.model import ModelSpec
 from tests.unit.comm.threads import on_ranks
