@@ -45,41 +45,40 @@ class PerChoiceRows(TokenRows):
     row_KN: Tensor
 
     def spread(self, x_ND: Tensor) -> Tensor:
-        x_SD: Tensor = _Spread.apply(x_ND, self)  # type: ignore[no-untyped-call]
+        x_SD: Tensor = _Spread.apply(x_ND, self.token_S, self.row_KN)  # type: ignore[no-untyped-call]
         return x_SD
 
     def add_up(self, results_SD: Tensor, shared_ND: Tensor | None) -> Tensor:
-        y_ND: Tensor = _AddUp.apply(results_SD, self)  # type: ignore[no-untyped-call]
+        y_ND: Tensor = _AddUp.apply(results_SD, self.token_S, self.row_KN)  # type: ignore[no-untyped-call]
         return y_ND if shared_ND is None else y_ND + shared_ND
-
-    def to_rows(self, x_ND: Tensor) -> Tensor:
-        return x_ND.index_select(0, self.token_S)
-
-    def to_tokens(self, x_SD: Tensor) -> Tensor:
-        first_N, *others = self.row_KN
-        total_ND = x_SD.index_select(0, first_N)
-        for other_N in others:
-            total_ND.add_(x_SD.index_select(0, other_N))
-        return total_ND
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, rows: PerChoiceRows) -> Tensor:
-        ctx.rows = rows
-        return rows.to_rows(x_ND)
+    def forward(ctx: Any, x_ND: Tensor, token_S: Tensor, row_KN: Tensor) -> Tensor:
+        ctx.row_KN = row_KN
+        return x_ND.index_select(0, token_S)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.rows.to_tokens(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _sums(grads[0], ctx.row_KN), None, None
 
 
 class _AddUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_SD: Tensor, rows: PerChoiceRows) -> Tensor:
-        ctx.rows = rows
-        return rows.to_tokens(x_SD)
+    def forward(ctx: Any, x_SD: Tensor, token_S: Tensor, row_KN: Tensor) -> Tensor:
+        ctx.token_S = token_S
+        return _sums(x_SD, row_KN)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.rows.to_rows(grads[0]), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.token_S), None, None
+
+
+def _sums(x_SD: Tensor, row_KN: Tensor) -> Tensor:
+    """Per token, the sum of its rows in the order of its choices."""
+    first_N, *others = row_KN
+    total_ND = x_SD.index_select(0, first_N)
+    for other_N in others:
+        total_ND.add_(x_SD.index_select(0, other_N))
+    return total_ND
