@@ -38,7 +38,7 @@ from benchmarks.harness import (
 )
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.loss import IGNORED, cross_entropy_sum
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 

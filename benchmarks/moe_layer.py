@@ -45,8 +45,9 @@ from benchmarks.harness import (
 )
 from benchmarks.support.environment import environment, worker_environment
 from orchestrator.elastic.expert_placement import ExpertPlacement
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 

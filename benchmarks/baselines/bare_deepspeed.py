@@ -30,7 +30,7 @@ from orchestrator.data.store import TokenStore
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.base import expert_of
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, sample

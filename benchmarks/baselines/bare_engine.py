@@ -26,7 +26,7 @@ from orchestrator.engine.process_groups import connect
 from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import build_model
 from orchestrator.model.moe.balance import RoutingCounts, next_bias
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.policy.health.expert_load import expert_load
 from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.sampling.sampler import SamplerState, sample

@@ -6,7 +6,7 @@ Shape legend: B = rows, T = tokens in a row, V = vocabulary.
 
 from torch import Tensor, nn
 
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.support.trace import FinishedStep, Trace
 from orchestrator.data.store import TokenStore
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 

@@ -17,7 +17,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.base import MicroBatch
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import TrafficKind
 from orchestrator.spec.communication import CommunicationSpec

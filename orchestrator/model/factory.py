@@ -5,7 +5,7 @@ import torch
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.elastic.param_spec import ParamSpec
 from orchestrator.model.base import TrainableModel, spec_of
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.model.user_model import UserModel
 from orchestrator.spec.model import ModelSpec

@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.kv_cache import KVCache, LayerCache
 from orchestrator.model.loss import cross_entropy_sum
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.padding import Padding
 from orchestrator.spec.model import ModelSpec
 

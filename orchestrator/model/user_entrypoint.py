@@ -14,7 +14,7 @@ from torch import nn
 
 from orchestrator import user_code
 from orchestrator.errors import EntrypointError
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.spec.model import ModelSpec
 
 Build = Callable[[ModelSpec, int, ExpertParallelContext], nn.Module]

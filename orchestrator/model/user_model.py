@@ -20,7 +20,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
 from orchestrator.model.base import TrainableModel, draw_normal
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.padding import Padding
 from orchestrator.model.user_entrypoint import built, calling_user
 from orchestrator.model.user_rules import broken_rules, shown
@@ -117,15 +118,15 @@ class UserModel(TrainableModel):
     def _draw_layers(self, seed: int) -> set[str]:
         """Draw the weights of MoE layers. Returns the names of their tensors."""
         residual_std = self.spec.initializer_range / (2 * self.spec.num_hidden_layers) ** 0.5
-        names: set[str] = set()
+        names, buffers = set[str](), dict(self.state_buffers())
         for prefix, layer in self.named_modules():
             if not isinstance(layer, MoELayer):
                 continue
             for name, param in layer.named_parameters(prefix):
                 draw_normal(param, name, seed, residual_std if name.endswith(".down") else self.spec.initializer_range)
                 names.add(name)
-            for name, buffer in layer.named_buffers(prefix):
-                buffer.zero_()
+            for name in buffers.keys() & dict(layer.named_buffers(prefix)).keys():
+                buffers[name].zero_()
                 names.add(name)
         return names
 

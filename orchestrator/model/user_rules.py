@@ -6,7 +6,8 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from orchestrator.model.base import TrainableModel, expert_of
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.layer import MoELayer
 
 SHOWN = 5  # names in a message; a module with a mistake often has it in each layer
 

@@ -13,7 +13,8 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import connect
 from orchestrator.model.base import MicroBatch
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.usage import Traffic, TrafficKind
 from orchestrator.spec.model import ModelSpec

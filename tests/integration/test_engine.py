@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import Store
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import connect, disconnect
 from orchestrator.model.base import expert_of
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from tests.support import small
 from tests.support.ranks import Ranks

@@ -17,7 +17,7 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import CheckpointCorrupt, UsageError
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.job import JobSpec
 from orchestrator.spec.model import ModelSpec

@@ -24,7 +24,7 @@ from orchestrator.data.tokenizer import TextTokenizer
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import CheckpointCorrupt, DataError, OrchestratorError
 from orchestrator.inference.generate import generate
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.protocol.child_process import Evaluation, EvaluationResult, Generation, GenerationResult
 from orchestrator.protocol.codec import to_plain

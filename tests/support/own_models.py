@@ -14,7 +14,8 @@ LINEAR = """
 import torch
 from torch import nn
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+from orchestrator.model.moe.layer import MoELayer
 
 class Model(nn.Module):
     def __init__(self, spec, vocab_size, experts):

@@ -13,7 +13,7 @@ from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import ProcessGroups, connect
 from orchestrator.model.base import MicroBatch
 from orchestrator.model.factory import catalogue
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.sampling.micro_batches import max_micro_batches, micro_batches_of
 from orchestrator.spec.communication import CommunicationSpec

@@ -18,7 +18,7 @@ from orchestrator.engine.deepspeed.engine import DeepSpeedEngineAdapter
 from orchestrator.engine.process_groups import PendingGroups, ProcessGroups
 from orchestrator.model.base import TrainableModel
 from orchestrator.model.factory import build_model, catalogue
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.policy.estimate.worker_memory import MemoryPlan, StatePlan, plan_memory
 from orchestrator.policy.state.config import micro_batch_of
 from orchestrator.protocol.messages import GenerationPlan, PastWorld, WorkerJob

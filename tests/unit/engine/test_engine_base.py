@@ -9,7 +9,7 @@ from torch._C._distributed_c10d import HashStore
 from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.process_groups import ProcessGroups, connect, disconnect
 from orchestrator.model.base import MicroBatch
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.model import ModelSpec
 from orchestrator.spec.train import TrainSpec

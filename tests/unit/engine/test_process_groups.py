@@ -12,7 +12,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.engine.param_groups import group_name, groups_of
 from orchestrator.engine.process_groups import ProcessGroups, connect, disconnect
 from orchestrator.model.base import expert_of
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.spec.communication import CommunicationSpec
 from orchestrator.spec.model import ModelSpec

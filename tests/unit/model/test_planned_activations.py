@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import MoELanguageModel
 from orchestrator.policy.estimate.activations import activation_bytes, item_bytes, loss_bytes
 from orchestrator.spec.model import ModelSpec

@@ -8,7 +8,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.model.base import expert_of
 from orchestrator.model.factory import catalogue
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.transformer import (
     Attention,
     MoELanguageModel,

@@ -1,5 +1,6 @@
 """A user's own model: what it is given, where its first weights come from, what is refused and in which words."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from orchestrator.elastic.expert_placement import ExpertPlacement
 from orchestrator.errors import EntrypointError
 from orchestrator.model.factory import build_model, catalogue, single_rank
 from orchestrator.model.loss import IGNORED
-from orchestrator.model.moe.layer import ExpertParallelContext
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.user_model import UserModel, raised_by_forward
 from orchestrator.spec.model import ModelSpec
 from tests.support.own_models import example, linear, own_spec
@@ -119,6 +120,13 @@ def test_its_own_init_weights_comes_last_and_leaves_moe_layers_alone(tmp_path: P
     state = _state(model)
     assert bool((state["model.embedding.weight"] == 2.5).all() and (state["model.head.bias"] == 2.5).all())
     assert 0.001 < float(state["model.moe.experts.0.gate_up"].std()) < 0.1
+
+
+def test_init_weights_leaves_the_routes_of_an_exact_run_alone(tmp_path: Path) -> None:
+    spec = own_spec(tmp_path, EXPERTS)
+    exact = build_model(spec, VOCAB, replace(single_rank(spec), is_exact=True))
+    exact.init_weights(0)
+    torch.testing.assert_close(exact(TOKENS), _model(spec)(TOKENS))
 
 
 def test_building_leaves_torchs_random_numbers_alone(tmp_path: Path) -> None:

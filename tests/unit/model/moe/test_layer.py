@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orchestrator.elastic.expert_placement import ExpertPlacement
-from orchestrator.model.moe.dispatch import Dispatch
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
 from orchestrator.model.moe.experts import GatedMLP
-from orchestrator.model.moe.layer import ExpertParallelContext, MoELayer
+from orchestrator.model.moe.layer import MoELayer
 from orchestrator.model.moe.router import Router
 from orchestrator.spec.model import ModelSpec
 from tests.unit.comm.threads import on_ranks
@@ -136,8 +136,9 @@ EMPTY = ExpertPlacement(5, 3, ((0,), (0,), (1,), (0,), (1,)))
 @pytest.mark.parametrize("placement", [SPREAD, EMPTY, ExpertPlacement.balanced(5, 3), ExpertPlacement.balanced(2, 3)])
 @pytest.mark.parametrize("n_shared_experts", [0, 1])
 @pytest.mark.parametrize("nodes", [(), ("a", "b", "b")], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("is_exact", [False, True], ids=["fast", "exact"])
 def test_layers_over_ranks_compute_what_one_layer_does(
-    placement: ExpertPlacement, n_shared_experts: int, nodes: tuple[str, ...]
+    placement: ExpertPlacement, n_shared_experts: int, nodes: tuple[str, ...], is_exact: bool
 ) -> None:
     whole = _layer(placement.num_experts, 2, n_shared_experts)
     wanted = []
@@ -147,7 +148,8 @@ def test_layers_over_ranks_compute_what_one_layer_does(
         wanted.append((y_BTD.detach(), _gradients(whole, y_BTD, x_BTD)))
 
     def run(rank: int, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-        layer = MoELayer(whole.router.spec, ExpertParallelContext(placement, rank, group, nodes=nodes)).double()
+        home = ExpertParallelContext(placement, rank, group, nodes=nodes, is_exact=is_exact)
+        layer = MoELayer(whole.router.spec, home).double()
         layer.load_state_dict(whole.state_dict(), strict=False)
         x_BTD = _tokens(1, 4 + 3 * rank).requires_grad_()
         y_BTD = layer(x_BTD)
@@ -163,27 +165,6 @@ def test_layers_over_ranks_compute_what_one_layer_does(
         torch.testing.assert_close(total, theirs, rtol=1e-5, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
     for ours, (_, theirs_) in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours["x"], theirs_["x"], rtol=1e-5, atol=1e-6)
-
-
-def test_a_token_goes_once_to_a_rank_with_its_gates_for_that_ranks_experts() -> None:
-    placement = ExpertPlacement(4, 3, ((0,), (0,), (1,), (2,)))
-    dispatch = Dispatch(placement, 2, (0, 0, 1, 2))
-    expert_ids_NK, gates_NK = torch.tensor([[1, 0], [2, 0], [3, 1]]), torch.tensor([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
-    rows = dispatch.rows(expert_ids_NK, gates_NK)
-    assert rows.sent_W.tolist() == [3, 1, 1]
-    assert rows.token_S.tolist() == [0, 1, 2, 1, 2]
-    wanted_SL = [[0.2, 0.1], [0.4, 0.0], [0.0, 0.6], [0.3, 0.0], [0.5, 0.0]]
-    torch.testing.assert_close(rows.gates_SL, torch.tensor(wanted_SL))
-    there = Dispatch(placement, 0, (0, 0, 1, 2))
-    row_R, counts, gates_R = there.copies(rows.gates_SL[:3])
-    assert (row_R.tolist(), counts) == ([0, 1, 0, 2], [2, 2])
-    torch.testing.assert_close(gates_R, torch.tensor([0.2, 0.4, 0.1, 0.6]))
-
-
-def test_a_gate_that_is_not_a_number_is_computed() -> None:
-    dispatch = Dispatch(ExpertPlacement.balanced(2, 2), 0, (0, 1))
-    _, counts, gates_R = dispatch.copies(torch.tensor([[float("nan")], [0.0]]))
-    assert counts == [1] and gates_R.isnan().all()
 
 
 def test_a_token_visits_the_ranks_that_are_best_for_it() -> None:

@@ -1,0 +1,66 @@
+"""Expert parallelism as one rank sees it: the placement of experts, and what is sent where."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch.distributed as dist
+
+from orchestrator.comm.tokens.activation_codec import Wire
+from orchestrator.elastic.expert_placement import ExpertPlacement, groups_open
+from orchestrator.model.moe.router import Limit
+
+
+@dataclass(frozen=True)
+class ExpertParallelContext:
+    """The placement of experts, seen from one rank.
+
+    Args:
+        placement: which ranks hold which expert.
+        rank: this rank.
+        group: the world; None for a world of one.
+        wire: encoding of tokens and results in transit.
+        ranks_per_token: ranks whose experts a token may choose among, None for all; raised until they hold enough.
+        nodes: by rank, the node that it runs on; empty if unknown.
+        nodes_per_token: the same for nodes.
+        is_exact: outputs and gradients have the same bits for the same rows wherever the experts are.
+    """
+
+    placement: ExpertPlacement
+    rank: int
+    group: dist.ProcessGroup | None
+    wire: Wire = "native"
+    ranks_per_token: int | None = None
+    nodes: tuple[str, ...] = ()
+    nodes_per_token: int | None = None
+    is_exact: bool = False
+
+    @property
+    def local_experts(self) -> tuple[int, ...]:
+        return self.placement.experts_of(self.rank)
+
+    @cached_property
+    def destinations(self) -> tuple[int, ...]:
+        """By expert, the rank that computes this rank's tokens for it: itself, else one on its node, if one has it."""
+        return self.placement.destinations(self.nodes)[self.rank]
+
+    @cached_property
+    def is_far_W(self) -> tuple[bool, ...]:
+        """By rank, whether it is known to run on another node."""
+        return tuple(node != self.nodes[self.rank] for node in self.nodes)
+
+    def limits(self, top_k: int) -> list[Limit]:
+        """Limits on the choice of a token that visits `top_k` experts, nodes first."""
+        ranks = self.destinations
+        limits: list[Limit] = []
+        if self.nodes_per_token is not None and self.nodes:
+            limits.append(_limit([self.nodes[rank] for rank in ranks], self.nodes_per_token, top_k))
+        if self.ranks_per_token is not None:
+            limits.append(_limit(ranks, self.ranks_per_token, top_k))
+        return limits
+
+
+def _limit(groups: Sequence[int | str], asked: int, top_k: int) -> Limit:
+    top = groups_open(Counter(groups).values(), asked, top_k)
+    return Limit(groups, top, best=-(-top_k // top))

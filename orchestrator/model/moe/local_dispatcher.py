@@ -1,0 +1,40 @@
+"""Dispatch in a world of one: nothing is sent, and experts read the tokens in place.
+
+Shape legend: N = tokens, K = experts per token, R = N * K copies, D = hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orchestrator.model.moe.dispatcher import ExpertInput
+from orchestrator.model.moe.expert_parallel import ExpertParallelContext
+
+
+class LocalDispatcher:
+    """A `TokenDispatcher` for a rank that holds all experts."""
+
+    def __init__(self, home: ExpertParallelContext) -> None:
+        self._num_experts = home.placement.num_experts
+
+    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor, gates_NK: Tensor) -> "LocalExchange":
+        ids_R = expert_ids_NK.reshape(-1)
+        order_R = ids_R.argsort(stable=True)
+        token_R = order_R.div(expert_ids_NK.shape[1], rounding_mode="floor")
+        counts = torch.bincount(ids_R, minlength=self._num_experts).tolist()
+        return LocalExchange(ExpertInput(x_ND, token_R, counts, gates_NK.reshape(-1)[order_R]))
+
+
+@dataclass(frozen=True)
+class LocalExchange:
+    received: ExpertInput
+
+    def dispatched(self) -> ExpertInput:
+        return self.received
+
+    def combine(self, results_ND: Tensor) -> Tensor:
+        return results_ND
+
+    def combined(self, on_the_way: Tensor, shared_ND: Tensor | None) -> Tensor:
+        return on_the_way if shared_ND is None else on_the_way + shared_ND

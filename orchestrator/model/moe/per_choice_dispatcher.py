@@ -1,0 +1,84 @@
+"""Dispatch with bits that don't depend on the world: each choice of a token is a row, and no product mixes ranks.
+
+The token's own rank adds up the results in the order of the choices. So outputs and gradients are the same whichever
+experts share a rank, and the operations are those of a world of one.
+
+Shape legend: N = local tokens, K = experts per token, S = N * K rows sent, D = hidden size, W = world size, L = experts
+of the rank that holds most of them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.model.moe.row_dispatcher import RowDispatcher, TokenRows
+
+
+class PerChoiceDispatcher(RowDispatcher):
+    """A `TokenDispatcher` for exact runs."""
+
+    def rows(self, expert_ids_NK: Tensor, gates_NK: Tensor) -> "PerChoiceRows":
+        column_S, order_S = self.column_E[expert_ids_NK.reshape(-1)].sort(stable=True)
+        to_S = column_S.div(self.num_columns, rounding_mode="floor")
+        gates_S1 = gates_NK.reshape(-1).index_select(0, order_S)[:, None]
+        gates_SL = gates_NK.new_zeros(len(order_S), self.num_columns)
+        gates_SL = gates_SL.scatter(1, (column_S % self.num_columns)[:, None], gates_S1)
+        token_S = order_S.div(expert_ids_NK.shape[1], rounding_mode="floor")
+        row_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        sent_W = torch.bincount(to_S, minlength=self.home.placement.world_size)
+        return PerChoiceRows(token_S, gates_SL, sent_W, row_S.view_as(expert_ids_NK).t().contiguous())
+
+    def batches(self, received_W: list[int]) -> list[int]:
+        return received_W
+
+
+@dataclass(frozen=True)
+class PerChoiceRows(TokenRows):
+    """Rows for one rank are by expert, then by token.
+
+    Args:
+        row_KN: the row of each choice of each token.
+    """
+
+    row_KN: Tensor
+
+    def spread(self, x_ND: Tensor) -> Tensor:
+        x_SD: Tensor = _Spread.apply(x_ND, self.token_S, self.row_KN)  # type: ignore[no-untyped-call]
+        return x_SD
+
+    def add_up(self, results_SD: Tensor, shared_ND: Tensor | None) -> Tensor:
+        y_ND: Tensor = _AddUp.apply(results_SD, self.token_S, self.row_KN)  # type: ignore[no-untyped-call]
+        return y_ND if shared_ND is None else y_ND + shared_ND
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, token_S: Tensor, row_KN: Tensor) -> Tensor:
+        ctx.row_KN = row_KN
+        return x_ND.index_select(0, token_S)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _sums(grads[0], ctx.row_KN), None, None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_SD: Tensor, token_S: Tensor, row_KN: Tensor) -> Tensor:
+        ctx.token_S = token_S
+        return _sums(x_SD, row_KN)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.token_S), None, None
+
+
+def _sums(x_SD: Tensor, row_KN: Tensor) -> Tensor:
+    """Per token, the sum of its rows in the order of its choices."""
+    first_N, *others = row_KN
+    total_ND = x_SD.index_select(0, first_N)
+    for other_N in others:
+        total_ND.add_(x_SD.index_select(0, other_N))
+    return total_ND
