@@ -121,7 +121,8 @@ def start_host(name: str, target: str, args: tuple[Any, ...], actor_options: Act
         "runtime_env": {"env_vars": dict(actor_options.env)} if actor_options.env else None,
     }
     log_file = None if actor_options.log_file is None else str(actor_options.log_file)
-    return Remote(ray.remote(Host).options(**options).remote(target, args, log_file))
+    handle: Any = ray.remote(Host).options(**options).remote(target, args, log_file)
+    return Remote(handle)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -139,9 +140,10 @@ def kill_on_node(node_id: str, pid: int) -> Any:
 def find(name: str) -> ActorHandle[Any] | None:
     """The living actor of this name; None if there is none."""
     try:
-        return ray.get_actor(name, namespace=NAMESPACE)
+        handle: ActorHandle[Any] = ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return None
+    return handle
 
 
 def actor_names() -> list[str]:

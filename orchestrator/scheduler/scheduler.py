@@ -238,4 +238,5 @@ def get_or_create_scheduler() -> Remote[Scheduler]:
         "max_task_retries": 0,
         "max_concurrency": MAX_CALLS_AT_ONCE,
     }
-    return Remote(ray.remote(Scheduler).options(**options).remote())
+    handle: Any = ray.remote(Scheduler).options(**options).remote()
+    return Remote(handle)
