@@ -140,9 +140,10 @@ def kill_on_node(node_id: str, pid: int) -> Any:
 def find(name: str) -> ActorHandle[Any] | None:
     """The living actor of this name; None if there is none."""
     try:
-        return ray.get_actor(name, namespace=NAMESPACE)
+        handle: ActorHandle[Any] = ray.get_actor(name, namespace=NAMESPACE)
     except ValueError:
         return None
+    return handle
 
 
 def actor_names() -> list[str]:
