@@ -8,7 +8,6 @@ If the rest of a file can't be read (a truncated gzip stream, a damaged Parquet 
 file's last.
 """
 
-import codecs
 import gzip
 import json
 import zlib
@@ -19,11 +18,9 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import NamedTuple
 
-from orchestrator.data.corpus.files import CUT_CHARS, column, is_plain
+from orchestrator.data.corpus.files import column, is_plain
+from orchestrator.data.corpus.pieces import LARGEST_BYTES, READ_BYTES, pieces_of
 from orchestrator.errors import DataError
-
-LARGEST_BYTES = 1 << 24  # of one record
-READ_BYTES = 1 << 20
 
 
 class Form(StrEnum):
@@ -208,7 +205,7 @@ def _pieces(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Itera
     with _opened(path) as file:
         if cursor.offset:
             file.seek(cursor.offset)
-        for piece in _cut(file):
+        for piece in pieces_of(file):
             place = cursor.place
             cursor.row, cursor.line, cursor.offset = (
                 place.row + 1,
@@ -230,40 +227,6 @@ def _checked(text: str, place: Place) -> Record:
         line = place.line + text.count("\n", 0, error.start)
         return Record(place, line, None, _not_utf8(ord(text[error.start]) - 0xDC00))
     return Record(place, place.line, text)
-
-
-class _Piece(NamedTuple):
-    text: str | None  # None: too long to be held
-    num_bytes: int
-    num_lines: int
-
-    @classmethod
-    def of(cls, text: str) -> "_Piece":
-        return cls(text, len(text.encode("utf-8", "surrogateescape")), text.count("\n"))
-
-
-def _cut(file: BufferedIOBase) -> Iterator[_Piece]:
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    held, ended, lost = "", False, _Piece(None, 0, 0)  # lost: the discarded beginning of a piece that is too long
-    while True:
-        blank = held.find("\n\n", 0 if lost.num_bytes else CUT_CHARS)
-        if blank < 0 and not ended:
-            if len(held) > LARGEST_BYTES:  # all but the last character, which may begin a blank line
-                lost, held = _joined(lost, _Piece.of(held[:-1])), held[-1:]
-            some = file.read(READ_BYTES)
-            ended = not some
-            held += decoder.decode(some, ended)
-            continue
-        end = len(held) if blank < 0 else blank + 2
-        if not end and not lost.num_bytes:
-            return
-        piece, held = _Piece.of(held[:end]), held[end:]
-        yield _joined(lost, piece) if lost.num_bytes else piece
-        lost = _Piece(None, 0, 0)
-
-
-def _joined(lost: _Piece, more: _Piece) -> _Piece:
-    return _Piece(None, lost.num_bytes + more.num_bytes, lost.num_lines + more.num_lines)
 
 
 def _opened(path: Path) -> BufferedIOBase:

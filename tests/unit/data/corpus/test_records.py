@@ -9,7 +9,6 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from orchestrator.data.corpus import records as records_module
 from orchestrator.data.corpus.records import Form, Record, can_be_entered, form_of, records
 from orchestrator.data.corpus.sources import open_corpus
 
@@ -155,7 +154,7 @@ def test_a_whole_file_that_is_no_text_is_named_with_the_line(tmp_path: Path) -> 
 def test_of_a_gzip_stream_that_is_cut_off_the_rest_is_one_bad_record(
     tmp_path: Path, write: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records_module, "READ_BYTES", 1000)
+    monkeypatch.setattr("orchestrator.data.corpus.pieces.READ_BYTES", 1000)
     path = write(tmp_path)
     form = form_of(path, alone=True)
     whole = list(records(path, form, "text"))
