@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from io import BufferedIOBase
 from typing import NamedTuple
 
-from orchestrator.data.corpus.files import CUT_CHARS
-
+CUT_CHARS = 16_384  # minimum length of a piece, except for the last one
 LARGEST_BYTES = 1 << 24  # of one record
 READ_BYTES = 1 << 20
 

@@ -1,8 +1,7 @@
 """Streams of records from files, starting at any record; faults are records too.
 
-`orchestrator.data.corpus.files` reads a corpus that must be valid: its first fault is an error. Here a fault is a
-record, so that preparation can quarantine it and go on. Only one record and the read-ahead buffer are in memory. Valid
-records are the same in both, with the same numbers.
+A fault is a record so that preparation can quarantine it and go on. Only one record and the read-ahead buffer are in
+memory.
 
 If the rest of a file can't be read (a truncated gzip stream, a damaged Parquet page), it counts as one bad record, the
 file's last.
@@ -44,7 +43,7 @@ BEGINNING = Place()
 
 
 class Record(NamedTuple):
-    """A text, or a fault, with `text` None. `line` is that of the fault if there is one."""
+    """A text that UTF-8 can encode; or a fault, with `text` None and its own `line`."""
 
     place: Place
     line: int
@@ -86,7 +85,7 @@ def can_be_entered(path: Path, form: Form) -> bool:
 def records(path: Path, form: Form, text_key: str, start: Place = BEGINNING) -> Iterator[Record]:
     """The records of a file from `start` on, which is the place of one of them.
 
-    Blank lines are not records, as in `files.texts_in`; texts of white space are. Bad content never raises.
+    Blank lines are not records; texts of white space are. Bad content never raises.
     """
     cursor = _Cursor(*start) if can_be_entered(path, form) else _Cursor()
     reading = _READERS[form](path, text_key, cursor, start.row)
@@ -169,9 +168,15 @@ def _row(line: bytes, text_key: str, place: Place) -> Record:
 
 
 def _of_value(value: object, text_key: str, place: Place) -> Record:
-    """`null` is an empty text, as in `files.texts_in`."""
-    if value is None or isinstance(value, str):
-        return Record(place, place.line, value or "")
+    """`null` is an empty text. JSON can encode half of a surrogate pair, and UTF-8 can't."""
+    if value is None:
+        return Record(place, place.line, "")
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return Record(place, place.line, None, f"half of a surrogate pair at character {error.start}")
+        return Record(place, place.line, value)
     return Record(place, place.line, None, f"{text_key!r} is of type {type(value).__name__}; it must be text")
 
 
@@ -200,8 +205,7 @@ def _column(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Itera
 
 
 def _pieces(path: Path, text_key: str, cursor: _Cursor, first_row: int) -> Iterator[Record]:
-    """Split a lone file as `sources` does. Invalid UTF-8 becomes lone surrogates, which valid UTF-8 can't contain, so
-    that a bad byte costs only its own piece."""
+    """Invalid UTF-8 becomes lone surrogates, which valid UTF-8 can't contain: a bad byte costs only its own piece."""
     with _opened(path) as file:
         if cursor.offset:
             file.seek(cursor.offset)

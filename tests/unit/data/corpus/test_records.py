@@ -1,4 +1,4 @@
-"""Files as streams of records: the texts that `files` reads, from any record on, and faults named with their line."""
+"""Files as streams of records, from any record on, and faults named with their line."""
 
 import gzip
 import json
@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from orchestrator.data.corpus.records import Form, Record, can_be_entered, form_of, records
-from orchestrator.data.corpus.sources import open_corpus
+from orchestrator.data.corpus.sources import read_documents
 
 TEXTS = [f"{number}: naïve café\n" + "word " * (number % 7) for number in range(600)] + ["", " \n"]
 
@@ -66,8 +66,7 @@ def test_texts_and_numbers_are_those_of_the_corpus(tmp_path: Path, write: Callab
     assert [record.place.row for record in found] == list(range(len(found)))
     assert not any(record.fault for record in found)
     with_text = [record for record in found if record.text and record.text.strip()]
-    corpus = list(open_corpus(str(path)))
-    assert [(document.id, document.text) for document in corpus] == [
+    assert [(document.id, document.text) for document in read_documents(str(path))] == [
         (f"{path.name}#{record.place.row}", record.text) for record in with_text
     ]
 
