@@ -241,7 +241,7 @@ def validated(model: TrainableModel, store: TokenStore) -> tuple[float, NDArray[
         loss_sum += float(model(torch.from_numpy(rows.inputs_RT), torch.from_numpy(rows.targets_RT)))
         num_targets += int((rows.targets_RT >= 0).sum())
         if len(batch) == ROWS:
-            counts.append(model.expert_counts().numpy())
+            counts.append(model.routing_counts().counts_LE.numpy())
     return loss_sum / num_targets, np.stack(counts)
 
 

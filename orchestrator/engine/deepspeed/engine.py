@@ -79,7 +79,6 @@ class DeepSpeedEngineAdapter:
         communication: CommunicationSpec = DEFAULT,
     ) -> None:
         self._model = model
-        self._device = device
         self._mixed = train.precision == "bf16"
         has_experts = bool(model.moe_layers)
         set_up(groups)
