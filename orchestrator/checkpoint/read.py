@@ -56,9 +56,6 @@ class CheckpointReader:
 
     Files are mapped into memory on first use; only the requested ranges are read.
 
-    Args:
-        checkpoint: the directory of a complete checkpoint.
-
     Raises:
         CheckpointCorrupt: the manifest can't be trusted.
     """

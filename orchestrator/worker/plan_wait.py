@@ -19,7 +19,6 @@ class PlanWaiter:
     """Used by the training thread.
 
     Args:
-        me: this worker's id.
         checker: replays steps meanwhile.
     """
 

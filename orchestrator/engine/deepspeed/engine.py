@@ -67,7 +67,6 @@ class DeepSpeedEngineAdapter:
     Args:
         model: with this rank's experts; weights may still be unset.
         train: optimizer, precision, stage, clipping.
-        groups: the generation's process groups.
     """
 
     def __init__(
